@@ -1,0 +1,331 @@
+"""What the stages leave on disk, and how it is written: whole or not at all.
+
+``Trace`` and ``TraceSet`` (token ids of prompts and completions), ``PruneReport``, and the bundle's ``Manifest``. Every
+file is written under a temporary name and renamed; a finished stage folder carries ``stage.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from racdeploy.checkpoint import file_sha256, read_json
+from racdeploy.errors import ArtifactError, EnvironmentFailure
+
+__all__ = [
+    "ArtifactEntry",
+    "GenerationSettings",
+    "Manifest",
+    "Stage",
+    "TokenizerEntry",
+    "Trace",
+    "TraceSet",
+    "atomic_folder",
+    "canonical_hash",
+    "disk_errors",
+    "write_atomic",
+]
+
+MANIFEST_NAME = "racdeploy.json"
+Stream = Literal["prompt", "thinking", "answer"]
+STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
+
+
+def canonical_hash(value: object) -> str:
+    """Return the SHA-256 of a JSON value with sorted keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise EnvironmentFailure(
+            f"cannot write {where}: {error.strerror}",
+            remedy="free some space or choose another place with --out and --work, then run the same command",
+        ) from error
+
+
+def write_atomic(file: Path, content: bytes | str) -> None:
+    """Write a file so that it is whole or absent."""
+    data = content.encode() if isinstance(content, str) else content
+    partial = file.with_name(f".{file.name}.partial")
+    with disk_errors(file):
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that takes the name ``folder`` when the body succeeds.
+
+    An older folder of that name is replaced only then, so the name never holds half a result.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    retired = folder.with_name(f".{folder.name}.old")
+    with disk_errors(folder):
+        try:
+            for leftover in (scratch, retired):
+                shutil.rmtree(leftover, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            yield scratch
+            if folder.exists():
+                folder.replace(retired)
+            scratch.replace(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's folder, addressed by the hash of everything that decides its content.
+
+    Args:
+        folder: ``WORK/NAME-HASH``.
+        inputs: what was hashed; kept in the folder so that a mismatch can be named.
+    """
+
+    folder: Path
+    inputs: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Return the stage folder, made if need be, with its inputs recorded."""
+        folder = work / f"{name}-{canonical_hash(inputs)[:16]}"
+        stage = cls(folder, inputs)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        record = folder / "inputs.json"
+        if record.is_file():
+            stage._check(read_json(record))
+        else:
+            write_atomic(record, json.dumps(inputs, indent=1, sort_keys=True))
+        return stage
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage ended and may be reused."""
+        return (self.folder / "stage.json").is_file()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Mark the stage as ended."""
+        write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What :meth:`finish` was given."""
+        return read_json(self.folder / "stage.json")
+
+    def _check(self, recorded: Mapping[str, Any]) -> None:
+        given = json.loads(json.dumps(self.inputs))
+        if changed := sorted(k for k in {*recorded, *given} if recorded.get(k) != given.get(k)):
+            raise ArtifactError(
+                f"{self.folder} was made from other inputs; changed: {', '.join(changed)}",
+                remedy="remove that folder, or use another --work folder",
+            )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A prompt and the model's completion of it, as token ids.
+
+    Args:
+        index: place in the trace set.
+        task: specification of the task that asked.
+        question, gold: the problem.
+        prompt_ids: rendered prompt.
+        completion_ids: sampled ids, end-of-sequence included.
+        answer_from: index in ``completion_ids`` of the first token after the close tag, or None if never closed.
+        thinking_tokens: tokens strictly between the tags.
+        truncated: the completion hit a cap.
+        correct: the task's score of the answer.
+    """
+
+    index: int
+    task: str
+    question: str
+    gold: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    answer_from: int | None
+    thinking_tokens: int
+    truncated: bool
+    correct: bool
+
+    def streams(self) -> list[int]:
+        """Return, for every token, the index of its stream in ``STREAMS``."""
+        close = len(self.completion_ids) if self.answer_from is None else self.answer_from
+        rest = len(self.completion_ids) - close
+        return [0] * len(self.prompt_ids) + [1] * close + [2] * rest
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and completion."""
+        return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """A folder of append-only trace shards with a manifest."""
+
+    folder: Path
+
+    def shard(self, number: int) -> Path:
+        """Path of a shard."""
+        return self.folder / f"shard-{number:05d}.jsonl"
+
+    def append(self, number: int, traces: Sequence[Trace]) -> None:
+        """Write one shard, whole or not at all."""
+        lines = (json.dumps(asdict(trace), separators=(",", ":")) + "\n" for trace in traces)
+        write_atomic(self.shard(number), "".join(lines))
+
+    def read(self) -> list[Trace]:
+        """Return every trace in order.
+
+        Raises:
+            ArtifactError: a shard is damaged.
+        """
+        return [t for file in sorted(self.folder.glob("shard-*.jsonl")) for t in self.read_shard(file)]
+
+    @staticmethod
+    def read_shard(file: Path) -> list[Trace]:
+        """Return the traces of one shard.
+
+        Raises:
+            ArtifactError: the shard is damaged.
+        """
+        traces = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                values = json.loads(line)
+                values["prompt_ids"] = tuple(map(int, values["prompt_ids"]))
+                values["completion_ids"] = tuple(map(int, values["completion_ids"]))
+                traces.append(Trace(**values))
+            except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+                raise ArtifactError(
+                    f"{file}:{number} is damaged: {error}", remedy=f"remove {file} and run the command again"
+                ) from error
+        return traces
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ArtifactEntry(_Entry):
+    """One exported file of a bundle; ``path`` is relative to it."""
+
+    path: str
+    format: str
+    quant: str
+    packing: str
+    size_bytes: int = Field(ge=0)
+    sha256: str
+    backend: str
+
+
+class TokenizerEntry(_Entry):
+    """Tokenizer files with their hashes, thinking tags and end-of-sequence ids."""
+
+    files: dict[str, str]
+    template_sha256: str
+    open_tag: str | None
+    close_tag: str | None
+    eos_ids: tuple[int, ...]
+
+
+class GenerationSettings(_Entry):
+    """How the model was verified, and so how it should be run."""
+
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    max_new_tokens: int = Field(ge=1)
+    max_thinking_tokens: int | None = Field(default=None, ge=1)
+    context_tokens: int = Field(ge=1)
+
+
+class Manifest(_Entry):
+    """``racdeploy.json``: everything a device needs to run a bundle, and what was measured.
+
+    ``base`` holds model, revision, licence and file hashes; ``recipe`` the resolved recipe; ``traces`` hash and
+    counts; ``pruning`` the headline sparsity and error; ``verdict`` and ``headline`` the result of the verification.
+    """
+
+    schema_version: Literal[1] = 1
+    racdeploy_version: str
+    base: dict[str, Any]
+    recipe: dict[str, Any]
+    traces: dict[str, Any]
+    pruning: dict[str, Any]
+    artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1)
+    tokenizer: TokenizerEntry
+    generation: GenerationSettings
+    verdict: str
+    headline: dict[str, Any]
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """Read and check the manifest of a bundle; its paths stay inside the bundle and exist.
+
+        Raises:
+            ArtifactError: not a bundle, a damaged manifest, or a path that escapes.
+        """
+        file = bundle / MANIFEST_NAME
+        if not file.is_file():
+            raise ArtifactError(
+                f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
+                remedy="give the folder that racdeploy build wrote with --out",
+            )
+        try:
+            manifest = cls.model_validate(read_json(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{file}: {where}: {first['msg']}", remedy="build the bundle again") from error
+        for name in (*(entry.path for entry in manifest.artifacts), *manifest.tokenizer.files):
+            _check_inside(bundle, name)
+        return manifest
+
+    def check_files(self, bundle: Path) -> None:
+        """Compare every listed file with its hash.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        listed = {entry.path: entry.sha256 for entry in self.artifacts} | self.tokenizer.files
+        for name, expected in listed.items():
+            if file_sha256(bundle / name) != expected:
+                raise ArtifactError(
+                    f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
+                    remedy="copy the bundle again, or build it again",
+                )
+
+
+def _check_inside(bundle: Path, name: str) -> None:
+    path = (bundle / name).resolve()
+    if not path.is_relative_to(bundle.resolve()):
+        raise ArtifactError(f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is listed in the manifest and missing", remedy="copy the bundle again")

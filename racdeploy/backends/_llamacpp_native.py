@@ -1,0 +1,186 @@
+"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the worker only.
+
+Knows rows of a batch and sequence numbers, nothing of sampling or messages. Every sequence has its own stream
+of the key-value cache (``kv_unified`` off): it attends to its own cells only, whatever runs beside it, and
+the promised context is there for each.
+Source: llama.h of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.backends import EngineSettings
+from racdeploy.backends._batching import Row
+from racdeploy.errors import EngineError
+
+__all__ = ["NativeModel"]
+
+_BATCH_TOKENS = 512
+_OUTPUT_ROWS = 64
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = 3, 4, 5  # ggml.h; llama-cpp-python's own list is out of date
+
+
+class _Log:
+    """Keep llama.cpp's warnings and errors; also write them to stderr, which outlives an abort."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=8)
+        self._kept = False
+        self._callback = llama_cpp.llama_log_callback(self._receive)  # must outlive the library's use of it
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        if level != _LOG_CONTINUED:
+            self._kept = level in (_LOG_WARN, _LOG_ERROR)
+        if self._kept and (line := text.decode("utf-8", "replace")).strip():
+            os.write(2, line.encode())
+            if level != _LOG_WARN:
+                self.lines.append(line.strip())
+
+    def tail(self) -> str:
+        """Return the last errors in one line."""
+        return " | ".join(self.lines) or "no message"
+
+
+class NativeModel:
+    """A loaded model and its context.
+
+    Args:
+        path: GGUF file.
+        settings: see :class:`EngineSettings`.
+        use_mmap: map the file instead of reading it.
+
+    Raises:
+        EngineError: llama.cpp refused the file or the context.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
+        self._log = _Log()
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), _model_params(use_mmap))
+        if not self._model:
+            raise EngineError(
+                f"llama.cpp cannot load {path}: {self._log.tail()}",
+                remedy="export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
+            )
+        self.slots = settings.parallel
+        self.batch_tokens = _BATCH_TOKENS
+        self.context_tokens = settings.context_tokens
+        self._context = llama_cpp.llama_init_from_model(self._model, _context_params(settings))
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {settings.parallel} × {settings.context_tokens} tokens: "
+                f"{self._log.tail()}",
+                remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
+            )
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        """Run one batch of at most ``_BATCH_TOKENS`` rows.
+
+        Raises:
+            EngineError: llama.cpp refused or failed.
+        """
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for place, row in enumerate(rows):
+            batch.token[place] = row.token
+            batch.pos[place] = row.position
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = row.slot
+            batch.logits[place] = row.wants_logits
+        if status := llama_cpp.llama_decode(self._context, batch):
+            llama_cpp.llama_memory_clear(self._memory, True)
+            raise EngineError(
+                f"llama.cpp failed to decode {len(rows)} tokens (status {status}): {self._log.tail()}",
+                remedy="lower context_tokens or parallel, or export the model again",
+            )
+
+    def logits_V(self, place: int) -> NDArray[np.float32]:
+        """Return the logits of a row of the last batch: a view that the next batch overwrites."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+        if not pointer:
+            raise EngineError(f"llama.cpp has no logits for row {place}: {self._log.tail()}")
+        return np.ctypeslib.as_array(pointer, shape=(self.vocabulary,))
+
+    def forget(self, slot: int) -> None:
+        """Empty the cache of one sequence."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
+        if start == 0:
+            self.forget(0)
+        stop = min(start + _OUTPUT_ROWS, len(ids))
+        self.decode([Row(ids[position], position, 0, True) for position in range(start, stop)])
+        return np.stack([self.logits_V(place) for place in range(stop - start)])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens written in it are parsed, none are added."""
+        data = text.encode("utf-8")
+        tokens = (llama_cpp.llama_token * (len(data) + 1))()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)
+        if count < 0:  # more tokens than bytes: the vocabulary expands the text
+            tokens = (llama_cpp.llama_token * -count)()
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)
+        if count < 0:
+            raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}")
+        return list(tokens[:count])
+
+
+def _model_params(use_mmap: bool) -> Any:
+    params = llama_cpp.llama_model_default_params()
+    _set(params, "load_mode", llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE)
+    return params
+
+
+def _context_params(settings: EngineSettings) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    cache_type = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[settings.cache_dtype]
+    flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    threads = settings.threads or _available_cores()
+    values = {
+        "n_ctx": settings.context_tokens * settings.parallel,
+        "n_seq_max": settings.parallel,
+        "n_batch": _BATCH_TOKENS,
+        "n_ubatch": _BATCH_TOKENS,
+        "n_outputs_max": max(_OUTPUT_ROWS, settings.parallel),
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "type_k": cache_type,
+        "type_v": cache_type,
+        "flash_attn_type": flash[settings.flash_attention],
+        "kv_unified": False,
+    }
+    for name, value in values.items():
+        _set(params, name, value)
+    return params
+
+
+def _set(params: Any, name: str, value: int) -> None:
+    """Set a field of a ctypes structure, which would take any other name without a word."""
+    if name not in {field[0] for field in params._fields_}:
+        raise EngineError(
+            f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
+            remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
+        )
+    setattr(params, name, value)
+
+
+def _available_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,231 @@
+"""Write a bundle: everything a device needs to run the model, and everything that was measured.
+
+Schema version 1 of ``racdeploy.json`` is :class:`racdeploy.artifacts.Manifest`. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__
+from racdeploy.artifacts import (
+    MANIFEST_NAME,
+    ArtifactEntry,
+    GenerationSettings,
+    Manifest,
+    TokenizerEntry,
+    atomic_folder,
+)
+from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, file_sha256, read_json
+from racdeploy.errors import UsageError
+from racdeploy.export import ExportResult
+from racdeploy.models import ResolvedModel
+from racdeploy.recipe import Recipe
+from racdeploy.report import html, markdown
+from racdeploy.report_model import Record, Report
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tag_names
+
+__all__ = ["Contents", "check_replaceable", "write"]
+
+BACKENDS = {"gguf": "llamacpp"}
+_SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle."""
+
+    model: ResolvedModel
+    checkpoint: Checkpoint
+    recipe: Recipe
+    traces: Mapping[str, Any]
+    export: ExportResult
+    sparsity_asked: float
+    report: Report
+    records: Sequence[Record]
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to write over something that is not a bundle.
+
+    Raises:
+        UsageError: ``out`` is a file, or a folder with other things in it.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
+        raise UsageError(f"{out} exists and is not a bundle", remedy="choose another folder with --out")
+
+
+def write(out: Path, contents: Contents) -> Manifest:
+    """Write the bundle folder; an older bundle of that name is replaced when the new one is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(out) as scratch:
+        artifact = contents.export.path.name
+        shutil.copyfile(contents.export.path, scratch / artifact)
+        for name in TOKENIZER_FILES:
+            if (contents.checkpoint.folder / name).is_file():
+                shutil.copyfile(contents.checkpoint.folder / name, scratch / name)
+        manifest = _manifest(scratch, contents)
+        texts = {
+            MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
+            "README.md": _card(manifest, contents),
+            "Modelfile": _modelfile(manifest, contents),
+            "report.json": contents.report.model_dump_json(indent=1) + "\n",
+            "report.md": markdown.render(contents.report),
+            "report.html": html.render(contents.report, contents.records),
+            "records.jsonl": "".join(record.model_dump_json() + "\n" for record in contents.records),
+        }
+        for name, text in texts.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def _manifest(folder: Path, contents: Contents) -> Manifest:
+    recipe, checkpoint, report = contents.recipe, contents.checkpoint, contents.report
+    encoder = PromptEncoder.from_folder(folder)
+    names = find_tag_names(encoder)
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    generation = _own_generation(checkpoint)
+    return Manifest(
+        racdeploy_version=__version__,
+        base={
+            "model": contents.model.origin,
+            "name": contents.model.name,
+            "revision": contents.model.revision,
+            "license": _license(checkpoint.folder),
+            "architecture": checkpoint.family.architecture,
+            "model_type": checkpoint.config["model_type"],
+            "files": {file.name: file_sha256(file) for file in checkpoint.files()},
+        },
+        recipe=recipe.model_dump(mode="json"),
+        traces=dict(contents.traces),
+        pruning={
+            "method": recipe.prune.method,
+            "pattern": recipe.prune.pattern,
+            "sparsity": recipe.prune.sparsity,
+            "sparsity_asked": contents.sparsity_asked,
+            "linears": [row.model_dump() for row in report.linears],
+        },
+        artifacts=(
+            ArtifactEntry(
+                path=contents.export.path.name,
+                format=recipe.export.format,
+                quant=recipe.export.quant,
+                packing=recipe.export.packing,
+                size_bytes=contents.export.size_bytes,
+                sha256=contents.export.sha256,
+                backend=BACKENDS[recipe.export.format],
+            ),
+        ),
+        tokenizer=TokenizerEntry(
+            files={name: file_sha256(folder / name) for name in present},
+            template_sha256=hashlib.sha256(encoder.template_source.encode()).hexdigest(),
+            open_tag=names[0] if names else None,
+            close_tag=names[1] if names else None,
+            eos_ids=checkpoint.eos_ids,
+        ),
+        generation=GenerationSettings(
+            temperature=float(generation.get("temperature", recipe.traces.temperature)),
+            top_p=float(generation.get("top_p", recipe.traces.top_p)),
+            max_new_tokens=recipe.verify.max_new_tokens,
+            max_thinking_tokens=recipe.verify.max_thinking_tokens or None,
+            context_tokens=recipe.verify.context_tokens,
+        ),
+        verdict=report.verdict,
+        headline=_headline(report),
+    )
+
+
+def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the sampling settings that the model's authors recommend, where they name numbers."""
+    file = checkpoint.folder / "generation_config.json"
+    values = read_json(file) if file.is_file() else {}
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _headline(report: Report) -> dict[str, Any]:
+    comparison = report.comparison
+    headline: dict[str, Any] = {
+        arm.name: {
+            "accuracy": arm.accuracy,
+            "thinking_tokens_mean": arm.thinking_tokens_mean,
+            "unclosed": arm.unclosed,
+            "size_bytes": arm.size_bytes,
+            "tokens_per_s": arm.tokens_per_s,
+            "prompts": arm.prompts,
+        }
+        for arm in report.arms
+    }
+    if comparison:
+        headline["drop"], headline["length_ratio"] = comparison.drop, comparison.length_ratio
+    return headline
+
+
+def _license(folder: Path) -> str:
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines[:40] if line.startswith("license:")]
+    return named[0] if named else "see the base model"
+
+
+def _card(manifest: Manifest, contents: Contents) -> str:
+    """Return a model card with Hub metadata in front of the report."""
+    entry, prune = manifest.artifacts[0], contents.recipe.prune
+    license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] != "see the base model" else []
+    front = [
+        "---",
+        *license_line,
+        f"base_model: {json.dumps(manifest.base['model'])}",
+        "base_model_relation: quantized",
+        "library_name: gguf",
+        "pipeline_tag: text-generation",
+        "tags: [racdeploy, sparse, reasoning]",
+        "---",
+    ]
+    return "\n".join(
+        [
+            *front,
+            f"# {entry.path.removesuffix('.gguf')}",
+            "",
+            f"{manifest.base['name']}, pruned with {prune.method} to {prune.sparsity:.0%} zeros ({prune.pattern}), "
+            f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
+            f"stored as {entry.format} {entry.quant}.",
+            "",
+            "```python",
+            "import racdeploy",
+            "",
+            'model = racdeploy.load(".")',
+            'print(model.generate("What is 12 times 34?").answer)',
+            "```",
+            "",
+            f"llama.cpp: `llama-cli -m {entry.path} -cnv` · Ollama: `ollama create NAME -f Modelfile`",
+            "",
+            markdown.render(contents.report),
+        ]
+    )
+
+
+def _modelfile(manifest: Manifest, contents: Contents) -> str:
+    """Return an Ollama Modelfile; the chat template is in the GGUF."""
+    settings = manifest.generation
+    tokens = {i: t for t, i in PromptEncoder.from_folder(contents.checkpoint.folder).tokenizer.get_vocab().items()}
+    stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
+    return "\n".join(
+        [
+            f"FROM ./{manifest.artifacts[0].path}",
+            f"PARAMETER temperature {settings.temperature:g}",
+            f"PARAMETER top_p {settings.top_p:g}",
+            f"PARAMETER num_ctx {settings.context_tokens}",
+            f"PARAMETER num_predict {settings.max_new_tokens}",
+            *(f'PARAMETER stop "{stop}"' for stop in stops),
+            "",
+        ]
+    )

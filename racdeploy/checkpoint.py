@@ -1,0 +1,355 @@
+"""Read a Hugging Face model folder without torch: config, tensors one at a time, tokenizer, template.
+
+``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer classes
+differently and each silently ignores the other's. Tensors are memory-mapped from (sharded) safetensors;
+bfloat16, which numpy lacks, is widened to float32 when read.
+Source: safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.families import Family, family_of
+
+__all__ = ["Checkpoint", "TensorEntry", "file_sha256", "read_json", "read_tensor_entries"]
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_HEADER_LIMIT_BYTES = 100_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer and template files of a model folder or a bundle.
+
+    Args:
+        folder: holds ``tokenizer.json`` and, as the model came, the files beside it.
+    """
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``tokenizer_config.json``, or an empty dict."""
+        file = self.folder / "tokenizer_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @cached_property
+    def file(self) -> Path:
+        """Path of ``tokenizer.json``.
+
+        Raises:
+            ModelError: there is none.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{self.folder} has no tokenizer.json",
+                remedy="save the fast tokenizer: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+            )
+        return file
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The Jinja chat template.
+
+        Raises:
+            ModelError: there is none.
+            ArtifactError: it is not text.
+        """
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ArtifactError(f"{file} is not UTF-8 text: {error}") from error
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            named = (entry for entry in template if isinstance(entry, dict))
+            template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise ModelError(
+                f"{self.folder} has no chat template",
+                remedy="add chat_template.jinja; reasoning prompts cannot be rendered without it",
+            )
+        return template
+
+    def special_token(self, role: str) -> str | None:
+        """Return the text of ``bos_token``, ``eos_token``, …, or None where the files name none."""
+        sources = [self.config]
+        special = self.folder / "special_tokens_map.json"
+        if special.is_file():
+            sources.append(read_json(special))
+        for source in sources:
+            token = source.get(role)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return text
+        return None
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, absolute byte range, dtype tag and shape."""
+
+    file: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A model folder, opened and checked but not loaded.
+
+    Args:
+        folder: holds ``config.json``, safetensors and tokenizer files.
+
+    Raises:
+        ModelError: not a model folder, an unsupported architecture, or damaged weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ModelError(f"{folder} is not a folder", remedy="give a local model folder or a Hub id")
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is not a model folder: it has no config.json",
+                remedy="give the folder that save_pretrained wrote",
+            )
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.family: Family = family_of(self.config)
+        self.tokenizer = TokenizerFiles(folder)
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of the folder by its state_dict name; checked against the file sizes."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            files = sorted({str(name) for name in weight_map.values()})
+        else:
+            files = ["model.safetensors"]
+        entries: dict[str, TensorEntry] = {}
+        for name in files:
+            if Path(name).name != name:
+                raise ModelError(f"{index} names a file outside the folder: {name!r}")
+            entries.update(read_tensor_entries(self.folder / name))
+        if index.is_file() and (missing := sorted(set(weight_map) - set(entries))):
+            raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
+        return entries
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Return one tensor as float32, copied from the file."""
+        raw = self.read_raw(name)
+        if self.entries[name].dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+    def read_raw(self, name: str) -> NDArray[Any]:
+        """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
+        entry = self.entries[name]
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        count = (entry.stop - entry.start) // dtype.itemsize
+        flat = np.fromfile(entry.file, dtype=dtype, count=count, offset=entry.start)
+        return flat.reshape(entry.shape)
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return self.integer("num_hidden_layers")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head; ``head_dim`` where the config has it."""
+        explicit = self.config.get("head_dim")
+        return int(explicit or self.integer("hidden_size") // self.integer("num_attention_heads"))
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key and value heads."""
+        return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
+
+    @cached_property
+    def rope(self) -> dict[str, Any]:
+        """Rope settings in one form: ``rope_theta`` and, where scaled, ``rope_type`` and its factors.
+
+        transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 ``rope_parameters``.
+        """
+        parameters = dict(self.config.get("rope_parameters") or {})
+        scaling = parameters or dict(self.config.get("rope_scaling") or {})
+        theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        return {**scaling, "rope_theta": float(theta), "rope_type": kind}
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding, by what the file holds.
+
+        Raises:
+            ModelError: the config ties them and the file holds a different ``lm_head.weight``.
+        """
+        declared = bool(self.config.get("tie_word_embeddings", False))
+        if "lm_head.weight" not in self.entries:
+            if not declared:
+                raise ModelError(
+                    f"{self.folder} has no lm_head.weight and its config does not tie the embeddings",
+                    remedy="set tie_word_embeddings in config.json, or add the missing tensor",
+                )
+            return True
+        head, embedding = self.read_raw("lm_head.weight"), self.read_raw("model.embed_tokens.weight")
+        same = head.shape == embedding.shape and np.array_equal(head, embedding)
+        if declared and not same:
+            raise ModelError(
+                f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
+                remedy="set tie_word_embeddings to false in config.json if the head is meant to differ",
+            )
+        return declared
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """See :attr:`TokenizerFiles.config`."""
+        return self.tokenizer.config
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """See :attr:`TokenizerFiles.file`."""
+        return self.tokenizer.file
+
+    @property
+    def chat_template(self) -> str:
+        """See :attr:`TokenizerFiles.chat_template`."""
+        return self.tokenizer.chat_template
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of generation_config.json, config.json and the tokenizer, without repeats.
+
+        Raises:
+            ModelError: none of them names one.
+        """
+        file = self.folder / "generation_config.json"
+        named = [read_json(file).get("eos_token_id")] if file.is_file() else []
+        named.append(self.config.get("eos_token_id"))
+        ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+        token = self.tokenizer_config.get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        added = read_json(self.tokenizer_file).get("added_tokens") or []
+        ids += [entry["id"] for entry in added if entry.get("content") == content]
+        found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
+        if not found:
+            raise ModelError(
+                f"{self.folder} names no end-of-sequence token",
+                remedy="set eos_token_id in generation_config.json",
+            )
+        return found
+
+    def integer(self, key: str) -> int:
+        """Return a whole number of ``config.json``.
+
+        Raises:
+            ModelError: it is missing or not a whole number.
+        """
+        value = self.config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
+        return value
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files that decide what the model does: config, weights, tokenizer, template."""
+        yield self.folder / "config.json"
+        yield from sorted({entry.file for entry in self.entries.values()})
+        yield from (self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the names and contents of :meth:`files`."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
+        return digest.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ArtifactError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{file} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
+    """Parse one safetensors header and check every range against the file."""
+    if not file.is_file():
+        raise ModelError(f"{file} is missing", remedy="racdeploy reads safetensors; convert .bin files first")
+    size_bytes = file.stat().st_size
+    damaged = ModelError(f"{file} is truncated or not a safetensors file", remedy="copy or download it again")
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
+            raise damaged
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise damaged from error
+    if not isinstance(header, dict):
+        raise damaged
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()}
+
+
+def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
+    try:
+        assert isinstance(value, dict)
+        shape = tuple(int(extent) for extent in value["shape"])
+        start, stop = (origin + int(offset) for offset in value["data_offsets"])
+        tag = str(value["dtype"])
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged") from error
+    if tag not in _DTYPES:
+        raise ModelError(
+            f"{file}: tensor {name!r} has dtype {tag}, supported are {', '.join(_DTYPES)}",
+            remedy="start from the unquantized checkpoint",
+        )
+    expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[tag]).itemsize
+    if min(shape, default=1) < 0 or stop - start != expected or start < origin or stop > size_bytes:
+        raise ModelError(
+            f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of {size_bytes}",
+            remedy="copy or download it again",
+        )
+    return TensorEntry(file, start, stop, tag, shape)

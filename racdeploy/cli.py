@@ -1,0 +1,366 @@
+"""The command line: one command per verb, no logic.
+
+stdout carries the result, stderr the rest. Exit codes: 0 passed, 1 a gate failed, 2 wrong usage, recipe or bundle,
+3 inconclusive where the gate forbids it, 4 an engine or the environment failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from racdeploy import __version__, plugins
+from racdeploy._console import err, out, print_json, progress_bars, reported
+from racdeploy.artifacts import write_atomic
+from racdeploy.doctor import examine
+from racdeploy.errors import GateError, InconclusiveError, UsageError
+from racdeploy.inspection import inspect_path
+from racdeploy.job import Job
+from racdeploy.pipeline import Build, default_work
+from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target
+from racdeploy.report.terminal import print_report
+from racdeploy.report_model import Report
+from racdeploy.reverify import reverify
+
+app = typer.Typer(
+    name="racdeploy",
+    help="Prune a reasoning model on its own chain of thought, export it, and prove that it still reasons.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArg = Annotated[str, typer.Argument(help="Local folder, Hub id, or tiny-reasoner.")]
+TargetOpt = Annotated[str | None, typer.Option("--target", help="Where it will run; see: racdeploy targets.")]
+RecipeOpt = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; see: racdeploy init.")]
+TaskOpt = Annotated[
+    list[str] | None, typer.Option("--task", help="Task to verify on: a name or jsonl:FILE; repeatable.")
+]
+CalibrationTaskOpt = Annotated[
+    list[str] | None, typer.Option("--calibration-task", help="Task for the traces; default: --task.")
+]
+SparsityOpt = Annotated[float | None, typer.Option("--sparsity", help="Fraction of zeros, 0 to 1.")]
+PatternOpt = Annotated[str | None, typer.Option("--pattern", help="unstructured, or N:M with N kept of M.")]
+MethodOpt = Annotated[str | None, typer.Option("--method", help="Pruning method.")]
+SourceOpt = Annotated[str | None, typer.Option("--calibration", help="rac (prompt and thinking) or prompt.")]
+QuantOpt = Annotated[str | None, typer.Option("--quant", help="Number format of the linears.")]
+PackingOpt = Annotated[str | None, typer.Option("--packing", help="How zeros are left out.")]
+OutOpt = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
+WorkOpt = Annotated[Path | None, typer.Option("--work", help="Folder of stage results; default: user cache.")]
+ThreadsOpt = Annotated[int, typer.Option("--threads", help="CPU threads; 0 uses every core.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
+PromptsOpt = Annotated[int | None, typer.Option("--prompts", help="Evaluation prompts.")]
+TraceCountOpt = Annotated[int | None, typer.Option("--trace-prompts", help="Calibration prompts.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@reported
+def build(
+    model: ModelArg = "tiny-reasoner",
+    target: TargetOpt = None,
+    recipe: RecipeOpt = None,
+    task: TaskOpt = None,
+    calibration_task: CalibrationTaskOpt = None,
+    sparsity: SparsityOpt = None,
+    pattern: PatternOpt = None,
+    method: MethodOpt = None,
+    calibration: SourceOpt = None,
+    quant: QuantOpt = None,
+    packing: PackingOpt = None,
+    prompts: PromptsOpt = None,
+    trace_prompts: TraceCountOpt = None,
+    out_folder: OutOpt = None,
+    work: WorkOpt = None,
+    threads: ThreadsOpt = 0,
+    dry_run: DryRunOpt = False,
+    json_output: JsonOpt = False,
+) -> None:
+    """Prune, export, verify and bundle: the main job."""
+    options = _options(model, target, task, calibration_task, trace_prompts, prompts)
+    options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
+    with progress_bars() as progress:
+        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
+        folder = out_folder or Path(builder.job.artifact_name)
+        if dry_run:
+            _print_plan(builder.job.check(folder), json_output)
+            return
+        report = builder.run(folder)
+    _finish(report, json_output, f"bundle: {folder}")
+
+
+@app.command()
+@reported
+def traces(
+    model: ModelArg = "tiny-reasoner",
+    recipe: RecipeOpt = None,
+    task: TaskOpt = None,
+    trace_prompts: TraceCountOpt = None,
+    work: WorkOpt = None,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Collect the model's chains of thought and print where they are."""
+    options = _options(model, None, task, None, trace_prompts, None)
+    with progress_bars() as progress:
+        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
+        builder.job.check()
+        folder, _ = builder.traces()
+    _print_folder(folder, json_output)
+
+
+@app.command()
+@reported
+def prune(
+    model: ModelArg = "tiny-reasoner",
+    recipe: RecipeOpt = None,
+    task: TaskOpt = None,
+    sparsity: SparsityOpt = None,
+    pattern: PatternOpt = None,
+    method: MethodOpt = None,
+    calibration: SourceOpt = None,
+    trace_prompts: TraceCountOpt = None,
+    work: WorkOpt = None,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Prune on the model's traces and print the folder of the sparse safetensors model."""
+    options = _options(model, None, task, None, trace_prompts, None)
+    options |= _pruning(sparsity, pattern, method, calibration)
+    with progress_bars() as progress:
+        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
+        builder.job.check()
+        folder, _, _ = builder.prune()
+    _print_folder(folder, json_output)
+
+
+@app.command()
+@reported
+def export(
+    model: Annotated[str, typer.Argument(help="Model folder, dense or pruned.")],
+    quant: QuantOpt = None,
+    packing: PackingOpt = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
+    json_output: JsonOpt = False,
+) -> None:
+    """Export a model folder as it is."""
+    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.models import resolve
+
+    resolved = resolve(model)
+    settings = _recipe(None, {"model": model} | _export(quant, packing)).export
+    file = out_file or Path(f"{resolved.name}-{settings.quant}.{settings.format}")
+    result = plugins.load("formats", settings.format).export(
+        Checkpoint(resolved.folder),
+        file,
+        quant=settings.quant,
+        packing=settings.packing,
+        pre_tokenizer=settings.pre_tokenizer,
+    )
+    details = {"path": str(result.path), "size_bytes": result.size_bytes, "sha256": result.sha256}
+    print_json(details) if json_output else out.print(result.path, soft_wrap=True)
+    for note in result.notes:
+        err.print(note, markup=False)
+
+
+@app.command()
+@reported
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    gate: Annotated[Path | None, typer.Option("--gate", help="TOML file with limits.")] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
+    from racdeploy.report import html, junit
+
+    limits = Gate.read(gate)
+    with progress_bars() as progress:
+        report, records = reverify(bundle, limits, threads, progress)
+    if junit_file:
+        write_atomic(junit_file, junit.render(report))
+    if html_file:
+        write_atomic(html_file, html.render(report, records))
+    _finish(report, json_output, "", limits)
+
+
+@app.command()
+@reported
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_thinking_tokens: Annotated[int | None, typer.Option(help="Close the thinking after so many.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
+    show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Print the thinking too.")] = False,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Ask a bundle one question."""
+    from dataclasses import asdict
+
+    from racdeploy.runtime import load
+
+    with load(bundle, threads=threads) as model:
+        result = model.generate(prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed)
+    if json_output:
+        print_json(asdict(result))
+        return
+    if show_thinking:
+        err.print(result.thinking, style="dim", markup=False)
+    out.print(result.answer, markup=False, soft_wrap=True)
+    if result.state == "open":
+        err.print(f"the thinking did not end within {result.thinking_tokens} tokens", style="yellow")
+
+
+@app.command()
+@reported
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A .gguf file, a model folder, or a bundle.")],
+    json_output: JsonOpt = False,
+) -> None:
+    """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
+    found = inspect_path(path)
+    if json_output:
+        print_json(found)
+        return
+    for key, value in found["summary"].items():
+        out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    table = Table("tensor", "shape", "type", "zeros", "bytes")
+    for row in found["tensors"]:
+        shape = " × ".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, row["type"], f"{row['zeros']:.1%}", f"{row['size_bytes']:,}")
+    out.print(table)
+
+
+@app.command()
+@reported
+def targets(json_output: JsonOpt = False) -> None:
+    """List the deployment targets."""
+    found = [Target.read(name) for name in Target.names()]
+    if json_output:
+        print_json({target.name: target.model_dump() for target in found})
+        return
+    for target in found:
+        pattern = target.pattern if target.sparsity is None else f"{target.sparsity:.0%} zeros"
+        limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
+        out.print(f"{target.name:<16}{target.format}, {target.quant}, {pattern}, {limits}", soft_wrap=True)
+        out.print(f"{'':<16}{target.why}", style="dim", soft_wrap=True)
+
+
+@app.command(name="plugins")
+@reported
+def list_plugins(json_output: JsonOpt = False) -> None:
+    """List every plugin by kind."""
+    found = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
+    if json_output:
+        print_json(found)
+        return
+    for kind, names in found.items():
+        out.print(f"{kind}: {', '.join(names)}", soft_wrap=True)
+
+
+@app.command()
+@reported
+def init(
+    file: Annotated[Path, typer.Argument(help="Recipe to write.")] = Path("recipe.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented recipe."""
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists", remedy="name another file, or add --force")
+    write_atomic(file, EXAMPLE)
+    out.print(file)
+    err.print(f"next: racdeploy build --recipe {file}", markup=False)
+
+
+@app.command()
+@reported
+def doctor(json_output: JsonOpt = False) -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    findings = examine()
+    if json_output:
+        print_json({"findings": findings})
+    else:
+        for finding in findings:
+            out.print(f"{finding['state']:>8}  {finding['what']}: {finding['detail']}", markup=False, soft_wrap=True)
+    if any(finding["state"] == "missing" for finding in findings):
+        raise typer.Exit(4)
+
+
+def _recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
+    return Recipe.combine(file, options)
+
+
+def _options(
+    model: str,
+    target: str | None,
+    task: list[str] | None,
+    calibration_task: list[str] | None,
+    trace_prompts: int | None,
+    prompts: int | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "target": target,
+        "tasks": tuple(task) if task else None,
+        "calibration_tasks": tuple(calibration_task) if calibration_task else None,
+        "traces": {"count": trace_prompts},
+        "verify": {"count": prompts},
+    }
+
+
+def _pruning(
+    sparsity: float | None, pattern: str | None, method: str | None, calibration: str | None
+) -> dict[str, Any]:
+    return {
+        "prune": {"sparsity": sparsity, "pattern": pattern, "method": method},
+        "calibration": {"source": calibration},
+    }
+
+
+def _export(quant: str | None, packing: str | None) -> dict[str, Any]:
+    return {"export": {"quant": quant, "packing": packing}}
+
+
+def _print_plan(plan: dict[str, Any], json_output: bool) -> None:
+    if json_output:
+        print_json(plan)
+        return
+    for key, value in plan.items():
+        out.print(f"{key}: {value:,}" if type(value) is int else f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+def _print_folder(folder: Path, json_output: bool) -> None:
+    print_json({"folder": str(folder)}) if json_output else out.print(folder, soft_wrap=True)
+
+
+def _finish(report: Report, json_output: bool, last_line: str, gate: Gate | None = None) -> None:
+    """Print the report, and end with the exit code of its one verdict."""
+    if json_output:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report, out)
+    if last_line:
+        err.print(last_line, markup=False, soft_wrap=True)
+    if report.verdict == "fail":
+        raise typer.Exit(GateError.exit_code)
+    if report.verdict == "inconclusive" and (gate is None or gate.inconclusive == "fail"):
+        raise typer.Exit(InconclusiveError.exit_code)

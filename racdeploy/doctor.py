@@ -1,0 +1,52 @@
+"""What this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from racdeploy.models import EMBEDDED, resolve
+from racdeploy.pipeline import default_work
+
+__all__ = ["examine"]
+
+_NEEDED = (
+    ("torch", "torch", "prune", "traces and pruning"),
+    ("transformers", "transformers", "prune", "traces and pruning"),
+    ("safetensors", "safetensors", "prune", "pruning"),
+    ("gguf", "gguf", "gguf", "GGUF export"),
+    ("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
+)
+
+
+def examine() -> list[dict[str, str]]:
+    """Return findings: ``what``, ``state`` (ok or missing), ``detail``."""
+    findings = [_finding("python", True, sys.version.split()[0])]
+    for module, package, extra, purpose in _NEEDED:
+        present = importlib.util.find_spec(module) is not None
+        remedy = f'needed for {purpose}: pip install "racdeploy[{extra}]"'
+        findings.append(_finding(package, present, _version(package) if present else remedy))
+    model = resolve(EMBEDDED).folder / "model.safetensors"
+    findings.append(_finding("embedded model", model.is_file(), str(model)))
+    work = default_work()
+    parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
+    free_gb = shutil.disk_usage(parent).free / 1e9
+    findings.append(
+        _finding("work folder", os.access(parent, os.W_OK), f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it")
+    )
+    findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
+    return findings
+
+
+def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:
+    return {"what": what, "state": "ok" if ok else "missing", "detail": detail}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "installed, version unknown"

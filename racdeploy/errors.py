@@ -1,0 +1,105 @@
+"""Every error that racdeploy raises on purpose, with its exit code.
+
+::
+
+    RacdeployError                exit  what it means
+    ├── GateError                  1    a check of the gate failed
+    ├── UsageError                 2    wrong option, recipe, task or target
+    │   ├── UnknownPluginError     2    no such task, quant, target, …
+    │   ├── ModelError             2    the model folder cannot be used
+    │   └── ArtifactError          2    a bundle, trace set or file is damaged or does not fit
+    ├── InconclusiveError          3    too little data for a verdict the gate demands
+    └── EnvironmentFailure         4    an engine, a missing extra, the disk or the machine
+        ├── MissingExtraError      4    an optional dependency is not installed
+        ├── EngineError            4    llama.cpp or another engine failed or aborted
+        └── BrokenPluginError      4    a plugin file exists but does not import
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "BrokenPluginError",
+    "EngineError",
+    "EnvironmentFailure",
+    "GateError",
+    "InconclusiveError",
+    "MissingExtraError",
+    "ModelError",
+    "RacdeployError",
+    "UnknownPluginError",
+    "UsageError",
+]
+
+
+class RacdeployError(Exception):
+    """What is wrong, with its values, and the next thing to do.
+
+    Args:
+        message: one sentence with the values that matter.
+        remedy: the next step, as a command where there is one.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.remedy}" if self.remedy else self.message
+
+
+class GateError(RacdeployError):
+    """A check of the gate failed."""
+
+    exit_code = 1
+
+
+class UsageError(RacdeployError):
+    """The command, recipe, task or target cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class UnknownPluginError(UsageError):
+    """There is no plugin of that name."""
+
+
+class ModelError(UsageError):
+    """The model folder cannot be used."""
+
+
+class ArtifactError(UsageError):
+    """A file that racdeploy was given is damaged, hostile, or belongs to something else."""
+
+
+class InconclusiveError(RacdeployError):
+    """The gate demands a verdict and there is too little data for one."""
+
+    exit_code = 3
+
+
+class EnvironmentFailure(RacdeployError):
+    """The machine, an engine or an installation failed."""
+
+    exit_code = 4
+
+
+class MissingExtraError(EnvironmentFailure):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs {package}, which is not installed",
+            remedy=f'pip install "racdeploy[{extra}]"',
+        )
+
+
+class EngineError(EnvironmentFailure):
+    """An inference engine failed, or its process died."""
+
+
+class BrokenPluginError(EnvironmentFailure):
+    """A plugin file exists but does not import."""

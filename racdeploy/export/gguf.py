@@ -1,0 +1,270 @@
+"""GGUF: the file of llama.cpp, written from safetensors with numpy alone.
+
+Tensors are read one at a time and quantized in slabs of rows, so memory stays at the largest tensor as the
+checkpoint stores it. The file is whole or absent. Zeros are counted in the bytes that were written, after
+dequantizing them.
+Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.artifacts import disk_errors
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
+from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export._gguf_parameters import write_parameters
+from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
+from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
+
+__all__ = ["export"]
+
+_ALIGNMENT = 32
+_SLAB_WEIGHTS = 4_194_304
+_OWN_KEYS = ("racdeploy.", "general.")
+_FILE_KEYS = (
+    "general.architecture",
+    "general.alignment",
+    "general.file_type",
+    "general.quantization_version",
+)
+_LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    quant: str,
+    packing: str = "plain",
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    embedding_quant: str | None = None,
+    pre_tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write a checkpoint as one GGUF file.
+
+    Args:
+        checkpoint: the model folder.
+        out: the file to write; replaced if it exists.
+        quant: number format of the linears. Vectors are F32; rows that do not divide into its blocks are F16.
+        packing: only ``plain``, which is what llama.cpp reads.
+        metadata: further keys, ``racdeploy.*`` or ``general.*``.
+        embedding_quant: number format of embedding and output; the default is ``quant``, or q8_0 where that
+            has fewer than 8 bits.
+        pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
+        progress: called after every slab.
+
+    Raises:
+        UsageError: an unknown quant or packing, or a metadata key of somebody else.
+        ModelError: the checkpoint is damaged or has something that llama.cpp does not compute.
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    packings.check(quant, packing)
+    if packing != "plain":
+        raise UsageError(f"a GGUF file cannot hold packing {packing!r}", remedy="use packing 'plain'")
+    for key in metadata or {}:
+        if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
+            raise UsageError(f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys")
+    plan = plan_tensors(checkpoint, quant, embedding_quant)
+    vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
+    _check_space(out, sum(tensor.size_bytes for tensor in plan))
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with disk_errors(out):
+            _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, quant, metadata or {}))
+            tensors = _write_tensors(checkpoint, partial, plan, progress)
+            result = ExportResult(out, tensors, partial.stat().st_size, file_sha256(partial), vocabulary.notes)
+            partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def _general(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    general: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.folder.resolve().name}
+    card = checkpoint.folder / "README.md"
+    if card.is_file() and (match := _LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))):
+        general["general.license"] = match[1]
+    return {
+        **general,
+        **metadata,
+        "general.quantization_version": GGML_QUANT_VERSION,
+        "general.file_type": _file_type(quant),
+    }
+
+
+def _file_type(quant: str) -> int:
+    """Return llama.cpp's number for a file that is mostly of one type; it is only shown, never decides."""
+    upper = quant.upper()
+    for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
+        if name in LlamaFileType.__members__:
+            return int(LlamaFileType[name])
+    return int(LlamaFileType.GUESSED)
+
+
+def _write_header(
+    checkpoint: Checkpoint,
+    partial: Path,
+    plan: list[PlannedTensor],
+    vocabulary: Vocabulary,
+    general: Mapping[str, Any],
+) -> None:
+    writer = GGUFWriter(partial, checkpoint.family.gguf_arch)
+    try:
+        for key, value in general.items():
+            _add_value(writer, key, value)
+        write_parameters(writer, checkpoint)
+        _add_vocabulary(writer, vocabulary, checkpoint.chat_template)
+        for tensor in plan:
+            raw_dtype = GGMLQuantizationType(quants.load(tensor.quant_real).GGML_TYPE)
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, raw_dtype=raw_dtype
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add_value(writer: GGUFWriter, key: str, value: str | int | float | bool) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int() if 0 <= value < 2**32:
+            writer.add_uint32(key, value)
+        case int():
+            writer.add_int64(key, value)
+        case float():
+            writer.add_float64(key, value)
+        case str():  # add_string drops empty ones
+            writer.add_key_value(key, value, GGUFValueType.STRING)
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    add_id = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "pad": writer.add_pad_token_id,
+        "unk": writer.add_unk_token_id,
+        "eot": writer.add_eot_token_id,
+    }
+    for kind, i in vocabulary.special_ids.items():
+        add_id[kind](i)
+    writer.add_add_bos_token(vocabulary.adds["bos"])
+    writer.add_add_eos_token(vocabulary.adds["eos"])
+    writer.add_chat_template(chat_template)
+
+
+def _write_tensors(
+    checkpoint: Checkpoint, partial: Path, plan: list[PlannedTensor], progress: Progress | None
+) -> tuple[ExportedTensor, ...]:
+    total_bytes = _padded(partial.stat().st_size) + sum(_padded(tensor.size_bytes) for tensor in plan)
+    tensors = []
+    with partial.open("ab") as stream:
+        _pad(stream)
+        for tensor in plan:
+            zeros = _write_tensor(checkpoint, stream, tensor, progress, total_bytes)
+            _pad(stream)
+            tensors.append(
+                ExportedTensor(
+                    tensor.name,
+                    tensor.source,
+                    tensor.shape,
+                    tensor.quant_asked,
+                    tensor.quant_real,
+                    tensor.reason,
+                    zeros / max(1, int(np.prod(tensor.shape))),
+                    tensor.size_bytes,
+                )
+            )
+        stream.flush()
+        os.fsync(stream.fileno())
+    return tuple(tensors)
+
+
+def _write_tensor(
+    checkpoint: Checkpoint,
+    stream: BinaryIO,
+    tensor: PlannedTensor,
+    progress: Progress | None,
+    total_bytes: int,
+) -> int:
+    """Write one tensor and return how many zeros the written bytes hold."""
+    quant = quants.load(tensor.quant_real)
+    raw = tensor.computed if tensor.computed is not None else checkpoint.read_raw(tensor.source)
+    if tensor.heads:
+        order = rotary_order(tensor.shape[0], tensor.heads)
+        raw = raw[order] if raw.ndim == 1 else raw
+    raw_OI = raw.reshape(tensor.rows)
+    zeros = 0
+    for rows in iterate_rows(tensor, _SLAB_WEIGHTS):
+        picked = order[rows] if tensor.heads and len(tensor.shape) > 1 else rows
+        weight_OI = _widen(raw_OI[picked])
+        packed_OP = quant.quantize(weight_OI)
+        stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
+        _check_finite(tensor, weight_OI, stored_OI)
+        zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
+        stream.write(np.ascontiguousarray(packed_OP).data)
+        if progress is not None:
+            progress(stream.tell(), total_bytes)
+    return zeros
+
+
+def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 weights; bfloat16 comes as bit patterns."""
+    if raw_OI.dtype == np.uint16:
+        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
+    return raw_OI.astype(np.float32, copy=False)
+
+
+def _check_finite(tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]) -> None:
+    if np.isfinite(stored_OI).all():
+        return
+    if np.isfinite(weight_OI).all():
+        raise ModelError(
+            f"{tensor.source!r} has weights up to {float(np.abs(weight_OI).max()):g},"
+            f" too large for {tensor.quant_real}",
+            remedy="export with quant bf16 or f32",
+        )
+    raise ModelError(
+        f"{tensor.source!r} holds weights that are infinite or not a number",
+        remedy="the checkpoint is damaged or its training diverged",
+    )
+
+
+def _check_space(out: Path, needed_bytes: int) -> None:
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
+    free_bytes = shutil.disk_usage(out.parent).free
+    if free_bytes < needed_bytes:
+        raise EnvironmentFailure(
+            f"{out} needs {needed_bytes / 1e6:.0f} MB and its disk has {free_bytes / 1e6:.0f} MB free",
+            remedy="free some space or choose another place with --out",
+        )
+
+
+def _pad(stream: BinaryIO) -> None:
+    stream.write(bytes(_padded(stream.tell()) - stream.tell()))
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT

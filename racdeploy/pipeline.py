@@ -1,0 +1,360 @@
+"""The stages in order, and the only place that knows them: traces → prune → export → verify → bundle.
+
+Every stage leaves a folder addressed by the hash of what decides its content, so that a finished one is reused and
+an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__, bundle, plugins, tasks
+from racdeploy.artifacts import Stage, Trace, TraceSet
+from racdeploy.backends import Engine, EngineSettings, open_engine
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.errors import UsageError
+from racdeploy.export import ExportResult
+from racdeploy.export._probe_strings import probe_strings
+from racdeploy.job import Job
+from racdeploy.report.summary import summarize, tensor_rows
+from racdeploy.report_model import LinearRow, Record, Report
+from racdeploy.traces.collect import collect, prompt_traces, trace_counts
+from racdeploy.traces.select import select, within_budget
+from racdeploy.verify import Arm, Evidence, run_checks
+from racdeploy.verify._measure import answer_problems, compare_logits, probe_tokens
+
+__all__ = ["Build", "Progress", "default_work"]
+
+Progress = Callable[[str, int, int], None]
+_CODE = {
+    "traces": ("traces", "runtime", "backends", "tasks"),
+    "prune": ("prune", "traces", "runtime", "backends"),
+    "export": ("export", "quant", "packing", "families"),
+}
+
+
+def default_work() -> Path:
+    """Return the folder of stage results: ``RACDEPLOY_WORK``, or one under the user's cache."""
+    chosen = os.environ.get("RACDEPLOY_WORK")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else cache / "racdeploy"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A job on its way to a bundle.
+
+    Args:
+        job: what to do.
+        work: where stage folders go.
+        threads: CPU threads; 0 uses every core.
+        progress: called with a label, units done and units in all.
+    """
+
+    job: Job
+    work: Path
+    threads: int = 0
+    progress: Progress | None = None
+
+    def traces(self) -> tuple[Path, list[Trace]]:
+        """Collect the dense model's traces, or read them back.
+
+        Returns:
+            The stage folder, and the traces in order.
+        """
+        settings = self.job.recipe.traces
+        inputs = self._inputs("traces") | {
+            "model": self.job.checkpoint.sha256,
+            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
+            "traces": settings.model_dump(),
+        }
+        stage = Stage.open(self.work, "traces", inputs)
+        out = TraceSet(stage.folder)
+        if stage.finished:
+            return stage.folder, out.read()
+        longest = settings.max_new_tokens + max(
+            len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
+        )
+        engine_settings = EngineSettings(longest + 1, settings.batch, self.threads)
+        with _opened("transformers", self.job.model.folder, engine_settings) as engine:
+            traces = collect(
+                engine,
+                self.job.encoder,
+                self.job.tags,
+                self.job.checkpoint.eos_ids,
+                self.job.problems("calibration"),
+                self.job.tasks_by_spec,
+                settings,
+                out,
+                self.progress,
+            )
+        stage.finish(trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.model_dump()))
+        return stage.folder, traces
+
+    def prune(self) -> tuple[Path, list[LinearRow], dict[str, Any]]:
+        """Prune the model on its traces, or find it pruned.
+
+        Returns:
+            The pruned model folder, one row per linear, and the counts of the selection.
+        """
+        from racdeploy.prune.assemble import assemble
+        from racdeploy.prune.calibrate import prune_blocks
+
+        trace_folder, traces = self.traces()
+        inputs = self._inputs("prune") | {
+            "traces": trace_folder.name,
+            "calibration": self.job.recipe.calibration.model_dump(),
+            "prune": self.job.recipe.prune.model_dump(),
+        }
+        stage = Stage.open(self.work, "prune", inputs)
+        folder = stage.folder / self.job.name
+        if not stage.finished:
+            calibration, held_out, counts = self._calibration(traces)
+            rows = prune_blocks(
+                self.job.checkpoint, calibration, held_out, self.job.recipe.prune, stage.folder, self.progress
+            )
+            assemble(self.job.checkpoint, stage.folder, folder)
+            stage.finish({"linears": [row.model_dump() for row in rows], "selection": counts})
+        summary = stage.summary
+        return folder, [LinearRow.model_validate(row) for row in summary["linears"]], summary["selection"]
+
+    def export(self, folder: Path, name: str, *, pruned: bool = True) -> ExportResult:
+        """Export a model folder, or find it exported.
+
+        Args:
+            folder: Hugging Face folder, dense or pruned.
+            name: file name without suffix.
+            pruned: whether packing applies; the dense model is always plain.
+        """
+        checkpoint, settings = Checkpoint(folder), self.job.recipe.export
+        inputs = self._inputs("export") | {
+            "model": checkpoint.sha256,
+            "export": settings.model_dump() | ({} if pruned else {"packing": "plain"}),
+            "name": name,
+        }
+        stage = Stage.open(self.work, "export", inputs)
+        file = stage.folder / f"{name}.{settings.format}"
+        if stage.finished:
+            return ExportResult.from_json(stage.folder, stage.summary)
+
+        def report(done: int, total: int) -> None:
+            if self.progress:
+                self.progress("export", done, total)
+
+        result: ExportResult = plugins.load("formats", settings.format).export(
+            checkpoint,
+            file,
+            quant=settings.quant,
+            packing=settings.packing if pruned else "plain",
+            metadata=self._metadata() if pruned else {},
+            pre_tokenizer=settings.pre_tokenizer,
+            progress=report,
+        )
+        stage.finish(result.to_json())
+        return result
+
+    def verify(
+        self,
+        pruned_folder: Path,
+        linears: Sequence[LinearRow],
+        dense: ExportResult,
+        pruned: ExportResult,
+        notes: Sequence[str] = (),
+    ) -> tuple[Report, list[Record]]:
+        """Rerun the evaluation prompts on both artifacts, compare, and decide."""
+        settings = self.job.recipe.verify
+        problems = self.job.problems("evaluation")
+        engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
+        arms: list[Arm] = []
+        dense_traces: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for name, exported in (("dense", dense), ("pruned", pruned)):
+            with _opened("llamacpp", exported.path, engine_settings) as engine:
+                records, traces = answer_problems(
+                    engine,
+                    self.job.encoder,
+                    self.job.tags,
+                    self.job.checkpoint.eos_ids,
+                    problems,
+                    self.job.tasks_by_spec,
+                    settings,
+                    name,
+                    self.progress,
+                )
+                stats = dict(getattr(engine, "stats", {}))
+                dense_traces = dense_traces or traces
+            sparsity = self._file_sparsity(exported)
+            arms.append(Arm(name, records, exported.size_bytes, self.job.recipe.export.quant, sparsity, stats))
+        exact = replace(engine_settings, parallel=1, cache_dtype="f32")
+        with (
+            _opened("llamacpp", pruned.path, exact) as artifact,
+            _opened("transformers", pruned_folder, exact) as torch_pruned,
+            _opened("transformers", self.job.model.folder, exact) as torch_dense,
+        ):
+            probes = probe_tokens(artifact, self.job.encoder, probe_strings())
+            chosen = dense_traces[: settings.logit_traces]
+            logits = compare_logits(artifact, torch_pruned, torch_dense, chosen)
+        rows = tensor_rows(pruned)
+        prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
+        evidence = Evidence(
+            settings=settings,
+            dense=arms[0],
+            pruned=arms[1],
+            artifact=pruned.path,
+            artifact_sha256=pruned.sha256,
+            sparsity_asked=self._asked(linears),
+            tensors=rows,
+            prunable=frozenset(prunable),
+            dense_linears=frozenset(row.name for row in linears if row.sparsity_asked == 0),
+            probes=probes,
+            logits=logits,
+        )
+        report = summarize(
+            evidence,
+            run_checks(evidence),
+            linears=linears,
+            model=self.job.recipe.model,
+            target=self.job.recipe.target,
+            recipe=self.job.recipe.model_dump(mode="json"),
+            notes=[*notes, *pruned.notes],
+            fingerprint=self._fingerprint(engine_settings),
+            created=datetime.now(UTC),
+        )
+        return report, [record for arm in arms for record in arm.records]
+
+    def run(self, out: Path) -> Report:
+        """Do everything and write the bundle.
+
+        Raises:
+            RacdeployError: the first thing that went wrong; nothing is left under ``out`` then.
+        """
+        self.job.check(out)
+        trace_folder, traces = self.traces()
+        pruned_folder, linears, selection = self.prune()
+        dense = self.export(
+            self.job.model.folder, f"{self.job.model.name}-dense-{self.job.recipe.export.quant}", pruned=False
+        )
+        pruned = self.export(pruned_folder, self.job.artifact_name)
+        report, records = self.verify(pruned_folder, linears, dense, pruned, _selection_notes(selection))
+        bundle.write(
+            out,
+            bundle.Contents(
+                model=self.job.model,
+                checkpoint=self.job.checkpoint,
+                recipe=self.job.recipe,
+                traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.model_dump())
+                | {"stage": trace_folder.name, "selection": selection},
+                export=pruned,
+                sparsity_asked=self._asked(linears),
+                report=report,
+                records=records,
+            ),
+        )
+        return report
+
+    def _calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
+        """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
+        selection = select(traces, self.job.recipe.calibration)
+        chosen = selection.calibration
+        if self.job.recipe.calibration.source == "prompt":
+            shortest = min(len(trace.prompt_ids) for trace in traces)
+            held = {trace.question for trace in selection.held_out}
+            more = self._more_prompts(selection.tokens // shortest + 1)
+            fresh = [p for p in more if p.question not in held]
+            chosen = within_budget(prompt_traces(self.job.encoder, fresh), selection.tokens)
+        counts = {
+            "source": self.job.recipe.calibration.source,
+            "calibration_traces": len(chosen),
+            "calibration_tokens": sum(len(trace.ids) for trace in chosen),
+            "held_out_traces": len(selection.held_out),
+            "left_out": selection.left_out,
+        }
+        return chosen, selection.held_out, counts
+
+    def _more_prompts(self, count: int) -> list[tasks.Problem]:
+        """Return up to ``count`` calibration problems, fewer where the tasks run out."""
+        chosen = [self.job.tasks_by_spec[spec] for spec in self.job.calibration_specs]
+        while True:
+            try:
+                return tasks.problems_of(chosen, "calibration", self.job.recipe.traces.seed + 1, count)
+            except UsageError:
+                if count <= self.job.recipe.traces.count:
+                    raise
+                count = max(count * 3 // 4, self.job.recipe.traces.count)
+
+    def _file_sparsity(self, exported: ExportResult) -> float:
+        prunable = set(self.job.prunable())
+        rows = [(t.zeros, t.shape[0] * t.shape[1]) for t in exported.tensors if t.source in prunable]
+        return sum(zeros * size for zeros, size in rows) / sum(size for _, size in rows)
+
+    def _asked(self, linears: Sequence[LinearRow]) -> float:
+        sizes = {n.removesuffix(".weight"): self.job.checkpoint.entries[n].shape for n in self.job.prunable()}
+        weights = {name: shape[0] * shape[1] for name, shape in sizes.items()}
+        asked = sum(row.sparsity_asked * weights[row.name] for row in linears)
+        return asked / sum(weights.values())
+
+    def _metadata(self) -> dict[str, str | int | float | bool]:
+        prune = self.job.recipe.prune
+        return {
+            "general.name": self.job.name,
+            "racdeploy.version": __version__,
+            "racdeploy.base_model": self.job.recipe.model,
+            "racdeploy.method": prune.method,
+            "racdeploy.pattern": prune.pattern,
+            "racdeploy.sparsity": float(prune.sparsity),
+            "racdeploy.calibration": self.job.recipe.calibration.source,
+        }
+
+    def _inputs(self, stage: str) -> dict[str, Any]:
+        return {"version": __version__, "code": _code_hash(_CODE[stage])}
+
+    def _fingerprint(self, settings: EngineSettings) -> dict[str, Any]:
+        versions = {name: _installed(name) for name in ("torch", "transformers", "llama_cpp_python", "gguf", "numpy")}
+        return {
+            "racdeploy": __version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "engine": asdict(settings),
+            **versions,
+        }
+
+
+def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
+    left_out = ", ".join(f"{count} {reason}" for reason, count in selection["left_out"].items())
+    note = (
+        f"calibrated on {selection['calibration_tokens']} tokens of {selection['calibration_traces']} "
+        f"{'prompts' if selection['source'] == 'prompt' else 'traces'}"
+    )
+    return [f"{note}; left out: {left_out}" if left_out else note]
+
+
+def _opened(backend: str, path: Path, settings: EngineSettings) -> Any:
+    """Return an engine as a context manager."""
+    engine: Engine = open_engine(backend, path, settings)
+    return contextlib.closing(engine)
+
+
+def _code_hash(packages: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    root = Path(str(files("racdeploy")))
+    for package in packages:
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

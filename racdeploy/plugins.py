@@ -1,0 +1,80 @@
+"""Find plugins by file name: a file in a plugin folder is its registration.
+
+Files that begin with an underscore are private to their folder. "Unknown name" and "this file is broken"
+are different errors: the folder is listed before anything is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from functools import cache
+from importlib.resources import files
+from types import ModuleType
+
+from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
+
+__all__ = ["KINDS", "closest", "load", "names"]
+
+KINDS: dict[str, str] = {
+    "tasks": "racdeploy.tasks",
+    "families": "racdeploy.families",
+    "quant": "racdeploy.quant",
+    "packing": "racdeploy.packing",
+    "backends": "racdeploy.backends",
+    "methods": "racdeploy.prune.methods",
+    "formats": "racdeploy.export",
+    "checks": "racdeploy.verify",
+}
+_NOT_PLUGINS = {"checks": {"stats"}}
+_EXTRAS = {
+    "torch": "prune",
+    "transformers": "prune",
+    "gguf": "gguf",
+    "llama_cpp": "llamacpp",
+    "onnx": "onnx",
+    "onnxruntime": "ort",
+}
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """Return the plugin names of a kind, sorted, without importing any of them."""
+    folder = files(KINDS[kind])
+    stems = (entry.name.removesuffix(".py") for entry in folder.iterdir() if entry.name.endswith(".py"))
+    hidden = _NOT_PLUGINS.get(kind, set())
+    return tuple(sorted(stem for stem in stems if not stem.startswith("_") and stem not in hidden))
+
+
+def load(kind: str, name: str) -> ModuleType:
+    """Import the plugin of that name.
+
+    Raises:
+        UnknownPluginError: no such file; the message names the nearest one.
+        MissingExtraError: the plugin needs an optional dependency.
+        BrokenPluginError: the file is there and does not import.
+    """
+    if name not in names(kind):
+        raise UnknownPluginError(
+            f"unknown {_singular(kind)} {name!r}{closest(name, names(kind))}",
+            remedy=f"known: {', '.join(names(kind))}",
+        )
+    try:
+        return importlib.import_module(f"{KINDS[kind]}.{name}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in _EXTRAS:
+            raise MissingExtraError(package, _EXTRAS[package]) from error
+        raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
+    except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:
+        raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
+
+
+def closest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def _singular(kind: str) -> str:
+    return {"families": "family"}.get(kind, kind.removesuffix("s"))

@@ -1,0 +1,1 @@
+"""Pruning: one walk over the blocks, one file per method."""

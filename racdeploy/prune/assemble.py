@@ -1,0 +1,60 @@
+"""Put pruned blocks and untouched tensors together into one Hugging Face folder.
+
+The weights file is written in one pass: header first, then the bytes of each tensor from wherever it lies, so that
+no more than one piece of a tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from racdeploy.artifacts import atomic_folder
+from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, TensorEntry, read_tensor_entries
+
+__all__ = ["assemble"]
+
+_COPY_BYTES = 1 << 24
+
+
+def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
+    """Write ``out`` with the config, tokenizer and template of ``checkpoint`` and its pruned weights.
+
+    Args:
+        checkpoint: the dense model.
+        blocks: folder of ``block-*.safetensors`` from the pruning walk.
+        out: the new model folder.
+    """
+    pruned: dict[str, TensorEntry] = {}
+    for file in sorted(blocks.glob("block-*.safetensors")):
+        pruned.update(read_tensor_entries(file))
+    entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
+    with atomic_folder(out) as scratch:
+        _write(entries, scratch / "model.safetensors")
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, scratch / name)
+    return out
+
+
+def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
+    header, offset = {}, 0
+    for name, entry in entries.items():
+        stop = offset + entry.stop - entry.start
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries.values():
+            with entry.file.open("rb") as source:
+                source.seek(entry.start)
+                left = entry.stop - entry.start
+                while left:
+                    piece = source.read(min(left, _COPY_BYTES))
+                    assert piece, f"{entry.file} shrank while it was read"
+                    target.write(piece)
+                    left -= len(piece)

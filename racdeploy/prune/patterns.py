@@ -1,0 +1,81 @@
+"""Which weights stay: exact counts for unstructured sparsity, N kept of M for semi-structured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from racdeploy.errors import UsageError
+
+__all__ = ["NOfM", "Pattern", "Unstructured", "pattern_of"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeros anywhere in a linear; ``sparsity`` is the fraction of zeros."""
+
+    sparsity: float
+
+    def keep(self, score_OC: torch.Tensor, pruned_before: int, seen_before: int) -> torch.Tensor:
+        """Return keep_OC so that the whole linear ends with exactly the asked number of zeros.
+
+        Args:
+            score_OC: importance; the lowest are pruned.
+            pruned_before: zeros already placed in earlier columns of this linear.
+            seen_before: weights in those columns.
+        """
+        target = round(self.sparsity * (seen_before + score_OC.numel()))
+        count = min(max(target - pruned_before, 0), score_OC.numel())
+        keep = torch.ones(score_OC.numel(), dtype=torch.bool, device=score_OC.device)
+        if count:
+            keep[torch.argsort(score_OC.flatten(), stable=True)[:count]] = False
+        return keep.view_as(score_OC)
+
+    def group(self, column_block: int) -> int:
+        """Width of the column slices for which masks are chosen together."""
+        return column_block
+
+    def check(self, name: str, inputs: int) -> None:
+        """Every width fits."""
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """``kept`` weights of every ``of`` consecutive inputs stay."""
+
+    kept: int
+    of: int
+
+    def keep(self, score_OC: torch.Tensor, pruned_before: int, seen_before: int) -> torch.Tensor:
+        """Return keep_OC with exactly ``kept`` True in each group of ``of`` columns."""
+        O, C = score_OC.shape
+        score_OGM = score_OC.view(O, C // self.of, self.of)
+        order_OGM = torch.argsort(score_OGM, dim=-1, descending=True, stable=True)
+        keep_OGM = torch.zeros_like(score_OGM, dtype=torch.bool)
+        keep_OGM.scatter_(-1, order_OGM[..., : self.kept], True)
+        return keep_OGM.view(O, C)
+
+    def group(self, column_block: int) -> int:
+        """Width of the column slices for which masks are chosen together: one group."""
+        return self.of
+
+    def check(self, name: str, inputs: int) -> None:
+        """Refuse a width that groups of M do not divide.
+
+        Raises:
+            UsageError: naming the linear and the widths.
+        """
+        if inputs % self.of:
+            raise UsageError(
+                f"pattern {self.kept}:{self.of} does not divide the {inputs} inputs of {name}",
+                remedy=f"choose an M that divides {inputs}, or --pattern unstructured",
+            )
+
+
+Pattern = Unstructured | NOfM
+
+
+def pattern_of(sparsity: float, kept_of: tuple[int, int] | None) -> Pattern:
+    """Return the pattern a recipe asks for."""
+    return NOfM(*kept_of) if kept_of else Unstructured(sparsity)

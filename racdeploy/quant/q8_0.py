@@ -1,0 +1,27 @@
+"""Q8_0: 32 signed 8-bit codes and a half-precision scale."""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+
+GGML_TYPE = 8
+BITS = 8.5
+BLOCK = 32
+PRESERVES_ZERO = True
+_TYPE = GGMLQuantizationType(GGML_TYPE)
+
+
+def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return packed rows, bit for bit what ggml's C code writes."""
+    return quants.quantize(weight_OI, _TYPE)
+
+
+def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+    """Return float32 weights."""
+    weight_OI: NDArray[np.float32] = quants.dequantize(packed_OP, _TYPE)
+    assert weight_OI.shape[1] == I, "packed rows do not match the row length"
+    return weight_OI

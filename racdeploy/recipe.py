@@ -1,0 +1,452 @@
+"""What a build shall do: recipe files, deployment targets, and how they combine.
+
+Precedence, low to high: defaults, target, recipe file, command-line options. A target's limits bind: a recipe
+that contradicts one is an error, not a compromise. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from racdeploy import plugins
+from racdeploy.errors import UnknownPluginError, UsageError
+
+__all__ = [
+    "EXAMPLE",
+    "Calibration",
+    "Export",
+    "Gate",
+    "Pruning",
+    "Recipe",
+    "Target",
+    "Traces",
+    "Verification",
+    "validate",
+]
+
+M = TypeVar("M", bound=BaseModel)
+_PATTERN = re.compile(r"^(\d+):(\d+)$")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Traces(_Part):
+    """How the model's own chains of thought are collected.
+
+    Args:
+        count: prompts, one completion each.
+        temperature: 0 is greedy.
+        top_p: probability mass to sample from.
+        max_new_tokens: cap on one completion.
+        batch: sequences decoded together; one shard on disk each.
+        seed: decides prompts and sampling.
+    """
+
+    count: int = Field(256, ge=1)
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    batch: int = Field(64, ge=1)
+    seed: int = 0
+
+
+class Calibration(_Part):
+    """Which trace tokens the statistics see.
+
+    Args:
+        source: ``rac`` uses prompt and completion, ``prompt`` the prompt alone.
+        max_tokens: token budget; 0 takes every selected trace.
+        only_correct: leave out traces with a wrong answer.
+        keep_truncated: use traces that hit the cap.
+        held_out_share: share of the traces kept for the held-out error, never used to prune.
+    """
+
+    source: Literal["rac", "prompt"] = "rac"
+    max_tokens: int = Field(0, ge=0)
+    only_correct: bool = False
+    keep_truncated: bool = False
+    held_out_share: float = Field(0.125, ge=0, le=0.5)
+
+
+class Pruning(_Part):
+    """How weights are chosen and compensated.
+
+    Args:
+        method: a plugin of kind ``methods``.
+        sparsity: fraction of zeros of each prunable linear; the pattern decides it where there is one.
+        pattern: ``unstructured`` or ``N:M``: N kept of each M consecutive inputs.
+        damping: added to the diagonal of the Hessian, as a share of its mean.
+        column_block: update width of the method.
+        dense: linears to leave alone, as regular expressions over their full name.
+    """
+
+    method: str = "sparsegpt"
+    sparsity: float = Field(0.5, ge=0, lt=1)
+    pattern: str = "unstructured"
+    damping: float = Field(0.01, gt=0, le=1)
+    column_block: int = Field(128, ge=1)
+    dense: tuple[str, ...] = ()
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str) -> str:
+        if value == "unstructured":
+            return value
+        match = _PATTERN.match(value)
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(f"{value!r} is neither 'unstructured' nor N:M with 0 < N < M")
+        return value
+
+    @field_validator("dense")
+    @classmethod
+    def _check_dense(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _check_sparsity(self) -> Self:
+        if self.kept_of is None:
+            return self
+        kept, of = self.kept_of
+        implied = 1 - kept / of
+        if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
+            raise ValueError(f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}")
+        object.__setattr__(self, "sparsity", implied)
+        return self
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """N and M of an N:M pattern, or None."""
+        match = _PATTERN.match(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+class Export(_Part):
+    """The exported file.
+
+    Args:
+        format: a plugin of kind ``formats``.
+        quant: a plugin of kind ``quant``.
+        packing: a plugin of kind ``packing``.
+        pre_tokenizer: overrides the name derived from tokenizer.json.
+    """
+
+    format: str = "gguf"
+    quant: str = "q8_0"
+    packing: str = "plain"
+    pre_tokenizer: str | None = None
+
+
+class Verification(_Part):
+    """How the artifact is compared with the dense model.
+
+    Args:
+        count: evaluation prompts; both arms answer the same ones.
+        max_new_tokens: cap on one completion.
+        max_thinking_tokens: thinking budget with forced close; 0 for none.
+        temperature: 0 is greedy.
+        margin: largest accuracy drop that passes, as a fraction.
+        length_limit: largest ratio of mean thinking tokens, pruned to dense, that passes.
+        confidence: of the two-sided intervals.
+        logit_traces: dense traces for the teacher-forced comparison with torch.
+        parallel: sequences decoded together.
+        context_tokens: context per sequence.
+        seed: decides prompts.
+    """
+
+    count: int = Field(200, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    max_thinking_tokens: int = Field(0, ge=0)
+    temperature: float = Field(0.0, ge=0)
+    margin: float = Field(0.05, gt=0, lt=1)
+    length_limit: float = Field(1.2, gt=0)
+    confidence: float = Field(0.90, gt=0, lt=1)
+    logit_traces: int = Field(16, ge=0)
+    parallel: int = Field(16, ge=1)
+    context_tokens: int = Field(2048, ge=16)
+    seed: int = 0
+
+
+class Gate(_Part):
+    """Limits of a gate file; what it leaves out stays as the bundle was built.
+
+    Args:
+        margin: largest accuracy drop that passes, as a fraction.
+        length_limit: largest ratio of mean thinking tokens that passes.
+        confidence: of the two-sided intervals.
+        inconclusive: what a verdict without enough data means for the exit code.
+    """
+
+    margin: float | None = Field(None, gt=0, lt=1)
+    length_limit: float | None = Field(None, gt=0)
+    confidence: float | None = Field(None, gt=0, lt=1)
+    inconclusive: Literal["fail", "pass"] = "fail"
+
+    @classmethod
+    def read(cls, file: Path | None) -> Self:
+        """Read a TOML gate file; None is the empty gate.
+
+        Raises:
+            UsageError: it is missing, not TOML, or has unknown keys or bad values.
+        """
+        return validate(cls, read_toml(file), str(file)) if file else cls()
+
+    def apply(self, settings: Verification) -> Verification:
+        """Return verification settings with this gate's limits."""
+        limits = self.model_dump(exclude_none=True, exclude={"inconclusive"})
+        return settings.model_copy(update=limits)
+
+
+class Recipe(_Part):
+    """One build, complete.
+
+    Args:
+        model: local folder, Hub id, or ``tiny-reasoner``.
+        target: name of a deployment target.
+        tasks: what is asked of the model when it is verified.
+        calibration_tasks: what it is asked when traces are collected; empty means ``tasks``.
+    """
+
+    model: str = "tiny-reasoner"
+    target: str = "gguf"
+    tasks: tuple[str, ...] = ()
+    calibration_tasks: tuple[str, ...] = ()
+    traces: Traces = Field(default_factory=Traces)
+    calibration: Calibration = Field(default_factory=Calibration)
+    prune: Pruning = Field(default_factory=Pruning)
+    export: Export = Field(default_factory=Export)
+    verify: Verification = Field(default_factory=Verification)
+
+    @classmethod
+    def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
+        """Build a recipe from its target, a recipe file and nested options, checked for contradictions.
+
+        Args:
+            file: a TOML recipe, or None.
+            options: nested values that win over the file; None values are ignored.
+
+        Raises:
+            UsageError: unknown keys, bad values, unknown plugins, or a target that forbids the result.
+        """
+        written = read_toml(file) if file else {}
+        asked = _merge(written, _without_none(options))
+        target = Target.read(str(asked.get("target", cls.model_fields["target"].default)))
+        merged = _merge(target.defaults(_names_pattern(asked)), asked)
+        recipe = validate(cls, merged, str(file) if file else "the command line")
+        recipe._check_plugins()
+        target.check(recipe)
+        return recipe
+
+    def _check_plugins(self) -> None:
+        chosen = {
+            "methods": self.prune.method,
+            "formats": self.export.format,
+            "quant": self.export.quant,
+            "packing": self.export.packing,
+        }
+        for kind, name in chosen.items():
+            if name not in plugins.names(kind):
+                nearest = plugins.closest(name, plugins.names(kind))
+                raise UnknownPluginError(
+                    f"unknown {kind.removesuffix('s')} {name!r}{nearest}",
+                    remedy=f"known: {', '.join(plugins.names(kind))}",
+                )
+
+
+class Target(_Part):
+    """A place to deploy to: defaults for a recipe, and limits that bind.
+
+    Args:
+        name: file name without ``.toml``.
+        why: one line on the choice.
+        format, quant, packing, pattern, sparsity: defaults.
+        context_tokens: context length the target is meant for.
+        memory_limit_bytes: largest artifact, plus cache, the target holds.
+        allowed_formats: formats its engine can read.
+        allowed_quants: quants that make sense there; empty means all.
+        recipe: further recipe defaults, by part.
+    """
+
+    name: str
+    why: str
+    format: str = "gguf"
+    quant: str = "q8_0"
+    packing: str = "plain"
+    pattern: str = "unstructured"
+    sparsity: float | None = None
+    context_tokens: int = Field(4096, ge=16)
+    memory_limit_bytes: int = Field(ge=1)
+    allowed_formats: tuple[str, ...] = ("gguf",)
+    allowed_quants: tuple[str, ...] = ()
+    recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the targets that ship with racdeploy, sorted."""
+        return tuple(sorted(e.name.removesuffix(".toml") for e in _folder().iterdir() if e.name.endswith(".toml")))
+
+    @classmethod
+    def read(cls, name: str) -> Self:
+        """Read a shipped target by name, or a user's target by the path of its TOML file.
+
+        Raises:
+            UnknownPluginError: no such target.
+            UsageError: the file is damaged.
+        """
+        if name.endswith(".toml"):
+            path = Path(name)
+            return validate(cls, {"name": path.stem, **read_toml(path)}, name)
+        if name not in cls.names():
+            raise UnknownPluginError(
+                f"unknown target {name!r}{plugins.closest(name, cls.names())}",
+                remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
+            )
+        path = _folder() / f"{name}.toml"
+        return validate(cls, {"name": name, **read_toml(path)}, str(path))
+
+    def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:
+        """Return the recipe values this target proposes."""
+        prune: dict[str, Any] = {} if pattern_is_asked else {"pattern": self.pattern}
+        if self.sparsity is not None and not pattern_is_asked and self.pattern == "unstructured":
+            prune["sparsity"] = self.sparsity
+        export = {"format": self.format, "quant": self.quant, "packing": self.packing}
+        return _merge({"prune": prune, "export": export}, self.recipe)
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that this target cannot run.
+
+        Raises:
+            UsageError: naming the value and what the target allows.
+        """
+        if recipe.export.format not in self.allowed_formats:
+            raise UsageError(
+                f"target {self.name!r} cannot run format {recipe.export.format!r}",
+                remedy=f"it runs {', '.join(self.allowed_formats)}; choose another target or format",
+            )
+        if self.allowed_quants and recipe.export.quant not in self.allowed_quants:
+            raise UsageError(
+                f"target {self.name!r} does not take quant {recipe.export.quant!r}: {self.why}",
+                remedy=f"it takes {', '.join(self.allowed_quants)}",
+            )
+        if recipe.verify.context_tokens > self.context_tokens:
+            raise UsageError(
+                f"target {self.name!r} is made for {self.context_tokens} tokens of context, "
+                f"the recipe verifies with {recipe.verify.context_tokens}",
+                remedy="lower verify.context_tokens or choose another target",
+            )
+
+
+def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
+    """Validate values into a pydantic model, with the nearest known key in the message."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, dict(detail)) for detail in error.errors()]
+        raise UsageError(f"{where}: {'; '.join(lines)}", remedy="correct the value and run again") from None
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{file} does not exist", remedy="racdeploy init writes a recipe") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UsageError(f"{file} is not valid TOML: {error}") from error
+
+
+def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    name = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = tuple(_known_keys(model, location[:-1]))
+        return f"unknown key {name!r}{plugins.closest(location[-1], known)}; known: {', '.join(known)}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""
+    return f"{name or 'value'}: {message}{shown}"
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in options.items()}
+    return {k: v for k, v in kept.items() if v is not None and v != {}}
+
+
+def _names_pattern(asked: Mapping[str, Any]) -> bool:
+    prune = asked.get("prune", {})
+    return isinstance(prune, Mapping) and ("pattern" in prune or "sparsity" in prune)
+
+
+def _folder() -> Path:
+    """Return the targets folder: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(str(files("racdeploy"))) / "targets"
+    return inside if inside.is_dir() else inside.parent.parent / "targets"
+
+
+EXAMPLE = """\
+# A racdeploy recipe. Every key is optional; command-line options win.
+
+model = "tiny-reasoner"       # local folder, Hub id, or tiny-reasoner
+target = "gguf"               # racdeploy targets
+# tasks = ["jsonl:problems.jsonl"]        # what is asked; default: every procedural task
+# calibration_tasks = ["jsonl:more.jsonl"]
+
+[traces]                      # the model's own chains of thought
+count = 256
+temperature = 0.6
+top_p = 0.95
+max_new_tokens = 1024
+
+[calibration]
+source = "rac"                # prompt and thinking; "prompt" is the usual way
+max_tokens = 0                # 0: every trace
+
+[prune]
+method = "sparsegpt"
+pattern = "unstructured"      # or N:M, N kept of M
+sparsity = 0.5
+# dense = ["mlp.down_proj$"]  # linears to leave alone
+
+[export]
+quant = "q8_0"
+
+[verify]
+count = 200
+margin = 0.05                 # largest accuracy drop that passes
+length_limit = 1.2            # largest thinking-length ratio that passes
+"""

@@ -1,0 +1,128 @@
+"""A report as one HTML file: no network, no script, light and dark, every part reachable by keyboard.
+
+The page holds all tables, the charts, and the prompts on which the arms disagree with their thinking side by
+side. It stays below 2 MB: long thinking is cut, late prompts are left to ``records.jsonl``, and it says so.
+Prompts and answers are hostile text: the template escapes everything, and a content security policy forbids
+scripts should anything slip through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import jinja2
+
+from racdeploy.report import charts
+from racdeploy.report.tables import explanation, plain, tables, visible
+from racdeploy.report_model import Record, Report
+
+__all__ = ["render"]
+
+_TEXT_BUDGET_BYTES = 1_200_000
+_TEXT_CHARACTERS = 24_000
+_ROWS = 200
+
+
+@dataclass(frozen=True)
+class _Disagreement:
+    """One prompt on which exactly one arm was right."""
+
+    dense: Record
+    pruned: Record
+
+    @property
+    def outcome(self) -> str:
+        return "lost" if self.dense.correct else "won"
+
+
+def render(report: Report, records: Sequence[Record] = ()) -> str:
+    """Return the page.
+
+    Args:
+        report: what was found.
+        records: one per prompt, arm and sample; only the arms ``dense`` and ``pruned`` are drawn.
+    """
+    paired = _pair(records)
+    disagreements = [_Disagreement(dense, pruned) for dense, pruned in paired if dense.correct != pruned.correct]
+    shown = _within_budget(disagreements)
+    cap = report.comparison.length_budget_tokens if report.comparison else None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(cut=_cut, plain=plain)
+    source = files("racdeploy.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        report=report,
+        explanation=explanation(report),
+        tables=tables(report),
+        row_limit=_ROWS,
+        accuracy_chart=charts.accuracy_against_length(report.arms),
+        scatter_chart=charts.paired_lengths(_length_pairs(paired), cap),
+        histogram_chart=charts.length_histogram(
+            [dense.thinking_tokens for dense, _ in paired],
+            [pruned.thinking_tokens for _, pruned in paired],
+            cap,
+        ),
+        sparsity_chart=charts.heat_map(report.linears, lambda row: row.sparsity_reached, "Sparsity by linear"),
+        error_chart=charts.heat_map(report.linears, lambda row: row.held_out_error, "Held-out error by linear"),
+        pairs=len(paired),
+        disagreements=shown,
+        disagreement_count=len(disagreements),
+        recipe=_readable(report.recipe),
+        fingerprint=_readable(report.fingerprint),
+    )
+
+
+def _pair(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Match the two arms' records by prompt and sample, in prompt order."""
+    by_arm: dict[str, dict[tuple[int, int], Record]] = {"dense": {}, "pruned": {}}
+    for record in records:
+        if record.arm in by_arm:
+            by_arm[record.arm][record.prompt, record.sample] = record
+    dense, pruned = by_arm["dense"], by_arm["pruned"]
+    return [(dense[key], pruned[key]) for key in sorted(dense.keys() & pruned.keys())]
+
+
+def _length_pairs(paired: Sequence[tuple[Record, Record]]) -> list[charts.LengthPair]:
+    outcomes = {(True, False): "lost", (False, True): "won"}
+    return [
+        charts.LengthPair(
+            dense.prompt,
+            dense.thinking_tokens,
+            pruned.thinking_tokens,
+            outcomes.get((dense.correct, pruned.correct), "same"),
+        )
+        for dense, pruned in paired
+    ]
+
+
+def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:
+    """Return the prompts whose texts fit on the page, those that pruning lost first."""
+    shown, left_bytes = [], _TEXT_BUDGET_BYTES
+    for disagreement in sorted(disagreements, key=lambda found: found.outcome):  # "lost" before "won"
+        left_bytes -= sum(_page_bytes(record) for record in (disagreement.dense, disagreement.pruned))
+        if left_bytes < 0:
+            break
+        shown.append(disagreement)
+    return shown
+
+
+def _page_bytes(record: Record) -> int:
+    texts = [_cut(text) for text in (record.question, record.gold, record.answer_text, record.thinking_text)]
+    # Five bytes stand for what escaping adds to the characters it touches.
+    special = sum(text.count(character) for text in texts for character in "<>&'\"")
+    return sum(len(text.encode()) for text in texts) + 5 * special + 1500
+
+
+def _cut(text: str) -> str:
+    text = visible(text)
+    if len(text) <= _TEXT_CHARACTERS:
+        return text
+    return f"{text[:_TEXT_CHARACTERS]}\n… {len(text) - _TEXT_CHARACTERS} more characters in records.jsonl"
+
+
+def _readable(settings: dict[str, object]) -> str:
+    return visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str)) if settings else ""

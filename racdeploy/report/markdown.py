@@ -1,0 +1,70 @@
+"""A report as Markdown that fits a pull-request comment.
+
+GitHub refuses comments above 65 536 characters. Long tables and cells are cut with a sentence that says so;
+nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+from racdeploy.report.tables import Table, explanation, headline, plain, tables
+from racdeploy.report_model import Report
+
+__all__ = ["escape", "render"]
+
+LIMIT_CHARACTERS = 60_000
+_ROWS, _CELL_CHARACTERS = 30, 400
+_SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
+_SPECIAL = re.compile(r"([\\`*~|\[\]])|(?<!\w)(_)|(_)(?!\w)")
+
+
+def render(report: Report) -> str:
+    """Return the report as GitHub-flavoured Markdown."""
+    parts = [f"### {_SIGNS[report.verdict]} {escape(headline(report))}"]
+    if reasons := explanation(report):
+        parts.append(escape(reasons))
+    parts += [_table(table) for table in tables(report)]
+    if report.notes:
+        notes = [f"- {escape(_clip(plain(note)))}" for note in report.notes[:_ROWS]]
+        notes += _remainder(len(report.notes), "notes", "- ")
+        parts.append("\n".join(["#### Notes", "", *notes]))
+    text = "\n\n".join(parts) + "\n"
+    if len(text) <= LIMIT_CHARACTERS:
+        return text
+    kept = text[:LIMIT_CHARACTERS].rpartition("\n")[0]
+    return f"{kept}\n\n_Cut at {LIMIT_CHARACTERS} characters; the rest is in report.html and report.json._\n"
+
+
+def escape(text: str) -> str:
+    """Return the text on one line so that Markdown, HTML, mentions and issue links in it stay text."""
+    text = html.escape(plain(text), quote=False)
+    text = _SPECIAL.sub(r"\\\g<0>", text)
+    text = re.sub(r"#(?=\w)", "&#35;", text)
+    return text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def _table(table: Table) -> str:
+    lines = [
+        f"#### {escape(table.title)}",
+        "",
+        f"| {' | '.join(table.columns)} |",
+        f"|{' --- |' * len(table.columns)}",
+        *(f"| {' | '.join(escape(_clip(cell)) for cell in row)} |" for row in table.rows[:_ROWS]),
+    ]
+    if more := _remainder(len(table.rows), "rows"):
+        lines += ["", *more]
+    return "\n".join(lines)
+
+
+def _remainder(count: int, noun: str, prefix: str = "") -> list[str]:
+    if count <= _ROWS:
+        return []
+    return [f"{prefix}_{count - _ROWS} more {noun} are in report.html and report.json._"]
+
+
+def _clip(cell: str) -> str:
+    if len(cell) <= _CELL_CHARACTERS:
+        return cell
+    return f"{cell[:_CELL_CHARACTERS]}… ({len(cell) - _CELL_CHARACTERS} more characters)"

@@ -1,0 +1,136 @@
+"""Condense evidence and check results into the report that everything prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from racdeploy.export import ExportResult
+from racdeploy.report_model import ArmSummary, CheckResult, Comparison, LinearRow, Report, TaskRow, TensorRow
+from racdeploy.verify import Arm, Evidence, stats
+
+__all__ = ["summarize", "summarize_arm", "tensor_rows"]
+
+
+def summarize(
+    evidence: Evidence,
+    checks: Sequence[CheckResult],
+    *,
+    linears: Sequence[LinearRow],
+    model: str,
+    target: str,
+    recipe: Mapping[str, Any],
+    notes: Sequence[str],
+    fingerprint: Mapping[str, Any],
+    created: datetime,
+) -> Report:
+    """Return the report of one verification.
+
+    Args:
+        evidence: what was measured.
+        checks: what the checks decided.
+        linears: how each linear was pruned.
+        model: what the user named.
+        target: deployment target.
+        recipe: the resolved recipe.
+        notes: sentences for the reader.
+        fingerprint: versions and settings the numbers depend on.
+        created: when the verification ended.
+    """
+    return Report(
+        created=created,
+        model=model,
+        target=target,
+        recipe=dict(recipe),
+        arms=(summarize_arm(evidence.dense), summarize_arm(evidence.pruned)),
+        tasks=_tasks(evidence),
+        comparison=_comparison(evidence, {check.name: check for check in checks}),
+        checks=tuple(checks),
+        linears=tuple(linears),
+        tensors=evidence.tensors,
+        notes=tuple(notes),
+        fingerprint=dict(fingerprint),
+    )
+
+
+def summarize_arm(arm: Arm) -> ArmSummary:
+    """Return counts, means and the 95 % Wilson interval of one arm."""
+    count, correct = len(arm.records), sum(record.correct for record in arm.records)
+    interval = stats.wilson_interval(correct, count)
+    decode_s = arm.stats.get("decode_s", 0.0)
+    peak_rss_bytes = arm.stats.get("peak_rss_bytes")
+    return ArmSummary(
+        name=arm.name,
+        prompts=count,
+        correct=correct,
+        accuracy=correct / count,
+        accuracy_lower=interval.lower,
+        accuracy_upper=interval.upper,
+        thinking_tokens_mean=sum(r.thinking_tokens for r in arm.records) / count,
+        answer_tokens_mean=sum(r.answer_tokens for r in arm.records) / count,
+        unclosed=sum(r.state == "open" for r in arm.records),
+        forced=sum(r.state == "forced" for r in arm.records),
+        cut=sum(r.finish_reason == "length" and r.state != "open" for r in arm.records),
+        size_bytes=arm.size_bytes,
+        tokens_per_s=arm.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None,
+        load_ms=arm.stats.get("load_ms"),
+        peak_rss_bytes=int(peak_rss_bytes) if peak_rss_bytes is not None else None,
+        quant=arm.quant,
+        sparsity=arm.sparsity,
+    )
+
+
+def _tasks(evidence: Evidence) -> tuple[TaskRow, ...]:
+    rows = []
+    for task in dict.fromkeys(record.task for record in evidence.dense.records):
+        dense = [record.correct for record in evidence.dense.records if record.task == task]
+        pruned = [record.correct for record in evidence.pruned.records if record.task == task]
+        rows.append(TaskRow(task=task, prompts=len(dense), dense_correct=sum(dense), pruned_correct=sum(pruned)))
+    return tuple(rows)
+
+
+def _comparison(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:
+    """Return the comparison; its numbers are those on which the checks decided."""
+    pairs = list(zip(evidence.dense.records, evidence.pruned.records, strict=True))
+    dense_only = sum(d.correct and not p.correct for d, p in pairs)
+    pruned_only = sum(p.correct and not d.correct for d, p in pairs)
+    settings, accuracy, thinking = evidence.settings, checks["accuracy"], checks["thinking"].figures
+    interval = stats.tango_interval(dense_only, pruned_only, len(pairs), settings.confidence)
+    length_verdict = checks["thinking"].verdict
+    return Comparison(
+        drop=(dense_only - pruned_only) / len(pairs),
+        drop_lower=interval.lower,
+        drop_upper=interval.upper,
+        verdict="inconclusive" if accuracy.verdict == "skipped" else accuracy.verdict,
+        margin=settings.margin,
+        n10=dense_only,
+        n01=pruned_only,
+        n=len(pairs),
+        length_ratio=_number(thinking, "length_ratio"),
+        length_lower=_number(thinking, "length_lower"),
+        length_upper=_number(thinking, "length_upper"),
+        length_verdict=None if length_verdict == "skipped" else length_verdict,
+        length_limit=settings.length_limit,
+        length_budget_tokens=settings.max_thinking_tokens or settings.max_new_tokens,
+        confidence=settings.confidence,
+    )
+
+
+def _number(figures: Mapping[str, float | int | str], name: str) -> float | None:
+    return float(figures[name]) if name in figures else None
+
+
+def tensor_rows(exported: ExportResult) -> tuple[TensorRow, ...]:
+    """Return the report's rows of an exported file."""
+    return tuple(
+        TensorRow(
+            name=t.name,
+            quant_asked=t.quant_asked,
+            quant_real=t.quant_real,
+            zeros=t.zeros,
+            size_bytes=t.size_bytes,
+            reason=t.reason,
+        )
+        for t in exported.tensors
+    )

@@ -1,0 +1,259 @@
+"""The report and the records: what a verification found, as data.
+
+Filled in by the checks, read by everything that prints. Knows nothing of Markdown or HTML, and nothing of how
+a number was measured. The verdict is never stored on its own: it follows from the checks in
+:func:`overall_verdict`, and a file whose verdict says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    computed_field,
+    model_validator,
+)
+
+__all__ = [
+    "ArmSummary",
+    "CheckResult",
+    "CheckVerdict",
+    "Comparison",
+    "LinearRow",
+    "Record",
+    "Report",
+    "TaskRow",
+    "TensorRow",
+    "ThinkingState",
+    "Verdict",
+    "overall_verdict",
+]
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+CheckVerdict = Literal["pass", "fail", "inconclusive", "skipped"]
+ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
+
+
+class _Part(BaseModel):
+    # An unbounded interval has infinite ends; "strings" keeps the file valid JSON and reads back as numbers.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class ArmSummary(_Part):
+    """One model that answered the prompts: ``dense``, ``pruned`` or a rival.
+
+    Args:
+        name: ``dense`` and ``pruned`` are the two that are compared.
+        prompts: prompts answered, the denominator of ``accuracy``.
+        accuracy_lower: lower end of the 95 % Wilson interval.
+        accuracy_upper: upper end of it.
+        unclosed: completions that ended inside the thinking; they count as wrong.
+        forced: completions whose thinking was closed by the budget.
+        cut: completions that hit the token cap after the thinking.
+        size_bytes: the artifact on disk, every file of it.
+        sparsity: zeros in the exported file, over the prunable weights.
+    """
+
+    name: str
+    prompts: int = Field(ge=1)
+    correct: int = Field(ge=0)
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_lower: float = Field(ge=0, le=1)
+    accuracy_upper: float = Field(ge=0, le=1)
+    thinking_tokens_mean: float | None = Field(None, ge=0)
+    answer_tokens_mean: float | None = Field(None, ge=0)
+    unclosed: int = Field(0, ge=0)
+    forced: int = Field(0, ge=0)
+    cut: int = Field(0, ge=0)
+    size_bytes: int | None = Field(None, ge=0)
+    tokens_per_s: float | None = Field(None, ge=0)
+    load_ms: float | None = Field(None, ge=0)
+    peak_rss_bytes: int | None = Field(None, ge=0)
+    quant: str | None = None
+    sparsity: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.correct > self.prompts:
+            raise ValueError(f"{self.correct} correct of {self.prompts} prompts")
+        return self
+
+
+class TaskRow(_Part):
+    """Correct answers of both arms on one task."""
+
+    task: str
+    prompts: int = Field(ge=0)
+    dense_correct: int = Field(ge=0)
+    pruned_correct: int = Field(ge=0)
+
+
+class Comparison(_Part):
+    """The pruned arm against the dense one over the same prompts.
+
+    Args:
+        drop: accuracy lost by pruning, as a fraction; negative where pruning won.
+        drop_lower: lower end of its interval.
+        drop_upper: upper end of its interval.
+        verdict: non-inferiority of the accuracy.
+        margin: largest drop that passes.
+        n10: prompts that dense answers and pruned does not.
+        n01: prompts that pruned answers and dense does not.
+        n: prompts answered by both arms.
+        length_ratio: restricted mean thinking length, pruned over dense; None if it was not measured.
+        length_limit: largest ratio that passes.
+        length_budget_tokens: the cap at which lengths are restricted, equal for both arms.
+        confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
+    """
+
+    drop: float = Field(ge=-1, le=1)
+    drop_lower: float = Field(ge=-1, le=1)
+    drop_upper: float = Field(ge=-1, le=1)
+    verdict: Verdict
+    margin: float
+    n10: int = Field(ge=0)
+    n01: int = Field(ge=0)
+    n: int = Field(ge=1)
+    length_ratio: float | None = Field(None, ge=0)
+    length_lower: float | None = Field(None, ge=0)
+    length_upper: float | None = Field(None, ge=0)
+    length_verdict: Verdict | None = None
+    length_limit: float | None = Field(None, gt=0)
+    length_budget_tokens: int | None = Field(None, ge=1)
+    confidence: float = Field(0.90, gt=0, lt=1)
+
+
+class CheckResult(_Part):
+    """What one check of the gate found.
+
+    Args:
+        name: the check's plugin name.
+        summary: one sentence with the numbers that decided.
+        figures: the numbers, by name, with the unit in the name.
+        remedy: the next thing to do where it did not pass.
+    """
+
+    name: str
+    verdict: CheckVerdict
+    summary: str
+    figures: dict[str, float | int | str] = Field(default_factory=dict)
+    remedy: str = ""
+
+
+class LinearRow(_Part):
+    """How one linear was pruned.
+
+    Args:
+        error: relative output error by stream: ``prompt``, ``thinking``, ``answer``.
+        held_out_error: the same over traces that were not used to prune.
+        damping: share of the mean diagonal that the Cholesky needed.
+    """
+
+    name: str
+    sparsity_asked: float = Field(ge=0, le=1)
+    sparsity_reached: float = Field(ge=0, le=1)
+    error: dict[str, float] = Field(default_factory=dict)
+    held_out_error: float | None = None
+    damping: float | None = None
+
+
+class TensorRow(_Part):
+    """How one tensor was exported.
+
+    Args:
+        zeros: exact zeros in the exported tensor, as a fraction of its weights.
+        reason: why it is not as asked; empty where it is.
+    """
+
+    name: str
+    quant_asked: str
+    quant_real: str
+    zeros: float = Field(ge=0, le=1)
+    size_bytes: int = Field(ge=0)
+    reason: str = ""
+
+
+class Record(_Part):
+    """One line of ``records.jsonl``: one prompt, arm and sample.
+
+    Args:
+        prompt: index of the prompt; both arms share it.
+        extracted: the answer that was scored, None if none was found.
+    """
+
+    prompt: int = Field(ge=0)
+    task: str
+    question: str
+    gold: str
+    arm: str
+    sample: int = Field(0, ge=0)
+    thinking_tokens: int = Field(ge=0)
+    answer_tokens: int = Field(ge=0)
+    state: ThinkingState
+    finish_reason: Literal["stop", "length", "cancelled"]
+    correct: bool
+    extracted: str | None
+    answer_text: str
+    thinking_text: str
+
+
+class Report(_Part):
+    """Everything ``report.json`` holds.
+
+    Args:
+        created: when the verification ended, with time zone.
+        recipe: the resolved recipe.
+        notes: whatever a reader must know and no table says.
+        fingerprint: versions, threads and engine settings that the numbers depend on.
+    """
+
+    schema_version: Literal[1] = 1
+    created: AwareDatetime
+    model: str
+    target: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    arms: tuple[ArmSummary, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+    comparison: Comparison | None = None
+    checks: tuple[CheckResult, ...] = ()
+    linears: tuple[LinearRow, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def verdict(self) -> Verdict:
+        """The one verdict that is printed and that decides the exit code."""
+        return overall_verdict(self.checks)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_verdict(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Accept a stored verdict only where the checks say the same."""
+        if not isinstance(data, Mapping) or "verdict" not in data:
+            return handler(data)
+        report = handler({key: value for key, value in data.items() if key != "verdict"})
+        if data["verdict"] != report.verdict:
+            raise ValueError(f"the verdict is {data['verdict']!r} and the checks say {report.verdict!r}")
+        return report
+
+
+def overall_verdict(checks: Iterable[CheckResult]) -> Verdict:
+    """Return the verdict of a whole report.
+
+    One failed check fails it. Without a failure, one inconclusive check makes it inconclusive, and so do no
+    checks at all or only skipped ones: missing data never passes.
+    """
+    verdicts = {check.verdict for check in checks}
+    if "fail" in verdicts:
+        return "fail"
+    if "inconclusive" in verdicts or "pass" not in verdicts:
+        return "inconclusive"
+    return "pass"

@@ -1,0 +1,152 @@
+"""Verify a finished bundle again: rerun its prompts, compare with the dense records it carries.
+
+The dense arm is not rerun: its records were made when the bundle was built, and the report says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from racdeploy import tasks
+from racdeploy.artifacts import Manifest
+from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.checkpoint import read_json
+from racdeploy.errors import ArtifactError
+from racdeploy.export._probe_strings import probe_strings
+from racdeploy.families import family_of
+from racdeploy.inspection import measure_gguf
+from racdeploy.recipe import Gate, Recipe, validate
+from racdeploy.report.summary import summarize
+from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import tags_of
+from racdeploy.verify import Arm, Evidence, run_checks
+from racdeploy.verify._measure import answer_problems, probe_tokens
+
+__all__ = ["reverify"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def reverify(
+    bundle: Path, gate: Gate, threads: int = 0, progress: Progress | None = None
+) -> tuple[Report, list[Record]]:
+    """Run the checks of a bundle anew.
+
+    Args:
+        bundle: folder that ``racdeploy build`` wrote.
+        gate: limits that replace the recipe's.
+        threads: CPU threads; 0 uses every core.
+        progress: called with a label, prompts done and prompts in all.
+
+    Raises:
+        ArtifactError: the bundle is damaged.
+        EngineError: the engine cannot run the artifact.
+    """
+    manifest = Manifest.read(bundle)
+    recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
+    settings = gate.apply(recipe.verify).model_copy(update={"logit_traces": 0})
+    dense_records, built = _read_dense(bundle)
+    problems = [tasks.Problem(r.question, r.gold, task=r.task) for r in dense_records]
+    encoder = PromptEncoder.from_folder(bundle)
+    names = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
+    tags = tags_of(encoder, names[0], names[1]) if names[0] and names[1] else None
+    entry = manifest.artifacts[0]
+    engine_settings = EngineSettings(settings.context_tokens, settings.parallel, threads)
+    with contextlib.closing(open_engine(entry.backend, bundle / entry.path, engine_settings)) as engine:
+        records, _ = answer_problems(
+            engine,
+            encoder,
+            tags,
+            manifest.tokenizer.eos_ids,
+            problems,
+            {spec: tasks.scorer(spec) for spec in dict.fromkeys(p.task for p in problems)},
+            settings,
+            "pruned",
+            progress,
+        )
+        probes = probe_tokens(engine, encoder, probe_strings())
+        stats = dict(getattr(engine, "stats", {}))
+    rows, prunable, sparsity = _measure(bundle / entry.path, manifest, entry.quant)
+    evidence = Evidence(
+        settings=settings,
+        dense=_recorded_arm(built, dense_records),
+        pruned=Arm("pruned", records, entry.size_bytes, entry.quant, sparsity, stats),
+        artifact=bundle / entry.path,
+        artifact_sha256=entry.sha256,
+        sparsity_asked=float(manifest.pruning["sparsity_asked"]),
+        tensors=rows,
+        prunable=prunable,
+        probes=probes,
+    )
+    report = summarize(
+        evidence,
+        run_checks(evidence),
+        linears=built.linears,
+        model=built.model,
+        target=built.target,
+        recipe=recipe.model_dump(mode="json"),
+        notes=[
+            f"the dense arm was not rerun: its records are of {built.created:%Y-%m-%d %H:%M} UTC, "
+            f"with the engine settings {json.dumps(built.fingerprint.get('engine', {}))}",
+        ],
+        fingerprint={"engine": asdict(engine_settings)},
+        created=datetime.now(UTC),
+    )
+    return report, [*dense_records, *records]
+
+
+def _read_dense(bundle: Path) -> tuple[tuple[Record, ...], Report]:
+    """Return the dense records of a bundle and the report of its build."""
+    try:
+        lines = (bundle / "records.jsonl").read_text(encoding="utf-8").splitlines()
+        records = tuple(r for line in lines if (r := Record.model_validate_json(line)).arm == "dense")
+        report = Report.model_validate(read_json(bundle / "report.json"))
+    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ArtifactError(f"{bundle}: the records are damaged: {first}", remedy="build the bundle again") from error
+    if not records:
+        raise ArtifactError(f"{bundle}/records.jsonl holds no dense records", remedy="build the bundle again")
+    return records, report
+
+
+def _recorded_arm(built: Report, records: tuple[Record, ...]) -> Arm:
+    arm: ArmSummary = next(arm for arm in built.arms if arm.name == "dense")
+    stats: dict[str, float] = {}
+    if arm.tokens_per_s:
+        stats = {"generated_tokens": arm.tokens_per_s, "decode_s": 1.0}
+    return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0, stats)
+
+
+def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[TensorRow, ...], frozenset[str], float]:
+    """Count the zeros in the file itself."""
+    family = family_of({"model_type": manifest.base.get("model_type")})
+    linears = {family.block_tensors[f"{linear}.weight"] for linear in family.linears}
+    _, found = measure_gguf(artifact)
+    rows: list[TensorRow] = []
+    zeros = weights = 0.0
+    prunable: set[str] = set()
+    for tensor in found:
+        size: Any = tensor["shape"]
+        count = float(size[0] * (size[1] if len(size) > 1 else 1))
+        if tensor["name"].partition(".")[2].partition(".")[2] in linears:
+            prunable.add(tensor["name"])
+            zeros, weights = zeros + tensor["zeros"] * count, weights + count
+        rows.append(
+            TensorRow(
+                name=tensor["name"],
+                quant_asked=asked,
+                quant_real=tensor["type"],
+                zeros=tensor["zeros"],
+                size_bytes=tensor["size_bytes"],
+            )
+        )
+    return tuple(rows), frozenset(prunable), zeros / weights if weights else 0.0

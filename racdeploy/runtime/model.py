@@ -1,0 +1,278 @@
+"""A bundle, ready to run: render, generate, split, decode. No torch behind it.
+
+The manifest says which engine, which settings and which tags; a call can override how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from racdeploy import backends
+from racdeploy.artifacts import ArtifactEntry, Manifest
+from racdeploy.backends import Completion, Engine, EngineSettings, FinishReason, Sampling, ThinkingBudget
+from racdeploy.checkpoint import file_sha256
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.runtime.template import Message, PromptEncoder
+from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
+
+__all__ = ["Model", "OnText", "Prompt", "Result", "load"]
+
+Prompt = str | Sequence[Message]
+OnText = Callable[[str, Literal["thinking", "answer"]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model said.
+
+    Args:
+        answer: text after the thinking, stripped; empty where the thinking never ended.
+        thinking: text between the tags, stripped.
+        thinking_tokens, answer_tokens: their lengths.
+        finish_reason: ``stop``, ``length`` or ``cancelled``.
+        state: how the thinking ended, see :class:`racdeploy.runtime.thinking.Split`.
+    """
+
+    answer: str
+    thinking: str
+    thinking_tokens: int
+    answer_tokens: int
+    finish_reason: FinishReason
+    state: State
+
+
+class Model:
+    """A loaded bundle. Use it in a ``with`` block, or close it.
+
+    Args:
+        manifest: the bundle's manifest.
+        encoder: its tokenizer and template.
+        engine: its artifact, loaded; closed with the model.
+    """
+
+    def __init__(self, manifest: Manifest, encoder: PromptEncoder, engine: Engine) -> None:
+        self.manifest = manifest
+        self.encoder = encoder
+        self.engine = engine
+        open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
+        self.tags = tags_of(encoder, open_tag, close_tag) if open_tag and close_tag else None
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_thinking_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        on_text: OnText | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Result:
+        """Answer one prompt. What is not given is taken from the bundle.
+
+        Args:
+            prompt: a question, or a conversation as a list of messages with ``role`` and ``content``.
+            max_thinking_tokens: the close tag is forced after so many thinking tokens.
+            max_new_tokens: cap on thinking and answer together.
+            temperature: 0 is greedy.
+            top_p: probability mass to sample from.
+            seed: same seed, same answer.
+            on_text: gets each piece of text as it comes, and whether it is thinking or answer.
+            cancel: set it from another thread to stop early.
+
+        Raises:
+            ArtifactError: the template failed on this conversation.
+            UsageError: a thinking budget for a model without thinking tags.
+            EngineError: the prompt does not fit, or the engine failed.
+        """
+        prompt_ids = self.encoder.encode(prompt)
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
+        sampling = self._budgeted(sampling, max_thinking_tokens, prompt_ids)
+        stream = _TextStream(self, prompt_ids, on_text) if on_text else None
+        (completion,) = self.engine.generate(
+            [prompt_ids],
+            sampling,
+            on_tokens=stream.feed if stream else None,
+            cancelled=cancel.is_set if cancel else None,
+        )
+        if stream:
+            stream.finish()
+        return self._result(prompt_ids, completion)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_thinking_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        cancel: threading.Event | None = None,
+    ) -> list[Result]:
+        """Answer several prompts, as many at a time as the model was loaded for; see :meth:`generate`."""
+        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
+        opened = [self._starts_open(ids) for ids in encoded]
+        if len(set(opened)) > 1:
+            raise UsageError(
+                "some of these prompts end inside the thinking and some do not",
+                remedy="give them to generate_many in two calls",
+            )
+        if not encoded:
+            return []
+        sampling = self._budgeted(sampling, max_thinking_tokens, encoded[0])
+        cancelled = cancel.is_set if cancel else None
+        completions = self.engine.generate(encoded, sampling, cancelled=cancelled)
+        return [self._result(ids, completion) for ids, completion in zip(encoded, completions, strict=True)]
+
+    def close(self) -> None:
+        """Unload the model; again is harmless."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _sampling(
+        self, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int
+    ) -> Sampling:
+        defaults = self.manifest.generation
+        return Sampling(
+            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop_ids=self.manifest.tokenizer.eos_ids,
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_p=defaults.top_p if top_p is None else top_p,
+            seed=seed,
+        )
+
+    def _budgeted(self, sampling: Sampling, asked: int | None, prompt_ids: Sequence[int]) -> Sampling:
+        """Return the sampling with the thinking budget that was asked for, or the bundle's."""
+        if asked is not None and self.tags is None:
+            raise UsageError(
+                "this model has no thinking tags, so max_thinking_tokens cannot apply",
+                remedy="use max_new_tokens",
+            )
+        limit = self.manifest.generation.max_thinking_tokens if asked is None else asked
+        if limit is None or self.tags is None:
+            return sampling
+        budget = ThinkingBudget(
+            close_ids=self.tags.close_ids,
+            open_ids=self.tags.open_ids,
+            max_tokens=limit,
+            starts_open=self._starts_open(prompt_ids),
+        )
+        return replace(sampling, budget=budget)
+
+    def _starts_open(self, prompt_ids: Sequence[int]) -> bool:
+        return self.tags is not None and prompt_state(prompt_ids, self.tags) == "open"
+
+    def _result(self, prompt_ids: Sequence[int], completion: Completion) -> Result:
+        parts = split(
+            prompt_ids,
+            completion.ids,
+            self.tags,
+            eos_ids=self.manifest.tokenizer.eos_ids,
+            forced_at=completion.forced_at,
+        )
+        return Result(
+            answer=self.encoder.decode(parts.answer_ids).strip(),
+            thinking=self.encoder.decode(parts.thinking_ids).strip(),
+            thinking_tokens=len(parts.thinking_ids),
+            answer_tokens=len(parts.answer_ids),
+            finish_reason=completion.finish_reason,
+            state=parts.state,
+        )
+
+
+class _TextStream:
+    """Turns new ids into text as they come: tags left out, characters whole."""
+
+    def __init__(self, model: Model, prompt_ids: Sequence[int], on_text: OnText) -> None:
+        tags = model.tags
+        self._encoder = model.encoder
+        self._eos_ids = model.manifest.tokenizer.eos_ids
+        self._on_text = on_text
+        self._scanner = Scanner(prompt_ids, tags or ThinkingTags((-1,), (-1,)))  # ids that never come
+        self._tag_tokens = {True: len(tags.close_ids), False: len(tags.open_ids)} if tags else {}
+        self._prefix = self._read = 0  # ids between them are shown, and give the next ones their context
+
+    def feed(self, index: int, ids: Sequence[int]) -> None:
+        """Take new ids of the only sequence."""
+        scanner = self._scanner
+        for token in ids:
+            if token in self._eos_ids:
+                continue
+            inside, start = scanner.inside, scanner.start
+            scanner.feed(token)
+            if scanner.start == start:
+                self._show(len(scanner.ids) - scanner.held(), inside)
+                continue
+            if scanner.inside or inside:
+                self._show(len(scanner.ids) - self._tag_tokens[inside], inside, whole=True)
+            self._prefix = self._read = scanner.start
+
+    def finish(self) -> None:
+        """Show what was held back as the possible beginning of a tag or half a character."""
+        self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
+
+    def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
+        text = self._encoder.decode(self._scanner.ids[self._prefix : stop])
+        shown = self._encoder.decode(self._scanner.ids[self._prefix : self._read])
+        if stop <= self._read or (text.endswith("\ufffd") and not whole):
+            return
+        self._prefix, self._read = self._read, stop
+        if len(text) > len(shown):
+            self._on_text(text[len(shown) :], "thinking" if inside else "answer")
+
+
+def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, parallel: int = 1) -> Model:
+    """Load a bundle.
+
+    Args:
+        bundle: folder that ``racdeploy build`` wrote.
+        backend: engine to use where the bundle has artifacts for several; the first one's otherwise.
+        threads: CPU threads; 0 uses every core.
+        parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a context.
+
+    Raises:
+        ArtifactError: not a bundle, or its tokenizer differs from its manifest.
+        UsageError: it has no artifact for that backend.
+        MissingExtraError: the engine is not installed.
+        EngineError: the engine cannot load the artifact.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    artifact = _artifact(manifest, folder, backend)
+    for name, expected in manifest.tokenizer.files.items():
+        if file_sha256(folder / name) != expected:
+            raise ArtifactError(
+                f"{folder / name} is not the file this bundle was verified with",
+                remedy="copy the bundle again, or build it again",
+            )
+    encoder = PromptEncoder.from_folder(folder)
+    settings = EngineSettings(context_tokens=manifest.generation.context_tokens, parallel=parallel, threads=threads)
+    engine = backends.open_engine(artifact.backend, folder / artifact.path, settings)
+    try:
+        return Model(manifest, encoder, engine)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
+    for entry in manifest.artifacts:
+        if backend is None or entry.backend == backend:
+            return entry
+    offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
+    raise UsageError(f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}")

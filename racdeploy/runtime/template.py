@@ -1,0 +1,307 @@
+"""Turn messages into prompt ids: the model's own chat template, in a sandbox, then its own tokenizer.
+
+A template is code from a stranger: it runs without access to Python's internals, for a bounded time, and
+every way it can fail is one ArtifactError. Rendering equals transformers' ``apply_chat_template``; the
+tokenizer adds nothing of its own, so that a prompt has exactly one beginning-of-sequence token.
+Source: transformers 4.57 ``utils/chat_template_utils.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+from racdeploy.checkpoint import TokenizerFiles
+from racdeploy.errors import ArtifactError
+
+__all__ = ["ChatTemplate", "Message", "PromptEncoder"]
+
+Message = Mapping[str, Any]
+
+_SECONDS = 5.0
+_LARGEST_NUMBER = 1_000_000
+_LARGEST_TEXT = 16_000_000
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TimeoutError,
+    TypeError,
+    ValueError,
+)
+
+
+class _Generation(Extension):
+    """Render the body of ``{% generation %}`` … ``{% endgeneration %}``, which marks text for training."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Code(CodeGenerator):
+    """Compile ``~`` to a call that can refuse; jinja2's sandbox lets it through."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.join((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which also refuses operations whose result would fill the memory."""
+
+    code_generator_class = _Code
+    intercepted_binops = frozenset({"*", "**", "+"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [_size(left), _size(right)]
+        if operator == "*" and isinstance(left, Sized) != isinstance(right, Sized):
+            number = right if isinstance(left, Sized) else left
+            sizes = [sum(sizes) * int(number)]
+        elif operator == "**":
+            sizes = [64 * _size(left) * abs(int(right))]
+        if sum(sizes) > _LARGEST_TEXT:
+            raise SecurityError(f"{operator!r} would make a value of size {sum(sizes)}")
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_large_numbers(*args, *kwargs.values())
+        return super().call(context, function, *args, **kwargs)
+
+    def join(self, parts: Sequence[Any]) -> str:
+        """Return the parts as one text."""
+        texts = [str(part) for part in parts]
+        if (length := sum(map(len, texts))) > _LARGEST_TEXT:
+            raise SecurityError(f"'~' would make a text of {length} characters")
+        return "".join(texts)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: Jinja text.
+        bos_token, eos_token: what the template's variables of that name hold; None leaves them undefined.
+
+    Raises:
+        ArtifactError: the text is not a template.
+    """
+
+    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
+        named = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {name: text for name, text in named.items() if text is not None}
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _bounded(_to_json)
+        environment.globals.pop("lipsum")
+        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        with _reported():
+            self._template = environment.from_string(source)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Return the prompt text.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+            add_generation_prompt: end where the model's turn begins.
+            variables: what this template understands, as ``enable_thinking``.
+
+        Raises:
+            ArtifactError: the template failed, refused the messages, or took too long.
+        """
+        values = {"tools": None, "documents": None, **self._tokens, **variables}
+        pieces: list[str] = []
+        length = 0
+        with _reported(), _deadline(_SECONDS):
+            for piece in self._template.generate(
+                messages=messages, add_generation_prompt=add_generation_prompt, **values
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > _LARGEST_TEXT:
+                    raise SecurityError(f"more than {_LARGEST_TEXT} characters of output")
+        return "".join(pieces)
+
+
+class PromptEncoder:
+    """A tokenizer with its chat template.
+
+    Args:
+        tokenizer_file: ``tokenizer.json``.
+        template: the chat template.
+        bos_token: text of the beginning-of-sequence token, if the model has one.
+        add_bos: whether a prompt must begin with it, also where the template does not write it.
+
+    Raises:
+        ArtifactError: the tokenizer file is damaged.
+    """
+
+    def __init__(
+        self,
+        tokenizer_file: Path,
+        template: ChatTemplate,
+        *,
+        bos_token: str | None = None,
+        add_bos: bool = False,
+        template_source: str = "",
+    ) -> None:
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ArtifactError(
+                f"{tokenizer_file} is not a tokenizer: {error}", remedy="copy the file again from its source"
+            ) from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.template = template
+        self.template_source = template_source
+        self._prefix = bos_token if add_bos and bos_token else ""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> PromptEncoder:
+        """Read the tokenizer and the template of a model folder or a bundle.
+
+        Raises:
+            ModelError: no tokenizer or no template.
+            ArtifactError: one of them is damaged.
+        """
+        files = TokenizerFiles(folder)
+        bos_token = files.special_token("bos_token")
+        source = files.chat_template
+        return cls(
+            files.file,
+            ChatTemplate(source, bos_token, files.special_token("eos_token")),
+            bos_token=bos_token,
+            add_bos=files.config.get("add_bos_token") is True,
+            template_source=source,
+        )
+
+    def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:
+        """Return the prompt text of a conversation; a plain string is one message of the user.
+
+        Raises:
+            ArtifactError: see :meth:`ChatTemplate.render`.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self.template.render(messages, **variables)
+        return text if text.startswith(self._prefix) else self._prefix + text
+
+    def encode(self, prompt: str | Sequence[Message], **variables: Any) -> list[int]:
+        """Return the prompt ids of a conversation; a plain string is one message of the user.
+
+        Raises:
+            ArtifactError: see :meth:`ChatTemplate.render`.
+        """
+        return self.encode_text(self.render(prompt, **variables))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text as it is: special tokens written in it count, none are added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens written out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _size(value: object) -> int:
+    """Return the items of a container, the 64-bit words of a number."""
+    if isinstance(value, Sized):
+        return len(value)
+    return value.bit_length() // 64 + 1 if isinstance(value, int) else 1
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter that refuses large numbers; what marks it for jinja2 is copied along."""
+
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _refuse_large_numbers(*args[1:], *kwargs.values())
+        return function(*args, **kwargs)
+
+    return bounded
+
+
+def _refuse_large_numbers(*values: object) -> None:
+    for value in values:
+        if isinstance(value, int) and value > _LARGEST_NUMBER:
+            raise SecurityError(f"a call with the number {value}")
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turn whatever a template can raise into an ArtifactError."""
+    try:
+        yield
+    except _FAILURES as error:
+        raise ArtifactError(
+            f"the chat template failed: {type(error).__name__}: {error}",
+            remedy="compare the messages with the model card; if they are right, correct the template",
+        ) from error
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Stop the body's Python code after some time; a template can loop without ever calling us."""
+    end = time.monotonic() + seconds
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"still rendering after {seconds:.0f} s")
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON; jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

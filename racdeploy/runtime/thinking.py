@@ -1,0 +1,228 @@
+"""Split a completion into thinking and answer, by token ids and the tail of the prompt.
+
+R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking turned off it is in
+the prompt already closed; looking for both tags in the output text misses the first case and scores a thought
+that was cut as an answer. Knows no engine and no text beyond the tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from racdeploy.errors import ArtifactError
+from racdeploy.runtime.template import PromptEncoder
+
+__all__ = [
+    "Scanner",
+    "Split",
+    "State",
+    "ThinkingTags",
+    "find_tag_names",
+    "find_tags",
+    "prompt_state",
+    "split",
+    "tags_of",
+]
+
+State = Literal["closed", "forced", "open", "absent", "reopened"]
+PromptState = Literal["open", "closed", "none"]
+
+TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+)
+_SPACES = frozenset(" \n\r\t▁ĠĊčĉ")  # as sentencepiece and byte-level vocabularies write them
+_SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
+
+
+@dataclass(frozen=True)
+class ThinkingTags:
+    """The tags round a thought.
+
+    Args:
+        open_ids, close_ids: one or more token ids each.
+        space_ids: ids of white space, which may stand between a tag and the end of the prompt.
+    """
+
+    open_ids: tuple[int, ...]
+    close_ids: tuple[int, ...]
+    space_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A completion in parts.
+
+    Args:
+        thinking_ids: strictly between the tags; of a reopened completion, all its thoughts.
+        answer_ids: after the last close tag, without end-of-sequence; empty while a thought is open.
+        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut, never closed; ``absent``: no
+            thought at all, the whole completion is the answer; ``reopened``: more than one thought, or one
+            although the prompt had closed it.
+    """
+
+    thinking_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    state: State
+
+
+class Scanner:
+    """Follow a completion token by token.
+
+    Where neither the prompt nor the completion has opened a thought and a close tag comes all the same, the
+    model left out the open tag: everything before it was the thought.
+
+    Args:
+        prompt_ids: rendered prompt.
+        tags: the model's tags.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], tags: ThinkingTags) -> None:
+        self.prompt_state = prompt_state(prompt_ids, tags)
+        self.ids: list[int] = []
+        self.inside = self.prompt_state == "open"
+        self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
+        self.start = 0  # of the thought or answer we are in
+        self._tags = tags
+
+    def feed(self, token: int) -> None:
+        """Take the next token."""
+        self.ids.append(token)
+        open_ids, close_ids = self._tags.open_ids, self._tags.close_ids
+        if self.inside:
+            if self._ends_with(close_ids):
+                self._close(self.start)
+        elif self._ends_with(open_ids):
+            self.inside, self.start = True, len(self.ids)
+        elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
+            self._close(0)
+
+    def held(self) -> int:
+        """Return how many of the last tokens may be the beginning of a tag."""
+        wanted = self._tags.close_ids if self.inside else self._tags.open_ids
+        return next(n for n in reversed(range(len(wanted))) if self._ends_with(wanted[:n]))
+
+    def _close(self, start: int) -> None:
+        self.thoughts.append((start, len(self.ids) - len(self._tags.close_ids)))
+        self.inside, self.start = False, len(self.ids)
+
+    def _ends_with(self, wanted: Sequence[int]) -> bool:
+        first = len(self.ids) - len(wanted)
+        return first >= self.start and self.ids[first:] == list(wanted)
+
+
+def split(
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    tags: ThinkingTags | None,
+    *,
+    eos_ids: Collection[int],
+    forced_at: int | None = None,
+) -> Split:
+    """Split a completion into thinking and answer.
+
+    Args:
+        prompt_ids: rendered prompt.
+        completion_ids: what followed it.
+        tags: the model's tags, None for a model that does not think.
+        eos_ids: end-of-sequence ids, stripped from the end.
+        forced_at: index of the first token of a close tag that the budget forced, see ``Completion``.
+    """
+    ids = list(completion_ids)
+    while ids and ids[-1] in eos_ids:
+        ids.pop()
+    if tags is None:
+        return Split((), tuple(ids), "absent")
+    scanner = Scanner(prompt_ids, tags)
+    for token in ids:
+        scanner.feed(token)
+    stop = len(ids)
+    if scanner.inside and not scanner.thoughts and forced_at is not None:
+        stop = forced_at  # the cap cut the forced tag short: its tokens are no thinking
+    spans = [*scanner.thoughts, *([(scanner.start, stop)] if scanner.inside else [])]
+    return Split(
+        tuple(token for start, stop in spans for token in ids[start:stop]),
+        () if scanner.inside else tuple(ids[scanner.start if spans else 0 :]),
+        _state(scanner, spans, forced_at),
+    )
+
+
+def _state(scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None) -> State:
+    if not spans:
+        return "absent"
+    if len(spans) > 1 or scanner.prompt_state == "closed":
+        return "reopened"
+    if scanner.inside:
+        return "open"
+    return "forced" if forced_at == spans[0][1] else "closed"
+
+
+def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
+    """Return what the prompt ends with, white space aside: an open tag, a close tag, or neither.
+
+    Only the tail decides: a user may write tags in a question.
+    """
+    stop = len(prompt_ids)
+    while True:
+        tail = tuple(prompt_ids[max(0, stop - len(tags.open_ids)) : stop])
+        if tail == tags.open_ids:
+            return "open"
+        if tuple(prompt_ids[max(0, stop - len(tags.close_ids)) : stop]) == tags.close_ids:
+            return "closed"
+        if stop == 0 or prompt_ids[stop - 1] not in tags.space_ids:
+            return "none"
+        stop -= 1
+
+
+def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
+    """Return the tags of a model, or None where it does not think.
+
+    A known pair counts if the chat template writes it, or if both tags are tokens of their own; a pair for
+    which both hold comes first.
+    """
+    names = find_tag_names(encoder)
+    return tags_of(encoder, *names) if names else None
+
+
+def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
+    """Return the texts of a model's tags, see :func:`find_tags`."""
+    vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
+    best, best_rank = None, 0
+    for open_tag, close_tag in TAGS:
+        written = open_tag in encoder.template_source or close_tag in encoder.template_source
+        single = open_tag in vocabulary and close_tag in vocabulary
+        if (rank := 2 * single + written) > best_rank:
+            best, best_rank = (open_tag, close_tag), rank
+    return best
+
+
+def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
+    """Return the ids of two tags and of white space.
+
+    A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with its
+    neighbours hides it.
+
+    Raises:
+        ArtifactError: the tokenizer has no ids for them.
+    """
+    vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
+    open_ids, close_ids = (tuple(encoder.encode_text(tag)) for tag in (open_tag, close_tag))
+    if not open_ids or not close_ids or open_ids == close_ids:
+        raise ArtifactError(
+            f"the tokenizer cannot write the thinking tags {open_tag!r} and {close_tag!r}: "
+            f"it gives ids {list(open_ids)} and {list(close_ids)}",
+            remedy="use the tokenizer.json that the model was trained with",
+        )
+    spaces = (
+        token for text, token in vocabulary.items() if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES)
+    )
+    return ThinkingTags(open_ids, close_ids, frozenset(spaces))

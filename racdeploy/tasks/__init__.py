@@ -1,0 +1,155 @@
+"""What is asked of a model: one file per task.
+
+A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) -> list[Problem]``. Both
+have ``score(answer, gold) -> bool``, where ``answer`` is the text after the thinking. Which split a
+question belongs to is decided by a hash of its text, so training, calibration and evaluation never share one,
+whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+from racdeploy.tasks._answers import extract_answer
+
+__all__ = [
+    "Problem",
+    "Split",
+    "Task",
+    "extract_answer",
+    "load",
+    "problems_of",
+    "procedural_names",
+    "scorer",
+    "split_share",
+]
+
+Split = Literal["training", "calibration", "evaluation"]
+PROCEDURAL_SHARES: dict[Split, tuple[float, float]] = {
+    "training": (0.0, 0.6),
+    "calibration": (0.6, 0.8),
+    "evaluation": (0.8, 1.0),
+}
+FILE_SHARES: dict[Split, tuple[float, float]] = {
+    "training": (0.0, 0.0),
+    "calibration": (0.0, 0.5),
+    "evaluation": (0.5, 1.0),
+}
+_DRAWS_PER_PROBLEM = 1000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer.
+
+    Args:
+        question: what the user asks, without a chat template.
+        gold: the right answer, as the task's ``score`` expects it.
+        thinking: a worked solution, where the task can write one (training only).
+        task: the task's specification, filled in by :func:`problems_of`.
+    """
+
+    question: str
+    gold: str
+    thinking: str | None = None
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loaded task: ``spec`` is what the user typed, ``jsonl:FILE`` or a plain name."""
+
+    spec: str
+    score: Callable[[str, str], bool]
+    draw: Callable[[Random], Problem] | None
+    pool: tuple[Problem, ...]
+
+    def available(self, split: Split) -> int | None:
+        """Return how many problems a split of a file holds, or None where they are drawn."""
+        if self.draw is not None:
+            return None
+        return sum(_in_split(problem.question, FILE_SHARES[split]) for problem in self.pool)
+
+    def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
+        """Return ``count`` distinct problems of a split, the same ones for the same seed.
+
+        Raises:
+            UsageError: the task holds fewer problems in that split.
+        """
+        random = Random(f"{self.spec.partition(':')[0]}/{split}/{seed}")
+        if self.draw is None:
+            return self._choose(random, split, count)
+        found: dict[str, Problem] = {}
+        for _ in range(count * _DRAWS_PER_PROBLEM):
+            if len(found) == count:
+                break
+            problem = self.draw(random)
+            if _in_split(problem.question, PROCEDURAL_SHARES[split]):
+                found.setdefault(problem.question, problem)
+        return self._labelled(list(found.values()), split, count)
+
+    def _choose(self, random: Random, split: Split, count: int) -> list[Problem]:
+        shares = FILE_SHARES[split]
+        members = [problem for problem in self.pool if _in_split(problem.question, shares)]
+        random.shuffle(members)
+        return self._labelled(members[:count], split, count)
+
+    def _labelled(self, found: list[Problem], split: Split, count: int) -> list[Problem]:
+        if len(found) < count:
+            raise UsageError(
+                f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
+                remedy="ask for fewer prompts in the recipe, or give a task with more of them",
+            )
+        return [Problem(p.question, p.gold, p.thinking, self.spec) for p in found]
+
+
+def load(spec: str) -> Task:
+    """Load a task by name, or by ``name:argument`` where it reads a file.
+
+    Raises:
+        UsageError: unknown task, a missing or needless argument, or an unreadable file.
+    """
+    name, colon, argument = spec.partition(":")
+    module = plugins.load("tasks", name)
+    reads_file = hasattr(module, "read")
+    if reads_file and not argument:
+        raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
+    if not reads_file and colon:
+        raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
+    pool = tuple(module.read(Path(argument))) if reads_file else ()
+    return Task(spec, module.score, None if reads_file else module.draw, pool)
+
+
+def scorer(spec: str) -> Task:
+    """Load a task for its score alone: no file is read and no problem can be drawn."""
+    return Task(spec, plugins.load("tasks", spec.partition(":")[0]).score, None, ())
+
+
+def procedural_names() -> tuple[str, ...]:
+    """Return the tasks that need no file."""
+    return tuple(n for n in plugins.names("tasks") if hasattr(plugins.load("tasks", n), "draw"))
+
+
+def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
+    """Share ``count`` problems evenly among tasks and interleave them."""
+    share, rest = divmod(count, len(tasks))
+    columns = [t.problems(split, seed, share + (i < rest)) for i, t in enumerate(tasks)]
+    longest = max(map(len, columns))
+    return [column[row] for row in range(longest) for column in columns if row < len(column)]
+
+
+def split_share(question: str) -> float:
+    """Return the place of a question in [0, 1), decided by a hash of its text alone."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _in_split(question: str, share: tuple[float, float]) -> bool:
+    return share[0] <= split_share(question) < share[1]

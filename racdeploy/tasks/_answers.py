@@ -1,0 +1,76 @@
+"""Find the final answer in the text after the thinking, and compare it with the gold answer.
+
+The extractors look only at the answer: the caller has split the thinking off first, because a truncated
+thought often mentions the right number.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Return the content of the last complete ``\boxed{...}``, braces balanced, or None."""
+    start = text.rfind(r"\boxed{")
+    while start != -1:
+        depth = 0
+        for position in range(start + len(r"\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + len(r"\boxed{") : position].strip()
+        start = text.rfind(r"\boxed{", 0, start)
+    return None
+
+
+def extract_hash_mark(text: str) -> str | None:
+    """Return what follows the last ``####``, as GSM8K writes its answers, or None."""
+    _, mark, tail = text.rpartition("####")
+    lines = tail.strip().splitlines()
+    return lines[0].strip() if mark and lines else None
+
+
+def extract_last_number(text: str) -> str | None:
+    """Return the last number written in digits, or None."""
+    numbers = _NUMBER.findall(text)
+    return str(numbers[-1]) if numbers else None
+
+
+def equal_answers(answer: str, gold: str) -> bool:
+    """Compare as numbers where both are numbers, otherwise as text without case or spaces."""
+    left, right = _as_number(answer), _as_number(gold)
+    if left is not None and right is not None:
+        return left == right
+    return _as_text(answer) == _as_text(gold)
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the boxed answer, else what follows ``####``, else the last number, or None."""
+    for extract in (extract_boxed, extract_hash_mark, extract_last_number):
+        if (found := extract(text)) is not None:
+            return found
+    return None
+
+
+def score(answer: str, gold: str) -> bool:
+    """Return whether the answer that the text gives equals the gold answer."""
+    found = extract_answer(answer)
+    return found is not None and equal_answers(found, gold)
+
+
+def _as_text(text: str) -> str:
+    return re.sub(r"\s+", "", text).strip("$.").casefold()
+
+
+def _as_number(text: str) -> Decimal | None:
+    bare = text.strip().strip("$.%€£ ").replace(",", "").replace("$", "")
+    numerator, slash, denominator = bare.partition("/")
+    try:
+        value = Decimal(numerator)
+        if slash:
+            value /= Decimal(denominator)
+    except (InvalidOperation, ZeroDivisionError):
+        return None
+    return value if value.is_finite() else None

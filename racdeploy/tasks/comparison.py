@@ -1,0 +1,45 @@
+"""Find the largest or smallest of several numbers by a chain of comparisons."""
+
+from __future__ import annotations
+
+from random import Random
+
+from racdeploy.tasks import Problem
+from racdeploy.tasks._answers import score
+
+__all__ = ["draw", "score"]
+
+NUMBERS_MIN, NUMBERS_MAX = 6, 9
+
+
+def draw(random: Random) -> Problem:
+    """Draw six to nine three-digit numbers, some of which share leading digits."""
+    count = random.randint(NUMBERS_MIN, NUMBERS_MAX)
+    leading = random.sample(range(1, 10), 3)
+    numbers: list[int] = []
+    while len(numbers) < count:
+        number = random.choice(leading) * 100 + random.randint(0, 99)
+        if number not in numbers:
+            numbers.append(number)
+    largest = random.random() < 0.5
+    best, steps = numbers[0], [f"Start with {numbers[0]}."]
+    for number in numbers[1:]:
+        best, line = _compare(number, best, largest)
+        steps.append(line)
+    word = "largest" if largest else "smallest"
+    return Problem(
+        question=f"Which number is the {word} of {', '.join(map(str, numbers))}?",
+        gold=str(best),
+        thinking="\n".join(steps),
+    )
+
+
+def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
+    """Return the better number and the line that compares digit by digit."""
+    relations = []
+    for a, b in zip(str(number), str(best), strict=True):
+        relations.append(f"{a}{'>' if a > b else '<' if a < b else '='}{b}")
+        if a != b:
+            break
+    better = max(number, best) if largest else min(number, best)
+    return better, f"{number} and {best}:{','.join(relations)}, keep {better}."

@@ -1,0 +1,46 @@
+"""Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
+
+An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from racdeploy.errors import UsageError
+from racdeploy.tasks import Problem
+from racdeploy.tasks._answers import extract_hash_mark, score
+
+__all__ = ["read", "score"]
+
+
+def read(path: Path) -> list[Problem]:
+    """Read every problem of a file; repeated questions count once.
+
+    Raises:
+        UsageError: no such file, or a line that is not a problem, with its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}", remedy="give a UTF-8 .jsonl file") from error
+    problems = {p.question: p for n, line in enumerate(lines, 1) if line.strip() for p in [_parse(path, n, line)]}
+    if not problems:
+        raise UsageError(f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines')
+    return list(problems.values())
+
+
+def _parse(path: Path, number: int, line: str) -> Problem:
+    remedy = 'each line is {"question": "…", "answer": "…"}'
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}:{number} is not JSON: {error}", remedy=remedy) from error
+    if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise UsageError(f"{path}:{number} has no question", remedy=remedy)
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UsageError(f"{path}:{number} has no answer", remedy=remedy)
+    text = str(answer)
+    return Problem(question=row["question"], gold=extract_hash_mark(text) or text.strip())

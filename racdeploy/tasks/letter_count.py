@@ -1,0 +1,36 @@
+"""Count a letter in a list of made-up words, spelled one letter at a time."""
+
+from __future__ import annotations
+
+from random import Random
+
+from racdeploy.tasks import Problem
+from racdeploy.tasks._answers import score
+
+__all__ = ["draw", "score"]
+
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+WORDS_MIN, WORDS_MAX = 6, 9
+
+
+def draw(random: Random) -> Problem:
+    """Draw six to nine different words of two or three syllables."""
+    words = dict.fromkeys(_word(random) for _ in range(random.randint(WORDS_MIN, WORDS_MAX)))
+    wanted = random.choice("".join(words) + VOWELS)
+    seen, steps = 0, []
+    for word in words:
+        spelled = []
+        for letter in word:
+            seen += letter == wanted
+            spelled.append(f"{letter}{seen}")
+        steps.append(f"{word}: {' '.join(spelled)}.")
+    return Problem(
+        question=f"How often does the letter {wanted} occur in {', '.join(words)}?",
+        gold=str(seen),
+        thinking=f"Count {wanted}.\n" + "\n".join(steps),
+    )
+
+
+def _word(random: Random) -> str:
+    syllables = range(random.randint(2, 3))
+    return "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in syllables)

@@ -1,0 +1,1 @@
+"""Traces: the model's own chains of thought, as token ids."""

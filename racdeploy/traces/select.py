@@ -1,0 +1,77 @@
+"""Choose which traces calibrate and which are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from racdeploy.artifacts import Trace
+from racdeploy.errors import UsageError
+from racdeploy.recipe import Calibration
+
+__all__ = ["Selection", "select", "within_budget"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Traces by purpose, and why the others were left out.
+
+    Args:
+        calibration: decide the pruning.
+        held_out: only measure it.
+        left_out: reason → number of traces.
+    """
+
+    calibration: list[Trace]
+    held_out: list[Trace]
+    left_out: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return sum(len(trace.ids) for trace in self.calibration)
+
+
+def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
+    """Leave out unwanted traces, hold a share out evenly, and keep whole traces within the token budget.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    reasons = {"truncated": 0, "wrong answer": 0, "over the token budget": 0}
+    wanted = []
+    for trace in traces:
+        if trace.truncated and not settings.keep_truncated:
+            reasons["truncated"] += 1
+        elif settings.only_correct and not trace.correct:
+            reasons["wrong answer"] += 1
+        else:
+            wanted.append(trace)
+    every = round(1 / settings.held_out_share) if settings.held_out_share else len(wanted) + 1
+    held_out = [trace for place, trace in enumerate(wanted) if place % every == every - 1]
+    rest = [trace for place, trace in enumerate(wanted) if place % every != every - 1]
+    calibration = within_budget(rest, settings.max_tokens)
+    reasons["over the token budget"] = len(rest) - len(calibration)
+    if not calibration:
+        raise UsageError(
+            f"none of {len(traces)} traces can calibrate: {_counts(reasons)}",
+            remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
+        )
+    return Selection(calibration, held_out, {reason: n for reason, n in reasons.items() if n})
+
+
+def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
+    """Return whole traces in order up to a token budget; 0 means all. A trace is never cut."""
+    if not max_tokens:
+        return list(traces)
+    chosen, tokens = [], 0
+    for trace in traces:
+        if tokens + len(trace.ids) > max_tokens:
+            break
+        chosen.append(trace)
+        tokens += len(trace.ids)
+    return chosen
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "there are none"

@@ -1,0 +1,42 @@
+"""Sparsity: zeros in the exported file itself, dequantized and counted."""
+
+from __future__ import annotations
+
+from racdeploy import plugins
+from racdeploy.report_model import CheckResult
+from racdeploy.verify import Evidence
+
+TOLERANCE = 0.001
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the file holds the zeros that pruning made, or its quant is known to lose them."""
+    rows = [row for row in evidence.tensors if row.name in evidence.prunable]
+    if not rows:
+        return CheckResult(name="sparsity", verdict="inconclusive", summary="no prunable tensor was measured")
+    found = evidence.pruned.sparsity
+    figures: dict[str, float | int | str] = {
+        "sparsity_file": found,
+        "sparsity_asked": evidence.sparsity_asked,
+        "tensors": len(rows),
+        "kept_dense": len(evidence.dense_linears),
+    }
+    quant = evidence.pruned.quant
+    keeps = all(plugins.load("quant", name).PRESERVES_ZERO for name in {row.quant_real for row in rows} | {quant})
+    text = f"{found:.1%} zeros in the file, {evidence.sparsity_asked:.1%} asked"
+    if not keeps:
+        return CheckResult(
+            name="sparsity",
+            verdict="skipped",
+            summary=f"{text}; {quant} does not keep zeros",
+            figures=figures,
+            remedy="choose a quant that keeps zeros: q8_0, q6_k, q5_0, q4_0 or q3_k",
+        )
+    reached = found >= evidence.sparsity_asked - TOLERANCE
+    return CheckResult(
+        name="sparsity",
+        verdict="pass" if reached else "fail",
+        summary=text,
+        figures=figures,
+        remedy="" if reached else "the export lost zeros: build again, and report it if it stays",
+    )

@@ -1,0 +1,109 @@
+"""Damaged and hostile model folders are errors with a place, never a crash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.errors import ArtifactError, ModelError, RacdeployError
+from tests.tiny_models import edit_json, make_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", "qwen3", dtype="float32")
+
+
+def test_reads_what_safetensors_reads(folder: Path) -> None:
+    """Our reader and the reference library agree on every tensor."""
+    checkpoint = Checkpoint(folder)
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert np.array_equal(value, checkpoint.read(name)), name
+
+
+def _rewrite_header(file: Path, change: Callable[[dict], None]) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+NORM = "model.norm.weight"
+ATTACKS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda f: f.write_bytes(f.read_bytes()[:-100]),
+    "empty": lambda f: f.write_bytes(b""),
+    "seven bytes": lambda f: f.write_bytes(b"1234567"),
+    "huge header": lambda f: f.write_bytes(b"\xff" * 8 + f.read_bytes()[8:]),
+    "header is a list": lambda f: f.write_bytes((2).to_bytes(8, "little") + b"[]" + bytes(64)),
+    "header is not JSON": lambda f: f.write_bytes((4).to_bytes(8, "little") + b"{{{{" + bytes(64)),
+    "deep header": lambda f: f.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
+    "shape too large": lambda f: _rewrite_header(f, lambda h: h[NORM].update(shape=[10**9, 10**9])),
+    "negative shape": lambda f: _rewrite_header(f, lambda h: h[NORM].update(shape=[-8, -8])),
+    "range before the data": lambda f: _rewrite_header(f, lambda h: h[NORM].update(data_offsets=[-256, 0])),
+    "range behind the file": lambda f: _rewrite_header(f, lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 256])),
+    "unknown dtype": lambda f: _rewrite_header(f, lambda h: h[NORM].update(dtype="F4")),
+    "entry is a number": lambda f: _rewrite_header(f, lambda h: h.update({NORM: 3})),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_damaged_weights_are_a_model_error(folder: Path, attack: str) -> None:
+    """Every way to damage the file ends in an error that names it."""
+    ATTACKS[attack](folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model.safetensors"):
+        _ = Checkpoint(folder).entries
+
+
+def test_an_index_cannot_name_files_outside(tmp_path: Path) -> None:
+    """A shard is a plain file name."""
+    folder = make_checkpoint(tmp_path / "model", "llama", sharded=True)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][NORM] = "../secret.safetensors"
+    index.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="outside the folder"):
+        _ = Checkpoint(folder).entries
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("config.json", {"model_type": "mamba"}, "unsupported architecture 'mamba'"),
+        ("config.json", {"num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
+        ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
+    ],
+)
+def test_what_is_wrong_in_the_configs_is_named(folder: Path, file: str, change: dict, complaint: str) -> None:
+    """Unsupported, mistyped and missing settings are different messages."""
+    edit_json(folder / file, **change)
+    with pytest.raises(RacdeployError, match=complaint):
+        checkpoint = Checkpoint(folder)
+        _ = (checkpoint.block_count, checkpoint.chat_template)
+
+
+def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
+    """No folder, no config, no tokenizer: each says so."""
+    with pytest.raises(ModelError, match="is not a folder"):
+        Checkpoint(tmp_path / "nowhere")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer.json"):
+        _ = Checkpoint(folder).tokenizer_file
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        Checkpoint(folder)
+
+
+def test_a_tie_that_the_file_contradicts_is_refused(tmp_path: Path) -> None:
+    """Loaders disagree about such a file, so nobody can export it right."""
+    folder = make_checkpoint(tmp_path / "model", "qwen2", tied=False)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ModelError, match="ties the embeddings but lm_head.weight differs"):
+        _ = Checkpoint(folder).tied

@@ -1,0 +1,41 @@
+"""Plugins are files: finding them, and the errors of not finding them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy import plugins
+from racdeploy.errors import BrokenPluginError, UnknownPluginError
+
+
+@pytest.mark.parametrize("kind", plugins.KINDS)
+def test_every_plugin_imports(kind: str) -> None:
+    """No file of a plugin folder is broken, and there is at least one."""
+    assert plugins.names(kind)
+    for name in plugins.names(kind):
+        plugins.load(kind, name)
+
+
+def test_an_unknown_name_names_the_nearest() -> None:
+    """A typing error is answered with the likely name and all known ones."""
+    with pytest.raises(UnknownPluginError, match=r"unknown method 'sparsgpt' \(did you mean 'sparsegpt'\?\)") as caught:
+        plugins.load("methods", "sparsgpt")
+    assert "magnitude" in caught.value.remedy
+
+
+def test_a_broken_file_is_another_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin that exists and does not import says so, instead of "unknown"."""
+    package = tmp_path / "broken_tasks"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "half.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(plugins.KINDS, "tasks", "broken_tasks")
+    plugins.names.cache_clear()
+    try:
+        with pytest.raises(BrokenPluginError, match="a_package_that_is_not_there"):
+            plugins.load("tasks", "half")
+    finally:
+        plugins.names.cache_clear()

@@ -1,0 +1,140 @@
+"""What every number format promises, held against ggml's C code."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf import quants as gguf_quants
+
+from racdeploy import plugins
+from racdeploy import quant as quants
+from racdeploy.errors import MissingExtraError
+from racdeploy.quant import _ggml
+
+NAMES = plugins.names("quant")
+NUMPY_FORMATS = ("f16", "bf16", "q8_0", "q5_0", "q4_0")
+C_FORMATS = tuple(name for name in NAMES if name.endswith("_k"))
+O, I = 24, 512
+HALF_PRECISION = 2.0**-11
+
+
+def draw_weights(sparsity: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Return weights like a trained linear's: normal, rows of different scale, some exact zeros."""
+    generator = np.random.default_rng(seed)
+    scale_O1 = generator.uniform(0.005, 0.2, (O, 1))
+    weight_OI = (generator.standard_normal((O, I)) * scale_O1).astype(np.float32)
+    return np.where(generator.random((O, I)) < sparsity, np.float32(0), weight_OI)
+
+
+def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
+    """Return the largest error that rounding can make.
+
+    A float of 32 bits is exact. One of 16 has at least 7 mantissa bits: 2^-8 of each weight, and 2^-25 where
+    half precision is subnormal, with a spacing of 2^-24. A block
+    format codes [-a, a], a the largest magnitude of the block, with at most floor(BITS) bits: one step is
+    a * 2^(1 - floor(BITS)). Rounding costs half a step; the side that the asymmetric code range lacks is clipped
+    by one. Scales in half precision add 2^-11 of a.
+    """
+    if quant.BLOCK == 1:
+        return np.abs(weight_OI) * 0 if quant.BITS == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
+    largest = np.abs(weight_OI.reshape(O, -1, quant.BLOCK)).max(axis=2).repeat(quant.BLOCK, axis=1)
+    return largest * (2.0 ** (1 - int(quant.BITS)) + HALF_PRECISION)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_roundtrip_stays_within_one_step(name: str) -> None:
+    """Quantizing and dequantizing moves no weight by more than a step of its block."""
+    quant, weight_OI = quants.load(name), draw_weights()
+    restored_OI = quant.dequantize(quant.quantize(weight_OI), I)
+    assert restored_OI.shape == weight_OI.shape
+    assert restored_OI.dtype == np.float32
+    assert (np.abs(restored_OI - weight_OI) <= bound_error(quant, weight_OI)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spoiled_byte_is_noticed(name: str) -> None:
+    """The bound is tight enough to fail when codes are damaged."""
+    quant, weight_OI = quants.load(name), draw_weights()
+    packed_OP = quant.quantize(weight_OI).copy()
+    packed_OP[:, 3::7] ^= 0xA5
+    with np.errstate(all="ignore"):
+        restored_OI = quant.dequantize(packed_OP, I)
+        assert not (np.abs(restored_OI - weight_OI) <= bound_error(quant, weight_OI)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_is_what_bits_says(name: str) -> None:
+    """A packed row has exactly I * BITS / 8 bytes of uint8."""
+    quant = quants.load(name)
+    packed_OP = quant.quantize(draw_weights())
+    assert packed_OP.dtype == np.uint8
+    assert packed_OP.shape == (O, I * quant.BITS / 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pattern", ["half", "2:4", "whole blocks"])
+def test_zeros_survive_exactly_where_promised(name: str, pattern: str) -> None:
+    """PRESERVES_ZERO is True if and only if ggml reads every zero back as zero."""
+    weight_OI = draw_weights(0.5)
+    if pattern == "2:4":
+        weight_OI = draw_weights()
+        smallest = np.argsort(np.abs(weight_OI.reshape(O, -1, 4)), axis=2)[..., :2]
+        np.put_along_axis(weight_OI.reshape(O, -1, 4), smallest, 0, axis=2)
+    elif pattern == "whole blocks":
+        weight_OI[:, 256:] = 0
+    quant = quants.load(name)
+    packed_OP = quant.quantize(weight_OI)
+    read_OI = quant.dequantize(packed_OP, I)
+    if quant.BLOCK > 1:
+        np.testing.assert_array_equal(_ggml.dequantize(quant.GGML_TYPE, packed_OP, I), read_OI)
+    survived = bool((read_OI[weight_OI == 0] == 0).all())
+    assert survived == quant.PRESERVES_ZERO
+
+
+@pytest.mark.parametrize("name", NUMPY_FORMATS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_numpy_formats_write_the_bytes_of_ggml(name: str, sparsity: float) -> None:
+    """The numpy quantizers equal ggml's C quantizers bit for bit, over scales, zeros and outliers."""
+    quant, weight_OI = quants.load(name), draw_weights(sparsity, seed=1)
+    weight_OI[3, ::32] = 40
+    weight_OI[4] = 0
+    np.testing.assert_array_equal(_ggml.quantize(quant.GGML_TYPE, weight_OI), quant.quantize(weight_OI))
+
+
+@pytest.mark.parametrize("name", C_FORMATS)
+def test_c_formats_are_read_alike_by_numpy(name: str) -> None:
+    """K-quants read by ggml are what gguf-py's independent numpy version gives."""
+    quant = quants.load(name)
+    packed_OP = quant.quantize(draw_weights(0.5))
+    expected_OI = gguf_quants.dequantize(packed_OP, GGMLQuantizationType(quant.GGML_TYPE))
+    np.testing.assert_allclose(quant.dequantize(packed_OP, I), expected_OI, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_type_id_is_the_one_of_its_name(name: str) -> None:
+    """GGML_TYPE is gguf's number for the file's name."""
+    assert GGMLQuantizationType[name.upper()] == quants.load(name).GGML_TYPE
+
+
+@pytest.mark.parametrize("name", C_FORMATS)
+def test_a_missing_engine_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without llama-cpp-python a K-quant says how to install it, before any work."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for module in ("_ggml", name):
+        monkeypatch.delitem(sys.modules, f"racdeploy.quant.{module}", raising=False)
+        monkeypatch.delattr(quants, module, raising=False)
+    with pytest.raises(MissingExtraError, match="llama-cpp-python") as caught:
+        quants.load(name)
+    assert caught.value.remedy == 'pip install "racdeploy[llamacpp]"'
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_rows_are_refused_with_a_reason(name: str) -> None:
+    """Rows that are not whole blocks get a reason, whole ones an empty string."""
+    quant = quants.load(name)
+    assert quants.fits(quant, 512) == ""
+    assert bool(quants.fits(quant, 520 + 1)) == (quant.BLOCK > 1)
+    assert "521" in quants.fits(quant, 521) or quant.BLOCK == 1

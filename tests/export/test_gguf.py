@@ -1,0 +1,477 @@
+"""A GGUF file computes what the checkpoint computes, or is refused, and is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from racdeploy import plugins
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
+from racdeploy.export import gguf as gguf_format
+from racdeploy.export._gguf_tensors import rotary_order
+from racdeploy.export._probe_strings import probe_strings
+from racdeploy.export.gguf import export
+from tests.llama_child import LlamaAnswer, ask_llama
+from tests.tiny_models import FAMILIES, SPECIAL_TOKENS, edit_json, make_checkpoint, write_tokenizer
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "llama untied": {"family": "llama", "tied": False},
+    "llama biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama untied biased": {"family": "llama", "tied": False, "attention_bias": True},
+    "llama wide heads": {"family": "llama", "head_dim": 32},
+    "llama one key head": {"family": "llama", "num_key_value_heads": 1, "attention_bias": True},
+    "llama linear rope": {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama llama3 rope": {"family": "llama", "rope_scaling": LLAMA3},
+    "llama llama-bpe": {"family": "llama", "pre_tokenizer": "llama-bpe"},
+    "llama gpt-2": {"family": "llama", "pre_tokenizer": "gpt-2"},
+    "llama smollm": {"family": "llama", "pre_tokenizer": "smollm"},
+    "qwen2": {"family": "qwen2", "rope_theta": 1_000_000.0},
+    "qwen2 untied": {"family": "qwen2", "tied": False},
+    "qwen2 sharded float16": {"family": "qwen2", "sharded": True, "dtype": "float16"},
+    "qwen2 yarn": {"family": "qwen2", "rope_scaling": YARN},
+    "qwen2 yarn attention": {"family": "qwen2", "rope_scaling": YARN | {"attention_factor": 1.3}},
+    "qwen3": {"family": "qwen3"},
+    "qwen3 untied": {"family": "qwen3", "tied": False},
+    "qwen3 float32": {"family": "qwen3", "dtype": "float32"},
+}
+IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
+
+
+@dataclass
+class Measured:
+    """One checkpoint, what torch says about it, and what llama.cpp says about its export."""
+
+    folder: Path
+    answer: LlamaAnswer
+    expected_TV: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    """Export every case to F32 and run all files in one child process."""
+    root = tmp_path_factory.mktemp("gguf")
+    folders = {name: make_checkpoint(root / name, **case) for name, case in CASES.items()}
+    files = [export(Checkpoint(folder), root / f"{name}.gguf", quant="f32").path for name, folder in folders.items()]
+    answers = ask_llama(files, IDS, probe_strings())
+    return {
+        name: Measured(folder, answer, run_torch(folder))
+        for (name, folder), answer in zip(folders.items(), answers, strict=True)
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """Return a small qwen2 checkpoint."""
+    return Checkpoint(make_checkpoint(tmp_path / "model", "qwen2"))
+
+
+def run_torch(folder: Path) -> np.ndarray:
+    """Return logits_TV of the checkpoint in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def relative_error(logits_TV: np.ndarray, expected_TV: np.ndarray) -> float:
+    """Return the largest difference as a share of the largest logit."""
+    return float(np.abs(logits_TV - expected_TV).max() / np.abs(expected_TV).max())
+
+
+def read_fields(file: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    """Rewrite model.safetensors after ``change`` has edited the dict of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
+    """An F32 file with an F32 cache gives torch's logits.
+
+    Both sum at most 96 float32 products in different orders through 2 blocks: errors near 1e-6. 1e-4 leaves room
+    for other processors, and the smallest structural mistake, a wrong rotary setting, is above 1e-2.
+    """
+    found = measured[case]
+    assert relative_error(found.answer.logits_TV, found.expected_TV) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_equal_tokenizers(measured: dict[str, Measured], case: str) -> None:
+    """llama.cpp splits every probe string as the tokenizers library does."""
+    found = measured[case]
+    tokenizer = Tokenizer.from_file(str(found.folder / "tokenizer.json"))
+    encoded = tokenizer.encode_batch(probe_strings(), add_special_tokens=False)
+    different = [
+        text
+        for text, ids, encoding in zip(probe_strings(), found.answer.tokens, encoded, strict=True)
+        if ids != encoding.ids
+    ]
+    assert different == []
+
+
+def test_llama_stops_where_the_checkpoint_stops(measured: dict[str, Measured]) -> None:
+    """The end-of-generation ids are those of the special tokens."""
+    ends = [SPECIAL_TOKENS["<|endoftext|>"], SPECIAL_TOKENS["<|im_end|>"]]
+    assert all(found.answer.ends == ends for found in measured.values())
+
+
+def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
+    """An end id that only generation_config.json names, and llama.cpp does not know by its text, becomes eot."""
+    folder = make_checkpoint(tmp_path / "model", "qwen2")
+    ends = [SPECIAL_TOKENS["<|im_end|>"], SPECIAL_TOKENS["</think>"]]
+    edit_json(folder / "generation_config.json", eos_token_id=ends)
+    file = export(Checkpoint(folder), tmp_path / "model.gguf", quant="f16").path
+    assert SPECIAL_TOKENS["</think>"] in ask_llama([file], IDS[:4])[0].ends
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scaling", [None, YARN])
+def test_transformers_5_checkpoints_give_the_identical_file(
+    tmp_path: Path, family: str, scaling: dict[str, Any] | None
+) -> None:
+    """rope_parameters, a template file and an unknown tokenizer class change nothing."""
+    hashes = []
+    for transformers5 in (False, True):
+        folder = tmp_path / str(transformers5) / "model"
+        make_checkpoint(folder, family, transformers5=transformers5, rope_theta=50_000.0, rope_scaling=scaling)
+        hashes.append(export(Checkpoint(folder), folder.with_suffix(".gguf"), quant="q8_0").sha256)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("quant", plugins.names("quant"))
+def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
+    """Each number format makes a file that llama.cpp reads exactly as its dequantized weights say."""
+    folder = make_checkpoint(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    checkpoint = Checkpoint(folder)
+    result = export(checkpoint, tmp_path / "model.gguf", quant=quant)
+    module = plugins.load("quant", quant)
+    linears = [tensor for tensor in result.tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+    assert {tensor.quant_real for tensor in linears} == {quant}
+    read_back = gguf.GGUFReader(result.path)
+    for tensor in linears:
+        stored = next(t for t in read_back.tensors if t.name == tensor.name)
+        weight_OI = checkpoint.read(tensor.source)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight_OI = weight_OI[rotary_order(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)]
+        expected_OI = module.dequantize(module.quantize(weight_OI), weight_OI.shape[1])
+        np.testing.assert_array_equal(gguf.dequantize(stored.data, stored.tensor_type), expected_OI)
+        assert np.mean(expected_OI == 0) == tensor.zeros
+    answer = ask_llama([result.path], IDS)[0]
+    assert np.isfinite(answer.logits_TV).all()
+
+
+def test_metadata_is_complete(tmp_path: Path) -> None:
+    """The header holds the caller's keys, the licence of the model card, the template and the file's type."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n")
+    asked = {
+        "racdeploy.sparsity": 0.1,
+        "racdeploy.version": "1",
+        "racdeploy.empty": "",
+        "racdeploy.low": -1,
+        "racdeploy.blocks": 2,
+        "racdeploy.tied": True,
+    }
+    file = export(Checkpoint(folder), tmp_path / "model.gguf", quant="q4_k", metadata=asked).path
+    fields = read_fields(file)
+    expected = asked | {
+        "general.architecture": "qwen3",
+        "general.name": "model",
+        "general.license": "apache-2.0",
+        "general.file_type": int(gguf.LlamaFileType.MOSTLY_Q4_K_S),
+        "general.quantization_version": 2,
+        "qwen3.block_count": 2,
+        "qwen3.attention.head_count_kv": 2,
+        "qwen3.attention.key_length": 32,
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.eos_token_id": SPECIAL_TOKENS["<|im_end|>"],
+        "tokenizer.ggml.padding_token_id": SPECIAL_TOKENS["<|endoftext|>"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": Checkpoint(folder).chat_template,
+    }
+    assert {key: fields[key] for key in expected} == expected
+    types = fields["tokenizer.ggml.token_type"]
+    assert [types[0], types[481], types[483], types[511]] == [1, 3, 4, 5]
+    assert fields["tokenizer.ggml.tokens"][511] == "[PAD511]"
+
+
+@pytest.mark.parametrize("key", ["qwen2.block_count", "general.architecture", "tokenizer.ggml.pre"])
+def test_foreign_metadata_is_refused(checkpoint: Checkpoint, tmp_path: Path, key: str) -> None:
+    """A caller cannot overwrite what llama.cpp reads."""
+    with pytest.raises(UsageError, match=key):
+        export(checkpoint, tmp_path / "m.gguf", quant="f16", metadata={key: "x"})
+
+
+def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Sizes, hash and real types match the file; progress ends at its size; what differs has a reason."""
+    seen: list[tuple[int, int]] = []
+    result = export(
+        checkpoint, tmp_path / "m.gguf", quant="q4_k", progress=lambda done, total: seen.append((done, total))
+    )
+    assert result.size_bytes == result.path.stat().st_size
+    assert result.sha256 == file_sha256(result.path)
+    assert seen == sorted(seen)
+    assert seen[-1][1] == result.size_bytes
+    stored = {t.name: (t.tensor_type.name.lower(), t.n_bytes) for t in gguf.GGUFReader(result.path).tensors}
+    assert {t.name: (t.quant_real, t.size_bytes) for t in result.tensors} == stored
+    assert all(bool(t.reason) == (t.quant_real != t.quant_asked) for t in result.tensors)
+    reasons = {t.name: (t.quant_real, t.reason) for t in result.tensors}
+    assert reasons["token_embd.weight"] == ("q8_0", "embedding and output keep 8 bits")
+    assert reasons["output_norm.weight"] == ("f32", "vectors are stored in f32")
+    assert reasons["blk.0.ffn_up.weight"] == (
+        "f16",
+        "rows of 64 weights do not divide into quant blocks of 256",
+    )
+
+
+def test_embedding_quant_can_be_chosen(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The caller's choice for the embedding wins and is named as the reason."""
+    result = export(checkpoint, tmp_path / "m.gguf", quant="q8_0", embedding_quant="q4_0")
+    embedding = next(t for t in result.tensors if t.name == "token_embd.weight")
+    assert (embedding.quant_real, embedding.reason) == ("q4_0", "embedding_quant is q4_0")
+
+
+def test_zeros_are_measured_in_the_file(tmp_path: Path) -> None:
+    """A pruned linear shows its sparsity where the quant keeps zeros, and loses it where it does not."""
+    folder = make_checkpoint(tmp_path / "model", "qwen2", hidden_size=256, intermediate_size=256)
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_weights(folder, lambda tensors: tensors[name][:, ::2].zero_())
+    kept, lost = (
+        next(t.zeros for t in export(Checkpoint(folder), tmp_path / "m.gguf", quant=q).tensors if t.source == name)
+        for q in ("q8_0", "q4_k")
+    )
+    assert 0.5 <= kept < 0.52
+    assert lost < 0.25
+
+
+def test_memory_stays_near_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 16 MB is exported in less than its largest tensor and a few slabs."""
+    folder = make_checkpoint(
+        tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, tied=False
+    )
+    checkpoint = Checkpoint(folder)
+    total_bytes = sum(entry.stop - entry.start for entry in checkpoint.entries.values())
+    largest_bytes = max(entry.stop - entry.start for entry in checkpoint.entries.values())
+    export(checkpoint, tmp_path / "warm.gguf", quant="q8_0")
+    slab_weights = 16_384
+    monkeypatch.setattr(gguf_format, "_SLAB_WEIGHTS", slab_weights)
+    tracemalloc.start()
+    export(checkpoint, tmp_path / "m.gguf", quant="q8_0")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < largest_bytes + 40 * slab_weights + 1_000_000 < total_bytes / 4
+    assert file_sha256(tmp_path / "m.gguf") == file_sha256(tmp_path / "warm.gguf")
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A cut weights file is named, and nothing is left behind."""
+    file = checkpoint.folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="truncated"):
+        export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="q8_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks 1 .*layers\.1\.mlp\.up_proj\.weight"),
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), r"lacks 1 .*k_proj\.bias"),
+        (lambda t: t.update({"model.lora_A": torch.ones(2)}), r"does not have.*model\.lora_A"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(65)}), r"model\.norm\.weight' has shape \[65\]"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "infinite or not a number"),
+        (lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(1e6), "too large for f16"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}),
+            r"lacks 1 .*layers\.1\.self_attn\.o_proj\.bias",
+        ),
+    ],
+)
+def test_damaged_checkpoints_are_refused(checkpoint: Checkpoint, tmp_path: Path, change: Any, message: str) -> None:
+    """Missing, extra, misshapen and non-finite tensors are errors that name the tensor."""
+    change_weights(checkpoint.folder, change)
+    with pytest.raises(ModelError, match=message):
+        export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_biases_that_llama_does_not_load_are_refused(tmp_path: Path) -> None:
+    """llama.cpp's qwen3 has no bias on the attention output, so such a file would not load."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3", attention_bias=True)
+    with pytest.raises(ModelError, match=r"qwen3 models have no o_proj\.bias|does not have.*o_proj\.bias"):
+        export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
+
+
+def test_rotary_buffers_are_ignored(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Old checkpoints carry inv_freq, which every engine computes itself."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_weights(checkpoint.folder, lambda tensors: tensors.update({name: torch.ones(8)}))
+    result = export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16")
+    assert all("inv_freq" not in tensor.source for tensor in result.tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": LLAMA3}, "llama3.*qwen2"),
+        ({"rope_scaling": YARN | {"beta_fast": 16}}, "beta_fast 16"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"vocab_size": 483}, "has shape"),
+        ({"num_attention_heads": 8}, "has shape"),
+    ],
+)
+def test_what_llama_would_ignore_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A setting that llama.cpp does not compute is an error instead of a different model."""
+    edit_json(checkpoint.folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=message):
+        export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "byte-level"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+            "no llama.cpp pre-tokenizer",
+        ),
+        ({"added_tokens": [{"id": 485, "content": "<|im_end|>"}]}, "loads as 480|cannot be loaded|damaged"),
+        ({"added_tokens": [{"content": "<|im_end|>"}]}, "damaged"),
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "Unigram"),
+        ({"model": None}, "no model"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "no vocab or no merges"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": ["a b"]}}, "two tokens"),
+        ({"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": ["a b"]}}, "'a' has id 'x'"),
+    ],
+)
+def test_lying_tokenizers_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A tokenizer that llama.cpp would read differently, or abort on, is an error."""
+    edit_json(checkpoint.folder / "tokenizer.json", **changes)
+    with pytest.raises(ModelError, match=message):
+        export(checkpoint, tmp_path / "m.gguf", quant="f16")
+
+
+def test_both_forms_of_merges_give_the_same_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Older tokenizer files write a merge as one string."""
+    first = export(checkpoint, tmp_path / "1.gguf", quant="f16")
+    file = checkpoint.folder / "tokenizer.json"
+    model = json.loads(file.read_text(encoding="utf-8"))["model"]
+    assert isinstance(model["merges"][0], list)
+    edit_json(file, model=model | {"merges": [" ".join(pair) for pair in model["merges"]]})
+    assert export(checkpoint, tmp_path / "2.gguf", quant="f16").sha256 == first.sha256
+
+
+def test_bos_follows_the_post_processor(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A template that begins with the bos token makes llama.cpp add it."""
+    token = "<|im_start|>"
+    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {token: {"id": token, "ids": [SPECIAL_TOKENS[token]], "tokens": [token]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    edit_json(checkpoint.folder / "tokenizer.json", post_processor=template | {"pair": pair})
+    edit_json(checkpoint.folder / "tokenizer_config.json", bos_token=token)
+    fields = read_fields(export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16").path)
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.bos_token_id"] == SPECIAL_TOKENS[token]
+
+
+def test_a_model_without_an_end_token_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp would take id 11 for the end of the sequence."""
+    edit_json(checkpoint.folder / "tokenizer_config.json", eos_token=None)
+    for name in ("config.json", "generation_config.json"):
+        edit_json(checkpoint.folder / name, eos_token_id=None)
+    with pytest.raises(ModelError, match="end-of-sequence"):
+        export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16")
+
+
+def test_nfc_is_noted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What llama.cpp leaves out of the tokenizer is in the result."""
+    assert "NFC" in export(checkpoint, tmp_path / "1.gguf", quant="f16").notes[0]
+    write_tokenizer(checkpoint.folder, "gpt-2")
+    assert export(checkpoint, tmp_path / "2.gguf", quant="f16").notes == ()
+
+
+def test_too_little_space_is_noticed_before_any_work(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size is known from the headers, so a full disk is an error at once."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(gguf_format.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(EnvironmentFailure, match="free"):
+        export(checkpoint, tmp_path / "m.gguf", quant="f16")
+
+
+@pytest.mark.parametrize(
+    ("failure", "caught"),
+    [(OSError(errno.ENOSPC, "No space left on device"), EnvironmentFailure), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_failure_in_the_middle_leaves_the_old_file(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    caught: type[BaseException],
+) -> None:
+    """A disk that fills up, or Ctrl-C, after some tensors: no partial file, and the previous export is intact."""
+    out = tmp_path / "m.gguf"
+    out.write_bytes(b"previous")
+    read_raw, reads = Checkpoint.read_raw, []
+
+    def fail_at_third(self: Checkpoint, name: str) -> np.ndarray:
+        reads.append(name)
+        if len(reads) == 3:
+            raise failure
+        return read_raw(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read_raw", fail_at_third)
+    with pytest.raises(caught):
+        export(checkpoint, out, quant="f16")
+    assert out.read_bytes() == b"previous"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_probe_strings_are_many_and_fixed() -> None:
+    """Hundreds of different strings, the same on every call, all in NFC."""
+    import unicodedata
+
+    texts = probe_strings()
+    assert texts == probe_strings()
+    assert len(texts) == len(set(texts)) > 300
+    assert all(unicodedata.is_normalized("NFC", text) for text in texts)

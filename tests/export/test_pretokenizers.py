@@ -1,0 +1,115 @@
+"""Every pre-tokenizer name that the exporter can derive is proven by tokens, on a vocabulary that provokes it.
+
+A vocabulary trained behind a pre-tokenizer has no merge across its boundaries, so a wrong name often changes
+nothing. Here the merges are trained on whole probe strings: whatever a pre-tokenizer fails to split is merged, and
+shows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.errors import ModelError
+from racdeploy.export import _pretokenizers
+from racdeploy.export._pretokenizers import find_pre_tokenizer
+from racdeploy.export._probe_strings import probe_strings
+from racdeploy.export.gguf import export
+from tests.llama_child import ask_llama
+from tests.tiny_models import make_checkpoint
+
+TOKENS = 2900
+ROWS = {name: (steps, ignore) for (steps, ignore), name in _pretokenizers._TABLE.items()}
+# The same expressions; only ignore_merges differs, which trained merges rarely show.
+TWINS = {frozenset(("llama-bpe", "smaug-bpe"))}
+
+
+@pytest.fixture(scope="module")
+def merges() -> dict[str, Any]:
+    """Return a BPE model whose merges ignore every boundary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=alphabet, show_progress=False)
+    # llama.cpp makes any token that reads <|im_end|> special, even a plain one.
+    tokenizer.train_from_iterator([text for text in probe_strings() if "<|" not in text], trainer)
+    assert tokenizer.get_vocab_size() == TOKENS
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
+    """Return for each name the ids of the probe strings: the tokenizers library's, then llama.cpp's."""
+    root = tmp_path_factory.mktemp("names")
+    folder = make_checkpoint(root / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1)
+    edit = folder / "tokenizer.json"
+    files, expected = [], []
+    for name in ROWS:
+        edit.write_text(json.dumps(tokenizer_json(merges, name)), encoding="utf-8")
+        files.append(export(Checkpoint(folder), root / f"{name}.gguf", quant="q8_0").path)
+        encoded = Tokenizer.from_file(str(edit)).encode_batch(probe_strings(), add_special_tokens=False)
+        expected.append([encoding.ids for encoding in encoded])
+    answers = ask_llama(files, [1, 2], probe_strings())
+    return {name: [ids, answer.tokens] for name, ids, answer in zip(ROWS, expected, answers, strict=True)}
+
+
+def tokenizer_json(merges: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a tokenizer with the pre-tokenizer that the exporter calls ``name``."""
+    steps, ignore_merges = ROWS[name]
+    parts = [write_step(step) for step in steps]
+    pre_tokenizer = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+    return merges | {
+        "pre_tokenizer": pre_tokenizer,
+        "model": merges["model"] | {"ignore_merges": ignore_merges},
+        "added_tokens": [],
+    }
+
+
+def write_step(step: str) -> dict[str, Any]:
+    """Return the JSON of one step of the table."""
+    if step == "digits":
+        return {"type": "Digits", "individual_digits": True}
+    if step.startswith("split "):
+        pattern = {"Regex": step.removeprefix("split ")}
+        return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": "regex" in step}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_derived_name_splits_alike(tokens: dict[str, list[list[list[int]]]], name: str) -> None:
+    """llama.cpp, told the derived name, gives the ids of the tokenizers library for every probe string."""
+    expected, found = tokens[name]
+    assert [t for t, a, b in zip(probe_strings(), expected, found, strict=True) if a != b] == []
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_other_name_is_noticed(tokens: dict[str, list[list[list[int]]]], name: str) -> None:
+    """The probe strings tell the name from all others, so equal tokens prove it."""
+    expected = tokens[name][0]
+    others = [other for other in ROWS if other != name and frozenset((name, other)) not in TWINS]
+    assert [other for other in others if tokens[other][1] == expected] == []
+
+
+def test_equivalent_spellings_are_found(merges: dict[str, Any]) -> None:
+    """Keeping the matches and removing the gaps is the same split."""
+    written = tokenizer_json(merges, "qwen2")
+    split = written["pre_tokenizer"]["pretokenizers"][0]
+    split |= {"behavior": "Removed", "invert": True}
+    assert find_pre_tokenizer(written) == "qwen2"
+
+
+def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -> None:
+    """A regular expression that is not in the table needs a name from the user, who is told where it goes."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("{L}+", "{L}{1,9}"), encoding="utf-8")
+    with pytest.raises(ModelError, match="no llama.cpp pre-tokenizer is known") as caught:
+        export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
+    assert "pre_tokenizer" in caught.value.remedy
+    assert export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16", pre_tokenizer="qwen2").path.is_file()

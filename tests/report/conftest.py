@@ -1,0 +1,18 @@
+"""The sample report and its records, built once."""
+
+from __future__ import annotations
+
+import pytest
+
+from racdeploy.report_model import Record, Report
+from tests.report.sample_report import build_records, build_report
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    return build_report()
+
+
+@pytest.fixture(scope="session")
+def records() -> list[Record]:
+    return build_records()

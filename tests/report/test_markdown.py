@@ -1,0 +1,110 @@
+"""Markdown: the golden file, its sensitivity, escaping, and the size of a pull-request comment."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from racdeploy.report import markdown
+from racdeploy.report_model import Comparison, Report, TensorRow
+from tests.report.sample_report import GOLDEN, HOSTILE
+
+
+def changed(report: Report, **values: object) -> Report:
+    return report.model_copy(update=values)
+
+
+def test_the_report_matches_the_golden_file(report: Report) -> None:
+    """Every character; ``python -m tests.report.sample_report`` writes it anew for the diff to be read."""
+    assert markdown.render(report) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
+    """One more wrong answer, one other size, one other verdict: each shows."""
+    golden = GOLDEN.read_text(encoding="utf-8")
+    pruned = report.arms[1]
+    assert isinstance(report.comparison, Comparison)
+    spoiled = (
+        changed(report, arms=(report.arms[0], pruned.model_copy(update={"unclosed": 2}), report.arms[2])),
+        changed(report, arms=(report.arms[0], pruned.model_copy(update={"size_bytes": 5_400_000}))),
+        changed(report, comparison=report.comparison.model_copy(update={"drop_upper": 0.0272})),
+        changed(report, checks=(report.checks[0].model_copy(update={"verdict": "fail"}), *report.checks[1:])),
+    )
+    assert [markdown.render(one) == golden for one in spoiled] == [False] * len(spoiled)
+
+
+def test_hostile_text_stays_text() -> None:
+    """No tag, cell border, code span, mention, issue link, URL or escape sequence; one line."""
+    escaped = markdown.escape(HOSTILE)
+    assert "<" not in escaped
+    assert "@" not in escaped
+    assert "://" not in escaped
+    assert not re.search(r"(?<!\\)[|`\[\]]", escaped)
+    assert not re.search(r"[\x00-\x1f\u202e]", escaped)
+    assert not re.search(r"(?<!&)#", escaped)
+
+
+def test_a_backslash_cannot_free_a_pipe() -> None:
+    r"""``\|`` must not become ``\\|``, an escaped backslash before a bare border."""
+    assert markdown.escape("a\\|b") == "a\\\\\\|b"
+
+
+def test_every_table_row_has_as_many_cells_as_its_header(report: Report) -> None:
+    """Hostile cells do not break a row."""
+    blocks = re.findall(r"(?:^\|.*\n?)+", markdown.render(report), flags=re.MULTILINE)
+    assert len(blocks) == 4
+    for block in blocks:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1
+
+
+def test_a_huge_report_fits_a_comment_and_says_what_is_missing(report: Report) -> None:
+    """GitHub refuses above 65 536 characters; nothing is left out silently."""
+    tensors = tuple(
+        TensorRow(
+            name=f"{i}",
+            quant_asked="Q4_K",
+            quant_real="F16",
+            zeros=0,
+            size_bytes=1,
+            reason=f"{i} " + "x" * 3000,
+        )
+        for i in range(500)
+    )
+    text = markdown.render(changed(report, tensors=tensors, notes=("y" * 3000,) * 300))
+    assert len(text) < 65_536
+    assert "471 more rows are in report.html" in text
+    assert "270 more notes are in report.html" in text
+    assert "more characters)" in text
+
+
+def test_a_text_beyond_the_limit_is_cut_at_a_line(report: Report) -> None:
+    """The last resort: cells full of characters that grow when they are escaped."""
+    notes = ("@" * 400,) * 30
+    tensors = tuple(
+        TensorRow(name=f"{i}", quant_asked="a", quant_real="b", zeros=0, size_bytes=1, reason=f"{i}" + "@" * 390)
+        for i in range(30)
+    )
+    text = markdown.render(changed(report, tensors=tensors, notes=notes))
+    assert len(text) < 65_536
+    assert text.endswith("the rest is in report.html and report.json._\n")
+
+
+@pytest.mark.parametrize(
+    ("checks", "sentence"),
+    [((), "No check ran, and missing data never passes."), (None, "Every check was skipped")],
+)
+def test_missing_data_reads_inconclusive(report: Report, checks: tuple[()] | None, sentence: str) -> None:
+    """Neither an empty list of checks nor only skipped ones reads like a pass."""
+    text = markdown.render(changed(report, checks=report.checks[2:] if checks is None else checks))
+    assert text.startswith("### ⚠️ INCONCLUSIVE")
+    assert sentence in text
+
+
+def test_a_failed_check_is_named(report: Report) -> None:
+    """The explanation says which check failed."""
+    failed = report.checks[1].model_copy(update={"verdict": "fail"})
+    text = markdown.render(changed(report, checks=(report.checks[0], failed)))
+    assert text.startswith("### ❌ FAIL")
+    assert "Failed: length." in text

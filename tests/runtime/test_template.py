@@ -1,0 +1,181 @@
+"""Templates: equal to transformers, and harmless whatever they hold."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.runtime.template import ChatTemplate, PromptEncoder
+from tests.tiny_models import edit_json, make_checkpoint, write_tokenizer
+
+QUESTION = [{"role": "user", "content": 'What is 2 < 3 && "x"? Größe 🚀 \\boxed{}\n\n  end'}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    *QUESTION,
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
+    {"role": "user", "content": "Why?"},
+]
+QWEN3 = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == "assistant" and '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+R1 = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% set ns = namespace(system_prompt='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.system_prompt}}"
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<|im_start|>' + message['content']}}"
+    "{%- elif message['role'] == 'assistant' %}{% generation %}{{'<|im_end|>' ~ message['content'] ~ eos_token}}"
+    "{% endgeneration %}{%- else %}{% continue %}{%- endif %}{%- endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_end|><think>\\n'}}{% endif %}"
+)
+DATED = (
+    "{{- bos_token }}\n{% for message in messages %}\n"
+    "    {{ strftime_now('%Y') ~ '/' ~ message.role }}\n{{ message.content | trim | tojson(indent=2) }}\n{% endfor %}"
+)
+
+
+def hostile(source: str, messages: list[dict[str, Any]] = QUESTION) -> str:
+    """Render a template that must fail; return the message."""
+    with pytest.raises(ArtifactError, match="the chat template failed") as caught:
+        ChatTemplate(source, "<s>", "</s>").render(messages)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("source", [QWEN3, R1, DATED], ids=["qwen3", "r1", "dated"])
+@pytest.mark.parametrize("messages", [QUESTION, CHAT], ids=["question", "chat"])
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"tools": [{"name": "f<x>"}]}])
+def test_prompt_ids_equal_those_of_transformers(
+    tmp_path: Path, source: str, messages: list[dict[str, str]], variables: dict[str, Any]
+) -> None:
+    write_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=source, bos_token="<|endoftext|>")
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, **variables)
+    assert expected == PromptEncoder.from_folder(tmp_path).encode(messages, **variables)
+
+
+@pytest.mark.parametrize("transformers5", [False, True])
+def test_a_checkpoint_of_either_version_encodes_alike(tmp_path: Path, transformers5: bool) -> None:
+    folder = make_checkpoint(tmp_path / "model", "qwen3", transformers5=transformers5)
+    encoder = PromptEncoder.from_folder(folder)
+    rendered = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert encoder.render("What is 2+2?") == rendered
+    assert encoder.decode(encoder.encode("What is 2+2?")) == rendered
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_there_is_one_beginning_of_sequence_at_most(tmp_path: Path, written: bool, asked: bool) -> None:
+    """The template's own counts; the tokenizer's is added only if asked for and not written."""
+    write_tokenizer(tmp_path)
+    source = ("{{ bos_token }}" if written else "") + "{{ messages[0].content }}"
+    bos = {"content": "<|endoftext|>", "lstrip": False}
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=source, bos_token=bos, add_bos_token=asked)
+    encoder = PromptEncoder.from_folder(tmp_path)
+    bos_id = encoder.tokenizer.token_to_id("<|endoftext|>")
+    assert encoder.encode("hello").count(bos_id) == int(written or asked)
+    assert encoder.encode("hello")[-2:] == encoder.encode_text("hello")[-2:]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['sys'] }}",
+        "{{ strftime_now.__func__ }}{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{{ 'x' * 10**12 }}",
+        "{{ [0] * 99999999 }}",
+        "{{ 2 ** 99999999999 }}",
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ 'x' | center(9999999999) }}",
+        "{{ messages | tojson(indent=9999999999) }}",
+        "{{ lipsum(n=1000) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ messages[7].content }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{% include 'x' %}",
+        "{% if %}",
+        "{{ 'unclosed",
+        "{% nonsense %}",
+        "{% generation %}",
+    ],
+)
+def test_a_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("racdeploy.runtime.template._SECONDS", 0.3)
+    started = time.monotonic()
+    hostile(source)
+    assert time.monotonic() - started < 10
+
+
+def test_a_template_may_refuse_messages_in_its_own_words() -> None:
+    assert "roles must alternate" in hostile("{{ raise_exception('roles must alternate') }}")
+
+
+def test_a_slow_template_does_not_disturb_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("racdeploy.runtime.template._SECONDS", 0.1)
+    hostile("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    time.sleep(0.15)
+    assert ChatTemplate("{{ messages[0].content }}!").render([{"content": "a"}]) == "a!"
+
+
+def test_tokens_that_a_model_lacks_render_as_nothing() -> None:
+    assert ChatTemplate("[{{ bos_token }}{{ eos_token }}]").render([]) == "[]"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0", "model": 3}', "\0"])
+def test_a_damaged_tokenizer_is_an_error(tmp_path: Path, content: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is not a tokenizer"):
+        PromptEncoder.from_folder(tmp_path)
+
+
+def test_a_folder_without_tokenizer_or_template_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        PromptEncoder.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArtifactError, match="not UTF-8"):
+        PromptEncoder.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        PromptEncoder.from_folder(tmp_path)

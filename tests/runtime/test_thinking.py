@@ -1,0 +1,157 @@
+"""The split of thinking and answer, against a slow version that works on strings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from racdeploy.errors import ArtifactError
+from racdeploy.runtime.template import ChatTemplate, PromptEncoder
+from racdeploy.runtime.thinking import Split, ThinkingTags, find_tag_names, find_tags, prompt_state, split, tags_of
+from tests.tiny_models import SPECIAL_TOKENS, edit_json, write_tokenizer
+
+EOS = "$"
+
+
+def ids(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def tags(open_tag: str, close_tag: str) -> ThinkingTags:
+    return ThinkingTags(tuple(ids(open_tag)), tuple(ids(close_tag)), frozenset({ord(" ")}))
+
+
+def split_text(
+    prompt: str, completion: str, open_tag: str = "<", close_tag: str = ">", forced_at: int | None = None
+) -> tuple[str, str, str]:
+    """Split texts in which every character is a token."""
+    parts = split(ids(prompt), ids(completion), tags(open_tag, close_tag), eos_ids=ids(EOS), forced_at=forced_at)
+    return "".join(map(chr, parts.thinking_ids)), "".join(map(chr, parts.answer_ids)), parts.state
+
+
+def oracle(prompt: str, completion: str, open_tag: str, close_tag: str) -> tuple[str, str, str]:
+    """The same split with ``str.find``."""
+    text, tail = completion.rstrip(EOS), prompt.rstrip(" ")
+    inside = tail.endswith(open_tag)
+    prompt_closed = not inside and tail.endswith(close_tag)
+    prompt_bare = not inside and not prompt_closed
+    thoughts: list[str] = []
+    start = 0
+    while True:
+        ends = {}
+        if inside or (prompt_bare and not thoughts):
+            ends["close"] = text.find(close_tag, start)
+        if not inside:
+            ends["open"] = text.find(open_tag, start)
+        lengths = {"close": len(close_tag), "open": len(open_tag)}
+        found = {kind: at + lengths[kind] for kind, at in ends.items() if at >= 0}
+        if not found:
+            break
+        kind = min(found, key=lambda k: (found[k], k == "close"))
+        if kind == "close":
+            thoughts.append(text[start if inside else 0 : ends["close"]])
+        inside, start = kind == "open", found[kind]
+    if inside:
+        thoughts.append(text[start:])
+    if not thoughts:
+        return "", text, "absent"
+    state = "open" if inside else "closed"
+    if len(thoughts) > 1 or prompt_closed:
+        state = "reopened"
+    return "".join(thoughts), "" if inside else text[start:], state
+
+
+TAG_TEXT = st.text("ab<>/", min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=600)
+@given(
+    prompt=st.lists(st.sampled_from([*"ab<>/ ", "OPEN", "CLOSE"]), max_size=6),
+    completion=st.lists(st.sampled_from([*"ab<>/ $", "OPEN", "CLOSE"]), max_size=14),
+    pair=st.tuples(TAG_TEXT, TAG_TEXT).filter(lambda pair: pair[0] != pair[1]),
+)
+@example(prompt=["OPEN", " "], completion=["a", "b"], pair=("<", ">"))
+@example(prompt=["CLOSE", " "], completion=["OPEN", "b"], pair=("<", ">"))
+@example(prompt=[], completion=["a", "CLOSE", "b"], pair=("<a", "</"))
+def test_the_split_equals_the_slow_one(prompt: list[str], completion: list[str], pair: tuple[str, str]) -> None:
+    named = {"OPEN": pair[0], "CLOSE": pair[1]}
+    prompt_text, completion_text = ("".join(named.get(c, c) for c in part) for part in (prompt, completion))
+    assert oracle(prompt_text, completion_text, *pair) == split_text(prompt_text, completion_text, *pair)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        pytest.param("q<", "abc>42$", ("abc", "42", "closed"), id="R1: the prompt opens"),
+        pytest.param("q<  ", "abc>42$", ("abc", "42", "closed"), id="with white space behind"),
+        pytest.param("q", "<abc>42$", ("abc", "42", "closed"), id="Qwen3: the model opens"),
+        pytest.param("q", " <abc>42$", ("abc", "42", "closed"), id="text before the open tag is neither"),
+        pytest.param("q<  > ", "42$", ("", "42", "absent"), id="Qwen3, thinking turned off"),
+        pytest.param("q<  > ", "<ab>42$", ("ab", "42", "reopened"), id="thinking although turned off"),
+        pytest.param("q", "42$", ("", "42", "absent"), id="no thinking"),
+        pytest.param("q<", "abc", ("abc", "", "open"), id="cut"),
+        pytest.param("q<", "abc$", ("abc", "", "open"), id="ended inside the thinking"),
+        pytest.param("q", "abc>42$", ("abc", "42", "closed"), id="the model forgot the open tag"),
+        pytest.param("q<", "abc>42<de>43$", ("abcde", "43", "reopened"), id="reopened"),
+        pytest.param("q<", "abc>42<de", ("abcde", "", "reopened"), id="reopened and cut"),
+        pytest.param("q<", ">42$", ("", "42", "closed"), id="an empty thought"),
+        pytest.param("is < a tag?", "42$", ("", "42", "absent"), id="a tag in the question"),
+        pytest.param("", "", ("", "", "absent"), id="nothing"),
+    ],
+)
+def test_what_models_do(prompt: str, completion: str, expected: tuple[str, str, str]) -> None:
+    assert expected == split_text(prompt, completion)
+
+
+def test_a_forced_close_is_told_from_a_natural_one() -> None:
+    assert split_text("<", "abc>42$", forced_at=3) == ("abc", "42", "forced")
+    assert split_text("<", "ab>c>42$", forced_at=4) == ("ab", "c>42", "closed")
+
+
+def test_a_forced_tag_that_the_cap_cut_is_no_thinking() -> None:
+    assert split_text("<", "abc</", "<", "</>", forced_at=3) == ("abc", "", "open")
+
+
+def test_a_model_without_tags_only_answers() -> None:
+    assert split([1], [2, 3, 0, 0], None, eos_ids=(0,)) == Split((), (2, 3), "absent")
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
+    """Single tokens; and white space between the tag and the end of the prompt is known."""
+    encoder = PromptEncoder.from_folder(tokenizer_folder)
+    found = find_tags(encoder)
+    assert found is not None
+    assert (found.open_ids, found.close_ids) == ((SPECIAL_TOKENS["<think>"],), (SPECIAL_TOKENS["</think>"],))
+    assert prompt_state(encoder.encode("Is <think> a tag?"), found) == "open"
+    assert prompt_state(encoder.encode_text("<think>\n\n</think>\n\n \t"), found) == "closed"
+    assert prompt_state(encoder.encode_text("<think>\n x"), found) == "none"
+
+
+def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
+    source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
+    plain = PromptEncoder(tokenizer_folder / "tokenizer.json", ChatTemplate(source), template_source=source)
+    found = tags_of(plain, "[THINK]", "[/THINK]")
+    assert len(found.open_ids) > 1
+    assert prompt_state(plain.encode("hello"), found) == "open"
+
+
+def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None:
+    file = tokenizer_folder / "tokenizer.json"
+    edit_json(file, added_tokens=[])
+    source = "{{ messages[0]['content'] }}"
+    assert find_tag_names(PromptEncoder(file, ChatTemplate(source), template_source=source)) is None
+
+
+def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:
+    encoder = PromptEncoder.from_folder(tokenizer_folder)
+    with pytest.raises(ArtifactError, match="cannot write the thinking tags"):
+        tags_of(encoder, "", "</think>")

@@ -1,0 +1,94 @@
+"""Writing whole or not at all, and reading what others may have damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.artifacts import MANIFEST_NAME, Manifest, Stage, atomic_folder, write_atomic
+from racdeploy.errors import ArtifactError, EnvironmentFailure
+from tests.tiny_artifacts import make_bundle
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    """An error in the middle leaves what was there, and no scratch folder."""
+    out = tmp_path / "bundle"
+    with atomic_folder(out) as scratch:
+        (scratch / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(out) as scratch:
+        (scratch / "a").write_text("new")
+        raise RuntimeError
+    assert (out / "a").read_text() == "old"
+    assert [out] == list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC becomes exit code 4 with what to do, and no file of that name appears."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(EnvironmentFailure, match="No space left") as caught:
+        write_atomic(tmp_path / "file", b"data")
+    assert caught.value.exit_code == 4
+    assert "free some space" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
+    """A folder whose recorded inputs differ from the asked ones is not resumed."""
+    stage = Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
+    record = stage.folder / "inputs.json"
+    record.write_text(json.dumps({"model": "b", "seed": 1}))
+    with pytest.raises(ArtifactError, match="changed: model"):
+        Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def _edited(bundle: Path, tmp_path: Path, **changes: Any) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundle.iterdir():
+        (copy / file.name).symlink_to(file)
+    values = json.loads((bundle / MANIFEST_NAME).read_text()) | changes
+    (copy / MANIFEST_NAME).unlink()
+    (copy / MANIFEST_NAME).write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../outside"])
+def test_a_manifest_cannot_name_files_outside(bundle: Path, tmp_path: Path, path: str) -> None:
+    """Paths that leave the bundle are refused, however written."""
+    entry = json.loads((bundle / MANIFEST_NAME).read_text())["artifacts"][0] | {"path": path}
+    with pytest.raises(ArtifactError, match="outside the bundle"):
+        Manifest.read(_edited(bundle, tmp_path, artifacts=[entry]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schema_version": 2}, {"artifacts": []}, {"surprise": 1}, {"generation": {"temperature": "hot"}}]
+)
+def test_a_damaged_manifest_is_an_error(bundle: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Unknown versions, missing parts, unknown keys and wrong types are refused with the place."""
+    with pytest.raises(ArtifactError, match=next(iter(changes))):
+        Manifest.read(_edited(bundle, tmp_path, **changes))
+
+
+def test_a_changed_file_is_found(bundle: Path, tmp_path: Path) -> None:
+    """One byte in the artifact is enough."""
+    copy = _edited(bundle, tmp_path)
+    artifact = copy / Manifest.read(copy).artifacts[0].path
+    data = bytearray(artifact.read_bytes())
+    artifact.unlink()
+    data[-1] ^= 1
+    artifact.write_bytes(data)
+    with pytest.raises(ArtifactError, match="differs from its manifest"):
+        Manifest.read(copy).check_files(copy)

@@ -1,0 +1,100 @@
+"""Recipes, targets, gates: precedence, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy.errors import UnknownPluginError, UsageError
+from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target, Verification
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) -> None:
+    """Defaults, target, file, command line: the later one decides."""
+    file = _file(tmp_path, 'target = "raspberry-pi-5"\n[export]\nquant = "q8_0"\n[traces]\ncount = 9\n')
+    recipe = Recipe.combine(file, {"traces": {"count": 5}, "verify": {"count": None}})
+    assert (recipe.prune.pattern, recipe.export.quant, recipe.traces.count) == ("2:4", "q8_0", 5)
+    assert Verification().count == recipe.verify.count
+
+
+def test_the_example_recipe_is_the_default_recipe(tmp_path: Path) -> None:
+    """What init writes means what an empty recipe means."""
+    assert Recipe.combine(None, {}) == Recipe.combine(_file(tmp_path, EXAMPLE), {})
+
+
+@pytest.mark.parametrize("name", Target.names())
+def test_every_target_gives_a_recipe(name: str) -> None:
+    """Each shipped target is complete, says why, and accepts its own defaults."""
+    target = Target.read(name)
+    recipe = Recipe.combine(None, {"target": name})
+    assert target.why
+    assert (target.quant, target.pattern) == (recipe.export.quant, recipe.prune.pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[prune]\nsparsty = 0.5", r"unknown key 'prune.sparsty' \(did you mean 'sparsity'\?\)"),
+        ("modle = 'x'", r"unknown key 'modle' \(did you mean 'model'\?\)"),
+        ("[prune]\nsparsity = 1.0", r"prune.sparsity: .*less than 1 .*got 1.0"),
+        ("[prune]\nsparsity = -0.1", "prune.sparsity"),
+        ("[prune]\npattern = '4:4'", "N:M with 0 < N < M"),
+        ("[prune]\npattern = '2:4'\nsparsity = 0.6", "pattern 2:4 means sparsity 0.5, not 0.6"),
+        ("[prune]\ndense = ['(']", "not a regular expression"),
+        ("[prune\n", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_says_what_and_where(tmp_path: Path, text: str, complaint: str) -> None:
+    """The message names the key, the value and the nearest known key."""
+    with pytest.raises(UsageError, match=complaint):
+        Recipe.combine(_file(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target": "raspbery-pi-5"}, "did you mean 'raspberry-pi-5'"),
+        ({"export": {"quant": "q8"}}, "unknown quant 'q8'"),
+        ({"prune": {"method": "sparsgpt"}}, "did you mean 'sparsegpt'"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(options: dict, complaint: str) -> None:
+    """Plugins and targets are looked up before any work."""
+    with pytest.raises(UnknownPluginError, match=complaint):
+        Recipe.combine(None, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target": "android-arm64", "export": {"quant": "f16"}}, "does not take quant 'f16'"),
+        ({"target": "ci-smoke", "verify": {"context_tokens": 4096}}, "made for 2048 tokens"),
+    ],
+)
+def test_a_recipe_that_contradicts_its_target_is_refused(options: dict, complaint: str) -> None:
+    """A target's limits bind."""
+    with pytest.raises(UsageError, match=complaint):
+        Recipe.combine(None, options)
+
+
+def test_a_user_target_is_a_toml_file(tmp_path: Path) -> None:
+    """A target needs no code: a path to a TOML file will do."""
+    file = tmp_path / "board.toml"
+    file.write_text('why = "mine"\nmemory_limit_bytes = 1000\nquant = "q4_0"\n', encoding="utf-8")
+    assert Recipe.combine(None, {"target": str(file)}).export.quant == "q4_0"
+
+
+def test_a_gate_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
+    """What the gate leaves out stays."""
+    gate = Gate.read(_file(tmp_path, "margin = 0.02\n"))
+    settings = gate.apply(Verification(length_limit=1.1))
+    assert (settings.margin, settings.length_limit) == (0.02, 1.1)
+    with pytest.raises(UsageError, match=r"did you mean 'margin'"):
+        Gate.read(_file(tmp_path, "margn = 0.02\n"))

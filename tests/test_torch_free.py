@@ -1,0 +1,42 @@
+"""The base package and the runtime import no deep-learning framework and no engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import racdeploy
+
+HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx", "gguf", "scipy")
+
+
+def modules_after(statement: str) -> set[str]:
+    """Return the names of all modules that a fresh interpreter has after a statement."""
+    code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement", ["import racdeploy.runtime", "import racdeploy; racdeploy.load", "import racdeploy.backends.llamacpp"]
+)
+def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:
+    assert modules_after(statement).isdisjoint(HEAVY)
+
+
+def test_importing_racdeploy_imports_next_to_nothing() -> None:
+    """Not even numpy: what is needed comes on first use."""
+    loaded = modules_after("import racdeploy; racdeploy.errors.UsageError; racdeploy.__version__")
+    assert loaded.isdisjoint({*HEAVY, "numpy", "pydantic", "tokenizers", "jinja2", "typer"})
+
+
+def test_everything_that_is_public_is_there() -> None:
+    assert all(getattr(racdeploy, name) is not None for name in racdeploy.__all__)
+    assert set(racdeploy.__all__) <= set(dir(racdeploy))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        racdeploy.nonsense  # noqa: B018

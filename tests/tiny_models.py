@@ -1,0 +1,193 @@
+"""Tiny random checkpoints with a real tokenizer, in every shape that users bring.
+
+``make_checkpoint`` writes a folder as ``save_pretrained`` would: weights, config, byte-level BPE tokenizer, chat
+template that opens the thinking. The vocabulary is padded beyond the tokenizer, as real ones are. Nothing is
+downloaded; the same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+TRAINED_TOKENS = 480
+SPECIAL_TOKENS = {
+    text: TRAINED_TOKENS + i
+    for i, text in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"))
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+_QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_CORPUS = (
+    "Ann has 12 apples and buys 30 more. How many apples does she have? Think step by step.",
+    "12+30=42, so the answer is \\boxed{42}. We've done it; it's right, isn't it? They'll see.",
+    "def add(left, right):\n    return left + right\n\nprint(add(2, 3))\n",
+    "Привет мир. 你好世界。 こんにちは。 नमस्ते दुनिया। مرحبا بالعالم. 🚀 ✅",
+    "The quick brown fox jumps over the lazy dog 1234567890 times.    Indented\ttext\r\n\r\n",
+)
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    tied: bool = True,
+    attention_bias: bool = False,
+    transformers5: bool = False,
+    dtype: str = "bfloat16",
+    sharded: bool = False,
+    pre_tokenizer: str = "qwen2",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random model and return its folder.
+
+    Args:
+        folder: created, or emptied.
+        family: one of :data:`FAMILIES`.
+        tied: whether the output projection is the embedding.
+        attention_bias: biases on the attention linears; qwen2 always has those of q, k and v.
+        transformers5: config and tokenizer_config as transformers 5 writes them.
+        dtype: of the stored weights.
+        sharded: three files and an index.
+        pre_tokenizer: llama.cpp's name of the one the tokenizer gets.
+        seed: of the weights.
+        config: over the defaults of the config, as ``hidden_size=256`` or ``rope_scaling={…}``.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(seed)
+    model = _model(family, tied, attention_bias, config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB" if sharded else "5GB")
+    write_tokenizer(folder, pre_tokenizer, transformers5=transformers5)
+    if transformers5:
+        _rewrite_config(folder / "config.json")
+    return folder
+
+
+def write_tokenizer(folder: Path, pre_tokenizer: str = "qwen2", *, transformers5: bool = False) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template."""
+    (folder / "tokenizer.json").write_text(_tokenizer_json(pre_tokenizer), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "TokenizersBackend" if transformers5 else "Qwen2TokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+    }
+    if transformers5:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    else:
+        settings["chat_template"] = CHAT_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON object on disk; None removes a key."""
+    value = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps({k: v for k, v in value.items() if v is not None}), encoding="utf-8")
+
+
+def _model(family: str, tied: bool, attention_bias: bool, config: dict[str, Any]) -> torch.nn.Module:
+    config_class, model_class = _CLASSES[family]
+    settings: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL_TOKENS["<|im_end|>"],
+        "pad_token_id": SPECIAL_TOKENS["<|endoftext|>"],
+        "rope_theta": 10_000.0,
+        # Twice the usual deviation: logits far enough apart to compare, weights like a trained model's.
+        "initializer_range": 0.05,
+    }
+    if family == "qwen3":
+        settings["head_dim"] = 32
+    if family != "qwen2":
+        settings["attention_bias"] = attention_bias
+    model: torch.nn.Module = model_class(config_class(**(settings | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: nothing to see
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _rewrite_config(file: Path) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"} | (config.pop("rope_scaling", None) or {})
+    edit_json(file, rope_theta=None, rope_scaling=None, rope_parameters=rope, transformers_version="5.0.0")
+
+
+@cache
+def _tokenizer_json(pre_tokenizer: str) -> str:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre_tokenizer == "llama-bpe"))
+    tokenizer.pre_tokenizer = {
+        "qwen2": lambda: _split(_QWEN2_REGEX),
+        "llama-bpe": lambda: _split(_LLAMA3_REGEX),
+        "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        "smollm": lambda: pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        ),
+    }[pre_tokenizer]()
+    if pre_tokenizer == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TRAINED_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS * 4, trainer)
+    assert tokenizer.get_vocab_size() == TRAINED_TOKENS, "the corpus is too small for that many merges"
+    written = json.loads(tokenizer.to_str())
+    written["added_tokens"] = [
+        {
+            "id": i,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": text not in ("<think>", "</think>"),
+        }
+        for text, i in SPECIAL_TOKENS.items()
+    ]
+    return json.dumps(written, ensure_ascii=False)
+
+
+def _split(regex: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )

@@ -1,0 +1,107 @@
+"""Collecting and selecting traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy import tasks
+from racdeploy.artifacts import TraceSet
+from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.recipe import Calibration, Traces
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tags
+from racdeploy.traces.collect import collect, prompt_traces
+from racdeploy.traces.select import select
+from tests.tiny_models import make_checkpoint
+
+SETTINGS = Traces(count=7, batch=3, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+def _collect(folder: Path, out: Path):
+    out.mkdir(exist_ok=True)
+    task = tasks.load("comparison")
+    encoder = PromptEncoder.from_folder(folder)
+    with open_engine("transformers", folder, EngineSettings(256, 3, 1)) as engine:
+        return collect(
+            engine,
+            encoder,
+            find_tags(encoder),
+            Checkpoint(folder).eos_ids,
+            task.problems("calibration", 0, 7),
+            {"comparison": task},
+            SETTINGS,
+            TraceSet(out),
+        )
+
+
+def test_traces_are_token_ids_with_their_streams(folder: Path, tmp_path: Path) -> None:
+    """Prompt ids are the rendered template, every token has a stream, and the shards read back the same."""
+    traces = _collect(folder, tmp_path / "traces")
+    encoder = PromptEncoder.from_folder(folder)
+    assert [list(t.prompt_ids) for t in traces] == [encoder.encode(t.question) for t in traces]
+    assert all(len(t.streams()) == len(t.ids) for t in traces)
+    assert traces == TraceSet(tmp_path / "traces").read()
+    assert len(list((tmp_path / "traces").glob("shard-*.jsonl"))) == 3
+
+
+def test_an_interrupted_collection_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """A lost shard is collected again, byte for byte; the others are not touched."""
+    _collect(folder, tmp_path / "traces")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "traces").iterdir()}
+    (tmp_path / "traces/shard-00001.jsonl").unlink()
+    _collect(folder, tmp_path / "traces")
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / "traces").iterdir()}
+
+
+def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
+    """Half a line is an error with the file and line, not a shorter trace set."""
+    _collect(folder, tmp_path / "traces")
+    shard = tmp_path / "traces/shard-00002.jsonl"
+    shard.write_text(shard.read_text()[:-20])
+    with pytest.raises(ArtifactError, match=r"shard-00002.jsonl:1 is damaged"):
+        TraceSet(tmp_path / "traces").read()
+
+
+def _traces(folder: Path):
+    encoder = PromptEncoder.from_folder(folder)
+    return prompt_traces(encoder, tasks.load("gcd").problems("calibration", 0, 16))
+
+
+def test_selection_holds_out_evenly_and_keeps_whole_traces(folder: Path) -> None:
+    """Every eighth trace is held out; a budget ends before the trace that would cross it."""
+    traces = _traces(folder)
+    selection = select(traces, Calibration())
+    assert [t.index for t in selection.held_out] == [7, 15]
+    budget = selection.tokens - 1
+    shorter = select(traces, Calibration(max_tokens=budget))
+    assert shorter.calibration == selection.calibration[:-1]
+    assert shorter.left_out == {"over the token budget": 1}
+
+
+def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
+    """A cut chain of thought has no end to calibrate on; leaving all out is an error with a remedy."""
+    import dataclasses
+
+    cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
+    with pytest.raises(UsageError, match="16 truncated"):
+        select(cut, Calibration())
+    assert len(select(cut, Calibration(keep_truncated=True)).calibration) == 14
+
+
+def test_only_correct_leaves_out_the_rest(folder: Path) -> None:
+    """Wrong traces can be left out, and are counted."""
+    import dataclasses
+
+    mixed = [dataclasses.replace(trace, correct=trace.index % 2 == 0) for trace in _traces(folder)]
+    selection = select(mixed, Calibration(only_correct=True, held_out_share=0))
+    assert all(trace.correct for trace in selection.calibration)
+    assert selection.left_out == {"wrong answer": 8}
