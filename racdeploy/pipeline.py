@@ -163,6 +163,28 @@ class Build:
         stage.finish(result.to_json())
         return result
 
+    def answer(
+        self, artifact: Path, arm: str, settings: EngineSettings
+    ) -> tuple[tuple[Record, ...], list[tuple[tuple[int, ...], tuple[int, ...]]], dict[str, float]]:
+        """Answer the evaluation prompts with one artifact on llama.cpp.
+
+        Returns:
+            One record per prompt, prompt and completion ids of each, and what the engine counted.
+        """
+        with _opened("llamacpp", artifact, settings) as engine:
+            records, traces = answer_problems(
+                engine,
+                self.job.encoder,
+                self.job.tags,
+                self.job.checkpoint.eos_ids,
+                self.job.problems("evaluation"),
+                self.job.tasks_by_spec,
+                self.job.recipe.verify,
+                arm,
+                self.progress,
+            )
+            return records, traces, dict(engine.stats)
+
     def verify(
         self,
         pruned_folder: Path,
@@ -173,25 +195,12 @@ class Build:
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on both artifacts, compare, and decide."""
         settings = self.job.recipe.verify
-        problems = self.job.problems("evaluation")
         engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
         arms: list[Arm] = []
         dense_traces: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         for name, exported in (("dense", dense), ("pruned", pruned)):
-            with _opened("llamacpp", exported.path, engine_settings) as engine:
-                records, traces = answer_problems(
-                    engine,
-                    self.job.encoder,
-                    self.job.tags,
-                    self.job.checkpoint.eos_ids,
-                    problems,
-                    self.job.tasks_by_spec,
-                    settings,
-                    name,
-                    self.progress,
-                )
-                stats = dict(getattr(engine, "stats", {}))
-                dense_traces = dense_traces or traces
+            records, traces, stats = self.answer(exported.path, name, engine_settings)
+            dense_traces = dense_traces or traces
             sparsity = self._file_sparsity(exported)
             arms.append(Arm(name, records, exported.size_bytes, self.job.recipe.export.quant, sparsity, stats))
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")

@@ -85,8 +85,12 @@ def test_what_is_wrong_in_the_configs_is_named(folder: Path, file: str, change: 
     """Unsupported, mistyped and missing settings are different messages."""
     edit_json(folder / file, **change)
     with pytest.raises(RacdeployError, match=complaint):
-        checkpoint = Checkpoint(folder)
-        _ = (checkpoint.block_count, checkpoint.chat_template)
+        _use(folder)
+
+
+def _use(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    _ = (checkpoint.block_count, checkpoint.chat_template)
 
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Does calibrating on the model's own chain of thought matter? Measured on llama.cpp.
+
+    python benchmarks/calibration.py --out build/calibration
+
+Prunes tiny-reasoner with magnitude, SparseGPT on prompts alone, and SparseGPT on prompt and thinking (RAC), the
+latter two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and
+results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from racdeploy.backends import EngineSettings
+from racdeploy.job import Job
+from racdeploy.pipeline import Build, default_work
+from racdeploy.recipe import Recipe
+from racdeploy.report_model import Record
+from racdeploy.verify import stats
+
+ROWS = {
+    "50 %": {"pattern": "unstructured", "sparsity": 0.5},
+    "60 %": {"pattern": "unstructured", "sparsity": 0.6},
+    "70 %": {"pattern": "unstructured", "sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
+COLUMNS = {
+    "magnitude": {"method": "magnitude", "source": "rac"},
+    "prompt only": {"method": "sparsegpt", "source": "prompt"},
+    "prompt + own CoT (RAC)": {"method": "sparsegpt", "source": "rac"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruned model against dense, over the same prompts."""
+
+    pattern: str
+    calibration: str
+    accuracy: float
+    drop: float
+    drop_lower: float
+    drop_upper: float
+    thinking_tokens: float
+    length_ratio: float
+    unclosed: int
+    calibration_tokens: int
+    held_out_error: float
+
+
+def main() -> None:
+    """Run every cell and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-reasoner")
+    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--traces", type=int, default=384)
+    parser.add_argument("--quant", default="q8_0")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    console = Console(stderr=True)
+    dense: tuple[Record, ...] | None = None
+    cells = []
+    for row in arguments.rows:
+        for column, settings in COLUMNS.items():
+            build = Build(Job(recipe(arguments, row, settings)), arguments.work)
+            if dense is None:
+                dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False).path, "dense")
+            cells.append(measure(build, row, column, dense))
+            console.print(cells[-1])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    assert dense is not None
+    (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
+    (arguments.out / "results.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    print(table(cells, dense))
+
+
+def recipe(arguments: argparse.Namespace, row: str, column: dict[str, str]) -> Recipe:
+    """Return the recipe of one cell."""
+    return Recipe.combine(
+        None,
+        {
+            "model": arguments.model,
+            "traces": {"count": arguments.traces},
+            "prune": {"method": column["method"], **ROWS[row]},
+            "calibration": {"source": column["source"]},
+            "export": {"quant": arguments.quant},
+            "verify": {"count": arguments.prompts, "parallel": 32},
+        },
+    )
+
+
+def answers(build: Build, artifact: Path, arm: str) -> tuple[Record, ...]:
+    """Answer the evaluation prompts with one artifact on llama.cpp."""
+    settings = build.job.recipe.verify
+    records, _, _ = build.answer(artifact, arm, EngineSettings(settings.context_tokens, settings.parallel))
+    return records
+
+
+def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
+    """Prune, export, answer and compare."""
+    folder, linears, selection = build.prune()
+    pruned = answers(build, build.export(folder, build.job.artifact_name).path, column)
+    pairs = list(zip(dense, pruned, strict=True))
+    n10 = sum(d.correct and not p.correct for d, p in pairs)
+    n01 = sum(p.correct and not d.correct for d, p in pairs)
+    interval = stats.tango_interval(n10, n01, len(pairs), 0.95)
+    lengths = [[record.thinking_tokens for record in arm] for arm in (dense, pruned)]
+    budget = build.job.recipe.verify.max_new_tokens
+    errors = [linear.held_out_error for linear in linears if linear.held_out_error is not None]
+    return Cell(
+        pattern=row,
+        calibration=column,
+        accuracy=sum(record.correct for record in pruned) / len(pruned),
+        drop=(n10 - n01) / len(pairs),
+        drop_lower=interval.lower,
+        drop_upper=interval.upper,
+        thinking_tokens=stats.restricted_mean_lengths(lengths[1], budget),
+        length_ratio=stats.length_ratio(*lengths, budget).ratio,
+        unclosed=sum(record.state == "open" for record in pruned),
+        calibration_tokens=selection["calibration_tokens"],
+        held_out_error=sum(errors) / len(errors),
+    )
+
+
+def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
+    """Return Markdown: patterns down, calibrations across."""
+    accuracy = sum(record.correct for record in dense) / len(dense)
+    length = sum(record.thinking_tokens for record in dense) / len(dense)
+    lines = [
+        f"dense: accuracy {accuracy:.1%}, {length:.1f} thinking tokens, {len(dense)} prompts. "
+        "Cells: accuracy / length ratio / unclosed.",
+        "",
+        "| zeros | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for row in dict.fromkeys(cell.pattern for cell in cells):
+        found = {cell.calibration: cell for cell in cells if cell.pattern == row}
+        shown = [f"{c.accuracy:.1%} / {c.length_ratio:.3f} / {c.unclosed}" for c in map(found.__getitem__, COLUMNS)]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    tokens = sorted({(cell.calibration, cell.calibration_tokens) for cell in cells if cell.calibration != "magnitude"})
+    lines += ["", "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + "."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Bad input: an exit code, one line that says what, one that says what to do, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.cli import app
+from tests.tiny_models import edit_json, make_checkpoint
+
+Change = Callable[[Path], object]
+
+
+def _run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", "qwen2")
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+MODELS: dict[str, tuple[Change, str]] = {
+    "not a model folder": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "unsupported architecture": (lambda f: edit_json(f / "config.json", model_type="mamba"), "'mamba'"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "no template": (lambda f: edit_json(f / "tokenizer_config.json", chat_template=None), "no chat template"),
+    "truncated weights": (_truncate, "truncated"),
+    "missing weights": (lambda f: (f / "model.safetensors").unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_bad_model_is_named(model: Path, tmp_path: Path, case: str) -> None:
+    """Exit code 2, the reason, and no bundle."""
+    change, reason = MODELS[case]
+    change(model)
+    code, output = _run("build", model, "--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    assert code == 2, output
+    assert reason in output
+    assert "→" in output, "the remedy is missing"
+    assert not (tmp_path / "bundle").exists()
+    assert not (tmp_path / "work").exists()
+
+
+OPTIONS: dict[str, tuple[list[str], str]] = {
+    "sparsity of 1": (["--sparsity", "1"], "less than 1"),
+    "negative sparsity": (["--sparsity", "-0.5"], "greater than or equal to 0"),
+    "pattern that keeps all": (["--pattern", "4:4"], "0 < N < M"),
+    "pattern that does not divide": (["--pattern", "3:7"], "does not divide the 64 inputs"),
+    "contradiction": (["--pattern", "2:4", "--sparsity", "0.7"], "means sparsity 0.5"),
+    "target that forbids it": (["--target", "android-arm64", "--quant", "f16"], "does not take quant"),
+    "unknown target": (["--target", "androd-arm64"], "did you mean 'android-arm64'"),
+    "unknown quant": (["--quant", "q8_1"], "did you mean 'q8_0'"),
+    "unknown task": (["--task", "gdc"], "did you mean 'gcd'"),
+    "task without file": (["--task", "jsonl"], "needs a file"),
+    "task file missing": (["--task", "jsonl:nowhere.jsonl"], "cannot read nowhere.jsonl"),
+    "recipe missing": (["--recipe", "nowhere.toml"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, case: str) -> None:
+    """Exit code 2 and nothing on disk."""
+    options, reason = OPTIONS[case]
+    code, output = _run("build", model, *options, "--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    assert code == 2, output
+    assert reason in output.replace("\n", " ")
+    assert {"model"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
+    """A path is a path: no minutes of retries against a Hub."""
+    code, output = _run("build", tmp_path / "nowhere")
+    assert code == 2
+    assert "there is no folder" in output
+
+
+def test_an_existing_folder_is_not_overwritten(model: Path, tmp_path: Path) -> None:
+    """Only a bundle is replaced by a bundle."""
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    code, output = _run("build", model, "--out", out, "--work", tmp_path / "work")
+    assert code == 2
+    assert "is not a bundle" in output
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_error_as_json_is_one_object(model: Path) -> None:
+    """A program that reads stdout gets the error there."""
+    code, output = _run("build", model, "--quant", "q8_1", "--json")
+    error = json.loads(output)
+    assert (code, error["exit_code"], error["kind"]) == (2, 2, "UnknownPluginError")
+    assert error["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["verify", "nowhere"], 2), (["run", "nowhere", "hello"], 2), (["inspect", "nowhere"], 2), (["bild"], 2)],
+)
+def test_other_commands_refuse_too(arguments: list[str], code: int) -> None:
+    """What is not there is wrong usage."""
+    assert _run(*arguments)[0] == code
+
+
+def test_listing_commands_list(tmp_path: Path) -> None:
+    """targets, plugins, doctor and init work on a fresh machine."""
+    for command in ("targets", "plugins", "doctor"):
+        code, output = _run(command, "--json")
+        assert code == 0, output
+        assert json.loads(output)
+    file = tmp_path / "recipe.toml"
+    assert _run("init", file)[0] == 0
+    assert _run("init", file)[0] == 2
+    assert file.read_text().startswith("# A racdeploy recipe")

@@ -1,0 +1,146 @@
+"""The main job, from a model folder to an answer, on every family and both checkpoint styles."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from racdeploy.artifacts import Manifest
+from tests.end_to_end.commands import Outcome, racdeploy
+from tests.tiny_models import make_checkpoint
+
+BUNDLE_FILES = {"racdeploy.json", "README.md", "Modelfile", "report.json", "report.md", "report.html", "records.jsonl"}
+
+
+def _problems(folder: Path) -> Path:
+    file = folder / "problems.jsonl"
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def _recipe(folder: Path) -> Path:
+    file = folder / "recipe.toml"
+    text = "[traces]\nmax_new_tokens = 24\nbatch = 8\n[calibration]\nkeep_truncated = true\n"
+    file.write_text(text + "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n", encoding="utf-8")
+    return file
+
+
+def _build(model: Path, folder: Path, *more: object) -> Outcome:
+    task = f"jsonl:{_problems(folder)}"
+    options = ["--task", task, "--recipe", _recipe(folder), "--work", folder / "work", "--out", folder / "bundle"]
+    return racdeploy("build", model, *options, "--threads", 1, *more)
+
+
+@pytest.mark.parametrize(
+    ("family", "transformers5"), [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("llama", True)]
+)
+def test_a_model_nobody_here_trained_goes_through(family: str, transformers5: bool, tmp_path: Path) -> None:
+    """Any folder with a template and a jsonl task becomes a bundle; random weights answer nothing, so exit 3."""
+    model = make_checkpoint(tmp_path / "model", family, transformers5=transformers5, tied=transformers5)
+    outcome = _build(model, tmp_path, "--json")
+    assert outcome.code == 3, outcome.err
+    report = json.loads(outcome.out)
+    checks = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert checks["accuracy"] == "inconclusive"
+    assert {checks[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
+    names = {file.name for file in (tmp_path / "bundle").iterdir()}
+    assert names >= BUNDLE_FILES
+    assert "Traceback" not in outcome.err
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the embedded model, small but whole."""
+    folder = tmp_path_factory.mktemp("embedded")
+    outcome = racdeploy(
+        *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
+        *("--work", folder / "work", "--out", folder / "bundle"),
+    )
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "PASS" in outcome.out
+    return folder / "bundle"
+
+
+def test_the_embedded_model_passes_and_answers(built: Path) -> None:
+    """The bundle answers a fresh question, with the thinking apart from the answer."""
+    outcome = racdeploy("run", built, "What is 47 times 36?", "--temperature", 0, "--json")
+    result = json.loads(outcome.out)
+    assert (outcome.code, result["state"]) == (0, "closed")
+    assert "1692" in result["answer"]
+    assert "47*6" in result["thinking"]
+
+
+def test_a_bundle_runs_without_torch(built: Path, tmp_path: Path) -> None:
+    """With llama-cpp-python alone, a bundle loads and answers: torch, transformers and gguf are blocked."""
+    blocked = "torch", "transformers", "safetensors", "gguf", "optimum"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {blocked}: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    import os
+
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    outcome = racdeploy("run", built, "What is 12 times 12?", "--temperature", 0, PYTHONPATH=path)
+    assert outcome.code == 0, outcome.err
+    assert "144" in outcome.out
+
+
+def test_verify_passes_an_intact_bundle_and_writes_its_reports(built: Path, tmp_path: Path) -> None:
+    """The same prompts give the same answers, and the reports appear where they were asked for."""
+    outcome = racdeploy("verify", built, "--junit", tmp_path / "junit.xml", "--html", tmp_path / "report.html")
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert (tmp_path / "junit.xml").read_text().startswith("<?xml")
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_verify_fails_on_one_changed_byte(built: Path, tmp_path: Path) -> None:
+    """A damaged artifact fails the gate: exit code 1 and the check that saw it."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    artifact = copy / Manifest.read(copy).artifacts[0].path
+    data = bytearray(artifact.read_bytes())
+    data[-300] ^= 0xFF
+    artifact.write_bytes(data)
+    outcome = racdeploy("verify", copy)
+    assert outcome.code == 1, outcome.out + outcome.err
+    assert "integrity" in outcome.out
+
+
+def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:
+    """Half of every linear is zero in the artifact itself, embeddings are dense."""
+    artifact = built / Manifest.read(built).artifacts[0].path
+    found = json.loads(racdeploy("inspect", artifact, "--json").out)
+    zeros = {row["name"]: row["zeros"] for row in found["tensors"]}
+    assert all(
+        0.499 <= value <= 0.53
+        for name, value in zeros.items()
+        if "attn_q.weight" in name or ("ffn" in name and "norm" not in name)
+    )
+    assert zeros["token_embd.weight"] < 0.1
+    assert found["summary"]["racdeploy.sparsity"] == 0.5
+
+
+def test_a_second_build_reuses_every_stage(built: Path) -> None:
+    """Same recipe, same work folder: the same artifact, byte for byte."""
+    again = built.parent / "again"
+    outcome = racdeploy(
+        *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
+        *("--work", built.parent / "work", "--out", again),
+    )
+    assert outcome.code == 0, outcome.err
+    assert Manifest.read(built).artifacts == Manifest.read(again).artifacts
+
+
+def test_dry_run_does_nothing(tmp_path: Path) -> None:
+    """The plan is printed and no file appears."""
+    outcome = racdeploy("build", "--dry-run", "--json", "--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["evaluation_prompts"] == 200
+    assert not list(tmp_path.iterdir())
