@@ -8,19 +8,20 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from racdeploy.errors import RacdeployError
+from racdeploy.errors import EnvironmentFailure, RacdeployError
 
-__all__ = ["out", "print_json", "progress_bars", "reported"]
+__all__ = ["err", "out", "print_json", "progress_bars", "reported"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 INTERRUPTED = 130
+_DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -41,6 +42,9 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except RacdeployError as error:
             _fail(error, as_json)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(EnvironmentFailure(f"{place}{error.strerror or error}", remedy=_DISK_REMEDY), as_json)
         except KeyboardInterrupt:
             again = shlex.join(["racdeploy", *sys.argv[1:]])
             err.print("interrupted; finished work is kept. Resume with:", style="yellow")
@@ -73,8 +77,3 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bars[label], completed=done, total=total)
 
         yield advance
-
-
-def option(*names: str, help: str, **settings: Any) -> Any:
-    """Return a typer option."""
-    return typer.Option(*names, help=help, **settings)

@@ -1,13 +1,12 @@
 """What the stages leave on disk, and how it is written: whole or not at all.
 
-``Trace`` and ``TraceSet`` (token ids of prompts and completions), ``PruneReport``, and the bundle's ``Manifest``. Every
+``Trace`` and ``TraceSet`` (token ids of prompts and completions), and the bundle's ``Manifest``. Every
 file is written under a temporary name and renamed; a finished stage folder carries ``stage.json``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,12 +14,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two builds in one work folder are then not told apart
+    fcntl = None  # type: ignore[assignment]
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.checkpoint import file_sha256, read_json
-from racdeploy.errors import ArtifactError, EnvironmentFailure
+from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 
 __all__ = [
     "ArtifactEntry",
@@ -49,12 +53,10 @@ def canonical_hash(value: object) -> str:
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error with a remedy."""
+    """Turn a full, read-only or otherwise unwilling disk into an error with a remedy."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
         raise EnvironmentFailure(
             f"cannot write {where}: {error.strerror}",
             remedy="free some space or choose another place with --out and --work, then run the same command",
@@ -86,14 +88,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     retired = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder):
         try:
-            for leftover in (scratch, retired):
-                shutil.rmtree(leftover, ignore_errors=True)
+            if retired.exists() and not folder.exists():  # killed between the two renames below
+                retired.replace(folder)
+            shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             yield scratch
             if folder.exists():
                 folder.replace(retired)
             scratch.replace(folder)
         finally:
+            if retired.exists() and not folder.exists():
+                retired.replace(folder)
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.rmtree(retired, ignore_errors=True)
 
@@ -117,6 +122,7 @@ class Stage:
         stage = cls(folder, inputs)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
         record = folder / "inputs.json"
         if record.is_file():
             stage._check(read_json(record))
@@ -201,6 +207,14 @@ class TraceSet:
         lines = (json.dumps(asdict(trace), separators=(",", ":")) + "\n" for trace in traces)
         write_atomic(self.shard(number), "".join(lines))
 
+    @property
+    def sha256(self) -> str:
+        """Hash over the contents of every shard, in order."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("shard-*.jsonl")):
+            digest.update(file_sha256(file).encode())
+        return digest.hexdigest()
+
     def read(self) -> list[Trace]:
         """Return every trace in order.
 
@@ -230,6 +244,24 @@ class TraceSet:
         return traces
 
 
+_locks: dict[Path, IO[str]] = {}  # held until the process ends
+
+
+def _lock(folder: Path) -> None:
+    """Refuse to work in a stage folder that another process works in."""
+    if fcntl is None or folder in _locks:
+        return
+    stream = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise UsageError(
+            f"another racdeploy is working in {folder}", remedy="wait for it, or use another --work folder"
+        ) from error
+    _locks[folder] = stream
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -257,7 +289,7 @@ class TokenizerEntry(_Entry):
 
 
 class GenerationSettings(_Entry):
-    """How the model was verified, and so how it should be run."""
+    """How to run the model: the sampling its authors recommend, and the limits it was verified with."""
 
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
@@ -308,19 +340,30 @@ class Manifest(_Entry):
             _check_inside(bundle, name)
         return manifest
 
+    def check_tokenizer(self, bundle: Path) -> None:
+        """Compare tokenizer and template files with their hashes.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        _check_hashes(bundle, self.tokenizer.files)
+
     def check_files(self, bundle: Path) -> None:
         """Compare every listed file with its hash.
 
         Raises:
             ArtifactError: naming the first file that differs.
         """
-        listed = {entry.path: entry.sha256 for entry in self.artifacts} | self.tokenizer.files
-        for name, expected in listed.items():
-            if file_sha256(bundle / name) != expected:
-                raise ArtifactError(
-                    f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
-                    remedy="copy the bundle again, or build it again",
-                )
+        _check_hashes(bundle, {entry.path: entry.sha256 for entry in self.artifacts} | self.tokenizer.files)
+
+
+def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
+    for name, expected in listed.items():
+        if file_sha256(bundle / name) != expected:
+            raise ArtifactError(
+                f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
+                remedy="copy the bundle again, or build it again",
+            )
 
 
 def _check_inside(bundle: Path, name: str) -> None:

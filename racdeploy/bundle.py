@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy import __version__
+from racdeploy import __version__, plugins
 from racdeploy.artifacts import (
     MANIFEST_NAME,
     ArtifactEntry,
@@ -34,7 +35,6 @@ from racdeploy.runtime.thinking import find_tag_names
 
 __all__ = ["Contents", "check_replaceable", "write"]
 
-BACKENDS = {"gguf": "llamacpp"}
 _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
 
@@ -58,6 +58,14 @@ def check_replaceable(out: Path) -> None:
     Raises:
         UsageError: ``out`` is a file, or a folder with other things in it.
     """
+    if out.is_mount() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(
+            f"{out} cannot be replaced as a whole: it is a mount point or holds the current folder",
+            remedy="name a folder inside it with --out",
+        )
+    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{parent} is not writable", remedy="choose another folder with --out")
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
@@ -66,7 +74,7 @@ def check_replaceable(out: Path) -> None:
 
 def write(out: Path, contents: Contents) -> Manifest:
     """Write the bundle folder; an older bundle of that name is replaced when the new one is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
     with atomic_folder(out) as scratch:
         artifact = contents.export.path.name
         shutil.copyfile(contents.export.path, scratch / artifact)
@@ -100,7 +108,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
             "model": contents.model.origin,
             "name": contents.model.name,
             "revision": contents.model.revision,
-            "license": _license(checkpoint.folder),
+            "license": checkpoint.license,
             "architecture": checkpoint.family.architecture,
             "model_type": checkpoint.config["model_type"],
             "files": {file.name: file_sha256(file) for file in checkpoint.files()},
@@ -122,7 +130,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
                 packing=recipe.export.packing,
                 size_bytes=contents.export.size_bytes,
                 sha256=contents.export.sha256,
-                backend=BACKENDS[recipe.export.format],
+                backend=plugins.load("formats", recipe.export.format).BACKEND,
             ),
         ),
         tokenizer=TokenizerEntry(
@@ -169,21 +177,15 @@ def _headline(report: Report) -> dict[str, Any]:
     return headline
 
 
-def _license(folder: Path) -> str:
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines[:40] if line.startswith("license:")]
-    return named[0] if named else "see the base model"
-
-
 def _card(manifest: Manifest, contents: Contents) -> str:
     """Return a model card with Hub metadata in front of the report."""
     entry, prune = manifest.artifacts[0], contents.recipe.prune
-    license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] != "see the base model" else []
+    license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] else []
+    base = manifest.base["model"] if contents.model.on_hub else manifest.base["name"]
     front = [
         "---",
         *license_line,
-        f"base_model: {json.dumps(manifest.base['model'])}",
+        f"base_model: {json.dumps(base)}",
         "base_model_relation: quantized",
         "library_name: gguf",
         "pipeline_tag: text-generation",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from racdeploy.families import Family, family_of
 __all__ = ["Checkpoint", "TensorEntry", "file_sha256", "read_json", "read_tensor_entries"]
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
 _HEADER_LIMIT_BYTES = 100_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -265,6 +267,14 @@ class Checkpoint:
                 remedy="set eos_token_id in generation_config.json",
             )
         return found
+
+    @cached_property
+    def license(self) -> str:
+        """The licence named in the front matter of the model card, or an empty string."""
+        card = self.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        match = _LICENSE.match(text)
+        return match[1] if match else ""
 
     def integer(self, key: str) -> int:
         """Return a whole number of ``config.json``.

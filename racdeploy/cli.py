@@ -33,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelArg = Annotated[str, typer.Argument(help="Local folder, Hub id, or tiny-reasoner.")]
+ModelArg = Annotated[
+    str | None, typer.Argument(help="Local folder, Hub id, or tiny-reasoner, the default.", show_default=False)
+]
 TargetOpt = Annotated[str | None, typer.Option("--target", help="Where it will run; see: racdeploy targets.")]
 RecipeOpt = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; see: racdeploy init.")]
 TaskOpt = Annotated[
@@ -72,7 +74,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 @reported
 def build(
-    model: ModelArg = "tiny-reasoner",
+    model: ModelArg = None,
     target: TargetOpt = None,
     recipe: RecipeOpt = None,
     task: TaskOpt = None,
@@ -95,7 +97,7 @@ def build(
     options = _options(model, target, task, calibration_task, trace_prompts, prompts)
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
     with progress_bars() as progress:
-        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
+        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
         folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:
             _print_plan(builder.job.check(folder), json_output)
@@ -107,19 +109,21 @@ def build(
 @app.command()
 @reported
 def traces(
-    model: ModelArg = "tiny-reasoner",
+    model: ModelArg = None,
+    target: TargetOpt = None,
     recipe: RecipeOpt = None,
     task: TaskOpt = None,
+    calibration_task: CalibrationTaskOpt = None,
     trace_prompts: TraceCountOpt = None,
     work: WorkOpt = None,
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
     """Collect the model's chains of thought and print where they are."""
-    options = _options(model, None, task, None, trace_prompts, None)
+    options = _options(model, target, task, calibration_task, trace_prompts, None)
     with progress_bars() as progress:
-        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
-        builder.job.check()
+        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
+        builder.job.check_model()
         folder, _ = builder.traces()
     _print_folder(folder, json_output)
 
@@ -127,9 +131,11 @@ def traces(
 @app.command()
 @reported
 def prune(
-    model: ModelArg = "tiny-reasoner",
+    model: ModelArg = None,
+    target: TargetOpt = None,
     recipe: RecipeOpt = None,
     task: TaskOpt = None,
+    calibration_task: CalibrationTaskOpt = None,
     sparsity: SparsityOpt = None,
     pattern: PatternOpt = None,
     method: MethodOpt = None,
@@ -140,11 +146,11 @@ def prune(
     json_output: JsonOpt = False,
 ) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
-    options = _options(model, None, task, None, trace_prompts, None)
+    options = _options(model, target, task, calibration_task, trace_prompts, None)
     options |= _pruning(sparsity, pattern, method, calibration)
     with progress_bars() as progress:
-        builder = Build(Job(_recipe(recipe, options)), work or default_work(), threads, progress)
-        builder.job.check()
+        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
+        builder.job.check_model()
         folder, _, _ = builder.prune()
     _print_folder(folder, json_output)
 
@@ -163,7 +169,7 @@ def export(
     from racdeploy.models import resolve
 
     resolved = resolve(model)
-    settings = _recipe(None, {"model": model} | _export(quant, packing)).export
+    settings = Recipe.combine(None, {"model": model} | _export(quant, packing)).export
     file = out_file or Path(f"{resolved.name}-{settings.quant}.{settings.format}")
     result = plugins.load("formats", settings.format).export(
         Checkpoint(resolved.folder),
@@ -192,6 +198,9 @@ def verify(
     from racdeploy.report import html, junit
 
     limits = Gate.read(gate)
+    for file in (junit_file, html_file):
+        if file and not file.resolve().parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
     with progress_bars() as progress:
         report, records = reverify(bundle, limits, threads, progress)
     if junit_file:
@@ -246,7 +255,7 @@ def inspect(
     table = Table("tensor", "shape", "type", "zeros", "bytes")
     for row in found["tensors"]:
         shape = " × ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["type"], f"{row['zeros']:.1%}", f"{row['size_bytes']:,}")
+        table.add_row(row["name"], shape, row["type"], _share(row["zeros"]), f"{row['size_bytes']:,}")
     out.print(table)
 
 
@@ -305,12 +314,12 @@ def doctor(json_output: JsonOpt = False) -> None:
         raise typer.Exit(4)
 
 
-def _recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
-    return Recipe.combine(file, options)
+def _share(zeros: float | None) -> str:
+    return "unknown" if zeros is None else f"{zeros:.1%}"
 
 
 def _options(
-    model: str,
+    model: str | None,
     target: str | None,
     task: list[str] | None,
     calibration_task: list[str] | None,

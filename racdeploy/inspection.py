@@ -57,17 +57,17 @@ def measure_gguf(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for tensor in reader.tensors:
         shape = [int(extent) for extent in reversed(tensor.shape)]
         name = readable.get(int(tensor.tensor_type))
-        zeros = float("nan")
+        zeros: float | None = None  # a type that racdeploy cannot dequantize
         if name:
             packed_OP = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1, _row_bytes(name, shape[-1]))
             weight_OI = quant.load(name).dequantize(packed_OP, shape[-1])
-            zeros = 1 - np.count_nonzero(weight_OI) / weight_OI.size
+            zeros = float(1 - np.count_nonzero(weight_OI) / weight_OI.size)
         rows.append(
             {
                 "name": tensor.name,
                 "shape": shape,
                 "type": name or tensor.tensor_type.name.lower(),
-                "zeros": float(zeros),
+                "zeros": zeros,
                 "size_bytes": int(tensor.n_bytes),
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,15 +14,16 @@ from typing import Any
 
 from racdeploy import bundle, packing, quant, tasks
 from racdeploy.checkpoint import Checkpoint
-from racdeploy.errors import MissingExtraError, UsageError
+from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.models import ResolvedModel, resolve
 from racdeploy.recipe import Recipe, Target
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
+from racdeploy.verify import stats
 
 __all__ = ["Job"]
 
-_NEEDS = {"torch": "prune", "transformers": "prune", "gguf": "gguf", "llama_cpp": "llamacpp"}
+_NEEDS = {"torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "gguf", "llama_cpp": "llamacpp"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Job:
     @cached_property
     def tasks_by_spec(self) -> dict[str, tasks.Task]:
         """Evaluation and calibration tasks by specification."""
+        for specs in (self.evaluation_specs, self.calibration_specs):
+            if len(set(specs)) < len(specs):
+                raise UsageError(f"a task is named twice: {', '.join(specs)}", remedy="name each task once")
         chosen = self.evaluation_specs + self.calibration_specs
         return {spec: tasks.load(spec) for spec in dict.fromkeys(chosen)}
 
@@ -70,8 +75,8 @@ class Job:
         """What is asked when traces are collected."""
         return self.recipe.calibration_tasks or self.evaluation_specs
 
-    def check(self, out: Path | None = None) -> dict[str, Any]:
-        """Look at everything that can be known before any work, and return the plan.
+    def check(self, out: Path) -> dict[str, Any]:
+        """Look at everything that can be known before a build, and return the plan.
 
         Args:
             out: where the bundle will go.
@@ -79,51 +84,92 @@ class Job:
         Raises:
             RacdeployError: the first thing that would go wrong later.
         """
-        recipe, checkpoint = self.recipe, self.checkpoint
+        recipe = self.recipe
         _require(_NEEDS)
         packing.check(recipe.export.quant, recipe.export.packing)
-        if out is not None:
-            bundle.check_replaceable(out)
-        prunable = self.prunable()
-        for name in prunable:
-            _check_pattern(name, checkpoint.entries[name].shape[1], recipe.prune.kept_of)
-        stop_ids, prompt = checkpoint.eos_ids, self.encoder.encode("2 + 2?")
-        longest = recipe.verify.max_new_tokens
-        if longest + len(prompt) >= recipe.verify.context_tokens:
+        bundle.check_replaceable(out)
+        self.check_model()
+        longest = max(len(self.encoder.encode(problem.question)) for problem in self.problems("evaluation"))
+        if longest + recipe.verify.max_new_tokens > recipe.verify.context_tokens:
             raise UsageError(
-                f"verify.max_new_tokens {longest} leaves no room for a prompt in {recipe.verify.context_tokens} tokens",
+                f"the longest prompt has {longest} tokens; with verify.max_new_tokens {recipe.verify.max_new_tokens} "
+                f"that is more than verify.context_tokens {recipe.verify.context_tokens}",
                 remedy="raise verify.context_tokens or lower verify.max_new_tokens",
             )
-        self.problems("evaluation")
-        self.problems("calibration")
-        plan = self._plan(prunable, stop_ids)
+        plan = self._plan()
         target = Target.read(recipe.target)
-        if plan["artifact_bytes"] > target.memory_limit_bytes:
+        if plan["artifact_bytes"] + plan["cache_bytes"] > target.memory_limit_bytes:
             raise UsageError(
-                f"the artifact takes {plan['artifact_bytes'] / 1e9:.2f} GB, "
-                f"target {target.name!r} holds {target.memory_limit_bytes / 1e9:.2f} GB",
-                remedy="choose a smaller quant, a smaller model, or another target",
+                f"the artifact takes {plan['artifact_bytes'] / 1e9:.2f} GB and the cache of one sequence "
+                f"{plan['cache_bytes'] / 1e9:.2f} GB, target {target.name!r} holds "
+                f"{target.memory_limit_bytes / 1e9:.2f} GB",
+                remedy="choose a smaller quant, a smaller model, a shorter context, or another target",
             )
         return plan
 
+    def check_model(self) -> None:
+        """Look at what traces and pruning need: the model's parts, the pattern, and the problems.
+
+        Raises:
+            RacdeployError: the first thing that would go wrong later.
+        """
+        _require({name: extra for name, extra in _NEEDS.items() if extra == "prune"})
+        settings, entries = self.recipe.prune, self.checkpoint.entries
+        if missing := [name for name in self.prunable() if name not in entries]:
+            raise ModelError(
+                f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture, first {missing[0]!r}",
+                remedy="merge adapters into the model first; fused or quantized tensors are not supported",
+            )
+        for pattern in settings.dense:
+            if not any(re.search(pattern, name.removesuffix(".weight")) for name in self.prunable()):
+                raise UsageError(
+                    f"prune.dense pattern {pattern!r} matches no linear",
+                    remedy=f"names look like {self.prunable()[0].removesuffix('.weight')}",
+                )
+        for name in self.pruned():
+            _check_pattern(name, entries[name].shape[1], settings.kept_of)
+        _ = self.checkpoint.eos_ids, self.encoder.encode("2 + 2?"), self.checkpoint.tied
+        asked = {problem.question for problem in self.problems("evaluation")}
+        if shared := asked & {problem.question for problem in self.problems("calibration")}:
+            raise UsageError(
+                f"{len(shared)} questions are in both the calibration and the evaluation task",
+                remedy="give one file alone, which is split, or two files that share no question",
+            )
+
     def problems(self, split: tasks.Split) -> list[tasks.Problem]:
-        """Return the problems of a split; a file given alone is shared out, two files must not overlap."""
+        """Return the problems of a split: as many as the recipe asks for, or as a short file holds.
+
+        Raises:
+            UsageError: there is none.
+        """
         calibrating = split == "calibration"
         specs = self.calibration_specs if calibrating else self.evaluation_specs
         settings = self.recipe.traces if calibrating else self.recipe.verify
-        chosen = [self.tasks_by_spec[spec] for spec in specs]
-        count = settings.count
-        if "count" not in settings.model_fields_set:  # a short file gives what it has, unless more was asked for
-            held = [task.available(split) for task in chosen]
-            count = min([count, *(len(chosen) * n for n in held if n is not None)])
-        return tasks.problems_of(chosen, split, settings.seed, count)
+        return self.draw(split, specs, settings.seed, settings.count)
+
+    def draw(self, split: tasks.Split, specs: Sequence[str], seed: int, count: int) -> list[tasks.Problem]:
+        """Return up to ``count`` problems, shared evenly among tasks.
+
+        A file that serves both splits is shared out; one that serves a single split gives all it has.
+        """
+        alone = not set(self.evaluation_specs) & set(self.calibration_specs)
+        chosen = [self.tasks_by_spec[spec].serving(split, whole=alone) for spec in specs]
+        held = [task.available(split) for task in chosen]
+        count = min([count, *(len(chosen) * n for n in held if n is not None)])
+        if not count:
+            raise UsageError(
+                f"task {', '.join(specs)} holds no {split} problem",
+                remedy="give a file with more problems, or another --calibration-task",
+            )
+        return tasks.problems_of(chosen, split, seed, count)
 
     @property
     def name(self) -> str:
-        """Name of the pruned model: base, method and pattern."""
+        """Name of the pruned model: base, calibration or other method, and pattern."""
         prune = self.recipe.prune
         pattern = prune.pattern.replace(":", "of") if prune.kept_of else f"{100 * prune.sparsity:g}"
-        return f"{self.model.name}-{self.recipe.calibration.source}-{pattern}"
+        how = self.recipe.calibration.source if prune.method == "sparsegpt" else prune.method
+        return f"{self.model.name}-{how}-{pattern}"
 
     @property
     def artifact_name(self) -> str:
@@ -139,29 +185,45 @@ class Job:
             for linear in family.linears
         ]
 
+    def pruned(self) -> list[str]:
+        """Return :meth:`prunable` without what ``prune.dense`` leaves alone."""
+        patterns = self.recipe.prune.dense
+        return [n for n in self.prunable() if not any(re.search(p, n.removesuffix(".weight")) for p in patterns)]
+
     def task_identity(self, spec: str) -> dict[str, str]:
         """Return what decides the prompts of a task: its name, and the contents of its file."""
         pool = "\n".join(f"{p.question}\0{p.gold}" for p in self.tasks_by_spec[spec].pool)
         return {"name": spec.partition(":")[0], "pool": hashlib.sha256(pool.encode()).hexdigest()}
 
-    def _plan(self, prunable: Sequence[str], stop_ids: tuple[int, ...]) -> dict[str, Any]:
-        bits = quant.load(self.recipe.export.quant).BITS
-        sizes = {name: math.prod(entry.shape) for name, entry in self.checkpoint.entries.items()}
+    def _plan(self) -> dict[str, Any]:
+        recipe, checkpoint, prunable = self.recipe, self.checkpoint, set(self.prunable())
+        bits = quant.load(recipe.export.quant).BITS
+        sizes = {name: math.prod(entry.shape) for name, entry in checkpoint.entries.items()}
         body = sum(sizes[name] for name in prunable)
         rest = sum(sizes.values()) - body
-        widths = [self.checkpoint.entries[name].shape[1] for name in prunable[: len(self.checkpoint.family.linears)]]
+        widths = [
+            checkpoint.entries[f"{checkpoint.family.blocks}.0.{g[0]}.weight"].shape[1]
+            for g in checkpoint.family.input_groups
+        ]
+        prompts, settings = len(self.problems("evaluation")), recipe.verify
+        cache = 2 * checkpoint.block_count * checkpoint.key_value_heads * checkpoint.head_size * 2
         return {
-            "model": self.recipe.model,
-            "architecture": self.checkpoint.family.architecture,
+            "model": recipe.model,
+            "architecture": checkpoint.family.architecture,
             "parameters": body + rest,
             "prunable_parameters": body,
-            "thinking": self.tags is not None,
-            "stop_ids": list(stop_ids),
-            "trace_prompts": self.recipe.traces.count,
-            "evaluation_prompts": self.recipe.verify.count,
+            "linears_pruned": len(self.pruned()),
+            "linears_kept_dense": len(prunable) - len(self.pruned()),
+            "thinks": self.tags is not None,
+            "trace_prompts": len(self.problems("calibration")),
+            "trace_tokens_at_most": len(self.problems("calibration")) * recipe.traces.max_new_tokens,
+            "evaluation_prompts": prompts,
+            "evaluation_tokens_at_most": 2 * prompts * settings.max_new_tokens,
+            "power_at_10_percent_discordant": round(stats.power(prompts, 0.1, settings.margin, settings.confidence), 3),
             "artifact_bytes": round(body * bits / 8 + rest * max(bits, 8.5) / 8),
-            "statistics_bytes": max(widths) ** 2 * 4 * 4 * len(self.checkpoint.family.input_groups),
-            "prunes_to": self.artifact_name,
+            "cache_bytes": cache * settings.context_tokens,
+            "statistics_bytes": 4 * 4 * sum(width**2 for width in widths),
+            "artifact": self.artifact_name,
         }
 
 

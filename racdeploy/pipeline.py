@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from racdeploy import __version__, bundle, plugins, tasks
+from racdeploy import __version__, bundle, plugins
 from racdeploy.artifacts import Stage, Trace, TraceSet
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import Checkpoint
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError
 from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
@@ -31,15 +29,16 @@ from racdeploy.report_model import LinearRow, Record, Report
 from racdeploy.traces.collect import collect, prompt_traces, trace_counts
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, run_checks
-from racdeploy.verify._measure import answer_problems, compare_logits, probe_tokens
+from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
 
 __all__ = ["Build", "Progress", "default_work"]
 
 Progress = Callable[[str, int, int], None]
+_SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py", "tasks")
 _CODE = {
-    "traces": ("traces", "runtime", "backends", "tasks"),
-    "prune": ("prune", "traces", "runtime", "backends"),
-    "export": ("export", "quant", "packing", "families"),
+    "traces": (*_SHARED, "backends", "runtime", "traces"),
+    "prune": (*_SHARED, "backends", "prune", "runtime", "traces"),
+    "export": (*_SHARED, "export", "packing", "quant"),
 }
 
 
@@ -81,6 +80,11 @@ class Build:
         stage = Stage.open(self.work, "traces", inputs)
         out = TraceSet(stage.folder)
         if stage.finished:
+            if out.sha256 != stage.summary["traces_sha256"]:
+                raise ArtifactError(
+                    f"the traces in {stage.folder} are not the ones that were collected",
+                    remedy=f"remove {stage.folder} and run the command again",
+                )
             return stage.folder, out.read()
         longest = settings.max_new_tokens + max(
             len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
@@ -98,7 +102,8 @@ class Build:
                 out,
                 self.progress,
             )
-        stage.finish(trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.model_dump()))
+        counts = trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.model_dump())
+        stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
     def prune(self) -> tuple[Path, list[LinearRow], dict[str, Any]]:
@@ -112,7 +117,9 @@ class Build:
 
         trace_folder, traces = self.traces()
         inputs = self._inputs("prune") | {
-            "traces": trace_folder.name,
+            "traces_sha256": TraceSet(trace_folder).sha256,
+            "model": self.job.checkpoint.sha256,
+            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
             "calibration": self.job.recipe.calibration.model_dump(),
             "prune": self.job.recipe.prune.model_dump(),
         }
@@ -121,7 +128,13 @@ class Build:
         if not stage.finished:
             calibration, held_out, counts = self._calibration(traces)
             rows = prune_blocks(
-                self.job.checkpoint, calibration, held_out, self.job.recipe.prune, stage.folder, self.progress
+                self.job.checkpoint,
+                calibration,
+                held_out,
+                self.job.recipe.prune,
+                stage.folder,
+                self.threads,
+                self.progress,
             )
             assemble(self.job.checkpoint, stage.folder, folder)
             stage.finish({"linears": [row.model_dump() for row in rows], "selection": counts})
@@ -141,6 +154,7 @@ class Build:
             "model": checkpoint.sha256,
             "export": settings.model_dump() | ({} if pruned else {"packing": "plain"}),
             "name": name,
+            "metadata": self._metadata() if pruned else {},
         }
         stage = Stage.open(self.work, "export", inputs)
         file = stage.folder / f"{name}.{settings.format}"
@@ -171,7 +185,7 @@ class Build:
         Returns:
             One record per prompt, prompt and completion ids of each, and what the engine counted.
         """
-        with _opened("llamacpp", artifact, settings) as engine:
+        with _opened(self._backend(), artifact, settings) as engine:
             records, traces = answer_problems(
                 engine,
                 self.job.encoder,
@@ -204,14 +218,14 @@ class Build:
             sparsity = self._file_sparsity(exported)
             arms.append(Arm(name, records, exported.size_bytes, self.job.recipe.export.quant, sparsity, stats))
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
-        with (
-            _opened("llamacpp", pruned.path, exact) as artifact,
-            _opened("transformers", pruned_folder, exact) as torch_pruned,
-            _opened("transformers", self.job.model.folder, exact) as torch_dense,
-        ):
-            probes = probe_tokens(artifact, self.job.encoder, probe_strings())
-            chosen = dense_traces[: settings.logit_traces]
-            logits = compare_logits(artifact, torch_pruned, torch_dense, chosen)
+        with _opened(self._backend(), pruned.path, exact) as engine:
+            probes = probe_tokens(engine, self.job.encoder, probe_strings())
+        logits = compare_logits(
+            lambda: _opened("transformers", pruned_folder, exact),
+            lambda: _opened("transformers", self.job.model.folder, exact),
+            lambda: _opened(self._backend(), pruned.path, exact),
+            dense_traces[: settings.logit_traces],
+        )
         rows = tensor_rows(pruned)
         prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
         evidence = Evidence(
@@ -235,7 +249,7 @@ class Build:
             target=self.job.recipe.target,
             recipe=self.job.recipe.model_dump(mode="json"),
             notes=[*notes, *pruned.notes],
-            fingerprint=self._fingerprint(engine_settings),
+            fingerprint=fingerprint(engine_settings),
             created=datetime.now(UTC),
         )
         return report, [record for arm in arms for record in arm.records]
@@ -261,7 +275,7 @@ class Build:
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
                 traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.model_dump())
-                | {"stage": trace_folder.name, "selection": selection},
+                | {"sha256": TraceSet(trace_folder).sha256, "selection": selection},
                 export=pruned,
                 sparsity_asked=self._asked(linears),
                 report=report,
@@ -276,29 +290,20 @@ class Build:
         chosen = selection.calibration
         if self.job.recipe.calibration.source == "prompt":
             shortest = min(len(trace.prompt_ids) for trace in traces)
+            count = selection.tokens // shortest + 1
+            specs, seed = self.job.calibration_specs, self.job.recipe.traces.seed
             held = {trace.question for trace in selection.held_out}
-            more = self._more_prompts(selection.tokens // shortest + 1)
-            fresh = [p for p in more if p.question not in held]
+            fresh = [p for p in self.job.draw("calibration", specs, seed, count) if p.question not in held]
             chosen = within_budget(prompt_traces(self.job.encoder, fresh), selection.tokens)
         counts = {
             "source": self.job.recipe.calibration.source,
             "calibration_traces": len(chosen),
             "calibration_tokens": sum(len(trace.ids) for trace in chosen),
+            "rac_tokens": selection.tokens,
             "held_out_traces": len(selection.held_out),
             "left_out": selection.left_out,
         }
         return chosen, selection.held_out, counts
-
-    def _more_prompts(self, count: int) -> list[tasks.Problem]:
-        """Return up to ``count`` calibration problems, fewer where the tasks run out."""
-        chosen = [self.job.tasks_by_spec[spec] for spec in self.job.calibration_specs]
-        while True:
-            try:
-                return tasks.problems_of(chosen, "calibration", self.job.recipe.traces.seed + 1, count)
-            except UsageError:
-                if count <= self.job.recipe.traces.count:
-                    raise
-                count = max(count * 3 // 4, self.job.recipe.traces.count)
 
     def _file_sparsity(self, exported: ExportResult) -> float:
         prunable = set(self.job.prunable())
@@ -326,16 +331,8 @@ class Build:
     def _inputs(self, stage: str) -> dict[str, Any]:
         return {"version": __version__, "code": _code_hash(_CODE[stage])}
 
-    def _fingerprint(self, settings: EngineSettings) -> dict[str, Any]:
-        versions = {name: _installed(name) for name in ("torch", "transformers", "llama_cpp_python", "gguf", "numpy")}
-        return {
-            "racdeploy": __version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "engine": asdict(settings),
-            **versions,
-        }
+    def _backend(self) -> str:
+        return str(plugins.load("formats", self.job.recipe.export.format).BACKEND)
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
@@ -344,7 +341,10 @@ def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
         f"calibrated on {selection['calibration_tokens']} tokens of {selection['calibration_traces']} "
         f"{'prompts' if selection['source'] == 'prompt' else 'traces'}"
     )
-    return [f"{note}; left out: {left_out}" if left_out else note]
+    notes = [f"{note}; left out: {left_out}" if left_out else note]
+    if selection["calibration_tokens"] < 0.98 * selection["rac_tokens"]:
+        notes.append(f"the tasks ran out of prompts: whole traces would have been {selection['rac_tokens']} tokens")
+    return notes
 
 
 def _opened(backend: str, path: Path, settings: EngineSettings) -> Any:
@@ -357,13 +357,7 @@ def _code_hash(packages: Sequence[str]) -> str:
     digest = hashlib.sha256()
     root = Path(str(files("racdeploy")))
     for package in packages:
-        for file in sorted((root / package).rglob("*.py")):
+        place = root / package
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -32,8 +32,6 @@ _EXTRAS = {
     "transformers": "prune",
     "gguf": "gguf",
     "llama_cpp": "llamacpp",
-    "onnx": "onnx",
-    "onnxruntime": "ort",
 }
 
 

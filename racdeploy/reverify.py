@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.verify import Arm, Evidence, run_checks
-from racdeploy.verify._measure import answer_problems, probe_tokens
+from racdeploy.verify._measure import answer_problems, fingerprint, probe_tokens
 
 __all__ = ["reverify"]
 
@@ -52,6 +51,7 @@ def reverify(
         EngineError: the engine cannot run the artifact.
     """
     manifest = Manifest.read(bundle)
+    manifest.check_tokenizer(bundle)
     recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
     settings = gate.apply(recipe.verify).model_copy(update={"logit_traces": 0})
     dense_records, built = _read_dense(bundle)
@@ -82,7 +82,8 @@ def reverify(
         pruned=Arm("pruned", records, entry.size_bytes, entry.quant, sparsity, stats),
         artifact=bundle / entry.path,
         artifact_sha256=entry.sha256,
-        sparsity_asked=float(manifest.pruning["sparsity_asked"]),
+        sparsity_asked=float(manifest.pruning.get("sparsity_asked", recipe.prune.sparsity)),
+        dense_linears=frozenset(row.name for row in built.linears if row.sparsity_asked == 0),
         tensors=rows,
         prunable=prunable,
         probes=probes,
@@ -96,9 +97,11 @@ def reverify(
         recipe=recipe.model_dump(mode="json"),
         notes=[
             f"the dense arm was not rerun: its records are of {built.created:%Y-%m-%d %H:%M} UTC, "
-            f"with the engine settings {json.dumps(built.fingerprint.get('engine', {}))}",
+            f"with the engine settings {json.dumps(built.fingerprint.get('engine', {}))}; its "
+            "speed is not shown beside one measured now",
+            "logits were compared when the bundle was built: that needs the dense model and torch",
         ],
-        fingerprint={"engine": asdict(engine_settings)},
+        fingerprint=fingerprint(engine_settings),
         created=datetime.now(UTC),
     )
     return report, [*dense_records, *records]
@@ -113,17 +116,18 @@ def _read_dense(bundle: Path) -> tuple[tuple[Record, ...], Report]:
     except (ValidationError, OSError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise ArtifactError(f"{bundle}: the records are damaged: {first}", remedy="build the bundle again") from error
-    if not records:
-        raise ArtifactError(f"{bundle}/records.jsonl holds no dense records", remedy="build the bundle again")
+    expected = next((arm.prompts for arm in report.arms if arm.name == "dense"), 0)
+    if not records or len(records) != expected:
+        raise ArtifactError(
+            f"{bundle}/records.jsonl holds {len(records)} dense records, its report counts {expected}",
+            remedy="copy the bundle again, or build it again",
+        )
     return records, report
 
 
 def _recorded_arm(built: Report, records: tuple[Record, ...]) -> Arm:
     arm: ArmSummary = next(arm for arm in built.arms if arm.name == "dense")
-    stats: dict[str, float] = {}
-    if arm.tokens_per_s:
-        stats = {"generated_tokens": arm.tokens_per_s, "decode_s": 1.0}
-    return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0, stats)
+    return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0)
 
 
 def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[TensorRow, ...], frozenset[str], float]:
@@ -137,6 +141,11 @@ def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[Tens
     for tensor in found:
         size: Any = tensor["shape"]
         count = float(size[0] * (size[1] if len(size) > 1 else 1))
+        if tensor["zeros"] is None:
+            raise ArtifactError(
+                f"{artifact}: racdeploy cannot read type {tensor['type']} of {tensor['name']}",
+                remedy="build the bundle again with a quant of: racdeploy plugins",
+            )
         if tensor["name"].partition(".")[2].partition(".")[2] in linears:
             prunable.add(tensor["name"])
             zeros, weights = zeros + tensor["zeros"] * count, weights + count

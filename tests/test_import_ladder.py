@@ -17,7 +17,7 @@ LADDER = (
     {"tasks", "quant", "packing"},
     {"backends"},
     {"runtime"},
-    {"traces", "export", "accel"},
+    {"traces", "export"},
     {"prune", "verify"},
     {"report", "inspection"},
     {"bundle"},
@@ -28,7 +28,7 @@ LADDER = (
     {"cli"},
 )
 RUNG = {unit: number for number, rung in enumerate(LADDER) for unit in rung}
-TORCH_UNITS = {"prune", "backends/transformers.py", "backends/_torch_model.py", "export/onnx_exporters"}
+TORCH_UNITS = {"prune", "backends/transformers.py", "backends/_torch_model.py"}
 HEAVY = {"torch", "transformers", "optimum", "safetensors"}
 
 

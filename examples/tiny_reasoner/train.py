@@ -31,6 +31,10 @@ TASKS = {  # name → share of the training examples; longer chains need more pr
     "base_conversion": 1.2,
     "comparison": 0.8,
 }
+PHASES = (  # steps, shares, factor on the learning rates; counting letters is learnt last
+    (2600, TASKS, 1.0),
+    (900, dict.fromkeys(TASKS, 0.6) | {"letter_count": 3.0}, 0.6),
+)
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 QWEN2_SPLIT = (  # the regex of llama.cpp's pre-tokenizer "qwen2"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +54,6 @@ def main() -> None:
     """Train, report accuracy per task, and save a Hugging Face folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=1300)
     arguments = parser.parse_args()
@@ -59,7 +62,15 @@ def main() -> None:
     tokenizer = train_tokenizer(arguments.seed)
     model = Qwen3ForCausalLM._from_config(model_config(tokenizer), attn_implementation="eager")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    train(model, tokenizer, arguments)
+    for number, (steps, shares, factor) in enumerate(PHASES, 1):
+        folder = arguments.out.with_name(f"{arguments.out.name}-phase{number}")
+        if (folder / "tokenizer_config.json").is_file():
+            print(f"phase {number} is finished: {folder}", flush=True)
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            train(model, tokenizer, steps, shares, factor, arguments.seed + 2 * number, arguments.probe_every)
+            save(model, tokenizer, folder)
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     save(model, tokenizer, arguments.out)
 
 
@@ -81,12 +92,12 @@ def model_config(tokenizer: Tokenizer) -> Qwen3Config:
     )
 
 
-def examples(seed: int) -> Iterator[tasks.Problem]:
+def examples(seed: int, shares: dict[str, float]) -> Iterator[tasks.Problem]:
     """Yield training problems without end, only from the training split."""
     random = Random(seed)
-    modules = {name: tasks.load(name) for name in TASKS}
+    modules = {name: tasks.load(name) for name in shares}
     while True:
-        (name,) = random.choices(list(TASKS), weights=list(TASKS.values()))
+        (name,) = random.choices(list(shares), weights=list(shares.values()))
         problem = modules[name].draw(random)
         if tasks.split_share(problem.question) < tasks.PROCEDURAL_SHARES["training"][1]:
             yield problem
@@ -115,7 +126,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
         special_tokens=[],
         show_progress=False,
     )
-    source = examples(seed + 1)
+    source = examples(seed + 1, TASKS)
     corpus = ["".join(texts(next(source))) for _ in range(6000)]
     for special in SPECIALS:
         corpus = [text.replace(special, " ") for text in corpus]
@@ -125,9 +136,9 @@ def train_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer: Tokenizer, seed: int, shares: dict[str, float]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and labels, B T, right-padded; examples of like length go together."""
-    random, source = Random(seed), examples(seed)
+    random, source = Random(seed), examples(seed, shares)
     while True:
         pairs = [texts(next(source)) for _ in range(POOL_EXAMPLES)]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
@@ -156,20 +167,26 @@ def pad(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Te
     return ids_BT, labels_BT
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
-    """Run the optimizers and print loss, speed and probe accuracy."""
+def train(
+    model: Qwen3ForCausalLM,
+    tokenizer: Tokenizer,
+    steps: int,
+    shares: dict[str, float],
+    factor: float,
+    seed: int,
+    probe_every: int,
+) -> None:
+    """Run the optimizers for one phase and print loss, speed and probe accuracy."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.012, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=2.5e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.012 * factor, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=2.5e-3 * factor, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, arguments.steps)) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, steps)) for o in optimizers]
     compiled = torch.compile(model, dynamic=True)
     started, tokens, running = time.monotonic(), 0, 0.0
-    for step, (ids_BT, labels_BT) in zip(
-        range(1, arguments.steps + 1), batches(tokenizer, arguments.seed + 2), strict=False
-    ):
+    for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), batches(tokenizer, seed, shares), strict=False):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = compiled(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
@@ -186,8 +203,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, arguments: argparse.Nam
                 f"step {step} loss {running:.4f} {tokens / seconds:.0f} tokens/s {seconds / 60:.1f} min",
                 flush=True,
             )
-        if step % arguments.probe_every == 0 or step == arguments.steps:
-            save(model, tokenizer, arguments.out)
+        if step % probe_every == 0 or step == steps:
             print(json.dumps(probe(model, tokenizer)), flush=True)
 
 

@@ -9,7 +9,6 @@ Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gg
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,9 @@ from racdeploy.export._gguf_parameters import write_parameters
 from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 
-__all__ = ["export"]
+__all__ = ["BACKEND", "export"]
+
+BACKEND = "llamacpp"  # the engine that reads this format
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 4_194_304
@@ -40,7 +41,6 @@ _FILE_KEYS = (
     "general.file_type",
     "general.quantization_version",
 )
-_LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
 
 
 def export(
@@ -95,9 +95,8 @@ def export(
 
 def _general(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     general: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.folder.resolve().name}
-    card = checkpoint.folder / "README.md"
-    if card.is_file() and (match := _LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))):
-        general["general.license"] = match[1]
+    if checkpoint.license:
+        general["general.license"] = checkpoint.license
     return {
         **general,
         **metadata,

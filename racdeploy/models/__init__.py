@@ -31,6 +31,11 @@ class ResolvedModel:
     origin: str
     revision: str = ""
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether it was taken from the Hub."""
+        return bool(self.revision)
+
 
 def resolve(model: str) -> ResolvedModel:
     """Find a model without loading it.
@@ -46,7 +51,11 @@ def resolve(model: str) -> ResolvedModel:
         return ResolvedModel(folder.resolve().name, folder, model)
     if folder.is_file():
         raise ModelError(f"{model} is a file, not a model folder", remedy="give the folder that holds config.json")
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or not _HUB_ID.match(model)
+    looks_local = (
+        model.startswith((".", "/", "~"))
+        or not _HUB_ID.match(model)
+        or (folder.parent.is_dir() and folder.parent != Path())
+    )
     if looks_local:
         raise ModelError(f"there is no folder {model}", remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}")
     return _download(model)
@@ -58,7 +67,7 @@ def _download(model: str) -> ResolvedModel:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "prune") from error
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md"]
     try:
         folder = Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

@@ -33,7 +33,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
     with atomic_folder(out) as scratch:
         _write(entries, scratch / "model.safetensors")
-        for name in ("config.json", *TOKENIZER_FILES):
+        for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
     return out

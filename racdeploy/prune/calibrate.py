@@ -19,6 +19,7 @@ from torch import nn
 
 from racdeploy import plugins
 from racdeploy.artifacts import STREAMS, Trace, write_atomic
+from racdeploy.backends._heap import keep_heap
 from racdeploy.backends._torch_model import TORCH_DTYPES, check_names, fill_parameter, skeleton
 from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.errors import UsageError
@@ -39,6 +40,7 @@ def prune_blocks(
     held_out: Sequence[Trace],
     settings: Pruning,
     folder: Path,
+    threads: int = 0,
     progress: Progress | None = None,
 ) -> list[LinearRow]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
@@ -49,6 +51,7 @@ def prune_blocks(
         held_out: traces that only measure it.
         settings: method, pattern, sparsity.
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
+        threads: CPU threads; 0 leaves torch's choice.
         progress: called with a label, blocks done and blocks in all.
 
     Returns:
@@ -59,6 +62,9 @@ def prune_blocks(
     """
     if not calibration:
         raise UsageError("no calibration traces are left after selection", remedy="collect more traces")
+    keep_heap()
+    if threads:
+        torch.set_num_threads(threads)
     walk = _Walk(checkpoint, settings, folder)
     batches = make_batches(calibration, held_out=False) + make_batches(held_out, held_out=True)
     rows: list[LinearRow] = []

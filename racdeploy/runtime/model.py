@@ -15,8 +15,7 @@ from typing import Literal
 from racdeploy import backends
 from racdeploy.artifacts import ArtifactEntry, Manifest
 from racdeploy.backends import Completion, Engine, EngineSettings, FinishReason, Sampling, ThinkingBudget
-from racdeploy.checkpoint import file_sha256
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
 
@@ -254,12 +253,7 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     artifact = _artifact(manifest, folder, backend)
-    for name, expected in manifest.tokenizer.files.items():
-        if file_sha256(folder / name) != expected:
-            raise ArtifactError(
-                f"{folder / name} is not the file this bundle was verified with",
-                remedy="copy the bundle again, or build it again",
-            )
+    manifest.check_tokenizer(folder)
     encoder = PromptEncoder.from_folder(folder)
     settings = EngineSettings(context_tokens=manifest.generation.context_tokens, parallel=parallel, threads=threads)
     engine = backends.open_engine(artifact.backend, folder / artifact.path, settings)

@@ -65,9 +65,9 @@ class Split:
     Args:
         thinking_ids: strictly between the tags; of a reopened completion, all its thoughts.
         answer_ids: after the last close tag, without end-of-sequence; empty while a thought is open.
-        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut, never closed; ``absent``: no
-            thought at all, the whole completion is the answer; ``reopened``: more than one thought, or one
-            although the prompt had closed it.
+        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought, the first or a
+            later one; ``absent``: no thought at all, the whole completion is the answer; ``reopened``: more than
+            one thought, or one although the prompt had closed it.
     """
 
     thinking_ids: tuple[int, ...]
@@ -159,10 +159,10 @@ def split(
 def _state(scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None) -> State:
     if not spans:
         return "absent"
-    if len(spans) > 1 or scanner.prompt_state == "closed":
-        return "reopened"
     if scanner.inside:
         return "open"
+    if len(spans) > 1 or scanner.prompt_state == "closed":
+        return "reopened"
     return "forced" if forced_at == spans[0][1] else "closed"
 
 

@@ -9,8 +9,8 @@ whatever the seeds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -64,18 +64,33 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded task: ``spec`` is what the user typed, ``jsonl:FILE`` or a plain name."""
+    """A loaded task.
+
+    Args:
+        spec: what the user typed, ``jsonl:FILE`` or a plain name.
+        score: whether an answer equals a gold answer.
+        draw: makes a problem, or None for a task over a file.
+        pool: the problems of a file.
+        shares: which part of all questions, by their hash, each split gets.
+    """
 
     spec: str
     score: Callable[[str, str], bool]
     draw: Callable[[Random], Problem] | None
     pool: tuple[Problem, ...]
+    shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
+
+    def serving(self, split: Split, *, whole: bool) -> Task:
+        """Return the task for one split; with ``whole``, a file that serves no other split gives all it has."""
+        if self.draw is not None or not whole:
+            return self
+        return replace(self, shares={split: (0.0, 1.0)})
 
     def available(self, split: Split) -> int | None:
         """Return how many problems a split of a file holds, or None where they are drawn."""
         if self.draw is not None:
             return None
-        return sum(_in_split(problem.question, FILE_SHARES[split]) for problem in self.pool)
+        return len(self._members(split))
 
     def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return ``count`` distinct problems of a split, the same ones for the same seed.
@@ -85,21 +100,20 @@ class Task:
         """
         random = Random(f"{self.spec.partition(':')[0]}/{split}/{seed}")
         if self.draw is None:
-            return self._choose(random, split, count)
+            members = self._members(split)
+            random.shuffle(members)
+            return self._labelled(members[:count], split, count)
         found: dict[str, Problem] = {}
         for _ in range(count * _DRAWS_PER_PROBLEM):
             if len(found) == count:
                 break
             problem = self.draw(random)
-            if _in_split(problem.question, PROCEDURAL_SHARES[split]):
+            if _in_split(problem.question, self.shares[split]):
                 found.setdefault(problem.question, problem)
         return self._labelled(list(found.values()), split, count)
 
-    def _choose(self, random: Random, split: Split, count: int) -> list[Problem]:
-        shares = FILE_SHARES[split]
-        members = [problem for problem in self.pool if _in_split(problem.question, shares)]
-        random.shuffle(members)
-        return self._labelled(members[:count], split, count)
+    def _members(self, split: Split) -> list[Problem]:
+        return [problem for problem in self.pool if _in_split(problem.question, self.shares[split])]
 
     def _labelled(self, found: list[Problem], split: Split, count: int) -> list[Problem]:
         if len(found) < count:
@@ -123,8 +137,9 @@ def load(spec: str) -> Task:
         raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
     if not reads_file and colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
-    pool = tuple(module.read(Path(argument))) if reads_file else ()
-    return Task(spec, module.score, None if reads_file else module.draw, pool)
+    if reads_file:
+        return Task(spec, module.score, None, tuple(module.read(Path(argument))), FILE_SHARES)
+    return Task(spec, module.score, module.draw, (), PROCEDURAL_SHARES)
 
 
 def scorer(spec: str) -> Task:

@@ -7,8 +7,10 @@ thought often mentions the right number.
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_DECORATION = re.compile(r"^\s*[a-zA-Z]\s*=\s*|\\text\{[^{}]*\}|\s+[a-zA-Z][a-zA-Z ]*\.?$")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -55,9 +57,18 @@ def extract_answer(text: str) -> str | None:
 
 
 def score(answer: str, gold: str) -> bool:
-    """Return whether the answer that the text gives equals the gold answer."""
+    """Return whether the answer that the text gives equals the gold answer.
+
+    A gold answer that is no number also counts where the last line ends with it.
+    """
     found = extract_answer(answer)
-    return found is not None and equal_answers(found, gold)
+    if found is not None and equal_answers(found, gold):
+        return True
+    if _as_number(gold) is not None or extract_boxed(answer) is not None:
+        return False
+    lines = answer.strip().splitlines()
+    words = re.findall(r"\w+", gold.casefold())
+    return bool(lines and words) and re.findall(r"\w+", lines[-1].casefold())[-len(words) :] == words
 
 
 def _as_text(text: str) -> str:
@@ -65,12 +76,13 @@ def _as_text(text: str) -> str:
 
 
 def _as_number(text: str) -> Decimal | None:
-    bare = text.strip().strip("$.%€£ ").replace(",", "").replace("$", "")
+    bare = _FRACTION.sub(r"\1/\2", text)
+    bare = _DECORATION.sub("", bare).strip("$.%€£ ").replace(",", "").replace("$", "")
     numerator, slash, denominator = bare.partition("/")
     try:
         value = Decimal(numerator)
         if slash:
             value /= Decimal(denominator)
-    except (InvalidOperation, ZeroDivisionError):
+    except ArithmeticError:
         return None
     return value if value.is_finite() else None

@@ -47,9 +47,9 @@ def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
             reasons["wrong answer"] += 1
         else:
             wanted.append(trace)
-    every = round(1 / settings.held_out_share) if settings.held_out_share else len(wanted) + 1
-    held_out = [trace for place, trace in enumerate(wanted) if place % every == every - 1]
-    rest = [trace for place, trace in enumerate(wanted) if place % every != every - 1]
+    held_indices = _held_out(wanted, settings.held_out_share)
+    held_out = [trace for trace in wanted if trace.index in held_indices]
+    rest = [trace for trace in wanted if trace.index not in held_indices]
     calibration = within_budget(rest, settings.max_tokens)
     reasons["over the token budget"] = len(rest) - len(calibration)
     if not calibration:
@@ -71,6 +71,16 @@ def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
         chosen.append(trace)
         tokens += len(trace.ids)
     return chosen
+
+
+def _held_out(traces: Sequence[Trace], share: float) -> set[int]:
+    """Return the indices to hold out: of each task the asked share, spread evenly."""
+    held: set[int] = set()
+    for task in dict.fromkeys(trace.task for trace in traces):
+        indices = [trace.index for trace in traces if trace.task == task]
+        count = round(share * len(indices))
+        held.update(indices[(2 * place + 1) * len(indices) // (2 * count)] for place in range(count))
+    return held
 
 
 def _counts(reasons: dict[str, int]) -> str:

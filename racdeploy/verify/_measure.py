@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.backends import Completion, Engine, Sampling, ThinkingBudget
+from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.recipe import Verification
 from racdeploy.report_model import Record
 from racdeploy.runtime.template import PromptEncoder
@@ -15,9 +23,11 @@ from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem, Task, extract_answer
 from racdeploy.verify import LogitComparison, TokenProbe
 
-__all__ = ["answer_problems", "compare_logits", "probe_tokens"]
+__all__ = ["answer_problems", "compare_logits", "fingerprint", "probe_tokens"]
 
+Opener = Callable[[], AbstractContextManager[Engine]]
 Progress = Callable[[str, int, int], None]
+_ROWS = 64
 
 
 def answer_problems(
@@ -67,32 +77,69 @@ def probe_tokens(engine: Engine, encoder: PromptEncoder, texts: Sequence[str]) -
 
 
 def compare_logits(
-    artifact: Engine,
-    pruned: Engine,
-    dense: Engine,
-    traces: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    pruned: Opener, dense: Opener, artifact: Opener, traces: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None where there are no traces.
 
+    One model is in memory at a time; the logits of the pruned one wait on disk.
+
     Args:
-        artifact: the exported file on its engine.
-        pruned: the pruned checkpoint under torch.
-        dense: the dense checkpoint under torch.
+        pruned: opens the pruned checkpoint under torch.
+        dense: opens the dense checkpoint under torch.
+        artifact: opens the exported file on its engine.
         traces: prompt ids and completion ids of each.
     """
-    export_kl, export_same, pruning_kl, pruning_same = ([] for _ in range(4))
-    for prompt, completion in traces:
-        first = len(prompt) - 1
-        rows = [engine.logits(prompt + completion)[first:-1] for engine in (artifact, pruned, dense)]
-        exported_TV, pruned_TV, dense_TV = map(_log_softmax, rows)
-        export_kl.append(_divergence(pruned_TV, exported_TV))
-        pruning_kl.append(_divergence(dense_TV, pruned_TV))
-        export_same.append(pruned_TV.argmax(1) == exported_TV.argmax(1))
-        pruning_same.append(dense_TV.argmax(1) == pruned_TV.argmax(1))
     if not traces:
         return None
-    means = [float(np.concatenate(v).mean()) for v in (export_kl, export_same, pruning_kl, pruning_same)]
-    return LogitComparison(sum(map(len, export_kl)), *means)
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / f"{index}.npy" for index in range(len(traces))]
+        with pruned() as engine:
+            for file, trace in zip(files, traces, strict=True):
+                np.save(file, _completion_logits(engine, trace))
+        with dense() as engine:
+            pruning = [_compare(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)]
+        with artifact() as engine:
+            export = [_compare(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)]
+    tokens = sum(len(kl) for kl, _ in export)
+    means = [float(np.concatenate(part).mean()) for pair in (export, pruning) for part in zip(*pair, strict=True)]
+    return LogitComparison(tokens, *means)
+
+
+def fingerprint(settings: EngineSettings) -> dict[str, Any]:
+    """Return the versions, machine and engine settings that results depend on."""
+    packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "engine": asdict(settings),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _completion_logits(engine: Engine, trace: tuple[tuple[int, ...], tuple[int, ...]]) -> NDArray[np.float32]:
+    """Return logits_TV that predict the completion's tokens."""
+    prompt, completion = trace
+    return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
+
+
+def _compare(
+    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return KL(reference ‖ other) in nats and top-1 agreement at every position, in chunks of rows."""
+    kl, same = [], []
+    for start in range(0, len(reference_TV), _ROWS):
+        left_TV, right_TV = (_log_softmax(part[start : start + _ROWS]) for part in (reference_TV, other_TV))
+        kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
+        same.append(left_TV.argmax(1) == right_TV.argmax(1))
+    return np.concatenate(kl), np.concatenate(same)
 
 
 def _record(
@@ -142,8 +189,3 @@ def _budget(
 def _log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(1, keepdims=True)
     return np.asarray(shifted_TV - np.log(np.exp(shifted_TV).sum(1, keepdims=True)))
-
-
-def _divergence(reference_TV: NDArray[np.float64], other_TV: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return KL(reference ‖ other) in nats at every position."""
-    return np.asarray((np.exp(reference_TV) * (reference_TV - other_TV)).sum(1))

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from racdeploy.report_model import CheckResult
+from racdeploy.report_model import CheckResult, Record, Verdict
 from racdeploy.verify import Evidence, stats
 
 
 def check(evidence: Evidence) -> CheckResult:
-    """Pass if the interval of the length ratio is below the limit and unclosed thoughts are not more."""
+    """Pass if the interval of the length ratio is below its limit and that of unclosed thoughts below the margin.
+
+    Where the dense model does not think, the whole completion counts.
+    """
     settings = evidence.settings
-    dense = [record.thinking_tokens for record in evidence.dense.records]
-    pruned = [record.thinking_tokens for record in evidence.pruned.records]
-    if not any(dense):
-        return CheckResult(
-            name="thinking",
-            verdict="skipped",
-            summary="the dense model does not think on these prompts",
-        )
+    thinks = any(record.thinking_tokens for record in evidence.dense.records)
+    dense, pruned = (
+        [r.thinking_tokens if thinks else r.thinking_tokens + r.answer_tokens for r in arm.records]
+        for arm in (evidence.dense, evidence.pruned)
+    )
     budget = settings.max_thinking_tokens or settings.max_new_tokens
     ratio = stats.length_ratio(dense, pruned, budget, settings.confidence)
-    unclosed = [sum(r.state == "open" for r in arm.records) for arm in (evidence.dense, evidence.pruned)]
-    more_unclosed = (unclosed[1] - unclosed[0]) / len(pruned)
-    if ratio.lower > settings.length_limit or more_unclosed > settings.margin:
-        verdict = "fail"
-    elif ratio.upper <= settings.length_limit:
-        verdict = "pass"
-    else:
-        verdict = "inconclusive"
+    pairs = [(d.state == "open", p.state == "open") for d, p in zip(*_records(evidence), strict=True)]
+    more, fewer = sum(p and not d for d, p in pairs), sum(d and not p for d, p in pairs)
+    verdicts = {
+        stats.judge(stats.Interval(ratio.lower, ratio.upper), settings.length_limit),
+        stats.non_inferiority(more, fewer, len(pairs), settings.margin, settings.confidence),
+    }
+    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
     return CheckResult(
         name="thinking",
         verdict=verdict,
         summary=(
-            f"length ratio {ratio.ratio:.3f}, {settings.confidence:.0%} interval {ratio.lower:.3f} to "
-            f"{ratio.upper:.3f}, limit {settings.length_limit:g}; unclosed {unclosed[0]} → {unclosed[1]}"
+            f"{'thinking' if thinks else 'completion'} length ratio {ratio.ratio:.3f}, {settings.confidence:.0%} "
+            f"interval {ratio.lower:.3f} to {ratio.upper:.3f}, limit {settings.length_limit:g}; "
+            f"unclosed {sum(d for d, _ in pairs)} → {sum(p for _, p in pairs)} of {len(pairs)}"
         ),
         figures={
             "length_ratio": ratio.ratio,
@@ -40,8 +40,8 @@ def check(evidence: Evidence) -> CheckResult:
             "length_upper": ratio.upper,
             "length_limit": settings.length_limit,
             "budget_tokens": budget,
-            "unclosed_dense": unclosed[0],
-            "unclosed_pruned": unclosed[1],
+            "unclosed_dense": sum(d for d, _ in pairs),
+            "unclosed_pruned": sum(p for _, p in pairs),
         },
         remedy={
             "pass": "",
@@ -49,3 +49,7 @@ def check(evidence: Evidence) -> CheckResult:
             "inconclusive": "verify on more prompts: verify.count",
         }[verdict],
     )
+
+
+def _records(evidence: Evidence) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    return evidence.dense.records, evidence.pruned.records
