@@ -141,3 +141,31 @@ def test_draws_vary() -> None:
     for name in tasks.procedural_names():
         draw = plugins.load("tasks", name).draw
         assert len({draw(Random(seed)).question for seed in range(50)}) > 40, name
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("The answer is Paris.", "Paris", True),
+        ("It is not Paris but Rome.", "Paris", False),
+        (r"\boxed{\frac{1}{2}}", "1/2", True),
+        (r"\boxed{x = 5}", "5", True),
+        (r"\boxed{12 apples}", "12", True),
+        (r"\boxed{12\text{ cm}}", "12", True),
+        (r"\boxed{1e999999/1e-999999}", "3", False),
+        (r"\boxed{3/0}", "3", False),
+        (r"first \boxed{4}, no: \boxed{5}", "5", True),
+        (r"\boxed{5", "5", True),
+        ("$1,234.50", "1234.5", True),
+        ("", "5", False),
+    ],
+)
+def test_jsonl_answers_are_read_as_written(answer: str, gold: str, right: bool) -> None:
+    """Fractions, units, separators and words count; no text of a model raises."""
+    assert right == plugins.load("tasks", "jsonl").score(answer, gold)
+
+
+def test_two_files_are_used_whole(problem_file: Path) -> None:
+    """A file that serves a single split gives all it has."""
+    task = tasks.load(f"jsonl:{problem_file}")
+    assert task.serving("evaluation", whole=True).available("evaluation") == 80

@@ -80,6 +80,60 @@ def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, ca
     assert {"model"} == {path.name for path in tmp_path.iterdir()}
 
 
+RECIPES: dict[str, tuple[str, str]] = {
+    "unknown key": ("[prune]\nsparsty = 0.5\n", "did you mean 'sparsity'"),
+    "dense pattern that matches nothing": ('[prune]\ndense = ["down_prj$"]\n', "matches no linear"),
+    "no room for the prompt": ("[verify]\ncontext_tokens = 64\nmax_new_tokens = 64\n", "the longest prompt has"),
+    "a task named twice": ('tasks = ["gcd", "gcd"]\n', "named twice"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_bad_recipe_is_refused_before_any_work(model: Path, tmp_path: Path, case: str) -> None:
+    """The recipe file is checked as strictly as the options."""
+    text, reason = RECIPES[case]
+    (tmp_path / "recipe.toml").write_text(text)
+    options = ["--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work", "--out", tmp_path / "bundle"]
+    code, output = _run("build", model, *options)
+    assert code == 2, output
+    assert reason in output.replace("\n", " ")
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_model_of_a_recipe_is_used(model: Path, tmp_path: Path) -> None:
+    """Without MODEL on the command line, the recipe names it."""
+    (tmp_path / "recipe.toml").write_text(f'model = "{model}"\n')
+    code, output = _run("build", "--recipe", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert code == 0, output
+    assert json.loads(output)["architecture"] == "Qwen2ForCausalLM"
+
+
+def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: Path) -> None:
+    """One question cannot serve both splits, and nothing is verified on nothing."""
+    (tmp_path / "one.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
+    code, output = _run("build", model, "--task", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work")
+    assert code == 2, output
+    assert "holds no" in output
+
+
+def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> None:
+    """Calibration and evaluation never see the same question, also when the user names two files."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
+    tasks = ["--task", f"jsonl:{tmp_path}/a.jsonl", "--calibration-task", f"jsonl:{tmp_path}/b.jsonl"]
+    code, output = _run("build", model, *tasks, "--work", tmp_path / "work")
+    assert code == 2, output
+    assert "1 questions are in both" in output
+
+
+def test_a_work_folder_that_is_a_file_is_an_error(model: Path, tmp_path: Path) -> None:
+    """What the disk refuses is exit code 4 with a message, not a traceback."""
+    (tmp_path / "work").write_text("")
+    code, output = _run("prune", model, "--work", tmp_path / "work")
+    assert code == 4, output
+    assert "cannot write" in output
+
+
 def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
     """A path is a path: no minutes of retries against a Hub."""
     code, output = _run("build", tmp_path / "nowhere")
@@ -108,7 +162,13 @@ def test_an_error_as_json_is_one_object(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["verify", "nowhere"], 2), (["run", "nowhere", "hello"], 2), (["inspect", "nowhere"], 2), (["bild"], 2)],
+    [
+        (["verify", "nowhere"], 2),
+        (["run", "nowhere", "hello"], 2),
+        (["inspect", "nowhere"], 2),
+        (["bild"], 2),
+        (["verify", "nowhere", "--junit", "no/where.xml"], 2),
+    ],
 )
 def test_other_commands_refuse_too(arguments: list[str], code: int) -> None:
     """What is not there is wrong usage."""
