@@ -91,7 +91,7 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, str]) -> R
             "prune": {"method": column["method"], **ROWS[row]},
             "calibration": {"source": column["source"]},
             "export": {"quant": arguments.quant},
-            "verify": {"count": arguments.prompts, "parallel": 32},
+            "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": 640},
         },
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -289,8 +290,8 @@ class Build:
         selection = select(traces, self.job.recipe.calibration)
         chosen = selection.calibration
         if self.job.recipe.calibration.source == "prompt":
-            shortest = min(len(trace.prompt_ids) for trace in traces)
-            count = selection.tokens // shortest + 1
+            mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
+            count = math.ceil(1.1 * selection.tokens / mean)
             specs, seed = self.job.calibration_specs, self.job.recipe.traces.seed
             held = {trace.question for trace in selection.held_out}
             fresh = [p for p in self.job.draw("calibration", specs, seed, count) if p.question not in held]
