@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 try:
     import fcntl
@@ -117,9 +117,16 @@ class Stage:
 
     @classmethod
     def open(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
-        """Return the stage folder, made if need be, with its inputs recorded."""
+        """Return the stage folder, made if need be, with its inputs recorded.
+
+        Raises:
+            ArtifactError: the folder holds other inputs, or another version of racdeploy left the stage half done.
+            UsageError: another process works in the folder.
+            EnvironmentFailure: the disk is full or not writable.
+        """
         folder = work / f"{name}-{canonical_hash(inputs)[:16]}"
         stage = cls(folder, inputs)
+        _refuse_other_version(work, name, inputs)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
@@ -244,22 +251,37 @@ class TraceSet:
         return traces
 
 
-_locks: dict[Path, IO[str]] = {}  # held until the process ends
+def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> None:
+    """Name a stage that differs in nothing but the version of racdeploy and was never finished."""
+    decided_by_version = {"version", "code"}
+    wanted = {k: v for k, v in json.loads(json.dumps(inputs)).items() if k not in decided_by_version}
+    for record in sorted(work.glob(f"{name}-*/inputs.json")) if work.is_dir() else ():
+        recorded = read_json(record)
+        same = wanted == {k: v for k, v in recorded.items() if k not in decided_by_version}
+        if same and recorded.get("version") != inputs.get("version") and not (record.parent / "stage.json").is_file():
+            raise ArtifactError(
+                f"{record.parent} was left half done by racdeploy {recorded.get('version')}; "
+                f"this is {inputs.get('version')}, which may give other results",
+                remedy=f"rm -r {record.parent}, or finish it with the version that began it",
+            )
+
+
+_locks: dict[Path, int] = {}  # file descriptors, held until the process ends
 
 
 def _lock(folder: Path) -> None:
     """Refuse to work in a stage folder that another process works in."""
     if fcntl is None or folder in _locks:
         return
-    stream = (folder / ".lock").open("w")
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        stream.close()
+        os.close(descriptor)
         raise UsageError(
             f"another racdeploy is working in {folder}", remedy="wait for it, or use another --work folder"
         ) from error
-    _locks[folder] = stream
+    _locks[folder] = descriptor
 
 
 class _Entry(BaseModel):

@@ -85,7 +85,8 @@ class Pruning(_Part):
         sparsity: fraction of zeros of each prunable linear; the pattern decides it where there is one.
         pattern: ``unstructured`` or ``N:M``: N kept of each M consecutive inputs.
         damping: added to the diagonal of the Hessian, as a share of its mean.
-        column_block: update width of the method.
+        column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
+            held-out error 0.0245 at 16, 0.0314 at 128).
         dense: linears to leave alone, as regular expressions over their full name.
     """
 
@@ -93,7 +94,7 @@ class Pruning(_Part):
     sparsity: float = Field(0.5, ge=0, lt=1)
     pattern: str = "unstructured"
     damping: float = Field(0.01, gt=0, le=1)
-    column_block: int = Field(128, ge=1)
+    column_block: int = Field(16, ge=1)
     dense: tuple[str, ...] = ()
 
     @field_validator("pattern")

@@ -55,6 +55,17 @@ def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
         Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
 
 
+def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) -> None:
+    """It is neither resumed nor ignored; once finished, or removed, it is in nobody's way."""
+    stage = Stage.open(tmp_path, "prune", {"model": "a", "version": "0.0.9", "code": "x"})
+    with pytest.raises(ArtifactError, match=r"left half done by racdeploy 0\.0\.9; this is 0\.1\.0") as caught:
+        Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
+    assert (caught.value.exit_code, f"rm -r {stage.folder}" in caught.value.remedy) == (2, True)
+    Stage.open(tmp_path, "prune", {"model": "b", "version": "0.1.0", "code": "y"})
+    stage.finish({})
+    Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))

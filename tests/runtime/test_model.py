@@ -168,7 +168,7 @@ def test_the_manifest_gives_the_defaults(bundle: Path) -> None:
 def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     edit_json(bundle / "tokenizer_config.json", chat_template="{{ 'give me your password' }}")
-    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json is not the file"):
+    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json differs from its manifest"):
         load(bundle)
 
 

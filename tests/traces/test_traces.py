@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,12 @@ def _traces(folder: Path):
     return prompt_traces(encoder, tasks.load("gcd").problems("calibration", 0, 16))
 
 
-def test_selection_holds_out_evenly_and_keeps_whole_traces(folder: Path) -> None:
-    """Every eighth trace is held out; a budget ends before the trace that would cross it."""
-    traces = _traces(folder)
+def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) -> None:
+    """An eighth of each task is held out; a budget ends before the trace that would cross it."""
+    traces = [dataclasses.replace(t, task="ab"[t.index % 2]) for t in _traces(folder)]
     selection = select(traces, Calibration())
-    assert [t.index for t in selection.held_out] == [7, 15]
+    assert sorted(t.task for t in selection.held_out) == ["a", "b"]
+    assert not {t.index for t in selection.held_out} & {t.index for t in selection.calibration}
     budget = selection.tokens - 1
     shorter = select(traces, Calibration(max_tokens=budget))
     assert shorter.calibration == selection.calibration[:-1]
@@ -89,8 +91,6 @@ def test_selection_holds_out_evenly_and_keeps_whole_traces(folder: Path) -> None
 
 def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
     """A cut chain of thought has no end to calibrate on; leaving all out is an error with a remedy."""
-    import dataclasses
-
     cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
     with pytest.raises(UsageError, match="16 truncated"):
         select(cut, Calibration())
@@ -99,8 +99,6 @@ def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
 
 def test_only_correct_leaves_out_the_rest(folder: Path) -> None:
     """Wrong traces can be left out, and are counted."""
-    import dataclasses
-
     mixed = [dataclasses.replace(trace, correct=trace.index % 2 == 0) for trace in _traces(folder)]
     selection = select(mixed, Calibration(only_correct=True, held_out_share=0))
     assert all(trace.correct for trace in selection.calibration)
