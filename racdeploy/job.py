@@ -237,5 +237,9 @@ def _check_pattern(name: str, inputs: int, kept_of: tuple[int, int] | None) -> N
 
 def _require(packages: Mapping[str, str]) -> None:
     for package, extra in packages.items():
-        if importlib.util.find_spec(package) is None:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # an import hook refuses it
+            found = False
+        if not found:
             raise MissingExtraError(package, extra)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
@@ -38,8 +39,10 @@ _EXTRAS = {
 @cache
 def names(kind: str) -> tuple[str, ...]:
     """Return the plugin names of a kind, sorted, without importing any of them."""
-    folder = files(KINDS[kind])
-    stems = (entry.name.removesuffix(".py") for entry in folder.iterdir() if entry.name.endswith(".py"))
+    spec = importlib.util.find_spec(KINDS[kind])
+    folders = spec.submodule_search_locations if spec else None
+    assert folders, f"{KINDS[kind]} is not a package"
+    stems = (file.stem for file in Path(folders[0]).glob("*.py"))
     hidden = _NOT_PLUGINS.get(kind, set())
     return tuple(sorted(stem for stem in stems if not stem.startswith("_") and stem not in hidden))
 

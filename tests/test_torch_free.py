@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,24 @@ def test_everything_that_is_public_is_there() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         racdeploy.nonsense  # noqa: B018
+
+
+def test_a_base_install_names_the_missing_extra(tmp_path: Path) -> None:
+    """Without torch, build is one sentence with the pip line and exit code 4; listing plugins still works."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch': raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    code = "import racdeploy.cli; racdeploy.cli.main()"
+    for arguments, expected in ((["plugins"], 0), (["build", "--out", str(tmp_path / "out")], 4)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert done.returncode == expected, done.stderr
+        assert "Traceback" not in done.stderr
+    assert 'pip install "racdeploy[prune]"' in done.stderr
