@@ -6,7 +6,7 @@ Power: how many prompts a verdict needs. Knows nothing of models, prompts or fil
 
 Level: every ``confidence`` is that of a two-sided interval, and a gate looks at one end only. **A two-sided
 90 % interval gives a one-sided 5 % test**: in general the gate's level is (1 - confidence) / 2. Counts are
-whole, so it is met approximately: at most 5.5 % from 50 prompts on, 6.0 % in the worst table found below.
+whole, so it is met approximately: at most 5.9 % from 50 prompts on, 6.0 % in the worst table found below.
 
 Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, for the paired drop; E. B. Wilson, JASA 22 (1927)
 209-212; Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7, for Student's quantile.
