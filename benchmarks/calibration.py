@@ -2,7 +2,7 @@
 
     python benchmarks/calibration.py --out build/calibration
 
-Prunes tiny-reasoner with magnitude, SparseGPT on prompts alone, and SparseGPT on prompt and thinking (RAC), the
+Prunes tiny-reasoner by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the
 latter two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and
 results.json.
 """
@@ -29,10 +29,10 @@ ROWS = {
     "70 %": {"pattern": "unstructured", "sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
 }
-COLUMNS = {
-    "magnitude": {"method": "magnitude", "source": "rac"},
-    "prompt only": {"method": "sparsegpt", "source": "prompt"},
-    "prompt + own CoT (RAC)": {"method": "sparsegpt", "source": "rac"},
+COLUMNS: dict[str, dict[str, dict[str, object]]] = {
+    "magnitude": {"prune": {"method": "magnitude", "match_dense": False, "refit_steps": 0}},
+    "prompt only": {"calibration": {"source": "prompt"}},
+    "prompt + own CoT (RAC)": {},
 }
 
 
@@ -51,6 +51,7 @@ class Cell:
     unclosed: int
     calibration_tokens: int
     held_out_error: float
+    drift: float
 
 
 def main() -> None:
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
+    parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -81,15 +83,15 @@ def main() -> None:
     print(table(cells, dense))
 
 
-def recipe(arguments: argparse.Namespace, row: str, column: dict[str, str]) -> Recipe:
+def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]]) -> Recipe:
     """Return the recipe of one cell."""
     return Recipe.combine(
         None,
         {
             "model": arguments.model,
             "traces": {"count": arguments.traces},
-            "prune": {"method": column["method"], **ROWS[row]},
-            "calibration": {"source": column["source"]},
+            "prune": {"method": arguments.method, **ROWS[row], **column.get("prune", {})},
+            "calibration": column.get("calibration", {}),
             "export": {"quant": arguments.quant},
             "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": 640},
         },
@@ -105,15 +107,15 @@ def answers(build: Build, artifact: Path, arm: str) -> tuple[Record, ...]:
 
 def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
     """Prune, export, answer and compare."""
-    folder, linears, selection = build.prune()
-    pruned = answers(build, build.export(folder, build.job.artifact_name).path, column)
+    model = build.prune()
+    pruned = answers(build, build.export(model.folder, build.job.artifact_name).path, column)
     pairs = list(zip(dense, pruned, strict=True))
     n10 = sum(d.correct and not p.correct for d, p in pairs)
     n01 = sum(p.correct and not d.correct for d, p in pairs)
     interval = stats.tango_interval(n10, n01, len(pairs), 0.95)
     lengths = [[record.thinking_tokens for record in arm] for arm in (dense, pruned)]
     budget = build.job.recipe.verify.max_new_tokens
-    errors = [linear.held_out_error for linear in linears if linear.held_out_error is not None]
+    errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
     return Cell(
         pattern=row,
         calibration=column,
@@ -124,8 +126,9 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
         thinking_tokens=stats.restricted_mean_lengths(lengths[1], budget),
         length_ratio=stats.length_ratio(*lengths, budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
-        calibration_tokens=selection["calibration_tokens"],
+        calibration_tokens=model.selection["calibration_tokens"],
         held_out_error=sum(errors) / len(errors),
+        drift=model.blocks[-1].drift or 0.0,
     )
 
 

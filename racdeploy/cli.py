@@ -151,7 +151,7 @@ def prune(
     with progress_bars() as progress:
         builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
         builder.job.check_model()
-        folder, _, _ = builder.prune()
+        folder = builder.prune().folder
     _print_folder(folder, json_output)
 
 

@@ -26,13 +26,13 @@ from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
 from racdeploy.report.summary import summarize, tensor_rows
-from racdeploy.report_model import LinearRow, Record, Report
+from racdeploy.report_model import BlockRow, LinearRow, Record, Report
 from racdeploy.traces.collect import collect, prompt_traces, trace_counts
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, run_checks
 from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
 
-__all__ = ["Build", "Progress", "default_work"]
+__all__ = ["Build", "Progress", "PrunedModel", "default_work"]
 
 Progress = Callable[[str, int, int], None]
 _SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py", "tasks")
@@ -48,6 +48,23 @@ def default_work() -> Path:
     chosen = os.environ.get("RACDEPLOY_WORK")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else cache / "racdeploy"
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """What the pruning stage leaves.
+
+    Args:
+        folder: Hugging Face folder of the sparse model.
+        linears: how each linear was pruned.
+        blocks: how far each block drifted from the dense model.
+        selection: counts of the traces that were used and left out.
+    """
+
+    folder: Path
+    linears: tuple[LinearRow, ...]
+    blocks: tuple[BlockRow, ...]
+    selection: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,12 +124,8 @@ class Build:
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
-    def prune(self) -> tuple[Path, list[LinearRow], dict[str, Any]]:
-        """Prune the model on its traces, or find it pruned.
-
-        Returns:
-            The pruned model folder, one row per linear, and the counts of the selection.
-        """
+    def prune(self) -> PrunedModel:
+        """Prune the model on its traces, or find it pruned."""
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.calibrate import prune_blocks
 
@@ -128,19 +141,26 @@ class Build:
         folder = stage.folder / self.job.name
         if not stage.finished:
             calibration, held_out, counts = self._calibration(traces)
-            rows = prune_blocks(
+            linears, blocks = prune_blocks(
                 self.job.checkpoint,
                 calibration,
                 held_out,
                 self.job.recipe.prune,
                 stage.folder,
+                self.job.recipe.calibration.weights,
                 self.threads,
                 self.progress,
             )
             assemble(self.job.checkpoint, stage.folder, folder)
-            stage.finish({"linears": [row.model_dump() for row in rows], "selection": counts})
+            rows = {"linears": [row.model_dump() for row in linears], "blocks": [row.model_dump() for row in blocks]}
+            stage.finish(rows | {"selection": counts})
         summary = stage.summary
-        return folder, [LinearRow.model_validate(row) for row in summary["linears"]], summary["selection"]
+        return PrunedModel(
+            folder,
+            tuple(LinearRow.model_validate(row) for row in summary["linears"]),
+            tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
+            summary["selection"],
+        )
 
     def export(self, folder: Path, name: str, *, pruned: bool = True) -> ExportResult:
         """Export a model folder, or find it exported.
@@ -202,11 +222,9 @@ class Build:
 
     def verify(
         self,
-        pruned_folder: Path,
-        linears: Sequence[LinearRow],
+        model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
-        notes: Sequence[str] = (),
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on both artifacts, compare, and decide."""
         settings = self.job.recipe.verify
@@ -222,7 +240,7 @@ class Build:
         with _opened(self._backend(), pruned.path, exact) as engine:
             probes = probe_tokens(engine, self.job.encoder, probe_strings())
         logits = compare_logits(
-            lambda: _opened("transformers", pruned_folder, exact),
+            lambda: _opened("transformers", model.folder, exact),
             lambda: _opened("transformers", self.job.model.folder, exact),
             lambda: _opened(self._backend(), pruned.path, exact),
             dense_traces[: settings.logit_traces],
@@ -235,21 +253,22 @@ class Build:
             pruned=arms[1],
             artifact=pruned.path,
             artifact_sha256=pruned.sha256,
-            sparsity_asked=self._asked(linears),
+            sparsity_asked=self._asked(model.linears),
             tensors=rows,
             prunable=frozenset(prunable),
-            dense_linears=frozenset(row.name for row in linears if row.sparsity_asked == 0),
+            dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
             probes=probes,
             logits=logits,
         )
         report = summarize(
             evidence,
             run_checks(evidence),
-            linears=linears,
+            linears=model.linears,
+            blocks=model.blocks,
             model=self.job.recipe.model,
             target=self.job.recipe.target,
             recipe=self.job.recipe.model_dump(mode="json"),
-            notes=[*notes, *pruned.notes],
+            notes=[*_selection_notes(model.selection), *pruned.notes],
             fingerprint=fingerprint(engine_settings),
             created=datetime.now(UTC),
         )
@@ -263,12 +282,12 @@ class Build:
         """
         self.job.check(out)
         trace_folder, traces = self.traces()
-        pruned_folder, linears, selection = self.prune()
+        model = self.prune()
         dense = self.export(
             self.job.model.folder, f"{self.job.model.name}-dense-{self.job.recipe.export.quant}", pruned=False
         )
-        pruned = self.export(pruned_folder, self.job.artifact_name)
-        report, records = self.verify(pruned_folder, linears, dense, pruned, _selection_notes(selection))
+        pruned = self.export(model.folder, self.job.artifact_name)
+        report, records = self.verify(model, dense, pruned)
         bundle.write(
             out,
             bundle.Contents(
@@ -276,9 +295,9 @@ class Build:
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
                 traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.model_dump())
-                | {"sha256": TraceSet(trace_folder).sha256, "selection": selection},
+                | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
                 export=pruned,
-                sparsity_asked=self._asked(linears),
+                sparsity_asked=self._asked(model.linears),
                 report=report,
                 records=records,
             ),

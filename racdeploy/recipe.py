@@ -25,6 +25,7 @@ __all__ = [
     "Gate",
     "Pruning",
     "Recipe",
+    "StreamWeights",
     "Target",
     "Traces",
     "Verification",
@@ -59,6 +60,14 @@ class Traces(_Part):
     seed: int = 0
 
 
+class StreamWeights(_Part):
+    """What a token counts in the Hessian, by the stream it belongs to."""
+
+    prompt: float = Field(1.0, ge=0)
+    thinking: float = Field(1.0, ge=0)
+    answer: float = Field(1.0, ge=0)
+
+
 class Calibration(_Part):
     """Which trace tokens the statistics see.
 
@@ -68,6 +77,7 @@ class Calibration(_Part):
         only_correct: leave out traces with a wrong answer.
         keep_truncated: use traces that hit the cap.
         held_out_share: share of the traces kept for the held-out error, never used to prune.
+        weights: what a token of each stream counts.
     """
 
     source: Literal["rac", "prompt"] = "rac"
@@ -75,6 +85,7 @@ class Calibration(_Part):
     only_correct: bool = False
     keep_truncated: bool = False
     held_out_share: float = Field(0.125, ge=0, le=0.5)
+    weights: StreamWeights = Field(default_factory=StreamWeights)
 
 
 class Pruning(_Part):
@@ -84,6 +95,8 @@ class Pruning(_Part):
         method: a plugin of kind ``methods``.
         sparsity: fraction of zeros of each prunable linear; the pattern decides it where there is one.
         pattern: ``unstructured`` or ``N:M``: N kept of each M consecutive inputs.
+        match_dense: solve for the dense model's output, not for that of the partly pruned one.
+        refit_steps: conjugate-gradient steps on the mask that the method chose; 0 keeps the method's own weights.
         damping: added to the diagonal of the Hessian, as a share of its mean.
         column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
             held-out error 0.0245 at 16, 0.0314 at 128).
@@ -93,6 +106,8 @@ class Pruning(_Part):
     method: str = "sparsegpt"
     sparsity: float = Field(0.5, ge=0, lt=1)
     pattern: str = "unstructured"
+    match_dense: bool = True
+    refit_steps: int = Field(20, ge=0)
     damping: float = Field(0.01, gt=0, le=1)
     column_block: int = Field(16, ge=1)
     dense: tuple[str, ...] = ()

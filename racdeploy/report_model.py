@@ -22,6 +22,7 @@ from pydantic import (
 
 __all__ = [
     "ArmSummary",
+    "BlockRow",
     "CheckResult",
     "CheckVerdict",
     "Comparison",
@@ -150,17 +151,32 @@ class LinearRow(_Part):
     """How one linear was pruned.
 
     Args:
-        error: relative output error by stream: ``prompt``, ``thinking``, ``answer``.
-        held_out_error: the same over traces that were not used to prune.
-        damping: share of the mean diagonal that the Cholesky needed.
+        held_out_error: relative error of the output, over traces that were not used to prune.
+        error_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
+        damping: share of the mean diagonal that was added to the Hessian.
     """
 
     name: str
     sparsity_asked: float = Field(ge=0, le=1)
     sparsity_reached: float = Field(ge=0, le=1)
-    error: dict[str, float] = Field(default_factory=dict)
     held_out_error: float | None = None
+    error_by_stream: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
+
+
+class BlockRow(_Part):
+    """How far the hidden states after one block are from the dense model's, on held-out traces.
+
+    Args:
+        drift: relative error, Σ |sparse − dense|² / Σ |dense|².
+        drift_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
+        drift_by_task: the same for each task.
+    """
+
+    block: int = Field(ge=0)
+    drift: float | None = None
+    drift_by_stream: dict[str, float] = Field(default_factory=dict)
+    drift_by_task: dict[str, float] = Field(default_factory=dict)
 
 
 class TensorRow(_Part):
@@ -223,6 +239,7 @@ class Report(_Part):
     comparison: Comparison | None = None
     checks: tuple[CheckResult, ...] = ()
     linears: tuple[LinearRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)

@@ -92,6 +92,7 @@ def reverify(
         evidence,
         run_checks(evidence),
         linears=built.linears,
+        blocks=built.blocks,
         model=built.model,
         target=built.target,
         recipe=recipe.model_dump(mode="json"),

@@ -21,22 +21,22 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass
 class Batch:
-    """Sequences on their way through the blocks.
+    """Sequences that go through the blocks together.
 
     Args:
         ids_BT: token ids, 0 where padded.
         stream_BT: index into ``STREAMS``, ``PAD`` where padded.
+        task_B: index of the task in the list the batches were made with.
         held_out: whether the batch only measures the error.
-        hidden_BTD: input of the next block, or None before the embedding.
     """
 
     ids_BT: torch.Tensor
     stream_BT: torch.Tensor
+    task_B: torch.Tensor
     held_out: bool
-    hidden_BTD: torch.Tensor | None = None
 
 
-def make_batches(traces: Sequence[Trace], *, held_out: bool) -> list[Batch]:
+def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: bool) -> list[Batch]:
     """Sort traces by length and group them into batches of at most ``TOKENS_PER_BATCH`` tokens."""
     rows = sorted(traces, key=lambda trace: (len(trace.ids), trace.index))
     groups: list[list[Trace]] = []
@@ -44,14 +44,15 @@ def make_batches(traces: Sequence[Trace], *, held_out: bool) -> list[Batch]:
         if not groups or (len(groups[-1]) + 1) * len(row.ids) > TOKENS_PER_BATCH:
             groups.append([])
         groups[-1].append(row)
-    return [_pad(group, held_out) for group in groups]
+    return [_pad(group, tasks, held_out) for group in groups]
 
 
-def _pad(traces: Sequence[Trace], held_out: bool) -> Batch:
+def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:
     T = max(len(trace.ids) for trace in traces)
     ids_BT = torch.zeros(len(traces), T, dtype=torch.long)
     stream_BT = torch.full((len(traces), T), PAD)
     for row, trace in enumerate(traces):
         ids_BT[row, : len(trace.ids)] = torch.tensor(trace.ids)
         stream_BT[row, : len(trace.ids)] = torch.tensor(trace.streams())
-    return Batch(ids_BT, stream_BT, held_out)
+    task_B = torch.tensor([tasks.index(trace.task) for trace in traces])
+    return Batch(ids_BT, stream_BT, task_B, held_out)

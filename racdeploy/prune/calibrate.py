@@ -1,15 +1,17 @@
 """The walk over the blocks: gather statistics, prune, write, and pass the sparse block's output on.
 
-One block's weights are in memory at a time. A finished block is a file, so an interrupted walk goes on with the
+One block's weights are in memory at a time, twice: dense and partly pruned. Linears that share an input are pruned
+together, and the next ones see what they leave. A finished block is a file, so an interrupted walk goes on with the
 first block that has none; nothing of the rest is lost, and the result is byte for byte the same.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +25,15 @@ from racdeploy.backends._heap import keep_heap
 from racdeploy.backends._torch_model import TORCH_DTYPES, check_names, fill_parameter, skeleton
 from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.errors import UsageError
+from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.held_out import RelativeError
+from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
+from racdeploy.prune.refit import refit
 from racdeploy.prune.statistics import InputStatistic
-from racdeploy.recipe import Pruning
-from racdeploy.report_model import LinearRow
+from racdeploy.recipe import Pruning, StreamWeights
+from racdeploy.report_model import BlockRow, LinearRow
 
 __all__ = ["prune_blocks"]
 
@@ -40,9 +46,10 @@ def prune_blocks(
     held_out: Sequence[Trace],
     settings: Pruning,
     folder: Path,
+    weights: StreamWeights | None = None,
     threads: int = 0,
     progress: Progress | None = None,
-) -> list[LinearRow]:
+) -> tuple[list[LinearRow], list[BlockRow]]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
     Args:
@@ -51,11 +58,12 @@ def prune_blocks(
         held_out: traces that only measure it.
         settings: method, pattern, sparsity.
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
+        weights: what a token of each stream counts; None is 1 for all.
         threads: CPU threads; 0 leaves torch's choice.
         progress: called with a label, blocks done and blocks in all.
 
     Returns:
-        One row per linear, in forward order.
+        One row per linear, in forward order, and one per block.
 
     Raises:
         UsageError: no calibration tokens, or a pattern that does not divide a linear.
@@ -65,25 +73,35 @@ def prune_blocks(
     keep_heap()
     if threads:
         torch.set_num_threads(threads)
-    walk = _Walk(checkpoint, settings, folder)
-    batches = make_batches(calibration, held_out=False) + make_batches(held_out, held_out=True)
-    rows: list[LinearRow] = []
-    with torch.inference_mode():
-        walk.embed(batches)
-        for index in range(checkpoint.block_count):
-            rows += walk.step(index, batches)
-            if progress:
-                progress("prune", index + 1, checkpoint.block_count)
-    return rows
+    tasks = sorted({trace.task for trace in (*calibration, *held_out)})
+    batches = make_batches(calibration, tasks, held_out=False) + make_batches(held_out, tasks, held_out=True)
+    walk = _Walk(checkpoint, settings, weights or StreamWeights(), folder, tasks, batches)
+    linears: list[LinearRow] = []
+    blocks: list[BlockRow] = []
+    try:
+        with torch.inference_mode():
+            walk.embed()
+            for index in range(checkpoint.block_count):
+                rows, row = walk.step(index)
+                linears += rows
+                blocks.append(row)
+                if progress:
+                    progress("prune", index + 1, checkpoint.block_count)
+    finally:
+        walk.close()
+    return linears, blocks
 
 
 @dataclass
 class _Walk:
-    """State that the blocks share: skeleton, settings, and where results go."""
+    """State that the blocks share: skeleton, settings, hidden states, and where results go."""
 
     checkpoint: Checkpoint
     settings: Pruning
+    weights: StreamWeights
     folder: Path
+    tasks: Sequence[str]
+    batches: Sequence[Batch]
 
     def __post_init__(self) -> None:
         self.model = skeleton(self.checkpoint)
@@ -91,86 +109,143 @@ class _Walk:
         check_names(self.checkpoint, expected - {"lm_head.weight"} if self.checkpoint.tied else expected)
         self.pattern = pattern_of(self.settings.sparsity, self.settings.kept_of)
         self.method = plugins.load("methods", self.settings.method)
+        width = int(self.model.get_submodule("model.embed_tokens").get_parameter("weight").shape[1])
+        shapes = [(*batch.ids_BT.shape, width) for batch in self.batches]
+        self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
+        self.dense = Activations(shapes, self.folder / "hidden-dense.bin")
 
-    def embed(self, batches: Sequence[Batch]) -> None:
+    def close(self) -> None:
+        """Remove the hidden states."""
+        self.sparse.close()
+        self.dense.close()
+
+    def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
         fill_parameter(self.model, "model.embed_tokens.weight", self.checkpoint)
         embedding = self.model.get_submodule("model.embed_tokens")
-        for batch in batches:
-            batch.hidden_BTD = embedding(batch.ids_BT)
+        for index, batch in enumerate(self.batches):
+            self.sparse[index] = embedding(batch.ids_BT)
+            if self._needs_dense(batch):
+                self.dense[index] = self.sparse[index]
         embedding.to("meta")
 
-    def step(self, index: int, batches: Sequence[Batch]) -> list[LinearRow]:
+    def step(self, index: int) -> tuple[list[LinearRow], BlockRow]:
         """Prune one block, or read it if it is already on disk, and advance the hidden states."""
         prefix = f"{self.checkpoint.family.blocks}.{index}"
-        block = self.model.get_submodule(prefix)
-        for name, _ in block.named_parameters():
+        dense = self.model.get_submodule(prefix)
+        sparse = copy.deepcopy(dense)
+        for name, _ in list(dense.named_parameters()):
             fill_parameter(self.model, f"{prefix}.{name}", self.checkpoint)
+            _share(sparse, name, dense.get_parameter(name))
         stem = self.folder / f"block-{index:05d}"
         weights, report = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
         if report.is_file():
-            rows = [LinearRow.model_validate(row) for row in read_json(report)["linears"]]
+            for name, value in load_file(weights).items():
+                _share(sparse, name.removeprefix(f"{prefix}."), value.float())
+            self._advance(dense, sparse, {})
+            found = read_json(report)
+            linears = [LinearRow.model_validate(row) for row in found["linears"]]
+            block = BlockRow.model_validate(found["block"])
         else:
-            rows = self._prune(prefix, block, batches, weights)
-            text = json.dumps({"linears": [row.model_dump() for row in rows]}, indent=1)
-            write_atomic(report, text)
-        self._replace(prefix, weights)
-        for batch in batches:
-            batch.hidden_BTD = self._forward(block, batch)
-        block.to("meta")
+            pruned = self._prune(prefix, dense, sparse)
+            write_atomic(weights, save({f"{prefix}.{name}.weight": row.stored_OI for name, row in pruned.items()}))
+            drift = self._advance(dense, sparse, pruned)
+            linears = self._linear_rows(prefix, pruned)
+            block = BlockRow(
+                block=index, drift=drift.total, drift_by_stream=drift.by_stream, drift_by_task=drift.by_task
+            )
+            values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
+            write_atomic(report, json.dumps(values, indent=1))
+        dense.to("meta")
+        return linears, block
+
+    def _prune(self, prefix: str, dense: nn.Module, sparse: nn.Module) -> dict[str, _PrunedLinear]:
+        """Prune the linears of a block, group by group, and put them into ``sparse``."""
+        pruned: dict[str, _PrunedLinear] = {}
+        for group in self.checkpoint.family.input_groups:
+            wanted = [name for name in group if not self._stays_dense(f"{prefix}.{name}")]
+            if not wanted:
+                continue
+            statistic = self._gather(dense, sparse, wanted[0])
+            hessian = statistic.hessian(self.settings.damping)
+            targets = [statistic.target(dense.get_parameter(f"{name}.weight"), hessian) for name in wanted]
+            del statistic
+            for name, target_OI in zip(wanted, targets, strict=True):
+                dtype = TORCH_DTYPES[self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype]
+                stored_OI = self._prune_linear(f"{prefix}.{name}", target_OI, hessian).to(dtype).contiguous()
+                error = RelativeError(self.tasks)
+                pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error)
+                _share(sparse, f"{name}.weight", stored_OI.float())
+        return pruned
+
+    def _stays_dense(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.settings.dense)
+
+    def _needs_dense(self, batch: Batch) -> bool:
+        return self.settings.match_dense or batch.held_out
+
+    def _gather(self, dense: nn.Module, sparse: nn.Module, linear: str) -> InputStatistic:
+        """Return the statistic of a linear's input, over the calibration batches."""
+        width = dense.get_parameter(f"{linear}.weight").shape[1]
+        weights_S = torch.tensor([getattr(self.weights, stream) for stream in STREAMS])
+        statistic = InputStatistic(width, weights_S, self.settings.match_dense)
+        for index, batch in enumerate(self.batches):
+            if batch.held_out:
+                continue
+            sparse_BTI = self._input(sparse, linear, self.sparse[index])
+            dense_BTI = self._input(dense, linear, self.dense[index]) if self.settings.match_dense else None
+            statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
+        return statistic
+
+    def _prune_linear(self, name: str, target_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+        self.pattern.check(name, target_OI.shape[1])
+        live_OI = target_OI * ~hessian.dead_I
+        result = self.method.prune(live_OI.clone(), hessian, self.pattern, self.settings)
+        weight_OI: torch.Tensor = result.weight_OI
+        if self.settings.refit_steps:
+            weight_OI = refit(weight_OI, result.keep_OI, live_OI, hessian, self.settings.refit_steps)
+        return weight_OI
+
+    def _input(self, block: nn.Module, linear: str, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return what reaches one linear; what comes after it is not computed."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen.append(inputs[0])
+            raise _Reached
+
+        handle = block.get_submodule(linear).register_forward_pre_hook(stop)
+        try:
+            with suppress(_Reached):
+                self._forward(block, hidden_BTD)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, _PrunedLinear]) -> RelativeError:
+        """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""
+        drift = RelativeError(self.tasks)
+        for index, batch in enumerate(self.batches):
+            with _measured(sparse, pruned if batch.held_out else {}, batch):
+                sparse_BTD = self._forward(sparse, self.sparse[index])
+            self.sparse[index] = sparse_BTD
+            if self._needs_dense(batch):
+                self.dense[index] = dense_BTD = self._forward(dense, self.dense[index])
+                if batch.held_out:
+                    drift.add(sparse_BTD, dense_BTD, batch)
+        return drift
+
+    def _linear_rows(self, prefix: str, pruned: Mapping[str, _PrunedLinear]) -> list[LinearRow]:
+        rows = []
+        for name in self.checkpoint.family.linears:
+            full, linear = f"{prefix}.{name}", pruned.get(name)
+            if linear:
+                rows.append(linear.row(full, self.settings.sparsity))
+            else:
+                rows.append(LinearRow(name=full, sparsity_asked=0.0, sparsity_reached=0.0))
         return rows
 
-    def _prune(self, prefix: str, block: nn.Module, batches: Sequence[Batch], weights: Path) -> list[LinearRow]:
-        statistics = self._gather(block, batches)
-        rows, pruned = [], {}
-        for group, statistic in zip(self.checkpoint.family.input_groups, statistics, strict=True):
-            for linear in group:
-                name = f"{prefix}.{linear}"
-                if any(re.search(pattern, name) for pattern in self.settings.dense):
-                    rows.append(_dense_row(name))
-                    continue
-                row, value = self._prune_linear(name, block.get_submodule(linear), statistic)
-                rows.append(row)
-                pruned[f"{name}.weight"] = value
-        write_atomic(weights, save(pruned))
-        return rows
-
-    def _gather(self, block: nn.Module, batches: Sequence[Batch]) -> list[InputStatistic]:
-        groups = self.checkpoint.family.input_groups
-        firsts = [block.get_submodule(group[0]) for group in groups]
-        statistics = [InputStatistic(module.get_parameter("weight").shape[1]) for module in firsts]
-        for batch in batches:
-            with _observe(firsts, statistics, batch):
-                self._forward(block, batch)
-        return statistics
-
-    def _prune_linear(self, name: str, module: nn.Module, statistic: InputStatistic) -> tuple[LinearRow, torch.Tensor]:
-        before_OI = module.get_parameter("weight").detach().float()
-        self.pattern.check(name, before_OI.shape[1])
-        result = self.method.prune(before_OI.clone(), statistic.calibration_II(), self.pattern, self.settings)
-        stored = result.weight_OI.to(TORCH_DTYPES[self.checkpoint.entries[f"{name}.weight"].dtype])
-        errors = statistic.relative_errors(before_OI, stored.float())
-        row = LinearRow(
-            name=name,
-            sparsity_asked=self.settings.sparsity,
-            sparsity_reached=float((stored == 0).float().mean()),
-            error={stream: errors[stream] for stream in STREAMS if stream in errors},
-            held_out_error=errors.get("held_out"),
-            damping=result.damping,
-        )
-        return row, stored.contiguous()
-
-    def _replace(self, prefix: str, weights: Path) -> None:
-        """Put the stored weights, rounded to the file's dtype, in place of the dense ones."""
-        for name, value in load_file(weights).items():
-            assert name.startswith(prefix), f"{weights} holds {name}"
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            module.register_parameter(leaf, nn.Parameter(value.float(), requires_grad=False))
-
-    def _forward(self, block: nn.Module, batch: Batch) -> torch.Tensor:
-        hidden_BTD = batch.hidden_BTD
-        assert hidden_BTD is not None, "embed() comes first"
+    def _forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         position_1T = torch.arange(hidden_BTD.shape[1])[None]
         rotary = self.model.get_submodule("model.rotary_emb")
         output = block(
@@ -183,20 +258,43 @@ class _Walk:
         return result
 
 
-@contextmanager
-def _observe(modules: Sequence[nn.Module], statistics: Sequence[InputStatistic], batch: Batch) -> Iterator[None]:
-    """Add the input of each module to its statistic while the body runs."""
+class _Reached(Exception):
+    """The forward pass got to the linear that was asked for."""
 
-    def observer(statistic: InputStatistic) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def observe(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            statistic.add(inputs[0], batch.stream_BT, batch.held_out)
+
+@dataclass(frozen=True)
+class _PrunedLinear:
+    """A pruned linear in the file's dtype, what it was solved for, and its error on held-out traces."""
+
+    stored_OI: torch.Tensor
+    target_OI: torch.Tensor
+    damping: float
+    error: RelativeError
+
+    def row(self, name: str, sparsity: float) -> LinearRow:
+        return LinearRow(
+            name=name,
+            sparsity_asked=sparsity,
+            sparsity_reached=float((self.stored_OI == 0).float().mean()),
+            held_out_error=self.error.total,
+            error_by_stream=self.error.by_stream,
+            damping=self.damping,
+        )
+
+
+@contextmanager
+def _measured(block: nn.Module, pruned: Mapping[str, _PrunedLinear], batch: Batch) -> Iterator[None]:
+    """While the body runs, compare each pruned linear's output with that of the weights it was solved for."""
+
+    def observer(linear: _PrunedLinear) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            found_BTO = output_BTO if bias is None else output_BTO - bias
+            linear.error.add(found_BTO, inputs[0] @ linear.target_OI.T, batch)
 
         return observe
 
-    handles = [
-        module.register_forward_pre_hook(observer(statistic))
-        for module, statistic in zip(modules, statistics, strict=True)
-    ]
+    handles = [block.get_submodule(name).register_forward_hook(observer(linear)) for name, linear in pruned.items()]
     try:
         yield
     finally:
@@ -204,12 +302,7 @@ def _observe(modules: Sequence[nn.Module], statistics: Sequence[InputStatistic],
             handle.remove()
 
 
-def _dense_row(name: str) -> LinearRow:
-    return LinearRow(
-        name=name,
-        sparsity_asked=0.0,
-        sparsity_reached=0.0,
-        error={},
-        held_out_error=None,
-        damping=0.0,
-    )
+def _share(block: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in place of the parameter of that name."""
+    owner, _, leaf = name.rpartition(".")
+    block.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))

@@ -17,7 +17,7 @@ class Unstructured:
 
     sparsity: float
 
-    def keep(self, score_OC: torch.Tensor, pruned_before: int, seen_before: int) -> torch.Tensor:
+    def keep(self, score_OC: torch.Tensor, pruned_before: int = 0, seen_before: int = 0) -> torch.Tensor:
         """Return keep_OC so that the whole linear ends with exactly the asked number of zeros.
 
         Args:
@@ -27,10 +27,22 @@ class Unstructured:
         """
         target = round(self.sparsity * (seen_before + score_OC.numel()))
         count = min(max(target - pruned_before, 0), score_OC.numel())
-        keep = torch.ones(score_OC.numel(), dtype=torch.bool, device=score_OC.device)
-        if count:
-            keep[torch.argsort(score_OC.flatten(), stable=True)[:count]] = False
+        score = score_OC.flatten()
+        if not count:
+            return torch.ones_like(score_OC, dtype=torch.bool)
+        threshold = torch.kthvalue(score, count).values
+        keep = score > threshold
+        equal = torch.nonzero(score == threshold).flatten()  # ties: the first ones go
+        keep[equal[count - int((score < threshold).sum()) :]] = True
         return keep.view_as(score_OC)
+
+    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
+        """Return keep_OI with the same number of zeros in every row, up to one, and the exact number in all."""
+        O, I = score_OI.shape
+        total_O = torch.round(torch.arange(1, O + 1, dtype=torch.float64) * (self.sparsity * I)).long()
+        count_O = torch.diff(total_O, prepend=torch.zeros(1, dtype=torch.long)).to(score_OI.device)
+        rank_OI = torch.argsort(torch.argsort(score_OI, dim=1, stable=True), dim=1)
+        return rank_OI >= count_O[:, None]
 
     def group(self, column_block: int) -> int:
         """Width of the column slices for which masks are chosen together."""
@@ -47,7 +59,7 @@ class NOfM:
     kept: int
     of: int
 
-    def keep(self, score_OC: torch.Tensor, pruned_before: int, seen_before: int) -> torch.Tensor:
+    def keep(self, score_OC: torch.Tensor, pruned_before: int = 0, seen_before: int = 0) -> torch.Tensor:
         """Return keep_OC with exactly ``kept`` True in each group of ``of`` columns."""
         O, C = score_OC.shape
         score_OGM = score_OC.view(O, C // self.of, self.of)
@@ -55,6 +67,10 @@ class NOfM:
         keep_OGM = torch.zeros_like(score_OGM, dtype=torch.bool)
         keep_OGM.scatter_(-1, order_OGM[..., : self.kept], True)
         return keep_OGM.view(O, C)
+
+    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
+        """Return keep_OI; groups never reach beyond one row anyway."""
+        return self.keep(score_OI)
 
     def group(self, column_block: int) -> int:
         """Width of the column slices for which masks are chosen together: one group."""

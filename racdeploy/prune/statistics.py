@@ -1,8 +1,8 @@
-"""What calibration gathers: a Hessian for each stream of each input.
+"""What calibration gathers for one input: the Hessian, and how far the input has drifted from the dense model's.
 
-H = Σ x xᵀ over tokens, float32, one per stream (prompt, thinking, answer) and one for held-out traces. It is additive,
-so mixtures of streams and the held-out error need no further forward pass.
-Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464).
+H = Σ w x xᵀ over tokens, float32, w the weight of a token's stream (prompt, thinking, answer).
+Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464); drift follows GPTAQ
+(arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from racdeploy.artifacts import STREAMS
+from racdeploy.prune.hessian import Hessian
 
 __all__ = ["PAD", "InputStatistic"]
 
@@ -20,44 +20,53 @@ PAD = -1
 
 @dataclass
 class InputStatistic:
-    """Hessians of one input, by stream; index 3 holds the held-out traces.
+    """Sums over the calibration tokens of one input.
 
     Args:
         width: number of inputs I.
+        weights_S: weight of a token of each stream.
+        match_dense: whether the drift is gathered.
     """
 
     width: int
-    hessian_SII: torch.Tensor = field(init=False)
-    tokens: list[int] = field(init=False)
+    weights_S: torch.Tensor
+    match_dense: bool
+    hessian_II: torch.Tensor = field(init=False)
+    drift_II: torch.Tensor | None = field(init=False)
+    weight: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        self.hessian_SII = torch.zeros(len(STREAMS) + 1, self.width, self.width)
-        self.tokens = [0] * (len(STREAMS) + 1)
+        self.hessian_II = torch.zeros(self.width, self.width)
+        self.drift_II = torch.zeros(self.width, self.width) if self.match_dense else None
 
-    def add(self, input_BTI: torch.Tensor, stream_BT: torch.Tensor, held_out: bool) -> None:
-        """Add a batch; positions whose stream is ``PAD`` do not count."""
-        for stream in range(len(STREAMS)):
-            chosen_NI = input_BTI[stream_BT == stream].float()
-            if not len(chosen_NI):
-                continue
-            slot = len(STREAMS) if held_out else stream
-            self.hessian_SII[slot].addmm_(chosen_NI.T, chosen_NI)
-            self.tokens[slot] += len(chosen_NI)
+    def add(self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor) -> None:
+        """Add a batch; positions whose stream is ``PAD`` do not count.
 
-    def calibration_II(self) -> torch.Tensor:
-        """Return the mean Hessian over all calibration tokens."""
-        count = sum(self.tokens[: len(STREAMS)])
-        assert count, "calibration saw no tokens"
-        return self.hessian_SII[: len(STREAMS)].sum(0) / count
+        Args:
+            sparse_BTI: the input in the partly pruned model.
+            dense_BTI: the input in the dense model, where the drift is gathered.
+            stream_BT: stream of each position.
+        """
+        real_BT = stream_BT != PAD
+        weight_N = self.weights_S[stream_BT[real_BT]]
+        x_NI = sparse_BTI[real_BT].float()
+        weighted_NI = x_NI * weight_N[:, None]
+        self.hessian_II.addmm_(weighted_NI.T, x_NI)
+        self.weight += float(weight_N.sum())
+        if self.drift_II is not None:
+            assert dense_BTI is not None, "the drift needs the dense input"
+            self.drift_II.addmm_((dense_BTI[real_BT].float() - x_NI).T, weighted_NI)
 
-    def relative_errors(self, before_OI: torch.Tensor, after_OI: torch.Tensor) -> dict[str, float]:
-        """Return tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) per stream and ``held_out``, of those that saw tokens."""
-        delta_OI = before_OI - after_OI
-        errors = {}
-        for slot, name in enumerate((*STREAMS, "held_out")):
-            hessian_II = self.hessian_SII[slot]
-            energy = float(((before_OI @ hessian_II) * before_OI).sum(dtype=torch.float64))
-            lost = float(((delta_OI @ hessian_II) * delta_OI).sum(dtype=torch.float64))
-            if self.tokens[slot] and energy > 0:
-                errors[name] = max(lost, 0.0) / energy
-        return errors
+    def hessian(self, damping: float) -> Hessian:
+        """Return the damped mean Hessian; the sum is given away."""
+        assert self.weight > 0, "calibration saw no tokens"
+        return Hessian(self.hessian_II.div_(self.weight), damping)
+
+    def target(self, weight_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+        """Return the dense weights that give, on the drifted input, the dense model's output.
+
+        Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with D = Σ w (x_dense − x) xᵀ.
+        """
+        if self.drift_II is None:
+            return weight_OI
+        return weight_OI + hessian.solve(weight_OI @ (self.drift_II / self.weight))

@@ -7,7 +7,16 @@ from datetime import datetime
 from typing import Any
 
 from racdeploy.export import ExportResult
-from racdeploy.report_model import ArmSummary, CheckResult, Comparison, LinearRow, Report, TaskRow, TensorRow
+from racdeploy.report_model import (
+    ArmSummary,
+    BlockRow,
+    CheckResult,
+    Comparison,
+    LinearRow,
+    Report,
+    TaskRow,
+    TensorRow,
+)
 from racdeploy.verify import Arm, Evidence, stats
 
 __all__ = ["summarize", "summarize_arm", "tensor_rows"]
@@ -18,6 +27,7 @@ def summarize(
     checks: Sequence[CheckResult],
     *,
     linears: Sequence[LinearRow],
+    blocks: Sequence[BlockRow],
     model: str,
     target: str,
     recipe: Mapping[str, Any],
@@ -31,6 +41,7 @@ def summarize(
         evidence: what was measured.
         checks: what the checks decided.
         linears: how each linear was pruned.
+        blocks: how far each block drifted.
         model: what the user named.
         target: deployment target.
         recipe: the resolved recipe.
@@ -48,6 +59,7 @@ def summarize(
         comparison=_comparison(evidence, {check.name: check for check in checks}),
         checks=tuple(checks),
         linears=tuple(linears),
+        blocks=tuple(blocks),
         tensors=evidence.tensors,
         notes=tuple(notes),
         fingerprint=dict(fingerprint),

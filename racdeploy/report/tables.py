@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from racdeploy.report_model import ArmSummary, Comparison, LinearRow, Report, TensorRow
+from racdeploy.report_model import ArmSummary, BlockRow, Comparison, LinearRow, Report, TensorRow
 
 __all__ = ["Table", "explanation", "headline", "plain", "readable_bytes", "tables", "visible"]
 
@@ -77,6 +77,11 @@ def tables(report: Report) -> list[Table]:
                 for check in report.checks
             ),
         ),
+        Table(
+            "Drift from the dense model, worst first",
+            ("held-out traces", "hidden state after the last block"),
+            _drift(report.blocks),
+        ),
         Table("Not as asked", ("what", "asked", "real", "where", "why"), _deviations(report)),
     )  # fmt: skip
     return [
@@ -134,6 +139,18 @@ def _arm(arm: ArmSummary) -> tuple[str, ...]:
         _NONE if arm.tokens_per_s is None else f"{arm.tokens_per_s:.1f}",
         arm.quant or _NONE,
         _NONE if arm.sparsity is None else f"{arm.sparsity:.1%}",
+    )
+
+
+def _drift(blocks: Sequence[BlockRow]) -> tuple[tuple[str, ...], ...]:
+    """Return the relative error of each task and of each stream; the worst of either kind leads it."""
+    if not blocks:
+        return ()
+    kinds = (("task", blocks[-1].drift_by_task), ("tokens of the", blocks[-1].drift_by_stream))
+    return tuple(
+        (f"{kind} {name}", f"{error:.2%}")
+        for kind, errors in kinds
+        for name, error in sorted(errors.items(), key=lambda item: -item[1])
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,10 +14,11 @@ from racdeploy.artifacts import Trace
 from racdeploy.backends._torch_model import load_model
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import UsageError
+from racdeploy.prune.activations import Activations
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.statistics import PAD, InputStatistic
+from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning
 from tests.tiny_models import FAMILIES, make_checkpoint
 
@@ -57,45 +59,104 @@ def test_hessians_equal_those_of_a_whole_forward_pass(checkpoint: Checkpoint, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InputStatistic, "__post_init__", remember)
-        prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.0), _empty(tmp_path / "blocks"))
+        settings = Pruning(sparsity=0.0, match_dense=False, refit_steps=0, damping=1e-9)
+        prune_blocks(checkpoint, TRACES, [], settings, _empty(tmp_path / "blocks"))
     statistic = captured[-1]
-    assert sum(len(trace.ids) for trace in TRACES) == sum(statistic.tokens)
+    assert sum(len(trace.ids) for trace in TRACES) == statistic.weight
     expected_II = input_NI.T @ input_NI / len(input_NI)
-    torch.testing.assert_close(statistic.calibration_II(), expected_II, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistic.hessian_II, expected_II, rtol=1e-4, atol=1e-5)
 
 
-def test_streams_count_their_own_tokens() -> None:
-    """Prompt, thinking and answer go to their own Hessian; padding and nothing else is left out."""
-    (batch,) = make_batches(TRACES, held_out=False)
-    statistic = InputStatistic(3)
-    statistic.add(torch.ones(*batch.ids_BT.shape, 3), batch.stream_BT, held_out=False)
-    expected = [sum(map(len, (t.prompt_ids for t in TRACES))), sum(t.thinking_tokens for t in TRACES), 4 * len(TRACES)]
-    assert [*expected, 0] == statistic.tokens
-    assert (batch.stream_BT == PAD).sum() == batch.ids_BT.numel() - sum(expected)
-    assert float(statistic.hessian_SII[1, 0, 0]) == expected[1]
+def test_streams_count_by_their_weights() -> None:
+    """A token counts what its stream weighs, and padding nothing."""
+    (batch,) = make_batches(TRACES, ["gcd"], held_out=False)
+    prompt, thinking = sum(len(t.prompt_ids) for t in TRACES), sum(t.thinking_tokens for t in TRACES)
+    answer = 4 * len(TRACES)
+    for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 2.0, 0.5]):
+        statistic = InputStatistic(3, torch.tensor(weights), match_dense=False)
+        statistic.add(torch.ones(*batch.ids_BT.shape, 3), None, batch.stream_BT)
+        expected = sum(w * n for w, n in zip(weights, (prompt, thinking, answer), strict=True))
+        assert expected == statistic.weight == float(statistic.hessian_II[1, 2])
+
+
+def test_the_target_gives_the_dense_output_on_the_drifted_input() -> None:
+    """It is the ridge solution of |W x_dense − T x|², computed here by numpy's least squares."""
+    generator = torch.Generator().manual_seed(0)
+    dense_NI, weight_OI = torch.randn(400, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    sparse_NI = dense_NI @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator))
+    statistic = InputStatistic(12, torch.ones(3), match_dense=True)
+    statistic.add(sparse_NI[None], dense_NI[None], torch.ones(1, 400, dtype=torch.long))
+    found_OI = statistic.target(weight_OI, statistic.hessian(1e-7))
+    expected = np.linalg.lstsq(sparse_NI.double().numpy(), (dense_NI @ weight_OI.T).double().numpy())[0].T
+    np.testing.assert_allclose(found_OI.numpy(), expected, rtol=1e-3, atol=1e-4)
+    assert (found_OI - weight_OI).abs().max() > 0.1
+
+
+def test_matching_the_dense_model_lowers_the_drift(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The hidden states after the last block end nearer to the dense model's."""
+    drift = []
+    for match_dense in (True, False):
+        settings = Pruning(sparsity=0.5, match_dense=match_dense)
+        _, blocks = prune_blocks(checkpoint, TRACES, TRACES, settings, _empty(tmp_path / str(match_dense)))
+        drift.append(blocks[-1].drift)
+    assert drift[0] < drift[1]
 
 
 def test_held_out_traces_measure_and_do_not_decide(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The weights are the same with and without held-out traces; the error is only there with them."""
     settings = Pruning(sparsity=0.5)
-    with_rows = prune_blocks(checkpoint, TRACES[:6], TRACES[6:], settings, _empty(tmp_path / "a"))
-    without_rows = prune_blocks(checkpoint, TRACES[:6], [], settings, _empty(tmp_path / "b"))
+    with_rows, with_blocks = prune_blocks(checkpoint, TRACES[:6], TRACES[6:], settings, _empty(tmp_path / "a"))
+    without_rows, without_blocks = prune_blocks(checkpoint, TRACES[:6], [], settings, _empty(tmp_path / "b"))
     for name in ("block-00000.safetensors", "block-00001.safetensors"):
         assert file_sha256(tmp_path / "a" / name) == file_sha256(tmp_path / "b" / name)
     assert all(row.held_out_error is not None and row.held_out_error > 0 for row in with_rows)
     assert all(row.held_out_error is None for row in without_rows)
-    assert {"prompt", "thinking", "answer"} == set(with_rows[0].error)
+    assert {"prompt", "thinking", "answer"} == set(with_rows[0].error_by_stream)
+    assert {"gcd"} == set(with_blocks[0].drift_by_task)
+    assert with_blocks[0].drift_by_task["gcd"] == pytest.approx(with_blocks[0].drift)
+    assert all(row.drift is None for row in without_blocks)
 
 
-def test_relative_error_is_the_measured_output_error(checkpoint: Checkpoint) -> None:
-    """tr(ΔW H ΔWᵀ)/tr(W H Wᵀ) equals |xΔWᵀ|²/|xWᵀ|² over the same tokens."""
-    generator = torch.Generator().manual_seed(0)
-    input_NI = torch.randn(50, 16, generator=generator)
-    before_OI, after_OI = torch.randn(2, 8, 16, generator=generator)
-    statistic = InputStatistic(16)
-    statistic.add(input_NI[None], torch.ones(1, 50, dtype=torch.long), held_out=False)
-    expected = (input_NI @ (before_OI - after_OI).T).square().sum() / (input_NI @ before_OI.T).square().sum()
-    assert statistic.relative_errors(before_OI, after_OI)["thinking"] == pytest.approx(float(expected), rel=1e-5)
+def test_held_out_errors_are_those_of_the_whole_pruned_model(tmp_path: Path) -> None:
+    """The drift of the last block is the relative error of the assembled model's hidden states, unpadded."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
+    blocks = _empty(tmp_path / "blocks")
+    _, rows = prune_blocks(checkpoint, TRACES[:6], TRACES[6:], Pruning(sparsity=0.5), blocks)
+    pruned = load_model(Checkpoint(assemble(checkpoint, blocks, tmp_path / "pruned")))
+    states: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
+    for name, model in (("dense", load_model(checkpoint)), ("pruned", pruned)):
+        model.get_submodule("model.norm").register_forward_pre_hook(lambda _, x, n=name: states[n].append(x[0][0]))
+        with torch.inference_mode():
+            for trace in TRACES[6:]:
+                model(input_ids=torch.tensor([trace.ids]))
+    dense_ND, pruned_ND = torch.cat(states["dense"]).double(), torch.cat(states["pruned"]).double()
+    expected = float((pruned_ND - dense_ND).square().sum() / dense_ND.square().sum())
+    assert expected == pytest.approx(rows[-1].drift, rel=1e-4)
+    assert expected > 1e-4
+
+
+def test_hidden_states_beyond_the_window_come_back(tmp_path: Path) -> None:
+    """Tensors in the file and in memory read alike, can be replaced, and leave nothing behind."""
+    shapes = [(2, 3, 4), (1, 5, 4), (3, 2, 4)]
+    first, second = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    for window_bytes in (0, 4 * 24, 1 << 20):
+        activations = Activations(shapes, tmp_path / "hidden.bin", window_bytes)
+        for values in (first, second):
+            for index, value in enumerate(values):
+                activations[index] = value
+            assert all(torch.equal(value, activations[index]) for index, value in enumerate(values))
+        assert (tmp_path / "hidden.bin").exists() == (window_bytes < 1 << 20)
+        activations.close()
+        assert not (tmp_path / "hidden.bin").exists()
+
+
+def test_a_dense_linear_stays_as_it_is(tmp_path: Path) -> None:
+    """A name that matches ``dense`` is reported with no zeros asked, in its place among the others."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama", dtype="float32"))
+    rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(dense=("gate_proj$", "o_proj$")), _empty(tmp_path / "b"))
+    kept = [row.name.rpartition(".")[2] for row in rows if row.sparsity_asked == 0]
+    assert ["o_proj", "gate_proj"] * checkpoint.block_count == kept
+    assert len(rows) == len(checkpoint.family.linears) * checkpoint.block_count
 
 
 def test_an_interrupted_walk_ends_with_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:

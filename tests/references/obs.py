@@ -37,3 +37,20 @@ def prune(
         error_O = weight_OI[:, column] * ~keep_OI[:, column] / inverse[0, 0]
         weight_OI[:, column:] -= np.outer(error_O, inverse[0])
     return weight_OI * keep_OI, keep_OI
+
+
+def wanda_keep(
+    weight_OI: Array, norm_I: Array, sparsity: float | None, kept_of: tuple[int, int] | None
+) -> NDArray[np.bool_]:
+    """Return Wanda's mask: lowest |weight| times input norm go, per row or per group of M (arXiv 2306.11695)."""
+    score = np.abs(weight_OI) * norm_I
+    keep = np.ones(score.shape, dtype=bool)
+    for row, values in enumerate(score):
+        if kept_of:
+            kept, of = kept_of
+            for start in range(0, len(values), of):
+                keep[row, start + np.argsort(values[start : start + of])[: of - kept]] = False
+        else:
+            assert sparsity is not None
+            keep[row, np.argsort(values)[: round(sparsity * len(values))]] = False
+    return keep

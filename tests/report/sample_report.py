@@ -12,6 +12,7 @@ from pathlib import Path
 from racdeploy.report import markdown
 from racdeploy.report_model import (
     ArmSummary,
+    BlockRow,
     CheckResult,
     Comparison,
     LinearRow,
@@ -47,8 +48,8 @@ def build_report() -> Report:
             name=f"model.layers.{block}.{kind}",
             sparsity_asked=0.5,
             sparsity_reached=0.4375 if (block, i) == (3, 6) else 0.5,
-            error={"prompt": 0.02, "thinking": 0.01 + 0.002 * block, "answer": 0.015},
             held_out_error=0.01 + 0.002 * block + 0.004 * i,
+            error_by_stream={"prompt": 0.02, "thinking": 0.01 + 0.002 * block, "answer": 0.015},
             damping=0.01,
         )
         for block in range(12)
@@ -99,6 +100,11 @@ def build_report() -> Report:
                         remedy="give --baseline <folder>"),
         ),
         linears=tuple(linears),
+        blocks=tuple(
+            BlockRow(block=block, drift=0.001 * block, drift_by_stream={"prompt": 0.001, "thinking": 0.002 * block},
+                     drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02})
+            for block in range(12)
+        ),
         tensors=tuple(tensors),
         notes=("Both arms ran greedily on 2 threads.", HOSTILE),
         fingerprint={"llama_cpp": "0.3.36", "flash_attention": False},

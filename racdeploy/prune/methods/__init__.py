@@ -1,7 +1,8 @@
 """Pruning methods: one file per method.
 
-A method file has ``prune(weight_OI, hessian_II, pattern, settings) -> Pruned``. ``weight_OI`` is float32 and may be
-overwritten; ``hessian_II`` is the mean Σ x xᵀ over calibration tokens.
+A method file has ``prune(weight_OI, hessian, pattern, settings) -> Pruned``. ``weight_OI`` is float32, may be
+overwritten, and is zero where an input was never active; ``hessian`` is the damped
+:class:`~racdeploy.prune.hessian.Hessian` that linears with the same input share.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ class Pruned:
     Args:
         weight_OI: float32, zeros where ``keep_OI`` is False.
         keep_OI: True where the weight stays.
-        damping: share of the mean diagonal that was added to the Hessian; 0 where none was needed.
     """
 
     weight_OI: torch.Tensor
     keep_OI: torch.Tensor
-    damping: float

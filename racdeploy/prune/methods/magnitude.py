@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
 
-def prune(weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, settings: Pruning) -> Pruned:
+def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
     """Zero the smallest weights of one linear."""
-    keep_OI = pattern.keep(weight_OI.abs(), 0, 0)
-    return Pruned(weight_OI * keep_OI, keep_OI, 0.0)
+    keep_OI = pattern.keep(weight_OI.abs())
+    return Pruned(weight_OI * keep_OI, keep_OI)

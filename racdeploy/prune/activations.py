@@ -1,0 +1,65 @@
+"""Hidden states of the calibration batches between two blocks: in memory up to a window, in a file beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from racdeploy.artifacts import disk_errors
+
+__all__ = ["WINDOW_BYTES", "Activations"]
+
+WINDOW_BYTES = 256 << 20
+
+
+class Activations:
+    """One float32 tensor for each batch. The first ones stay in memory, the rest lie in ``file``.
+
+    Args:
+        shapes: of each batch, as (B, T, D).
+        file: scratch file for what does not fit; made only then.
+        window_bytes: memory for the tensors that stay.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES) -> None:
+        self._shapes, self._file = list(shapes), file
+        self._kept: dict[int, torch.Tensor] = {}
+        self._offsets: dict[int, int] = {}
+        used = spilled = 0
+        for index, shape in enumerate(self._shapes):
+            size = 4 * math.prod(shape)
+            if used + size <= window_bytes:
+                used += size
+            else:
+                self._offsets[index] = spilled
+                spilled += size
+        if spilled:
+            with disk_errors(file), file.open("wb") as stream:
+                stream.truncate(spilled)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Return the tensor of a batch; it was set before."""
+        if index not in self._offsets:
+            return self._kept[index]
+        shape = self._shapes[index]
+        values = np.fromfile(self._file, np.float32, math.prod(shape), offset=self._offsets[index])
+        return torch.from_numpy(values).view(shape)
+
+    def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
+        """Replace the tensor of a batch."""
+        assert hidden.shape == self._shapes[index], f"batch {index} is {self._shapes[index]}"
+        if index not in self._offsets:
+            self._kept[index] = hidden
+            return
+        with disk_errors(self._file), self._file.open("r+b", buffering=0) as stream:
+            stream.seek(self._offsets[index])
+            stream.write(hidden.contiguous().numpy().tobytes())
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._kept.clear()
+        self._file.unlink(missing_ok=True)

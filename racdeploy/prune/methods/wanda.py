@@ -1,0 +1,19 @@
+"""Wanda: each output loses the weights with the least |weight| × root of the input's energy.
+
+Source: arXiv 2306.11695, section 3. Nothing is compensated; ``prune.refit_steps`` does that afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.methods import Pruned
+from racdeploy.prune.patterns import Pattern
+from racdeploy.recipe import Pruning
+
+
+def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
+    """Zero the least important weights of every output."""
+    keep_OI = pattern.keep_per_output(weight_OI.abs() * hessian.scale_I)
+    return Pruned(weight_OI * keep_OI, keep_OI)

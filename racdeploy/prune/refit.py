@@ -1,0 +1,44 @@
+"""Back-solve: the best values on a fixed mask, by conjugate gradients. Usable after any method.
+
+Minimizes tr((W − T) H (W − T)ᵀ) over the kept weights of each row, all rows at once, preconditioned with the diagonal.
+Source: ALPS (arXiv 2406.07831), section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from racdeploy.prune.hessian import Hessian
+
+__all__ = ["refit"]
+
+_TINY = 1e-30
+
+
+def refit(
+    weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, hessian: Hessian, steps: int
+) -> torch.Tensor:
+    """Return weights on the same mask with at most the error of ``weight_OI``.
+
+    Args:
+        weight_OI: where to start; only its kept weights count.
+        keep_OI: the mask.
+        target_OI: weights before pruning.
+        hessian: of the input.
+        steps: conjugate-gradient steps; each costs one product with the Hessian.
+    """
+    H_II, diagonal_I = hessian.matrix_II, hessian.matrix_II.diagonal()
+    weight_OI = weight_OI * keep_OI
+    residual_OI = ((target_OI - weight_OI) @ H_II) * keep_OI
+    step_OI = residual_OI / diagonal_I
+    power_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
+    for _ in range(steps):
+        product_OI = (step_OI @ H_II) * keep_OI
+        length_O1 = power_O1 / (step_OI * product_OI).sum(1, keepdim=True).clamp_min(_TINY)
+        weight_OI += length_O1 * step_OI
+        residual_OI -= length_O1 * product_OI
+        scaled_OI = residual_OI / diagonal_I
+        next_O1 = (residual_OI * scaled_OI).sum(1, keepdim=True)
+        step_OI = scaled_OI + next_O1 / power_O1.clamp_min(_TINY) * step_OI
+        power_O1 = next_O1
+    return weight_OI
