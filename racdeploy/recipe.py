@@ -453,9 +453,11 @@ source = "rac"                # prompt and thinking; "prompt" is the usual way
 max_tokens = 0                # 0: every trace
 
 [prune]
-method = "sparsegpt"
+method = "sparsegpt"          # racdeploy plugins lists them; "admm" is better and slower
 pattern = "unstructured"      # or N:M, N kept of M
 sparsity = 0.5
+match_dense = true            # solve for the dense model's output
+refit_steps = 20              # solve again on the mask that the method chose; 0 is the method alone
 # dense = ["mlp.down_proj$"]  # linears to leave alone
 
 [export]
