@@ -165,7 +165,16 @@ class Checkpoint:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one tensor as float32, copied from the file."""
-        raw = self.read_raw(name)
+        return self._widened(name, self.read_raw(name))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return some rows of a tensor as float32; the others are never in memory."""
+        entry = self.entries[name]
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        stored = np.memmap(entry.file, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
+        return self._widened(name, stored[rows])
+
+    def _widened(self, name: str, raw: NDArray[Any]) -> NDArray[np.float32]:
         if self.entries[name].dtype == "BF16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from torch import nn
 from racdeploy import plugins
 from racdeploy.artifacts import STREAMS, Trace, write_atomic
 from racdeploy.backends._heap import keep_heap
-from racdeploy.backends._torch_model import TORCH_DTYPES, check_names, fill_parameter, skeleton
+from racdeploy.backends._torch_model import TORCH_DTYPES
 from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.errors import UsageError
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
@@ -94,7 +95,7 @@ def prune_blocks(
 
 @dataclass
 class _Walk:
-    """State that the blocks share: skeleton, settings, hidden states, and where results go."""
+    """State that the blocks share: settings, hidden states, and where results go."""
 
     checkpoint: Checkpoint
     settings: Pruning
@@ -104,13 +105,10 @@ class _Walk:
     batches: Sequence[Batch]
 
     def __post_init__(self) -> None:
-        self.model = skeleton(self.checkpoint)
-        expected = {name for name, _ in self.model.named_parameters()}
-        check_names(self.checkpoint, expected - {"lm_head.weight"} if self.checkpoint.tied else expected)
+        self.blocks = Blocks(self.checkpoint)
         self.pattern = pattern_of(self.settings.sparsity, self.settings.kept_of)
         self.method = plugins.load("methods", self.settings.method)
-        width = int(self.model.get_submodule("model.embed_tokens").get_parameter("weight").shape[1])
-        shapes = [(*batch.ids_BT.shape, width) for batch in self.batches]
+        shapes = self.blocks.shapes(self.batches)
         self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
         self.dense = Activations(shapes, self.folder / "hidden-dense.bin")
 
@@ -121,27 +119,23 @@ class _Walk:
 
     def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
-        fill_parameter(self.model, "model.embed_tokens.weight", self.checkpoint)
-        embedding = self.model.get_submodule("model.embed_tokens")
-        for index, batch in enumerate(self.batches):
-            self.sparse[index] = embedding(batch.ids_BT)
-            if self._needs_dense(batch):
-                self.dense[index] = self.sparse[index]
-        embedding.to("meta")
+        for index, hidden_BTD in enumerate(self.blocks.embed(self.batches)):
+            self.sparse[index] = hidden_BTD
+            if self._needs_dense(self.batches[index]):
+                self.dense[index] = hidden_BTD
 
     def step(self, index: int) -> tuple[list[LinearRow], BlockRow]:
         """Prune one block, or read it if it is already on disk, and advance the hidden states."""
-        prefix = f"{self.checkpoint.family.blocks}.{index}"
-        dense = self.model.get_submodule(prefix)
-        sparse = copy.deepcopy(dense)
-        for name, _ in list(dense.named_parameters()):
-            fill_parameter(self.model, f"{prefix}.{name}", self.checkpoint)
-            _share(sparse, name, dense.get_parameter(name))
+        prefix = self.blocks.prefix(index)
+        sparse = copy.deepcopy(self.blocks.empty(index))
+        dense = self.blocks.load(index)
+        for name, parameter in dense.named_parameters():
+            put(sparse, name, parameter)
         stem = self.folder / f"block-{index:05d}"
         weights, report = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
         if report.is_file():
             for name, value in load_file(weights).items():
-                _share(sparse, name.removeprefix(f"{prefix}."), value.float())
+                put(sparse, name.removeprefix(f"{prefix}."), value.float())
             self._advance(dense, sparse, {})
             found = read_json(report)
             linears = [LinearRow.model_validate(row) for row in found["linears"]]
@@ -175,7 +169,7 @@ class _Walk:
                 stored_OI = self._prune_linear(f"{prefix}.{name}", target_OI, hessian).to(dtype).contiguous()
                 error = RelativeError(self.tasks)
                 pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error)
-                _share(sparse, f"{name}.weight", stored_OI.float())
+                put(sparse, f"{name}.weight", stored_OI.float())
         return pruned
 
     def _stays_dense(self, name: str) -> bool:
@@ -192,8 +186,8 @@ class _Walk:
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
-            sparse_BTI = self._input(sparse, linear, self.sparse[index])
-            dense_BTI = self._input(dense, linear, self.dense[index]) if self.settings.match_dense else None
+            sparse_BTI = self.blocks.input(sparse, linear, self.sparse[index])
+            dense_BTI = self.blocks.input(dense, linear, self.dense[index]) if self.settings.match_dense else None
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
         return statistic
 
@@ -206,31 +200,15 @@ class _Walk:
             weight_OI = refit(weight_OI, result.keep_OI, live_OI, hessian, self.settings.refit_steps)
         return weight_OI
 
-    def _input(self, block: nn.Module, linear: str, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return what reaches one linear; what comes after it is not computed."""
-        seen: list[torch.Tensor] = []
-
-        def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            raise _Reached
-
-        handle = block.get_submodule(linear).register_forward_pre_hook(stop)
-        try:
-            with suppress(_Reached):
-                self._forward(block, hidden_BTD)
-        finally:
-            handle.remove()
-        return seen[0]
-
     def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, _PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""
         drift = RelativeError(self.tasks)
         for index, batch in enumerate(self.batches):
             with _measured(sparse, pruned if batch.held_out else {}, batch):
-                sparse_BTD = self._forward(sparse, self.sparse[index])
+                sparse_BTD = self.blocks.forward(sparse, self.sparse[index])
             self.sparse[index] = sparse_BTD
             if self._needs_dense(batch):
-                self.dense[index] = dense_BTD = self._forward(dense, self.dense[index])
+                self.dense[index] = dense_BTD = self.blocks.forward(dense, self.dense[index])
                 if batch.held_out:
                     drift.add(sparse_BTD, dense_BTD, batch)
         return drift
@@ -244,22 +222,6 @@ class _Walk:
             else:
                 rows.append(LinearRow(name=full, sparsity_asked=0.0, sparsity_reached=0.0))
         return rows
-
-    def _forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        position_1T = torch.arange(hidden_BTD.shape[1])[None]
-        rotary = self.model.get_submodule("model.rotary_emb")
-        output = block(
-            hidden_BTD,
-            attention_mask=None,  # sdpa: causal
-            position_ids=position_1T,
-            position_embeddings=rotary(hidden_BTD, position_1T),
-        )
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-
-class _Reached(Exception):
-    """The forward pass got to the linear that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +262,3 @@ def _measured(block: nn.Module, pruned: Mapping[str, _PrunedLinear], batch: Batc
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _share(block: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a tensor in place of the parameter of that name."""
-    owner, _, leaf = name.rpartition(".")
-    block.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,96 @@
+"""The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+from racdeploy.backends._torch_model import check_names, fill_parameter, skeleton
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.prune.batches import Batch
+
+__all__ = ["Blocks", "put"]
+
+
+class Blocks:
+    """A model on the meta device whose blocks are filled when they are asked for.
+
+    Args:
+        checkpoint: where the weights are.
+
+    Raises:
+        ModelError: the checkpoint's tensors are not exactly the architecture's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._model = skeleton(checkpoint)
+        expected = {name for name, _ in self._model.named_parameters()}
+        check_names(checkpoint, expected - {"lm_head.weight"} if checkpoint.tied else expected)
+
+    def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
+        """Return the shape of each batch's hidden states, (B, T, D)."""
+        width = self.checkpoint.entries["model.embed_tokens.weight"].shape[1]
+        return [(*batch.ids_BT.shape, width) for batch in batches]
+
+    def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        """Yield each batch's token embeddings, (B, T, D); only the rows of tokens that occur are read."""
+        used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
+        rows_ND = torch.from_numpy(self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy()))
+        for batch in batches:
+            yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
+
+    def prefix(self, index: int) -> str:
+        """Return the name of a block, as ``model.layers.3``."""
+        return f"{self.checkpoint.family.blocks}.{index}"
+
+    def empty(self, index: int) -> nn.Module:
+        """Return a block on the meta device."""
+        return self._model.get_submodule(self.prefix(index))
+
+    def load(self, index: int) -> nn.Module:
+        """Return a block with its weights in float32; ``.to("meta")`` gives them back."""
+        for name, _ in list(self.empty(index).named_parameters()):
+            fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
+        return self.empty(index)
+
+    def forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return a block's output at positions from zero, under a causal mask."""
+        position_1T = torch.arange(hidden_BTD.shape[1])[None]
+        output = block(
+            hidden_BTD,
+            attention_mask=None,  # sdpa: causal
+            position_ids=position_1T,
+            position_embeddings=self._model.get_submodule("model.rotary_emb")(hidden_BTD, position_1T),
+        )
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def input(self, block: nn.Module, linear: str, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return what reaches one linear; what comes after it is not computed."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen.append(inputs[0])
+            raise _Reached
+
+        handle = block.get_submodule(linear).register_forward_pre_hook(stop)
+        try:
+            with suppress(_Reached):
+                self.forward(block, hidden_BTD)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+class _Reached(Exception):
+    """The forward pass got to the linear that was asked for."""
+
+
+def put(block: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in place of the parameter of that name."""
+    owner, _, leaf = name.rpartition(".")
+    block.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
