@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "packing": "racdeploy.packing",
     "backends": "racdeploy.backends",
     "methods": "racdeploy.prune.methods",
+    "allocations": "racdeploy.prune.allocations",
     "formats": "racdeploy.export",
     "checks": "racdeploy.verify",
 }

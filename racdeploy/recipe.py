@@ -93,8 +93,9 @@ class Pruning(_Part):
 
     Args:
         method: a plugin of kind ``methods``.
-        sparsity: fraction of zeros of each prunable linear; the pattern decides it where there is one.
+        sparsity: fraction of zeros over the pruned linears; the pattern decides it where there is one.
         pattern: ``unstructured`` or ``N:M``: N kept of each M consecutive inputs.
+        allocation: a plugin of kind ``allocations``: how the sparsity is shared out among the linears.
         match_dense: solve for the dense model's output, not for that of the partly pruned one.
         refit_steps: conjugate-gradient steps on the mask that the method chose; 0 keeps the method's own weights.
         damping: added to the diagonal of the Hessian, as a share of its mean.
@@ -106,6 +107,7 @@ class Pruning(_Part):
     method: str = "sparsegpt"
     sparsity: float = Field(0.5, ge=0, lt=1)
     pattern: str = "unstructured"
+    allocation: str = "uniform"
     match_dense: bool = True
     refit_steps: int = Field(20, ge=0)
     damping: float = Field(0.01, gt=0, le=1)
@@ -136,6 +138,8 @@ class Pruning(_Part):
     def _check_sparsity(self) -> Self:
         if self.kept_of is None:
             return self
+        if self.allocation != "uniform":
+            raise ValueError(f"pattern {self.pattern} leaves nothing to allocate; use allocation = 'uniform'")
         kept, of = self.kept_of
         implied = 1 - kept / of
         if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
@@ -269,6 +273,7 @@ class Recipe(_Part):
     def _check_plugins(self) -> None:
         chosen = {
             "methods": self.prune.method,
+            "allocations": self.prune.allocation,
             "formats": self.export.format,
             "quant": self.export.quant,
             "packing": self.export.packing,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from racdeploy.backends._torch_model import TORCH_DTYPES
 from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.errors import UsageError
 from racdeploy.prune.activations import Activations
+from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.held_out import RelativeError
@@ -33,6 +35,7 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
 from racdeploy.prune.refit import refit
 from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.report_model import BlockRow, LinearRow
 
@@ -81,6 +84,7 @@ def prune_blocks(
     blocks: list[BlockRow] = []
     try:
         with torch.inference_mode():
+            walk.allocate(progress)
             walk.embed()
             for index in range(checkpoint.block_count):
                 rows, row = walk.step(index)
@@ -106,7 +110,6 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.blocks = Blocks(self.checkpoint)
-        self.pattern = pattern_of(self.settings.sparsity, self.settings.kept_of)
         self.method = plugins.load("methods", self.settings.method)
         shapes = self.blocks.shapes(self.batches)
         self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
@@ -116,6 +119,31 @@ class _Walk:
         """Remove the hidden states."""
         self.sparse.close()
         self.dense.close()
+
+    def allocate(self, progress: Progress | None) -> None:
+        """Decide the sparsity of every linear that is pruned, or read what was decided."""
+        checkpoint, settings, file = self.checkpoint, self.settings, self.folder / "allocation.json"
+        linears = [
+            f"{self.blocks.prefix(i)}.{n}" for i in range(checkpoint.block_count) for n in checkpoint.family.linears
+        ]
+        sizes = {n: math.prod(checkpoint.entries[f"{n}.weight"].shape) for n in linears if not self._stays_dense(n)}
+        if not file.is_file():
+            plugin = plugins.load("allocations", settings.allocation)
+            observations: dict[str, Observation] = {}
+            if plugin.SURVEYS:
+                seen = [batch for batch in self.batches if not batch.held_out]
+                observations = survey(
+                    self.blocks,
+                    seen,
+                    self.weights,
+                    settings.damping,
+                    lambda weight_OI, hessian: plugin.observe(weight_OI, hessian, settings),
+                    self.folder,
+                    progress,
+                )
+            shares = plugin.allocate({n: observations[n] for n in sizes if n in observations}, sizes, settings.sparsity)
+            write_atomic(file, json.dumps({"shares": shares, "observations": observations}, indent=1))
+        self.shares: dict[str, float] = read_json(file)["shares"]
 
     def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
@@ -192,9 +220,10 @@ class _Walk:
         return statistic
 
     def _prune_linear(self, name: str, target_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-        self.pattern.check(name, target_OI.shape[1])
+        pattern = pattern_of(self.shares[name], self.settings.kept_of)
+        pattern.check(name, target_OI.shape[1])
         live_OI = target_OI * ~hessian.dead_I
-        result = self.method.prune(live_OI.clone(), hessian, self.pattern, self.settings)
+        result = self.method.prune(live_OI.clone(), hessian, pattern, self.settings)
         weight_OI: torch.Tensor = result.weight_OI
         if self.settings.refit_steps:
             weight_OI = refit(weight_OI, result.keep_OI, live_OI, hessian, self.settings.refit_steps)
@@ -218,7 +247,7 @@ class _Walk:
         for name in self.checkpoint.family.linears:
             full, linear = f"{prefix}.{name}", pruned.get(name)
             if linear:
-                rows.append(linear.row(full, self.settings.sparsity))
+                rows.append(linear.row(full, self.shares[full]))
             else:
                 rows.append(LinearRow(name=full, sparsity_asked=0.0, sparsity_reached=0.0))
         return rows

@@ -49,8 +49,9 @@ class Hessian:
                 self.damping = more
             lower_II, failed = torch.linalg.cholesky_ex(self.matrix_II.flip(0, 1))
             if not failed:
-                identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-                inverse_II: torch.Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+                inverse_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+                torch.linalg.solve_triangular(lower_II, inverse_II, upper=False, out=inverse_II)
+                del lower_II
                 return inverse_II.flip(0, 1)
         raise EnvironmentFailure(
             f"the Hessian does not factor, even with damping {self.damping:g}",

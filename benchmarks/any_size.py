@@ -1,0 +1,138 @@
+"""How much memory and time does pruning take as a model gets deeper? Measured on random weights.
+
+    python benchmarks/any_size.py --out build/any-size --blocks 14 28 --tokens 32768
+
+Writes a Qwen2-shaped bfloat16 checkpoint of the wanted depth (28 blocks are 1.5B parameters), prunes it in a process
+of its own, and prints peak resident memory and seconds. Nothing is said about accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+SHAPE = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+}
+TRACE_TOKENS, PROMPT_TOKENS = 1024, 128
+
+
+def main() -> None:
+    """Prune every depth in turn and print one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[14, 28])
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for blocks in arguments.blocks:
+        folder = arguments.out / f"random-{blocks}"
+        if not (folder / "config.json").is_file():
+            write_model(folder, blocks)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            settings = dict(pair.split("=", 1) for pair in arguments.set)
+            seconds, peak_bytes = pool.apply(prune, (folder, arguments.tokens, arguments.threads, settings))
+        rows.append({"blocks": blocks, "tokens": arguments.tokens, "seconds": seconds, "peak_rss_bytes": peak_bytes})
+        print(f"{blocks} blocks: {seconds:.0f} s, peak {peak_bytes / 2**30:.2f} GiB", flush=True)
+    (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
+
+
+def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> tuple[float, int]:
+    """Prune one checkpoint to 50 % in this process; return seconds and its peak resident memory in bytes."""
+    from racdeploy.artifacts import Trace
+    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.prune.calibrate import prune_blocks
+    from racdeploy.recipe import Pruning
+
+    random = np.random.default_rng(0)
+    traces = []
+    for index in range(max(tokens // TRACE_TOKENS, 1)):
+        ids = tuple(random.integers(0, SHAPE["vocab_size"], min(TRACE_TOKENS, tokens)).tolist())
+        prompt, completion = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
+        traces.append(Trace(index, "random", f"{index}", "", prompt, completion, None, len(completion), False, True))
+    held = max(len(traces) // 16, 1)
+
+    def show(label: str, done: int, total: int) -> None:
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(
+            f"  {label} {done}/{total}: {time.perf_counter() - began:.0f} s, {peak_kib / 2**20:.2f} GiB",
+            file=sys.stderr,
+        )
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        pruning = Pruning.model_validate({"sparsity": 0.5, **settings})
+        prune_blocks(Checkpoint(folder), traces, traces[:held], pruning, Path(scratch), threads=threads, progress=show)
+    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_model(folder: Path, blocks: int) -> None:
+    """Write a checkpoint with random weights, one tensor in memory at a time."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = list(shapes(blocks))
+    header, offset = {}, 0
+    for name, shape in tensors:
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    random = np.random.default_rng(1)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in tensors:
+            values = np.ones(shape, np.float32) if "norm" in name else random.standard_normal(shape, np.float32) * 0.02
+            file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    config = SHAPE | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_hidden_layers": blocks,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def shapes(blocks: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape of every tensor."""
+    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    width = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
+    yield "model.embed_tokens.weight", [SHAPE["vocab_size"], hidden]
+    for block in range(blocks):
+        for name, outputs in (("q", hidden), ("k", width), ("v", width)):
+            yield f"model.layers.{block}.self_attn.{name}_proj.weight", [outputs, hidden]
+            yield f"model.layers.{block}.self_attn.{name}_proj.bias", [outputs]
+        yield f"model.layers.{block}.self_attn.o_proj.weight", [hidden, hidden]
+        for name in ("gate", "up"):
+            yield f"model.layers.{block}.mlp.{name}_proj.weight", [inner, hidden]
+        yield f"model.layers.{block}.mlp.down_proj.weight", [hidden, inner]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{block}.{name}.weight", [hidden]
+    yield "model.norm.weight", [hidden]
+
+
+if __name__ == "__main__":
+    main()

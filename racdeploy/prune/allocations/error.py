@@ -1,0 +1,73 @@
+"""Error: the sum of all linears' relative output errors is made as small as one global budget allows.
+
+Each linear of the dense model is pruned at a few sparsities with the recipe's own method, which gives its curve of
+error over sparsity. Weights then go one step at a time from where they are missed least.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from racdeploy import plugins
+from racdeploy.prune.allocations import HIGHEST, Observation, Shares
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.patterns import Unstructured
+from racdeploy.prune.refit import refit
+from racdeploy.recipe import Pruning
+
+SURVEYS = True
+SPARSITIES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
+STEP, LEAST_ERROR = 0.002, 1e-9
+
+
+def observe(weight_OI: torch.Tensor, hessian: Hessian, settings: Pruning) -> Observation:
+    """Return sparsity → relative output error of one linear."""
+    method, errors = plugins.load("methods", settings.method), {}
+    energy = float(((weight_OI @ hessian.matrix_II) * weight_OI).sum())
+    for sparsity in SPARSITIES:
+        pruned = method.prune(weight_OI.clone(), hessian, Unstructured(sparsity), settings)
+        found_OI = pruned.weight_OI
+        if settings.refit_steps:
+            found_OI = refit(found_OI, pruned.keep_OI, weight_OI, hessian, settings.refit_steps)
+        delta_OI = found_OI - weight_OI
+        errors[f"{sparsity}"] = float(((delta_OI @ hessian.matrix_II) * delta_OI).sum()) / energy
+    return errors
+
+
+def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float) -> Shares:
+    """Return the sparsities with the least sum of errors, greedily along the curves."""
+    grid = np.arange(0.0, HIGHEST + STEP / 2, STEP)
+    curves = {name: _curve(observation, grid) for name, observation in observations.items()}
+    place = dict.fromkeys(curves, 0)
+    left = sparsity * sum(sizes[name] for name in curves)
+    heap = [(_price(curve, 0, sizes[name]), name) for name, curve in curves.items()]
+    heapq.heapify(heap)
+    while heap and left > 0:
+        _, name = heapq.heappop(heap)
+        left -= STEP * sizes[name]
+        place[name] += 1
+        if place[name] + 1 < len(grid):
+            heapq.heappush(heap, (_price(curves[name], place[name], sizes[name]), name))
+    shares = {name: float(grid[index]) for name, index in place.items()}
+    shares[name] += left / sizes[name]  # the last step was taken in part
+    return shares
+
+
+def _curve(observation: Observation, grid: np.ndarray) -> np.ndarray:
+    """Interpolate the logarithm of the error; below the first point it falls to nothing with the sparsity."""
+    known = np.array([float(text) for text in observation])
+    errors = np.maximum([*observation.values()], LEAST_ERROR)
+    curve = np.exp(np.interp(grid, known, np.log(errors)))
+    low = grid < known[0]
+    curve[low] = errors[0] * (grid[low] / known[0]) ** 2
+    # the greedy search needs slopes that never fall
+    return np.concatenate([[curve[0]], curve[0] + np.cumsum(np.maximum.accumulate(np.maximum(np.diff(curve), 0)))])
+
+
+def _price(curve: np.ndarray, index: int, size: int) -> float:
+    """Error per weight of the next step."""
+    return float(curve[index + 1] - curve[index]) / size

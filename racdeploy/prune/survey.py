@@ -1,0 +1,68 @@
+"""Look at every linear of the dense model once, before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from racdeploy.artifacts import STREAMS
+from racdeploy.prune.activations import Activations
+from racdeploy.prune.allocations import Observation
+from racdeploy.prune.batches import Batch
+from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.statistics import InputStatistic
+from racdeploy.recipe import StreamWeights
+
+__all__ = ["survey"]
+
+Observe = Callable[[torch.Tensor, Hessian], Observation]
+
+
+def survey(
+    blocks: Blocks,
+    batches: Sequence[Batch],
+    weights: StreamWeights,
+    damping: float,
+    observe: Observe,
+    folder: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Observation]:
+    """Return what ``observe`` says of each linear's weights and Hessian, by name.
+
+    Args:
+        blocks: of the dense model.
+        batches: calibration batches.
+        weights: what a token of each stream counts.
+        damping: of the Hessians.
+        observe: called for each linear, in forward order.
+        folder: for scratch files.
+        progress: called with a label, blocks done and blocks in all.
+    """
+    hidden = Activations(blocks.shapes(batches), folder / "hidden-survey.bin")
+    found: dict[str, Observation] = {}
+    weights_S = torch.tensor([getattr(weights, stream) for stream in STREAMS])
+    family, count = blocks.checkpoint.family, blocks.checkpoint.block_count
+    try:
+        for index, hidden_BTD in enumerate(blocks.embed(batches)):
+            hidden[index] = hidden_BTD
+        for number in range(count):
+            block = blocks.load(number)
+            for group in family.input_groups:
+                statistic = InputStatistic(block.get_parameter(f"{group[0]}.weight").shape[1], weights_S, False)
+                for index, batch in enumerate(batches):
+                    statistic.add(blocks.input(block, group[0], hidden[index]), None, batch.stream_BT)
+                hessian = statistic.hessian(damping)
+                for linear in group:
+                    weight_OI = block.get_parameter(f"{linear}.weight") * ~hessian.dead_I
+                    found[f"{blocks.prefix(number)}.{linear}"] = observe(weight_OI, hessian)
+            for index in range(len(batches)):
+                hidden[index] = blocks.forward(block, hidden[index])
+            block.to("meta")
+            if progress:
+                progress("survey", number + 1, count)
+    finally:
+        hidden.close()
+    return found
