@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.allocations import HIGHEST, Observation, Shares
+from racdeploy.prune.allocations import HIGHEST, Observation, Shares, shifted
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
@@ -52,18 +52,16 @@ def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], 
         place[name] += 1
         if place[name] + 1 < len(grid):
             heapq.heappush(heap, (_price(curves[name], place[name], sizes[name]), name))
-    shares = {name: float(grid[index]) for name, index in place.items()}
-    shares[name] += left / sizes[name]  # the last step was taken in part
-    return shares
+    return shifted({name: float(grid[index]) for name, index in place.items()}, sizes, sparsity)
 
 
 def _curve(observation: Observation, grid: np.ndarray) -> np.ndarray:
-    """Interpolate the logarithm of the error; below the first point it falls to nothing with the sparsity."""
+    """Interpolate the logarithm of the error, and go on below the first point as between the first two."""
     known = np.array([float(text) for text in observation])
     errors = np.maximum([*observation.values()], LEAST_ERROR)
-    curve = np.exp(np.interp(grid, known, np.log(errors)))
-    low = grid < known[0]
-    curve[low] = errors[0] * (grid[low] / known[0]) ** 2
+    logs = np.log(errors)
+    first = logs[0] + (grid - known[0]) * (logs[1] - logs[0]) / (known[1] - known[0])
+    curve = np.exp(np.where(grid < known[0], first, np.interp(grid, known, logs)))
     # the greedy search needs slopes that never fall
     return np.concatenate([[curve[0]], curve[0] + np.cumsum(np.maximum.accumulate(np.maximum(np.diff(curve), 0)))])
 
