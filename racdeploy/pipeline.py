@@ -307,10 +307,12 @@ class Build:
 
     def _trace_engine(self, context_tokens: int, folder: Path) -> AbstractContextManager[Engine]:
         """Return what answers the calibration prompts: a server where the recipe names one, else transformers."""
-        settings, model = self.job.recipe.traces, self.job.model.folder
+        settings = self.job.recipe.traces
         if settings.server:
-            return server.opened(settings, model, self.job.encoder, context_tokens, folder)
-        return _opened("transformers", model, EngineSettings(context_tokens, settings.batch, self.threads))
+            return server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
+        return _opened(
+            "transformers", self.job.model.folder, EngineSettings(context_tokens, settings.batch, self.threads)
+        )
 
     def _calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""

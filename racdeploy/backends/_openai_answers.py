@@ -30,10 +30,12 @@ class Reader:
 
     Args:
         tokenizer: the model's own, or None: then the server must return ids.
+        vocabulary: number of the model's token ids.
         counts_end: whether the server counts the end-of-sequence id among the generated tokens.
     """
 
     tokenizer: Tokenizer | None
+    vocabulary: int
     counts_end: bool
 
     def completion(
@@ -57,7 +59,7 @@ class Reader:
                 f"the server read {prompt_tokens(answer)} prompt tokens where {len(prompt)} were sent",
                 remedy="start it without options that change prompts, as an added beginning-of-sequence token",
             )
-        ids = _returned(answer, choice)
+        ids = _returned(answer, choice, self.vocabulary)
         if ids is None:
             ids = self._again(answer, choice, stop_ids)
         elif len(ids) != _counted(answer):
@@ -136,12 +138,12 @@ def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:
     return dict(choices[0])
 
 
-def _returned(answer: Mapping[str, Any], choice: Mapping[str, Any]) -> list[int] | None:
+def _returned(answer: Mapping[str, Any], choice: Mapping[str, Any], vocabulary: int) -> list[int] | None:
     """Return the ids in an answer, or None if the server gives none."""
     verbose = answer.get("__verbose")
     ids = choice.get("token_ids", verbose.get("tokens") if isinstance(verbose, dict) else None)
     if ids is None:
         return None
-    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
-        raise EngineError("the server returns token ids that are none", remedy=_ODD)
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+        raise EngineError(f"the server returns token ids that the model does not have: {str(ids)[:60]}", remedy=_ODD)
     return ids

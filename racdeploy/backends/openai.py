@@ -59,6 +59,7 @@ class OpenAIEngine:
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
         settings: ``parallel`` requests are under way together; ``context_tokens`` caps a sequence.
         tokenizer: the model's ``tokenizer.json``, for servers that return text alone.
+        vocabulary: number of the model's token ids; 0 takes what the server tells, or no limit.
         model: name of the model to ask; empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.
         timeout_s: longest wait for one completion.
@@ -74,6 +75,7 @@ class OpenAIEngine:
         settings: EngineSettings,
         *,
         tokenizer: Path | None = None,
+        vocabulary: int = 0,
         model: str = "",
         key_env: str = "",
         timeout_s: float = 1800.0,
@@ -82,12 +84,11 @@ class OpenAIEngine:
         self._client = Client(url, key_env, timeout_s)
         card = self._card(model)
         self.model = str(card["id"])
-        own = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
-        self._own = own
-        self._vocabulary = max(own.get_vocab().values()) + 1 if own else _vocabulary(card)
+        self._vocabulary = vocabulary or _vocabulary(card)
+        self._own = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
         self._tokenized = self._find_tokenizer()
         self._takes_text = self._tokenized == _TEXT_TOKENIZER
-        self._reader = Reader(own, counts_end=not self._takes_text)
+        self._reader = Reader(self._own, self._vocabulary, counts_end=not self._takes_text)
 
     @property
     def tells_ids(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from racdeploy.artifacts import write_atomic
 from racdeploy.backends import Engine, EngineSettings
 from racdeploy.backends.openai import OpenAIEngine
-from racdeploy.checkpoint import TokenizerFiles, read_json
+from racdeploy.checkpoint import Checkpoint, TokenizerFiles, read_json
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
@@ -36,13 +36,13 @@ _PROBES = (
 
 @contextlib.contextmanager
 def opened(
-    settings: Traces, model: Path, encoder: PromptEncoder, context_tokens: int, folder: Path
+    settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder, context_tokens: int, folder: Path
 ) -> Iterator[Engine]:
     """Yield an engine that has been compared with the model.
 
     Args:
         settings: which server, and how to ask it.
-        model: folder of the model that is served.
+        checkpoint: the model that is served.
         encoder: template and tokenizer of that model.
         context_tokens: longest prompt and completion.
         folder: of the trace stage; the server's model is recorded there.
@@ -57,7 +57,8 @@ def opened(
         with OpenAIEngine(
             settings.server,
             engine_settings,
-            tokenizer=TokenizerFiles(model).file,
+            tokenizer=TokenizerFiles(checkpoint.folder).file,
+            vocabulary=checkpoint.integer("vocab_size"),
             model=settings.server_model,
             key_env=settings.server_key_env,
             timeout_s=settings.server_timeout_s,

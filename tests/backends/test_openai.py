@@ -143,7 +143,9 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 3}
         ({}, {"completion_tokens": 4}, "returns 3 token ids and counts 4"),
         ({}, {"completion_tokens": None}, "no usage.completion_tokens"),
         ({"token_ids": [10, 11, 12]}, {}, "ended a completion at token id 12"),
-        ({"token_ids": [10, -1, EOS_ID]}, {}, "token ids that are none"),
+        ({"token_ids": [10, -1, EOS_ID]}, {}, "ids that the model does not have"),
+        ({"token_ids": [10, 512, EOS_ID]}, {}, "ids that the model does not have"),
+        ({"token_ids": "10"}, {}, "ids that the model does not have"),
         ({"finish_reason": "length"}, {}, "stopped after 3 of 8 tokens"),
         ({"finish_reason": "abort"}, {}, "ended a completion with 'abort'"),
         ({"token_ids": None}, {}, "returns no token ids"),
@@ -152,7 +154,7 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 3}
 def test_an_answer_that_contradicts_itself_is_refused(choice: Json, usage: Json, message: str) -> None:
     """Ids that cannot be the model's never become a trace."""
     with (
-        _engine(lambda _: {"choices": [CHOICE | choice], "usage": USAGE | usage}) as engine,
+        _engine(lambda _: {"choices": [CHOICE | choice], "usage": USAGE | usage}, vocabulary=512) as engine,
         pytest.raises(EngineError, match=message),
     ):
         engine.generate([[5, 6]], SAMPLING)
@@ -282,7 +284,15 @@ def _check(folder: Path, routes: dict[str, Answer]) -> None:
 def test_a_server_that_agrees_passes(folder: Path) -> None:
     """With an endpoint that tokenizes, or by counts alone, also where one token is put before every text."""
     encoder = PromptEncoder.from_folder(folder)
-    _check(folder, _agreeing(encoder))
+    llama_server = _agreeing(encoder)
+    _check(folder, llama_server)
+
+    def ids(body: Json) -> Json:
+        return {
+            "tokens": encoder.encode(body["messages"]) if "messages" in body else encoder.encode_text(body["prompt"])
+        }
+
+    _check(folder, {"v1/models": models("tiny"), "tokenize": ids})
     usage = lambda body: {"usage": {"prompt_tokens": 1 + len(encoder.encode_text(body["prompt"]))}}  # noqa: E731
     _check(folder, {"v1/models": models("tiny"), "v1/completions": usage})
 
