@@ -28,6 +28,7 @@ _CONNECT_S = 10.0
 _LONGEST_DELAY_S = 60.0
 _LARGEST_ANSWER = 1 << 28
 _ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
+_ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -60,17 +61,18 @@ class Client:
     """
 
     def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self._place, self._path = (parts.hostname or "", parts.port), parts.path.rstrip("/") + "/"
+        except ValueError as error:
+            raise UsageError(f"the server's address cannot be read: {error}", remedy=_ADDRESS) from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UsageError(
-                f"{parts.hostname or 'the address'} is not reached by http://HOST:PORT/v1 or https://HOST/v1",
-                remedy="write the address of the API without a name, key or query in it",
-            )
+            raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
         self.url = url.rstrip("/")
         self._connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._place, self._path = (parts.hostname, parts.port), parts.path.rstrip("/") + "/"
         self._key, self._key_env = _key(key_env), key_env
         self._timeout_s = timeout_s
+        self._reached = False  # a server that never answered is not waited for
         self._open: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
 
@@ -87,7 +89,7 @@ class Client:
             cancelled: ends a pause between attempts; :meth:`interrupt` ends a request.
 
         Raises:
-            UsageError: the server refuses the key, or this is no API.
+            UsageError: the server refuses the key.
             RefusedError: there is no such endpoint, or the server does not take the request.
             EngineError: no usable answer, after every attempt.
             CancelledError: ``cancelled`` is set.
@@ -111,6 +113,7 @@ class Client:
                 raise CancelledError
             try:
                 answer = self._exchange(method, urllib.parse.urljoin(self._path, path), body, cancelled)
+                self._reached = True
                 if answer.status not in _AGAIN:
                     return self._object(answer, path)
                 reason = f"answers {answer.status}: {self._said(answer.body)}"
@@ -121,6 +124,11 @@ class Client:
                     remedy="look whether the server works, or raise traces.server_timeout_s",
                 ) from error
             except (OSError, http.client.HTTPException, _BrokenAnswerError) as error:
+                if not self._reached:
+                    raise EngineError(
+                        f"{self.url} cannot be reached: {type(error).__name__}: {error}",
+                        remedy="look at the address, and start the server if it does not run",
+                    ) from error
                 reason, pause_s = f"cannot be used: {type(error).__name__}: {error}", delay_s
             if attempt + 1 < _ATTEMPTS:
                 cancelled.wait(min(pause_s, _LONGEST_DELAY_S))
@@ -135,7 +143,7 @@ class Client:
     def _exchange(self, method: str, path: str, body: bytes | None, cancelled: threading.Event) -> _Answer:
         """Send one request and read its answer."""
         host, port = self._place
-        connection = self._connect(host or "", port, timeout=min(_CONNECT_S, self._timeout_s))
+        connection = self._connect(host, port, timeout=min(_CONNECT_S, self._timeout_s))
         with self._lock:
             self._open.add(connection)
         try:
@@ -168,15 +176,12 @@ class Client:
                 f"{self.url} refuses {given} ({answer.status}): {self._said(answer.body)}",
                 remedy="set traces.server_key_env to the name of an environment variable that holds the key",
             )
-        if answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<":
-            raise UsageError(
-                f"{self.url} answers {path} with a web page, not with JSON ({answer.status})",
-                remedy="give the address of the API, which mostly ends in /v1",
-            )
-        if not 200 <= answer.status < 300:
+        page = answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<"
+        if page or not 200 <= answer.status < 300:
+            said = "a web page" if page else self._said(answer.body)
             raise RefusedError(
-                f"{self.url} refuses {path} ({answer.status}): {self._said(answer.body)}",
-                remedy="give the address of the API, which mostly ends in /v1; the server's log may say more",
+                f"{self.url} does not serve {path} ({answer.status}): {said}",
+                remedy="look at the address, which mostly ends in /v1, and at the server's log",
             )
         try:
             value = json.loads(answer.body)

@@ -218,7 +218,10 @@ class OpenAIEngine:
 
     def _card(self, model: str) -> dict[str, Any]:
         """Return what the server says about the model to ask."""
-        found = self._client.get("models").get("data")
+        try:
+            found = self._client.get("models").get("data")
+        except RefusedError as error:
+            raise UsageError(error.message, remedy="give the address of the API, which mostly ends in /v1") from error
         cards = [c for c in found if isinstance(c, dict) and "id" in c] if isinstance(found, list) else []
         chosen = [card for card in cards if card["id"] == model] if model else cards
         if len(chosen) != 1:

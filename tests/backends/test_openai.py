@@ -56,6 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PAGE = Reply(b"<!doctype html><html></html>", headers={"Content-Type": "text/html"})
+
+
 def _good(body: Json) -> Json:
     return completed(body["prompt"], IDS, "stop")
 
@@ -115,9 +118,9 @@ def test_the_seed_belongs_to_the_sequence() -> None:
         (Reply({"error": "out of memory"}, 500), EngineError, r"500: .*out of memory.*tried 6 times"),
         (Reply(b'{"choices": [{"text": "4'), EngineError, r"not JSON.*tried 6 times"),
         (Reply(b'{"choices": [', lacking=9), EngineError, r"lacks its last 9 bytes|IncompleteRead"),
-        (Reply(b"<!doctype html><html></html>", headers={"Content-Type": "text/html"}), UsageError, "web page"),
+        (PAGE, EngineError, r"does not serve completions \(200\): a web page"),
         (Reply({"detail": "key?"}, 401), UsageError, r"refuses a request without a key \(401\)"),
-        (Reply({"error": "context length"}, 400), EngineError, r"refuses completions \(400\): .*context length"),
+        (Reply({"error": "context length"}, 400), EngineError, r"completions \(400\): .*context length"),
         (Reply(b"[1]"), EngineError, "with no JSON object"),
         (Reply(b"[" * 100_000), EngineError, "not JSON"),
         (Reply({}), EngineError, "holds no choice"),
@@ -267,6 +270,23 @@ def test_a_wrong_name_lists_the_right_ones(
     assert remedy in caught.value.remedy
 
 
+@pytest.mark.parametrize("page", [PAGE, replace(PAGE, status=404), Reply({"detail": "Not Found"}, 404)])
+def test_an_address_that_is_no_api_is_wrong_usage(page: Reply) -> None:
+    """A web page, or nothing at that path."""
+    with (
+        serving({"v1/models": lambda _: page}) as url,
+        pytest.raises(UsageError, match=r"does not serve models \((200|404)\)"),
+    ):
+        OpenAIEngine(url, SETTINGS)
+
+
+@pytest.mark.parametrize("url", ["http://h:port/v1", "http://h:99999/v1", "http://[::/v1", "h/v1", "http://a:b@h/v1"])
+def test_an_address_that_cannot_be_read_is_wrong_usage(url: str) -> None:
+    """Nothing is asked then."""
+    with pytest.raises(UsageError, match="the server's address"):
+        OpenAIEngine(url, SETTINGS)
+
+
 def _agreeing(encoder: PromptEncoder) -> dict[str, Answer]:
     """Return a server that tokenizes and renders as an encoder does."""
     return {
@@ -320,7 +340,7 @@ def test_nobody_at_the_address_is_exit_code_4(tmp_path: Path) -> None:
     arguments = ["traces", "--trace-server", f"http://127.0.0.1:{_free_port()}/v1", "--work", str(tmp_path)]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 4, outcome.output
-    assert "ConnectionRefusedError" in outcome.output
+    assert "cannot be reached: ConnectionRefusedError" in outcome.output
     assert "run the same command" in outcome.output
     assert not list(tmp_path.glob("traces-*/stage.json"))
 
