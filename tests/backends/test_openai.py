@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy.artifacts import Trace
 from racdeploy.backends import Completion, EngineSettings, Sampling, open_engine
 from racdeploy.backends import _openai_http as http_client
 from racdeploy.backends.openai import OpenAIEngine
@@ -220,6 +221,18 @@ def test_a_silent_server_is_given_up() -> None:
     assert len(asked) == 1
 
 
+def test_requests_run_together() -> None:
+    """As many as the settings say: each waits here until four have come."""
+    together = threading.Barrier(SETTINGS.parallel)
+
+    def answer(body: Json) -> Json:
+        together.wait(10)
+        return _good(body)
+
+    with _engine(answer) as engine:
+        assert len(engine.generate([[5 + i] for i in range(8)], SAMPLING)) == 8
+
+
 def test_cancelling_breaks_off_requests_under_way() -> None:
     """Nobody waits for an answer that is not wanted."""
     over, asked = threading.Event(), threading.Event()
@@ -355,24 +368,31 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _llama_server(file: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run llama_cpp.server; yield its address and its process."""
+def _running(*command: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server on a free port; yield its address and its process."""
     port = _free_port()
-    options = ["--model", str(file), "--model_alias", "tiny", "--port", str(port), "--n_ctx", "1024"]
-    command = [sys.executable, "-m", "llama_cpp.server", *options, "--n_threads", "1", "--verbose", "false"]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(PYTHONWARNINGS="ignore")
+        [*map(str, command), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(PYTHONWARNINGS="ignore"),
     )
     try:
         deadline = time.monotonic() + 60
         while not _is_up(port):
-            assert process.poll() is None, f"{' '.join(command)} ended with code {process.returncode}"
+            assert process.poll() is None, f"{command} ended with code {process.returncode}"
             assert time.monotonic() < deadline, "the server did not start within 60 s"
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.kill()
         process.wait()
+
+
+def _llama_cpp_server(model: Path) -> tuple[object, ...]:
+    """Return the command of the server in llama-cpp-python."""
+    options = ("--model_alias", "tiny", "--n_ctx", 1024, "--n_threads", 1, "--verbose", "false")
+    return (sys.executable, "-m", "llama_cpp.server", "--model", model / "model.gguf", *options)
 
 
 def _is_up(port: int) -> bool:
@@ -405,7 +425,7 @@ def _build(model: Path, work: Path, url: str, **more: Any) -> Build:
 
 def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(model: Path, tmp_path: Path) -> None:
     """Greedy ids equal llama.cpp's own; a server that dies costs only the shards it had not finished."""
-    with _llama_server(model / "model.gguf") as (url, process):
+    with _running(*_llama_cpp_server(model)) as (url, process):
 
         def kill(label: str, done: int, total: int) -> None:
             process.send_signal(signal.SIGKILL)
@@ -416,16 +436,33 @@ def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(model: Path, t
     assert "run the same command" in caught.value.remedy
     (first,) = tmp_path.glob("traces-*/shard-*.jsonl")
     written = first.stat().st_mtime_ns
-    with _llama_server(model / "model.gguf") as (url, _):
+    with _running(*_llama_cpp_server(model)) as (url, _):
         stage, traces = _build(model, tmp_path, url).traces()
     assert first.parent == stage
     assert first.stat().st_mtime_ns == written, "a finished shard was collected again"
-    settings = EngineSettings(1024, parallel=2, threads=1)
-    with open_engine("llamacpp", model / "model.gguf", settings) as engine:
-        prompts = [trace.prompt_ids for trace in traces]
-        expected = engine.generate(prompts, Sampling(400, Checkpoint(model).eos_ids))
-    assert [completion.ids for completion in expected] == [trace.completion_ids for trace in traces]
+    assert [trace.completion_ids for trace in traces] == _expected(model / "model.gguf", traces)
     assert not any(trace.truncated or trace.answer_from is None for trace in traces)
+
+
+def _expected(file: Path, traces: list[Trace]) -> list[tuple[int, ...]]:
+    """Return llama.cpp's own greedy completions of the same prompts."""
+    stop_ids = Checkpoint(resolve("tiny-reasoner").folder).eos_ids
+    with open_engine("llamacpp", file, EngineSettings(1024, parallel=2, threads=1)) as engine:
+        done = engine.generate([trace.prompt_ids for trace in traces], Sampling(400, stop_ids))
+    return [completion.ids for completion in done]
+
+
+@pytest.mark.slow
+def test_llama_server_returns_exact_ids(tmp_path: Path) -> None:
+    """With control tokens in the completions, which its text leaves out; four requests at a time."""
+    if shutil.which("llama-server") is None:
+        pytest.skip("llama-server is not on the PATH")
+    folder = resolve("tiny-reasoner").folder
+    gguf.export(Checkpoint(folder), tmp_path / "model.gguf", quant="f32")
+    options = ("--alias", "tiny", "--ctx-size", 4096, "--parallel", 4, "--threads", 1)
+    with _running("llama-server", "--model", tmp_path / "model.gguf", *options) as (url, _):
+        _, traces = _build(folder, tmp_path, url).traces()
+    assert [trace.completion_ids for trace in traces] == _expected(tmp_path / "model.gguf", traces)
 
 
 def test_another_served_model_does_not_go_on(model: Path, tmp_path: Path) -> None:
