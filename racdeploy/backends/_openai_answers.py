@@ -31,12 +31,13 @@ class Reader:
     Args:
         tokenizer: the model's own, or None: then the server must return ids.
         vocabulary: number of the model's token ids.
-        counts_end: whether the server counts the end-of-sequence id among the generated tokens.
+        counts_end: whether the server counts the end-of-sequence id among the generated tokens; None if that is not
+            known: then a text proves nothing, since a lost token would look like an end that was not counted.
     """
 
     tokenizer: Tokenizer | None
     vocabulary: int
-    counts_end: bool
+    counts_end: bool | None
 
     def completion(
         self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
@@ -82,7 +83,7 @@ class Reader:
     def _again(self, answer: Mapping[str, Any], choice: Mapping[str, Any], stop_ids: Sequence[int]) -> list[int]:
         """Tokenize the text of a completion again, and prove it as far as the server lets us."""
         text, ended = choice.get("text"), choice.get("finish_reason") == "stop"
-        if self.tokenizer is None or not isinstance(text, str):
+        if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
             raise EngineError("the server returns no token ids", remedy=_EXACT)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         counted = _counted(answer) - (ended and self.counts_end)

@@ -32,6 +32,7 @@ __all__ = ["OpenAIEngine", "open_engine"]
 
 _POLL_S = 0.05
 _TEXT_TOKENIZER = "../extras/tokenize"
+_COUNT_END = ("vllm", "sglang", "llamacpp")  # as /v1/models names them
 # Servers have defaults of their own for these, some from the model's generation_config.json.
 _PLAIN_SAMPLING = {
     "min_p": 0.0,
@@ -85,10 +86,10 @@ class OpenAIEngine:
         card = self._card(model)
         self.model = str(card["id"])
         self._vocabulary = vocabulary or _vocabulary(card)
-        self._own = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
+        self._own = _tokenizer(tokenizer) if tokenizer else None
         self._tokenized = self._find_tokenizer()
         self._takes_text = self._tokenized == _TEXT_TOKENIZER
-        self._reader = Reader(self._own, self._vocabulary, counts_end=not self._takes_text)
+        self._reader = Reader(self._own, self._vocabulary, self._counts_end(card))
 
     @property
     def tells_ids(self) -> bool:
@@ -230,6 +231,10 @@ class OpenAIEngine:
             raise UsageError(f"{self._client.url} {problem}", remedy=f"set traces.server_model to one of: {names}")
         return chosen[0]
 
+    def _counts_end(self, card: Mapping[str, Any]) -> bool | None:
+        """Return whether the server counts end-of-sequence among generated tokens, None if it is a stranger."""
+        return False if self._takes_text else card.get("owned_by") in _COUNT_END or None
+
     def _find_tokenizer(self) -> str | None:
         for path in ("../tokenize", _TEXT_TOKENIZER):
             try:
@@ -266,6 +271,14 @@ def open_engine(path: Path | str, settings: EngineSettings) -> OpenAIEngine:
 def derived_seed(seed: int, index: int) -> int:
     """Return the seed of one sequence: 31 bits, which every server takes."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4]) >> 1
+
+
+def _tokenizer(file: Path) -> Tokenizer:
+    """Read a tokenizer, without the limits that some files carry."""
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _vocabulary(card: Mapping[str, Any]) -> int:
