@@ -57,6 +57,9 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 PromptsOpt = Annotated[int | None, typer.Option("--prompts", help="Evaluation prompts.")]
 TraceCountOpt = Annotated[int | None, typer.Option("--trace-prompts", help="Calibration prompts.")]
+TraceServerOpt = Annotated[
+    str | None, typer.Option("--trace-server", help="OpenAI-compatible API that answers them, http://HOST:PORT/v1.")
+]
 
 
 def main() -> None:
@@ -87,6 +90,7 @@ def build(
     packing: PackingOpt = None,
     prompts: PromptsOpt = None,
     trace_prompts: TraceCountOpt = None,
+    trace_server: TraceServerOpt = None,
     out_folder: OutOpt = None,
     work: WorkOpt = None,
     threads: ThreadsOpt = 0,
@@ -94,7 +98,7 @@ def build(
     json_output: JsonOpt = False,
 ) -> None:
     """Prune, export, verify and bundle: the main job."""
-    options = _options(model, target, task, calibration_task, trace_prompts, prompts)
+    options = _options(model, target, task, calibration_task, trace_prompts, trace_server, prompts)
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
     with progress_bars() as progress:
         builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
@@ -115,12 +119,13 @@ def traces(
     task: TaskOpt = None,
     calibration_task: CalibrationTaskOpt = None,
     trace_prompts: TraceCountOpt = None,
+    trace_server: TraceServerOpt = None,
     work: WorkOpt = None,
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
     """Collect the model's chains of thought and print where they are."""
-    options = _options(model, target, task, calibration_task, trace_prompts, None)
+    options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     with progress_bars() as progress:
         builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
         builder.job.check_model()
@@ -141,12 +146,13 @@ def prune(
     method: MethodOpt = None,
     calibration: SourceOpt = None,
     trace_prompts: TraceCountOpt = None,
+    trace_server: TraceServerOpt = None,
     work: WorkOpt = None,
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
-    options = _options(model, target, task, calibration_task, trace_prompts, None)
+    options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     options |= _pruning(sparsity, pattern, method, calibration)
     with progress_bars() as progress:
         builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
@@ -324,6 +330,7 @@ def _options(
     task: list[str] | None,
     calibration_task: list[str] | None,
     trace_prompts: int | None,
+    trace_server: str | None,
     prompts: int | None,
 ) -> dict[str, Any]:
     return {
@@ -331,7 +338,7 @@ def _options(
         "target": target,
         "tasks": tuple(task) if task else None,
         "calibration_tasks": tuple(calibration_task) if calibration_task else None,
-        "traces": {"count": trace_prompts},
+        "traces": {"count": trace_prompts, "server": trace_server},
         "verify": {"count": prompts},
     }
 

@@ -215,6 +215,7 @@ class Job:
             "linears_pruned": len(self.pruned()),
             "linears_kept_dense": len(prunable) - len(self.pruned()),
             "thinks": self.tags is not None,
+            "traces_from": recipe.traces.server or "transformers",
             "trace_prompts": len(self.problems("calibration")),
             "trace_tokens_at_most": len(self.problems("calibration")) * recipe.traces.max_new_tokens,
             "evaluation_prompts": prompts,

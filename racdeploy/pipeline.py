@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -27,6 +28,7 @@ from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
 from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import BlockRow, LinearRow, Record, Report
+from racdeploy.traces import server
 from racdeploy.traces.collect import collect, prompt_traces, trace_counts
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, run_checks
@@ -93,7 +95,7 @@ class Build:
         inputs = self._inputs("traces") | {
             "model": self.job.checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
-            "traces": settings.model_dump(),
+            "traces": settings.identity,
         }
         stage = Stage.open(self.work, "traces", inputs)
         out = TraceSet(stage.folder)
@@ -107,8 +109,7 @@ class Build:
         longest = settings.max_new_tokens + max(
             len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
         )
-        engine_settings = EngineSettings(longest + 1, settings.batch, self.threads)
-        with _opened("transformers", self.job.model.folder, engine_settings) as engine:
+        with self._trace_engine(longest + 1, stage.folder) as engine:
             traces = collect(
                 engine,
                 self.job.encoder,
@@ -120,7 +121,7 @@ class Build:
                 out,
                 self.progress,
             )
-        counts = trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.model_dump())
+        counts = trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
@@ -294,7 +295,7 @@ class Build:
                 model=self.job.model,
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
-                traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.model_dump())
+                traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.identity)
                 | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
                 export=pruned,
                 sparsity_asked=self._asked(model.linears),
@@ -303,6 +304,15 @@ class Build:
             ),
         )
         return report
+
+    def _trace_engine(self, context_tokens: int, folder: Path) -> AbstractContextManager[Engine]:
+        """Return what answers the calibration prompts: a server where the recipe names one, else transformers."""
+        settings = self.job.recipe.traces
+        if settings.server:
+            return server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
+        return _opened(
+            "transformers", self.job.model.folder, EngineSettings(context_tokens, settings.batch, self.threads)
+        )
 
     def _calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
@@ -367,7 +377,7 @@ def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _opened(backend: str, path: Path, settings: EngineSettings) -> Any:
+def _opened(backend: str, path: Path, settings: EngineSettings) -> AbstractContextManager[Any]:
     """Return an engine as a context manager."""
     engine: Engine = open_engine(backend, path, settings)
     return contextlib.closing(engine)

@@ -34,6 +34,7 @@ __all__ = [
 
 M = TypeVar("M", bound=BaseModel)
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+_ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
 class _Part(BaseModel):
@@ -50,6 +51,12 @@ class Traces(_Part):
         max_new_tokens: cap on one completion.
         batch: sequences decoded together; one shard on disk each.
         seed: decides prompts and sampling.
+        server: address of an OpenAI-compatible API that serves the model, as ``http://127.0.0.1:8000/v1``; empty
+            runs it here under transformers.
+        server_model: name that the server gives the model; empty takes the only one there is.
+        server_key_env: environment variable that holds the server's key; empty sends none.
+        server_concurrency: requests under way together.
+        server_timeout_s: longest wait for one completion.
     """
 
     count: int = Field(256, ge=1)
@@ -58,6 +65,31 @@ class Traces(_Part):
     max_new_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1)
     seed: int = 0
+    server: str = ""
+    server_model: str = ""
+    server_key_env: str = ""
+    server_concurrency: int = Field(16, ge=1)
+    server_timeout_s: float = Field(1800.0, gt=0)
+
+    @model_validator(mode="after")  # not of the field: the message would show an address with a key in it
+    def _check_server(self) -> Self:
+        if self.server and not _ADDRESS.match(self.server):
+            raise ValueError(
+                "server is not http://HOST:PORT/v1, with http or https; no name, key or query belongs in it"
+            )
+        unused = sorted(name for name in self.model_fields_set if name.startswith("server_") and not self.server)
+        if unused:
+            raise ValueError(f"{', '.join(unused)} without server")
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the traces: whose model and how it is sampled, and not how a server is reached.
+
+        A server whose model is named may move to another address; otherwise the address stands for the model.
+        """
+        sampling = {k: v for k, v in self.model_dump().items() if not k.startswith("server")}
+        return sampling | ({"server": self.server_model or self.server} if self.server else {})
 
 
 class StreamWeights(_Part):
@@ -452,6 +484,8 @@ count = 256
 temperature = 0.6
 top_p = 0.95
 max_new_tokens = 1024
+# server = "http://127.0.0.1:8000/v1"     # ask vLLM, SGLang or llama-server instead of transformers
+# server_key_env = "SERVER_KEY"           # environment variable that holds its key
 
 [calibration]
 source = "rac"                # prompt and thinking; "prompt" is the usual way

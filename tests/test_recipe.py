@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target, Verification
+from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target, Traces, Verification
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -29,6 +29,26 @@ def test_the_example_recipe_is_the_default_recipe(tmp_path: Path) -> None:
     assert Recipe.combine(None, {}) == Recipe.combine(_file(tmp_path, EXAMPLE), {})
 
 
+def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
+    """Neither the key's variable nor the concurrency; the address only where the model has no name."""
+    url = "http://127.0.0.1:8000/v1"
+    plain, unnamed = Traces().identity, Traces(server=url).identity
+    assert unnamed == plain | {"server": url}
+    assert unnamed == Traces(server=url, server_key_env="KEY", server_concurrency=3, server_timeout_s=9).identity
+    named = [Traces(server=address, server_model="r1").identity for address in (url, "https://gpu.example/v1")]
+    assert named == [plain | {"server": "r1"}] * 2
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:8000", "ftp://h/v1", "http://me:sesame@h/v1", "http://h/v1?key=sesame", "http://h/ v1"]
+)
+def test_a_bad_server_address_is_refused_and_not_shown(address: str) -> None:
+    """A key in an address would land in reports and logs."""
+    with pytest.raises(UsageError, match="no name, key or query belongs in it") as caught:
+        Recipe.combine(None, {"traces": {"server": address}})
+    assert "sesame" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", Target.names())
 def test_every_target_gives_a_recipe(name: str) -> None:
     """Each shipped target is complete, says why, and accepts its own defaults."""
@@ -42,6 +62,7 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     ("text", "complaint"),
     [
         ("[prune]\nsparsty = 0.5", r"unknown key 'prune.sparsty' \(did you mean 'sparsity'\?\)"),
+        ("[traces]\nserver_concurrency = 4", "server_concurrency without server"),
         ("modle = 'x'", r"unknown key 'modle' \(did you mean 'model'\?\)"),
         ("[prune]\nsparsity = 1.0", r"prune.sparsity: .*less than 1 .*got 1.0"),
         ("[prune]\nsparsity = -0.1", "prune.sparsity"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from racdeploy.artifacts import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
+from racdeploy.backends import EngineSettings
+from racdeploy.backends.llamacpp import open_engine as open_llamacpp
 from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, file_sha256
 from racdeploy.export import gguf
+from tests.completion_server import answering, models, serving
 from tests.tiny_models import SPECIAL_TOKENS, make_checkpoint
 
 CONTEXT_TOKENS = 256
@@ -24,11 +28,24 @@ def make_gguf(folder: Path) -> Path:
     return folder / "model.gguf"
 
 
+@contextmanager
+def serve_gguf(folder: Path) -> Iterator[str]:
+    """Serve the tiny model's GGUF; yield the address."""
+    settings = EngineSettings(CONTEXT_TOKENS, parallel=1, threads=1, cache_dtype="f32")
+    with open_llamacpp(make_gguf(folder), settings) as engine:
+        routes = {"v1/models": models("tiny", meta={"n_vocab": 512}), "v1/completions": answering(engine)}
+        with serving(routes) as url:
+            yield url
+
+
 # How each engine of the contract gets its tiny model; an engine that is missing here fails a test.
-ARTIFACTS: dict[str, Callable[[Path], Path]] = {
-    "llamacpp": make_gguf,
-    "transformers": lambda folder: make_checkpoint(folder / "checkpoint", "qwen3"),
+ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
+    "llamacpp": lambda folder: nullcontext(make_gguf(folder)),
+    "openai": serve_gguf,
+    "transformers": lambda folder: nullcontext(make_checkpoint(folder / "checkpoint", "qwen3")),
 }
+# What an HTTP API does not offer; the contract holds these engines to saying so.
+WITHOUT_LOGITS = WITHOUT_BUDGET = frozenset({"openai"})
 
 
 def make_bundle(folder: Path) -> Path:

@@ -98,9 +98,10 @@ class Engine(Protocol):
     """A loaded model.
 
     ``generate`` calls ``on_tokens(sequence_index, new_ids)`` while it runs, if given, and stops early when
-    ``cancelled()`` returns True. ``logits`` returns float32 logits_TV of a teacher-forced pass.
-    ``tokenize`` returns the ids of a text without adding special tokens but parsing those written in it, or
-    raises NotImplementedError where the engine has no tokenizer of its own.
+    ``cancelled()`` returns True. ``logits`` returns float32 logits_TV of a teacher-forced pass, or raises
+    NotImplementedError where the engine keeps them to itself. ``tokenize`` returns the ids of a text without adding
+    special tokens but parsing those written in it, or raises NotImplementedError where the engine has no tokenizer of
+    its own.
     """
 
     def generate(
@@ -118,7 +119,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def open_engine(name: str, path: Path, settings: EngineSettings) -> Engine:
-    """Load ``path`` with the engine of that plugin name."""
+def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine:
+    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address."""
     engine: Engine = plugins.load("backends", name).open_engine(path, settings)
     return engine

@@ -186,7 +186,8 @@ class PromptEncoder:
         self.tokenizer.no_padding()
         self.template = template
         self.template_source = template_source
-        self._prefix = bos_token if add_bos and bos_token else ""
+        self.bos_token = bos_token or ""
+        self._prefix = self.bos_token if add_bos else ""
 
     @classmethod
     def from_folder(cls, folder: Path) -> PromptEncoder:

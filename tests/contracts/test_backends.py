@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from racdeploy import plugins
 from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget, open_engine
-from racdeploy.errors import EngineError
-from tests.tiny_artifacts import ARTIFACTS, CLOSE_ID, CONTEXT_TOKENS, OPEN_ID
+from racdeploy.errors import EngineError, UsageError
+from tests.tiny_artifacts import ARTIFACTS, CLOSE_ID, CONTEXT_TOKENS, OPEN_ID, WITHOUT_BUDGET, WITHOUT_LOGITS
 
+Logits = Callable[[Sequence[int]], NDArray[np.float32]]
 PROMPTS = [[5 + i, 90, 17 * i + 3, *range(40, 41 + 6 * i)] for i in range(6)]
 GREEDY = Sampling(max_new_tokens=16, stop_ids=())
 SETTINGS = EngineSettings(context_tokens=CONTEXT_TOKENS, parallel=4, threads=1, cache_dtype="f32")
@@ -25,12 +27,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def path(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ARTIFACTS[name](tmp_path_factory.mktemp(name))
+def path(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | str]:
+    with ARTIFACTS[name](tmp_path_factory.mktemp(name)) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")
-def engine(name: str, path: Path) -> Iterator[Engine]:
+def engine(name: str, path: Path | str) -> Iterator[Engine]:
     """Four sequences at a time."""
     opened = open_engine(name, path, SETTINGS)
     yield opened
@@ -38,11 +41,27 @@ def engine(name: str, path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def single(name: str, path: Path) -> Iterator[Engine]:
+def single(name: str, path: Path | str) -> Iterator[Engine]:
     """One sequence at a time."""
     opened = open_engine(name, path, replace(SETTINGS, parallel=1))
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def logits(name: str, engine: Engine) -> Logits:
+    """Teacher-forced logits, of the engines that have them."""
+    if name in WITHOUT_LOGITS:
+        pytest.skip(f"{name} gives no logits, and test_an_engine_without_logits_or_budgets_says_so holds it to that")
+    return engine.logits
+
+
+@pytest.fixture
+def forcing(name: str, engine: Engine) -> Engine:
+    """The engine, if it can force the end of thinking."""
+    if name in WITHOUT_BUDGET:
+        pytest.skip(f"{name} has no budgets, and test_an_engine_without_logits_or_budgets_says_so holds it to that")
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +79,19 @@ def test_greedy_does_not_depend_on_batching(single: Engine, greedy: list[Complet
     assert single.generate(PROMPTS, GREEDY) == greedy
 
 
-def test_greedy_is_the_largest_logit_of_each_position(engine: Engine, greedy: list[Completion]) -> None:
+def test_greedy_is_the_largest_logit_of_each_position(logits: Logits, greedy: list[Completion]) -> None:
     """Teacher-forced logits are finite, float32, and agree with every greedy choice."""
     for prompt, completion in zip(PROMPTS, greedy, strict=True):
-        logits_TV = engine.logits([*prompt, *completion.ids])
+        logits_TV = logits([*prompt, *completion.ids])
         assert logits_TV.dtype == np.float32
         assert np.isfinite(logits_TV).all()
         assert logits_TV[len(prompt) - 1 : -1].argmax(axis=1).tolist() == list(completion.ids)
 
 
-def test_logits_of_a_long_text_equal_those_of_its_parts(engine: Engine) -> None:
+def test_logits_of_a_long_text_equal_those_of_its_parts(logits: Logits) -> None:
     """A text longer than one batch of outputs; float32 sums in another order differ by about 1e-6 relative."""
     ids = [(7 * position) % 480 for position in range(150)]
-    whole_TV, part_TV = engine.logits(ids), engine.logits(ids[:30])
+    whole_TV, part_TV = logits(ids), logits(ids[:30])
     assert whole_TV.shape[0] == 150
     np.testing.assert_allclose(whole_TV[:30], part_TV, rtol=0, atol=1e-4 * float(np.abs(part_TV).max()))
 
@@ -110,29 +129,29 @@ def test_a_completion_ends_at_the_context(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("close_ids", [(CLOSE_ID,), (60, 61, 62)])
-def test_a_budget_forces_the_close_tag(engine: Engine, greedy: list[Completion], close_ids: tuple[int, ...]) -> None:
+def test_a_budget_forces_the_close_tag(forcing: Engine, greedy: list[Completion], close_ids: tuple[int, ...]) -> None:
     """The tag comes after exactly max_tokens of the same thinking, and generation goes on behind it."""
     budget = ThinkingBudget(close_ids, (OPEN_ID,), max_tokens=4, starts_open=True)
-    completions = engine.generate(PROMPTS, replace(GREEDY, budget=budget))
+    completions = forcing.generate(PROMPTS, replace(GREEDY, budget=budget))
     for free, forced in zip(greedy, completions, strict=True):
         assert (forced.ids[:4], forced.forced_at) == (free.ids[:4], 4)
         assert forced.ids[4 : 4 + len(close_ids)] == close_ids
         assert len(forced.ids) == GREEDY.max_new_tokens
 
 
-def test_what_follows_a_forced_tag_has_seen_it(engine: Engine) -> None:
+def test_what_follows_a_forced_tag_has_seen_it(forcing: Engine, logits: Logits) -> None:
     """The next choice is the largest logit of prompt, thinking and tag together."""
     budget = ThinkingBudget((60, 61, 62), (OPEN_ID,), max_tokens=4, starts_open=True)
-    (completion,) = engine.generate(PROMPTS[:1], replace(GREEDY, budget=budget))
-    logits_TV = engine.logits([*PROMPTS[0], *completion.ids])
+    (completion,) = forcing.generate(PROMPTS[:1], replace(GREEDY, budget=budget))
+    logits_TV = logits([*PROMPTS[0], *completion.ids])
     best = logits_TV[len(PROMPTS[0]) + 6 : -1].argmax(axis=1).tolist()
     assert best == list(completion.ids[7:])
 
 
-def test_a_budget_of_nothing_closes_at_once(engine: Engine) -> None:
+def test_a_budget_of_nothing_closes_at_once(forcing: Engine) -> None:
     budget = ThinkingBudget((CLOSE_ID,), (OPEN_ID,), max_tokens=0, starts_open=True)
     told: list[int] = []
-    (completion,) = engine.generate(
+    (completion,) = forcing.generate(
         PROMPTS[:1], replace(GREEDY, budget=budget), on_tokens=lambda _, ids: told.extend(ids)
     )
     assert (completion.ids[0], completion.forced_at) == (CLOSE_ID, 0)
@@ -202,12 +221,22 @@ def test_impossible_settings_are_refused(engine: Engine, change: dict[str, objec
         engine.generate([[3]], replace(GREEDY, **change))  # type: ignore[arg-type]
 
 
-def test_too_long_a_text_has_no_logits(engine: Engine) -> None:
+def test_too_long_a_text_has_no_logits(logits: Logits) -> None:
     with pytest.raises(EngineError, match="at most 256"):
-        engine.logits([4] * (CONTEXT_TOKENS + 1))
+        logits([4] * (CONTEXT_TOKENS + 1))
 
 
-def test_closing_twice_is_harmless(name: str, path: Path) -> None:
+def test_an_engine_without_logits_or_budgets_says_so(name: str, engine: Engine) -> None:
+    """What an engine cannot do is refused, never left out."""
+    if name in WITHOUT_LOGITS:
+        with pytest.raises(NotImplementedError):
+            engine.logits([4])
+    if name in WITHOUT_BUDGET:
+        with pytest.raises(UsageError, match="cannot end the thinking"):
+            engine.generate(PROMPTS, replace(GREEDY, budget=ThinkingBudget((CLOSE_ID,), (OPEN_ID,), 4, True)))
+
+
+def test_closing_twice_is_harmless(name: str, path: Path | str) -> None:
     opened = open_engine(name, path, SETTINGS)
     opened.close()
     opened.close()

@@ -1,0 +1,118 @@
+"""Traces from a server: open it, compare it with the model, and remember which one it was.
+
+A server that tokenizes otherwise answers other prompts than ours, so nothing is asked before it agrees. That its
+weights are the model's cannot be seen from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from racdeploy.artifacts import write_atomic
+from racdeploy.backends import Engine, EngineSettings
+from racdeploy.backends.openai import OpenAIEngine
+from racdeploy.checkpoint import Checkpoint, TokenizerFiles, read_json
+from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.recipe import Traces
+from racdeploy.runtime.template import PromptEncoder
+
+__all__ = ["check_agreement", "opened"]
+
+_RECORD = "server.json"
+_QUESTION = "What is 12 times 34?"
+_PROBES = (
+    _QUESTION,
+    "12+30=42, so the answer is \\boxed{42}.",
+    "def add(left, right):\n    return left + right\n\n\tprint(add(2, 3))\r\n",
+    "  1234567890   3.14159 1e-5\n\n\n",
+    "We've done it; it's right, ISN'T it? They'll see.",
+    "Привет мир. 你好世界。 नमस्ते दुनिया। مرحبا بالعالم. naïve Straße",
+    "🚀 👨‍👩‍👧‍👦 ∀x∈ℝ: ⌈x⌉ ≥ x",
+)
+
+
+@contextlib.contextmanager
+def opened(
+    settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder, context_tokens: int, folder: Path
+) -> Iterator[Engine]:
+    """Yield an engine that has been compared with the model.
+
+    Args:
+        settings: which server, and how to ask it.
+        checkpoint: the model that is served.
+        encoder: template and tokenizer of that model.
+        context_tokens: longest prompt and completion.
+        folder: of the trace stage; the server's model is recorded there.
+
+    Raises:
+        UsageError: another tokenizer or template, or a wrong address, key or model name.
+        ArtifactError: the shards in the folder came from another model.
+        EngineError: the server failed; finished shards are kept, and the message says so.
+    """
+    engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
+    try:
+        with OpenAIEngine(
+            settings.server,
+            engine_settings,
+            tokenizer=TokenizerFiles(checkpoint.folder).file,
+            vocabulary=checkpoint.integer("vocab_size"),
+            model=settings.server_model,
+            key_env=settings.server_key_env,
+            timeout_s=settings.server_timeout_s,
+        ) as engine:
+            check_agreement(engine, encoder)
+            _record(folder, engine.model)
+            yield engine
+    except EngineError as error:
+        shards = len(list(folder.glob("shard-*.jsonl")))
+        kept = f"; {shards} finished shards of traces are kept in {folder}" if shards else ""
+        raise EngineError(
+            f"{error.message}{kept}", remedy=f"{error.remedy}; then run the same command, which goes on where it ended"
+        ) from error
+
+
+def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
+    """Compare the server's tokenizer and template with the model's.
+
+    Raises:
+        UsageError: naming the first text on which they differ.
+    """
+    prompt = encoder.render(_QUESTION)
+    texts = (*_PROBES, prompt)
+    bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
+    lead = 0 if engine.tells_ids else engine.count("a") - len(encoder.encode_text("a"))
+    for text in texts:
+        expected = encoder.encode_text(text)
+        if engine.tells_ids:
+            actual: object = engine.tokenize(text)
+            agrees = actual in (expected, bos_ids + expected)
+        else:
+            actual = engine.count(text)
+            agrees = actual == len(expected) + lead
+        if not agrees:
+            raise UsageError(
+                f"the server's tokenizer is not the model's: {text!r} is {expected} here and {actual} there",
+                remedy="serve the very model that is pruned, or name its folder",
+            )
+    rendered = engine.render([{"role": "user", "content": _QUESTION}])
+    # llama-server leaves the beginning-of-sequence token to its tokenizer.
+    without_bos = prompt.removeprefix(encoder.bos_token)
+    if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):
+        raise UsageError(
+            f"the server's chat template is not the model's: {_QUESTION!r} is {prompt!r} here and {rendered!r} there",
+            remedy="start the server without a chat template of its own, with the model's tokenizer files",
+        )
+
+
+def _record(folder: Path, model: str) -> None:
+    """Write down who answers, or refuse to mix the answers of two."""
+    file = folder / _RECORD
+    if file.is_file() and (before := read_json(file)["model"]) != model:
+        raise ArtifactError(
+            f"the traces in {folder} were begun with the served model {before!r}, this server has {model!r}",
+            remedy=f"serve {before!r} again, or remove {folder}",
+        )
+    write_atomic(file, json.dumps({"model": model}))
