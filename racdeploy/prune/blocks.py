@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,13 +21,15 @@ class Blocks:
 
     Args:
         checkpoint: where the weights are.
+        compute: number format of the products in a forward pass; hidden states stay in float32.
 
     Raises:
         ModelError: the checkpoint's tensors are not exactly the architecture's.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, compute: Literal["float32", "bfloat16"] = "float32") -> None:
         self.checkpoint = checkpoint
+        self._compute = compute
         self._model = skeleton(checkpoint)
         expected = {name for name, _ in self._model.named_parameters()}
         check_names(checkpoint, expected - {"lm_head.weight"} if checkpoint.tied else expected)
@@ -60,12 +63,14 @@ class Blocks:
     def forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return a block's output at positions from zero, under a causal mask."""
         position_1T = torch.arange(hidden_BTD.shape[1])[None]
-        output = block(
-            hidden_BTD,
-            attention_mask=None,  # sdpa: causal
-            position_ids=position_1T,
-            position_embeddings=self._model.get_submodule("model.rotary_emb")(hidden_BTD, position_1T),
-        )
+        rotary = self._model.get_submodule("model.rotary_emb")(hidden_BTD, position_1T)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._compute == "bfloat16"):
+            output = block(
+                hidden_BTD,
+                attention_mask=None,  # sdpa: causal
+                position_ids=position_1T,
+                position_embeddings=rotary,
+            )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

@@ -109,7 +109,7 @@ class _Walk:
     batches: Sequence[Batch]
 
     def __post_init__(self) -> None:
-        self.blocks = Blocks(self.checkpoint)
+        self.blocks = Blocks(self.checkpoint, self.settings.compute)
         self.method = plugins.load("methods", self.settings.method)
         shapes = self.blocks.shapes(self.batches)
         self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
@@ -281,7 +281,7 @@ def _measured(block: nn.Module, pruned: Mapping[str, _PrunedLinear], batch: Batc
         def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor) -> None:
             bias = getattr(module, "bias", None)
             found_BTO = output_BTO if bias is None else output_BTO - bias
-            linear.error.add(found_BTO, inputs[0] @ linear.target_OI.T, batch)
+            linear.error.add(found_BTO.float(), inputs[0].float() @ linear.target_OI.T, batch)
 
         return observe
 

@@ -135,6 +135,33 @@ def test_held_out_errors_are_those_of_the_whole_pruned_model(tmp_path: Path) -> 
     assert expected > 1e-4
 
 
+def test_bfloat16_products_prune_nearly_alike(tmp_path: Path) -> None:
+    """The drift differs by less than a tenth, and the masks by less than 0.2, where unrelated ones differ by 0.5."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3"))
+    drifts, masks = [], []
+    for compute in ("float32", "bfloat16"):
+        blocks = _empty(tmp_path / compute)
+        _, rows = prune_blocks(checkpoint, TRACES, TRACES, Pruning(sparsity=0.5, compute=compute), blocks)
+        drifts.append(rows[-1].drift)
+        masks.append(torch.cat([v.flatten() != 0 for v in load_file(blocks / "block-00001.safetensors").values()]))
+    assert drifts[1] == pytest.approx(drifts[0], rel=0.1)
+    assert (masks[0] != masks[1]).float().mean() < 0.2
+    assert not torch.equal(*masks), "bfloat16 left no mark at all"
+
+
+def test_hessian_sums_in_slices_are_the_whole_product() -> None:
+    """Half the product, mirrored, is all of it: a width that the slices do not divide, weighted streams."""
+    generator = torch.Generator().manual_seed(0)
+    input_NI, stream_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 3
+    weights_S = torch.tensor([1.0, 0.5, 2.0])
+    statistic = InputStatistic(601, weights_S, match_dense=False)
+    for part in (slice(0, 300), slice(300, 700)):
+        statistic.add(input_NI[None, part], None, stream_N[None, part])
+    weighted = input_NI.double() * weights_S[stream_N][:, None].double()
+    expected_II = (weighted.T @ input_NI.double() / float(weights_S[stream_N].sum())).float()
+    torch.testing.assert_close(statistic.hessian(1e-12).matrix_II, expected_II, rtol=1e-4, atol=1e-5)
+
+
 def test_hidden_states_beyond_the_window_come_back(tmp_path: Path) -> None:
     """Tensors in the file and in memory read alike, can be replaced, and leave nothing behind."""
     shapes = [(2, 3, 4), (1, 5, 4), (3, 2, 4)]
