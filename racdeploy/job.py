@@ -115,6 +115,8 @@ class Job:
         """
         _require({name: extra for name, extra in _NEEDS.items() if extra == "prune"})
         settings, entries = self.recipe.prune, self.checkpoint.entries
+        if settings.joint:
+            quant.as_grid(self.recipe.export.quant)
         if missing := [name for name in self.prunable() if name not in entries]:
             raise ModelError(
                 f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture, first {missing[0]!r}",

@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 _SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py", "tasks")
 _CODE = {
     "traces": (*_SHARED, "backends", "runtime", "traces"),
-    "prune": (*_SHARED, "backends", "prune", "runtime", "traces"),
+    "prune": (*_SHARED, "backends", "prune", "quant", "runtime", "traces"),
     "export": (*_SHARED, "export", "packing", "quant"),
 }
 
@@ -131,17 +131,19 @@ class Build:
         from racdeploy.prune.calibrate import prune_blocks
 
         trace_folder, traces = self.traces()
+        quant = self.job.recipe.export.quant if self.job.recipe.prune.joint else ""
         inputs = self._inputs("prune") | {
             "traces_sha256": TraceSet(trace_folder).sha256,
             "model": self.job.checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
             "calibration": self.job.recipe.calibration.model_dump(),
             "prune": self.job.recipe.prune.model_dump(),
+            "quant": quant,
         }
         stage = Stage.open(self.work, "prune", inputs)
         folder = stage.folder / self.job.name
         if not stage.finished:
-            calibration, held_out, counts = self._calibration(traces)
+            calibration, held_out, counts = self.calibration(traces)
             linears, blocks = prune_blocks(
                 self.job.checkpoint,
                 calibration,
@@ -149,6 +151,7 @@ class Build:
                 self.job.recipe.prune,
                 stage.folder,
                 self.job.recipe.calibration.weights,
+                quant,
                 self.threads,
                 self.progress,
             )
@@ -314,7 +317,7 @@ class Build:
             "transformers", self.job.model.folder, EngineSettings(context_tokens, settings.batch, self.threads)
         )
 
-    def _calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
+    def calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
         selection = select(traces, self.job.recipe.calibration)
         chosen = selection.calibration

@@ -130,6 +130,7 @@ class Pruning(_Part):
         allocation: a plugin of kind ``allocations``: how the sparsity is shared out among the linears.
         match_dense: solve for the dense model's output, not for that of the partly pruned one.
         refit_steps: conjugate-gradient steps on the mask that the method chose; 0 keeps the method's own weights.
+        joint: choose the codes of the export's quant while pruning; the exporter writes those very codes.
         damping: added to the diagonal of the Hessian, as a share of its mean.
         column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
             held-out error 0.0245 at 16, 0.0314 at 128).
@@ -143,6 +144,7 @@ class Pruning(_Part):
     allocation: str = "uniform"
     match_dense: bool = True
     refit_steps: int = Field(20, ge=0)
+    joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
     column_block: int = Field(16, ge=1)
     compute: Literal["float32", "bfloat16"] = "float32"

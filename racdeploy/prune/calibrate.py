@@ -34,8 +34,10 @@ from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
 from racdeploy.prune.refit import refit
+from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import survey
+from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.report_model import BlockRow, LinearRow
 
@@ -51,6 +53,7 @@ def prune_blocks(
     settings: Pruning,
     folder: Path,
     weights: StreamWeights | None = None,
+    quant: str = "",
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[list[LinearRow], list[BlockRow]]:
@@ -63,6 +66,7 @@ def prune_blocks(
         settings: method, pattern, sparsity.
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
         weights: what a token of each stream counts; None is 1 for all.
+        quant: number format whose codes are chosen while pruning; empty leaves rounding to the export.
         threads: CPU threads; 0 leaves torch's choice.
         progress: called with a label, blocks done and blocks in all.
 
@@ -79,7 +83,7 @@ def prune_blocks(
         torch.set_num_threads(threads)
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     batches = make_batches(calibration, tasks, held_out=False) + make_batches(held_out, tasks, held_out=True)
-    walk = _Walk(checkpoint, settings, weights or StreamWeights(), folder, tasks, batches)
+    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, folder, tasks, batches)
     linears: list[LinearRow] = []
     blocks: list[BlockRow] = []
     try:
@@ -104,6 +108,7 @@ class _Walk:
     checkpoint: Checkpoint
     settings: Pruning
     weights: StreamWeights
+    quant: str
     folder: Path
     tasks: Sequence[str]
     batches: Sequence[Batch]
@@ -193,7 +198,8 @@ class _Walk:
             targets = [statistic.target(dense.get_parameter(f"{name}.weight"), hessian) for name in wanted]
             del statistic
             for name, target_OI in zip(wanted, targets, strict=True):
-                dtype = TORCH_DTYPES[self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype]
+                stored = "F32" if self.quant else self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype
+                dtype = TORCH_DTYPES[stored]  # codes times a scale need more digits than bfloat16 has
                 stored_OI = self._prune_linear(f"{prefix}.{name}", target_OI, hessian).to(dtype).contiguous()
                 error = RelativeError(self.tasks)
                 pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error)
@@ -227,6 +233,8 @@ class _Walk:
         weight_OI: torch.Tensor = result.weight_OI
         if self.settings.refit_steps:
             weight_OI = refit(weight_OI, result.keep_OI, live_OI, hessian, self.settings.refit_steps)
+        if self.quant:
+            weight_OI = round_to_grid(weight_OI, result.keep_OI, live_OI, hessian, as_grid(self.quant))
         return weight_OI
 
     def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, _PrunedLinear]) -> RelativeError:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 
-__all__ = ["Quant", "fits", "load"]
+__all__ = ["Grid", "Quant", "as_grid", "fits", "leading_scales", "load"]
 
 
 class Quant(Protocol):
@@ -33,6 +34,39 @@ class Quant(Protocol):
     def quantize(self, weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]: ...
 
     def dequantize(self, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]: ...
+
+
+class Grid(Quant, Protocol):
+    """A format whose weights are whole codes times one scale per block.
+
+    ``CODES`` are the lowest and the highest code; ``steps`` returns step_OB, the scale of every block, float32.
+    """
+
+    CODES: tuple[int, int]
+
+    def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+
+def as_grid(name: str) -> Grid:
+    """Import a number format whose codes can be chosen while pruning.
+
+    Raises:
+        UsageError: the format is no such grid; the message names those that are.
+    """
+    if not hasattr(load(name), "CODES"):
+        grids = [other for other in plugins.names("quant") if hasattr(plugins.load("quant", other), "CODES")]
+        raise UsageError(
+            f"the codes of quant {name!r} cannot be chosen while pruning",
+            remedy=f"use one of {', '.join(grids)}, or prune.joint = false",
+        )
+    return cast(Grid, load(name))
+
+
+def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np.float32]:
+    """Return step_OB of a format whose blocks begin with a scale in half precision."""
+    O, P = packed_OP.shape
+    scale_OB2 = packed_OP.reshape(O, P // block_bytes, block_bytes)[:, :, :2]
+    return np.ascontiguousarray(scale_OB2).view(np.float16)[:, :, 0].astype(np.float32)
 
 
 def load(name: str) -> Quant:

@@ -6,11 +6,14 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+from racdeploy.quant import leading_scales
+
+__all__ = ["BITS", "BLOCK", "CODES", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize", "steps"]
 
 GGML_TYPE = 2
 BITS = 4.5
 BLOCK = 32
+CODES = (-8, 7)
 PRESERVES_ZERO = True
 _TYPE = GGMLQuantizationType(GGML_TYPE)
 
@@ -25,3 +28,8 @@ def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
     weight_OI: NDArray[np.float32] = quants.dequantize(packed_OP, _TYPE)
     assert weight_OI.shape[1] == I, "packed rows do not match the row length"
     return weight_OI
+
+
+def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the scale of every block."""
+    return leading_scales(packed_OP, 18)
