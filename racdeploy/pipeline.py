@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import __version__, bundle, plugins
-from racdeploy.artifacts import Stage, Trace, TraceSet
+from racdeploy.artifacts import Stage, Trace, TraceSet, canonical_hash
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import Checkpoint
-from racdeploy.errors import ArtifactError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
@@ -30,6 +30,7 @@ from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import BlockRow, LinearRow, Record, Report
 from racdeploy.traces import server
 from racdeploy.traces.collect import collect, prompt_traces, trace_counts
+from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, run_checks
 from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
@@ -61,12 +62,14 @@ class PrunedModel:
         linears: how each linear was pruned.
         blocks: how far each block drifted from the dense model.
         selection: counts of the traces that were used and left out.
+        notes: what the report must say about how it came about.
     """
 
     folder: Path
     linears: tuple[LinearRow, ...]
     blocks: tuple[BlockRow, ...]
     selection: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,19 @@ class Build:
     threads: int = 0
     progress: Progress | None = None
 
-    def traces(self) -> tuple[Path, list[Trace]]:
-        """Collect the dense model's traces, or read them back.
+    def traces(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
+        """Collect a model's traces, or read them back.
+
+        Args:
+            sparse: folder of a model to ask in place of the dense one.
 
         Returns:
             The stage folder, and the traces in order.
         """
         settings = self.job.recipe.traces
+        checkpoint = Checkpoint(sparse) if sparse else self.job.checkpoint
         inputs = self._inputs("traces") | {
-            "model": self.job.checkpoint.sha256,
+            "model": checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
             "traces": settings.identity,
         }
@@ -109,7 +116,7 @@ class Build:
         longest = settings.max_new_tokens + max(
             len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
         )
-        with self._trace_engine(longest + 1, stage.folder) as engine:
+        with self._trace_engine(longest + 1, stage.folder, sparse) as engine:
             traces = collect(
                 engine,
                 self.job.encoder,
@@ -121,24 +128,56 @@ class Build:
                 out,
                 self.progress,
             )
-        counts = trace_counts(traces, self.job.checkpoint, self.job.encoder, settings.identity)
+        counts = trace_counts(traces, checkpoint, self.job.encoder, settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
     def prune(self) -> PrunedModel:
-        """Prune the model on its traces, or find it pruned."""
+        """Prune the model on its traces, or find it pruned.
+
+        Under a schedule, a step whose model answers the calibration prompts too badly or too long is undone, and the
+        notes of the model before it say so.
+        """
+        trace_folder, dense = self.traces()
+        sha256, calibration = TraceSet(trace_folder).sha256, dense
+        model: PrunedModel | None = None
+        for sparsity in self.job.recipe.prune.schedule or (self.job.recipe.prune.sparsity,):
+            found = self._prune_to(sparsity, calibration, sha256, model)
+            if not self.job.recipe.prune.schedule:
+                return found
+            own_folder, own = self.traces(found.folder)
+            probe = Probe.of(own, dense)
+            step = f"schedule, {sparsity:.0%}: {probe.accuracy:.1%} of the calibration prompts right"
+            if reason := probe.reason(self.job.recipe.prune):
+                if model is None:
+                    raise UsageError(
+                        f"the first step of the schedule, {sparsity:.0%}, goes too far: {reason}",
+                        remedy="begin lower, or raise prune.probe_drop or prune.probe_length",
+                    )
+                return replace(model, notes=(*model.notes, f"schedule, {sparsity:.0%} was undone: {reason}"))
+            model = replace(found, notes=(*(model.notes if model else ()), step))
+            calibration = mix(own, dense, self.job.recipe.prune.dense_traces)
+            sha256 = canonical_hash([TraceSet(trace_folder).sha256, TraceSet(own_folder).sha256])
+        assert model
+        return model
+
+    def _prune_to(
+        self, sparsity: float, traces: Sequence[Trace], traces_sha256: str, before: PrunedModel | None
+    ) -> PrunedModel:
+        """Prune the dense model to one sparsity, keeping the zeros of the model before."""
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.calibrate import prune_blocks
 
-        trace_folder, traces = self.traces()
-        quant = self.job.recipe.export.quant if self.job.recipe.prune.joint else ""
+        settings = self.job.recipe.prune.model_copy(update={"sparsity": sparsity})
+        quant = self.job.recipe.export.quant if settings.joint else ""
         inputs = self._inputs("prune") | {
-            "traces_sha256": TraceSet(trace_folder).sha256,
+            "traces_sha256": traces_sha256,
             "model": self.job.checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
             "calibration": self.job.recipe.calibration.model_dump(),
-            "prune": self.job.recipe.prune.model_dump(),
+            "prune": settings.model_dump(),
             "quant": quant,
+            "within": Checkpoint(before.folder).sha256 if before else "",
         }
         stage = Stage.open(self.work, "prune", inputs)
         folder = stage.folder / self.job.name
@@ -148,12 +187,13 @@ class Build:
                 self.job.checkpoint,
                 calibration,
                 held_out,
-                self.job.recipe.prune,
+                settings,
                 stage.folder,
-                self.job.recipe.calibration.weights,
-                quant,
-                self.threads,
-                self.progress,
+                weights=self.job.recipe.calibration.weights,
+                quant=quant,
+                within=before.folder.parent if before else None,
+                threads=self.threads,
+                progress=self.progress,
             )
             assemble(self.job.checkpoint, stage.folder, folder)
             rows = {"linears": [row.model_dump() for row in linears], "blocks": [row.model_dump() for row in blocks]}
@@ -166,20 +206,22 @@ class Build:
             summary["selection"],
         )
 
-    def export(self, folder: Path, name: str, *, pruned: bool = True) -> ExportResult:
+    def export(self, folder: Path, name: str, *, pruned: bool = True, sparsity: float | None = None) -> ExportResult:
         """Export a model folder, or find it exported.
 
         Args:
             folder: Hugging Face folder, dense or pruned.
             name: file name without suffix.
             pruned: whether packing applies; the dense model is always plain.
+            sparsity: for the file's metadata, where it is not the recipe's.
         """
         checkpoint, settings = Checkpoint(folder), self.job.recipe.export
+        metadata = self._metadata(sparsity) if pruned else {}
         inputs = self._inputs("export") | {
             "model": checkpoint.sha256,
             "export": settings.model_dump() | ({} if pruned else {"packing": "plain"}),
             "name": name,
-            "metadata": self._metadata() if pruned else {},
+            "metadata": metadata,
         }
         stage = Stage.open(self.work, "export", inputs)
         file = stage.folder / f"{name}.{settings.format}"
@@ -195,7 +237,7 @@ class Build:
             file,
             quant=settings.quant,
             packing=settings.packing if pruned else "plain",
-            metadata=self._metadata() if pruned else {},
+            metadata=metadata,
             pre_tokenizer=settings.pre_tokenizer,
             progress=report,
         )
@@ -272,7 +314,7 @@ class Build:
             model=self.job.recipe.model,
             target=self.job.recipe.target,
             recipe=self.job.recipe.model_dump(mode="json"),
-            notes=[*_selection_notes(model.selection), *pruned.notes],
+            notes=[*_selection_notes(model.selection), *model.notes, *pruned.notes],
             fingerprint=fingerprint(engine_settings),
             created=datetime.now(UTC),
         )
@@ -290,7 +332,8 @@ class Build:
         dense = self.export(
             self.job.model.folder, f"{self.job.model.name}-dense-{self.job.recipe.export.quant}", pruned=False
         )
-        pruned = self.export(model.folder, self.job.artifact_name)
+        reached = self._asked(model.linears) if self.job.recipe.prune.schedule else None
+        pruned = self.export(model.folder, self.job.artifact_name, sparsity=reached)
         report, records = self.verify(model, dense, pruned)
         bundle.write(
             out,
@@ -308,14 +351,13 @@ class Build:
         )
         return report
 
-    def _trace_engine(self, context_tokens: int, folder: Path) -> AbstractContextManager[Engine]:
-        """Return what answers the calibration prompts: a server where the recipe names one, else transformers."""
+    def _trace_engine(self, context_tokens: int, folder: Path, sparse: Path | None) -> AbstractContextManager[Engine]:
+        """Return what answers the calibration prompts: a server that the recipe names serves the dense model only."""
         settings = self.job.recipe.traces
-        if settings.server:
+        if settings.server and not sparse:
             return server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
-        return _opened(
-            "transformers", self.job.model.folder, EngineSettings(context_tokens, settings.batch, self.threads)
-        )
+        engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
+        return _opened("transformers", sparse or self.job.model.folder, engine_settings)
 
     def calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
@@ -349,7 +391,7 @@ class Build:
         asked = sum(row.sparsity_asked * weights[row.name] for row in linears)
         return asked / sum(weights.values())
 
-    def _metadata(self) -> dict[str, str | int | float | bool]:
+    def _metadata(self, sparsity: float | None) -> dict[str, str | int | float | bool]:
         prune = self.job.recipe.prune
         return {
             "general.name": self.job.name,
@@ -357,7 +399,7 @@ class Build:
             "racdeploy.base_model": self.job.recipe.model,
             "racdeploy.method": prune.method,
             "racdeploy.pattern": prune.pattern,
-            "racdeploy.sparsity": float(prune.sparsity),
+            "racdeploy.sparsity": float(prune.sparsity if sparsity is None else sparsity),
             "racdeploy.calibration": self.job.recipe.calibration.source,
         }
 

@@ -130,6 +130,11 @@ class Pruning(_Part):
         allocation: a plugin of kind ``allocations``: how the sparsity is shared out among the linears.
         match_dense: solve for the dense model's output, not for that of the partly pruned one.
         refit_steps: conjugate-gradient steps on the mask that the method chose; 0 keeps the method's own weights.
+        schedule: rising sparsities up to ``sparsity``. After each one the sparse model answers the calibration prompts
+            itself, and the next one is solved from the dense weights on its traces, with every zero kept.
+        dense_traces: share of the prompts whose dense traces stay in the calibration of the later steps.
+        probe_drop: accuracy that a step may lose on the calibration prompts; beyond it the step is undone.
+        probe_length: largest ratio of thinking tokens of a step to the dense model's.
         joint: choose the codes of the export's quant while pruning; the exporter writes those very codes.
         damping: added to the diagonal of the Hessian, as a share of its mean.
         column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
@@ -144,6 +149,10 @@ class Pruning(_Part):
     allocation: str = "uniform"
     match_dense: bool = True
     refit_steps: int = Field(20, ge=0)
+    schedule: tuple[float, ...] = ()
+    dense_traces: float = Field(0.25, ge=0, le=1)
+    probe_drop: float = Field(0.1, gt=0, lt=1)
+    probe_length: float = Field(1.3, gt=1)
     joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
     column_block: int = Field(16, ge=1)
@@ -172,6 +181,8 @@ class Pruning(_Part):
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Self:
+        if self.schedule:
+            self._check_schedule()
         if self.kept_of is None:
             return self
         if self.allocation != "uniform":
@@ -182,6 +193,13 @@ class Pruning(_Part):
             raise ValueError(f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}")
         object.__setattr__(self, "sparsity", implied)
         return self
+
+    def _check_schedule(self) -> None:
+        steps = self.schedule
+        if self.kept_of or self.allocation != "uniform":
+            raise ValueError("a schedule goes with pattern 'unstructured' and allocation 'uniform'")
+        if list(steps) != sorted({*steps}) or steps[0] <= 0 or steps[-1] != self.sparsity:
+            raise ValueError(f"schedule {list(steps)} must rise from above 0 to the sparsity, {self.sparsity:g}")
 
     @property
     def kept_of(self) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -32,7 +33,7 @@ from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.patterns import pattern_of
+from racdeploy.prune.patterns import Pattern, Within, pattern_of
 from racdeploy.prune.refit import refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.statistics import InputStatistic
@@ -54,6 +55,7 @@ def prune_blocks(
     folder: Path,
     weights: StreamWeights | None = None,
     quant: str = "",
+    within: Path | None = None,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[list[LinearRow], list[BlockRow]]:
@@ -67,6 +69,7 @@ def prune_blocks(
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
         weights: what a token of each stream counts; None is 1 for all.
         quant: number format whose codes are chosen while pruning; empty leaves rounding to the export.
+        within: folder of an earlier walk whose zeros stay zeros; weights are solved from the dense ones all the same.
         threads: CPU threads; 0 leaves torch's choice.
         progress: called with a label, blocks done and blocks in all.
 
@@ -83,7 +86,7 @@ def prune_blocks(
         torch.set_num_threads(threads)
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     batches = make_batches(calibration, tasks, held_out=False) + make_batches(held_out, tasks, held_out=True)
-    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, folder, tasks, batches)
+    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, within, folder, tasks, batches)
     linears: list[LinearRow] = []
     blocks: list[BlockRow] = []
     try:
@@ -109,6 +112,7 @@ class _Walk:
     settings: Pruning
     weights: StreamWeights
     quant: str
+    within: Path | None
     folder: Path
     tasks: Sequence[str]
     batches: Sequence[Batch]
@@ -226,7 +230,8 @@ class _Walk:
         return statistic
 
     def _prune_linear(self, name: str, target_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-        pattern = pattern_of(self.shares[name], self.settings.kept_of)
+        asked = pattern_of(self.shares[name], self.settings.kept_of)
+        pattern: Pattern = Within(asked, self._gone(name)) if self.within else asked
         pattern.check(name, target_OI.shape[1])
         live_OI = target_OI * ~hessian.dead_I
         result = self.method.prune(live_OI.clone(), hessian, pattern, self.settings)
@@ -236,6 +241,14 @@ class _Walk:
         if self.quant:
             weight_OI = round_to_grid(weight_OI, result.keep_OI, live_OI, hessian, as_grid(self.quant))
         return weight_OI
+
+    def _gone(self, name: str) -> torch.Tensor:
+        """Return where the earlier walk left zeros in a linear."""
+        assert self.within
+        index = int(name.removeprefix(f"{self.checkpoint.family.blocks}.").partition(".")[0])
+        with safe_open(self.within / f"block-{index:05d}.safetensors", "pt") as file:
+            gone_OI: torch.Tensor = file.get_tensor(f"{name}.weight") == 0
+        return gone_OI
 
     def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, _PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""

@@ -8,7 +8,7 @@ import torch
 
 from racdeploy.errors import UsageError
 
-__all__ = ["NOfM", "Pattern", "Unstructured", "pattern_of"]
+__all__ = ["NOfM", "Pattern", "Unstructured", "Within", "pattern_of"]
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class Unstructured:
 
     sparsity: float
 
-    def keep(self, score_OC: torch.Tensor, pruned_before: int = 0, seen_before: int = 0) -> torch.Tensor:
+    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
         """Return keep_OC so that the whole linear ends with exactly the asked number of zeros.
 
         Args:
             score_OC: importance; the lowest are pruned.
-            pruned_before: zeros already placed in earlier columns of this linear.
-            seen_before: weights in those columns.
+            column: place of its first column in the linear.
+            pruned_before: zeros already placed in earlier columns.
         """
-        target = round(self.sparsity * (seen_before + score_OC.numel()))
+        target = round(self.sparsity * len(score_OC) * (column + score_OC.shape[1]))
         count = min(max(target - pruned_before, 0), score_OC.numel())
         score = score_OC.flatten()
         if not count:
@@ -59,7 +59,7 @@ class NOfM:
     kept: int
     of: int
 
-    def keep(self, score_OC: torch.Tensor, pruned_before: int = 0, seen_before: int = 0) -> torch.Tensor:
+    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
         """Return keep_OC with exactly ``kept`` True in each group of ``of`` columns."""
         O, C = score_OC.shape
         score_OGM = score_OC.view(O, C // self.of, self.of)
@@ -89,9 +89,39 @@ class NOfM:
             )
 
 
-Pattern = Unstructured | NOfM
+@dataclass(frozen=True)
+class Within:
+    """A pattern under which weights that are gone stay gone.
+
+    Args:
+        pattern: how many zeros there shall be; no fewer than there are, in any slice.
+        gone_OI: True where a weight was pruned before.
+    """
+
+    pattern: Unstructured | NOfM
+    gone_OI: torch.Tensor
+
+    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
+        """Return keep_OC of the pattern, weights that are gone last."""
+        gone_OC = self.gone_OI[:, column : column + score_OC.shape[1]]
+        return self.pattern.keep(score_OC.masked_fill(gone_OC, -1.0), column, pruned_before)
+
+    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
+        """Return keep_OI of the pattern, weights that are gone last."""
+        return self.pattern.keep_per_output(score_OI.masked_fill(self.gone_OI, -1.0))
+
+    def group(self, column_block: int) -> int:
+        """Width of the column slices for which masks are chosen together."""
+        return self.pattern.group(column_block)
+
+    def check(self, name: str, inputs: int) -> None:
+        """Refuse what the pattern refuses."""
+        self.pattern.check(name, inputs)
 
 
-def pattern_of(sparsity: float, kept_of: tuple[int, int] | None) -> Pattern:
+Pattern = Unstructured | NOfM | Within
+
+
+def pattern_of(sparsity: float, kept_of: tuple[int, int] | None) -> Unstructured | NOfM:
     """Return the pattern a recipe asks for."""
     return NOfM(*kept_of) if kept_of else Unstructured(sparsity)

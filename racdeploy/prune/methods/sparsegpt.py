@@ -56,7 +56,7 @@ def _prune_slice(
         if (column - start) % group == 0:
             last = min(column + group, stop)
             score_OC = (weight_OI[:, column:last] / factor_II.diagonal()[column:last]).square()
-            keep_OI[:, column:last] = pattern.keep(score_OC, pruned_before, start * len(weight_OI))
+            keep_OI[:, column:last] = pattern.keep(score_OC, column, pruned_before)
         kept_O = weight_OI[:, column] * keep_OI[:, column]
         error_O = (weight_OI[:, column] - kept_O) / factor_II[column, column]
         weight_OI[:, column:stop] -= torch.outer(error_O, factor_II[column, column:stop])

@@ -1,0 +1,60 @@
+"""Traces for the next step of a pruning schedule: the sparse model's own good ones, and some of the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from racdeploy.artifacts import Trace
+from racdeploy.recipe import Pruning
+
+__all__ = ["Probe", "mix"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a sparse model answered the calibration prompts, beside the dense model.
+
+    Args:
+        accuracy, dense_accuracy: share of correct answers.
+        length_ratio: thinking tokens of all its answers, to those of the dense model.
+    """
+
+    accuracy: float
+    dense_accuracy: float
+    length_ratio: float
+
+    @classmethod
+    def of(cls, own: Sequence[Trace], dense: Sequence[Trace]) -> Probe:
+        """Compare traces of the same prompts."""
+        assert len(own) == len(dense), "both models answered the same prompts"
+        tokens = [sum(trace.thinking_tokens for trace in arm) for arm in (own, dense)]
+        return cls(_accuracy(own), _accuracy(dense), tokens[0] / max(tokens[1], 1))
+
+    def reason(self, settings: Pruning) -> str:
+        """Return why the step goes too far, or an empty string."""
+        if self.dense_accuracy - self.accuracy > settings.probe_drop:
+            return (
+                f"accuracy {self.accuracy:.1%} against {self.dense_accuracy:.1%}, "
+                f"more than {settings.probe_drop:.0%} below"
+            )
+        if self.length_ratio > settings.probe_length:
+            return f"thinking {self.length_ratio:.2f} times as long, limit {settings.probe_length:g}"
+        return ""
+
+
+def mix(own: Sequence[Trace], dense: Sequence[Trace], dense_share: float) -> list[Trace]:
+    """Return one trace per prompt, in order: dense ones evenly by share, and in place of wrong or truncated own ones.
+
+    A prompt whose dense trace is no better is left as it is; the selection that follows decides about it.
+    """
+    mixed = []
+    for index, (mine, theirs) in enumerate(zip(own, dense, strict=True)):
+        turn = int((index + 1) * dense_share) > int(index * dense_share)
+        chosen = theirs if turn or mine.truncated or not mine.correct else mine
+        mixed.append(replace(chosen, index=index))
+    return mixed
+
+
+def _accuracy(traces: Sequence[Trace]) -> float:
+    return sum(trace.correct for trace in traces) / len(traces)
