@@ -39,7 +39,7 @@ _SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py",
 _CODE = {
     "traces": (*_SHARED, "backends", "runtime", "traces"),
     "prune": (*_SHARED, "backends", "prune", "runtime", "traces"),
-    "export": (*_SHARED, "export", "packing", "quant"),
+    "export": (*_SHARED, "export", "packing", "quant", "racgguf"),
 }
 
 
@@ -178,19 +178,19 @@ class Build:
             "metadata": self._metadata() if pruned else {},
         }
         stage = Stage.open(self.work, "export", inputs)
-        file = stage.folder / f"{name}.{settings.format}"
         if stage.finished:
             return ExportResult.from_json(stage.folder, stage.summary)
+        exporter, packing = plugins.load("formats", settings.format), settings.packing if pruned else "plain"
 
         def report(done: int, total: int) -> None:
             if self.progress:
                 self.progress("export", done, total)
 
-        result: ExportResult = plugins.load("formats", settings.format).export(
+        result: ExportResult = exporter.export(
             checkpoint,
-            file,
+            stage.folder / f"{name}{exporter.suffix(packing)}",
             quant=settings.quant,
-            packing=settings.packing if pruned else "plain",
+            packing=packing,
             metadata=self._metadata() if pruned else {},
             pre_tokenizer=settings.pre_tokenizer,
             progress=report,

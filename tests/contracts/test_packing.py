@@ -21,6 +21,7 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the name ``sparse`` stand for a packing that leaves zeros out."""
     module, load = ModuleType("sparse"), plugins.load
     module.REQUIRES_ZEROS = True  # type: ignore[attr-defined]
+    module.fits = lambda quant, zeros_fraction: ""  # type: ignore[attr-defined]
     monkeypatch.setattr(
         plugins, "load", lambda kind, name: module if (kind, name) == ("packing", "sparse") else load(kind, name)
     )
