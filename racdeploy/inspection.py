@@ -100,11 +100,11 @@ def _measure_container(container: racgguf.Container) -> tuple[dict[str, Any], li
 
 def _container_zeros(container: racgguf.Container, tensor: racgguf.StoredTensor, name: str) -> float:
     """Count the zeros of a tensor, one run of whole blocks at a time."""
-    form, zeros = quant.load(name), 0
+    form, kept = quant.load(name), 0
     for plain in container.chunks(tensor):
         weight_OI = form.dequantize(plain[None], round(plain.size * 8 / form.BITS))
-        zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
-    return zeros / math.prod(tensor.dimensions)
+        kept += int(np.count_nonzero(weight_OI))
+    return 1 - kept / math.prod(tensor.dimensions)
 
 
 def _row_bytes(name: str, row_length: int) -> int:
