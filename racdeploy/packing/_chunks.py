@@ -71,14 +71,14 @@ def count_zeros(layout: Layout, plain: NDArray[np.uint8]) -> int:
 def pack_chunk(layout: Layout, plain: NDArray[np.uint8]) -> bytes:
     """Return the record of a chunk."""
     codes, keep = _kept(layout, plain)
-    streams = [stream_of(code[keep], bits) for code, bits in zip(codes, layout.widths, strict=True)]
-    planes = [plane for stream, bits in zip(streams, layout.widths, strict=True) for plane in _planes(stream, bits)]
     blocks_BP = plain.reshape(-1, layout.block_bytes)
+    planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
+    for code, bits in zip(codes, layout.widths, strict=True):
+        planes += _planes(stream_of(code[keep], bits), bits)
     encoded = [_encode(plane) for plane in planes]
     sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
-    heads = np.ascontiguousarray(blocks_BP[:, : layout.head_bytes])
     mask = np.packbits(keep, bitorder="little")
-    return b"".join([sizes.tobytes(), heads.tobytes(), mask.tobytes(), *(data for _, data in encoded)])
+    return b"".join([sizes.tobytes(), mask.tobytes(), *(data for _, data in encoded)])
 
 
 def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) -> NDArray[np.uint8]:
@@ -92,29 +92,27 @@ def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) 
     Raises:
         ArtifactError: the record contradicts itself or ends early.
     """
-    planes = sum(max(1, bits // 8) for bits in layout.widths)
-    blocks, *sizes = (int(size) for size in take(4 * (1 + planes)).view("<u4"))
+    blocks, *sizes = (int(size) for size in take(4 * (1 + layout.planes)).view("<u4"))
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:
         raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
-    heads = take(blocks * layout.head_bytes)
     mask = take(-(-weights // 8))
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
     kept = Kept.read(mask, layout.widths)
+    heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
     fields = []
     for bits in layout.widths:
         count, plane_bytes = max(1, bits // 8), -(-kept.count * min(bits, 8) // 8)
-        found = [_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)]
-        stream = found[0] if count == 1 else np.stack(found, axis=-1).reshape(-1)
+        stream = _interleave([_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)])
         fields.append(expand(stream, bits, kept)[: -(-weights * bits // 8)])
     body = layout.join(fields)
-    if not layout.head_bytes:
+    if not heads:
         return body
     head_bytes, body_bytes = layout.head_bytes, layout.block_bytes - layout.head_bytes
     plain_B = np.empty(blocks, dtype=[("head", f"V{head_bytes}"), ("body", f"V{body_bytes}")])
-    plain_B["head"] = heads.view(f"V{head_bytes}")  # whole items are copied several times as fast as rows of bytes
-    plain_B["body"] = body.view(f"V{body_bytes}")
+    plain_B["head"] = _interleave(heads).view(f"V{head_bytes}")
+    plain_B["body"] = body.view(f"V{body_bytes}")  # whole items are copied several times as fast as rows of bytes
     return plain_B.view(np.uint8)
 
 
@@ -134,6 +132,11 @@ def _planes(stream: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
     """Return the bytes of wide lanes apart, low bytes first: sign and exponent repeat, the rest does not."""
     count = max(1, bits // 8)
     return [np.ascontiguousarray(stream[place::count]) for place in range(count)]
+
+
+def _interleave(planes: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return the first byte of each plane, then the second of each, and so on."""
+    return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1)
 
 
 def _encode(plane: NDArray[np.uint8]) -> tuple[int, bytes]:

@@ -42,6 +42,11 @@ class Layout:
     split: Callable[[Bytes], list[Bytes]]
     join: Callable[[Sequence[Bytes]], Bytes]
 
+    @property
+    def planes(self) -> int:
+        """Planes of a chunk: one for each byte of a head and of a code; of narrower fields, one each."""
+        return self.head_bytes + sum(max(1, bits // 8) for bits in self.widths)
+
 
 def _same(body_BP: Bytes) -> list[Bytes]:
     return [np.ascontiguousarray(body_BP).reshape(-1)]

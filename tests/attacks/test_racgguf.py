@@ -64,10 +64,7 @@ def _recorded(container: racgguf.Container, index: int) -> int:
 def _mask(container: racgguf.Container, tensor: int) -> int:
     """Return the position of the mask of a tensor of one chunk."""
     kept = container.tensors[tensor]
-    layout = LAYOUTS[kept.ggml_type]
-    planes = sum(max(1, bits // 8) for bits in layout.widths)
-    blocks = kept.plain_bytes // layout.block_bytes
-    return kept.position + 4 * (1 + planes) + blocks * layout.head_bytes
+    return kept.position + 4 * (1 + LAYOUTS[kept.ggml_type].planes)
 
 
 def _swap_two_bits(data: bytearray, position: int) -> None:
@@ -139,8 +136,8 @@ CHUNKS: dict[str, Attack] = {
     "the mask keeps nothing": lambda d, c: d.__setitem__(slice(_mask(c, 0), _mask(c, 0) + 512), bytes(512)),
     "the mask keeps another": lambda d, c: _swap_two_bits(d, _mask(c, 0)),
     "the mask goes on behind its end": lambda d, c: _put(d, _mask(c, 1) + 124, "B", 0xFF),
-    "another scale": lambda d, c: _put(d, _chunk(c, 0) + 8, "B", d[_chunk(c, 0) + 8] ^ 1),
-    "another code": lambda d, c: _put(d, _mask(c, 0) + 600, "B", d[_mask(c, 0) + 600] ^ 1),
+    "another scale": lambda d, c: _put(d, _mask(c, 0) + 513, "B", d[_mask(c, 0) + 513] ^ 1),
+    "another code": lambda d, c: _put(d, _mask(c, 0) + 900, "B", d[_mask(c, 0) + 900] ^ 1),
     "another plain weight": lambda d, c: _put(d, _chunk(c, 2) + 9, "B", d[_chunk(c, 2) + 9] ^ 1),
 }
 ATTACKS = HEADER | OWN_KEYS | CHUNKS
