@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from racdeploy.job import Job
 from racdeploy.recipe import Recipe
 
 QUANTS = ("q8_0", "q5_0", "q4_0", "f16", "bf16", "f32")
-REPEATS = 5
+REPEATS = 20
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--tensors", type=int, default=8, help="of 1024 × 1024 weights in the random model")
+    parser.add_argument("--tensors", type=int, default=2, help="of 2048 × 2048 weights in the random model")
     parser.add_argument("--unpack", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.unpack:
@@ -76,9 +77,16 @@ def measure(packed: Path) -> dict[str, float]:
         decoded = time.process_time()
         container.unpack(packed.with_suffix(".out"))
         seconds.append((decoded - start, time.process_time() - decoded))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     decode_s, unpack_s = (min(column) for column in zip(*seconds, strict=True))
-    return {"decode_s": decode_s, "unpack_s": unpack_s, "peak_rss_bytes": peak}
+    return {"decode_s": decode_s, "unpack_s": unpack_s, "peak_rss_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int:
+    """Return this process's peak memory; Linux's ru_maxrss would include the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return 1024 * int(match[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def embedded() -> Iterator[NDArray[np.float32]]:
@@ -91,7 +99,7 @@ def embedded() -> Iterator[NDArray[np.float32]]:
 def random(tensors: int) -> Iterator[NDArray[np.float32]]:
     """Yield normal weights."""
     generator = np.random.default_rng(0)
-    yield from (generator.standard_normal((1024, 1024)).astype(np.float32) * np.float32(0.02) for _ in range(tensors))
+    yield from (generator.standard_normal((2048, 2048)).astype(np.float32) * np.float32(0.02) for _ in range(tensors))
 
 
 def write(plain: Path, weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float) -> None:

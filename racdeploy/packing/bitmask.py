@@ -28,7 +28,8 @@ def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the records of all chunks, one after another."""
     layout = LAYOUTS[quant.GGML_TYPE]
     plain = np.ascontiguousarray(packed_OP).reshape(-1)
-    return np.frombuffer(b"".join(pack_chunk(layout, chunk) for chunk in blocks_of(layout, plain)), dtype=np.uint8)
+    records = [pack_chunk(layout, chunk, index) for index, chunk in enumerate(blocks_of(layout, plain))]
+    return np.frombuffer(b"".join(records), dtype=np.uint8)
 
 
 def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:

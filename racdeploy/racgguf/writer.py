@@ -112,8 +112,8 @@ def _reason(tensor: TensorInfo, source: BinaryIO) -> str:
 
 def _pack_tensor(tensor: TensorInfo, source: BinaryIO, sink: BinaryIO) -> bool:
     layout = LAYOUTS[tensor.ggml_type]
-    for chunk in _pieces(tensor, source, _chunk_bytes(layout)):
-        record = np.frombuffer(pack_chunk(layout, chunk), dtype=np.uint8)
+    for index, chunk in enumerate(_pieces(tensor, source, _chunk_bytes(layout))):
+        record = np.frombuffer(pack_chunk(layout, chunk, index), dtype=np.uint8)
         if not np.array_equal(unpack_chunk(layout, Taker(record)), chunk):
             return False
         sink.write(record.data)
