@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--tensors", type=int, default=2, help="of 2048 × 2048 weights in the random model")
+    parser.add_argument("--tensors", type=int, default=1, help="of 2048 × 2048 weights in the random model")
     parser.add_argument("--unpack", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.unpack:

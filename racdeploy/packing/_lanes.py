@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 __all__ = ["Kept", "expand", "lanes_of", "stream_of"]
 
 _GROUP = {1: 8, 4: 8, 8: 8, 16: 4, 32: 8}
-_WORD = {1: "<u1", 4: "<u4", 8: "<u8", 16: "<u8"}
+_WORD = {1: "u1", 4: "<u4", 8: "<u8", 16: "<u8"}
 _COUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)
 
 
@@ -83,6 +83,8 @@ def expand(stream: NDArray[np.uint8], bits: int, kept: Kept) -> NDArray[np.uint8
         return lanes.view(np.uint8)
     read = _read_narrow if bits <= 4 else _read_wide
     word: NDArray[Any] = read(stream, kept.start * bits).astype(_WORD[bits])
+    if bits == 1:
+        return np.asarray(_deposited().take(kept.keep << 8 | word))
     arriving, clean = _tables(bits)
     for shift, table in arriving:
         moved = word << shift
@@ -130,6 +132,18 @@ def _padded(stream: NDArray[np.uint8], word: str) -> NDArray[Any]:
     padded = np.zeros(-(-stream.size // size) * size + 2 * size, dtype=np.uint8)
     padded[: stream.size] = stream
     return padded.view(word)
+
+
+@cache
+def _deposited() -> NDArray[np.uint8]:
+    """Return, for every mask and byte, the low bits of the byte at the places of the mask."""
+    byte = np.arange(256, dtype=np.uint8)
+    table = np.zeros((256, 256), dtype=np.uint8)
+    for mask in range(256):
+        places = [place for place in range(8) if mask >> place & 1]
+        for rank, place in enumerate(places):
+            table[mask] |= (byte >> rank & 1) << place
+    return table.reshape(-1)
 
 
 @cache

@@ -31,6 +31,7 @@ SUFFIX = ".racgguf"
 KEYS = ("racgguf.version", "racgguf.packing", "racgguf.size_bytes", "racgguf.sha256", "racgguf.tensors")
 PACKED_TYPE = 24  # I8
 _COPY_BYTES = 1 << 20
+_HEAP_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Container:
         Raises:
             ArtifactError: a chunk is damaged.
         """
+        # glibc keeps as much freed memory as twice the largest block it has freed. Without this one, whose pages are
+        # never touched, every chunk faults its pages in again, at half the speed.
+        np.empty(_HEAP_BYTES, dtype=np.uint8)
         header, alignment = self._plain_header(), self.header.alignment
         yield memoryview(header)
         written = len(header)
