@@ -289,7 +289,10 @@ class _Entry(BaseModel):
 
 
 class ArtifactEntry(_Entry):
-    """One exported file of a bundle; ``path`` is relative to it."""
+    """One exported file of a bundle; ``path`` is relative to it.
+
+    ``unpacked_sha256`` is that of the file that a packed one stands for, empty where nothing is packed.
+    """
 
     path: str
     format: str
@@ -298,6 +301,7 @@ class ArtifactEntry(_Entry):
     size_bytes: int = Field(ge=0)
     sha256: str
     backend: str
+    unpacked_sha256: str = ""
 
 
 class TokenizerEntry(_Entry):

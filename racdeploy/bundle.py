@@ -131,6 +131,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
                 size_bytes=contents.export.size_bytes,
                 sha256=contents.export.sha256,
                 backend=plugins.load("formats", recipe.export.format).BACKEND,
+                unpacked_sha256=contents.export.unpacked_sha256,
             ),
         ),
         tokenizer=TokenizerEntry(
@@ -195,7 +196,7 @@ def _card(manifest: Manifest, contents: Contents) -> str:
     return "\n".join(
         [
             *front,
-            f"# {entry.path.removesuffix('.gguf')}",
+            f"# {Path(entry.path).stem}",
             "",
             f"{manifest.base['name']}, pruned with {prune.method} to {prune.sparsity:.0%} zeros ({prune.pattern}), "
             f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
@@ -208,11 +209,17 @@ def _card(manifest: Manifest, contents: Contents) -> str:
             'print(model.generate("What is 12 times 34?").answer)',
             "```",
             "",
-            f"llama.cpp: `llama-cli -m {entry.path} -cnv` · Ollama: `ollama create NAME -f Modelfile`",
+            *([f"Unpack it for other programs: `racdeploy unpack {entry.path}`", ""] if entry.unpacked_sha256 else []),
+            f"llama.cpp: `llama-cli -m {_plain_name(entry)} -cnv` · Ollama: `ollama create NAME -f Modelfile`",
             "",
             markdown.render(contents.report),
         ]
     )
+
+
+def _plain_name(entry: ArtifactEntry) -> str:
+    """Return the name of the file that llama.cpp and Ollama read: a packed one is unpacked beside itself."""
+    return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path
 
 
 def _modelfile(manifest: Manifest, contents: Contents) -> str:
@@ -222,7 +229,7 @@ def _modelfile(manifest: Manifest, contents: Contents) -> str:
     stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
     return "\n".join(
         [
-            f"FROM ./{manifest.artifacts[0].path}",
+            f"FROM ./{_plain_name(manifest.artifacts[0])}",
             f"PARAMETER temperature {settings.temperature:g}",
             f"PARAMETER top_p {settings.top_p:g}",
             f"PARAMETER num_ctx {settings.context_tokens}",

@@ -20,6 +20,7 @@ from racdeploy.errors import GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
+from racdeploy.racgguf import Container
 from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
@@ -176,8 +177,9 @@ def export(
 
     resolved = resolve(model)
     settings = Recipe.combine(None, {"model": model} | _export(quant, packing)).export
-    file = out_file or Path(f"{resolved.name}-{settings.quant}.{settings.format}")
-    result = plugins.load("formats", settings.format).export(
+    exporter = plugins.load("formats", settings.format)
+    file = out_file or Path(f"{resolved.name}-{settings.quant}{exporter.suffix(settings.packing)}")
+    result = exporter.export(
         Checkpoint(resolved.folder),
         file,
         quant=settings.quant,
@@ -248,7 +250,7 @@ def run(
 @app.command()
 @reported
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .gguf file, a model folder, or a bundle.")],
+    path: Annotated[Path, typer.Argument(help="A .gguf or .racgguf file, a model folder, or a bundle.")],
     json_output: JsonOpt = False,
 ) -> None:
     """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
@@ -258,11 +260,28 @@ def inspect(
         return
     for key, value in found["summary"].items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
-    table = Table("tensor", "shape", "type", "zeros", "bytes")
+    table = Table("tensor", "shape", "type", "zeros", "packing", "bytes")
     for row in found["tensors"]:
         shape = " × ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["type"], _share(row["zeros"]), f"{row['size_bytes']:,}")
+        table.add_row(row["name"], shape, row["type"], _share(row["zeros"]), row["packing"], f"{row['size_bytes']:,}")
     out.print(table)
+
+
+@app.command()
+@reported
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A .racgguf file.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="File to write; default: *.gguf beside it.")] = None,
+    json_output: JsonOpt = False,
+) -> None:
+    """Write the GGUF file that a packed one stands for, byte for byte."""
+    container = Container.open(file)
+    plain = out_file or file.with_suffix(".gguf")
+    if plain.resolve() == file.resolve():
+        raise UsageError(f"{plain} would replace the packed file", remedy="name another file with --out")
+    container.unpack(plain)
+    details = {"path": str(plain), "size_bytes": container.size_bytes, "sha256": container.sha256}
+    print_json(details) if json_output else out.print(plain, soft_wrap=True)
 
 
 @app.command()

@@ -1,23 +1,24 @@
-"""Look into a .gguf file, a model folder or a bundle: tensors, types, zeros, hashes, template.
+"""Look into a .gguf or .racgguf file, a model folder or a bundle: tensors, types, zeros, hashes, template.
 
 Zeros are counted in the stored bytes after dequantizing them, one tensor at a time.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from racdeploy import plugins, quant
+from racdeploy import plugins, quant, racgguf
 from racdeploy.artifacts import MANIFEST_NAME, Manifest
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, MissingExtraError
 
 __all__ = ["inspect_path", "measure_gguf"]
 
-_SHOWN_KEYS = ("general.", "racdeploy.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
+_SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -30,19 +31,22 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return _inspect_bundle(path)
     if path.is_dir():
         return _inspect_checkpoint(Checkpoint(path))
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix in (".gguf", racgguf.SUFFIX) and path.is_file():
         return _inspect_gguf(path)
     raise ArtifactError(
-        f"{path} is neither a .gguf file nor a folder racdeploy knows", remedy="give a .gguf, a model or a bundle"
+        f"{path} is neither a .gguf file nor a folder racdeploy knows",
+        remedy="give a .gguf, a .racgguf, a model or a bundle",
     )
 
 
 def measure_gguf(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return scalar metadata and one row per tensor: name, shape (outputs first), type, zeros, size_bytes.
+    """Return scalar metadata and one row per tensor: name, shape (outputs first), type, zeros, size_bytes, packing.
 
     Raises:
         ArtifactError: the file is damaged.
     """
+    if path.suffix == racgguf.SUFFIX:
+        return _measure_container(racgguf.Container.open(path))
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
@@ -69,9 +73,38 @@ def measure_gguf(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 "type": name or tensor.tensor_type.name.lower(),
                 "zeros": zeros,
                 "size_bytes": int(tensor.n_bytes),
+                "packing": "plain",
             }
         )
     return fields, rows
+
+
+def _measure_container(container: racgguf.Container) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    readable = {quant.load(name).GGML_TYPE: name for name in _installed_quants()}
+    rows = []
+    for tensor in container.tensors:
+        name = readable.get(tensor.ggml_type)
+        rows.append(
+            {
+                "name": tensor.name,
+                "shape": list(reversed(tensor.dimensions)),
+                "type": name or f"ggml type {tensor.ggml_type}",
+                "zeros": _container_zeros(container, tensor, name) if name else None,
+                "size_bytes": tensor.stored_bytes,
+                "packing": "bitmask" if tensor.packed else "plain",
+            }
+        )
+    scalars = {key: value for key, value in container.header.values.items() if isinstance(value, str | int | float)}
+    return scalars, rows
+
+
+def _container_zeros(container: racgguf.Container, tensor: racgguf.StoredTensor, name: str) -> float:
+    """Count the zeros of a tensor, one run of whole blocks at a time."""
+    form, kept = quant.load(name), 0
+    for plain in container.chunks(tensor):
+        weight_OI = form.dequantize(plain[None], round(plain.size * 8 / form.BITS))
+        kept += int(np.count_nonzero(weight_OI))
+    return 1 - kept / math.prod(tensor.dimensions)
 
 
 def _row_bytes(name: str, row_length: int) -> int:
@@ -108,6 +141,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 "type": entry.dtype.lower(),
                 "zeros": float(zeros),
                 "size_bytes": entry.stop - entry.start,
+                "packing": "plain",
             }
         )
     summary = {
@@ -132,6 +166,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "pattern": manifest.pruning["pattern"],
         "artifact": artifact.path,
         "quant": artifact.quant,
+        "packing": artifact.packing,
         "size_bytes": artifact.size_bytes,
         "sha256": artifact.sha256,
         "thinking_tags": [manifest.tokenizer.open_tag, manifest.tokenizer.close_tag],

@@ -42,7 +42,7 @@ _SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py",
 _CODE = {
     "traces": (*_SHARED, "backends", "runtime", "traces"),
     "prune": (*_SHARED, "backends", "prune", "quant", "runtime", "traces"),
-    "export": (*_SHARED, "export", "packing", "quant"),
+    "export": (*_SHARED, "export", "packing", "quant", "racgguf"),
 }
 
 
@@ -224,19 +224,19 @@ class Build:
             "metadata": metadata,
         }
         stage = Stage.open(self.work, "export", inputs)
-        file = stage.folder / f"{name}.{settings.format}"
         if stage.finished:
             return ExportResult.from_json(stage.folder, stage.summary)
+        exporter, packing = plugins.load("formats", settings.format), settings.packing if pruned else "plain"
 
         def report(done: int, total: int) -> None:
             if self.progress:
                 self.progress("export", done, total)
 
-        result: ExportResult = plugins.load("formats", settings.format).export(
+        result: ExportResult = exporter.export(
             checkpoint,
-            file,
+            stage.folder / f"{name}{exporter.suffix(packing)}",
             quant=settings.quant,
-            packing=settings.packing if pruned else "plain",
+            packing=packing,
             metadata=metadata,
             pre_tokenizer=settings.pre_tokenizer,
             progress=report,

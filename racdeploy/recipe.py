@@ -523,6 +523,7 @@ refit_steps = 20              # solve again on the mask that the method chose; 0
 
 [export]
 quant = "q8_0"
+# packing = "bitmask"         # leave the zeros out of the file; it is unpacked on first use
 
 [verify]
 count = 200

@@ -184,7 +184,10 @@ class TensorRow(_Part):
 
     Args:
         zeros: exact zeros in the exported tensor, as a fraction of its weights.
+        size_bytes: as stored.
         reason: why it is not as asked; empty where it is.
+        packing: how it is stored.
+        packing_reason: why it is not packed as asked; empty where it is.
     """
 
     name: str
@@ -193,6 +196,8 @@ class TensorRow(_Part):
     zeros: float = Field(ge=0, le=1)
     size_bytes: int = Field(ge=0)
     reason: str = ""
+    packing: str = "plain"
+    packing_reason: str = ""
 
 
 class Record(_Part):

@@ -25,6 +25,7 @@ from racdeploy.inspection import measure_gguf
 from racdeploy.recipe import Gate, Recipe, validate
 from racdeploy.report.summary import summarize
 from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
+from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.verify import Arm, Evidence, run_checks
@@ -52,6 +53,7 @@ def reverify(
     """
     manifest = Manifest.read(bundle)
     manifest.check_tokenizer(bundle)
+    check_unpacked(bundle, manifest.artifacts[0])
     recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
     settings = gate.apply(recipe.verify).model_copy(update={"logit_traces": 0})
     dense_records, built = _read_dense(bundle)
@@ -157,6 +159,7 @@ def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[Tens
                 quant_real=tensor["type"],
                 zeros=tensor["zeros"],
                 size_bytes=tensor["size_bytes"],
+                packing=tensor["packing"],
             )
         )
     return tuple(rows), frozenset(prunable), zeros / weights if weights else 0.0

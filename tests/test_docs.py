@@ -12,7 +12,7 @@ from tests.test_import_ladder import LADDER, TORCH_UNITS
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LISTING = [file for file in (ARCHITECTURE, ROOT / "README.md") if file.is_file()]
 
 

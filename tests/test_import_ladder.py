@@ -15,6 +15,7 @@ LADDER = (
     {"checkpoint"},
     {"artifacts", "recipe", "report_model", "models"},
     {"tasks", "quant", "packing"},
+    {"racgguf"},
     {"backends"},
     {"runtime"},
     {"traces", "export"},

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import racgguf
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.backends._child import Child
 from racdeploy.backends._sequence import check_ids, check_request
@@ -149,5 +150,5 @@ class LlamaCppEngine:
 
 
 def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
-    """Load a GGUF file; see :class:`LlamaCppEngine`."""
-    return LlamaCppEngine(path, settings)
+    """Load a GGUF file, or a container of one by way of the user's cache; see :class:`LlamaCppEngine`."""
+    return LlamaCppEngine(racgguf.unpacked(path) if path.suffix == racgguf.SUFFIX else path, settings)

@@ -29,7 +29,9 @@ class ExportedTensor:
         quant_real: the number format it has.
         reason: why the two differ, or empty.
         zeros: fraction of zeros in the file, 0 to 1, counted in the dequantized bytes.
-        size_bytes: without padding.
+        size_bytes: as stored, without padding.
+        packing: how it is stored.
+        packing_reason: why that is not the packing that was asked for, or empty.
     """
 
     name: str
@@ -40,6 +42,8 @@ class ExportedTensor:
     reason: str
     zeros: float
     size_bytes: int
+    packing: str = "plain"
+    packing_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class ExportResult:
         size_bytes: of the file.
         sha256: of the file.
         notes: what the engine will do differently from the checkpoint, in sentences.
+        unpacked_sha256: of the file that a packed one stands for; empty where nothing is packed.
     """
 
     path: Path
@@ -59,6 +64,7 @@ class ExportResult:
     size_bytes: int
     sha256: str
     notes: tuple[str, ...] = ()
+    unpacked_sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the folder as JSON values."""
@@ -69,4 +75,11 @@ class ExportResult:
         """Read back what :meth:`to_json` returned, for a file in ``folder``."""
         tensors = tuple(ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"])
         path = folder / values["path"]
-        return cls(path, tensors, values["size_bytes"], values["sha256"], tuple(values["notes"]))
+        return cls(
+            path,
+            tensors,
+            values["size_bytes"],
+            values["sha256"],
+            tuple(values["notes"]),
+            values["unpacked_sha256"],
+        )

@@ -1,4 +1,4 @@
-"""GGUF: the file of llama.cpp, written from safetensors with numpy alone.
+"""GGUF: the file of llama.cpp, written from safetensors with numpy alone, or the packed container of one.
 
 Tensors are read one at a time and quantized in slabs of rows, so memory stays at the largest tensor as the
 checkpoint stores it. The file is whole or absent. Zeros are counted in the bytes that were written, after
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
+from racdeploy import racgguf
 from racdeploy.artifacts import disk_errors
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
@@ -28,7 +30,7 @@ from racdeploy.export._gguf_parameters import write_parameters
 from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 
-__all__ = ["BACKEND", "export"]
+__all__ = ["BACKEND", "export", "suffix"]
 
 BACKEND = "llamacpp"  # the engine that reads this format
 
@@ -43,6 +45,11 @@ _FILE_KEYS = (
 )
 
 
+def suffix(packing: str) -> str:
+    """Return how the name of a file with that packing ends."""
+    return ".gguf" if packing == "plain" else racgguf.SUFFIX
+
+
 def export(
     checkpoint: Checkpoint,
     out: Path,
@@ -54,13 +61,13 @@ def export(
     pre_tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write a checkpoint as one GGUF file.
+    """Write a checkpoint as one file.
 
     Args:
         checkpoint: the model folder.
         out: the file to write; replaced if it exists.
         quant: number format of the linears. Vectors are F32; rows that do not divide into its blocks are F16.
-        packing: only ``plain``, which is what llama.cpp reads.
+        packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked first.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
         embedding_quant: number format of embedding and output; the default is ``quant``, or q8_0 where that
             has fewer than 8 bits.
@@ -68,29 +75,53 @@ def export(
         progress: called after every slab.
 
     Raises:
-        UsageError: an unknown quant or packing, or a metadata key of somebody else.
+        UsageError: an unknown quant or packing, a wrong suffix, or a metadata key of somebody else.
         ModelError: the checkpoint is damaged or has something that llama.cpp does not compute.
         EnvironmentFailure: the disk is full or not writable.
     """
     packings.check(quant, packing)
-    if packing != "plain":
-        raise UsageError(f"a GGUF file cannot hold packing {packing!r}", remedy="use packing 'plain'")
+    if (out.suffix == racgguf.SUFFIX) == (packing == "plain"):
+        wanted = f"name it {out.stem}{suffix(packing)}"
+        raise UsageError(f"{out} is no name for a file with packing {packing!r}", remedy=wanted)
     for key in metadata or {}:
         if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
             raise UsageError(f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys")
     plan = plan_tensors(checkpoint, quant, embedding_quant)
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
     _check_space(out, sum(tensor.size_bytes for tensor in plan))
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.plain.partial")
     try:
         with disk_errors(out):
             _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, quant, metadata or {}))
             tensors = _write_tensors(checkpoint, partial, plan, progress)
             result = ExportResult(out, tensors, partial.stat().st_size, file_sha256(partial), vocabulary.notes)
+            if packing != "plain":
+                return _pack(partial, result, packing)
             partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return result
+
+
+def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
+    """Pack a finished file, and return the result with what that made of each tensor."""
+    rows = {row.name: row for row in racgguf.pack(plain, result.path)}
+    tensors = tuple(
+        replace(
+            tensor,
+            size_bytes=rows[tensor.name].stored_bytes,
+            packing="plain" if rows[tensor.name].reason else packing,
+            packing_reason=rows[tensor.name].reason,
+        )
+        for tensor in result.tensors
+    )
+    return replace(
+        result,
+        tensors=tensors,
+        size_bytes=result.path.stat().st_size,
+        sha256=file_sha256(result.path),
+        unpacked_sha256=result.sha256,
+    )
 
 
 def _general(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,22 +44,28 @@ def load(name: str) -> Packing:
 
 
 def check(quant_name: str, packing_name: str) -> None:
-    """Refuse a packing that leaves zeros out with a number format that loses them.
+    """Refuse a packing with a number format that loses zeros, or that it cannot pack even where all are zero.
 
     Raises:
         UsageError: the two do not go together.
     """
-    packing, quant = load(packing_name), plugins.load("quant", quant_name)
-    if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
-        keeping = [name for name in plugins.names("quant") if name != quant_name and _keeps_zeros(name)]
+    packing = load(packing_name)
+    if reason := _reason(packing, plugins.load("quant", quant_name)):
+        others = [name for name in plugins.names("quant") if name != quant_name and _works(packing, name)]
         raise UsageError(
-            f"packing {packing_name!r} leaves zeros out, but quant {quant_name!r} does not keep them",
-            remedy=f"use packing 'plain', or one of the quants {', '.join(keeping)}",
+            f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
+            remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
         )
 
 
-def _keeps_zeros(quant_name: str) -> bool:
+def _reason(packing: Packing, quant: Any) -> str:
+    if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
+        return "it leaves zeros out, and the quant does not keep them"
+    return packing.fits(quant, 1.0)
+
+
+def _works(packing: Packing, quant_name: str) -> bool:
     try:
-        return bool(plugins.load("quant", quant_name).PRESERVES_ZERO)
+        return not _reason(packing, plugins.load("quant", quant_name))
     except MissingExtraError:  # not a way out on this machine
         return False

@@ -143,6 +143,8 @@ def tensor_rows(exported: ExportResult) -> tuple[TensorRow, ...]:
             zeros=t.zeros,
             size_bytes=t.size_bytes,
             reason=t.reason,
+            packing=t.packing,
+            packing_reason=t.packing_reason,
         )
         for t in exported.tensors
     )

@@ -156,7 +156,7 @@ def _drift(blocks: Sequence[BlockRow]) -> tuple[tuple[str, ...], ...]:
 
 def _deviations(report: Report) -> tuple[tuple[str, ...], ...]:
     """Return what was not pruned or not exported as asked, alike ones together."""
-    return (*_unpruned(report.linears), *_unlike(report.tensors))
+    return (*_unpruned(report.linears), *_unlike(report.tensors), *_unpacked(report.tensors))
 
 
 def _unpruned(linears: Iterable[LinearRow]) -> list[tuple[str, ...]]:
@@ -178,6 +178,14 @@ def _unlike(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:
             reason = row.reason or "no reason was recorded"
             groups[row.quant_asked, row.quant_real, reason].append(row.name)
     return [("quant", asked, real, _where(names), reason) for (asked, real, reason), names in groups.items()]
+
+
+def _unpacked(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in tensors:
+        if row.packing_reason:
+            groups[row.packing, row.packing_reason].append(row.name)
+    return [("packing", "packed", real, _where(names), reason) for (real, reason), names in groups.items()]
 
 
 def _where(names: list[str]) -> str:

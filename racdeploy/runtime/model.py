@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from racdeploy import backends
+from racdeploy import backends, racgguf
 from racdeploy.artifacts import ArtifactEntry, Manifest
 from racdeploy.backends import Completion, Engine, EngineSettings, FinishReason, Sampling, ThinkingBudget
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
 
@@ -245,7 +245,7 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
         parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a context.
 
     Raises:
-        ArtifactError: not a bundle, or its tokenizer differs from its manifest.
+        ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
         UsageError: it has no artifact for that backend.
         MissingExtraError: the engine is not installed.
         EngineError: the engine cannot load the artifact.
@@ -254,6 +254,7 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
     manifest = Manifest.read(folder)
     artifact = _artifact(manifest, folder, backend)
     manifest.check_tokenizer(folder)
+    check_unpacked(folder, artifact)
     encoder = PromptEncoder.from_folder(folder)
     settings = EngineSettings(context_tokens=manifest.generation.context_tokens, parallel=parallel, threads=threads)
     engine = backends.open_engine(artifact.backend, folder / artifact.path, settings)
@@ -262,6 +263,23 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
     except BaseException:
         engine.close()
         raise
+
+
+def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
+    """Compare what a packed artifact stands for with the manifest.
+
+    Raises:
+        ArtifactError: it is another file, or the container is damaged.
+    """
+    if not artifact.path.endswith(racgguf.SUFFIX):
+        return
+    found = racgguf.Container.open(folder / artifact.path).sha256
+    if found != artifact.unpacked_sha256:
+        raise ArtifactError(
+            f"{folder / artifact.path} holds a file with SHA-256 {found[:16]}…, its manifest says "
+            f"{artifact.unpacked_sha256[:16]}…",
+            remedy="copy the bundle again, or build it again",
+        )
 
 
 def _artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:

@@ -91,7 +91,7 @@ def test_a_schedule_that_cannot_be_is_refused(prune: dict[str, object]) -> None:
 def _build(tmp_path: Path, **prune: object) -> Build:
     values = {
         "model": "tiny-reasoner",
-        "traces": {"count": 12, "batch": 12, "max_new_tokens": 320, "temperature": 0},
+        "traces": {"count": 6, "batch": 6, "max_new_tokens": 240, "temperature": 0},
         "prune": {"schedule": [0.3, 0.97], "sparsity": 0.97, **prune},
     }
     return Build(Job(Recipe.combine(None, values)), tmp_path / "work", threads=1)

@@ -1,0 +1,177 @@
+"""Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes that are not zero.
+
+The form is that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and depends on no other, so
+memory stays at one chunk in both directions. Knows number formats by ggml's type id and nothing of files.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError
+from racdeploy.packing._lanes import Kept, expand, lanes_of, stream_of
+from racdeploy.packing._layouts import LAYOUTS, Layout
+
+__all__ = ["CHUNK_WEIGHTS", "Take", "Taker", "blocks_of", "count_zeros", "pack_chunk", "refusal", "unpack_chunk"]
+
+CHUNK_WEIGHTS = 262144
+Take = Callable[[int], NDArray[np.uint8]]
+"""Returns that many further bytes, or raises ArtifactError where there are fewer."""
+
+_DEFLATED = 1 << 31
+# A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in one chunk of eight,
+# which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most.
+_MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
+_SLOW_CHUNK, _SLOW_CYCLE = 3, 8
+_LEAST_SAVING = 0.03
+
+
+class Taker:
+    """A :data:`Take` over bytes in memory; ``left`` counts those not taken yet."""
+
+    def __init__(self, stored: NDArray[np.uint8]) -> None:
+        self._stored = stored
+        self.left = stored.size
+
+    def __call__(self, count: int) -> NDArray[np.uint8]:
+        if count > self.left:
+            raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
+        start = self._stored.size - self.left
+        self.left -= count
+        return self._stored[start : start + count].copy()  # a copy is aligned
+
+
+def refusal(ggml_type: int, zeros_fraction: float) -> str:
+    """Return why a tensor is better stored plain, or an empty string."""
+    layout = LAYOUTS.get(ggml_type)
+    if layout is None:
+        packed = ", ".join(layout.name for layout in LAYOUTS.values())
+        return f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}"
+    block_bits = 8 * layout.block_bytes / layout.block_weights
+    saved_bits = zeros_fraction * sum(layout.widths) - 1
+    if saved_bits >= _LEAST_SAVING * block_bits:
+        return ""
+    return f"{zeros_fraction:.1%} zeros do not pay for a mask of one bit a weight"
+
+
+def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor in chunks of whole blocks."""
+    step = CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
+    for start in range(0, plain.size, step):
+        yield plain[start : start + step]
+
+
+def count_zeros(layout: Layout, plain: NDArray[np.uint8]) -> int:
+    """Return how many codes of a chunk are the zero code."""
+    _, keep = _kept(layout, plain)
+    return keep.size - int(np.count_nonzero(keep))
+
+
+def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int) -> bytes:
+    """Return the record of a chunk, given its place in the tensor."""
+    most_bits = _MOST_IN_SLOW_CHUNK if index % _SLOW_CYCLE == _SLOW_CHUNK else _MOST_ENTROPY_BITS
+    codes, keep = _kept(layout, plain)
+    blocks_BP = plain.reshape(-1, layout.block_bytes)
+    planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
+    for code, bits in zip(codes, layout.widths, strict=True):
+        planes += _planes(stream_of(code[keep], bits), bits)
+    encoded = [_encode(plane, most_bits) for plane in planes]
+    sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
+    mask = np.packbits(keep, bitorder="little")
+    return b"".join([sizes.tobytes(), mask.tobytes(), *(data for _, data in encoded)])
+
+
+def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) -> NDArray[np.uint8]:
+    """Return the bytes of the next chunk.
+
+    Args:
+        layout: its number format.
+        take: gives the record, piece by piece.
+        most_weights: a chunk with more is refused before anything is allocated.
+
+    Raises:
+        ArtifactError: the record contradicts itself or ends early.
+    """
+    blocks, *sizes = (int(size) for size in take(4 * (1 + layout.planes)).view("<u4"))
+    weights = blocks * layout.block_weights
+    if not 0 < weights <= most_weights:
+        raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
+    mask = take(-(-weights // 8))
+    if weights % 8 and mask[-1] >> weights % 8:
+        raise ArtifactError("a mask keeps weights behind the end of its chunk")
+    kept = Kept.read(mask, layout.widths)
+    heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
+    fields = []
+    for bits in layout.widths:
+        count, plane_bytes = max(1, bits // 8), -(-kept.count * min(bits, 8) // 8)
+        stream = _interleave([_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)])
+        fields.append(expand(stream, bits, kept)[: -(-weights * bits // 8)])
+    body = layout.join(fields)
+    if not heads:
+        return body
+    head_bytes, body_bytes = layout.head_bytes, layout.block_bytes - layout.head_bytes
+    plain_B = np.empty(blocks, dtype=[("head", f"V{head_bytes}"), ("body", f"V{body_bytes}")])
+    plain_B["head"] = _interleave(heads).view(f"V{head_bytes}")
+    plain_B["body"] = body.view(f"V{body_bytes}")  # whole items are copied several times as fast as rows of bytes
+    return plain_B.view(np.uint8)
+
+
+def _kept(layout: Layout, plain: NDArray[np.uint8]) -> tuple[list[NDArray[np.unsignedinteger]], NDArray[np.bool_]]:
+    """Return the codes of a chunk, field by field, and which weights are not zero."""
+    blocks_BP = plain.reshape(-1, layout.block_bytes)
+    weights = len(blocks_BP) * layout.block_weights
+    fields = layout.split(blocks_BP[:, layout.head_bytes :])
+    codes = [lanes_of(field, bits, weights) for field, bits in zip(fields, layout.widths, strict=True)]
+    keep = codes[0] != 0
+    for code in codes[1:]:
+        keep |= code != 0
+    return codes, keep
+
+
+def _planes(stream: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
+    """Return the bytes of wide lanes apart, low bytes first: sign and exponent repeat, the rest does not."""
+    count = max(1, bits // 8)
+    return [np.ascontiguousarray(stream[place::count]) for place in range(count)]
+
+
+def _interleave(planes: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return the first byte of each plane, then the second of each, and so on."""
+    return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1)
+
+
+def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:
+    """Return the size field and the bytes of a plane, deflated where it has no more entropy than that."""
+    if plane.size and _entropy_bits(plane) <= most_bits:
+        deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        data = deflate.compress(plane.data) + deflate.flush()
+        if len(data) < plane.size:
+            return len(data) | _DEFLATED, data
+    return plane.size, plane.tobytes()
+
+
+def _entropy_bits(plane: NDArray[np.uint8]) -> float:
+    share = np.bincount(plane, minlength=256) / plane.size
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def _decode(size: int, plane_bytes: int, take: Take) -> NDArray[np.uint8]:
+    if not size & _DEFLATED:
+        if size != plane_bytes:
+            raise ArtifactError(f"{size} bytes of codes where the mask keeps {plane_bytes}")
+        return take(size)
+    stored_bytes = size - _DEFLATED
+    if stored_bytes >= plane_bytes:
+        raise ArtifactError(f"{stored_bytes} deflated bytes of codes where {plane_bytes} plain ones are enough")
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)
+    except zlib.error as error:
+        raise ArtifactError(f"codes do not inflate: {error}") from error
+    if len(data) != plane_bytes or not inflate.eof or inflate.unused_data:
+        raise ArtifactError(f"codes inflate to {len(data)} bytes or end early, the mask keeps {plane_bytes}")
+    return np.frombuffer(data, dtype=np.uint8)
