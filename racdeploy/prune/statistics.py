@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from racdeploy.errors import UsageError
 from racdeploy.prune.hessian import Hessian
 
 __all__ = ["PAD", "InputStatistic"]
@@ -61,8 +62,16 @@ class InputStatistic:
             self.drift_II.addmm_(dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI).T, x_NI)
 
     def hessian(self, damping: float) -> Hessian:
-        """Return the damped mean Hessian; the sum is given away."""
-        assert self.weight > 0, "calibration saw no tokens"
+        """Return the damped mean Hessian; the sum is given away.
+
+        Raises:
+            UsageError: no token counted.
+        """
+        if self.weight <= 0:
+            raise UsageError(
+                "no calibration token counts: the weight of every stream that the traces have is 0",
+                remedy="raise prompt, thinking or answer under [calibration.weights]",
+            )
         for start, stop in self._slices():
             self.hessian_II[stop:, start:stop] = self.hessian_II[start:stop, stop:].T
         return Hessian(self.hessian_II.div_(self.weight), damping)

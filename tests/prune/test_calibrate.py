@@ -19,7 +19,7 @@ from racdeploy.prune.assemble import assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.statistics import InputStatistic
-from racdeploy.recipe import Pruning
+from racdeploy.recipe import Pruning, StreamWeights
 from tests.tiny_models import FAMILIES, make_checkpoint
 
 
@@ -215,6 +215,13 @@ def test_no_traces_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Pruning without data is refused."""
     with pytest.raises(UsageError, match="no calibration traces"):
         prune_blocks(checkpoint, [], [], Pruning(), _empty(tmp_path / "blocks"))
+
+
+def test_streams_that_all_weigh_nothing_are_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A Hessian of nothing is no Hessian."""
+    weights = StreamWeights(prompt=0, thinking=0, answer=0)
+    with pytest.raises(UsageError, match="no calibration token counts"):
+        prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"), weights)
 
 
 def _empty(folder: Path) -> Path:
