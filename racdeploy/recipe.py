@@ -77,8 +77,9 @@ class Traces(_Part):
             raise ValueError(
                 "server is not http://HOST:PORT/v1, with http or https; no name, key or query belongs in it"
             )
-        unused = sorted(name for name in self.model_fields_set if name.startswith("server_") and not self.server)
-        if unused:
+        fields = type(self).model_fields
+        unused = [n for n in fields if n.startswith("server_") and getattr(self, n) != fields[n].default]
+        if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
         return self
 

@@ -119,3 +119,10 @@ def test_a_gate_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
     assert (settings.margin, settings.length_limit) == (0.02, 1.1)
     with pytest.raises(UsageError, match=r"did you mean 'margin'"):
         Gate.read(_file(tmp_path, "margn = 0.02\n"))
+
+
+def test_a_resolved_recipe_reads_back() -> None:
+    """What a manifest holds, every default written out, is a recipe again."""
+    for options in ({}, {"prune": {"pattern": "2:4"}}, {"prune": {"schedule": [0.3, 0.5]}}):
+        recipe = Recipe.combine(None, options)
+        assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
