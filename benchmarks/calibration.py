@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -85,12 +86,13 @@ def main() -> None:
 
 def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]]) -> Recipe:
     """Return the recipe of one cell."""
+    chosen = dict(pair.split("=", 1) for pair in arguments.set)
     return Recipe.combine(
         None,
         {
             "model": arguments.model,
             "traces": {"count": arguments.traces},
-            "prune": {"method": arguments.method, **ROWS[row], **column.get("prune", {})},
+            "prune": {"method": arguments.method, **ROWS[row], **chosen, **column.get("prune", {})},
             "calibration": column.get("calibration", {}),
             "export": {"quant": arguments.quant},
             "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": 640},
