@@ -34,7 +34,7 @@ from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Pattern, Within, pattern_of
-from racdeploy.prune.refit import refit
+from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import survey
@@ -234,13 +234,10 @@ class _Walk:
         pattern: Pattern = Within(asked, self._gone(name)) if self.within else asked
         pattern.check(name, target_OI.shape[1])
         live_OI = target_OI * ~hessian.dead_I
-        result = self.method.prune(live_OI.clone(), hessian, pattern, self.settings)
-        weight_OI: torch.Tensor = result.weight_OI
-        if self.settings.refit_steps:
-            weight_OI = refit(weight_OI, result.keep_OI, live_OI, hessian, self.settings.refit_steps)
-        if self.quant:
-            weight_OI = round_to_grid(weight_OI, result.keep_OI, live_OI, hessian, as_grid(self.quant))
-        return weight_OI
+        pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
+        if not self.quant:
+            return pruned.weight_OI
+        return round_to_grid(pruned.weight_OI, pruned.keep_OI, live_OI, hessian, as_grid(self.quant))
 
     def _gone(self, name: str) -> torch.Tensor:
         """Return where the earlier walk left zeros in a linear."""

@@ -6,13 +6,37 @@ Source: ALPS (arXiv 2406.07831), section 3.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.methods import Pruned
+from racdeploy.prune.patterns import Pattern
+from racdeploy.recipe import Pruning
 
-__all__ = ["refit"]
+__all__ = ["prune_and_refit", "refit"]
 
 _TINY = 1e-30
+
+
+def prune_and_refit(
+    method: Any, weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+) -> Pruned:
+    """Return what a method leaves of a linear, solved again on its mask where the recipe asks for it.
+
+    Args:
+        method: a plugin of kind ``methods``.
+        weight_OI: weights before pruning; not changed.
+        hessian: of the input.
+        pattern: which counts of zeros are wanted.
+        settings: of the method, and refit_steps.
+    """
+    pruned: Pruned = method.prune(weight_OI.clone(), hessian, pattern, settings)
+    if not settings.refit_steps:
+        return pruned
+    found_OI = refit(pruned.weight_OI, pruned.keep_OI, weight_OI, hessian, settings.refit_steps)
+    return Pruned(found_OI, pruned.keep_OI)
 
 
 def refit(

@@ -16,7 +16,7 @@ from racdeploy import plugins
 from racdeploy.prune.allocations import HIGHEST, Observation, Shares, shifted
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Unstructured
-from racdeploy.prune.refit import refit
+from racdeploy.prune.refit import prune_and_refit
 from racdeploy.recipe import Pruning
 
 SURVEYS = True
@@ -29,11 +29,8 @@ def observe(weight_OI: torch.Tensor, hessian: Hessian, settings: Pruning) -> Obs
     method, errors = plugins.load("methods", settings.method), {}
     energy = float(((weight_OI @ hessian.matrix_II) * weight_OI).sum())
     for sparsity in SPARSITIES:
-        pruned = method.prune(weight_OI.clone(), hessian, Unstructured(sparsity), settings)
-        found_OI = pruned.weight_OI
-        if settings.refit_steps:
-            found_OI = refit(found_OI, pruned.keep_OI, weight_OI, hessian, settings.refit_steps)
-        delta_OI = found_OI - weight_OI
+        pruned = prune_and_refit(method, weight_OI, hessian, Unstructured(sparsity), settings)
+        delta_OI = pruned.weight_OI - weight_OI
         errors[f"{sparsity}"] = float(((delta_OI @ hessian.matrix_II) * delta_OI).sum()) / energy
     return errors
 
