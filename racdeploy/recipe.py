@@ -236,6 +236,8 @@ class Verification(_Part):
         margin: largest accuracy drop that passes, as a fraction.
         length_limit: largest ratio of mean thinking tokens, pruned to dense, that passes.
         confidence: of the two-sided intervals.
+        speed_limit: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by default.
+        memory_limit: largest ratio of peak memory, pruned to dense, that passes; none by default.
         logit_traces: dense traces for the teacher-forced comparison with torch.
         parallel: sequences decoded together.
         context_tokens: context per sequence.
@@ -249,6 +251,8 @@ class Verification(_Part):
     margin: float = Field(0.05, gt=0, lt=1)
     length_limit: float = Field(1.2, gt=0)
     confidence: float = Field(0.90, gt=0, lt=1)
+    speed_limit: float | None = Field(None, gt=0)
+    memory_limit: float | None = Field(None, gt=0)
     logit_traces: int = Field(16, ge=0)
     parallel: int = Field(16, ge=1)
     context_tokens: int = Field(2048, ge=16)

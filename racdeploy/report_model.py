@@ -27,6 +27,7 @@ __all__ = [
     "CheckVerdict",
     "Comparison",
     "LinearRow",
+    "PositionRow",
     "Record",
     "Report",
     "TaskRow",
@@ -179,6 +180,24 @@ class BlockRow(_Part):
     drift_by_task: dict[str, float] = Field(default_factory=dict)
 
 
+class PositionRow(_Part):
+    """Mean divergence over a stretch of the completions of the dense model's traces, teacher-forced.
+
+    Args:
+        start_token: first token of the stretch, counted from the end of the prompt.
+        stop_token: the token after its last one.
+        tokens: positions of all traces in it.
+        export_kl_nats: mean KL(torch-pruned ‖ artifact).
+        pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
+    """
+
+    start_token: int = Field(ge=0)
+    stop_token: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    export_kl_nats: float
+    pruning_kl_nats: float
+
+
 class TensorRow(_Part):
     """How one tensor was exported.
 
@@ -245,6 +264,7 @@ class Report(_Part):
     checks: tuple[CheckResult, ...] = ()
     linears: tuple[LinearRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
+    positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)

@@ -60,6 +60,7 @@ def summarize(
         checks=tuple(checks),
         linears=tuple(linears),
         blocks=tuple(blocks),
+        positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
         notes=tuple(notes),
         fingerprint=dict(fingerprint),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy.recipe import Verification
-from racdeploy.report_model import CheckResult, Record, TensorRow
+from racdeploy.report_model import CheckResult, PositionRow, Record, TensorRow
 
 __all__ = ["Arm", "Evidence", "LogitComparison", "TokenProbe", "run_checks"]
 
@@ -58,6 +58,7 @@ class LogitComparison:
         export_top1: share of positions with the same most likely token.
         pruning_kl: mean KL(torch-dense ‖ torch-pruned): did the *pruning*?
         pruning_top1: share of positions with the same most likely token.
+        along: the same divergences by distance from the end of the prompt.
     """
 
     tokens: int
@@ -65,6 +66,7 @@ class LogitComparison:
     export_top1: float
     pruning_kl: float
     pruning_top1: float
+    along: tuple[PositionRow, ...] = ()
 
 
 @dataclass(frozen=True)

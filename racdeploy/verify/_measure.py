@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.recipe import Verification
-from racdeploy.report_model import Record
+from racdeploy.report_model import PositionRow, Record
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem, Task, extract_answer
@@ -28,6 +28,7 @@ __all__ = ["answer_problems", "compare_logits", "fingerprint", "probe_tokens"]
 Opener = Callable[[], AbstractContextManager[Engine]]
 Progress = Callable[[str, int, int], None]
 _ROWS = 64
+_STRETCHES = 48
 
 
 def answer_problems(
@@ -101,8 +102,11 @@ def compare_logits(
         with artifact() as engine:
             export = [_compare(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)]
     tokens = sum(len(kl) for kl, _ in export)
-    means = [float(np.concatenate(part).mean()) for pair in (export, pruning) for part in zip(*pair, strict=True)]
-    return LogitComparison(tokens, *means)
+    (export_kl, export_top1), (pruning_kl, pruning_top1) = (
+        [float(np.concatenate(part).mean()) for part in zip(*pairs, strict=True)] for pairs in (export, pruning)
+    )
+    along = _along([kl for kl, _ in export], [kl for kl, _ in pruning])
+    return LogitComparison(tokens, export_kl, export_top1, pruning_kl, pruning_top1, along)
 
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
@@ -140,6 +144,26 @@ def _compare(
         kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
         same.append(left_TV.argmax(1) == right_TV.argmax(1))
     return np.concatenate(kl), np.concatenate(same)
+
+
+def _along(export: Sequence[NDArray[np.float64]], pruning: Sequence[NDArray[np.float64]]) -> tuple[PositionRow, ...]:
+    """Average the divergences of all traces over stretches of equal width, counted from the end of the prompt."""
+    longest = max(map(len, export))
+    width = -(-longest // _STRETCHES)
+    rows = []
+    for start in range(0, longest, width):
+        parts = [[kl[start : start + width] for kl in arm] for arm in (export, pruning)]
+        export_kl, pruning_kl = (np.concatenate(part) for part in parts)
+        rows.append(
+            PositionRow(
+                start_token=start,
+                stop_token=min(start + width, longest),
+                tokens=len(export_kl),
+                export_kl_nats=float(export_kl.mean()),
+                pruning_kl_nats=float(pruning_kl.mean()),
+            )
+        )
+    return tuple(rows)
 
 
 def _record(

@@ -1,0 +1,21 @@
+"""Memory: peak resident memory of the engine's process, as a ratio to the dense artifact."""
+
+from __future__ import annotations
+
+from operator import le
+
+from racdeploy.report_model import CheckResult
+from racdeploy.verify import Evidence
+from racdeploy.verify._ratio import compare_figures
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the pruned artifact takes at most as many times the memory as the limit says."""
+    return compare_figures(
+        "memory",
+        "bytes at the peak",
+        (evidence.dense.stats.get("peak_rss_bytes"), evidence.pruned.stats.get("peak_rss_bytes")),
+        evidence.settings.memory_limit,
+        le,
+        "racdeploy bench measures it again, alternating; a smaller quant takes less, zeros alone do not",
+    )

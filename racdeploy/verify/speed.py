@@ -1,0 +1,26 @@
+"""Speed: tokens decoded per second, as a ratio to the dense artifact."""
+
+from __future__ import annotations
+
+from operator import ge
+
+from racdeploy.report_model import CheckResult
+from racdeploy.verify import Arm, Evidence
+from racdeploy.verify._ratio import compare_figures
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the pruned artifact decodes at least as many times as fast as the limit says."""
+    return compare_figures(
+        "speed",
+        "tokens/s",
+        (_tokens_per_s(evidence.dense), _tokens_per_s(evidence.pruned)),
+        evidence.settings.speed_limit,
+        ge,
+        "racdeploy bench measures it again, alternating; a smaller quant is faster, zeros alone are not",
+    )
+
+
+def _tokens_per_s(arm: Arm) -> float | None:
+    decode_s = arm.stats.get("decode_s")
+    return arm.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None
