@@ -1,0 +1,149 @@
+"""Every export equals what llama.cpp's own converter makes of the same checkpoint, byte for byte.
+
+The converter comes from the source package of the installed llama-cpp-python. Its table of pre-tokenizer hashes cannot
+know tiny vocabularies, so it is told the name; ``test_pretokenizers.py`` proves the names by tokens. All else is its
+own work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from safetensors.torch import load_file, save_file
+
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.export.gguf import export
+from tests.llama_converter import Job, convert
+from tests.tiny_models import make_checkpoint
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+QUANTS = ("f32", "f16", "bf16", "q8_0")
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "llama untied sharded": {"family": "llama", "tied": False, "sharded": True},
+    "llama biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama transformers 5": {"family": "llama", "transformers5": True, "rope_scaling": LLAMA3},
+    "llama wide heads": {"family": "llama", "head_dim": 32, "num_key_value_heads": 1},
+    "llama linear rope": {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "qwen2": {"family": "qwen2", "rope_theta": 1_000_000.0},
+    "qwen2 untied sharded": {"family": "qwen2", "tied": False, "sharded": True, "dtype": "float16"},
+    "qwen2 transformers 5": {"family": "qwen2", "transformers5": True, "rope_scaling": YARN},
+    "qwen2 yarn attention": {"family": "qwen2", "rope_scaling": YARN | {"attention_factor": 1.3}},
+    "qwen3": {"family": "qwen3", "dtype": "float32"},
+    "qwen3 untied sharded": {"family": "qwen3", "tied": False, "sharded": True},
+    "qwen3 transformers 5": {"family": "qwen3", "transformers5": True, "rope_theta": 50_000.0},
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference between the two files that is meant.
+
+    Args:
+        reason: why it is.
+        holds: what must be true of our value and theirs, None where a file lacks the key.
+    """
+
+    reason: str
+    holds: Callable[[Any, Any], bool]
+
+
+DIFFERENCES = {
+    "general.name": Difference(
+        "the converter makes a title of the folder's name; llama.cpp shows it",
+        lambda ours, theirs: ours.replace(" ", "").lower() == theirs.replace(" ", "").lower(),
+    ),
+    "general.size_label": Difference(
+        "a label made of the number of weights; shown in file names",
+        lambda ours, theirs: ours is None,
+    ),
+    "tokenizer.ggml.add_bos_token": Difference(
+        "the converter writes it only where the tokenizer's files say so; absent is false for byte-level BPE",
+        lambda ours, theirs: ours is False and theirs is None,
+    ),
+    "tokenizer.ggml.add_eos_token": Difference(
+        "the converter writes it only where the tokenizer's files say so; absent is false",
+        lambda ours, theirs: ours is False and theirs is None,
+    ),
+    "qwen2.rope.scaling.yarn_attn_factor": Difference(
+        "the converter copies attention_factor into a key that llama.cpp never reads; the next one is ours",
+        lambda ours, theirs: ours is None,
+    ),
+    "qwen2.rope.scaling.attn_factor": Difference(
+        "llama.cpp multiplies its own factor by this one; the logits show that it is needed",
+        lambda ours, theirs: theirs is None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a GGUF file holds: metadata by key, and of each tensor its type, shape and bytes."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
+
+    @classmethod
+    def read(cls, file: Path) -> Contents:
+        """Read a file."""
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        tensors = {t.name: (t.tensor_type.name, tuple(t.shape.tolist()), t.data.tobytes()) for t in reader.tensors}
+        return cls(fields, tensors)
+
+    def differences(self, theirs: Contents) -> list[str]:
+        """Return the tensors and the keys that are not equal and not in the table."""
+        found = [
+            name
+            for name in sorted(self.tensors.keys() | theirs.tensors.keys())
+            if self.tensors.get(name) != theirs.tensors.get(name)
+        ]
+        for key in sorted(self.fields.keys() | theirs.fields.keys()):
+            ours, other = self.fields.get(key), theirs.fields.get(key)
+            if ours != other and not (key in DIFFERENCES and DIFFERENCES[key].holds(ours, other)):
+                found.append(f"{key}: {ours!r} and {other!r}"[:300])
+        return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make every checkpoint and let the converter loose on all of them."""
+    root = tmp_path_factory.mktemp("oracle")
+    jobs = []
+    for name, case in CASES.items():
+        make_checkpoint(root / name, **case)
+        jobs += [Job(str(root / name), str(root / f"{name} {quant}.gguf"), quant, "qwen2") for quant in QUANTS]
+    convert(jobs)
+    return root
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_equals_the_converters(root: Path, tmp_path: Path, case: str, quant: str) -> None:
+    """Names, shapes, types and bytes of all tensors, and every metadata key, are equal."""
+    ours = export(Checkpoint(root / case), tmp_path / "model.gguf", quant=quant).path
+    assert Contents.read(ours).differences(Contents.read(root / f"{case} {quant}.gguf")) == []
+
+
+def test_one_changed_weight_is_noticed(root: Path, tmp_path: Path) -> None:
+    """The comparison sees a single weight and a single setting."""
+    theirs = Contents.read(root / "qwen2 f32.gguf")
+    folder = make_checkpoint(tmp_path / "qwen2", **(CASES["qwen2"] | {"rope_theta": 10_001.0}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = Contents.read(export(Checkpoint(folder), tmp_path / "model.gguf", quant="f32").path)
+    found = ours.differences(theirs)
+    assert [text.partition(":")[0] for text in found] == ["blk.1.ffn_up.weight", "qwen2.rope.freq_base"]
