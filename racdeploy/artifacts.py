@@ -14,14 +14,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock; two builds in one work folder are then not told apart
     fcntl = None  # type: ignore[assignment]
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.checkpoint import file_sha256, read_json
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
@@ -289,9 +289,11 @@ class _Entry(BaseModel):
 
 
 class ArtifactEntry(_Entry):
-    """One exported file of a bundle; ``path`` is relative to it.
+    """One exported artifact of a bundle; ``path`` is its main file, relative to the bundle.
 
-    ``unpacked_sha256`` is that of the file that a packed one stands for, empty where nothing is packed.
+    ``files`` are the hashes of all its files by their path in the bundle; a manifest that was written before artifacts
+    could be several files has none, and means the main file. ``size_bytes`` is of all of them. ``unpacked_sha256`` is
+    that of the file that a packed one stands for, empty where nothing is packed.
     """
 
     path: str
@@ -302,6 +304,13 @@ class ArtifactEntry(_Entry):
     sha256: str
     backend: str
     unpacked_sha256: str = ""
+    files: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fill_files(self) -> Self:
+        if not self.files:
+            object.__setattr__(self, "files", {self.path: self.sha256})
+        return self
 
 
 class TokenizerEntry(_Entry):
@@ -362,7 +371,12 @@ class Manifest(_Entry):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ArtifactError(f"{file}: {where}: {first['msg']}", remedy="build the bundle again") from error
-        for name in (*(entry.path for entry in manifest.artifacts), *manifest.tokenizer.files):
+        for entry in manifest.artifacts:
+            for name in (entry.path, *entry.files):
+                _check_inside(bundle, name)
+            if entry.files.get(entry.path) != entry.sha256:
+                raise ArtifactError(f"{file}: the files of {entry.path!r} lack it, or have another hash for it")
+        for name in manifest.tokenizer.files:
             _check_inside(bundle, name)
         return manifest
 
@@ -380,7 +394,9 @@ class Manifest(_Entry):
         Raises:
             ArtifactError: naming the first file that differs.
         """
-        _check_hashes(bundle, {entry.path: entry.sha256 for entry in self.artifacts} | self.tokenizer.files)
+        for entry in self.artifacts:
+            _check_hashes(bundle, entry.files)
+        _check_hashes(bundle, self.tokenizer.files)
 
 
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:

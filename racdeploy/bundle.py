@@ -11,10 +11,10 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from racdeploy import __version__, plugins
+from racdeploy import __version__, export
 from racdeploy.artifacts import (
     MANIFEST_NAME,
     ArtifactEntry,
@@ -40,8 +40,9 @@ _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle."""
+    """What goes into a bundle; ``name`` is that of the artifact."""
 
+    name: str
     model: ResolvedModel
     checkpoint: Checkpoint
     recipe: Recipe
@@ -76,8 +77,9 @@ def write(out: Path, contents: Contents) -> Manifest:
     """Write the bundle folder; an older bundle of that name is replaced when the new one is whole."""
     out = out.resolve()
     with atomic_folder(out) as scratch:
-        artifact = contents.export.path.name
-        shutil.copyfile(contents.export.path, scratch / artifact)
+        for name, source in _artifact_files(contents).items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, scratch / name)
         for name in TOKENIZER_FILES:
             if (contents.checkpoint.folder / name).is_file():
                 shutil.copyfile(contents.checkpoint.folder / name, scratch / name)
@@ -85,15 +87,28 @@ def write(out: Path, contents: Contents) -> Manifest:
         texts = {
             MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
             "README.md": _card(manifest, contents),
-            "Modelfile": _modelfile(manifest, contents),
+            **export.load(contents.recipe.export.format).companions(manifest, contents.checkpoint),
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": markdown.render(contents.report),
             "report.html": html.render(contents.report, contents.records),
             "records.jsonl": "".join(record.model_dump_json() + "\n" for record in contents.records),
         }
         for name, text in texts.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
     return manifest
+
+
+def _artifact_path(contents: Contents) -> PurePosixPath:
+    """Return the main file's place in the bundle."""
+    settings = contents.recipe.export
+    return export.load(settings.format).artifact_path(contents.name, settings.quant, settings.packing)
+
+
+def _artifact_files(contents: Contents) -> dict[str, Path]:
+    """Return every file of the artifact by its path in the bundle."""
+    folder = _artifact_path(contents).parent
+    return {(folder / name).as_posix(): contents.export.path.parent / name for name in contents.export.files}
 
 
 def _manifest(folder: Path, contents: Contents) -> Manifest:
@@ -124,14 +139,18 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
         },
         artifacts=(
             ArtifactEntry(
-                path=contents.export.path.name,
+                path=_artifact_path(contents).as_posix(),
                 format=recipe.export.format,
                 quant=recipe.export.quant,
                 packing=recipe.export.packing,
                 size_bytes=contents.export.size_bytes,
                 sha256=contents.export.sha256,
-                backend=plugins.load("formats", recipe.export.format).BACKEND,
+                backend=export.load(recipe.export.format).BACKEND,
                 unpacked_sha256=contents.export.unpacked_sha256,
+                files={
+                    name: contents.export.files[source.relative_to(contents.export.path.parent).as_posix()]
+                    for name, source in _artifact_files(contents).items()
+                },
             ),
         ),
         tokenizer=TokenizerEntry(
@@ -181,6 +200,7 @@ def _headline(report: Report) -> dict[str, Any]:
 def _card(manifest: Manifest, contents: Contents) -> str:
     """Return a model card with Hub metadata in front of the report."""
     entry, prune = manifest.artifacts[0], contents.recipe.prune
+    form = export.load(entry.format)
     license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] else []
     base = manifest.base["model"] if contents.model.on_hub else manifest.base["name"]
     front = [
@@ -188,7 +208,7 @@ def _card(manifest: Manifest, contents: Contents) -> str:
         *license_line,
         f"base_model: {json.dumps(base)}",
         "base_model_relation: quantized",
-        "library_name: gguf",
+        f"library_name: {form.LIBRARY}",
         "pipeline_tag: text-generation",
         "tags: [racdeploy, sparse, reasoning]",
         "---",
@@ -196,7 +216,7 @@ def _card(manifest: Manifest, contents: Contents) -> str:
     return "\n".join(
         [
             *front,
-            f"# {Path(entry.path).stem}",
+            f"# {contents.name}",
             "",
             f"{manifest.base['name']}, pruned with {prune.method} to {prune.sparsity:.0%} zeros ({prune.pattern}), "
             f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
@@ -209,32 +229,8 @@ def _card(manifest: Manifest, contents: Contents) -> str:
             'print(model.generate("What is 12 times 34?").answer)',
             "```",
             "",
-            *([f"Unpack it for other programs: `racdeploy unpack {entry.path}`", ""] if entry.unpacked_sha256 else []),
-            f"llama.cpp: `llama-cli -m {_plain_name(entry)} -cnv` · Ollama: `ollama create NAME -f Modelfile`",
+            *form.usage(entry),
             "",
             markdown.render(contents.report),
-        ]
-    )
-
-
-def _plain_name(entry: ArtifactEntry) -> str:
-    """Return the name of the file that llama.cpp and Ollama read: a packed one is unpacked beside itself."""
-    return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path
-
-
-def _modelfile(manifest: Manifest, contents: Contents) -> str:
-    """Return an Ollama Modelfile; the chat template is in the GGUF."""
-    settings = manifest.generation
-    tokens = {i: t for t, i in PromptEncoder.from_folder(contents.checkpoint.folder).tokenizer.get_vocab().items()}
-    stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
-    return "\n".join(
-        [
-            f"FROM ./{_plain_name(manifest.artifacts[0])}",
-            f"PARAMETER temperature {settings.temperature:g}",
-            f"PARAMETER top_p {settings.top_p:g}",
-            f"PARAMETER num_ctx {settings.context_tokens}",
-            f"PARAMETER num_predict {settings.max_new_tokens}",
-            *(f'PARAMETER stop "{stop}"' for stop in stops),
-            "",
         ]
     )

@@ -13,14 +13,15 @@ import typer
 from rich.table import Table
 
 from racdeploy import __version__, plugins
+from racdeploy import export as exports
 from racdeploy._console import err, out, print_json, progress_bars, reported
 from racdeploy.artifacts import write_atomic
+from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.doctor import examine
 from racdeploy.errors import GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
-from racdeploy.racgguf import Container
 from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
@@ -166,27 +167,22 @@ def prune(
 @reported
 def export(
     model: Annotated[str, typer.Argument(help="Model folder, dense or pruned.")],
+    target: TargetOpt = None,
     quant: QuantOpt = None,
     packing: PackingOpt = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
     json_output: JsonOpt = False,
 ) -> None:
     """Export a model folder as it is."""
-    from racdeploy.checkpoint import Checkpoint
     from racdeploy.models import resolve
 
     resolved = resolve(model)
-    settings = Recipe.combine(None, {"model": model} | _export(quant, packing)).export
-    exporter = plugins.load("formats", settings.format)
-    file = out_file or Path(f"{resolved.name}-{settings.quant}{exporter.suffix(settings.packing)}")
-    result = exporter.export(
-        Checkpoint(resolved.folder),
-        file,
-        quant=settings.quant,
-        packing=settings.packing,
-        pre_tokenizer=settings.pre_tokenizer,
-    )
-    details = {"path": str(result.path), "size_bytes": result.size_bytes, "sha256": result.sha256}
+    settings = Recipe.combine(None, {"model": model, "target": target} | _export(quant, packing)).export
+    name = f"{resolved.name}-{settings.quant}"
+    place = Path(exports.load(settings.format).artifact_path(name, settings.quant, settings.packing))
+    file = out_file or (place if len(place.parts) == 1 else Path(name) / place)
+    result = exports.write(Checkpoint(resolved.folder), file, settings)
+    details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": dict(result.files)}
     print_json(details) if json_output else out.print(result.path, soft_wrap=True)
     for note in result.notes:
         err.print(note, markup=False)
@@ -250,7 +246,7 @@ def run(
 @app.command()
 @reported
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .gguf or .racgguf file, a model folder, or a bundle.")],
+    path: Annotated[Path, typer.Argument(help="An exported file, a model folder, or a bundle.")],
     json_output: JsonOpt = False,
 ) -> None:
     """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
@@ -270,17 +266,16 @@ def inspect(
 @app.command()
 @reported
 def unpack(
-    file: Annotated[Path, typer.Argument(help="A .racgguf file.")],
-    out_file: Annotated[Path | None, typer.Option("--out", help="File to write; default: *.gguf beside it.")] = None,
+    file: Annotated[Path, typer.Argument(help="A packed file, as .racgguf.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="File to write; default: beside it.")] = None,
     json_output: JsonOpt = False,
 ) -> None:
-    """Write the GGUF file that a packed one stands for, byte for byte."""
-    container = Container.open(file)
-    plain = out_file or file.with_suffix(".gguf")
-    if plain.resolve() == file.resolve():
-        raise UsageError(f"{plain} would replace the packed file", remedy="name another file with --out")
-    container.unpack(plain)
-    details = {"path": str(plain), "size_bytes": container.size_bytes, "sha256": container.sha256}
+    """Write the plain file that a packed one stands for."""
+    if not exports.format_of(file):
+        known = ", ".join(plugins.names("formats"))
+        raise UsageError(f"the name of {file} is of no format", remedy=f"formats are {known}; see racdeploy inspect")
+    plain = exports.load(exports.format_of(file)).unpack(file, out_file)
+    details = {"path": str(plain), "size_bytes": plain.stat().st_size, "sha256": file_sha256(plain)}
     print_json(details) if json_output else out.print(plain, soft_wrap=True)
 
 

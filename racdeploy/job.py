@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from racdeploy import bundle, packing, quant, tasks
+from racdeploy import bundle, export, quant, tasks
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.models import ResolvedModel, resolve
@@ -86,7 +86,7 @@ class Job:
         """
         recipe = self.recipe
         _require(_NEEDS)
-        packing.check(recipe.export.quant, recipe.export.packing)
+        export.check(recipe.export)
         bundle.check_replaceable(out)
         self.check_model()
         longest = max(len(self.encoder.encode(problem.question)) for problem in self.problems("evaluation"))

@@ -18,7 +18,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from racdeploy import __version__, bundle, plugins
+from racdeploy import __version__, bundle
+from racdeploy import export as exports
 from racdeploy.artifacts import Stage, Trace, TraceSet, canonical_hash
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import Checkpoint
@@ -211,43 +212,37 @@ class Build:
 
         Args:
             folder: Hugging Face folder, dense or pruned.
-            name: file name without suffix.
+            name: of the artifact, without suffix.
             pruned: whether packing applies; the dense model is always plain.
             sparsity: for the file's metadata, where it is not the recipe's.
         """
         checkpoint, settings = Checkpoint(folder), self.job.recipe.export
+        if not pruned:
+            settings = settings.model_copy(update={"packing": "plain"})
         metadata = self._metadata(sparsity) if pruned else {}
         inputs = self._inputs("export") | {
             "model": checkpoint.sha256,
-            "export": settings.model_dump() | ({} if pruned else {"packing": "plain"}),
+            "export": settings.model_dump(),
             "name": name,
             "metadata": metadata,
         }
         stage = Stage.open(self.work, "export", inputs)
         if stage.finished:
             return ExportResult.from_json(stage.folder, stage.summary)
-        exporter, packing = plugins.load("formats", settings.format), settings.packing if pruned else "plain"
 
         def report(done: int, total: int) -> None:
             if self.progress:
                 self.progress("export", done, total)
 
-        result: ExportResult = exporter.export(
-            checkpoint,
-            stage.folder / f"{name}{exporter.suffix(packing)}",
-            quant=settings.quant,
-            packing=packing,
-            metadata=metadata,
-            pre_tokenizer=settings.pre_tokenizer,
-            progress=report,
-        )
-        stage.finish(result.to_json())
+        path = exports.load(settings.format).artifact_path(name, settings.quant, settings.packing)
+        result = exports.write(checkpoint, stage.folder / path, settings, metadata=metadata, progress=report)
+        stage.finish(result.to_json(stage.folder))
         return result
 
     def answer(
         self, artifact: Path, arm: str, settings: EngineSettings
     ) -> tuple[tuple[Record, ...], list[tuple[tuple[int, ...], tuple[int, ...]]], dict[str, float]]:
-        """Answer the evaluation prompts with one artifact on llama.cpp.
+        """Answer the evaluation prompts with one artifact on its engine.
 
         Returns:
             One record per prompt, prompt and completion ids of each, and what the engine counted.
@@ -298,7 +293,7 @@ class Build:
             dense=arms[0],
             pruned=arms[1],
             artifact=pruned.path,
-            artifact_sha256=pruned.sha256,
+            artifact_files=pruned.files,
             sparsity_asked=self._asked(model.linears),
             tensors=rows,
             prunable=frozenset(prunable),
@@ -338,6 +333,7 @@ class Build:
         bundle.write(
             out,
             bundle.Contents(
+                name=self.job.artifact_name,
                 model=self.job.model,
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
@@ -407,7 +403,7 @@ class Build:
         return {"version": __version__, "code": _code_hash(_CODE[stage])}
 
     def _backend(self) -> str:
-        return str(plugins.load("formats", self.job.recipe.export.format).BACKEND)
+        return exports.load(self.job.recipe.export.format).BACKEND
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

@@ -9,19 +9,18 @@ import contextlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
-from racdeploy import tasks
-from racdeploy.artifacts import Manifest
+from racdeploy import export, tasks
+from racdeploy.artifacts import ArtifactEntry, Manifest
 from racdeploy.backends import EngineSettings, open_engine
 from racdeploy.checkpoint import read_json
 from racdeploy.errors import ArtifactError
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.families import family_of
-from racdeploy.inspection import measure_gguf
 from racdeploy.recipe import Gate, Recipe, validate
 from racdeploy.report.summary import summarize
 from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
@@ -77,13 +76,13 @@ def reverify(
         )
         probes = probe_tokens(engine, encoder, probe_strings())
         stats = dict(getattr(engine, "stats", {}))
-    rows, prunable, sparsity = _measure(bundle / entry.path, manifest, entry.quant)
+    rows, prunable, sparsity = _measure(bundle, manifest, entry)
     evidence = Evidence(
         settings=settings,
         dense=_recorded_arm(built, dense_records),
         pruned=Arm("pruned", records, entry.size_bytes, entry.quant, sparsity, stats),
         artifact=bundle / entry.path,
-        artifact_sha256=entry.sha256,
+        artifact_files={_from_main_file(name, entry): sha256 for name, sha256 in entry.files.items()},
         sparsity_asked=float(manifest.pruning.get("sparsity_asked", recipe.prune.sparsity)),
         dense_linears=frozenset(row.name for row in built.linears if row.sparsity_asked == 0),
         tensors=rows,
@@ -133,11 +132,17 @@ def _recorded_arm(built: Report, records: tuple[Record, ...]) -> Arm:
     return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0)
 
 
-def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[TensorRow, ...], frozenset[str], float]:
+def _from_main_file(name: str, entry: ArtifactEntry) -> str:
+    return PurePosixPath(name).relative_to(PurePosixPath(entry.path).parent).as_posix()
+
+
+def _measure(
+    bundle: Path, manifest: Manifest, entry: ArtifactEntry
+) -> tuple[tuple[TensorRow, ...], frozenset[str], float]:
     """Count the zeros in the file itself."""
     family = family_of({"model_type": manifest.base.get("model_type")})
-    linears = {family.block_tensors[f"{linear}.weight"] for linear in family.linears}
-    _, found = measure_gguf(artifact)
+    form = export.load(entry.format)
+    _, found = form.measure(bundle / entry.path)
     rows: list[TensorRow] = []
     zeros = weights = 0.0
     prunable: set[str] = set()
@@ -146,16 +151,16 @@ def _measure(artifact: Path, manifest: Manifest, asked: str) -> tuple[tuple[Tens
         count = float(size[0] * (size[1] if len(size) > 1 else 1))
         if tensor["zeros"] is None:
             raise ArtifactError(
-                f"{artifact}: racdeploy cannot read type {tensor['type']} of {tensor['name']}",
+                f"{bundle / entry.path}: racdeploy cannot read type {tensor['type']} of {tensor['name']}",
                 remedy="build the bundle again with a quant of: racdeploy plugins",
             )
-        if tensor["name"].partition(".")[2].partition(".")[2] in linears:
+        if form.is_linear(family, tensor["name"]):
             prunable.add(tensor["name"])
             zeros, weights = zeros + tensor["zeros"] * count, weights + count
         rows.append(
             TensorRow(
                 name=tensor["name"],
-                quant_asked=asked,
+                quant_asked=entry.quant,
                 quant_real=tensor["type"],
                 zeros=tensor["zeros"],
                 size_bytes=tensor["size_bytes"],

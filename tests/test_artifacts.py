@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from racdeploy.artifacts import MANIFEST_NAME, Manifest, Stage, atomic_folder, write_atomic
+from racdeploy.checkpoint import file_sha256
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from tests.tiny_artifacts import make_bundle
 
@@ -69,6 +70,35 @@ def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def test_an_artifact_of_several_files_is_checked_whole(bundle: Path, tmp_path: Path) -> None:
+    """Every file is there, inside, and has its hash; a manifest without the list still reads."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    (copy / "model.gguf_data").write_bytes(b"weights")
+    manifest = json.loads((copy / "racdeploy.json").read_text(encoding="utf-8"))
+    entry = manifest["artifacts"][0]
+    assert entry.pop("files") == {"model.gguf": entry["sha256"]}
+    (copy / "racdeploy.json").write_text(json.dumps(manifest))
+    assert Manifest.read(copy).artifacts[0].files == {"model.gguf": entry["sha256"]}
+
+    def read(files: dict[str, str]) -> Manifest:
+        entry["files"] = files
+        (copy / "racdeploy.json").write_text(json.dumps(manifest))
+        return Manifest.read(copy)
+
+    whole = {"model.gguf": entry["sha256"], "model.gguf_data": file_sha256(copy / "model.gguf_data")}
+    read(whole).check_files(copy)
+    with pytest.raises(ArtifactError, match="model.gguf_data differs from its manifest"):
+        read(whole | {"model.gguf_data": "0" * 64}).check_files(copy)
+    with pytest.raises(ArtifactError, match="the files of 'model.gguf' lack it"):
+        read({"model.gguf_data": whole["model.gguf_data"]})
+    with pytest.raises(ArtifactError, match="outside the bundle"):
+        read(whole | {"../model": "0" * 64})
+    (copy / "model.gguf_data").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        read(whole)
 
 
 def _edited(bundle: Path, tmp_path: Path, **changes: Any) -> Path:

@@ -1,17 +1,24 @@
 """Write a checkpoint into the file format of an engine: one file per format.
 
-A format file has ``export(checkpoint, out, *, quant, packing, metadata, …) -> ExportResult``. What could not
-be stored as asked is in the result with a reason; nothing is dropped.
+A format file holds the members of :class:`Format`. What could not be stored as asked is in the result with a reason;
+nothing is dropped. An artifact is one main file, which an engine opens, and the files it refers to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, cast
 
-__all__ = ["ExportResult", "ExportedTensor", "Progress"]
+from racdeploy import packing as packings
+from racdeploy import plugins, recipe
+from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.errors import UsageError
+from racdeploy.families import Family
+
+__all__ = ["ExportResult", "ExportedTensor", "Format", "Progress", "check", "format_of", "load", "write"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""
@@ -48,13 +55,13 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished file.
+    """A finished artifact.
 
     Args:
-        path: where it is.
+        path: its main file.
         tensors: in file order.
-        size_bytes: of the file.
-        sha256: of the file.
+        size_bytes: of all its files.
+        files: SHA-256 of every file, the main one included, by its path from the folder of the main one.
         notes: what the engine will do differently from the checkpoint, in sentences.
         unpacked_sha256: of the file that a packed one stands for; empty where nothing is packed.
     """
@@ -62,24 +69,136 @@ class ExportResult:
     path: Path
     tensors: tuple[ExportedTensor, ...]
     size_bytes: int
-    sha256: str
+    files: Mapping[str, str]
     notes: tuple[str, ...] = ()
     unpacked_sha256: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the folder as JSON values."""
-        return {**asdict(replace(self, path=Path())), "path": self.path.name}
+    @property
+    def sha256(self) -> str:
+        """Hash of the main file."""
+        return self.files[self.path.name]
+
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """Return JSON values, the path as seen from a folder above it."""
+        return {**asdict(replace(self, path=Path())), "path": self.path.relative_to(folder).as_posix()}
 
     @classmethod
     def from_json(cls, folder: Path, values: Mapping[str, Any]) -> ExportResult:
-        """Read back what :meth:`to_json` returned, for a file in ``folder``."""
+        """Read back what :meth:`to_json` returned for that folder."""
         tensors = tuple(ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"])
         path = folder / values["path"]
         return cls(
             path,
             tensors,
             values["size_bytes"],
-            values["sha256"],
+            values["files"],
             tuple(values["notes"]),
             values["unpacked_sha256"],
         )
+
+
+class Format(Protocol):
+    """A file format, as a module.
+
+    ``BACKEND`` is the engine that reads it, ``LIBRARY`` what the Hub calls it, ``OPTIONS`` the keys of the recipe's
+    ``[export]`` beside quant and packing that its ``export`` takes. ``artifact_path`` is the main file's place in a
+    bundle. ``measure`` returns scalar metadata and one row per tensor: name, shape (outputs first), type, zeros
+    (None where they cannot be counted), size_bytes, packing; ``is_linear`` says whether a row is a prunable linear.
+    ``unpack`` writes what a packed artifact stands for, beside it unless told otherwise. ``companions`` are the texts
+    of further files that programs want in the bundle, by their path, and ``usage`` the lines of the model card that
+    say how to run it.
+    """
+
+    BACKEND: str
+    LIBRARY: str
+    OPTIONS: tuple[str, ...]
+
+    def artifact_path(self, name: str, quant: str, packing: str) -> PurePosixPath: ...
+
+    def export(
+        self,
+        checkpoint: Checkpoint,
+        out: Path,
+        *,
+        quant: str,
+        packing: str,
+        metadata: Mapping[str, str | int | float | bool] | None,
+        progress: Progress | None,
+        **options: Any,
+    ) -> ExportResult: ...
+
+    def measure(self, path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...
+
+    def is_linear(self, family: Family, name: str) -> bool: ...
+
+    def unpack(self, packed: Path, out: Path | None) -> Path: ...
+
+    def companions(self, manifest: Manifest, checkpoint: Checkpoint) -> Mapping[str, str]: ...
+
+    def usage(self, entry: ArtifactEntry) -> list[str]: ...
+
+
+def load(name: str) -> Format:
+    """Import the format of that name.
+
+    Raises:
+        UnknownPluginError: there is no such format.
+        MissingExtraError: it needs an optional dependency.
+    """
+    return cast(Format, plugins.load("formats", name))
+
+
+def format_of(path: Path) -> str:
+    """Return the format that a file's suffix names, with ``rac`` in front where it is packed, or an empty string."""
+    name = path.suffix.removeprefix(".").removeprefix("rac")
+    return name if name in plugins.names("formats") else ""
+
+
+def check(settings: recipe.Export) -> None:
+    """Refuse what the format cannot write, before any work.
+
+    Raises:
+        UsageError: a quant, a packing or an option that is not the format's, or two that do not go together.
+    """
+    packings.check(settings.format, settings.quant, settings.packing)
+    taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}
+    for name in sorted(settings.model_fields_set - taken):
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise UsageError(f"format {settings.format!r} has no use for export.{name}", remedy="remove it")
+
+
+def write(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: recipe.Export,
+    *,
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export a checkpoint as the settings say.
+
+    Args:
+        checkpoint: the model folder.
+        out: the main file; its folder is made.
+        settings: format, quant, packing and the format's own options.
+        metadata: further keys, ``racdeploy.*`` or ``general.*``.
+        progress: called while it writes.
+
+    Raises:
+        UsageError: see :func:`check`.
+        ModelError: the checkpoint is damaged or has something that the engine does not compute.
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    check(settings)
+    chosen = load(settings.format)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return chosen.export(
+        checkpoint,
+        out,
+        quant=settings.quant,
+        packing=settings.packing,
+        metadata=metadata,
+        progress=progress,
+        **{name: getattr(settings, name) for name in chosen.OPTIONS},
+    )

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,17 +22,33 @@ from numpy.typing import NDArray
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy import racgguf
-from racdeploy.artifacts import disk_errors
+from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export._gguf_measure import measure
 from racdeploy.export._gguf_parameters import write_parameters
 from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
+from racdeploy.families import Family
+from racdeploy.runtime.template import PromptEncoder
 
-__all__ = ["BACKEND", "export", "suffix"]
+__all__ = [
+    "BACKEND",
+    "LIBRARY",
+    "OPTIONS",
+    "artifact_path",
+    "companions",
+    "export",
+    "is_linear",
+    "measure",
+    "unpack",
+    "usage",
+]
 
-BACKEND = "llamacpp"  # the engine that reads this format
+BACKEND = "llamacpp"
+LIBRARY = "gguf"
+OPTIONS = ("pre_tokenizer",)
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 4_194_304
@@ -45,9 +61,60 @@ _FILE_KEYS = (
 )
 
 
-def suffix(packing: str) -> str:
-    """Return how the name of a file with that packing ends."""
+def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
+    """Return the file's name, at the top of a bundle; the caller's name says the quant."""
+    return PurePosixPath(f"{name}{_suffix(packing)}")
+
+
+def is_linear(family: Family, name: str) -> bool:
+    """Return whether a tensor of the file is a prunable linear."""
+    return name.split(".", 2)[-1] in {family.block_tensors[f"{linear}.weight"] for linear in family.linears}
+
+
+def unpack(packed: Path, out: Path | None = None) -> Path:
+    """Write the GGUF file that a container stands for, byte for byte; beside it by default.
+
+    Raises:
+        ArtifactError: the container is damaged, or no container.
+        UsageError: ``out`` is the container itself.
+    """
+    container = racgguf.Container.open(packed)
+    plain = out or packed.with_suffix(".gguf")
+    if plain.resolve() == packed.resolve():
+        raise UsageError(f"{plain} would replace the packed file", remedy="name another file with --out")
+    container.unpack(plain)
+    return plain
+
+
+def companions(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return an Ollama Modelfile; the chat template is in the GGUF."""
+    settings = manifest.generation
+    tokens = {i: t for t, i in PromptEncoder.from_folder(checkpoint.folder).tokenizer.get_vocab().items()}
+    lines = [
+        f"FROM ./{_plain_name(manifest.artifacts[0])}",
+        f"PARAMETER temperature {settings.temperature:g}",
+        f"PARAMETER top_p {settings.top_p:g}",
+        f"PARAMETER num_ctx {settings.context_tokens}",
+        f"PARAMETER num_predict {settings.max_new_tokens}",
+        *(f'PARAMETER stop "{tokens[i]}"' for i in manifest.tokenizer.eos_ids if i in tokens),
+    ]
+    return {"Modelfile": "\n".join(lines) + "\n"}
+
+
+def usage(entry: ArtifactEntry) -> list[str]:
+    """Return how other programs run the file."""
+    unpacking = [f"Unpack it for other programs: `racdeploy unpack {entry.path}`", ""] if entry.unpacked_sha256 else []
+    run = f"llama.cpp: `llama-cli -m {_plain_name(entry)} -cnv` · Ollama: `ollama create NAME -f Modelfile`"
+    return [*unpacking, run]
+
+
+def _suffix(packing: str) -> str:
     return ".gguf" if packing == "plain" else racgguf.SUFFIX
+
+
+def _plain_name(entry: ArtifactEntry) -> str:
+    """Return the name of the file that llama.cpp and Ollama read: a packed one is unpacked beside itself."""
+    return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path
 
 
 def export(
@@ -79,9 +146,9 @@ def export(
         ModelError: the checkpoint is damaged or has something that llama.cpp does not compute.
         EnvironmentFailure: the disk is full or not writable.
     """
-    packings.check(quant, packing)
+    packings.check("gguf", quant, packing)
     if (out.suffix == racgguf.SUFFIX) == (packing == "plain"):
-        wanted = f"name it {out.stem}{suffix(packing)}"
+        wanted = f"name it {out.stem}{_suffix(packing)}"
         raise UsageError(f"{out} is no name for a file with packing {packing!r}", remedy=wanted)
     for key in metadata or {}:
         if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
@@ -94,7 +161,8 @@ def export(
         with disk_errors(out):
             _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, quant, metadata or {}))
             tensors = _write_tensors(checkpoint, partial, plan, progress)
-            result = ExportResult(out, tensors, partial.stat().st_size, file_sha256(partial), vocabulary.notes)
+            files = {out.name: file_sha256(partial)}
+            result = ExportResult(out, tensors, partial.stat().st_size, files, vocabulary.notes)
             if packing != "plain":
                 return _pack(partial, result, packing)
             partial.replace(out)
@@ -119,7 +187,7 @@ def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
         result,
         tensors=tensors,
         size_bytes=result.path.stat().st_size,
-        sha256=file_sha256(result.path),
+        files={result.path.name: file_sha256(result.path)},
         unpacked_sha256=result.sha256,
     )
 
@@ -159,7 +227,7 @@ def _write_header(
         write_parameters(writer, checkpoint)
         _add_vocabulary(writer, vocabulary, checkpoint.chat_template)
         for tensor in plan:
-            raw_dtype = GGMLQuantizationType(quants.load(tensor.quant_real).GGML_TYPE)
+            raw_dtype = GGMLQuantizationType(quants.load_ggml(tensor.quant_real).GGML_TYPE)
             writer.add_tensor_info(
                 tensor.name, tensor.shape, np.dtype(np.float32), tensor.size_bytes, raw_dtype=raw_dtype
             )

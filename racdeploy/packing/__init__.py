@@ -20,11 +20,13 @@ __all__ = ["Packing", "check", "load"]
 class Packing(Protocol):
     """A packing, as a module.
 
-    ``REQUIRES_ZEROS`` is True where zeros are left out. ``fits(quant, zeros_fraction)`` returns why a tensor
-    is better stored plain, or an empty string. ``pack`` takes packed rows, ``packed_OP``, of the number
-    format ``quant`` and returns the bytes to store; ``unpack`` gives the same rows back, bit for bit.
+    ``FORMATS`` are the file formats that store it. ``REQUIRES_ZEROS`` is True where zeros are left out.
+    ``fits(quant, zeros_fraction)`` returns why a tensor is better stored plain, or an empty string. ``pack`` takes
+    packed rows, ``packed_OP``, of the number format ``quant`` and returns the bytes to store; ``unpack`` gives the same
+    rows back, bit for bit.
     """
 
+    FORMATS: tuple[str, ...]
     REQUIRES_ZEROS: bool
 
     def fits(self, quant: Any, zeros_fraction: float) -> str: ...
@@ -43,15 +45,24 @@ def load(name: str) -> Packing:
     return cast(Packing, plugins.load("packing", name))
 
 
-def check(quant_name: str, packing_name: str) -> None:
-    """Refuse a packing with a number format that loses zeros, or that it cannot pack even where all are zero.
+def check(format_name: str, quant_name: str, packing_name: str) -> None:
+    """Refuse a number format or a packing that the file format cannot store, or two that do not go together.
+
+    A packing does not go with a number format that loses zeros, or that it cannot pack even where all are zero.
 
     Raises:
-        UsageError: the two do not go together.
+        UsageError: naming what would do instead.
     """
     packing = load(packing_name)
+    for kind, name in (("quant", quant_name), ("packing", packing_name)):
+        if format_name not in plugins.load(kind, name).FORMATS:
+            offered = [other for other in plugins.names(kind) if _stores(format_name, kind, other)]
+            raise UsageError(
+                f"format {format_name!r} does not store {kind} {name!r}", remedy=f"it stores {', '.join(offered)}"
+            )
     if reason := _reason(packing, plugins.load("quant", quant_name)):
-        others = [name for name in plugins.names("quant") if name != quant_name and _works(packing, name)]
+        stored = [name for name in plugins.names("quant") if _stores(format_name, "quant", name)]
+        others = [name for name in stored if not _reason(packing, plugins.load("quant", name))]
         raise UsageError(
             f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
             remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
@@ -64,8 +75,8 @@ def _reason(packing: Packing, quant: Any) -> str:
     return packing.fits(quant, 1.0)
 
 
-def _works(packing: Packing, quant_name: str) -> bool:
+def _stores(format_name: str, kind: str, name: str) -> bool:
     try:
-        return not _reason(packing, plugins.load("quant", quant_name))
+        return format_name in plugins.load(kind, name).FORMATS
     except MissingExtraError:  # not a way out on this machine
         return False

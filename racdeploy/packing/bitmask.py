@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from racdeploy.packing._chunks import Taker, blocks_of, pack_chunk, refusal, unpack_chunk
 from racdeploy.packing._layouts import LAYOUTS
 
-__all__ = ["REQUIRES_ZEROS", "fits", "pack", "unpack"]
+__all__ = ["FORMATS", "REQUIRES_ZEROS", "fits", "pack", "unpack"]
 
+FORMATS = ("gguf",)
 REQUIRES_ZEROS = True
 
 

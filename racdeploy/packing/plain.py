@@ -1,4 +1,4 @@
-"""Plain: every weight is stored, zeros included, as llama.cpp reads it."""
+"""Plain: every weight is stored, zeros included, as every engine reads it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["REQUIRES_ZEROS", "fits", "pack", "unpack"]
+__all__ = ["FORMATS", "REQUIRES_ZEROS", "fits", "pack", "unpack"]
 
+FORMATS = ("gguf", "onnx")
 REQUIRES_ZEROS = False
 
 

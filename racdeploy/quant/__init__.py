@@ -1,7 +1,7 @@
-"""Number formats: one file per ggml type, numpy in and packed bytes out.
+"""Number formats: one file each, numpy in and packed bytes out.
 
-A format file holds the members of :class:`Quant`. Packed bytes are exactly what a GGUF file stores, and
-``PRESERVES_ZERO`` is a promise that the contract test holds against ggml's C code: where it is True, a weight
+A file holds the members of :class:`Quant`. Packed bytes are exactly what an exported file stores, and
+``PRESERVES_ZERO`` is a promise that the contract test holds against the engine's own code: where it is True, a weight
 that is zero is zero after the round trip, so pruning survives.
 """
 
@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 
-__all__ = ["Grid", "Quant", "as_grid", "fits", "leading_scales", "load"]
+__all__ = ["GgmlQuant", "Grid", "Quant", "as_grid", "fits", "leading_scales", "load", "load_ggml"]
 
 
 class Quant(Protocol):
     """A number format, as a module.
 
-    ``GGML_TYPE`` is ggml's type id, ``BITS`` the bits per weight with scales, ``BLOCK`` how many weights of a
+    ``FORMATS`` are the file formats that store it; one of gguf's has ``GGML_TYPE``, ggml's type id, see
+    :class:`GgmlQuant`. ``BITS`` are the bits per weight with scales, ``BLOCK`` how many weights of a
     row share their scales. ``quantize`` takes finite float32 weight_OI with ``I`` a multiple of ``BLOCK`` and
     returns packed_OP, ``I * BITS / 8`` bytes a row; ``dequantize`` returns float32 weight_OI.
     """
 
-    GGML_TYPE: int
+    FORMATS: tuple[str, ...]
     BITS: float
     BLOCK: int
     PRESERVES_ZERO: bool
@@ -36,7 +37,13 @@ class Quant(Protocol):
     def dequantize(self, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]: ...
 
 
-class Grid(Quant, Protocol):
+class GgmlQuant(Quant, Protocol):
+    """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id."""
+
+    GGML_TYPE: int
+
+
+class Grid(GgmlQuant, Protocol):
     """A format whose weights are whole codes times one scale per block.
 
     ``CODES`` are the lowest and the highest code; ``steps`` returns step_OB, the scale of every block, float32.
@@ -67,6 +74,11 @@ def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np
     O, P = packed_OP.shape
     scale_OB2 = packed_OP.reshape(O, P // block_bytes, block_bytes)[:, :, :2]
     return np.ascontiguousarray(scale_OB2).view(np.float16)[:, :, 0].astype(np.float32)
+
+
+def load_ggml(name: str) -> GgmlQuant:
+    """Import the number format of that name; the caller knows that GGUF stores it."""
+    return cast(GgmlQuant, plugins.load("quant", name))
 
 
 def load(name: str) -> Quant:

@@ -6,8 +6,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+__all__ = ["BITS", "BLOCK", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
 
+FORMATS = ("gguf",)
 GGML_TYPE = 30
 BITS = 16.0
 BLOCK = 1

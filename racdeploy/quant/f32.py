@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+__all__ = ["BITS", "BLOCK", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
 
+FORMATS = ("gguf", "onnx")
 GGML_TYPE = 0
 BITS = 32.0
 BLOCK = 1

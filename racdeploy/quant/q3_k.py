@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from racdeploy.quant import _ggml
 
-__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+__all__ = ["BITS", "BLOCK", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
 
+FORMATS = ("gguf",)
 GGML_TYPE = 11
 BITS = 3.4375
 BLOCK = 256

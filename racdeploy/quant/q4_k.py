@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 
 from racdeploy.quant import _ggml
 
-__all__ = ["BITS", "BLOCK", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
+__all__ = ["BITS", "BLOCK", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize"]
 
+FORMATS = ("gguf",)
 GGML_TYPE = 12
 BITS = 4.5
 BLOCK = 256

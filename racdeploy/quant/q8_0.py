@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from racdeploy.quant import leading_scales
 
-__all__ = ["BITS", "BLOCK", "CODES", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize", "steps"]
+__all__ = ["BITS", "BLOCK", "CODES", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize", "steps"]
 
+FORMATS = ("gguf",)
 GGML_TYPE = 8
 BITS = 8.5
 BLOCK = 32

@@ -71,13 +71,17 @@ class LogitComparison:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the checks may look at; what was not measured is None, and a check says so."""
+    """Everything the checks may look at; what was not measured is None, and a check says so.
+
+    ``artifact`` is the main file of the pruned artifact, ``artifact_files`` the recorded hash of each of its files, by
+    the path from the main file's folder.
+    """
 
     settings: Verification
     dense: Arm
     pruned: Arm
     artifact: Path
-    artifact_sha256: str
+    artifact_files: Mapping[str, str]
     sparsity_asked: float
     tensors: tuple[TensorRow, ...] = ()
     prunable: frozenset[str] = frozenset()

@@ -14,12 +14,20 @@ from racdeploy.errors import UnknownPluginError, UsageError
 
 PACKINGS = plugins.names("packing")
 QUANTS = plugins.names("quant")
+FORMATS = plugins.names("formats")
+
+
+def shared_formats(packing_name: str, quant_name: str) -> tuple[str, ...]:
+    """Return the file formats that store both."""
+    stored = packings.load(packing_name).FORMATS
+    return tuple(name for name in quants.load(quant_name).FORMATS if name in stored)
 
 
 @pytest.fixture
 def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the name ``sparse`` stand for a packing that leaves zeros out."""
     module, load = ModuleType("sparse"), plugins.load
+    module.FORMATS = ("gguf", "onnx")  # type: ignore[attr-defined]
     module.REQUIRES_ZEROS = True  # type: ignore[attr-defined]
     module.fits = lambda quant, zeros_fraction: ""  # type: ignore[attr-defined]
     monkeypatch.setattr(
@@ -33,8 +41,10 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unpacking_gives_the_same_rows(packing_name: str, quant_name: str, sparsity: float) -> None:
     """Packing loses nothing, wherever it says that it fits."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, sparsity):
+    if not shared_formats(packing_name, quant_name):
         return  # refused with a reason: the tests below
+    if (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, sparsity):
+        return
     generator = np.random.default_rng(0)
     weight_OI = generator.standard_normal((6, 512)).astype(np.float32)
     packed_OP = quant.quantize(np.where(generator.random((6, 512)) < sparsity, np.float32(0), weight_OI))
@@ -48,12 +58,16 @@ def test_unpacking_gives_the_same_rows(packing_name: str, quant_name: str, spars
 def test_a_quant_is_refused_before_any_work_or_packs_zeros(packing_name: str, quant_name: str) -> None:
     """What is not refused fits where half is zero; one that leaves zeros out never fits a dense tensor."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, 1.0):
+    formats = shared_formats(packing_name, quant_name)
+    if formats and ((packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, 1.0)):
         with pytest.raises(UsageError, match=f"{packing_name}.*{quant_name}") as caught:
-            packings.check(quant_name, packing_name)
+            packings.check(formats[0], quant_name, packing_name)
         assert "plain" in caught.value.remedy
         return
-    packings.check(quant_name, packing_name)
+    for name in formats:
+        packings.check(name, quant_name, packing_name)
+    if not formats:
+        return
     assert packing.fits(quant, 0.5) == ""
     assert bool(packing.fits(quant, 0.0)) == packing.REQUIRES_ZEROS
 
@@ -63,7 +77,7 @@ def test_a_quant_is_refused_before_any_work_or_packs_zeros(packing_name: str, qu
 def test_leaving_zeros_out_makes_smaller(packing_name: str, quant_name: str) -> None:
     """Half the weights zero is less than 0.85 of the bytes in every number format that fits."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if not quant.PRESERVES_ZERO or packing.fits(quant, 0.5):
+    if not shared_formats(packing_name, quant_name) or not quant.PRESERVES_ZERO or packing.fits(quant, 0.5):
         return
     generator = np.random.default_rng(0)
     weight_OI = generator.standard_normal((64, 512)).astype(np.float32)
@@ -74,25 +88,43 @@ def test_leaving_zeros_out_makes_smaller(packing_name: str, quant_name: str) -> 
 @pytest.mark.parametrize("quant_name", QUANTS)
 def test_plain_goes_with_every_quant(quant_name: str) -> None:
     """Nothing is left out, so nothing can be lost."""
-    packings.check(quant_name, "plain")
+    for name in quants.load(quant_name).FORMATS:
+        packings.check(name, quant_name, "plain")
 
 
 @pytest.mark.usefixtures("sparse_packing")
 @pytest.mark.parametrize("quant_name", QUANTS)
 def test_leaving_zeros_out_needs_a_quant_that_keeps_them(quant_name: str) -> None:
     """A sparse packing is refused, with alternatives, for exactly the quants that lose zeros."""
+    name = quants.load(quant_name).FORMATS[0]
     if quants.load(quant_name).PRESERVES_ZERO:
-        packings.check(quant_name, "sparse")
+        packings.check(name, quant_name, "sparse")
         return
     with pytest.raises(UsageError, match="does not keep") as caught:
-        packings.check(quant_name, "sparse")
-    assert "q8_0" in caught.value.remedy
-    assert quant_name not in caught.value.remedy
+        packings.check(name, quant_name, "sparse")
+    others = caught.value.remedy.rpartition("quants ")[2].split(", ")
+    assert {"gguf": "q8_0", "onnx": "f16"}[name] in others
+    assert quant_name not in others
+
+
+@pytest.mark.parametrize("kind", ["quant", "packing"])
+def test_what_a_format_does_not_store_is_refused(kind: str) -> None:
+    """The message names the format and what it stores, which it then takes."""
+    for name in plugins.names(kind):
+        stored_by = plugins.load(kind, name).FORMATS
+        assert stored_by
+        assert set(stored_by) <= {*FORMATS, "onnx"}
+        for format_name in set(FORMATS) - set(stored_by):
+            pair = (name, "plain") if kind == "quant" else ("f16", name)
+            with pytest.raises(UsageError, match=f"{format_name}.*does not store {kind} '{name}'") as caught:
+                packings.check(format_name, *pair)
+            offered = caught.value.remedy.removeprefix("it stores ").split(", ")
+            assert all(format_name in plugins.load(kind, other).FORMATS for other in offered)
 
 
 def test_unknown_names_are_refused() -> None:
     """A typing error names the nearest packing or quant."""
     with pytest.raises(UnknownPluginError, match="did you mean 'plain'"):
-        packings.check("q8_0", "plan")
+        packings.check("gguf", "q8_0", "plan")
     with pytest.raises(UnknownPluginError, match="did you mean 'q8_0'"):
-        packings.check("q8", "plain")
+        packings.check("gguf", "q8", "plain")

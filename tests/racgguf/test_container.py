@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from racdeploy import racgguf
 from racdeploy.checkpoint import file_sha256
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
-from racdeploy.inspection import measure_gguf
+from racdeploy.export.gguf import measure
 from racdeploy.packing._chunks import CHUNK_WEIGHTS
 from racdeploy.racgguf import container as container_module
 from racdeploy.racgguf import writer
@@ -117,8 +117,8 @@ def test_a_container_measures_like_its_file(tmp_path: Path) -> None:
     plain = write_gguf(tmp_path / "m.gguf", tensors)
     stored = [row.stored_bytes for row in _round_trip(plain)]
     with np.errstate(all="ignore"):
-        fields, rows = measure_gguf(tmp_path / "m.racgguf")
-        plain_fields, expected = measure_gguf(plain)
+        fields, rows = measure(tmp_path / "m.racgguf")
+        plain_fields, expected = measure(plain)
     assert [(r["name"], r["shape"], r["type"], r["zeros"]) for r in rows] == [
         (r["name"], r["shape"], r["type"], r["zeros"]) for r in expected
     ]
