@@ -109,7 +109,7 @@ def _comparison(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Compar
     dense_only = sum(d.correct and not p.correct for d, p in pairs)
     pruned_only = sum(p.correct and not d.correct for d, p in pairs)
     settings, accuracy, thinking = evidence.settings, checks["accuracy"], checks["thinking"].figures
-    interval = stats.tango_interval(dense_only, pruned_only, len(pairs), settings.confidence)
+    interval = stats.drop_interval(dense_only, pruned_only, len(pairs), settings.confidence)
     length_verdict = checks["thinking"].verdict
     return Comparison(
         drop=(dense_only - pruned_only) / len(pairs),

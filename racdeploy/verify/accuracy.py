@@ -19,7 +19,7 @@ def check(evidence: Evidence) -> CheckResult:
             summary=f"the dense model answers none of {len(pairs)} prompts right, so there is nothing to lose",
             remedy="choose a task the dense model can do: --task",
         )
-    interval = stats.tango_interval(dense_only, pruned_only, len(pairs), settings.confidence)
+    interval = stats.drop_interval(dense_only, pruned_only, len(pairs), settings.confidence)
     verdict = stats.non_inferiority(dense_only, pruned_only, len(pairs), settings.margin, settings.confidence)
     drop = (dense_only - pruned_only) / len(pairs)
     return CheckResult(

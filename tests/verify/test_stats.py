@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from racdeploy.verify import stats
 from racdeploy.verify.stats import (
     Interval,
+    drop_interval,
     judge,
     length_ratio,
     non_inferiority,
@@ -163,10 +164,37 @@ def test_the_exact_type_one_error_stays_near_five_percent(n: int, margin: float,
     assert power(n, rate_per_margin * margin, margin, drop=margin) <= 0.055
 
 
-@pytest.mark.parametrize(("n", "rate", "margin"), [(30, 0.20, 0.03), (200, 0.03, 0.03), (100, 0.10, 0.10)])
-def test_the_worst_known_type_one_errors_stay_at_six_percent(n: int, rate: float, margin: float) -> None:
-    """Below 50 prompts, or when pruning repairs no prompt at all, the score test is a little too lenient."""
-    assert 0.055 < power(n, rate, margin, drop=margin) <= 0.061
+@pytest.mark.parametrize(("n", "margin"), [(54, 0.05), (133, 0.02), (200, 0.03), (271, 0.01), (1000, 0.01)])
+@pytest.mark.parametrize("rate_per_margin", [1.0, 1.02, 1.1])
+def test_a_model_that_only_loses_passes_at_most_five_percent(n: int, margin: float, rate_per_margin: float) -> None:
+    """Discordant rate at the margin: n10 is binomial there, where the score test alone passes up to 6.8 %."""
+    assert power(n, rate_per_margin * margin, margin, drop=margin) <= 0.055
+
+
+def test_without_the_exact_interval_the_level_would_be_exceeded() -> None:
+    """The spoiled version: of 133 prompts at a margin of 2 points, no loss at all passes Tango's interval."""
+    n, margin = 133, 0.02
+    assert tango_interval(0, 0, n, 0.90).upper < margin
+    assert (1 - margin) ** n > 0.065  # how often a model at the margin loses none
+    assert non_inferiority(0, 0, n, margin) == "inconclusive"
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 44), (1, 44), (3, 200), (40, 200), (200, 200)])
+def test_where_one_arm_never_wins_the_interval_holds_the_exact_one(count: int, n: int) -> None:
+    """Clopper and Pearson's interval, as scipy computes it, is inside; and it is the wider end that is taken."""
+    exact = binomtest(count, n).proportion_ci(0.90, method="exact")
+    score = tango_interval(count, 0, n, 0.90)
+    expected = (min(exact.low, score.lower), max(exact.high, score.upper))
+    interval = drop_interval(count, 0, n, 0.90)
+    assert (interval.lower if count else 0.0, interval.upper) == pytest.approx(
+        (expected[0] if count else 0.0, expected[1]), abs=1e-9
+    )
+    assert drop_interval(0, count, n, 0.90) == pytest.approx((-interval.upper, -interval.lower))
+
+
+def test_where_both_arms_win_the_interval_is_tangos() -> None:
+    """The exact interval has nothing to say there."""
+    assert drop_interval(9, 3, 32, 0.95) == tango_interval(9, 3, 32, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +325,9 @@ def test_the_length_gate_keeps_its_level_at_thirty_prompts() -> None:
         lambda: non_inferiority(0, 0, 4, margin=1.0),
         lambda: non_inferiority(0, 0, 4, margin=math.nan),
         lambda: judge(Interval(0, 0), math.nan),
+        lambda: drop_interval(3, 2, 4),
+        lambda: drop_interval(math.nan, 0, 4),
+        lambda: drop_interval(0, 0, 0.5),
         lambda: wilson_interval(5, 4),
         lambda: restricted_mean_lengths([], 10),
         lambda: restricted_mean_lengths([-1], 10),
