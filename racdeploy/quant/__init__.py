@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 
-__all__ = ["GgmlQuant", "Grid", "Quant", "as_grid", "fits", "leading_scales", "load", "load_ggml"]
+__all__ = [
+    "GgmlQuant",
+    "Grid",
+    "Quant",
+    "as_grid",
+    "fits",
+    "join_blocks",
+    "leading_scales",
+    "load",
+    "load_ggml",
+    "pair_nibbles",
+]
 
 
 class Quant(Protocol):
@@ -38,9 +49,17 @@ class Quant(Protocol):
 
 
 class GgmlQuant(Quant, Protocol):
-    """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id."""
+    """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id.
+
+    With importance_I, what the squared error of each input counts, above 0, the scales of a block are chosen for the
+    least weighted error; without it the bytes are those that ggml writes.
+    """
 
     GGML_TYPE: int
+
+    def quantize(
+        self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]: ...
 
 
 class Grid(GgmlQuant, Protocol):
@@ -74,6 +93,19 @@ def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np
     O, P = packed_OP.shape
     scale_OB2 = packed_OP.reshape(O, P // block_bytes, block_bytes)[:, :, :2]
     return np.ascontiguousarray(scale_OB2).view(np.float16)[:, :, 0].astype(np.float32)
+
+
+def pair_nibbles(code_BK: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return four-bit codes two a byte, as ggml pairs them: the first half of a block low, the second half high."""
+    half = code_BK.shape[-1] // 2
+    return code_BK[..., :half] | code_BK[..., half:] << np.uint8(4)
+
+
+def join_blocks(step_OB: NDArray[np.float16], *fields_OBP: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return packed_OP of blocks that are a scale in half precision and then some bytes."""
+    O, B = step_OB.shape
+    scale_OB2 = np.ascontiguousarray(step_OB, dtype="<f2").view(np.uint8).reshape(O, B, 2)
+    return np.concatenate([scale_OB2, *fields_OBP], axis=-1).reshape(O, -1)
 
 
 def load_ggml(name: str) -> GgmlQuant:

@@ -25,8 +25,15 @@ if _SPEC is None or _SPEC.origin is None:
 _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "libggml-base.so")
 
 
-def quantize(ggml_type: int, weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
+def quantize(
+    ggml_type: int, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
     """Return packed_OP of float32 weights.
+
+    Args:
+        ggml_type: ggml's number of the format.
+        weight_OI: rows of whole blocks.
+        importance_I: what the squared error of an input counts, above 0: ggml's importance matrix.
 
     Raises:
         EngineError: the library is missing, or does not write what it says.
@@ -35,7 +42,13 @@ def quantize(ggml_type: int, weight_OI: NDArray[np.float32]) -> NDArray[np.uint8
     assert not _library().ggml_quantize_requires_imatrix(ggml_type), "this type aborts without a matrix"
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
     packed_OP = np.empty((O, row_bytes(ggml_type, I)), dtype=np.uint8)
-    written = _library().ggml_quantize_chunk(ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, None)
+    matrix = None
+    if importance_I is not None:
+        assert importance_I.shape == (I,), "one importance an input"
+        assert (importance_I > 0).all(), "importance must be above zero"
+        importance_I = np.ascontiguousarray(importance_I, dtype=np.float32)
+        matrix = importance_I.ctypes.data
+    written = _library().ggml_quantize_chunk(ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, matrix)
     if written != packed_OP.nbytes:
         raise EngineError(f"ggml wrote {written} bytes of {packed_OP.nbytes} in type {ggml_type}")
     return packed_OP

@@ -16,8 +16,8 @@ PRESERVES_ZERO = True
 _TYPE = GGMLQuantizationType(GGML_TYPE)
 
 
-def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return packed rows, bit for bit what ggml's C code writes."""
+def quantize(weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """Return packed rows, bit for bit what ggml's C code writes, whatever the importance."""
     return quants.quantize(weight_OI, _TYPE)
 
 

@@ -16,9 +16,9 @@ BLOCK = 256
 PRESERVES_ZERO = True
 
 
-def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return packed rows, written by ggml without an importance matrix."""
-    return _ggml.quantize(GGML_TYPE, weight_OI)
+def quantize(weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """Return packed rows, written by ggml."""
+    return _ggml.quantize(GGML_TYPE, weight_OI, importance_I)
 
 
 def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from racdeploy.quant import leading_scales
+from racdeploy.quant import _search, join_blocks, leading_scales, pair_nibbles
 
 __all__ = ["BITS", "BLOCK", "CODES", "FORMATS", "GGML_TYPE", "PRESERVES_ZERO", "dequantize", "quantize", "steps"]
 
@@ -16,12 +16,16 @@ BITS = 4.5
 BLOCK = 32
 CODES = (-8, 7)
 PRESERVES_ZERO = True
+_SPANS = (0.76, 1.16)
 _TYPE = GGMLQuantizationType(GGML_TYPE)
 
 
-def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return packed rows, bit for bit what ggml's C code writes."""
-    return quants.quantize(weight_OI, _TYPE)
+def quantize(weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """Return packed rows: bit for bit what ggml's C code writes, or with the scales that an importance asks for."""
+    if importance_I is None:
+        return quants.quantize(weight_OI, _TYPE)
+    step_OB, code_OI = _search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS)
+    return join_blocks(step_OB, pair_nibbles((code_OI + 8).view(np.uint8).reshape(*step_OB.shape, BLOCK)))
 
 
 def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
