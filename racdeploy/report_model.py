@@ -8,7 +8,7 @@ a number was measured. The verdict is never stored on its own: it follows from t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    WithJsonSchema,
     computed_field,
     model_validator,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "PositionRow",
     "Record",
     "Report",
+    "RivalRow",
     "TaskRow",
     "TensorRow",
     "ThinkingState",
@@ -40,6 +42,10 @@ __all__ = [
 Verdict = Literal["pass", "fail", "inconclusive"]
 CheckVerdict = Literal["pass", "fail", "inconclusive", "skipped"]
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
+# A ratio of means, infinite where the denominator is zero.
+Ratio = Annotated[
+    float, Field(ge=0), WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "Infinity"}]})
+]
 
 
 class _Part(BaseModel):
@@ -122,9 +128,9 @@ class Comparison(_Part):
     n10: int = Field(ge=0)
     n01: int = Field(ge=0)
     n: int = Field(ge=1)
-    length_ratio: float | None = Field(None, ge=0)
-    length_lower: float | None = Field(None, ge=0)
-    length_upper: float | None = Field(None, ge=0)
+    length_ratio: Ratio | None = None
+    length_lower: Ratio | None = None
+    length_upper: Ratio | None = None
     length_verdict: Verdict | None = None
     length_limit: float | None = Field(None, gt=0)
     length_budget_tokens: int | None = Field(None, ge=1)
@@ -198,6 +204,28 @@ class PositionRow(_Part):
     pruning_kl_nats: float
 
 
+class RivalRow(_Part):
+    """A dense model against the pruned one, over the same prompts.
+
+    Args:
+        name: of its arm.
+        gain: accuracy of the rival less that of the pruned model, as a fraction.
+        gain_lower: lower end of its interval.
+        gain_upper: upper end of its interval.
+        length_ratio: restricted mean thinking length, rival over pruned.
+        length_lower: lower end of its interval.
+        length_upper: upper end of its interval.
+    """
+
+    name: str
+    gain: float = Field(ge=-1, le=1)
+    gain_lower: float = Field(ge=-1, le=1)
+    gain_upper: float = Field(ge=-1, le=1)
+    length_ratio: Ratio
+    length_lower: Ratio
+    length_upper: Ratio
+
+
 class TensorRow(_Part):
     """How one tensor was exported.
 
@@ -261,6 +289,7 @@ class Report(_Part):
     arms: tuple[ArmSummary, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
     comparison: Comparison | None = None
+    rivals: tuple[RivalRow, ...] = ()
     checks: tuple[CheckResult, ...] = ()
     linears: tuple[LinearRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()

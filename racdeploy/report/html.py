@@ -3,19 +3,24 @@
 The page holds all tables, the charts, and the prompts on which the arms disagree with their thinking side by
 side. It stays below 2 MB: long thinking is cut, late prompts are left to ``records.jsonl``, and it says so.
 Prompts and answers are hostile text: the template escapes everything, and a content security policy forbids
-scripts should anything slip through.
+scripts should anything slip through. So the filters are radio buttons and style rules, which also work where a CI
+server shows pages without scripts.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 import jinja2
+from markupsafe import Markup
 
 from racdeploy.report import charts
+from racdeploy.report.front import front, who_wins
+from racdeploy.report.highlights import highlights
 from racdeploy.report.tables import explanation, plain, tables, visible
 from racdeploy.report_model import Record, Report
 
@@ -24,6 +29,7 @@ __all__ = ["render"]
 _TEXT_BUDGET_BYTES = 1_200_000
 _TEXT_CHARACTERS = 24_000
 _ROWS = 200
+_TASKS = 12
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,21 @@ class _Disagreement:
     def outcome(self) -> str:
         return "lost" if self.dense.correct else "won"
 
+    @property
+    def unclosed(self) -> bool:
+        """Whether one of the thoughts did not end."""
+        return "open" in (self.dense.state, self.pruned.state)
+
+    @property
+    def shared(self) -> int:
+        """Characters with which both thoughts begin, up to the end of a word."""
+        dense, pruned = _cut(self.dense.thinking_text), _cut(self.pruned.thinking_text)
+        if dense == pruned:
+            return len(dense)
+        differs = (place for place, (a, b) in enumerate(zip(dense, pruned, strict=False)) if a != b)
+        prefix = dense[: next(differs, min(len(dense), len(pruned)))]
+        return max(prefix.rfind(" "), prefix.rfind("\n")) + 1
+
 
 def render(report: Report, records: Sequence[Record] = ()) -> str:
     """Return the page.
@@ -49,17 +70,25 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
     disagreements = [_Disagreement(dense, pruned) for dense, pruned in paired if dense.correct != pruned.correct]
     shown = _within_budget(disagreements)
     cap = report.comparison.length_budget_tokens if report.comparison else None
+    best = front(report.arms)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(cut=_cut, plain=plain)
-    source = files("racdeploy.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    folder = files("racdeploy.report")
+    source = folder.joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
+        style=Markup(folder.joinpath("report.css").read_text(encoding="utf-8")),
         report=report,
         explanation=explanation(report),
-        tables=tables(report),
+        highlights=highlights(report),
+        tables={table.title: table for table in tables(report)},
         row_limit=_ROWS,
         accuracy_chart=charts.accuracy_against_length(report.arms),
+        size_chart=charts.accuracy_against_size(report.arms, best),
+        speed_chart=charts.accuracy_against_speed(report.arms, best),
+        divergence_chart=charts.divergence_along(report.positions),
+        winners=who_wins(report),
         scatter_chart=charts.paired_lengths(_length_pairs(paired), cap),
         histogram_chart=charts.length_histogram(
             [dense.thinking_tokens for dense, _ in paired],
@@ -71,6 +100,7 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
         pairs=len(paired),
         disagreements=shown,
         disagreement_count=len(disagreements),
+        task_filters=_task_filters(shown),
         recipe=_readable(report.recipe),
         fingerprint=_readable(report.fingerprint),
     )
@@ -108,6 +138,12 @@ def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement
             break
         shown.append(disagreement)
     return shown
+
+
+def _task_filters(shown: Sequence[_Disagreement]) -> dict[str, int]:
+    """Return the tasks to filter by with their prompts, the most frequent first; none where one task is all."""
+    counts = Counter(found.dense.task for found in shown).most_common(_TASKS)
+    return dict(counts) if len(counts) > 1 else {}
 
 
 def _page_bytes(record: Record) -> int:

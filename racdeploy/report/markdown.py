@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 
+from racdeploy.report.front import who_wins
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
 from racdeploy.report_model import Report
 
@@ -26,6 +27,8 @@ def render(report: Report) -> str:
     if reasons := explanation(report):
         parts.append(escape(reasons))
     parts += [_table(table) for table in tables(report)]
+    if sentences := who_wins(report):
+        parts.append("\n".join(["#### Who wins where", "", *(f"- {escape(_clip(text))}" for text in sentences)]))
     if report.notes:
         notes = [f"- {escape(_clip(plain(note)))}" for note in report.notes[:_ROWS]]
         notes += _remainder(len(report.notes), "notes", "- ")

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 from racdeploy.report_model import ArmSummary, BlockRow, Comparison, LinearRow, Report, TensorRow
 
-__all__ = ["Table", "explanation", "headline", "plain", "readable_bytes", "tables", "visible"]
+__all__ = [
+    "Table",
+    "explanation",
+    "headline",
+    "plain",
+    "points",
+    "ratio_text",
+    "readable_bytes",
+    "tables",
+    "visible",
+]
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -114,16 +124,16 @@ def _compared(comparison: Comparison) -> str:
     """Return the sentence with the drop and, where measured, the length ratio, each with its limit."""
     direction = "fewer" if comparison.drop >= 0 else "more"
     text = (
-        f"Pruned answers {_points(abs(comparison.drop))} points {direction} than dense "
-        f"({comparison.confidence:.0%} interval of the drop {_points(comparison.drop_lower)} to "
-        f"{_points(comparison.drop_upper)}, margin {_points(comparison.margin)}, n = {comparison.n})"
+        f"Pruned answers {points(abs(comparison.drop))} points {direction} than dense "
+        f"({comparison.confidence:.0%} interval of the drop {points(comparison.drop_lower)} to "
+        f"{points(comparison.drop_upper)}, margin {points(comparison.margin)}, n = {comparison.n})"
     )
     if comparison.length_ratio is None:
         return f"{text}."
     limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
     return (
-        f"{text} and thinks {_ratio(comparison.length_ratio)} times as long "
-        f"({_ratio(comparison.length_lower)} to {_ratio(comparison.length_upper)}{limit})."
+        f"{text} and thinks {ratio_text(comparison.length_ratio)} times as long "
+        f"({ratio_text(comparison.length_lower)} to {ratio_text(comparison.length_upper)}{limit})."
     )
 
 
@@ -200,11 +210,13 @@ def _share(correct: int, prompts: int) -> str:
     return f"{correct} ({correct / prompts:.1%})" if prompts else _NONE
 
 
-def _points(fraction: float) -> str:
+def points(fraction: float) -> str:
+    """Return a fraction in points of a hundred, with a true minus sign."""
     return f"{100 * fraction:.1f}".replace("-0.0", "0.0").replace("-", "−")
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """Return a ratio with two digits, also where it has no upper end or was not measured."""
     if value is None:
         return "unknown"
     return "∞" if math.isinf(value) else f"{value:.2f}"

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from racdeploy.report.front import who_wins
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
 from racdeploy.report_model import Report
 
@@ -27,11 +28,12 @@ def print_report(report: Report, console: Console) -> None:
         else:
             for line in _aligned(table):
                 _print_line(console, line)
-    if report.notes:
-        _print_line(console, "")
-        _print_line(console, "Notes")
-    for note in report.notes:
-        _print_line(console, f"- {plain(note)}")
+    for title, lines in (("Who wins where", who_wins(report)), ("Notes", [plain(note) for note in report.notes])):
+        if lines:
+            _print_line(console, "")
+            _print_line(console, title)
+        for line in lines:
+            _print_line(console, f"- {line}")
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:

@@ -16,8 +16,10 @@ from racdeploy.report_model import (
     CheckResult,
     Comparison,
     LinearRow,
+    PositionRow,
     Record,
     Report,
+    RivalRow,
     TaskRow,
     TensorRow,
 )
@@ -80,7 +82,9 @@ def build_report() -> Report:
                 tokens_per_s=812.4, quant="F16", sparsity=0.0),
             arm("pruned", 250, thinking_tokens_mean=144.1, answer_tokens_mean=9, unclosed=1, forced=2, cut=1,
                 size_bytes=5_310_000, tokens_per_s=1204.6, quant="Q8_0", sparsity=0.5),
-            arm("dense Q4_K, same size", 249, thinking_tokens_mean=150.2, size_bytes=5_300_000, quant="Q4_K"),
+            arm("dense q4_k", 249, thinking_tokens_mean=150.2, size_bytes=5_300_000, tokens_per_s=1150.0,
+                quant="Q4_K"),
+            arm("dense q2_k", 231, thinking_tokens_mean=158.9, size_bytes=3_900_000, tokens_per_s=1100.0, quant="Q2_K"),
         ),
         tasks=(
             TaskRow(task="word_problem", prompts=156, dense_correct=154, pruned_correct=153),
@@ -92,10 +96,16 @@ def build_report() -> Report:
             length_ratio=1.003, length_lower=0.97, length_upper=1.04, length_verdict="pass", length_limit=1.2,
             length_budget_tokens=512,
         ),
+        rivals=(
+            RivalRow(name="dense q4_k", gain=-0.0039, gain_lower=-0.02, gain_upper=0.012,
+                     length_ratio=1.042, length_lower=1.01, length_upper=1.08),
+            RivalRow(name="dense q2_k", gain=-0.0742, gain_lower=-0.11, gain_upper=-0.04,
+                     length_ratio=1.103, length_lower=1.06, length_upper=1.15),
+        ),
         checks=(
             CheckResult(name="accuracy", verdict="pass", summary="drop 0.8 points, at most 2.6 | margin 5.0",
                         figures={"drop": 0.0078, "n": 256, "method": "tango"}),
-            CheckResult(name="length", verdict="pass", summary="ratio 1.00, at most 1.04; limit 1.20"),
+            CheckResult(name="thinking", verdict="pass", summary="ratio 1.00, at most 1.04; limit 1.20"),
             CheckResult(name="speed", verdict="skipped", summary="no baseline artifact",
                         remedy="give --baseline <folder>"),
         ),
@@ -104,6 +114,11 @@ def build_report() -> Report:
             BlockRow(block=block, drift=0.001 * block, drift_by_stream={"prompt": 0.001, "thinking": 0.002 * block},
                      drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02})
             for block in range(12)
+        ),
+        positions=tuple(
+            PositionRow(start_token=start, stop_token=start + 8, tokens=16, export_kl_nats=2e-8 * (1 + start % 24),
+                        pruning_kl_nats=4e-6 * (1 + start) * (9 if start == 96 else 1))
+            for start in range(0, 200, 8)
         ),
         tensors=tuple(tensors),
         notes=("Both arms ran greedily on 2 threads.", HOSTILE),
@@ -124,7 +139,7 @@ def build_records() -> list[Record]:
             records.append(
                 Record(
                     prompt=prompt,
-                    task="word_problem",
+                    task="gcd" if prompt % 10 == 0 else "word_problem",
                     question=f"Ann has {prompt} apples & gives 3 away. {HOSTILE if prompt == 19 else ''}",
                     gold=str(prompt - 3),
                     arm=name,

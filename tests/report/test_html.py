@@ -53,7 +53,7 @@ def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) 
     page = html.render(spoiled, records)
     elements = Elements(page)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert not {"script", "iframe", "object", "embed", "img", "link", "a"} & set(elements.tags)
+    assert not {"script", "iframe", "object", "embed", "img", "link", "base"} & set(elements.tags)
     assert not [name for _, name, _ in elements.attributes if name.startswith("on")]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page)
 
@@ -62,7 +62,12 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
     """No attribute that loads, no CSS import, no address outside the hostile prompts, and a policy on top."""
     page = html.render(report, records)
     loading = {"src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"}
-    assert not [found for found in Elements(page).attributes if found[1] in loading]
+    elements = Elements(page)
+    found = [(tag, name, value) for tag, name, value in elements.attributes if name in loading]
+    ids = {value for _, name, value in elements.attributes if name == "id"}
+    assert {(tag, name) for tag, name, _ in found} == {("a", "href")}
+    assert {value[1:] for *_, value in found if value[0] == "#"} <= ids
+    assert all(value[0] == "#" for *_, value in found)
     assert "url(" not in page
     assert "@import" not in page
     assert "http" not in page.replace("https://example.org/x", "").replace("http-equiv", "")
@@ -70,14 +75,15 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
 
 
 def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> None:
-    """Scatter, histogram, arrow plot and two heat maps, all with a text for screen readers."""
+    """Three of accuracy, scatter, histogram, two heat maps and the divergence, all with a text for screen readers."""
     elements = Elements(html.render(report, records))
     labels = [value for tag, name, value in elements.attributes if (tag, name) == ("svg", "aria-label")]
-    assert len(labels) == 5
+    assert len({*labels}) == len(labels) == 8
     classes = [value for _, name, value in elements.attributes if name == "class"]
     assert classes.count("arrow") == 1
     assert classes.count("cap") == 2
-    assert classes.count("heat") == 2 * len(report.linears)
+    assert classes.count("heat") == 2 * (len(report.linears) + 8)  # eight shades in the key of each map
+    assert classes.count("dot pruning") == classes.count("dot export") == len(report.positions)
     assert sum(classes.count(outcome) for outcome in ("same", "won", "lost")) == 256
     assert (classes.count("lost"), classes.count("won")) == (4, 2)
 
@@ -85,7 +91,7 @@ def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> Non
 def test_discordant_prompts_can_be_browsed_without_a_script(report: Report, records: list[Record]) -> None:
     """One disclosure per prompt, those that pruning lost first, both thoughts inside."""
     page = html.render(report, records)
-    summaries = re.findall(r"<strong>(Lost|Won)</strong> · word_problem · prompt (\d+)", page)
+    summaries = re.findall(r"<strong>(Lost|Won)</strong>.*?prompt (\d+)", page)
     assert summaries == [
         ("Lost", "7"), ("Lost", "19"), ("Lost", "63"), ("Lost", "200"), ("Won", "11"), ("Won", "40")
     ]  # fmt: skip
@@ -121,7 +127,7 @@ def test_a_large_run_stays_below_two_megabytes(report: Report, records: list[Rec
 
 def test_an_empty_report_renders(report: Report) -> None:
     """A verification that died early still has a page."""
-    page = html.render(Report(created=report.created, model="m", target="t"))
+    page = html.render(Report(created=report.created, model="m", target="t"), [])
     assert "svg" not in Elements(page).tags
     assert "No check ran, and missing data never passes." in page
 
@@ -140,4 +146,29 @@ def test_degenerate_charts_render(report: Report, records: list[Record]) -> None
     silent = [record.model_copy(update={"thinking_tokens": 0}) for record in records[:2]]
     page = html.render(report.model_copy(update={"arms": (lone,), "linears": report.linears[:1]}), silent)
     assert "nan" not in page
-    assert Elements(page).tags.count("svg") == 5
+    assert Elements(page).tags.count("svg") == 6
+
+
+def test_what_both_thoughts_begin_with_ends_at_a_word(report: Report, records: list[Record]) -> None:
+    """The grey part is common to both sides and never cuts a word; equal thoughts are grey as a whole."""
+    dense, pruned = records[2 * 7 : 2 * 7 + 2]
+    for texts, shared in (
+        (("12+30=42 so", "12+30=43 so"), ""),
+        (("add 12 and 30", "add 12 and 31"), "add 12 and "),
+        (("the same", "the same"), "the same"),
+    ):
+        pair = [
+            record.model_copy(update={"thinking_text": t}) for record, t in zip((dense, pruned), texts, strict=True)
+        ]
+        found = re.findall(r'<span class="shared">(.*?)</span>', html.render(report, pair))
+        assert found == ([shared] * 2 if shared else [])
+
+
+def test_tasks_are_filtered_by_number(report: Report, records: list[Record]) -> None:
+    """A hostile task name is a label and never a selector; one task alone needs no filter."""
+    hostile = [r.model_copy(update={"task": HOSTILE}) if r.prompt == 7 else r for r in records]
+    page = html.render(report, hostile)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "octocat" not in style
+    assert style.count(":has(#task-") == 3
+    assert 'id="task-' not in html.render(report, records[14:16])

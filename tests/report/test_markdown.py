@@ -107,4 +107,4 @@ def test_a_failed_check_is_named(report: Report) -> None:
     failed = report.checks[1].model_copy(update={"verdict": "fail"})
     text = markdown.render(changed(report, checks=(report.checks[0], failed)))
     assert text.startswith("### ❌ FAIL")
-    assert "Failed: length." in text
+    assert "Failed: thinking." in text

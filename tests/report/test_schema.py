@@ -1,0 +1,59 @@
+"""The published schemas: JSON Schema of report.json and records.jsonl kept current, and reports that keep them.
+
+``python -m tests.report.test_schema`` writes the files in docs/ anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from pydantic import BaseModel
+
+from racdeploy.report_model import Record, Report
+
+DOCS = Path(__file__).parents[2] / "docs"
+PUBLISHED: dict[str, type[BaseModel]] = {"report.schema.json": Report, "record.schema.json": Record}
+Json = dict[str, object]
+
+
+def schema(model: type[BaseModel]) -> Json:
+    """Return the schema of what is written, with the dialect named."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return dialect | model.model_json_schema(mode="serialization")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_schema_is_current(name: str) -> None:
+    """A changed field changes the file: ``python -m tests.report.test_schema``."""
+    published = json.loads((DOCS / name).read_text(encoding="utf-8"))
+    assert published == schema(PUBLISHED[name])
+    jsonschema.Draft202012Validator.check_schema(published)
+
+
+def test_a_report_and_its_records_keep_the_schema(report: Report, records: list[Record]) -> None:
+    """As written to disk, infinite ends of an interval included."""
+    assert report.comparison
+    unbounded = report.comparison.model_copy(update={"length_upper": float("inf")})
+    for name, one in (
+        ("report.schema.json", report),
+        ("report.schema.json", report.model_copy(update={"comparison": unbounded})),
+        ("record.schema.json", records[0]),
+    ):
+        jsonschema.validate(json.loads(one.model_dump_json()), schema(PUBLISHED[name]))
+
+
+def test_the_schema_refuses_what_no_report_holds(report: Report) -> None:
+    """A verdict that does not exist, a key too many, a missing arm name."""
+    good = json.loads(report.model_dump_json())
+    arms = [{k: v for k, v in good["arms"][0].items() if k != "name"}]
+    for spoiled in ({"verdict": "fine"}, {"surprise": 1}, {"arms": arms}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(good | spoiled, schema(Report))
+
+
+if __name__ == "__main__":
+    for file, model in PUBLISHED.items():
+        (DOCS / file).write_text(json.dumps(schema(model), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
