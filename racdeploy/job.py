@@ -16,6 +16,7 @@ from racdeploy import bundle, export, quant, tasks
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.models import ResolvedModel, resolve
+from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Target
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
@@ -116,7 +117,7 @@ class Job:
         _require({name: extra for name, extra in _NEEDS.items() if extra == "prune"})
         settings, entries = self.recipe.prune, self.checkpoint.entries
         if settings.joint:
-            quant.as_grid(self.recipe.export.quant)
+            _ = self.grid
         if missing := [name for name in self.prunable() if name not in entries]:
             raise ModelError(
                 f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture, first {missing[0]!r}",
@@ -178,6 +179,34 @@ class Job:
         """File name of the exported artifact, without suffix."""
         return f"{self.name}-{self.recipe.export.quant}"
 
+    @cached_property
+    def mix(self) -> presets.Mix:
+        """Which number format each tensor gets."""
+        return presets.read(self.recipe.export.quant, self.recipe.export.tensors)
+
+    @property
+    def grid(self) -> str:
+        """The number format whose codes are chosen while pruning.
+
+        Raises:
+            UsageError: the linears have several, or one that is no grid.
+        """
+        named = sorted({self._quant_of(name) for name in self.pruned()})
+        if len(named) > 1:
+            raise UsageError(
+                f"prune.joint needs one number format for all linears, {self.mix.name} gives them {', '.join(named)}",
+                remedy="choose a quant in place of a preset, and no export.tensors, or prune.joint = false",
+            )
+        quant.as_grid(named[0])
+        return named[0]
+
+    def _quant_of(self, linear: str) -> str:
+        """Return the number format of a prunable weight, given its name in the checkpoint."""
+        family = self.checkpoint.family
+        index, _, name = linear.removeprefix(f"{family.blocks}.").partition(".")
+        stored = f"blk.{index}.{family.block_tensors[name]}"
+        return self.mix.choose(stored, self.checkpoint.block_count, self.checkpoint.tied).quant
+
     def prunable(self) -> list[str]:
         """Return the names of the weights that are pruned, in forward order."""
         family = self.checkpoint.family
@@ -199,10 +228,11 @@ class Job:
 
     def _plan(self) -> dict[str, Any]:
         recipe, checkpoint, prunable = self.recipe, self.checkpoint, set(self.prunable())
-        bits = quant.load(recipe.export.quant).BITS
+        bits = quant.load(self.mix.quant).BITS
         sizes = {name: math.prod(entry.shape) for name, entry in checkpoint.entries.items()}
         body = sum(sizes[name] for name in prunable)
         rest = sum(sizes.values()) - body
+        body_bits = sum(sizes[name] * quant.load(self._quant_of(name)).BITS for name in prunable)
         widths = [
             checkpoint.entries[f"{checkpoint.family.blocks}.0.{g[0]}.weight"].shape[1]
             for g in checkpoint.family.input_groups
@@ -223,7 +253,7 @@ class Job:
             "evaluation_prompts": prompts,
             "evaluation_tokens_at_most": 2 * prompts * settings.max_new_tokens,
             "power_at_10_percent_discordant": round(stats.power(prompts, 0.1, settings.margin, settings.confidence), 3),
-            "artifact_bytes": round(body * bits / 8 + rest * max(bits, 8.5) / 8),
+            "artifact_bytes": round(body_bits / 8 + rest * max(bits, 8.5) / 8),
             "cache_bytes": cache * settings.context_tokens,
             "statistics_bytes": 4 * 4 * sum(width**2 for width in widths),
             "artifact": self.artifact_name,

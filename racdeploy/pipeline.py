@@ -170,7 +170,7 @@ class Build:
         from racdeploy.prune.calibrate import prune_blocks
 
         settings = self.job.recipe.prune.model_copy(update={"sparsity": sparsity})
-        quant = self.job.recipe.export.quant if settings.joint else ""
+        quant = self.job.grid if settings.joint else ""
         inputs = self._inputs("prune") | {
             "traces_sha256": traces_sha256,
             "model": self.job.checkpoint.sha256,

@@ -21,6 +21,7 @@ KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
     "families": "racdeploy.families",
     "quant": "racdeploy.quant",
+    "presets": "racdeploy.quant.presets",
     "packing": "racdeploy.packing",
     "backends": "racdeploy.backends",
     "methods": "racdeploy.prune.methods",

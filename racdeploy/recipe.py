@@ -174,10 +174,7 @@ class Pruning(_Part):
     @classmethod
     def _check_dense(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            _check_regex(pattern)
         return value
 
     @model_validator(mode="after")
@@ -214,7 +211,10 @@ class Export(_Part):
 
     Args:
         format: a plugin of kind ``formats``.
-        quant: a plugin of kind ``quant``.
+        quant: a plugin of kind ``quant`` or ``presets``; ``sparse-q4`` and ``Q4_K_M`` are read as ``sparse_q4`` and
+            ``q4_k_m``.
+        tensors: number formats of some tensors, by regular expressions over their names in the file; the first that
+            matches decides, before the preset does.
         packing: a plugin of kind ``packing``.
         pre_tokenizer: overrides the name derived from tokenizer.json.
     """
@@ -223,6 +223,22 @@ class Export(_Part):
     quant: str = "q8_0"
     packing: str = "plain"
     pre_tokenizer: str | None = None
+    tensors: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("quant")
+    @classmethod
+    def _fold_quant(cls, value: str) -> str:
+        return value.lower().replace("-", "_")
+
+    @field_validator("tensors")
+    @classmethod
+    def _check_tensors(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, quant in value.items():
+            _check_regex(pattern)
+            if quant.lower() not in plugins.names("quant"):
+                nearest = plugins.closest(quant.lower(), plugins.names("quant"))
+                raise ValueError(f"unknown quant {quant!r} for {pattern!r}{nearest}")
+        return {pattern: quant.lower() for pattern, quant in value.items()}
 
 
 class Verification(_Part):
@@ -338,11 +354,11 @@ class Recipe(_Part):
             "packing": self.export.packing,
         }
         for kind, name in chosen.items():
-            if name not in plugins.names(kind):
-                nearest = plugins.closest(name, plugins.names(kind))
+            known = plugins.names(kind) + (plugins.names("presets") if kind == "quant" else ())
+            if name not in known:
                 raise UnknownPluginError(
-                    f"unknown {kind.removesuffix('s')} {name!r}{nearest}",
-                    remedy=f"known: {', '.join(plugins.names(kind))}",
+                    f"unknown {kind.removesuffix('s')} {name!r}{plugins.closest(name, known)}",
+                    remedy=f"known: {', '.join(known)}",
                 )
 
 
@@ -427,6 +443,13 @@ class Target(_Part):
                 f"the recipe verifies with {recipe.verify.context_tokens}",
                 remedy="lower verify.context_tokens or choose another target",
             )
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
@@ -527,7 +550,8 @@ refit_steps = 20              # solve again on the mask that the method chose; 0
 # dense = ["mlp.down_proj$"]  # linears to leave alone
 
 [export]
-quant = "q8_0"
+quant = "q8_0"                # a number format, or a preset as "sparse-q4"
+# tensors = {"ffn_down" = "q6_k"}         # number formats by patterns of tensor names
 # packing = "bitmask"         # leave the zeros out of the file; it is unpacked on first use
 
 [verify]

@@ -16,12 +16,12 @@ from racdeploy import quant as quants
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import ModelError
 from racdeploy.export._gguf_parameters import llama3_rope_factors
+from racdeploy.quant.presets import Choice, Mix
 
-_FALLBACK = "f16"
-_VOCABULARY_ROWS = ("token_embd.weight", "output.weight")
+# Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
+_FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 _IGNORED = (".rotary_emb.inv_freq",)
 _ROPE_FACTORS = "rope_freqs.weight"
-_LEAST_EMBEDDING_BITS = 8.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PlannedTensor:
         return rows * round(row_length * quants.load(self.quant_real).BITS / 8)
 
 
-def plan_tensors(checkpoint: Checkpoint, quant: str, embedding_quant: str | None) -> list[PlannedTensor]:
+def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     """Plan every tensor of the file, in file order.
 
     Raises:
@@ -76,8 +76,11 @@ def plan_tensors(checkpoint: Checkpoint, quant: str, embedding_quant: str | None
             continue
         shape = checkpoint.entries[source].shape
         _check_shape(checkpoint, source, name, shape)
-        real, reason = _choose(name, shape, quant, embedding_quant)
-        plan.append(PlannedTensor(name, source, shape, quant, real, reason, _heads(checkpoint, source)))
+        choice = _choose(name, shape, mix, checkpoint)
+        plan.append(
+            PlannedTensor(name, source, shape, choice.asked, choice.quant, choice.reason, _heads(checkpoint, source))
+        )
+    mix.check(tensor.name for tensor in plan if len(tensor.shape) > 1)
     return plan
 
 
@@ -157,22 +160,16 @@ def _heads(checkpoint: Checkpoint, source: str) -> int:
     return 0
 
 
-def _choose(name: str, shape: tuple[int, ...], quant: str, embedding_quant: str | None) -> tuple[str, str]:
+def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
     """Return the number format of a tensor, and why it is not the one asked for."""
     if len(shape) == 1:
-        return "f32", "" if quant == "f32" else "vectors are stored in f32"
-    chosen, reason = quant, ""
-    if name in _VOCABULARY_ROWS:
-        chosen = embedding_quant or _embedding_default(quant)
-        if chosen != quant:
-            reason = f"embedding_quant is {chosen}" if embedding_quant else "embedding and output keep 8 bits"
-    if why := quants.fits(quants.load(chosen), shape[1]):
-        return _FALLBACK, "; ".join(filter(None, [reason, why]))
-    return chosen, reason
-
-
-def _embedding_default(quant: str) -> str:
-    return quant if quants.load(quant).BITS >= _LEAST_EMBEDDING_BITS else "q8_0"
+        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else "vectors are stored in f32")
+    choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
+    chosen, reasons = choice.quant, [choice.reason]
+    while why := quants.fits(quants.load(chosen), shape[-1]):
+        chosen = _FALLBACKS.get(chosen, "f16")
+        reasons.append(why)
+    return Choice(choice.asked, chosen, "; ".join(dict.fromkeys(filter(None, reasons))))
 
 
 def iterate_rows(tensor: PlannedTensor, slab_weights: int) -> Iterator[slice]:

@@ -31,6 +31,7 @@ from racdeploy.export._gguf_parameters import write_parameters
 from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 from racdeploy.families import Family
+from racdeploy.quant import presets
 from racdeploy.runtime.template import PromptEncoder
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 
 BACKEND = "llamacpp"
 LIBRARY = "gguf"
-OPTIONS = ("pre_tokenizer",)
+OPTIONS = ("pre_tokenizer", "tensors")
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 4_194_304
@@ -124,8 +125,8 @@ def export(
     quant: str,
     packing: str = "plain",
     metadata: Mapping[str, str | int | float | bool] | None = None,
-    embedding_quant: str | None = None,
     pre_tokenizer: str | None = None,
+    tensors: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write a checkpoint as one file.
@@ -133,12 +134,12 @@ def export(
     Args:
         checkpoint: the model folder.
         out: the file to write; replaced if it exists.
-        quant: number format of the linears. Vectors are F32; rows that do not divide into its blocks are F16.
+        quant: number format of the linears, or a preset. Vectors are F32; rows that do not divide into the blocks of a
+            format get the next one that they divide into.
         packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked first.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
-        embedding_quant: number format of embedding and output; the default is ``quant``, or q8_0 where that
-            has fewer than 8 bits.
         pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
+        tensors: regular expression → number format of the tensors whose names in the file it matches.
         progress: called after every slab.
 
     Raises:
@@ -153,16 +154,17 @@ def export(
     for key in metadata or {}:
         if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
             raise UsageError(f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys")
-    plan = plan_tensors(checkpoint, quant, embedding_quant)
+    mix = presets.read(quant, tensors)
+    plan = plan_tensors(checkpoint, mix)
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
     _check_space(out, sum(tensor.size_bytes for tensor in plan))
     partial = out.with_name(f".{out.name}.plain.partial")
     try:
         with disk_errors(out):
-            _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, quant, metadata or {}))
-            tensors = _write_tensors(checkpoint, partial, plan, progress)
+            _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, mix, metadata or {}))
+            written = _write_tensors(checkpoint, partial, plan, progress)
             files = {out.name: file_sha256(partial)}
-            result = ExportResult(out, tensors, partial.stat().st_size, files, vocabulary.notes)
+            result = ExportResult(out, written, partial.stat().st_size, files, vocabulary.notes)
             if packing != "plain":
                 return _pack(partial, result, packing)
             partial.replace(out)
@@ -192,7 +194,7 @@ def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
     )
 
 
-def _general(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _general(checkpoint: Checkpoint, mix: presets.Mix, metadata: Mapping[str, Any]) -> dict[str, Any]:
     general: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.folder.resolve().name}
     if checkpoint.license:
         general["general.license"] = checkpoint.license
@@ -200,16 +202,16 @@ def _general(checkpoint: Checkpoint, quant: str, metadata: Mapping[str, Any]) ->
         **general,
         **metadata,
         "general.quantization_version": GGML_QUANT_VERSION,
-        "general.file_type": _file_type(quant),
+        "general.file_type": _file_type(mix),
     }
 
 
-def _file_type(quant: str) -> int:
+def _file_type(mix: presets.Mix) -> int:
     """Return llama.cpp's number for a file that is mostly of one type; it is only shown, never decides."""
-    upper = quant.upper()
-    for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
-        if name in LlamaFileType.__members__:
-            return int(LlamaFileType[name])
+    for upper in (mix.name.upper(), mix.quant.upper()):
+        for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
+            if name in LlamaFileType.__members__:
+                return int(LlamaFileType[name])
     return int(LlamaFileType.GUESSED)
 
 

@@ -48,19 +48,23 @@ def load(name: str) -> Packing:
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
     """Refuse a number format or a packing that the file format cannot store, or two that do not go together.
 
-    A packing does not go with a number format that loses zeros, or that it cannot pack even where all are zero.
+    A packing does not go with a number format that loses zeros, or that it cannot pack even where all are zero. Of a
+    preset that is asked of the number format that most of its tensors have.
 
     Raises:
         UsageError: naming what would do instead.
     """
     packing = load(packing_name)
-    for kind, name in (("quant", quant_name), ("packing", packing_name)):
+    preset = quant_name in plugins.names("presets")
+    for kind, name in (("presets" if preset else "quant", quant_name), ("packing", packing_name)):
         if format_name not in plugins.load(kind, name).FORMATS:
             offered = [other for other in plugins.names(kind) if _stores(format_name, kind, other)]
             raise UsageError(
-                f"format {format_name!r} does not store {kind} {name!r}", remedy=f"it stores {', '.join(offered)}"
+                f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
+                remedy=f"it stores {', '.join(offered)}",
             )
-    if reason := _reason(packing, plugins.load("quant", quant_name)):
+    most = plugins.load("presets", quant_name).QUANT if preset else quant_name
+    if reason := _reason(packing, plugins.load("quant", most)):
         stored = [name for name in plugins.names("quant") if _stores(format_name, "quant", name)]
         others = [name for name in stored if not _reason(packing, plugins.load("quant", name))]
         raise UsageError(

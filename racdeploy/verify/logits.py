@@ -20,7 +20,8 @@ def check(evidence: Evidence) -> CheckResult:
             verdict="inconclusive" if asked else "skipped",
             summary="no trace was compared" if asked else "no trace was compared in this run",
         )
-    bits = float(plugins.load("quant", evidence.pruned.quant).BITS)
+    named = {row.quant_real for row in evidence.tensors if row.name in evidence.prunable} or {evidence.pruned.quant}
+    bits = min(float(plugins.load("quant", name).BITS) for name in named)
     limit = next(limit for at_least, limit in KL_LIMITS if bits >= at_least)
     verdict = "pass" if found.export_kl <= limit else "fail"
     return CheckResult(

@@ -22,7 +22,7 @@ def check(evidence: Evidence) -> CheckResult:
         "kept_dense": len(evidence.dense_linears),
     }
     quant = evidence.pruned.quant
-    keeps = all(plugins.load("quant", name).PRESERVES_ZERO for name in {row.quant_real for row in rows} | {quant})
+    keeps = all(plugins.load("quant", name).PRESERVES_ZERO for name in {row.quant_real for row in rows})
     text = f"{found:.1%} zeros in the file, {evidence.sparsity_asked:.1%} asked"
     if not keeps:
         return CheckResult(
@@ -30,7 +30,7 @@ def check(evidence: Evidence) -> CheckResult:
             verdict="skipped",
             summary=f"{text}; {quant} does not keep zeros",
             figures=figures,
-            remedy="choose a quant that keeps zeros: q8_0, q6_k, q5_0, q4_0 or q3_k",
+            remedy="choose a quant that keeps zeros: q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset",
         )
     reached = found >= evidence.sparsity_asked - TOLERANCE
     return CheckResult(

@@ -247,16 +247,28 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path) -
     assert reasons["token_embd.weight"] == ("q8_0", "embedding and output keep 8 bits")
     assert reasons["output_norm.weight"] == ("f32", "vectors are stored in f32")
     assert reasons["blk.0.ffn_up.weight"] == (
-        "f16",
+        "q5_0",
         "rows of 64 weights do not divide into quant blocks of 256",
     )
 
 
-def test_embedding_quant_can_be_chosen(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The caller's choice for the embedding wins and is named as the reason."""
-    result = export(checkpoint, tmp_path / "m.gguf", quant="q8_0", embedding_quant="q4_0")
-    embedding = next(t for t in result.tensors if t.name == "token_embd.weight")
-    assert (embedding.quant_real, embedding.reason) == ("q4_0", "embedding_quant is q4_0")
+def test_tensors_can_be_chosen_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The first pattern of the caller that matches wins over the default, and is what was asked for."""
+    asked = {"token_embd": "q4_0", r"blk\.1\.ffn_down": "f16", "ffn": "q5_0"}
+    result = export(checkpoint, tmp_path / "m.gguf", quant="q8_0", tensors=asked)
+    found = {t.name: (t.quant_asked, t.quant_real, t.reason) for t in result.tensors}
+    assert found["token_embd.weight"] == ("q4_0", "q4_0", "")
+    assert found["blk.1.ffn_down.weight"] == ("f16", "f16", "")
+    assert found["blk.0.ffn_down.weight"] == found["blk.1.ffn_up.weight"] == ("q5_0", "q5_0", "")
+    assert found["blk.1.attn_v.weight"] == ("q8_0", "q8_0", "")
+
+
+def test_a_pattern_that_names_nothing_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A vector is no match either: it is stored in f32 whatever is asked."""
+    for pattern in ("down_proj", "attn_norm"):
+        with pytest.raises(UsageError, match=f"'{pattern}' names no matrix") as caught:
+            export(checkpoint, tmp_path / "m.gguf", quant="q8_0", tensors={pattern: "q4_0"})
+        assert "blk.0.ffn_down.weight" in caught.value.remedy
 
 
 def test_zeros_are_measured_in_the_file(tmp_path: Path) -> None:

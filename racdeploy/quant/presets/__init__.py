@@ -1,0 +1,132 @@
+"""Presets: which number format each tensor of a GGUF file gets, one data file per preset.
+
+A preset holds ``WHY``, ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``, of which the first
+that matches decides. :func:`read` makes a :class:`Mix` of a preset, or of a plain number format, and of the patterns
+that a recipe adds. Knows names of tensors and nothing of their bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from racdeploy import plugins, quant
+from racdeploy.errors import UsageError
+
+__all__ = ["Choice", "Mix", "Rule", "read"]
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_LEAST_EMBEDDING_BITS = 8.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which tensors get a number format of their own.
+
+    Args:
+        tensors: regular expression, searched for in the name of a tensor in the file.
+        quant: their number format.
+        blocks: ``all``; ``first 4`` or ``first 1/8``, a number or a share of the blocks; or ``more``: the first and the
+            last eighth, and of those between every third, which is where llama.cpp's presets spend more bits.
+        reason: why that is not what was asked for; empty where it was asked for.
+    """
+
+    tensors: str
+    quant: str
+    blocks: str = "all"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The number format of one tensor: what was asked for, what the rules give, and why the two differ, or empty."""
+
+    asked: str
+    quant: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The number formats of a whole file.
+
+    Args:
+        name: what the user asked for: a preset or a number format.
+        quant: of matrices that no rule names.
+        own: patterns of the recipe, which come first.
+        rules: of the preset.
+    """
+
+    name: str
+    quant: str
+    own: tuple[Rule, ...]
+    rules: tuple[Rule, ...]
+
+    def choose(self, name: str, blocks: int, tied: bool) -> Choice:
+        """Return the number format of a tensor of the file.
+
+        Args:
+            name: in the file.
+            blocks: decoder blocks of the model.
+            tied: whether the embedding is the output too; rules for the output then apply to it.
+        """
+        names = (name, _OUTPUT) if tied and name == _EMBEDDING else (name,)
+        match = _BLOCK.match(name)
+        block = int(match[1]) if match else 0
+        for rule in (*self.own, *self.rules):
+            if any(re.search(rule.tensors, n) for n in names) and _holds(rule.blocks, block, blocks):
+                return Choice(self.quant if rule.reason else rule.quant, rule.quant, rule.reason)
+        return Choice(self.quant, self.quant, "")
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse a pattern of the recipe that names no matrix of the file.
+
+        Raises:
+            UsageError: with some of the names there are.
+        """
+        found = list(names)
+        for rule in self.own:
+            if not any(re.search(rule.tensors, name) for name in found):
+                shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "0", name) for name in found))
+                raise UsageError(
+                    f"export.tensors: the pattern {rule.tensors!r} names no matrix of the file",
+                    remedy=f"their names are {shown}",
+                )
+
+
+def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
+    """Return the mix of a preset or a number format.
+
+    Args:
+        name: of a preset or a number format.
+        tensors: regular expression → number format; they come before the preset's own rules.
+
+    Raises:
+        UnknownPluginError: there is neither a preset nor a number format of that name.
+        MissingExtraError: a number format needs an optional dependency.
+    """
+    own = tuple(Rule(pattern, chosen) for pattern, chosen in (tensors or {}).items())
+    if name in plugins.names("presets"):
+        preset = plugins.load("presets", name)
+        return Mix(name, preset.QUANT, own, tuple(preset.RULES))
+    rules: tuple[Rule, ...] = ()
+    if quant.load(name).BITS < _LEAST_EMBEDDING_BITS:
+        rules = (Rule(r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"),)
+    return Mix(name, name, own, rules)
+
+
+def _holds(which: str, block: int, blocks: int) -> bool:
+    """Return whether a rule for some blocks applies to one. Source: ``use_more_bits`` in llama-quant.cpp."""
+    match which.split():
+        case ["all"]:
+            return True
+        case ["more"]:
+            eighth = blocks // 8
+            return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
+        case ["first", number]:
+            share = Fraction(number)
+            return block < (int(number) if share.denominator == 1 else blocks * share.numerator // share.denominator)
+    raise AssertionError(f"a preset has the rule {which!r} for blocks")

@@ -1,0 +1,12 @@
+"""Q3_K_M of llama.cpp: 3 bits, and 4 or 5 where a few linears decide most. Does not keep every zero."""
+
+from racdeploy.quant.presets import Rule
+
+FORMATS = ("gguf",)
+QUANT = "q3_k"
+RULES = (
+    Rule(r"^output\.weight$", "q6_k"),
+    Rule(r"attn_v\.weight$", "q5_k", blocks="first 2"),
+    Rule(r"ffn_down", "q5_k", blocks="first 1/16"),
+    Rule(r"attn_v\.weight$|attn_output\.weight$|attn_qkv\.weight$|ffn_down", "q4_k"),
+)

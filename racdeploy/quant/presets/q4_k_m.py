@@ -1,0 +1,11 @@
+"""Q4_K_M of llama.cpp: 4 bits, and 6 where a few linears decide most. Does not keep zeros."""
+
+from racdeploy.quant.presets import Rule
+
+FORMATS = ("gguf",)
+QUANT = "q4_k"
+RULES = (
+    Rule(r"^output\.weight$", "q6_k"),
+    Rule(r"attn_qkv\.weight$", "q5_k"),
+    Rule(r"attn_v\.weight$|ffn_down", "q6_k", blocks="more"),
+)

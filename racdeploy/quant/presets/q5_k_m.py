@@ -1,0 +1,11 @@
+"""Q5_K_M of llama.cpp: 5 bits, and 6 where a few linears decide most. Does not keep zeros."""
+
+from racdeploy.quant.presets import Rule
+
+FORMATS = ("gguf",)
+QUANT = "q5_k"
+RULES = (
+    Rule(r"^output\.weight$", "q6_k"),
+    Rule(r"attn_qkv\.weight$", "q6_k"),
+    Rule(r"attn_v\.weight$|ffn_down", "q6_k", blocks="more"),
+)

@@ -1,0 +1,10 @@
+"""4 bits that keep every zero, and 6 where a few linears decide most; embedding and output, which are dense, keep 8."""
+
+from racdeploy.quant.presets import Rule
+
+FORMATS = ("gguf",)
+QUANT = "q4_0"
+RULES = (
+    Rule(r"^(token_embd|output)\.weight$", "q8_0"),
+    Rule(r"attn_v\.weight$|ffn_down", "q6_k", blocks="more"),
+)

@@ -1,0 +1,7 @@
+"""6 bits that keep every zero; embedding and output, which are dense, keep 8."""
+
+from racdeploy.quant.presets import Rule
+
+FORMATS = ("gguf",)
+QUANT = "q6_k"
+RULES = (Rule(r"^(token_embd|output)\.weight$", "q8_0"),)
