@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.errors import ArtifactError, ModelError, UsageError
 from racdeploy.families import Family, family_of
 
-__all__ = ["Checkpoint", "TensorEntry", "file_sha256", "read_json", "read_tensor_entries"]
+__all__ = ["SETTINGS", "Checkpoint", "TensorEntry", "check_covered", "file_sha256", "read_json", "read_tensor_entries"]
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
@@ -141,8 +142,9 @@ class Checkpoint:
                 remedy="give the folder that save_pretrained wrote",
             )
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json")
-        self.family: Family = family_of(self.config)
+        written = read_json(folder / "config.json")
+        self.family: Family = family_of(written)
+        self.config: dict[str, Any] = _complete(written, self.family.defaults)
         self.tokenizer = TokenizerFiles(folder)
 
     @cached_property
@@ -198,6 +200,23 @@ class Checkpoint:
         explicit = self.config.get("head_dim")
         return int(explicit or self.integer("hidden_size") // self.integer("num_attention_heads"))
 
+    def setting(self, name: str) -> Any:
+        """Return a key of ``config.json``, None where it is missing, or one of the values computed from it.
+
+        Those are :data:`SETTINGS`.
+        """
+        return SETTINGS[name](self) if name in SETTINGS else self.config.get(name)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Kind of attention of each block: ``full_attention`` or ``sliding_attention``."""
+        listed = self.config.get("layer_types")
+        if isinstance(listed, list):
+            return tuple(map(str, listed))
+        period = self.config.get("sliding_window_pattern") or self.family.window_period
+        kinds = ("full_attention", "sliding_attention")
+        return tuple(kinds[period > 0 and (block + 1) % period > 0] for block in range(self.block_count))
+
     @property
     def key_value_heads(self) -> int:
         """Number of key and value heads."""
@@ -213,7 +232,7 @@ class Checkpoint:
         scaling = parameters or dict(self.config.get("rope_scaling") or {})
         theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return {**scaling, "rope_theta": float(theta), "rope_type": kind}
+        return {**scaling, "rope_theta": float(theta), "rope_type": "longrope" if kind == "su" else kind}
 
     @cached_property
     def tied(self) -> bool:
@@ -286,12 +305,12 @@ class Checkpoint:
         return match[1] if match else ""
 
     def integer(self, key: str) -> int:
-        """Return a whole number of ``config.json``.
+        """Return a setting that is a whole number.
 
         Raises:
             ModelError: it is missing or not a whole number.
         """
-        value = self.config.get(key)
+        value = self.setting(key)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
         return value
@@ -309,6 +328,61 @@ class Checkpoint:
         for file in self.files():
             digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
         return digest.hexdigest()
+
+
+def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with what transformers takes for missing keys, and in transformers 4's form.
+
+    transformers 5 keeps rope settings of all kinds in ``rope_parameters``, by kind of attention where there are two.
+    """
+    config = {**defaults, **config}
+    parameters = config.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        local = parameters.get("sliding_attention", {})
+        config |= {"rope_parameters": parameters["full_attention"], "rope_local_base_freq": local.get("rope_theta")}
+        parameters = parameters["full_attention"]
+    moved = ("partial_rotary_factor", "original_max_position_embeddings")
+    return config | {key: parameters[key] for key in moved if key in parameters}
+
+
+def _attention_scalar(checkpoint: Checkpoint) -> float:
+    """Return the square of the divisor of Gemma 3's attention scores: llama.cpp knows the 27B model by its blocks."""
+    heads = checkpoint.integer("num_attention_heads")
+    return checkpoint.integer("hidden_size") // heads if checkpoint.block_count == 62 else checkpoint.head_size
+
+
+SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
+    "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
+    "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
+    "window_or_0": lambda c: c.config.get("sliding_window") or 0,
+    "attention_scalar": _attention_scalar,
+}
+"""Values that families name beside the keys of ``config.json``, because they are computed from several."""
+
+
+def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
+    """Refuse to prune a model with matrices that are neither prunable nor said to stay dense.
+
+    Args:
+        checkpoint: the model.
+        dense: regular expressions of what stays dense.
+
+    Raises:
+        UsageError: the matrices, and what to write into the recipe.
+    """
+    family, prefix = checkpoint.family, f"{checkpoint.family.blocks}."
+    found = []
+    for name, entry in checkpoint.entries.items():
+        if name.startswith(prefix) and len(entry.shape) > 1:
+            linear = name.removesuffix(".weight")
+            known = linear.removeprefix(prefix).partition(".")[2] in (*family.linears, *family.kept)
+            if not known and not any(re.search(pattern, linear) for pattern in dense):
+                found.append(linear)
+    if found:
+        raise UsageError(
+            f"{len(found)} matrices of {family.architecture} cannot be pruned, the first is {found[0]!r}",
+            remedy="name them under prune.dense to leave them as they are, as dense = ['experts']",
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

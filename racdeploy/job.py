@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import bundle, export, quant, tasks
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.checkpoint import Checkpoint, check_covered
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.models import ResolvedModel, resolve
 from racdeploy.quant import presets
@@ -123,8 +123,9 @@ class Job:
                 f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture, first {missing[0]!r}",
                 remedy="merge adapters into the model first; fused or quantized tensors are not supported",
             )
+        check_covered(self.checkpoint, settings.dense)
         for pattern in settings.dense:
-            if not any(re.search(pattern, name.removesuffix(".weight")) for name in self.prunable()):
+            if not any(re.search(pattern, name.removesuffix(".weight")) for name in entries):
                 raise UsageError(
                     f"prune.dense pattern {pattern!r} matches no linear",
                     remedy=f"names look like {self.prunable()[0].removesuffix('.weight')}",

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+from racdeploy import plugins
+
+FAMILIES = plugins.names("families")
 TRAINED_TOKENS = 480
 SPECIAL_TOKENS = {
     text: TRAINED_TOKENS + i
@@ -27,10 +29,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
-_CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+# What makes a family itself, at values that show.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
+    "mistral": {"sliding_window": None, "head_dim": 16},
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"num_hidden_layers": 4},  # the fourth has no rotary embedding
 }
 _QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -104,12 +113,12 @@ def write_tokenizer(folder: Path, pre_tokenizer: str = "qwen2", *, transformers5
 
 def edit_json(file: Path, **changes: Any) -> None:
     """Set keys of a JSON object on disk; None removes a key."""
-    value = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in value.items() if v is not None}), encoding="utf-8")
+    value = json.loads(file.read_text(encoding="utf-8"))
+    value = {k: v for k, v in value.items() if k not in changes} | {k: v for k, v in changes.items() if v is not None}
+    file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _model(family: str, tied: bool, attention_bias: bool, config: dict[str, Any]) -> torch.nn.Module:
-    config_class, model_class = _CLASSES[family]
     settings: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -126,11 +135,10 @@ def _model(family: str, tied: bool, attention_bias: bool, config: dict[str, Any]
         # Twice the usual deviation: logits far enough apart to compare, weights like a trained model's.
         "initializer_range": 0.05,
     }
-    if family == "qwen3":
-        settings["head_dim"] = 32
-    if family != "qwen2":
-        settings["attention_bias"] = attention_bias
-    model: torch.nn.Module = model_class(config_class(**(settings | config)))
+    if attention_bias:
+        settings["attention_bias"] = True
+    filled = AutoConfig.for_model(family, **(settings | _SETTINGS.get(family, {}) | config))
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(filled)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: nothing to see

@@ -26,9 +26,21 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="sdpa", dtype=torch.float32
         )
-    rotary = model.get_submodule("model.rotary_emb")
-    model.set_submodule("model.rotary_emb", type(rotary)(config=config))
+    for name in checkpoint.family.rotary.values():
+        rotary: Any = model.get_submodule(name)
+        model.set_submodule(name, type(rotary)(config=rotary.config))
+    embedding = model.get_submodule("model.embed_tokens")
+    if "embed_scale" in dict(embedding.named_buffers()):
+        embedding.register_buffer("embed_scale", torch.tensor(embedding_scale(checkpoint)), persistent=False)
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not empty, f"families/{checkpoint.config['model_type']}.py does not say how to fill {empty}"
     return model.eval()
+
+
+def embedding_scale(checkpoint: Checkpoint) -> float:
+    """Return what the model multiplies token embeddings by."""
+    setting = checkpoint.family.embedding_scale
+    return float(checkpoint.setting(setting)) if setting else 1.0
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
@@ -81,7 +93,10 @@ def _config(checkpoint: Checkpoint) -> Any:
     values = {k: v for k, v in checkpoint.config.items() if k not in {"rope_parameters", "quantization_config"}}
     rope = checkpoint.rope
     values["rope_theta"] = rope["rope_theta"]
+    values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if rope["rope_type"] == "longrope":  # Phi3Config wants exactly these
+        scaling = {"type": "longrope", **{key: rope.get(key) for key in ("short_factor", "long_factor")}}
     values["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     if rope["rope_type"] not in {"default", *ROPE_INIT_FUNCTIONS}:
         raise ModelError(f"unknown rope type {rope['rope_type']!r} in {checkpoint.folder}/config.json")

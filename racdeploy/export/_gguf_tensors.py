@@ -1,4 +1,4 @@
-"""Plan which tensors a GGUF file holds: name, shape, number format, row order.
+"""Plan which tensors a GGUF file holds: name, shape, number format; and read their values in llama.cpp's order.
 
 The plan is made from headers alone, so every refusal comes before the first byte is written. A checkpoint
 tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
@@ -6,8 +6,10 @@ tensor that no rule covers is an error, and so is a missing one: llama.cpp refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +17,13 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import ModelError
-from racdeploy.export._gguf_parameters import llama3_rope_factors
+from racdeploy.export._gguf_parameters import rope_factors
+from racdeploy.families import Transform
 from racdeploy.quant.presets import Choice, Mix
 
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 _IGNORED = (".rotary_emb.inv_freq",)
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class PlannedTensor:
 
     Args:
         name: in the file.
-        source: in the checkpoint; empty where ``computed`` holds the values.
-        shape: as in the checkpoint.
+        source: in the checkpoint, with ``*`` for the number of an expert; empty where ``computed`` holds the values.
+        shape: as in the checkpoint, experts first where there are any.
         quant_asked: number format asked for.
         quant_real: number format it gets.
         reason: why the two differ, or empty.
-        heads: where not 0, the rows are reordered for llama.cpp's rotary layout within that many heads.
+        parts: names in the checkpoint: one, or one for each expert.
+        transform: what is done to the values.
         computed: the values of a tensor that the checkpoint does not hold.
     """
 
@@ -45,13 +48,14 @@ class PlannedTensor:
     quant_asked: str
     quant_real: str
     reason: str
-    heads: int = 0
+    parts: tuple[str, ...] = ()
+    transform: Transform | None = None
     computed: NDArray[np.float32] | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
         """Number of rows and their length; a vector is one row."""
-        return (1, self.shape[0]) if len(self.shape) == 1 else (self.shape[0], self.shape[1])
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def size_bytes(self) -> int:
@@ -66,22 +70,41 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     Raises:
         ModelError: a tensor is missing, unknown, of a wrong shape, or unknown to llama.cpp.
     """
-    names = _names(checkpoint)
-    _check_complete(checkpoint, names)
-    plan = []
-    if (factors := llama3_rope_factors(checkpoint)) is not None:
-        plan.append(PlannedTensor(_ROPE_FACTORS, "", factors.shape, "f32", "f32", "", computed=factors))
-    for source, name in names.items():
-        if source not in checkpoint.entries:
+    named = _names(checkpoint)
+    _check_complete(checkpoint, [part for parts in named.values() for part in parts])
+    plan = [
+        PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
+        for name, factors in rope_factors(checkpoint).items()
+    ]
+    for (source, name), parts in named.items():
+        if parts[0] not in checkpoint.entries:
             continue
-        shape = checkpoint.entries[source].shape
-        _check_shape(checkpoint, source, name, shape)
+        for part in parts:
+            _check_shape(checkpoint, part, name)
+        shape = checkpoint.entries[parts[0]].shape
+        transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
+        if transform == "stack":
+            shape = (len(parts), *shape)
         choice = _choose(name, shape, mix, checkpoint)
-        plan.append(
-            PlannedTensor(name, source, shape, choice.asked, choice.quant, choice.reason, _heads(checkpoint, source))
-        )
+        plan.append(PlannedTensor(name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform))
     mix.check(tensor.name for tensor in plan if len(tensor.shape) > 1)
     return plan
+
+
+def iterate_slabs(checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int) -> Iterator[NDArray[np.float32]]:
+    """Yield a tensor's values in file order, float32, in slabs of rows of about ``slab_weights`` weights."""
+    row_length = tensor.rows[1]
+    step = max(1, slab_weights // row_length)
+    for raw in _arrays(checkpoint, tensor):
+        raw_OI, order_O = raw.reshape(-1, row_length), None
+        if tensor.transform == "rotary":
+            order_O = rotary_order(len(raw.reshape(len(raw), -1)), len(raw) // checkpoint.head_size)
+            if raw.ndim == 1:
+                raw_OI, order_O = raw_OI[:, order_O], None
+        for start in range(0, len(raw_OI), step):
+            rows = slice(start, start + step)
+            weight_OI = _widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            yield weight_OI + np.float32(1) if tensor.transform == "plus_one" else weight_OI
 
 
 def rotary_order(rows: int, heads: int) -> NDArray[np.intp]:
@@ -92,20 +115,43 @@ def rotary_order(rows: int, heads: int) -> NDArray[np.intp]:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return checkpoint name → file name for everything this architecture may hold."""
+def _arrays(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[NDArray[Any]]:
+    """Yield the arrays that a tensor is made of, one in memory at a time."""
+    if tensor.computed is not None:
+        yield tensor.computed
+    for part in tensor.parts:
+        yield checkpoint.read_raw(part)
+
+
+def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 weights; bfloat16 comes as bit patterns."""
+    if raw_OI.dtype == np.uint16:
+        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
+    return raw_OI.astype(np.float32, copy=False)
+
+
+def _names(checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return source and file name → checkpoint tensors, for everything this architecture may hold."""
     family = checkpoint.family
-    names = {source: name for source, name in family.model_tensors.items() if source != "lm_head.weight"}
-    if not checkpoint.tied:
-        names["lm_head.weight"] = family.model_tensors["lm_head.weight"]
+    named = [pair for pair in family.model_tensors.items() if pair[0] != "lm_head.weight" or not checkpoint.tied]
     for block in range(checkpoint.block_count):
-        names |= {
-            f"{family.blocks}.{block}.{source}": f"blk.{block}.{name}" for source, name in family.block_tensors.items()
-        }
-    return names
+        named += [(f"{family.blocks}.{block}.{s}", f"blk.{block}.{n}") for s, n in family.block_tensors.items()]
+    return {(source, name): _parts(checkpoint, source) for source, name in named}
 
 
-def _check_complete(checkpoint: Checkpoint, names: dict[str, str]) -> None:
+def _parts(checkpoint: Checkpoint, source: str) -> tuple[str, ...]:
+    if "*" not in source:
+        return (source,)
+    return tuple(source.replace("*", str(expert)) for expert in range(checkpoint.integer("num_experts")))
+
+
+def _inside(checkpoint: Checkpoint, source: str) -> str:
+    """Return the name inside its block, or the name itself outside the blocks."""
+    prefix = f"{checkpoint.family.blocks}."
+    return source.removeprefix(prefix).partition(".")[2] if source.startswith(prefix) else source
+
+
+def _check_complete(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     held = {name for name in checkpoint.entries if not name.endswith(_IGNORED)}
     if checkpoint.tied:
         held.discard("lm_head.weight")
@@ -115,36 +161,27 @@ def _check_complete(checkpoint: Checkpoint, names: dict[str, str]) -> None:
             f" have, the first is {unknown[0]!r}",
             remedy="export the plain model: merge adapters and remove extra heads first",
         )
-    biased = {_part(name) for name in held if name.endswith(".bias")}
-    needed = {name for name in names if not name.endswith(".bias") or _part(name) in biased}
+    biased = {_inside(checkpoint, name) for name in held if name.endswith(".bias")}
+    needed = {name for name in names if not name.endswith(".bias") or _inside(checkpoint, name) in biased}
     if missing := sorted(needed - held):
         raise ModelError(
             f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]!r}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
-    arch = checkpoint.family.gguf_arch
-    if arch != "llama" and (lost := sorted(biased - {"q_proj.bias", "k_proj.bias", "v_proj.bias"})):
-        raise ModelError(f"llama.cpp's {arch} models have no {lost[0]}, and this checkpoint does")
+    family = checkpoint.family
+    lost = sorted(name for name in biased if family.block_tensors[name].removesuffix(".bias") not in family.biases)
+    if lost:
+        raise ModelError(f"llama.cpp's {family.gguf_arch} models have no {lost[0]}, and this checkpoint does")
 
 
-def _part(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
-
-
-def _check_shape(checkpoint: Checkpoint, source: str, name: str, shape: tuple[int, ...]) -> None:
-    D, F = checkpoint.integer("hidden_size"), checkpoint.integer("intermediate_size")
-    K = checkpoint.head_size
-    Q, KV = checkpoint.integer("num_attention_heads") * K, checkpoint.key_value_heads * K
-    V = checkpoint.integer("vocab_size")
-    weights = {
-        "attn_q": (Q, D), "attn_k": (KV, D), "attn_v": (KV, D), "attn_output": (D, Q),
-        "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F), "token_embd": (V, D), "output": (V, D),
-        "attn_q_norm": (K,), "attn_k_norm": (K,),
-    }  # fmt: skip
+def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
     part, _, kind = name.rpartition(".")
-    expected: tuple[int, ...] = weights.get(part.rpartition(".")[2], (D,))
+    symbols = checkpoint.family.shapes.get(part.rpartition(".")[2], ("D",))
+    sizes = _sizes(checkpoint)
+    expected = tuple(sum(sizes[symbol] for symbol in symbols_of.split("+")) for symbols_of in symbols)
     if kind == "bias":
         expected = expected[:1]
+    shape = checkpoint.entries[source].shape
     if shape != expected:
         raise ModelError(
             f"{checkpoint.folder}: {source!r} has shape {list(shape)}, its config.json means {list(expected)}",
@@ -152,12 +189,20 @@ def _check_shape(checkpoint: Checkpoint, source: str, name: str, shape: tuple[in
         )
 
 
-def _heads(checkpoint: Checkpoint, source: str) -> int:
-    for linear in checkpoint.family.rotary_permuted:
-        if source.rpartition(".")[0].endswith(linear):
-            key = linear.endswith("k_proj")
-            return checkpoint.key_value_heads if key else checkpoint.integer("num_attention_heads")
-    return 0
+def _sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
+    """Return what the letters of a family's shapes stand for."""
+    K = checkpoint.head_size
+    sizes = {
+        "D": checkpoint.integer("hidden_size"),
+        "F": checkpoint.integer("intermediate_size"),
+        "V": checkpoint.integer("vocab_size"),
+        "K": K,
+        "Q": checkpoint.integer("num_attention_heads") * K,
+        "KV": checkpoint.key_value_heads * K,
+    }
+    if checkpoint.family.routed:
+        sizes |= {"E": checkpoint.integer("num_experts"), "M": checkpoint.integer("moe_intermediate_size")}
+    return sizes
 
 
 def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
@@ -170,11 +215,3 @@ def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint)
         chosen = _FALLBACKS.get(chosen, "f16")
         reasons.append(why)
     return Choice(choice.asked, chosen, "; ".join(dict.fromkeys(filter(None, reasons))))
-
-
-def iterate_rows(tensor: PlannedTensor, slab_weights: int) -> Iterator[slice]:
-    """Yield slices of rows that hold about ``slab_weights`` weights each."""
-    rows, row_length = tensor.rows
-    step = max(1, slab_weights // row_length)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))

@@ -27,8 +27,8 @@ from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export._gguf_measure import measure
-from racdeploy.export._gguf_parameters import write_parameters
-from racdeploy.export._gguf_tensors import PlannedTensor, iterate_rows, plan_tensors, rotary_order
+from racdeploy.export._gguf_parameters import check_parameters, write_parameters
+from racdeploy.export._gguf_tensors import PlannedTensor, iterate_slabs, plan_tensors
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 from racdeploy.families import Family
 from racdeploy.quant import presets
@@ -154,6 +154,7 @@ def export(
     for key in metadata or {}:
         if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
             raise UsageError(f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys")
+    check_parameters(checkpoint)
     mix = presets.read(quant, tensors)
     plan = plan_tensors(checkpoint, mix)
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
@@ -309,16 +310,8 @@ def _write_tensor(
     total_bytes: int,
 ) -> int:
     """Write one tensor and return how many zeros the written bytes hold."""
-    quant = quants.load(tensor.quant_real)
-    raw = tensor.computed if tensor.computed is not None else checkpoint.read_raw(tensor.source)
-    if tensor.heads:
-        order = rotary_order(tensor.shape[0], tensor.heads)
-        raw = raw[order] if raw.ndim == 1 else raw
-    raw_OI = raw.reshape(tensor.rows)
-    zeros = 0
-    for rows in iterate_rows(tensor, _SLAB_WEIGHTS):
-        picked = order[rows] if tensor.heads and len(tensor.shape) > 1 else rows
-        weight_OI = _widen(raw_OI[picked])
+    quant, zeros = quants.load(tensor.quant_real), 0
+    for weight_OI in iterate_slabs(checkpoint, tensor, _SLAB_WEIGHTS):
         packed_OP = quant.quantize(weight_OI)
         stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
         _check_finite(tensor, weight_OI, stored_OI)
@@ -327,13 +320,6 @@ def _write_tensor(
         if progress is not None:
             progress(stream.tell(), total_bytes)
     return zeros
-
-
-def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
-    """Return float32 weights; bfloat16 comes as bit patterns."""
-    if raw_OI.dtype == np.uint16:
-        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
-    return raw_OI.astype(np.float32, copy=False)
 
 
 def _check_finite(tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]) -> None:

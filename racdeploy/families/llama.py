@@ -5,9 +5,8 @@ from racdeploy.families import Family, _decoder
 FAMILY = Family(
     architecture="LlamaForCausalLM",
     gguf_arch="llama",
-    blocks="model.layers",
-    input_groups=_decoder.INPUT_GROUPS,
-    block_tensors=_decoder.BLOCK_TENSORS,
-    model_tensors=_decoder.MODEL_TENSORS,
-    rotary_permuted=("self_attn.q_proj", "self_attn.k_proj"),
+    transforms=_decoder.ROTARY,
+    biases=_decoder.ALL_LINEARS,
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    rope_types=("default", "linear", "yarn", "llama3"),
 )

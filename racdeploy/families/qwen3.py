@@ -5,12 +5,6 @@ from racdeploy.families import Family, _decoder
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
     gguf_arch="qwen3",
-    blocks="model.layers",
-    input_groups=_decoder.INPUT_GROUPS,
-    block_tensors={
-        **_decoder.BLOCK_TENSORS,
-        "self_attn.q_norm.weight": "attn_q_norm.weight",
-        "self_attn.k_norm.weight": "attn_k_norm.weight",
-    },
-    model_tensors=_decoder.MODEL_TENSORS,
+    block_tensors={**_decoder.BLOCK_TENSORS, **_decoder.HEAD_NORMS},
+    defaults={"head_dim": 128, "use_sliding_window": False},
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from racdeploy.backends._torch_model import check_names, fill_parameter, skeleton
+from racdeploy.backends._torch_model import check_names, embedding_scale, fill_parameter, skeleton
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
 
@@ -40,9 +40,10 @@ class Blocks:
         return [(*batch.ids_BT.shape, width) for batch in batches]
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        """Yield each batch's token embeddings, (B, T, D); only the rows of tokens that occur are read."""
+        """Yield what enters the first block, (B, T, D); only the rows of tokens that occur are read."""
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
         rows_ND = torch.from_numpy(self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy()))
+        rows_ND *= embedding_scale(self.checkpoint)
         for batch in batches:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
 
@@ -63,16 +64,32 @@ class Blocks:
     def forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return a block's output at positions from zero, under a causal mask."""
         position_1T = torch.arange(hidden_BTD.shape[1])[None]
-        rotary = self._model.get_submodule("model.rotary_emb")(hidden_BTD, position_1T)
+        rotary = {
+            argument: self._model.get_submodule(name)(hidden_BTD, position_1T)
+            for argument, name in self.checkpoint.family.rotary.items()
+        }
         with torch.autocast("cpu", torch.bfloat16, enabled=self._compute == "bfloat16"):
             output = block(
                 hidden_BTD,
-                attention_mask=None,  # sdpa: causal
+                attention_mask=self._mask(block, hidden_BTD.shape[1]),
                 position_ids=position_1T,
-                position_embeddings=rotary,
+                **rotary,
             )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def _mask(self, block: nn.Module, length: int) -> torch.Tensor | None:
+        """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
+        config: Any = self._model.config
+        window = getattr(config, "sliding_window", None)
+        # transformers gives every block the window where blocks have no kind of attention of their own
+        slides = getattr(block, "attention_type", "sliding_attention") == "sliding_attention"
+        if not slides or not window or length <= window:
+            return None
+        position_T = torch.arange(length)
+        distance_TT = position_T[:, None] - position_T
+        seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
+        return seen_TT[None, None]
 
     def input(self, block: nn.Module, linear: str, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return what reaches one linear; what comes after it is not computed."""

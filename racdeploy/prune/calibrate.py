@@ -25,7 +25,7 @@ from racdeploy import plugins
 from racdeploy.artifacts import STREAMS, Trace, write_atomic
 from racdeploy.backends._heap import keep_heap
 from racdeploy.backends._torch_model import TORCH_DTYPES
-from racdeploy.checkpoint import Checkpoint, read_json
+from racdeploy.checkpoint import Checkpoint, check_covered, read_json
 from racdeploy.errors import UsageError
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.allocations import Observation
@@ -77,10 +77,11 @@ def prune_blocks(
         One row per linear, in forward order, and one per block.
 
     Raises:
-        UsageError: no calibration tokens, or a pattern that does not divide a linear.
+        UsageError: no calibration tokens, a pattern that does not divide a linear, or a matrix that nobody prunes.
     """
     if not calibration:
         raise UsageError("no calibration traces are left after selection", remedy="collect more traces")
+    check_covered(checkpoint, settings.dense)
     keep_heap()
     if threads:
         torch.set_num_threads(threads)

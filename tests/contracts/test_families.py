@@ -36,6 +36,46 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     assert found == set(checkpoint.family.linears)
 
 
+def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
+    """A key that config.json leaves out means what transformers takes for it."""
+    from transformers import AutoConfig
+
+    usual = AutoConfig.for_model(checkpoint.config["model_type"])
+    defaults = checkpoint.family.defaults
+    assert {key: getattr(usual, key) for key in defaults} == defaults
+    without = {
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": True,
+        "head_dim": usual.hidden_size // usual.num_attention_heads,
+        "sliding_window": None,
+    }
+    silent = {key: getattr(usual, key, None) for key in without if key not in defaults}
+    assert {key: value for key, value in silent.items() if value is not None and value != without[key]} == {}
+
+
+def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
+    """Embedding and blocks, run one by one as pruning does, give the hidden states of the whole model.
+
+    At more tokens than a sliding window has. Both compute in float32 with the same kernels.
+    """
+    import torch
+
+    from racdeploy.backends._torch_model import load_model
+    from racdeploy.prune.batches import Batch
+    from racdeploy.prune.blocks import Blocks
+
+    ids_BT = torch.randint(0, 480, (2, 60), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(2, dtype=torch.long), False)
+    blocks = Blocks(checkpoint)
+    with torch.inference_mode():
+        states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
+        (hidden_BTD,) = blocks.embed([batch])
+        for index in range(checkpoint.block_count):
+            torch.testing.assert_close(hidden_BTD, states[index], rtol=1e-5, atol=1e-5)
+            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD)
+
+
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     """One statistic serves a group, so its linears take the same input."""
     for group in checkpoint.family.input_groups:
