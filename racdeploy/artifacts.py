@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "racdeploy.json"
+IMPORTANCE_FILE = "importance.safetensors"  # of a pruned model: mean squared input of each column, by linear
 Stream = Literal["prompt", "thinking", "answer"]
 STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
 

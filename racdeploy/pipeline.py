@@ -20,9 +20,9 @@ from typing import Any
 
 from racdeploy import __version__, bundle
 from racdeploy import export as exports
-from racdeploy.artifacts import Stage, Trace, TraceSet, canonical_hash
+from racdeploy.artifacts import IMPORTANCE_FILE, Stage, Trace, TraceSet, canonical_hash
 from racdeploy.backends import Engine, EngineSettings, open_engine
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
@@ -207,7 +207,15 @@ class Build:
             summary["selection"],
         )
 
-    def export(self, folder: Path, name: str, *, pruned: bool = True, sparsity: float | None = None) -> ExportResult:
+    def export(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        pruned: bool = True,
+        sparsity: float | None = None,
+        importance: Path | None = None,
+    ) -> ExportResult:
         """Export a model folder, or find it exported.
 
         Args:
@@ -215,14 +223,20 @@ class Build:
             name: of the artifact, without suffix.
             pruned: whether packing applies; the dense model is always plain.
             sparsity: for the file's metadata, where it is not the recipe's.
+            importance: a pruned model whose statistic chooses the scales of this one too, so that both arms are
+                quantized alike.
         """
         checkpoint, settings = Checkpoint(folder), self.job.recipe.export
         if not pruned:
             settings = settings.model_copy(update={"packing": "plain"})
+        matrix = Path(settings.importance) if settings.importance else (importance or folder) / IMPORTANCE_FILE
+        if importance and matrix.is_file() and "importance" in exports.load(settings.format).OPTIONS:
+            settings = settings.model_copy(update={"importance": str(matrix)})
         metadata = self._metadata(sparsity) if pruned else {}
         inputs = self._inputs("export") | {
             "model": checkpoint.sha256,
-            "export": settings.model_dump(),
+            "export": settings.model_dump(exclude={"importance"}),
+            "importance": file_sha256(matrix) if matrix.is_file() else settings.importance,
             "name": name,
             "metadata": metadata,
         }
@@ -325,7 +339,10 @@ class Build:
         trace_folder, traces = self.traces()
         model = self.prune()
         dense = self.export(
-            self.job.model.folder, f"{self.job.model.name}-dense-{self.job.recipe.export.quant}", pruned=False
+            self.job.model.folder,
+            f"{self.job.model.name}-dense-{self.job.recipe.export.quant}",
+            pruned=False,
+            importance=model.folder,
         )
         reached = self._asked(model.linears) if self.job.recipe.prune.schedule else None
         pruned = self.export(model.folder, self.job.artifact_name, sparsity=reached)

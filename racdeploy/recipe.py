@@ -215,6 +215,8 @@ class Export(_Part):
             ``q4_k_m``.
         tensors: number formats of some tensors, by regular expressions over their names in the file; the first that
             matches decides, before the preset does.
+        importance: file of an importance matrix, as the pruning leaves it or in llama.cpp's GGUF form, by which scales
+            are chosen; empty takes that of the pruned model, ``none`` takes none.
         packing: a plugin of kind ``packing``.
         pre_tokenizer: overrides the name derived from tokenizer.json.
     """
@@ -224,6 +226,7 @@ class Export(_Part):
     packing: str = "plain"
     pre_tokenizer: str | None = None
     tensors: dict[str, str] = Field(default_factory=dict)
+    importance: str = ""
 
     @field_validator("quant")
     @classmethod

@@ -25,10 +25,11 @@ from racdeploy import racgguf
 from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
-from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export import ExportedTensor, ExportResult, Progress, _importance
 from racdeploy.export._gguf_measure import measure
 from racdeploy.export._gguf_parameters import check_parameters, write_parameters
 from racdeploy.export._gguf_tensors import PlannedTensor, iterate_slabs, plan_tensors
+from racdeploy.export._importance import Importance
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 from racdeploy.families import Family
 from racdeploy.quant import presets
@@ -49,7 +50,7 @@ __all__ = [
 
 BACKEND = "llamacpp"
 LIBRARY = "gguf"
-OPTIONS = ("pre_tokenizer", "tensors")
+OPTIONS = ("importance", "pre_tokenizer", "tensors")
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 4_194_304
@@ -127,6 +128,7 @@ def export(
     metadata: Mapping[str, str | int | float | bool] | None = None,
     pre_tokenizer: str | None = None,
     tensors: Mapping[str, str] | None = None,
+    importance: str = "",
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write a checkpoint as one file.
@@ -140,6 +142,7 @@ def export(
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
         pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
         tensors: regular expression → number format of the tensors whose names in the file it matches.
+        importance: file of an importance matrix; empty takes the one that pruning left, ``none`` takes none.
         progress: called after every slab.
 
     Raises:
@@ -157,21 +160,43 @@ def export(
     check_parameters(checkpoint)
     mix = presets.read(quant, tensors)
     plan = plan_tensors(checkpoint, mix)
+    known = _importance.find(checkpoint.folder, importance)
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
     _check_space(out, sum(tensor.size_bytes for tensor in plan))
     partial = out.with_name(f".{out.name}.plain.partial")
     try:
         with disk_errors(out):
             _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, mix, metadata or {}))
-            written = _write_tensors(checkpoint, partial, plan, progress)
+            written = _write_tensors(checkpoint, partial, plan, known, progress)
             files = {out.name: file_sha256(partial)}
-            result = ExportResult(out, written, partial.stat().st_size, files, vocabulary.notes)
-            if packing != "plain":
-                return _pack(partial, result, packing)
-            partial.replace(out)
+            notes = (*vocabulary.notes, *_importance_notes(known, plan))
+            result = ExportResult(out, written, partial.stat().st_size, files, notes)
+            if packing == "plain":
+                partial.replace(out)
+            else:
+                result = _pack(partial, result, packing)
     finally:
         partial.unlink(missing_ok=True)
+    if known and known.is_own:
+        matrix = out.with_name(out.stem + _importance.SUFFIX)
+        known.write_imatrix(matrix, {tensor.source: tensor.name for tensor in plan})
+        result = replace(result, files={**result.files, matrix.name: file_sha256(matrix)})
     return result
+
+
+def _importance_notes(known: Importance | None, plan: list[PlannedTensor]) -> list[str]:
+    """Return how many matrices have scales that an importance chose.
+
+    Raises:
+        UsageError: it is of another model.
+    """
+    if known is None:
+        return []
+    coded = [tensor for tensor in plan if quants.load(tensor.quant_real).BLOCK > 1]
+    weighed = [t for t in coded if known.of(t.name, t.source, t.shape[-1]) is not None]
+    if coded and not weighed:
+        raise UsageError(f"{known.file} names no tensor of this model", remedy="leave export.importance out")
+    return [f"scales of {len(weighed)} of {len(coded)} quantized matrices are chosen by the importance of their inputs"]
 
 
 def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
@@ -276,14 +301,18 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: s
 
 
 def _write_tensors(
-    checkpoint: Checkpoint, partial: Path, plan: list[PlannedTensor], progress: Progress | None
+    checkpoint: Checkpoint,
+    partial: Path,
+    plan: list[PlannedTensor],
+    importance: Importance | None,
+    progress: Progress | None,
 ) -> tuple[ExportedTensor, ...]:
     total_bytes = _padded(partial.stat().st_size) + sum(_padded(tensor.size_bytes) for tensor in plan)
     tensors = []
     with partial.open("ab") as stream:
         _pad(stream)
         for tensor in plan:
-            zeros = _write_tensor(checkpoint, stream, tensor, progress, total_bytes)
+            zeros = _write_tensor(checkpoint, stream, tensor, importance, progress, total_bytes)
             _pad(stream)
             tensors.append(
                 ExportedTensor(
@@ -306,13 +335,15 @@ def _write_tensor(
     checkpoint: Checkpoint,
     stream: BinaryIO,
     tensor: PlannedTensor,
+    importance: Importance | None,
     progress: Progress | None,
     total_bytes: int,
 ) -> int:
     """Write one tensor and return how many zeros the written bytes hold."""
-    quant, zeros = quants.load(tensor.quant_real), 0
+    quant, zeros = quants.load_ggml(tensor.quant_real), 0
+    known_I = importance.of(tensor.name, tensor.source, tensor.shape[-1]) if importance else None
     for weight_OI in iterate_slabs(checkpoint, tensor, _SLAB_WEIGHTS):
-        packed_OP = quant.quantize(weight_OI)
+        packed_OP = quant.quantize(weight_OI, known_I)
         stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
         _check_finite(tensor, weight_OI, stored_OI)
         zeros += stored_OI.size - int(np.count_nonzero(stored_OI))

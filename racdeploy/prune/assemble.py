@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from racdeploy.artifacts import atomic_folder
+from racdeploy.artifacts import IMPORTANCE_FILE, atomic_folder
 from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, TensorEntry, read_tensor_entries
 
 __all__ = ["assemble"]
@@ -22,9 +22,11 @@ _COPY_BYTES = 1 << 24
 def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     """Write ``out`` with the config, tokenizer and template of ``checkpoint`` and its pruned weights.
 
+    The mean squared inputs of the linears, where the walk left them, go into a file of their own.
+
     Args:
         checkpoint: the dense model.
-        blocks: folder of ``block-*.safetensors`` from the pruning walk.
+        blocks: folder of ``block-*`` and ``importance-*.safetensors`` from the pruning walk.
         out: the new model folder.
     """
     pruned: dict[str, TensorEntry] = {}
@@ -33,6 +35,10 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
     with atomic_folder(out) as scratch:
         _write(entries, scratch / "model.safetensors")
+        if importance := sorted(blocks.glob("importance-*.safetensors")):
+            _write(
+                {k: v for file in importance for k, v in read_tensor_entries(file).items()}, scratch / IMPORTANCE_FILE
+            )
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)

@@ -181,6 +181,8 @@ class _Walk:
         else:
             pruned = self._prune(prefix, dense, sparse)
             write_atomic(weights, save({f"{prefix}.{name}.weight": row.stored_OI for name, row in pruned.items()}))
+            if not self.quant:  # codes that are chosen already are written as they are
+                write_atomic(importance_file(self.folder, index), save(_importance(prefix, pruned)))
             drift = self._advance(dense, sparse, pruned)
             linears = self._linear_rows(prefix, pruned)
             block = BlockRow(
@@ -199,6 +201,7 @@ class _Walk:
             if not wanted:
                 continue
             statistic = self._gather(dense, sparse, wanted[0])
+            importance_I, tokens = statistic.importance_I, round(statistic.weight)
             hessian = statistic.hessian(self.settings.damping)
             targets = [statistic.target(dense.get_parameter(f"{name}.weight"), hessian) for name in wanted]
             del statistic
@@ -207,7 +210,7 @@ class _Walk:
                 dtype = TORCH_DTYPES[stored]  # codes times a scale need more digits than bfloat16 has
                 stored_OI = self._prune_linear(f"{prefix}.{name}", target_OI, hessian).to(dtype).contiguous()
                 error = RelativeError(self.tasks)
-                pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error)
+                pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error, importance_I, tokens)
                 put(sparse, f"{name}.weight", stored_OI.float())
         return pruned
 
@@ -274,12 +277,14 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _PrunedLinear:
-    """A pruned linear in the file's dtype, what it was solved for, and its error on held-out traces."""
+    """A pruned linear in the file's dtype, what it was solved for, its error, and how large its inputs are."""
 
     stored_OI: torch.Tensor
     target_OI: torch.Tensor
     damping: float
     error: RelativeError
+    importance_I: torch.Tensor
+    tokens: int
 
     def row(self, name: str, sparsity: float) -> LinearRow:
         return LinearRow(
@@ -290,6 +295,20 @@ class _PrunedLinear:
             error_by_stream=self.error.by_stream,
             damping=self.damping,
         )
+
+
+def importance_file(folder: Path, index: int) -> Path:
+    """Return where the walk leaves the mean squared inputs of a block's linears."""
+    return folder / f"importance-{index:05d}.safetensors"
+
+
+def _importance(prefix: str, pruned: Mapping[str, _PrunedLinear]) -> dict[str, torch.Tensor]:
+    """Return the mean squared inputs by the weight's name, and on how many tokens they rest."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, row in pruned.items():
+        tensors[f"{prefix}.{name}.weight"] = row.importance_I.clone()  # linears of a group share it
+        tensors[f"{prefix}.{name}.weight.tokens"] = torch.tensor([row.tokens], dtype=torch.float64)
+    return tensors
 
 
 @contextmanager

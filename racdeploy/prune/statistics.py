@@ -76,6 +76,11 @@ class InputStatistic:
             self.hessian_II[stop:, start:stop] = self.hessian_II[start:stop, stop:].T
         return Hessian(self.hessian_II.div_(self.weight), damping)
 
+    @property
+    def importance_I(self) -> torch.Tensor:
+        """Mean squared input of each column: the diagonal of the mean Hessian, before it is damped."""
+        return self.hessian_II.diagonal() / self.weight
+
     def _slices(self) -> Iterator[tuple[int, int]]:
         """Yield the row slices of which only the part from the diagonal on is summed: half the work at large widths."""
         step = max(self.width // SLICES, LEAST_SLICE)
