@@ -22,10 +22,11 @@ from racdeploy.errors import GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
-from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target
+from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
-from racdeploy.reverify import reverify
+from racdeploy.reverify import gate_of, reverify
+from racdeploy.verify import GATE_EXAMPLE, Gate, read_gate
 
 app = typer.Typer(
     name="racdeploy",
@@ -53,6 +54,8 @@ SourceOpt = Annotated[str | None, typer.Option("--calibration", help="rac (promp
 QuantOpt = Annotated[str | None, typer.Option("--quant", help="Number format of the linears.")]
 PackingOpt = Annotated[str | None, typer.Option("--packing", help="How zeros are left out.")]
 OutOpt = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
+GateOpt = Annotated[Path | None, typer.Option("--gate", help="TOML file with limits; see docs/gate.md.")]
+TierOpt = Annotated[str, typer.Option("--tier", help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option("--work", help="Folder of stage results; default: user cache.")]
 ThreadsOpt = Annotated[int, typer.Option("--threads", help="CPU threads; 0 uses every core.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -95,21 +98,25 @@ def build(
     trace_server: TraceServerOpt = None,
     out_folder: OutOpt = None,
     work: WorkOpt = None,
+    gate: GateOpt = None,
+    tier: TierOpt = "",
     threads: ThreadsOpt = 0,
     dry_run: DryRunOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
     """Prune, export, verify and bundle: the main job."""
+    read_gate(gate)
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, prompts)
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
+    options["gate"] = read_toml(gate) if gate else None
     with progress_bars() as progress:
-        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
+        builder = Build(Job.of(Recipe.combine(recipe, options), tier), work or default_work(), threads, progress)
         folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:
             _print_plan(builder.job.check(folder), json_output)
             return
         report = builder.run(folder)
-    _finish(report, json_output, f"bundle: {folder}")
+    _finish(report, json_output, f"bundle: {folder}", builder.job.gate)
 
 
 @app.command()
@@ -192,7 +199,7 @@ def export(
 @reported
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    gate: Annotated[Path | None, typer.Option("--gate", help="TOML file with limits.")] = None,
+    gate: GateOpt = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
     threads: ThreadsOpt = 0,
@@ -201,7 +208,7 @@ def verify(
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.report import html, junit
 
-    limits = Gate.read(gate)
+    limits = gate_of(bundle, gate)
     for file in (junit_file, html_file):
         if file and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
@@ -309,15 +316,20 @@ def list_plugins(json_output: JsonOpt = False) -> None:
 @app.command()
 @reported
 def init(
-    file: Annotated[Path, typer.Argument(help="Recipe to write.")] = Path("recipe.toml"),
+    file: Annotated[
+        Path | None, typer.Argument(help="File to write; default: recipe.toml, or racdeploy-gate.toml.")
+    ] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Write a gate file instead.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented recipe."""
+    """Write a commented recipe, or a commented gate file."""
+    file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
     if file.exists() and not force:
         raise UsageError(f"{file} exists", remedy="name another file, or add --force")
-    write_atomic(file, EXAMPLE)
+    write_atomic(file, GATE_EXAMPLE if gate else EXAMPLE)
     out.print(file)
-    err.print(f"next: racdeploy build --recipe {file}", markup=False)
+    next_step = f"verify BUNDLE --gate {file}" if gate else f"build --recipe {file}"
+    err.print(f"next: racdeploy {next_step}", markup=False)
 
 
 @app.command()
@@ -382,7 +394,7 @@ def _print_folder(folder: Path, json_output: bool) -> None:
     print_json({"folder": str(folder)}) if json_output else out.print(folder, soft_wrap=True)
 
 
-def _finish(report: Report, json_output: bool, last_line: str, gate: Gate | None = None) -> None:
+def _finish(report: Report, json_output: bool, last_line: str, gate: Gate) -> None:
     """Print the report, and end with the exit code of its one verdict."""
     if json_output:
         print_json(report.model_dump(mode="json"))
@@ -392,5 +404,5 @@ def _finish(report: Report, json_output: bool, last_line: str, gate: Gate | None
         err.print(last_line, markup=False, soft_wrap=True)
     if report.verdict == "fail":
         raise typer.Exit(GateError.exit_code)
-    if report.verdict == "inconclusive" and (gate is None or gate.inconclusive == "fail"):
+    if report.verdict == "inconclusive" and gate.inconclusive == "fail":
         raise typer.Exit(InconclusiveError.exit_code)

@@ -20,7 +20,8 @@ from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Target
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
-from racdeploy.verify import stats
+from racdeploy.verify import Gate, read_gate
+from racdeploy.verify._plan import Expectation, plan
 
 __all__ = ["Job"]
 
@@ -33,9 +34,29 @@ class Job:
 
     Args:
         recipe: what to do.
+        tier: of the gate; empty runs what the recipe says.
     """
 
     recipe: Recipe
+    tier: str = ""
+
+    @classmethod
+    def of(cls, recipe: Recipe, tier: str) -> Job:
+        """Return the job of a recipe, with the prompts and samples of a tier of its gate; "" changes nothing.
+
+        Raises:
+            UsageError: an unknown tier, or a bad gate.
+        """
+        gate = read_gate(built=recipe.gate).at(tier)
+        if not tier:
+            return cls(recipe)
+        settings = getattr(gate.tiers, tier).apply(recipe.verify)
+        return cls(recipe.model_copy(update={"verify": settings}), tier)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Limits of the checks."""
+        return read_gate(built=self.recipe.gate).at(self.tier)
 
     @cached_property
     def model(self) -> ResolvedModel:
@@ -115,7 +136,7 @@ class Job:
             RacdeployError: the first thing that would go wrong later.
         """
         _require({name: extra for name, extra in _NEEDS.items() if extra == "prune"})
-        settings, entries = self.recipe.prune, self.checkpoint.entries
+        settings, entries, _ = self.recipe.prune, self.checkpoint.entries, self.gate
         if settings.joint:
             _ = self.grid
         if missing := [name for name in self.prunable() if name not in entries]:
@@ -251,9 +272,8 @@ class Job:
             "traces_from": recipe.traces.server or "transformers",
             "trace_prompts": len(self.problems("calibration")),
             "trace_tokens_at_most": len(self.problems("calibration")) * recipe.traces.max_new_tokens,
-            "evaluation_prompts": prompts,
-            "evaluation_tokens_at_most": 2 * prompts * settings.max_new_tokens,
-            "power_at_10_percent_discordant": round(stats.power(prompts, 0.1, settings.margin, settings.confidence), 3),
+            "evaluation_tokens_at_most": 2 * prompts * settings.samples * settings.max_new_tokens,
+            **plan(settings, self.gate, Expectation(), prompts),
             "artifact_bytes": round(body_bits / 8 + rest * max(bits, 8.5) / 8),
             "cache_bytes": cache * settings.context_tokens,
             "statistics_bytes": 4 * 4 * sum(width**2 for width in widths),

@@ -304,6 +304,7 @@ class Build:
         prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
         evidence = Evidence(
             settings=settings,
+            gate=self.job.gate,
             dense=arms[0],
             pruned=arms[1],
             artifact=pruned.path,

@@ -22,13 +22,14 @@ __all__ = [
     "EXAMPLE",
     "Calibration",
     "Export",
-    "Gate",
     "Pruning",
     "Recipe",
     "StreamWeights",
     "Target",
     "Traces",
     "Verification",
+    "merge",
+    "read_toml",
     "validate",
 ]
 
@@ -249,14 +250,10 @@ class Verification(_Part):
 
     Args:
         count: evaluation prompts; both arms answer the same ones.
+        samples: completions of each prompt; more than one needs a temperature.
         max_new_tokens: cap on one completion.
         max_thinking_tokens: thinking budget with forced close; 0 for none.
         temperature: 0 is greedy.
-        margin: largest accuracy drop that passes, as a fraction.
-        length_limit: largest ratio of mean thinking tokens, pruned to dense, that passes.
-        confidence: of the two-sided intervals.
-        speed_limit: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by default.
-        memory_limit: largest ratio of peak memory, pruned to dense, that passes; none by default.
         logit_traces: dense traces for the teacher-forced comparison with torch.
         parallel: sequences decoded together.
         context_tokens: context per sequence.
@@ -264,48 +261,20 @@ class Verification(_Part):
     """
 
     count: int = Field(200, ge=1)
+    samples: int = Field(1, ge=1)
     max_new_tokens: int = Field(1024, ge=1)
     max_thinking_tokens: int = Field(0, ge=0)
     temperature: float = Field(0.0, ge=0)
-    margin: float = Field(0.05, gt=0, lt=1)
-    length_limit: float = Field(1.2, gt=0)
-    confidence: float = Field(0.90, gt=0, lt=1)
-    speed_limit: float | None = Field(None, gt=0)
-    memory_limit: float | None = Field(None, gt=0)
     logit_traces: int = Field(16, ge=0)
     parallel: int = Field(16, ge=1)
     context_tokens: int = Field(2048, ge=16)
     seed: int = 0
 
-
-class Gate(_Part):
-    """Limits of a gate file; what it leaves out stays as the bundle was built.
-
-    Args:
-        margin: largest accuracy drop that passes, as a fraction.
-        length_limit: largest ratio of mean thinking tokens that passes.
-        confidence: of the two-sided intervals.
-        inconclusive: what a verdict without enough data means for the exit code.
-    """
-
-    margin: float | None = Field(None, gt=0, lt=1)
-    length_limit: float | None = Field(None, gt=0)
-    confidence: float | None = Field(None, gt=0, lt=1)
-    inconclusive: Literal["fail", "pass"] = "fail"
-
-    @classmethod
-    def read(cls, file: Path | None) -> Self:
-        """Read a TOML gate file; None is the empty gate.
-
-        Raises:
-            UsageError: it is missing, not TOML, or has unknown keys or bad values.
-        """
-        return validate(cls, read_toml(file), str(file)) if file else cls()
-
-    def apply(self, settings: Verification) -> Verification:
-        """Return verification settings with this gate's limits."""
-        limits = self.model_dump(exclude_none=True, exclude={"inconclusive"})
-        return settings.model_copy(update=limits)
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} samples at temperature 0 are {self.samples} equal completions")
+        return self
 
 
 class Recipe(_Part):
@@ -316,6 +285,7 @@ class Recipe(_Part):
         target: name of a deployment target.
         tasks: what is asked of the model when it is verified.
         calibration_tasks: what it is asked when traces are collected; empty means ``tasks``.
+        gate: limits of the checks, as in a gate file; see :class:`racdeploy.verify.Gate`.
     """
 
     model: str = "tiny-reasoner"
@@ -327,6 +297,7 @@ class Recipe(_Part):
     prune: Pruning = Field(default_factory=Pruning)
     export: Export = Field(default_factory=Export)
     verify: Verification = Field(default_factory=Verification)
+    gate: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
@@ -340,9 +311,9 @@ class Recipe(_Part):
             UsageError: unknown keys, bad values, unknown plugins, or a target that forbids the result.
         """
         written = read_toml(file) if file else {}
-        asked = _merge(written, _without_none(options))
+        asked = merge(written, _without_none(options))
         target = Target.read(str(asked.get("target", cls.model_fields["target"].default)))
-        merged = _merge(target.defaults(_names_pattern(asked)), asked)
+        merged = merge(target.defaults(_names_pattern(asked)), asked)
         recipe = validate(cls, merged, str(file) if file else "the command line")
         recipe._check_plugins()
         target.check(recipe)
@@ -422,7 +393,7 @@ class Target(_Part):
         if self.sparsity is not None and not pattern_is_asked and self.pattern == "unstructured":
             prune["sparsity"] = self.sparsity
         export = {"format": self.format, "quant": self.quant, "packing": self.packing}
-        return _merge({"prune": prune, "export": export}, self.recipe)
+        return merge({"prune": prune, "export": export}, self.recipe)
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that this target cannot run.
@@ -499,12 +470,13 @@ def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested tables with the values of the second over those of the first."""
     merged = dict(low)
     for key, value in high.items():
         below = merged.get(key)
         nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below, value) if nested else value  # type: ignore[arg-type]
+        merged[key] = merge(below, value) if nested else value  # type: ignore[arg-type]
     return merged
 
 
@@ -559,6 +531,7 @@ quant = "q8_0"                # a number format, or a preset as "sparse-q4"
 
 [verify]
 count = 200
-margin = 0.05                 # largest accuracy drop that passes
-length_limit = 1.2            # largest thinking-length ratio that passes
+
+# [gate.accuracy]             # limits, as in a gate file: docs/gate.md
+# margin = 0.05               # largest accuracy drop that passes
 """

@@ -42,6 +42,7 @@ __all__ = [
 Verdict = Literal["pass", "fail", "inconclusive"]
 CheckVerdict = Literal["pass", "fail", "inconclusive", "skipped"]
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
+ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
 # A ratio of means, infinite where the denominator is zero.
 Ratio = Annotated[
     float, Field(ge=0), WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "Infinity"}]})
@@ -64,6 +65,7 @@ class ArmSummary(_Part):
         unclosed: completions that ended inside the thinking; they count as wrong.
         forced: completions whose thinking was closed by the budget.
         cut: completions that hit the token cap after the thinking.
+        loops: completions that began to repeat themselves.
         size_bytes: the artifact on disk, every file of it.
         sparsity: zeros in the exported file, over the prunable weights.
     """
@@ -79,6 +81,7 @@ class ArmSummary(_Part):
     unclosed: int = Field(0, ge=0)
     forced: int = Field(0, ge=0)
     cut: int = Field(0, ge=0)
+    loops: int = Field(0, ge=0)
     size_bytes: int | None = Field(None, ge=0)
     tokens_per_s: float | None = Field(None, ge=0)
     load_ms: float | None = Field(None, ge=0)
@@ -111,8 +114,8 @@ class Comparison(_Part):
         drop_upper: upper end of its interval.
         verdict: non-inferiority of the accuracy.
         margin: largest drop that passes.
-        n10: prompts that dense answers and pruned does not.
-        n01: prompts that pruned answers and dense does not.
+        n10: answers that dense gets right and pruned does not, over all samples.
+        n01: answers that pruned gets right and dense does not.
         n: prompts answered by both arms.
         length_ratio: restricted mean thinking length, pruned over dense; None if it was not measured.
         length_limit: largest ratio that passes.
@@ -252,6 +255,9 @@ class Record(_Part):
 
     Args:
         prompt: index of the prompt; both arms share it.
+        prompt_ids: the rendered prompt; empty in records of older versions.
+        opening: where the first thought began: in the prompt, in the completion, before its first token, or nowhere.
+        loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
         extracted: the answer that was scored, None if none was found.
     """
 
@@ -264,11 +270,14 @@ class Record(_Part):
     thinking_tokens: int = Field(ge=0)
     answer_tokens: int = Field(ge=0)
     state: ThinkingState
+    opening: ThinkingOpening = "none"
+    loop_tokens: int = Field(0, ge=0)
     finish_reason: Literal["stop", "length", "cancelled"]
     correct: bool
     extracted: str | None
     answer_text: str
     thinking_text: str
+    prompt_ids: tuple[int, ...] = ()
 
 
 class Report(_Part):

@@ -21,16 +21,16 @@ from racdeploy.checkpoint import read_json
 from racdeploy.errors import ArtifactError
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.families import family_of
-from racdeploy.recipe import Gate, Recipe, validate
+from racdeploy.recipe import Recipe, validate
 from racdeploy.report.summary import summarize
 from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
-from racdeploy.verify import Arm, Evidence, run_checks
+from racdeploy.verify import Arm, Evidence, Gate, read_gate, run_checks
 from racdeploy.verify._measure import answer_problems, fingerprint, probe_tokens
 
-__all__ = ["reverify"]
+__all__ = ["gate_of", "reverify"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +42,7 @@ def reverify(
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
-        gate: limits that replace the recipe's.
+        gate: the limits, those of the bundle's recipe included.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, prompts done and prompts in all.
 
@@ -54,7 +54,7 @@ def reverify(
     manifest.check_tokenizer(bundle)
     check_unpacked(bundle, manifest.artifacts[0])
     recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
-    settings = gate.apply(recipe.verify).model_copy(update={"logit_traces": 0})
+    settings = recipe.verify.model_copy(update={"logit_traces": 0})
     dense_records, built = _read_dense(bundle)
     problems = [tasks.Problem(r.question, r.gold, task=r.task) for r in dense_records]
     encoder = PromptEncoder.from_folder(bundle)
@@ -79,6 +79,7 @@ def reverify(
     rows, prunable, sparsity = _measure(bundle, manifest, entry)
     evidence = Evidence(
         settings=settings,
+        gate=gate,
         dense=_recorded_arm(built, dense_records),
         pruned=Arm("pruned", records, entry.size_bytes, entry.quant, sparsity, stats),
         artifact=bundle / entry.path,
@@ -107,6 +108,17 @@ def reverify(
         created=datetime.now(UTC),
     )
     return report, [*dense_records, *records]
+
+
+def gate_of(bundle: Path, file: Path | None) -> Gate:
+    """Return the gate of a file over that of the bundle.
+
+    Raises:
+        UsageError: the file has unknown keys or bad values, or the bundle cannot be read.
+    """
+    read_gate(file)
+    recipe = validate(Recipe, Manifest.read(bundle).recipe, f"{bundle}/racdeploy.json")
+    return read_gate(file, recipe.gate)
 
 
 def _read_dense(bundle: Path) -> tuple[tuple[Record, ...], Report]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.recipe import EXAMPLE, Gate, Recipe, Target, Traces, Verification
+from racdeploy.recipe import EXAMPLE, Recipe, Target, Traces, Verification
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -110,15 +110,6 @@ def test_a_user_target_is_a_toml_file(tmp_path: Path) -> None:
     file = tmp_path / "board.toml"
     file.write_text('why = "mine"\nmemory_limit_bytes = 1000\nquant = "q4_0"\n', encoding="utf-8")
     assert Recipe.combine(None, {"target": str(file)}).export.quant == "q4_0"
-
-
-def test_a_gate_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
-    """What the gate leaves out stays."""
-    gate = Gate.read(_file(tmp_path, "margin = 0.02\n"))
-    settings = gate.apply(Verification(length_limit=1.1))
-    assert (settings.margin, settings.length_limit) == (0.02, 1.1)
-    with pytest.raises(UsageError, match=r"did you mean 'margin'"):
-        Gate.read(_file(tmp_path, "margn = 0.02\n"))
 
 
 def test_a_resolved_recipe_reads_back() -> None:

@@ -18,6 +18,8 @@ from racdeploy.report_model import (
     TensorRow,
 )
 from racdeploy.verify import Arm, Evidence, stats
+from racdeploy.verify import accuracy as accuracy_check
+from racdeploy.verify import thinking as thinking_check
 
 __all__ = ["summarize", "summarize_arm", "tensor_rows"]
 
@@ -84,6 +86,7 @@ def summarize_arm(arm: Arm) -> ArmSummary:
         answer_tokens_mean=sum(r.answer_tokens for r in arm.records) / count,
         unclosed=sum(r.state == "open" for r in arm.records),
         forced=sum(r.state == "forced" for r in arm.records),
+        loops=sum(r.loop_tokens > 0 for r in arm.records),
         cut=sum(r.finish_reason == "length" and r.state != "open" for r in arm.records),
         size_bytes=arm.size_bytes,
         tokens_per_s=arm.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None,
@@ -106,27 +109,28 @@ def _tasks(evidence: Evidence) -> tuple[TaskRow, ...]:
 def _comparison(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:
     """Return the comparison; its numbers are those on which the checks decided."""
     pairs = list(zip(evidence.dense.records, evidence.pruned.records, strict=True))
+    counted = evidence.disagreements(lambda record: record.correct)
     dense_only = sum(d.correct and not p.correct for d, p in pairs)
     pruned_only = sum(p.correct and not d.correct for d, p in pairs)
-    settings, accuracy, thinking = evidence.settings, checks["accuracy"], checks["thinking"].figures
-    interval = stats.drop_interval(dense_only, pruned_only, len(pairs), settings.confidence)
+    accuracy, thinking = checks["accuracy"], checks["thinking"].figures
+    interval = stats.drop_interval(*counted, evidence.gate.confidence)
     length_verdict = checks["thinking"].verdict
     return Comparison(
-        drop=(dense_only - pruned_only) / len(pairs),
+        drop=(counted.n10 - counted.n01) / counted.n,
         drop_lower=interval.lower,
         drop_upper=interval.upper,
         verdict="inconclusive" if accuracy.verdict == "skipped" else accuracy.verdict,
-        margin=settings.margin,
+        margin=evidence.limits(accuracy_check.Limits).margin,
         n10=dense_only,
         n01=pruned_only,
-        n=len(pairs),
+        n=len(evidence.dense.by_prompt(bool)),
         length_ratio=_number(thinking, "length_ratio"),
         length_lower=_number(thinking, "length_lower"),
         length_upper=_number(thinking, "length_upper"),
         length_verdict=None if length_verdict == "skipped" else length_verdict,
-        length_limit=settings.length_limit,
-        length_budget_tokens=settings.max_thinking_tokens or settings.max_new_tokens,
-        confidence=settings.confidence,
+        length_limit=evidence.limits(thinking_check.Limits).length_ratio,
+        length_budget_tokens=evidence.settings.max_thinking_tokens or evidence.settings.max_new_tokens,
+        confidence=evidence.gate.confidence,
     )
 
 

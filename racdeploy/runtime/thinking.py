@@ -15,6 +15,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import PromptEncoder
 
 __all__ = [
+    "Opening",
     "Scanner",
     "Split",
     "State",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 State = Literal["closed", "forced", "open", "absent", "reopened"]
+Opening = Literal["prefilled", "emitted", "implied", "none"]
 PromptState = Literal["open", "closed", "none"]
 
 TAGS = (
@@ -68,11 +70,14 @@ class Split:
         state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought, the first or a
             later one; ``absent``: no thought at all, the whole completion is the answer; ``reopened``: more than
             one thought, or one although the prompt had closed it.
+        opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the model, ``implied`` by a
+            close tag alone, or ``none``.
     """
 
     thinking_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     state: State
+    opening: Opening = "none"
 
 
 class Scanner:
@@ -92,6 +97,7 @@ class Scanner:
         self.inside = self.prompt_state == "open"
         self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
         self.start = 0  # of the thought or answer we are in
+        self.opening: Opening = "prefilled" if self.inside else "none"
         self._tags = tags
 
     def feed(self, token: int) -> None:
@@ -103,13 +109,19 @@ class Scanner:
                 self._close(self.start)
         elif self._ends_with(open_ids):
             self.inside, self.start = True, len(self.ids)
+            self._begin("emitted")
         elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
+            self._begin("implied")
             self._close(0)
 
     def held(self) -> int:
         """Return how many of the last tokens may be the beginning of a tag."""
         wanted = self._tags.close_ids if self.inside else self._tags.open_ids
         return next(n for n in reversed(range(len(wanted))) if self._ends_with(wanted[:n]))
+
+    def _begin(self, opening: Opening) -> None:
+        if self.opening == "none":
+            self.opening = opening
 
     def _close(self, start: int) -> None:
         self.thoughts.append((start, len(self.ids) - len(self._tags.close_ids)))
@@ -153,6 +165,7 @@ def split(
         tuple(token for start, stop in spans for token in ids[start:stop]),
         () if scanner.inside else tuple(ids[scanner.start if spans else 0 :]),
         _state(scanner, spans, forced_at),
+        scanner.opening,
     )
 
 

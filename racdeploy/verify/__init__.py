@@ -1,21 +1,42 @@
 """Verification: does the exported model still reason, as well and as briefly as the dense one?
 
 One file per check. A check has ``check(evidence) -> CheckResult``: it reads what was measured and decides;
-measuring happens in ``_measure.py``, deciding between figures in ``stats.py``. ``run_checks`` runs every file of
-this folder, so a new check takes part by existing.
+measuring happens in ``_measure.py``, deciding between figures in ``stats.py``. A check with limits has a class
+``Limits``, which is its table in the gate (``_gate.py``). ``run_checks`` runs every file of this folder, so a new
+check takes part by existing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
 from racdeploy.report_model import CheckResult, PositionRow, Record, TensorRow
+from racdeploy.verify import stats
+from racdeploy.verify._gate import GATE_EXAMPLE, TIERS, Gate, Limits, Tier, gate_model, read_gate
 
-__all__ = ["Arm", "Evidence", "LogitComparison", "TokenProbe", "run_checks"]
+__all__ = [
+    "GATE_EXAMPLE",
+    "TIERS",
+    "Arm",
+    "Evidence",
+    "Gate",
+    "Limits",
+    "LogitComparison",
+    "Tier",
+    "TokenProbe",
+    "gate_model",
+    "read_gate",
+    "run_checks",
+]
+
+T = TypeVar("T")
+L = TypeVar("L", bound=Limits)
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Arm:
 
     Args:
         name: ``dense`` or ``pruned``.
-        records: one per prompt, in prompt order.
+        records: one per prompt and sample, in that order.
         size_bytes: of the artifact.
         quant: its number format.
         sparsity: zeros over the prunable weights in the file, 0 to 1.
@@ -37,6 +58,13 @@ class Arm:
     quant: str
     sparsity: float
     stats: Mapping[str, float] = field(default_factory=dict)
+
+    def by_prompt(self, value: Callable[[Record], T]) -> list[list[T]]:
+        """Return a value of every record, the samples of a prompt in one row."""
+        rows: dict[int, list[T]] = {}
+        for record in self.records:
+            rows.setdefault(record.prompt, []).append(value(record))
+        return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,7 @@ class Evidence:
     """
 
     settings: Verification
+    gate: Gate
     dense: Arm
     pruned: Arm
     artifact: Path
@@ -89,7 +118,32 @@ class Evidence:
     probes: tuple[TokenProbe, ...] = ()
     logits: LogitComparison | None = None
 
+    def limits(self, kind: type[L]) -> L:
+        """Return the gate's limits of the check that asks, by its class."""
+        return self.gate.limits(kind)
+
+    def disagreements(self, holds: Callable[[Record], bool]) -> stats.Pairs:
+        """Count the prompts for which something holds of one arm only; ``n10`` is dense only."""
+        return stats.paired_counts(self.dense.by_prompt(holds), self.pruned.by_prompt(holds))
+
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
-    """Run every check of this folder, in name order."""
-    return [plugins.load("checks", name).check(evidence) for name in plugins.names("checks")]
+    """Run the checks of this folder that the gate asks for, in name order.
+
+    Raises:
+        UsageError: the gate file names a check for which nothing was measured.
+    """
+    results = []
+    for name in plugins.names("checks"):
+        if evidence.gate.runs(name):
+            results.append(plugins.load("checks", name).check(evidence))
+        else:
+            results.append(CheckResult(name=name, verdict="skipped", summary="the gate does not ask for it"))
+    for result in results:
+        nothing = result.verdict == "skipped" or (result.verdict == "inconclusive" and not result.figures)
+        if nothing and result.name in evidence.gate.demanded:
+            raise UsageError(
+                f"the gate file names the check {result.name}, which has nothing to decide on: {result.summary}",
+                remedy=result.remedy or f"take [{result.name}] out of the gate file",
+            )
+    return results

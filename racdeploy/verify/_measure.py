@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.recipe import Verification
 from racdeploy.report_model import PositionRow, Record
+from racdeploy.runtime.loops import find_loop
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem, Task, extract_answer
@@ -42,12 +43,13 @@ def answer_problems(
     arm: str,
     progress: Progress | None = None,
 ) -> tuple[tuple[Record, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Answer every problem on one engine.
+    """Answer every problem on one engine, as often as the settings say.
 
     Returns:
-        One record per problem, and (prompt ids, completion ids) of each.
+        One record per problem and sample, and (prompt ids, completion ids) of each.
     """
-    prompts = [tuple(encoder.encode(problem.question)) for problem in problems]
+    once = [tuple(encoder.encode(problem.question)) for problem in problems]
+    prompts = [ids for ids in once for _ in range(settings.samples)]
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_ids,
@@ -66,8 +68,8 @@ def answer_problems(
     if progress:
         progress(f"verify {arm}", len(prompts), len(prompts))
     records = tuple(
-        _record(index, problem, prompts[index], completions[index], encoder, tags, stop_ids, tasks, arm)
-        for index, problem in enumerate(problems)
+        _record(place, settings.samples, problems, prompts[place], done, encoder, tags, stop_ids, tasks, arm)
+        for place, done in enumerate(completions)
     )
     return records, [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
 
@@ -167,8 +169,9 @@ def _along(export: Sequence[NDArray[np.float64]], pruning: Sequence[NDArray[np.f
 
 
 def _record(
-    index: int,
-    problem: Problem,
+    place: int,
+    samples: int,
+    problems: Sequence[Problem],
     prompt: Sequence[int],
     done: Completion,
     encoder: PromptEncoder,
@@ -177,7 +180,10 @@ def _record(
     tasks: Mapping[str, Task],
     arm: str,
 ) -> Record:
+    index, sample = divmod(place, samples)
+    problem = problems[index]
     parts = split(prompt, done.ids, tags, eos_ids=stop_ids, forced_at=done.forced_at)
+    loop = find_loop([token for token in done.ids if token not in stop_ids])
     answer = encoder.decode(parts.answer_ids)
     closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
     return Record(
@@ -186,14 +192,18 @@ def _record(
         question=problem.question,
         gold=problem.gold,
         arm=arm,
+        sample=sample,
         thinking_tokens=len(parts.thinking_ids),
         answer_tokens=len(parts.answer_ids),
         state=parts.state,
+        opening=parts.opening,
+        loop_tokens=loop.tokens if loop else 0,
         finish_reason=done.finish_reason,
         correct=closed and tasks[problem.task].score(answer, problem.gold),
         extracted=extract_answer(answer) if closed else None,
         answer_text=answer,
         thinking_text=encoder.decode(parts.thinking_ids),
+        prompt_ids=tuple(prompt),
     )
 
 

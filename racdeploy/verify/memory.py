@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from operator import le
 
+from pydantic import Field
+
+from racdeploy import verify
 from racdeploy.report_model import CheckResult
 from racdeploy.verify import Evidence
 from racdeploy.verify._ratio import compare_figures
+
+
+class Limits(verify.Limits):
+    """Memory.
+
+    Args:
+        ratio: largest ratio of peak memory, pruned to dense, that passes; none by default.
+    """
+
+    ratio: float | None = Field(None, gt=0)
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -15,7 +28,7 @@ def check(evidence: Evidence) -> CheckResult:
         "memory",
         "bytes at the peak",
         (evidence.dense.stats.get("peak_rss_bytes"), evidence.pruned.stats.get("peak_rss_bytes")),
-        evidence.settings.memory_limit,
+        evidence.limits(Limits).ratio,
         le,
         "racdeploy bench measures it again, alternating; a smaller quant takes less, zeros alone do not",
     )

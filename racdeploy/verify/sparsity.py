@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from racdeploy import plugins
+from pydantic import Field
+
+from racdeploy import plugins, verify
 from racdeploy.report_model import CheckResult
 from racdeploy.verify import Evidence
 
-TOLERANCE = 0.001
+
+class Limits(verify.Limits):
+    """Zeros in the file.
+
+    Args:
+        tolerance: how far the share of zeros may be below what was asked.
+    """
+
+    tolerance: float = Field(0.001, ge=0, lt=1)
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -32,7 +42,7 @@ def check(evidence: Evidence) -> CheckResult:
             figures=figures,
             remedy="choose a quant that keeps zeros: q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset",
         )
-    reached = found >= evidence.sparsity_asked - TOLERANCE
+    reached = found >= evidence.sparsity_asked - evidence.limits(Limits).tolerance
     return CheckResult(
         name="sparsity",
         verdict="pass" if reached else "fail",

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from operator import ge
 
+from pydantic import Field
+
+from racdeploy import verify
 from racdeploy.report_model import CheckResult
 from racdeploy.verify import Arm, Evidence
 from racdeploy.verify._ratio import compare_figures
+
+
+class Limits(verify.Limits):
+    """Speed.
+
+    Args:
+        ratio: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by default.
+    """
+
+    ratio: float | None = Field(None, gt=0)
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -15,7 +28,7 @@ def check(evidence: Evidence) -> CheckResult:
         "speed",
         "tokens/s",
         (_tokens_per_s(evidence.dense), _tokens_per_s(evidence.pruned)),
-        evidence.settings.speed_limit,
+        evidence.limits(Limits).ratio,
         ge,
         "racdeploy bench measures it again, alternating; a smaller quant is faster, zeros alone are not",
     )

@@ -1,55 +1,87 @@
-"""Thinking length: the pruned model must not think longer, and must not fail to stop."""
+"""Thinking: the pruned model must not think longer, loop, or fail to stop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from pydantic import Field
+
+from racdeploy import verify
 from racdeploy.report_model import CheckResult, Record, Verdict
 from racdeploy.verify import Evidence, stats
 
+FAULTS: dict[str, Callable[[Record], bool]] = {
+    "unclosed": lambda record: record.state == "open",
+    "loops": lambda record: record.loop_tokens > 0,
+    "forced": lambda record: record.state == "forced",
+}
+
+
+class Limits(verify.Limits):
+    """Thinking; each share is judged like the accuracy drop, with its whole interval.
+
+    Args:
+        length_ratio: largest ratio of restricted mean thinking lengths, pruned to dense, that passes.
+        unclosed: largest share of prompts that may lose the end of their thinking.
+        loops: largest share of prompts that may begin to repeat themselves.
+        forced: largest share of prompts whose thinking may newly need the budget to end it.
+    """
+
+    length_ratio: float = Field(1.2, gt=0)
+    unclosed: float = Field(0.05, gt=0, lt=1)
+    loops: float = Field(0.05, gt=0, lt=1)
+    forced: float = Field(0.05, gt=0, lt=1)
+
 
 def check(evidence: Evidence) -> CheckResult:
-    """Pass if the interval of the length ratio is below its limit and that of unclosed thoughts below the margin.
+    """Pass if the interval of the length ratio is below its limit, and that of each fault below its own.
 
     Where the dense model does not think, the whole completion counts.
     """
-    settings = evidence.settings
+    limits, confidence = evidence.limits(Limits), evidence.gate.confidence
     thinks = any(record.thinking_tokens for record in evidence.dense.records)
-    dense, pruned = (
-        [r.thinking_tokens if thinks else r.thinking_tokens + r.answer_tokens for r in arm.records]
-        for arm in (evidence.dense, evidence.pruned)
-    )
-    budget = settings.max_thinking_tokens or settings.max_new_tokens
-    ratio = stats.length_ratio(dense, pruned, budget, settings.confidence)
-    pairs = [(d.state == "open", p.state == "open") for d, p in zip(*_records(evidence), strict=True)]
-    more, fewer = sum(p and not d for d, p in pairs), sum(d and not p for d, p in pairs)
-    verdicts = {
-        stats.judge(stats.Interval(ratio.lower, ratio.upper), settings.length_limit),
-        stats.non_inferiority(more, fewer, len(pairs), settings.margin, settings.confidence),
-    }
-    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    dense, pruned = (arm.by_prompt(_thinking if thinks else _completion) for arm in (evidence.dense, evidence.pruned))
+    budget = evidence.settings.max_thinking_tokens or evidence.settings.max_new_tokens
+    ratio = stats.length_ratio(dense, pruned, budget, confidence)
+    verdicts = {"length": stats.judge(ratio, limits.length_ratio)}
+    counts: list[str] = []
+    figures: dict[str, float | int | str] = {}
+    for fault, holds in FAULTS.items():
+        fewer, more, prompts = evidence.disagreements(holds)
+        verdicts[fault] = stats.non_inferiority(more, fewer, prompts, getattr(limits, fault), confidence)
+        before, after = (sum(map(holds, arm.records)) for arm in (evidence.dense, evidence.pruned))
+        figures |= {f"{fault}_dense": before, f"{fault}_pruned": after, f"{fault}_limit": getattr(limits, fault)}
+        counts.append(f"{fault} {before} → {after}")
+    verdict: Verdict = next((v for v in ("fail", "inconclusive") if v in verdicts.values()), "pass")
+    because = ", ".join(name for name, found in verdicts.items() if found == verdict)
     return CheckResult(
         name="thinking",
         verdict=verdict,
         summary=(
-            f"{'thinking' if thinks else 'completion'} length ratio {ratio.ratio:.3f}, {settings.confidence:.0%} "
-            f"interval {ratio.lower:.3f} to {ratio.upper:.3f}, limit {settings.length_limit:g}; "
-            f"unclosed {sum(d for d, _ in pairs)} → {sum(p for _, p in pairs)} of {len(pairs)}"
+            ("" if verdict == "pass" else f"{because}: ")
+            + f"{'thinking' if thinks else 'completion'} length ratio {ratio.ratio:.3f}, {confidence:.0%} "
+            f"interval {ratio.lower:.3f} to {ratio.upper:.3f}, limit {limits.length_ratio:g}; "
+            f"{', '.join(counts)} of {len(evidence.dense.records)}"
         ),
         figures={
             "length_ratio": ratio.ratio,
             "length_lower": ratio.lower,
             "length_upper": ratio.upper,
-            "length_limit": settings.length_limit,
+            "length_limit": limits.length_ratio,
             "budget_tokens": budget,
-            "unclosed_dense": sum(d for d, _ in pairs),
-            "unclosed_pruned": sum(p for _, p in pairs),
+            **figures,
         },
         remedy={
             "pass": "",
             "fail": "calibrate with source = 'rac', on longer traces, or lower the sparsity",
-            "inconclusive": "verify on more prompts: verify.count",
+            "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
         }[verdict],
     )
 
 
-def _records(evidence: Evidence) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    return evidence.dense.records, evidence.pruned.records
+def _thinking(record: Record) -> int:
+    return record.thinking_tokens
+
+
+def _completion(record: Record) -> int:
+    return record.thinking_tokens + record.answer_tokens

@@ -8,15 +8,21 @@ import pytest
 
 from racdeploy.recipe import Verification
 from racdeploy.report_model import CheckResult
-from racdeploy.verify import Arm, Evidence, memory, speed
+from racdeploy.verify import Arm, Evidence, memory, read_gate, speed
 
 DENSE = {"decode_s": 2.0, "generated_tokens": 1000.0, "peak_rss_bytes": 4e8}
 PRUNED = {"decode_s": 1.0, "generated_tokens": 750.0, "peak_rss_bytes": 3e8}
 
 
-def _checked(dense: dict[str, float], pruned: dict[str, float], **limits: float) -> tuple[CheckResult, CheckResult]:
+def _checked(
+    dense: dict[str, float],
+    pruned: dict[str, float],
+    speed_limit: float | None = None,
+    memory_limit: float | None = None,
+) -> tuple[CheckResult, CheckResult]:
     arms = (Arm(name, (), 0, "q8_0", 0.0, stats) for name, stats in (("dense", dense), ("pruned", pruned)))
-    evidence = Evidence(Verification(**limits), *arms, Path(), "", 0.5)
+    gate = read_gate(built={"speed": {"ratio": speed_limit}, "memory": {"ratio": memory_limit}})
+    evidence = Evidence(Verification(), gate, *arms, Path(), {}, 0.5)
     return speed.check(evidence), memory.check(evidence)
 
 

@@ -1,0 +1,54 @@
+"""Find where a completion repeats itself, by token ids.
+
+A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last time perhaps cut
+off. A model that repeats itself with other numbers each time is not found. Knows no text and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Loop", "find_loop"]
+
+_TOKENS = 64  # a ruler of dashes or an indented table stays below
+_REPEATS = 4
+_LONGEST_PERIOD = 1024
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A stretch of tokens that repeats.
+
+    Args:
+        start: index of its first token.
+        tokens: its length, the first time included.
+        period: length of what is repeated.
+    """
+
+    start: int
+    tokens: int
+    period: int
+
+
+def find_loop(ids: Sequence[int]) -> Loop | None:
+    """Return the longest loop of a completion, or None; of equal ones the shortest period, then the first.
+
+    Args:
+        ids: token ids, end-of-sequence left out.
+    """
+    ids_T = np.asarray(ids, dtype=np.int64)
+    best: Loop | None = None
+    for period in range(1, min(len(ids_T) // _REPEATS, _LONGEST_PERIOD) + 1):
+        same_T = ids_T[period:] == ids_T[:-period]
+        if int(same_T.sum()) < period * (_REPEATS - 1):
+            continue
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], same_T, [False]))))
+        starts, stops = edges[::2], edges[1::2]
+        place = int(np.argmax(stops - starts))
+        tokens = int(stops[place] - starts[place]) + period
+        if tokens >= max(_TOKENS, _REPEATS * period) and (best is None or tokens > best.tokens):
+            best = Loop(int(starts[place]), tokens, period)
+    return best

@@ -1,0 +1,187 @@
+"""The gate: limits from files, tiers, the schema, and what is refused.
+
+``python -m tests.verify.test_gate`` writes docs/gate.schema.json anew.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+from racdeploy.job import Job
+from racdeploy.recipe import Recipe, Verification
+from racdeploy.report_model import CheckResult
+from racdeploy.verify import GATE_EXAMPLE, TIERS, Arm, Evidence, accuracy, gate_model, logits, read_gate, run_checks
+from racdeploy.verify import thinking as thinking_check
+from tests.verify.records import arm_of, record
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def _published() -> str:
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | gate_model().model_json_schema()
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def _file(folder: Path, text: str) -> Path:
+    file = folder / "gate.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_gate_file_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
+    """What the file leaves out stays as built, and what both leave out has its default."""
+    file = _file(tmp_path, "[accuracy]\nmargin = 0.02\n[tiers.standard]\nprompts = 300\n")
+    built = {"accuracy": {"margin": 0.1}, "thinking": {"unclosed": 0.1}, "tiers": {"standard": {"samples": 4}}}
+    gate = read_gate(file, built)
+    assert gate.limits(accuracy.Limits).margin == 0.02
+    assert gate.limits(thinking_check.Limits) == thinking_check.Limits(unclosed=0.1)
+    assert (gate.tiers.standard.prompts, gate.tiers.standard.samples) == (300, 4)
+    assert gate.demanded == {"accuracy"}
+    assert read_gate(built=built).demanded == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[acuracy]\nmargin = 0.02\n", r"unknown key 'acuracy' \(did you mean 'accuracy'\?\)"),
+        ("margin = 0.02\n", "unknown key 'margin'"),
+        ("[accuracy]\nmargn = 0.02\n", r"unknown key 'accuracy.margn' \(did you mean 'margin'\?\); known: margin"),
+        ("[accuracy]\nmargin = 1.5\n", r"accuracy.margin: .* less than 1 \(got 1.5\)"),
+        ("[accuracy]\nmargin = nan\n", "accuracy.margin"),
+        ('[accuracy]\nmargin = "low"\n', "accuracy.margin"),
+        ("accuracy = 3\n", "accuracy"),
+        ("confidence = 90\n", "confidence"),
+        ('checks = ["acuracy"]\n', r"unknown check 'acuracy' \(did you mean 'accuracy'\?\)"),
+        ("[tiers.realease]\nprompts = 3\n", r"did you mean 'release'\?"),
+        ("[tiers.smoke]\nprompts = 0\n", "greater than or equal to 1"),
+        ('[tiers.smoke]\nchecks = ["logit"]\n', r"did you mean 'logits'\?"),
+        ("[integrity]\nlimit = 1\n", "unknown key 'integrity.limit'"),
+        ("[[accuracy]]\nmargin = 0.1\n", "accuracy"),
+        ("this is not TOML", "is not valid TOML"),
+        ("margin = \x00", "is not valid TOML"),
+    ],
+)
+def test_a_malformed_gate_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    """Exit code 2, the file, the key, and the nearest known one."""
+    with pytest.raises(UsageError, match=complaint) as caught:
+        read_gate(_file(tmp_path, text))
+    assert "gate.toml" in str(caught.value)
+
+
+def test_a_gate_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
+    """Neither is the empty gate."""
+    with pytest.raises(UsageError, match="does not exist"):
+        read_gate(tmp_path / "nowhere.toml")
+    (tmp_path / "gate.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not valid TOML"):
+        read_gate(tmp_path / "gate.toml")
+
+
+def test_a_tier_says_how_much_is_run() -> None:
+    """Prompts and samples go into the settings, checks and the meaning of too little data into the gate."""
+    built = {"tiers": {"smoke": {"prompts": 9, "samples": 2, "temperature": 0.6, "checks": ["tokens"]}}}
+    gate = read_gate(built=built)
+    smoke = gate.at("smoke")
+    settings = gate.tiers.smoke.apply(Verification(max_new_tokens=77))
+    assert (settings.count, settings.samples, settings.temperature, settings.max_new_tokens) == (9, 2, 0.6, 77)
+    assert (smoke.runs("tokens"), smoke.runs("accuracy"), smoke.inconclusive) == (True, False, "fail")
+    assert read_gate().at("smoke").inconclusive == "pass"
+    assert gate.at("") is gate
+    with pytest.raises(UsageError, match=r"unknown tier 'standart' \(did you mean 'standard'\?\)"):
+        gate.at("standart")
+
+
+def test_equal_samples_are_refused() -> None:
+    """Two greedy samples are one."""
+    with pytest.raises(UsageError, match="2 samples at temperature 0"):
+        Job.of(Recipe(gate={"tiers": {"smoke": {"samples": 2}}}), "smoke")
+
+
+def test_a_recipe_carries_its_gate() -> None:
+    """A bad limit in a recipe is found before any work."""
+    assert Job(Recipe(gate={"accuracy": {"margin": 0.3}})).gate.limits(accuracy.Limits).margin == 0.3
+    with pytest.raises(UsageError, match=r"\[gate\].*did you mean 'margin'"):
+        _ = Job(Recipe(gate={"accuracy": {"magin": 0.3}})).gate
+
+
+def _evidence(gate_file: Path | None, dense: Arm, pruned: Arm, **more: object) -> Evidence:
+    file = Path(__file__)
+    return Evidence(Verification(), read_gate(gate_file), dense, pruned, file, {file.name: ""}, 0.5, **more)  # type: ignore[arg-type]
+
+
+def test_what_the_gate_does_not_ask_for_is_skipped(tmp_path: Path) -> None:
+    """By name, with the reason; the others decide."""
+    arm = arm_of([record(index) for index in range(80)])
+    found = {check.name: check for check in run_checks(_evidence(_file(tmp_path, 'checks = ["accuracy"]'), arm, arm))}
+    assert found.keys() == set(plugins.names("checks"))
+    assert {name for name, check in found.items() if check.verdict != "skipped"} == {"accuracy"}
+    assert found["tokens"].summary == "the gate does not ask for it"
+
+
+@pytest.mark.parametrize(
+    "text", ["[logits]\npruning_kl_nats = 0.1\n", "[speed]\nratio = 1.1\n", 'checks = ["logits"]\n']
+)
+def test_a_limit_on_what_was_not_measured_is_an_error(tmp_path: Path, text: str) -> None:
+    """Never a pass: exit code 2, and the check is named."""
+    arm = arm_of([record(index) for index in range(80)])
+    with pytest.raises(UsageError, match=r"the gate file names the check (logits|speed)"):
+        run_checks(_evidence(_file(tmp_path, text), arm, arm))
+
+
+@pytest.mark.parametrize(("kl", "verdict"), [(0.05, "pass"), (0.2, "fail"), (float("nan"), "fail")])
+def test_pruning_has_a_limit_of_its_own(tmp_path: Path, kl: float, verdict: str) -> None:
+    """The export may be perfect and the pruning too much."""
+    from racdeploy.verify import LogitComparison
+
+    arm = arm_of([record(0)])
+    comparison = LogitComparison(10, 1e-6, 1.0, kl, 0.9)
+    evidence = _evidence(_file(tmp_path, "[logits]\npruning_kl_nats = 0.1\n"), arm, arm, logits=comparison)
+    found = logits.check(evidence)
+    assert (found.verdict, "(limit 0.1)" in found.summary) == (verdict, True)
+    assert found.remedy == ("" if verdict == "pass" else "lower the sparsity, or calibrate on more traces")
+
+
+def test_the_published_schema_is_that_of_the_models() -> None:
+    """Every check's limits are in it. ``python -m tests.verify.test_gate`` writes it anew."""
+    assert (DOCS / "gate.schema.json").read_text(encoding="utf-8") == _published()
+
+
+def test_the_page_names_every_limit() -> None:
+    """docs/gate.md and the models say the same."""
+    page = (DOCS / "gate.md").read_text(encoding="utf-8")
+    for name in plugins.names("checks"):
+        for limit in type(getattr(read_gate(), name)).model_fields:
+            assert f"| `{name}` | `{limit}` |" in page, f"{name}.{limit} is missing"
+    for tier in TIERS:
+        assert f"`{tier}`" in page
+
+
+def test_the_example_is_a_gate_file(tmp_path: Path) -> None:
+    """``racdeploy init --gate``, the file in examples/ci and the defaults are one."""
+    assert (DOCS.parent / "examples/ci/racdeploy-gate.toml").read_text(encoding="utf-8") == GATE_EXAMPLE
+    written = read_gate(_file(tmp_path, GATE_EXAMPLE))
+    assert written.model_dump() == read_gate().model_dump()
+    jsonschema.validate(tomllib.loads(GATE_EXAMPLE), json.loads(_published()))
+    with pytest.raises(jsonschema.ValidationError, match="acuracy"):
+        jsonschema.validate({"acuracy": {}}, json.loads(_published()))
+
+
+def test_the_verdict_follows_the_gates_confidence(tmp_path: Path) -> None:
+    """4 of 200 lost: within 5 points at 90 %, not sure at 99.9 %."""
+    dense = arm_of([record(index) for index in range(200)])
+    pruned = arm_of([record(index, correct=index >= 4) for index in range(200)])
+    verdicts: list[CheckResult] = [
+        accuracy.check(_evidence(_file(tmp_path, f"confidence = {level}\n"), dense, pruned)) for level in (0.9, 0.999)
+    ]
+    assert [check.verdict for check in verdicts] == ["pass", "inconclusive"]
+
+
+if __name__ == "__main__":
+    (DOCS / "gate.schema.json").write_text(_published(), encoding="utf-8")
