@@ -7,6 +7,7 @@ stdout carries the result, stderr the rest. Exit codes: 0 passed, 1 a gate faile
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -248,6 +249,40 @@ def run(
     out.print(result.answer, markup=False, soft_wrap=True)
     if result.state == "open":
         err.print(f"the thinking did not end within {result.thinking_tokens} tokens", style="yellow")
+
+
+@app.command()
+@reported
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    dense: Annotated[
+        Path | None, typer.Option("--dense", help="Dense artifact; default: the one that the build left in --work.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternating runs of each artifact.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=8, help="Length of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 128,
+    work: WorkOpt = None,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Measure speed and memory of a bundle's artifact beside the dense one, alternating in one run."""
+    from racdeploy import benchmark
+
+    dense = dense or benchmark.find_dense(bundle, work or default_work())
+    load = benchmark.Load(rounds, prompt_tokens, new_tokens, threads)
+    with progress_bars() as progress:
+        found = benchmark.bench(bundle, dense, load, progress)
+    if json_output:
+        print_json(found.to_json())
+        return
+    table = Table("one sequence", "dense", "pruned", "ratio", f"range of {rounds}")
+    dense_median, pruned_median = found.medians()
+    for name, label in benchmark.FIGURES.items():
+        ratios = found.ratios(name)
+        sides = (f"{side[name]:,.0f}" for side in (dense_median, pruned_median))
+        table.add_row(label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
+    out.print(table)
+    err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -20,7 +20,7 @@ LADDER = (
     {"runtime"},
     {"traces", "export"},
     {"prune", "verify"},
-    {"report", "inspection"},
+    {"benchmark", "report", "inspection"},
     {"bundle"},
     {"job"},
     {"pipeline", "reverify"},

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HEAT_LEFT = 100.0
-_BINS = 24
+_BINS = 48
 _POINTS = 2000
 _FLOOR = 1e-9  # in nats: below it a mean KL is rounding
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -11,7 +11,7 @@ __all__ = ["compare_figures"]
 
 def compare_figures(
     name: str,
-    what: str,
+    show: Callable[[float], str],
     figures: tuple[float | None, float | None],
     limit: float | None,
     passes: Callable[[float, float], bool],
@@ -21,7 +21,7 @@ def compare_figures(
 
     Args:
         name: of the check; its figures are ``NAME_ratio``, ``NAME_dense`` and ``NAME_pruned``.
-        what: the figure in words, with its unit.
+        show: writes a figure with its unit.
         figures: dense and pruned; None where it was not measured in this run.
         limit: of the ratio, or None.
         passes: whether a ratio keeps a limit.
@@ -29,22 +29,16 @@ def compare_figures(
     """
     dense, pruned = figures
     if not dense or not pruned:
-        which = (
-            "neither artifact"
-            if not dense and not pruned
-            else "the dense artifact alone"
-            if dense
-            else "the pruned artifact alone"
-        )
+        alone = "the dense artifact alone" if dense else "the pruned artifact alone" if pruned else "neither artifact"
         return CheckResult(
             name=name,
             verdict="skipped" if limit is None else "inconclusive",
-            summary=f"{what}: {which} was measured in this run",
+            summary=f"{alone} was measured in this run",
             remedy="racdeploy bench measures both" if limit is None else "build the bundle again, which runs both",
         )
     ratio = pruned / dense
     numbers: dict[str, float | int | str] = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
-    text = f"{what}: {pruned:,.0f}, dense {dense:,.0f}, ratio {ratio:.2f}"
+    text = f"{show(pruned)}, dense {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
         return CheckResult(name=name, verdict="skipped", summary=f"{text}; no limit is set", figures=numbers)
     kept = passes(ratio, limit)

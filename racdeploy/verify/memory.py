@@ -26,7 +26,7 @@ def check(evidence: Evidence) -> CheckResult:
     """Pass if the pruned artifact takes at most as many times the memory as the limit says."""
     return compare_figures(
         "memory",
-        "bytes at the peak",
+        lambda size_bytes: f"{size_bytes / 1e6:,.0f} MB at the peak",
         (evidence.dense.stats.get("peak_rss_bytes"), evidence.pruned.stats.get("peak_rss_bytes")),
         evidence.limits(Limits).ratio,
         le,

@@ -26,7 +26,7 @@ def check(evidence: Evidence) -> CheckResult:
     """Pass if the pruned artifact decodes at least as many times as fast as the limit says."""
     return compare_figures(
         "speed",
-        "tokens/s",
+        "{:,.0f} tokens/s".format,
         (_tokens_per_s(evidence.dense), _tokens_per_s(evidence.pruned)),
         evidence.limits(Limits).ratio,
         ge,

@@ -39,7 +39,7 @@ def test_without_a_limit_the_ratio_is_told_and_decides_nothing() -> None:
     """A check that cannot fail does not pass either."""
     found = _checked(DENSE, PRUNED)
     assert [check.verdict for check in found] == ["skipped", "skipped"]
-    assert "750, dense 500, ratio 1.50; no limit" in found[0].summary
+    assert "750 tokens/s, dense 500 tokens/s, ratio 1.50; no limit" in found[0].summary
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Speed and memory of a bundle's artifact beside the dense one: alternating rounds in one run, medians and ratios.
+
+Each round loads both artifacts, each in a process of its own, the one that comes first changing from round to round: a
+machine that grows slower meets both. The ratio is the median of the rounds' ratios. Every load finds the file in the
+page cache, since a round that is not counted comes first. Knows no format: the engine is the manifest's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from racdeploy.artifacts import Manifest
+from racdeploy.backends import EngineSettings, Sampling, open_engine
+from racdeploy.checkpoint import read_json
+from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.export import ExportResult
+from racdeploy.recipe import Recipe, validate
+from racdeploy.runtime.model import check_unpacked
+from racdeploy.runtime.template import PromptEncoder
+
+__all__ = ["FIGURES", "Benchmark", "Load", "bench", "find_dense"]
+
+Progress = Callable[[str, int, int], None]
+Round = Mapping[str, float]
+
+FIGURES = {
+    "load_ms": "ms to load",
+    "prefill_tokens_per_s": "prompt tokens/s",
+    "decode_tokens_per_s": "tokens/s decoded",
+    "peak_rss_bytes": "bytes at the peak",
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every round does.
+
+    Args:
+        rounds: how often each artifact is loaded and measured.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens decoded after it, one sequence alone.
+        threads: CPU threads; 0 uses every core.
+    """
+
+    rounds: int = 5
+    prompt_tokens: int = 256
+    new_tokens: int = 128
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Figures of both artifacts, one for each round and by the names in ``FIGURES``."""
+
+    load: Load
+    dense: Path
+    pruned: Path
+    dense_rounds: tuple[Round, ...]
+    pruned_rounds: tuple[Round, ...]
+
+    def medians(self) -> tuple[Round, Round]:
+        """Return the medians of the dense and of the pruned artifact."""
+        sides = self.dense_rounds, self.pruned_rounds
+        dense, pruned = ({name: median(r[name] for r in rounds) for name in FIGURES} for rounds in sides)
+        return dense, pruned
+
+    def ratios(self, name: str) -> list[float]:
+        """Return pruned over dense in every round, sorted."""
+        return sorted(p[name] / d[name] for d, p in zip(self.dense_rounds, self.pruned_rounds, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        dense, pruned = self.medians()
+        ratios = {name: self.ratios(name) for name in FIGURES}
+        return {
+            "dense": {"path": str(self.dense), **dense},
+            "pruned": {"path": str(self.pruned), **pruned},
+            "ratio": {name: median(found) for name, found in ratios.items()},
+            "ratio_range": {name: [found[0], found[-1]] for name, found in ratios.items()},
+            "rounds": self.load.rounds,
+            "prompt_tokens": self.load.prompt_tokens,
+            "new_tokens": self.load.new_tokens,
+            "threads": self.load.threads,
+        }
+
+
+def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = None) -> Benchmark:
+    """Measure a bundle's artifact beside the dense one.
+
+    Args:
+        bundle: folder that ``racdeploy build`` wrote.
+        dense: the dense artifact, for the same engine.
+        load: what every round does.
+        progress: called with a label, loads done and loads in all.
+
+    Raises:
+        ArtifactError: the bundle is damaged, or there is no dense artifact.
+        UsageError: the context does not hold prompt and completion.
+        EngineError: the engine cannot run one of them.
+    """
+    manifest = Manifest.read(bundle)
+    entry, context_tokens = manifest.artifacts[0], manifest.generation.context_tokens
+    check_unpacked(bundle, entry)
+    if not dense.is_file():
+        raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
+    if load.prompt_tokens + load.new_tokens > context_tokens:
+        raise UsageError(
+            f"{load.prompt_tokens} and {load.new_tokens} tokens are more than the bundle's context of {context_tokens}",
+            remedy="lower --prompt-tokens or --new-tokens",
+        )
+    vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
+    ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
+    settings = EngineSettings(context_tokens, parallel=1, threads=load.threads)
+    files = {"dense": dense, "pruned": bundle / entry.path}
+    rounds: dict[str, list[Round]] = {name: [] for name in files}
+    for number in range(load.rounds + 1):  # the first is not counted
+        for place, name in enumerate(sorted(files, reverse=number % 2 == 1)):
+            if progress:
+                progress("bench", 2 * number + place, 2 * load.rounds + 2)
+            rounds[name].append(_measure(entry.backend, files[name], settings, ids, load.new_tokens))
+    if progress:
+        progress("bench", 2 * load.rounds + 2, 2 * load.rounds + 2)
+    return Benchmark(load, dense, files["pruned"], tuple(rounds["dense"][1:]), tuple(rounds["pruned"][1:]))
+
+
+def find_dense(bundle: Path, work: Path) -> Path:
+    """Return the dense artifact that the build of a bundle left among its stage results.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    manifest = Manifest.read(bundle)
+    recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
+    digest = hashlib.sha256()
+    for name, sha256 in manifest.base["files"].items():  # as Checkpoint.sha256
+        digest.update(f"{name}\0{sha256}\0".encode())
+    export = recipe.export.model_copy(update={"packing": "plain"}).model_dump(mode="json")
+    wanted = {"model": digest.hexdigest(), "export": json.loads(json.dumps(export)), "metadata": {}}
+    found = [
+        record.parent
+        for record in work.glob("export-*/inputs.json")
+        if (record.parent / "stage.json").is_file() and wanted.items() <= read_json(record).items()
+    ]
+    if not found:
+        raise ArtifactError(
+            f"no stage in {work} holds the dense {recipe.export.quant} artifact of {manifest.base['name']}",
+            remedy=f"racdeploy export MODEL --quant {recipe.export.quant} --out dense.{recipe.export.format}, "
+            "then give that file with --dense; or name the build's folder with --work",
+        )
+    newest = max(found, key=lambda folder: (folder / "stage.json").stat().st_mtime)
+    return ExportResult.from_json(newest, read_json(newest / "stage.json")).path
+
+
+def _measure(backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int) -> Round:
+    """Load an artifact, read a prompt and decode after it; a few tokens before that warm the caches."""
+    with contextlib.closing(open_engine(backend, file, settings)) as engine:
+        engine.generate([ids[:8]], Sampling(max_new_tokens=2, stop_ids=()))
+        before = _stats(engine, backend)
+        engine.generate([ids], Sampling(max_new_tokens=new_tokens, stop_ids=()))
+        after = _stats(engine, backend)
+    spent = {name: after[name] - before[name] for name in after}
+    return {
+        "load_ms": after["load_ms"],
+        "prefill_tokens_per_s": spent["prompt_tokens"] / spent["prefill_s"],
+        # The first new token comes out of the prompt's last batch.
+        "decode_tokens_per_s": (spent["generated_tokens"] - 1) / spent["decode_s"],
+        "peak_rss_bytes": after["peak_rss_bytes"],
+    }
+
+
+def _stats(engine: object, backend: str) -> dict[str, float]:
+    stats: dict[str, float] = dict(getattr(engine, "stats", {}))
+    if not stats:
+        raise EngineError(f"the engine {backend!r} does not count its time and memory")
+    return stats
