@@ -19,6 +19,7 @@ _NEEDED = (
     ("safetensors", "safetensors", "prune", "pruning"),
     ("gguf", "gguf", "gguf", "GGUF export"),
     ("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
+    ("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
+from tests.tiny_artifacts import make_onnx_bundle
 
 HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx", "gguf", "scipy")
 
@@ -22,7 +23,13 @@ def modules_after(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import racdeploy.runtime", "import racdeploy; racdeploy.load", "import racdeploy.backends.llamacpp"]
+    "statement",
+    [
+        "import racdeploy.runtime",
+        "import racdeploy; racdeploy.load",
+        "import racdeploy.backends.llamacpp",
+        "import racdeploy.backends.onnxruntime",
+    ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:
     assert modules_after(statement).isdisjoint(HEAVY)
@@ -44,14 +51,31 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         racdeploy.nonsense  # noqa: B018
 
 
-def test_a_base_install_names_the_missing_extra(tmp_path: Path) -> None:
-    """Without torch, build is one sentence with the pip line and exit code 4; listing plugins still works."""
-    (tmp_path / "sitecustomize.py").write_text(
+def without(folder: Path, *modules: str) -> str:
+    """Return a PYTHONPATH under which those modules are not installed."""
+    (folder / "sitecustomize.py").write_text(
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'torch': raise ModuleNotFoundError(name, name=name)\n"
+        f"        if name.partition('.')[0] in {modules}: raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
     )
-    path = os.pathsep.join([str(tmp_path), *sys.path])
+    return os.pathsep.join([str(folder), *sys.path])
+
+
+def test_an_onnx_bundle_runs_on_onnxruntime_alone(tmp_path: Path) -> None:
+    """Neither the app nor the engine's process needs anything beyond onnxruntime, numpy, tokenizers and jinja2."""
+    bundle = make_onnx_bundle(tmp_path)
+    code = f"import racdeploy\nwith racdeploy.load({str(bundle)!r}) as model:\n    print(model.generate('2 + 2?'))"
+    path = without(tmp_path, *sorted({*HEAVY, "safetensors", "onnxruntime_genai"} - {"onnxruntime"}))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "thinking_tokens=8" in done.stdout
+
+
+def test_a_base_install_names_the_missing_extra(tmp_path: Path) -> None:
+    """Without torch, build is one sentence with the pip line and exit code 4; listing plugins still works."""
+    path = without(tmp_path, "torch")
     code = "import racdeploy.cli; racdeploy.cli.main()"
     for arguments, expected in ((["plugins"], 0), (["build", "--out", str(tmp_path / "out")], 4)):
         done = subprocess.run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
 from racdeploy.artifacts import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
@@ -15,6 +14,7 @@ from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, file_sha256
 from racdeploy.export import gguf
 from tests.completion_server import answering, models, serving
 from tests.tiny_models import SPECIAL_TOKENS, make_checkpoint
+from tests.tiny_onnx import tiny_onnx
 
 CONTEXT_TOKENS = 256
 EOS_ID = SPECIAL_TOKENS["<|im_end|>"]
@@ -38,9 +38,12 @@ def serve_gguf(folder: Path) -> Iterator[str]:
             yield url
 
 
-# How each engine of the contract gets its tiny model; an engine that is missing here fails a test.
+# How each engine of the contract gets its tiny model; an engine that is missing here fails a test. What stands behind
+# a colon tells two kinds of artifact of one engine apart.
 ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
     "llamacpp": lambda folder: nullcontext(make_gguf(folder)),
+    "onnxruntime:genai": lambda folder: nullcontext(tiny_onnx() / "genai" / "model.onnx"),
+    "onnxruntime:optimum": lambda folder: nullcontext(tiny_onnx() / "optimum" / "model.onnx"),
     "openai": serve_gguf,
     "transformers": lambda folder: nullcontext(make_checkpoint(folder / "checkpoint", "qwen3")),
 }
@@ -49,22 +52,48 @@ WITHOUT_LOGITS = WITHOUT_BUDGET = frozenset({"openai"})
 
 
 def make_bundle(folder: Path) -> Path:
-    """Write a whole bundle round the tiny model; return its folder."""
-    model, bundle = make_gguf(folder), folder / "bundle"
-    bundle.mkdir()
-    shutil.move(model, bundle / "model.gguf")
-    names = [name for name in TOKENIZER_FILES if (folder / "checkpoint" / name).is_file()]
+    """Write a whole bundle round the tiny model in GGUF; return its folder."""
+    return _write_bundle(make_gguf(folder).parent / "checkpoint", {"model.gguf": folder / "model.gguf"}, "llamacpp")
+
+
+def make_onnx_bundle(folder: Path) -> Path:
+    """Write a whole bundle round the tiny model in ONNX, in ``folder``; return it."""
+    shutil.copytree(tiny_onnx() / "checkpoint", folder / "checkpoint")
+    files = {f"onnx/{name}": tiny_onnx() / "genai" / name for name in ("model.onnx", "model.onnx.data")}
+    bundle = _write_bundle(folder / "checkpoint", files, "onnxruntime")
+    shutil.copy(folder / "checkpoint" / "config.json", bundle)
+    return bundle
+
+
+def _write_bundle(checkpoint: Path, files: dict[str, Path], backend: str) -> Path:
+    """Write a bundle beside a model folder; the first file is the one that the engine opens."""
+    bundle = checkpoint.parent / "bundle"
+    for name, source in files.items():
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, bundle / name)
+    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
     for name in names:
-        shutil.copy(folder / "checkpoint" / name, bundle / name)
-    artifact = partial(ArtifactEntry, path="model.gguf", format="gguf", quant="f32", packing="plain")
-    size_bytes = (bundle / "model.gguf").stat().st_size
+        shutil.copy(checkpoint / name, bundle / name)
+    hashes = {name: file_sha256(bundle / name) for name in files}
+    main = next(iter(files))
     manifest = Manifest(
         racdeploy_version="0",
         base={},
         recipe={},
         traces={},
         pruning={},
-        artifacts=(artifact(size_bytes=size_bytes, sha256=file_sha256(bundle / "model.gguf"), backend="llamacpp"),),
+        artifacts=(
+            ArtifactEntry(
+                path=main,
+                format=Path(main).suffix.removeprefix("."),
+                quant="f32",
+                packing="plain",
+                size_bytes=sum((bundle / name).stat().st_size for name in files),
+                sha256=hashes[main],
+                backend=backend,
+                files=hashes,
+            ),
+        ),
         tokenizer=TokenizerEntry(
             files={name: file_sha256(bundle / name) for name in names},
             template_sha256="0",

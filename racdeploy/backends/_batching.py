@@ -68,6 +68,8 @@ class Batcher:
             on_news: gets (sequence index, new ids) of each step.
             cancelled: asked before each step.
         """
+        for slot in range(self._decoder.slots):  # the last run may have ended in the middle of a sequence
+            self._decoder.forget(slot)
         if self._forced_first:
             on_news(self._forced_first)
         while (self._waiting or self._running) and not cancelled():
@@ -75,14 +77,18 @@ class Batcher:
             news = self._step()
             if news:
                 on_news(news)
-            self._running = {slot: s for slot, s in self._running.items() if s.finish_reason is None}
+            self._free_slots()
 
     def _fill_slots(self) -> None:
         for slot in range(self._decoder.slots):
             if self._waiting and slot not in self._running:
-                self._decoder.forget(slot)
                 self._running[slot] = self._waiting.pop()
                 self._positions[slot] = 0
+
+    def _free_slots(self) -> None:
+        for slot in [slot for slot, s in self._running.items() if s.finish_reason is not None]:
+            del self._running[slot]
+            self._decoder.forget(slot)
 
     def _step(self) -> News:
         """Decode one batch; every sequence that is fed up to date takes its step."""

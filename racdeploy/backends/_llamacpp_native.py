@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from racdeploy.backends import EngineSettings
 from racdeploy.backends._batching import Row
+from racdeploy.backends._cores import available_cores
 from racdeploy.errors import EngineError
 
 __all__ = ["NativeModel"]
@@ -151,7 +152,7 @@ def _context_params(settings: EngineSettings) -> Any:
     params = llama_cpp.llama_context_default_params()
     cache_type = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[settings.cache_dtype]
     flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
-    threads = settings.threads or _available_cores()
+    threads = settings.threads or available_cores()
     values = {
         "n_ctx": settings.context_tokens * settings.parallel,
         "n_seq_max": settings.parallel,
@@ -178,9 +179,3 @@ def _set(params: Any, name: str, value: int) -> None:
             remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
         )
     setattr(params, name, value)
-
-
-def _available_cores() -> int:
-    """Return how many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -113,7 +113,7 @@ def compare_logits(
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
     """Return the versions, machine and engine settings that results depend on."""
-    packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+    packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -22,13 +22,19 @@ SETTINGS = EngineSettings(context_tokens=CONTEXT_TOKENS, parallel=4, threads=1, 
 
 
 @pytest.fixture(scope="module", params=sorted(ARTIFACTS))
-def name(request: pytest.FixtureRequest) -> str:
+def kind(request: pytest.FixtureRequest) -> str:
+    """The engine's name, and behind a colon the kind of artifact where it has several."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def path(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | str]:
-    with ARTIFACTS[name](tmp_path_factory.mktemp(name)) as path:
+def name(kind: str) -> str:
+    return kind.partition(":")[0]
+
+
+@pytest.fixture(scope="module")
+def path(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | str]:
+    with ARTIFACTS[kind](tmp_path_factory.mktemp("artifact")) as path:
         yield path
 
 
@@ -72,7 +78,7 @@ def greedy(engine: Engine) -> list[Completion]:
 
 def test_every_engine_is_tested() -> None:
     """An engine file without a way to make its artifact here is a mistake."""
-    assert set(plugins.names("backends")) == set(ARTIFACTS)
+    assert set(plugins.names("backends")) == {kind.partition(":")[0] for kind in ARTIFACTS}
 
 
 def test_greedy_does_not_depend_on_batching(single: Engine, greedy: list[Completion]) -> None:
