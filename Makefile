@@ -15,7 +15,7 @@ demo: $(VENV)/.base
 	@echo "== try it:  $(BIN)/racdeploy run $(OUT) 'What is 12 times 34?' --show-thinking"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,10 +1,30 @@
-"""Fixtures that several test folders use."""
+"""What every test runs under: a kept heap, one core a worker, the same examples each time."""
 
 from __future__ import annotations
 
+import os
+import re
+
 import pytest
+from hypothesis import settings
 
 from racdeploy.backends._heap import keep_heap
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Give each of pytest-xdist's workers a core of its own, where there are enough.
+
+    llama.cpp's threads wait for each other in a loop; two that share a core are fifty times slower than one.
+    """
+    worker = re.fullmatch(r"gw(\d+)", os.environ.get("PYTEST_XDIST_WORKER", ""))
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[1]) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
