@@ -203,11 +203,14 @@ def verify(
     gate: GateOpt = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
+    reports: Annotated[Path | None, typer.Option("--reports", help="Folder for the report in every form.")] = None,
+    exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Report only: a verdict is no exit code.")] = False,
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.report import html, junit
+    from racdeploy.report.files import write_reports
 
     limits = gate_of(bundle, gate)
     for file in (junit_file, html_file):
@@ -219,7 +222,9 @@ def verify(
         write_atomic(junit_file, junit.render(report))
     if html_file:
         write_atomic(html_file, html.render(report, records))
-    _finish(report, json_output, "", limits)
+    if reports:
+        write_reports(reports, report, records)
+    _finish(report, json_output, "", limits, exit_zero)
 
 
 @app.command()
@@ -429,14 +434,16 @@ def _print_folder(folder: Path, json_output: bool) -> None:
     print_json({"folder": str(folder)}) if json_output else out.print(folder, soft_wrap=True)
 
 
-def _finish(report: Report, json_output: bool, last_line: str, gate: Gate) -> None:
-    """Print the report, and end with the exit code of its one verdict."""
+def _finish(report: Report, json_output: bool, last_line: str, gate: Gate, exit_zero: bool = False) -> None:
+    """Print the report, and end with the exit code of its one verdict, or with 0 where it is only reported."""
     if json_output:
         print_json(report.model_dump(mode="json"))
     else:
         print_report(report, out)
     if last_line:
         err.print(last_line, markup=False, soft_wrap=True)
+    if exit_zero:
+        return
     if report.verdict == "fail":
         raise typer.Exit(GateError.exit_code)
     if report.verdict == "inconclusive" and gate.inconclusive == "fail":

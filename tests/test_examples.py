@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from racdeploy.cli import app
 from racdeploy.recipe import Recipe
@@ -95,3 +96,14 @@ def test_the_app_ends_with_the_exit_code_of_an_error(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "is not a bundle" in done.stderr
+
+
+def test_the_workflow_gives_the_action_what_it_takes() -> None:
+    """Every input and output that the example names exists, and the required one is given."""
+    workflow = yaml.safe_load((EXAMPLES / "ci" / "pull_request.yml").read_text(encoding="utf-8"))
+    action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+    (step,) = [step for step in workflow["jobs"]["verify"]["steps"] if "racdeploy" in step.get("uses", "")]
+    assert {name for name, spec in action["inputs"].items() if spec.get("required")} <= set(step["with"])
+    assert set(step["with"]) <= set(action["inputs"])
+    named = re.findall(r"steps\.racdeploy\.outputs\.([\w-]+)", (EXAMPLES / "ci" / "pull_request.yml").read_text())
+    assert set(named) <= set(action["outputs"])

@@ -26,7 +26,7 @@ LADDER = (
     {"pipeline", "reverify"},
     {"doctor"},
     {"_console"},
-    {"cli"},
+    {"cli", "pytest_plugin"},
 )
 RUNG = {unit: number for number, rung in enumerate(LADDER) for unit in rung}
 TORCH_UNITS = {"prune", "backends/transformers.py", "backends/_torch_model.py"}

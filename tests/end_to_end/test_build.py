@@ -54,19 +54,6 @@ def test_a_model_nobody_here_trained_goes_through(family: str, transformers5: bo
     assert "Traceback" not in outcome.err
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the embedded model, small but whole."""
-    folder = tmp_path_factory.mktemp("embedded")
-    outcome = racdeploy(
-        *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
-        *("--work", folder / "work", "--out", folder / "bundle"),
-    )
-    assert outcome.code == 0, outcome.out + outcome.err
-    assert "PASS" in outcome.out
-    return folder / "bundle"
-
-
 def test_the_embedded_model_passes_and_answers(built: Path) -> None:
     """The bundle answers a fresh question, with the thinking apart from the answer."""
     outcome = racdeploy("run", built, "What is 47 times 36?", "--temperature", 0, "--json")

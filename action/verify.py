@@ -1,0 +1,56 @@
+"""Verify a bundle as a step of a workflow: run racdeploy, then tell the outputs and the job summary.
+
+The exit code is an output, so that the comment and the artifacts follow before the job is failed with it. Settings come
+in the environment, never as text in a shell line: a name of a branch or a file cannot become a command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_SUMMARY_BYTES = 1_000_000  # GitHub takes 1 MiB
+
+
+def main() -> None:
+    """Run racdeploy, and write GITHUB_OUTPUT and GITHUB_STEP_SUMMARY."""
+    reports = Path(os.environ["RACDEPLOY_REPORTS"])
+    reports.mkdir(parents=True, exist_ok=True)
+    report = reports / "report.json"
+    report.unlink(missing_ok=True)  # one of an earlier run must not speak for a run that breaks off
+    done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    decided = done.returncode in (0, 1, 3) and report.is_file()
+    verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"] if decided else "error"
+    summary = (reports / "report.md").read_text(encoding="utf-8") if decided else _failed(done.returncode, done.stderr)
+    _append("GITHUB_OUTPUT", f"verdict={verdict}\nexit-code={done.returncode}\nreports={reports}\n")
+    _append("GITHUB_STEP_SUMMARY", summary.encode()[:_SUMMARY_BYTES].decode(errors="ignore"))
+    if not decided:
+        (reports / "report.md").write_text(summary, encoding="utf-8")
+
+
+def _command(reports: Path) -> list[str]:
+    options = {"--gate": "GATE", "--threads": "THREADS"}
+    command = ["racdeploy", "verify", os.environ["RACDEPLOY_BUNDLE"], "--reports", str(reports)]
+    for option, name in options.items():
+        if value := os.environ.get(f"RACDEPLOY_{name}", ""):
+            command += [option, value]
+    return command
+
+
+def _failed(code: int, said: str) -> str:
+    """Return Markdown that says why there is no report; what racdeploy said is shown as it is."""
+    text = said.strip()[-4000:].replace("```", "'''") or "nothing"
+    return f"### ⚠️ racdeploy ended with exit code {code} and no verdict\n\n```\n{text}\n```\n"
+
+
+def _append(name: str, text: str) -> None:
+    with Path(os.environ[name]).open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Every form of a report in one folder, as a bundle and a CI job hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.artifacts import disk_errors, write_atomic
+from racdeploy.report import html, junit, markdown
+from racdeploy.report_model import Record, Report
+
+__all__ = ["write_reports"]
+
+
+def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> None:
+    """Write report.json, report.md, report.html, junit.xml and records.jsonl, each whole or not at all.
+
+    Raises:
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "report.md": markdown.render(report),
+        "report.html": html.render(report, records),
+        "junit.xml": junit.render(report),
+        "records.jsonl": "".join(record.model_dump_json() + "\n" for record in records),
+        "report.json": report.model_dump_json(indent=1) + "\n",  # last: it says that the others are there
+    }
+    for name, text in texts.items():
+        write_atomic(folder / name, text)

@@ -1,0 +1,205 @@
+"""The GitHub Action: its steps as a runner runs them, its comment on an API that listens here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.action.runner import ACTION, Run, run_action, write_program
+
+PULL_REQUEST = {"pull_request": {"number": 12}}
+
+# Writes the reports of a verification that ended as WANTED_CODE says; 2 and 4 end before there are any.
+RACDEPLOY = """
+import json, os, pathlib, sys
+code = int(os.environ["WANTED_CODE"])
+pathlib.Path(os.environ["ARGUMENTS"]).write_text(json.dumps(sys.argv[1:]))
+if code in (2, 4):
+    print("error: the bundle is damaged\\n  ```", file=sys.stderr)
+    sys.exit(code)
+folder = pathlib.Path(sys.argv[sys.argv.index("--reports") + 1])
+verdict = {0: "pass", 1: "fail", 3: "inconclusive"}[code]
+(folder / "report.json").write_text(json.dumps({"verdict": verdict}))
+(folder / "report.md").write_text(f"### {verdict}\\n" + os.environ.get("REPORT", ""))
+sys.exit(code)
+"""
+# pip is only asked; everything else is Python.
+PYTHON = """
+import json, os, pathlib, sys
+if sys.argv[1:3] == ["-m", "pip"]:
+    pathlib.Path(os.environ["INSTALLED"]).write_text(json.dumps(sys.argv[3:]))
+else:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+class Comments:
+    """Comments of an issue, kept by number, and every request that came."""
+
+    def __init__(self) -> None:
+        self.bodies: dict[int, str] = {n: f"comment {n}" for n in range(1, 131)}  # more than a page
+        self.asked: list[tuple[str, str, str]] = []
+        self.status = 0
+
+    def answer(self, method: str, path: str, token: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Answer as GitHub's REST API does."""
+        self.asked.append((method, path, token))
+        if self.status:
+            return self.status, {"message": "Resource not accessible by integration"}
+        if method == "GET":
+            page = int(re.findall(r"&page=(\d+)", path)[0])
+            return 200, [{"id": n, "body": text} for n, text in self.bodies.items()][100 * (page - 1) : 100 * page]
+        number = int(path.rpartition("/")[2]) if method == "PATCH" else max(self.bodies) + 1
+        self.bodies[number] = body["body"]
+        return 201, {"id": number}
+
+
+@pytest.fixture
+def comments() -> Comments:
+    return Comments()
+
+
+@pytest.fixture
+def api(comments: Comments) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            token = self.headers["Authorization"]
+            status, value = comments.answer(self.command, self.path, token, json.loads(body or b"{}"))
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_PATCH = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def job(tmp_path: Path, api: str) -> Any:
+    """Return a function that runs the action with a racdeploy that ends as it is told."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    write_program(tmp_path / "bin", "racdeploy", RACDEPLOY)
+    write_program(tmp_path / "bin", "python", PYTHON)
+
+    def run(code: int, event: dict[str, Any] = PULL_REQUEST, **inputs: str) -> Run:
+        given = {"bundle": "bundle"} | {name.replace("_", "-"): value for name, value in inputs.items()}
+        files = {"ARGUMENTS": str(tmp_path / "arguments.json"), "INSTALLED": str(tmp_path / "installed.json")}
+        return run_action(
+            workspace, given, event=event, api=api, bin_folder=tmp_path / "bin", WANTED_CODE=str(code), **files
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(("code", "verdict"), [(0, "pass"), (1, "fail"), (3, "inconclusive")])
+def test_the_job_ends_as_the_verification_did(job: Any, comments: Comments, code: int, verdict: str) -> None:
+    """After the outputs, the summary, the comment and the upload."""
+    run = job(code)
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (code, verdict, str(code))
+    assert run.summary == f"### {verdict}\n"
+    assert comments.bodies[131].startswith(f"<!-- racdeploy: bundle -->\n### {verdict}\n")
+    assert "https://github.com/somebody/app/actions/runs/77" in comments.bodies[131]
+    assert run.used == [{"name": "racdeploy", "path": run.outputs["reports"]}]
+
+
+@pytest.mark.parametrize("code", [2, 4])
+def test_without_a_verdict_the_job_fails_whatever_was_asked(job: Any, comments: Comments, code: int) -> None:
+    """What racdeploy said is in the summary; a report of an earlier run does not speak for this one."""
+    assert job(0, comment="false").code == 0
+    run = job(code, exit_zero="true")
+    assert (run.code, run.outputs["verdict"]) == (code, "error")
+    assert f"exit code {code} and no verdict" in run.summary
+    assert "pass" not in run.summary
+    assert "the bundle is damaged" in comments.bodies[131]
+    assert run.summary.count("```") == 2
+
+
+@pytest.mark.parametrize("code", [1, 3])
+def test_a_verdict_can_be_reported_only(job: Any, code: int) -> None:
+    """exit-zero turns a verdict into a notice."""
+    run = job(code, exit_zero="true")
+    assert (run.code, run.outputs["exit-code"]) == (0, str(code))
+    assert f"::notice::exit code {code} is reported only" in run.log
+
+
+def test_the_comment_is_replaced_and_belongs_to_its_bundle(job: Any, comments: Comments) -> None:
+    """A second run changes the first comment, on the second page; another bundle has its own."""
+    for code in (1, 0):
+        job(code)
+    job(0, bundle="other")
+    assert set(comments.bodies) == {*range(1, 133)}
+    assert "### pass" in comments.bodies[131]
+    assert comments.bodies[132].startswith("<!-- racdeploy: other -->")
+    assert {token for *_, token in comments.asked} == {"Bearer the-token"}
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_a_comment_that_cannot_be_written_is_a_warning(job: Any, comments: Comments, status: int) -> None:
+    """The token of a fork may not write: the verdict stands, and the log says what is missing."""
+    comments.status = status
+    run = job(0)
+    assert run.code == 0
+    assert f"::warning::the report is not on the pull request: GitHub answers {status}" in run.log
+    assert ("pull-requests: write" in run.log) == (status != 500)
+
+
+def test_a_push_has_no_comment(job: Any, comments: Comments) -> None:
+    """There is no pull request to write on."""
+    assert job(0, event={"ref": "refs/heads/main"}).code == 0
+    assert comments.asked == []
+
+
+def test_no_input_becomes_a_command(job: Any, tmp_path: Path) -> None:
+    """A name full of shell is one argument."""
+    hostile = f"b; touch {tmp_path}/pwned; $(touch {tmp_path}/pwned) `touch {tmp_path}/pwned` --> ' \""
+    job(0, bundle=hostile, gate=hostile)
+    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    assert arguments[:2] == ["verify", hostile]
+    assert arguments[arguments.index("--gate") + 1] == hostile
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_what_is_installed(job: Any, tmp_path: Path) -> None:
+    """The version that is asked for, or the one beside the action."""
+    installed = tmp_path / "installed.json"
+    job(0, version="0.1.0", extras="onnx")
+    assert json.loads(installed.read_text()) == ["install", "racdeploy[onnx]==0.1.0"]
+    job(0)
+    (_, where) = json.loads(installed.read_text())
+    assert where.endswith("[gguf,llamacpp]")
+    assert (Path(where.partition("[")[0]) / "action.yml").is_file()
+
+
+def test_every_input_and_output_says_what_it_is() -> None:
+    """GitHub shows them; a required input has no default."""
+    for spec in (*ACTION["inputs"].values(), *ACTION["outputs"].values()):
+        assert spec["description"].endswith(".")
+    assert [name for name, spec in ACTION["inputs"].items() if "default" not in spec] == ["bundle"]
+
+
+def test_the_runner_of_these_tests_sees_a_failing_step(job: Any, tmp_path: Path) -> None:
+    """Without racdeploy on the path the second step fails and nothing after it runs."""
+    (tmp_path / "bin" / "racdeploy").unlink()
+    shutil.copy("/bin/false", tmp_path / "bin" / "racdeploy")
+    run = job(0, exit_zero="true")
+    assert (run.code, run.outputs["verdict"]) == (1, "error")

@@ -1,0 +1,91 @@
+"""What a CI job does with a real bundle: reports in every form, the Action, the pytest plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import xmlschema
+
+from racdeploy.report_model import Report
+from tests.action.runner import run_action, write_program
+from tests.end_to_end.commands import racdeploy
+
+ROOT = Path(__file__).parents[2]
+LENIENT, IMPOSSIBLE = "inconclusive = 'pass'\n", "[accuracy]\nmargin = 0.0001\n[thinking]\nlength_ratio = 0.5\n"
+
+
+@pytest.fixture(scope="module")
+def reports(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reports of one verification that fails and is only reported."""
+    folder = tmp_path_factory.mktemp("ci")
+    (folder / "gate.toml").write_text(IMPOSSIBLE)
+    outcome = racdeploy(
+        *(
+            "verify",
+            built,
+            "--gate",
+            folder / "gate.toml",
+            "--reports",
+            folder / "reports",
+            "--exit-zero",
+            "--threads",
+            1,
+        )
+    )
+    assert outcome.code == 0, outcome.err
+    assert "FAIL" in outcome.out
+    return folder / "reports"
+
+
+def test_the_reports_keep_their_schemas(reports: Path) -> None:
+    """The published ones, as a program of somebody else would read them."""
+    assert {file.name for file in reports.iterdir()} == {
+        "report.json", "report.md", "report.html", "junit.xml", "records.jsonl"
+    }  # fmt: skip
+    report, record = (json.loads((ROOT / "docs" / f"{name}.schema.json").read_text()) for name in ("report", "record"))
+    jsonschema.validate(json.loads((reports / "report.json").read_text()), report)
+    for line in (reports / "records.jsonl").read_text().splitlines():
+        jsonschema.validate(json.loads(line), record)
+    xmlschema.XMLSchema(ROOT / "tests" / "report" / "junit.xsd").validate(reports / "junit.xml")
+    assert len((reports / "report.md").read_text()) < 65_536
+    assert Report.model_validate_json((reports / "report.json").read_text()).verdict == "fail"
+
+
+def test_the_action_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
+    """From the workflow's inputs to the exit code of the job; the verdict is racdeploy's own."""
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    (workspace / "gate.toml").write_text(LENIENT)
+    call = "import racdeploy.cli; racdeploy.cli.main()"
+    write_program(tmp_path / "bin", "racdeploy", call)
+    write_program(
+        *(tmp_path / "bin", "python"),
+        f"import os, sys\nsys.argv[1:3] == ['-m', 'pip'] or os.execv({sys.executable!r}, ['python', *sys.argv[1:]])",
+    )
+    run = run_action(
+        *(workspace, {"bundle": str(built), "gate": "gate.toml", "threads": "1"}),
+        event={"ref": "refs/heads/main"}, api="http://127.0.0.1:9", bin_folder=tmp_path / "bin",
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )  # fmt: skip
+    assert (run.code, run.outputs["verdict"]) == (0, "pass"), run.log
+    assert "PASS: tiny-reasoner" in run.summary
+
+
+def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
+    """Each check is a test; those that an impossible gate fails say by how much."""
+    (tmp_path / "gate.toml").write_text(IMPOSSIBLE)
+    command = [sys.executable, "-m", "pytest", "-p", "racdeploy.pytest_plugin", "-rA", "-q", "-c", os.devnull]
+    options = ["--racdeploy-bundle", built, "--racdeploy-gate", "gate.toml", "--racdeploy-threads", 1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, *map(str, options)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for name, state in {"tokens": "PASSED", "integrity": "PASSED", "thinking": "FAILED", "verdict": "FAILED"}.items():
+        assert re.search(rf"^{state} \S*{built.parent.name}/bundle::{name}", done.stdout, re.MULTILINE), done.stdout
+    assert "length ratio 1." in done.stdout
