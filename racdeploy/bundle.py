@@ -27,27 +27,60 @@ from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, file_sha256, read_
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
 from racdeploy.models import ResolvedModel
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Export, Recipe
 from racdeploy.report import html, markdown
 from racdeploy.report_model import Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 
-__all__ = ["Contents", "check_replaceable", "write"]
+__all__ = ["Artifact", "Contents", "check_replaceable", "write"]
 
 _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What goes into a bundle; ``name`` is that of the artifact."""
+class Artifact:
+    """An exported model and how it was asked for; ``name`` is without suffix."""
 
     name: str
+    settings: Export
+    result: ExportResult
+
+    @property
+    def path(self) -> PurePosixPath:
+        """The main file's place in the bundle."""
+        return export.load(self.settings.format).artifact_path(self.name, self.settings.quant, self.settings.packing)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Path in the bundle of every file, by its path from the folder of the main one."""
+        return {name: (self.path.parent / name).as_posix() for name in self.result.files}
+
+    @property
+    def entry(self) -> ArtifactEntry:
+        """The manifest's entry."""
+        return ArtifactEntry(
+            path=self.path.as_posix(),
+            format=self.settings.format,
+            quant=self.settings.quant,
+            packing=self.settings.packing,
+            size_bytes=self.result.size_bytes,
+            sha256=self.result.sha256,
+            backend=export.load(self.settings.format).BACKEND,
+            unpacked_sha256=self.result.unpacked_sha256,
+            files={place: self.result.files[name] for name, place in self.files.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle; the first artifact is the one that was compared with the dense model."""
+
+    artifacts: Sequence[Artifact]
     model: ResolvedModel
     checkpoint: Checkpoint
     recipe: Recipe
     traces: Mapping[str, Any]
-    export: ExportResult
     sparsity_asked: float
     report: Report
     records: Sequence[Record]
@@ -77,9 +110,10 @@ def write(out: Path, contents: Contents) -> Manifest:
     """Write the bundle folder; an older bundle of that name is replaced when the new one is whole."""
     out = out.resolve()
     with atomic_folder(out) as scratch:
-        for name, source in _artifact_files(contents).items():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, scratch / name)
+        for artifact in contents.artifacts:
+            for name, place in artifact.files.items():
+                (scratch / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(artifact.result.path.parent / name, scratch / place)
         for name in TOKENIZER_FILES:
             if (contents.checkpoint.folder / name).is_file():
                 shutil.copyfile(contents.checkpoint.folder / name, scratch / name)
@@ -87,7 +121,11 @@ def write(out: Path, contents: Contents) -> Manifest:
         texts = {
             MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
             "README.md": _card(manifest, contents),
-            **export.load(contents.recipe.export.format).companions(manifest, contents.checkpoint),
+            **{
+                name: text
+                for entry in manifest.artifacts
+                for name, text in export.load(entry.format).companions(manifest, contents.checkpoint).items()
+            },
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": markdown.render(contents.report),
             "report.html": html.render(contents.report, contents.records),
@@ -97,18 +135,6 @@ def write(out: Path, contents: Contents) -> Manifest:
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
     return manifest
-
-
-def _artifact_path(contents: Contents) -> PurePosixPath:
-    """Return the main file's place in the bundle."""
-    settings = contents.recipe.export
-    return export.load(settings.format).artifact_path(contents.name, settings.quant, settings.packing)
-
-
-def _artifact_files(contents: Contents) -> dict[str, Path]:
-    """Return every file of the artifact by its path in the bundle."""
-    folder = _artifact_path(contents).parent
-    return {(folder / name).as_posix(): contents.export.path.parent / name for name in contents.export.files}
 
 
 def _manifest(folder: Path, contents: Contents) -> Manifest:
@@ -137,22 +163,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
             "sparsity_asked": contents.sparsity_asked,
             "linears": [row.model_dump() for row in report.linears],
         },
-        artifacts=(
-            ArtifactEntry(
-                path=_artifact_path(contents).as_posix(),
-                format=recipe.export.format,
-                quant=recipe.export.quant,
-                packing=recipe.export.packing,
-                size_bytes=contents.export.size_bytes,
-                sha256=contents.export.sha256,
-                backend=export.load(recipe.export.format).BACKEND,
-                unpacked_sha256=contents.export.unpacked_sha256,
-                files={
-                    name: contents.export.files[source.relative_to(contents.export.path.parent).as_posix()]
-                    for name, source in _artifact_files(contents).items()
-                },
-            ),
-        ),
+        artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=TokenizerEntry(
             files={name: file_sha256(folder / name) for name in present},
             template_sha256=hashlib.sha256(encoder.template_source.encode()).hexdigest(),
@@ -216,11 +227,11 @@ def _card(manifest: Manifest, contents: Contents) -> str:
     return "\n".join(
         [
             *front,
-            f"# {contents.name}",
+            f"# {contents.artifacts[0].name}",
             "",
             f"{manifest.base['name']}, pruned with {prune.method} to {prune.sparsity:.0%} zeros ({prune.pattern}), "
             f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
-            f"stored as {entry.format} {entry.quant}.",
+            f"stored as {', and as '.join(f'{entry.format} {entry.quant}' for entry in manifest.artifacts)}.",
             "",
             "```python",
             "import racdeploy",
@@ -229,7 +240,7 @@ def _card(manifest: Manifest, contents: Contents) -> str:
             'print(model.generate("What is 12 times 34?").answer)',
             "```",
             "",
-            *form.usage(entry),
+            *(line for entry in manifest.artifacts for line in export.load(entry.format).usage(entry)),
             "",
             markdown.render(contents.report),
         ]

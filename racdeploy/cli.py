@@ -41,6 +41,7 @@ ModelArg = Annotated[
     str | None, typer.Argument(help="Local folder, Hub id, or tiny-reasoner, the default.", show_default=False)
 ]
 TargetOpt = Annotated[str | None, typer.Option("--target", help="Where it will run; see: racdeploy targets.")]
+AlsoOpt = Annotated[list[str] | None, typer.Option("--also", help="A further target, for another engine; repeatable.")]
 RecipeOpt = Annotated[Path | None, typer.Option("--recipe", help="TOML recipe; see: racdeploy init.")]
 TaskOpt = Annotated[
     list[str] | None, typer.Option("--task", help="Task to verify on: a name or jsonl:FILE; repeatable.")
@@ -85,6 +86,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def build(
     model: ModelArg = None,
     target: TargetOpt = None,
+    also: AlsoOpt = None,
     recipe: RecipeOpt = None,
     task: TaskOpt = None,
     calibration_task: CalibrationTaskOpt = None,
@@ -110,6 +112,7 @@ def build(
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, prompts)
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
     options["gate"] = read_toml(gate) if gate else None
+    options["also"] = tuple(also) if also else None
     with progress_bars() as progress:
         builder = Build(Job.of(Recipe.combine(recipe, options), tier), work or default_work(), threads, progress)
         folder = out_folder or Path(builder.job.artifact_name)

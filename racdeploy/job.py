@@ -25,7 +25,7 @@ from racdeploy.verify._plan import Expectation, plan
 
 __all__ = ["Job"]
 
-_NEEDS = {"torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "gguf", "llama_cpp": "llamacpp"}
+_NEEDS = {"torch": "prune", "transformers": "prune", "safetensors": "prune"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,28 @@ class Job:
         """What is asked when traces are collected."""
         return self.recipe.calibration_tasks or self.evaluation_specs
 
+    @cached_property
+    def siblings(self) -> tuple[Job, ...]:
+        """The same job for each of the recipe's further targets, each for an engine of its own.
+
+        Raises:
+            UsageError: two targets are for one engine.
+        """
+        jobs = tuple(Job(self.recipe.at(name), self.tier) for name in self.recipe.also)
+        backends = [job.backend for job in (self, *jobs)]
+        if len(set(backends)) < len(backends):
+            raise UsageError(
+                f"targets {', '.join((self.recipe.target, *self.recipe.also))} run on {', '.join(backends)}: "
+                "a bundle holds one artifact for each engine",
+                remedy="leave one of them out; build a second bundle for another number format",
+            )
+        return jobs
+
+    @property
+    def backend(self) -> str:
+        """The engine that runs the artifact."""
+        return export.load(self.recipe.export.format).BACKEND
+
     def check(self, out: Path) -> dict[str, Any]:
         """Look at everything that can be known before a build, and return the plan.
 
@@ -107,7 +129,8 @@ class Job:
             RacdeployError: the first thing that would go wrong later.
         """
         recipe = self.recipe
-        _require(_NEEDS)
+        for job in (self, *self.siblings):
+            _require({**_NEEDS, **export.load(job.recipe.export.format).NEEDS})
         export.check(recipe.export)
         bundle.check_replaceable(out)
         self.check_model()
@@ -119,7 +142,14 @@ class Job:
                 remedy="raise verify.context_tokens or lower verify.max_new_tokens",
             )
         plan = self._plan()
-        target = Target.read(recipe.target)
+        self._check_memory(plan)
+        for sibling in self.siblings:
+            export.check(sibling.recipe.export)
+            sibling._check_memory(sibling._plan())
+        return plan
+
+    def _check_memory(self, plan: Mapping[str, Any]) -> None:
+        target = Target.read(self.recipe.target)
         if plan["artifact_bytes"] + plan["cache_bytes"] > target.memory_limit_bytes:
             raise UsageError(
                 f"the artifact takes {plan['artifact_bytes'] / 1e9:.2f} GB and the cache of one sequence "
@@ -127,7 +157,6 @@ class Job:
                 f"{target.memory_limit_bytes / 1e9:.2f} GB",
                 remedy="choose a smaller quant, a smaller model, a shorter context, or another target",
             )
-        return plan
 
     def check_model(self) -> None:
         """Look at what traces and pruning need: the model's parts, the pattern, and the problems.
@@ -135,7 +164,7 @@ class Job:
         Raises:
             RacdeployError: the first thing that would go wrong later.
         """
-        _require({name: extra for name, extra in _NEEDS.items() if extra == "prune"})
+        _require(_NEEDS)
         settings, entries, _ = self.recipe.prune, self.checkpoint.entries, self.gate
         if settings.joint:
             _ = self.grid

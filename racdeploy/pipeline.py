@@ -33,7 +33,7 @@ from racdeploy.traces import server
 from racdeploy.traces.collect import collect, prompt_traces, trace_counts
 from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
-from racdeploy.verify import Arm, Evidence, run_checks
+from racdeploy.verify import Arm, Evidence, OtherArtifact, run_checks
 from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
 
 __all__ = ["Build", "Progress", "PrunedModel", "default_work"]
@@ -261,7 +261,7 @@ class Build:
         Returns:
             One record per prompt, prompt and completion ids of each, and what the engine counted.
         """
-        with _opened(self._backend(), artifact, settings) as engine:
+        with _opened(self.job.backend, artifact, settings) as engine:
             records, traces = answer_problems(
                 engine,
                 self.job.encoder,
@@ -280,8 +280,16 @@ class Build:
         model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
+        also: Sequence[ExportResult] = (),
     ) -> tuple[Report, list[Record]]:
-        """Rerun the evaluation prompts on both artifacts, compare, and decide."""
+        """Rerun the evaluation prompts on every artifact, compare, and decide.
+
+        Args:
+            model: the pruned model under torch.
+            dense: the dense artifact.
+            pruned: the pruned one for the recipe's target.
+            also: the pruned artifacts for the other targets, in their order.
+        """
         settings = self.job.recipe.verify
         engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
         arms: list[Arm] = []
@@ -292,12 +300,12 @@ class Build:
             sparsity = self._file_sparsity(exported)
             arms.append(Arm(name, records, exported.size_bytes, self.job.recipe.export.quant, sparsity, stats))
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
-        with _opened(self._backend(), pruned.path, exact) as engine:
+        with _opened(self.job.backend, pruned.path, exact) as engine:
             probes = probe_tokens(engine, self.job.encoder, probe_strings())
         logits = compare_logits(
             lambda: _opened("transformers", model.folder, exact),
             lambda: _opened("transformers", self.job.model.folder, exact),
-            lambda: _opened(self._backend(), pruned.path, exact),
+            lambda: _opened(self.job.backend, pruned.path, exact),
             dense_traces[: settings.logit_traces],
         )
         rows = tensor_rows(pruned)
@@ -307,6 +315,7 @@ class Build:
             gate=self.job.gate,
             dense=arms[0],
             pruned=arms[1],
+            backend=self.job.backend,
             artifact=pruned.path,
             artifact_files=pruned.files,
             sparsity_asked=self._asked(model.linears),
@@ -315,6 +324,10 @@ class Build:
             dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
             probes=probes,
             logits=logits,
+            also=tuple(
+                sibling._answer_also(exported, engine_settings)
+                for sibling, exported in zip(self.siblings, also, strict=True)
+            ),
         )
         report = summarize(
             evidence,
@@ -328,7 +341,20 @@ class Build:
             fingerprint=fingerprint(engine_settings),
             created=datetime.now(UTC),
         )
-        return report, [record for arm in arms for record in arm.records]
+        every = [*arms, *(other.arm for other in evidence.also)]
+        return report, [record for arm in every for record in arm.records]
+
+    @property
+    def siblings(self) -> tuple[Build, ...]:
+        """The same build for each of the further targets."""
+        return tuple(replace(self, job=job) for job in self.job.siblings)
+
+    def _answer_also(self, exported: ExportResult, settings: EngineSettings) -> OtherArtifact:
+        """Answer the evaluation prompts with the artifact of a further target."""
+        name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
+        records, _, stats = self.answer(exported.path, name, settings)
+        arm = Arm(name, records, exported.size_bytes, quant, self._file_sparsity(exported), stats)
+        return OtherArtifact(arm, self.job.backend, exported.path, exported.files)
 
     def run(self, out: Path) -> Report:
         """Do everything and write the bundle.
@@ -346,18 +372,22 @@ class Build:
             importance=model.folder,
         )
         reached = self._asked(model.linears) if self.job.recipe.prune.schedule else None
-        pruned = self.export(model.folder, self.job.artifact_name, sparsity=reached)
-        report, records = self.verify(model, dense, pruned)
+        pruned, *also = (
+            build.export(model.folder, build.job.artifact_name, sparsity=reached) for build in (self, *self.siblings)
+        )
+        report, records = self.verify(model, dense, pruned, also)
         bundle.write(
             out,
             bundle.Contents(
-                name=self.job.artifact_name,
+                artifacts=[
+                    bundle.Artifact(job.artifact_name, job.recipe.export, exported)
+                    for job, exported in zip((self.job, *self.job.siblings), (pruned, *also), strict=True)
+                ],
                 model=self.job.model,
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
                 traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.identity)
                 | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
-                export=pruned,
                 sparsity_asked=self._asked(model.linears),
                 report=report,
                 records=records,
@@ -419,9 +449,6 @@ class Build:
 
     def _inputs(self, stage: str) -> dict[str, Any]:
         return {"version": __version__, "code": _code_hash(_CODE[stage])}
-
-    def _backend(self) -> str:
-        return exports.load(self.job.recipe.export.format).BACKEND
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

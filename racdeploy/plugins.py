@@ -35,6 +35,7 @@ _EXTRAS = {
     "transformers": "prune",
     "gguf": "gguf",
     "llama_cpp": "llamacpp",
+    "onnxruntime": "ort",
 }
 
 

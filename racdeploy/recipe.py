@@ -283,6 +283,7 @@ class Recipe(_Part):
     Args:
         model: local folder, Hub id, or ``tiny-reasoner``.
         target: name of a deployment target.
+        also: further targets, for other engines; the bundle gets an artifact for each, and the engines are compared.
         tasks: what is asked of the model when it is verified.
         calibration_tasks: what it is asked when traces are collected; empty means ``tasks``.
         gate: limits of the checks, as in a gate file; see :class:`racdeploy.verify.Gate`.
@@ -290,6 +291,7 @@ class Recipe(_Part):
 
     model: str = "tiny-reasoner"
     target: str = "gguf"
+    also: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     calibration_tasks: tuple[str, ...] = ()
     traces: Traces = Field(default_factory=Traces)
@@ -317,7 +319,17 @@ class Recipe(_Part):
         recipe = validate(cls, merged, str(file) if file else "the command line")
         recipe._check_plugins()
         target.check(recipe)
+        for name in recipe.also:
+            other = recipe.at(name)
+            other._check_plugins()
+            Target.read(name).check(other)
         return recipe
+
+    def at(self, target: str) -> Self:
+        """Return this recipe for another target alone, with that target's export."""
+        other = Target.read(target)
+        export = Export(format=other.format, quant=other.quant, packing=other.packing)
+        return self.model_copy(update={"target": target, "also": (), "export": export})
 
     def _check_plugins(self) -> None:
         chosen = {
@@ -501,6 +513,7 @@ EXAMPLE = """\
 
 model = "tiny-reasoner"       # local folder, Hub id, or tiny-reasoner
 target = "gguf"               # racdeploy targets
+# also = ["onnx"]             # a second artifact for another engine, compared with the first
 # tasks = ["jsonl:problems.jsonl"]        # what is asked; default: every procedural task
 # calibration_tasks = ["jsonl:more.jsonl"]
 

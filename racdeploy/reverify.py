@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from racdeploy import export, tasks
 from racdeploy.artifacts import ArtifactEntry, Manifest
-from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import read_json
 from racdeploy.errors import ArtifactError
 from racdeploy.export._probe_strings import probe_strings
@@ -27,7 +27,7 @@ from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
-from racdeploy.verify import Arm, Evidence, Gate, read_gate, run_checks
+from racdeploy.verify import Arm, Evidence, Gate, OtherArtifact, read_gate, run_checks
 from racdeploy.verify._measure import answer_problems, fingerprint, probe_tokens
 
 __all__ = ["gate_of", "reverify"]
@@ -60,35 +60,42 @@ def reverify(
     encoder = PromptEncoder.from_folder(bundle)
     names = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
     tags = tags_of(encoder, names[0], names[1]) if names[0] and names[1] else None
-    entry = manifest.artifacts[0]
+    entry, *others = manifest.artifacts
     engine_settings = EngineSettings(settings.context_tokens, settings.parallel, threads)
-    with contextlib.closing(open_engine(entry.backend, bundle / entry.path, engine_settings)) as engine:
-        records, _ = answer_problems(
-            engine,
-            encoder,
-            tags,
-            manifest.tokenizer.eos_ids,
-            problems,
-            {spec: tasks.scorer(spec) for spec in dict.fromkeys(p.task for p in problems)},
-            settings,
-            "pruned",
-            progress,
-        )
-        probes = probe_tokens(engine, encoder, probe_strings())
+    scorers = {spec: tasks.scorer(spec) for spec in dict.fromkeys(p.task for p in problems)}
+
+    def answer(engine: Engine, artifact: ArtifactEntry, arm: str) -> Arm:
+        ids = manifest.tokenizer.eos_ids
+        records, _ = answer_problems(engine, encoder, tags, ids, problems, scorers, settings, arm, progress)
         stats = dict(getattr(engine, "stats", {}))
-    rows, prunable, sparsity = _measure(bundle, manifest, entry)
+        return Arm(arm, records, artifact.size_bytes, artifact.quant, _measure(bundle, manifest, artifact)[2], stats)
+
+    def opened(artifact: ArtifactEntry) -> contextlib.closing[Engine]:
+        return contextlib.closing(open_engine(artifact.backend, bundle / artifact.path, engine_settings))
+
+    with opened(entry) as engine:
+        pruned = answer(engine, entry, "pruned")
+        probes = probe_tokens(engine, encoder, probe_strings())
+    also = []
+    for other in others:
+        with opened(other) as engine:
+            arm = answer(engine, other, f"pruned, {other.backend}")
+        also.append(OtherArtifact(arm, other.backend, bundle / other.path, _recorded_files(other)))
+    rows, prunable, _ = _measure(bundle, manifest, entry)
     evidence = Evidence(
         settings=settings,
         gate=gate,
         dense=_recorded_arm(built, dense_records),
-        pruned=Arm("pruned", records, entry.size_bytes, entry.quant, sparsity, stats),
+        pruned=pruned,
+        backend=entry.backend,
         artifact=bundle / entry.path,
-        artifact_files={_from_main_file(name, entry): sha256 for name, sha256 in entry.files.items()},
+        artifact_files=_recorded_files(entry),
         sparsity_asked=float(manifest.pruning.get("sparsity_asked", recipe.prune.sparsity)),
         dense_linears=frozenset(row.name for row in built.linears if row.sparsity_asked == 0),
         tensors=rows,
         prunable=prunable,
         probes=probes,
+        also=tuple(also),
     )
     report = summarize(
         evidence,
@@ -107,7 +114,8 @@ def reverify(
         fingerprint=fingerprint(engine_settings),
         created=datetime.now(UTC),
     )
-    return report, [*dense_records, *records]
+    answered = [pruned, *(other.arm for other in also)]
+    return report, [*dense_records, *(record for arm in answered for record in arm.records)]
 
 
 def gate_of(bundle: Path, file: Path | None) -> Gate:
@@ -144,8 +152,10 @@ def _recorded_arm(built: Report, records: tuple[Record, ...]) -> Arm:
     return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0)
 
 
-def _from_main_file(name: str, entry: ArtifactEntry) -> str:
-    return PurePosixPath(name).relative_to(PurePosixPath(entry.path).parent).as_posix()
+def _recorded_files(entry: ArtifactEntry) -> dict[str, str]:
+    """Return the hash of each file by its path from the folder of the main one."""
+    folder = PurePosixPath(entry.path).parent
+    return {PurePosixPath(name).relative_to(folder).as_posix(): sha256 for name, sha256 in entry.files.items()}
 
 
 def _measure(

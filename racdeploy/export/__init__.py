@@ -100,16 +100,17 @@ class ExportResult:
 class Format(Protocol):
     """A file format, as a module.
 
-    ``BACKEND`` is the engine that reads it, ``LIBRARY`` what the Hub calls it, ``OPTIONS`` the keys of the recipe's
-    ``[export]`` beside quant and packing that its ``export`` takes. ``artifact_path`` is the main file's place in a
-    bundle. ``measure`` returns scalar metadata and one row per tensor: name, shape (outputs first), type, zeros
-    (None where they cannot be counted), size_bytes, packing; ``is_linear`` says whether a row is a prunable linear.
-    ``unpack`` writes what a packed artifact stands for, beside it unless told otherwise. ``companions`` are the texts
-    of further files that programs want in the bundle, by their path, and ``usage`` the lines of the model card that
-    say how to run it.
+    ``BACKEND`` is the engine that reads it, ``NEEDS`` the packages that both take, with their extras, ``LIBRARY``
+    what the Hub calls it, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and packing that its
+    ``export`` takes. ``artifact_path`` is the main file's place in a bundle. ``measure`` returns scalar metadata and
+    one row per tensor: name, shape (outputs first), type, zeros (None where they cannot be counted), size_bytes,
+    packing; ``is_linear`` says whether a row is a prunable linear. ``unpack`` writes what a packed artifact stands
+    for, beside it unless told otherwise. ``companions`` are the texts of further files that programs want in the
+    bundle, by their path, and ``usage`` the lines of the model card that say how to run it.
     """
 
     BACKEND: str
+    NEEDS: Mapping[str, str]
     LIBRARY: str
     OPTIONS: tuple[str, ...]
 

@@ -38,6 +38,7 @@ from racdeploy.runtime.template import PromptEncoder
 __all__ = [
     "BACKEND",
     "LIBRARY",
+    "NEEDS",
     "OPTIONS",
     "artifact_path",
     "companions",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 BACKEND = "llamacpp"
+NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
 OPTIONS = ("importance", "pre_tokenizer", "tensors")
 

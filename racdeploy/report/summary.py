@@ -56,7 +56,7 @@ def summarize(
         model=model,
         target=target,
         recipe=dict(recipe),
-        arms=(summarize_arm(evidence.dense), summarize_arm(evidence.pruned)),
+        arms=tuple(map(summarize_arm, (evidence.dense, evidence.pruned, *(other.arm for other in evidence.also)))),
         tasks=_tasks(evidence),
         comparison=_comparison(evidence, {check.name: check for check in checks}),
         checks=tuple(checks),

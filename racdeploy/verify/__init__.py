@@ -28,6 +28,7 @@ __all__ = [
     "Gate",
     "Limits",
     "LogitComparison",
+    "OtherArtifact",
     "Tier",
     "TokenProbe",
     "gate_model",
@@ -68,6 +69,16 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class OtherArtifact:
+    """The pruned model for another engine, in the same bundle; ``artifact`` and ``files`` as in :class:`Evidence`."""
+
+    arm: Arm
+    backend: str
+    artifact: Path
+    artifact_files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class TokenProbe:
     """A text with the ids the tokenizer gives and the ids the engine gives."""
 
@@ -102,7 +113,8 @@ class Evidence:
     """Everything the checks may look at; what was not measured is None, and a check says so.
 
     ``artifact`` is the main file of the pruned artifact, ``artifact_files`` the recorded hash of each of its files, by
-    the path from the main file's folder.
+    the path from the main file's folder. ``probes`` is None where the engine ``backend`` has no tokenizer of its own.
+    ``also`` are the bundle's artifacts for other engines.
     """
 
     settings: Verification
@@ -115,8 +127,10 @@ class Evidence:
     tensors: tuple[TensorRow, ...] = ()
     prunable: frozenset[str] = frozenset()
     dense_linears: frozenset[str] = frozenset()
-    probes: tuple[TokenProbe, ...] = ()
+    probes: tuple[TokenProbe, ...] | None = ()
     logits: LogitComparison | None = None
+    backend: str = ""
+    also: tuple[OtherArtifact, ...] = ()
 
     def limits(self, kind: type[L]) -> L:
         """Return the gate's limits of the check that asks, by its class."""

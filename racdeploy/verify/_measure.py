@@ -74,9 +74,13 @@ def answer_problems(
     return records, [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
 
 
-def probe_tokens(engine: Engine, encoder: PromptEncoder, texts: Sequence[str]) -> tuple[TokenProbe, ...]:
-    """Tokenize hard texts with the engine and with the checkpoint's own tokenizer."""
-    return tuple(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(engine.tokenize(text))) for text in texts)
+def probe_tokens(engine: Engine, encoder: PromptEncoder, texts: Sequence[str]) -> tuple[TokenProbe, ...] | None:
+    """Tokenize hard texts with the engine and with the checkpoint's own tokenizer; None if the engine has none."""
+    try:
+        found = [tuple(engine.tokenize(text)) for text in texts]
+    except NotImplementedError:
+        return None
+    return tuple(TokenProbe(t, tuple(encoder.encode_text(t)), ids) for t, ids in zip(texts, found, strict=True))
 
 
 def compare_logits(

@@ -9,6 +9,12 @@ from racdeploy.verify import Evidence
 def check(evidence: Evidence) -> CheckResult:
     """Pass if every probe string has equal ids; the first that differs is named."""
     probes = evidence.probes
+    if probes is None:
+        return CheckResult(
+            name="tokens",
+            verdict="skipped",
+            summary=f"{evidence.backend} has no tokenizer: its token ids come from the checkpoint's tokenizer.json",
+        )
     if not probes:
         return CheckResult(name="tokens", verdict="inconclusive", summary="no string was tokenized")
     wrong = [probe for probe in probes if probe.expected != probe.actual]
