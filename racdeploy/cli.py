@@ -6,6 +6,8 @@ stdout carries the result, stderr the rest. Exit codes: 0 passed, 1 a gate faile
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ from racdeploy.errors import GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
+from racdeploy.prune.processes import joined
 from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
@@ -113,8 +116,7 @@ def build(
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
     options["gate"] = read_toml(gate) if gate else None
     options["also"] = tuple(also) if also else None
-    with progress_bars() as progress:
-        builder = Build(Job.of(Recipe.combine(recipe, options), tier), work or default_work(), threads, progress)
+    with _building(Job.of(Recipe.combine(recipe, options), tier), work, threads) as builder:
         folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:
             _print_plan(builder.job.check(folder), json_output)
@@ -139,8 +141,7 @@ def traces(
 ) -> None:
     """Collect the model's chains of thought and print where they are."""
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
-    with progress_bars() as progress:
-        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
+    with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
         builder.job.check_model()
         folder, _ = builder.traces()
     _print_folder(folder, json_output)
@@ -167,8 +168,7 @@ def prune(
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     options |= _pruning(sparsity, pattern, method, calibration)
-    with progress_bars() as progress:
-        builder = Build(Job(Recipe.combine(recipe, options)), work or default_work(), threads, progress)
+    with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
         builder.job.check_model()
         folder = builder.prune().folder
     _print_folder(folder, json_output)
@@ -391,6 +391,18 @@ def doctor(json_output: JsonOpt = False) -> None:
 
 def _share(zeros: float | None) -> str:
     return "unknown" if zeros is None else f"{zeros:.1%}"
+
+
+@contextmanager
+def _building(job: Job, work: Path | None, threads: int) -> Iterator[Build]:
+    """Yield the build in the first process of a job; the others do their share and end here."""
+    with progress_bars() as progress, joined() as processes:
+        show = progress if processes.rank == 0 else None
+        builder = Build(job, work or default_work(), threads, show, processes)
+        if processes.rank:
+            builder.follow()
+            raise typer.Exit
+        yield builder
 
 
 def _options(

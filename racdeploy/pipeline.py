@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,17 @@ from typing import Any
 from racdeploy import __version__, bundle
 from racdeploy import export as exports
 from racdeploy.artifacts import IMPORTANCE_FILE, Stage, Trace, TraceSet, canonical_hash
-from racdeploy.backends import Engine, EngineSettings, open_engine
+from racdeploy.backends import Completion, Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import BlockRow, LinearRow, Record, Report
 from racdeploy.traces import server
-from racdeploy.traces.collect import collect, prompt_traces, trace_counts
+from racdeploy.traces.collect import Answering, Asked, collect, prompt_traces, trace_counts
 from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, OtherArtifact, run_checks
@@ -82,12 +85,14 @@ class Build:
         work: where stage folders go.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, units done and units in all.
+        processes: who share traces and pruning; only the first one runs the stages, the others :meth:`follow` it.
     """
 
     job: Job
     work: Path
     threads: int = 0
     progress: Progress | None = None
+    processes: Processes = ALONE
 
     def traces(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
         """Collect a model's traces, or read them back.
@@ -117,9 +122,9 @@ class Build:
         longest = settings.max_new_tokens + max(
             len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
         )
-        with self._trace_engine(longest + 1, stage.folder, sparse) as engine:
+        with self._answering(longest + 1, stage.folder, sparse) as answer:
             traces = collect(
-                engine,
+                answer,
                 self.job.encoder,
                 self.job.tags,
                 self.job.checkpoint.eos_ids,
@@ -167,7 +172,6 @@ class Build:
     ) -> PrunedModel:
         """Prune the dense model to one sparsity, keeping the zeros of the model before."""
         from racdeploy.prune.assemble import assemble
-        from racdeploy.prune.calibrate import prune_blocks
 
         settings = self.job.recipe.prune.model_copy(update={"sparsity": sparsity})
         quant = self.job.grid if settings.joint else ""
@@ -184,18 +188,16 @@ class Build:
         folder = stage.folder / self.job.name
         if not stage.finished:
             calibration, held_out, counts = self.calibration(traces)
-            linears, blocks = prune_blocks(
-                self.job.checkpoint,
-                calibration,
-                held_out,
-                settings,
-                stage.folder,
-                weights=self.job.recipe.calibration.weights,
-                quant=quant,
-                within=before.folder.parent if before else None,
-                threads=self.threads,
-                progress=self.progress,
-            )
+            given = {
+                "calibration": calibration,
+                "held_out": held_out,
+                "settings": settings,
+                "weights": self.job.recipe.calibration.weights,
+                "quant": quant,
+                "within": before.folder.parent if before else None,
+            }
+            with self.processes.job("prune", self._same("prune"), given):
+                linears, blocks = self._prune_blocks(stage.folder, given)
             assemble(self.job.checkpoint, stage.folder, folder)
             rows = {"linears": [row.model_dump() for row in linears], "blocks": [row.model_dump() for row in blocks]}
             stage.finish(rows | {"selection": counts})
@@ -206,6 +208,37 @@ class Build:
             tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
             summary["selection"],
         )
+
+    def _prune_blocks(self, folder: Path, given: Mapping[str, Any]) -> tuple[list[LinearRow], list[BlockRow]]:
+        from racdeploy.prune.calibrate import prune_blocks
+
+        return prune_blocks(
+            self.job.checkpoint,
+            folder=folder,
+            threads=self.threads,
+            progress=self.progress,
+            processes=self.processes,
+            **given,
+        )
+
+    def follow(self) -> None:
+        """Do this process's share of what the first one asks for, until it needs no more.
+
+        Raises:
+            ArtifactError: this process has another model, version or code.
+        """
+        for name, given in self.processes.jobs(self._same):
+            if name == "prune":
+                self.work.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=self.work) as scratch:
+                    self._prune_blocks(Path(scratch), given)
+            else:
+                with _opened("transformers", self.job.model.folder, EngineSettings(**given)) as engine:
+                    self.processes.serve(partial(_answer, engine))
+
+    def _same(self, stage: str) -> dict[str, str]:
+        """Return what the processes of a job must have in common."""
+        return self._inputs(stage) | {"model": self.job.checkpoint.sha256}
 
     def export(
         self,
@@ -395,13 +428,26 @@ class Build:
         )
         return report
 
-    def _trace_engine(self, context_tokens: int, folder: Path, sparse: Path | None) -> AbstractContextManager[Engine]:
-        """Return what answers the calibration prompts: a server that the recipe names serves the dense model only."""
+    @contextlib.contextmanager
+    def _answering(self, context_tokens: int, folder: Path, sparse: Path | None) -> Iterator[Answering]:
+        """Yield what answers calibration prompts: a server that the recipe names, or the processes of this job.
+
+        A server has the dense model only, and the other processes may not see the sparse one.
+        """
         settings = self.job.recipe.traces
         if settings.server and not sparse:
-            return server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
+            opened = server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
+            with opened as engine:
+                yield Answering(lambda asked: [_answer(engine, each) for each in asked])
+            return
         engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
-        return _opened("transformers", sparse or self.job.model.folder, engine_settings)
+        with _opened("transformers", sparse or self.job.model.folder, engine_settings) as engine:
+            if sparse:
+                yield Answering(lambda asked: [_answer(engine, each) for each in asked])
+                return
+            with self.processes.job("traces", self._same("traces"), asdict(engine_settings)):
+                yield Answering(partial(self.processes.each, partial(_answer, engine)), self.processes.count)
+                self.processes.tell(())
 
     def calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
@@ -461,6 +507,10 @@ def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
     if selection["calibration_tokens"] < 0.98 * selection["rac_tokens"]:
         notes.append(f"the tasks ran out of prompts: whole traces would have been {selection['rac_tokens']} tokens")
     return notes
+
+
+def _answer(engine: Engine, asked: Asked) -> list[Completion]:
+    return engine.generate(*asked)
 
 
 def _opened(backend: str, path: Path, settings: EngineSettings) -> AbstractContextManager[Any]:

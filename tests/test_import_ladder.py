@@ -27,6 +27,7 @@ LADDER = (
     {"doctor"},
     {"_console"},
     {"cli", "pytest_plugin"},
+    {"__main__"},
 )
 RUNG = {unit: number for number, rung in enumerate(LADDER) for unit in rung}
 TORCH_UNITS = {"prune", "backends/transformers.py", "backends/_torch_model.py"}

@@ -41,6 +41,8 @@ class Blocks:
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Yield what enters the first block, (B, T, D); only the rows of tokens that occur are read."""
+        if not batches:
+            return
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
         rows_ND = torch.from_numpy(self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy()))
         rows_ND *= embedding_scale(self.checkpoint)

@@ -2,7 +2,8 @@
 
 One block's weights are in memory at a time, twice: dense and partly pruned. Linears that share an input are pruned
 together, and the next ones see what they leave. A finished block is a file, so an interrupted walk goes on with the
-first block that has none; nothing of the rest is lost, and the result is byte for byte the same.
+first block that has none; nothing of the rest is lost, and the result is byte for byte the same. Several processes
+share the batches and the linears (:mod:`racdeploy.prune.processes`); the first one writes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Pattern, Within, pattern_of
+from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.pruned_linear import PrunedLinear, importance, measured
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.statistics import InputStatistic
@@ -58,6 +60,7 @@ def prune_blocks(
     within: Path | None = None,
     threads: int = 0,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[list[LinearRow], list[BlockRow]]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
@@ -70,8 +73,9 @@ def prune_blocks(
         weights: what a token of each stream counts; None is 1 for all.
         quant: number format whose codes are chosen while pruning; empty leaves rounding to the export.
         within: folder of an earlier walk whose zeros stay zeros; weights are solved from the dense ones all the same.
-        threads: CPU threads; 0 leaves torch's choice.
+        threads: CPU threads; 0 leaves torch's choice. Every process uses as many as the first.
         progress: called with a label, blocks done and blocks in all.
+        processes: who share the work; each calls this with the same arguments and a folder of its own.
 
     Returns:
         One row per linear, in forward order, and one per block.
@@ -83,11 +87,11 @@ def prune_blocks(
         raise UsageError("no calibration traces are left after selection", remedy="collect more traces")
     check_covered(checkpoint, settings.dense)
     keep_heap()
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     batches = make_batches(calibration, tasks, held_out=False) + make_batches(held_out, tasks, held_out=True)
-    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, within, folder, tasks, batches)
+    mine = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
+    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, within, folder, tasks, mine, processes)
     linears: list[LinearRow] = []
     blocks: list[BlockRow] = []
     try:
@@ -117,10 +121,12 @@ class _Walk:
     folder: Path
     tasks: Sequence[str]
     batches: Sequence[Batch]
+    processes: Processes
 
     def __post_init__(self) -> None:
         self.blocks = Blocks(self.checkpoint, self.settings.compute)
         self.method = plugins.load("methods", self.settings.method)
+        self.first = self.processes.rank == 0
         shapes = self.blocks.shapes(self.batches)
         self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
         self.dense = Activations(shapes, self.folder / "hidden-dense.bin")
@@ -137,7 +143,7 @@ class _Walk:
             f"{self.blocks.prefix(i)}.{n}" for i in range(checkpoint.block_count) for n in checkpoint.family.linears
         ]
         sizes = {n: math.prod(checkpoint.entries[f"{n}.weight"].shape) for n in linears if not self._stays_dense(n)}
-        if not file.is_file():
+        if not self.processes.tell(file.is_file()):
             plugin = plugins.load("allocations", settings.allocation)
             observations: dict[str, Observation] = {}
             if plugin.SURVEYS:
@@ -149,11 +155,13 @@ class _Walk:
                     settings.damping,
                     lambda weight_OI, hessian: plugin.observe(weight_OI, hessian, settings),
                     self.folder,
+                    self.processes,
                     progress,
                 )
             shares = plugin.allocate({n: observations[n] for n in sizes if n in observations}, sizes, settings.sparsity)
-            write_atomic(file, json.dumps({"shares": shares, "observations": observations}, indent=1))
-        self.shares: dict[str, float] = read_json(file)["shares"]
+            if self.first:
+                write_atomic(file, json.dumps({"shares": shares, "observations": observations}, indent=1))
+        self.shares: dict[str, float] = self.processes.tell(read_json(file)["shares"] if self.first else {})
 
     def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
@@ -171,48 +179,78 @@ class _Walk:
             put(sparse, name, parameter)
         stem = self.folder / f"block-{index:05d}"
         weights, report = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-        if report.is_file():
-            for name, value in load_file(weights).items():
-                put(sparse, name.removeprefix(f"{prefix}."), value.float())
+        if self.processes.tell(report.is_file()):
+            self._restore(prefix, sparse, weights)
             self._advance(dense, sparse, {})
-            found = read_json(report)
+            found = self.processes.tell(read_json(report) if self.first else {})
             linears = [LinearRow.model_validate(row) for row in found["linears"]]
             block = BlockRow.model_validate(found["block"])
         else:
             pruned = self._prune(prefix, dense, sparse)
-            write_atomic(weights, save({f"{prefix}.{name}.weight": row.stored_OI for name, row in pruned.items()}))
-            if not self.quant:  # codes that are chosen already are written as they are
-                write_atomic(importance_file(self.folder, index), save(_importance(prefix, pruned)))
+            if self.first:
+                write_atomic(weights, save({f"{prefix}.{name}.weight": row.stored_OI for name, row in pruned.items()}))
+                if not self.quant:  # codes that are chosen already are written as they are
+                    write_atomic(self.folder / f"importance-{index:05d}.safetensors", save(importance(prefix, pruned)))
             drift = self._advance(dense, sparse, pruned)
+            for error in (drift, *(linear.error for linear in pruned.values())):
+                error.share(self.processes)
             linears = self._linear_rows(prefix, pruned)
             block = BlockRow(
                 block=index, drift=drift.total, drift_by_stream=drift.by_stream, drift_by_task=drift.by_task
             )
             values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
-            write_atomic(report, json.dumps(values, indent=1))
+            if self.first:
+                write_atomic(report, json.dumps(values, indent=1))
         dense.to("meta")
         return linears, block
 
-    def _prune(self, prefix: str, dense: nn.Module, sparse: nn.Module) -> dict[str, _PrunedLinear]:
+    def _restore(self, prefix: str, sparse: nn.Module, weights: Path) -> None:
+        """Put the linears of a finished block into ``sparse``; only the first process has the file."""
+        found = load_file(weights) if self.first else {}
+        for name in self.processes.tell(list(found)):
+            parameter = name.removeprefix(f"{prefix}.")
+            value = found[name].float() if self.first else torch.empty_like(sparse.get_parameter(parameter))
+            self.processes.spread(value, 0)
+            put(sparse, parameter, value)
+
+    def _prune(self, prefix: str, dense: nn.Module, sparse: nn.Module) -> dict[str, PrunedLinear]:
         """Prune the linears of a block, group by group, and put them into ``sparse``."""
-        pruned: dict[str, _PrunedLinear] = {}
+        pruned: dict[str, PrunedLinear] = {}
         for group in self.checkpoint.family.input_groups:
-            wanted = [name for name in group if not self._stays_dense(f"{prefix}.{name}")]
-            if not wanted:
-                continue
-            statistic = self._gather(dense, sparse, wanted[0])
-            importance_I, tokens = statistic.importance_I, round(statistic.weight)
-            hessian = statistic.hessian(self.settings.damping)
-            targets = [statistic.target(dense.get_parameter(f"{name}.weight"), hessian) for name in wanted]
-            del statistic
-            for name, target_OI in zip(wanted, targets, strict=True):
-                stored = "F32" if self.quant else self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype
-                dtype = TORCH_DTYPES[stored]  # codes times a scale need more digits than bfloat16 has
-                stored_OI = self._prune_linear(f"{prefix}.{name}", target_OI, hessian).to(dtype).contiguous()
-                error = RelativeError(self.tasks)
-                pruned[name] = _PrunedLinear(stored_OI, target_OI, hessian.damping, error, importance_I, tokens)
-                put(sparse, f"{name}.weight", stored_OI.float())
+            if wanted := [name for name in group if not self._stays_dense(f"{prefix}.{name}")]:
+                pruned |= self._prune_group(prefix, dense, sparse, wanted)
         return pruned
+
+    def _prune_group(
+        self, prefix: str, dense: nn.Module, sparse: nn.Module, names: Sequence[str]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears that share an input: each in the process that owns it, then everywhere."""
+        full = [dense.get_parameter(f"{name}.weight") for name in names]
+        patterns = [self._pattern(f"{prefix}.{name}", w_OI.shape) for name, w_OI in zip(names, full, strict=True)]
+        owners = self.processes.owners([weight_OI.numel() for weight_OI in full])
+        statistic = self._gather(dense, sparse, names[0], full)
+        statistic.share(self.processes, owners)
+        importance_I, tokens = statistic.importance_I, round(statistic.weight)
+        own = [index for index, owner in enumerate(owners) if owner == self.processes.rank]
+        solved = self._solve(own, full, patterns, statistic) if own else {}
+        pruned = {}
+        for index, (name, owner) in enumerate(zip(names, owners, strict=True)):
+            stored = "F32" if self.quant else self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype
+            dtype = TORCH_DTYPES[stored]  # codes times a scale need more digits than bfloat16 has
+            weight_OI, target_OI, damping = solved.get(index, (full[index], full[index], 0.0))
+            stored_OI, error = weight_OI.to(dtype).contiguous(), RelativeError(self.tasks)
+            linear = PrunedLinear(stored_OI, target_OI, damping, error, importance_I, tokens)
+            pruned[name] = linear.spread(self.processes, owner, self.settings.match_dense)
+            put(sparse, f"{name}.weight", pruned[name].stored_OI.float())
+        return pruned
+
+    def _solve(
+        self, own: Sequence[int], full: Sequence[torch.Tensor], patterns: Sequence[Pattern], statistic: InputStatistic
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor, float]]:
+        """Return, for linears of a group by index, the pruned weights, what they were solved for, and the damping."""
+        hessian = statistic.hessian(self.settings.damping)
+        targets = statistic.targets(own, hessian) if self.settings.match_dense else dict(enumerate(full))
+        return {i: (self._prune_linear(targets[i], hessian, patterns[i]), targets[i], hessian.damping) for i in own}
 
     def _stays_dense(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.settings.dense)
@@ -220,42 +258,45 @@ class _Walk:
     def _needs_dense(self, batch: Batch) -> bool:
         return self.settings.match_dense or batch.held_out
 
-    def _gather(self, dense: nn.Module, sparse: nn.Module, linear: str) -> InputStatistic:
-        """Return the statistic of a linear's input, over the calibration batches."""
-        width = dense.get_parameter(f"{linear}.weight").shape[1]
+    def _gather(self, dense: nn.Module, sparse: nn.Module, linear: str, full: Sequence[torch.Tensor]) -> InputStatistic:
+        """Return the statistic of a linear's input, over this process's calibration batches."""
         weights_S = torch.tensor([getattr(self.weights, stream) for stream in STREAMS])
-        statistic = InputStatistic(width, weights_S, self.settings.match_dense)
+        match_dense = self.settings.match_dense
+        statistic = InputStatistic(full[0].shape[1], weights_S, full if match_dense else ())
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
             sparse_BTI = self.blocks.input(sparse, linear, self.sparse[index])
-            dense_BTI = self.blocks.input(dense, linear, self.dense[index]) if self.settings.match_dense else None
+            dense_BTI = self.blocks.input(dense, linear, self.dense[index]) if match_dense else None
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
         return statistic
 
-    def _prune_linear(self, name: str, target_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-        asked = pattern_of(self.shares[name], self.settings.kept_of)
-        pattern: Pattern = Within(asked, self._gone(name)) if self.within else asked
-        pattern.check(name, target_OI.shape[1])
+    def _prune_linear(self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern) -> torch.Tensor:
         live_OI = target_OI * ~hessian.dead_I
         pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
         if not self.quant:
             return pruned.weight_OI
         return round_to_grid(pruned.weight_OI, pruned.keep_OI, live_OI, hessian, as_grid(self.quant))
 
-    def _gone(self, name: str) -> torch.Tensor:
-        """Return where the earlier walk left zeros in a linear."""
-        assert self.within
-        index = int(name.removeprefix(f"{self.checkpoint.family.blocks}.").partition(".")[0])
-        with safe_open(self.within / f"block-{index:05d}.safetensors", "pt") as file:
-            gone_OI: torch.Tensor = file.get_tensor(f"{name}.weight") == 0
-        return gone_OI
+    def _pattern(self, name: str, shape: torch.Size) -> Pattern:
+        """Return the zeros that a linear shall have: at least where the earlier walk left them."""
+        pattern = pattern_of(self.shares[name], self.settings.kept_of)
+        pattern.check(name, shape[1])
+        if not self.within:
+            return pattern
+        gone_OI = torch.empty(shape, dtype=torch.bool)
+        if self.first:
+            index = int(name.removeprefix(f"{self.checkpoint.family.blocks}.").partition(".")[0])
+            with safe_open(self.within / f"block-{index:05d}.safetensors", "pt") as file:
+                gone_OI = file.get_tensor(f"{name}.weight") == 0
+        self.processes.spread(gone_OI, 0)
+        return Within(pattern, gone_OI)
 
-    def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, _PrunedLinear]) -> RelativeError:
+    def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""
         drift = RelativeError(self.tasks)
         for index, batch in enumerate(self.batches):
-            with _measured(sparse, pruned if batch.held_out else {}, batch):
+            with measured(sparse, pruned if batch.held_out else {}, batch):
                 sparse_BTD = self.blocks.forward(sparse, self.sparse[index])
             self.sparse[index] = sparse_BTD
             if self._needs_dense(batch):
@@ -264,7 +305,7 @@ class _Walk:
                     drift.add(sparse_BTD, dense_BTD, batch)
         return drift
 
-    def _linear_rows(self, prefix: str, pruned: Mapping[str, _PrunedLinear]) -> list[LinearRow]:
+    def _linear_rows(self, prefix: str, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
         rows = []
         for name in self.checkpoint.family.linears:
             full, linear = f"{prefix}.{name}", pruned.get(name)
@@ -273,59 +314,3 @@ class _Walk:
             else:
                 rows.append(LinearRow(name=full, sparsity_asked=0.0, sparsity_reached=0.0))
         return rows
-
-
-@dataclass(frozen=True)
-class _PrunedLinear:
-    """A pruned linear in the file's dtype, what it was solved for, its error, and how large its inputs are."""
-
-    stored_OI: torch.Tensor
-    target_OI: torch.Tensor
-    damping: float
-    error: RelativeError
-    importance_I: torch.Tensor
-    tokens: int
-
-    def row(self, name: str, sparsity: float) -> LinearRow:
-        return LinearRow(
-            name=name,
-            sparsity_asked=sparsity,
-            sparsity_reached=float((self.stored_OI == 0).float().mean()),
-            held_out_error=self.error.total,
-            error_by_stream=self.error.by_stream,
-            damping=self.damping,
-        )
-
-
-def importance_file(folder: Path, index: int) -> Path:
-    """Return where the walk leaves the mean squared inputs of a block's linears."""
-    return folder / f"importance-{index:05d}.safetensors"
-
-
-def _importance(prefix: str, pruned: Mapping[str, _PrunedLinear]) -> dict[str, torch.Tensor]:
-    """Return the mean squared inputs by the weight's name, and on how many tokens they rest."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, row in pruned.items():
-        tensors[f"{prefix}.{name}.weight"] = row.importance_I.clone()  # linears of a group share it
-        tensors[f"{prefix}.{name}.weight.tokens"] = torch.tensor([row.tokens], dtype=torch.float64)
-    return tensors
-
-
-@contextmanager
-def _measured(block: nn.Module, pruned: Mapping[str, _PrunedLinear], batch: Batch) -> Iterator[None]:
-    """While the body runs, compare each pruned linear's output with that of the weights it was solved for."""
-
-    def observer(linear: _PrunedLinear) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor) -> None:
-            bias = getattr(module, "bias", None)
-            found_BTO = output_BTO if bias is None else output_BTO - bias
-            linear.error.add(found_BTO.float(), inputs[0].float() @ linear.target_OI.T, batch)
-
-        return observe
-
-    handles = [block.get_submodule(name).register_forward_hook(observer(linear)) for name, linear in pruned.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

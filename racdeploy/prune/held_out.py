@@ -8,6 +8,7 @@ import torch
 
 from racdeploy.artifacts import STREAMS
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import PAD
 
 __all__ = ["RelativeError"]
@@ -33,6 +34,11 @@ class RelativeError:
         energy_BT = wanted_BTO.square().sum(-1, dtype=torch.float64)
         self._lost_KS.index_put_(place, lost_BT[real_BT], accumulate=True)
         self._energy_KS.index_put_(place, energy_BT[real_BT], accumulate=True)
+
+    def share(self, processes: Processes) -> None:
+        """Add up what the processes of a job measured."""
+        processes.total(self._lost_KS)
+        processes.total(self._energy_KS)
 
     @property
     def total(self) -> float | None:

@@ -1,19 +1,23 @@
 """What calibration gathers for one input: the Hessian, and how far the input has drifted from the dense model's.
 
-H = Σ w x xᵀ over tokens, float32, w the weight of a token's stream (prompt, thinking, answer).
+H = Σ w x xᵀ over tokens, w the weight of a token's stream (prompt, thinking, answer). The product of a batch is
+float32, the sum over batches float64, rounded to float32 once: adding float32 numbers in float64 is exact but for
+magnitudes more than 2²² apart, so the sum does not depend on the order of the batches, or on who added them.
 Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464); drift follows GPTAQ
 (arXiv 2504.02692).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from racdeploy.errors import UsageError
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.processes import Processes
 
 __all__ = ["PAD", "InputStatistic"]
 
@@ -28,19 +32,29 @@ class InputStatistic:
     Args:
         width: number of inputs I.
         weights_S: weight of a token of each stream.
-        match_dense: whether the drift is gathered.
+        match: dense weights of the linears that are solved for the dense model's output; none gathers no drift.
+
+    After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared input of each column.
     """
 
     width: int
     weights_S: torch.Tensor
-    match_dense: bool
-    hessian_II: torch.Tensor = field(init=False)
-    drift_II: torch.Tensor | None = field(init=False)
-    weight: float = field(init=False, default=0.0)
+    match: Sequence[torch.Tensor] = ()
+    weight: float = field(init=False)
+    importance_I: torch.Tensor = field(init=False)
+    _sums: list[torch.Tensor] = field(init=False)
+    _drift: torch.Tensor = field(init=False)
+    _weight: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hessian_II = torch.zeros(self.width, self.width)
-        self.drift_II = torch.zeros(self.width, self.width) if self.match_dense else None
+        self._sums = [
+            torch.zeros(stop - start, self.width - start, dtype=torch.float64) for start, stop in self._slices()
+        ]
+        rows = sum(len(weight_OI) for weight_OI in self.match)
+        self._projected = 2 * rows <= self.width  # W D is then cheaper to gather than D, and smaller
+        size = (rows if self._projected else self.width, self.width) if self.match else (0, 0)
+        self._drift = torch.zeros(*size, dtype=torch.float64)
+        self._weight = torch.zeros((), dtype=torch.float64)
 
     def add(self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor) -> None:
         """Add a batch; positions whose stream is ``PAD`` do not count.
@@ -54,12 +68,28 @@ class InputStatistic:
         weight_N = self.weights_S[stream_BT[real_BT]]
         root_N1 = weight_N.sqrt()[:, None]
         x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
-        for start, stop in self._slices():
-            self.hessian_II[start:stop, start:].addmm_(x_NI[:, start:stop].T, x_NI[:, start:])
-        self.weight += float(weight_N.sum())
-        if self.drift_II is not None:
+        for (start, stop), sum_CI in zip(self._slices(), self._sums, strict=True):
+            sum_CI += x_NI[:, start:stop].T @ x_NI[:, start:]
+        self._weight += weight_N.sum(dtype=torch.float64)
+        if self.match:
             assert dense_BTI is not None, "the drift needs the dense input"
-            self.drift_II.addmm_(dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI).T, x_NI)
+            delta_NI = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
+            delta_NR = torch.cat([delta_NI @ w_OI.T for w_OI in self.match], 1) if self._projected else delta_NI
+            for start, stop in self._slices(delta_NR.shape[1]):
+                self._drift[start:stop] += delta_NR[:, start:stop].T @ x_NI
+
+    def share(self, processes: Processes, owners: Sequence[int]) -> None:
+        """Add up what the processes of a job gathered, in those that own a linear; the others' sums are given away."""
+        energy_I = torch.cat([sum_CI.diagonal() for sum_CI in self._sums])
+        for part in (*self._sums, self._drift):
+            processes.total(part, owners)
+        for part in (energy_I, self._weight):
+            processes.total(part)
+        self.weight = float(self._weight)
+        self.importance_I = (energy_I / self._weight).float()
+        if processes.rank not in owners:
+            self._sums.clear()
+            self._drift = self._drift.new_empty(0, 0)
 
     def hessian(self, damping: float) -> Hessian:
         """Return the damped mean Hessian; the sum is given away.
@@ -67,31 +97,39 @@ class InputStatistic:
         Raises:
             UsageError: no token counted.
         """
-        if self.weight <= 0:
+        if self._weight <= 0:
             raise UsageError(
                 "no calibration token counts: the weight of every stream that the traces have is 0",
                 remedy="raise prompt, thinking or answer under [calibration.weights]",
             )
+        matrix_II = torch.empty(self.width, self.width)
         for start, stop in self._slices():
-            self.hessian_II[stop:, start:stop] = self.hessian_II[start:stop, stop:].T
-        return Hessian(self.hessian_II.div_(self.weight), damping)
+            matrix_II[start:stop, start:] = self._sums.pop(0).div_(self._weight)
+            matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
+        return Hessian(matrix_II, damping)
 
-    @property
-    def importance_I(self) -> torch.Tensor:
-        """Mean squared input of each column: the diagonal of the mean Hessian, before it is damped."""
-        return self.hessian_II.diagonal() / self.weight
-
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        """Yield the row slices of which only the part from the diagonal on is summed: half the work at large widths."""
-        step = max(self.width // SLICES, LEAST_SLICE)
-        for start in range(0, self.width, step):
-            yield start, min(start + step, self.width)
-
-    def target(self, weight_OI: torch.Tensor, hessian: Hessian) -> torch.Tensor:
-        """Return the dense weights that give, on the drifted input, the dense model's output.
+    def targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
+        """Return dense weights that give, on the drifted input, the dense model's output; the drift is given away.
 
         Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with D = Σ w (x_dense − x) xᵀ.
+
+        Args:
+            indices: which of ``match``.
+            hessian: of this input.
         """
-        if self.drift_II is None:
-            return weight_OI
-        return weight_OI + hessian.solve(weight_OI @ (self.drift_II / self.weight))
+        drift_RI = self._drift.div_(self._weight).float()
+        del self._drift
+        starts = list(itertools.accumulate((len(weight_OI) for weight_OI in self.match), initial=0))
+        found = {}
+        for index in indices:
+            weight_OI = self.match[index]
+            part_OI = drift_RI[starts[index] : starts[index + 1]] if self._projected else weight_OI @ drift_RI
+            found[index] = weight_OI + hessian.solve(part_OI)
+        return found
+
+    def _slices(self, rows: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield row slices; of the Hessian only the part from the diagonal on is summed, half the work when wide."""
+        rows = rows or self.width
+        step = max(rows // SLICES, LEAST_SLICE)
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)

@@ -13,6 +13,7 @@ from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import StreamWeights
 
@@ -28,6 +29,7 @@ def survey(
     damping: float,
     observe: Observe,
     folder: Path,
+    processes: Processes,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Observation]:
     """Return what ``observe`` says of each linear's weights and Hessian, by name.
@@ -39,10 +41,12 @@ def survey(
         damping: of the Hessians.
         observe: called for each linear, in forward order.
         folder: for scratch files.
+        processes: who share the work; ``batches`` are this one's.
         progress: called with a label, blocks done and blocks in all.
     """
     hidden = Activations(blocks.shapes(batches), folder / "hidden-survey.bin")
     found: dict[str, Observation] = {}
+    names: list[str] = []
     weights_S = torch.tensor([getattr(weights, stream) for stream in STREAMS])
     family, count = blocks.checkpoint.family, blocks.checkpoint.block_count
     try:
@@ -51,13 +55,18 @@ def survey(
         for number in range(count):
             block = blocks.load(number)
             for group in family.input_groups:
-                statistic = InputStatistic(block.get_parameter(f"{group[0]}.weight").shape[1], weights_S, False)
+                dense = [block.get_parameter(f"{linear}.weight") for linear in group]
+                statistic = InputStatistic(dense[0].shape[1], weights_S)
                 for index, batch in enumerate(batches):
                     statistic.add(blocks.input(block, group[0], hidden[index]), None, batch.stream_BT)
-                hessian = statistic.hessian(damping)
-                for linear in group:
-                    weight_OI = block.get_parameter(f"{linear}.weight") * ~hessian.dead_I
-                    found[f"{blocks.prefix(number)}.{linear}"] = observe(weight_OI, hessian)
+                owners = processes.owners([weight_OI.numel() for weight_OI in dense])
+                statistic.share(processes, owners)
+                hessian = statistic.hessian(damping) if processes.rank in owners else None
+                for linear, weight_OI, owner in zip(group, dense, owners, strict=True):
+                    name = f"{blocks.prefix(number)}.{linear}"
+                    names.append(name)
+                    if hessian and owner == processes.rank:
+                        found[name] = observe(weight_OI * ~hessian.dead_I, hessian)
             for index in range(len(batches)):
                 hidden[index] = blocks.forward(block, hidden[index])
             block.to("meta")
@@ -65,4 +74,5 @@ def survey(
                 progress("survey", number + 1, count)
     finally:
         hidden.close()
-    return found
+    merged = {name: seen for part in processes.all(found) for name, seen in part.items()}
+    return {name: merged[name] for name in names}

@@ -12,17 +12,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.artifacts import Trace, TraceSet
-from racdeploy.backends import Completion, Engine, Sampling
+from racdeploy.backends import Completion, Sampling
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem, Task
 
-__all__ = ["collect", "prompt_traces", "trace_counts"]
+__all__ = ["Answering", "Asked", "collect", "prompt_traces", "trace_counts"]
 
 Progress = Callable[[str, int, int], None]
 _SHARD_STRIDE = 1_000_003
+
+
+Asked = tuple[list[list[int]], Sampling]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What answers the prompts of whole shards.
+
+    Args:
+        answer: from prompts and sampling of up to ``together`` shards, the completions of each.
+        together: shards that are answered at the same time.
+    """
+
+    answer: Callable[[Sequence[Asked]], list[list[Completion]]]
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class _Reader:
 
 
 def collect(
-    engine: Engine,
+    answering: Answering,
     encoder: PromptEncoder,
     tags: ThinkingTags | None,
     stop_ids: tuple[int, ...],
@@ -66,7 +82,7 @@ def collect(
     """Answer every problem and append the traces, shard by shard; finished shards are read back.
 
     Args:
-        engine: the dense model.
+        answering: the dense model.
         encoder: renders and tokenizes.
         tags: thinking tags, or None for a model that does not think.
         stop_ids: end-of-sequence ids.
@@ -77,27 +93,30 @@ def collect(
         progress: called with a label, prompts done and prompts in all.
     """
     reader = _Reader(encoder, tags, tasks, stop_ids)
-    traces: list[Trace] = []
-    for number, start in enumerate(range(0, len(problems), settings.batch)):
-        chosen = problems[start : start + settings.batch]
-        if out.shard(number).is_file():
-            traces += out.read_shard(out.shard(number))
-        else:
-            sampling = Sampling(
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=stop_ids,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed * _SHARD_STRIDE + number,
-            )
-            prompts = [encoder.encode(problem.question) for problem in chosen]
-            completions = engine.generate(prompts, sampling)
-            shard = [reader.trace(start + i, problem, prompts[i], completions[i]) for i, problem in enumerate(chosen)]
-            out.append(number, shard)
-            traces += shard
-        if progress:
-            progress("traces", len(traces), len(problems))
-    return traces
+    shards = dict(enumerate(problems[start:][: settings.batch] for start in range(0, len(problems), settings.batch)))
+    missing = [number for number in shards if not out.shard(number).is_file()]
+    done = sum(len(out.read_shard(out.shard(number))) for number in shards if number not in missing)
+    for first in range(0, len(missing), answering.together):
+        numbers = missing[first : first + answering.together]
+        prompts = [[encoder.encode(problem.question) for problem in shards[number]] for number in numbers]
+        asked = [(each, _sampling(settings, stop_ids, number)) for each, number in zip(prompts, numbers, strict=True)]
+        for number, (ids, _), completions in zip(numbers, asked, answering.answer(asked), strict=True):
+            rows = enumerate(zip(shards[number], ids, completions, strict=True), number * settings.batch)
+            out.append(number, [reader.trace(index, *row) for index, row in rows])
+            done += len(ids)
+            if progress:
+                progress("traces", done, len(problems))
+    return out.read()
+
+
+def _sampling(settings: Traces, stop_ids: tuple[int, ...], shard: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=stop_ids,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed * _SHARD_STRIDE + shard,
+    )
 
 
 def prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[Trace]:

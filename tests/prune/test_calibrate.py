@@ -18,6 +18,7 @@ from racdeploy.prune.activations import Activations
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning, StreamWeights
 from tests.tiny_models import FAMILIES, make_checkpoint
@@ -50,21 +51,21 @@ def test_hessians_equal_those_of_a_whole_forward_pass(checkpoint: Checkpoint, tm
             model(input_ids=torch.tensor([trace.ids]))
     input_NI = torch.cat(seen)
 
-    captured: list[InputStatistic] = []
-    original = InputStatistic.__post_init__
+    captured: list[torch.Tensor] = []
+    original = InputStatistic.hessian
 
-    def remember(self: InputStatistic) -> None:
-        original(self)
-        captured.append(self)
+    def remember(self: InputStatistic, damping: float) -> Hessian:
+        hessian = original(self, damping)
+        captured.append(hessian.matrix_II.clone())
+        return hessian
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InputStatistic, "__post_init__", remember)
+        patch.setattr(InputStatistic, "hessian", remember)
         settings = Pruning(sparsity=0.0, match_dense=False, refit_steps=0, damping=1e-9)
         prune_blocks(checkpoint, TRACES, [], settings, _empty(tmp_path / "blocks"))
-    statistic = captured[-1]
-    assert sum(len(trace.ids) for trace in TRACES) == statistic.weight
+    assert sum(len(trace.ids) for trace in TRACES) == len(input_NI)
     expected_II = input_NI.T @ input_NI / len(input_NI)
-    torch.testing.assert_close(statistic.hessian_II, expected_II, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captured[-1], expected_II, rtol=1e-4, atol=1e-5)
 
 
 def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -101,20 +102,24 @@ def test_streams_count_by_their_weights() -> None:
     prompt, thinking = sum(len(t.prompt_ids) for t in TRACES), sum(t.thinking_tokens for t in TRACES)
     answer = 4 * len(TRACES)
     for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 2.0, 0.5]):
-        statistic = InputStatistic(3, torch.tensor(weights), match_dense=False)
-        statistic.add(torch.ones(*batch.ids_BT.shape, 3), None, batch.stream_BT)
-        expected = sum(w * n for w, n in zip(weights, (prompt, thinking, answer), strict=True))
-        assert expected == statistic.weight == float(statistic.hessian_II[1, 2])
+        statistic = InputStatistic(2, torch.tensor(weights))
+        stream_BT2 = batch.stream_BT[..., None] == torch.tensor([1, 2])  # inputs: is it thinking, is it answer
+        statistic.add(stream_BT2.float(), None, batch.stream_BT)
+        total = sum(w * n for w, n in zip(weights, (prompt, thinking, answer), strict=True))
+        expected = [weights[1] * thinking / total, weights[2] * answer / total]
+        hessian = statistic.hessian(1e-12)
+        assert hessian.matrix_II.diagonal()[~hessian.dead_I].tolist() == pytest.approx([e for e in expected if e])
 
 
-def test_the_target_gives_the_dense_output_on_the_drifted_input() -> None:
-    """It is the ridge solution of |W x_dense − T x|², computed here by numpy's least squares."""
+@pytest.mark.parametrize("outputs", [(2, 3), (5, 4)])
+def test_the_targets_give_the_dense_output_on_the_drifted_input(outputs: tuple[int, ...]) -> None:
+    """They are the ridge solutions of |W x_dense − T x|², by numpy's least squares; with few outputs and with many."""
     generator = torch.Generator().manual_seed(0)
-    dense_NI, weight_OI = torch.randn(400, 12, generator=generator), torch.randn(5, 12, generator=generator)
-    sparse_NI = dense_NI @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator))
-    statistic = InputStatistic(12, torch.ones(3), match_dense=True)
+    dense_NI, weight_OI = torch.randn(400, 12, generator=generator), torch.randn(sum(outputs), 12, generator=generator)
+    sparse_NI = dense_NI @ (torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator))
+    statistic = InputStatistic(12, torch.ones(3), weight_OI.split(outputs))
     statistic.add(sparse_NI[None], dense_NI[None], torch.ones(1, 400, dtype=torch.long))
-    found_OI = statistic.target(weight_OI, statistic.hessian(1e-7))
+    found_OI = torch.cat([*statistic.targets([0, 1], statistic.hessian(1e-7)).values()])
     expected = np.linalg.lstsq(sparse_NI.double().numpy(), (dense_NI @ weight_OI.T).double().numpy())[0].T
     np.testing.assert_allclose(found_OI.numpy(), expected, rtol=1e-3, atol=1e-4)
     assert (found_OI - weight_OI).abs().max() > 0.1
@@ -182,7 +187,7 @@ def test_hessian_sums_in_slices_are_the_whole_product() -> None:
     generator = torch.Generator().manual_seed(0)
     input_NI, stream_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 3
     weights_S = torch.tensor([1.0, 0.5, 2.0])
-    statistic = InputStatistic(601, weights_S, match_dense=False)
+    statistic = InputStatistic(601, weights_S)
     for part in (slice(0, 300), slice(300, 700)):
         statistic.add(input_NI[None, part], None, stream_N[None, part])
     weighted = input_NI.double() * weights_S[stream_N][:, None].double()

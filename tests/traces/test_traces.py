@@ -15,7 +15,7 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.traces.collect import collect, prompt_traces
+from racdeploy.traces.collect import Answering, collect, prompt_traces
 from racdeploy.traces.select import select
 from tests.tiny_models import make_checkpoint
 
@@ -27,13 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
 
 
-def _collect(folder: Path, out: Path):
+def _collect(folder: Path, out: Path, together: int = 1):
     out.mkdir(exist_ok=True)
     task = tasks.load("comparison")
     encoder = PromptEncoder.from_folder(folder)
     with open_engine("transformers", folder, EngineSettings(256, 3, 1)) as engine:
         return collect(
-            engine,
+            Answering(lambda asked: [engine.generate(*each) for each in asked], together),
             encoder,
             find_tags(encoder),
             Checkpoint(folder).eos_ids,
@@ -61,6 +61,17 @@ def test_an_interrupted_collection_goes_on_to_the_same_bytes(folder: Path, tmp_p
     (tmp_path / "traces/shard-00001.jsonl").unlink()
     _collect(folder, tmp_path / "traces")
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "traces").iterdir()}
+
+
+def test_shards_that_are_answered_together_are_the_same(folder: Path, tmp_path: Path) -> None:
+    """Two at a time of three, of which one is there already."""
+    _collect(folder, tmp_path / "one")
+    _collect(folder, tmp_path / "two", together=2)
+    (tmp_path / "two/shard-00000.jsonl").unlink()
+    traces = _collect(folder, tmp_path / "two", together=2)
+    assert list(range(7)) == [trace.index for trace in traces]
+    first, second = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert first == second
 
 
 def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:

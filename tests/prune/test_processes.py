@@ -1,0 +1,184 @@
+"""Several processes do one job: the same bytes as one, and a clear end where one of them is lost."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from racdeploy.checkpoint import file_sha256
+from racdeploy.job import Job
+from racdeploy.pipeline import Build
+from racdeploy.prune.processes import Processes
+from racdeploy.prune.statistics import InputStatistic
+from racdeploy.recipe import Recipe
+from tests.end_to_end.commands import command, environment
+from tests.tiny_models import make_checkpoint
+
+RECIPE = """
+[traces]
+count = 24
+batch = 5
+max_new_tokens = 40
+[calibration]
+keep_truncated = true
+"""
+PLAIN = 'prune.allocation = "owl"\n'
+SCHEDULE = "prune.schedule = [0.3, 0.5]\nprune.probe_length = 9.0\n"
+JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up_proj"]\n'
+
+
+def _model(folder: Path, settings: str, blocks: int = 2) -> Path:
+    make_checkpoint(folder / "model", "qwen3", num_hidden_layers=blocks, hidden_size=64, intermediate_size=192)
+    (folder / "recipe.toml").write_text(settings + RECIPE)
+    return folder / "model"
+
+
+def _arguments(folder: Path, work: str) -> list[object]:
+    recipe = ("--recipe", folder / "recipe.toml")
+    return ["prune", folder / "model", *recipe, "--work", folder / work, "--threads", 1]
+
+
+def _alone(folder: Path, work: str = "alone") -> dict[str, str]:
+    """Prune in this process."""
+    options = {"model": str(folder / "model")}
+    Build(Job(Recipe.combine(folder / "recipe.toml", options)), folder / work, threads=1).prune()
+    return _contents(folder / work)
+
+
+def _start(folder: Path, work: str, count: int, models: list[Path] | None = None) -> list[subprocess.Popen[str]]:
+    """Start the processes of a job as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(count):
+        variables = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = _arguments(folder, work)
+        arguments[1] = models[rank] if models else arguments[1]
+        started.append(
+            subprocess.Popen(
+                command(*arguments),
+                env=environment(**{name: str(value) for name, value in variables.items()}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def _finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    outputs = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def _contents(work: Path) -> dict[str, str]:
+    files = [f for f in sorted(work.rglob("*")) if f.is_file() and f.name != ".lock"]
+    return {f.relative_to(work).as_posix(): file_sha256(f) for f in files}
+
+
+def test_work_is_shared_out_evenly_and_once() -> None:
+    """The largest piece first, to whoever has least; more processes than pieces leave some without."""
+    shares = [Processes(rank, 3).mine([5, 1, 9, 4, 4, 1]) for rank in range(3)]
+    assert [sorted(share) for share in shares] == [[2], [0, 1, 5], [3, 4]]
+    assert [Processes(rank, 3).mine([7]) for rank in range(3)] == [[0], [], []]
+
+
+def test_the_sum_does_not_depend_on_the_order_of_the_batches() -> None:
+    """Bit for bit, with a thousandfold spread of magnitudes; sums in float32 do depend on it."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1, 50, 40, generator=generator) * 1000 ** (i / 8) for i in range(9)]
+    stream_BT = torch.ones(1, 50, dtype=torch.long)
+    matrices, singles = [], []
+    for order in (batches, batches[::-1], batches[3:] + batches[:3]):
+        statistic = InputStatistic(40, torch.tensor([1.0, 0.7, 1.3]), ())
+        single_II = torch.zeros(40, 40)
+        for batch_BTI in order:
+            statistic.add(batch_BTI, None, stream_BT)
+            single_II += batch_BTI[0].T @ batch_BTI[0]
+        matrices.append(statistic.hessian(0.01).matrix_II)
+        singles.append(single_II)
+    assert all(torch.equal(matrices[0], other) for other in matrices)
+    assert not torch.equal(singles[0], singles[1])
+
+
+def test_two_processes_leave_the_bytes_of_one(tmp_path: Path) -> None:
+    """Traces, allocation, weights, importance and every reported number."""
+    _model(tmp_path, PLAIN)
+    processes = _start(tmp_path, "two", 2)
+    expected = _alone(tmp_path)
+    done = _finish(processes)
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert done[0][1].strip().startswith(str(tmp_path / "two"))
+    assert not done[1][1], "only the first process prints the result"
+    assert expected == _contents(tmp_path / "two")
+    assert any(name.endswith("model.safetensors") for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PLAIN, SCHEDULE, JOINT])
+def test_three_processes_leave_the_bytes_of_one(tmp_path: Path, settings: str) -> None:
+    """Again with a schedule, with chosen codes, and with one linear left dense."""
+    _model(tmp_path, settings)
+    processes = _start(tmp_path, "three", 3)
+    expected = _alone(tmp_path)
+    assert [code for code, _, _ in _finish(processes)] == [0, 0, 0]
+    assert expected == _contents(tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> None:
+    """The first one says what happened and what to do; what it finished is used, by any number of processes."""
+    _model(tmp_path, PLAIN, blocks=6)
+    processes = _start(tmp_path, "lost", 2)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "lost").glob("prune-*/block-00001.json")):
+        assert time.monotonic() < deadline
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.002)
+    processes[1].send_signal(signal.SIGKILL)
+    (code, _, errors), _ = _finish(processes)
+    assert code == 4
+    assert "Traceback" not in errors
+    assert "lost another process of this job" in errors
+    assert "run the same command again" in errors
+    shutil.copytree(tmp_path / "lost", tmp_path / "other")
+    finished = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")}
+    again = _finish(_start(tmp_path, "other", 2))
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert _alone(tmp_path, "lost") == _alone(tmp_path, "whole") == _contents(tmp_path / "other")
+    assert finished == {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")}
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_and_names_the_process_that_died(tmp_path: Path) -> None:
+    """With torchrun itself; a model that differs on one machine ends the job with that reason."""
+    _model(tmp_path, PLAIN)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "racdeploy"]
+    done = subprocess.run(
+        [*run, *map(str, _arguments(tmp_path, "work"))], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert _alone(tmp_path) == _contents(tmp_path / "work")
+    other = make_checkpoint(tmp_path / "other", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1)
+    (_, _, first), (code, _, second) = _finish(_start(tmp_path, "mixed", 2, [tmp_path / "model", other]))
+    assert code == 2
+    assert "process 1 is not like the first one; they differ in model" in second
+    assert "lost another process of this job" in first
+
+
+def test_a_command_that_cannot_run_lets_the_others_go(tmp_path: Path) -> None:
+    """A wrong option is said once, and nobody waits for a job that never comes."""
+    _model(tmp_path, 'prune.dense = ["nothing"]\n')
+    first, second = _finish(_start(tmp_path, "work", 2))
+    assert first[0] == 2
+    assert "matches no linear" in first[2]
+    assert second == (0, "", "")
