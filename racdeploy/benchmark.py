@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,8 +141,8 @@ def find_dense(bundle: Path, work: Path) -> Path:
     digest = hashlib.sha256()
     for name, sha256 in manifest.base["files"].items():  # as Checkpoint.sha256
         digest.update(f"{name}\0{sha256}\0".encode())
-    export = recipe.export.model_copy(update={"packing": "plain"}).model_dump(mode="json")
-    wanted = {"model": digest.hexdigest(), "export": json.loads(json.dumps(export)), "metadata": {}}
+    export = recipe.export.model_copy(update={"packing": "plain"}).model_dump(mode="json", exclude={"importance"})
+    wanted = {"model": digest.hexdigest(), "export": export, "metadata": {}}
     found = [
         record.parent
         for record in work.glob("export-*/inputs.json")

@@ -31,6 +31,7 @@ from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
 from racdeploy.reverify import gate_of, reverify
 from racdeploy.verify import GATE_EXAMPLE, Gate, read_gate
+from racdeploy.verify._controls import SAME_SIZE
 
 app = typer.Typer(
     name="racdeploy",
@@ -106,6 +107,9 @@ def build(
     work: WorkOpt = None,
     gate: GateOpt = None,
     tier: TierOpt = "",
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Let dense models of about the artifact's size answer too.")
+    ] = False,
     threads: ThreadsOpt = 0,
     dry_run: DryRunOpt = False,
     json_output: JsonOpt = False,
@@ -116,6 +120,7 @@ def build(
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
     options["gate"] = read_toml(gate) if gate else None
     options["also"] = tuple(also) if also else None
+    options["verify"]["controls"] = (SAME_SIZE,) if controls else None
     with _building(Job.of(Recipe.combine(recipe, options), tier), work, threads) as builder:
         folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:

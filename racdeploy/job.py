@@ -21,6 +21,7 @@ from racdeploy.recipe import Recipe, Target
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
 from racdeploy.verify import Gate, read_gate
+from racdeploy.verify._controls import SAME_SIZE
 from racdeploy.verify._plan import Expectation, plan
 
 __all__ = ["Job"]
@@ -133,6 +134,9 @@ class Job:
             _require({**_NEEDS, **export.load(job.recipe.export.format).NEEDS})
         export.check(recipe.export)
         bundle.check_replaceable(out)
+        for name in recipe.verify.controls:
+            if name != SAME_SIZE:
+                export.check(recipe.export.model_copy(update={"quant": name, "tensors": {}, "packing": "plain"}))
         self.check_model()
         longest = max(len(self.encoder.encode(problem.question)) for problem in self.problems("evaluation"))
         if longest + recipe.verify.max_new_tokens > recipe.verify.context_tokens:
@@ -277,6 +281,12 @@ class Job:
         pool = "\n".join(f"{p.question}\0{p.gold}" for p in self.tasks_by_spec[spec].pool)
         return {"name": spec.partition(":")[0], "pool": hashlib.sha256(pool.encode()).hexdigest()}
 
+    @property
+    def _arms(self) -> int:
+        """How many models answer at most: ``same-size`` stands for two."""
+        controls = self.recipe.verify.controls
+        return 2 + len(controls) + (SAME_SIZE in controls)
+
     def _plan(self) -> dict[str, Any]:
         recipe, checkpoint, prunable = self.recipe, self.checkpoint, set(self.prunable())
         bits = quant.load(self.mix.quant).BITS
@@ -301,7 +311,7 @@ class Job:
             "traces_from": recipe.traces.server or "transformers",
             "trace_prompts": len(self.problems("calibration")),
             "trace_tokens_at_most": len(self.problems("calibration")) * recipe.traces.max_new_tokens,
-            "evaluation_tokens_at_most": 2 * prompts * settings.samples * settings.max_new_tokens,
+            "evaluation_tokens_at_most": self._arms * prompts * settings.samples * settings.max_new_tokens,
             **plan(settings, self.gate, Expectation(), prompts),
             "artifact_bytes": round(body_bits / 8 + rest * max(bits, 8.5) / 8),
             "cache_bytes": cache * settings.context_tokens,

@@ -37,6 +37,7 @@ from racdeploy.traces.collect import Answering, Asked, collect, prompt_traces, t
 from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, OtherArtifact, run_checks
+from racdeploy.verify._controls import SAME_SIZE, control_notes, same_size_quants
 from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
 
 __all__ = ["Build", "Progress", "PrunedModel", "default_work"]
@@ -248,6 +249,7 @@ class Build:
         pruned: bool = True,
         sparsity: float | None = None,
         importance: Path | None = None,
+        quant: str = "",
     ) -> ExportResult:
         """Export a model folder, or find it exported.
 
@@ -258,8 +260,11 @@ class Build:
             sparsity: for the file's metadata, where it is not the recipe's.
             importance: a pruned model whose statistic chooses the scales of this one too, so that both arms are
                 quantized alike.
+            quant: number format; empty takes the recipe's, with its choices for single tensors.
         """
         checkpoint, settings = Checkpoint(folder), self.job.recipe.export
+        if quant:
+            settings = settings.model_copy(update={"quant": quant, "tensors": {}})
         if not pruned:
             settings = settings.model_copy(update={"packing": "plain"})
         matrix = Path(settings.importance) if settings.importance else (importance or folder) / IMPORTANCE_FILE
@@ -285,6 +290,27 @@ class Build:
         result = exports.write(checkpoint, stage.folder / path, settings, metadata=metadata, progress=report)
         stage.finish(result.to_json(stage.folder))
         return result
+
+    def rivals(self, model: PrunedModel, dense: ExportResult, pruned: ExportResult) -> dict[str, ExportResult]:
+        """Export the dense model in the quants that ``verify.controls`` asks for; by quant, in that order."""
+        names: list[str] = []
+        for asked in self.job.recipe.verify.controls:
+            if asked == SAME_SIZE:
+                shapes = {source: self.job.checkpoint.entries[source].shape for source in self.job.prunable()}
+                sparsity = self._file_sparsity(pruned)
+                names += same_size_quants(self.job.recipe.export, dense, pruned, shapes, sparsity)
+            else:
+                names.append(asked)
+        return {
+            name: self.export(
+                self.job.model.folder,
+                f"{self.job.model.name}-dense-{name}",
+                pruned=False,
+                importance=model.folder,
+                quant=name,
+            )
+            for name in dict.fromkeys(names)
+        }
 
     def answer(
         self, artifact: Path, arm: str, settings: EngineSettings
@@ -314,6 +340,7 @@ class Build:
         dense: ExportResult,
         pruned: ExportResult,
         also: Sequence[ExportResult] = (),
+        rivals: Mapping[str, ExportResult] | None = None,
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on every artifact, compare, and decide.
 
@@ -322,16 +349,19 @@ class Build:
             dense: the dense artifact.
             pruned: the pruned one for the recipe's target.
             also: the pruned artifacts for the other targets, in their order.
+            rivals: dense artifacts in other quants, which answer too and decide nothing.
         """
         settings = self.job.recipe.verify
         engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
         arms: list[Arm] = []
         dense_traces: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        for name, exported in (("dense", dense), ("pruned", pruned)):
+        quants = {"dense": self.job.recipe.export.quant, "pruned": self.job.recipe.export.quant}
+        quants |= {f"dense {quant}": quant for quant in rivals or {}}
+        for name, exported in zip(quants, (dense, pruned, *(rivals or {}).values()), strict=True):
             records, traces, stats = self.answer(exported.path, name, engine_settings)
             dense_traces = dense_traces or traces
             sparsity = self._file_sparsity(exported)
-            arms.append(Arm(name, records, exported.size_bytes, self.job.recipe.export.quant, sparsity, stats))
+            arms.append(Arm(name, records, exported.size_bytes, quants[name], sparsity, stats))
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
         with _opened(self.job.backend, pruned.path, exact) as engine:
             probes = probe_tokens(engine, self.job.encoder, probe_strings())
@@ -349,6 +379,7 @@ class Build:
             dense=arms[0],
             pruned=arms[1],
             backend=self.job.backend,
+            rivals=tuple(arms[2:]),
             artifact=pruned.path,
             artifact_files=pruned.files,
             sparsity_asked=self._asked(model.linears),
@@ -370,7 +401,12 @@ class Build:
             model=self.job.recipe.model,
             target=self.job.recipe.target,
             recipe=self.job.recipe.model_dump(mode="json"),
-            notes=[*_selection_notes(model.selection), *model.notes, *pruned.notes],
+            notes=[
+                *_selection_notes(model.selection),
+                *model.notes,
+                *pruned.notes,
+                *control_notes(settings, len(rivals or {})),
+            ],
             fingerprint=fingerprint(engine_settings),
             created=datetime.now(UTC),
         )
@@ -408,7 +444,7 @@ class Build:
         pruned, *also = (
             build.export(model.folder, build.job.artifact_name, sparsity=reached) for build in (self, *self.siblings)
         )
-        report, records = self.verify(model, dense, pruned, also)
+        report, records = self.verify(model, dense, pruned, also, self.rivals(model, dense, pruned))
         bundle.write(
             out,
             bundle.Contents(

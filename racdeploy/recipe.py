@@ -255,6 +255,8 @@ class Verification(_Part):
         max_thinking_tokens: thinking budget with forced close; 0 for none.
         temperature: 0 is greedy.
         logit_traces: dense traces for the teacher-forced comparison with torch.
+        controls: quants of dense models that answer the prompts too; ``same-size`` chooses those whose files are about
+            as large as the artifact, with and without its zeros.
         parallel: sequences decoded together.
         context_tokens: context per sequence.
         seed: decides prompts.
@@ -266,6 +268,7 @@ class Verification(_Part):
     max_thinking_tokens: int = Field(0, ge=0)
     temperature: float = Field(0.0, ge=0)
     logit_traces: int = Field(16, ge=0)
+    controls: tuple[str, ...] = ()
     parallel: int = Field(16, ge=1)
     context_tokens: int = Field(2048, ge=16)
     seed: int = 0
@@ -544,6 +547,7 @@ quant = "q8_0"                # a number format, or a preset as "sparse-q4"
 
 [verify]
 count = 200
+# controls = ["same-size"]    # dense models of about the artifact's size answer too; or quants by name
 
 # [gate.accuracy]             # limits, as in a gate file: docs/gate.md
 # margin = 0.05               # largest accuracy drop that passes

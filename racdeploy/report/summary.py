@@ -14,6 +14,7 @@ from racdeploy.report_model import (
     Comparison,
     LinearRow,
     Report,
+    RivalRow,
     TaskRow,
     TensorRow,
 )
@@ -56,9 +57,15 @@ def summarize(
         model=model,
         target=target,
         recipe=dict(recipe),
-        arms=tuple(map(summarize_arm, (evidence.dense, evidence.pruned, *(other.arm for other in evidence.also)))),
+        arms=tuple(
+            map(
+                summarize_arm,
+                (evidence.dense, evidence.pruned, *(other.arm for other in evidence.also), *evidence.rivals),
+            )
+        ),
         tasks=_tasks(evidence),
         comparison=_comparison(evidence, {check.name: check for check in checks}),
+        rivals=_rivals(evidence),
         checks=tuple(checks),
         linears=tuple(linears),
         blocks=tuple(blocks),
@@ -132,6 +139,35 @@ def _comparison(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Compar
         length_budget_tokens=evidence.settings.max_thinking_tokens or evidence.settings.max_new_tokens,
         confidence=evidence.gate.confidence,
     )
+
+
+def _rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
+    """Return the dense models against the pruned one, the one of the comparison too; none where it is the only one."""
+    if not evidence.rivals:
+        return ()
+    confidence = evidence.gate.confidence
+    budget = evidence.settings.max_thinking_tokens or evidence.settings.max_new_tokens
+    right, lengths = (
+        [arm.by_prompt(value) for arm in (evidence.pruned, evidence.dense, *evidence.rivals)]
+        for value in (lambda record: record.correct, lambda record: record.thinking_tokens)
+    )
+    rows = []
+    for place, arm in enumerate((evidence.dense, *evidence.rivals), 1):
+        pairs = stats.paired_counts(right[place], right[0])
+        interval = stats.drop_interval(*pairs, confidence)
+        length = stats.length_ratio(lengths[0], lengths[place], budget, confidence)
+        rows.append(
+            RivalRow(
+                name=arm.name,
+                gain=(pairs.n10 - pairs.n01) / pairs.n,
+                gain_lower=interval.lower,
+                gain_upper=interval.upper,
+                length_ratio=length.ratio,
+                length_lower=length.lower,
+                length_upper=length.upper,
+            )
+        )
+    return tuple(rows)
 
 
 def _number(figures: Mapping[str, float | int | str], name: str) -> float | None:

@@ -114,7 +114,8 @@ class Evidence:
 
     ``artifact`` is the main file of the pruned artifact, ``artifact_files`` the recorded hash of each of its files, by
     the path from the main file's folder. ``probes`` is None where the engine ``backend`` has no tokenizer of its own.
-    ``also`` are the bundle's artifacts for other engines.
+    ``also`` are the bundle's artifacts for other engines. ``rivals`` are dense models in other quants:
+    no check looks at them.
     """
 
     settings: Verification
@@ -131,6 +132,7 @@ class Evidence:
     logits: LogitComparison | None = None
     backend: str = ""
     also: tuple[OtherArtifact, ...] = ()
+    rivals: tuple[Arm, ...] = ()
 
     def limits(self, kind: type[L]) -> L:
         """Return the gate's limits of the check that asks, by its class."""

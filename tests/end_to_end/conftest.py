@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,18 @@ from tests.end_to_end.commands import racdeploy
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the embedded model, small but whole."""
-    folder = tmp_path_factory.mktemp("embedded")
-    outcome = racdeploy(
-        *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
-        *("--work", folder / "work", "--out", folder / "bundle"),
-    )
-    assert outcome.code == 0, outcome.out + outcome.err
-    assert "PASS" in outcome.out
+def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A bundle of the embedded model, small but whole, its work folder beside it; pytest-xdist's workers share it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "embedded"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "bundle").is_dir():
+            outcome = racdeploy(
+                *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
+                *("--work", folder / "work", "--out", folder / "bundle"),
+            )
+            assert outcome.code == 0, outcome.out + outcome.err
+            assert "PASS" in outcome.out
     return folder / "bundle"

@@ -54,6 +54,23 @@ def test_a_model_nobody_here_trained_goes_through(family: str, transformers5: bo
     assert "Traceback" not in outcome.err
 
 
+def test_dense_models_of_the_same_size_answer_too(tmp_path: Path) -> None:
+    """Their quants fit the rows, their files are no larger, they are in records and report, and decide nothing."""
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    outcome = _build(model, tmp_path, "--controls", "--json")
+    assert outcome.code == 3, outcome.err
+    report = json.loads(outcome.out)
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    rivals = [name for name in arms if name not in ("dense", "pruned")]
+    assert rivals
+    assert [row["name"] for row in report["rivals"]] == ["dense", *rivals]
+    assert all(arms[name]["size_bytes"] <= 1.02 * arms["pruned"]["size_bytes"] for name in rivals)
+    assert {arms[name]["quant"] for name in rivals} & {"q8_0"} == set()
+    lines = (tmp_path / "bundle" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["arm"] for line in lines} == set(arms)
+    assert "Who wins where" in (tmp_path / "bundle" / "report.md").read_text(encoding="utf-8")
+
+
 def test_the_embedded_model_passes_and_answers(built: Path) -> None:
     """The bundle answers a fresh question, with the thinking apart from the answer."""
     outcome = racdeploy("run", built, "What is 47 times 36?", "--temperature", 0, "--json")

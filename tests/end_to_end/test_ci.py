@@ -89,3 +89,12 @@ def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
     for name, state in {"tokens": "PASSED", "integrity": "PASSED", "thinking": "FAILED", "verdict": "FAILED"}.items():
         assert re.search(rf"^{state} \S*{built.parent.name}/bundle::{name}", done.stdout, re.MULTILINE), done.stdout
     assert "length ratio 1." in done.stdout
+
+
+def test_the_dense_artifact_of_a_build_is_found_and_measured(built: Path) -> None:
+    """By what the build left in its work folder; of equal size and speed, since zeros alone change neither."""
+    outcome = racdeploy("bench", built, "--work", built.parent / "work", "--rounds", 1, "--threads", 1, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert "dense" in found["dense"]["path"]
+    assert found["ratio"]["peak_rss_bytes"] == pytest.approx(1, abs=0.05)
