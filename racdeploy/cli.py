@@ -311,10 +311,11 @@ def inspect(
         return
     for key, value in found["summary"].items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
-    table = Table("tensor", "shape", "type", "zeros", "packing", "bytes")
+    table = Table("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
     for row in found["tensors"]:
         shape = " × ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, row["type"], _share(row["zeros"]), row["packing"], f"{row['size_bytes']:,}")
+        cells = f"{row['bits']:.2f}", _share(row["zeros"]), row["packing"], f"{row['size_bytes']:,}"
+        table.add_row(row["name"], shape, row["type"], *cells)
     out.print(table)
 
 

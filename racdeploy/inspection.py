@@ -5,6 +5,7 @@ What is in a file is for its format to say; zeros are counted in the stored byte
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,25 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     fields, tensors = export.load(export.format_of(path)).measure(path)
     shown = {k: v for k, v in fields.items() if k.startswith(_SHOWN_KEYS)}
     summary = {"file": str(path), "size_bytes": path.stat().st_size, "sha256": file_sha256(path), **shown}
-    return {"summary": summary, "tensors": tensors}
+    return _completed(summary, tensors)
+
+
+def _completed(summary: dict[str, Any], tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return summary and rows with bits a weight, and zeros over all tensors whose zeros could be counted."""
+    rows, counted, zeros = [], 0, 0.0
+    weights = [math.prod(row["shape"]) for row in tensors]
+    for row, count in zip(tensors, weights, strict=True):
+        rows.append({**row, "bits": 8 * row["size_bytes"] / count if count else 0.0})
+        if row["zeros"] is not None:
+            counted, zeros = counted + count, zeros + row["zeros"] * count
+    totals: dict[str, Any] = {"parameters": sum(weights)}
+    if sum(weights):
+        totals["bits_per_weight"] = round(8 * sum(row["size_bytes"] for row in tensors) / sum(weights), 4)
+    if counted:
+        totals["zeros_of_all_weights"] = round(zeros / counted, 4)
+    if unknown := sum(row["zeros"] is None for row in tensors):
+        totals["tensors_with_unknown_zeros"] = unknown
+    return {"summary": summary | totals, "tensors": rows}
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -67,7 +86,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }
-    return {"summary": summary, "tensors": tensors}
+    return _completed(summary, tensors)
 
 
 def _inspect_bundle(path: Path) -> dict[str, Any]:
@@ -88,4 +107,4 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "thinking_tags": [manifest.tokenizer.open_tag, manifest.tokenizer.close_tag],
         "verdict": manifest.verdict,
     }
-    return {"summary": summary, "tensors": tensors}
+    return _completed(summary, tensors)

@@ -1,98 +1,159 @@
-"""Read a GGUF file, or a packed one, back: metadata, tensors, and the zeros in the stored bytes.
+"""Read a GGUF file of any origin, or a packed one, back: metadata, tensors, and the zeros in the stored bytes.
 
-Zeros are counted after dequantizing, one tensor at a time.
+Zeros are counted after dequantizing, a few rows at a time. A type that neither racdeploy nor gguf-py dequantizes is
+listed with its size, and its zeros are unknown.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
 
 from racdeploy import plugins, quant, racgguf
 from racdeploy.errors import ArtifactError, MissingExtraError
+from racdeploy.export._gguf_splits import read_parts
+from racdeploy.racgguf.header import GGML_SIZES, TensorInfo, Value
 
 __all__ = ["measure"]
+
+_SLAB_WEIGHTS = 1 << 20
+_NUMBERS = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
 
 
 def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return scalar metadata and one row per tensor; see :class:`racdeploy.export.Format`.
 
+    Of a model in several files the first one is given.
+
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: a file is damaged or missing.
+        UsageError: it is one of several files, and not the first.
     """
     if path.suffix == racgguf.SUFFIX:
         return _measure_container(racgguf.Container.open(path))
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError) as error:
-        raise ArtifactError(f"{path} is not a readable GGUF file: {error}", remedy="copy or export it again") from error
-    fields = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
-    readable = {quant.load_ggml(name).GGML_TYPE: name for name in _installed_quants()}
-    rows = []
-    for tensor in reader.tensors:
-        shape = [int(extent) for extent in reversed(tensor.shape)]
-        name = readable.get(int(tensor.tensor_type))
-        zeros: float | None = None  # a type that racdeploy cannot dequantize
+    names, rows, parts = _type_names(), [], read_parts(path)
+    for file, header in parts:
+        for tensor in header.tensors:
+            zeros = _count_zeros(file, tensor, names.get(tensor.ggml_type, ""))
+            weights = math.prod(tensor.dimensions)
+            rows.append(
+                {
+                    "name": tensor.name,
+                    "shape": list(reversed(tensor.dimensions)),
+                    "type": _name_type(tensor.ggml_type, names),
+                    "zeros": None if zeros is None else zeros / weights,
+                    "size_bytes": tensor.size_bytes,
+                    "packing": "plain",
+                }
+            )
+    return _scalars(parts[0][1].values), rows
+
+
+def _count_zeros(file: Path, tensor: TensorInfo, name: str) -> int | None:
+    """Return how many weights of a tensor are zero, or None for a type that nothing here dequantizes."""
+    zeros = 0
+    for stored_OP in _slabs(file, tensor):
+        weight = _dequantize(stored_OP, tensor.ggml_type, name)
+        if weight is None:
+            return None
+        zeros += weight.size - int(np.count_nonzero(weight))
+    return zeros
+
+
+def _slabs(file: Path, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of some rows at a time; a row that is longer than a slab comes in whole blocks."""
+    block_weights, block_bytes = GGML_SIZES[tensor.ggml_type]
+    row_bytes = tensor.dimensions[0] // block_weights * block_bytes
+    step = max(1, _SLAB_WEIGHTS // tensor.dimensions[0]) * row_bytes
+    if tensor.dimensions[0] > _SLAB_WEIGHTS:
+        row_bytes = block_bytes
+        step = _SLAB_WEIGHTS // block_weights * block_bytes
+    with file.open("rb") as stream:
+        stream.seek(tensor.position)
+        for start in range(0, tensor.size_bytes, step):
+            piece = np.fromfile(stream, np.uint8, min(step, tensor.size_bytes - start))
+            if piece.size % row_bytes or not piece.size:
+                raise ArtifactError(f"{file} became shorter while it was read", remedy="copy it again")
+            yield piece.reshape(-1, row_bytes)
+
+
+def _dequantize(stored_OP: NDArray[np.uint8], ggml_type: int, name: str) -> NDArray[Any] | None:
+    if ggml_type in _NUMBERS:
+        return np.ascontiguousarray(stored_OP).reshape(-1).view(_NUMBERS[ggml_type])
+    with np.errstate(all="ignore"):  # scales of any value
         if name:
-            packed_OP = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1, _row_bytes(name, shape[-1]))
-            weight_OI = quant.load(name).dequantize(packed_OP, shape[-1])
-            zeros = float(1 - np.count_nonzero(weight_OI) / weight_OI.size)
-        rows.append(
-            {
-                "name": tensor.name,
-                "shape": shape,
-                "type": name or tensor.tensor_type.name.lower(),
-                "zeros": zeros,
-                "size_bytes": int(tensor.n_bytes),
-                "packing": "plain",
-            }
-        )
-    return fields, rows
+            return quant.load(name).dequantize(stored_OP, _weights(stored_OP.shape[1], ggml_type))
+        if ggml_type in {int(known) for known in GGMLQuantizationType}:
+            try:
+                weight_OI: NDArray[np.float32] = quants.dequantize(stored_OP, GGMLQuantizationType(ggml_type))
+                return weight_OI
+            except NotImplementedError:  # what gguf-py raises for a type it only knows by name
+                return None
+    return None
+
+
+def _weights(row_bytes: int, ggml_type: int) -> int:
+    block_weights, block_bytes = GGML_SIZES[ggml_type]
+    return row_bytes // block_bytes * block_weights
 
 
 def _measure_container(container: racgguf.Container) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    readable = {quant.load_ggml(name).GGML_TYPE: name for name in _installed_quants()}
-    rows = []
+    names, rows = _type_names(), []
     for tensor in container.tensors:
-        name = readable.get(tensor.ggml_type)
+        name = names.get(tensor.ggml_type, "")
         rows.append(
             {
                 "name": tensor.name,
                 "shape": list(reversed(tensor.dimensions)),
-                "type": name or f"ggml type {tensor.ggml_type}",
-                "zeros": _container_zeros(container, tensor, name) if name else None,
+                "type": _name_type(tensor.ggml_type, names),
+                "zeros": _container_zeros(container, tensor, name),
                 "size_bytes": tensor.stored_bytes,
                 "packing": "bitmask" if tensor.packed else "plain",
             }
         )
-    scalars = {key: value for key, value in container.header.values.items() if isinstance(value, str | int | float)}
-    return scalars, rows
+    return _scalars(container.header.values), rows
 
 
-def _container_zeros(container: racgguf.Container, tensor: racgguf.StoredTensor, name: str) -> float:
+def _container_zeros(container: racgguf.Container, tensor: racgguf.StoredTensor, name: str) -> float | None:
     """Count the zeros of a tensor, one run of whole blocks at a time."""
-    form, kept = quant.load(name), 0
+    block_bytes, zeros = GGML_SIZES[tensor.ggml_type][1], 0
+    rest = np.empty(0, dtype=np.uint8)
     for plain in container.chunks(tensor):
-        weight_OI = form.dequantize(plain[None], round(plain.size * 8 / form.BITS))
-        kept += int(np.count_nonzero(weight_OI))
-    return 1 - kept / math.prod(tensor.dimensions)
+        joined = np.concatenate([rest, plain]) if rest.size else plain
+        whole = joined.size // block_bytes * block_bytes
+        rest = joined[whole:]
+        weight = _dequantize(joined[:whole].reshape(-1, block_bytes), tensor.ggml_type, name)
+        if weight is None:
+            return None
+        zeros += weight.size - int(np.count_nonzero(weight))
+    return zeros / math.prod(tensor.dimensions)
 
 
-def _row_bytes(name: str, row_length: int) -> int:
-    return round(row_length * quant.load(name).BITS / 8)
+def _name_type(ggml_type: int, names: dict[int, str]) -> str:
+    if ggml_type in names:
+        return names[ggml_type]
+    known = {int(kind): kind.name.lower() for kind in GGMLQuantizationType}
+    return known.get(ggml_type, f"ggml type {ggml_type}")
 
 
-def _installed_quants() -> list[str]:
-    found = []
+def _scalars(values: dict[str, Value]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, str | int | float)}
+
+
+def _type_names() -> dict[int, str]:
+    """Return ggml's type id → number format, of those that this machine can dequantize."""
+    found = {}
     for name in plugins.names("quant"):
         try:
             form = quant.load(name)
         except MissingExtraError:
             continue
         if "gguf" in form.FORMATS:
-            found.append(name)
+            found[quant.load_ggml(name).GGML_TYPE] = name
     return found

@@ -58,7 +58,7 @@ class Importance:
         means, tokens = _read_imatrix(file) if file.suffix == ".gguf" else _read_statistic(file)
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():
-                raise ArtifactError(f"{file}: the importance of {name!r} is negative, infinite or not a number")
+                raise _refusal(file, f"the importance of {name!r} is negative, infinite or not a number")
         if not means:
             raise ArtifactError(f"{file} holds no importance", remedy="give what llama-imatrix or the pruning wrote")
         return cls(file, means, tokens)
@@ -148,7 +148,7 @@ def _read_statistic(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[st
             or count is None
             or (count.dtype, count.shape) != ("F64", (1,))
         ):
-            raise ArtifactError(f"{file}: {name!r} is no importance of one row with its number of tokens")
+            raise _refusal(file, f"{name!r} is no importance of one row with its number of tokens")
         means[name] = np.fromfile(file, "<f4", entry.shape[0], offset=entry.start)
         tokens[name] = _whole(file, name, float(np.fromfile(file, "<f8", 1, offset=count.start)[0]))
     return means, tokens
@@ -162,10 +162,10 @@ def _read_imatrix(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str,
     means, tokens = {}, {}
     for name in [n.removesuffix(_SUMS) for n in tensors if n.endswith(_SUMS)]:
         if name + _COUNTS not in tensors:
-            raise ArtifactError(f"{file}: {name!r} has sums and no counts")
+            raise _refusal(file, f"{name!r} has sums and no counts")
         sum_MI, count_M1 = _floats(file, tensors[name + _SUMS]), _floats(file, tensors[name + _COUNTS])
         if len(sum_MI) != len(count_M1) or count_M1.shape[1] != 1:
-            raise ArtifactError(f"{file}: {name!r} has {len(sum_MI)} sums and {len(count_M1)} counts")
+            raise _refusal(file, f"{name!r} has {len(sum_MI)} sums and {len(count_M1)} counts")
         if len(sum_MI) == 1 and count_M1[0, 0] != 0:  # matrices of experts have one each
             tokens[name] = _whole(file, name, float(count_M1[0, 0]))
             means[name] = (sum_MI / count_M1)[0]
@@ -174,12 +174,16 @@ def _read_imatrix(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str,
 
 def _floats(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
     if tensor.ggml_type != _F32 or len(tensor.dimensions) > 2:
-        raise ArtifactError(f"{file}: {tensor.name!r} is not a matrix of F32")
+        raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
     rows = tensor.dimensions[1] if len(tensor.dimensions) == 2 else 1
     return np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position).reshape(rows, -1)
 
 
 def _whole(file: Path, name: str, count: float) -> int:
     if not 0 < count < 2**53:  # not a number is not
-        raise ArtifactError(f"{file}: {name!r} rests on {count} tokens")
+        raise _refusal(file, f"{name!r} rests on {count} tokens")
     return max(1, round(count))
+
+
+def _refusal(file: Path, message: str) -> ArtifactError:
+    return ArtifactError(f"{file}: {message}", remedy="make it again with llama-imatrix, or prune again")

@@ -82,7 +82,7 @@ class Container:
         Raises:
             ArtifactError: it is no container of this version, or a damaged one.
         """
-        header = read_header(path)
+        header = read_header(path, (3,))
         try:
             return _checked(path, header)
         except ArtifactError as error:

@@ -1,7 +1,7 @@
 """Read the header of a GGUF file and trust none of it.
 
-Every count and length is compared with the size of the file before it is used. Stricter than ggml: version 3,
-little-endian, no arrays of arrays, and tensors exactly where llama.cpp expects them.
+Every count and length is compared with the size of the file before it is used. As strict as ggml: little-endian, no
+arrays of arrays, and tensors exactly where llama.cpp expects them.
 Source: ggml/docs/gguf.md and ``gguf_init_from_file`` in gguf.cpp.
 """
 
@@ -25,11 +25,11 @@ Value = str | int | float | bool | NDArray[np.uint64] | None
 FIXED_BYTES = 24
 # ggml type id: weights and bytes of a block, as in ggml.c
 GGML_SIZES = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
     17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
     24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
-    35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18),
+    35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
 }  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _U64 = 8, 9, 10
@@ -99,8 +99,12 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
     return weights // block_weights * block_bytes
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
     """Read and check the header of a file; tensors lie inside it, in order and without gaps.
+
+    Args:
+        path: the file.
+        versions: those that are accepted; 2 and 3 differ in nothing that is read here.
 
     Raises:
         ArtifactError: not a GGUF file that can be read, or a damaged one; the message names the file.
@@ -112,20 +116,26 @@ def read_header(path: Path) -> Header:
         if size_bytes < FIXED_BYTES:
             raise ArtifactError(f"{size_bytes} bytes are no GGUF file")
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            return _Reader(buffer, size_bytes).header()
+            return _Reader(buffer, size_bytes, versions).header()
     except ArtifactError as error:
         raise ArtifactError(f"{path} is damaged: {error.message}", remedy="copy or export it again") from error
 
 
 class _Reader:
-    def __init__(self, buffer: mmap.mmap, size_bytes: int) -> None:
+    def __init__(self, buffer: mmap.mmap, size_bytes: int, versions: tuple[int, ...]) -> None:
         self._buffer = buffer
+        self._versions = versions
         self._size_bytes = size_bytes
         self._at = 0
 
     def header(self) -> Header:
-        if self._take(4) != b"GGUF" or self._number("I") != 3:
-            self._fail("it is not a little-endian GGUF file of version 3")
+        magic, version = self._take(4), self._number("I")
+        if magic != b"GGUF":
+            self._fail("it does not begin with GGUF")
+        if version not in self._versions:
+            asked = "version 3" if self._versions == (3,) else "version 2 or 3"
+            turned = " and big-endian" if version in (2 << 24, 3 << 24) else ""
+            self._fail(f"it is of version {version:#x}{turned}; what can be read is little-endian, {asked}")
         tensors, keys = self._number("Q"), self._number("Q")
         if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self._size_bytes:
             self._fail(f"{tensors} tensors and {keys} keys do not fit into it")

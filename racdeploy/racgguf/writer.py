@@ -63,7 +63,7 @@ def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[Pack
     """
     if out.suffix != SUFFIX or not out.parent.is_dir():
         raise UsageError(f"{out} is not a {SUFFIX} file in a folder that is there", remedy=f"name it *{SUFFIX}")
-    header = read_header(plain)
+    header = read_header(plain, (3,))
     if any(key.startswith("racgguf.") for key in header.values):
         raise ArtifactError(f"{plain} is a container already")
     data, partial = (out.with_name(f".{out.name}.{kind}") for kind in ("data", "partial"))
