@@ -48,8 +48,10 @@ class Artifact:
 
     @property
     def path(self) -> PurePosixPath:
-        """The main file's place in the bundle."""
-        return export.load(self.settings.format).artifact_path(self.name, self.settings.quant, self.settings.packing)
+        """The main file's place in the bundle; of several numbered ones, that of the first."""
+        form = export.load(self.settings.format)
+        place = form.artifact_path(self.name, self.settings.quant, self.settings.packing)
+        return place.with_name(self.result.path.name)
 
     @property
     def files(self) -> dict[str, str]:
@@ -221,7 +223,8 @@ def _card(manifest: Manifest, contents: Contents) -> str:
         "base_model_relation: quantized",
         f"library_name: {form.LIBRARY}",
         "pipeline_tag: text-generation",
-        "tags: [racdeploy, sparse, reasoning]",
+        "quantized_by: racdeploy",
+        f"tags: [racdeploy, sparse, reasoning, {entry.format}]",
         "---",
     ]
     return "\n".join(

@@ -29,6 +29,10 @@ __all__ = ["Job"]
 _NEEDS = {"torch": "prune", "transformers": "prune", "safetensors": "prune"}
 
 
+_LABELS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3))
+_SIZE = re.compile(r"(?:^|-)(?:\d+x)?\d+(?:\.\d+)?[KMBT](?=-|$)", re.IGNORECASE)  # as 135M, 1.5B or 8x7B
+
+
 @dataclass(frozen=True)
 class Job:
     """What a recipe means on this machine.
@@ -222,17 +226,31 @@ class Job:
         return tasks.problems_of(chosen, split, seed, count)
 
     @property
-    def name(self) -> str:
-        """Name of the pruned model: base, calibration or other method, and pattern."""
+    def fine_tune(self) -> str:
+        """What was done to the model: calibration or other method, and pattern."""
         prune = self.recipe.prune
         pattern = prune.pattern.replace(":", "of") if prune.kept_of else f"{100 * prune.sparsity:g}"
         how = self.recipe.calibration.source if prune.method == "sparsegpt" else prune.method
-        return f"{self.model.name}-{how}-{pattern}"
+        return f"{how}-{pattern}"
+
+    @property
+    def name(self) -> str:
+        """Name of the pruned model: base, size, and what was done to it."""
+        size = "" if _SIZE.search(self.model.name) else f"-{size_label(self.parameters)}"
+        return f"{self.model.name}{size}-{self.fine_tune}"
 
     @property
     def artifact_name(self) -> str:
-        """File name of the exported artifact, without suffix."""
-        return f"{self.name}-{self.recipe.export.quant}"
+        """File name of the exported artifact, without suffix: GGUF's rule, which does for every format.
+
+        Source: ggml/docs/gguf.md, "GGUF Naming Convention": BaseName-SizeLabel-FineTune-Version-Encoding.
+        """
+        return f"{self.name}-v1.0-{self.recipe.export.quant.upper()}"
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many weights the checkpoint holds."""
+        return sum(math.prod(entry.shape) for entry in self.checkpoint.entries.values())
 
     @cached_property
     def mix(self) -> presets.Mix:
@@ -318,6 +336,13 @@ class Job:
             "statistics_bytes": 4 * 4 * sum(width**2 for width in widths),
             "artifact": self.artifact_name,
         }
+
+
+def size_label(parameters: int) -> str:
+    """Return how many parameters there are as a name says it, as ``1.5B`` or ``135M``."""
+    letter, scale = next(((letter, scale) for letter, scale in _LABELS if parameters >= scale), _LABELS[-1])
+    number = parameters / scale
+    return f"{number:.1f}".removesuffix(".0") + letter if number < 10 else f"{number:.0f}{letter}"
 
 
 def _check_pattern(name: str, inputs: int, kept_of: tuple[int, int] | None) -> None:

@@ -28,7 +28,8 @@ from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
-from racdeploy.job import Job
+from racdeploy.job import Job, size_label
+from racdeploy.models import ResolvedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import BlockRow, LinearRow, Record, Report
@@ -518,9 +519,11 @@ class Build:
         return asked / sum(weights.values())
 
     def _metadata(self, sparsity: float | None) -> dict[str, str | int | float | bool]:
-        prune = self.job.recipe.prune
+        prune, model = self.job.recipe.prune, self.job.model
         return {
+            **_origin(model, self.job.fine_tune),
             "general.name": self.job.name,
+            "general.size_label": size_label(self.job.parameters),
             "racdeploy.version": __version__,
             "racdeploy.base_model": self.job.recipe.model,
             "racdeploy.method": prune.method,
@@ -531,6 +534,21 @@ class Build:
 
     def _inputs(self, stage: str) -> dict[str, Any]:
         return {"version": __version__, "code": _code_hash(_CODE[stage])}
+
+
+def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float | bool]:
+    """Return the ``general.*`` keys that say which model a pruned one was made of."""
+    values: dict[str, str | int | float | bool] = {
+        "general.basename": model.name,
+        "general.finetune": fine_tune,
+        "general.version": "v1.0",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": model.name,
+    }
+    if model.on_hub:
+        values["general.base_model.0.organization"] = model.origin.partition("/")[0]
+        values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
+    return values
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

@@ -218,6 +218,7 @@ class Export(_Part):
             matches decides, before the preset does.
         importance: file of an importance matrix, as the pruning leaves it or in llama.cpp's GGUF form, by which scales
             are chosen; empty takes that of the pruned model, ``none`` takes none.
+        split_bytes: a larger model becomes several files, as the Hub wants them below 50 GB; 0 never splits.
         packing: a plugin of kind ``packing``.
         pre_tokenizer: overrides the name derived from tokenizer.json.
     """
@@ -228,6 +229,7 @@ class Export(_Part):
     pre_tokenizer: str | None = None
     tensors: dict[str, str] = Field(default_factory=dict)
     importance: str = ""
+    split_bytes: int = Field(48_000_000_000, ge=0)
 
     @field_validator("quant")
     @classmethod

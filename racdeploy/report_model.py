@@ -235,6 +235,7 @@ class TensorRow(_Part):
     Args:
         zeros: exact zeros in the exported tensor, as a fraction of its weights.
         size_bytes: as stored.
+        bits: of a weight, as stored; None in reports that were written before it was kept.
         reason: why it is not as asked; empty where it is.
         packing: how it is stored.
         packing_reason: why it is not packed as asked; empty where it is.
@@ -245,6 +246,7 @@ class TensorRow(_Part):
     quant_real: str
     zeros: float = Field(ge=0, le=1)
     size_bytes: int = Field(ge=0)
+    bits: float | None = Field(None, ge=0)
     reason: str = ""
     packing: str = "plain"
     packing_reason: str = ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -186,6 +187,7 @@ def _measure(
                 quant_real=tensor["type"],
                 zeros=tensor["zeros"],
                 size_bytes=tensor["size_bytes"],
+                bits=8 * tensor["size_bytes"] / math.prod(tensor["shape"]),
                 packing=tensor["packing"],
             )
         )

@@ -8,27 +8,28 @@ Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
-from numpy.typing import NDArray
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy import racgguf
 from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
-from racdeploy.checkpoint import Checkpoint, file_sha256
-from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
+from racdeploy.checkpoint import Checkpoint, file_sha256, read_json
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress, _importance
+from racdeploy.export._gguf_body import Body, divide
+from racdeploy.export._gguf_general import FILE_KEYS, add_value, general_values
 from racdeploy.export._gguf_measure import measure
 from racdeploy.export._gguf_parameters import check_parameters, write_parameters
-from racdeploy.export._gguf_tensors import PlannedTensor, iterate_slabs, plan_tensors
+from racdeploy.export._gguf_splits import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, name_part
+from racdeploy.export._gguf_tensors import PlannedTensor, plan_tensors
 from racdeploy.export._importance import Importance
 from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
 from racdeploy.families import Family
@@ -52,17 +53,12 @@ __all__ = [
 BACKEND = "llamacpp"
 NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
-OPTIONS = ("importance", "pre_tokenizer", "tensors")
+OPTIONS = ("importance", "pre_tokenizer", "split_bytes", "tensors")
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 4_194_304
+_LEAST_CONTEXT = 16_384  # of programs that are told how to run the file: a thought takes thousands of tokens
 _OWN_KEYS = ("racdeploy.", "general.")
-_FILE_KEYS = (
-    "general.architecture",
-    "general.alignment",
-    "general.file_type",
-    "general.quantization_version",
-)
 
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
@@ -91,25 +87,57 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return an Ollama Modelfile; the chat template is in the GGUF."""
+    """Return an Ollama Modelfile; the chat template is in the GGUF.
+
+    The context is raised to where a thought fits, and a completion may fill it: Ollama would cut both far earlier.
+    """
+    entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
     settings = manifest.generation
     tokens = {i: t for t, i in PromptEncoder.from_folder(checkpoint.folder).tokenizer.get_vocab().items()}
+    context = min(checkpoint.integer("max_position_embeddings"), max(settings.context_tokens, _LEAST_CONTEXT))
+    stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
     lines = [
-        f"FROM ./{_plain_name(manifest.artifacts[0])}",
+        *(
+            ["# Ollama takes one file: llama-gguf-split --merge FIRST OUT, and name OUT here"]
+            if _is_split(entry)
+            else []
+        ),
+        f"FROM ./{_plain_name(entry)}",
         f"PARAMETER temperature {settings.temperature:g}",
         f"PARAMETER top_p {settings.top_p:g}",
-        f"PARAMETER num_ctx {settings.context_tokens}",
-        f"PARAMETER num_predict {settings.max_new_tokens}",
-        *(f'PARAMETER stop "{tokens[i]}"' for i in manifest.tokenizer.eos_ids if i in tokens),
+        *_recommended(checkpoint),
+        f"PARAMETER num_ctx {context}",
+        f"PARAMETER num_predict {context}",
+        *(f'PARAMETER stop """{stop}"""' if '"' in stop else f'PARAMETER stop "{stop}"' for stop in stops),
     ]
     return {"Modelfile": "\n".join(lines) + "\n"}
 
 
+def _recommended(checkpoint: Checkpoint) -> list[str]:
+    """Return what else the model's authors recommend for sampling."""
+    file = checkpoint.folder / "generation_config.json"
+    values = read_json(file) if file.is_file() else {}
+    known = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
+    named = {ollama: values.get(name) for name, ollama in known.items()}
+    return [f"PARAMETER {n} {v:g}" for n, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the file."""
+    name = _plain_name(entry)
     unpacking = [f"Unpack it for other programs: `racdeploy unpack {entry.path}`", ""] if entry.unpacked_sha256 else []
-    run = f"llama.cpp: `llama-cli -m {_plain_name(entry)} -cnv` · Ollama: `ollama create NAME -f Modelfile`"
-    return [*unpacking, run]
+    parts = [f"- The model is in several files; all are needed, and `{name}` is the one to name."]
+    return [
+        *unpacking,
+        *(parts if _is_split(entry) else []),
+        f"- llama.cpp: `llama-cli -m {name} -cnv`, or `llama-server -m {name} --jinja -c {_LEAST_CONTEXT}`",
+        "- Ollama: `ollama create NAME -f Modelfile`",
+        f"- LM Studio: `lms import {name}`, and a context length of at least {_LEAST_CONTEXT} when loading it",
+    ]
+
+
+def _is_split(entry: ArtifactEntry) -> bool:
+    return sum(name.endswith(".gguf") and not name.endswith(_importance.SUFFIX) for name in entry.files) > 1
 
 
 def _suffix(packing: str) -> str:
@@ -131,6 +159,7 @@ def export(
     pre_tokenizer: str | None = None,
     tensors: Mapping[str, str] | None = None,
     importance: str = "",
+    split_bytes: int = 0,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write a checkpoint as one file.
@@ -145,6 +174,8 @@ def export(
         pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
         tensors: regular expression → number format of the tensors whose names in the file it matches.
         importance: file of an importance matrix; empty takes the one that pruning left, ``none`` takes none.
+        split_bytes: most bytes of tensors in one file; where there are more, the model becomes several files, of which
+            engines open the first. 0 is never; a packed file is never split.
         progress: called after every slab.
 
     Raises:
@@ -157,28 +188,39 @@ def export(
         wanted = f"name it {out.stem}{_suffix(packing)}"
         raise UsageError(f"{out} is no name for a file with packing {packing!r}", remedy=wanted)
     for key in metadata or {}:
-        if key in _FILE_KEYS or not key.startswith(_OWN_KEYS):
+        if key in FILE_KEYS or not key.startswith(_OWN_KEYS):
             raise UsageError(f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys")
     check_parameters(checkpoint)
     mix = presets.read(quant, tensors)
     plan = plan_tensors(checkpoint, mix)
     known = _importance.find(checkpoint.folder, importance)
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
-    _check_space(out, sum(tensor.size_bytes for tensor in plan))
-    partial = out.with_name(f".{out.name}.plain.partial")
+    total_bytes = sum(tensor.size_bytes for tensor in plan)
+    _check_space(out, total_bytes)
+    parts = divide(plan, split_bytes if packing == "plain" else 0)
+    outs = [out.with_name(name_part(out.stem, n, len(parts))) if parts[1:] else out for n in range(len(parts))]
+    partials = [file.with_name(f".{file.name}.plain.partial") for file in outs]
+    body = Body(checkpoint, known, total_bytes, progress)
+    written: list[ExportedTensor] = []
     try:
         with disk_errors(out):
-            _write_header(checkpoint, partial, plan, vocabulary, _general(checkpoint, mix, metadata or {}))
-            written = _write_tensors(checkpoint, partial, plan, known, progress)
-            files = {out.name: file_sha256(partial)}
+            for number, (part, partial) in enumerate(zip(parts, partials, strict=True)):
+                values = general_values(checkpoint, mix, metadata or {}) if number == 0 else {}
+                split = (number, len(parts), len(plan)) if parts[1:] else None
+                _write_header(checkpoint, partial, part, vocabulary if number == 0 else None, values, split)
+                written += body.append(partial, part)
+            files = {file.name: file_sha256(partial) for file, partial in zip(outs, partials, strict=True)}
+            size_bytes = sum(partial.stat().st_size for partial in partials)
             notes = (*vocabulary.notes, *_importance_notes(known, plan))
-            result = ExportResult(out, written, partial.stat().st_size, files, notes)
+            result = ExportResult(outs[0], tuple(written), size_bytes, files, notes)
             if packing == "plain":
-                partial.replace(out)
+                for file, partial in zip(outs, partials, strict=True):
+                    partial.replace(file)
             else:
-                result = _pack(partial, result, packing)
+                result = _pack(partials[0], result, packing)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            partial.unlink(missing_ok=True)
     if known and known.is_own:
         matrix = out.with_name(out.stem + _importance.SUFFIX)
         known.write_imatrix(matrix, {tensor.source: tensor.name for tensor in plan})
@@ -222,40 +264,36 @@ def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
     )
 
 
-def _general(checkpoint: Checkpoint, mix: presets.Mix, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    general: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.folder.resolve().name}
-    if checkpoint.license:
-        general["general.license"] = checkpoint.license
-    return {
-        **general,
-        **metadata,
-        "general.quantization_version": GGML_QUANT_VERSION,
-        "general.file_type": _file_type(mix),
-    }
-
-
-def _file_type(mix: presets.Mix) -> int:
-    """Return llama.cpp's number for a file that is mostly of one type; it is only shown, never decides."""
-    for upper in (mix.name.upper(), mix.quant.upper()):
-        for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
-            if name in LlamaFileType.__members__:
-                return int(LlamaFileType[name])
-    return int(LlamaFileType.GUESSED)
-
-
 def _write_header(
     checkpoint: Checkpoint,
     partial: Path,
     plan: list[PlannedTensor],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     general: Mapping[str, Any],
+    split: tuple[int, int, int] | None,
 ) -> None:
+    """Write the header of a file: of the only one or the first with all metadata, of a later one with its number.
+
+    Args:
+        checkpoint: the model folder.
+        partial: the file.
+        plan: its tensors.
+        vocabulary: None in a later file.
+        general: further keys.
+        split: which file of how many it is, and how many tensors there are in all; None for a single one.
+    """
     writer = GGUFWriter(partial, checkpoint.family.gguf_arch)
     try:
         for key, value in general.items():
-            _add_value(writer, key, value)
-        write_parameters(writer, checkpoint)
-        _add_vocabulary(writer, vocabulary, checkpoint.chat_template)
+            add_value(writer, key, value)
+        if vocabulary:
+            write_parameters(writer, checkpoint)
+            _add_vocabulary(writer, vocabulary, checkpoint.chat_template)
+        if split:
+            number, count, tensors = split
+            writer.add_uint16(NUMBER_KEY, number)
+            writer.add_uint16(COUNT_KEY, count)
+            writer.add_int32(TENSORS_KEY, tensors)
         for tensor in plan:
             raw_dtype = GGMLQuantizationType(quants.load_ggml(tensor.quant_real).GGML_TYPE)
             writer.add_tensor_info(
@@ -266,20 +304,6 @@ def _write_header(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-
-
-def _add_value(writer: GGUFWriter, key: str, value: str | int | float | bool) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int() if 0 <= value < 2**32:
-            writer.add_uint32(key, value)
-        case int():
-            writer.add_int64(key, value)
-        case float():
-            writer.add_float64(key, value)
-        case str():  # add_string drops empty ones
-            writer.add_key_value(key, value, GGUFValueType.STRING)
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
@@ -302,74 +326,6 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: s
     writer.add_chat_template(chat_template)
 
 
-def _write_tensors(
-    checkpoint: Checkpoint,
-    partial: Path,
-    plan: list[PlannedTensor],
-    importance: Importance | None,
-    progress: Progress | None,
-) -> tuple[ExportedTensor, ...]:
-    total_bytes = _padded(partial.stat().st_size) + sum(_padded(tensor.size_bytes) for tensor in plan)
-    tensors = []
-    with partial.open("ab") as stream:
-        _pad(stream)
-        for tensor in plan:
-            zeros = _write_tensor(checkpoint, stream, tensor, importance, progress, total_bytes)
-            _pad(stream)
-            tensors.append(
-                ExportedTensor(
-                    tensor.name,
-                    tensor.source,
-                    tensor.shape,
-                    tensor.quant_asked,
-                    tensor.quant_real,
-                    tensor.reason,
-                    zeros / max(1, int(np.prod(tensor.shape))),
-                    tensor.size_bytes,
-                )
-            )
-        stream.flush()
-        os.fsync(stream.fileno())
-    return tuple(tensors)
-
-
-def _write_tensor(
-    checkpoint: Checkpoint,
-    stream: BinaryIO,
-    tensor: PlannedTensor,
-    importance: Importance | None,
-    progress: Progress | None,
-    total_bytes: int,
-) -> int:
-    """Write one tensor and return how many zeros the written bytes hold."""
-    quant, zeros = quants.load_ggml(tensor.quant_real), 0
-    known_I = importance.of(tensor.name, tensor.source, tensor.shape[-1]) if importance else None
-    for weight_OI in iterate_slabs(checkpoint, tensor, _SLAB_WEIGHTS):
-        packed_OP = quant.quantize(weight_OI, known_I)
-        stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
-        _check_finite(tensor, weight_OI, stored_OI)
-        zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
-        stream.write(np.ascontiguousarray(packed_OP).data)
-        if progress is not None:
-            progress(stream.tell(), total_bytes)
-    return zeros
-
-
-def _check_finite(tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]) -> None:
-    if np.isfinite(stored_OI).all():
-        return
-    if np.isfinite(weight_OI).all():
-        raise ModelError(
-            f"{tensor.source!r} has weights up to {float(np.abs(weight_OI).max()):g},"
-            f" too large for {tensor.quant_real}",
-            remedy="export with quant bf16 or f32",
-        )
-    raise ModelError(
-        f"{tensor.source!r} holds weights that are infinite or not a number",
-        remedy="the checkpoint is damaged or its training diverged",
-    )
-
-
 def _check_space(out: Path, needed_bytes: int) -> None:
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
@@ -379,11 +335,3 @@ def _check_space(out: Path, needed_bytes: int) -> None:
             f"{out} needs {needed_bytes / 1e6:.0f} MB and its disk has {free_bytes / 1e6:.0f} MB free",
             remedy="free some space or choose another place with --out",
         )
-
-
-def _pad(stream: BinaryIO) -> None:
-    stream.write(bytes(_padded(stream.tell()) - stream.tell()))
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT

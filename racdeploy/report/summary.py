@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -183,6 +184,7 @@ def tensor_rows(exported: ExportResult) -> tuple[TensorRow, ...]:
             quant_real=t.quant_real,
             zeros=t.zeros,
             size_bytes=t.size_bytes,
+            bits=8 * t.size_bytes / math.prod(t.shape),
             reason=t.reason,
             packing=t.packing,
             packing_reason=t.packing_reason,
