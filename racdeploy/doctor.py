@@ -20,6 +20,10 @@ _NEEDED = (
     ("gguf", "gguf", "gguf", "GGUF export"),
     ("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
     ("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
+    ("onnx", "onnx", "onnx", "ONNX export"),
+    ("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
+    ("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
+    ("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )
 
 

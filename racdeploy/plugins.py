@@ -15,7 +15,7 @@ from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
 
-__all__ = ["KINDS", "closest", "load", "names"]
+__all__ = ["KINDS", "closest", "load", "names", "unknown"]
 
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "methods": "racdeploy.prune.methods",
     "allocations": "racdeploy.prune.allocations",
     "formats": "racdeploy.export",
+    "onnx_exporters": "racdeploy.export.onnx_exporters",
     "checks": "racdeploy.verify",
 }
 _NOT_PLUGINS = {"checks": {"stats"}}
@@ -36,6 +37,7 @@ _EXTRAS = {
     "gguf": "gguf",
     "llama_cpp": "llamacpp",
     "onnxruntime": "ort",
+    "onnx": "onnx",
 }
 
 
@@ -59,10 +61,7 @@ def load(kind: str, name: str) -> ModuleType:
         BrokenPluginError: the file is there and does not import.
     """
     if name not in names(kind):
-        raise UnknownPluginError(
-            f"unknown {_singular(kind)} {name!r}{closest(name, names(kind))}",
-            remedy=f"known: {', '.join(names(kind))}",
-        )
+        raise unknown(kind, name, names(kind))
     try:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     except ModuleNotFoundError as error:
@@ -72,6 +71,16 @@ def load(kind: str, name: str) -> ModuleType:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
+
+
+def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
+    """Return the error for a name that is not known; a kind's ``_refused.py`` has reasons for names that people try."""
+    remedy = f"known: {', '.join(known)}"
+    refused = f"{KINDS[kind]}._refused"
+    reasons = importlib.import_module(refused).REASONS if importlib.util.find_spec(refused) else {}
+    if name in reasons:
+        return UnknownPluginError(f"{_singular(kind)} {name!r} is not offered: {reasons[name]}", remedy=remedy)
+    return UnknownPluginError(f"unknown {_singular(kind)} {name!r}{closest(name, known)}", remedy=remedy)
 
 
 def closest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -220,13 +220,15 @@ class Export(_Part):
             are chosen; empty takes that of the pruned model, ``none`` takes none.
         split_bytes: a larger model becomes several files, as the Hub wants them below 50 GB; 0 never splits.
         packing: a plugin of kind ``packing``.
-        pre_tokenizer: overrides the name derived from tokenizer.json.
+        pre_tokenizer: with gguf, overrides the name derived from tokenizer.json.
+        exporter: with onnx, a plugin of kind ``onnx_exporters``; ``auto`` takes the fastest graph that passes.
     """
 
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
     pre_tokenizer: str | None = None
+    exporter: str = "auto"
     tensors: dict[str, str] = Field(default_factory=dict)
     importance: str = ""
     split_bytes: int = Field(48_000_000_000, ge=0)
@@ -347,10 +349,7 @@ class Recipe(_Part):
         for kind, name in chosen.items():
             known = plugins.names(kind) + (plugins.names("presets") if kind == "quant" else ())
             if name not in known:
-                raise UnknownPluginError(
-                    f"unknown {kind.removesuffix('s')} {name!r}{plugins.closest(name, known)}",
-                    remedy=f"known: {', '.join(known)}",
-                )
+                raise plugins.unknown(kind, name, known)
 
 
 class Target(_Part):

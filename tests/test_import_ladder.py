@@ -30,7 +30,7 @@ LADDER = (
     {"__main__"},
 )
 RUNG = {unit: number for number, rung in enumerate(LADDER) for unit in rung}
-TORCH_UNITS = {"prune", "backends/transformers.py", "backends/_torch_model.py"}
+TORCH_UNITS = {"export/onnx_exporters", "prune", "backends/transformers.py", "backends/_torch_model.py"}
 HEAVY = {"torch", "transformers", "optimum", "safetensors"}
 
 

@@ -1,0 +1,206 @@
+"""ONNX: a graph that plain onnxruntime runs, its weights in the asked number format, zeros kept and counted.
+
+An exporter program makes the graph in float32; it counts only after its weights were compared with the checkpoint and
+its logits with torch (``onnx_exporters``). The weights in the file are then written from the checkpoint itself, one
+tensor at a time. Names are those that transformers.js looks for: ``onnx/model.onnx``, ``model_fp16.onnx``, ….
+
+Inputs and outputs are those of the exporter: ``input_ids``, ``attention_mask``, with optimum ``position_ids``,
+``past_key_values.N.key`` and ``.value`` of shape [batch, key-value heads, past, head size]; ``logits`` and
+``present.N.key`` and ``.value``. All numbers that go in or come out are float32 or int64.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export._onnx_choice import check_exporter, choose
+from racdeploy.export._onnx_file import data_name, write_model
+from racdeploy.export._onnx_measure import TENSORS_KEY, measure
+from racdeploy.export._onnx_weights import PlannedTensor, encode, plan_tensors, wire
+from racdeploy.families import Family
+
+__all__ = [
+    "BACKEND",
+    "LIBRARY",
+    "NEEDS",
+    "OPTIONS",
+    "artifact_path",
+    "companions",
+    "export",
+    "is_linear",
+    "measure",
+    "unpack",
+    "usage",
+]
+
+BACKEND = "onnxruntime"
+LIBRARY = "onnx"
+NEEDS = {
+    "onnx": "onnx",
+    "onnxruntime": "ort",
+    "onnxruntime_genai": "onnx",
+    "optimum": "onnx",
+    "accelerate": "onnx",
+}
+OPTIONS = ("exporter",)
+
+_NAMES = {
+    "f32": "model.onnx",
+    "f16": "model_fp16.onnx",
+    "matmulnbits_8": "model_quantized.onnx",
+    "matmulnbits_4": "model_q4.onnx",
+    "k_quant": "model_q4.onnx",
+}
+_VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
+_OWN_KEYS = ("racdeploy.", "general.")
+
+
+def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
+    """Return the graph's place in a bundle: transformers.js knows it by its number format."""
+    return PurePosixPath("onnx") / _NAMES[quant]
+
+
+def is_linear(family: Family, name: str) -> bool:
+    """Return whether a tensor of the file is a prunable linear."""
+    return name.startswith(f"{family.blocks}.") and name.endswith(tuple(f".{part}.weight" for part in family.linears))
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    quant: str,
+    packing: str = "plain",
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    exporter: str = "auto",
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write a checkpoint as an ONNX graph.
+
+    Args:
+        checkpoint: the model folder.
+        out: the graph's file, replaced if it exists; above 500 MB its weights go to ``OUT_data`` beside it.
+        quant: number format of the linears. Vectors are f32; embedding and output keep at least 8 bits; rows that do
+            not divide into blocks are f16.
+        packing: ``plain``.
+        metadata: further properties of the graph, ``racdeploy.*`` or ``general.*``.
+        exporter: who makes the graph, ``genai`` or ``optimum``; ``auto`` takes the faster graph that passes.
+        progress: called after every slab.
+
+    Raises:
+        UsageError: an unknown quant, packing or exporter, a wrong suffix, or a metadata key of somebody else.
+        ModelError: the checkpoint is damaged, or no exporter can export it.
+        MissingExtraError: an exporter is not installed.
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    packings.check("onnx", quant, packing)
+    check_exporter(exporter)
+    if out.suffix != ".onnx":
+        raise UsageError(f"{out} is no name for an ONNX graph", remedy=f"name it {out.stem}.onnx")
+    if foreign := [key for key in metadata or {} if key == TENSORS_KEY or not key.startswith(_OWN_KEYS)]:
+        raise UsageError(f"metadata key {foreign[0]!r} is the exporter's; give racdeploy.* or general.* keys")
+    _check_space(checkpoint, out, quant)
+    chosen = choose(checkpoint, exporter)
+    plan = plan_tensors(checkpoint, chosen.graph, quant, _VOCABULARY)
+    properties = {"general.name": checkpoint.folder.resolve().name}
+    if checkpoint.license:
+        properties["general.license"] = checkpoint.license
+    properties |= {key: str(value) for key, value in (metadata or {}).items()}
+    properties[TENSORS_KEY] = json.dumps([t.to_json() for t in plan])
+    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        tensors: list[ExportedTensor] = []
+        arrays = _encode_all(checkpoint, plan, tensors, progress)
+        write_model(
+            wire(chosen.graph, plan), chain(chosen.graph.constants.items(), arrays), Path(scratch), out.name, properties
+        )
+        files = _move_in(Path(scratch), out)
+    size_bytes = sum((out.parent / name).stat().st_size for name in files)
+    return ExportResult(out, tuple(tensors), size_bytes, files, (chosen.note,))
+
+
+def _encode_all(
+    checkpoint: Checkpoint, plan: list[PlannedTensor], tensors: list[ExportedTensor], progress: Progress | None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield every array of the file, and describe each tensor in ``tensors`` as it goes by."""
+    total = sum(int(np.prod(tensor.shape)) for tensor in plan)
+    done = 0
+
+    def advance(weights: int) -> None:
+        nonlocal done
+        done += weights
+        if progress is not None:
+            progress(done, total)
+
+    for tensor in plan:
+        arrays, zeros = encode(checkpoint, tensor, advance)
+        yield from arrays.items()
+        tensors.append(
+            ExportedTensor(
+                tensor.name,
+                tensor.name,
+                tensor.shape,
+                tensor.quant_asked,
+                tensor.quant_real,
+                tensor.reason,
+                zeros / max(1, int(np.prod(tensor.shape))),
+                sum(values.nbytes for values in arrays.values()),
+            )
+        )
+
+
+def _move_in(scratch: Path, out: Path) -> dict[str, str]:
+    """Move a finished artifact to its place, the graph last, and return the hashes of its files."""
+    (out.parent / data_name(out.name)).unlink(missing_ok=True)
+    names = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == out.name, name))
+    for name in names:
+        (scratch / name).replace(out.parent / name)
+    return {name: file_sha256(out.parent / name) for name in names}
+
+
+def _check_space(checkpoint: Checkpoint, out: Path, quant: str) -> None:
+    """Ask for the float32 graph in the temporary folder and the artifact beside it."""
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
+    weights = sum(int(np.prod(entry.shape)) for entry in checkpoint.entries.values())
+    needs = [(Path(tempfile.gettempdir()), 4 * weights), (out.parent, round(quants.load(quant).BITS * weights / 8))]
+    for folder, needed_bytes in needs:
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            raise EnvironmentFailure(
+                f"{folder} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed",
+                remedy="free some space; TMPDIR moves the temporary folder, --out the artifact",
+            )
+
+
+def unpack(packed: Path, out: Path | None = None) -> Path:
+    """Refuse: nothing that this format writes is packed.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(f"{packed} is not packed", remedy="racdeploy inspect shows what is in it")
+
+
+def companions(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the model's config.json, which transformers.js and onnxruntime's clients read."""
+    return {"config.json": (checkpoint.folder / "config.json").read_text(encoding="utf-8")}
+
+
+def usage(entry: ArtifactEntry) -> list[str]:
+    """Return how other programs run the graph."""
+    return [f"onnxruntime: `onnxruntime.InferenceSession({entry.path!r})`"]

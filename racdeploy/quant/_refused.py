@@ -1,0 +1,13 @@
+"""Number formats that people ask for and that are not offered, with the reason."""
+
+from __future__ import annotations
+
+_INT8 = (
+    "rounding activations to 8 bits by tensor while the model runs cost a language model ten times the divergence of "
+    "matmulnbits_8, and a chain of thought adds it up"
+)
+REASONS = {
+    "hqq": "its zero points lie between codes, so pruned weights come back as small numbers and sparsity is lost",
+    "int8": _INT8,
+    "dynamic_int8": _INT8,
+}

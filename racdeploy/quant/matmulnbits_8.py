@@ -1,0 +1,29 @@
+"""MatMulNBits with 8 bits: 32 weights share a scale; the middle code, 128, is zero."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.quant._matmulnbits import BLOCK, Blocks, choose_symmetric
+
+__all__ = ["BITS", "BLOCK", "FORMATS", "PRESERVES_ZERO", "blocks", "dequantize", "quantize"]
+
+FORMATS = ("onnx",)
+BITS = 8.5
+PRESERVES_ZERO = True
+
+
+def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return packed rows: at each scale the codes of onnxruntime's own quantizer."""
+    return choose_symmetric(weight_OI, 8).packed()
+
+
+def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+    """Return float32 weights."""
+    return blocks(packed_OP, I).weights()
+
+
+def blocks(packed_OP: NDArray[np.uint8], I: int) -> Blocks:
+    """Return what the operator takes."""
+    return Blocks.read(packed_OP, I, 8)
