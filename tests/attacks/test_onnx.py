@@ -1,0 +1,164 @@
+"""Graphs that lie, bundles that do not fit: an error that says what, and an engine's process that outlives it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import onnx
+import pytest
+
+from racdeploy import load
+from racdeploy.backends import EngineSettings, Sampling
+from racdeploy.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.errors import ArtifactError, EngineError
+from tests.tiny_artifacts import make_onnx_bundle
+from tests.tiny_onnx import tiny_onnx
+
+SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A graph of the builder with its external data, in a folder of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_onnx() / "genai", folder)
+    return folder / "model.onnx"
+
+
+def opened(model: Path, settings: EngineSettings = SETTINGS) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(model, settings)
+
+
+def edit(model: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the graph's file; its external data stays where it is."""
+    proto = onnx.load(model, load_external_data=False)
+    change(proto)
+    model.write_bytes(proto.SerializeToString())
+
+
+def locate(model: Path, place: str) -> None:
+    """Let every weight be in another file."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = place
+
+    edit(model, change)
+
+
+def test_the_untouched_graph_loads(model: Path) -> None:
+    """So the others fail for what was done to them."""
+    with opened(model) as engine:
+        assert len(engine.generate([[3, 4]], Sampling(4, ()))[0].ids) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"\x08\x09" * 400, bytes(5000)])
+def test_what_is_no_graph_is_refused(model: Path, content: bytes) -> None:
+    model.write_bytes(content)
+    with pytest.raises(EngineError, match="onnxruntime cannot load"):
+        opened(model)
+
+
+def test_damaged_graphs_are_errors_and_never_a_traceback(model: Path) -> None:
+    """Flipped bytes and cut files: loaded and run, or refused in one sentence."""
+    random, whole = Random(0), model.read_bytes()
+    refusals: list[str] = []
+    for _ in range(12):
+        damaged = bytearray(whole)
+        for place in random.sample(range(len(damaged)), 6):
+            damaged[place] ^= 1 << random.randrange(8)
+        model.write_bytes(damaged[: random.choice([len(damaged), random.randrange(len(damaged))])])
+        try:
+            with opened(model) as engine:
+                engine.generate([[3, 4]], Sampling(2, ()))
+        except EngineError as error:
+            refusals.append(str(error))
+    assert len(refusals) >= 6
+    assert not any("Traceback" in refusal for refusal in refusals)
+
+
+def test_external_data_that_is_missing_or_short_is_named(model: Path) -> None:
+    data = model.with_name("model.onnx.data")
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EngineError, match=r"cannot load .*model\.onnx"):
+        opened(model)
+    data.unlink()
+    with pytest.raises(EngineError, match=r"model\.onnx\.data"):
+        opened(model)
+
+
+@pytest.mark.parametrize("place", ["../outside.data", "{absolute}", "link.data"])
+def test_external_data_outside_the_folder_is_refused(model: Path, place: str) -> None:
+    """By a path that climbs, an absolute one, and a symlink."""
+    outside = model.parent.parent / "outside.data"
+    shutil.move(model.with_name("model.onnx.data"), outside)
+    (model.parent / "link.data").symlink_to("../outside.data")
+    locate(model, place.replace("{absolute}", str(outside)))
+    with pytest.raises(EngineError, match="External data path validation failed"):
+        opened(model)
+
+
+def test_unknown_inputs_are_named(model: Path) -> None:
+    def change(proto: onnx.ModelProto) -> None:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("encoder_hidden", onnx.TensorProto.FLOAT, [1, 2]))
+
+    edit(model, change)
+    with pytest.raises(EngineError, match="does not know: encoder_hidden"):
+        opened(model)
+
+
+def test_a_graph_without_a_cache_is_named(tmp_path: Path) -> None:
+    helper = onnx.helper
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["B", "T"])
+    out = helper.make_tensor_value_info("logits", onnx.TensorProto.INT64, ["B", "T"])
+    graph = helper.make_graph([helper.make_node("Identity", ["input_ids"], ["logits"])], "g", [ids], [out])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(EngineError, match=r"no attention_mask, past_key_values\.0\.key"):
+        opened(tmp_path / "m.onnx")
+
+
+def test_a_wrong_number_format_is_named(model: Path) -> None:
+    def change(proto: onnx.ModelProto) -> None:
+        for value in proto.graph.input:
+            if value.name == "past_key_values.1.value":
+                value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+    edit(model, change)
+    with pytest.raises(EngineError, match=r"past_key_values\.1\.value|cannot load"):
+        opened(model)
+
+
+def test_a_wrong_head_size_is_found_before_the_first_prompt(model: Path) -> None:
+    """The configuration says one thing, the graph computes another."""
+    for name in ("genai_config.json", "config.json"):
+        (model.parent / name).unlink(missing_ok=True)
+    with pytest.raises(EngineError, match="no configuration tells the head size"):
+        opened(model)
+    (model.parent / "config.json").write_text('{"head_dim": 8}', encoding="utf-8")
+    with pytest.raises(EngineError, match="cannot run the graph on two tokens"):
+        opened(model)
+
+
+def test_a_context_beyond_the_graph_is_an_error(model: Path) -> None:
+    """The builder's rotary table ends at 256 positions."""
+    with opened(model, EngineSettings(context_tokens=400, parallel=1, threads=1)) as engine:
+        with pytest.raises(EngineError, match="the context may be longer than the graph was made for"):
+            engine.generate([[3] * 250], Sampling(40, ()))
+        assert len(engine.generate([[3, 4]], Sampling(4, ()))[0].ids) == 4, "the engine goes on working"
+
+
+def test_a_bundle_whose_graph_is_gone_or_a_link_outwards_is_refused(tmp_path: Path) -> None:
+    bundle = make_onnx_bundle(tmp_path)
+    data = bundle / "onnx" / "model.onnx.data"
+    shutil.move(data, tmp_path / "elsewhere.data")
+    with pytest.raises(ArtifactError, match="listed in the manifest and missing"):
+        load(bundle)
+    data.symlink_to(tmp_path / "elsewhere.data")
+    with pytest.raises(ArtifactError, match="outside the bundle"):
+        load(bundle)
