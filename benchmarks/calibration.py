@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from racdeploy.backends import EngineSettings
+from racdeploy.export import ExportResult
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
 from racdeploy.recipe import Recipe
@@ -74,7 +75,7 @@ def main() -> None:
         for column, settings in COLUMNS.items():
             build = Build(Job(recipe(arguments, row, settings)), arguments.work)
             if dense is None:
-                dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False).path, "dense")
+                dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False), "dense")
             cells.append(measure(build, row, column, dense))
             console.print(cells[-1])
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -100,17 +101,16 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
     )
 
 
-def answers(build: Build, artifact: Path, arm: str) -> tuple[Record, ...]:
-    """Answer the evaluation prompts with one artifact on llama.cpp."""
+def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
+    """Answer the evaluation prompts with one artifact on its engine."""
     settings = build.job.recipe.verify
-    records, _, _ = build.answer(artifact, arm, EngineSettings(settings.context_tokens, settings.parallel))
-    return records
+    return build.answer(exported, arm, EngineSettings(settings.context_tokens, settings.parallel)).records
 
 
 def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
     """Prune, export, answer and compare."""
     model = build.prune()
-    pruned = answers(build, build.export(model.folder, build.job.artifact_name).path, column)
+    pruned = answers(build, build.export(model.folder, build.job.artifact_name), column)
     pairs = list(zip(dense, pruned, strict=True))
     n10 = sum(d.correct and not p.correct for d, p in pairs)
     n01 = sum(p.correct and not d.correct for d, p in pairs)

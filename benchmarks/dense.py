@@ -25,9 +25,9 @@ def main() -> None:
     verify = {"count": arguments.prompts, "parallel": 32, "seed": arguments.seed}
     recipe = Recipe.combine(None, {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}})
     build = Build(Job(recipe), default_work())
-    artifact = build.export(build.job.model.folder, "dense", pruned=False).path
+    artifact = build.export(build.job.model.folder, "dense", pruned=False)
     settings = EngineSettings(recipe.verify.context_tokens, recipe.verify.parallel)
-    records, _, _ = build.answer(artifact, "dense", settings)
+    records = build.answer(artifact, "dense", settings).records
     print("| task | accuracy | mean thinking tokens | longest |\n|---|---|---|---|")
     for task in build.job.evaluation_specs:
         asked = [record for record in records if record.task == task]

@@ -39,17 +39,18 @@ def main() -> None:
     for joint in (False, True):
         build = Build(Job(recipe(arguments, joint)), arguments.work, arguments.threads)
         _, held_out, _ = build.calibration(build.traces()[1])
-        artifact = build.export(build.prune().folder, build.job.artifact_name).path
+        exported = build.export(build.prune().folder, build.job.artifact_name)
         compared = compare_logits(
-            lambda path=artifact: closing(open_engine("llamacpp", path, exact)),
+            lambda path=exported.path: closing(open_engine("llamacpp", path, exact)),
             lambda path=build.job.model.folder: closing(open_engine("transformers", path, exact)),
-            lambda path=artifact: closing(open_engine("llamacpp", path, exact)),
+            lambda path=exported.path: closing(open_engine("llamacpp", path, exact)),
             [(trace.prompt_ids, trace.completion_ids) for trace in held_out],
         )
         assert compared
         row = {"joint": joint, "tokens": compared.tokens, "kl": compared.pruning_kl, "top1": compared.pruning_top1}
         if arguments.prompts:
-            records, _, _ = build.answer(artifact, "joint" if joint else "rounded", EngineSettings(2048, 32))
+            arm = "joint" if joint else "rounded"
+            records = build.answer(exported, arm, EngineSettings(2048, 32)).records
             right = sum(record.correct for record in records)
             interval = stats.wilson_interval(right, len(records))
             row |= {"accuracy": right / len(records), "lower": interval.lower, "upper": interval.upper}

@@ -29,7 +29,7 @@ from racdeploy.prune.processes import joined
 from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
-from racdeploy.reverify import gate_of, reverify
+from racdeploy.reverify import Reverification
 from racdeploy.verify import GATE_EXAMPLE, Gate, read_gate
 from racdeploy.verify._controls import SAME_SIZE
 
@@ -209,6 +209,12 @@ def export(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     gate: GateOpt = None,
+    tier: TierOpt = "",
+    baseline: Annotated[
+        Path | None, typer.Option(help="Dense artifact to run too, or another bundle of the same dense model.")
+    ] = None,
+    show_plan: Annotated[bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")] = False,
+    work: WorkOpt = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
     reports: Annotated[Path | None, typer.Option("--reports", help="Folder for the report in every form.")] = None,
@@ -220,19 +226,22 @@ def verify(
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
 
-    limits = gate_of(bundle, gate)
     for file in (junit_file, html_file):
         if file and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
     with progress_bars() as progress:
-        report, records = reverify(bundle, limits, threads, progress)
+        again = Reverification(bundle, work or default_work(), gate, tier, baseline, threads, progress)
+        if show_plan:
+            _print_plan(again.plan(), json_output)
+            return
+        report, records = again.run()
     if junit_file:
         write_atomic(junit_file, junit.render(report))
     if html_file:
         write_atomic(html_file, html.render(report, records))
     if reports:
         write_reports(reports, report, records)
-    _finish(report, json_output, "", limits, exit_zero)
+    _finish(report, json_output, "", again.gate, exit_zero)
 
 
 @app.command()

@@ -296,7 +296,7 @@ class Job:
 
     def task_identity(self, spec: str) -> dict[str, str]:
         """Return what decides the prompts of a task: its name, and the contents of its file."""
-        pool = "\n".join(f"{p.question}\0{p.gold}" for p in self.tasks_by_spec[spec].pool)
+        pool = "\n".join(f"{p.question}\0{p.gold}\0{p.scorer}" for p in self.tasks_by_spec[spec].pool)
         return {"name": spec.partition(":")[0], "pool": hashlib.sha256(pool.encode()).hexdigest()}
 
     @property

@@ -37,9 +37,10 @@ from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, prompt_traces, trace_counts
 from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
-from racdeploy.verify import Arm, Evidence, OtherArtifact, run_checks
+from racdeploy.verify import Arm, Evidence, OtherArtifact, memory, run_checks, speed
+from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
 from racdeploy.verify._controls import SAME_SIZE, control_notes, same_size_quants
-from racdeploy.verify._measure import answer_problems, compare_logits, fingerprint, probe_tokens
+from racdeploy.verify._measure import compare_logits, fingerprint, probe_prompts, probe_tokens, stop_ids_of
 
 __all__ = ["Build", "Progress", "PrunedModel", "default_work"]
 
@@ -49,6 +50,7 @@ _CODE = {
     "traces": (*_SHARED, "backends", "runtime", "traces"),
     "prune": (*_SHARED, "backends", "prune", "quant", "runtime", "traces"),
     "export": (*_SHARED, "export", "packing", "quant", "racgguf"),
+    "answers": (*_SHARED, "backends", "runtime", "verify/_answers.py"),
 }
 
 
@@ -131,7 +133,6 @@ class Build:
                 self.job.tags,
                 self.job.checkpoint.eos_ids,
                 self.job.problems("calibration"),
-                self.job.tasks_by_spec,
                 settings,
                 out,
                 self.progress,
@@ -313,27 +314,28 @@ class Build:
             for name in dict.fromkeys(names)
         }
 
-    def answer(
-        self, artifact: Path, arm: str, settings: EngineSettings
-    ) -> tuple[tuple[Record, ...], list[tuple[tuple[int, ...], tuple[int, ...]]], dict[str, float]]:
+    def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
         """Answer the evaluation prompts with one artifact on its engine.
 
-        Returns:
-            One record per prompt, prompt and completion ids of each, and what the engine counted.
+        Answers of an earlier run count, and an interrupted one goes on; where speed or memory have a limit, both arms
+        answer in one run.
         """
-        with _opened(self.job.backend, artifact, settings) as engine:
-            records, traces = answer_problems(
-                engine,
-                self.job.encoder,
-                self.job.tags,
-                self.job.checkpoint.eos_ids,
-                self.job.problems("evaluation"),
-                self.job.tasks_by_spec,
-                self.job.recipe.verify,
-                arm,
-                self.progress,
-            )
-            return records, traces, dict(engine.stats)
+        respondent = Respondent(
+            self.job.encoder, self.job.tags, self.job.checkpoint.eos_ids, self.job.recipe.verify, self.progress
+        )
+        inputs = identity(exported.files, self.job.recipe.verify, settings, fingerprint(settings))
+        stage = Stage.open(self.work, "answers", self._inputs("answers") | inputs)
+        file = stage.folder / "completions.jsonl"
+        if stage.finished and self._timed():
+            file.unlink(missing_ok=True)
+        answers = respondent.answer(
+            lambda: _opened(self.job.backend, exported.path, settings),
+            self.job.problems("evaluation"),
+            arm,
+            CompletionLog(file),
+        )
+        stage.finish({"answers": len(answers.records)})
+        return answers
 
     def verify(
         self,
@@ -355,22 +357,31 @@ class Build:
         settings = self.job.recipe.verify
         engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
         arms: list[Arm] = []
-        dense_traces: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        notes: list[str] = []
+        traces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
         quants = {"dense": self.job.recipe.export.quant, "pruned": self.job.recipe.export.quant}
         quants |= {f"dense {quant}": quant for quant in rivals or {}}
         for name, exported in zip(quants, (dense, pruned, *(rivals or {}).values()), strict=True):
-            records, traces, stats = self.answer(exported.path, name, engine_settings)
-            dense_traces = dense_traces or traces
+            answers = self.answer(exported, name, engine_settings)
+            traces = traces or answers.traces
             sparsity = self._file_sparsity(exported)
-            arms.append(Arm(name, records, exported.size_bytes, quants[name], sparsity, stats))
+            arms.append(
+                Arm(name, answers.records, exported.size_bytes, quants[name], sparsity, answers.stats, exported.files)
+            )
+            if answers.earlier:
+                notes.append(
+                    f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier run on this "
+                    "machine, with the same artifact and settings; racdeploy bench measures speed"
+                )
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
         with _opened(self.job.backend, pruned.path, exact) as engine:
             probes = probe_tokens(engine, self.job.encoder, probe_strings())
+        metadata, _ = exports.load(self.job.recipe.export.format).measure(pruned.path)
         logits = compare_logits(
             lambda: _opened("transformers", model.folder, exact),
             lambda: _opened("transformers", self.job.model.folder, exact),
             lambda: _opened(self.job.backend, pruned.path, exact),
-            dense_traces[: settings.logit_traces],
+            traces[: settings.logit_traces],
         )
         rows = tensor_rows(pruned)
         prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
@@ -393,6 +404,9 @@ class Build:
                 sibling._answer_also(exported, engine_settings)
                 for sibling, exported in zip(self.siblings, also, strict=True)
             ),
+            prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
+            stop_ids=stop_ids_of(metadata, self.job.checkpoint.eos_ids),
+            packing=self.job.recipe.export.packing,
         )
         report = summarize(
             evidence,
@@ -406,6 +420,7 @@ class Build:
                 *_selection_notes(model.selection),
                 *model.notes,
                 *pruned.notes,
+                *notes,
                 *control_notes(settings, len(rivals or {})),
             ],
             fingerprint=fingerprint(engine_settings),
@@ -422,9 +437,21 @@ class Build:
     def _answer_also(self, exported: ExportResult, settings: EngineSettings) -> OtherArtifact:
         """Answer the evaluation prompts with the artifact of a further target."""
         name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
-        records, _, stats = self.answer(exported.path, name, settings)
-        arm = Arm(name, records, exported.size_bytes, quant, self._file_sparsity(exported), stats)
+        answers, sparsity = self.answer(exported, name, settings), self._file_sparsity(exported)
+        arm = Arm(name, answers.records, exported.size_bytes, quant, sparsity, answers.stats, exported.files)
         return OtherArtifact(arm, self.job.backend, exported.path, exported.files)
+
+    def _chat_ids(self) -> dict[str, list[int]]:
+        """Return prompt ids by question, as transformers makes them."""
+        from racdeploy.backends.transformers import chat_ids
+
+        questions = [problem.question for problem in self.job.problems("evaluation")]
+        return dict(zip(questions, chat_ids(self.job.model.folder, questions), strict=True))
+
+    def _timed(self) -> bool:
+        """Return whether speed or memory of both arms have to come from one run."""
+        gate = self.job.gate
+        return gate.limits(speed.Limits).ratio is not None or gate.limits(memory.Limits).ratio is not None
 
     def run(self, out: Path) -> Report:
         """Do everything and write the bundle.

@@ -19,6 +19,7 @@ __all__ = ["KINDS", "closest", "load", "names", "unknown"]
 
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
+    "scorers": "racdeploy.scorers",
     "families": "racdeploy.families",
     "quant": "racdeploy.quant",
     "presets": "racdeploy.quant.presets",

@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from racdeploy.report_model import CheckResult, Report
+    from racdeploy.reverify import Reverification
     from racdeploy.verify import Gate
 
 _VERDICT = "verdict"
@@ -40,24 +41,26 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
             raise pytest.UsageError("--racdeploy-gate without --racdeploy-bundle")
         return
     from racdeploy.errors import UsageError
-    from racdeploy.reverify import gate_of
+    from racdeploy.pipeline import default_work
+    from racdeploy.reverify import Reverification
 
     try:
-        gate = gate_of(folder, gate_file)
+        again = Reverification(folder, default_work(), gate_file, threads=config.getoption("--racdeploy-threads"))
+        gate = again.gate
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     bundle = Bundle.from_parent(session, name=f"bundle {folder}", nodeid=str(folder))
-    bundle.prepare(folder, gate, config.getoption("--racdeploy-threads"))
+    bundle.prepare(folder, gate, again)
     items.extend(bundle.collect())
 
 
 class Bundle(pytest.Collector):
     """A bundle: verified when its first test runs, once."""
 
-    def prepare(self, folder: Path, gate: Gate, threads: int) -> None:
+    def prepare(self, folder: Path, gate: Gate, verification: Reverification) -> None:
         """Say which bundle it is."""
         self.folder, self.gate = folder, gate
-        self._threads = threads
+        self._verification = verification
         self._found: Report | Exception | None = None
 
     def collect(self) -> list[pytest.Item]:
@@ -74,11 +77,10 @@ class Bundle(pytest.Collector):
             RacdeployError: the bundle or its engine failed.
         """
         from racdeploy.errors import RacdeployError
-        from racdeploy.reverify import reverify
 
         if self._found is None:
             try:
-                self._found, _ = reverify(self.folder, self.gate, self._threads)
+                self._found, _ = self._verification.run()
             except RacdeployError as error:
                 self._found = error
         if isinstance(self._found, Exception):

@@ -68,6 +68,7 @@ class ArmSummary(_Part):
         loops: completions that began to repeat themselves.
         size_bytes: the artifact on disk, every file of it.
         sparsity: zeros in the exported file, over the prunable weights.
+        files: SHA-256 of each file of the artifact.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ArmSummary(_Part):
     peak_rss_bytes: int | None = Field(None, ge=0)
     quant: str | None = None
     sparsity: float | None = Field(None, ge=0, le=1)
+    files: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -260,7 +262,9 @@ class Record(_Part):
         prompt_ids: the rendered prompt; empty in records of older versions.
         opening: where the first thought began: in the prompt, in the completion, before its first token, or nowhere.
         loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
+        scorer: what decided, see :mod:`racdeploy.scorers`; empty is its default.
         extracted: the answer that was scored, None if none was found.
+        extractor: where it was found, or why nothing was.
     """
 
     prompt: int = Field(ge=0)
@@ -277,6 +281,8 @@ class Record(_Part):
     finish_reason: Literal["stop", "length", "cancelled"]
     correct: bool
     extracted: str | None
+    extractor: str = ""
+    scorer: str = ""
     answer_text: str
     thinking_text: str
     prompt_ids: tuple[int, ...] = ()

@@ -1,194 +1,311 @@
-"""Verify a finished bundle again: rerun its prompts, compare with the dense records it carries.
+"""Verify a finished bundle again: rerun its prompts, compare with dense answers, decide.
 
-The dense arm is not rerun: its records were made when the bundle was built, and the report says so.
+The dense answers are those that the bundle carries, those of another bundle of the same dense model, or new ones of
+the dense artifact; they are never mixed. The report says which, and what differs between the machines.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
-
-from racdeploy import export, tasks
-from racdeploy.artifacts import ArtifactEntry, Manifest
+from racdeploy import __version__, export
+from racdeploy.artifacts import ArtifactEntry, Stage
 from racdeploy.backends import Engine, EngineSettings, open_engine
-from racdeploy.checkpoint import read_json
-from racdeploy.errors import ArtifactError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.families import family_of
-from racdeploy.recipe import Recipe, validate
+from racdeploy.job import Job
+from racdeploy.recipe import Verification
 from racdeploy.report.summary import summarize
-from racdeploy.report_model import ArmSummary, Record, Report, TensorRow
+from racdeploy.report_model import Record, Report, TensorRow
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
+from racdeploy.tasks import Problem
 from racdeploy.verify import Arm, Evidence, Gate, OtherArtifact, read_gate, run_checks
-from racdeploy.verify._measure import answer_problems, fingerprint, probe_tokens
+from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
+from racdeploy.verify._baseline import Baseline, differences
+from racdeploy.verify._measure import fingerprint, probe_prompts, probe_tokens, stop_ids_of
+from racdeploy.verify._plan import expectation_of, plan
 
-__all__ = ["gate_of", "reverify"]
+__all__ = ["Reverification"]
 
 Progress = Callable[[str, int, int], None]
 
 
-def reverify(
-    bundle: Path, gate: Gate, threads: int = 0, progress: Progress | None = None
-) -> tuple[Report, list[Record]]:
-    """Run the checks of a bundle anew.
+@dataclass(frozen=True)
+class Reverification:
+    """A bundle on its way to a report.
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
-        gate: the limits, those of the bundle's recipe included.
+        work: where the answers of an interrupted run wait.
+        gate_file: limits that go over the bundle's own, or None.
+        tier: of the gate; empty asks what the build asked.
+        baseline: dense artifact, or another bundle of the same dense model; None takes the bundle's own records.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, prompts done and prompts in all.
-
-    Raises:
-        ArtifactError: the bundle is damaged.
-        EngineError: the engine cannot run the artifact.
     """
-    manifest = Manifest.read(bundle)
-    manifest.check_tokenizer(bundle)
-    check_unpacked(bundle, manifest.artifacts[0])
-    recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
-    settings = recipe.verify.model_copy(update={"logit_traces": 0})
-    dense_records, built = _read_dense(bundle)
-    problems = [tasks.Problem(r.question, r.gold, task=r.task) for r in dense_records]
-    encoder = PromptEncoder.from_folder(bundle)
-    names = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
-    tags = tags_of(encoder, names[0], names[1]) if names[0] and names[1] else None
-    entry, *others = manifest.artifacts
-    engine_settings = EngineSettings(settings.context_tokens, settings.parallel, threads)
-    scorers = {spec: tasks.scorer(spec) for spec in dict.fromkeys(p.task for p in problems)}
 
-    def answer(engine: Engine, artifact: ArtifactEntry, arm: str) -> Arm:
-        ids = manifest.tokenizer.eos_ids
-        records, _ = answer_problems(engine, encoder, tags, ids, problems, scorers, settings, arm, progress)
-        stats = dict(getattr(engine, "stats", {}))
-        return Arm(arm, records, artifact.size_bytes, artifact.quant, _measure(bundle, manifest, artifact)[2], stats)
+    bundle: Path
+    work: Path
+    gate_file: Path | None = None
+    tier: str = ""
+    baseline: Path | None = None
+    threads: int = 0
+    progress: Progress | None = None
 
-    def opened(artifact: ArtifactEntry) -> contextlib.closing[Engine]:
-        return contextlib.closing(open_engine(artifact.backend, bundle / artifact.path, engine_settings))
+    @cached_property
+    def own(self) -> Baseline:
+        """The bundle with its records, its files checked.
 
-    with opened(entry) as engine:
-        pruned = answer(engine, entry, "pruned")
-        probes = probe_tokens(engine, encoder, probe_strings())
-    also = []
-    for other in others:
-        with opened(other) as engine:
-            arm = answer(engine, other, f"pruned, {other.backend}")
-        also.append(OtherArtifact(arm, other.backend, bundle / other.path, _recorded_files(other)))
-    rows, prunable, _ = _measure(bundle, manifest, entry)
-    evidence = Evidence(
-        settings=settings,
-        gate=gate,
-        dense=_recorded_arm(built, dense_records),
-        pruned=pruned,
-        backend=entry.backend,
-        artifact=bundle / entry.path,
-        artifact_files=_recorded_files(entry),
-        sparsity_asked=float(manifest.pruning.get("sparsity_asked", recipe.prune.sparsity)),
-        dense_linears=frozenset(row.name for row in built.linears if row.sparsity_asked == 0),
-        tensors=rows,
-        prunable=prunable,
-        probes=probes,
-        also=tuple(also),
-    )
-    report = summarize(
-        evidence,
-        run_checks(evidence),
-        linears=built.linears,
-        blocks=built.blocks,
-        model=built.model,
-        target=built.target,
-        recipe=recipe.model_dump(mode="json"),
-        notes=[
-            f"the dense arm was not rerun: its records are of {built.created:%Y-%m-%d %H:%M} UTC, "
-            f"with the engine settings {json.dumps(built.fingerprint.get('engine', {}))}; its "
-            "speed is not shown beside one measured now",
-            "logits were compared when the bundle was built: that needs the dense model and torch",
-        ],
-        fingerprint=fingerprint(engine_settings),
-        created=datetime.now(UTC),
-    )
-    answered = [pruned, *(other.arm for other in also)]
-    return report, [*dense_records, *(record for arm in answered for record in arm.records)]
+        Raises:
+            ArtifactError: the bundle is damaged.
+        """
+        found = Baseline.read(self.bundle)
+        found.manifest.check_tokenizer(self.bundle)
+        check_unpacked(self.bundle, found.manifest.artifacts[0])
+        return found
 
+    @cached_property
+    def gate(self) -> Gate:
+        """The limits of the file over those of the bundle, for the tier.
 
-def gate_of(bundle: Path, file: Path | None) -> Gate:
-    """Return the gate of a file over that of the bundle.
+        Raises:
+            UsageError: unknown keys, bad values, or an unknown tier.
+        """
+        read_gate(self.gate_file).at(self.tier)
+        return read_gate(self.gate_file, self.own.recipe.gate).at(self.tier)
 
-    Raises:
-        UsageError: the file has unknown keys or bad values, or the bundle cannot be read.
-    """
-    read_gate(file)
-    recipe = validate(Recipe, Manifest.read(bundle).recipe, f"{bundle}/racdeploy.json")
-    return read_gate(file, recipe.gate)
+    @cached_property
+    def settings(self) -> Verification:
+        """How prompts are answered; logits need the checkpoints and torch."""
+        built = self.own.recipe.verify
+        chosen = getattr(self.gate.tiers, self.tier).apply(built) if self.tier else built
+        return chosen.model_copy(update={"logit_traces": 0})
 
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What is asked: a part of what the build asked, or its tasks' further problems behind those.
 
-def _read_dense(bundle: Path) -> tuple[tuple[Record, ...], Report]:
-    """Return the dense records of a bundle and the report of its build."""
-    try:
-        lines = (bundle / "records.jsonl").read_text(encoding="utf-8").splitlines()
-        records = tuple(r for line in lines if (r := Record.model_validate_json(line)).arm == "dense")
-        report = Report.model_validate(read_json(bundle / "report.json"))
-    except (ValidationError, OSError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise ArtifactError(f"{bundle}: the records are damaged: {first}", remedy="build the bundle again") from error
-    expected = next((arm.prompts for arm in report.arms if arm.name == "dense"), 0)
-    if not records or len(records) != expected:
-        raise ArtifactError(
-            f"{bundle}/records.jsonl holds {len(records)} dense records, its report counts {expected}",
-            remedy="copy the bundle again, or build it again",
+        Raises:
+            UsageError: the tasks are not on this machine, or no longer the same.
+        """
+        recorded = self.own.problems
+        if not self.tier or self.settings.count <= len(recorded):
+            return recorded[: self.settings.count] if self.tier else recorded
+        recipe = self.own.recipe.model_copy(update={"verify": self.settings})
+        drawn = Job(recipe).problems("evaluation")
+        if [(p.question, p.gold) for p in drawn[: len(recorded)]] != [(p.question, p.gold) for p in recorded]:
+            raise UsageError(
+                "the tasks no longer give the problems that the bundle was built with",
+                remedy="use the same files, or a tier of at most "
+                f"{len(recorded)} prompts, which are in the bundle: --gate with tiers.{self.tier}.prompts",
+            )
+        return drawn
+
+    def plan(self) -> dict[str, Any]:
+        """Return what this verification can decide, before it runs; everything it needs is looked at."""
+        dense = self._recorded() if self._fresh is None else ()
+        own, settings = self.own, self.settings
+        before, after = Arm("dense", own.dense, 0, "", 0.0), Arm("pruned", own.pruned, 0, "", 0.0)
+        expected = expectation_of(before, after, settings.max_thinking_tokens or settings.max_new_tokens)
+        return {
+            "bundle": str(self.bundle),
+            "tier": self.tier or "as built",
+            "dense_answers": f"new ones of {self._fresh}" if self._fresh else f"{len(dense)} recorded",
+            "tokens_at_most": (1 + bool(self._fresh)) * len(self.problems) * settings.samples * settings.max_new_tokens,
+            **plan(settings, self.gate, expected, len(self.problems)),
+        }
+
+    def run(self) -> tuple[Report, list[Record]]:
+        """Answer, compare and decide.
+
+        Raises:
+            UsageError: the gate or the baseline does not fit.
+            ArtifactError: the bundle is damaged.
+            EngineError: the engine cannot run the artifact.
+        """
+        self.plan()  # whatever is wrong is said before any work
+        entry, *others = self.own.manifest.artifacts
+        dense, notes = self._dense()
+        pruned, metadata, rows, prunable, earlier = self._arm(entry, "pruned")
+        with self._opened(entry, self.bundle / entry.path) as engine:
+            probes = probe_tokens(engine, self._respondent.encoder, probe_strings())
+        also = []
+        for other in others:
+            arm, _, _, _, again = self._arm(other, f"pruned, {other.backend}")
+            also.append(OtherArtifact(arm, other.backend, self.bundle / other.path, _recorded_files(other)))
+            earlier += again
+        linears = self.own.report.linears
+        evidence = Evidence(
+            settings=self.settings,
+            gate=self.gate,
+            dense=dense,
+            pruned=pruned,
+            backend=entry.backend,
+            artifact=self.bundle / entry.path,
+            artifact_files=_recorded_files(entry),
+            sparsity_asked=float(self.own.manifest.pruning.get("sparsity_asked", self.own.recipe.prune.sparsity)),
+            dense_linears=frozenset(row.name for row in linears if row.sparsity_asked == 0),
+            tensors=rows,
+            prunable=prunable,
+            probes=probes,
+            prompts=probe_prompts(
+                self._respondent.encoder, metadata, {r.question: r.prompt_ids for r in self.own.dense}
+            ),
+            stop_ids=stop_ids_of(metadata, self.own.manifest.tokenizer.eos_ids),
+            packing=entry.packing,
+            also=tuple(also),
         )
-    return records, report
+        report = summarize(
+            evidence,
+            run_checks(evidence),
+            linears=linears,
+            blocks=self.own.report.blocks,
+            model=self.own.report.model,
+            target=self.own.report.target,
+            recipe=self.own.recipe.model_dump(mode="json"),
+            notes=[
+                *notes,
+                *([f"{earlier} answers are of an earlier run that was interrupted"] if earlier else []),
+                "logits were compared when the bundle was built: that needs the dense model and torch",
+            ],
+            fingerprint=self._fingerprint,
+            created=datetime.now(UTC),
+        )
+        self._forget()
+        arms = [dense, pruned, *(other.arm for other in also)]
+        return report, [record for arm in arms for record in arm.records]
 
+    @property
+    def _fresh(self) -> Path | None:
+        """The dense artifact that answers anew, or None."""
+        return self.baseline if self.baseline is not None and not self.baseline.is_dir() else None
 
-def _recorded_arm(built: Report, records: tuple[Record, ...]) -> Arm:
-    arm: ArmSummary = next(arm for arm in built.arms if arm.name == "dense")
-    return Arm("dense", records, arm.size_bytes or 0, arm.quant or "", arm.sparsity or 0.0)
+    @cached_property
+    def _respondent(self) -> Respondent:
+        tokenizer = self.own.manifest.tokenizer
+        encoder = PromptEncoder.from_folder(self.bundle)
+        names = tokenizer.open_tag, tokenizer.close_tag
+        tags = tags_of(encoder, names[0], names[1]) if names[0] and names[1] else None
+        return Respondent(encoder, tags, tokenizer.eos_ids, self.settings, self.progress)
+
+    @cached_property
+    def _engine_settings(self) -> EngineSettings:
+        return EngineSettings(self.settings.context_tokens, self.settings.parallel, self.threads)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self._engine_settings)
+
+    def _source(self) -> Baseline:
+        """Return the bundle whose dense answers are taken."""
+        if self.baseline is None:
+            return self.own
+        found = Baseline.read(self.baseline)
+        found.check_model(self.own.manifest)
+        return found
+
+    def _recorded(self) -> tuple[Record, ...]:
+        return self._source().answers(self.problems, self.settings)
+
+    def _dense(self) -> tuple[Arm, list[str]]:
+        """Return the dense arm, and where it comes from."""
+        recorded = self.own.arm("dense")
+        known = (recorded.size_bytes or 0, recorded.quant or "", recorded.sparsity or 0.0)
+        if self._fresh is not None:
+            self.own.check_artifact(self._fresh)
+            answers = self._answer(self.own.manifest.artifacts[0], self._fresh, recorded.files, "dense")
+            return Arm("dense", answers.records, *known, answers.stats, recorded.files), [
+                f"the dense arm was run anew, from {self._fresh.name}"
+            ]
+        source = self._source()
+        changed = differences(source.report.fingerprint, self._fingerprint)
+        note = (
+            f"the dense arm was not rerun: its records are of {source.report.created:%Y-%m-%d %H:%M} UTC"
+            f"{'' if source is self.own else f', from {source.folder.name}'}, and its speed is not shown beside one "
+            "measured now"
+        )
+        labels = [f"the dense answers were made under other conditions: {'; '.join(changed)}"] if changed else []
+        return Arm("dense", self._recorded(), *known, {}, recorded.files), [note, *labels]
+
+    def _arm(
+        self, entry: ArtifactEntry, name: str
+    ) -> tuple[Arm, dict[str, Any], tuple[TensorRow, ...], frozenset[str], int]:
+        """Answer with one artifact of the bundle; what is in its file, and how many answers were there already."""
+        answers = self._answer(entry, self.bundle / entry.path, entry.files, name)
+        metadata, rows, prunable, sparsity = self._measured(entry)
+        arm = Arm(name, answers.records, entry.size_bytes, entry.quant, sparsity, answers.stats, _recorded_files(entry))
+        return arm, metadata, rows, prunable, answers.earlier
+
+    def _answer(self, entry: ArtifactEntry, path: Path, files: Mapping[str, str], arm: str) -> Answers:
+        """Answer with one file; an interrupted run left its answers in the work folder."""
+        log = CompletionLog(self._stage(entry, files).folder / "completions.jsonl")
+        return self._respondent.answer(lambda: self._opened(entry, path), self.problems, arm, log)
+
+    def _stage(self, entry: ArtifactEntry, files: Mapping[str, str]) -> Stage:
+        inputs = identity(files, self.settings, self._engine_settings, self._fingerprint)
+        return Stage.open(self.work, "verify", {"version": __version__, "backend": entry.backend, **inputs})
+
+    def _forget(self) -> None:
+        """Remove the answers of a finished run: the next one verifies anew."""
+        main, *_ = self.own.manifest.artifacts
+        used = [(entry, entry.files) for entry in self.own.manifest.artifacts]
+        if self._fresh is not None:
+            used.append((main, self.own.arm("dense").files))
+        for entry, files in used:
+            shutil.rmtree(self._stage(entry, files).folder)
+
+    def _opened(self, entry: ArtifactEntry, path: Path) -> AbstractContextManager[Any]:
+        engine: Engine = open_engine(entry.backend, path, self._engine_settings)
+        return contextlib.closing(engine)
+
+    def _measured(self, entry: ArtifactEntry) -> tuple[dict[str, Any], tuple[TensorRow, ...], frozenset[str], float]:
+        """Return metadata and tensors of the file itself, its linears, and the share of zeros in them."""
+        family = family_of({"model_type": self.own.manifest.base.get("model_type")})
+        form = export.load(entry.format)
+        metadata, found = form.measure(self.bundle / entry.path)
+        reasons = {row.name: row.reason for row in self.own.report.tensors}
+        rows: list[TensorRow] = []
+        zeros = weights = 0.0
+        prunable: set[str] = set()
+        for tensor in found:
+            size: Any = tensor["shape"]
+            count = float(size[0] * (size[1] if len(size) > 1 else 1))
+            if tensor["zeros"] is None:
+                raise ArtifactError(
+                    f"{self.bundle / entry.path}: racdeploy cannot read type {tensor['type']} of {tensor['name']}",
+                    remedy="build the bundle again with a quant of: racdeploy plugins",
+                )
+            if form.is_linear(family, tensor["name"]):
+                prunable.add(tensor["name"])
+                zeros, weights = zeros + tensor["zeros"] * count, weights + count
+            rows.append(
+                TensorRow(
+                    name=tensor["name"],
+                    quant_asked=entry.quant,
+                    quant_real=tensor["type"],
+                    zeros=tensor["zeros"],
+                    size_bytes=tensor["size_bytes"],
+                    bits=8 * tensor["size_bytes"] / math.prod(tensor["shape"]),
+                    reason=reasons.get(tensor["name"], ""),
+                    packing=tensor["packing"],
+                )
+            )
+        return metadata, tuple(rows), frozenset(prunable), zeros / weights if weights else 0.0
 
 
 def _recorded_files(entry: ArtifactEntry) -> dict[str, str]:
     """Return the hash of each file by its path from the folder of the main one."""
     folder = PurePosixPath(entry.path).parent
     return {PurePosixPath(name).relative_to(folder).as_posix(): sha256 for name, sha256 in entry.files.items()}
-
-
-def _measure(
-    bundle: Path, manifest: Manifest, entry: ArtifactEntry
-) -> tuple[tuple[TensorRow, ...], frozenset[str], float]:
-    """Count the zeros in the file itself."""
-    family = family_of({"model_type": manifest.base.get("model_type")})
-    form = export.load(entry.format)
-    _, found = form.measure(bundle / entry.path)
-    rows: list[TensorRow] = []
-    zeros = weights = 0.0
-    prunable: set[str] = set()
-    for tensor in found:
-        size: Any = tensor["shape"]
-        count = float(size[0] * (size[1] if len(size) > 1 else 1))
-        if tensor["zeros"] is None:
-            raise ArtifactError(
-                f"{bundle / entry.path}: racdeploy cannot read type {tensor['type']} of {tensor['name']}",
-                remedy="build the bundle again with a quant of: racdeploy plugins",
-            )
-        if form.is_linear(family, tensor["name"]):
-            prunable.add(tensor["name"])
-            zeros, weights = zeros + tensor["zeros"] * count, weights + count
-        rows.append(
-            TensorRow(
-                name=tensor["name"],
-                quant_asked=entry.quant,
-                quant_real=tensor["type"],
-                zeros=tensor["zeros"],
-                size_bytes=tensor["size_bytes"],
-                bits=8 * tensor["size_bytes"] / math.prod(tensor["shape"]),
-                packing=tensor["packing"],
-            )
-        )
-    return tuple(rows), frozenset(prunable), zeros / weights if weights else 0.0

@@ -13,7 +13,7 @@ LADDER = (
     {"plugins"},
     {"families"},
     {"checkpoint"},
-    {"artifacts", "recipe", "report_model", "models"},
+    {"artifacts", "recipe", "report_model", "models", "scorers"},
     {"tasks", "quant", "packing"},
     {"racgguf"},
     {"backends"},

@@ -25,7 +25,7 @@ from racdeploy.verify import read_gate
 
 wanted = dict(part.split("=") for part in os.environ["WANTED"].split(","))
 
-def verified(bundle, gate, threads):
+def verified():
     open("verified", "a").write("x")
     if "error" in wanted:
         raise ArtifactError("the bundle is damaged", remedy="copy it again")
@@ -36,8 +36,14 @@ def verified(bundle, gate, threads):
     )
     return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
 
-reverify.reverify = verified
-reverify.gate_of = lambda bundle, file: read_gate(file)
+class Verification:
+    def __init__(self, bundle, work, gate_file, threads):
+        self.gate = read_gate(gate_file)
+
+    def run(self):
+        return verified()
+
+reverify.Reverification = Verification
 """
 
 

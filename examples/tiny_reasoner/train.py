@@ -20,7 +20,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from racdeploy import tasks
+from racdeploy import scorers, tasks
 from racdeploy.backends._heap import keep_heap
 
 TASKS = {  # name → share of the training examples; longer chains need more practice
@@ -236,7 +236,7 @@ def probe(model: Qwen3ForCausalLM, tokenizer: Tokenizer, count: int = 48) -> dic
                 eos_token_id=tokenizer.token_to_id("<|im_end|>"),
             )
         answers = [tokenizer.decode(row[T:].tolist()) for row in out_BT]
-        right = [task.score(a, p.gold) for a, p in zip(answers, problems, strict=True)]
+        right = [scorers.score("", a, p.gold).correct for a, p in zip(answers, problems, strict=True)]
         result[name] = sum(right) / count
     model.train()
     return result

@@ -69,6 +69,7 @@ class Sampling:
         top_p: smallest probability mass to sample from, in (0, 1].
         seed: sequence ``i`` of a call draws from a generator seeded with ``(seed, i)``, whatever the batching.
         budget: thinking budget, if any.
+        streams: random stream of each sequence of a call, in place of its index; empty takes the index.
     """
 
     max_new_tokens: int
@@ -77,6 +78,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     budget: ThinkingBudget | None = None
+    streams: tuple[int, ...] = ()
+
+    def stream(self, index: int) -> int:
+        """Return the random stream of a sequence."""
+        return self.streams[index] if self.streams else index
 
 
 @dataclass(frozen=True)

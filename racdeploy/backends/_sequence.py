@@ -40,7 +40,7 @@ class Sequence:
         self.forced_at: int | None = None
         self._sampling = sampling
         self._cap = min(sampling.max_new_tokens, context_tokens - len(prompt_ids))
-        self._random = np.random.Generator(np.random.PCG64([sampling.seed, index]))
+        self._random = np.random.Generator(np.random.PCG64([sampling.seed, sampling.stream(index)]))
         self._budget = sampling.budget
         self._thinking_from = 0 if self._budget and self._budget.starts_open else None
         self._force_close()

@@ -181,7 +181,7 @@ class OpenAIEngine:
         cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
         try:
             prompt = self._text(ids, over) if self._takes_text else list(ids)
-            body = self._request(prompt, sampling, cap) | {"seed": derived_seed(sampling.seed, index)}
+            body = self._request(prompt, sampling, cap) | {"seed": derived_seed(sampling.seed, sampling.stream(index))}
             answer = self._client.post("completions", body, over)
         except CancelledError:
             return Completion((), "cancelled")

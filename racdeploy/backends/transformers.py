@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.backends._heap import keep_heap
@@ -21,7 +21,7 @@ from racdeploy.backends._sequence import Sequence, check_ids, check_request
 from racdeploy.backends._torch_model import load_model
 from racdeploy.checkpoint import Checkpoint
 
-__all__ = ["TransformersEngine", "open_engine"]
+__all__ = ["TransformersEngine", "chat_ids", "open_engine"]
 
 
 class TransformersEngine:
@@ -120,6 +120,16 @@ class TransformersEngine:
                 cache.batch_select_indices(rows)
                 mask_BT = mask_BT[rows]
                 sequences = [sequences[row] for row in running]
+
+
+def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
+    """Return the prompt ids that transformers' own ``apply_chat_template`` gives for questions of a user."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    return [
+        list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        for messages in conversations
+    ]
 
 
 def open_engine(path: Path, settings: EngineSettings) -> TransformersEngine:

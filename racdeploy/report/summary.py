@@ -102,6 +102,7 @@ def summarize_arm(arm: Arm) -> ArmSummary:
         peak_rss_bytes=int(peak_rss_bytes) if peak_rss_bytes is not None else None,
         quant=arm.quant,
         sparsity=arm.sparsity,
+        files=dict(arm.files),
     )
 
 

@@ -9,6 +9,7 @@ Source: transformers 4.57 ``utils/chat_template_utils.py``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import sys
@@ -129,6 +130,10 @@ class ChatTemplate:
         with _reported():
             self._template = environment.from_string(source)
 
+    def replaced(self, source: str) -> ChatTemplate:
+        """Return another template with the same tokens."""
+        return ChatTemplate(source, self._tokens.get("bos_token"), self._tokens.get("eos_token"))
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the prompt text.
 
@@ -207,6 +212,21 @@ class PromptEncoder:
             add_bos=files.config.get("add_bos_token") is True,
             template_source=source,
         )
+
+    @property
+    def lead(self) -> str:
+        """The beginning-of-sequence that a prompt must begin with, or an empty string."""
+        return self._prefix
+
+    def with_template(self, source: str) -> PromptEncoder:
+        """Return an encoder of the same tokenizer with another template.
+
+        Raises:
+            ArtifactError: the text is not a template.
+        """
+        other = copy.copy(self)
+        other.template, other.template_source = self.template.replaced(source), source
+        return other
 
     def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:
         """Return the prompt text of a conversation; a plain string is one message of the user.

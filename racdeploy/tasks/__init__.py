@@ -1,7 +1,7 @@
 """What is asked of a model: one file per task.
 
-A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) -> list[Problem]``. Both
-have ``score(answer, gold) -> bool``, where ``answer`` is the text after the thinking. Which split a
+A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) -> list[Problem]``. Each
+problem may name its scorer (``racdeploy.scorers``). Which split a
 question belongs to is decided by a hash of its text, so training, calibration and evaluation never share one,
 whatever the seeds.
 """
@@ -17,17 +17,14 @@ from typing import Literal
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.tasks._answers import extract_answer
 
 __all__ = [
     "Problem",
     "Split",
     "Task",
-    "extract_answer",
     "load",
     "problems_of",
     "procedural_names",
-    "scorer",
     "split_share",
 ]
 
@@ -51,15 +48,17 @@ class Problem:
 
     Args:
         question: what the user asks, without a chat template.
-        gold: the right answer, as the task's ``score`` expects it.
+        gold: the right answer, as its scorer expects it.
         thinking: a worked solution, where the task can write one (training only).
         task: the task's specification, filled in by :func:`problems_of`.
+        scorer: what decides whether an answer is right, see :mod:`racdeploy.scorers`; empty is its default.
     """
 
     question: str
     gold: str
     thinking: str | None = None
     task: str = ""
+    scorer: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,12 @@ class Task:
 
     Args:
         spec: what the user typed, ``jsonl:FILE`` or a plain name.
-        score: whether an answer equals a gold answer.
         draw: makes a problem, or None for a task over a file.
         pool: the problems of a file.
         shares: which part of all questions, by their hash, each split gets.
     """
 
     spec: str
-    score: Callable[[str, str], bool]
     draw: Callable[[Random], Problem] | None
     pool: tuple[Problem, ...]
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
@@ -121,7 +118,7 @@ class Task:
                 f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
                 remedy="ask for fewer prompts in the recipe, or give a task with more of them",
             )
-        return [Problem(p.question, p.gold, p.thinking, self.spec) for p in found]
+        return [replace(p, task=self.spec) for p in found]
 
 
 def load(spec: str) -> Task:
@@ -138,13 +135,8 @@ def load(spec: str) -> Task:
     if not reads_file and colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
     if reads_file:
-        return Task(spec, module.score, None, tuple(module.read(Path(argument))), FILE_SHARES)
-    return Task(spec, module.score, module.draw, (), PROCEDURAL_SHARES)
-
-
-def scorer(spec: str) -> Task:
-    """Load a task for its score alone: no file is read and no problem can be drawn."""
-    return Task(spec, plugins.load("tasks", spec.partition(":")[0]).score, None, ())
+        return Task(spec, None, tuple(module.read(Path(argument))), FILE_SHARES)
+    return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
 
 def procedural_names() -> tuple[str, ...]:

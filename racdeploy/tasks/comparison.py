@@ -5,9 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from racdeploy.tasks import Problem
-from racdeploy.tasks._answers import score
 
-__all__ = ["draw", "score"]
+__all__ = ["draw"]
 
 NUMBERS_MIN, NUMBERS_MAX = 6, 9
 

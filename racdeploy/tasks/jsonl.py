@@ -1,6 +1,7 @@
 """Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
 
-An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark.
+An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark. A line may name its
+``scorer``.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from racdeploy import scorers
 from racdeploy.errors import UsageError
+from racdeploy.scorers._extract import extract_hash_mark
 from racdeploy.tasks import Problem
-from racdeploy.tasks._answers import extract_hash_mark, score
 
-__all__ = ["read", "score"]
+__all__ = ["read"]
 
 
 def read(path: Path) -> list[Problem]:
@@ -42,5 +44,11 @@ def _parse(path: Path, number: int, line: str) -> Problem:
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UsageError(f"{path}:{number} has no answer", remedy=remedy)
-    text = str(answer)
-    return Problem(question=row["question"], gold=extract_hash_mark(text) or text.strip())
+    text, scorer = str(answer), row.get("scorer", "")
+    if not isinstance(scorer, str):
+        raise UsageError(f"{path}:{number} has a scorer that is no name", remedy=remedy)
+    try:
+        scorers.check(scorer)
+    except UsageError as error:
+        raise UsageError(f"{path}:{number}: {error.message}", remedy=error.remedy) from error
+    return Problem(question=row["question"], gold=extract_hash_mark(text) or text.strip(), scorer=scorer)

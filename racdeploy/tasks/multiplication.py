@@ -5,9 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from racdeploy.tasks import Problem, _columns
-from racdeploy.tasks._answers import score
 
-__all__ = ["draw", "score"]
+__all__ = ["draw"]
 
 
 def draw(random: Random) -> Problem:

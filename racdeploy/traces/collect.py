@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from racdeploy import scorers
 from racdeploy.artifacts import Trace, TraceSet
 from racdeploy.backends import Completion, Sampling
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
-from racdeploy.tasks import Problem, Task
+from racdeploy.tasks import Problem
 
 __all__ = ["Answering", "Asked", "collect", "prompt_traces", "trace_counts"]
 
@@ -47,7 +48,6 @@ class _Reader:
 
     encoder: PromptEncoder
     tags: ThinkingTags | None
-    tasks: Mapping[str, Task]
     stop_ids: tuple[int, ...]
 
     def trace(self, index: int, problem: Problem, prompt: Sequence[int], done: Completion) -> Trace:
@@ -64,7 +64,7 @@ class _Reader:
             answer_from=None if parts.state == "open" else len(done.ids) - ended - len(parts.answer_ids),
             thinking_tokens=len(parts.thinking_ids),
             truncated=not ended,
-            correct=parts.state != "open" and self.tasks[problem.task].score(answer, problem.gold),
+            correct=parts.state != "open" and scorers.score(problem.scorer, answer, problem.gold).correct,
         )
 
 
@@ -74,7 +74,6 @@ def collect(
     tags: ThinkingTags | None,
     stop_ids: tuple[int, ...],
     problems: Sequence[Problem],
-    tasks: Mapping[str, Task],
     settings: Traces,
     out: TraceSet,
     progress: Progress | None = None,
@@ -87,12 +86,11 @@ def collect(
         tags: thinking tags, or None for a model that does not think.
         stop_ids: end-of-sequence ids.
         problems: what to ask.
-        tasks: by specification; they score.
         settings: sampling, batch and seed.
         out: where the shards go.
         progress: called with a label, prompts done and prompts in all.
     """
-    reader = _Reader(encoder, tags, tasks, stop_ids)
+    reader = _Reader(encoder, tags, stop_ids)
     shards = dict(enumerate(problems[start:][: settings.batch] for start in range(0, len(problems), settings.batch)))
     missing = [number for number in shards if not out.shard(number).is_file()]
     done = sum(len(out.read_shard(out.shard(number))) for number in shards if number not in missing)

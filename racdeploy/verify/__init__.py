@@ -29,6 +29,8 @@ __all__ = [
     "Limits",
     "LogitComparison",
     "OtherArtifact",
+    "PromptProbe",
+    "StopIds",
     "Tier",
     "TokenProbe",
     "gate_model",
@@ -51,6 +53,7 @@ class Arm:
         quant: its number format.
         sparsity: zeros over the prunable weights in the file, 0 to 1.
         stats: what the engine counted: ``load_ms``, ``generated_tokens``, ``decode_s``, …
+        files: SHA-256 of each file of the artifact.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Arm:
     quant: str
     sparsity: float
     stats: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def by_prompt(self, value: Callable[[Record], T]) -> list[list[T]]:
         """Return a value of every record, the samples of a prompt in one row."""
@@ -85,6 +89,33 @@ class TokenProbe:
     text: str
     expected: tuple[int, ...]
     actual: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptProbe:
+    """A question, rendered and tokenized in several places.
+
+    Args:
+        question: what the user asks.
+        expected: by transformers, or as recorded when the bundle was built.
+        rendered: by the bundle's template and tokenizer.
+        artifact: by the template inside the artifact; None where it has none.
+        lead: the beginning-of-sequence that the tokenizer demands and templates may leave out.
+    """
+
+    question: str
+    expected: tuple[int, ...]
+    rendered: tuple[int, ...]
+    artifact: tuple[int, ...] | None = None
+    lead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StopIds:
+    """End-of-sequence ids of the checkpoint, and the one that the artifact names; None where it names none."""
+
+    expected: tuple[int, ...]
+    actual: int | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +164,9 @@ class Evidence:
     backend: str = ""
     also: tuple[OtherArtifact, ...] = ()
     rivals: tuple[Arm, ...] = ()
+    prompts: tuple[PromptProbe, ...] = ()
+    stop_ids: StopIds | None = None
+    packing: str = "plain"
 
     def limits(self, kind: type[L]) -> L:
         """Return the gate's limits of the check that asks, by its class."""

@@ -1,7 +1,8 @@
-"""Measure what the checks decide on: answers, token ids, logits. Knows no limits."""
+"""Measure what the checks decide on beside answers: token ids, prompts, logits. Knows no limits."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -15,63 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
-from racdeploy.recipe import Verification
-from racdeploy.report_model import PositionRow, Record
-from racdeploy.runtime.loops import find_loop
+from racdeploy.backends import Engine, EngineSettings
+from racdeploy.report_model import PositionRow
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
-from racdeploy.tasks import Problem, Task, extract_answer
-from racdeploy.verify import LogitComparison, TokenProbe
+from racdeploy.verify import LogitComparison, PromptProbe, StopIds, TokenProbe
 
-__all__ = ["answer_problems", "compare_logits", "fingerprint", "probe_tokens"]
+__all__ = ["compare_logits", "fingerprint", "probe_prompts", "probe_tokens", "stop_ids_of"]
 
 Opener = Callable[[], AbstractContextManager[Engine]]
-Progress = Callable[[str, int, int], None]
 _ROWS = 64
 _STRETCHES = 48
-
-
-def answer_problems(
-    engine: Engine,
-    encoder: PromptEncoder,
-    tags: ThinkingTags | None,
-    stop_ids: tuple[int, ...],
-    problems: Sequence[Problem],
-    tasks: Mapping[str, Task],
-    settings: Verification,
-    arm: str,
-    progress: Progress | None = None,
-) -> tuple[tuple[Record, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Answer every problem on one engine, as often as the settings say.
-
-    Returns:
-        One record per problem and sample, and (prompt ids, completion ids) of each.
-    """
-    once = [tuple(encoder.encode(problem.question)) for problem in problems]
-    prompts = [ids for ids in once for _ in range(settings.samples)]
-    sampling = Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=stop_ids,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        budget=_budget(tags, prompts, settings),
-    )
-    done: set[int] = set()
-
-    def on_tokens(index: int, ids: Sequence[int]) -> None:
-        if progress and ids and ids[-1] in stop_ids and index not in done:
-            done.add(index)
-            progress(f"verify {arm}", len(done), len(prompts))
-
-    completions = engine.generate(prompts, sampling, on_tokens)
-    if progress:
-        progress(f"verify {arm}", len(prompts), len(prompts))
-    records = tuple(
-        _record(place, settings.samples, problems, prompts[place], done, encoder, tags, stop_ids, tasks, arm)
-        for place, done in enumerate(completions)
-    )
-    return records, [(p, c.ids) for p, c in zip(prompts, completions, strict=True)]
+_PROMPTS = 64
 
 
 def probe_tokens(engine: Engine, encoder: PromptEncoder, texts: Sequence[str]) -> tuple[TokenProbe, ...] | None:
@@ -81,6 +36,39 @@ def probe_tokens(engine: Engine, encoder: PromptEncoder, texts: Sequence[str]) -
     except NotImplementedError:
         return None
     return tuple(TokenProbe(t, tuple(encoder.encode_text(t)), ids) for t, ids in zip(texts, found, strict=True))
+
+
+def probe_prompts(
+    encoder: PromptEncoder, metadata: Mapping[str, Any], expected: Mapping[str, Sequence[int]]
+) -> tuple[PromptProbe, ...]:
+    """Render questions with the bundle's template and, where the artifact holds one, with its own.
+
+    Args:
+        encoder: template and tokenizer of the bundle.
+        metadata: of the artifact.
+        expected: prompt ids by question; the first few are looked at.
+    """
+    source = metadata.get("tokenizer.chat_template")
+    own = encoder.with_template(source) if isinstance(source, str) else None
+    lead = tuple(encoder.encode_text(encoder.lead))
+    return tuple(
+        PromptProbe(
+            question,
+            tuple(ids),
+            tuple(encoder.encode(question)),
+            None if own is None else tuple(own.encode(question)),
+            lead,
+        )
+        for question, ids in list(expected.items())[:_PROMPTS]
+    )
+
+
+def stop_ids_of(metadata: Mapping[str, Any], expected: Sequence[int]) -> StopIds | None:
+    """Return the checkpoint's end-of-sequence ids and the one a GGUF file names; None for other files."""
+    if not any(name.startswith("tokenizer.ggml.") for name in metadata):
+        return None
+    named = metadata.get("tokenizer.ggml.eos_token_id")
+    return StopIds(tuple(expected), named if isinstance(named, int) else None)
 
 
 def compare_logits(
@@ -121,10 +109,20 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "engine": asdict(settings),
         **{package: _version(package) for package in packages},
     }
+
+
+def _processor() -> str:
+    """Return the processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _version(package: str) -> str:
@@ -170,58 +168,6 @@ def _along(export: Sequence[NDArray[np.float64]], pruning: Sequence[NDArray[np.f
             )
         )
     return tuple(rows)
-
-
-def _record(
-    place: int,
-    samples: int,
-    problems: Sequence[Problem],
-    prompt: Sequence[int],
-    done: Completion,
-    encoder: PromptEncoder,
-    tags: ThinkingTags | None,
-    stop_ids: tuple[int, ...],
-    tasks: Mapping[str, Task],
-    arm: str,
-) -> Record:
-    index, sample = divmod(place, samples)
-    problem = problems[index]
-    parts = split(prompt, done.ids, tags, eos_ids=stop_ids, forced_at=done.forced_at)
-    loop = find_loop([token for token in done.ids if token not in stop_ids])
-    answer = encoder.decode(parts.answer_ids)
-    closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
-    return Record(
-        prompt=index,
-        task=problem.task,
-        question=problem.question,
-        gold=problem.gold,
-        arm=arm,
-        sample=sample,
-        thinking_tokens=len(parts.thinking_ids),
-        answer_tokens=len(parts.answer_ids),
-        state=parts.state,
-        opening=parts.opening,
-        loop_tokens=loop.tokens if loop else 0,
-        finish_reason=done.finish_reason,
-        correct=closed and tasks[problem.task].score(answer, problem.gold),
-        extracted=extract_answer(answer) if closed else None,
-        answer_text=answer,
-        thinking_text=encoder.decode(parts.thinking_ids),
-        prompt_ids=tuple(prompt),
-    )
-
-
-def _budget(
-    tags: ThinkingTags | None, prompts: Sequence[Sequence[int]], settings: Verification
-) -> ThinkingBudget | None:
-    if not settings.max_thinking_tokens or tags is None or not prompts:
-        return None
-    return ThinkingBudget(
-        close_ids=tags.close_ids,
-        open_ids=tags.open_ids,
-        max_tokens=settings.max_thinking_tokens,
-        starts_open=prompt_state(prompts[0], tags) == "open",
-    )
 
 
 def _log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:

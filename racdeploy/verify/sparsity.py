@@ -34,6 +34,14 @@ def check(evidence: Evidence) -> CheckResult:
     quant = evidence.pruned.quant
     keeps = all(plugins.load("quant", name).PRESERVES_ZERO for name in {row.quant_real for row in rows})
     text = f"{found:.1%} zeros in the file, {evidence.sparsity_asked:.1%} asked"
+    if not keeps and evidence.packing != "plain":
+        return CheckResult(
+            name="sparsity",
+            verdict="fail",
+            summary=f"{text}; {quant} does not keep zeros, and packing {evidence.packing} stores them as zeros",
+            figures=figures,
+            remedy="choose a quant that keeps zeros, or packing = 'plain'",
+        )
     if not keeps:
         return CheckResult(
             name="sparsity",

@@ -14,6 +14,7 @@ FAULTS: dict[str, Callable[[Record], bool]] = {
     "unclosed": lambda record: record.state == "open",
     "loops": lambda record: record.loop_tokens > 0,
     "forced": lambda record: record.state == "forced",
+    "cut": lambda record: record.state != "open" and record.finish_reason == "length",
 }
 
 
@@ -25,12 +26,14 @@ class Limits(verify.Limits):
         unclosed: largest share of prompts that may lose the end of their thinking.
         loops: largest share of prompts that may begin to repeat themselves.
         forced: largest share of prompts whose thinking may newly need the budget to end it.
+        cut: largest share of prompts whose answer may newly fail to end.
     """
 
     length_ratio: float = Field(1.2, gt=0)
     unclosed: float = Field(0.05, gt=0, lt=1)
     loops: float = Field(0.05, gt=0, lt=1)
     forced: float = Field(0.05, gt=0, lt=1)
+    cut: float = Field(0.05, gt=0, lt=1)
 
 
 def check(evidence: Evidence) -> CheckResult:

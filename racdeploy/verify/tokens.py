@@ -1,4 +1,4 @@
-"""Token parity: the artifact's tokenizer gives the ids of the checkpoint's tokenizer, on hard strings."""
+"""Tokens: the artifact's tokenizer gives the ids of the checkpoint's, on hard strings, and ends where it ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from racdeploy.verify import Evidence
 
 
 def check(evidence: Evidence) -> CheckResult:
-    """Pass if every probe string has equal ids; the first that differs is named."""
-    probes = evidence.probes
+    """Pass if every probe string has equal ids and the end-of-sequence is one of the checkpoint's."""
+    probes, stop = evidence.probes, evidence.stop_ids
+    if stop is not None and stop.actual not in stop.expected:
+        named = "none" if stop.actual is None else f"id {stop.actual}"
+        return CheckResult(
+            name="tokens",
+            verdict="fail",
+            summary=f"the artifact names {named} as its end-of-sequence, the checkpoint {list(stop.expected)}",
+            figures={"end_of_sequence": -1 if stop.actual is None else stop.actual},
+            remedy="export again: a program that reads the artifact alone would not stop, or stop too early",
+        )
     if probes is None:
         return CheckResult(
             name="tokens",

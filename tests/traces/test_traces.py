@@ -38,7 +38,6 @@ def _collect(folder: Path, out: Path, together: int = 1):
             find_tags(encoder),
             Checkpoint(folder).eos_ids,
             task.problems("calibration", 0, 7),
-            {"comparison": task},
             SETTINGS,
             TraceSet(out),
         )

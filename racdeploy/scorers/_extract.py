@@ -1,4 +1,4 @@
-"""Find the final answer in the text after the thinking, and compare it with the gold answer.
+"""Find an answer in the text after the thinking, and compare it with the gold answer.
 
 The extractors look only at the answer: the caller has split the thinking off first, because a truncated
 thought often mentions the right number.
@@ -42,40 +42,18 @@ def extract_last_number(text: str) -> str | None:
 
 def equal_answers(answer: str, gold: str) -> bool:
     """Compare as numbers where both are numbers, otherwise as text without case or spaces."""
-    left, right = _as_number(answer), _as_number(gold)
+    left, right = as_number(answer), as_number(gold)
     if left is not None and right is not None:
         return left == right
     return _as_text(answer) == _as_text(gold)
-
-
-def extract_answer(text: str) -> str | None:
-    """Return the boxed answer, else what follows ``####``, else the last number, or None."""
-    for extract in (extract_boxed, extract_hash_mark, extract_last_number):
-        if (found := extract(text)) is not None:
-            return found
-    return None
-
-
-def score(answer: str, gold: str) -> bool:
-    """Return whether the answer that the text gives equals the gold answer.
-
-    A gold answer that is no number also counts where the last line ends with it.
-    """
-    found = extract_answer(answer)
-    if found is not None and equal_answers(found, gold):
-        return True
-    if _as_number(gold) is not None or extract_boxed(answer) is not None:
-        return False
-    lines = answer.strip().splitlines()
-    words = re.findall(r"\w+", gold.casefold())
-    return bool(lines and words) and re.findall(r"\w+", lines[-1].casefold())[-len(words) :] == words
 
 
 def _as_text(text: str) -> str:
     return re.sub(r"\s+", "", text).strip("$.").casefold()
 
 
-def _as_number(text: str) -> Decimal | None:
+def as_number(text: str) -> Decimal | None:
+    """Return the value of a number, fraction, amount or percentage, or None."""
     bare = _FRACTION.sub(r"\1/\2", text)
     bare = _DECORATION.sub("", bare).strip("$.%€£ ").replace(",", "").replace("$", "")
     numerator, slash, denominator = bare.partition("/")

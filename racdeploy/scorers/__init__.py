@@ -1,0 +1,64 @@
+"""Whether an answer is right: one file per scorer.
+
+A scorer has ``score(answer, gold, argument) -> Scored`` and, where it takes an argument or needs a package,
+``check(argument)``. ``answer`` is the text after the thinking: the caller has split the thinking off first, because a
+truncated thought often mentions the right number. What was found, and how, is part of the result. None runs code
+that a model wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+
+__all__ = ["DEFAULT", "Scored", "check", "score"]
+
+DEFAULT = "auto"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored answer.
+
+    Args:
+        correct: whether it is right.
+        extracted: what was compared with the gold answer, or None.
+        how: where it was found, or why nothing was.
+    """
+
+    correct: bool
+    extracted: str | None
+    how: str
+
+
+def check(spec: str) -> None:
+    """Look at a scorer before any work.
+
+    Args:
+        spec: name of a scorer, or ``NAME:ARGUMENT``; empty is the default.
+
+    Raises:
+        UsageError: no such scorer, or a bad or needless argument.
+        MissingExtraError: it needs a package that is not installed.
+    """
+    name, colon, argument = (spec or DEFAULT).partition(":")
+    module = plugins.load("scorers", name)
+    if hasattr(module, "check"):
+        module.check(argument)
+    elif colon:
+        raise UsageError(f"scorer {name!r} takes no argument", remedy=f"write {name}")
+
+
+def score(spec: str, answer: str, gold: str) -> Scored:
+    """Score the text after the thinking.
+
+    Args:
+        spec: see :func:`check`.
+        answer: what the model said.
+        gold: what is right.
+    """
+    name, _, argument = (spec or DEFAULT).partition(":")
+    result: Scored = plugins.load("scorers", name).score(answer, gold, argument)
+    return result

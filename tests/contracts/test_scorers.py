@@ -1,0 +1,147 @@
+"""What every scorer promises, and what each finds in the answers that models write."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from racdeploy import plugins, scorers, tasks
+from racdeploy.errors import MissingExtraError, UnknownPluginError, UsageError
+from racdeploy.scorers import Scored, math
+
+# By scorer: answer, gold, whether it is right, what is extracted, and how.
+Case = tuple[str, str, bool, str | None, str]
+CASES: dict[str, list[Case]] = {
+    "auto": [
+        (r"so \boxed{42}.", "42", True, "42", "boxed"),
+        ("#### 42", "42", True, "42", "after ####"),
+        ("It is 42, not 41.", "41", True, "41", "last number"),
+        ("The answer is Paris.", "Paris", True, "Paris", "last words"),
+        (r"\boxed{Rome}, and not Paris", "Paris", False, "Rome", "boxed"),
+        ("I do not know.", "42", False, None, "no box, no ####, no number"),
+    ],
+    "boxed": [
+        (r"\boxed{4}, no: \boxed{\frac{1}{2}}", "0.5", True, r"\frac{1}{2}", "boxed"),
+        ("42", "42", False, None, "no complete box"),
+        (r"\boxed{42", "42", False, None, "no complete box"),
+    ],
+    "number": [
+        ("From 7 to $1,234.50.", "1234.5", True, "1,234.50", "last number"),
+        ("12 of 13", "12", False, "13", "last number"),
+        ("twelve", "12", False, None, "no number"),
+    ],
+    "choice": [
+        (r"\boxed{\text{(b)}}", "B", True, "B", "boxed"),
+        ("A is wrong. The answer is (C).", "C", True, "C", "after the word answer, choice or option"),
+        ("**Answer: D**", "d", True, "D", "after the word answer, choice or option"),
+        ("A planet.\n\nC", "C", True, "C", "letter in the last line"),
+        ("I'd take B)", "B", True, "B", "letter in the last line"),
+        ("none of them", "A", False, None, "no letter"),
+        ("The answer is (B)", "A", False, "B", "after the word answer, choice or option"),
+    ],
+    "exact": [
+        (" one\n two ", "one two", True, "one two", "whole text"),
+        ("One two", "one two", False, "One two", "whole text"),
+        (" \n", "one", False, None, "no text"),
+    ],
+    r"regex:answer=(\d+)": [
+        ("answer=3 answer=42", "42", True, "42", "last match"),
+        ("42", "42", False, None, "no match"),
+    ],
+    "regex:[a-f0-9]{4}": [("it is beef", "BEEF", True, "beef", "last match")],
+    "math": [
+        (r"so it is \boxed{\frac{1}{2}}", "0.5", True, r"\frac{1}{2}", "math-verify"),
+        (r"$\{2, 1\}$", r"\{1, 2\}", True, None, "math-verify"),
+        (r"$x = 5$", "5", True, None, "math-verify"),
+        (r"\boxed{7}", "8", False, "7", "math-verify"),
+        ("I do not know.", "8", False, None, "no expression"),
+    ],
+}
+NEEDS_MATH = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason='needs math-verify: pip install "racdeploy[math]"'
+)
+WITH_ALL = [pytest.param(s, marks=NEEDS_MATH if s == "math" else ()) for s in CASES]
+
+
+def test_every_scorer_has_cases() -> None:
+    """A new scorer is tested here before it is used."""
+    assert {spec.partition(":")[0] for spec in CASES} == set(plugins.names("scorers"))
+
+
+@pytest.mark.parametrize("spec", WITH_ALL)
+def test_scorers_find_what_models_write(spec: str) -> None:
+    """Right or wrong, what was compared, and where it was found; the same twice."""
+    scorers.check(spec)
+    for answer, gold, right, extracted, how in CASES[spec]:
+        found = scorers.score(spec, answer, gold)
+        assert (found.correct, found.how) == (right, how), answer
+        if extracted is not None or not right:
+            assert found.extracted == extracted, answer
+        assert found == scorers.score(spec, answer, gold)
+
+
+@pytest.mark.parametrize("spec", WITH_ALL)
+@pytest.mark.parametrize("answer", ["", " ", "\\boxed{", "}" * 3000, "\x00\ud800", "9" * 5000, "((((" * 500])
+def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
+    """Whatever it writes, it is an answer that is wrong."""
+    assert not scorers.score(spec, answer.encode("utf-8", "replace").decode(), "42").correct
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("boxd", r"unknown scorer 'boxd' \(did you mean 'boxed'\?\)"),
+        ("boxed:3", "takes no argument"),
+        ("math:3", "takes no argument"),
+        ("regex", "says nothing"),
+        ("regex:(", "is not a regular expression"),
+        ("regex:x*", "says nothing"),
+    ],
+)
+def test_a_wrong_scorer_is_refused_with_its_line(tmp_path: Path, spec: str, complaint: str) -> None:
+    """By itself, and in a problem file before any work."""
+    with pytest.raises(UsageError, match=complaint):
+        scorers.check(spec)
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "?", "answer": "42", "scorer": "%s"}\n' % spec)  # noqa: UP031 - braces
+    with pytest.raises(UsageError, match=rf"problems.jsonl:1.*{complaint}"):
+        tasks.load(f"jsonl:{file}")
+
+
+def test_a_row_chooses_its_scorer(tmp_path: Path) -> None:
+    """The others keep the default."""
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"question": "a?", "answer": "B", "scorer": "choice"}\n{"question": "b?", "answer": "4"}\n')
+    assert [problem.scorer for problem in tasks.load(f"jsonl:{file}").pool] == ["choice", ""]
+    file.write_text('{"question": "a?", "answer": "B", "scorer": 3}\n')
+    with pytest.raises(UsageError, match="scorer that is no name"):
+        tasks.load(f"jsonl:{file}")
+
+
+def test_math_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, with the command."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "racdeploy\[math\]"'):
+        math.check("")
+
+
+@NEEDS_MATH
+def test_an_answer_that_takes_too_long_is_wrong_and_costs_nothing_else() -> None:
+    """The child is ended, the record says so, and the next question has a new one."""
+    worker = math.Worker()
+    try:
+        assert worker.ask(r"\boxed{5}", "5").correct
+        assert worker.ask(r"\boxed{9^{9^{9^{9}}}}", "7", seconds=0.0) == Scored(
+            False, None, "math-verify gave no answer within 0 s"
+        )
+        assert worker.ask(r"\boxed{6}", "6").correct
+    finally:
+        worker.close()
+
+
+def test_an_unknown_scorer_is_no_scorer() -> None:
+    """Scoring by a name that does not exist is an error, not a wrong answer."""
+    with pytest.raises(UnknownPluginError):
+        scorers.score("nothing", "42", "42")

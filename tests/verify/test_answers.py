@@ -1,0 +1,193 @@
+"""Answering prompts: completions are kept as they end, whatever the kill, and nothing is answered twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from racdeploy.backends import Completion, Sampling, ThinkingBudget
+from racdeploy.backends._sequence import Sequence as Running
+from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.recipe import Verification
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tags
+from racdeploy.tasks import Problem
+from racdeploy.verify._answers import CompletionLog, Respondent, ended
+from tests.tiny_models import SPECIAL_TOKENS, write_tokenizer
+
+EOS = SPECIAL_TOKENS["<|im_end|>"]
+PROBLEMS = [Problem(f"{i} + 1?", str(i + 1), task="sums") for i in range(7)]
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+class ScriptedEngine:
+    """Streams a completion that depends on the prompt and its random stream; dies after some tokens."""
+
+    def __init__(self, dies_after: int = 10**9) -> None:
+        self.asked: list[int] = []
+        self.stats = {"generated_tokens": 1.0}
+        self._left = dies_after
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        assert on_tokens
+        self.asked += [sampling.stream(index) for index in range(len(prompts))]
+        scripts = [[*(sum(ids) + sampling.stream(i) + k for k in range(3 + i)), EOS] for i, ids in enumerate(prompts)]
+        scripts = [[token % 200 if token != EOS else token for token in script] for script in scripts]
+        for step in range(max(map(len, scripts))):
+            for index, script in enumerate(scripts):
+                if step < len(script):
+                    if not self._left:
+                        raise Killed
+                    self._left -= 1
+                    on_tokens(index, [script[step]])
+        return [Completion(tuple(script), "stop") for script in scripts]
+
+
+@pytest.fixture
+def respondent(tmp_path: Path) -> Respondent:
+    write_tokenizer(tmp_path)
+    encoder = PromptEncoder.from_folder(tmp_path)
+    verification = Verification(max_new_tokens=50, samples=2, temperature=0.6)
+    return Respondent(encoder, find_tags(encoder), (EOS,), verification)
+
+
+@pytest.mark.parametrize("dies_after", [0, 5, 60, 61, 95])
+def test_a_killed_run_asks_only_what_is_left(respondent: Respondent, tmp_path: Path, dies_after: int) -> None:
+    """Streams stay with their prompts and samples, so the answers are those of a run that was never killed."""
+    whole = respondent.answer(lambda: nullcontext(ScriptedEngine()), PROBLEMS, "dense")
+    file = tmp_path / "log.jsonl"
+    with pytest.raises(Killed):
+        respondent.answer(lambda: nullcontext(ScriptedEngine(dies_after)), PROBLEMS, "dense", CompletionLog(file))
+    kept = len(file.read_bytes().splitlines()) if file.exists() else 0
+    engine = ScriptedEngine()
+    again = respondent.answer(lambda: nullcontext(engine), PROBLEMS, "dense", CompletionLog(file))
+    assert len(engine.asked) == 14 - kept == 14 - again.earlier
+    assert [stream for stream in engine.asked if stream < 14] == sorted(engine.asked)
+    assert [record.prompt for record in again.records] == [i for i in range(7) for _ in range(2)]
+    assert len(again.records) == len(whole.records)
+    assert bool(again.stats) == (kept == 0)
+
+
+def test_an_engine_that_draws_by_stream_answers_alike_after_a_kill(respondent: Respondent, tmp_path: Path) -> None:
+    """The same completions, whether a run was broken off or not."""
+
+    class Steady(ScriptedEngine):
+        def generate(self, prompts, sampling, on_tokens=None, cancelled=None):  # type: ignore[no-untyped-def]
+            found = []
+            for index in range(len(prompts)):
+                script = (sampling.stream(index), sampling.stream(index) + 1, EOS)
+                if not self._left:
+                    raise Killed
+                self._left -= 1
+                on_tokens(index, script)
+                found.append(Completion(script, "stop"))
+            return found
+
+    whole = respondent.answer(lambda: nullcontext(Steady()), PROBLEMS, "dense")
+    file = tmp_path / "log.jsonl"
+    with pytest.raises(Killed):
+        respondent.answer(lambda: nullcontext(Steady(5)), PROBLEMS, "dense", CompletionLog(file))
+    again = respondent.answer(lambda: nullcontext(Steady()), PROBLEMS, "dense", CompletionLog(file))
+    assert (again.records, again.traces, again.earlier) == (whole.records, whole.traces, 5)
+
+
+def test_nothing_is_opened_where_nothing_is_left(respondent: Respondent, tmp_path: Path) -> None:
+    """Also where fewer prompts are asked than an earlier run answered."""
+    log = CompletionLog(tmp_path / "log.jsonl")
+    whole = respondent.answer(lambda: nullcontext(ScriptedEngine()), PROBLEMS, "dense", log)
+
+    def refuse() -> nullcontext[ScriptedEngine]:
+        raise AssertionError("there was nothing to answer")
+
+    again = respondent.answer(refuse, PROBLEMS[:3], "dense", CompletionLog(log.file))
+    assert again.records == whole.records[:6]
+
+
+def test_a_torn_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    """A kill tears the last line; anything else is damage."""
+    file = tmp_path / "log.jsonl"
+    CompletionLog(file).append([1, 2], 0, Completion((3, 4), "stop", 1))
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:20])
+    log = CompletionLog(file)
+    assert log.get([1, 2], 0) == Completion((3, 4), "stop", 1)
+    assert file.read_bytes() == whole
+    file.write_bytes(b'["x", 0, {"ids": [1]}]\n' + whole)
+    with pytest.raises(ArtifactError, match=r"log.jsonl:1 is damaged"):
+        CompletionLog(file)
+
+
+def test_an_engine_that_contradicts_its_stream_is_an_error(respondent: Respondent) -> None:
+    """What was kept is what counts, so it has to be true."""
+
+    class Liar(ScriptedEngine):
+        def generate(self, prompts, sampling, on_tokens=None, cancelled=None):  # type: ignore[no-untyped-def]
+            found = super().generate(prompts, sampling, on_tokens, cancelled)
+            return [*found[:-1], Completion((1, EOS), "stop")]
+
+    with pytest.raises(EngineError, match="is not what it streamed"):
+        respondent.answer(lambda: nullcontext(Liar()), PROBLEMS, "dense")
+
+
+def test_a_record_says_what_was_asked_and_what_was_found(respondent: Respondent) -> None:
+    """Prompt ids, samples, states and the extractor's words are in it."""
+    records = respondent.answer(lambda: nullcontext(ScriptedEngine()), PROBLEMS, "dense").records
+    first = records[1]
+    assert (first.prompt, first.sample, first.arm, first.task) == (0, 1, "dense", "sums")
+    assert list(first.prompt_ids) == respondent.encoder.encode("0 + 1?")
+    assert (first.state, first.opening, first.extracted) == ("open", "prefilled", None)
+    assert first.extractor == "the thinking did not end"
+
+
+TOKENS = st.integers(0, 5)
+
+
+@given(
+    script=st.lists(TOKENS, min_size=1, max_size=30),
+    close=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    opening=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    starts_open=st.booleans(),
+    max_thinking=st.integers(0, 10),
+    cap=st.integers(1, 24),
+)
+@settings(deadline=None, max_examples=400)
+def test_the_end_is_read_from_the_tokens_alone(
+    script: list[int], close: list[int], opening: list[int], starts_open: bool, max_thinking: int, cap: int
+) -> None:
+    """Finish reason and forced tag equal those of the sequence that every engine runs, at every step."""
+    budget = ThinkingBudget(tuple(close), tuple(opening), max_thinking, starts_open)
+    sampling = Sampling(max_new_tokens=cap, stop_ids=(0,), budget=budget)
+    running = Running(0, [4], sampling, context_tokens=100)
+    wanted = iter(script)
+    while True:
+        found = ended(running.ids, 1, sampling, 100)
+        if running.finish_reason is not None:
+            assert found == running.completion()
+            return
+        assert found is None
+        token = next(wanted, 0)
+        running.step(np.eye(6, dtype=np.float32)[token])
+
+
+def test_the_log_is_one_json_line_a_completion(tmp_path: Path) -> None:
+    """Readable by anything."""
+    file = tmp_path / "log.jsonl"
+    CompletionLog(file).append([1, 2], 7, Completion((3, 4), "length"))
+    (line,) = file.read_text().splitlines()
+    assert json.loads(line)[1:] == [7, {"ids": [3, 4], "finish_reason": "length", "forced_at": None}]
