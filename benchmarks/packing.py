@@ -30,7 +30,7 @@ from racdeploy.checkpoint import Checkpoint
 from racdeploy.job import Job
 from racdeploy.recipe import Recipe
 
-QUANTS = ("q8_0", "q5_0", "q4_0", "f16", "bf16", "f32")
+QUANTS = ("q8_0", "q5_0", "q4_0", "mxfp4", "f16", "bf16", "f32")
 REPEATS = 20
 
 

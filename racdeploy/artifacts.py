@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 try:
     import fcntl
@@ -34,6 +34,7 @@ __all__ = [
     "TokenizerEntry",
     "Trace",
     "TraceSet",
+    "atomic_file",
     "atomic_folder",
     "canonical_hash",
     "disk_errors",
@@ -64,19 +65,28 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(file: Path, content: bytes | str) -> None:
-    """Write a file so that it is whole or absent."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = file.with_name(f".{file.name}.partial")
+@contextlib.contextmanager
+def atomic_file(file: Path) -> Iterator[BinaryIO]:
+    """Yield a stream; what was written takes the name ``file`` when the body succeeds, and is on the disk then.
+
+    The partial file has this process's number in its name, so that two processes may write the same file.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with disk_errors(file):
         try:
             with partial.open("wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_atomic(file: Path, content: bytes | str) -> None:
+    """Write a file so that it is whole or absent."""
+    with atomic_file(file) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

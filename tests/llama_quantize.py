@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 
-def quantize(source: Path, out: Path, file_type: str, importance: Mapping[str, np.ndarray] | None = None) -> Path:
+def quantize(
+    source: Path, out: Path, file_type: str, importance: Mapping[str, np.ndarray] | None = None, threads: int = 1
+) -> Path:
     """Quantize a GGUF file as ``llama-quantize`` would; ``file_type`` as in ``Q4_K_M``."""
     matrix = out.with_suffix(".importance.npz")
     if importance:
         np.savez(matrix, **{name: np.asarray(value_I, np.float32) for name, value_I in importance.items()})
     child = subprocess.run(
-        [sys.executable, __file__, str(source), str(out), file_type, str(matrix) if importance else ""],
+        [sys.executable, __file__, str(source), str(out), file_type, str(matrix) if importance else "", str(threads)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -43,12 +45,12 @@ def _importance(llama_cpp: Any, file: str) -> tuple[ctypes.Array[Any], list[Any]
     return entries, held
 
 
-def _main(source: str, out: str, file_type: str, matrix: str) -> int:
+def _main(source: str, out: str, file_type: str, matrix: str, threads: str) -> int:
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if file_type == 'F32' else 'MOSTLY'}_{file_type}")
-    parameters.nthread = 1
+    parameters.nthread = int(threads)
     kept: list[Any] = []
     if matrix:
         entries, held = _importance(llama_cpp, matrix)

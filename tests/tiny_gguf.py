@@ -10,7 +10,7 @@ import numpy as np
 
 from racdeploy.racgguf.header import GGML_SIZES
 
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q6_k": 14, "bf16": 30}
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q6_k": 14, "bf16": 30, "mxfp4": 39}
 
 
 def random_rows(kind: str, rows: int, row_length: int, zeros: float, seed: int = 0) -> np.ndarray:
@@ -22,7 +22,7 @@ def random_rows(kind: str, rows: int, row_length: int, zeros: float, seed: int =
     match kind:
         case "q8_0":
             plain[:, :, 2:][drop.reshape(rows, -1, 32)] = 0
-        case "q4_0" | "q5_0":
+        case "q4_0" | "q5_0" | "mxfp4":
             low, high = (part.reshape(rows, -1, 16) for part in np.split(drop.reshape(rows, -1, 32), 2, axis=2))
             nibbles = plain[:, :, -16:]
             zero = 8 if kind == "q4_0" else 0

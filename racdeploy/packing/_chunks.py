@@ -28,6 +28,7 @@ _DEFLATED = 1 << 31
 _MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
 _LEAST_SAVING = 0.03
+_K_QUANTS = range(10, 16)
 
 
 class Taker:
@@ -50,7 +51,8 @@ def refusal(ggml_type: int, zeros_fraction: float) -> str:
     layout = LAYOUTS.get(ggml_type)
     if layout is None:
         packed = ", ".join(layout.name for layout in LAYOUTS.values())
-        return f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}"
+        spread = "" if ggml_type not in _K_QUANTS else ": its codes are spread over several fields of a block"
+        return f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}{spread}"
     block_bits = 8 * layout.block_bytes / layout.block_weights
     saved_bits = zeros_fraction * sum(layout.widths) - 1
     if saved_bits >= _LEAST_SAVING * block_bits:

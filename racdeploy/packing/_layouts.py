@@ -104,5 +104,6 @@ LAYOUTS: dict[int, Layout] = {
     6: Layout("q5_0", 32, 22, 2, (4, 1), _split_q5_0, _join_q5_0),
     8: Layout("q8_0", 32, 34, 2, (8,), _same, _only),
     30: Layout("bf16", 1, 2, 0, (16,), _same, _only),
+    39: Layout("mxfp4", 32, 17, 1, (4,), _same, _only),
 }
 """By ggml's type id."""

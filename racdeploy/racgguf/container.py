@@ -7,7 +7,6 @@ unpacked, and the SHA-256 of the whole at the end. What is written is whole or a
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import struct
@@ -19,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.artifacts import disk_errors
+from racdeploy.artifacts import atomic_file
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.packing._chunks import CHUNK_WEIGHTS, unpack_chunk
 from racdeploy.packing._layouts import LAYOUTS
@@ -147,16 +146,8 @@ class Container:
                 f"{out} needs {self.size_bytes / 1e6:.0f} MB and its disk has {free_bytes / 1e6:.0f} MB free",
                 remedy="free some space or choose another place",
             )
-        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        with disk_errors(out):
-            try:
-                with partial.open("wb") as stream:
-                    self._write(stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                partial.replace(out)
-            finally:
-                partial.unlink(missing_ok=True)
+        with atomic_file(out) as stream:
+            self._write(stream)
 
     def _write(self, stream: BinaryIO | None) -> None:
         digest = hashlib.sha256()

@@ -22,7 +22,7 @@ from racdeploy.racgguf import container as container_module
 from racdeploy.racgguf import writer
 from tests.tiny_gguf import random_rows, write_gguf
 
-PACKABLE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
+PACKABLE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
 
 
 def _round_trip(plain: Path) -> tuple[racgguf.PackedTensor, ...]:
@@ -52,7 +52,7 @@ def test_unpacking_is_the_inverse_of_packing(tensors: list[tuple[str, int, int, 
     """Random shapes, number formats, masks, scales and alignments: every byte comes back."""
     made = {}
     for number, (kind, rows, length, zeros, seed) in enumerate(tensors):
-        row_length = length * (256 if kind == "q6_k" else 32 if kind[0] == "q" else 1)
+        row_length = length * (256 if kind == "q6_k" else 32 if kind[0] in "qm" else 1)
         made[f"blk.{number}.weight"] = kind, random_rows(kind, rows, row_length, zeros, seed)
     with TemporaryDirectory() as folder:
         _round_trip(write_gguf(Path(folder) / "m.gguf", made, alignment))

@@ -1,4 +1,4 @@
-"""4 bits that keep every zero, and 6 where a few linears decide most; embedding and output, which are dense, keep 8."""
+"""4 bits that keep every zero, and 5 where a few linears decide most; embedding and output, which are dense, keep 8."""
 
 from racdeploy.quant.presets import Rule
 
@@ -6,5 +6,5 @@ FORMATS = ("gguf",)
 QUANT = "q4_0"
 RULES = (
     Rule(r"^(token_embd|output)\.weight$", "q8_0"),
-    Rule(r"attn_v\.weight$|ffn_down", "q6_k", blocks="more"),
+    Rule(r"attn_v\.weight$|ffn_down", "q5_0", blocks="more"),  # can be packed, which Q6_K cannot
 )
