@@ -126,7 +126,7 @@ def write(out: Path, contents: Contents) -> Manifest:
             **{
                 name: text
                 for entry in manifest.artifacts
-                for name, text in export.load(entry.format).companions(manifest, contents.checkpoint).items()
+                for name, text in export.load(entry.format).companions(manifest, contents.checkpoint, scratch).items()
             },
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": markdown.render(contents.report),

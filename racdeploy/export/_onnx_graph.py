@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import EngineError
 from racdeploy.export._onnx_file import read_array
+from racdeploy.export._onnx_layouts import fix_head_size
 from racdeploy.export.onnx_exporters import Exporter
 
 __all__ = ["Graph", "adopt"]
@@ -72,6 +73,7 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
         held.discard("lm_head.weight")
     if missing := sorted(held - used):
         raise EngineError(f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}")
+    fix_head_size(model, checkpoint.head_size)
     constants = {tensor.name: np.array(read_array(tensor, file.parent)) for tensor in model.graph.initializer}
     del model.graph.initializer[:]
     return Graph(model, constants, frozenset(wiring.linears), frozenset(wiring.embeddings), frozenset(wiring.vectors))

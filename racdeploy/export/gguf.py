@@ -86,7 +86,7 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     return plain
 
 
-def companions(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, str]:
+def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Return an Ollama Modelfile; the chat template is in the GGUF.
 
     The context is raised to where a thought fits, and a completion may fill it: Ollama would cut both far earlier.

@@ -30,6 +30,7 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export._onnx_choice import check_exporter, choose
 from racdeploy.export._onnx_file import data_name, write_model
+from racdeploy.export._onnx_layouts import layouts
 from racdeploy.export._onnx_measure import TENSORS_KEY, measure
 from racdeploy.export._onnx_weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.families import Family
@@ -196,11 +197,14 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     raise UsageError(f"{packed} is not packed", remedy="racdeploy inspect shows what is in it")
 
 
-def companions(manifest: Manifest, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the model's config.json, which transformers.js and onnxruntime's clients read."""
-    return {"config.json": (checkpoint.folder / "config.json").read_text(encoding="utf-8")}
+def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Return config.json and genai_config.json, which other programs read; the graph lies in ``folder``."""
+    return layouts(manifest, checkpoint, folder)
 
 
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the graph."""
-    return [f"onnxruntime: `onnxruntime.InferenceSession({entry.path!r})`"]
+    return [
+        'optimum: `ORTModelForCausalLM.from_pretrained(".")` · onnxruntime-genai: `onnxruntime_genai.Model(".")` · '
+        "transformers.js: `AutoModelForCausalLM.from_pretrained(…)`, in Node or in a browser",
+    ]

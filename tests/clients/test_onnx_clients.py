@@ -1,0 +1,151 @@
+"""A bundle in the hands of the programs that others use: each gives the tokens that racdeploy's engine gives.
+
+onnxruntime-genai, optimum, transformers.js under Node, and transformers.js and wllama in a real browser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import racdeploy
+from racdeploy.artifacts import Manifest
+from racdeploy.backends import Sampling
+from tests.end_to_end.commands import racdeploy as command
+
+pytestmark = pytest.mark.slow
+QUESTION = "What is 12 times 34?"
+NEW_TOKENS = 160
+EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
+PACKAGES = ("@huggingface/transformers@4", "@wllama/wllama@3", "playwright-core@1")
+GENAI = """
+import json, sys
+import onnxruntime_genai as og
+folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = og.Model(folder)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(do_sample=False, max_length=len(ids) + count)
+generator = og.Generator(model, parameters)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(i) for i in generator.get_sequence(0)]))
+"""
+OPTIMUM = """
+import json, sys, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = ORTModelForCausalLM.from_pretrained(folder)
+ids = torch.tensor([ids])
+found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+print(json.dumps(found[0].tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at 50 %, for browsers and as GGUF; few prompts, since answers are compared one by one here."""
+    root = tmp_path_factory.mktemp("clients")
+    outcome = command(
+        *("build", "tiny-reasoner", "--target", "browser", "--also", "gguf", "--prompts", 8, "--trace-prompts", 64),
+        *("--work", root / "work", "--out", root / "bundle", "--threads", 1),
+    )
+    assert outcome.code in (0, 3), outcome.err  # 3: eight prompts decide nothing
+    return root / "bundle"
+
+
+@pytest.fixture(scope="module")
+def prompt_and_ids(bundle: Path) -> tuple[list[int], list[int]]:
+    """Prompt ids, and prompt and completion together as racdeploy's engine continues it."""
+    with racdeploy.load(bundle, backend="onnxruntime", threads=1) as model:
+        prompt = list(model.encoder.encode(QUESTION))
+        stops = model.manifest.tokenizer.eos_ids
+        (completion,) = model.engine.generate([prompt], Sampling(NEW_TOKENS, stops))
+    assert completion.finish_reason == "stop"
+    return prompt, [*prompt, *completion.ids]
+
+
+@pytest.fixture(scope="module")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages, and the scripts of this folder beside them."""
+    if shutil.which("npm") is None or shutil.which("node") is None:
+        pytest.skip("needs Node 20 or newer with npm: apt-get install nodejs npm")
+    folder = tmp_path_factory.mktemp("npm")
+    done = subprocess.run(
+        ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder, *PACKAGES],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"npm could not install {', '.join(PACKAGES)}: {done.stderr}"
+    for script in Path(__file__).parent.glob("*.mjs"):
+        shutil.copy(script, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(bundle: Path, npm: Path) -> Iterator[str]:
+    """The page, served as a user would."""
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        import serve  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(EXAMPLE))
+    server = serve.serve(bundle, npm / "node_modules", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def run(*arguments: object, cwd: Path | None = None) -> Any:
+    """Return the JSON in the last line that a program prints."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_onnxruntime_genai_generates_the_same_tokens(bundle: Path, prompt_and_ids: tuple[list[int], list[int]]) -> None:
+    """It stops at the end-of-sequence id too, and leaves it out of the sequence."""
+    prompt, expected = prompt_and_ids
+    assert run(sys.executable, "-c", GENAI, bundle, json.dumps(prompt), NEW_TOKENS) == expected[:-1]
+
+
+def test_optimum_generates_the_same_tokens(bundle: Path, prompt_and_ids: tuple[list[int], list[int]]) -> None:
+    prompt, expected = prompt_and_ids
+    assert run(sys.executable, "-c", OPTIMUM, bundle, json.dumps(prompt), NEW_TOKENS) == expected
+
+
+def test_transformers_js_generates_the_same_tokens_in_node(
+    bundle: Path, npm: Path, prompt_and_ids: tuple[list[int], list[int]]
+) -> None:
+    """Its own tokenizer and template too: prompt ids are part of what it prints."""
+    folder = f"{bundle.parent}/"
+    assert run("node", "node.mjs", folder, bundle.name, QUESTION, NEW_TOKENS, cwd=npm) == prompt_and_ids[1]
+
+
+@pytest.mark.parametrize("engine", ["onnx", "gguf"])
+def test_the_page_thinks_and_answers_in_chromium(
+    bundle: Path, npm: Path, address: str, tmp_path: Path, engine: str
+) -> None:
+    """Thinking and answer apart, as racdeploy tells them apart; nothing is asked from elsewhere."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium in PATH: apt-get install chromium")
+    backend = {entry.format: entry.backend for entry in Manifest.read(bundle).artifacts}[engine]
+    with racdeploy.load(bundle, backend=backend, threads=1) as model:
+        expected = model.generate(QUESTION, temperature=0)
+    shown = run("node", "browser.mjs", address, chromium, tmp_path / "profile", engine, QUESTION, cwd=npm)
+    assert (shown["errors"], shown["outside"], shown["isolated"]) == ([], [], True)
+    assert shown["status"].startswith("Done"), shown["status"]
+    assert (shown["thinking"], shown["answer"]) == (expected.thinking, expected.answer)
+    assert "50 % zeros" in shown["model"]
