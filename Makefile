@@ -21,8 +21,8 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check racdeploy tests examples benchmarks
-	$(BIN)/ruff format --check racdeploy tests examples benchmarks
+	$(BIN)/ruff check racdeploy tests examples benchmarks action
+	$(BIN)/ruff format --check racdeploy tests examples benchmarks action
 	$(BIN)/mypy
 
 check: lint test

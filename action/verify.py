@@ -33,11 +33,11 @@ def main() -> None:
 
 
 def _command(reports: Path) -> list[str]:
-    options = {"--gate": "GATE", "--threads": "THREADS"}
+    names = ("gate", "tier", "server", "server-model", "threads")
     command = ["racdeploy", "verify", os.environ["RACDEPLOY_BUNDLE"], "--reports", str(reports)]
-    for option, name in options.items():
-        if value := os.environ.get(f"RACDEPLOY_{name}", ""):
-            command += [option, value]
+    for name in names:
+        if value := os.environ.get(f"RACDEPLOY_{name.upper().replace('-', '_')}", ""):
+            command += [f"--{name}", value]
     return command
 
 

@@ -25,7 +25,7 @@ from racdeploy.recipe import Recipe, validate
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 
-__all__ = ["FIGURES", "Benchmark", "Load", "bench", "find_dense"]
+__all__ = ["FIGURES", "Benchmark", "Load", "bench", "figure_text", "find_dense"]
 
 Progress = Callable[[str, int, int], None]
 Round = Mapping[str, float]
@@ -34,7 +34,7 @@ FIGURES = {
     "load_ms": "ms to load",
     "prefill_tokens_per_s": "prompt tokens/s",
     "decode_tokens_per_s": "tokens/s decoded",
-    "peak_rss_bytes": "bytes at the peak",
+    "peak_rss_bytes": "memory at the peak",
 }
 
 
@@ -156,6 +156,11 @@ def find_dense(bundle: Path, work: Path) -> Path:
         )
     newest = max(found, key=lambda folder: (folder / "stage.json").stat().st_mtime)
     return ExportResult.from_json(newest, read_json(newest / "stage.json")).path
+
+
+def figure_text(name: str, value: float) -> str:
+    """Return a figure as people read it."""
+    return f"{value / 1e6:,.1f} MB" if name.endswith("_bytes") else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _measure(backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int) -> Round:

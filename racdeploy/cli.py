@@ -30,6 +30,7 @@ from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
 from racdeploy.report.terminal import print_report
 from racdeploy.report_model import Report
 from racdeploy.reverify import Reverification
+from racdeploy.served import ServedVerification, Server, ServerApi
 from racdeploy.verify import GATE_EXAMPLE, Gate, read_gate
 from racdeploy.verify._controls import SAME_SIZE
 
@@ -213,6 +214,12 @@ def verify(
     baseline: Annotated[
         Path | None, typer.Option(help="Dense artifact to run too, or another bundle of the same dense model.")
     ] = None,
+    server: Annotated[
+        str, typer.Option(help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1.")
+    ] = "",
+    server_model: Annotated[str, typer.Option(help="Name that the server gives the model.")] = "",
+    server_key_env: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
+    server_api: Annotated[ServerApi, typer.Option(help="chat asks as users do; completions sends token ids.")] = "chat",
     show_plan: Annotated[bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")] = False,
     work: WorkOpt = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
@@ -226,11 +233,15 @@ def verify(
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
 
+    if not server and (server_model or server_key_env):
+        raise UsageError("--server-model and --server-key-env belong to --server", remedy="add --server http://…/v1")
     for file in (junit_file, html_file):
         if file and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
     with progress_bars() as progress:
-        again = Reverification(bundle, work or default_work(), gate, tier, baseline, threads, progress)
+        common = (bundle, work or default_work(), gate, tier, baseline, threads, progress)
+        asked = Server(server, server_model, server_key_env, server_api)
+        again = ServedVerification(*common, asked) if server else Reverification(*common)
         if show_plan:
             _print_plan(again.plan(), json_output)
             return
@@ -301,7 +312,7 @@ def bench(
     dense_median, pruned_median = found.medians()
     for name, label in benchmark.FIGURES.items():
         ratios = found.ratios(name)
-        sides = (f"{side[name]:,.0f}" for side in (dense_median, pruned_median))
+        sides = (benchmark.figure_text(name, side[name]) for side in (dense_median, pruned_median))
         table.add_row(label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
     out.print(table)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)

@@ -24,7 +24,7 @@ LADDER = (
     {"bundle"},
     {"job"},
     {"pipeline", "reverify"},
-    {"doctor"},
+    {"doctor", "served"},
     {"_console"},
     {"cli", "pytest_plugin"},
     {"__main__"},

@@ -172,10 +172,10 @@ def test_a_push_has_no_comment(job: Any, comments: Comments) -> None:
 def test_no_input_becomes_a_command(job: Any, tmp_path: Path) -> None:
     """A name full of shell is one argument."""
     hostile = f"b; touch {tmp_path}/pwned; $(touch {tmp_path}/pwned) `touch {tmp_path}/pwned` --> ' \""
-    job(0, bundle=hostile, gate=hostile)
+    job(0, bundle=hostile, gate=hostile, tier=hostile, server_model=hostile)
     arguments = json.loads((tmp_path / "arguments.json").read_text())
     assert arguments[:2] == ["verify", hostile]
-    assert arguments[arguments.index("--gate") + 1] == hostile
+    assert all(arguments[arguments.index(f"--{name}") + 1] == hostile for name in ("gate", "tier", "server-model"))
     assert not (tmp_path / "pwned").exists()
 
 

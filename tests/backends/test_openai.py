@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +30,7 @@ from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.server import check_agreement
 from tests.completion_server import Answer, Json, Reply, completed, models, serving
-from tests.end_to_end.commands import environment
+from tests.real_server import free_port, llama_cpp_server, running, visible_tags
 from tests.tiny_artifacts import EOS_ID
 from tests.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
@@ -365,7 +360,7 @@ def test_another_template_is_refused(folder: Path) -> None:
 
 def test_nobody_at_the_address_is_exit_code_4(tmp_path: Path) -> None:
     """The command says so, and leaves no finished stage."""
-    arguments = ["traces", "--trace-server", f"http://127.0.0.1:{_free_port()}/v1", "--work", str(tmp_path)]
+    arguments = ["traces", "--trace-server", f"http://127.0.0.1:{free_port()}/v1", "--work", str(tmp_path)]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 4, outcome.output
     assert "cannot be reached: ConnectionRefusedError" in outcome.output
@@ -376,60 +371,9 @@ def test_nobody_at_the_address_is_exit_code_4(tmp_path: Path) -> None:
 # A real server: llama_cpp.server takes text alone and leaves control tokens out of its answers.
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def _running(*command: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run a server on a free port; yield its address and its process."""
-    port = _free_port()
-    process = subprocess.Popen(
-        [*map(str, command), "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(PYTHONWARNINGS="ignore"),
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not _is_up(port):
-            assert process.poll() is None, f"{command} ended with code {process.returncode}"
-            assert time.monotonic() < deadline, "the server did not start within 60 s"
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/v1", process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _llama_cpp_server(model: Path) -> tuple[object, ...]:
-    """Return the command of the server in llama-cpp-python."""
-    options = ("--model_alias", "tiny", "--n_ctx", 1024, "--n_threads", 1, "--verbose", "false")
-    return (sys.executable, "-m", "llama_cpp.server", "--model", model / "model.gguf", *options)
-
-
-def _is_up(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the embedded model, its thinking tags no control tokens, as in Qwen3's tokenizer."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(resolve("tiny-reasoner").folder, folder)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    for token in tokenizer["added_tokens"]:
-        token["special"] = token["special"] and "think" not in token["content"]
-    file.write_text(json.dumps(tokenizer), encoding="utf-8")
-    gguf.export(Checkpoint(folder), folder / "model.gguf", quant="f32")
-    return folder
+    return visible_tags(tmp_path_factory.mktemp("served") / "model")
 
 
 def _build(model: Path, work: Path, url: str, **more: Any) -> Build:
@@ -440,7 +384,7 @@ def _build(model: Path, work: Path, url: str, **more: Any) -> Build:
 
 def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(model: Path, tmp_path: Path) -> None:
     """Greedy ids equal llama.cpp's own; a server that dies costs only the shards it had not finished."""
-    with _running(*_llama_cpp_server(model)) as (url, process):
+    with running(*llama_cpp_server(model / "model.gguf")) as (url, process):
 
         def kill(label: str, done: int, total: int) -> None:
             process.send_signal(signal.SIGKILL)
@@ -451,7 +395,7 @@ def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(model: Path, t
     assert "run the same command" in caught.value.remedy
     (first,) = tmp_path.glob("traces-*/shard-*.jsonl")
     written = first.stat().st_mtime_ns
-    with _running(*_llama_cpp_server(model)) as (url, _):
+    with running(*llama_cpp_server(model / "model.gguf")) as (url, _):
         stage, traces = _build(model, tmp_path, url).traces()
     assert first.parent == stage
     assert first.stat().st_mtime_ns == written, "a finished shard was collected again"
@@ -475,7 +419,7 @@ def test_llama_server_returns_exact_ids(tmp_path: Path) -> None:
     folder = resolve("tiny-reasoner").folder
     gguf.export(Checkpoint(folder), tmp_path / "model.gguf", quant="f32")
     options = ("--alias", "tiny", "--ctx-size", 4096, "--parallel", 4, "--threads", 1)
-    with _running("llama-server", "--model", tmp_path / "model.gguf", *options) as (url, _):
+    with running("llama-server", "--model", tmp_path / "model.gguf", *options) as (url, _):
         _, traces = _build(folder, tmp_path, url).traces()
     assert [trace.completion_ids for trace in traces] == _expected(tmp_path / "model.gguf", traces)
 
