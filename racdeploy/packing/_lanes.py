@@ -1,8 +1,9 @@
 """Put the lanes of a dense stream at the places that a mask keeps, with numpy alone.
 
-A lane is 1, 4, 8, 16 or 32 bits. Narrow lanes are expanded a machine word at a time: a group of up to eight is
-read at its bit position and spread by halves, quarters and eighths of the word, each lane moving by the binary
-digits of its distance (H. S. Warren, Hacker's Delight, section 7-5, "Expand", on lanes in place of bits).
+A lane is 1, 4, 8, 16 or 32 bits. Whole bytes are scattered to the places of the bits that are set. Narrow lanes are
+expanded a machine word at a time: a group of eight is read at its bit position and spread by halves, quarters and
+eighths of the word, each lane moving by the binary digits of its distance (H. S. Warren, Hacker's Delight, section
+7-5, "Expand", on lanes in place of bits).
 """
 
 from __future__ import annotations
@@ -17,35 +18,39 @@ from numpy.typing import NDArray
 
 __all__ = ["Kept", "expand", "lanes_of", "stream_of"]
 
-_GROUP = {1: 8, 4: 8, 8: 8, 16: 4, 32: 8}
-_WORD = {1: "u1", 4: "<u4", 8: "<u8", 16: "<u8"}
+_GROUP = 8  # narrow lanes: as many as a byte of the mask has bits
 _COUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)
+_NONE = np.empty(0, dtype=np.intp)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which lanes of a chunk are kept, in groups of up to eight.
+    """Which lanes of a chunk are kept.
 
     Args:
-        mask: one bit a lane, low bits first.
-        keep: a number of as many bits for each group.
-        start: kept lanes in front of each group.
-        count: kept lanes in all.
+        lanes: in all, of whole bytes of the mask.
+        count: kept ones.
+        places: of the kept ones, where lanes are whole bytes.
+        keep: the mask of each group of eight, where they are narrow.
+        start: kept lanes in front of each group, where they are narrow.
     """
 
-    mask: NDArray[np.uint8]
+    lanes: int
+    count: int
+    places: NDArray[np.intp]
     keep: NDArray[np.intp]
     start: NDArray[np.int64]
-    count: int
 
     @classmethod
     def read(cls, mask: NDArray[np.uint8], widths: Sequence[int]) -> Kept:
-        """Read a mask for lanes of these widths."""
-        (group,) = {_GROUP[bits] for bits in widths}
-        keep = _group_masks(mask, group)
+        """Read a mask, one bit a lane and low bits first, for lanes of these widths."""
+        if min(widths) >= 8:
+            places = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+            return cls(8 * mask.size, places.size, places, _NONE, _NONE)
+        keep = mask.astype(np.intp)
         counts = _COUNT.take(keep)
         stop = np.cumsum(counts)  # of 64 bits: numpy sums a narrower type ten times as slowly
-        return cls(mask, keep, stop - counts, int(stop[-1]))
+        return cls(8 * mask.size, int(stop[-1]), _NONE, keep, stop - counts)
 
 
 def lanes_of(stream: NDArray[np.uint8], bits: int, count: int) -> NDArray[Any]:
@@ -77,15 +82,15 @@ def expand(stream: NDArray[np.uint8], bits: int, kept: Kept) -> NDArray[np.uint8
         bits: width of a lane.
         kept: which lanes those are.
     """
-    if bits == 32:
-        lanes = np.zeros(8 * kept.mask.size, dtype="<u4")
-        lanes[np.unpackbits(kept.mask, bitorder="little").view(np.bool_)] = stream.view("<u4")
+    if bits >= 8:
+        kind = np.dtype(f"<u{bits // 8}")
+        lanes = np.zeros(kept.lanes, dtype=kind)
+        lanes[kept.places] = stream.view(kind)
         return lanes.view(np.uint8)
-    read = _read_narrow if bits <= 4 else _read_wide
-    word: NDArray[Any] = read(stream, kept.start * bits).astype(_WORD[bits])
+    word: NDArray[Any] = _read(stream, kept.start * bits).astype("<u4" if bits == 4 else "u1")
     if bits == 1:
         return np.asarray(_deposited().take(kept.keep << 8 | word))
-    arriving, clean = _tables(bits)
+    arriving, clean = _tables()
     for shift, table in arriving:
         moved = word << shift
         moved ^= word
@@ -95,43 +100,15 @@ def expand(stream: NDArray[np.uint8], bits: int, kept: Kept) -> NDArray[np.uint8
     return word.view(np.uint8)
 
 
-def _group_masks(mask: NDArray[np.uint8], group: int) -> NDArray[np.intp]:
-    parts = 8 // group
-    keep = np.empty(parts * mask.size, dtype=np.intp)
-    for part in range(parts):
-        keep[part::parts] = mask >> part * group & ((1 << group) - 1)
-    return keep
-
-
-def _read_narrow(stream: NDArray[np.uint8], position: NDArray[np.int64]) -> NDArray[np.uint64]:
+def _read(stream: NDArray[np.uint8], position: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return at least 32 bits at each bit position, a multiple of 4; behind the end of the stream they are zero."""
-    halves = _padded(stream, "<u4").astype(np.uint64)
+    padded = np.zeros(-(-stream.size // 4) * 4 + 8, dtype=np.uint8)
+    padded[: stream.size] = stream
+    halves = padded.view("<u4").astype(np.uint64)
     words = halves[:-1] | halves[1:] << np.uint64(32)
     word = words.take(position >> 5)
     word >>= (position & 31).view(np.uint64)
     return np.asarray(word)
-
-
-def _read_wide(stream: NDArray[np.uint8], position: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the 64 bits at each bit position; behind the end of the stream they are zero."""
-    words = _padded(stream, "<u8")
-    index = position >> 6
-    shift = (position & 63).view(np.uint64)
-    word = words.take(index)
-    word >>= shift
-    next_word = words[1:].take(index)
-    next_word <<= 1
-    next_word <<= 63 - shift
-    word |= next_word
-    return word
-
-
-def _padded(stream: NDArray[np.uint8], word: str) -> NDArray[Any]:
-    """Return a stream in whole words, with two more of zeros."""
-    size = np.dtype(word).itemsize
-    padded = np.zeros(-(-stream.size // size) * size + 2 * size, dtype=np.uint8)
-    padded[: stream.size] = stream
-    return padded.view(word)
 
 
 @cache
@@ -147,15 +124,15 @@ def _deposited() -> NDArray[np.uint8]:
 
 
 @cache
-def _tables(bits: int) -> tuple[list[tuple[int, NDArray[Any]]], NDArray[Any]]:
-    """Return, for every mask of a group, the lanes that arrive in each step, and the lanes that are kept."""
-    group, word = _GROUP[bits], np.dtype(_WORD[bits])
-    steps = [1 << step for step in reversed(range(group.bit_length() - 1))]
-    arriving = {step: np.zeros(1 << group, dtype=word) for step in steps}
-    kept = np.zeros(1 << group, dtype=word)
+def _tables() -> tuple[list[tuple[int, NDArray[Any]]], NDArray[Any]]:
+    """Return, for every mask of a group of four-bit lanes, those that arrive in each step, and those that are kept."""
+    word, bits = np.dtype("<u4"), 4
+    steps = [4, 2, 1]
+    arriving = {step: np.zeros(1 << _GROUP, dtype=word) for step in steps}
+    kept = np.zeros(1 << _GROUP, dtype=word)
     lane = (1 << bits) - 1
-    for mask in range(1 << group):
-        places = [place for place in range(group) if mask >> place & 1]
+    for mask in range(1 << _GROUP):
+        places = [place for place in range(_GROUP) if mask >> place & 1]
         for rank, place in enumerate(places):
             kept[mask] |= word.type(lane << place * bits)
             for step in steps:
