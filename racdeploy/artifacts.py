@@ -127,6 +127,11 @@ class Stage:
     inputs: Mapping[str, Any]
 
     @classmethod
+    def at(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Return where a stage is, or would be; nothing is made."""
+        return cls(work / f"{name}-{canonical_hash(inputs)[:16]}", inputs)
+
+    @classmethod
     def open(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
         """Return the stage folder, made if need be, with its inputs recorded.
 
@@ -135,8 +140,8 @@ class Stage:
             UsageError: another process works in the folder.
             EnvironmentFailure: the disk is full or not writable.
         """
-        folder = work / f"{name}-{canonical_hash(inputs)[:16]}"
-        stage = cls(folder, inputs)
+        stage = cls.at(work, name, inputs)
+        folder = stage.folder
         _refuse_other_version(work, name, inputs)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +169,7 @@ class Stage:
 
     def _check(self, recorded: Mapping[str, Any]) -> None:
         given = json.loads(json.dumps(self.inputs))
-        if changed := sorted(k for k in {*recorded, *given} if recorded.get(k) != given.get(k)):
+        if changed := _differences(recorded, given):
             raise ArtifactError(
                 f"{self.folder} was made from other inputs; changed: {', '.join(changed)}",
                 remedy="remove that folder, or use another --work folder",
@@ -275,6 +280,18 @@ def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> N
                 f"this is {inputs.get('version')}, which may give other results",
                 remedy=f"rm -r {record.parent}, or finish it with the version that began it",
             )
+
+
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any], within: str = "") -> list[str]:
+    """Return the keys whose values differ, as ``part.key``."""
+    found: list[str] = []
+    for key in sorted({*left, *right}):
+        before, after = left.get(key), right.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{within}{key}.")
+        elif before != after:
+            found.append(f"{within}{key}")
+    return found
 
 
 _locks: dict[Path, int] = {}  # file descriptors, held until the process ends

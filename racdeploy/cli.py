@@ -25,6 +25,7 @@ from racdeploy.errors import GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
+from racdeploy.planning import pruning_plan
 from racdeploy.prune.processes import joined
 from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
 from racdeploy.report.terminal import print_report
@@ -125,7 +126,7 @@ def build(
     with _building(Job.of(Recipe.combine(recipe, options), tier), work, threads) as builder:
         folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:
-            _print_plan(builder.job.check(folder), json_output)
+            _print_plan(builder.job.check(folder) | pruning_plan(builder), json_output)
             return
         report = builder.run(folder)
     _finish(report, json_output, f"bundle: {folder}", builder.job.gate)
@@ -169,6 +170,7 @@ def prune(
     trace_server: TraceServerOpt = None,
     work: WorkOpt = None,
     threads: ThreadsOpt = 0,
+    dry_run: DryRunOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
@@ -176,6 +178,9 @@ def prune(
     options |= _pruning(sparsity, pattern, method, calibration)
     with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
         builder.job.check_model()
+        if dry_run:
+            _print_plan(pruning_plan(builder), json_output)
+            return
         folder = builder.prune().folder
     _print_folder(folder, json_output)
 

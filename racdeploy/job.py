@@ -312,10 +312,6 @@ class Job:
         body = sum(sizes[name] for name in prunable)
         rest = sum(sizes.values()) - body
         body_bits = sum(sizes[name] * quant.load(self._quant_of(name)).BITS for name in prunable)
-        widths = [
-            checkpoint.entries[f"{checkpoint.family.blocks}.0.{g[0]}.weight"].shape[1]
-            for g in checkpoint.family.input_groups
-        ]
         prompts, settings = len(self.problems("evaluation")), recipe.verify
         cache = 2 * checkpoint.block_count * checkpoint.key_value_heads * checkpoint.head_size * 2
         return {
@@ -333,7 +329,6 @@ class Job:
             **plan(settings, self.gate, Expectation(), prompts),
             "artifact_bytes": round(body_bits / 8 + rest * max(bits, 8.5) / 8),
             "cache_bytes": cache * settings.context_tokens,
-            "statistics_bytes": 4 * 4 * sum(width**2 for width in widths),
             "artifact": self.artifact_name,
         }
 

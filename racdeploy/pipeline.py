@@ -109,12 +109,7 @@ class Build:
         """
         settings = self.job.recipe.traces
         checkpoint = Checkpoint(sparse) if sparse else self.job.checkpoint
-        inputs = self._inputs("traces") | {
-            "model": checkpoint.sha256,
-            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
-            "traces": settings.identity,
-        }
-        stage = Stage.open(self.work, "traces", inputs)
+        stage = Stage.open(self.work, "traces", self.trace_inputs(checkpoint))
         out = TraceSet(stage.folder)
         if stage.finished:
             if out.sha256 != stage.summary["traces_sha256"]:
@@ -141,6 +136,14 @@ class Build:
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
+    def trace_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what decides the traces of a model."""
+        return self._inputs("traces") | {
+            "model": checkpoint.sha256,
+            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
+            "traces": self.job.recipe.traces.identity,
+        }
+
     def prune(self) -> PrunedModel:
         """Prune the model on its traces, or find it pruned.
 
@@ -164,7 +167,7 @@ class Build:
                         remedy="begin lower, or raise prune.probe_drop or prune.probe_length",
                     )
                 return replace(model, notes=(*model.notes, f"schedule, {sparsity:.0%} was undone: {reason}"))
-            model = replace(found, notes=(*(model.notes if model else ()), step))
+            model = replace(found, notes=(*(model.notes if model else ()), step, *found.notes))
             calibration = mix(own, dense, self.job.recipe.prune.dense_traces)
             sha256 = canonical_hash([TraceSet(trace_folder).sha256, TraceSet(own_folder).sha256])
         assert model
@@ -175,6 +178,7 @@ class Build:
     ) -> PrunedModel:
         """Prune the dense model to one sparsity, keeping the zeros of the model before."""
         from racdeploy.prune.assemble import assemble
+        from racdeploy.prune.cost import cost_note, measured_cost, predict
 
         settings = self.job.recipe.prune.model_copy(update={"sparsity": sparsity})
         quant = self.job.grid if settings.joint else ""
@@ -199,7 +203,9 @@ class Build:
                 "quant": quant,
                 "within": before.folder.parent if before else None,
             }
-            with self.processes.job("prune", self._same("prune"), given):
+            lengths = [[len(trace.ids) for trace in part] for part in (calibration, held_out)]
+            expected = predict(self.job.checkpoint, settings, lengths[0], lengths[1], self.threads)
+            with self.processes.job("prune", self._same("prune"), given), measured_cost(stage.folder, expected):
                 linears, blocks = self._prune_blocks(stage.folder, given)
             assemble(self.job.checkpoint, stage.folder, folder)
             rows = {"linears": [row.model_dump() for row in linears], "blocks": [row.model_dump() for row in blocks]}
@@ -210,6 +216,7 @@ class Build:
             tuple(LinearRow.model_validate(row) for row in summary["linears"]),
             tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
             summary["selection"],
+            tuple(filter(None, [cost_note(stage.folder)])),
         )
 
     def _prune_blocks(self, folder: Path, given: Mapping[str, Any]) -> tuple[list[LinearRow], list[BlockRow]]:

@@ -24,7 +24,7 @@ LADDER = (
     {"bundle"},
     {"job"},
     {"pipeline", "reverify"},
-    {"doctor", "served"},
+    {"doctor", "planning", "served"},
     {"_console"},
     {"cli", "pytest_plugin"},
     {"__main__"},

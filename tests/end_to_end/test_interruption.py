@@ -38,6 +38,7 @@ def _command(folder: Path, place: Path) -> list[str]:
 def _contents(place: Path) -> dict[str, str]:
     """Hash traces, weights and artifacts: the stage folders, and the file in the bundle."""
     files = [f for f in sorted((place / "work").rglob("*")) if f.is_file() and ".partial" not in f.name]
+    files = [f for f in files if f.name != "cost.json"]  # how many seconds it took
     files += sorted((place / "bundle").glob("*.gguf"))
     return {f.relative_to(place).as_posix(): file_sha256(f) for f in files}
 

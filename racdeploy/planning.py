@@ -1,0 +1,35 @@
+"""What a build will take on this machine, before it is begun."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from racdeploy.artifacts import Stage, TraceSet
+from racdeploy.pipeline import Build
+
+__all__ = ["pruning_plan"]
+
+
+def pruning_plan(build: Build) -> dict[str, Any]:
+    """Return calibration tokens, seconds and peak memory of pruning, measured in a few seconds on one block.
+
+    They are of the traces where these were collected, and otherwise of the longest traces that there can be.
+    """
+    from racdeploy.prune.cost import predict
+
+    job, settings = build.job, build.job.recipe
+    stage = Stage.at(build.work, "traces", build.trace_inputs(job.checkpoint))
+    if stage.finished:
+        calibration, held_out, _ = build.calibration(TraceSet(stage.folder).read())
+        lengths, bound = [[len(trace.ids) for trace in part] for part in (calibration, held_out)], ""
+    else:
+        cap = settings.traces.max_new_tokens
+        longest = [len(job.encoder.encode(problem.question)) + cap for problem in job.problems("calibration")]
+        held = round(settings.calibration.held_out_share * len(longest))
+        lengths, bound = [longest, longest[:held]], "_at_most"
+    cost = predict(job.checkpoint, settings.prune, lengths[0], lengths[1], build.threads)
+    return {
+        f"prune_tokens{bound}": sum(lengths[0]),
+        f"prune_seconds{bound}": round((len(settings.prune.schedule) or 1) * cost.seconds, 1),
+        f"prune_memory_bytes{bound}": cost.peak_bytes,
+    }

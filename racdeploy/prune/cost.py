@@ -1,0 +1,216 @@
+"""What pruning takes: seconds and peak memory, predicted from one block on this machine, and measured.
+
+The walk of :mod:`racdeploy.prune.calibrate` does the same few things for every block. One block is loaded, some tokens
+go through it, and the method prunes a piece of each linear on a random Hessian; all are timed, scaled to the whole
+model, and added up. Not counted: codes chosen while pruning (``joint``), and what several processes save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from racdeploy import plugins
+from racdeploy.artifacts import write_atomic
+from racdeploy.backends._heap import keep_heap
+from racdeploy.checkpoint import Checkpoint, read_json
+from racdeploy.prune.activations import WINDOW_BYTES
+from racdeploy.prune.batches import TOKENS_PER_BATCH
+from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.patterns import pattern_of
+from racdeploy.prune.refit import prune_and_refit
+from racdeploy.recipe import Pruning
+
+__all__ = ["Cost", "cost_note", "measured_cost", "predict"]
+
+T = TypeVar("T")
+_SAMPLE_FLOP, _SAMPLE_INPUTS, _SAMPLE_OUTPUTS = 2e10, 1024, 512
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and the largest resident memory of the process."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def predict(
+    checkpoint: Checkpoint,
+    settings: Pruning,
+    calibration_lengths: Sequence[int],
+    held_out_lengths: Sequence[int],
+    threads: int = 0,
+) -> Cost:
+    """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take on this machine, in a few seconds.
+
+    Args:
+        checkpoint: the dense model.
+        settings: method, pattern, sparsity.
+        calibration_lengths: tokens of each trace that decides the pruning.
+        held_out_lengths: tokens of each trace that only measures it.
+        threads: CPU threads; 0 leaves torch's choice.
+    """
+    keep_heap()
+    if threads:
+        torch.set_num_threads(threads)
+    with torch.inference_mode():
+        model = _Model(checkpoint, settings, sum(calibration_lengths), sum(held_out_lengths))
+        return Cost(model.seconds(max([*calibration_lengths, *held_out_lengths])), model.peak_bytes())
+
+
+@dataclass
+class _Model:
+    """The arithmetic of one walk."""
+
+    checkpoint: Checkpoint
+    settings: Pruning
+    calibration_tokens: int
+    held_out_tokens: int
+
+    def __post_init__(self) -> None:
+        entries, prefix = self.checkpoint.entries, f"{self.checkpoint.family.blocks}.0"
+        self.groups = [
+            [entries[f"{prefix}.{name}.weight"].shape for name in group]
+            for group in self.checkpoint.family.input_groups
+        ]
+        self.weights = sum(math.prod(shape) for group in self.groups for shape in group)
+        self.generator = torch.Generator().manual_seed(0)
+        self.streams = 2 if self.settings.match_dense else 1
+
+    def seconds(self, longest: int) -> float:
+        """Time the parts, and add them up over all blocks."""
+        blocks = Blocks(self.checkpoint, self.settings.compute)
+        load_s, block = _timed(lambda: blocks.load(0))
+        width = self.groups[0][0][1]
+        tokens = int(min(max(_SAMPLE_FLOP / (2 * self.weights), 128), TOKENS_PER_BATCH, self.calibration_tokens))
+        length = min(longest, tokens)
+        hidden_BTD = torch.randn(max(tokens // length, 1), length, width, generator=self.generator)
+        forward_s, _ = _timed(lambda: blocks.forward(block, hidden_BTD), warm=True)
+        forward_s /= hidden_BTD.shape[0] * length
+        block.to("meta")
+        before, passes = 0, 1.0 * self.streams  # of the calibration tokens: the last one, and up to each input
+        for group in self.groups:
+            passes += self.streams * before / self.weights
+            before += sum(math.prod(shape) for shape in group)
+        held_out_passes = 3.0  # sparse, dense, and each linear against its target
+        forward = forward_s * (passes * self.calibration_tokens + held_out_passes * self.held_out_tokens)
+        return self.checkpoint.block_count * (load_s + forward + self._gathering() + self._solving())
+
+    def _gathering(self) -> float:
+        """Return the seconds of the products and sums of one block's statistics."""
+        side = 1024
+        x_NI, sum_II = torch.randn(side, side, generator=self.generator), torch.zeros(side, side, dtype=torch.float64)
+        product_s, product_II = _timed(lambda: x_NI.T @ x_NI, warm=True)
+        sum_s, _ = _timed(lambda: sum_II.add_(product_II), warm=True)
+        batches, seconds = math.ceil(self.calibration_tokens / TOKENS_PER_BATCH), 0.0
+        for group in self.groups:
+            I, rows = group[0][1], sum(O for O, _ in group)
+            drift = 0 if self.streams == 1 else min(I, 2 * rows)
+            seconds += product_s * self.calibration_tokens * I * (0.56 * I + drift) / side**3
+            seconds += sum_s * batches * I * (0.56 * I + min(drift, rows)) / side**2
+        return seconds
+
+    def _solving(self) -> float:
+        """Return the seconds of pruning one block's linears: a piece of each is pruned and scaled."""
+        method, settings = plugins.load("methods", self.settings.method), self.settings
+        allocation = plugins.load("allocations", settings.allocation)
+        seconds, seen = 0.0, dict[tuple[int, int], tuple[float, float]]()
+        for group in self.groups:
+            for index, (O, I) in enumerate(group):
+                o, i = min(O, _SAMPLE_OUTPUTS), min(I, _SAMPLE_INPUTS)
+                if settings.kept_of:
+                    i -= i % settings.kept_of[1]
+                if (o, i) not in seen:
+                    x_NI, weight_OI = (torch.randn(n, i, generator=self.generator) for n in (2 * i, o))
+                    hessian = Hessian(x_NI.T @ x_NI, settings.damping)
+                    solve = partial(self._solve, method, allocation, weight_OI, hessian)
+                    first_s, again_s = _timed(solve)[0], _timed(solve)[0]  # the first one also factors the Hessian
+                    seen[o, i] = max(first_s - again_s, 0.0), again_s
+                factor_s, solve_s = seen[o, i]
+                seconds += solve_s * (O / o) * (I / i) ** 2 + (factor_s * (I / i) ** 3 if index == 0 else 0.0)
+        return seconds
+
+    def _solve(self, method: Any, allocation: Any, weight_OI: torch.Tensor, hessian: Hessian) -> None:
+        """Do with a linear what the walk does once its Hessian is there."""
+        settings = self.settings
+        prune_and_refit(method, weight_OI, hessian, pattern_of(settings.sparsity, settings.kept_of), settings)
+        if settings.match_dense:
+            hessian.solve(weight_OI)
+        if allocation.SURVEYS:
+            allocation.observe(weight_OI, hessian, settings)
+
+    def peak_bytes(self) -> int:
+        """Return the process as it is now, two copies of a block, the window, and the widest statistic at its worst."""
+        width, tokens = self.groups[0][0][1], self.calibration_tokens + self.held_out_tokens
+        dense_tokens = tokens if self.streams == 2 else self.held_out_tokens
+        window = sum(min(4 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
+        batch = min(TOKENS_PER_BATCH, self.calibration_tokens)
+        inner = max(I for group in self.groups for _, I in group)
+        passing = 4 * batch * (6 * width + (2 + 2 * self.streams) * inner)
+        worst = 0
+        for group in self.groups:
+            I, rows = group[0][1], sum(O for O, _ in group)
+            drift = 0 if self.streams == 1 else min(I, rows) if 2 * rows <= I else I
+            gather = round(8 * 0.56 * I * I) + 8 * drift * I + passing
+            factor = 4 * 4 * I * I + 4 * drift * I
+            solve = 4 * 2 * I * I + 4 * I * (2 * rows + 8 * max(O for O, _ in group))
+            worst = max(worst, gather, factor, solve)
+        return _resident() + 2 * 4 * self.weights + window + worst
+
+
+@contextmanager
+def measured_cost(folder: Path, predicted: Cost) -> Iterator[None]:
+    """While the body runs, measure it, then leave both in a folder; what an earlier run began is not measured."""
+    fresh = not any(folder.glob("block-*.json"))
+    if platform.system() == "Linux":
+        _RESET.write_text("5")  # the peak is counted from here
+    began = time.perf_counter()
+    yield
+    if fresh:
+        found = Cost(time.perf_counter() - began, _resident("VmHWM"))
+        write_atomic(folder / _FILE, json.dumps({"predicted": asdict(predicted), "measured": asdict(found)}, indent=1))
+
+
+def cost_note(folder: Path) -> str:
+    """Return one line on what pruning took and how far off the prediction was; empty where it was not measured."""
+    if not (folder / _FILE).is_file():
+        return ""
+    values = read_json(folder / _FILE)
+    predicted, found = Cost(**values["predicted"]), Cost(**values["measured"])
+    note = f"pruning took {found.seconds:.0f} s, {predicted.seconds:.0f} s were predicted"
+    if found.peak_bytes:
+        note += (
+            f"; its peak memory was {found.peak_bytes / 2**30:.2f} GiB, predicted {predicted.peak_bytes / 2**30:.2f}"
+        )
+    return note
+
+
+def _timed(do: Callable[[], T], warm: bool = False) -> tuple[float, T]:
+    """Return the seconds of a call and its result; a warm one is the second."""
+    if warm:
+        do()
+    began = time.perf_counter()
+    result = do()
+    return time.perf_counter() - began, result
+
+
+def _resident(entry: str = "VmRSS") -> int:
+    """Return resident memory in bytes, now or at its peak; 0 where the system does not say, which is all but Linux."""
+    if platform.system() != "Linux":
+        return 0
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
