@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,10 @@ def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> 
     from racdeploy.prune.calibrate import prune_blocks
     from racdeploy.recipe import Pruning
 
-    random = np.random.default_rng(0)
+    random, vocabulary = np.random.default_rng(0), Checkpoint(folder).config["vocab_size"]
     traces = []
     for index in range(max(tokens // TRACE_TOKENS, 1)):
-        ids = tuple(random.integers(0, SHAPE["vocab_size"], min(TRACE_TOKENS, tokens)).tolist())
+        ids = tuple(random.integers(0, vocabulary, min(TRACE_TOKENS, tokens)).tolist())
         prompt, completion = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
         traces.append(Trace(index, "random", f"{index}", "", prompt, completion, None, len(completion), False, True))
     held = max(len(traces) // 16, 1)
@@ -84,25 +84,25 @@ def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> 
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_model(folder: Path, blocks: int) -> None:
+def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> None:
     """Write a checkpoint with random weights, one tensor in memory at a time."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tensors = list(shapes(blocks))
+    tensors = list(shapes(blocks, shape))
     header, offset = {}, 0
-    for name, shape in tensors:
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, size in tensors:
+        stop = offset + 2 * int(np.prod(size))
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     random = np.random.default_rng(1)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in tensors:
-            values = np.ones(shape, np.float32) if "norm" in name else random.standard_normal(shape, np.float32) * 0.02
+        for name, size in tensors:
+            values = np.ones(size, np.float32) if "norm" in name else random.standard_normal(size, np.float32) * 0.02
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    config = SHAPE | {
+    config = dict(shape) | {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "num_hidden_layers": blocks,
@@ -116,11 +116,11 @@ def write_model(folder: Path, blocks: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def shapes(blocks: int) -> Iterator[tuple[str, list[int]]]:
+def shapes(blocks: int, shape: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
     """Yield name and shape of every tensor."""
-    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    width = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
-    yield "model.embed_tokens.weight", [SHAPE["vocab_size"], hidden]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    width = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    yield "model.embed_tokens.weight", [shape["vocab_size"], hidden]
     for block in range(blocks):
         for name, outputs in (("q", hidden), ("k", width), ("v", width)):
             yield f"model.layers.{block}.self_attn.{name}_proj.weight", [outputs, hidden]

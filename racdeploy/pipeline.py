@@ -205,7 +205,8 @@ class Build:
             }
             lengths = [[len(trace.ids) for trace in part] for part in (calibration, held_out)]
             expected = predict(self.job.checkpoint, settings, lengths[0], lengths[1], self.threads)
-            with self.processes.job("prune", self._same("prune"), given), measured_cost(stage.folder, expected):
+            measured = measured_cost(stage.folder, expected, self.processes.count)
+            with self.processes.job("prune", self._same("prune"), given), measured:
                 linears, blocks = self._prune_blocks(stage.folder, given)
             assemble(self.job.checkpoint, stage.folder, folder)
             rows = {"linears": [row.model_dump() for row in linears], "blocks": [row.model_dump() for row in blocks]}

@@ -173,7 +173,7 @@ class _Model:
 
 
 @contextmanager
-def measured_cost(folder: Path, predicted: Cost) -> Iterator[None]:
+def measured_cost(folder: Path, predicted: Cost, processes: int) -> Iterator[None]:
     """While the body runs, measure it, then leave both in a folder; what an earlier run began is not measured."""
     fresh = not any(folder.glob("block-*.json"))
     if platform.system() == "Linux":
@@ -182,7 +182,8 @@ def measured_cost(folder: Path, predicted: Cost) -> Iterator[None]:
     yield
     if fresh:
         found = Cost(time.perf_counter() - began, _resident("VmHWM"))
-        write_atomic(folder / _FILE, json.dumps({"predicted": asdict(predicted), "measured": asdict(found)}, indent=1))
+        values = {"predicted": asdict(predicted), "measured": asdict(found), "processes": processes}
+        write_atomic(folder / _FILE, json.dumps(values, indent=1))
 
 
 def cost_note(folder: Path) -> str:
@@ -191,7 +192,8 @@ def cost_note(folder: Path) -> str:
         return ""
     values = read_json(folder / _FILE)
     predicted, found = Cost(**values["predicted"]), Cost(**values["measured"])
-    note = f"pruning took {found.seconds:.0f} s, {predicted.seconds:.0f} s were predicted"
+    several = f" for one of its {values['processes']} processes alone" if values["processes"] > 1 else ""
+    note = f"pruning took {found.seconds:.0f} s, {predicted.seconds:.0f} s were predicted{several}"
     if found.peak_bytes:
         note += (
             f"; its peak memory was {found.peak_bytes / 2**30:.2f} GiB, predicted {predicted.peak_bytes / 2**30:.2f}"

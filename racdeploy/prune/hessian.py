@@ -17,7 +17,8 @@ class Hessian:
     """Mean of x xᵀ over calibration tokens, with damping on its diagonal.
 
     Every factor is computed once, on first use, for all linears that share the input. Inputs that were never active
-    (``dead_I``) get a unit diagonal; their weights are zero and stay so.
+    (``dead_I``) get a unit diagonal; their weights are zero and stay so. ``norm_I`` is the root of each input's mean
+    energy, without damping.
 
     Args:
         matrix_II: float32, symmetric; becomes the damped one.
@@ -30,6 +31,7 @@ class Hessian:
     def __init__(self, matrix_II: torch.Tensor, damping: float) -> None:
         diagonal_I = matrix_II.diagonal()
         self.dead_I = diagonal_I == 0
+        self.norm_I = diagonal_I.sqrt()
         self.matrix_II = matrix_II
         self.damping = damping
         self._asked, self._mean = damping, float(diagonal_I.mean())

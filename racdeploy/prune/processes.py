@@ -27,6 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MEETING = timedelta(minutes=10)
 _PATIENCE = timedelta(days=7)  # the others wait while the first one exports and verifies; a death shows at once
 _REMEDY = "the first error above is the cause; run the same command again, it goes on at the first missing block"
 
@@ -38,11 +39,12 @@ class Processes:
         rank: number of this process; 0 runs the command and writes the results.
         count: how many there are.
         group: torch.distributed, where there is more than one.
+        members: its process group.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, group: Any = None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, members: Any = None) -> None:
         self.rank, self.count = rank, count
-        self._group = group
+        self._group, self._members = group, members
         self._waiting = True  # whether the others wait for a job
 
     def owners(self, costs: Sequence[int]) -> list[int]:
@@ -63,18 +65,18 @@ class Processes:
             return
         receivers = sorted(set(owners)) or list(range(self.count))
         with _talking():
-            self._group.reduce(tensor, receivers[0])
+            self._group.reduce(tensor, receivers[0], group=self._members)
             for other in receivers[1:]:
                 if self.rank == receivers[0]:
-                    self._group.send(tensor, other)
+                    self._group.send(tensor, other, group=self._members)
                 elif self.rank == other:
-                    self._group.recv(tensor, receivers[0])
+                    self._group.recv(tensor, receivers[0], group=self._members)
 
     def spread(self, tensor: torch.Tensor, owner: int) -> None:
         """Overwrite a tensor by that of one process."""
         if self.count > 1:
             with _talking():
-                self._group.broadcast(tensor, owner)
+                self._group.broadcast(tensor, owner, group=self._members)
 
     def tell(self, value: T, owner: int = 0) -> T:
         """Return the value that one process has."""
@@ -82,7 +84,7 @@ class Processes:
             return value
         box = [value if self.rank == owner else None]
         with _talking():
-            self._group.broadcast_object_list(box, owner)
+            self._group.broadcast_object_list(box, owner, group=self._members)
         result: T = box[0]  # type: ignore[assignment]
         return result
 
@@ -92,7 +94,7 @@ class Processes:
             return [value]
         values: list[Any] = [None] * self.count
         with _talking():
-            self._group.all_gather_object(values, value)
+            self._group.all_gather_object(values, value, group=self._members)
         return values
 
     @contextmanager
@@ -151,7 +153,7 @@ def joined() -> Iterator[Processes]:
     """Yield the processes that torchrun started, or :data:`ALONE`.
 
     Raises:
-        EngineError: another process is gone.
+        EngineError: the others do not come, or one of them is gone.
     """
     if not _asked():
         yield ALONE
@@ -162,8 +164,9 @@ def joined() -> Iterator[Processes]:
 
     signal.signal(signal.SIGTERM, _on_terminate)
     with _talking():
-        group.init_process_group("gloo", timeout=_PATIENCE)
-    processes = Processes(group.get_rank(), group.get_world_size(), group)
+        group.init_process_group("gloo", timeout=_MEETING)
+        members = group.new_group(timeout=_PATIENCE)
+    processes = Processes(group.get_rank(), group.get_world_size(), group, members)
     try:
         yield processes
     finally:

@@ -22,7 +22,7 @@ OUTLIER, SPREAD = 5.0, 0.08
 
 def observe(weight_OI: torch.Tensor, hessian: Hessian, settings: Pruning) -> Observation:
     """Count the outliers of one linear."""
-    score_OI = weight_OI.abs() * hessian.scale_I
+    score_OI = weight_OI.abs() * hessian.norm_I
     return {"outliers": float((score_OI > OUTLIER * score_OI.mean()).sum())}
 
 

@@ -15,5 +15,5 @@ from racdeploy.recipe import Pruning
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
     """Zero the least important weights of every output."""
-    keep_OI = pattern.keep_per_output(weight_OI.abs() * hessian.scale_I)
+    keep_OI = pattern.keep_per_output(weight_OI.abs() * hessian.norm_I)
     return Pruned(weight_OI * keep_OI, keep_OI)

@@ -1,0 +1,95 @@
+"""How do time and memory of pruning grow with tokens, width and blocks? Measured on random weights.
+
+    python benchmarks/growth.py --out build/growth
+
+Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits the exponent: 1 is
+proportional. Writes growth.csv and growth.md. Memory is what is above that of a process that prunes next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from any_size import prune, write_model
+
+BASE = {"tokens": 8192, "width": 512, "blocks": 2}
+AXES = {"tokens": [8192, 16384, 32768, 65536], "width": [256, 512, 1024], "blocks": [2, 4, 8]}
+HEAD_SIZE, INNER = 64, 4  # the last linear of a block is as many times as wide
+NOTHING = {"tokens": 64, "width": 64, "blocks": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model pruned."""
+
+    axis: str
+    tokens: int
+    width: int
+    blocks: int
+    seconds: float
+    peak_mib: float
+
+
+def main() -> None:
+    """Prune along each axis, fit, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", nargs="*", default=list(AXES), choices=list(AXES))
+    parser.add_argument("--tokens", type=int, nargs="*", default=AXES["tokens"], help="of that axis; 262144 takes long")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    chosen = dict(pair.split("=", 1) for pair in arguments.set)
+    base_mib = measure(arguments, NOTHING, "", chosen).peak_mib
+    rows = []
+    for axis in arguments.axes:
+        for value in arguments.tokens if axis == "tokens" else AXES[axis]:
+            rows.append(measure(arguments, BASE | {axis: value}, axis, chosen))
+            print(rows[-1], flush=True)
+    with (arguments.out / "growth.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (arguments.out / "growth.md").write_text(table(rows, base_mib), encoding="utf-8")
+    print(table(rows, base_mib))
+
+
+def measure(arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, chosen: dict[str, str]) -> Row:
+    """Write one model and prune it in a process of its own."""
+    width, blocks = shape["width"], shape["blocks"]
+    folder = arguments.out / f"random-{width}-{blocks}"
+    if not (folder / "config.json").is_file():
+        heads = {"num_attention_heads": width // HEAD_SIZE, "num_key_value_heads": max(width // HEAD_SIZE // 4, 1)}
+        sizes = {"hidden_size": width, "intermediate_size": INNER * width, "vocab_size": 4096}
+        write_model(folder, blocks, sizes | heads)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds, peak_bytes = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
+    return Row(axis, shape["tokens"], width, blocks, seconds, peak_bytes / 2**20)
+
+
+def table(rows: list[Row], base_mib: float) -> str:
+    """Return Markdown: every row, and the exponents of each axis."""
+    lines = ["| axis | tokens | width | blocks | s | peak MiB |", "|---|---|---|---|---|---|"]
+    lines += [f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.seconds:.1f} | {r.peak_mib:.0f} |" for r in rows]
+    lines += ["", f"A process that prunes next to nothing takes {base_mib:.0f} MiB.", ""]
+    lines += ["| axis | exponent of time | exponent of memory above that |", "|---|---|---|"]
+    for axis in dict.fromkeys(row.axis for row in rows):
+        own = [row for row in rows if row.axis == axis]
+        at = np.log([getattr(row, axis) for row in own])
+        slopes = [
+            np.polyfit(at, np.log(values), 1)[0]
+            for values in ([r.seconds for r in own], [max(r.peak_mib - base_mib, 1.0) for r in own])
+        ]
+        lines.append(f"| {axis} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Which method, on which calibration, at which pattern? Errors, seconds and accuracy of the embedded model.
+
+    python benchmarks/methods.py --out build/methods                     # errors and seconds, every cell
+    python benchmarks/methods.py --out build/methods --prompts 600       # and accuracy on llama.cpp
+
+Every method is followed by the same refit and solved for the dense model's output unless ``--set`` says otherwise.
+Writes methods.md and methods.json. Errors are means over the linears, on held-out traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from calibration import ROWS, answers
+
+from racdeploy import plugins
+from racdeploy.job import Job
+from racdeploy.pipeline import Build, default_work
+from racdeploy.recipe import Recipe
+
+CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pruned model; seconds are of pruning, None where it was there already."""
+
+    pattern: str
+    method: str
+    calibration: str
+    held_out_error: float
+    drift: float
+    seconds: float | None
+    accuracy: float | None
+    thinking_tokens: float | None
+
+
+def main() -> None:
+    """Prune every cell and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-reasoner")
+    parser.add_argument("--methods", nargs="*", default=list(plugins.names("methods")))
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--calibrations", nargs="*", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
+    parser.add_argument("--traces", type=int, default=384)
+    parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    cells = []
+    for row in arguments.rows:
+        for calibration in arguments.calibrations:
+            for method in arguments.methods:
+                cells.append(measure(arguments, row, method, calibration))
+                print(cells[-1], flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "methods.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    (arguments.out / "methods.md").write_text(table(cells), encoding="utf-8")
+    print(table(cells))
+
+
+def measure(arguments: argparse.Namespace, row: str, method: str, calibration: str) -> Cell:
+    """Prune one cell, and answer the prompts with it where that is wanted."""
+    chosen = dict(pair.split("=", 1) for pair in arguments.set)
+    options = {
+        "model": arguments.model,
+        "traces": {"count": arguments.traces},
+        "prune": {"method": method, **ROWS[row], **chosen},
+        "calibration": {"source": CALIBRATIONS[calibration]},
+        "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": 640},
+    }
+    build = Build(Job(Recipe.combine(None, options)), arguments.work, arguments.threads)
+    build.traces()
+    began = time.perf_counter()
+    model = build.prune()
+    seconds = time.perf_counter() - began
+    errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
+    accuracy = thinking = None
+    if arguments.prompts:
+        records = answers(build, build.export(model.folder, build.job.artifact_name).path, method)
+        accuracy = sum(record.correct for record in records) / len(records)
+        thinking = sum(record.thinking_tokens for record in records) / len(records)
+    return Cell(
+        pattern=row,
+        method=method,
+        calibration=calibration,
+        held_out_error=sum(errors) / len(errors),
+        drift=model.blocks[-1].drift or 0.0,
+        seconds=seconds if seconds > 1 else None,  # found pruned
+        accuracy=accuracy,
+        thinking_tokens=thinking,
+    )
+
+
+def table(cells: list[Cell]) -> str:
+    """Return Markdown: one line a cell."""
+    lines = [
+        "| zeros | calibration | method | held-out error | drift | s | accuracy | thinking tokens |",
+        "|---" * 8 + "|",
+    ]
+    for c in cells:
+        shown = (
+            f"{c.held_out_error:.4f}",
+            f"{c.drift:.4f}",
+            "–" if c.seconds is None else f"{c.seconds:.0f}",
+            "–" if c.accuracy is None else f"{c.accuracy:.1%}",
+            "–" if c.thinking_tokens is None else f"{c.thinking_tokens:.1f}",
+        )
+        lines.append(f"| {c.pattern} | {c.calibration} | {c.method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
