@@ -36,6 +36,7 @@ _EXTRAS = {
     "torch": "prune",
     "transformers": "prune",
     "gguf": "gguf",
+    "sentencepiece": "gguf",
     "llama_cpp": "llamacpp",
     "onnxruntime": "ort",
     "onnx": "onnx",

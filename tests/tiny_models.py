@@ -29,6 +29,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+_TOKENIZER_CLASSES = {
+    **dict.fromkeys(("qwen2", "llama-bpe", "gpt-2", "smollm"), "Qwen2TokenizerFast"),
+    "mistral": "LlamaTokenizerFast",
+    "gemma": "GemmaTokenizerFast",
+}
+_OWN_PIECES = {"mistral": ("<b>", "<i>"), "gemma": ("<b>", "▁▁▁▁▁▁")}
 # What makes a family itself, at values that show.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {
@@ -65,6 +71,7 @@ def make_checkpoint(
     dtype: str = "bfloat16",
     sharded: bool = False,
     pre_tokenizer: str = "qwen2",
+    tokenizer_model: bool = False,
     seed: int = 0,
     **config: Any,
 ) -> Path:
@@ -78,7 +85,8 @@ def make_checkpoint(
         transformers5: config and tokenizer_config as transformers 5 writes them.
         dtype: of the stored weights.
         sharded: three files and an index.
-        pre_tokenizer: llama.cpp's name of the one the tokenizer gets.
+        pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral`` and ``gemma`` are SentencePiece's.
+        tokenizer_model: whether SentencePiece's own file lies beside.
         seed: of the weights.
         config: over the defaults of the config, as ``hidden_size=256`` or ``rope_scaling={…}``.
     """
@@ -87,6 +95,10 @@ def make_checkpoint(
     model = _model(family, tied, attention_bias, config)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB" if sharded else "5GB")
     write_tokenizer(folder, pre_tokenizer, transformers5=transformers5)
+    if tokenizer_model:
+        from tests.tiny_pieces import train_pieces
+
+        (folder / "tokenizer.model").write_bytes(train_pieces(_CORPUS * 4, TRAINED_TOKENS, _OWN_PIECES[pre_tokenizer]))
     if transformers5:
         _rewrite_config(folder / "config.json")
     return folder
@@ -95,8 +107,8 @@ def make_checkpoint(
 def write_tokenizer(folder: Path, pre_tokenizer: str = "qwen2", *, transformers5: bool = False) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template."""
     (folder / "tokenizer.json").write_text(_tokenizer_json(pre_tokenizer), encoding="utf-8")
-    settings = {
-        "tokenizer_class": "TokenizersBackend" if transformers5 else "Qwen2TokenizerFast",
+    settings: dict[str, Any] = {
+        "tokenizer_class": "TokenizersBackend" if transformers5 else _TOKENIZER_CLASSES[pre_tokenizer],
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -107,6 +119,8 @@ def write_tokenizer(folder: Path, pre_tokenizer: str = "qwen2", *, transformers5
     if transformers5:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     else:
+        added = json.loads(_tokenizer_json(pre_tokenizer))["added_tokens"]
+        settings["added_tokens_decoder"] = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
         settings["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
@@ -154,6 +168,29 @@ def _rewrite_config(file: Path) -> None:
 
 @cache
 def _tokenizer_json(pre_tokenizer: str) -> str:
+    written = _written(pre_tokenizer)
+    written["added_tokens"] += [
+        {
+            "id": i,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": text not in ("<think>", "</think>"),
+        }
+        for text, i in SPECIAL_TOKENS.items()
+    ]
+    return json.dumps(written, ensure_ascii=False)
+
+
+def _written(pre_tokenizer: str) -> dict[str, Any]:
+    """Return a trained tokenizer without the tokens of the chat template."""
+    if pre_tokenizer in ("mistral", "gemma"):
+        from tests.tiny_pieces import pieces_json, train_pieces
+
+        own = _OWN_PIECES[pre_tokenizer]
+        return pieces_json(train_pieces(_CORPUS * 4, TRAINED_TOKENS, own), own, space_first=pre_tokenizer == "mistral")
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre_tokenizer == "llama-bpe"))
     tokenizer.pre_tokenizer = {
         "qwen2": lambda: _split(_QWEN2_REGEX),
@@ -176,20 +213,8 @@ def _tokenizer_json(pre_tokenizer: str) -> str:
     )
     tokenizer.train_from_iterator(_CORPUS * 4, trainer)
     assert tokenizer.get_vocab_size() == TRAINED_TOKENS, "the corpus is too small for that many merges"
-    written = json.loads(tokenizer.to_str())
-    written["added_tokens"] = [
-        {
-            "id": i,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": text not in ("<think>", "</think>"),
-        }
-        for text, i in SPECIAL_TOKENS.items()
-    ]
-    return json.dumps(written, ensure_ascii=False)
+    written: dict[str, Any] = json.loads(tokenizer.to_str())
+    return written
 
 
 def _split(regex: str) -> pre_tokenizers.PreTokenizer:

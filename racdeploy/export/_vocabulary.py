@@ -1,4 +1,4 @@
-"""Read a byte-level BPE tokenizer.json into what a GGUF file stores of it.
+"""Read a tokenizer.json, byte-level BPE or in SentencePiece's form, into what a GGUF file stores of it.
 
 ``tokenizer.json`` is the truth: tokenizer classes of transformers 4 and 5 replace parts of it. Token types
 and merges follow llama.cpp's own converter. Special ids come from tokenizer_config.json, then config.json and
@@ -16,9 +16,10 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.errors import ModelError
+from racdeploy.export import _sentencepiece as pieces
 from racdeploy.export._pretokenizers import find_pre_tokenizer, flatten, normalizer_note
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPECIAL = ("bos", "eos", "pad", "unk")
 # Texts that llama.cpp takes for an end of generation without being told.
 _KNOWN_ENDS = {
@@ -32,18 +33,24 @@ class Vocabulary:
     """What ``tokenizer.ggml.*`` holds.
 
     Args:
-        tokens: byte-mapped text of every id, as many as the embedding has rows.
+        model: llama.cpp's name of the kind: ``gpt2`` is byte-level BPE, ``llama`` is SentencePiece.
+        tokens: byte-mapped text of every id, as many as the embedding has rows; pieces of SentencePiece as they are.
         types: llama.cpp's token type of every id.
-        merges: ``left right``, best first.
+        merges: ``left right``, best first; empty for SentencePiece.
+        scores: of every id; empty for byte-level BPE.
+        space_first: whether a text gets a space in front; None for byte-level BPE.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer.
         special_ids: ``bos``, ``eos``, ``pad``, ``unk``, ``eot`` → id, where there is one.
         adds: ``bos`` and ``eos`` → whether encoding adds it.
         notes: what llama.cpp will do differently, in sentences.
     """
 
+    model: str
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     merges: tuple[str, ...]
+    scores: tuple[float, ...]
+    space_first: bool | None
     pre_tokenizer: str
     special_ids: Mapping[str, int]
     adds: Mapping[str, bool]
@@ -71,20 +78,88 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
             f"tokenizer.json has token id {max(by_id)}, but the model's vocabulary ends at {size - 1}",
             remedy="the tokenizer belongs to another model, or the embedding was not resized",
         )
+    special_ids, notes = _special_ids(checkpoint, by_id)
+    notes = [*_stripping_notes(added), *notes]
+    if pieces.is_sentencepiece(tokenizer):
+        return _sentencepiece(checkpoint, tokenizer, added, by_id, special_ids, notes)
+    return Vocabulary(
+        model="gpt2",
+        tokens=_tokens(by_id, size),
+        types=tuple(_type(i, by_id, added) for i in range(size)),
+        merges=tuple(_merges(tokenizer["model"]["merges"])),
+        scores=(),
+        space_first=None,
+        pre_tokenizer=pre_tokenizer or find_pre_tokenizer(tokenizer),
+        special_ids=special_ids,
+        adds=_adds(tokenizer, checkpoint.tokenizer_config, special_ids, by_id, {"bos": False, "eos": False}),
+        notes=(*filter(None, [normalizer_note(tokenizer)]), *notes),
+    )
+
+
+def _sentencepiece(
+    checkpoint: Checkpoint,
+    tokenizer: Mapping[str, Any],
+    added: Mapping[int, dict[str, Any]],
+    by_id: Mapping[int, str],
+    special_ids: Mapping[str, int],
+    notes: list[str],
+) -> Vocabulary:
+    """Read a tokenizer in SentencePiece's form; the scores stand for the merges."""
+    space_first = pieces.puts_space_first(tokenizer)
+    altered = [t["content"] for t in added.values() if t.get("normalized") and (space_first or " " in t["content"])]
+    if altered:
+        raise ModelError(
+            f"the tokenizer looks for its added token {altered[0]!r} in normalized text, llama.cpp in the text itself",
+            remedy='set "normalized": false for it in tokenizer.json',
+        )
+    spaces = [t["content"] for t in added.values() if not t.get("special") and pieces.SPACE in t["content"]]
+    if space_first and spaces:
+        raise ModelError(f"llama.cpp finds the added token {spaces[0]!r} before it puts a space first, not after")
+    scores = pieces.read_scores(tokenizer, added, checkpoint.folder / "tokenizer.model")
+    size, unknown = checkpoint.integer("vocab_size"), tokenizer["model"].get("unk_token")
+    types, values = [], []
+    for i in range(size):
+        text, kind = by_id.get(i), _type(i, by_id, added)
+        if kind == NORMAL:
+            kind = BYTE if text in pieces.BYTES else UNKNOWN if text == unknown else NORMAL
+        types.append(kind)
+        values.append(pieces.ADDED_SCORE if i in added else scores.get(text or "", pieces.UNUSED_SCORE))
+    # llama.cpp looks for these in the text before spaces are replaced
+    spaced = {i: t.replace(pieces.SPACE, " ") if types[i] == USER_DEFINED else t for i, t in by_id.items()}
+    return Vocabulary(
+        model="llama",
+        tokens=_tokens(spaced, size),
+        types=tuple(types),
+        merges=(),
+        scores=tuple(values),
+        space_first=space_first,
+        pre_tokenizer="default",
+        special_ids=special_ids,
+        adds=_adds(tokenizer, checkpoint.tokenizer_config, special_ids, by_id, {"bos": True, "eos": False}),
+        notes=tuple(notes),
+    )
+
+
+def _tokens(by_id: Mapping[int, str], size: int) -> tuple[str, ...]:
     tokens = tuple(by_id.get(i, f"[PAD{i}]") for i in range(size))
     if len(set(tokens)) != size:
         twice = next(text for text in tokens if tokens.count(text) > 1)
         raise ModelError(f"tokenizer.json has two ids for the token {twice!r}, which llama.cpp cannot load")
-    special_ids, notes = _special_ids(checkpoint, by_id)
-    return Vocabulary(
-        tokens=tokens,
-        types=tuple(_type(i, by_id, added) for i in range(size)),
-        merges=tuple(_merges(tokenizer["model"]["merges"])),
-        pre_tokenizer=pre_tokenizer or find_pre_tokenizer(tokenizer),
-        special_ids=special_ids,
-        adds=_adds(tokenizer, checkpoint.tokenizer_config, special_ids, by_id),
-        notes=(*filter(None, [normalizer_note(tokenizer)]), *_stripping_notes(added), *notes),
-    )
+    return tokens
+
+
+def check_name(name: str, vocabulary: Vocabulary) -> None:
+    """Refuse a model name by which llama.cpp would look for tokens that are not there.
+
+    Source: llama.cpp ``src/llama-vocab.cpp``, attributes set by the model's name.
+    """
+    asks = next((part for part in ("phi-3", "phi3") if part in name.lower()), None)
+    missing = [text for text in ("</s>", "<unk>", "<s>", "<|endoftext|>") if text not in vocabulary.tokens]
+    if asks and missing:
+        raise ModelError(
+            f"the name {name!r} holds {asks!r}, so llama.cpp asks for a token {missing[0]!r} and fails without it",
+            remedy="rename the model's folder",
+        )
 
 
 def _check_kind(tokenizer: Mapping[str, Any]) -> None:
@@ -93,12 +168,13 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
         raise ModelError("tokenizer.json is damaged: it has no model")
     kind = model.get("type", "BPE")
     bytes_mapped = '"ByteLevel"' in str(tokenizer.get("pre_tokenizer")).replace("'", '"')
-    if kind != "BPE" or model.get("byte_fallback") or not bytes_mapped:
+    if not pieces.is_sentencepiece(tokenizer) and (kind != "BPE" or not bytes_mapped):
         raise ModelError(
-            f"a tokenizer of type {kind} without byte-level pre-tokenization cannot be exported to GGUF yet",
-            remedy="byte-level BPE works: Qwen2, Qwen3, Llama 3, SmolLM2 and their distills",
+            f"a tokenizer of type {kind} without byte-level pre-tokenization or byte fallback has no GGUF form yet",
+            remedy="byte-level BPE works (Qwen, Llama 3, SmolLM, Granite), and SentencePiece BPE (Mistral 7B, Gemma)",
         )
-    unusual = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    usual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    unusual = [key for key in (*usual, *(["ignore_merges"] if model.get("byte_fallback") else [])) if model.get(key)]
     if unusual:
         raise ModelError(f"llama.cpp has no counterpart for the tokenizer's {', '.join(unusual)}")
     if not isinstance(model.get("vocab"), dict) or not (model.get("merges") and isinstance(model["merges"], list)):
@@ -203,11 +279,12 @@ def _adds(
     tokenizer_config: Mapping[str, Any],
     special_ids: Mapping[str, int],
     by_id: Mapping[int, str],
+    usual: Mapping[str, bool],
 ) -> dict[str, bool]:
-    """Return whether encoding adds bos and eos: the post-processor decides, else tokenizer_config.json."""
+    """Return whether encoding adds bos and eos: the post-processor decides, else tokenizer_config.json, else habit."""
     processors = flatten(tokenizer.get("post_processor"), "processors")
     if not processors:
-        asked = {kind: tokenizer_config.get(f"add_{kind}_token") is True for kind in ("bos", "eos")}
+        asked = {kind: tokenizer_config.get(f"add_{kind}_token", usual[kind]) is True for kind in ("bos", "eos")}
         return {kind: adds and kind in special_ids for kind, adds in asked.items()}
     texts: list[str | None] = []
     for processor in processors:

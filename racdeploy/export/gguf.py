@@ -31,7 +31,7 @@ from racdeploy.export._gguf_parameters import check_parameters, write_parameters
 from racdeploy.export._gguf_splits import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, name_part
 from racdeploy.export._gguf_tensors import PlannedTensor, plan_tensors
 from racdeploy.export._importance import Importance
-from racdeploy.export._vocabulary import Vocabulary, read_vocabulary
+from racdeploy.export._vocabulary import Vocabulary, check_name, read_vocabulary
 from racdeploy.families import Family
 from racdeploy.quant import presets
 from racdeploy.runtime.template import PromptEncoder
@@ -194,7 +194,8 @@ def export(
     mix = presets.read(quant, tensors)
     plan = plan_tensors(checkpoint, mix)
     known = _importance.find(checkpoint.folder, importance)
-    vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
+    vocabulary, general = read_vocabulary(checkpoint, pre_tokenizer), general_values(checkpoint, mix, metadata or {})
+    check_name(general["general.name"], vocabulary)
     total_bytes = sum(tensor.size_bytes for tensor in plan)
     _check_space(out, total_bytes)
     parts = divide(plan, split_bytes if packing == "plain" else 0)
@@ -205,7 +206,7 @@ def export(
     try:
         with disk_errors(out):
             for number, (part, partial) in enumerate(zip(parts, partials, strict=True)):
-                values = general_values(checkpoint, mix, metadata or {}) if number == 0 else {}
+                values = general if number == 0 else {}
                 split = (number, len(parts), len(plan)) if parts[1:] else None
                 _write_header(checkpoint, partial, part, vocabulary if number == 0 else None, values, split)
                 written += body.append(partial, part)
@@ -307,11 +308,15 @@ def _write_header(
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.space_first is None:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_first)
     add_id = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,

@@ -2,7 +2,8 @@
 
 The converter comes from the source package of the installed llama-cpp-python. Its table of pre-tokenizer hashes cannot
 know tiny vocabularies, so it is told the name; ``test_pretokenizers.py`` proves the names by tokens. All else is its
-own work.
+own work. SentencePiece is compared where there is a tokenizer.model: without it the converter gives every piece one
+score, with which llama.cpp joins other pieces than the tokenizer does (``test_sentencepiece.py`` has those).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2 yarn attention": {"family": "qwen2", "rope_scaling": YARN | {"attention_factor": 1.3}},
     "mistral": {"family": "mistral", "tied": False, "sharded": True},
     "mistral transformers 5": {"family": "mistral", "transformers5": True, "rope_scaling": LLAMA3, "head_dim": 32},
+    "mistral pieces": {"family": "mistral", "pre_tokenizer": "mistral", "tokenizer_model": True},
     "granite": {"family": "granite", "attention_bias": True, "mlp_bias": True},
     "granite untied sharded": {"family": "granite", "tied": False, "sharded": True, "transformers5": True},
     "smollm3": {"family": "smollm3"},
@@ -82,6 +84,10 @@ DIFFERENCES = {
     "tokenizer.ggml.add_eos_token": Difference(
         "the converter writes it only where the tokenizer's files say so; absent is false",
         lambda ours, theirs: ours is False and theirs is None,
+    ),
+    "tokenizer.ggml.add_space_prefix": Difference(
+        "the converter writes it only where tokenizer_config.json says so; absent is true for SentencePiece",
+        lambda ours, theirs: ours is True and theirs is None,
     ),
     "qwen2.rope.scaling.yarn_attn_factor": Difference(
         "the converter copies attention_factor into a key that llama.cpp never reads; the next one is ours",

@@ -21,9 +21,11 @@ from racdeploy.export._pretokenizers import find_pre_tokenizer
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.export.gguf import export
 from tests.llama_child import ask_llama
+from tests.mixed_text import mixed_lines
 from tests.tiny_models import make_checkpoint
 
 TOKENS = 2900
+TEXTS = (*probe_strings(), *mixed_lines(10_000))
 ROWS = {name: (steps, ignore) for (steps, ignore), name in _pretokenizers._TABLE.items()}
 # The same expressions; only ignore_merges differs, which trained merges rarely show.
 TWINS = {frozenset(("llama-bpe", "smaug-bpe"))}
@@ -44,7 +46,7 @@ def merges() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
-    """Return for each name the ids of the probe strings: the tokenizers library's, then llama.cpp's."""
+    """Return for each name the ids of all texts: the tokenizers library's, then llama.cpp's."""
     root = tmp_path_factory.mktemp("names")
     folder = make_checkpoint(root / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1)
     edit = folder / "tokenizer.json"
@@ -52,9 +54,9 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]) -> 
     for name in ROWS:
         edit.write_text(json.dumps(tokenizer_json(merges, name)), encoding="utf-8")
         files.append(export(Checkpoint(folder), root / f"{name}.gguf", quant="q8_0").path)
-        encoded = Tokenizer.from_file(str(edit)).encode_batch(probe_strings(), add_special_tokens=False)
+        encoded = Tokenizer.from_file(str(edit)).encode_batch(list(TEXTS), add_special_tokens=False)
         expected.append([encoding.ids for encoding in encoded])
-    answers = ask_llama(files, [1, 2], probe_strings())
+    answers = ask_llama(files, [1, 2], TEXTS)
     return {name: [ids, answer.tokens] for name, ids, answer in zip(ROWS, expected, answers, strict=True)}
 
 
@@ -82,17 +84,21 @@ def write_step(step: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_derived_name_splits_alike(tokens: dict[str, list[list[list[int]]]], name: str) -> None:
-    """llama.cpp, told the derived name, gives the ids of the tokenizers library for every probe string."""
+    """llama.cpp, told the derived name, gives the ids of the tokenizers library for every text.
+
+    The texts are the probe strings and 10 000 lines of mixed text.
+    """
     expected, found = tokens[name]
-    assert [t for t, a, b in zip(probe_strings(), expected, found, strict=True) if a != b] == []
+    assert [t for t, a, b in zip(TEXTS, expected, found, strict=True) if a != b] == []
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_other_name_is_noticed(tokens: dict[str, list[list[list[int]]]], name: str) -> None:
     """The probe strings tell the name from all others, so equal tokens prove it."""
-    expected = tokens[name][0]
+    probes = len(probe_strings())
+    expected = tokens[name][0][:probes]
     others = [other for other in ROWS if other != name and frozenset((name, other)) not in TWINS]
-    assert [other for other in others if tokens[other][1] == expected] == []
+    assert [other for other in others if tokens[other][1][:probes] == expected] == []
 
 
 def test_equivalent_spellings_are_found(merges: dict[str, Any]) -> None:
