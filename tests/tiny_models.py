@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from racdeploy import plugins
 
 FAMILIES = plugins.names("families")
+PRUNABLE_FAMILIES = tuple(name for name in FAMILIES if not plugins.load("families", name).FAMILY.routed)
 TRAINED_TOKENS = 480
 SPECIAL_TOKENS = {
     text: TRAINED_TOKENS + i
@@ -42,6 +43,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 6,  # the sixth sees all tokens
+        "sliding_window": 16,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "rope_theta": 50_000.0,
+    },
+    "phi3": {"partial_rotary_factor": 0.75},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "head_dim": 32,
     },
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen3": {"head_dim": 32},
@@ -72,6 +88,7 @@ def make_checkpoint(
     sharded: bool = False,
     pre_tokenizer: str = "qwen2",
     tokenizer_model: bool = False,
+    tokenizer_class: str = "",
     seed: int = 0,
     **config: Any,
 ) -> Path:
@@ -87,6 +104,7 @@ def make_checkpoint(
         sharded: three files and an index.
         pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral`` and ``gemma`` are SentencePiece's.
         tokenizer_model: whether SentencePiece's own file lies beside.
+        tokenizer_class: as tokenizer_config.json names it; the usual one of the form by default.
         seed: of the weights.
         config: over the defaults of the config, as ``hidden_size=256`` or ``rope_scaling={…}``.
     """
@@ -95,6 +113,8 @@ def make_checkpoint(
     model = _model(family, tied, attention_bias, config)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB" if sharded else "5GB")
     write_tokenizer(folder, pre_tokenizer, transformers5=transformers5)
+    if tokenizer_class:
+        edit_json(folder / "tokenizer_config.json", tokenizer_class=tokenizer_class)
     if tokenizer_model:
         from tests.tiny_pieces import train_pieces
 
@@ -161,9 +181,18 @@ def _model(family: str, tied: bool, attention_bias: bool, config: dict[str, Any]
 
 
 def _rewrite_config(file: Path) -> None:
+    """Write the rope settings as transformers 5 does: all in one place, by kind of attention where there are two."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"} | (config.pop("rope_scaling", None) or {})
-    edit_json(file, rope_theta=None, rope_scaling=None, rope_parameters=rope, transformers_version="5.0.0")
+    scaling = config.pop("rope_scaling", None) or {}
+    kind = scaling.pop("type", scaling.get("rope_type", "default"))
+    rope = {**scaling, "rope_theta": config.pop("rope_theta"), "rope_type": kind}
+    moved = ("partial_rotary_factor", "original_max_position_embeddings")
+    rope |= {key: config[key] for key in moved if key in config}
+    if "rope_local_base_freq" in config:
+        local = {"rope_theta": config["rope_local_base_freq"], "rope_type": "default"}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    gone = dict.fromkeys(("rope_theta", "rope_scaling", "rope_local_base_freq", *moved))
+    edit_json(file, **gone, rope_parameters=rope, transformers_version="5.0.0")
 
 
 @cache

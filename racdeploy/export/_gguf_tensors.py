@@ -23,6 +23,7 @@ from racdeploy.quant.presets import Choice, Mix
 
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
+_ROUTER = ".ffn_gate_inp.weight"
 _IGNORED = (".rotary_emb.inv_freq",)
 
 
@@ -209,6 +210,8 @@ def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint)
     """Return the number format of a tensor, and why it is not the one asked for."""
     if len(shape) == 1:
         return Choice(mix.quant, "f32", "" if mix.quant == "f32" else "vectors are stored in f32")
+    if name.endswith(_ROUTER):
+        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else "the router of experts is stored in f32")
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
     chosen, reasons = choice.quant, [choice.reason]
     while why := quants.fits(quants.load(chosen), shape[-1]):

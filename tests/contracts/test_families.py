@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from racdeploy import families, plugins
 from racdeploy.backends._torch_model import skeleton
-from racdeploy.checkpoint import Checkpoint
-from racdeploy.errors import ModelError
+from racdeploy.checkpoint import Checkpoint, check_covered
+from racdeploy.errors import ModelError, UsageError
 from tests.tiny_models import make_checkpoint
 
 
@@ -21,7 +22,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:
     """The two tables cover the checkpoint without a rest."""
     family = checkpoint.family
-    for name in checkpoint.entries:
+    for name in map(_general, checkpoint.entries):
         inside = name.removeprefix(f"{family.blocks}.")
         known = inside.partition(".")[2] in family.block_tensors if inside != name else name in family.model_tensors
         assert known, name
@@ -32,8 +33,9 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     from torch import nn
 
     block = skeleton(checkpoint).get_submodule(f"{checkpoint.family.blocks}.0")
-    found = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert found == set(checkpoint.family.linears)
+    found = {_general(name) for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    family = checkpoint.family
+    assert found == {*family.linears, *family.kept, *family.routed}
 
 
 def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
@@ -81,6 +83,24 @@ def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     for group in checkpoint.family.input_groups:
         widths = {checkpoint.entries[f"{checkpoint.family.blocks}.0.{name}.weight"].shape[1] for name in group}
         assert len(widths) == 1, group
+
+
+def test_what_cannot_be_pruned_is_named(checkpoint: Checkpoint) -> None:
+    """Linears that see only some tokens are refused by name, until the recipe says that they stay dense."""
+    check_covered(checkpoint, ["experts"])
+    if checkpoint.family.routed:
+        with pytest.raises(
+            UsageError, match=r"cannot be pruned, the first is 'model\.layers\.0\.mlp\.experts\.0"
+        ) as caught:
+            check_covered(checkpoint, ["self_attn"])
+        assert "prune.dense" in caught.value.remedy
+    else:
+        check_covered(checkpoint, [])
+
+
+def _general(name: str) -> str:
+    """Return a name with ``*`` for the number of an expert."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def test_an_unsupported_architecture_is_named() -> None:

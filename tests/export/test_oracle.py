@@ -3,7 +3,8 @@
 The converter comes from the source package of the installed llama-cpp-python. Its table of pre-tokenizer hashes cannot
 know tiny vocabularies, so it is told the name; ``test_pretokenizers.py`` proves the names by tokens. All else is its
 own work. SentencePiece is compared where there is a tokenizer.model: without it the converter gives every piece one
-score, with which llama.cpp joins other pieces than the tokenizer does (``test_sentencepiece.py`` has those).
+score, with which llama.cpp joins other pieces than the tokenizer does (``test_sentencepiece.py`` has those). It also
+cuts Gemma's embedding to the tokens there are then, so those cases have no padding.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
+}
+PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 QUANTS = ("f32", "f16", "bf16", "q8_0")
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -45,6 +53,26 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral", "tied": False, "sharded": True},
     "mistral transformers 5": {"family": "mistral", "transformers5": True, "rope_scaling": LLAMA3, "head_dim": 32},
     "mistral pieces": {"family": "mistral", "pre_tokenizer": "mistral", "tokenizer_model": True},
+    "phi 3": {"family": "phi3", "tokenizer_class": "GPT2Tokenizer", "tied": False, "sharded": True},
+    "phi 3 pieces": {"family": "phi3", **PIECES},
+    "phi 3 long": {"family": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 64, **PIECES},
+    "phi 3 transformers 5": {"family": "phi3", "rope_scaling": LONGROPE, "transformers5": True, **PIECES},
+    "gemma3": {"family": "gemma3_text", **PIECES | {"pre_tokenizer": "gemma"}, "final_logit_softcapping": 30.0},
+    "gemma3 untied sharded": {
+        "family": "gemma3_text",
+        "vocab_size": 485,
+        "tied": False,
+        "sharded": True,
+        "dtype": "float32",
+    },
+    "gemma3 transformers 5": {
+        "family": "gemma3_text",
+        "vocab_size": 485,
+        "transformers5": True,
+        "rope_scaling": LINEAR,
+    },
+    "qwen3moe": {"family": "qwen3_moe"},
+    "qwen3moe untied sharded": {"family": "qwen3_moe", "tied": False, "sharded": True, "transformers5": True},
     "granite": {"family": "granite", "attention_bias": True, "mlp_bias": True},
     "granite untied sharded": {"family": "granite", "tied": False, "sharded": True, "transformers5": True},
     "smollm3": {"family": "smollm3"},
@@ -76,6 +104,10 @@ DIFFERENCES = {
     "general.size_label": Difference(
         "a label made of the number of weights; shown in file names",
         lambda ours, theirs: ours is None,
+    ),
+    **dict.fromkeys(
+        ("general.quantized_by", "general.tags", "general.languages"),
+        Difference("for the Hub and for people; llama.cpp reads none of them", lambda ours, theirs: theirs is None),
     ),
     "tokenizer.ggml.add_bos_token": Difference(
         "the converter writes it only where the tokenizer's files say so; absent is false for byte-level BPE",

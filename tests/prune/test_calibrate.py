@@ -21,7 +21,7 @@ from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning, StreamWeights
-from tests.tiny_models import FAMILIES, make_checkpoint
+from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
 
 
 def _trace(index: int, prompt: int, thinking: int, answer: int) -> Trace:
@@ -35,7 +35,7 @@ def _trace(index: int, prompt: int, thinking: int, answer: int) -> Trace:
 TRACES = [_trace(i, 5 + i, 9 + 2 * i, 4) for i in range(8)]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=PRUNABLE_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     return Checkpoint(make_checkpoint(tmp_path / "model", request.param, dtype="float32"))
 
@@ -44,7 +44,7 @@ def test_hessians_equal_those_of_a_whole_forward_pass(checkpoint: Checkpoint, tm
     """With nothing pruned, block inputs streamed through the walk are those of the unpadded whole model."""
     seen: list[torch.Tensor] = []
     model = load_model(checkpoint)
-    last = model.get_submodule(f"model.layers.{checkpoint.block_count - 1}.mlp.down_proj")
+    last = model.get_submodule(f"model.layers.{checkpoint.block_count - 1}.{checkpoint.family.linears[-1]}")
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     with torch.inference_mode():
         for trace in TRACES:
@@ -264,3 +264,13 @@ def _empty(folder: Path) -> Path:
 
 def _merged(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return assemble(checkpoint, _empty(tmp_path / "none"), tmp_path / "copy") / "model.safetensors"
+
+
+def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
+    """A mixture of experts is refused until its experts are named; then attention alone is pruned."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe", dtype="float32"))
+    with pytest.raises(UsageError, match=r"mlp\.experts\.0"):
+        prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"))
+    rows, _ = prune_blocks(checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), tmp_path / "blocks")
+    assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(row.sparsity_reached == 0.5 for row in rows)
