@@ -115,6 +115,13 @@ class Reverification:
 
     def plan(self) -> dict[str, Any]:
         """Return what this verification can decide, before it runs; everything it needs is looked at."""
+        if self._fresh is not None:
+            if not self._fresh.is_file():
+                raise UsageError(
+                    f"{self._fresh} does not exist",
+                    remedy="give the dense artifact, or a bundle of the same dense model",
+                )
+            self.own.check_artifact(self._fresh)
         dense = self._recorded() if self._fresh is None else ()
         own, settings = self.own, self.settings
         before, after = Arm("dense", own.dense, 0, "", 0.0), Arm("pruned", own.pruned, 0, "", 0.0)
@@ -224,7 +231,6 @@ class Reverification:
         recorded = self.own.arm("dense")
         known = (recorded.size_bytes or 0, recorded.quant or "", recorded.sparsity or 0.0)
         if self._fresh is not None:
-            self.own.check_artifact(self._fresh)
             answers = self._answer(self.own.manifest.artifacts[0], self._fresh, recorded.files, "dense")
             return Arm("dense", answers.records, *known, answers.stats, recorded.files), [
                 f"the dense arm was run anew, from {self._fresh.name}"

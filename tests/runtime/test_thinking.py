@@ -82,6 +82,42 @@ def test_the_split_equals_the_slow_one(prompt: list[str], completion: list[str],
     assert oracle(prompt_text, completion_text, *pair) == split_text(prompt_text, completion_text, *pair)
 
 
+def find(ids: list[int], wanted: list[int]) -> int:
+    """Return where a list begins to hold another, or a place behind it."""
+    places = range(len(ids) - len(wanted) + 1)
+    return next((place for place in places if ids[place : place + len(wanted)] == wanted), len(ids) + 1)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    prompt=st.lists(st.integers(0, 5), max_size=6),
+    completion=st.lists(st.integers(0, 5), max_size=20),
+    pair=st.tuples(*[st.lists(st.integers(1, 4), min_size=1, max_size=3)] * 2).filter(lambda pair: pair[0] != pair[1]),
+    forced=st.booleans(),
+)
+def test_where_a_thought_began_follows_from_ids_alone(
+    prompt: list[int], completion: list[int], pair: tuple[list[int], list[int]], forced: bool
+) -> None:
+    """Prefilled, emitted, implied or none, for tags of one or several tokens; no text is involved. 0 is a space."""
+    open_ids, close_ids = pair
+    known = ThinkingTags(tuple(open_ids), tuple(close_ids), frozenset({0}))
+    first_open, first_close = find(completion, open_ids), find(completion, close_ids)
+    ends = first_open + len(open_ids), first_close + len(close_ids)
+    before = prompt_state(prompt, known)
+    if before == "open":
+        expected = "prefilled"
+    elif first_open > len(completion) and (first_close > len(completion) or before == "closed"):
+        expected = "none"
+    else:
+        expected = "implied" if before == "none" and ends[1] < ends[0] else "emitted"
+    forced_at = first_close if forced and first_close <= len(completion) else None
+    parts = split(prompt, completion, known, eos_ids=(9,), forced_at=forced_at)
+    if ends[0] != ends[1]:  # one tag may end the other; the longer scan of the slow test decides those
+        assert parts.opening == expected
+    assert (parts.state == "absent") == (parts.opening == "none")
+    assert len(parts.thinking_ids) + len(parts.answer_ids) <= len(completion)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [

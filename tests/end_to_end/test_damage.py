@@ -1,0 +1,175 @@
+"""What verification catches: real damage to a real artifact, and the check that says so. docs/what-it-catches.md."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from racdeploy import export as exports
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.export import ExportResult
+from racdeploy.job import Job
+from racdeploy.pipeline import Build, PrunedModel
+from racdeploy.recipe import Recipe
+from racdeploy.report.summary import tensor_rows
+from racdeploy.report_model import Record, Report
+from racdeploy.verify import Evidence, read_gate, sparsity, thinking
+from tests.end_to_end.commands import racdeploy
+from tests.references import gguf_damage as damage
+from tests.verify.records import arm_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "what-it-catches.md"
+OPTIONS = {
+    "target": "ci-smoke",
+    "traces": {"count": 64},
+    "verify": {"count": 32, "max_new_tokens": 400, "logit_traces": 2},
+}
+CLOSE_ID, EOS_ID = 511, 509  # </think> and <|im_end|> of the embedded model
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The embedded model, built and exported, ready to be damaged."""
+
+    build: Build
+    model: PrunedModel
+    dense: ExportResult
+    pruned: ExportResult
+
+    def verify(self, pruned: ExportResult, model: PrunedModel | None = None) -> tuple[Report, list[Record]]:
+        """Verify an artifact as the build does."""
+        return self.build.verify(model or self.model, self.dense, pruned)
+
+
+@pytest.fixture(scope="module")
+def bench(built: Path) -> Bench:
+    """Traces, pruned model and artifacts are those of the bundle."""
+    build = Build(Job(Recipe.combine(None, OPTIONS)), built.parent / "work")
+    model, name = build.prune(), build.job.model.name
+    dense = build.export(build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder)
+    return Bench(build, model, dense, build.export(model.folder, build.job.artifact_name))
+
+
+def _said(report: Report, check: str) -> tuple[str, str]:
+    found = next(found for found in report.checks if found.name == check)
+    return found.verdict, found.summary
+
+
+def test_the_undamaged_artifact_passes(bench: Bench) -> None:
+    """Without damage no check fails, so what follows is the damage's own doing."""
+    report, _ = bench.verify(bench.pruned)
+    assert {check.verdict for check in report.checks} == {"pass", "skipped"}
+    assert report.verdict == "pass"
+
+
+# Damage to the file: how it is made, the check that must fail, and what it says.
+FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "wrong rope theta": (
+        lambda file: damage.set_number(file, "qwen3.rope.freq_base", 500.0),
+        "logits",
+        "artifact against torch-pruned: KL",
+    ),
+    "swapped q/k rows": (
+        lambda file: [damage.move_rows(file, f"attn_{x}.weight", damage.swap_halves(64)) for x in "qk"],  # type: ignore[return-value]
+        "logits",
+        "artifact against torch-pruned: KL",
+    ),
+    "one block zeroed": (lambda file: damage.zero_block(file, 2), "accuracy", "drop +"),
+    "lost end-of-sequence": (
+        lambda file: damage.set_number(file, "tokenizer.ggml.eos_token_id", 508),
+        "tokens",
+        "names id 508 as its end-of-sequence, the checkpoint",
+    ),
+    "answers that never end": (
+        lambda file: damage.zero_rows(file, "token_embd.weight", [EOS_ID]),
+        "thinking",
+        "cut: ",
+    ),
+    "unclosed thoughts": (
+        lambda file: damage.zero_rows(file, "token_embd.weight", [CLOSE_ID]),
+        "thinking",
+        "unclosed 0 → 32",
+    ),
+    "template without <think>": (
+        lambda file: damage.change_text(file, "tokenizer.chat_template", "<think>", "       "),
+        "template",
+        "prompts differ by the artifact's own template",
+    ),
+    "another pre-tokenizer": (
+        lambda file: damage.change_text(file, "tokenizer.ggml.pre", "qwen2", "gpt-2"),
+        "tokens",
+        "of 380 strings differ; the first is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_faulty_exporter_is_caught(bench: Bench, tmp_path: Path, name: str) -> None:
+    """The file is whole and has the hash that its exporter gave it; what is in it is wrong."""
+    change, check, words = FILES[name]
+    file = Path(shutil.copy(bench.pruned.path, tmp_path))
+    change(file)
+    damaged = replace(bench.pruned, path=file, files={file.name: file_sha256(file)})
+    report, _ = bench.verify(damaged)
+    verdict, summary = _said(report, check)
+    assert verdict == "fail", report.checks
+    assert words in summary
+    assert report.verdict == "fail"
+
+
+def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
+    """The same method, pattern and number of tokens at 60 % zeros, without the chain of thought."""
+    options = OPTIONS | {"prune": {"sparsity": 0.6}, "calibration": {"source": "prompt"}}
+    other = replace(bench.build, job=Job(Recipe.combine(None, options)))
+    model = other.prune()
+    report, _ = other.verify(model, bench.dense, other.export(model.folder, other.job.artifact_name))
+    verdict, summary = _said(report, "accuracy")
+    assert (verdict, "drop +" in summary) == ("fail", True)
+
+
+def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: Path) -> None:
+    """Before any work by the build; and a file that got past it fails its sparsity."""
+    outcome = racdeploy("build", "--quant", "q4_k", "--packing", "bitmask", "--work", tmp_path / "work")
+    assert (outcome.code, "does not keep them" in outcome.err) == (2, True), outcome.err
+    settings = bench.build.job.recipe.export.model_copy(update={"quant": "q4_k"})
+    exported = exports.write(Checkpoint(bench.model.folder), tmp_path / "model.gguf", settings)
+    linears = [tensor for tensor in exported.tensors if tensor.source in bench.build.job.prunable()]
+    zeros = sum(tensor.zeros for tensor in linears) / len(linears)
+    evidence = Evidence(
+        bench.build.job.recipe.verify,
+        read_gate(),
+        *[replace(arm_of([]), quant="q4_k", sparsity=zeros)] * 2,
+        exported.path,
+        exported.files,
+        0.5,
+        tensors=tensor_rows(exported),
+        prunable=frozenset(tensor.name for tensor in linears),
+        packing="bitmask",
+    )
+    found = sparsity.check(evidence)
+    assert (found.verdict, "q4_k does not keep zeros" in found.summary) == ("fail", True)
+
+
+def test_longer_thinking_with_equal_accuracy_is_caught(bench: Bench) -> None:
+    """The real dense answers against themselves, each thought 30 % longer."""
+    _, records = bench.verify(bench.pruned)
+    dense = [record for record in records if record.arm == "dense"]
+    longer = [r.model_copy(update={"thinking_tokens": round(1.3 * r.thinking_tokens)}) for r in dense]
+    evidence = Evidence(
+        bench.build.job.recipe.verify, read_gate(), arm_of(dense), arm_of(longer), bench.pruned.path, {}, 0.5
+    )
+    found = thinking.check(evidence)
+    assert (found.verdict, found.summary.startswith("length: thinking length ratio 1.3")) == ("fail", True)
+
+
+def test_the_page_tells_what_is_tested() -> None:
+    """Each damage has its row, with the check that fails and what it says."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, (_, check, words) in FILES.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        assert f"| `{check}` |" in row
+        assert words.strip() in row

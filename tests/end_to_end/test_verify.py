@@ -1,0 +1,151 @@
+"""``racdeploy verify`` as a CI job uses it: twice, killed, by tiers, with and without the dense model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.artifacts import Manifest
+from tests.end_to_end.commands import Outcome, command, environment, racdeploy
+from tests.tiny_models import edit_json
+
+GATE = '[tiers.smoke]\nprompts = 12\nchecks = ["accuracy", "thinking", "tokens", "template"]\ninconclusive = "pass"\n'
+
+
+def _verify(bundle: Path, work: Path, *more: object) -> Outcome:
+    return racdeploy("verify", bundle, "--work", work, "--json", *more)
+
+
+def _report(outcome: Outcome) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(outcome.out)
+    return report
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gate") / "racdeploy-gate.toml"
+    file.write_text(GATE)
+    return file
+
+
+def test_two_runs_give_one_verdict_and_leave_nothing(built: Path, gate: Path, tmp_path: Path) -> None:
+    """The same figures in every check; the second run answers anew."""
+    first, second = (_report(_verify(built, tmp_path, "--gate", gate, "--tier", "smoke")) for _ in range(2))
+    assert first["verdict"] == second["verdict"]
+    assert first["checks"] == second["checks"]
+    assert not any("earlier run" in note for note in second["notes"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Path) -> None:
+    """Killed after some answers: the next run reads them back and says so."""
+    arguments = command("verify", built, "--work", tmp_path, "--json", "--threads", 1)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 120
+    kept = 0
+    while kept < 20 and process.poll() is None and time.monotonic() < deadline:
+        kept = sum(len(file.read_bytes().splitlines()) for file in tmp_path.glob("verify-*/completions.jsonl"))
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    again = _verify(built, tmp_path, "--threads", 1)
+    assert again.code == 0, again.err
+    (note,) = [note for note in _report(again)["notes"] if "earlier run" in note]
+    assert kept <= int(note.split()[0]) < 60
+    whole = _report(_verify(built, tmp_path, "--threads", 1))
+    decided = ("accuracy", "thinking", "template", "tokens")
+    assert [c for c in whole["checks"] if c["name"] in decided] == [
+        c for c in _report(again)["checks"] if c["name"] in decided
+    ]
+
+
+def test_a_plan_says_what_a_run_can_show(built: Path, gate: Path, tmp_path: Path) -> None:
+    """Before anything runs; from the bundle's own discordant prompts."""
+    outcome = _verify(built, tmp_path, "--gate", gate, "--tier", "smoke", "--plan")
+    plan = _report(outcome)
+    assert (outcome.code, plan["evaluation_prompts"], plan["tier"]) == (0, 12, "smoke")
+    assert 0 < plan["smallest_detectable_drop"] < 1
+    assert plan["dense_answers"] == "12 recorded"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Path) -> None:
+    """More prompts than the bundle holds need it; another file is refused."""
+    (dense,) = (built.parent / "work").glob("export-*/tiny-reasoner-dense-q8_0.gguf")
+    (tmp_path / "gate.toml").write_text("[tiers.release]\nprompts = 66\n[speed]\nratio = 0.01\n")
+    options = ("--gate", tmp_path / "gate.toml", "--tier", "release")
+    refused = _verify(built, tmp_path / "work", *options)
+    assert (refused.code, "6 of 66 answers of the dense model" in refused.out) == (2, True), refused.out
+    report = _report(_verify(built, tmp_path / "work", *options, "--baseline", dense))
+    assert [arm["prompts"] for arm in report["arms"]] == [66, 66]
+    assert {check["name"]: check["verdict"] for check in report["checks"]}["speed"] == "pass"
+    assert any("run anew, from tiny-reasoner-dense" in note for note in report["notes"])
+    other = tmp_path / "other.gguf"
+    other.write_bytes(dense.read_bytes()[:-1] + b"\0")
+    wrong = _verify(built, tmp_path / "work", *options, "--baseline", other)
+    assert (wrong.code, "is not the dense artifact of this bundle" in wrong.out) == (2, True), wrong.out
+
+
+def test_a_speed_limit_without_the_dense_artifact_is_wrong_usage(built: Path, tmp_path: Path) -> None:
+    """Exit code 2: a gate on a figure that this run does not measure."""
+    (tmp_path / "gate.toml").write_text(GATE + "[speed]\nratio = 1.1\n")
+    outcome = _verify(built, tmp_path / "work", "--gate", tmp_path / "gate.toml", "--tier", "smoke")
+    assert outcome.code == 2, outcome.out
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "copy"))
+
+
+def test_another_bundle_of_the_same_model_is_a_baseline(built: Path, copy: Path, gate: Path, tmp_path: Path) -> None:
+    """And one of another model, or that decoded otherwise, is refused."""
+    options = ("--gate", gate, "--tier", "smoke", "--baseline", copy)
+    report = _report(_verify(built, tmp_path / "work", *options))
+    assert any("from copy" in note for note in report["notes"])
+    manifest = json.loads((copy / "racdeploy.json").read_text())
+    recipe = manifest["recipe"] | {"verify": manifest["recipe"]["verify"] | {"max_new_tokens": 99}}
+    edit_json(copy / "racdeploy.json", recipe=recipe)
+    outcome = _verify(built, tmp_path / "work", *options)
+    assert (outcome.code, "made with max_new_tokens 99 and not 1024" in outcome.out) == (2, True), outcome.out
+    files = dict.fromkeys(manifest["base"]["files"], "0" * 64)
+    edit_json(copy / "racdeploy.json", base=manifest["base"] | {"files": files})
+    outcome = _verify(built, tmp_path / "work", *options)
+    assert (outcome.code, "answers of another dense model" in outcome.out) == (2, True), outcome.out
+
+
+def test_other_conditions_are_told(built: Path, copy: Path, gate: Path, tmp_path: Path) -> None:
+    """Recorded with another version: the report says which."""
+    report = json.loads((copy / "report.json").read_text())
+    edit_json(copy / "report.json", fingerprint=report["fingerprint"] | {"llama-cpp-python": "0.0.1"})
+    found = _report(_verify(copy, tmp_path / "work", "--gate", gate, "--tier", "smoke"))
+    assert any("other conditions: llama-cpp-python 0.0.1, now" in note for note in found["notes"])
+
+
+def test_an_empty_suite_is_an_error(copy: Path, tmp_path: Path) -> None:
+    """No dense record, no verdict."""
+    (copy / "records.jsonl").write_text("")
+    outcome = _verify(copy, tmp_path / "work")
+    assert (outcome.code, "holds 0 dense records" in outcome.out) == (2, True), outcome.out
+    assert Manifest.read(copy).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [(("--tier", "smok"), "did you mean 'smoke'"), (("--baseline", "nowhere.gguf"), "nowhere.gguf does not exist")],
+)
+def test_wrong_options_are_refused_before_any_work(
+    built: Path, tmp_path: Path, option: tuple[str, str], said: str
+) -> None:
+    """Exit code 2 and nothing on disk."""
+    outcome = _verify(built, tmp_path / "work", *option)
+    assert (outcome.code, said in outcome.out) == (2, True), outcome.out
+    assert not (tmp_path / "work").exists()
