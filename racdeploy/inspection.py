@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from racdeploy import export, plugins
-from racdeploy.artifacts import MANIFEST_NAME, Manifest
+from racdeploy.artifacts import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError
 
@@ -89,6 +89,10 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return _completed(summary, tensors)
 
 
+def _described(entry: ArtifactEntry) -> str:
+    return f"{entry.path}, {entry.quant}, {entry.packing}, {entry.size_bytes} bytes, SHA-256 {entry.sha256}"
+
+
 def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
     manifest.check_files(path)
@@ -106,5 +110,6 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "sha256": artifact.sha256,
         "thinking_tags": [manifest.tokenizer.open_tag, manifest.tokenizer.close_tag],
         "verdict": manifest.verdict,
+        **{f"artifact for {entry.backend}": _described(entry) for entry in manifest.artifacts[1:]},
     }
     return _completed(summary, tensors)

@@ -64,7 +64,7 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
         name="backends",
         verdict=verdict,
         summary=(
-            f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: accuracy lower by "
+            f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: drop "
             f"{(pairs.n10 - pairs.n01) / pairs.n:+.1%}, {confidence:.0%} interval {difference.lower:+.1%} to "
             f"{difference.upper:+.1%}, limit ±{limits.margin:.1%}; same answer to {same_answer:.1%} of the prompts, "
             f"same text to {same_text:.1%}; length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "

@@ -68,6 +68,13 @@ def test_the_bundle_holds_what_either_engine_needs(root: Path) -> None:
     assert answers[2].thinking_tokens > 0
 
 
+def test_inspect_names_both_artifacts(root: Path) -> None:
+    outcome = command("inspect", root / "bundle", "--json")
+    summary = json.loads(outcome.out)["summary"]
+    assert summary["artifact"] == "onnx/model.onnx"
+    assert ".gguf, q8_0, plain, " in summary["artifact for llamacpp"]
+
+
 def test_a_finished_bundle_is_verified_again_on_both(root: Path) -> None:
     outcome = command("verify", root / "bundle", "--threads", 1, "--json")
     assert outcome.code == 3, outcome.err
