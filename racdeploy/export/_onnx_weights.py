@@ -1,7 +1,7 @@
 """Put the checkpoint's weights into a graph, in a number format: which arrays the file holds, which nodes read them.
 
 A linear in f32 or f16 is stored inputs first, as MatMul takes it, and widened by a Cast that onnxruntime folds when it
-loads the model. In a block format it is a MatMulNBits, and an embedding a GatherBlockQuantized over the same codes.
+loads the model. In a block format it is a MatMulNBits, and an embedding looks its rows up in the same codes.
 The array that zeros are counted in, and that a packing packs, has the tensor's own name.
 """
 
@@ -207,11 +207,7 @@ def _linear(node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.N
 def _lookup(node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     indices = node.input[1]
     if is_blocks(tensor.quant_real):
-        inputs = [tensor.name, indices, _scales(tensor, first)]
-        attributes: dict[str, Any] = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        yield helper.make_node(
-            "GatherBlockQuantized", inputs, list(node.output), node.name, domain="com.microsoft", **attributes
-        )
+        yield from _lookup_blocks(node, tensor, first)
         return
     if tensor.quant_real == "f32":
         yield helper.make_node("Gather", [tensor.name, indices], list(node.output), node.name, axis=0)
@@ -219,6 +215,32 @@ def _lookup(node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.N
     narrow = f"{tensor.name}.rows"  # widened behind the lookup, so that the table stays narrow in memory
     yield helper.make_node("Gather", [tensor.name, indices], [narrow], node.name, axis=0)
     yield helper.make_node("Cast", [narrow], list(node.output), PREFIX + narrow, to=onnx.TensorProto.FLOAT)
+
+
+def _lookup_blocks(
+    node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.NodeProto]
+) -> Iterator[onnx.NodeProto]:
+    """Look rows of 8-bit codes up and scale them, in plain operators: browsers lack GatherBlockQuantized."""
+    assert tensor.quant_real == _WIDE, "an embedding keeps at least 8 bits"
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Gather", [tensor.name, node.input[1]], "codes", {"axis": 0}),
+        ("Cast", ["codes"], "wide", {"to": onnx.TensorProto.FLOAT}),
+        ("Reshape", ["wide", _integers(first, [0, 0, -1, BLOCK])], "coded", {}),
+        ("Sub", ["coded", _shared(first, "Constant", [], f"{PREFIX}zero_code", value_float=128.0)], "whole", {}),
+        ("Gather", [_scales(tensor, first), node.input[1]], "scale", {"axis": 0}),
+        ("Unsqueeze", ["scale", _integers(first, [-1])], "scales", {}),
+        ("Mul", ["whole", "scales"], "blocks", {}),
+        ("Reshape", ["blocks", _integers(first, [0, 0, tensor.shape[1]])], "rows", {}),
+    ]
+    names = {output: f"{PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps} | {"rows": node.output[0]}
+    for op, inputs, output, attributes in steps:
+        yield helper.make_node(
+            op, [names.get(name, name) for name in inputs], [names[output]], PREFIX + names[output], **attributes
+        )
+
+
+def _integers(first: dict[str, onnx.NodeProto], values: list[int]) -> str:
+    return _shared(first, "Constant", [], f"{PREFIX}integers.{'_'.join(map(str, values))}", value_ints=values)
 
 
 def _scales(tensor: PlannedTensor, first: dict[str, onnx.NodeProto]) -> str:
