@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import racdeploy
 from racdeploy.backends._messages import Header, read_message, write_message
-from racdeploy.errors import EngineError
+from racdeploy.errors import ArtifactError, EngineError
 
 __all__ = ["Child"]
 
@@ -75,6 +75,7 @@ class Child:
         """Send a request and return its only answer.
 
         Raises:
+            ArtifactError: a file is damaged.
             EngineError: the engine refused, or the process died.
         """
         with contextlib.closing(self.converse(op, **values)) as answers:
@@ -87,6 +88,7 @@ class Child:
         Left early, for whatever reason, the request is cancelled and its late answers are dropped.
 
         Raises:
+            ArtifactError: a file is damaged.
             EngineError: the engine refused, or the process died.
         """
         with self._lock:
@@ -132,7 +134,7 @@ class Child:
         if header["call"] != call:
             return None
         if header["event"] == "error":
-            raise EngineError(header["message"], remedy=header["remedy"])
+            raise (ArtifactError if header["damaged"] else EngineError)(header["message"], remedy=header["remedy"])
         return answer
 
     def _closed(self) -> EngineError:

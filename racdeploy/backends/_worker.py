@@ -24,7 +24,7 @@ from racdeploy.backends import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.backends._batching import Batcher, Decoder
 from racdeploy.backends._messages import Header, read_message, write_message
 from racdeploy.backends._sequence import Sequence
-from racdeploy.errors import RacdeployError
+from racdeploy.errors import ArtifactError, RacdeployError
 
 __all__ = ["Load", "LoadedModel", "serve"]
 
@@ -94,7 +94,8 @@ class Worker:
             try:
                 answer = operations[request["op"]](request)
             except RacdeployError as error:
-                self._send("error", message=error.message, remedy=error.remedy)
+                damaged = isinstance(error, ArtifactError)
+                self._send("error", message=error.message, remedy=error.remedy, damaged=damaged)
             else:
                 self._send("done", stats={**self._stats, "peak_rss_bytes": peak_rss_bytes()}, **answer)
 

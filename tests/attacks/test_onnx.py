@@ -145,6 +145,13 @@ def test_a_wrong_head_size_is_found_before_the_first_prompt(model: Path) -> None
         opened(model)
 
 
+def test_a_damaged_file_keeps_its_kind_of_error_on_the_way_out_of_the_child(model: Path) -> None:
+    """Exit code 2, as for any other damaged file, and not the 4 of a failed engine."""
+    (model.parent / "genai_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"genai_config\.json is not valid JSON"):
+        opened(model)
+
+
 def test_a_context_beyond_the_graph_is_an_error(model: Path) -> None:
     """The builder's rotary table ends at 256 positions."""
     with opened(model, EngineSettings(context_tokens=400, parallel=1, threads=1)) as engine:
