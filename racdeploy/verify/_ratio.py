@@ -34,7 +34,9 @@ def compare_figures(
             name=name,
             verdict="skipped" if limit is None else "inconclusive",
             summary=f"{alone} was measured in this run",
-            remedy="racdeploy bench measures both" if limit is None else "build the bundle again, which runs both",
+            remedy="racdeploy bench measures both"
+            if limit is None
+            else "give the dense artifact with --baseline, or build again: both then run",
         )
     ratio = pruned / dense
     numbers: dict[str, float | int | str] = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
