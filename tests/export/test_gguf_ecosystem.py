@@ -158,7 +158,7 @@ def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
     edit_json(checkpoint.folder / "config.json", max_position_embeddings=131_072)
     edit_json(checkpoint.folder / "generation_config.json", top_k=20, repetition_penalty=1.05, do_sample=True)
     manifest = _manifest("m.gguf", {"m.gguf": "0"})
-    lines = gguf_format.companions(manifest, Checkpoint(checkpoint.folder))["Modelfile"].splitlines()
+    lines = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"].splitlines()
     assert lines == [
         "FROM ./m.gguf",
         "PARAMETER temperature 0.6",
@@ -175,8 +175,8 @@ def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
     """The Modelfile and the card say what to do; an importance matrix is no part."""
     name = "m-00001-of-00002.gguf"
     manifest = _manifest(name, {name: "0", "m-00002-of-00002.gguf": "0", "m.imatrix.gguf": "0"})
-    assert "--merge" in gguf_format.companions(manifest, checkpoint)["Modelfile"]
+    assert "--merge" in gguf_format.companions(manifest, checkpoint, checkpoint.folder)["Modelfile"]
     assert any("several files" in line for line in gguf_format.usage(manifest.artifacts[0]))
     single = _manifest("m.gguf", {"m.gguf": "0", "m.imatrix.gguf": "0"})
-    assert "--merge" not in gguf_format.companions(single, checkpoint)["Modelfile"]
+    assert "--merge" not in gguf_format.companions(single, checkpoint, checkpoint.folder)["Modelfile"]
     assert not any("several files" in line for line in gguf_format.usage(single.artifacts[0]))
