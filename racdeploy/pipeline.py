@@ -27,9 +27,9 @@ from racdeploy.backends import Completion, Engine, EngineSettings, open_engine
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
-from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job, size_label
 from racdeploy.models import ResolvedModel
+from racdeploy.parity import Held, hold
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import BlockRow, LinearRow, Record, Report
@@ -40,7 +40,7 @@ from racdeploy.traces.select import select, within_budget
 from racdeploy.verify import Arm, Evidence, OtherArtifact, memory, run_checks, speed
 from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
 from racdeploy.verify._controls import SAME_SIZE, control_notes, same_size_quants
-from racdeploy.verify._measure import compare_logits, fingerprint, probe_prompts, probe_tokens, stop_ids_of
+from racdeploy.verify._measure import compare_logits, fingerprint, probe_prompts, stop_ids_of
 
 __all__ = ["Build", "Progress", "PrunedModel", "default_work"]
 
@@ -350,6 +350,7 @@ class Build:
         model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
+        held: Held,
         also: Sequence[ExportResult] = (),
         rivals: Mapping[str, ExportResult] | None = None,
     ) -> tuple[Report, list[Record]]:
@@ -359,6 +360,7 @@ class Build:
             model: the pruned model under torch.
             dense: the dense artifact.
             pruned: the pruned one for the recipe's target.
+            held: what the gates found of the pruned artifacts.
             also: the pruned artifacts for the other targets, in their order.
             rivals: dense artifacts in other quants, which answer too and decide nothing.
         """
@@ -382,8 +384,6 @@ class Build:
                     "machine, with the same artifact and settings; racdeploy bench measures speed"
                 )
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
-        with _opened(self.job.backend, pruned.path, exact) as engine:
-            probes = probe_tokens(engine, self.job.encoder, probe_strings())
         metadata, _ = exports.load(self.job.recipe.export.format).measure(pruned.path)
         logits = compare_logits(
             lambda: _opened("transformers", model.folder, exact),
@@ -406,7 +406,7 @@ class Build:
             tensors=rows,
             prunable=frozenset(prunable),
             dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
-            probes=probes,
+            probes=held.probes,
             logits=logits,
             also=tuple(
                 sibling._answer_also(exported, engine_settings)
@@ -428,6 +428,7 @@ class Build:
                 *_selection_notes(model.selection),
                 *model.notes,
                 *pruned.notes,
+                *held.notes,
                 *notes,
                 *control_notes(settings, len(rivals or {})),
             ],
@@ -436,6 +437,16 @@ class Build:
         )
         every = [*arms, *(other.arm for other in evidence.also)]
         return report, [record for arm in every for record in arm.records]
+
+    def _hold(self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]) -> Held:
+        """Stop the build at the first artifact that computes something else than the pruned checkpoint."""
+        checkpoint = Checkpoint(model.folder)
+        jobs = (self.job, *self.job.siblings)
+        found = [
+            hold(checkpoint, artifact, job.recipe.export, job.backend, job.encoder, ids, self.threads)
+            for job, artifact in zip(jobs, exported, strict=True)
+        ]
+        return replace(found[0], notes=tuple(note for each in found for note in each.notes))
 
     @property
     def siblings(self) -> tuple[Build, ...]:
@@ -480,7 +491,8 @@ class Build:
         pruned, *also = (
             build.export(model.folder, build.job.artifact_name, sparsity=reached) for build in (self, *self.siblings)
         )
-        report, records = self.verify(model, dense, pruned, also, self.rivals(model, dense, pruned))
+        held = self._hold(model, (pruned, *also), traces[0].ids)
+        report, records = self.verify(model, dense, pruned, held, also, self.rivals(model, dense, pruned))
         bundle.write(
             out,
             bundle.Contents(

@@ -23,6 +23,7 @@ LADDER = (
     {"benchmark", "report", "inspection"},
     {"bundle"},
     {"job"},
+    {"parity"},
     {"pipeline", "reverify"},
     {"doctor", "planning", "served"},
     {"_console"},

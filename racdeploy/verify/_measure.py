@@ -92,9 +92,13 @@ def compare_logits(
             for file, trace in zip(files, traces, strict=True):
                 np.save(file, _completion_logits(engine, trace))
         with dense() as engine:
-            pruning = [_compare(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)]
+            pruning = [
+                divergences(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)
+            ]
         with artifact() as engine:
-            export = [_compare(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)]
+            export = [
+                divergences(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)
+            ]
     tokens = sum(len(kl) for kl, _ in export)
     (export_kl, export_top1), (pruning_kl, pruning_top1) = (
         [float(np.concatenate(part).mean()) for part in zip(*pairs, strict=True)] for pairs in (export, pruning)
@@ -138,7 +142,7 @@ def _completion_logits(engine: Engine, trace: tuple[tuple[int, ...], tuple[int, 
     return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
 
 
-def _compare(
+def divergences(
     reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return KL(reference ‖ other) in nats and top-1 agreement at every position, in chunks of rows."""
