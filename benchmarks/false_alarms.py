@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -57,7 +58,10 @@ def exported(model: str, form: str, quant: str) -> Path:
         return Job(Recipe.combine(None, {"model": model})).model.folder
     target = {"gguf": "gguf", "onnx": "onnx"}[form]
     job = Job(Recipe.combine(None, {"model": model, "target": target, "export": {"format": form, "quant": quant}}))
-    return Build(job, default_work()).export(job.model.folder, f"dense-{quant}", pruned=False).path
+    path = Build(job, default_work()).export(job.model.folder, f"dense-{quant}", pruned=False).path
+    if form == "onnx":  # the engine reads the head size there
+        shutil.copyfile(job.model.folder / "config.json", path.parent / "config.json")
+    return path
 
 
 def answered(job: Job, backend: str, artifact: Path, quant: str, threads: int) -> Arm:
