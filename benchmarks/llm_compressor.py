@@ -5,8 +5,9 @@
 
 SmolLM2-135M, the same calibration token ids (worked solutions of the project's tasks in rows of 512), 50 % zeros and
 2:4. llm-compressor runs in a virtual environment of its own, made on first use; each run is a process of its own, the
-programs take turns, and seconds and memory cover load, pruning and saving. "racdeploy, SparseGPT alone" is the same
-algorithm as theirs; "racdeploy" is the recipe's default, which also matches the dense outputs and refits.
+programs take turns, and seconds and memory (as Linux counts it) cover load, pruning and saving. "racdeploy, SparseGPT
+alone" is the same algorithm as theirs; "racdeploy" is the recipe's default, which also matches the dense outputs and
+refits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -130,8 +130,13 @@ def child(job: dict[str, Any]) -> None:
     began = time.perf_counter()
     prune = prune_theirs if job["program"] == "llm-compressor" else prune_ours
     prune(job, rows["calibration"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("\n" + json.dumps({"seconds": time.perf_counter() - began, "peak_mib": peak}))
+    print("\n" + json.dumps({"seconds": time.perf_counter() - began, "peak_mib": peak_mib()}))
+
+
+def peak_mib() -> float:
+    """Return this process's peak resident memory; ru_maxrss would be at least that of the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 def prune_theirs(job: dict[str, Any], rows: list[list[int]]) -> None:

@@ -81,6 +81,8 @@ def measure(arguments: argparse.Namespace, row: str, method: str, calibration: s
     model = build.prune()
     seconds = time.perf_counter() - began
     errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
+    if not errors:
+        raise SystemExit("no trace was held out: give more --traces")
     accuracy = thinking = None
     if arguments.prompts:
         records = answers(build, build.export(model.folder, build.job.artifact_name).path, method)
