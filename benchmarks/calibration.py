@@ -104,7 +104,7 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
     settings = build.job.recipe.verify
-    return build.answer(exported, arm, EngineSettings(settings.context_tokens, settings.parallel)).records
+    return build.verification.answer(exported, arm, EngineSettings(settings.context_tokens, settings.parallel)).records
 
 
 def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:

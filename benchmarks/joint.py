@@ -50,7 +50,7 @@ def main() -> None:
         row = {"joint": joint, "tokens": compared.tokens, "kl": compared.pruning_kl, "top1": compared.pruning_top1}
         if arguments.prompts:
             arm = "joint" if joint else "rounded"
-            records = build.answer(exported, arm, EngineSettings(2048, 32)).records
+            records = build.verification.answer(exported, arm, EngineSettings(2048, 32)).records
             right = sum(record.correct for record in records)
             interval = stats.wilson_interval(right, len(records))
             row |= {"accuracy": right / len(records), "lower": interval.lower, "upper": interval.upper}

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -37,6 +38,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "canonical_hash",
+    "code_hash",
     "disk_errors",
     "write_atomic",
 ]
@@ -51,6 +53,17 @@ def canonical_hash(value: object) -> str:
     """Return the SHA-256 of a JSON value with sorted keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_hash(units: Sequence[str]) -> str:
+    """Return a hash over the code of units of racdeploy, files or folders: a stage that it made is not made again."""
+    digest = hashlib.sha256()
+    root = Path(str(files("racdeploy")))
+    for unit in units:
+        place = root / unit
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from typing import Any
 from racdeploy import bundle, export, quant, tasks
 from racdeploy.checkpoint import Checkpoint, check_covered
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
+from racdeploy.export import ExportResult
 from racdeploy.models import ResolvedModel, resolve
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Target
+from racdeploy.report_model import LinearRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
 from racdeploy.verify import Gate, read_gate
@@ -293,6 +295,19 @@ class Job:
         """Return :meth:`prunable` without what ``prune.dense`` leaves alone."""
         patterns = self.recipe.prune.dense
         return [n for n in self.prunable() if not any(re.search(p, n.removesuffix(".weight")) for p in patterns)]
+
+    def file_sparsity(self, exported: ExportResult) -> float:
+        """Return the fraction of zeros in an exported file, over the prunable weights."""
+        prunable = set(self.prunable())
+        rows = [(t.zeros, t.shape[0] * t.shape[1]) for t in exported.tensors if t.source in prunable]
+        return sum(zeros * size for zeros, size in rows) / sum(size for _, size in rows)
+
+    def sparsity_asked(self, linears: Sequence[LinearRow]) -> float:
+        """Return the fraction of zeros that was asked of the linears, over the prunable weights."""
+        sizes = {
+            name.removesuffix(".weight"): math.prod(self.checkpoint.entries[name].shape) for name in self.prunable()
+        }
+        return sum(row.sparsity_asked * sizes[row.name] for row in linears) / sum(sizes.values())
 
     def task_identity(self, spec: str) -> dict[str, str]:
         """Return what decides the prompts of a task: its name, and the contents of its file."""

@@ -7,21 +7,18 @@ Every engine runs in a child process or is torch.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import export as exports
 from racdeploy import plugins, recipe
-from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.backends import EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult
@@ -75,11 +72,11 @@ def hold(
     """
     ids = ids[:TOKENS]
     exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
-    with _opened(backend, artifact.path, exact) as engine:
+    with opened(backend, artifact.path, exact) as engine:
         probes = probe_tokens(engine, encoder, probe_strings())
         _hold_tokens(probes or ())
         artifact_TV = engine.logits(ids)
-    with _opened("transformers", checkpoint.folder, exact) as engine:
+    with opened("transformers", checkpoint.folder, exact) as engine:
         expected_TV = engine.logits(ids)
     note = _hold_f32(checkpoint, settings, backend, exact, ids, expected_TV)
     return Held(probes, (note, _hold_artifact(checkpoint, artifact, expected_TV, artifact_TV)))
@@ -112,7 +109,7 @@ def _hold_f32(
     plain = settings.model_copy(update={"quant": "f32", "packing": "plain", "tensors": {}, "importance": "none"})
     with tempfile.TemporaryDirectory() as folder:
         file = exports.write(checkpoint, Path(folder) / "f32.gguf", plain).path
-        with _opened(backend, file, exact) as engine:
+        with opened(backend, file, exact) as engine:
             found_TV = engine.logits(ids)
     limit = checkpoint.family.f32_tolerance
     error_T = np.abs(found_TV - expected_TV).max(1) / np.abs(expected_TV).max()
@@ -141,7 +138,3 @@ def _hold_artifact(
             remedy="choose a wider quant; if it stays, report the model: a tensor is wrong",
         )
     return f"before the evaluation: KL {kl_T.mean():.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens"
-
-
-def _opened(backend: str, path: Path, settings: EngineSettings) -> AbstractContextManager[Any]:
-    return contextlib.closing(open_engine(backend, path, settings))

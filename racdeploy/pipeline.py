@@ -7,42 +7,36 @@ an interrupted one goes on.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from racdeploy import __version__, bundle
 from racdeploy import export as exports
-from racdeploy.artifacts import IMPORTANCE_FILE, Stage, Trace, TraceSet, canonical_hash
-from racdeploy.backends import Completion, Engine, EngineSettings, open_engine
+from racdeploy.artifacts import IMPORTANCE_FILE, Stage, Trace, TraceSet, canonical_hash, code_hash
+from racdeploy.backends import Completion, Engine, EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.job import Job, size_label
 from racdeploy.models import ResolvedModel
 from racdeploy.parity import Held, hold
+from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.report.summary import summarize, tensor_rows
-from racdeploy.report_model import BlockRow, LinearRow, Record, Report
+from racdeploy.report_model import BlockRow, LinearRow, Report
 from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, prompt_traces, trace_counts
 from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
-from racdeploy.verify import Arm, Evidence, OtherArtifact, memory, run_checks, speed
-from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
-from racdeploy.verify._controls import SAME_SIZE, control_notes, same_size_quants
-from racdeploy.verify._measure import compare_logits, fingerprint, probe_prompts, stop_ids_of
+from racdeploy.verification import Verification
+from racdeploy.verify._controls import SAME_SIZE, same_size_quants
 
-__all__ = ["Build", "Progress", "PrunedModel", "default_work"]
+__all__ = ["Build", "Progress", "default_work"]
 
 Progress = Callable[[str, int, int], None]
 _SHARED = ("artifacts.py", "checkpoint.py", "families", "job.py", "pipeline.py", "tasks")
@@ -50,7 +44,6 @@ _CODE = {
     "traces": (*_SHARED, "backends", "runtime", "traces"),
     "prune": (*_SHARED, "backends", "prune", "quant", "runtime", "traces"),
     "export": (*_SHARED, "export", "packing", "quant", "racgguf"),
-    "answers": (*_SHARED, "backends", "runtime", "verify/_answers.py"),
 }
 
 
@@ -59,25 +52,6 @@ def default_work() -> Path:
     chosen = os.environ.get("RACDEPLOY_WORK")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else cache / "racdeploy"
-
-
-@dataclass(frozen=True)
-class PrunedModel:
-    """What the pruning stage leaves.
-
-    Args:
-        folder: Hugging Face folder of the sparse model.
-        linears: how each linear was pruned.
-        blocks: how far each block drifted from the dense model.
-        selection: counts of the traces that were used and left out.
-        notes: what the report must say about how it came about.
-    """
-
-    folder: Path
-    linears: tuple[LinearRow, ...]
-    blocks: tuple[BlockRow, ...]
-    selection: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +218,7 @@ class Build:
                 with tempfile.TemporaryDirectory(dir=self.work) as scratch:
                     self._prune_blocks(Path(scratch), given)
             else:
-                with _opened("transformers", self.job.model.folder, EngineSettings(**given)) as engine:
+                with opened("transformers", self.job.model.folder, EngineSettings(**given)) as engine:
                     self.processes.serve(partial(_answer, engine))
 
     def _same(self, stage: str) -> dict[str, str]:
@@ -307,7 +281,7 @@ class Build:
         for asked in self.job.recipe.verify.controls:
             if asked == SAME_SIZE:
                 shapes = {source: self.job.checkpoint.entries[source].shape for source in self.job.prunable()}
-                sparsity = self._file_sparsity(pruned)
+                sparsity = self.job.file_sparsity(pruned)
                 names += same_size_quants(self.job.recipe.export, dense, pruned, shapes, sparsity)
             else:
                 names.append(asked)
@@ -322,122 +296,6 @@ class Build:
             for name in dict.fromkeys(names)
         }
 
-    def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
-        """Answer the evaluation prompts with one artifact on its engine.
-
-        Answers of an earlier run count, and an interrupted one goes on; where speed or memory have a limit, both arms
-        answer in one run.
-        """
-        respondent = Respondent(
-            self.job.encoder, self.job.tags, self.job.checkpoint.eos_ids, self.job.recipe.verify, self.progress
-        )
-        inputs = identity(exported.files, self.job.recipe.verify, settings, fingerprint(settings))
-        stage = Stage.open(self.work, "answers", self._inputs("answers") | inputs)
-        file = stage.folder / "completions.jsonl"
-        if stage.finished and self._timed():
-            file.unlink(missing_ok=True)
-        answers = respondent.answer(
-            lambda: _opened(self.job.backend, exported.path, settings),
-            self.job.problems("evaluation"),
-            arm,
-            CompletionLog(file),
-        )
-        stage.finish({"answers": len(answers.records)})
-        return answers
-
-    def verify(
-        self,
-        model: PrunedModel,
-        dense: ExportResult,
-        pruned: ExportResult,
-        held: Held,
-        also: Sequence[ExportResult] = (),
-        rivals: Mapping[str, ExportResult] | None = None,
-    ) -> tuple[Report, list[Record]]:
-        """Rerun the evaluation prompts on every artifact, compare, and decide.
-
-        Args:
-            model: the pruned model under torch.
-            dense: the dense artifact.
-            pruned: the pruned one for the recipe's target.
-            held: what the gates found of the pruned artifacts.
-            also: the pruned artifacts for the other targets, in their order.
-            rivals: dense artifacts in other quants, which answer too and decide nothing.
-        """
-        settings = self.job.recipe.verify
-        engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
-        arms: list[Arm] = []
-        notes: list[str] = []
-        traces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
-        quants = {"dense": self.job.recipe.export.quant, "pruned": self.job.recipe.export.quant}
-        quants |= {f"dense {quant}": quant for quant in rivals or {}}
-        for name, exported in zip(quants, (dense, pruned, *(rivals or {}).values()), strict=True):
-            answers = self.answer(exported, name, engine_settings)
-            traces = traces or answers.traces
-            sparsity = self._file_sparsity(exported)
-            arms.append(
-                Arm(name, answers.records, exported.size_bytes, quants[name], sparsity, answers.stats, exported.files)
-            )
-            if answers.earlier:
-                notes.append(
-                    f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier run on this "
-                    "machine, with the same artifact and settings; racdeploy bench measures speed"
-                )
-        exact = replace(engine_settings, parallel=1, cache_dtype="f32")
-        metadata, _ = exports.load(self.job.recipe.export.format).measure(pruned.path)
-        logits = compare_logits(
-            lambda: _opened("transformers", model.folder, exact),
-            lambda: _opened("transformers", self.job.model.folder, exact),
-            lambda: _opened(self.job.backend, pruned.path, exact),
-            traces[: settings.logit_traces],
-        )
-        rows = tensor_rows(pruned)
-        prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
-        evidence = Evidence(
-            settings=settings,
-            gate=self.job.gate,
-            dense=arms[0],
-            pruned=arms[1],
-            backend=self.job.backend,
-            rivals=tuple(arms[2:]),
-            artifact=pruned.path,
-            artifact_files=pruned.files,
-            sparsity_asked=self._asked(model.linears),
-            tensors=rows,
-            prunable=frozenset(prunable),
-            dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
-            probes=held.probes,
-            logits=logits,
-            also=tuple(
-                sibling._answer_also(exported, engine_settings)
-                for sibling, exported in zip(self.siblings, also, strict=True)
-            ),
-            prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
-            stop_ids=stop_ids_of(metadata, self.job.checkpoint.eos_ids),
-            packing=self.job.recipe.export.packing,
-        )
-        report = summarize(
-            evidence,
-            run_checks(evidence),
-            linears=model.linears,
-            blocks=model.blocks,
-            model=self.job.recipe.model,
-            target=self.job.recipe.target,
-            recipe=self.job.recipe.model_dump(mode="json"),
-            notes=[
-                *_selection_notes(model.selection),
-                *model.notes,
-                *pruned.notes,
-                *held.notes,
-                *notes,
-                *control_notes(settings, len(rivals or {})),
-            ],
-            fingerprint=fingerprint(engine_settings),
-            created=datetime.now(UTC),
-        )
-        every = [*arms, *(other.arm for other in evidence.also)]
-        return report, [record for arm in every for record in arm.records]
-
     def _hold(self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]) -> Held:
         """Stop the build at the first artifact that computes something else than the pruned checkpoint."""
         checkpoint = Checkpoint(model.folder)
@@ -449,28 +307,14 @@ class Build:
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))
 
     @property
+    def verification(self) -> Verification:
+        """The comparison of what was built."""
+        return Verification(self.job, self.work, self.threads, self.progress)
+
+    @property
     def siblings(self) -> tuple[Build, ...]:
         """The same build for each of the further targets."""
         return tuple(replace(self, job=job) for job in self.job.siblings)
-
-    def _answer_also(self, exported: ExportResult, settings: EngineSettings) -> OtherArtifact:
-        """Answer the evaluation prompts with the artifact of a further target."""
-        name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
-        answers, sparsity = self.answer(exported, name, settings), self._file_sparsity(exported)
-        arm = Arm(name, answers.records, exported.size_bytes, quant, sparsity, answers.stats, exported.files)
-        return OtherArtifact(arm, self.job.backend, exported.path, exported.files)
-
-    def _chat_ids(self) -> dict[str, list[int]]:
-        """Return prompt ids by question, as transformers makes them."""
-        from racdeploy.backends.transformers import chat_ids
-
-        questions = [problem.question for problem in self.job.problems("evaluation")]
-        return dict(zip(questions, chat_ids(self.job.model.folder, questions), strict=True))
-
-    def _timed(self) -> bool:
-        """Return whether speed or memory of both arms have to come from one run."""
-        gate = self.job.gate
-        return gate.limits(speed.Limits).ratio is not None or gate.limits(memory.Limits).ratio is not None
 
     def run(self, out: Path) -> Report:
         """Do everything and write the bundle.
@@ -487,12 +331,12 @@ class Build:
             pruned=False,
             importance=model.folder,
         )
-        reached = self._asked(model.linears) if self.job.recipe.prune.schedule else None
+        reached = self.job.sparsity_asked(model.linears) if self.job.recipe.prune.schedule else None
         pruned, *also = (
             build.export(model.folder, build.job.artifact_name, sparsity=reached) for build in (self, *self.siblings)
         )
         held = self._hold(model, (pruned, *also), traces[0].ids)
-        report, records = self.verify(model, dense, pruned, held, also, self.rivals(model, dense, pruned))
+        report, records = self.verification.verify(model, dense, pruned, held, also, self.rivals(model, dense, pruned))
         bundle.write(
             out,
             bundle.Contents(
@@ -505,7 +349,7 @@ class Build:
                 recipe=self.job.recipe,
                 traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.identity)
                 | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
-                sparsity_asked=self._asked(model.linears),
+                sparsity_asked=self.job.sparsity_asked(model.linears),
                 report=report,
                 records=records,
             ),
@@ -520,12 +364,12 @@ class Build:
         """
         settings = self.job.recipe.traces
         if settings.server and not sparse:
-            opened = server.opened(settings, self.job.checkpoint, self.job.encoder, context_tokens, folder)
-            with opened as engine:
+            checkpoint, encoder = self.job.checkpoint, self.job.encoder
+            with server.opened(settings, checkpoint, encoder, context_tokens, folder) as engine:
                 yield Answering(lambda asked: [_answer(engine, each) for each in asked])
             return
         engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
-        with _opened("transformers", sparse or self.job.model.folder, engine_settings) as engine:
+        with opened("transformers", sparse or self.job.model.folder, engine_settings) as engine:
             if sparse:
                 yield Answering(lambda asked: [_answer(engine, each) for each in asked])
                 return
@@ -554,17 +398,6 @@ class Build:
         }
         return chosen, selection.held_out, counts
 
-    def _file_sparsity(self, exported: ExportResult) -> float:
-        prunable = set(self.job.prunable())
-        rows = [(t.zeros, t.shape[0] * t.shape[1]) for t in exported.tensors if t.source in prunable]
-        return sum(zeros * size for zeros, size in rows) / sum(size for _, size in rows)
-
-    def _asked(self, linears: Sequence[LinearRow]) -> float:
-        sizes = {n.removesuffix(".weight"): self.job.checkpoint.entries[n].shape for n in self.job.prunable()}
-        weights = {name: shape[0] * shape[1] for name, shape in sizes.items()}
-        asked = sum(row.sparsity_asked * weights[row.name] for row in linears)
-        return asked / sum(weights.values())
-
     def _metadata(self, sparsity: float | None) -> dict[str, str | int | float | bool]:
         prune, model = self.job.recipe.prune, self.job.model
         return {
@@ -580,7 +413,7 @@ class Build:
         }
 
     def _inputs(self, stage: str) -> dict[str, Any]:
-        return {"version": __version__, "code": _code_hash(_CODE[stage])}
+        return {"version": __version__, "code": code_hash(_CODE[stage])}
 
 
 def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float | bool]:
@@ -598,33 +431,5 @@ def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float
     return values
 
 
-def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
-    left_out = ", ".join(f"{count} {reason}" for reason, count in selection["left_out"].items())
-    note = (
-        f"calibrated on {selection['calibration_tokens']} tokens of {selection['calibration_traces']} "
-        f"{'prompts' if selection['source'] == 'prompt' else 'traces'}"
-    )
-    notes = [f"{note}; left out: {left_out}" if left_out else note]
-    if selection["calibration_tokens"] < 0.98 * selection["rac_tokens"]:
-        notes.append(f"the tasks ran out of prompts: whole traces would have been {selection['rac_tokens']} tokens")
-    return notes
-
-
 def _answer(engine: Engine, asked: Asked) -> list[Completion]:
     return engine.generate(*asked)
-
-
-def _opened(backend: str, path: Path, settings: EngineSettings) -> AbstractContextManager[Any]:
-    """Return an engine as a context manager."""
-    engine: Engine = open_engine(backend, path, settings)
-    return contextlib.closing(engine)
-
-
-def _code_hash(packages: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    root = Path(str(files("racdeploy")))
-    for package in packages:
-        place = root / package
-        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

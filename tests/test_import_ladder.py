@@ -24,6 +24,7 @@ LADDER = (
     {"bundle"},
     {"job"},
     {"parity"},
+    {"verification"},
     {"pipeline", "reverify"},
     {"doctor", "planning", "served"},
     {"_console"},

@@ -7,7 +7,9 @@ engine.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from racdeploy import plugins
 
-__all__ = ["Completion", "Engine", "EngineSettings", "Sampling", "ThinkingBudget", "open_engine"]
+__all__ = ["Completion", "Engine", "EngineSettings", "Sampling", "ThinkingBudget", "open_engine", "opened"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -129,3 +131,8 @@ def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine
     """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address."""
     engine: Engine = plugins.load("backends", name).open_engine(path, settings)
     return engine
+
+
+def opened(name: str, path: Path | str, settings: EngineSettings) -> AbstractContextManager[Engine]:
+    """Return :func:`open_engine`'s engine for a ``with`` block, which closes it."""
+    return contextlib.closing(open_engine(name, path, settings))

@@ -13,7 +13,8 @@ from racdeploy import export as exports
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.export import ExportResult
 from racdeploy.job import Job
-from racdeploy.pipeline import Build, PrunedModel
+from racdeploy.pipeline import Build
+from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe
 from racdeploy.report.summary import tensor_rows
 from racdeploy.report_model import Record, Report
@@ -42,7 +43,7 @@ class Bench:
 
     def verify(self, pruned: ExportResult, model: PrunedModel | None = None) -> tuple[Report, list[Record]]:
         """Verify an artifact as the build does."""
-        return self.build.verify(model or self.model, self.dense, pruned)
+        return self.build.verification.verify(model or self.model, self.dense, pruned)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
     options = OPTIONS | {"prune": {"sparsity": 0.6}, "calibration": {"source": "prompt"}}
     other = replace(bench.build, job=Job(Recipe.combine(None, options)))
     model = other.prune()
-    report, _ = other.verify(model, bench.dense, other.export(model.folder, other.job.artifact_name))
+    report, _ = other.verification.verify(model, bench.dense, other.export(model.folder, other.job.artifact_name))
     verdict, summary = _said(report, "accuracy")
     assert (verdict, "drop +" in summary) == ("fail", True)
 
