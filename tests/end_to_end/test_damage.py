@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 
 from racdeploy import export as exports
+from racdeploy.backends import EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.export import ExportResult
+from racdeploy.export._probe_strings import probe_strings
 from racdeploy.job import Job
+from racdeploy.parity import Held
 from racdeploy.pipeline import Build
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe
 from racdeploy.report.summary import tensor_rows
 from racdeploy.report_model import Record, Report
 from racdeploy.verify import Evidence, read_gate, sparsity, thinking
+from racdeploy.verify._measure import probe_tokens
 from tests.end_to_end.commands import racdeploy
 from tests.references import gguf_damage as damage
 from tests.verify.records import arm_of
@@ -41,9 +45,14 @@ class Bench:
     dense: ExportResult
     pruned: ExportResult
 
-    def verify(self, pruned: ExportResult, model: PrunedModel | None = None) -> tuple[Report, list[Record]]:
-        """Verify an artifact as the build does."""
-        return self.build.verification.verify(model or self.model, self.dense, pruned)
+    def verify(
+        self, pruned: ExportResult, build: Build | None = None, model: PrunedModel | None = None
+    ) -> tuple[Report, list[Record]]:
+        """Verify an artifact that got past the gates in front of a build's verification."""
+        build = build or self.build
+        with opened(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
+            held = Held(probe_tokens(engine, build.job.encoder, probe_strings()), ())
+        return build.verification.verify(model or self.model, self.dense, pruned, held)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +136,7 @@ def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
     options = OPTIONS | {"prune": {"sparsity": 0.6}, "calibration": {"source": "prompt"}}
     other = replace(bench.build, job=Job(Recipe.combine(None, options)))
     model = other.prune()
-    report, _ = other.verification.verify(model, bench.dense, other.export(model.folder, other.job.artifact_name))
+    report, _ = bench.verify(other.export(model.folder, other.job.artifact_name), other, model)
     verdict, summary = _said(report, "accuracy")
     assert (verdict, "drop +" in summary) == ("fail", True)
 
