@@ -15,7 +15,7 @@ LADDER = (
     {"checkpoint"},
     {"artifacts", "recipe", "report_model", "models", "scorers"},
     {"tasks", "quant", "packing"},
-    {"racgguf"},
+    {"raconnx", "racgguf"},
     {"backends"},
     {"runtime"},
     {"traces", "export"},

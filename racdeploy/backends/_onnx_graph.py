@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from racdeploy.checkpoint import read_json
 from racdeploy.errors import EngineError
+from racdeploy.raconnx import load_sidecar
 
 __all__ = ["CacheTensor", "DecoderGraph", "engine_errors", "open_session"]
 
@@ -51,13 +52,20 @@ def engine_errors(what: str, remedy: str = _REMEDY) -> Iterator[None]:
 
 
 def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Load a graph for the CPU.
+    """Load a graph for the CPU; weights that are packed beside it are joined first.
 
     Raises:
+        ArtifactError: the packed weights are damaged.
         EngineError: the file is damaged, or external data is missing, too short or outside its folder.
     """
+    packed = load_sidecar(path)
     with engine_errors(f"load {path}"):
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in packed.items()}
+        if values:
+            options.add_external_initializers(list(values), list(values.values()))
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session.packed_weights = packed  # onnxruntime reads these arrays in place, as long as the session lives
+    return session
 
 
 @dataclass(frozen=True)

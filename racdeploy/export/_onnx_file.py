@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def write_model(
     arrays: Iterable[tuple[str, NDArray[Any]]],
     folder: Path,
     name: str,
-    metadata: Mapping[str, str],
+    metadata: Callable[[], Mapping[str, str]],
 ) -> None:
     """Write a graph with its weights; one of them is in memory at a time.
 
@@ -101,7 +101,7 @@ def write_model(
         arrays: name and values of each further initializer.
         folder: where to.
         name: of the graph's file.
-        metadata: replaces the graph's metadata properties.
+        metadata: called when all arrays are written; replaces the graph's metadata properties.
     """
     data = folder / data_name(name)
     with data.open("wb") as sink:
@@ -111,11 +111,11 @@ def write_model(
         os.fsync(sink.fileno())
     if data.stat().st_size <= INLINE_BYTES:
         for tensor in model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if any(entry.key == "location" and entry.value == data.name for entry in tensor.external_data):
                 _inline(tensor, folder)
         data.unlink()
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.helper.set_model_props(model, dict(metadata()))
     with (folder / name).open("wb") as stream:
         stream.write(model.SerializeToString(deterministic=True))
         stream.flush()

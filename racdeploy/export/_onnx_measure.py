@@ -10,16 +10,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from racdeploy import plugins
+from racdeploy import plugins, raconnx
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.export._onnx_file import array_bytes, load_graph, read_array
+from racdeploy.export._onnx_packing import UNPACK, packed_array
 from racdeploy.export._onnx_weights import PlannedTensor, rows_of
 
-__all__ = ["TENSORS_KEY", "measure", "read_tensors"]
+__all__ = ["PARTS", "TENSORS_KEY", "StoredArrays", "measure", "read_tensors"]
 
 TENSORS_KEY = "racdeploy.tensors"
-_PARTS = (".scales", ".zero_points")
+PARTS = (".scales", ".zero_points", ".mask", ".values")
 
 
 def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -30,20 +31,57 @@ def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     model = load_graph(path)
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    rows = []
-    for tensor in read_tensors(properties, path):
-        arrays = {
-            name: read_array(initializers.pop(name), path.parent)
-            for name in (tensor.name, *(tensor.name + part for part in _PARTS))
-            if name in initializers
-        }
-        rows.append(_row(tensor, arrays, path))
-    rows += [_foreign_row(tensor, path) for tensor in initializers.values()]
+    stored = StoredArrays(model, path)
+    rows = [_row(tensor, stored, path) for tensor in read_tensors(properties, path)]
+    rows += [_foreign_row(tensor, path) for tensor in stored.left.values()]
     scalars = {key: value for key, value in properties.items() if key != TENSORS_KEY}
     inputs = ", ".join(value.name for value in model.graph.input if not value.name.startswith("past_key_values."))
     opsets = ", ".join(f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import)
     return scalars | {"onnx.opsets": opsets, "onnx.inputs": inputs}, rows
+
+
+class StoredArrays:
+    """The arrays of a graph, tensor by tensor; ``left`` are the initializers that nobody asked for.
+
+    Args:
+        model: the graph.
+        path: its file.
+    """
+
+    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        self.left = {t.name: t for t in model.graph.initializer if not t.name.startswith(UNPACK)}
+        self._path = path
+        self._sidecar = raconnx.Sidecar.open(path) if _refers_to_sidecar(model) else None
+
+    def take(self, tensor: PlannedTensor) -> tuple[dict[str, NDArray[Any]], int]:
+        """Return the arrays of a tensor, unpacked, and the bytes that they take in the file.
+
+        Raises:
+            ArtifactError: one of them is missing, damaged or of another shape.
+        """
+        try:
+            inside = tensor.packing != "bitmask_sidecar"
+            kept = {name: self.left.pop(name) for name in self._names(tensor) if name in self.left}
+            arrays = {name: read_array(kept[name], self._path.parent) for name in kept if inside or name != tensor.name}
+            size_bytes = sum(values.nbytes for values in arrays.values())
+            if tensor.packing != "plain":
+                sidecar = None if inside else self._sidecar
+                arrays = {tensor.name: packed_array(tensor, arrays, sidecar)} | arrays
+                size_bytes += sidecar.header[tensor.name]["size_bytes"] if sidecar else 0
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
+                remedy="copy or export it again",
+            ) from error
+        return arrays, size_bytes
+
+    def _names(self, tensor: PlannedTensor) -> list[str]:
+        return [tensor.name + part for part in ("", *PARTS)]
+
+
+def _refers_to_sidecar(model: onnx.ModelProto) -> bool:
+    places = (entry.value for tensor in model.graph.initializer for entry in tensor.external_data)
+    return any(place == raconnx.PLACE for place in places)
 
 
 def read_tensors(properties: dict[str, str], path: Path) -> list[PlannedTensor]:
@@ -58,16 +96,18 @@ def read_tensors(properties: dict[str, str], path: Path) -> list[PlannedTensor]:
         raise ArtifactError(f"{path}: its list of tensors is damaged: {error}", remedy="export it again") from error
 
 
-def _planned(name: str, shape: list[int], quant: str, looked_up: bool) -> PlannedTensor:
+def _planned(name: str, shape: list[int], quant: str, looked_up: bool, packing: str = "plain") -> PlannedTensor:
     known = quant in plugins.names("quant") and "onnx" in quants.load(quant).FORMATS
+    known = known and packing in plugins.names("packing")
     if not known or len(shape) not in (1, 2) or any(extent < 1 for extent in shape):
         raise ValueError(f"{name!r} is of quant {quant!r} and shape {shape}")
-    return PlannedTensor(name, tuple(shape), quant, quant, "", looked_up)
+    return PlannedTensor(name, tuple(shape), quant, quant, "", looked_up, packing)
 
 
-def _row(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]], path: Path) -> dict[str, Any]:
+def _row(tensor: PlannedTensor, stored: StoredArrays, path: Path) -> dict[str, Any]:
     quant = quants.load(tensor.quant_real)
     O, I = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
+    arrays, size_bytes = stored.take(tensor)
     try:
         packed_OP = rows_of(tensor, arrays)
     except (KeyError, ValueError) as error:
@@ -80,8 +120,8 @@ def _row(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]], path: Path) -> 
         "shape": list(tensor.shape),
         "type": tensor.quant_real,
         "zeros": zeros / (O * I),
-        "size_bytes": sum(values.nbytes for values in arrays.values()),
-        "packing": "plain",
+        "size_bytes": size_bytes,
+        "packing": tensor.packing,
     }
 
 

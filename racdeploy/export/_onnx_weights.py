@@ -46,6 +46,7 @@ class PlannedTensor:
         quant_real: number format it gets.
         reason: why the two differ, or empty.
         looked_up: whether a Gather reads it, so that rows stay together.
+        packing: how it is stored.
     """
 
     name: str
@@ -54,10 +55,12 @@ class PlannedTensor:
     quant_real: str
     reason: str
     looked_up: bool
+    packing: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
         """Return what a reader of the file must know."""
-        return {"name": self.name, "shape": self.shape, "quant": self.quant_real, "looked_up": self.looked_up}
+        values = {"name": self.name, "shape": self.shape, "quant": self.quant_real, "looked_up": self.looked_up}
+        return values | ({} if self.packing == "plain" else {"packing": self.packing})
 
     @property
     def turned(self) -> bool:

@@ -12,14 +12,15 @@ Inputs and outputs are those of the exporter: ``input_ids``, ``attention_mask``,
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import packing as packings
@@ -29,11 +30,13 @@ from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export._onnx_choice import check_exporter, choose
-from racdeploy.export._onnx_file import data_name, write_model
+from racdeploy.export._onnx_file import data_name, load_graph, read_array, write_model
 from racdeploy.export._onnx_layouts import layouts
-from racdeploy.export._onnx_measure import TENSORS_KEY, measure
+from racdeploy.export._onnx_measure import PARTS, TENSORS_KEY, StoredArrays, measure, read_tensors
+from racdeploy.export._onnx_packing import UNPACK, GraphPacker, Packer, check_size, packer_of, prove_folding
 from racdeploy.export._onnx_weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.families import Family
+from racdeploy.raconnx import sidecar_name
 
 __all__ = [
     "BACKEND",
@@ -98,7 +101,8 @@ def export(
         out: the graph's file, replaced if it exists; above 500 MB its weights go to ``OUT_data`` beside it.
         quant: number format of the linears. Vectors are f32; embedding and output keep at least 8 bits; rows that do
             not divide into blocks are f16.
-        packing: ``plain``.
+        packing: ``plain``; ``bitmask_graph``, which every onnxruntime reads, for up to 200M weights; or
+            ``bitmask_sidecar``, a file ``OUT_packed`` that ``racdeploy.load`` joins.
         metadata: further properties of the graph, ``racdeploy.*`` or ``general.*``.
         exporter: who makes the graph, ``genai`` or ``optimum``; ``auto`` takes the faster graph that passes.
         progress: called after every slab.
@@ -116,30 +120,45 @@ def export(
     if foreign := [key for key in metadata or {} if key == TENSORS_KEY or not key.startswith(_OWN_KEYS)]:
         raise UsageError(f"metadata key {foreign[0]!r} is the exporter's; give racdeploy.* or general.* keys")
     _check_space(checkpoint, out, quant)
+    check_size(packing, sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
     chosen = choose(checkpoint, exporter)
     plan = plan_tensors(checkpoint, chosen.graph, quant, _VOCABULARY)
     properties = {"general.name": checkpoint.folder.resolve().name}
     if checkpoint.license:
         properties["general.license"] = checkpoint.license
     properties |= {key: str(value) for key, value in (metadata or {}).items()}
-    properties[TENSORS_KEY] = json.dumps([t.to_json() for t in plan])
-    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+    notes, unpacked_sha256 = [chosen.note], ""
+    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        scratch, model = Path(name), wire(chosen.graph, plan)
+        packer = packer_of(packing, model, scratch, out.name)
         tensors: list[ExportedTensor] = []
-        arrays = _encode_all(checkpoint, plan, tensors, progress)
-        write_model(
-            wire(chosen.graph, plan), chain(chosen.graph.constants.items(), arrays), Path(scratch), out.name, properties
-        )
-        files = _move_in(Path(scratch), out)
+        arrays = _encode_all(checkpoint, plan, packer, tensors, progress)
+        every = chain(chosen.graph.constants.items(), arrays)
+        write_model(model, every, scratch, out.name, lambda: properties | {TENSORS_KEY: _listed(plan, tensors)})
+        if packing != "plain":
+            unpacked_sha256 = _unpacked_sha256(scratch / out.name)
+        if isinstance(packer, GraphPacker):
+            prove_folding(scratch / out.name, packer.expected)
+            notes.append(f"onnxruntime folds all {len(packer.expected)} packed tensors into the plain weights")
+        files = _move_in(scratch, out)
     size_bytes = sum((out.parent / name).stat().st_size for name in files)
-    return ExportResult(out, tuple(tensors), size_bytes, files, (chosen.note,))
+    return ExportResult(out, tuple(tensors), size_bytes, files, tuple(notes), unpacked_sha256)
+
+
+def _listed(plan: list[PlannedTensor], tensors: list[ExportedTensor]) -> str:
+    rows = zip(plan, tensors, strict=True)
+    return json.dumps([replace(planned, packing=tensor.packing).to_json() for planned, tensor in rows])
 
 
 def _encode_all(
-    checkpoint: Checkpoint, plan: list[PlannedTensor], tensors: list[ExportedTensor], progress: Progress | None
+    checkpoint: Checkpoint,
+    plan: list[PlannedTensor],
+    packer: Packer,
+    tensors: list[ExportedTensor],
+    progress: Progress | None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield every array of the file, and describe each tensor in ``tensors`` as it goes by."""
-    total = sum(int(np.prod(tensor.shape)) for tensor in plan)
-    done = 0
+    total, done = sum(math.prod(tensor.shape) for tensor in plan), 0
 
     def advance(weights: int) -> None:
         nonlocal done
@@ -148,25 +167,34 @@ def _encode_all(
             progress(done, total)
 
     for tensor in plan:
-        arrays, zeros = encode(checkpoint, tensor, advance)
+        arrays, zero_count = encode(checkpoint, tensor, advance)
+        zeros = zero_count / math.prod(tensor.shape)
+        reason = packer.refusal(tensor, zeros)
+        codes = arrays.pop(tensor.name)
+        size_bytes = sum(values.nbytes for values in arrays.values())
+        for key, values in ((tensor.name, codes),) if reason else packer.store(tensor, codes):
+            size_bytes += 0 if key.startswith(UNPACK) else values.nbytes  # what all tensors share is no one's
+            yield key, values
         yield from arrays.items()
+        real = tensor.quant_asked, tensor.quant_real, tensor.reason
+        size_bytes += packer.outside.get(tensor.name, 0)
+        packing = "plain" if reason else packer.packing
         tensors.append(
-            ExportedTensor(
-                tensor.name,
-                tensor.name,
-                tensor.shape,
-                tensor.quant_asked,
-                tensor.quant_real,
-                tensor.reason,
-                zeros / max(1, int(np.prod(tensor.shape))),
-                sum(values.nbytes for values in arrays.values()),
-            )
+            ExportedTensor(tensor.name, tensor.name, tensor.shape, *real, zeros, size_bytes, packing, reason)
         )
+    packer.finish()
+
+
+def _unpacked_sha256(packed: Path) -> str:
+    """Return the hash of the graph that a packed one stands for, restored from what was written."""
+    with tempfile.TemporaryDirectory(prefix="racdeploy-unpacked-", dir=packed.parent) as scratch:
+        return file_sha256(_write_plain(packed, Path(scratch), packed.name))
 
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its place, the graph last, and return the hashes of its files."""
-    (out.parent / data_name(out.name)).unlink(missing_ok=True)
+    for stale in (data_name(out.name), sidecar_name(out.name)):
+        (out.parent / stale).unlink(missing_ok=True)
     names = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == out.name, name))
     for name in names:
         (scratch / name).replace(out.parent / name)
@@ -177,7 +205,7 @@ def _check_space(checkpoint: Checkpoint, out: Path, quant: str) -> None:
     """Ask for the float32 graph in the temporary folder and the artifact beside it."""
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
-    weights = sum(int(np.prod(entry.shape)) for entry in checkpoint.entries.values())
+    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     needs = [(Path(tempfile.gettempdir()), 4 * weights), (out.parent, round(quants.load(quant).BITS * weights / 8))]
     for folder, needed_bytes in needs:
         free_bytes = shutil.disk_usage(folder).free
@@ -189,12 +217,40 @@ def _check_space(checkpoint: Checkpoint, out: Path, quant: str) -> None:
 
 
 def unpack(packed: Path, out: Path | None = None) -> Path:
-    """Refuse: nothing that this format writes is packed.
+    """Write the graph that a packed one stands for, as it would have been exported; ``*.plain.onnx`` by default.
 
     Raises:
-        UsageError: always.
+        ArtifactError: it is damaged.
+        UsageError: nothing in it is packed, or ``out`` is the packed graph itself.
     """
-    raise UsageError(f"{packed} is not packed", remedy="racdeploy inspect shows what is in it")
+    plain = out or packed.with_suffix(".plain.onnx")
+    if plain.resolve() == packed.resolve() or plain.suffix != ".onnx":
+        raise UsageError(f"{plain} is no name for the unpacked graph", remedy="name another .onnx file with --out")
+    if not plain.parent.is_dir():
+        raise UsageError(f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}")
+    with disk_errors(plain), tempfile.TemporaryDirectory(prefix=f".{plain.name}.", dir=plain.parent) as scratch:
+        _write_plain(packed, Path(scratch), plain.name)
+        _move_in(Path(scratch), plain)
+    return plain
+
+
+def _write_plain(packed: Path, folder: Path, name: str) -> Path:
+    """Write the plain graph with its weights into a folder."""
+    model = load_graph(packed)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    tensors = read_tensors(properties, packed)
+    if all(tensor.packing == "plain" for tensor in tensors):
+        raise UsageError(f"nothing in {packed} is packed", remedy="racdeploy inspect shows what is in it")
+    stored = StoredArrays(model, packed)
+    named = {tensor.name + part for tensor in tensors for part in ("", *PARTS)}
+    constants = [(key, read_array(value, packed.parent)) for key, value in stored.left.items() if key not in named]
+    nodes = [node for node in model.graph.node if not node.name.startswith(UNPACK)]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    arrays = (item for tensor in tensors for item in stored.take(tensor)[0].items())
+    properties[TENSORS_KEY] = json.dumps([replace(tensor, packing="plain").to_json() for tensor in tensors])
+    write_model(model, chain(constants, arrays), folder, name, lambda: properties)
+    return folder / name
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""What the packings of ONNX graphs leave out: the codes of zero in one array of a linear, whose scales stay plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.packing._layouts import LAYOUTS, Layout
+
+__all__ = ["BY_DTYPE", "Codes", "codes_of", "join", "refusal", "split"]
+
+Bytes = NDArray[np.uint8]
+_LEAST_SAVING = 0.03
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of one number format.
+
+    Args:
+        dtype: unsigned, as wide as a code.
+        zero: the code that is left out.
+        layout: how the chunks of the container hold them.
+    """
+
+    dtype: np.dtype[Any]
+    zero: int
+    layout: Layout
+
+
+def _flip(body_BP: Bytes) -> list[Bytes]:
+    return [(body_BP ^ np.uint8(0x80)).reshape(-1)]  # a code of 128 is zero
+
+
+def _flip_back(fields: Sequence[Bytes]) -> Bytes:
+    return fields[0] ^ np.uint8(0x80)
+
+
+_BY_BITS = {
+    32.0: Codes(np.dtype("<u4"), 0, LAYOUTS[0]),
+    16.0: Codes(np.dtype("<u2"), 0, LAYOUTS[1]),
+    8.5: Codes(np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _flip, _flip_back)),
+}
+
+
+BY_DTYPE = {"<f4": _BY_BITS[32.0], "<f2": _BY_BITS[16.0], "|u1": _BY_BITS[8.5]}
+"""By the type of the array that an ONNX graph holds."""
+
+
+def codes_of(quant: Any) -> Codes | None:
+    """Return the codes of a number format of ONNX, or None where a mask of one bit a weight is not offered."""
+    return _BY_BITS.get(quant.BITS) if "onnx" in quant.FORMATS else None
+
+
+def refusal(quant: Any, zeros_fraction: float) -> str:
+    """Return why a tensor is better stored plain, or an empty string."""
+    codes = codes_of(quant)
+    if codes is None:
+        return f"codes of {quant.BITS:g} bits a weight are no whole bytes; f32, f16 and matmulnbits_8 are"
+    if zeros_fraction * 8 * codes.dtype.itemsize - 1 >= _LEAST_SAVING * quant.BITS:
+        return ""
+    return f"{zeros_fraction:.1%} zeros do not pay for a mask of one bit a weight"
+
+
+def split(codes: Codes, flat: NDArray[Any]) -> tuple[Bytes, NDArray[Any]]:
+    """Return the mask, low bits first, and the codes that are not zero; any bits but those of zero are kept."""
+    keep = flat.view(codes.dtype) != codes.zero
+    return np.packbits(keep, bitorder="little"), flat[keep]
+
+
+def join(codes: Codes, mask: Bytes, kept: NDArray[Any], count: int) -> NDArray[Any]:
+    """Return the codes again."""
+    flat = np.full(count, codes.zero, dtype=codes.dtype).view(kept.dtype)
+    flat[np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)] = kept
+    return flat
