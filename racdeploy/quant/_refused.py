@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _INT8 = (
-    "rounding activations to 8 bits by tensor while the model runs cost a language model ten times the divergence of "
-    "matmulnbits_8, and a chain of thought adds it up"
+    "rounding activations to 8 bits while the model runs gave SmolLM2-135M a KL of 0.52 nats where matmulnbits_8 has "
+    "0.004, and a chain of thought adds it up"
 )
 REASONS = {
     "hqq": "its zero points lie between codes, so pruned weights come back as small numbers and sparsity is lost",
