@@ -353,6 +353,14 @@ class ArtifactEntry(_Entry):
             object.__setattr__(self, "files", {self.path: self.sha256})
         return self
 
+    def check(self, bundle: Path) -> None:
+        """Compare every file of the artifact with its hash.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        _check_hashes(bundle, self.files)
+
 
 class TokenizerEntry(_Entry):
     """Tokenizer files with their hashes, thinking tags and end-of-sequence ids."""
@@ -436,7 +444,7 @@ class Manifest(_Entry):
             ArtifactError: naming the first file that differs.
         """
         for entry in self.artifacts:
-            _check_hashes(bundle, entry.files)
+            entry.check(bundle)
         _check_hashes(bundle, self.tokenizer.files)
 
 

@@ -266,12 +266,15 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
 
 
 def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare what a packed artifact stands for with the manifest.
+    """Compare what a packed artifact stands for with the manifest; a container says it of itself.
 
     Raises:
-        ArtifactError: it is another file, or the container is damaged.
+        ArtifactError: it is another file, or damaged.
     """
+    if artifact.packing == "plain":
+        return
     if not artifact.path.endswith(racgguf.SUFFIX):
+        artifact.check(folder)
         return
     found = racgguf.Container.open(folder / artifact.path).sha256
     if found != artifact.unpacked_sha256:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from racdeploy.backends import EngineSettings, Sampling
 from racdeploy.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.errors import ArtifactError, EngineError
 from tests.tiny_artifacts import make_onnx_bundle
+from tests.tiny_models import edit_json
 from tests.tiny_onnx import tiny_onnx
 
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
@@ -169,3 +171,19 @@ def test_a_bundle_whose_graph_is_gone_or_a_link_outwards_is_refused(tmp_path: Pa
     data.symlink_to(tmp_path / "elsewhere.data")
     with pytest.raises(ArtifactError, match="outside the bundle"):
         load(bundle)
+
+
+def test_packed_files_of_another_bundle_are_refused(tmp_path: Path) -> None:
+    """Weights that are packed apart from their graph are compared with the manifest before they are joined."""
+    bundle = make_onnx_bundle(tmp_path)
+    edit_json(bundle / "racdeploy.json", artifacts=_with_packing(bundle, "bitmask_sidecar"))
+    load(bundle).close()
+    data = bundle / "onnx" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data differs from its manifest"):
+        load(bundle)
+
+
+def _with_packing(bundle: Path, packing: str) -> list[dict[str, object]]:
+    (entry,) = json.loads((bundle / "racdeploy.json").read_text())["artifacts"]
+    return [{**entry, "packing": packing}]

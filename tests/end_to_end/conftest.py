@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,11 @@ def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             assert outcome.code == 0, outcome.out + outcome.err
             assert "PASS" in outcome.out
     return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def work(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that build's work folder: two builds at a time cannot share one."""
+    copy = tmp_path_factory.mktemp("work") / "work"
+    shutil.copytree(built.parent / "work", copy)
+    return copy

@@ -127,12 +127,12 @@ def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:
     assert found["summary"]["racdeploy.sparsity"] == 0.5
 
 
-def test_a_second_build_reuses_every_stage(built: Path) -> None:
-    """Same recipe, same work folder: the same artifact, byte for byte."""
-    again = built.parent / "again"
+def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Path) -> None:
+    """Same recipe, same results of stages: the same artifact, byte for byte."""
+    again = tmp_path / "again"
     outcome = racdeploy(
         *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
-        *("--work", built.parent / "work", "--out", again),
+        *("--work", work, "--out", again),
     )
     assert outcome.code == 0, outcome.err
     assert Manifest.read(built).artifacts == Manifest.read(again).artifacts

@@ -56,9 +56,9 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(built: Path) -> Bench:
+def bench(work: Path) -> Bench:
     """Traces, pruned model and artifacts are those of the bundle."""
-    build = Build(Job(Recipe.combine(None, OPTIONS)), built.parent / "work")
+    build = Build(Job(Recipe.combine(None, OPTIONS)), work)
     model, name = build.prune(), build.job.model.name
     dense = build.export(build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder)
     return Bench(build, model, dense, build.export(model.folder, build.job.artifact_name))
