@@ -19,6 +19,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from racdeploy import plugins
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
+}
 FAMILIES = plugins.names("families")
 PRUNABLE_FAMILIES = tuple(name for name in FAMILIES if not plugins.load("families", name).FAMILY.routed)
 TRAINED_TOKENS = 480

@@ -28,22 +28,18 @@ from racdeploy.export._gguf_tensors import rotary_order
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.export.gguf import export
 from tests.llama_child import LlamaAnswer, ask_llama
-from tests.tiny_models import FAMILIES, SPECIAL_TOKENS, edit_json, make_checkpoint, write_tokenizer
+from tests.tiny_models import (
+    FAMILIES,
+    LINEAR,
+    LLAMA3,
+    LONGROPE,
+    SPECIAL_TOKENS,
+    YARN,
+    edit_json,
+    make_checkpoint,
+    write_tokenizer,
+)
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-LONGROPE = {
-    "type": "longrope",
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
-}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama untied": {"family": "llama", "tied": False},

@@ -21,22 +21,8 @@ from safetensors.torch import load_file, save_file
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export.gguf import export
 from tests.llama_converter import Job, convert
-from tests.tiny_models import make_checkpoint
+from tests.tiny_models import LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-LONGROPE = {
-    "type": "longrope",
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
-}
 PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 QUANTS = ("f32", "f16", "bf16", "q8_0")
 CASES: dict[str, dict[str, Any]] = {
