@@ -1,0 +1,120 @@
+// What a set of kernels is, and what all of them share: ggml's blocks, half floats, the workspace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "sparse_matrix.h"
+
+namespace racdeploy {
+
+struct Kernels {
+    const char* name;
+    bool (*runs_here)();
+    bool (*wants_two_of_four)(Quant);
+    void (*count)(Quant, Pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
+                  int64_t row_end);
+    void (*pack)(Quant, Pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
+                 uint8_t* values, int64_t row_begin, int64_t row_end);
+    void (*unpack)(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end);
+    void (*prepare)(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
+    void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+                     int64_t row_begin, int64_t row_end);
+};
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels;    // runs_here is false where the compiler or the processor lacks it
+extern const Kernels avx512_kernels;
+
+// Has every aligned run of 4 weights at most 2 that are not zero?
+bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks);
+
+constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
+constexpr int64_t q8_block_bytes = 2 + 32, q4_block_bytes = 2 + 16;
+
+constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
+// What an unsigned code is above the signed one: the kernels multiply unsigned weights with signed activations.
+constexpr int32_t zero_point(Quant quant) { return quant == Quant::q8_0 ? 128 : 8; }
+
+constexpr int64_t padded(int64_t columns) { return groups(columns) * group_weights; }
+
+// The workspace of a quantized matrix. Inputs beyond `columns` are 0, so their weights do not matter.
+struct QuantizedActivations {
+    int64_t padded_columns;
+    int8_t* codes;           // [tokens][padded]
+    int32_t* quad_offsets;   // [tokens][padded / 4], -zero_point times the sum of 4 codes
+    int32_t* block_offsets;  // [tokens][padded / 32], the same over 32 codes
+    float* scales;           // [tokens][padded / 32]
+
+    QuantizedActivations(int64_t columns, int64_t tokens, void* workspace) : padded_columns(padded(columns)) {
+        const int64_t weights = tokens * padded_columns;
+        codes = static_cast<int8_t*>(workspace);
+        quad_offsets = reinterpret_cast<int32_t*>(codes + weights);
+        block_offsets = quad_offsets + weights / 4;
+        scales = reinterpret_cast<float*>(block_offsets + weights / block_weights);
+    }
+    static int64_t bytes(int64_t columns, int64_t tokens) {
+        const int64_t weights = tokens * padded(columns);
+        return weights * 2 + weights / block_weights * 8;
+    }
+};
+
+// F16 keeps inputs as float32 (rounded through float16), BF16 as bfloat16; both [tokens][padded].
+constexpr int64_t input_bytes(Quant quant) { return quant == Quant::f16 ? 4 : 2; }
+
+inline float float_of_half(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    uint32_t bits;
+    if (magnitude >= 0x7c00) {
+        bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+    } else if (magnitude >= 0x400) {
+        bits = (magnitude << 13) + (112u << 23);
+    } else {  // subnormal: magnitude * 2^-24, exact in float32
+        const float value = static_cast<float>(magnitude) * 0x1p-24f;
+        std::memcpy(&bits, &value, 4);
+    }
+    bits |= sign;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t half_of_float(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
+    if (bits < 0x38800000) {                       // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, 4);
+        return sign | static_cast<uint16_t>(bits - 0x3f000000);
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    return sign | static_cast<uint16_t>((bits - 0x38000000) >> 13);
+}
+
+inline float float_of_bfloat(uint16_t bfloat) {
+    const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t bfloat_of_float(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <typename T>
+inline T load(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+}
+
+}  // namespace racdeploy

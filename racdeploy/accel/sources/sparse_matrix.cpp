@@ -1,0 +1,115 @@
+// The public functions: checks that no kernel repeats, and the choice of the kernels.
+#include "sparse_matrix.h"
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace racdeploy {
+namespace {
+
+const Kernels& best() {
+    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels})
+        if (kernels->runs_here()) return *kernels;
+    return portable_kernels;
+}
+
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() {
+    static const Kernels& here = best();
+    return chosen ? *chosen : here;
+}
+
+// Mask bits of weights [column, column + 64) of a row; 0 beyond the last group.
+uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t column) {
+    const int64_t group = row * groups(matrix.columns) + column / group_weights;
+    const uint8_t* mask = matrix.heads + (group + 1) * head_bytes(matrix.quant) - 32;
+    return load<uint64_t>(mask + column % group_weights / 8);
+}
+
+bool two_in_every_four(uint64_t bits) {
+    const uint64_t pairs = (bits & 0x5555555555555555) + (bits >> 1 & 0x5555555555555555);
+    return (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333) == 0x2222222222222222;
+}
+
+bool valid_row(const SparseMatrix& matrix, int64_t row) {
+    int64_t bytes = 0;
+    for (int64_t column = 0; column < padded(matrix.columns); column += 64) {
+        const uint64_t bits = mask_bits(matrix, row, column);
+        const int64_t inside = matrix.columns - column;
+        if (inside < 64 && bits >> (inside > 0 ? inside : 0)) return false;
+        if (matrix.pattern == Pattern::two_of_four && inside > 0 && !two_in_every_four(bits)) return false;
+        const int64_t stored = __builtin_popcountll(bits);
+        bytes += matrix.quant == Quant::q4_0 ? (stored + 1) / 2 : matrix.quant == Quant::q8_0 ? stored : stored * 2;
+    }
+    return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
+}
+
+}  // namespace
+
+int64_t row_bytes(Quant quant, int64_t columns) {
+    if (quant == Quant::q8_0) return columns / block_weights * q8_block_bytes;
+    if (quant == Quant::q4_0) return columns / block_weights * q4_block_bytes;
+    return columns * 2;
+}
+
+Pattern wanted_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    const bool wanted = kernels().wants_two_of_four(quant) && columns % 128 == 0;
+    return wanted && fits_two_of_four(quant, rows, columns, blocks) ? Pattern::two_of_four : Pattern::unstructured;
+}
+
+void count(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
+           int64_t row_end) {
+    kernels().count(quant, pattern, columns, blocks, counts, row_begin, row_end);
+}
+
+void pack(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
+          uint8_t* values, int64_t row_begin, int64_t row_end) {
+    kernels().pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
+}
+
+void unpack(const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
+    kernels().unpack(matrix, blocks, row_begin, row_end);
+}
+
+bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
+    const int64_t step = matrix.pattern == Pattern::two_of_four ? 128 : block_weights;
+    if (matrix.rows < 0 || matrix.columns <= 0 || matrix.columns % step) return false;
+    if (matrix.pattern == Pattern::two_of_four && matrix.quant != Quant::q8_0) return false;
+    if (matrix.offsets[0] != 0 || matrix.offsets[matrix.rows] != values_bytes) return false;
+    for (int64_t r = 0; r < matrix.rows; r++)
+        if (!valid_row(matrix, r)) return false;
+    return true;
+}
+
+int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens) {
+    if (is_quantized(quant)) return QuantizedActivations::bytes(columns, tokens) + slack_bytes;
+    return tokens * padded(columns) * input_bytes(quant) + slack_bytes;
+}
+
+void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
+    kernels().prepare(quant, columns, tokens, token, activation, workspace);
+}
+
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+              int64_t row_begin, int64_t row_end) {
+    kernels().multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+}
+
+const char* instruction_set() { return kernels().name; }
+
+bool use_instruction_set(const char* name) {
+    if (!*name) {
+        chosen = nullptr;
+        return true;
+    }
+    for (const Kernels* kernels : {&portable_kernels, &avx2_kernels, &avx512_kernels})
+        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) {
+            chosen = kernels;
+            return true;
+        }
+    return false;
+}
+
+}  // namespace racdeploy

@@ -1,0 +1,73 @@
+// A sparse weight matrix as bitmasks and stored values, and its product with activations.
+//
+// A row is cut into groups of 256 weights. A group has a head; its stored values follow in the row's stream:
+//
+//   Q8_0, Q4_0   head of 48 bytes: 8 scales (float16, one per 32 weights), 256 mask bits
+//   F16, BF16    head of 32 bytes: 256 mask bits
+//
+// Bit i of the mask, counted from the lowest bit of the first byte, is weight i of the group; 1 means stored. A value is
+// one byte, the code + 128 (Q8_0); four bits, ggml's nibble, the first of two in the low bits, a new byte at every 64th
+// weight (Q4_0); or two bytes (F16, BF16). A row's last group may be short: mask bits and scales beyond the row are 0.
+// Little-endian throughout.
+//
+// Unpacking restores ggml's blocks byte for byte: what is not stored has the code of +0.
+//
+// Nothing here throws or starts a thread: callers give the memory and share the rows out.
+#pragma once
+#include <cstdint>
+
+namespace racdeploy {
+
+enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers
+
+// unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
+// the order of the AVX2 kernel (each 128 weights store 4 runs of 16 values: first, third, second, fourth); Q8_0 only.
+enum class Pattern : int32_t { unstructured = 0, two_of_four = 1 };
+
+constexpr int64_t group_weights = 256;
+constexpr int64_t slack_bytes = 128;  // readable behind the values
+
+struct SparseMatrix {  // a view: owns nothing
+    Quant quant;
+    Pattern pattern;
+    int64_t rows;            // O, outputs
+    int64_t columns;         // I, inputs; a multiple of 32, of 128 for two_of_four
+    const uint8_t* heads;    // rows * groups(columns) * head_bytes(quant)
+    const uint8_t* values;   // slack_bytes readable behind the last one
+    const int64_t* offsets;  // rows + 1; bytes from `values` to each row's first value
+};
+
+constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
+constexpr int64_t head_bytes(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0 ? 48 : 32; }
+int64_t row_bytes(Quant quant, int64_t columns);  // of ggml's own blocks
+
+// Which pattern the kernels of this machine want for these rows. `blocks` is ggml's data of the whole matrix.
+Pattern wanted_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks);
+
+// ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack. Pointers are those of
+// the whole matrix; only rows [row_begin, row_end) are read and written.
+void count(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
+           int64_t row_end);
+void pack(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
+          uint8_t* values, int64_t row_begin, int64_t row_end);
+void unpack(const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end);
+
+// True if heads, offsets and values agree: offsets ascend from 0 to values_bytes, each row's masks count as many values
+// as it has bytes, and no mask bit is set beyond the row. A matrix that comes from a file is used only if it is valid.
+bool valid(const SparseMatrix& matrix, int64_t values_bytes);
+
+// Activations as the kernels want them: for Q8_0 and Q4_0 ggml's Q8_0 rounding of every 32 inputs, for F16 and BF16 the
+// inputs rounded to that type. `workspace` has workspace_bytes, is aligned to 64 bytes, and serves one `quant`.
+int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens);
+void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
+
+// output[t * output_stride + o] = sum over i of weight[o][i] * activation[t][i] for rows o in [row_begin, row_end) and
+// every token t.
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+              int64_t row_begin, int64_t row_end);
+
+// "avx512", "avx2" or "portable": the best that this processor runs, unless another was asked for.
+const char* instruction_set();
+bool use_instruction_set(const char* name);  // false if this processor or this build lacks it; "" for the best
+
+}  // namespace racdeploy
