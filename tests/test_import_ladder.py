@@ -16,6 +16,7 @@ LADDER = (
     {"artifacts", "recipe", "report_model", "models", "scorers"},
     {"tasks", "quant", "packing"},
     {"raconnx", "racgguf"},
+    {"accel"},
     {"backends"},
     {"runtime"},
     {"traces", "export"},
