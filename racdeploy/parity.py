@@ -79,7 +79,8 @@ def hold(
     with opened("transformers", checkpoint.folder, exact) as engine:
         expected_TV = engine.logits(ids)
     note = _hold_f32(checkpoint, settings, backend, exact, ids, expected_TV)
-    return Held(probes, (note, _hold_artifact(checkpoint, artifact, expected_TV, artifact_TV)))
+    notes = note, _hold_artifact(checkpoint, artifact, expected_TV, artifact_TV)
+    return Held(probes, tuple(filter(None, notes)))
 
 
 def _hold_tokens(probes: Sequence[TokenProbe]) -> None:
@@ -100,10 +101,13 @@ def _hold_f32(
     ids: Sequence[int],
     expected_TV: NDArray[np.float32],
 ) -> str:
-    """Compare an F32 file of the checkpoint with torch; return what came out, or why there was none."""
+    """Compare an F32 file of the checkpoint with torch; return what came out, or why there was none.
+
+    Formats other than GGUF compare their float32 form with torch while they export, and their own notes say so.
+    """
     size_bytes = 4 * sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     if settings.format != "gguf":
-        return f"no F32 file was compared with torch: {settings.format} artifacts are held by their own logits"
+        return ""
     if size_bytes > F32_LIMIT_BYTES:
         return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
     plain = settings.model_copy(update={"quant": "f32", "packing": "plain", "tensors": {}, "importance": "none"})

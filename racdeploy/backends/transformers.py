@@ -6,14 +6,17 @@ have ended leave the batch. Weights and arithmetic are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.backends._heap import keep_heap
@@ -124,7 +127,8 @@ class TransformersEngine:
 
 def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
     """Return the prompt ids that transformers' own ``apply_chat_template`` gives for questions of a user."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    with _errors_only():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     conversations = [[{"role": "user", "content": question}] for question in questions]
     return [
         list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
@@ -135,6 +139,17 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
 def open_engine(path: Path, settings: EngineSettings) -> TransformersEngine:
     """Load a Hugging Face folder."""
     return TransformersEngine(path, settings)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep transformers from warning that the model names a class of its own, whose rules may not be the file's."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from racdeploy.packing._layouts import LAYOUTS, Layout
 
-__all__ = ["BY_DTYPE", "Codes", "codes_of", "join", "refusal", "split"]
+__all__ = ["BY_DTYPE", "Codes", "codes_of", "join", "join_rows", "refusal", "split", "split_rows"]
 
 Bytes = NDArray[np.uint8]
 _LEAST_SAVING = 0.03
@@ -77,3 +77,16 @@ def join(codes: Codes, mask: Bytes, kept: NDArray[Any], count: int) -> NDArray[A
     flat = np.full(count, codes.zero, dtype=codes.dtype).view(kept.dtype)
     flat[np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)] = kept
     return flat
+
+
+def split_rows(codes: Codes, quant: Any, packed_OP: Bytes) -> tuple[Bytes, NDArray[Any], Bytes]:
+    """Return the length of a row in eight bytes, the codes of all rows, and the bytes behind the codes of each row."""
+    I = round(packed_OP.shape[1] * 8 / quant.BITS)
+    code_OP, rest_OP = np.split(packed_OP, [I * codes.dtype.itemsize], axis=1)
+    flat = np.ascontiguousarray(code_OP).reshape(-1).view(codes.dtype)
+    return np.array([I], dtype="<u8").view(np.uint8), flat, rest_OP.reshape(-1)
+
+
+def join_rows(flat: NDArray[Any], rest: Bytes, rows: int) -> Bytes:
+    """Return the packed rows again."""
+    return np.concatenate([flat.view(np.uint8).reshape(rows, -1), rest.reshape(rows, -1)], axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.packing._chunks import Taker, blocks_of, pack_chunk, unpack_chunk
-from racdeploy.packing._codes import codes_of, refusal
+from racdeploy.packing._codes import codes_of, join_rows, refusal, split_rows
 
 __all__ = ["FORMATS", "REQUIRES_ZEROS", "fits", "pack", "unpack"]
 
@@ -28,12 +28,10 @@ def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the length of a row, the records of all chunks, and the bytes behind the codes of each row."""
     codes = codes_of(quant)
     assert codes
-    I = round(packed_OP.shape[1] * 8 / quant.BITS)
-    code_OP, rest_OP = np.split(packed_OP, [I * codes.dtype.itemsize], axis=1)
-    plain = np.ascontiguousarray(code_OP).reshape(-1)
-    records = [pack_chunk(codes.layout, chunk, index) for index, chunk in enumerate(blocks_of(codes.layout, plain))]
-    header = np.array([I], dtype="<u8").view(np.uint8)
-    return np.concatenate([header, np.frombuffer(b"".join(records), dtype=np.uint8), rest_OP.reshape(-1)])
+    length, flat, rest = split_rows(codes, quant, packed_OP)
+    chunks = blocks_of(codes.layout, flat.view(np.uint8))
+    records = b"".join(pack_chunk(codes.layout, chunk, index) for index, chunk in enumerate(chunks))
+    return np.concatenate([length, np.frombuffer(records, dtype=np.uint8), rest])
 
 
 def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
@@ -46,11 +44,10 @@ def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8
     assert codes
     take = Taker(stored)
     I = int(take(8).view("<u8")[0])
-    width = codes.dtype.itemsize
-    plain = np.empty(rows * I * width, dtype=np.uint8)
+    plain = np.empty(rows * I * codes.dtype.itemsize, dtype=np.uint8)
     done = 0
     while done < plain.size:
         chunk = unpack_chunk(codes.layout, take)
         plain[done : done + chunk.size] = chunk
         done += chunk.size
-    return np.concatenate([plain.reshape(rows, -1), take(take.left).reshape(rows, -1)], axis=1)
+    return join_rows(plain, take(take.left), rows)

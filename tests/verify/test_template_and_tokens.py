@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from racdeploy.backends.transformers import chat_ids
 from racdeploy.errors import ArtifactError
+from racdeploy.models import EMBEDDED, resolve
 from racdeploy.recipe import Verification
 from racdeploy.report_model import CheckResult
 from racdeploy.runtime.template import PromptEncoder
@@ -42,6 +44,14 @@ def test_prompts_equal_those_of_transformers(folder: Path) -> None:
     """Our rendering and transformers' own, id by id."""
     found = _checked(folder, {}, _expected(folder))
     assert (found.verdict, found.summary) == ("pass", "4 prompts, equal ids")
+
+
+def test_a_foreign_tokenizer_class_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Else transformers warns that the embedded model names a class of Qwen2; other warnings of it stay on."""
+    assert chat_ids(resolve(EMBEDDED).folder, ["2 + 2?"])
+    assert caplog.messages == []
+    PreTrainedTokenizerFast.from_pretrained(resolve(EMBEDDED).folder)
+    assert "not the same type as the class" in caplog.text
 
 
 def test_a_beginning_that_the_tokenizer_demands_may_stand_in_front(folder: Path) -> None:
