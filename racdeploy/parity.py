@@ -79,7 +79,9 @@ def hold(
     with opened("transformers", checkpoint.folder, exact) as engine:
         expected_TV = engine.logits(ids)
     note = _hold_f32(checkpoint, settings, backend, exact, ids, expected_TV)
-    notes = note, _hold_artifact(checkpoint, artifact, expected_TV, artifact_TV)
+    strings = f"{len(probes)} strings tokenize alike, " if probes else ""
+    divergence = _hold_artifact(checkpoint, artifact, expected_TV, artifact_TV)
+    notes = note, f"before the evaluation, {backend}: {strings}{divergence}"
     return Held(probes, tuple(filter(None, notes)))
 
 
@@ -141,4 +143,4 @@ def _hold_artifact(
             f"worst at position {worst} with {kl_T[worst]:.2g}",
             remedy="choose a wider quant; if it stays, report the model: a tensor is wrong",
         )
-    return f"before the evaluation: KL {kl_T.mean():.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens"
+    return f"KL {kl_T.mean():.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, from the prompt's first"

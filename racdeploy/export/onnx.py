@@ -260,7 +260,15 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the graph."""
+    name = PurePosixPath(entry.path).name
+    unpacking = [
+        f"Other programs read the plain graph: `racdeploy unpack {entry.path}`; give what it writes the name {name} "
+        f"in a copy of this folder, without {sidecar_name(name)}.",
+        "",
+    ]
     return [
-        'optimum: `ORTModelForCausalLM.from_pretrained(".")` · onnxruntime-genai: `onnxruntime_genai.Model(".")` · '
-        "transformers.js: `AutoModelForCausalLM.from_pretrained(…)`, in Node or in a browser",
+        *(unpacking if entry.packing == "bitmask_sidecar" else []),
+        '- optimum: `ORTModelForCausalLM.from_pretrained(".")`',
+        '- onnxruntime-genai: `onnxruntime_genai.Model(".")`',
+        "- transformers.js, in Node or in a browser: `AutoModelForCausalLM.from_pretrained(…)`",
     ]

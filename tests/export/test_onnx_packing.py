@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from racdeploy import raconnx
+from racdeploy.artifacts import ArtifactEntry
 from racdeploy.backends import EngineSettings
 from racdeploy.backends.onnxruntime import open_engine
 from racdeploy.checkpoint import Checkpoint, file_sha256
@@ -124,6 +125,23 @@ def test_plain_onnxruntime_reads_the_graph_and_refuses_the_sidecar(sparse: Check
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx_packed"]
     export(sparse, tmp_path / "m.onnx", quant="f16")
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_card_says_what_other_programs_need() -> None:
+    """A graph with its weights beside it is unpacked first; one that unfolds itself is read as it is."""
+    for packing, unpacks in (("bitmask_sidecar", True), ("bitmask_graph", False)):
+        path = "onnx/model_fp16.onnx"
+        values = {
+            "path": path,
+            "format": "onnx",
+            "quant": "f16",
+            "size_bytes": 1,
+            "sha256": "",
+            "backend": "onnxruntime",
+        }
+        lines = onnx_format.usage(ArtifactEntry(packing=packing, **values))
+        assert any("racdeploy unpack onnx/model_fp16.onnx" in line for line in lines) == unpacks
+        assert sum(line.startswith("- ") for line in lines) == 3
 
 
 def test_a_large_model_is_refused_with_its_price(
