@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-SOURCES = Path(__file__).parents[1] / "racdeploy" / "accel" / "sources"
-CORE = ("c_api.cpp", "sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
+from racdeploy.accel._build import KERNELS, Library
+
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 PATTERNS = {"unstructured": 0, "two_of_four": 1}
+_WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 
 
-def compile_kernels(folder: Path, *flags: str) -> Path:
-    """Compile the kernels into a shared library.
-
-    Raises:
-        RuntimeError: there is no C++ compiler.
-    """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise RuntimeError("the kernel tests need g++ or clang++")
-    library = folder / "libkernels.so"
-    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", *flags]
-    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
-    subprocess.run([*command, *warnings, *(str(SOURCES / name) for name in CORE), "-o", str(library)], check=True)
-    return library
+def build_kernels(*flags: str) -> Path:
+    """Compile the kernels and their C functions; return the library."""
+    return Library("test-kernels", (*KERNELS, "c_api.cpp"), flags=(*_WARNINGS, *flags)).build()
 
 
 class _View(ctypes.Structure):

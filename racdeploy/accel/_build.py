@@ -27,12 +27,12 @@ KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
 # Each file is compiled for its own instruction set, and decides when it runs whether the processor has it.
 _X86_FLAGS = {
-    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"),
     "avx512.cpp": tuple(
         f"-m{name}"
         for name in (
             "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bf16",
-            "avx2", "fma", "f16c", "bmi2",
+            "avx2", "fma", "f16c", "bmi2", "popcnt",
         )
     ),
 }  # fmt: skip

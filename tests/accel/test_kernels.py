@@ -11,14 +11,14 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sparse_kernels import PATTERNS, QUANTS, SLACK_BYTES, Packed, SparseKernels, compile_kernels
+from tests.sparse_kernels import PATTERNS, QUANTS, SLACK_BYTES, Packed, SparseKernels, build_kernels
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> SparseKernels:
-    return SparseKernels(compile_kernels(tmp_path_factory.mktemp("kernels")))
+def kernels() -> SparseKernels:
+    return SparseKernels(build_kernels())
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

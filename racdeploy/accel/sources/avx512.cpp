@@ -1,8 +1,626 @@
+// AVX-512 with VBMI, VBMI2, VNNI and BF16: one instruction spreads stored bytes over their mask.
+//
+// Weights are unsigned (code + zero point), inputs signed, as VPDPBUSD wants them; what is not stored is the zero point
+// itself, so the surplus of a block is the zero point times the sum of its inputs, which `prepare` has taken off already.
+//
+// Few tokens: a row at a time, spread and multiplied in registers. Many tokens: 16 rows are spread and transposed into a
+// tile that every token then uses.
 #include "kernels.h"
 
-namespace racdeploy {
+#if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && \
+    defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__)
+#include <immintrin.h>
 
-// No kernels of this instruction set yet.
-const Kernels avx512_kernels = {"avx512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+namespace racdeploy {
+namespace {
+
+// VPEXPANDB from memory is microcoded on Zen 4 and 5; the empty asm keeps gcc from folding the load into it.
+inline __m512i load_apart(const void* from) {
+    __m512i bytes = _mm512_loadu_si512(from);
+    asm("" : "+v"(bytes));
+    return bytes;
+}
+
+// VPEXPAND into a zeroed register waits on Zen 5 for what the register held before; a zero that gcc cannot see through,
+// and so cannot turn into that form, does not.
+inline __m512i apart_zero() {
+    __m512i zero;
+    asm("vpxord %0, %0, %0" : "=v"(zero));
+    return zero;
+}
+
+inline int64_t popcount(uint64_t bits) { return __builtin_popcountll(bits); }
+
+// 64 nibbles of 32 bytes, in order, each in a byte of its own.
+inline __m512i nibbles(__m256i pairs) {
+    const __m512i shifts = _mm512_set1_epi64(0x1c1814100c080400);
+    const __m512i wide = _mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu32_epi64(pairs));
+    return _mm512_and_si512(wide, _mm512_set1_epi8(15));
+}
+
+// 64 weights as unsigned codes: the zero point where nothing is stored.
+template <Quant quant>
+inline __m512i spread(uint64_t mask, const uint8_t* values) {
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(zero_point(quant)));
+    if (quant == Quant::q8_0) return _mm512_mask_expand_epi8(zero, mask, load_apart(values));
+    return _mm512_mask_expand_epi8(zero, mask, nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))));
+}
+
+template <Quant quant>
+inline int64_t chunk_bytes(uint64_t mask) {  // stored for 64 weights
+    return quant == Quant::q8_0 ? popcount(mask) : (popcount(mask) + 1) / 2;
+}
+
+// ---- packing ----
+
+inline __m512i q8_codes(const uint8_t* blocks, bool second) {  // code + 128 of 64 weights, 128 where there is no block
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + 2));
+    const __m256i high = second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks + q8_block_bytes + 2))
+                                : _mm256_setzero_si256();
+    return _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1),
+                            _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+
+inline __m256i q4_block_codes(const uint8_t* block) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2));
+    const __m256i both = _mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs);
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+inline __m512i q4_codes(const uint8_t* blocks, bool second) {
+    const __m256i high = second ? q4_block_codes(blocks + q4_block_bytes) : _mm256_set1_epi8(8);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(q4_block_codes(blocks)), high, 1);
+}
+
+template <Quant quant>
+inline __m512i codes_of(const uint8_t* row, int64_t columns, int64_t column) {
+    const bool second = column + block_weights < columns;
+    const int64_t block = column / block_weights;
+    return quant == Quant::q8_0 ? q8_codes(row + block * q8_block_bytes, second)
+                                : q4_codes(row + block * q4_block_bytes, second);
+}
+
+template <Quant quant>
+inline uint64_t stored_mask(__m512i codes) {
+    return _mm512_cmpneq_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(zero_point(quant))));
+}
+
+inline uint32_t stored_mask_16(__m512i values) { return _mm512_test_epi16_mask(values, values); }
+
+template <Quant quant>
+void count_quantized(int64_t columns, const uint8_t* blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
+    for (int64_t r = row_begin; r < row_end; r++) {
+        int64_t bytes = 0;
+        for (int64_t column = 0; column < columns; column += 64)
+            bytes += chunk_bytes<quant>(
+                stored_mask<quant>(codes_of<quant>(blocks + r * row_bytes(quant, columns), columns, column)));
+        counts[r] = bytes;
+    }
+}
+
+void count_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
+                int64_t row_end) {
+    const uint8_t* from = static_cast<const uint8_t*>(blocks);
+    if (pattern != Pattern::unstructured) {
+        portable_kernels.count(quant, pattern, columns, blocks, counts, row_begin, row_end);
+    } else if (quant == Quant::q8_0) {
+        count_quantized<Quant::q8_0>(columns, from, counts, row_begin, row_end);
+    } else if (quant == Quant::q4_0) {
+        count_quantized<Quant::q4_0>(columns, from, counts, row_begin, row_end);
+    } else {
+        for (int64_t r = row_begin; r < row_end; r++) {
+            int64_t stored = 0;
+            for (int64_t column = 0; column < columns; column += 32)
+                stored += popcount(stored_mask_16(_mm512_loadu_si512(from + (r * columns + column) * 2)));
+            counts[r] = stored * 2;
+        }
+    }
+}
+
+template <Quant quant>
+inline void write_values(uint8_t* values, uint64_t mask, __m512i codes) {
+    const __m512i stored = _mm512_maskz_compress_epi8(mask, codes);
+    const int64_t bytes = chunk_bytes<quant>(mask);
+    if (quant == Quant::q8_0) {
+        _mm512_mask_storeu_epi8(values, _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(bytes)), stored);
+        return;
+    }
+    const __m512i pairs = _mm512_maddubs_epi16(stored, _mm512_set1_epi16(0x1001));  // first + 16 * second
+    _mm256_mask_storeu_epi8(values, static_cast<uint32_t>(_bzhi_u64(~uint64_t{0}, static_cast<unsigned>(bytes))),
+                            _mm512_cvtepi16_epi8(pairs));
+}
+
+template <Quant quant>
+void pack_quantized(int64_t columns, const uint8_t* blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values,
+                    int64_t row_begin, int64_t row_end) {
+    constexpr int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
+    for (int64_t r = row_begin; r < row_end; r++) {
+        const uint8_t* row = blocks + r * row_bytes(quant, columns);
+        uint8_t* head = heads + r * groups(columns) * head_bytes(quant);
+        uint8_t* to = values + offsets[r];
+        for (int64_t start = 0; start < columns; start += group_weights, head += head_bytes(quant)) {
+            std::memset(head, 0, static_cast<size_t>(head_bytes(quant)));
+            for (int64_t i = 0; i < 8 && start + i * block_weights < columns; i++)
+                std::memcpy(head + 2 * i, row + (start / block_weights + i) * block_bytes, 2);
+            for (int64_t i = 0; i < 4 && start + i * 64 < columns; i++) {
+                const __m512i codes = codes_of<quant>(row, columns, start + i * 64);
+                const uint64_t mask = stored_mask<quant>(codes);
+                std::memcpy(head + 16 + 8 * i, &mask, 8);
+                write_values<quant>(to, mask, codes);
+                to += chunk_bytes<quant>(mask);
+            }
+        }
+    }
+}
+
+void pack_16(Quant quant, int64_t columns, const uint8_t* blocks, const int64_t* offsets, uint8_t* heads,
+             uint8_t* values, int64_t row_begin, int64_t row_end) {
+    for (int64_t r = row_begin; r < row_end; r++) {
+        uint8_t* masks = heads + r * groups(columns) * head_bytes(quant);
+        std::memset(masks, 0, static_cast<size_t>(groups(columns) * head_bytes(quant)));
+        uint8_t* to = values + offsets[r];
+        for (int64_t column = 0; column < columns; column += 32) {
+            const __m512i from = _mm512_loadu_si512(blocks + (r * columns + column) * 2);
+            const uint32_t mask = stored_mask_16(from);
+            std::memcpy(masks + column / 8, &mask, 4);
+            const int64_t stored = popcount(mask);
+            _mm512_mask_storeu_epi16(to, _bzhi_u32(~0u, static_cast<unsigned>(stored)),
+                                     _mm512_maskz_compress_epi16(mask, from));
+            to += stored * 2;
+        }
+    }
+}
+
+void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
+               uint8_t* values, int64_t row_begin, int64_t row_end) {
+    const uint8_t* from = static_cast<const uint8_t*>(blocks);
+    if (pattern != Pattern::unstructured)
+        portable_kernels.pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
+    else if (quant == Quant::q8_0)
+        pack_quantized<Quant::q8_0>(columns, from, offsets, heads, values, row_begin, row_end);
+    else if (quant == Quant::q4_0)
+        pack_quantized<Quant::q4_0>(columns, from, offsets, heads, values, row_begin, row_end);
+    else
+        pack_16(quant, columns, from, offsets, heads, values, row_begin, row_end);
+}
+
+// ---- inputs ----
+
+template <Quant quant>
+void prepare_quantized(int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
+    const QuantizedActivations to(columns, tokens, workspace);
+    const int64_t start = token * to.padded_columns;
+    const __m256i zeros = _mm256_set1_epi8(static_cast<char>(zero_point(quant)));
+    for (int64_t column = 0; column < to.padded_columns; column += block_weights) {
+        const int64_t at = start + column;
+        if (column >= columns) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.codes + at), _mm256_setzero_si256());
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.quad_offsets + at / 4), _mm256_setzero_si256());
+            to.block_offsets[at / block_weights] = 0;
+            to.scales[at / block_weights] = 0;
+            continue;
+        }
+        const __m512 low = _mm512_loadu_ps(activation + column), high = _mm512_loadu_ps(activation + column + 16);
+        const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+        const __m512 inverse = _mm512_set1_ps(largest != 0 ? 127.0f / largest : 0);
+        const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
+        const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
+        const __m256i codes = _mm256_set_m128i(second, first);
+        const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), zeros, codes);
+        const __m256i offsets = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.codes + at), codes);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.quad_offsets + at / 4), offsets);
+        to.block_offsets[at / block_weights] = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(offsets));
+        to.scales[at / block_weights] = _cvtsh_ss(_cvtss_sh(largest / 127.0f, 0));
+    }
+}
+
+void prepare_token(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
+                   void* workspace) {
+    if (quant == Quant::q8_0) return prepare_quantized<Quant::q8_0>(columns, tokens, token, activation, workspace);
+    if (quant == Quant::q4_0) return prepare_quantized<Quant::q4_0>(columns, tokens, token, activation, workspace);
+    if (quant == Quant::bf16) return portable_kernels.prepare(quant, columns, tokens, token, activation, workspace);
+    float* inputs = static_cast<float*>(workspace) + token * padded(columns);
+    for (int64_t column = 0; column < padded(columns); column += 16) {
+        const __m512 from = column < columns ? _mm512_loadu_ps(activation + column) : _mm512_setzero_ps();
+        _mm512_storeu_ps(inputs + column, _mm512_cvtph_ps(_mm512_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT)));
+    }
+}
+
+// ---- few tokens: row by row ----
+
+// Lane l of chunk i holds weights of block 2i + (l >= 8): which of a group's 8 scales it takes.
+inline __m512i scale_lanes(int chunk) {
+    const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_add_epi32(halves, _mm512_set1_epi32(2 * chunk));
+}
+
+template <Quant quant, int tokens>
+void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from, float* output,
+                  int64_t output_stride) {
+    constexpr int chains = 4 / tokens;
+    const int64_t padded_columns = from.padded_columns;
+    const uint8_t* head = matrix.heads + row * groups(matrix.columns) * head_bytes(quant);
+    const uint8_t* values = matrix.values + matrix.offsets[row];
+    __m512 sums[tokens][chains];
+    for (auto& chain : sums)
+        for (auto& sum : chain) sum = _mm512_setzero_ps();
+    for (int64_t column = 0; column < padded_columns; column += group_weights, head += head_bytes(quant)) {
+        const __m256 weight_scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head)));
+        __m512 scales[tokens];
+        for (int t = 0; t < tokens; t++) {
+            const int64_t at = t * padded_columns + column;
+            scales[t] = _mm512_castps256_ps512(
+                _mm256_mul_ps(weight_scales, _mm256_loadu_ps(from.scales + at / block_weights)));
+        }
+#pragma GCC unroll 4
+        for (int chunk = 0; chunk < 4; chunk++) {
+            const uint64_t mask = load<uint64_t>(head + 16 + 8 * chunk);
+            const __m512i weights = spread<quant>(mask, values);
+            values += chunk_bytes<quant>(mask);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                const int64_t at = t * padded_columns + column + 64 * chunk;
+                const __m512i products =
+                    _mm512_dpbusd_epi32(_mm512_loadu_si512(from.quad_offsets + at / 4), weights,
+                                        _mm512_loadu_si512(from.codes + at));
+                __m512& sum = sums[t][chunk % chains];
+                sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products),
+                                      _mm512_permutexvar_ps(scale_lanes(chunk), scales[t]), sum);
+            }
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        __m512 sum = sums[t][0];
+        for (int chain = 1; chain < chains; chain++) sum = _mm512_add_ps(sum, sums[t][chain]);
+        output[t * output_stride + row] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+template <Quant quant, int tokens>
+void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, float* output, int64_t output_stride,
+                     int64_t row_begin, int64_t row_end) {
+    for (int64_t row = row_begin; row < row_end; row++)
+        multiply_row<quant, tokens>(matrix, row, from, output, output_stride);
+}
+
+// ---- many tokens: 16 rows at a time ----
+
+// Dword d of row r becomes dword r of column d.
+inline void transpose_16(__m512i (&rows)[16]) {
+    __m512i pairs[16], quads[16];
+    for (int i = 0; i < 8; i++) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            quads[4 * i + 2 * half] = _mm512_unpacklo_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
+            quads[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
+        }
+    for (int c = 0; c < 4; c++) {  // lane l of quads[4i + c]: column 4l + c of rows 4i to 4i + 3
+        const __m512i even = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd);
+        const __m512i even_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xdd);
+        rows[c] = _mm512_shuffle_i32x4(even, even_high, 0x88);
+        rows[8 + c] = _mm512_shuffle_i32x4(even, even_high, 0xdd);
+        rows[4 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
+        rows[12 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
+    }
+}
+
+constexpr int64_t tile_rows = 16;
+
+// Sixteen rows, spread: for every 4 columns a register of 16 dwords, and for every block 16 scales.
+struct Tile {
+    __m512i* quads;  // [padded / 4]
+    __m512* scales;  // [padded / 32]
+};
+
+template <Quant quant>
+void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, const Tile& tile) {
+    const int64_t padded_columns = padded(matrix.columns);
+    const uint8_t* values[tile_rows];
+    for (int64_t r = 0; r < rows; r++) values[r] = matrix.values + matrix.offsets[row_begin + r];
+    const int64_t heads_of_row = groups(matrix.columns) * head_bytes(quant);
+    alignas(64) float scales[8][tile_rows] = {};
+    for (int64_t column = 0; column < padded_columns; column += group_weights) {
+        const uint8_t* head = matrix.heads + row_begin * heads_of_row + column / group_weights * head_bytes(quant);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t block = 0; block < 8; block++)
+                scales[block][r] = _cvtsh_ss(load<uint16_t>(head + r * heads_of_row + 2 * block));
+        for (int64_t block = 0; block < 8; block++)
+            tile.scales[column / block_weights + block] = _mm512_load_ps(scales[block]);
+        for (int64_t chunk = 0; chunk < 4; chunk++) {
+            __m512i lines[tile_rows];
+            for (int64_t r = 0; r < tile_rows; r++) {
+                if (r >= rows) {
+                    lines[r] = _mm512_setzero_si512();
+                    continue;
+                }
+                const uint64_t mask = load<uint64_t>(head + r * heads_of_row + 16 + 8 * chunk);
+                lines[r] = spread<quant>(mask, values[r]);
+                values[r] += chunk_bytes<quant>(mask);
+            }
+            transpose_16(lines);
+            for (int64_t i = 0; i < 16; i++) _mm512_store_si512(tile.quads + column / 4 + chunk * 16 + i, lines[i]);
+        }
+    }
+}
+
+template <int tokens>
+inline void multiply_tile(const Tile& tile, int64_t columns, const QuantizedActivations& from, int64_t token,
+                          float* output, int64_t output_stride, __mmask16 rows) {
+    __m512 sums[tokens];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    const int64_t at = token * from.padded_columns, step = from.padded_columns;
+    for (int64_t column = 0; column < columns; column += block_weights) {
+        __m512i products[tokens];
+        for (int t = 0; t < tokens; t++)
+            products[t] = _mm512_set1_epi32(from.block_offsets[(at + t * step + column) / block_weights]);
+#pragma GCC unroll 8
+        for (int quad = 0; quad < 8; quad++) {
+            const __m512i weights = _mm512_load_si512(tile.quads + column / 4 + quad);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++) {
+                const int32_t codes = load<int32_t>(from.codes + at + t * step + column + 4 * quad);
+                products[t] = _mm512_dpbusd_epi32(products[t], weights, _mm512_set1_epi32(codes));
+            }
+        }
+        const __m512 weight_scales = tile.scales[column / block_weights];
+        for (int t = 0; t < tokens; t++) {
+            const __m512 scale = _mm512_set1_ps(from.scales[(at + t * step + column) / block_weights]);
+            sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t]), _mm512_mul_ps(weight_scales, scale), sums[t]);
+        }
+    }
+    for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + (token + t) * output_stride, rows, sums[t]);
+}
+
+// As many tokens as keep both multipliers busy: a product waits 4 cycles for the one before.
+constexpr int tile_tokens = 8;
+
+// Calls run with a std::integral_constant of `tokens`, from 1 to `most`.
+template <int most, typename Run>
+inline void with_tokens(int64_t tokens, const Run& run) {
+    if constexpr (most > 1)
+        if (tokens < most) return with_tokens<most - 1>(tokens, run);
+    run(std::integral_constant<int, most>());
+}
+
+// Memory of one thread, kept between calls.
+class Scratch {
+public:
+    ~Scratch() { std::free(memory_); }
+    void* bytes(int64_t wanted) {  // aligned to 64; null if there is none
+        if (wanted > size_) {
+            std::free(memory_);
+            memory_ = std::aligned_alloc(64, static_cast<size_t>((wanted + 63) / 64 * 64));
+            size_ = memory_ ? wanted : 0;
+        }
+        return memory_;
+    }
+
+private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+void* scratch_of_thread(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.bytes(bytes);
+}
+
+template <Quant quant>
+bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, float* output,
+                      int64_t output_stride, int64_t row_begin, int64_t row_end) {
+    const int64_t quads = from.padded_columns / 4, blocks = from.padded_columns / block_weights;
+    void* memory = scratch_of_thread((quads + blocks) * 64);
+    if (!memory) return false;
+    const Tile tile{static_cast<__m512i*>(memory), reinterpret_cast<__m512*>(static_cast<__m512i*>(memory) + quads)};
+    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+        const int64_t rows = std::min(row_end - row, tile_rows);
+        const __mmask16 kept = static_cast<__mmask16>((1 << rows) - 1);
+        spread_tile<quant>(matrix, row, rows, tile);
+        for (int64_t t = 0; t < tokens;) {
+            const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
+            with_tokens<tile_tokens>(step, [&](auto known) {
+                multiply_tile<known.value>(tile, matrix.columns, from, t, output + row, output_stride, kept);
+            });
+            t += step;
+        }
+    }
+    return true;
+}
+
+template <Quant quant>
+void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
+                        int64_t output_stride, int64_t row_begin, int64_t row_end) {
+    const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
+    if (tokens == 1)
+        multiply_by_row<quant, 1>(matrix, from, output, output_stride, row_begin, row_end);
+    else if (tokens == 2)
+        multiply_by_row<quant, 2>(matrix, from, output, output_stride, row_begin, row_end);
+    else if (!multiply_by_tile<quant>(matrix, tokens, from, output, output_stride, row_begin, row_end))
+        portable_kernels.multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+}
+
+// ---- F16 and BF16 ----
+
+struct Half {
+    static constexpr int64_t input_bytes = 4, tile_columns = 1;  // columns that share a register of a tile
+    static inline __m512 add(__m512 sum, __m512i weights, const uint8_t* inputs) {
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(weights));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(weights, 1));
+        sum = _mm512_fmadd_ps(low, _mm512_loadu_ps(inputs), sum);
+        return _mm512_fmadd_ps(high, _mm512_loadu_ps(inputs + 64), sum);
+    }
+    // `pairs` holds two columns of 16 rows.
+    static inline void store_tile(__m512i* tile, __m512i pairs) {
+        _mm512_store_ps(tile, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)));
+        _mm512_store_ps(tile + 1, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16))));
+    }
+    static inline __m512 add_tile(__m512 sum, __m512i weights, const uint8_t* input) {
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(weights), _mm512_set1_ps(load<float>(input)), sum);
+    }
+};
+
+struct Bfloat {
+    static constexpr int64_t input_bytes = 2, tile_columns = 2;
+    static inline __m512 add(__m512 sum, __m512i weights, const uint8_t* inputs) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_loadu_si512(inputs));
+    }
+    static inline void store_tile(__m512i* tile, __m512i pairs) { _mm512_store_si512(tile, pairs); }
+    static inline __m512 add_tile(__m512 sum, __m512i weights, const uint8_t* input) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(load<int32_t>(input)));
+    }
+};
+
+template <typename Value, int rows>
+void multiply_rows_16(const SparseMatrix& matrix, int64_t row, const uint8_t* inputs, float* output) {
+    const uint8_t *masks[rows], *values[rows];
+    __m512 sums[rows][2];
+    for (int r = 0; r < rows; r++) {
+        masks[r] = matrix.heads + (row + r) * groups(matrix.columns) * 32;
+        values[r] = matrix.values + matrix.offsets[row + r];
+        sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    }
+    for (int64_t column = 0; column < matrix.columns; column += 64) {  // a last half chunk has an empty mask
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const uint32_t mask = load<uint32_t>(masks[r] + column / 8 + 4 * half);
+                const __m512i weights = _mm512_mask_expand_epi16(apart_zero(), mask, load_apart(values[r]));
+                values[r] += 2 * popcount(mask);
+                sums[r][half] =
+                    Value::add(sums[r][half], weights, inputs + (column + 32 * half) * Value::input_bytes);
+            }
+    }
+    for (int r = 0; r < rows; r++) output[row + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]));
+}
+
+template <typename Value>
+void spread_tile_16(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, __m512i* tile) {
+    const int64_t masks_of_row = groups(matrix.columns) * 32;
+    const uint8_t* values[tile_rows];
+    for (int64_t r = 0; r < rows; r++) values[r] = matrix.values + matrix.offsets[row_begin + r];
+    for (int64_t column = 0; column < matrix.columns; column += 32) {
+        __m512i lines[tile_rows];
+        for (int64_t r = 0; r < tile_rows; r++) {
+            lines[r] = _mm512_setzero_si512();
+            if (r >= rows) continue;
+            const uint32_t mask = load<uint32_t>(matrix.heads + (row_begin + r) * masks_of_row + column / 8);
+            lines[r] = _mm512_mask_expand_epi16(apart_zero(), mask, load_apart(values[r]));
+            values[r] += 2 * popcount(mask);
+        }
+        transpose_16(lines);
+        for (int64_t i = 0; i < 16; i++) Value::store_tile(tile + (column + 2 * i) / Value::tile_columns, lines[i]);
+    }
+}
+
+template <typename Value, int tokens>
+inline void multiply_tile_16(const __m512i* tile, int64_t columns, const uint8_t* inputs, int64_t token_bytes,
+                             float* output, int64_t output_stride, __mmask16 rows) {
+    __m512 totals[tokens];
+    for (auto& total : totals) total = _mm512_setzero_ps();
+    for (int64_t start = 0; start < columns; start += group_weights) {  // short sums, then their sum: rounds less
+        __m512 sums[tokens];
+        for (auto& sum : sums) sum = _mm512_setzero_ps();
+        const int64_t end = std::min(columns, start + group_weights);
+        for (int64_t column = start; column < end; column += Value::tile_columns) {
+            const __m512i weights = _mm512_load_si512(tile + column / Value::tile_columns);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++)
+                sums[t] = Value::add_tile(sums[t], weights, inputs + t * token_bytes + column * Value::input_bytes);
+        }
+        for (int t = 0; t < tokens; t++) totals[t] = _mm512_add_ps(totals[t], sums[t]);
+    }
+    for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + t * output_stride, rows, totals[t]);
+}
+
+template <typename Value>
+bool multiply_by_tile_16(const SparseMatrix& matrix, int64_t tokens, const uint8_t* inputs, float* output,
+                         int64_t output_stride, int64_t row_begin, int64_t row_end) {
+    const int64_t token_bytes = padded(matrix.columns) * Value::input_bytes;
+    __m512i* tile = static_cast<__m512i*>(scratch_of_thread(matrix.columns / Value::tile_columns * 64));
+    if (!tile) return false;
+    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+        const int64_t rows = std::min(row_end - row, tile_rows);
+        spread_tile_16<Value>(matrix, row, rows, tile);
+        for (int64_t t = 0; t < tokens;) {
+            const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
+            with_tokens<tile_tokens>(step, [&](auto known) {
+                multiply_tile_16<Value, known.value>(tile, matrix.columns, inputs + t * token_bytes, token_bytes,
+                                                     output + t * output_stride + row, output_stride,
+                                                     static_cast<__mmask16>((1 << rows) - 1));
+            });
+            t += step;
+        }
+    }
+    return true;
+}
+
+template <typename Value>
+void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
+                 int64_t output_stride, int64_t row_begin, int64_t row_end) {
+    const uint8_t* inputs = static_cast<const uint8_t*>(workspace);
+    if (tokens > 4 && multiply_by_tile_16<Value>(matrix, tokens, inputs, output, output_stride, row_begin, row_end))
+        return;
+    for (int64_t row = row_begin; row < row_end;) {
+        const int64_t step = row_end - row >= 4 ? 4 : 1;
+        for (int64_t t = 0; t < tokens; t++) {
+            const uint8_t* from = inputs + t * padded(matrix.columns) * Value::input_bytes;
+            if (step == 4)
+                multiply_rows_16<Value, 4>(matrix, row, from, output + t * output_stride);
+            else
+                multiply_rows_16<Value, 1>(matrix, row, from, output + t * output_stride);
+        }
+        row += step;
+    }
+}
+
+void multiply_rows(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
+                   int64_t output_stride, int64_t row_begin, int64_t row_end) {
+    const auto run = matrix.pattern != Pattern::unstructured ? portable_kernels.multiply
+                     : matrix.quant == Quant::q8_0           ? multiply_quantized<Quant::q8_0>
+                     : matrix.quant == Quant::q4_0           ? multiply_quantized<Quant::q4_0>
+                     : matrix.quant == Quant::f16            ? multiply_16<Half>
+                                                             : multiply_16<Bfloat>;
+    run(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+}
+
+bool runs_here() {
+    return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace
+
+const Kernels avx512_kernels = {
+    "avx512",
+    runs_here,
+    [](Quant) { return false; },
+    count_rows,
+    pack_rows,
+    [](const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
+        portable_kernels.unpack(matrix, blocks, row_begin, row_end);
+    },
+    prepare_token,
+    multiply_rows,
+};
 
 }  // namespace racdeploy
+
+#else
+
+namespace racdeploy {
+const Kernels avx512_kernels = {"avx512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+}  // namespace racdeploy
+
+#endif
