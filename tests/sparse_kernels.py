@@ -63,6 +63,10 @@ class SparseKernels:
         """Choose the kernels; False where this processor lacks them."""
         return bool(self._library.rac_use_instruction_set(instruction_set.encode()))
 
+    def preferred_pattern(self) -> str:
+        """Return what these kernels make of a 2:4 matrix: only AVX2 gains from a fixed stride."""
+        return "two_of_four" if self._library.rac_instruction_set() == b"avx2" else "unstructured"
+
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
         number = self._library.rac_wanted_pattern(QUANTS[quant], _int64(len(blocks)), _int64(columns), _pointer(blocks))
         return list(PATTERNS)[number]

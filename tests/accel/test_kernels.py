@@ -83,6 +83,7 @@ def test_two_of_four_is_found_and_restored(chosen: SparseKernels) -> None:
     assert set(np.diff(packed.offsets)) == {192}
     assert chosen.valid(packed)
     assert chosen.unpack(packed).tobytes() == blocks.tobytes()
+    assert chosen.wanted_pattern("q8_0", blocks, 384) == chosen.preferred_pattern()
     unstructured = draw_blocks("q8_0", 5, 384, 0.5)
     assert chosen.wanted_pattern("q8_0", unstructured, 384) == "unstructured"
 
@@ -106,6 +107,8 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_two_of_four_products(chosen: SparseKernels, tokens: int) -> None:
     blocks = draw_two_of_four(21, 640)
+    codes = blocks.reshape(21, -1, 34)[:, :, 2:]
+    codes[codes == 127] = 128  # -128, the code that has no positive twin
     activation_TI = draw_activations(tokens, 640)
     expected_TO = round_inputs("q8_0", activation_TI) @ dequantize("q8_0", blocks).T
     output_TO = chosen.multiply(chosen.pack("q8_0", blocks, 640, "two_of_four"), activation_TI, cut=8)

@@ -1,10 +1,11 @@
 // AVX-512 with VBMI, VBMI2, VNNI and BF16: one instruction spreads stored bytes over their mask.
 //
 // Weights are unsigned (code + zero point), inputs signed, as VPDPBUSD wants them; what is not stored is the zero point
-// itself, so the surplus of a block is the zero point times the sum of its inputs, which `prepare` has taken off already.
+// itself, so the surplus of a block is the zero point times the sum of its inputs, which `prepare` has taken off
+// already.
 //
-// Few tokens: a row at a time, spread and multiplied in registers. Many tokens: 16 rows are spread and transposed into a
-// tile that every token then uses.
+// Few tokens: a row at a time, spread and multiplied in registers. Many tokens: 16 rows are spread and transposed into
+// a tile that every token then uses.
 #include "kernels.h"
 
 #if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && \
@@ -12,7 +13,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <type_traits>
 
 namespace racdeploy {
@@ -175,8 +175,8 @@ void pack_16(Quant quant, int64_t columns, const uint8_t* blocks, const int64_t*
     }
 }
 
-void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-               uint8_t* values, int64_t row_begin, int64_t row_end) {
+void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets,
+               uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end) {
     const uint8_t* from = static_cast<const uint8_t*>(blocks);
     if (pattern != Pattern::unstructured)
         portable_kernels.pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
@@ -254,8 +254,8 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
         __m512 scales[tokens];
         for (int t = 0; t < tokens; t++) {
             const int64_t at = t * padded_columns + column;
-            scales[t] = _mm512_castps256_ps512(
-                _mm256_mul_ps(weight_scales, _mm256_loadu_ps(from.scales + at / block_weights)));
+            scales[t] =
+                _mm512_castps256_ps512(_mm256_mul_ps(weight_scales, _mm256_loadu_ps(from.scales + at / block_weights)));
         }
 #pragma GCC unroll 4
         for (int chunk = 0; chunk < 4; chunk++) {
@@ -265,9 +265,8 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; t++) {
                 const int64_t at = t * padded_columns + column + 64 * chunk;
-                const __m512i products =
-                    _mm512_dpbusd_epi32(_mm512_loadu_si512(from.quad_offsets + at / 4), weights,
-                                        _mm512_loadu_si512(from.codes + at));
+                const __m512i products = _mm512_dpbusd_epi32(_mm512_loadu_si512(from.quad_offsets + at / 4), weights,
+                                                             _mm512_loadu_si512(from.codes + at));
                 __m512& sum = sums[t][chunk % chains];
                 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products),
                                       _mm512_permutexvar_ps(scale_lanes(chunk), scales[t]), sum);
@@ -392,29 +391,6 @@ inline void with_tokens(int64_t tokens, const Run& run) {
     run(std::integral_constant<int, most>());
 }
 
-// Memory of one thread, kept between calls.
-class Scratch {
-public:
-    ~Scratch() { std::free(memory_); }
-    void* bytes(int64_t wanted) {  // aligned to 64; null if there is none
-        if (wanted > size_) {
-            std::free(memory_);
-            memory_ = std::aligned_alloc(64, static_cast<size_t>((wanted + 63) / 64 * 64));
-            size_ = memory_ ? wanted : 0;
-        }
-        return memory_;
-    }
-
-private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-void* scratch_of_thread(int64_t bytes) {
-    static thread_local Scratch scratch;
-    return scratch.bytes(bytes);
-}
-
 template <Quant quant>
 bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, float* output,
                       int64_t output_stride, int64_t row_begin, int64_t row_end) {
@@ -497,8 +473,7 @@ void multiply_rows_16(const SparseMatrix& matrix, int64_t row, const uint8_t* in
                 const uint32_t mask = load<uint32_t>(masks[r] + column / 8 + 4 * half);
                 const __m512i weights = _mm512_mask_expand_epi16(apart_zero(), mask, load_apart(values[r]));
                 values[r] += 2 * popcount(mask);
-                sums[r][half] =
-                    Value::add(sums[r][half], weights, inputs + (column + 32 * half) * Value::input_bytes);
+                sums[r][half] = Value::add(sums[r][half], weights, inputs + (column + 32 * half) * Value::input_bytes);
             }
     }
     for (int r = 0; r < rows; r++) output[row + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]));
@@ -605,7 +580,7 @@ bool runs_here() {
 const Kernels avx512_kernels = {
     "avx512",
     runs_here,
-    [](Quant) { return false; },
+    [](Quant, int64_t, int64_t, const void*) { return false; },
     count_rows,
     pack_rows,
     [](const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {

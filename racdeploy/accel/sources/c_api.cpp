@@ -16,8 +16,8 @@ EXPORT void rac_count(int quant, int pattern, int64_t columns, const void* block
                       int64_t row_end) {
     count(Quant(quant), Pattern(pattern), columns, blocks, counts, row_begin, row_end);
 }
-EXPORT void rac_pack(int quant, int pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-                     uint8_t* values, int64_t row_begin, int64_t row_end) {
+EXPORT void rac_pack(int quant, int pattern, int64_t columns, const void* blocks, const int64_t* offsets,
+                     uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end) {
     pack(Quant(quant), Pattern(pattern), columns, blocks, offsets, heads, values, row_begin, row_end);
 }
 EXPORT void rac_unpack(const SparseMatrix* matrix, void* blocks, int64_t row_begin, int64_t row_end) {

@@ -10,7 +10,7 @@ namespace racdeploy {
 struct Kernels {
     const char* name;
     bool (*runs_here)();
-    bool (*wants_two_of_four)(Quant);
+    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks);  // and they fit
     void (*count)(Quant, Pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
                   int64_t row_end);
     void (*pack)(Quant, Pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
@@ -22,11 +22,8 @@ struct Kernels {
 };
 
 extern const Kernels portable_kernels;
-extern const Kernels avx2_kernels;    // runs_here is false where the compiler or the processor lacks it
+extern const Kernels avx2_kernels;  // runs_here is false where the compiler or the processor lacks it
 extern const Kernels avx512_kernels;
-
-// Has every aligned run of 4 weights at most 2 that are not zero?
-bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks);
 
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t q8_block_bytes = 2 + 32, q4_block_bytes = 2 + 16;
@@ -85,7 +82,7 @@ inline uint16_t half_of_float(float value) {  // to nearest, ties to even
     bits &= 0x7fffffff;
     if (bits > 0x7f800000) return sign | 0x7e00;
     if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
-    if (bits < 0x38800000) {                       // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
+    if (bits < 0x38800000) {  // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
         float magnitude;
         std::memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;
@@ -109,6 +106,9 @@ inline uint16_t bfloat_of_float(float value) {  // to nearest, ties to even
     if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+// Memory of this thread, aligned to 64 and kept between calls; null if there is none.
+void* scratch_of_thread(int64_t bytes);
 
 template <typename T>
 inline T load(const void* from) {

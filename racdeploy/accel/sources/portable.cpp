@@ -114,8 +114,8 @@ void count_rows(Quant quant, Pattern pattern, int64_t columns, const void* block
     }
 }
 
-void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-               uint8_t* values, int64_t row_begin, int64_t row_end) {
+void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets,
+               uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end) {
     const int64_t heads_of_row = groups(columns) * head_bytes(quant);
     for (int64_t r = row_begin; r < row_end; r++) {
         const BlockRow row(quant, static_cast<const uint8_t*>(blocks) + r * row_bytes(quant, columns));
@@ -142,7 +142,8 @@ void unpack_rows(const SparseMatrix& matrix, void* blocks, int64_t row_begin, in
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         Stream stream(quant, matrix.pattern);
         for (int64_t column = 0; column < matrix.columns; column++) {
-            const uint8_t* head = matrix.heads + (r * groups(matrix.columns) + column / group_weights) * head_bytes(quant);
+            const uint8_t* head =
+                matrix.heads + (r * groups(matrix.columns) + column / group_weights) * head_bytes(quant);
             const int64_t weight = column % group_weights;
             if (is_quantized(quant) && weight % block_weights == 0) {
                 const int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
@@ -156,7 +157,8 @@ void unpack_rows(const SparseMatrix& matrix, void* blocks, int64_t row_begin, in
     }
 }
 
-void prepare_row(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
+void prepare_row(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
+                 void* workspace) {
     const int64_t padded_columns = padded(columns);
     if (quant == Quant::f16) {
         float* inputs = static_cast<float*>(workspace) + token * padded_columns;
@@ -228,22 +230,10 @@ void multiply_rows(const SparseMatrix& matrix, int64_t tokens, const void* works
 
 }  // namespace
 
-bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    for (int64_t r = 0; r < rows; r++) {
-        const BlockRow row(quant, static_cast<const uint8_t*>(blocks) + r * row_bytes(quant, columns));
-        for (int64_t column = 0; column < columns; column += 4) {
-            int non_zero = 0;
-            for (int i = 0; i < 4; i++) non_zero += !row.is_zero(column + i);
-            if (non_zero > 2) return false;
-        }
-    }
-    return true;
-}
-
 const Kernels portable_kernels = {
-    "portable",   [] { return true; }, [](Quant) { return false; },
-    count_rows,   pack_rows,           unpack_rows,
-    prepare_row,  multiply_rows,
+    "portable",  [] { return true; }, [](Quant, int64_t, int64_t, const void*) { return false; },
+    count_rows,  pack_rows,           unpack_rows,
+    prepare_row, multiply_rows,
 };
 
 }  // namespace racdeploy

@@ -1,6 +1,7 @@
 // The public functions: checks that no kernel repeats, and the choice of the kernels.
 #include "sparse_matrix.h"
 
+#include <cstdlib>
 #include <initializer_list>
 
 #include "kernels.h"
@@ -46,7 +47,29 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
     return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
 }
 
+class Scratch {
+public:
+    ~Scratch() { std::free(memory_); }
+    void* bytes(int64_t wanted) {
+        if (wanted > size_) {
+            std::free(memory_);
+            memory_ = std::aligned_alloc(64, static_cast<size_t>((wanted + 63) / 64 * 64));
+            size_ = memory_ ? wanted : 0;
+        }
+        return memory_;
+    }
+
+private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
 }  // namespace
+
+void* scratch_of_thread(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.bytes(bytes);
+}
 
 int64_t row_bytes(Quant quant, int64_t columns) {
     if (quant == Quant::q8_0) return columns / block_weights * q8_block_bytes;
@@ -55,8 +78,7 @@ int64_t row_bytes(Quant quant, int64_t columns) {
 }
 
 Pattern wanted_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    const bool wanted = kernels().wants_two_of_four(quant) && columns % 128 == 0;
-    return wanted && fits_two_of_four(quant, rows, columns, blocks) ? Pattern::two_of_four : Pattern::unstructured;
+    return kernels().prefers_two_of_four(quant, rows, columns, blocks) ? Pattern::two_of_four : Pattern::unstructured;
 }
 
 void count(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,

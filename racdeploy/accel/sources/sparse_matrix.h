@@ -5,10 +5,10 @@
 //   Q8_0, Q4_0   head of 48 bytes: 8 scales (float16, one per 32 weights), 256 mask bits
 //   F16, BF16    head of 32 bytes: 256 mask bits
 //
-// Bit i of the mask, counted from the lowest bit of the first byte, is weight i of the group; 1 means stored. A value is
-// one byte, the code + 128 (Q8_0); four bits, ggml's nibble, the first of two in the low bits, a new byte at every 64th
-// weight (Q4_0); or two bytes (F16, BF16). A row's last group may be short: mask bits and scales beyond the row are 0.
-// Little-endian throughout.
+// Bit i of the mask, counted from the lowest bit of the first byte, is weight i of the group; 1 means stored. A value
+// is one byte, the code + 128 (Q8_0); four bits, ggml's nibble, the first of two in the low bits, a new byte at every
+// 64th weight (Q4_0); or two bytes (F16, BF16). A row's last group may be short: mask bits and scales beyond the row
+// are 0. Little-endian throughout.
 //
 // Unpacking restores ggml's blocks byte for byte: what is not stored has the code of +0.
 //
