@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from racdeploy.accel import Mode
 from racdeploy.artifacts import Manifest
 from racdeploy.backends import EngineSettings, Sampling, open_engine
 from racdeploy.checkpoint import read_json
@@ -47,23 +48,26 @@ class Load:
         prompt_tokens: length of the prompt.
         new_tokens: tokens decoded after it, one sequence alone.
         threads: CPU threads; 0 uses every core.
+        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact has none to give them.
     """
 
     rounds: int = 5
     prompt_tokens: int = 256
     new_tokens: int = 128
     threads: int = 0
+    accel: Mode = "auto"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Figures of both artifacts, one for each round and by the names in ``FIGURES``."""
+    """Figures of both artifacts, one for each round and by the names in ``FIGURES``, and the pruned one's kernels."""
 
     load: Load
     dense: Path
     pruned: Path
     dense_rounds: tuple[Round, ...]
     pruned_rounds: tuple[Round, ...]
+    kernels: str = ""
 
     def medians(self) -> tuple[Round, Round]:
         """Return the medians of the dense and of the pruned artifact."""
@@ -88,6 +92,7 @@ class Benchmark:
             "prompt_tokens": self.load.prompt_tokens,
             "new_tokens": self.load.new_tokens,
             "threads": self.load.threads,
+            "kernels": self.kernels,
         }
 
 
@@ -117,17 +122,21 @@ def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = Non
         )
     vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
-    settings = EngineSettings(context_tokens, parallel=1, threads=load.threads)
+    stock = EngineSettings(context_tokens, parallel=1, threads=load.threads)
+    settings = {"dense": stock, "pruned": replace(stock, accel=load.accel)}
     files = {"dense": dense, "pruned": bundle / entry.path}
     rounds: dict[str, list[Round]] = {name: [] for name in files}
+    kernels = ""
     for number in range(load.rounds + 1):  # the first is not counted
         for place, name in enumerate(sorted(files, reverse=number % 2 == 1)):
             if progress:
                 progress("bench", 2 * number + place, 2 * load.rounds + 2)
-            rounds[name].append(_measure(entry.backend, files[name], settings, ids, load.new_tokens))
+            found, kernels_of = _measure(entry.backend, files[name], settings[name], ids, load.new_tokens)
+            rounds[name].append(found)
+            kernels = kernels_of if name == "pruned" else kernels
     if progress:
         progress("bench", 2 * load.rounds + 2, 2 * load.rounds + 2)
-    return Benchmark(load, dense, files["pruned"], tuple(rounds["dense"][1:]), tuple(rounds["pruned"][1:]))
+    return Benchmark(load, dense, files["pruned"], tuple(rounds["dense"][1:]), tuple(rounds["pruned"][1:]), kernels)
 
 
 def find_dense(bundle: Path, work: Path) -> Path:
@@ -163,21 +172,29 @@ def figure_text(name: str, value: float) -> str:
     return f"{value / 1e6:,.1f} MB" if name.endswith("_bytes") else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _measure(backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int) -> Round:
-    """Load an artifact, read a prompt and decode after it; a few tokens before that warm the caches."""
+def _measure(
+    backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
+) -> tuple[Round, str]:
+    """Load an artifact, read a prompt and decode after it; a few tokens before that warm the caches.
+
+    Returns:
+        The figures, and what the engine says of its kernels.
+    """
     with contextlib.closing(open_engine(backend, file, settings)) as engine:
         engine.generate([ids[:8]], Sampling(max_new_tokens=2, stop_ids=()))
         before = _stats(engine, backend)
         engine.generate([ids], Sampling(max_new_tokens=new_tokens, stop_ids=()))
         after = _stats(engine, backend)
+        kernels = str(getattr(engine, "about", {}).get("kernels", ""))
     spent = {name: after[name] - before[name] for name in after}
-    return {
+    figures = {
         "load_ms": after["load_ms"],
         "prefill_tokens_per_s": spent["prompt_tokens"] / spent["prefill_s"],
         # The first new token comes out of the prompt's last batch.
         "decode_tokens_per_s": (spent["generated_tokens"] - 1) / spent["decode_s"],
         "peak_rss_bytes": after["peak_rss_bytes"],
     }
+    return figures, kernels
 
 
 def _stats(engine: object, backend: str) -> dict[str, float]:

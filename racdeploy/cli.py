@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -18,10 +19,11 @@ from rich.table import Table
 from racdeploy import __version__, plugins
 from racdeploy import export as exports
 from racdeploy._console import err, out, print_json, progress_bars, reported
+from racdeploy.accel import Mode
 from racdeploy.artifacts import write_atomic
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.doctor import examine
-from racdeploy.errors import GateError, InconclusiveError, UsageError
+from racdeploy.errors import EngineError, GateError, InconclusiveError, UsageError
 from racdeploy.inspection import inspect_path
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
@@ -42,6 +44,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+accel_app = typer.Typer(no_args_is_help=True, help="Kernels for sparse weights on stock llama.cpp; see docs/accel.md.")
+app.add_typer(accel_app, name="accel")
 
 ModelArg = Annotated[
     str | None, typer.Argument(help="Local folder, Hub id, or tiny-reasoner, the default.", show_default=False)
@@ -66,6 +71,7 @@ GateOpt = Annotated[Path | None, typer.Option("--gate", help="TOML file with lim
 TierOpt = Annotated[str, typer.Option("--tier", help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option("--work", help="Folder of stage results; default: user cache.")]
 ThreadsOpt = Annotated[int, typer.Option("--threads", help="CPU threads; 0 uses every core.")]
+AccelOpt = Annotated[Mode, typer.Option("--accel", help="Kernels for sparse weights; see: racdeploy accel build.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 PromptsOpt = Annotated[int | None, typer.Option("--prompts", help="Evaluation prompts.")]
@@ -227,6 +233,7 @@ def verify(
     server_api: Annotated[ServerApi, typer.Option(help="chat asks as users do; completions sends token ids.")] = "chat",
     show_plan: Annotated[bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")] = False,
     work: WorkOpt = None,
+    accel: AccelOpt = "auto",
     junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
     reports: Annotated[Path | None, typer.Option("--reports", help="Folder for the report in every form.")] = None,
@@ -246,7 +253,7 @@ def verify(
     with progress_bars() as progress:
         common = (bundle, work or default_work(), gate, tier, baseline, threads, progress)
         asked = Server(server, server_model, server_key_env, server_api)
-        again = ServedVerification(*common, asked) if server else Reverification(*common)
+        again = ServedVerification(*common, "off", asked) if server else Reverification(*common, accel)
         if show_plan:
             _print_plan(again.plan(), json_output)
             return
@@ -269,15 +276,15 @@ def run(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
     show_thinking: Annotated[bool, typer.Option("--show-thinking", help="Print the thinking too.")] = False,
+    accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
     """Ask a bundle one question."""
-    from dataclasses import asdict
-
     from racdeploy.runtime import load
 
-    with load(bundle, threads=threads) as model:
+    with load(bundle, threads=threads, accel=accel) as model:
+        _print_kernels(getattr(model.engine, "about", {}).get("kernels", ""), accel)
         result = model.generate(prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed)
     if json_output:
         print_json(asdict(result))
@@ -300,6 +307,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=8, help="Length of the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 128,
     work: WorkOpt = None,
+    accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
@@ -307,7 +315,7 @@ def bench(
     from racdeploy import benchmark
 
     dense = dense or benchmark.find_dense(bundle, work or default_work())
-    load = benchmark.Load(rounds, prompt_tokens, new_tokens, threads)
+    load = benchmark.Load(rounds, prompt_tokens, new_tokens, threads, accel)
     with progress_bars() as progress:
         found = benchmark.bench(bundle, dense, load, progress)
     if json_output:
@@ -321,6 +329,7 @@ def bench(
         table.add_row(label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
     out.print(table)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
+    _print_kernels(found.kernels, accel)
 
 
 @app.command()
@@ -418,6 +427,30 @@ def doctor(json_output: JsonOpt = False) -> None:
             out.print(f"{finding['state']:>8}  {finding['what']}: {finding['detail']}", markup=False, soft_wrap=True)
     if any(finding["state"] == "missing" for finding in findings):
         raise typer.Exit(4)
+
+
+@accel_app.command(name="build")
+@reported
+def build_kernels(json_output: JsonOpt = False) -> None:
+    """Compile the kernels for sparse weights into the user's cache, and prove them on this machine."""
+    from racdeploy import accel
+
+    library, verdict = accel.build()
+    if json_output:
+        print_json({"library": str(library), **asdict(verdict)})
+    else:
+        out.print(library, soft_wrap=True)
+        for quant, speedups in verdict.speedups.items():
+            cells = ", ".join(f"{speedup:.2f}× at {float(zeros):.0%} zeros" for zeros, speedup in speedups.items())
+            err.print(f"{quant}: {cells}, one token on one thread", markup=False, soft_wrap=True)
+    if verdict.refusal:
+        raise EngineError(f"the kernels are not used: {verdict.refusal}", remedy="everything runs without them, too")
+
+
+def _print_kernels(kernels: str, accel: Mode) -> None:
+    """Say in one line what ran a model, where sparse kernels were not switched off."""
+    if kernels and accel != "off":
+        err.print(f"kernels: {kernels}", style="dim", markup=False, soft_wrap=True)
 
 
 def _share(zeros: float | None) -> str:

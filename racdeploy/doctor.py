@@ -8,6 +8,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from racdeploy import accel
 from racdeploy.models import EMBEDDED, resolve
 from racdeploy.pipeline import default_work
 
@@ -28,7 +29,7 @@ _NEEDED = (
 
 
 def examine() -> list[dict[str, str]]:
-    """Return findings: ``what``, ``state`` (ok or missing), ``detail``."""
+    """Return findings: ``what``, ``state`` (ok, missing, or unused for what nothing needs), ``detail``."""
     findings = [_finding("python", True, sys.version.split()[0])]
     for module, package, extra, purpose in _NEEDED:
         present = importlib.util.find_spec(module) is not None
@@ -43,7 +44,18 @@ def examine() -> list[dict[str, str]]:
         _finding("work folder", os.access(parent, os.W_OK), f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it")
     )
     findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
+    findings.append(_kernels())
     return findings
+
+
+def _kernels() -> dict[str, str]:
+    """Say whether sparse weights run on kernels of their own, and from how many zeros on."""
+    ready = accel.readiness()
+    if isinstance(ready, str):
+        return {"what": "sparse kernels", "state": "unused", "detail": f"models run on llama.cpp's own: {ready}"}
+    library, verdict = ready
+    least = ", ".join(f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items())
+    return _finding("sparse kernels", True, f"{verdict.instruction_set}, for {least}: {library}")
 
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from racdeploy import __version__, export
+from racdeploy.accel import Mode, kernels
 from racdeploy.artifacts import ArtifactEntry, Stage
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.errors import ArtifactError, UsageError
@@ -54,6 +55,7 @@ class Reverification:
         baseline: dense artifact, or another bundle of the same dense model; None takes the bundle's own records.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, prompts done and prompts in all.
+        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`.
     """
 
     bundle: Path
@@ -63,6 +65,7 @@ class Reverification:
     baseline: Path | None = None
     threads: int = 0
     progress: Progress | None = None
+    accel: Mode = "auto"
 
     @cached_property
     def own(self) -> Baseline:
@@ -145,12 +148,13 @@ class Reverification:
         self.plan()  # whatever is wrong is said before any work
         entry, *others = self.own.manifest.artifacts
         dense, notes = self._dense()
-        pruned, metadata, rows, prunable, earlier = self._arm(entry, "pruned")
+        pruned, metadata, rows, prunable, earlier, ran = self._arm(entry, "pruned")
+        notes += [f"the pruned artifact ran on {ran}"] if ran else []
         with self._opened(entry, self.bundle / entry.path) as engine:
             probes = probe_tokens(engine, self._respondent.encoder, probe_strings())
         also = []
         for other in others:
-            arm, _, _, _, again = self._arm(other, f"pruned, {other.backend}")
+            arm, _, _, _, again, _ = self._arm(other, f"pruned, {other.backend}")
             also.append(OtherArtifact(arm, other.backend, self.bundle / other.path, _recorded_files(other)))
             earlier += again
         linears = self.own.report.linears
@@ -209,7 +213,9 @@ class Reverification:
 
     @cached_property
     def _engine_settings(self) -> EngineSettings:
-        return EngineSettings(self.settings.context_tokens, self.settings.parallel, self.threads)
+        unused = self.accel == "auto" and kernels("auto") == "off"  # the same answers as where they are switched off
+        accel: Mode = "off" if unused else self.accel
+        return EngineSettings(self.settings.context_tokens, self.settings.parallel, self.threads, accel=accel)
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -247,12 +253,13 @@ class Reverification:
 
     def _arm(
         self, entry: ArtifactEntry, name: str
-    ) -> tuple[Arm, dict[str, Any], tuple[TensorRow, ...], frozenset[str], int]:
-        """Answer with one artifact of the bundle; what is in its file, and how many answers were there already."""
+    ) -> tuple[Arm, dict[str, Any], tuple[TensorRow, ...], frozenset[str], int, str]:
+        """Answer with one artifact of the bundle; what is in its file, how many answers were there, what ran it."""
         answers = self._answer(entry, self.bundle / entry.path, entry.files, name)
         metadata, rows, prunable, sparsity = self._measured(entry)
         arm = Arm(name, answers.records, entry.size_bytes, entry.quant, sparsity, answers.stats, _recorded_files(entry))
-        return arm, metadata, rows, prunable, answers.earlier
+        ran = answers.about["kernels"] if answers.about.get("sparse_weights") else ""
+        return arm, metadata, rows, prunable, answers.earlier, ran
 
     def _answer(self, entry: ArtifactEntry, path: Path, files: Mapping[str, str], arm: str) -> Answers:
         """Answer with one file; an interrupted run left its answers in the work folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -25,6 +26,14 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[1]) % len(cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the kernels that this machine's user has built away from tests that do not ask for any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,1 +1,154 @@
-"""Sparse kernels for stock engines, compiled on demand; what is not faster or cannot be proven stays on stock paths."""
+"""Sparse kernels for stock engines, compiled on demand; what is not proven or not faster stays on the engine's own.
+
+``racdeploy accel build`` compiles them for the installed llama.cpp and tries them in a child process. From then on
+``enable(path)`` gives them the weights of a file that have enough zeros. Why it does not is said in one line, and the
+file is the same either way. Knows nothing of bundles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from racdeploy.accel import _llamacpp
+from racdeploy.accel._build import cache_folder
+from racdeploy.accel._llamacpp import Plugin
+from racdeploy.accel._trial import Verdict, prove, read_verdict
+from racdeploy.artifacts import write_atomic
+from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.racgguf.header import read_header
+
+__all__ = ["Mode", "Status", "Verdict", "build", "enable", "kernels", "readiness"]
+
+Mode = Literal["auto", "off", "require"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs the next model.
+
+    Args:
+        reason: why it is the engine's own kernels alone; empty where sparse ones take part.
+        kernels: the sparse ones: ``avx512``, ``avx2`` or ``portable``.
+        tensors: names of the weights that they take.
+    """
+
+    reason: str
+    kernels: str = ""
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"llama.cpp's own kernels: {self.reason}"
+        return f"sparse {self.kernels} kernels for {len(self.tensors)} weights"
+
+
+def build() -> tuple[Path, Verdict]:
+    """Compile the kernels for the installed llama-cpp-python, unless that was done, and try them.
+
+    Returns:
+        The library, and whether it may be used.
+
+    Raises:
+        EnvironmentFailure: there is no compiler, or it failed.
+        EngineError: the installed llama.cpp is not one that the kernels were made for.
+    """
+    ggml = _llamacpp.installed()
+    if isinstance(ggml, str):
+        raise EngineError(ggml, remedy='pip install "racdeploy[llamacpp]"; everything runs without the kernels, too')
+    library = _llamacpp.library(ggml).build()
+    return library, prove(library)
+
+
+def readiness() -> tuple[Path, Verdict] | str:
+    """Return the library that :func:`enable` would load and its verdict, or why it would not."""
+    ggml = _llamacpp.installed()
+    if isinstance(ggml, str):
+        return ggml
+    library = _llamacpp.library(ggml).find()
+    if library is None:
+        return "the sparse kernels are not built: racdeploy accel build"
+    verdict = read_verdict(library)
+    if isinstance(verdict, str):
+        return verdict
+    return verdict.refusal or (library, verdict)
+
+
+def kernels(mode: Mode) -> str:
+    """Return what answers depend on where a mode is used: the kernels and their build, or ``off``."""
+    ready = readiness() if mode != "off" else ""
+    return "off" if isinstance(ready, str) else f"{ready[1].instruction_set}, {ready[0].stem}"
+
+
+def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:
+    """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
+
+    Call it before every model that is to be accelerated, and before the first model of the process is loaded; load the
+    model with ``use_mmap=False``, or the file stays in memory beside the packed weights. Another model that is loaded
+    later has its weights where they always were.
+
+    Args:
+        path: the GGUF file.
+        mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not faster; ``require``
+            makes that an error; ``off`` does nothing.
+        threads: that read and pack the file; 0 uses every core.
+
+    Raises:
+        EngineError: the kernels are required, and not ready or of no use to this file.
+        ArtifactError: the file is not a GGUF file, or damaged.
+    """
+    status = Status("switched off") if mode == "off" else _enabled(Path(path), threads)
+    if mode == "require" and status.reason:
+        raise EngineError(
+            f"the sparse kernels are required for {path}, and cannot be used: {status.reason}",
+            remedy="racdeploy doctor says what is missing; without --accel require everything runs, too",
+        )
+    return status
+
+
+def _enabled(path: Path, threads: int) -> Status:
+    ready = readiness()
+    if isinstance(ready, str):
+        return Status(ready)
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
+    library, verdict = ready
+    threads = threads or len(os.sched_getaffinity(0))
+    plugin = _plugin(library)
+    if plugin.instruction_set != verdict.instruction_set:
+        return Status(f"the kernels were tried on another processor ({verdict.instruction_set}): racdeploy accel build")
+    faster_from = verdict.faster_from
+    zeros = _zeros(plugin, path, threads)
+    names = [name for name, (quant, share) in zeros.items() if share >= faster_from.get(quant, 2.0)]
+    if not plugin.enable(names, threads):
+        return Status("a model was loaded in this process before; call racdeploy.accel.enable first")
+    if not names:
+        least = min(faster_from.values())
+        return Status(f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least")
+    return Status("", verdict.instruction_set, tuple(names))
+
+
+def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
+    """Return the zeros of each matrix, counted once for each state of a file: they decide speed, never answers."""
+    state = path.stat()
+    known = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
+    file = cache_folder() / "zeros" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        return {name: (quant, float(share)) for name, (quant, share) in json.loads(file.read_text()).items()}
+    zeros = plugin.zeros(path, read_header(path), threads)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(zeros))
+    return zeros
+
+
+@functools.cache
+def _plugin(library: Path) -> Plugin:
+    """Load the plug-in once: it stays in the process."""
+    return Plugin(library)

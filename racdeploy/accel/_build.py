@@ -89,7 +89,7 @@ class Library:
                 os.replace(made, file)
         except OSError as error:
             raise EnvironmentFailure(
-                f"cannot write {file}: {error}", remedy="free the disk, or name another cache in XDG_CACHE_HOME"
+                f"cannot write {file}: {error}", remedy="free the disk, or name another folder in RACDEPLOY_ACCEL"
             ) from error
         return file
 
@@ -121,7 +121,9 @@ class Library:
 
 
 def cache_folder() -> Path:
-    """Return where libraries are kept: ``racdeploy/accel`` under the user's cache."""
+    """Return where libraries are kept: ``RACDEPLOY_ACCEL``, or ``racdeploy/accel`` under the user's cache."""
+    if chosen := os.environ.get("RACDEPLOY_ACCEL"):
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "racdeploy" / "accel"
 
 

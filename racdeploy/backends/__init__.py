@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 
 __all__ = ["Completion", "Engine", "EngineSettings", "Sampling", "ThinkingBudget", "open_engine", "opened"]
 
@@ -34,6 +35,8 @@ class EngineSettings:
         threads: CPU threads; 0 lets the engine use every core.
         cache_dtype: number format of the key-value cache.
         flash_attention: engines differ in their default and it changes traces, so it is always set.
+        accel: whether llama.cpp gets :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``; ``auto`` where they
+            are built and proven faster; ``require`` fails where they cannot be used.
     """
 
     context_tokens: int = 4096
@@ -41,6 +44,7 @@ class EngineSettings:
     threads: int = 0
     cache_dtype: Literal["f16", "f32"] = "f16"
     flash_attention: bool = False
+    accel: Literal["auto", "off", "require"] = "off"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,15 @@ class Engine(Protocol):
 
 
 def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine:
-    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address."""
+    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address.
+
+    Raises:
+        UsageError: sparse kernels are required of an engine that has none to switch on.
+    """
+    if settings.accel == "require" and name != "llamacpp":
+        raise UsageError(
+            f"sparse kernels are required, and {name} has none to switch on", remedy="leave out --accel require"
+        )
     engine: Engine = plugins.load("backends", name).open_engine(path, settings)
     return engine
 

@@ -28,7 +28,7 @@ class ChildEngine:
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
     ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the child's
-    ``peak_rss_bytes``.
+    ``peak_rss_bytes``. ``about`` is what the engine said of itself when it loaded the file.
 
     Args:
         worker: dotted name of the module that the child runs, see :mod:`racdeploy.backends._worker`.
@@ -47,11 +47,13 @@ class ChildEngine:
                 f"impossible engine settings: {settings}", remedy="context_tokens and parallel are at least 1"
             )
         self.stats: dict[str, float] = {}
+        self.about: dict[str, Any] = {}
         self._settings = settings
         self._child = Child(worker, name)
         request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
         try:
-            self._vocabulary = int(self._ask("load", **request)["vocabulary"])
+            loaded = self._ask("load", **request)
+            self._vocabulary, self.about = int(loaded["vocabulary"]), dict(loaded["about"])
         except BaseException:
             self._child.close()
             raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import accel
 from racdeploy.backends import EngineSettings
 from racdeploy.backends._batching import Row
 from racdeploy.backends._cores import available_cores
@@ -59,16 +60,20 @@ class NativeModel:
     Args:
         path: GGUF file.
         settings: see :class:`EngineSettings`.
-        use_mmap: map the file instead of reading it.
+        use_mmap: map the file instead of reading it; a file whose weights are packed for sparse kernels is read.
 
     Raises:
-        EngineError: llama.cpp refused the file or the context.
+        EngineError: llama.cpp refused the file or the context, or has no use for kernels that are required.
     """
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
         self._log = _Log()
+        threads = settings.threads or available_cores()
+        kernels = accel.enable(path, settings.accel, threads=threads)
+        self.about: Mapping[str, Any] = {"kernels": str(kernels), "sparse_weights": len(kernels.tensors)}
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), _model_params(use_mmap))
+        params = _model_params(use_mmap and not kernels.tensors)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise EngineError(
                 f"llama.cpp cannot load {path}: {self._log.tail()}",
@@ -77,7 +82,7 @@ class NativeModel:
         self.slots = settings.parallel
         self.batch_tokens = _BATCH_TOKENS
         self.context_tokens = settings.context_tokens
-        self._context = llama_cpp.llama_init_from_model(self._model, _context_params(settings))
+        self._context = llama_cpp.llama_init_from_model(self._model, _context_params(settings, threads))
         if not self._context:
             raise EngineError(
                 f"llama.cpp cannot make a context of {settings.parallel} × {settings.context_tokens} tokens: "
@@ -148,11 +153,10 @@ def _model_params(use_mmap: bool) -> Any:
     return params
 
 
-def _context_params(settings: EngineSettings) -> Any:
+def _context_params(settings: EngineSettings, threads: int) -> Any:
     params = llama_cpp.llama_context_default_params()
     cache_type = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[settings.cache_dtype]
     flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
-    threads = settings.threads or available_cores()
     values = {
         "n_ctx": settings.context_tokens * settings.parallel,
         "n_seq_max": settings.parallel,

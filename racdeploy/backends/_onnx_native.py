@@ -5,8 +5,9 @@ Knows rows of a batch and slots, nothing of sampling or messages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -38,6 +39,7 @@ class OnnxModel:
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         session = open_session(path, _options(settings))
         graph = DecoderGraph(session, path.parent)
+        self.about: Mapping[str, Any] = {}
         self.slots = settings.parallel
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary

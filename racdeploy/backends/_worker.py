@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, BinaryIO, Protocol
 
@@ -30,10 +30,14 @@ __all__ = ["Load", "LoadedModel", "serve"]
 
 
 class LoadedModel(Decoder, Protocol):
-    """A model in this process: a decoder that also computes logits and may tokenize."""
+    """A model in this process: a decoder that also computes logits and may tokenize.
+
+    ``about`` is what else its engine has to say of itself, as JSON.
+    """
 
     context_tokens: int
     vocabulary: int
+    about: Mapping[str, Any]
 
     def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]: ...
 
@@ -103,7 +107,7 @@ class Worker:
         started = time.perf_counter()
         self._model = self._load_model(request, EngineSettings(**request["settings"]))
         self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
-        return {"vocabulary": self._model.vocabulary}
+        return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
     def _tokenize(self, request: Header) -> dict[str, Any]:
         return {"ids": self._model.tokenize(request["text"])}

@@ -7,6 +7,7 @@ EngineError. The parent never imports llama_cpp. Greedy results do not depend on
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 from racdeploy import racgguf
@@ -16,6 +17,7 @@ from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
 
 __all__ = ["LlamaCppEngine", "open_engine"]
 
+_LOG = logging.getLogger("racdeploy.accel")
 _WORKER = "racdeploy.backends._llamacpp_worker"
 
 
@@ -25,7 +27,7 @@ class LlamaCppEngine(ChildEngine):
     Args:
         path: GGUF file.
         settings: see :class:`EngineSettings`.
-        use_mmap: map the file; False reads it into memory, which a device that repacks weights needs.
+        use_mmap: map the file; False reads it into memory.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -39,6 +41,8 @@ class LlamaCppEngine(ChildEngine):
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
         super().__init__(_WORKER, "llama.cpp", path, settings, use_mmap=use_mmap)
+        if settings.accel != "off":
+            _LOG.info(self.about["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text by llama.cpp's own tokenizer; special tokens are parsed, none added.

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from racdeploy import backends, racgguf
+from racdeploy.accel import Mode
 from racdeploy.artifacts import ArtifactEntry, Manifest
 from racdeploy.backends import Completion, Engine, EngineSettings, FinishReason, Sampling, ThinkingBudget
 from racdeploy.errors import ArtifactError, UsageError
@@ -235,7 +236,9 @@ class _TextStream:
             self._on_text(text[len(shown) :], "thinking" if inside else "answer")
 
 
-def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, parallel: int = 1) -> Model:
+def load(
+    bundle: str | Path, *, backend: str | None = None, threads: int = 0, parallel: int = 1, accel: Mode = "auto"
+) -> Model:
     """Load a bundle.
 
     Args:
@@ -243,6 +246,8 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
         backend: engine to use where the bundle has artifacts for several; the first one's otherwise.
         threads: CPU threads; 0 uses every core.
         parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a context.
+        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; ``auto`` uses them where they are built
+            and proven, on llama.cpp.
 
     Raises:
         ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
@@ -256,7 +261,8 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int = 0, pa
     manifest.check_tokenizer(folder)
     check_unpacked(folder, artifact)
     encoder = PromptEncoder.from_folder(folder)
-    settings = EngineSettings(context_tokens=manifest.generation.context_tokens, parallel=parallel, threads=threads)
+    context_tokens = manifest.generation.context_tokens
+    settings = EngineSettings(context_tokens, parallel=parallel, threads=threads, accel=accel)
     engine = backends.open_engine(artifact.backend, folder / artifact.path, settings)
     try:
         return Model(manifest, encoder, engine)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import accel
 from racdeploy.backends import Engine, EngineSettings
 from racdeploy.report_model import PositionRow
 from racdeploy.runtime.template import PromptEncoder
@@ -108,14 +109,17 @@ def compare_logits(
 
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
-    """Return the versions, machine and engine settings that results depend on."""
+    """Return the versions, machine and engine settings that results depend on; kernels only where some are in use."""
+    engine = asdict(settings)
+    if engine.pop("accel") != "off":
+        engine["kernels"] = accel.kernels(settings.accel)
     packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "engine": asdict(settings),
+        "engine": engine,
         **{package: _version(package) for package in packages},
     }
 

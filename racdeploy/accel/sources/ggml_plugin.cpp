@@ -1,0 +1,379 @@
+// An extra buffer type of ggml's CPU backend, as CPU_REPACK is one: weights that are written into it are packed, and
+// their MUL_MAT runs on the sparse kernels inside ggml's own threads, without a split of the graph.
+//
+// llama.cpp asks for each weight which buffer type takes it; ours takes those that Python has named for the next model.
+// Nothing throws across ggml's C interface.
+#include "ggml_plugin.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <unordered_set>
+
+#include "sparse_matrix.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace racdeploy {
+namespace {
+
+constexpr int64_t alignment = 64, huge_page_bytes = 2 << 20, large_bytes = 4 << 20, serial_bytes = 1 << 18;
+constexpr int most_threads = 64;
+
+std::mutex wanted_mutex;
+std::unordered_set<std::string> wanted;  // names of the next model's weights
+int64_t packed_tensors = 0, packed_bytes = 0;
+int pack_threads = 1;
+
+int64_t align(int64_t bytes) { return (bytes + alignment - 1) & ~(alignment - 1); }
+
+// One weight: its matrix, in memory of its own. No memory means that nothing was written yet: all zeros.
+struct Weight {
+    SparseMatrix matrix{};
+    void* memory = nullptr;
+    size_t memory_bytes = 0;
+    Weight* next = nullptr;
+
+    ~Weight() { release(); }
+    void release() {
+        if (memory) munmap(memory, memory_bytes);
+        memory = nullptr;
+    }
+};
+
+struct Buffer {
+    void* addresses;  // reserved, never touched: ggml wants every tensor to have one
+    size_t size;
+    Weight* weights = nullptr;
+};
+
+Weight* weight_of(const ggml_tensor* tensor) { return static_cast<Weight*>(tensor->extra); }
+bool is_ours(const ggml_tensor* tensor) { return tensor->buffer && tensor->buffer->buft == sparse_buffer_type(); }
+
+[[noreturn]] void give_up(const char* what) {  // as ggml does where memory ends: there is no way to say no
+    std::fprintf(stderr, "racdeploy: out of memory: %s\n", what);
+    std::abort();
+}
+
+// Share rows among threads. Where the system gives no thread, this one does its part.
+template <typename Work>
+void over_rows(int64_t rows, int64_t bytes, const Work& work) {
+    const int threads = bytes < serial_bytes ? 1 : static_cast<int>(std::min<int64_t>(pack_threads, rows));
+    const int64_t share = (rows + threads - 1) / threads;
+    std::thread others[most_threads];
+    for (int t = 1; t < threads; t++) {
+        const int64_t begin = std::min(rows, t * share), end = std::min(rows, begin + share);
+        try {
+            others[t] = std::thread([&work, begin, end] { work(begin, end); });
+        } catch (const std::system_error&) {
+            work(begin, end);
+        }
+    }
+    work(0, std::min(rows, share));
+    for (auto& thread : others)
+        if (thread.joinable()) thread.join();
+}
+
+void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
+    const Quant quant = static_cast<Quant>(tensor->type);
+    const int64_t columns = tensor->ne[0], rows = tensor->ne[1], blocks_bytes = static_cast<int64_t>(ggml_nbytes(tensor));
+    const Pattern pattern = wanted_pattern(quant, rows, columns, blocks);
+    auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
+    if (!offsets) give_up(tensor->name);
+    offsets[0] = 0;
+    over_rows(rows, blocks_bytes,
+              [&](int64_t begin, int64_t end) { count(quant, pattern, columns, blocks, offsets + 1, begin, end); });
+    for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
+
+    const int64_t offsets_bytes = align((rows + 1) * static_cast<int64_t>(sizeof(int64_t)));
+    const int64_t heads_bytes = align(rows * groups(columns) * head_bytes(quant));
+    const int64_t bytes = offsets_bytes + heads_bytes + offsets[rows] + slack_bytes;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) give_up(tensor->name);
+    if (bytes >= large_bytes) madvise(memory, bytes, MADV_HUGEPAGE);
+    auto* heads = static_cast<uint8_t*>(memory) + offsets_bytes;
+    std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
+    over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {
+        pack(quant, pattern, columns, blocks, offsets, heads, heads + heads_bytes, begin, end);
+    });
+    std::free(offsets);
+    if (!weight.memory) packed_tensors++;
+    packed_bytes += bytes - static_cast<int64_t>(weight.memory ? weight.memory_bytes : 0);
+    weight.release();
+    weight.memory = memory;
+    weight.memory_bytes = bytes;
+    weight.matrix = {quant, pattern, rows, columns, heads, heads + heads_bytes, static_cast<const int64_t*>(memory)};
+}
+
+// ggml's blocks of rows [begin, end), to change or to read.
+uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
+    const size_t row = ggml_row_size(tensor->type, tensor->ne[0]);
+    auto* blocks = static_cast<uint8_t*>(std::calloc(end - begin, row));
+    if (!blocks) give_up(tensor->name);
+    const Weight& weight = *weight_of(tensor);
+    if (weight.memory)  // unpack addresses rows from the first one
+        for (int64_t r = begin; r < end; r++) {
+            SparseMatrix one = weight.matrix;
+            one.rows = 1;
+            one.heads += r * groups(one.columns) * head_bytes(one.quant);
+            one.offsets += r;
+            unpack(one, blocks + (r - begin) * row, 0, 1);
+        }
+    return blocks;
+}
+
+void free_buffer(ggml_backend_buffer_t buffer) {
+    auto* ours = static_cast<Buffer*>(buffer->context);
+    for (Weight* weight = ours->weights; weight;) {
+        Weight* next = weight->next;
+        delete weight;
+        weight = next;
+    }
+    munmap(ours->addresses, ours->size);
+    delete ours;
+}
+
+void* get_base(ggml_backend_buffer_t buffer) { return static_cast<Buffer*>(buffer->context)->addresses; }
+
+ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
+    if (tensor->view_src) return GGML_STATUS_SUCCESS;  // reads what it views through it
+    auto* weight = new (std::nothrow) Weight;
+    if (!weight) return GGML_STATUS_ALLOC_FAILED;
+    auto* ours = static_cast<Buffer*>(buffer->context);
+    weight->next = ours->weights;
+    ours->weights = weight;
+    tensor->extra = weight;
+    return GGML_STATUS_SUCCESS;
+}
+
+// A part is written over the whole, which is then packed again.
+template <typename Change>
+void change(ggml_tensor* tensor, const Change& change_blocks) {
+    uint8_t* blocks = blocks_of(tensor, 0, tensor->ne[1]);
+    change_blocks(blocks);
+    write(*weight_of(tensor), tensor, blocks);
+    std::free(blocks);
+}
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+    if (offset == 0 && size == ggml_nbytes(tensor))
+        write(*weight_of(tensor), tensor, data);
+    else
+        change(tensor, [&](uint8_t* blocks) { std::memcpy(blocks + offset, data, size); });
+}
+
+void memset_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+    change(tensor, [&](uint8_t* blocks) { std::memset(blocks + offset, value, size); });
+}
+
+void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+    if (!size) return;
+    const size_t row = ggml_row_size(tensor->type, tensor->ne[0]), first = offset / row;
+    uint8_t* blocks = blocks_of(tensor, first, (offset + size + row - 1) / row);
+    std::memcpy(data, blocks + (offset - first * row), size);
+    std::free(blocks);
+}
+
+void clear(ggml_backend_buffer_t buffer, uint8_t) {  // ggml clears with 0 only
+    for (Weight* weight = static_cast<Buffer*>(buffer->context)->weights; weight; weight = weight->next) weight->release();
+}
+
+const char* type_name(ggml_backend_buffer_type_t) { return "CPU_SPARSE"; }
+size_t type_alignment(ggml_backend_buffer_type_t) { return alignment; }
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    auto* ours = new (std::nothrow) Buffer;
+    if (!ours) return nullptr;
+    ours->size = std::max<size_t>(size, 4096);
+    ours->addresses = mmap(nullptr, ours->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (ours->addresses == MAP_FAILED) {
+        delete ours;
+        return nullptr;
+    }
+    if (size) {  // a model's weights; an empty buffer only asks what would go here
+        std::lock_guard<std::mutex> lock(wanted_mutex);
+        wanted.clear();
+    }
+    ggml_backend_buffer_i functions{};
+    functions.free_buffer = free_buffer;
+    functions.get_base = get_base;
+    functions.init_tensor = init_tensor;
+    functions.memset_tensor = memset_tensor;
+    functions.set_tensor = set_tensor;
+    functions.get_tensor = get_tensor;
+    functions.clear = clear;
+    return ggml_backend_buffer_init(type, functions, ours, size);
+}
+
+bool is_wanted(const ggml_tensor* weight) {
+    std::lock_guard<std::mutex> lock(wanted_mutex);
+    try {
+        return wanted.count(weight->name) > 0;
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+}
+
+bool is_packable(const ggml_tensor* weight) {
+    const bool known = weight->type == GGML_TYPE_Q8_0 || weight->type == GGML_TYPE_Q4_0 ||
+                       weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16;
+    return known && weight->ne[0] % 32 == 0 && ggml_n_dims(weight) <= 2 && ggml_is_contiguous(weight) &&
+           !weight->view_src;
+}
+
+// The activations' place in memory that all threads share; one token is prepared by each thread for itself.
+struct Workspace {
+    size_t bytes;  // of one
+    bool own;
+
+    Workspace(const ggml_tensor* op)
+        : bytes(align(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], ggml_nrows(op->src[1])))),
+          own(ggml_nrows(op->src[1]) == 1) {}
+    size_t total(int threads) const { return bytes * (own ? threads : 1) + alignment; }
+    uint8_t* of(const ggml_compute_params* params) const {
+        auto* first = reinterpret_cast<uint8_t*>(align(reinterpret_cast<int64_t>(params->wdata)));
+        return first + (own ? bytes * params->ith : 0);
+    }
+};
+
+class MatrixProduct final : public ggml::cpu::tensor_traits {
+    bool work_size(int threads, const ggml_tensor* op, size_t& size) override {
+        size = Workspace(op).total(threads);
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
+        const Weight& weight = *weight_of(op->src[0]);
+        const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
+        auto* output = static_cast<float*>(op->data);
+        if (!weight.memory) {
+            if (params->ith == 0) std::memset(output, 0, ggml_nbytes(op));
+            return true;
+        }
+        const Workspace workspace(op);
+        uint8_t* activations = workspace.of(params);
+        const int64_t step = workspace.own ? 1 : params->nth;
+        for (int64_t token = workspace.own ? 0 : params->ith; token < tokens; token += step)
+            prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation_of(op->src[1], token), activations);
+        if (workspace.own) {
+            const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
+            const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
+            if (begin < end) multiply(weight.matrix, 1, activations, output, rows, begin, end);
+            return true;
+        }
+        if (params->ith == 0) ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        ggml_barrier(params->threadpool);
+        const int64_t chunk = std::max<int64_t>(16, rows / (8 * params->nth) / 16 * 16);
+        for (int64_t begin = chunk * params->ith; begin < rows;
+             begin = chunk * ggml_threadpool_chunk_add(params->threadpool, 1))
+            multiply(weight.matrix, tokens, activations, output, rows, begin, std::min(rows, begin + chunk));
+        return true;
+    }
+
+    static const float* activation_of(const ggml_tensor* activation, int64_t row) {
+        const int64_t n1 = activation->ne[1], n2 = activation->ne[2];
+        const char* data = static_cast<const char*>(activation->data);
+        return reinterpret_cast<const float*>(data + row % n1 * activation->nb[1] + row / n1 % n2 * activation->nb[2] +
+                                              row / n1 / n2 * activation->nb[3]);
+    }
+};
+
+class SparseBufferType final : public ggml::cpu::extra_buffer_type {
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) override {
+        const ggml_tensor *weight = op->src[0], *activation = op->src[1];
+        if (op->op != GGML_OP_MUL_MAT || !is_ours(weight) || !is_packable(weight)) return false;
+        if (!weight->extra && !is_wanted(weight)) return false;
+        if (activation->buffer && !ggml_backend_buft_is_host(activation->buffer->buft)) return false;
+        return activation->type == GGML_TYPE_F32 && activation->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32;
+    }
+
+    ggml::cpu::tensor_traits* get_tensor_traits(const ggml_tensor* op) override {
+        static MatrixProduct product;
+        return op->op == GGML_OP_MUL_MAT && is_ours(op->src[0]) && op->src[0]->extra ? &product : nullptr;
+    }
+};
+
+bool among(ggml_backend_buffer_type_t* list, ggml_backend_buffer_type_t type) {
+    for (; list && *list; list++)
+        if (*list == type) return true;
+    return false;
+}
+
+ggml_backend_buffer_type_t registered() {
+    static SparseBufferType behaviour;
+    static ggml_backend_buffer_type type{{type_name, alloc_buffer, type_alignment, nullptr, nullptr, nullptr},
+                                         ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+                                         &behaviour};
+    try {
+        auto& types = ggml_backend_cpu_get_extra_buffer_types();
+        types.insert(types.begin(), &type);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+    // The backend hands out a copy that it made when it was first asked: a model that was loaded before came first.
+    return among(extra_buffer_types(), &type) ? &type : nullptr;
+}
+
+}  // namespace
+
+ggml_backend_buffer_type_t sparse_buffer_type() {
+    static const ggml_backend_buffer_type_t type = registered();
+    return type;
+}
+
+ggml_backend_buffer_type_t* extra_buffer_types() {
+    ggml_backend_reg_t cpu = ggml_backend_cpu_reg();
+    void* function = ggml_backend_reg_get_proc_address(cpu, "ggml_backend_dev_get_extra_bufts");
+    if (!function) return nullptr;
+    return reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(function)(ggml_backend_reg_dev_get(cpu, 0));
+}
+
+}  // namespace racdeploy
+
+// Name the weights of the next model that is loaded; false where ggml does not take the plug-in.
+EXPORT bool rac_ggml_enable(const char* const* names, int64_t count, int threads) {
+    using namespace racdeploy;
+    if (!sparse_buffer_type()) return false;
+    std::lock_guard<std::mutex> lock(wanted_mutex);
+    try {
+        wanted = std::unordered_set<std::string>(names, names + count);
+    } catch (const std::bad_alloc&) {
+        wanted.clear();
+        return false;
+    }
+    pack_threads = std::clamp(threads, 1, most_threads);
+    packed_tensors = packed_bytes = 0;
+    return true;
+}
+
+// Tensors and bytes packed since the last rac_ggml_enable.
+EXPORT void rac_ggml_packed(int64_t* tensors, int64_t* bytes) {
+    *tensors = racdeploy::packed_tensors;
+    *bytes = racdeploy::packed_bytes;
+}
+
+// Bytes of the values that would be stored of a matrix; -1 where memory ended.
+EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks) {
+    using namespace racdeploy;
+    auto* counts = static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t)));
+    if (!counts) return -1;
+    count(Quant(quant), Pattern::unstructured, columns, blocks, counts, 0, rows);
+    int64_t stored = 0;
+    for (int64_t r = 0; r < rows; r++) stored += counts[r];
+    std::free(counts);
+    return stored;
+}
+
+EXPORT int rac_ggml_wanted_pattern(int quant, int64_t rows, int64_t columns, const void* blocks) {
+    return static_cast<int>(racdeploy::wanted_pattern(racdeploy::Quant(quant), rows, columns, blocks));
+}
+
+EXPORT const char* rac_ggml_instruction_set() { return racdeploy::instruction_set(); }

@@ -1,0 +1,187 @@
+// The kernels inside ggml against ggml's own: the same answers, and how fast. Both sides run the same graph on the CPU
+// backend; only the buffer that the weights lie in differs.
+#include <time.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "ggml_plugin.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace racdeploy {
+namespace {
+
+struct Deleter {
+    void operator()(ggml_context* context) const { ggml_free(context); }
+    void operator()(ggml_backend_buffer* buffer) const { ggml_backend_buffer_free(buffer); }
+    void operator()(ggml_backend* backend) const { ggml_backend_free(backend); }
+};
+template <typename T>
+using Owned = std::unique_ptr<T, Deleter>;
+
+double now_ms() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
+}
+
+// ggml's blocks of a random matrix. `of_four` zeros of every 4 weights, or a share of all of them.
+std::vector<uint8_t> random_blocks(ggml_type type, int64_t rows, int64_t columns, double zeros, bool two_of_four,
+                                   std::mt19937_64& random) {
+    std::vector<float> weights(rows * columns);
+    std::normal_distribution<float> normal(0, 0.05f);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    for (float& weight : weights) weight = uniform(random) < zeros && !two_of_four ? 0 : normal(random);
+    if (two_of_four)
+        for (int64_t i = 0; i < rows * columns; i += 4) {
+            const int first = static_cast<int>(random() % 4), second = (first + 1 + static_cast<int>(random() % 3)) % 4;
+            weights[i + first] = weights[i + second] = 0;
+        }
+    std::vector<uint8_t> blocks(rows * ggml_row_size(type, columns));
+    ggml_quantize_chunk(type, weights.data(), blocks.data(), 0, rows, columns, nullptr);
+    return blocks;
+}
+
+std::vector<float> random_activations(int64_t count, std::mt19937_64& random) {
+    std::vector<float> values(count);
+    std::normal_distribution<float> normal(0, 1);
+    for (float& value : values) value = normal(random);
+    return values;
+}
+
+// Several equal products in one graph, with weights in a buffer of one type.
+class Products {
+  public:
+    Products(ggml_backend_buffer_type_t type, ggml_type quant, int64_t rows, int64_t columns, int64_t tokens, int count,
+             int threads, const std::vector<uint8_t>& blocks, const std::vector<float>& activations)
+        : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
+          graph_context_(ggml_init({ggml_tensor_overhead() * (count + 1) + ggml_graph_overhead(), nullptr, true})),
+          backend_(ggml_backend_cpu_init()) {
+        ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+        for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), quant, columns, rows);
+        weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), type));
+        ggml_tensor* activation = ggml_new_tensor_2d(graph_context_.get(), GGML_TYPE_F32, columns, tokens);
+        graph_ = ggml_new_graph(graph_context_.get());
+        for (ggml_tensor* w = first(); w; w = ggml_get_next_tensor(weights_.get(), w)) {
+            ggml_backend_tensor_set(w, blocks.data(), 0, blocks.size());
+            outputs_.push_back(ggml_mul_mat(graph_context_.get(), w, activation));
+            ggml_build_forward_expand(graph_, outputs_.back());
+        }
+        buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(graph_context_.get(), ggml_backend_cpu_buffer_type()));
+        ggml_backend_tensor_set(activation, activations.data(), 0, activations.size() * sizeof(float));
+    }
+
+    ggml_tensor* first() const { return ggml_get_first_tensor(weights_.get()); }
+
+    double run_ms() {
+        const double start = now_ms();
+        ggml_backend_graph_compute(backend_.get(), graph_);
+        return now_ms() - start;
+    }
+
+    std::vector<float> output() const {
+        std::vector<float> values(ggml_nelements(outputs_[0]));
+        ggml_backend_tensor_get(outputs_[0], values.data(), 0, values.size() * sizeof(float));
+        return values;
+    }
+
+  private:
+    Owned<ggml_context> weights_, graph_context_;
+    Owned<ggml_backend> backend_;
+    Owned<ggml_backend_buffer> weights_buffer_, buffer_;
+    ggml_cgraph* graph_ = nullptr;
+    std::vector<ggml_tensor*> outputs_;
+};
+
+// The largest difference of two outputs, as a share of the largest value; infinite where one is not a number.
+double difference(const std::vector<float>& expected, const std::vector<float>& found) {
+    double largest = 0, worst = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        if (!std::isfinite(found[i])) return INFINITY;
+        largest = std::max(largest, std::abs(static_cast<double>(expected[i])));
+        worst = std::max(worst, std::abs(static_cast<double>(expected[i]) - static_cast<double>(found[i])));
+    }
+    return largest > 0 ? worst / largest : worst;
+}
+
+// Does the tensor give back what was written, as a whole, in part, and after a part was changed?
+bool restores(ggml_tensor* weight, std::vector<uint8_t> blocks, std::mt19937_64& random) {
+    std::vector<uint8_t> found(blocks.size());
+    ggml_backend_tensor_get(weight, found.data(), 0, found.size());
+    if (found != blocks) return false;
+    const size_t begin = random() % blocks.size(), size = random() % (blocks.size() - begin) + 1;
+    ggml_backend_tensor_get(weight, found.data(), begin, size);
+    if (std::memcmp(found.data(), blocks.data() + begin, size)) return false;
+    const size_t row = ggml_row_size(weight->type, weight->ne[0]), last = blocks.size() - row;
+    std::copy_n(blocks.begin(), row, blocks.begin() + static_cast<std::ptrdiff_t>(last));
+    ggml_backend_tensor_set(weight, blocks.data() + last, last, row);
+    ggml_backend_tensor_get(weight, found.data(), 0, found.size());
+    return found == blocks;
+}
+
+// The buffer type that stock llama.cpp would choose for such a weight.
+ggml_backend_buffer_type_t stock_buffer_type(ggml_type quant, int64_t rows, int64_t columns) {
+    Owned<ggml_context> context(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}));
+    ggml_tensor* weight = ggml_new_tensor_2d(context.get(), quant, columns, rows);
+    ggml_tensor* activation = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, columns, 512);
+    ggml_tensor* product = ggml_mul_mat(context.get(), weight, activation);
+    ggml_backend_dev_t cpu = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
+    for (auto* type = extra_buffer_types(); type && *type; type++) {
+        if (*type == sparse_buffer_type()) continue;
+        Owned<ggml_backend_buffer> buffer(ggml_backend_buft_alloc_buffer(*type, 0));
+        weight->buffer = buffer.get();
+        if (ggml_backend_dev_supports_op(cpu, product)) return *type;
+    }
+    return ggml_backend_cpu_buffer_type();
+}
+
+double median(std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+}  // namespace
+}  // namespace racdeploy
+
+// The largest difference from ggml's own product, as a share of the largest output; -1 where a weight is not given
+// back as it was written.
+EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int64_t tokens, int threads, double zeros,
+                                  bool two_of_four, uint64_t seed) {
+    using namespace racdeploy;
+    std::mt19937_64 random(seed);
+    const auto type = static_cast<ggml_type>(quant);
+    const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
+    const auto activations = random_activations(columns * tokens, random);
+    Products stock(ggml_backend_cpu_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
+    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
+    stock.run_ms();
+    sparse.run_ms();
+    const double found = difference(stock.output(), sparse.output());
+    return restores(sparse.first(), blocks, random) ? found : -1;
+}
+
+// Milliseconds of ggml's own product and of the sparse one, medians of alternating runs over `count` equal matrices.
+EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, int threads, double zeros,
+                          bool two_of_four, int count, int repeats, double* stock_ms, double* sparse_ms) {
+    using namespace racdeploy;
+    std::mt19937_64 random(1);
+    const auto type = static_cast<ggml_type>(quant);
+    const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
+    const auto activations = random_activations(columns * tokens, random);
+    Products stock(stock_buffer_type(type, rows, columns), type, rows, columns, tokens, count, threads, blocks, activations);
+    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, count, threads, blocks, activations);
+    std::vector<double> stock_times, sparse_times;
+    for (int i = 0; i < repeats; i++) {
+        stock_times.push_back(stock.run_ms());
+        sparse_times.push_back(sparse.run_ms());
+        if (sparse_times[0] > 4 * stock_times[0]) break;  // known well enough
+    }
+    *stock_ms = median(stock_times);
+    *sparse_ms = median(sparse_times);
+}

@@ -1,0 +1,389 @@
+"""The plug-in of llama.cpp: proven in a child before it is used, the same answers, and stock paths where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from racdeploy import accel
+from racdeploy.accel import _build, _llamacpp
+from racdeploy.accel._build import KERNELS, Library
+from racdeploy.accel._trial import Verdict, prove, read_verdict
+from racdeploy.backends import EngineSettings, Sampling, open_engine
+from racdeploy.backends.llamacpp import LlamaCppEngine
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.cli import app
+from racdeploy.doctor import examine
+from racdeploy.errors import EngineError, UsageError
+from racdeploy.export import gguf
+from racdeploy.racgguf.header import Header
+from racdeploy.runtime import load
+from tests.tiny_artifacts import make_bundle
+from tests.tiny_models import make_checkpoint
+
+SETTINGS = EngineSettings(context_tokens=128, parallel=1, threads=1, cache_dtype="f32")
+IDS = [5, 90, 17, 300, 41, 42, 43, 44, 45, 46]
+# What a plug-in exports, doing nothing; tests give one of the functions a body of its own.
+STUB = {
+    "bool rac_ggml_enable()": "return true;",
+    "void rac_ggml_packed()": "",
+    "long rac_ggml_stored_bytes()": "return 0;",
+    "int rac_ggml_wanted_pattern()": "return 0;",
+    "const char* rac_ggml_instruction_set()": 'return "portable";',
+    "double rac_ggml_difference()": "return 0;",
+    "void rac_ggml_time(int, long, long, long, int, double, bool, int, int, double* stock, double* sparse)": (
+        "*stock = 1; *sparse = 2;"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of this module's libraries; the plug-in is in it, not yet tried."""
+    ggml = _llamacpp.installed()
+    assert not isinstance(ggml, str), ggml
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("plugin")))
+        yield _llamacpp.library(ggml).build()
+
+
+@pytest.fixture
+def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plug-in with a verdict that uses it from 30 % zeros on, however fast it is on this machine."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(home.parent))
+    faster_from = dict.fromkeys(("q8_0", "q4_0", "f16", "bf16", "q8_0 2:4"), 0.3)
+    verdict = Verdict("", file_sha256(home), _instruction_set(home), faster_from=faster_from)
+    home.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
+    return home
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model by number format: its linears have 60 % zeros but for those of ``down_proj``."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("sparse") / "checkpoint", "qwen3", dtype="float32")
+    weights = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name, weight_OI in weights.items():
+        if name.endswith("_proj.weight") and "down" not in name:
+            weight_OI[rng.random(weight_OI.shape) < 0.6] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    made = {}
+    for quant in ("q8_0", "q4_0", "f16", "bf16"):
+        made[quant] = folder.parent / f"{quant}.gguf"
+        gguf.export(Checkpoint(folder), made[quant], quant=quant)
+    return made
+
+
+def _instruction_set(library: Path) -> str:
+    """Ask in a child: the plug-in stays in a process that has loaded it."""
+    code = f"from racdeploy.accel._llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _in_child(code: str) -> list[str]:
+    """Run a program in a fresh process; return the lines it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def _stub(folder: Path, **bodies: str) -> Path:
+    """Build a library that exports what a plug-in does, with other bodies for some functions."""
+    lines = []
+    for signature, body in STUB.items():
+        name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_")
+        lines.append(f'extern "C" __attribute__((visibility("default"))) {signature} {{ {bodies.get(name, body)} }}')
+    (folder / "stub.cpp").write_text("\n".join(lines))
+    return Library("stub", (str(folder / "stub.cpp"),)).build()
+
+
+def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Path) -> None:
+    """On every machine; only where it is also faster is it used."""
+    verdict = prove(home)
+    assert verdict.instruction_set in ("avx512", "avx2", "portable")
+    assert 0 < verdict.difference <= 1e-6
+    slow = f"its {verdict.instruction_set} kernels are not faster than ggml's own on this processor"
+    assert verdict.refusal in ("", slow)
+    assert (verdict.refusal == "") == bool(verdict.faster_from)
+    assert read_verdict(home) == verdict
+
+
+@pytest.mark.parametrize(
+    ("bodies", "refusal"),
+    [
+        ({"difference": "__builtin_trap();"}, "its self-test died with SIG(ILL|TRAP)"),
+        ({"difference": "*(volatile int*)8 = 1; return 0;"}, "its self-test died with SIGSEGV"),
+        ({"difference": "return 2e-6;"}, r"its self-test failed: q8_0 \d+ × \d+ .*: differs by 2\.0e-06"),
+        ({"difference": 'return __builtin_nan("");'}, "its self-test failed: .*does not give back"),
+        ({"difference": "return -1;"}, "its self-test failed: .*does not give back what was written"),
+        ({"enable": "return false;"}, "ggml does not take it"),
+        ({}, "its portable kernels are not faster than ggml's own"),
+    ],
+)
+def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
+    bodies: dict[str, str], refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It crashes, miscounts or is slow: this process lives on, and the verdict says why it is not used."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    library = _stub(tmp_path, **bodies)
+    verdict = prove(library)
+    assert re.match(refusal, verdict.refusal), verdict.refusal
+    assert read_verdict(library) == verdict
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
+    """As one that a full disk cut off."""
+    (tmp_path / "broken.so").write_bytes(b"\x7fELF and nothing else")
+    assert "its self-test ended with exit code 1" in prove(tmp_path / "broken.so").refusal
+
+
+def test_a_spoiled_library_is_not_loaded(ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change after it was proven leaves the model on llama.cpp's own kernels; where required, that is an error."""
+    plain = ready.read_bytes()
+    try:
+        ready.write_bytes(plain[:-100] + bytes(100))
+        with LlamaCppEngine(files["q8_0"], replace(SETTINGS, accel="auto")) as engine:
+            assert engine.about["sparse_weights"] == 0
+            assert "is not the one that was tried" in engine.about["kernels"]
+            engine.logits(IDS)
+        with pytest.raises(EngineError, match="required.*is not the one that was tried") as caught:
+            LlamaCppEngine(files["q8_0"], replace(SETTINGS, accel="require"))
+        assert "racdeploy doctor" in caught.value.remedy
+    finally:
+        ready.write_bytes(plain)
+
+
+def test_an_unknown_ggml_stays_on_stock_paths(
+    ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its private declarations were not compared with ours."""
+    monkeypatch.setattr(_llamacpp, "_KNOWN", {"0.0.1": ("abc",)})
+    assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
+    assert accel.kernels("auto") == "off"
+    with pytest.raises(EngineError, match="is not one that the kernels were made for"):
+        accel.build()
+
+
+def test_without_headers_or_a_compiler_it_says_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in one sentence."""
+    ggml = _llamacpp.installed()
+    assert not isinstance(ggml, str)
+    assert "came without ggml's headers" in dataclasses.replace(ggml, include=tmp_path).refusal
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
+    monkeypatch.setattr(_build, "compiler", lambda: None)
+    outcome = CliRunner().invoke(app, ["accel", "build"])
+    assert outcome.exit_code == 4
+    assert "there is no C++ compiler" in outcome.output
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "f16", "bf16"])
+def test_logits_are_those_of_the_stock_engine(quant: str, ready: Path, files: dict[str, Path]) -> None:
+    """Every number format, in one batch of the whole text; float32 sums in another order are all that differs."""
+    with LlamaCppEngine(files[quant], SETTINGS) as stock:
+        expected_TV = stock.logits(IDS)
+        assert stock.about["kernels"] == "llama.cpp's own kernels: switched off"
+    with LlamaCppEngine(files[quant], replace(SETTINGS, accel="require")) as engine:
+        found_TV = engine.logits(IDS)
+        assert engine.about["sparse_weights"] == 2 * 6  # of each block all linears but down_proj
+    # Rounded activations (bf16: 8 bits) pass a changed last bit on; one step of 2^-9 of them is 0.2 % of a logit.
+    assert np.abs(found_TV - expected_TV).max() <= 2e-3 * np.abs(expected_TV).max()
+    assert (found_TV.argmax(1) == expected_TV.argmax(1)).all()
+
+
+def test_greedy_answers_do_not_depend_on_batching(ready: Path, files: dict[str, Path]) -> None:
+    """One token of one sequence and of five take different ways through the kernels, to the same sums."""
+    prompts = [[7 + i, 100, 20 * i + 3] for i in range(5)]
+    sampling = Sampling(max_new_tokens=24, stop_ids=())
+    answers = []
+    for parallel in (1, 2, 5):
+        settings = replace(SETTINGS, accel="require", parallel=parallel)
+        with LlamaCppEngine(files["q8_0"], settings) as engine:
+            answers.append(engine.generate(prompts, sampling))
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_only_weights_with_enough_zeros_are_taken(ready: Path, files: dict[str, Path]) -> None:
+    """Counted in the file: not those of ``down_proj``, the embeddings or the norms."""
+    code = (
+        f"from racdeploy import accel; status = accel.enable({str(files['q8_0'])!r}, threads=1)\n"
+        "print(*status.tensors, sep='\\n')"
+    )
+    names = _in_child(code)
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")
+    assert sorted(names) == sorted(f"blk.{block}.{part}.weight" for block in range(2) for part in parts)
+
+
+def test_zeros_are_counted_once_for_each_state_of_a_file(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again where the file changed, or where what was kept is damaged."""
+
+    class Counter:
+        calls = 0
+
+        def zeros(self, path: Path, header: Header, threads: int) -> dict[str, tuple[str, float]]:
+            self.calls += 1
+            return {"blk.0.attn_q.weight": ("q8_0", 0.5)}
+
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    file = Path(shutil.copy(files["q8_0"], tmp_path / "model.gguf"))
+    counter: Any = Counter()
+    expected = {"blk.0.attn_q.weight": ("q8_0", 0.5)}
+    for calls in (1, 1):
+        assert accel._zeros(counter, file, 1) == expected
+        assert counter.calls == calls
+    (kept,) = (tmp_path / "cache" / "zeros").iterdir()
+    for damaged in ("", "[1]", '{"a": 1}'):
+        kept.write_text(damaged)
+        assert accel._zeros(counter, file, 1) == expected
+    assert counter.calls == 4
+    os.utime(file, ns=(1, 1))
+    accel._zeros(counter, file, 1)
+    assert counter.calls == 5
+
+
+def test_a_dense_file_is_left_alone(ready: Path, tmp_path: Path) -> None:
+    """And it is an error only where kernels are required."""
+    dense = tmp_path / "dense.gguf"
+    gguf.export(Checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen3")), dense, quant="q8_0")
+    with LlamaCppEngine(dense, replace(SETTINGS, accel="auto")) as engine:
+        assert engine.about["kernels"].endswith("no matrix of dense.gguf has enough zeros, which is 30% at the least")
+    with pytest.raises(EngineError, match="has enough zeros"):
+        LlamaCppEngine(dense, replace(SETTINGS, accel="require"))
+
+
+def test_a_users_own_llama_gets_the_kernels_for_one_model(ready: Path, files: dict[str, Path]) -> None:
+    """The next one has weights of the same names, and is not asked for."""
+    code = f"""
+import llama_cpp
+from racdeploy import accel
+from racdeploy.accel import _plugin
+options = dict(n_ctx=64, n_threads=1, verbose=False, use_mmap=False)
+status = accel.enable({str(files["q8_0"])!r}, threads=1)
+plugin = _plugin(accel.readiness()[0])
+print(status, plugin.packed()[0])
+first = llama_cpp.Llama({str(files["q8_0"])!r}, **options)
+print(plugin.packed()[0])
+second = llama_cpp.Llama({str(files["q4_0"])!r}, **options)
+print(plugin.packed()[0])
+first.eval([1, 2, 3]); second.eval([1, 2, 3])
+first.close(); second.close()
+"""
+    found = _in_child(code)
+    assert found[0].startswith("sparse ")
+    assert found[0].endswith("kernels for 12 weights 0")
+    assert found[1:] == ["12", "12"]
+
+
+def test_a_model_that_was_loaded_before_leaves_the_process_on_stock_paths(ready: Path, files: dict[str, Path]) -> None:
+    """Ggml has then handed out its list of buffer types."""
+    code = f"""
+import llama_cpp
+from racdeploy import accel
+model = llama_cpp.Llama({str(files["q8_0"])!r}, n_ctx=64, n_threads=1, verbose=False)
+print(accel.enable({str(files["q8_0"])!r}))
+model.eval([1, 2, 3])
+"""
+    assert "a model was loaded in this process before" in _in_child(code)[0]
+
+
+def test_where_kernels_are_not_built_a_bundle_runs_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default and in silence; where required, one error. Other engines have none to switch on."""
+    bundle = make_bundle(tmp_path)
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "none"))
+    with load(bundle, threads=1) as model:
+        model.generate("2 + 2?", max_new_tokens=2)
+    with pytest.raises(EngineError, match="not built: racdeploy accel build"):
+        load(bundle, threads=1, accel="require")
+    with pytest.raises(UsageError, match="onnxruntime has none"):
+        open_engine("onnxruntime", tmp_path / "model.onnx", replace(SETTINGS, accel="require"))
+
+
+def test_run_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line on stderr; stdout holds the answer alone."""
+    bundle = make_bundle(tmp_path)
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "none"))
+    outcome = CliRunner().invoke(app, ["run", str(bundle), "2 + 2?", "--json"])
+    assert outcome.exit_code == 0
+    json.loads(outcome.stdout)
+    assert "kernels: llama.cpp's own kernels: the sparse kernels are not built: racdeploy accel build" in outcome.stderr
+    assert CliRunner().invoke(app, ["run", str(bundle), "2 + 2?", "--accel", "off"]).stderr == ""
+
+
+def test_doctor_explains_which_kernels_run(ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kernels that are missing are no fault of the machine."""
+    (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
+    assert found["state"] == "ok"
+    assert "q8_0 from 30% zeros on" in found["detail"]
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
+    (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
+    assert found == {
+        "what": "sparse kernels",
+        "state": "unused",
+        "detail": "models run on llama.cpp's own: the sparse kernels are not built: racdeploy accel build",
+    }
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"refusal": ""}', '{"refusal": "", "sha256": "", "more": 1}'])
+def test_a_damaged_verdict_is_none(content: str, ready: Path) -> None:
+    """It is made anew by the next build."""
+    ready.with_suffix(".json").write_text(content)
+    assert "is damaged: racdeploy accel build" in str(accel.readiness())
+
+
+def test_the_plugin_is_clean_under_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing, partial writes, reading back and products, with every read and write checked."""
+    ggml = _llamacpp.installed()
+    assert not isinstance(ggml, str)
+    driver = tmp_path / "driver.cpp"
+    driver.write_text(
+        """
+#include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+extern "C" bool rac_ggml_enable(const char* const*, int64_t, int);
+extern "C" double rac_ggml_difference(int, int64_t, int64_t, int64_t, int, double, bool, uint64_t);
+int main() {
+    if (!rac_ggml_enable(nullptr, 0, 3)) return 2;
+    double worst = 0;
+    uint64_t seed = 0;
+    for (int quant : {8, 2, 1, 30})
+        for (int64_t rows : {1, 17, 200})
+            for (int64_t columns : {32, 256, 1184})
+                for (int64_t tokens : {1, 3, 20}) {
+                    const bool pattern = columns == 256;
+                    const double found = rac_ggml_difference(quant, rows, columns, tokens, 2, 0.5, pattern, ++seed);
+                    if (found < 0) return 3;
+                    if (rows * tokens > 100 && found > worst) worst = found;
+                }
+    std::printf("%g", worst);
+}
+"""
+    )
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    program = replace(
+        _llamacpp.library(ggml),
+        name="driver",
+        sources=(*KERNELS, "ggml_plugin.cpp", "ggml_trial.cpp", str(driver)),
+        flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        executable=True,
+    ).build()
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout) <= 1e-6
