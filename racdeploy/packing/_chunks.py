@@ -1,7 +1,8 @@
 """Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes that are not zero.
 
-The form is that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and depends on no other, so
-memory stays at one chunk in both directions. Knows number formats by ggml's type id and nothing of files.
+Four-bit codes have no mask of their own: words of four are stored, zeros included, as ``_buckets.py`` says. The form is
+that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and depends on no other, so memory stays at one
+chunk in both directions. Knows number formats by ggml's type id and nothing of files.
 """
 
 from __future__ import annotations
@@ -13,12 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
+from racdeploy.packing._buckets import TABLE_BYTES, Table
 from racdeploy.packing._lanes import Kept, expand, lanes_of, stream_of
 from racdeploy.packing._layouts import LAYOUTS, Layout
 
-__all__ = ["CHUNK_WEIGHTS", "Take", "Taker", "blocks_of", "count_zeros", "pack_chunk", "refusal", "unpack_chunk"]
+__all__ = [
+    "CHUNK_WEIGHTS",
+    "LEAST_WORD_WEIGHTS",
+    "Take",
+    "Taker",
+    "blocks_of",
+    "fit_table",
+    "pack_chunk",
+    "read_table",
+    "refusal",
+    "tally",
+    "unpack_chunk",
+]
 
 CHUNK_WEIGHTS = 262144
+LEAST_WORD_WEIGHTS = 4096
+"""Weights of the smallest tensor that is packed in words: a table takes as long to build as 200,000 to unpack."""
 Take = Callable[[int], NDArray[np.uint8]]
 """Returns that many further bytes, or raises ArtifactError where there are fewer."""
 
@@ -27,7 +43,7 @@ _DEFLATED = 1 << 31
 # which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most.
 _MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
-_MOST_NARROW_BITS = 7.0  # two codes of four bits a byte: expanding them takes longer than inflating them
+_MOST_HEAD_BITS = 4.0  # scales are few: inflating them takes longer than their bytes are worth, unless it saves half
 _LEAST_SAVING = 0.03
 _K_QUANTS = range(10, 16)
 
@@ -68,33 +84,56 @@ def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.u
         yield plain[start : start + step]
 
 
-def count_zeros(layout: Layout, plain: NDArray[np.uint8]) -> int:
-    """Return how many codes of a chunk are the zero code."""
-    _, keep = _kept(layout, plain)
-    return keep.size - int(np.count_nonzero(keep))
-
-
-def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int) -> bytes:
-    """Return the record of a chunk, given its place in the tensor."""
-    usual = _MOST_NARROW_BITS if layout.widths == (4,) else _MOST_ENTROPY_BITS
-    most_bits = _MOST_IN_SLOW_CHUNK if index % _SLOW_CYCLE == _SLOW_CHUNK else usual
+def tally(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return how many codes of a chunk are zero and how many are not; where they are in words, how many are which."""
     codes, keep = _kept(layout, plain)
+    if layout.in_words:
+        return np.bincount(codes[0], minlength=16)
+    kept = int(np.count_nonzero(keep))
+    return np.array([keep.size - kept, kept])
+
+
+def fit_table(layout: Layout, tallied: NDArray[np.int64]) -> Table | None:
+    """Return the table in front of a tensor with these codes, if its number format has one."""
+    return Table.fit(tallied) if layout.in_words else None
+
+
+def read_table(layout: Layout, take: Take) -> Table | None:
+    """Return the table in front of a tensor, if its number format has one.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    return Table.read(take(TABLE_BYTES)) if layout.in_words else None
+
+
+def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int, table: Table | None = None) -> bytes:
+    """Return the record of a chunk, given its place in the tensor, and its table where codes are in words."""
+    most_bits = _MOST_IN_SLOW_CHUNK if index % _SLOW_CYCLE == _SLOW_CHUNK else _MOST_ENTROPY_BITS
     blocks_BP = plain.reshape(-1, layout.block_bytes)
     planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
-    for code, bits in zip(codes, layout.widths, strict=True):
-        planes += _planes(stream_of(code[keep], bits), bits)
-    encoded = [_encode(plane, most_bits) for plane in planes]
+    encoded = [_encode(plane, _MOST_HEAD_BITS) for plane in planes]
+    if table:
+        first, payload = table.encode(layout.split(blocks_BP[:, layout.head_bytes :])[0])
+        encoded.append((payload.size, payload.tobytes()))
+    else:
+        codes, keep = _kept(layout, plain)
+        first = np.packbits(keep, bitorder="little")
+        for code, bits in zip(codes, layout.widths, strict=True):
+            encoded += [_encode(plane, most_bits) for plane in _planes(stream_of(code[keep], bits), bits)]
     sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
-    mask = np.packbits(keep, bitorder="little")
-    return b"".join([sizes.tobytes(), mask.tobytes(), *(data for _, data in encoded)])
+    return b"".join([sizes.tobytes(), first.tobytes(), *(data for _, data in encoded)])
 
 
-def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) -> NDArray[np.uint8]:
+def unpack_chunk(
+    layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
+) -> NDArray[np.uint8]:
     """Return the bytes of the next chunk.
 
     Args:
         layout: its number format.
         take: gives the record, piece by piece.
+        table: of the tensor, where its codes are in words.
         most_weights: a chunk with more is refused before anything is allocated.
 
     Raises:
@@ -104,16 +143,12 @@ def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) 
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:
         raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
-    mask = take(-(-weights // 8))
-    if weights % 8 and mask[-1] >> weights % 8:
-        raise ArtifactError("a mask keeps weights behind the end of its chunk")
-    kept = Kept.read(mask, layout.widths)
+    first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
-    fields = []
-    for bits in layout.widths:
-        count, plane_bytes = max(1, bits // 8), -(-kept.count * min(bits, 8) // 8)
-        stream = _interleave([_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)])
-        fields.append(expand(stream, bits, kept)[: -(-weights * bits // 8)])
+    if table:
+        fields = [table.decode(first, take(sizes[0]))]
+    else:
+        fields = _expand(layout, first, weights, sizes, take)
     body = layout.join(fields)
     if not heads:
         return body
@@ -122,6 +157,20 @@ def unpack_chunk(layout: Layout, take: Take, most_weights: int = CHUNK_WEIGHTS) 
     plain_B["head"] = _interleave(heads).view(f"V{head_bytes}")
     plain_B["body"] = body.view(f"V{body_bytes}")  # whole items are copied several times as fast as rows of bytes
     return plain_B.view(np.uint8)
+
+
+def _expand(
+    layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take
+) -> list[NDArray[np.uint8]]:
+    """Return the fields of all codes, of which those that are not zero are stored in planes of these sizes."""
+    if weights % 8 and mask[-1] >> weights % 8:
+        raise ArtifactError("a mask keeps weights behind the end of its chunk")
+    kept, fields = Kept.read(mask, layout.widths), []
+    for bits in layout.widths:
+        count, plane_bytes = max(1, bits // 8), -(-kept.count * min(bits, 8) // 8)
+        stream = _interleave([_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)])
+        fields.append(expand(stream, bits, kept)[: -(-weights * bits // 8)])
+    return fields
 
 
 def _kept(layout: Layout, plain: NDArray[np.uint8]) -> tuple[list[NDArray[np.unsignedinteger]], NDArray[np.bool_]]:

@@ -3,7 +3,7 @@
 A lane is 1, 4, 8, 16 or 32 bits. Whole bytes are scattered to the places of the bits that are set. Narrow lanes are
 expanded a machine word at a time: a group of eight is read at its bit position and spread by halves, quarters and
 eighths of the word, each lane moving by the binary digits of its distance (H. S. Warren, Hacker's Delight, section
-7-5, "Expand", on lanes in place of bits).
+7-5, "Expand", on lanes in place of bits). Look-ups are in range by construction: mode="wrap" leaves out numpy's check.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Kept:
             places = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
             return cls(8 * mask.size, places.size, places, _NONE, _NONE)
         keep = mask.astype(np.intp)
-        counts = _COUNT.take(keep)
+        counts = _COUNT.take(keep, mode="wrap")
         stop = np.cumsum(counts)  # of 64 bits: numpy sums a narrower type ten times as slowly
         return cls(8 * mask.size, int(stop[-1]), _NONE, keep, stop - counts)
 
@@ -89,14 +89,14 @@ def expand(stream: NDArray[np.uint8], bits: int, kept: Kept) -> NDArray[np.uint8
         return lanes.view(np.uint8)
     word: NDArray[Any] = _read(stream, kept.start * bits).astype("<u4" if bits == 4 else "u1")
     if bits == 1:
-        return np.asarray(_deposited().take(kept.keep << 8 | word))
+        return np.asarray(_deposited().take(kept.keep << 8 | word, mode="wrap"))
     arriving, clean = _tables()
     for shift, table in arriving:
         moved = word << shift
         moved ^= word
-        moved &= table.take(kept.keep)
+        moved &= table.take(kept.keep, mode="wrap")
         word ^= moved
-    word &= clean.take(kept.keep)
+    word &= clean.take(kept.keep, mode="wrap")
     return word.view(np.uint8)
 
 
@@ -106,7 +106,7 @@ def _read(stream: NDArray[np.uint8], position: NDArray[np.int64]) -> NDArray[np.
     padded[: stream.size] = stream
     halves = padded.view("<u4").astype(np.uint64)
     words = halves[:-1] | halves[1:] << np.uint64(32)
-    word = words.take(position >> 5)
+    word = words.take(position >> 5, mode="wrap")
     word >>= (position & 31).view(np.uint64)
     return np.asarray(word)
 

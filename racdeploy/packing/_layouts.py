@@ -43,6 +43,11 @@ class Layout:
     join: Callable[[Sequence[Bytes]], Bytes]
 
     @property
+    def in_words(self) -> bool:
+        """Whether four codes are stored as a word (``_buckets.py``), in place of a mask and those that are not zero."""
+        return self.widths == (4,)
+
+    @property
     def planes(self) -> int:
         """Planes of a chunk: one for each byte of a head and of a code; of narrower fields, one each."""
         return self.head_bytes + sum(max(1, bits // 8) for bits in self.widths)
@@ -74,7 +79,7 @@ def _split_q5_0(body_BP: Bytes) -> list[Bytes]:
 
 def _join_q5_0(fields: Sequence[Bytes]) -> Bytes:
     nibbles, bits = fields
-    halves = _separated().take((~bits).view("<u2")).view("<u4")  # bytes 0, 2, 1, 3 of the high bits
+    halves = _separated().take((~bits).view("<u2"), mode="wrap").view("<u4")  # bytes 0, 2, 1, 3 of the high bits
     body_B = np.empty(halves.size, dtype=[("high", "<u4"), ("nibbles", "V16")])
     body_B["high"] = halves & 0xFF0000FF | (halves & 0xFF00) << 8 | halves >> 8 & 0xFF00
     body_B["nibbles"] = nibbles.view("V16")

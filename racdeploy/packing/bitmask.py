@@ -1,4 +1,4 @@
-"""Bitmask: one bit a weight says which codes are not zero, and only those are stored.
+"""Bitmask: one bit a weight says which codes are not zero, and only those are stored; four-bit codes go in words.
 
 The form of the bytes is in docs/racgguf.md, the number formats in ``_layouts.py``. What is unpacked is the same
 bytes for any input: negative zeros, scales of blocks of zeros and codes of any value.
@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.packing._chunks import Taker, blocks_of, pack_chunk, refusal, unpack_chunk
+from racdeploy.packing._chunks import (
+    Taker,
+    blocks_of,
+    fit_table,
+    pack_chunk,
+    read_table,
+    refusal,
+    tally,
+    unpack_chunk,
+)
 from racdeploy.packing._layouts import LAYOUTS
 
 __all__ = ["FORMATS", "REQUIRES_ZEROS", "fits", "pack", "unpack"]
@@ -26,11 +35,12 @@ def fits(quant: Any, zeros_fraction: float) -> str:
 
 
 def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the records of all chunks, one after another."""
+    """Return the table, where the number format has one, and the records of all chunks, one after another."""
     layout = LAYOUTS[quant.GGML_TYPE]
     plain = np.ascontiguousarray(packed_OP).reshape(-1)
-    records = [pack_chunk(layout, chunk, index) for index, chunk in enumerate(blocks_of(layout, plain))]
-    return np.frombuffer(b"".join(records), dtype=np.uint8)
+    table = fit_table(layout, tally(layout, plain))
+    records = [pack_chunk(layout, chunk, index, table) for index, chunk in enumerate(blocks_of(layout, plain))]
+    return np.frombuffer(b"".join([table.stored if table else b"", *records]), dtype=np.uint8)
 
 
 def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
@@ -40,7 +50,7 @@ def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8
         ArtifactError: the records are damaged.
     """
     layout, take = LAYOUTS[quant.GGML_TYPE], Taker(stored)
-    chunks = []
+    table, chunks = read_table(layout, take), []
     while take.left:
-        chunks.append(unpack_chunk(layout, take))
+        chunks.append(unpack_chunk(layout, take, table))
     return np.concatenate(chunks).reshape(rows, -1)

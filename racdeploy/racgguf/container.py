@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from racdeploy.artifacts import atomic_file
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
-from racdeploy.packing._chunks import CHUNK_WEIGHTS, unpack_chunk
-from racdeploy.packing._layouts import LAYOUTS
+from racdeploy.packing._chunks import CHUNK_WEIGHTS, LEAST_WORD_WEIGHTS, read_table, unpack_chunk
+from racdeploy.packing._layouts import LAYOUTS, Layout
 from racdeploy.racgguf.header import FIXED_BYTES, Header, Value, padded, read_header, tensor_bytes
 
-__all__ = ["KEYS", "PACKED_TYPE", "SUFFIX", "Container", "StoredTensor"]
+__all__ = ["KEYS", "PACKED_TYPE", "SUFFIX", "VERSION", "Container", "StoredTensor"]
 
 SUFFIX = ".racgguf"
+VERSION = 2
 KEYS = ("racgguf.version", "racgguf.packing", "racgguf.size_bytes", "racgguf.sha256", "racgguf.tensors")
 PACKED_TYPE = 24  # I8
 _COPY_BYTES = 1 << 20
@@ -113,14 +114,15 @@ class Container:
         header, alignment = self._plain_header(), self.header.alignment
         yield memoryview(header)
         written = len(header)
-        for tensor in self.tensors:
-            yield memoryview(bytes(padded(written, alignment) - written))
-            try:
-                yield from (chunk.data for chunk in self.chunks(tensor))
-            except ArtifactError as error:
-                message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
-                raise ArtifactError(message, remedy="copy it again, or pack it again") from error
-            written = padded(written, alignment) + tensor.plain_bytes
+        with self.path.open("rb", buffering=_COPY_BYTES) as stream:
+            for tensor in self.tensors:
+                yield memoryview(bytes(padded(written, alignment) - written))
+                try:
+                    yield from (chunk.data for chunk in _unpack(tensor, stream))
+                except ArtifactError as error:
+                    message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
+                    raise ArtifactError(message, remedy="copy it again, or pack it again") from error
+                written = padded(written, alignment) + tensor.plain_bytes
         yield memoryview(bytes(self.size_bytes - written))
 
     def check_sha256(self) -> None:
@@ -189,8 +191,9 @@ def _checked(path: Path, header: Header) -> Container:
     if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
         raise ArtifactError("it is no .racgguf container: its five keys are not at the end of the metadata")
     version, packing, size_bytes, sha256, recorded = (values[key] for key in KEYS)
-    if type(version) is not int or version != 1 or packing != "bitmask":
-        raise ArtifactError(f"container version {version!r} with packing {packing!r}; known is 1 with 'bitmask'")
+    if type(version) is not int or version != VERSION or packing != "bitmask":
+        known = f"known is {VERSION} with 'bitmask'"
+        raise ArtifactError(f"container version {version!r} with packing {packing!r}; {known}")
     if type(size_bytes) is not int or not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ArtifactError("its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
@@ -225,9 +228,20 @@ def _stored(
         raise ArtifactError(f"{name!r} is packed and of type {ggml_type}, which cannot be packed")
     if not packed and stored_type != ggml_type:
         raise ArtifactError(f"{name!r} has type {stored_type} and is recorded as {ggml_type}")
-    if packed and stored_bytes < plain_bytes // LAYOUTS[ggml_type].block_bytes * LAYOUTS[ggml_type].block_weights // 8:
-        raise ArtifactError(f"{name!r} is stored in {stored_bytes} bytes, less than its mask")
+    if packed:
+        _check_stored(name, LAYOUTS[ggml_type], plain_bytes, stored_bytes)
     return StoredTensor(name, dimensions, ggml_type, packed, plain_bytes, stored_bytes, position)
+
+
+def _check_stored(name: str, layout: Layout, plain_bytes: int, stored_bytes: int) -> None:
+    """Refuse what cannot be a packed tensor; so the work of unpacking is bounded by the size of the file."""
+    blocks = plain_bytes // layout.block_bytes
+    weights = blocks * layout.block_weights
+    least_bytes = 5 * blocks if layout.in_words else weights // 8
+    if stored_bytes < least_bytes:
+        raise ArtifactError(f"{name!r} is stored in {stored_bytes} bytes, less than the {least_bytes} of its mask")
+    if layout.in_words and weights < LEAST_WORD_WEIGHTS:
+        raise ArtifactError(f"{name!r} is packed and has {weights} weights, fewer than {LEAST_WORD_WEIGHTS}")
 
 
 def _check_size(container: Container) -> None:
@@ -258,9 +272,9 @@ def _unpack(tensor: StoredTensor, stream: BinaryIO) -> Iterator[NDArray[np.uint8
             yield take(min(left, _COPY_BYTES))
         return
     layout = LAYOUTS[tensor.ggml_type]
-    weights = tensor.plain_bytes // layout.block_bytes * layout.block_weights
+    weights, table = tensor.plain_bytes // layout.block_bytes * layout.block_weights, read_table(layout, take)
     while weights:
-        chunk = unpack_chunk(layout, take, min(weights, CHUNK_WEIGHTS))
+        chunk = unpack_chunk(layout, take, table, min(weights, CHUNK_WEIGHTS))
         weights -= chunk.size // layout.block_bytes * layout.block_weights
         yield chunk
     if left:

@@ -20,9 +20,19 @@ from numpy.typing import NDArray
 from racdeploy.artifacts import disk_errors
 from racdeploy.checkpoint import file_sha256
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.packing._chunks import CHUNK_WEIGHTS, Taker, count_zeros, pack_chunk, refusal, unpack_chunk
+from racdeploy.packing._buckets import Table
+from racdeploy.packing._chunks import (
+    CHUNK_WEIGHTS,
+    LEAST_WORD_WEIGHTS,
+    Taker,
+    fit_table,
+    pack_chunk,
+    refusal,
+    tally,
+    unpack_chunk,
+)
 from racdeploy.packing._layouts import LAYOUTS, Layout
-from racdeploy.racgguf.container import KEYS, PACKED_TYPE, SUFFIX, Container, tensor_infos
+from racdeploy.racgguf.container import KEYS, PACKED_TYPE, SUFFIX, VERSION, Container, tensor_infos
 from racdeploy.racgguf.header import FIXED_BYTES, Header, TensorInfo, padded, read_header
 
 __all__ = ["PackedTensor", "pack"]
@@ -70,7 +80,7 @@ def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[Pack
     with disk_errors(out):
         try:
             with plain.open("rb") as source, data.open("wb") as sink:
-                rows = [_store(tensor, source, sink, header, progress) for tensor in header.tensors]
+                rows = _store_all(header, source, sink, progress)
             _assemble(plain, header, rows, data, partial)
             _check(plain, partial)
             partial.replace(out)
@@ -80,14 +90,58 @@ def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[Pack
     return tuple(rows)
 
 
+def _store_all(header: Header, source: BinaryIO, sink: BinaryIO, progress: Progress | None) -> list[PackedTensor]:
+    tallies = _tallies(header, source)
+    tables, rows = _tables(header, tallies), []
+    for tensor in header.tensors:
+        reason, table = _reason(tensor, tallies.get(tensor.name)), tables.get(tensor.name)
+        rows.append(_store(tensor, reason, table, source, sink, header.alignment))
+        if progress:
+            progress(tensor.position + tensor.size_bytes, header.size_bytes)
+    return rows
+
+
+def _tallies(header: Header, source: BinaryIO) -> dict[str, NDArray[np.int64]]:
+    """Return how often each code comes up, for every tensor whose number format can be packed."""
+    return {
+        tensor.name: np.sum([tally(layout, piece) for piece in _pieces(tensor, source, _chunk_bytes(layout))], axis=0)
+        for tensor in header.tensors
+        if (layout := LAYOUTS.get(tensor.ggml_type))
+    }
+
+
+def _tables(header: Header, tallies: dict[str, NDArray[np.int64]]) -> dict[str, Table | None]:
+    """Return the table of each tensor; those of one number format with about as many zeros share it.
+
+    A shared table is built once to unpack them, and a tensor of its own has hardly a better one.
+    """
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for tensor in header.tensors:
+        if tensor.name in tallies:
+            kinds.setdefault((tensor.ggml_type, round(10 * _zeros(tallies[tensor.name]))), []).append(tensor.name)
+    tables: dict[str, Table | None] = {}
+    for (ggml_type, _), names in kinds.items():
+        table = fit_table(LAYOUTS[ggml_type], np.sum([tallies[name] for name in names], axis=0))
+        tables |= dict.fromkeys(names, table)
+    return tables
+
+
+def _zeros(tallied: NDArray[np.int64]) -> float:
+    return float(tallied[0] / tallied.sum())
+
+
 def _store(
-    tensor: TensorInfo, source: BinaryIO, sink: BinaryIO, header: Header, progress: Progress | None
+    tensor: TensorInfo,
+    reason: str,
+    table: Table | None,
+    source: BinaryIO,
+    sink: BinaryIO,
+    alignment: int,
 ) -> PackedTensor:
-    """Write one tensor at the next aligned place, packed where that pays."""
-    sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
+    """Write one tensor at the next aligned place, packed where no reason is against it and it pays."""
+    sink.write(bytes(padded(sink.tell(), alignment) - sink.tell()))
     start = sink.tell()
-    reason = _reason(tensor, source)
-    if not reason and not _pack_tensor(tensor, source, sink):
+    if not reason and not _pack_tensor(tensor, table, source, sink):
         reason = "its packed form would unpack to other bytes"
     stored_bytes = sink.tell() - start
     if not reason and stored_bytes >= tensor.size_bytes:
@@ -97,24 +151,24 @@ def _store(
         sink.truncate()
         for piece in _pieces(tensor, source, _COPY_BYTES):
             sink.write(piece.data)
-    if progress:
-        progress(tensor.position + tensor.size_bytes, header.size_bytes)
     return PackedTensor(tensor.name, tensor.size_bytes, sink.tell() - start, reason)
 
 
-def _reason(tensor: TensorInfo, source: BinaryIO) -> str:
-    layout = LAYOUTS.get(tensor.ggml_type)
-    if layout is None:
+def _reason(tensor: TensorInfo, tallied: NDArray[np.int64] | None) -> str:
+    if tallied is None:
         return refusal(tensor.ggml_type, 0.0)
-    zeros = sum(count_zeros(layout, chunk) for chunk in _pieces(tensor, source, _chunk_bytes(layout)))
-    return refusal(tensor.ggml_type, zeros / (tensor.size_bytes // layout.block_bytes * layout.block_weights))
+    weights = int(tallied.sum())
+    if LAYOUTS[tensor.ggml_type].in_words and weights < LEAST_WORD_WEIGHTS:
+        return f"its {weights} weights do not pay for a table"
+    return refusal(tensor.ggml_type, _zeros(tallied))
 
 
-def _pack_tensor(tensor: TensorInfo, source: BinaryIO, sink: BinaryIO) -> bool:
+def _pack_tensor(tensor: TensorInfo, table: Table | None, source: BinaryIO, sink: BinaryIO) -> bool:
     layout = LAYOUTS[tensor.ggml_type]
+    sink.write(table.stored if table else b"")
     for index, chunk in enumerate(_pieces(tensor, source, _chunk_bytes(layout))):
-        record = np.frombuffer(pack_chunk(layout, chunk, index), dtype=np.uint8)
-        if not np.array_equal(unpack_chunk(layout, Taker(record)), chunk):
+        record = np.frombuffer(pack_chunk(layout, chunk, index, table), dtype=np.uint8)
+        if not np.array_equal(unpack_chunk(layout, Taker(record), table), chunk):
             return False
         sink.write(record.data)
     return True
@@ -144,7 +198,7 @@ def _assemble(plain: Path, header: Header, rows: list[PackedTensor], data: Path,
         shape, ggml_type = kept if row.reason else ((row.stored_bytes,), PACKED_TYPE)
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
     own = [
-        (4, struct.pack("<I", 1)),
+        (4, struct.pack("<I", VERSION)),
         (8, _text("bitmask")),
         (10, struct.pack("<Q", header.size_bytes)),
         (8, _text(file_sha256(plain))),

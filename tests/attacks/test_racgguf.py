@@ -19,7 +19,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.inspection import inspect_path
 from racdeploy.packing._chunks import Taker, unpack_chunk
 from racdeploy.packing._layouts import LAYOUTS
-from racdeploy.racgguf.container import KEYS, tensor_infos
+from racdeploy.racgguf.container import KEYS, VERSION, tensor_infos
 from tests.tiny_gguf import random_rows, write_gguf
 
 Attack = Callable[[bytearray, racgguf.Container], object]
@@ -34,6 +34,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "blk.0.weight": ("q8_0", random_rows("q8_0", 16, 256, 0.5)),
         "blk.1.weight": ("f16", random_rows("f16", 3, 333, 0.6)),
         "norm.weight": ("f32", random_rows("f32", 1, 64, 0.0)),
+        "blk.2.weight": ("q4_0", random_rows("q4_0", 16, 256, 0.5)),
     }
     racgguf.pack(write_gguf(folder / "m.gguf", tensors), folder / "m.racgguf")
     return folder / "m.racgguf"
@@ -72,6 +73,20 @@ def _swap_two_bits(data: bytearray, position: int) -> None:
     data[byte] ^= 3
 
 
+def _swap_bytes(data: bytearray, one: int, other: int) -> None:
+    data[one], data[other] = data[other], data[one]
+
+
+def _numbers(container: racgguf.Container) -> int:
+    """Return the position of the numbers of buckets: behind the table, the number of blocks and three sizes."""
+    return _chunk(container, 3) + 48 + 16
+
+
+def _end(container: racgguf.Container, tensor: int) -> int:
+    """Return the position of the last byte of a tensor."""
+    return container.tensors[tensor].position + container.tensors[tensor].stored_bytes - 1
+
+
 def _rename(data: bytearray, old: bytes, new: bytes) -> None:
     position = data.index(old)
     data[position : position + len(new)] = new
@@ -83,7 +98,7 @@ HEADER: dict[str, Attack] = {
     "big-endian version": lambda d, c: _put(d, 4, "I", 3 << 24),
     "tensor count overflows": lambda d, c: _put(d, 8, "Q", 2**64 - 1),
     "key count overflows": lambda d, c: _put(d, 16, "Q", 2**63),
-    "one tensor more than there is": lambda d, c: _put(d, 8, "Q", 4),
+    "one tensor more than there is": lambda d, c: _put(d, 8, "Q", 5),
     "one key less than there is": lambda d, c: _put(d, 16, "Q", len(c.header.values) - 1),
     "key length overflows": lambda d, c: _put(d, 24, "Q", 2**64 - 8),
     "key is not UTF-8": lambda d, c: _put(d, 32, "B", 0xFF),
@@ -106,7 +121,8 @@ HEADER: dict[str, Attack] = {
     "tensors overlap": lambda d, c: _put(d, d.index(b"norm.weight", _infos(c)) + 11 + 4 + 16 + 4, "Q", 0),
 }
 OWN_KEYS: dict[str, Attack] = {
-    "unknown container version": lambda d, c: _put(d, _value(c, KEYS[0]) + 4, "I", 2),
+    "unknown container version": lambda d, c: _put(d, _value(c, KEYS[0]) + 4, "I", 3),
+    "the container version before": lambda d, c: _put(d, _value(c, KEYS[0]) + 4, "I", 1),
     "version is a float": lambda d, c: _put(d, _value(c, KEYS[0]), "I", 6),
     "unknown packing": lambda d, c: _rename(d, b"bitmask", b"bitmusk"),
     "a key is missing": lambda d, c: _rename(d, b"racgguf.sha256", b"racgguf.sha257"),
@@ -121,6 +137,8 @@ OWN_KEYS: dict[str, Attack] = {
     "record of 2^63 dimensions": lambda d, c: _put(d, _recorded(c, 1), "Q", 2**63),
     "record of absurd dimensions": lambda d, c: _put(d, _recorded(c, 2), "Q", 2**61),
     "record of a bomb: less stored than its mask": lambda d, c: _put(d, _recorded(c, 3), "Q", 2**30),
+    "record of a type in words": lambda d, c: _put(d, _recorded(c, 0), "Q", 39),
+    "record of too few words": lambda d, c: _put(d, _recorded(c, 15), "Q", 15),
     "record of other dimensions": lambda d, c: _put(d, _recorded(c, 10), "Q", 32),
 }
 CHUNKS: dict[str, Attack] = {
@@ -140,7 +158,24 @@ CHUNKS: dict[str, Attack] = {
     "another code": lambda d, c: _put(d, _mask(c, 0) + 900, "B", d[_mask(c, 0) + 900] ^ 1),
     "another plain weight": lambda d, c: _put(d, _chunk(c, 2) + 9, "B", d[_chunk(c, 2) + 9] ^ 1),
 }
-ATTACKS = HEADER | OWN_KEYS | CHUNKS
+WORDS: dict[str, Attack] = {
+    "a bucket twice as large": lambda d, c: _put(d, _chunk(c, 3) + 16, "B", d[_chunk(c, 3) + 16] + 1),
+    "a bucket of 2^255 words": lambda d, c: _put(d, _chunk(c, 3) + 47, "B", 255),
+    "no words in any bucket": lambda d, c: d.__setitem__(slice(_chunk(c, 3) + 16, _chunk(c, 3) + 48), bytes(32)),
+    "another cost": lambda d, c: _put(d, _chunk(c, 3), "B", 255 - d[_chunk(c, 3)]),
+    "another order of two costs": lambda d, c: _swap_bytes(d, _chunk(c, 3), _chunk(c, 3) + 15),
+    "a chunk with a block more": lambda d, c: _put(d, _chunk(c, 3) + 48, "I", 129),
+    "another bucket": lambda d, c: _put(d, _numbers(c), "B", d[_numbers(c)] ^ 31),
+    "another bucket of the second word": lambda d, c: _put(d, _numbers(c) + 512, "B", d[_numbers(c) + 512] ^ 3),
+    "all in the first bucket": lambda d, c: d.__setitem__(slice(_numbers(c), _numbers(c) + 640), bytes(640)),
+    "all in the last bucket": lambda d, c: d.__setitem__(slice(_numbers(c), _numbers(c) + 640), b"\xff" * 640),
+    "a byte of words more": lambda d, c: _put(d, _chunk(c, 3) + 60, "I", c.tensors[3].stored_bytes),
+    "words of 2^32 - 1 bytes": lambda d, c: _put(d, _chunk(c, 3) + 60, "I", 2**32 - 1),
+    "words called deflated": lambda d, c: _put(d, _chunk(c, 3) + 63, "B", 0x80),
+    "another word": lambda d, c: _put(d, _numbers(c) + 1200, "B", d[_numbers(c) + 1200] ^ 1),
+    "bits behind the last word": lambda d, c: _put(d, _end(c, 3), "B", d[_end(c, 3)] ^ 0x80),
+}
+ATTACKS = HEADER | OWN_KEYS | CHUNKS | WORDS
 
 
 def _is_refused(file: Path) -> None:
@@ -190,7 +225,7 @@ def _container(file: Path, stored: bytes, rows: int, row_length: int) -> Path:
     size_bytes = -(-plain // 32) * 32 + 4 * rows * row_length
     text = lambda value: struct.pack("<Q", len(value)) + value  # noqa: E731
     values = [
-        (4, struct.pack("<I", 1)),
+        (4, struct.pack("<I", VERSION)),
         (8, text(b"bitmask")),
         (10, struct.pack("<Q", size_bytes)),
         (8, text(b"0" * 64)),

@@ -38,7 +38,7 @@ _TENSORS = st.lists(
     st.tuples(
         st.sampled_from([*PACKABLE, "q6_k"]),
         st.integers(1, 5),
-        st.integers(1, 40),
+        st.integers(1, 60),
         st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.99, 1.0]),
         st.integers(0, 2**32),
     ),
@@ -84,17 +84,23 @@ def test_what_does_not_pay_stays_plain_with_a_reason(tmp_path: Path) -> None:
         "dense": ("q8_0", random_rows("q8_0", 8, 256, 0.02)),
         "sparse": ("q8_0", random_rows("q8_0", 8, 256, 0.5)),
         "k-quant": ("q6_k", random_rows("q6_k", 2, 256, 0.5)),
+        "small": ("q4_0", random_rows("q4_0", 15, 256, 0.5)),
+        "large enough": ("q4_0", random_rows("q4_0", 16, 256, 0.5)),
     }
-    dense, sparse, k_quant = _round_trip(write_gguf(tmp_path / "m.gguf", tensors))
+    dense, sparse, k_quant, small, large = _round_trip(write_gguf(tmp_path / "m.gguf", tensors))
     assert "zeros do not pay" in dense.reason
     assert sparse.reason == ""
     assert "ggml type 14" in k_quant.reason
+    assert small.reason == "its 3840 weights do not pay for a table"
+    assert large.reason == ""
 
 
 def test_a_tensor_that_would_come_back_changed_stays_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every chunk is unpacked while it is packed, so a mistake in the codec costs size and nothing else."""
     unpack_chunk = writer.unpack_chunk
-    monkeypatch.setattr(writer, "unpack_chunk", lambda layout, take: unpack_chunk(layout, take) ^ np.uint8(1))
+    monkeypatch.setattr(
+        writer, "unpack_chunk", lambda layout, take, table: unpack_chunk(layout, take, table) ^ np.uint8(1)
+    )
     (row,) = _round_trip(write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))}))
     assert row.reason == "its packed form would unpack to other bytes"
     assert row.stored_bytes == row.plain_bytes
@@ -113,7 +119,7 @@ def test_other_readers_list_a_container(tmp_path: Path) -> None:
 
 def test_a_container_measures_like_its_file(tmp_path: Path) -> None:
     """Types, shapes and zeros are those of the plain file, sizes are the stored ones."""
-    tensors = {kind: (kind, random_rows(kind, 6, 256, 0.6)) for kind in PACKABLE if kind != "f32"}
+    tensors = {kind: (kind, random_rows(kind, 16, 256, 0.6)) for kind in PACKABLE if kind != "f32"}
     plain = write_gguf(tmp_path / "m.gguf", tensors)
     stored = [row.stored_bytes for row in _round_trip(plain)]
     with np.errstate(all="ignore"):
@@ -165,7 +171,7 @@ def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_cache_unpacks_once_and_repairs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is reused while its hash is right, and replaced when it is not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    plain = write_gguf(tmp_path / "m.gguf", {"w": ("q4_0", random_rows("q4_0", 8, 256, 0.5))})
+    plain = write_gguf(tmp_path / "m.gguf", {"w": ("q4_0", random_rows("q4_0", 16, 256, 0.5))})
     racgguf.pack(plain, tmp_path / "m.racgguf")
     file = racgguf.unpacked(tmp_path / "m.racgguf")
     assert file.read_bytes() == plain.read_bytes()
