@@ -6,6 +6,8 @@ skeleton lives on the meta device; blocks are filled one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,33 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
         head, embedding = model.get_submodule("lm_head"), model.get_submodule("model.embed_tokens")
         head.register_parameter("weight", embedding.get_parameter("weight"))
     return model
+
+
+@contextmanager
+def looked_up(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+    """Round what ggml looks up in a table as the table does.
+
+    Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number rounded to half
+    precision, itself rounded to half precision; from -10 down it is 0, and from 10 up the number itself.
+    """
+    family = checkpoint.family
+    names = [
+        f"{family.blocks}.{block}.{name}"
+        for block in range(checkpoint.integer("num_hidden_layers"))
+        for name in family.looked_up
+    ]
+    hooks = [model.get_submodule(name).register_forward_hook(_table_gelu) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _table_gelu(_: nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor) -> torch.Tensor:
+    (x,) = arguments
+    value = nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, value))
 
 
 def check_names(checkpoint: Checkpoint, expected: set[str]) -> None:

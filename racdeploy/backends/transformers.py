@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.backends._heap import keep_heap
 from racdeploy.backends._sequence import Sequence, check_ids, check_request
-from racdeploy.backends._torch_model import load_model
+from racdeploy.backends._torch_model import load_model, looked_up
 from racdeploy.checkpoint import Checkpoint
 
 __all__ = ["TransformersEngine", "chat_ids", "open_engine"]
@@ -40,9 +40,9 @@ class TransformersEngine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
-        checkpoint = Checkpoint(folder)
-        self._vocabulary = checkpoint.integer("vocab_size")
-        self._model = load_model(checkpoint)
+        self._checkpoint = Checkpoint(folder)
+        self._vocabulary = self._checkpoint.integer("vocab_size")
+        self._model = load_model(self._checkpoint)
 
     @torch.inference_mode()
     def generate(
@@ -66,10 +66,11 @@ class TransformersEngine:
         return [sequence.completion() for sequence in sequences]
 
     @torch.inference_mode()
-    def logits(self, ids: SequenceOf[int]) -> NDArray[np.float32]:
-        """Return logits_TV of a teacher-forced pass."""
+    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
+        """Return logits_TV of a teacher-forced pass; ``as_ggml`` with the rounding of ggml's look-up tables."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
-        output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+        with looked_up(self._model, self._checkpoint) if as_ggml else nullcontext():
+            output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
         result: NDArray[np.float32] = output.logits[0].float().numpy()
         return result
 

@@ -46,7 +46,7 @@ class Family:
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
         window_period: every n-th block sees all tokens and the others a sliding window; 0: llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
-        f32_tolerance: how far logits of an F32 file may be from torch's, as a share of the largest.
+        looked_up: modules of a block, GELU, whose values ggml looks up in a table of half-precision numbers.
 
     A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are computed from it.
     """
@@ -71,7 +71,7 @@ class Family:
     embedding_scale: str = ""
     window_period: int = 0
     no_rope_period: int = 0
-    f32_tolerance: float = 1e-4
+    looked_up: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -48,5 +48,5 @@ FAMILY = Family(
     },
     embedding_scale="root_of_hidden_size",
     window_period=6,
-    f32_tolerance=5e-3,  # ggml looks GELU up in a table of half-precision numbers
+    looked_up=("mlp.act_fn",),
 )

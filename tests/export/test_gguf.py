@@ -122,16 +122,21 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(make_checkpoint(tmp_path / "model", "qwen2"))
 
 
-def run_torch(folder: Path) -> np.ndarray:
-    """Return logits_TV of the checkpoint in float32."""
+def run_torch(folder: Path, *, table: bool = True, noise: float = 0.0) -> np.ndarray:
+    """Return logits_TV of the checkpoint in float32; GELU from a table of half-precision numbers, as ggml has it."""
+    torch.manual_seed(0)
+
+    def look_up(_: Any, inputs: tuple[torch.Tensor], __: torch.Tensor) -> torch.Tensor:
+        half = (inputs[0] * (1 + noise * torch.randn_like(inputs[0]))).half().double()
+        inner = np.sqrt(2 / np.pi) * half * (1 + 0.044715 * half * half)
+        return (0.5 * half * (1 + torch.tanh(inner))).half().float()
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for name, module in model.named_modules():
+        if table and model.config.model_type == "gemma3_text" and name.endswith("act_fn"):
+            module.register_forward_hook(look_up)
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
-
-
-def relative_error(logits_TV: np.ndarray, expected_TV: np.ndarray) -> float:
-    """Return the largest difference as a share of the largest logit."""
-    return float(np.abs(logits_TV - expected_TV).max() / np.abs(expected_TV).max())
 
 
 def read_fields(file: Path) -> dict[str, Any]:
@@ -151,12 +156,27 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     """An F32 file with an F32 cache gives torch's logits.
 
     Both sum at most 96 float32 products in different orders through 2 blocks: errors near 1e-6. 1e-4 leaves room
-    for other processors, and the smallest structural mistake, a wrong rotary setting, is above 1e-2. ggml looks
-    Gemma's GELU up in a table, by half-precision numbers and of them: twice a relative error of at most 2^-11.
+    for other processors, and the smallest structural mistake, a wrong rotary setting, is above 1e-2. ggml looks Gemma's
+    GELU up in a table of half-precision numbers, and so does torch here. What is left are inputs that a rounding error
+    sends to the next entry: half of the positions keep 1e-4, and all twice a relative error of at most 2^-11.
     """
     found = measured[case]
-    limit = 2**-10 if case.startswith("gemma3") else 1e-4
-    assert relative_error(found.answer.logits_TV, found.expected_TV) < limit
+    error_T = np.abs(found.answer.logits_TV - found.expected_TV).max(1) / np.abs(found.expected_TV).max()
+    assert np.median(error_T) < 1e-4
+    assert error_T.max() < (2**-10 if case.startswith("gemma3") else 1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("gemma3")])
+def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], case: str) -> None:
+    """Torch's own GELU is no nearer than 1e-4 at nine of ten positions; the table's brings it within, in the median.
+
+    Torch with the table is as far from itself when the inputs of GELU move by 3e-7, the rounding error of a sum.
+    """
+    found = measured[case]
+    largest = np.abs(found.expected_TV).max()
+    exact_TV, moved_TV = run_torch(found.folder, table=False), run_torch(found.folder, noise=3e-7)
+    assert np.quantile(np.abs(found.answer.logits_TV - exact_TV).max(1) / largest, 0.1) > 1e-4
+    assert np.abs(found.expected_TV - moved_TV).max() / largest > 2e-5
 
 
 @pytest.mark.parametrize("case", CASES)
