@@ -70,7 +70,6 @@ class NativeModel:
         self._log = _Log()
         threads = settings.threads or available_cores()
         kernels = accel.enable(path, settings.accel, threads=threads)
-        self.about: Mapping[str, Any] = {"kernels": str(kernels), "sparse_weights": len(kernels.tensors)}
         llama_cpp.llama_backend_init()
         params = _model_params(use_mmap and not kernels.tensors)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
@@ -79,6 +78,7 @@ class NativeModel:
                 f"llama.cpp cannot load {path}: {self._log.tail()}",
                 remedy="export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
             )
+        self.about = _about(kernels, settings.accel == "require")
         self.slots = settings.parallel
         self.batch_tokens = _BATCH_TOKENS
         self.context_tokens = settings.context_tokens
@@ -145,6 +145,17 @@ class NativeModel:
         if count < 0:
             raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}")
         return list(tokens[:count])
+
+
+def _about(kernels: accel.Status, required: bool) -> Mapping[str, Any]:
+    """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
+    asked, packed = len(kernels.tensors), kernels.packed()
+    if packed == asked:
+        return {"kernels": str(kernels), "sparse_weights": packed}
+    said = f"llama.cpp gave the sparse kernels {packed} of {asked} weights, and the others to another device"
+    if required:
+        raise EngineError(said, remedy="leave out --accel require")
+    return {"kernels": said, "sparse_weights": packed}
 
 
 def _model_params(use_mmap: bool) -> Any:
