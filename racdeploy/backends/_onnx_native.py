@@ -49,6 +49,10 @@ class OnnxModel:
         self._cache: Cache = kind(graph, settings.parallel, settings.context_tokens)
         self._logits: dict[int, NDArray[np.float32]] = {}
 
+    def decoders(self, sequences: int) -> list[OnnxModel]:
+        """Return this model: one session on all threads batches better than several."""
+        return [self]
+
     def decode(self, rows: Sequence[Row]) -> None:
         """Run the rows: several of one slot as one sequence, single ones of several slots together.
 

@@ -21,16 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.backends import EngineSettings, Sampling, ThinkingBudget
-from racdeploy.backends._batching import Batcher, Decoder
+from racdeploy.backends._batching import Batcher, Decoder, News
 from racdeploy.backends._messages import Header, read_message, write_message
 from racdeploy.backends._sequence import Sequence
 from racdeploy.errors import ArtifactError, RacdeployError
 
 __all__ = ["Load", "LoadedModel", "serve"]
 
+_TELL_EVERY_S = 0.05  # a reader sees no difference
 
-class LoadedModel(Decoder, Protocol):
-    """A model in this process: a decoder that also computes logits and may tokenize.
+
+class LoadedModel(Protocol):
+    """A model in this process: it lends decoders, computes logits and may tokenize.
 
     ``about`` is what else its engine has to say of itself, as JSON.
     """
@@ -38,6 +40,8 @@ class LoadedModel(Decoder, Protocol):
     context_tokens: int
     vocabulary: int
     about: Mapping[str, Any]
+
+    def decoders(self, sequences: int) -> SequenceOf[Decoder]: ...
 
     def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]: ...
 
@@ -65,6 +69,36 @@ class Inbox:
             else:
                 self.requests.put(header)
         os._exit(0)  # the parent closed the pipe or is dead; the engine may be running in the other thread
+
+
+class Teller:
+    """Passes on new tokens: those that end a sequence at once, others in lots, since the listener takes a core too.
+
+    Args:
+        sequences: of the call, by index.
+        send: gets (sequence index, new ids) of a lot.
+    """
+
+    def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:
+        self._sequences = sequences
+        self._send = send
+        self._held: dict[int, list[int]] = {}
+        self._sent_at = float("-inf")
+
+    def tell(self, news: News) -> None:
+        """Take the new tokens of a step."""
+        for index, ids in news:
+            self._held.setdefault(index, []).extend(ids)
+        ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
+        if ended or time.monotonic() - self._sent_at >= _TELL_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self._send(list(self._held.items()))
+            self._held = {}
+            self._sent_at = time.monotonic()
 
 
 class Worker:
@@ -118,20 +152,19 @@ class Worker:
             logits_TV = self._model.teacher_forced(ids, start)
             self._send("rows", logits_TV.astype("<f4").tobytes(), start=start, count=len(logits_TV))
             start += len(logits_TV)
-        self._model.forget(0)
         return {}
 
     def _generate(self, request: Header) -> dict[str, Any]:
         prompts, sampling = request["prompts"], sampling_from(request["sampling"])
         context_tokens = self._model.context_tokens
         sequences = [Sequence(index, ids, sampling, context_tokens) for index, ids in enumerate(prompts)]
-        batcher = Batcher(self._model, sequences)
-
-        def on_news(news: object) -> None:
-            if request["stream"]:
-                self._send("tokens", news=news)
-
-        batcher.run(on_news, lambda: self._inbox.cancelled_call == self._call)
+        batcher = Batcher(self._model.decoders(len(sequences)), sequences)
+        teller = Teller(sequences, lambda news: self._send("tokens", news=news))
+        batcher.run(
+            teller.tell if request["stream"] else lambda news: None,
+            lambda: self._inbox.cancelled_call == self._call,
+        )
+        teller.flush()
         for sequence in sequences:
             sequence.cancel()
         self._stats["prefill_s"] += batcher.prefill_s

@@ -166,6 +166,7 @@ class Recorder:
 
     def decode(self, rows: list[Row]) -> None:
         assert 0 < len(rows) <= self.batch_tokens
+        assert [row.slot for row in rows] == sorted(row.slot for row in rows)  # neighbours are computed together
         for row in rows:
             assert row.position == len(self.seen[row.slot])
             self.seen[row.slot].append(row.token)
@@ -191,8 +192,38 @@ def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
         for index, ids in news:
             told[index] += ids
 
-    Batcher(decoder, sequences).run(on_news, lambda: False)
+    Batcher([decoder], sequences).run(on_news, lambda: False)
     expected = [list(range(41 + i, min(47 + i, 51))) for i in range(7)]
     assert [s.ids for s in sequences] == expected
     assert list(told.values()) == expected
     assert max(decoder.batches) == decoder.batch_tokens
+
+
+def test_decoders_share_one_queue_and_each_answers_alike() -> None:
+    """Twenty sequences over two decoders: all are told, both worked, and no result depends on which one it was."""
+    sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
+    sequences = [Sequence(i, [20 + i], sampling, 200) for i in range(20)]
+    decoders, told = [Recorder(), Recorder()], {i: [] for i in range(20)}
+
+    def on_news(news: News) -> None:
+        for index, ids in news:
+            told[index] += ids
+
+    Batcher(decoders, sequences).run(on_news, lambda: False)
+    expected = [list(range(21 + i, min(27 + i, 51))) for i in range(20)]
+    assert [s.ids for s in sequences] == list(told.values()) == expected
+    assert all(decoder.batches for decoder in decoders)
+
+
+def test_a_decoder_that_fails_ends_the_others() -> None:
+    """Its error is what the caller gets, and nobody goes on for answers that are lost."""
+
+    class Broken(Recorder):
+        def decode(self, rows: list[Row]) -> None:
+            raise EngineError("the decoder broke")
+
+    sampling = Sampling(max_new_tokens=100_000, stop_ids=())
+    sequences = [Sequence(i, [1], sampling, 1_000_000) for i in range(6)]
+    with pytest.raises(EngineError, match="the decoder broke"):
+        Batcher([Recorder(), Broken()], sequences).run(lambda news: None, lambda: False)
+    assert min(len(s.ids) for s in sequences) < 100_000
