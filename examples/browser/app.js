@@ -12,6 +12,7 @@ env.allowLocalModels = true;
 env.localModelPath = "/";
 env.useBrowserCache = false;
 env.backends.onnx.wasm.wasmPaths = "/npm/onnxruntime-web/dist/";
+env.backends.onnx.wasm.proxy = true; // in a worker: else the page is not painted, nor a click heard, until the answer ends
 env.backends.onnx.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 
 const element = (id) => document.getElementById(id);

@@ -137,7 +137,7 @@ def test_transformers_js_generates_the_same_tokens_in_node(
 def test_the_page_thinks_and_answers_in_chromium(
     bundle: Path, npm: Path, address: str, tmp_path: Path, engine: str
 ) -> None:
-    """Thinking and answer apart, as racdeploy tells them apart; nothing is asked from elsewhere."""
+    """Thinking and answer apart as they stream, as racdeploy tells them apart; nothing is asked from elsewhere."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium in PATH: apt-get install chromium")
@@ -149,3 +149,5 @@ def test_the_page_thinks_and_answers_in_chromium(
     assert shown["status"].startswith("Done"), shown["status"]
     assert (shown["thinking"], shown["answer"]) == (expected.thinking, expected.answer)
     assert "50 % zeros" in shown["model"]
+    assert shown["painted"] > 5, "the page was not painted while the model was thinking"
+    assert 0 < shown["stopped"] < expected.thinking_tokens, "Stop does not stop"
