@@ -119,3 +119,22 @@ def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
     assert "pre_tokenizer" in caught.value.remedy
     assert export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16", pre_tokenizer="qwen2").path.is_file()
+
+
+@pytest.mark.parametrize(("name", "regex"), [(name, regex) for regex, name in _pretokenizers._UNEQUAL.items()])
+def test_expressions_that_llama_cpp_changes_are_refused(
+    tmp_path: Path, merges: dict[str, Any], name: str, regex: str
+) -> None:
+    """Tekken and o200k are refused by name, and the refusal is right: their own names give other tokens."""
+    folder = make_checkpoint(tmp_path / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1)
+    parts = [write_step(f"split {regex}"), write_step("bytes")]
+    written = merges | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"combining marks .*{name}"):
+        export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0")
+    file = export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0", pre_tokenizer=name).path
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(TEXTS), add_special_tokens=False)
+    found = ask_llama([file], [1, 2], TEXTS)[0].tokens
+    differing = [text for text, a, b in zip(TEXTS, expected, found, strict=True) if a.ids != b]
+    assert "x\u0302" in differing
+    assert 300 < sum(text in set(differing) for text in TEXTS[-10_000:]) < 500
