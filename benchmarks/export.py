@@ -4,8 +4,9 @@
 
 Writes a Qwen2-shaped bfloat16 checkpoint of random weights (28 blocks are 1.5B parameters) and turns it into GGUF both
 ways, in processes of their own and in turn: racdeploy's export, and llama.cpp's converter to F16 followed by
-``llama_model_quantize``, both on every core. Prints medians of seconds and the highest peak of resident memory. The
-converter comes from the source package of the installed llama-cpp-python.
+``llama_model_quantize``, both on every core. A third arm chooses the scales for an importance of every input, as
+exports of pruned models do; llama.cpp is given none. Prints medians of seconds and the highest peak of resident
+memory. The converter comes from the source package of the installed llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.any_size import write_model
 from benchmarks.packing import peak_bytes
 
-ARMS = ("racdeploy", "llama.cpp")
+CHOSEN = "racdeploy, scales chosen"
+ARMS = ("racdeploy", CHOSEN, "llama.cpp")
+IMPORTANCE = "importance.safetensors"
 
 
 def main() -> None:
@@ -46,6 +51,8 @@ def main() -> None:
 
         write_model(folder, arguments.blocks)
         write_tokenizer(folder)
+    if not (folder / IMPORTANCE).is_file():
+        write_importance(folder)
     print("| quant | arm | seconds | peak RSS MB |\n|---|---|---|---|")
     for quant in arguments.quants:
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arguments.arms}
@@ -66,14 +73,28 @@ def measure(arguments: argparse.Namespace, arm: str, quant: str) -> dict[str, fl
     return found
 
 
+def write_importance(folder: Path) -> None:
+    """Write the importance of the inputs of every linear, in the form that pruning leaves."""
+    from safetensors.numpy import save_file
+
+    from racdeploy.checkpoint import Checkpoint
+
+    checkpoint, random, found = Checkpoint(folder), np.random.default_rng(0), {}
+    for name, entry in checkpoint.entries.items():
+        if name.startswith(checkpoint.family.blocks) and len(entry.shape) == 2:
+            found[name] = random.chisquare(1, entry.shape[1]).astype(np.float32)
+            found[name + ".tokens"] = np.array([1000.0])
+    save_file(found, folder / IMPORTANCE)
+
+
 def run(arm: str, folder: Path, out: Path, quant: str) -> dict[str, float]:
     """Export once; return seconds and the peak of the largest process that worked."""
-    if arm == "racdeploy":
+    if arm != "llama.cpp":
         from racdeploy.checkpoint import Checkpoint
         from racdeploy.export.gguf import export
 
         start = time.perf_counter()
-        export(Checkpoint(folder), out, quant=quant)
+        export(Checkpoint(folder), out, quant=quant, importance=str(folder / IMPORTANCE) if arm == CHOSEN else "none")
         return {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak_bytes()}
     from tests.llama_converter import Job, convert
     from tests.llama_quantize import quantize

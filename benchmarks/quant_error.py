@@ -4,29 +4,31 @@
 
 Prunes a model, and quantizes it with ggml's scales and with those that the pruning's own statistic chooses. Prints for
 each number format the weighted squared error of the linears, chosen over ggml's, and the KL of the exported file from
-the pruned checkpoint, teacher-forced on held-out traces: torch against llama.cpp.
+the pruned checkpoint, teacher-forced on held-out traces: torch against llama.cpp, with an interval of the difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy import plugins, quant
 from racdeploy.artifacts import IMPORTANCE_FILE
-from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.backends import EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export import gguf
 from racdeploy.export._importance import Importance
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
 from racdeploy.recipe import Recipe
-from racdeploy.verify._measure import compare_logits
+from racdeploy.verify._measure import _completion_logits, divergences
 
+Trace = tuple[tuple[int, ...], tuple[int, ...]]
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
 
@@ -49,24 +51,31 @@ def main() -> None:
     _, held_out, _ = build.calibration(build.traces()[1])
     folder = build.prune().folder
     traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
-    rows = []
-    print("| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | top-1 ggml | top-1 chosen | tokens |")
+    with opened("transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")) as engine:
+        references = [_completion_logits(engine, trace) for trace in traces]
+    tokens, rows = sum(map(len, references)), []
+    print(f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces")
+    print("| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | difference | top-1 ggml | chosen |")
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.quants:
+        kls: dict[str, list[NDArray[np.float64]]] = {}
         row = {"quant": name, "ratio": ratio(folder, name) if name in plugins.names("quant") else None}
         for arm, importance in (("ggml", "none"), ("chosen", "")):
             file = arguments.out / f"{arm}.gguf"
             result = gguf.export(Checkpoint(folder), file, quant=name, importance=importance)
-            row |= measure(folder, file, traces, arm, arguments.threads)
+            kls[arm], row[f"top1_{arm}"] = measure(references, file, traces, arguments.threads)
+            row[f"kl_{arm}"] = float(np.concatenate(kls[arm]).mean())
         linears = [t for t in result.tensors if t.source in build.job.prunable()]
         weights = sum(t.shape[0] * t.shape[1] for t in linears)
         row["bits"] = 8 * sum(t.size_bytes for t in linears) / weights
         row["zeros"] = sum(t.zeros * t.shape[0] * t.shape[1] for t in linears) / weights
+        row["difference"] = difference(kls["ggml"], kls["chosen"])
         rows.append(row)
         shown = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
         print(
             f"| {name} | {row['bits']:.2f} | {shown} | {row['kl_ggml']:.2e} | {row['kl_chosen']:.2e} |"
-            f" {row['top1_ggml']:.2%} | {row['top1_chosen']:.2%} | {row['tokens']} |",
+            f" {row['difference'][0]:+.1e} to {row['difference'][1]:+.1e} |"
+            f" {row['top1_ggml']:.2%} | {row['top1_chosen']:.2%} |",
             flush=True,
         )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
@@ -103,18 +112,21 @@ def ratio(folder: Path, name: str) -> float | None:
 
 
 def measure(
-    folder: Path, file: Path, traces: list[tuple[tuple[int, ...], tuple[int, ...]]], arm: str, threads: int
-) -> dict[str, float]:
-    """Return KL and top-1 of a file against the pruned checkpoint under torch."""
-    exact = EngineSettings(2048, 1, threads, "f32")
-    compared = compare_logits(
-        lambda: closing(open_engine("transformers", folder, exact)),
-        lambda: closing(open_engine("transformers", folder, exact)),
-        lambda: closing(open_engine("llamacpp", file, exact)),
-        traces,
-    )
-    assert compared
-    return {f"kl_{arm}": compared.export_kl, f"top1_{arm}": compared.export_top1, "tokens": compared.tokens}
+    references: list[NDArray[np.float32]], file: Path, traces: Sequence[Trace], threads: int
+) -> tuple[list[NDArray[np.float64]], float]:
+    """Return the KL at every position of each trace, and the share of equal first choices, of a file against torch."""
+    with opened("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
+        found = [divergences(r, _completion_logits(engine, t)) for r, t in zip(references, traces, strict=True)]
+    return [kl_T for kl_T, _ in found], float(np.concatenate([same_T for _, same_T in found]).mean())
+
+
+def difference(ggml: list[NDArray[np.float64]], chosen: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean KL of chosen scales less that of ggml's, over draws of whole traces."""
+    random, sizes = np.random.default_rng(0), np.array([len(kl_T) for kl_T in ggml])
+    sums = np.array([float((b - a).sum()) for a, b in zip(ggml, chosen, strict=True)])
+    drawn = random.integers(0, len(sums), (10_000, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 if __name__ == "__main__":

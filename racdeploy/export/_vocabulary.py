@@ -96,6 +96,16 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
     )
 
 
+def adds_bos(checkpoint: Checkpoint) -> bool:
+    """Return whether llama.cpp's tokenizer puts the beginning-of-sequence in front of a text by itself."""
+    tokenizer = read_json(checkpoint.tokenizer_file)
+    _check_kind(tokenizer)
+    by_id = _texts_by_id(tokenizer["model"]["vocab"], _added_tokens(tokenizer))
+    special_ids, _ = _special_ids(checkpoint, by_id)
+    usual = {"bos": pieces.is_sentencepiece(tokenizer), "eos": False}
+    return _adds(tokenizer, checkpoint.tokenizer_config, special_ids, by_id, usual)["bos"]
+
+
 def _sentencepiece(
     checkpoint: Checkpoint,
     tokenizer: Mapping[str, Any],

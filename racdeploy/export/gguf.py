@@ -31,7 +31,8 @@ from racdeploy.export._gguf_parameters import check_parameters, write_parameters
 from racdeploy.export._gguf_splits import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, name_part
 from racdeploy.export._gguf_tensors import PlannedTensor, plan_tensors
 from racdeploy.export._importance import Importance
-from racdeploy.export._vocabulary import Vocabulary, check_name, read_vocabulary
+from racdeploy.export._ollama import go_template
+from racdeploy.export._vocabulary import Vocabulary, adds_bos, check_name, read_vocabulary
 from racdeploy.families import Family
 from racdeploy.quant import presets
 from racdeploy.runtime.template import PromptEncoder
@@ -87,13 +88,16 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Return an Ollama Modelfile; the chat template is in the GGUF.
+    """Return an Ollama Modelfile, with the chat template in Ollama's own language where it can be said in it.
 
     The context is raised to where a thought fits, and a completion may fill it: Ollama would cut both far earlier.
     """
     entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
     settings = manifest.generation
-    tokens = {i: t for t, i in PromptEncoder.from_folder(checkpoint.folder).tokenizer.get_vocab().items()}
+    encoder = PromptEncoder.from_folder(checkpoint.folder)
+    tokens = {i: t for t, i in encoder.tokenizer.get_vocab().items()}
+    template, reason = go_template(encoder.render, encoder.bos_token if adds_bos(checkpoint) else "")
+    missing = f"# Ollama has no counterpart of the chat template ({reason}): llama-server --jinja runs it"
     context = min(checkpoint.integer("max_position_embeddings"), max(settings.context_tokens, _LEAST_CONTEXT))
     stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
     lines = [
@@ -103,6 +107,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
             else []
         ),
         f"FROM ./{_plain_name(entry)}",
+        f'TEMPLATE """{template}"""' if template else missing,
         f"PARAMETER temperature {settings.temperature:g}",
         f"PARAMETER top_p {settings.top_p:g}",
         *_recommended(checkpoint),

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 __all__ = ["choose_codes"]
 
-_CHUNK_WEIGHTS = 32_768  # three arrays of them stay in a core's cache
-_TRIALS = 16
+_CHUNK_WEIGHTS = 65_536  # long rows of blocks for numpy, and five arrays of them near a core
 
 
 def choose_codes(
@@ -24,6 +23,7 @@ def choose_codes(
     block: int,
     codes: tuple[int, int],
     spans: tuple[float, float],
+    trials: int,
 ) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
     """Return the scale of every block, step_OB, and the code of every weight, code_OI.
 
@@ -35,52 +35,61 @@ def choose_codes(
         spans: the smallest and the largest scale to try, as shares of the one that stores the largest weight at the
             end of the codes. A smaller one clips that weight; a larger one moves every code, which is what 8 bits gain
             from.
+        trials: scales to try, evenly over the spans.
     """
     O, I = weight_OI.shape
     assert (importance_I > 0).all(), "importance must be above zero"
     step_OB = np.empty((O, I // block), dtype=np.float16)
     code_OI = np.empty((O, I), dtype=np.int8)
     rows = max(1, _CHUNK_WEIGHTS // I)
-    importance_BK = np.tile(importance_I.astype(np.float32).reshape(-1, block), (rows, 1))
+    importance_KB = _turned(np.tile(importance_I.astype(np.float32).reshape(-1, block), (rows, 1)))
     for start in range(0, O, rows):
-        weight_BK = np.ascontiguousarray(weight_OI[start : start + rows]).reshape(-1, block)
-        step_B, code_BK = _choose(weight_BK, importance_BK[: len(weight_BK)], codes, spans)
+        weight_KB = _turned(weight_OI[start : start + rows].reshape(-1, block))
+        step_B, code_KB = _choose(
+            weight_KB, importance_KB[:, : weight_KB.shape[1]], codes, np.linspace(*spans, trials, dtype=np.float32)
+        )
         step_OB[start : start + rows] = step_B.reshape(-1, I // block)
-        code_OI[start : start + rows] = code_BK.reshape(-1, I)
+        code_OI[start : start + rows] = code_KB.T.reshape(-1, I)
     return step_OB, code_OI
 
 
+def _turned(values_BK: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the weights of a block one below the other: sums over a block then add whole rows of blocks."""
+    return np.ascontiguousarray(values_BK.T)
+
+
 def _choose(
-    weight_BK: NDArray[np.float32],
-    importance_BK: NDArray[np.float32],
+    weight_KB: NDArray[np.float32],
+    importance_KB: NDArray[np.float32],
     codes: tuple[int, int],
-    spans: tuple[float, float],
+    span_N: NDArray[np.float32],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    extreme_B1 = np.take_along_axis(weight_BK, np.abs(weight_BK).argmax(1)[:, None], 1)
-    widest_B: NDArray[np.float32] = extreme_B1[:, 0] / np.float32(codes[0])
-    weighted_BK = importance_BK * weight_BK
+    extreme_1B = np.take_along_axis(weight_KB, np.abs(weight_KB).argmax(0)[None], 0)
+    widest_B: NDArray[np.float32] = extreme_1B[0] / np.float32(codes[0])
+    weighted_KB = importance_KB * weight_KB
+    code_KB, product_KB = np.empty_like(weight_KB), np.empty_like(weight_KB)
     best_B, step_B = np.zeros_like(widest_B), widest_B.copy()
-    for span in np.linspace(*spans, _TRIALS, dtype=np.float32):
-        code_BK = _codes(weight_BK, widest_B * span, codes)
-        match_B = np.einsum("bk,bk->b", code_BK, weighted_BK)
-        code_BK *= code_BK
-        energy_B = np.einsum("bk,bk->b", code_BK, importance_BK)
+    for span in span_N:
+        _codes(weight_KB, widest_B * span, codes, code_KB)
+        match_B = np.multiply(code_KB, weighted_KB, out=product_KB).sum(0)
+        np.multiply(code_KB, code_KB, out=product_KB)
+        energy_B = np.multiply(product_KB, importance_KB, out=product_KB).sum(0)
         energy_B[energy_B == 0] = 1
         fitted_B = match_B / energy_B
         better_B = fitted_B * match_B > best_B
         np.copyto(best_B, fitted_B * match_B, where=better_B)
         np.copyto(step_B, fitted_B, where=better_B)
-    found_B, found_BK, error_B = _rounded(weight_BK, importance_BK, step_B, codes)
-    plain_B, plain_BK, plain_error_B = _rounded(weight_BK, importance_BK, widest_B, codes)
+    found_B, found_KB, error_B = _rounded(weight_KB, importance_KB, step_B, codes)
+    plain_B, plain_KB, plain_error_B = _rounded(weight_KB, importance_KB, widest_B, codes)
     worse_B = ~(error_B <= plain_error_B)
     np.copyto(found_B, plain_B, where=worse_B)
-    np.copyto(found_BK, plain_BK, where=worse_B[:, None])
-    return found_B, found_BK
+    np.copyto(found_KB, plain_KB, where=worse_B)
+    return found_B, found_KB
 
 
 def _rounded(
-    weight_BK: NDArray[np.float32],
-    importance_BK: NDArray[np.float32],
+    weight_KB: NDArray[np.float32],
+    importance_KB: NDArray[np.float32],
     step_B: NDArray[np.float32],
     codes: tuple[int, int],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float32]]:
@@ -88,15 +97,19 @@ def _rounded(
     with np.errstate(over="ignore"):  # an infinite scale is refused by whoever writes the file
         half_B = step_B.astype(np.float16)
     rounded_B = half_B.astype(np.float32)
-    code_BK = _codes(weight_BK, rounded_B, codes)
+    code_KB = _codes(weight_KB, rounded_B, codes, np.empty_like(weight_KB))
     with np.errstate(invalid="ignore"):
-        error_BK = weight_BK - code_BK * rounded_B[:, None]
-    return half_B, code_BK, np.einsum("bk,bk,bk->b", error_BK, error_BK, importance_BK)
+        error_KB = weight_KB - code_KB * rounded_B
+        error_KB *= error_KB
+        error_KB *= importance_KB
+    return half_B, code_KB, error_KB.sum(0)
 
 
-def _codes(weight_BK: NDArray[np.float32], step_B: NDArray[np.float32], codes: tuple[int, int]) -> NDArray[np.float32]:
+def _codes(
+    weight_KB: NDArray[np.float32], step_B: NDArray[np.float32], codes: tuple[int, int], out_KB: NDArray[np.float32]
+) -> NDArray[np.float32]:
     with np.errstate(divide="ignore", over="ignore"):
         inverse_B = np.where(step_B == 0, np.float32(0), np.float32(1) / step_B)
-    code_BK = weight_BK * inverse_B[:, None]
-    np.rint(code_BK, out=code_BK)
-    return np.clip(code_BK, *codes, out=code_BK)
+    np.multiply(weight_KB, inverse_B, out=out_KB)
+    np.rint(out_KB, out=out_KB)
+    return np.clip(out_KB, *map(np.float32, codes), out=out_KB)

@@ -17,6 +17,7 @@ BLOCK = 32
 CODES = (-8, 7)
 PRESERVES_ZERO = True
 _SPANS = (0.76, 1.16)
+_TRIALS = 8
 _TYPE = GGMLQuantizationType(GGML_TYPE)
 
 
@@ -24,7 +25,7 @@ def quantize(weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] |
     """Return packed rows: bit for bit what ggml's C code writes, or with the scales that an importance asks for."""
     if importance_I is None:
         return quants.quantize(weight_OI, _TYPE)
-    step_OB, code_OI = _search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS)
+    step_OB, code_OI = _search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS, _TRIALS)
     return join_blocks(step_OB, pair_nibbles((code_OI + 8).view(np.uint8).reshape(*step_OB.shape, BLOCK)))
 
 

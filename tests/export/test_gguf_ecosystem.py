@@ -158,9 +158,13 @@ def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
     edit_json(checkpoint.folder / "config.json", max_position_embeddings=131_072)
     edit_json(checkpoint.folder / "generation_config.json", top_k=20, repetition_penalty=1.05, do_sample=True)
     manifest = _manifest("m.gguf", {"m.gguf": "0"})
-    lines = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"].splitlines()
-    assert lines == [
-        "FROM ./m.gguf",
+    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"]
+    start, template, parameters = written.split('"""')
+    assert start == "FROM ./m.gguf\nTEMPLATE "
+    assert template.startswith('{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}<|im_start|>system\n')
+    assert template.endswith("{{ end }}{{ end }}<think>\n")
+    assert parameters.splitlines() == [
+        "",
         "PARAMETER temperature 0.6",
         "PARAMETER top_p 0.95",
         "PARAMETER top_k 20",
@@ -169,6 +173,16 @@ def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
         "PARAMETER num_predict 16384",
         'PARAMETER stop "<|im_end|>"',
     ]
+
+
+def test_a_template_without_a_counterpart_is_said_so(checkpoint: Checkpoint) -> None:
+    """A Modelfile without a template would make Ollama ask the bare question, without a word."""
+    loop = "{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}"
+    (checkpoint.folder / "chat_template.jinja").write_text(loop, encoding="utf-8")
+    manifest = _manifest("m.gguf", {"m.gguf": "0"})
+    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"]
+    assert "TEMPLATE" not in written
+    assert "# Ollama has no counterpart of the chat template (it writes a message otherwise" in written
 
 
 def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
