@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from racdeploy.quant import _ggml
 
-PROMPT_TOKENS = 512
+CHILD = Path(__file__).with_name("_accel_child.py")
 HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
 LINEARS = {
     "attn_q": (HIDDEN, HIDDEN),
@@ -52,6 +52,7 @@ class Side:
     label: str
     file: Path
     sparse: bool
+    use_mmap: bool = True
 
 
 def main() -> None:
@@ -65,11 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
     parser.add_argument("--write-only", action="store_true")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(measure(**arguments.child)))
-        return
     arguments.work.mkdir(parents=True, exist_ok=True)
     cases = [
         (model, quant, zeros)
@@ -89,7 +86,11 @@ def main() -> None:
         print("| model | zeros | side | decode ms | × | byte bound | prefill ms | × | RSS MB | × | load ms | × |")
         print("|---|---|---|---|---|---|---|---|---|---|---|---|")
         for (model, quant, zeros), file in files.items():
-            sides = [Side("stock", file, False), Side("sparse kernels", file, True)]
+            sides = [
+                Side("stock", file, False),
+                Side("stock, use_mmap=False", file, False, use_mmap=False),
+                Side("sparse kernels", file, True, use_mmap=False),
+            ]
             sides += [Side(f"dense {peer.stem.split('-')[1]}, stock", peer, False) for peer in peers[model]]
             report(f"{model} {quant}", quant, zeros, sides, threads, arguments)
 
@@ -117,50 +118,13 @@ def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int,
 
 def run_child(side: Side, threads: int, tokens: int) -> dict[str, float]:
     """Measure in a process of its own."""
-    values = {"file": str(side.file), "sparse": side.sparse, "threads": threads, "tokens": tokens}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(values)], capture_output=True, text=True, check=False
-    )
+    how = {"sparse": side.sparse, "use_mmap": side.use_mmap}
+    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens}
+    done = subprocess.run([sys.executable, str(CHILD), json.dumps(values)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def measure(file: str, sparse: bool, threads: int, tokens: int) -> dict[str, float]:
-    """Load a file as a user does, read a prompt, decode."""
-    import llama_cpp
-
-    from racdeploy import accel
-
-    started = time.perf_counter()
-    if sparse:
-        accel.enable(file, "require", threads=threads)
-    model = llama_cpp.Llama(
-        file, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=not sparse
-    )
-    load_ms = 1000 * (time.perf_counter() - started)
-    prompt = [(37 * i + 11) % 4000 + 100 for i in range(PROMPT_TOKENS)]
-    model.eval(prompt[:32])
-    times = []
-    for _ in range(2):
-        model.reset()
-        started = time.perf_counter()
-        model.eval(prompt)
-        times.append(time.perf_counter() - started)
-    steps = []
-    for token in prompt[:tokens]:
-        started = time.perf_counter()
-        model.eval([token])
-        steps.append(time.perf_counter() - started)
-    with open("/proc/self/status", encoding="ascii") as status:
-        rss_kb = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-    return {
-        "load_ms": load_ms,
-        "prefill_ms": 1000 * min(times),
-        "decode_ms": 1000 * median(steps),
-        "rss_mb": rss_kb * 1024 / 1e6,
-    }
 
 
 def bandwidth(threads: int) -> float:

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from racdeploy import __version__, plugins
 from racdeploy import export as exports
@@ -30,7 +29,8 @@ from racdeploy.pipeline import Build, default_work
 from racdeploy.planning import pruning_plan
 from racdeploy.prune.processes import joined
 from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
-from racdeploy.report.terminal import print_report
+from racdeploy.report.tables import Table
+from racdeploy.report.terminal import print_report, print_table
 from racdeploy.report_model import Report
 from racdeploy.reverify import Reverification
 from racdeploy.served import ServedVerification, Server, ServerApi
@@ -321,13 +321,13 @@ def bench(
     if json_output:
         print_json(found.to_json())
         return
-    table = Table("one sequence", "dense", "pruned", "ratio", f"range of {rounds}")
     dense_median, pruned_median = found.medians()
+    rows = []
     for name, label in benchmark.FIGURES.items():
         ratios = found.ratios(name)
         sides = (benchmark.figure_text(name, side[name]) for side in (dense_median, pruned_median))
-        table.add_row(label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}")
-    out.print(table)
+        rows.append((label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"))
+    print_table(Table("", ("one sequence", "dense", "pruned", "ratio", f"range of {rounds}"), tuple(rows)), out)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
     _print_kernels(found.kernels, accel)
 
@@ -345,12 +345,14 @@ def inspect(
         return
     for key, value in found["summary"].items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
-    table = Table("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
-    for row in found["tensors"]:
-        shape = " × ".join(map(str, row["shape"]))
-        cells = f"{row['bits']:.2f}", _share(row["zeros"]), row["packing"], f"{row['size_bytes']:,}"
-        table.add_row(row["name"], shape, row["type"], *cells)
-    out.print(table)
+    rows = [
+        (
+            *(row["name"], " × ".join(map(str, row["shape"])), row["type"]),
+            *(f"{row['bits']:.2f}", _share(row["zeros"]), row["packing"], f"{row['size_bytes']:,}"),
+        )
+        for row in found["tensors"]
+    ]
+    print_table(Table("", ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes"), tuple(rows)), out)
 
 
 @app.command()

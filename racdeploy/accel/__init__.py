@@ -43,6 +43,11 @@ class Status:
     kernels: str = ""
     tensors: tuple[str, ...] = ()
 
+    def packed(self) -> int:
+        """Return how many of the weights llama.cpp has given to the kernels since; all of them, once it has loaded."""
+        ready = readiness() if self.tensors else ""
+        return 0 if isinstance(ready, str) else _plugin(ready[0]).packed()[0]
+
     def __str__(self) -> str:
         if self.reason:
             return f"llama.cpp's own kernels: {self.reason}"
@@ -89,9 +94,8 @@ def kernels(mode: Mode) -> str:
 def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:
     """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
 
-    Call it before every model that is to be accelerated, and before the first model of the process is loaded; load the
-    model with ``use_mmap=False``, or the file stays in memory beside the packed weights. Another model that is loaded
-    later has its weights where they always were.
+    Call it before every model that is to be accelerated, and before the first model of the process is loaded. Another
+    model that is loaded later has its weights where they always were.
 
     Args:
         path: the GGUF file.

@@ -75,7 +75,6 @@ class NativeModel:
         self._log = _Log()
         self._threads = settings.threads or available_cores()
         kernels = accel.enable(path, settings.accel, threads=self._threads)
-        self.about: Mapping[str, Any] = {"kernels": str(kernels), "sparse_weights": len(kernels.tensors)}
         llama_cpp.llama_backend_init()
         params = _model_params(use_mmap and not kernels.tensors)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
@@ -84,6 +83,7 @@ class NativeModel:
                 f"llama.cpp cannot load {path}: {self._log.tail()}",
                 remedy="export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
             )
+        self.about = _about(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
@@ -206,6 +206,17 @@ class _Batch:
         self._wants_logits[:count] = columns[3]
         self._batch.n_tokens = count
         return self._batch
+
+
+def _about(kernels: accel.Status, required: bool) -> Mapping[str, Any]:
+    """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
+    asked, packed = len(kernels.tensors), kernels.packed()
+    if packed == asked:
+        return {"kernels": str(kernels), "sparse_weights": packed}
+    said = f"llama.cpp gave the sparse kernels {packed} of {asked} weights, and the others to another device"
+    if required:
+        raise EngineError(said, remedy="leave out --accel require")
+    return {"kernels": said, "sparse_weights": packed}
 
 
 def _model_params(use_mmap: bool) -> Any:

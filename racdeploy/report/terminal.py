@@ -11,7 +11,7 @@ from racdeploy.report.front import who_wins
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
 from racdeploy.report_model import Report
 
-__all__ = ["print_report"]
+__all__ = ["print_report", "print_table"]
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 
@@ -23,17 +23,22 @@ def print_report(report: Report, console: Console) -> None:
         _print_line(console, reasons)
     for table in tables(report):
         _print_line(console, "")
-        if console.is_terminal:
-            console.print(_rich(table))
-        else:
-            for line in _aligned(table):
-                _print_line(console, line)
+        print_table(table, console)
     for title, lines in (("Who wins where", who_wins(report)), ("Notes", [plain(note) for note in report.notes])):
         if lines:
             _print_line(console, "")
             _print_line(console, title)
         for line in lines:
             _print_line(console, f"- {line}")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table; no cell is cut short, however narrow the terminal is."""
+    if console.is_terminal:
+        console.print(_rich(table))
+        return
+    for line in _aligned(table):
+        _print_line(console, line)
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:

@@ -111,8 +111,7 @@ def compare_logits(
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
     """Return the versions, machine and engine settings that results depend on; kernels only where some are in use."""
     engine = asdict(settings)
-    if engine.pop("accel") != "off":
-        engine["kernels"] = accel.kernels(settings.accel)
+    mode = engine.pop("accel")
     packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
     return {
         "python": platform.python_version(),
@@ -121,6 +120,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "engine": engine,
         **{package: _version(package) for package in packages},
+        **({} if mode == "off" else {"kernels": accel.kernels(mode)}),
     }
 
 

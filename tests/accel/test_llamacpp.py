@@ -273,15 +273,13 @@ def test_a_users_own_llama_gets_the_kernels_for_one_model(ready: Path, files: di
     code = f"""
 import llama_cpp
 from racdeploy import accel
-from racdeploy.accel import _plugin
 options = dict(n_ctx=64, n_threads=1, verbose=False, use_mmap=False)
 status = accel.enable({str(files["q8_0"])!r}, threads=1)
-plugin = _plugin(accel.readiness()[0])
-print(status, plugin.packed()[0])
+print(status, status.packed())
 first = llama_cpp.Llama({str(files["q8_0"])!r}, **options)
-print(plugin.packed()[0])
+print(status.packed())
 second = llama_cpp.Llama({str(files["q4_0"])!r}, **options)
-print(plugin.packed()[0])
+print(status.packed())
 first.eval([1, 2, 3]); second.eval([1, 2, 3])
 first.close(); second.close()
 """
@@ -289,6 +287,35 @@ first.close(); second.close()
     assert found[0].startswith("sparse ")
     assert found[0].endswith("kernels for 12 weights 0")
     assert found[1:] == ["12", "12"]
+
+
+def test_what_was_packed_leaves_the_map_of_the_file(ready: Path, tmp_path: Path) -> None:
+    """And the products are the same as from a file that was read."""
+    folder = make_checkpoint(tmp_path / "checkpoint", "qwen3", dtype="float32", hidden_size=512, intermediate_size=2048)
+    weights = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name, weight_OI in weights.items():
+        if name.endswith("_proj.weight"):
+            weight_OI[rng.random(weight_OI.shape) < 0.9] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    gguf.export(Checkpoint(folder), tmp_path / "model.gguf", quant="q8_0")
+    code = """
+import sys, llama_cpp, numpy as np
+from racdeploy import accel
+file, use_mmap = sys.argv[1], sys.argv[2] == "True"
+accel.enable(file, "require", threads=1)
+model = llama_cpp.Llama(file, n_ctx=64, n_threads=1, verbose=False, use_mmap=use_mmap, logits_all=True)
+parts = open("/proc/self/smaps").read().split(file + "\\n")[1:]
+mapped = sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
+model.eval([1, 2, 3])
+print(mapped * 1024, float(np.abs(model.scores[:3]).sum()))
+"""
+    found = {}
+    for use_mmap in (True, False):
+        command = [sys.executable, "-c", code, str(tmp_path / "model.gguf"), str(use_mmap)]
+        found[use_mmap] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found[True][1] == found[False][1]
+    assert int(found[True][0]) < 0.3 * (tmp_path / "model.gguf").stat().st_size
 
 
 def test_a_model_that_was_loaded_before_leaves_the_process_on_stock_paths(ready: Path, files: dict[str, Path]) -> None:
@@ -381,7 +408,7 @@ int main() {
         _llamacpp.library(ggml),
         name="driver",
         sources=(*KERNELS, "ggml_plugin.cpp", "ggml_trial.cpp", str(driver)),
-        flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        flags=("-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         executable=True,
     ).build()
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)

@@ -125,6 +125,8 @@ def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:
     assert all(0.499 <= value <= 0.53 for value in linears)
     assert zeros["token_embd.weight"] < 0.1
     assert found["summary"]["racdeploy.sparsity"] == 0.5
+    printed = racdeploy("inspect", artifact).out.splitlines()
+    assert list(zeros) == [line.split()[0] for line in printed[-len(zeros) :]]  # no name is cut short
 
 
 def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 #include "ggml_plugin.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -25,7 +26,7 @@
 namespace racdeploy {
 namespace {
 
-constexpr int64_t alignment = 64, huge_page_bytes = 2 << 20, large_bytes = 4 << 20, serial_bytes = 1 << 18;
+constexpr int64_t alignment = 64, serial_bytes = 1 << 18;
 constexpr int most_threads = 64;
 
 std::mutex wanted_mutex;
@@ -84,7 +85,8 @@ void over_rows(int64_t rows, int64_t bytes, const Work& work) {
 
 void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
     const Quant quant = static_cast<Quant>(tensor->type);
-    const int64_t columns = tensor->ne[0], rows = tensor->ne[1], blocks_bytes = static_cast<int64_t>(ggml_nbytes(tensor));
+    const int64_t columns = tensor->ne[0], rows = tensor->ne[1];
+    const auto blocks_bytes = static_cast<int64_t>(ggml_nbytes(tensor));
     const Pattern pattern = wanted_pattern(quant, rows, columns, blocks);
     auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!offsets) give_up(tensor->name);
@@ -98,7 +100,6 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
     const int64_t bytes = offsets_bytes + heads_bytes + offsets[rows] + slack_bytes;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) give_up(tensor->name);
-    if (bytes >= large_bytes) madvise(memory, bytes, MADV_HUGEPAGE);
     auto* heads = static_cast<uint8_t*>(memory) + offsets_bytes;
     std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
     over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {
@@ -111,6 +112,28 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
     weight.memory = memory;
     weight.memory_bytes = bytes;
     weight.matrix = {quant, pattern, rows, columns, heads, heads + heads_bytes, static_cast<const int64_t*>(memory)};
+}
+
+// Give back the pages of a mapped file that were read for the last time; the system caches the file as it likes. Memory
+// of any other kind is left alone: there it would be lost.
+void forget_mapped(const void* data, size_t size) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    FILE* maps = std::fopen("/proc/self/maps", "re");
+    if (!maps) return;
+    unsigned long start = 0, end = 0, inode = 0;
+    char access[5] = "";
+    bool found = false;
+    char line[512];
+    while (!found && std::fgets(line, sizeof line, maps)) {
+        if (std::sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, access, &inode) == 4)
+            found = start <= begin && begin + size <= end && !std::strcmp(access, "r--s") && inode != 0;
+        while (!std::strchr(line, '\n') && std::fgets(line, sizeof line, maps)) {}  // the rest of a long name
+    }
+    std::fclose(maps);
+    if (!found) return;
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 // ggml's blocks of rows [begin, end), to change or to read.
@@ -164,10 +187,12 @@ void change(ggml_tensor* tensor, const Change& change_blocks) {
 }
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
-    if (offset == 0 && size == ggml_nbytes(tensor))
+    if (offset == 0 && size == ggml_nbytes(tensor)) {
         write(*weight_of(tensor), tensor, data);
-    else
+        forget_mapped(data, size);
+    } else {
         change(tensor, [&](uint8_t* blocks) { std::memcpy(blocks + offset, data, size); });
+    }
 }
 
 void memset_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
@@ -183,7 +208,8 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, si
 }
 
 void clear(ggml_backend_buffer_t buffer, uint8_t) {  // ggml clears with 0 only
-    for (Weight* weight = static_cast<Buffer*>(buffer->context)->weights; weight; weight = weight->next) weight->release();
+    auto* ours = static_cast<Buffer*>(buffer->context);
+    for (Weight* weight = ours->weights; weight; weight = weight->next) weight->release();
 }
 
 const char* type_name(ggml_backend_buffer_type_t) { return "CPU_SPARSE"; }
@@ -234,9 +260,11 @@ struct Workspace {
     size_t bytes;  // of one
     bool own;
 
-    Workspace(const ggml_tensor* op)
-        : bytes(align(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], ggml_nrows(op->src[1])))),
-          own(ggml_nrows(op->src[1]) == 1) {}
+    explicit Workspace(const ggml_tensor* op) {
+        const int64_t tokens = ggml_nrows(op->src[1]);
+        bytes = align(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], tokens));
+        own = tokens == 1;
+    }
     size_t total(int threads) const { return bytes * (own ? threads : 1) + alignment; }
     uint8_t* of(const ggml_compute_params* params) const {
         auto* first = reinterpret_cast<uint8_t*>(align(reinterpret_cast<int64_t>(params->wdata)));
@@ -261,8 +289,10 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         const Workspace workspace(op);
         uint8_t* activations = workspace.of(params);
         const int64_t step = workspace.own ? 1 : params->nth;
-        for (int64_t token = workspace.own ? 0 : params->ith; token < tokens; token += step)
-            prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation_of(op->src[1], token), activations);
+        for (int64_t token = workspace.own ? 0 : params->ith; token < tokens; token += step) {
+            const float* activation = activation_of(op->src[1], token);
+            prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation, activations);
+        }
         if (workspace.own) {
             const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
             const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);

@@ -39,6 +39,8 @@ def refusal(checkpoint: Checkpoint) -> str:
         return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
     if checkpoint.config.get("use_sliding_window"):
         return "its graph has one attention window for all blocks"
+    if checkpoint.rope["rope_type"] == "yarn" and "beta_fast" not in checkpoint.rope:
+        return "its graph leaves YaRN out where the configuration has no beta_fast"
     return ""
 
 

@@ -1,0 +1,48 @@
+"""One measurement of ``accel_llamacpp.py``, in a process that holds llama-cpp-python and little else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from statistics import median
+
+import llama_cpp
+
+PROMPT_TOKENS = 256
+
+
+def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int) -> dict[str, float]:
+    """Load a file as a user does, read a prompt, decode."""
+    started = time.perf_counter()
+    if sparse:
+        from racdeploy import accel
+
+        accel.enable(file, "require", threads=threads)
+    model = llama_cpp.Llama(
+        file, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=use_mmap
+    )
+    load_ms = 1000 * (time.perf_counter() - started)
+    prompt = [(37 * i + 11) % 4000 + 100 for i in range(PROMPT_TOKENS)]
+    model.eval(prompt[:32])
+    model.reset()
+    started = time.perf_counter()
+    model.eval(prompt)
+    prefill_ms = 1000 * (time.perf_counter() - started)
+    steps = []
+    for token in prompt[:tokens]:
+        started = time.perf_counter()
+        model.eval([token])
+        steps.append(time.perf_counter() - started)
+    with open("/proc/self/status", encoding="ascii") as status:
+        rss_kb = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+    return {
+        "load_ms": load_ms,
+        "prefill_ms": prefill_ms,
+        "decode_ms": 1000 * median(steps),
+        "rss_mb": rss_kb * 1024 / 1e6,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

@@ -1,0 +1,101 @@
+"""Which number format of ONNX is worth its bits? KL on a model's own traces, size and speed, side by side.
+
+    python -m benchmarks.onnx_quants --out build/onnx-quants
+    python -m benchmarks.onnx_quants --out build/onnx-quants-smollm2 --model FOLDER --task jsonl:FILE --traces 48
+
+Prunes a model, exports it in every number format, and compares each file with the pruned checkpoint under torch,
+teacher-forced on held-out traces that the dense model wrote, prompt left out. Decoding is one sequence on one thread,
+medians of alternating rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+
+from benchmarks.quant_error import recipe
+from racdeploy import plugins
+from racdeploy import quant as quants
+from racdeploy.backends import EngineSettings, Sampling, onnxruntime, open_engine
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.export import ExportResult
+from racdeploy.export import onnx as onnx_format
+from racdeploy.job import Job
+from racdeploy.pipeline import Build, default_work
+from racdeploy.verify._measure import compare_logits
+
+NEW_TOKENS = 128
+
+
+def main() -> None:
+    """Prune, export, compare, time, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-reasoner")
+    parser.add_argument("--task", default="", help="jsonl:FILE; default: the procedural tasks")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--traces", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--compared", type=int, default=16, help="held-out traces for the KL")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--threads", type=int, default=0, help="of traces and pruning")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    build = Build(Job(recipe(arguments)), arguments.work, arguments.threads)
+    _, held_out, _ = build.calibration(build.traces()[1])
+    checkpoint = Checkpoint(build.prune().folder)
+    traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
+    names = [name for name in plugins.names("quant") if "onnx" in quants.load(name).FORMATS]
+    names.sort(key=lambda name: -quants.load(name).BITS)
+    exports = {name: export(checkpoint, arguments.out / name, name) for name in names}
+    compared = {name: compare(checkpoint.folder, result.path, traces) for name, result in exports.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(arguments.rounds):
+        for name, result in exports.items():
+            times[name].append(token_ms(result.path, traces[0][0]))
+    print("| quant | bits a weight of a linear | file MB | KL | top-1 | ms a token | tokens compared |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for name, result in exports.items():
+        bits, size_mb, token = quants.load(name).BITS, result.size_bytes / 1e6, median(times[name])
+        kl, top1, tokens = compared[name]
+        rows.append({"quant": name, "kl": kl, "top1": top1, "tokens": tokens, "token_ms": times[name]})
+        print(f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} | {tokens} |")
+    (arguments.out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def export(checkpoint: Checkpoint, folder: Path, name: str) -> ExportResult:
+    """Export the pruned model in one number format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return onnx_format.export(checkpoint, folder / "model.onnx", quant=name)
+
+
+def compare(
+    folder: Path, file: Path, traces: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> tuple[float, float, int]:
+    """Return mean KL and top-1 of a file from its checkpoint under torch, and the number of tokens."""
+    exact = EngineSettings(2048, 1, 1, "f32")
+    found = compare_logits(
+        lambda: closing(open_engine("transformers", folder, exact)),
+        lambda: closing(open_engine("transformers", folder, exact)),
+        lambda: closing(open_engine("onnxruntime", file, exact)),
+        traces,
+    )
+    assert found
+    return found.export_kl, found.export_top1, found.tokens
+
+
+def token_ms(file: Path, prompt: tuple[int, ...]) -> float:
+    """Return milliseconds a token, in a fresh process that has decoded a few before."""
+    with closing(onnxruntime.open_engine(file, EngineSettings(2048, 1, 1))) as engine:
+        engine.generate([prompt[:8]], Sampling(2, stop_ids=()))
+        before = engine.stats["decode_s"]
+        engine.generate([prompt], Sampling(NEW_TOKENS, stop_ids=()))
+        return 1000 * (engine.stats["decode_s"] - before) / (NEW_TOKENS - 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A bundle on the sparse kernels: the same verdict, and the report says what ran."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from racdeploy.accel import _llamacpp
+from racdeploy.accel._trial import Verdict
+from racdeploy.checkpoint import file_sha256
+from tests.end_to_end.commands import racdeploy
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the plug-in and a verdict that uses it from 40 % zeros on, however fast it is on this machine."""
+    folder = tmp_path_factory.mktemp("kernels")
+    ggml = _llamacpp.installed()
+    assert not isinstance(ggml, str), ggml
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(folder))
+        library = _llamacpp.library(ggml).build()
+    child = f"from racdeploy.accel._llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+    found = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout.strip()
+    verdict = Verdict("", file_sha256(library), found, faster_from={"q8_0": 0.4})
+    library.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
+    return folder
+
+
+def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, kernels: Path, tmp_path: Path) -> None:
+    """Every check passes; the dense answers were made without the kernels, and the report names that."""
+    arguments = ("verify", built, "--work", tmp_path, "--json")
+    stock = racdeploy(*arguments, "--accel", "off")
+    sparse = racdeploy(*arguments, "--accel", "require", RACDEPLOY_ACCEL=str(kernels))
+    assert stock.code == sparse.code == 0, sparse.err
+    before, after = json.loads(stock.out), json.loads(sparse.out)
+    assert before["verdict"] == after["verdict"] == "pass"
+    assert "kernels" not in before["fingerprint"]
+    assert after["fingerprint"]["kernels"].split(",")[0] in ("avx512", "avx2", "portable")
+    assert not any("sparse" in note for note in before["notes"] if "kernels" in note)
+    (ran,) = [note for note in after["notes"] if note.startswith("the pruned artifact ran on sparse")]
+    assert ran.endswith("weights")
+    (other,) = [note for note in after["notes"] if "made under other conditions" in note]
+    assert f"kernels None, now {after['fingerprint']['kernels']}" in other
+
+
+def test_run_and_bench_use_the_kernels(built: Path, kernels: Path) -> None:
+    """By themselves, where they are built."""
+    work = built.parent / "work"
+    outcome = racdeploy("run", built, "What is 12 times 34?", "--json", RACDEPLOY_ACCEL=str(kernels))
+    assert outcome.code == 0, outcome.err
+    assert "kernels: sparse " in outcome.err
+    bench = ("bench", built, "--work", work, "--rounds", 1, "--prompt-tokens", 16, "--new-tokens", 4, "--json")
+    found = racdeploy(*bench, RACDEPLOY_ACCEL=str(kernels))
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["kernels"].startswith("sparse ")
