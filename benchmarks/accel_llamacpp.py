@@ -83,8 +83,9 @@ def main() -> None:
         return
     for threads in arguments.threads:
         print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
-        print("| model | zeros | side | decode ms | × | byte bound | prefill ms | × | RSS MB | × | load ms | × |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        figures = ("prefill ms", "RSS MB", "load ms", "load and first tokens ms")
+        columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *(c for f in figures for c in (f, "×"))]
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for (model, quant, zeros), file in files.items():
             sides = [
                 Side("stock", file, False),
@@ -104,13 +105,11 @@ def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int,
     stock = rounds[sides[0].label]
     for side in sides:
         cells = [name, f"{zeros:.0%}" if side.file == sides[0].file else "0%", side.label]
-        for column in ("decode_ms", "prefill_ms", "rss_mb", "load_ms"):
+        for column in ("decode_ms", "prefill_ms", "rss_mb", "load_ms", "ready_ms"):
             values = [found[column] for found in rounds[side.label]]
-            ratios = [
-                s[column] / f[column] if column.endswith("e_ms") or column == "prefill_ms" else f[column] / s[column]
-                for s, f in zip(stock, rounds[side.label], strict=True)
-            ]
-            cells += [f"{median(values):.1f}", f"{median(ratios):.2f}"]
+            shares = [f[column] / s[column] for s, f in zip(stock, rounds[side.label], strict=True)]
+            speed = column in ("decode_ms", "prefill_ms")
+            cells += [f"{median(values):.1f}", f"{1 / median(shares) if speed else median(shares):.2f}"]
             if column == "decode_ms":
                 cells.append(f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)

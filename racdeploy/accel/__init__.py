@@ -20,9 +20,7 @@ from racdeploy.accel import _llamacpp
 from racdeploy.accel._build import cache_folder
 from racdeploy.accel._llamacpp import Plugin
 from racdeploy.accel._trial import Verdict, prove, read_verdict
-from racdeploy.artifacts import write_atomic
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.racgguf.header import read_header
 
 __all__ = ["Mode", "Status", "Verdict", "build", "enable", "kernels", "readiness"]
 
@@ -145,6 +143,9 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
     file = cache_folder() / "zeros" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         return {name: (quant, float(share)) for name, (quant, share) in json.loads(file.read_text()).items()}
+    from racdeploy.artifacts import write_atomic  # these bring pydantic: 15 MB that a process keeps
+    from racdeploy.racgguf.header import read_header
+
     zeros = plugin.zeros(path, read_header(path), threads)
     with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
         file.parent.mkdir(exist_ok=True)

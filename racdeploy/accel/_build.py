@@ -20,7 +20,7 @@ from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
 
-__all__ = ["KERNELS", "SOURCES", "Library", "cache_folder", "compiler"]
+__all__ = ["KERNELS", "SOURCES", "Library", "cache_folder", "compiler", "file_digest"]
 
 SOURCES = Path(__file__).parent / "sources"
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
@@ -112,7 +112,7 @@ class Library:
     def _stem(self) -> str:
         headers = sorted(path.name for path in SOURCES.glob("*.h"))
         parts = {
-            "files": {name: _file_digest(name) for name in (*self.sources, *headers)},
+            "files": {name: file_digest(SOURCES / name) for name in (*self.sources, *headers)},
             "flags": [*_FLAGS, *self.flags, *(flag for source in self.sources for flag in _machine_flags(source))],
             "key": dict(self.key),
             "processor": processor(),
@@ -154,8 +154,9 @@ def _machine_flags(source: str) -> tuple[str, ...]:
     return _X86_FLAGS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
-def _file_digest(source: str) -> str:
-    return hashlib.sha256((SOURCES / source).read_bytes()).hexdigest()
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a small file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _digest(text: str) -> str:

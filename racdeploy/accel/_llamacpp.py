@@ -15,12 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from racdeploy.accel._build import KERNELS, Library
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.racgguf.header import Header, TensorInfo
+
+if TYPE_CHECKING:
+    from racdeploy.racgguf.header import Header, TensorInfo
 
 __all__ = ["QUANTS", "Ggml", "Plugin", "installed", "library"]
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import racdeploy
+from racdeploy.accel._build import file_digest
 from racdeploy.accel._llamacpp import QUANTS, Plugin
-from racdeploy.artifacts import disk_errors, write_atomic
-from racdeploy.checkpoint import file_sha256
 
 __all__ = ["Verdict", "prove", "read_verdict"]
 
@@ -63,7 +62,9 @@ def prove(library: Path) -> Verdict:
     Raises:
         EnvironmentFailure: the verdict cannot be written.
     """
-    sha256 = file_sha256(library)
+    from racdeploy.artifacts import disk_errors, write_atomic  # not where a verdict is only read: see accel._zeros
+
+    sha256 = file_digest(library)
     found, refusal = _run_child(library)
     if not refusal and not found["faster_from"]:
         refusal = f"its {found['instruction_set']} kernels are not faster than ggml's own on this processor"
@@ -82,7 +83,7 @@ def read_verdict(library: Path) -> Verdict | str:
         verdict = Verdict(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         return f"{file} is damaged: racdeploy accel build"
-    if verdict.sha256 != file_sha256(library):
+    if verdict.sha256 != file_digest(library):
         return f"{library} is not the one that was tried: racdeploy accel build"
     return verdict
 

@@ -231,6 +231,14 @@ void prepare_token(Quant quant, int64_t columns, int64_t tokens, int64_t token, 
     }
 }
 
+// Calls run with a std::integral_constant of `count`, from 1 to `most`.
+template <int most, typename Run>
+inline void with_count(int64_t count, const Run& run) {
+    if constexpr (most > 1)
+        if (count < most) return with_count<most - 1>(count, run);
+    run(std::integral_constant<int, most>());
+}
+
 // ---- few tokens: row by row ----
 
 // Lane l of chunk i holds weights of block 2i + (l >= 8): which of a group's 8 scales it takes.
@@ -249,7 +257,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
     __m512 sums[tokens][chains];
     for (auto& chain : sums)
         for (auto& sum : chain) sum = _mm512_setzero_ps();
-    for (int64_t column = 0; column < padded_columns; column += group_weights, head += head_bytes(quant)) {
+    const auto add_group = [&](int64_t column, auto chunks) {
         const __m256 weight_scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head)));
         __m512 scales[tokens];
         for (int t = 0; t < tokens; t++) {
@@ -258,7 +266,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                 _mm512_castps256_ps512(_mm256_mul_ps(weight_scales, _mm256_loadu_ps(from.scales + at / block_weights)));
         }
 #pragma GCC unroll 4
-        for (int chunk = 0; chunk < 4; chunk++) {
+        for (int chunk = 0; chunk < chunks.value; chunk++) {
             const uint64_t mask = load<uint64_t>(head + 16 + 8 * chunk);
             const __m512i weights = spread<quant>(mask, values);
             values += chunk_bytes<quant>(mask);
@@ -272,7 +280,13 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                                       _mm512_permutexvar_ps(scale_lanes(chunk), scales[t]), sum);
             }
         }
-    }
+        head += head_bytes(quant);
+    };
+    int64_t column = 0;
+    for (; column + group_weights <= matrix.columns; column += group_weights)
+        add_group(column, std::integral_constant<int, 4>());
+    if (column < matrix.columns)  // of the last group, the chunks that hold weights
+        with_count<4>((matrix.columns - column + 63) / 64, [&](auto chunks) { add_group(column, chunks); });
     for (int t = 0; t < tokens; t++) {
         __m512 sum = sums[t][0];
         for (int chain = 1; chain < chains; chain++) sum = _mm512_add_ps(sum, sums[t][chain]);
@@ -383,14 +397,6 @@ inline void multiply_tile(const Tile& tile, int64_t columns, const QuantizedActi
 // As many tokens as keep both multipliers busy: a product waits 4 cycles for the one before.
 constexpr int tile_tokens = 8;
 
-// Calls run with a std::integral_constant of `tokens`, from 1 to `most`.
-template <int most, typename Run>
-inline void with_tokens(int64_t tokens, const Run& run) {
-    if constexpr (most > 1)
-        if (tokens < most) return with_tokens<most - 1>(tokens, run);
-    run(std::integral_constant<int, most>());
-}
-
 template <Quant quant>
 bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, float* output,
                       int64_t output_stride, int64_t row_begin, int64_t row_end) {
@@ -404,7 +410,7 @@ bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const Quantize
         spread_tile<quant>(matrix, row, rows, tile);
         for (int64_t t = 0; t < tokens;) {
             const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
-            with_tokens<tile_tokens>(step, [&](auto known) {
+            with_count<tile_tokens>(step, [&](auto known) {
                 multiply_tile<known.value>(tile, matrix.columns, from, t, output + row, output_stride, kept);
             });
             t += step;
@@ -529,7 +535,7 @@ bool multiply_by_tile_16(const SparseMatrix& matrix, int64_t tokens, const uint8
         spread_tile_16<Value>(matrix, row, rows, tile);
         for (int64_t t = 0; t < tokens;) {
             const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
-            with_tokens<tile_tokens>(step, [&](auto known) {
+            with_count<tile_tokens>(step, [&](auto known) {
                 multiply_tile_16<Value, known.value>(tile, matrix.columns, inputs + t * token_bytes, token_bytes,
                                                      output + t * output_stride + row, output_stride,
                                                      static_cast<__mmask16>((1 << rows) - 1));
