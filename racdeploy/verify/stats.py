@@ -8,19 +8,24 @@ apart.
 
 Level: every ``confidence`` is that of a two-sided interval, and a gate looks at one end only. **A two-sided
 90 % interval gives a one-sided 5 % test**: in general the gate's level is (1 - confidence) / 2. Counts are
-whole, so it is met approximately: a model at the margin passes at most 5.5 % of the time from 50 prompts on.
+whole, so it is met approximately: a model at the margin passes at most 5.5 % of the time from 50 prompts on, and
+fails as rarely.
 
-Tango's score test alone is too lenient where one arm never wins (up to 6.8 %: n10 is then binomial, and skewed). There
-:func:`drop_interval` also takes the exact binomial interval of the other count.
+Tango's score test alone does not hold that. Where one arm never wins it passes up to 6.8 % (n10 is then binomial, and
+skewed), so :func:`drop_interval` also takes the exact binomial interval of the other count. And it fails up to 7.5 %,
+since few flips jump over the quantile: the end that can make a verdict "fail", which is the one between no drop and the
+observed one, is solved with a continuity correction of half a prompt. The other end, and with it the power to pass,
+stays as it is.
 
 Several samples of a prompt are no independent prompts. :func:`paired_counts` counts each prompt's net difference and
 scales the number of prompts by how large those differences are, after adding one prompt that flips wholly: with one
 sample nothing changes, with many the prompt stays the unit (Rao and Scott's correction, made to lean to the safe side).
 
 Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, for the paired drop; C. J. Clopper and E. S. Pearson,
-Biometrika 26 (1934) 404-413; J. N. K. Rao and A. J. Scott, Biometrics 48 (1992) 577-585; D. J. Schuirmann, J.
-Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for two one-sided tests; E. B. Wilson, JASA 22 (1927) 209-212;
-Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7, for Student's quantile.
+Biometrika 26 (1934) 404-413; F. Yates, Supplement to JRSS 1 (1934) 217-235, for the correction; J. N. K. Rao and A. J.
+Scott, Biometrics 48 (1992) 577-585; D. J. Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for
+two one-sided tests; E. B. Wilson, JASA 22 (1927) 209-212; Abramowitz and Stegun, Handbook of Mathematical Functions,
+26.7, for Student's quantile.
 """
 
 from __future__ import annotations
@@ -61,6 +66,7 @@ __all__ = [
 _BISECTIONS = 60  # 2 · 2⁻⁶⁰ is below the spacing of floats near 1
 _TAIL_SIGMAS = 8.5  # a binomial's mass outside is below 1e-15
 _LARGEST_N = 1_000_000
+_HALF_A_PROMPT = 0.5
 _ROUNDING = 1e-9  # of sums of shares that would be whole
 
 
@@ -132,7 +138,8 @@ def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
 def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> Interval:
     """Return the interval of the paired drop (n10 - n01) / n on which verdicts are based.
 
-    Tango's score interval, widened by the exact binomial one of the other count where one arm never wins.
+    Tango's score interval, widened by the exact binomial one of the other count where one arm never wins. Where
+    it does not hold zero, its end nearer zero is continuity-corrected.
 
     Args:
         n10: prompts that only the first arm answers right; see :class:`Pairs`.
@@ -143,6 +150,10 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
     _check_pairs(n10, n01, n)
     quantile, tail = _normal_quantile(confidence), (1 - confidence) / 2
     lower, upper = -_upper_bound(n01, n10, n, quantile), _upper_bound(n10, n01, n, quantile)
+    if lower > 0:
+        lower = max(-_upper_bound(n01, n10, n, quantile, _HALF_A_PROMPT), 0.0)
+    if upper < 0:
+        upper = min(_upper_bound(n10, n01, n, quantile, _HALF_A_PROMPT), 0.0)
     if n01 == 0:
         lower, upper = min(lower, _exact_lower(n10, n, tail)), max(upper, _exact_upper(n10, n, tail))
     if n10 == 0:
@@ -431,21 +442,24 @@ def _exact_lower(count: float, n: float, tail: float) -> float:
     return 1 - _exact_upper(whole_n - math.floor(count + _ROUNDING), whole_n, tail)
 
 
-def _upper_bound(n10: float, n01: float, n: float, quantile: float) -> float:
-    """Bisect for the largest drop that the score test does not reject; the score falls with the drop."""
+def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float = 0.0) -> float:
+    """Bisect for the largest drop that the score test does not reject; the score falls with the drop.
+
+    ``continuity`` is how many flips are taken off the difference that is tested.
+    """
     low, high = (n10 - n01) / n, 1.0
     if low == high:
         return 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if float(_score(n10, n01, n, middle)) < -quantile:
+        if float(_score(n10, n01, n, middle, continuity)) < -quantile:
             high = middle
         else:
             low = middle
     return high
 
 
-def _score(n10: ArrayLike, n01: ArrayLike, n: float, drop: float) -> NDArray[np.float64]:
+def _score(n10: ArrayLike, n01: ArrayLike, n: float, drop: float, continuity: float = 0.0) -> NDArray[np.float64]:
     """Return Tango's score statistic for the hypothesis that the true drop is ``drop``.
 
     Its variance takes the maximum-likelihood p01 under the hypothesis, the larger root of
@@ -458,6 +472,7 @@ def _score(n10: ArrayLike, n01: ArrayLike, n: float, drop: float) -> NDArray[np.
     p01 = np.where(b > 0, -2 * c / np.where(b > 0, root + b, 1.0), (root - b) / (4 * n))
     variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
     difference = n10 - n01 - n * drop
+    difference = np.copysign(np.maximum(np.abs(difference) - continuity, 0.0), difference)
     # Without variance any difference is infinitely surprising, and none is no surprise.
     surprise = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
     return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1.0)), surprise)
