@@ -367,8 +367,10 @@ def unpack(
         known = ", ".join(plugins.names("formats"))
         raise UsageError(f"the name of {file} is of no format", remedy=f"formats are {known}; see racdeploy inspect")
     plain = exports.load(exports.format_of(file)).unpack(file, out_file)
-    details = {"path": str(plain), "size_bytes": plain.stat().st_size, "sha256": file_sha256(plain)}
-    print_json(details) if json_output else out.print(plain, soft_wrap=True)
+    if json_output:  # the hash was compared with the packed file's while it was written
+        print_json({"path": str(plain), "size_bytes": plain.stat().st_size, "sha256": file_sha256(plain)})
+    else:
+        out.print(plain, soft_wrap=True)
 
 
 @app.command()
