@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from racdeploy.accel import Mode
-from racdeploy.artifacts import Manifest
+from racdeploy.artifacts import ArtifactEntry, Manifest
 from racdeploy.backends import EngineSettings, Sampling, open_engine
 from racdeploy.checkpoint import read_json
 from racdeploy.errors import ArtifactError, EngineError, UsageError
@@ -26,7 +26,7 @@ from racdeploy.recipe import Recipe, validate
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 
-__all__ = ["FIGURES", "Benchmark", "Load", "bench", "figure_text", "find_dense"]
+__all__ = ["FIGURES", "Benchmark", "Load", "bench", "figure_text", "find_artifact", "find_dense"]
 
 _LEAST_DECODE_S, _MOST_ANSWERS = 0.5, 32
 Progress = Callable[[str, int, int], None]
@@ -47,7 +47,8 @@ class Load:
     Args:
         rounds: how often each artifact is loaded and measured.
         prompt_tokens: length of the prompt.
-        new_tokens: tokens decoded after it, one sequence alone.
+        new_tokens: tokens decoded after it.
+        parallel: sequences decoded together; the figures count the tokens of all of them.
         threads: CPU threads; 0 uses every core.
         accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact has none to give them.
     """
@@ -55,6 +56,7 @@ class Load:
     rounds: int = 5
     prompt_tokens: int = 256
     new_tokens: int = 128
+    parallel: int = 1
     threads: int = 0
     accel: Mode = "auto"
 
@@ -92,27 +94,29 @@ class Benchmark:
             "rounds": self.load.rounds,
             "prompt_tokens": self.load.prompt_tokens,
             "new_tokens": self.load.new_tokens,
+            "parallel": self.load.parallel,
             "threads": self.load.threads,
             "kernels": self.kernels,
         }
 
 
-def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = None) -> Benchmark:
-    """Measure a bundle's artifact beside the dense one.
+def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = None, *, artifact: str = "") -> Benchmark:
+    """Measure an artifact of a bundle beside the dense one.
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
         dense: the dense artifact, for the same engine.
         load: what every round does.
         progress: called with a label, loads done and loads in all.
+        artifact: its path in the bundle; empty takes the first one.
 
     Raises:
         ArtifactError: the bundle is damaged, or there is no dense artifact.
-        UsageError: the context does not hold prompt and completion.
+        UsageError: the context does not hold prompt and completion, or there is no such artifact.
         EngineError: the engine cannot run one of them.
     """
     manifest = Manifest.read(bundle)
-    entry, context_tokens = manifest.artifacts[0], manifest.generation.context_tokens
+    entry, context_tokens = find_artifact(bundle, artifact), manifest.generation.context_tokens
     check_unpacked(bundle, entry)
     if not dense.is_file():
         raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
@@ -123,7 +127,7 @@ def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = Non
         )
     vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
-    stock = EngineSettings(context_tokens, parallel=1, threads=load.threads)
+    stock = EngineSettings(context_tokens, load.parallel, load.threads)
     settings = {"dense": stock, "pruned": replace(stock, accel=load.accel)}
     files = {"dense": dense, "pruned": bundle / entry.path}
     rounds: dict[str, list[Round]] = {name: [] for name in files}
@@ -140,13 +144,38 @@ def bench(bundle: Path, dense: Path, load: Load, progress: Progress | None = Non
     return Benchmark(load, dense, files["pruned"], tuple(rounds["dense"][1:]), tuple(rounds["pruned"][1:]), kernels)
 
 
-def find_dense(bundle: Path, work: Path) -> Path:
+def find_artifact(bundle: Path, path: str = "") -> ArtifactEntry:
+    """Return an artifact of a bundle by its path there, the first one where none is given.
+
+    Raises:
+        UsageError: the bundle has no such artifact.
+    """
+    artifacts = Manifest.read(bundle).artifacts
+    found = [entry for entry in artifacts if entry.path == (path or artifacts[0].path)]
+    if not found:
+        known = ", ".join(entry.path for entry in artifacts)
+        raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
+    return found[0]
+
+
+def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
     """Return the dense artifact that the build of a bundle left among its stage results.
+
+    Args:
+        bundle: folder that ``racdeploy build`` wrote.
+        work: where its stages are.
+        artifact: path in the bundle of the one it is for; a build makes a dense one for the first alone.
 
     Raises:
         ArtifactError: there is none.
     """
-    manifest = Manifest.read(bundle)
+    manifest, entry = Manifest.read(bundle), find_artifact(bundle, artifact)
+    remedy = (
+        f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, then give the file with --dense; "
+        "or name the build's folder with --work"
+    )
+    if entry != manifest.artifacts[0]:
+        raise ArtifactError(f"a build makes no dense artifact beside {entry.path}", remedy=remedy.partition(";")[0])
     recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
     digest = hashlib.sha256()
     for name, sha256 in manifest.base["files"].items():  # as Checkpoint.sha256
@@ -161,8 +190,7 @@ def find_dense(bundle: Path, work: Path) -> Path:
     if not found:
         raise ArtifactError(
             f"no stage in {work} holds the dense {recipe.export.quant} artifact of {manifest.base['name']}",
-            remedy=f"racdeploy export MODEL --quant {recipe.export.quant} --out dense.{recipe.export.format}, "
-            "then give that file with --dense; or name the build's folder with --work",
+            remedy=remedy,
         )
     newest = max(found, key=lambda folder: (folder / "stage.json").stat().st_mtime)
     return ExportResult.from_json(newest, read_json(newest / "stage.json")).path
@@ -176,7 +204,7 @@ def figure_text(name: str, value: float) -> str:
 def _measure(
     backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
 ) -> tuple[Round, str]:
-    """Load an artifact, read a prompt and decode after it; a few tokens before that warm the caches.
+    """Load an artifact, read prompts and decode after them; a few tokens before that warm the caches.
 
     Small models answer in milliseconds; they get further prompts until the decoding has lasted.
 
@@ -187,11 +215,14 @@ def _measure(
         engine.generate([ids[:8]], Sampling(max_new_tokens=2, stop_ids=()))
         before = after = _stats(engine, backend)
         answers = 0
-        while not answers or (answers < _MOST_ANSWERS and after["decode_s"] - before["decode_s"] < _LEAST_DECODE_S):
-            prompt = [*ids[answers % len(ids) :], *ids[: answers % len(ids)]]  # no engine has it in its cache
-            engine.generate([prompt], Sampling(max_new_tokens=new_tokens, stop_ids=()))
+        while not answers or (
+            answers < _MOST_ANSWERS * settings.parallel and after["decode_s"] - before["decode_s"] < _LEAST_DECODE_S
+        ):
+            turns = [place % len(ids) for place in range(answers, answers + settings.parallel)]
+            prompts = [[*ids[turn:], *ids[:turn]] for turn in turns]  # no engine has one in its cache
+            engine.generate(prompts, Sampling(max_new_tokens=new_tokens, stop_ids=()))
             after = _stats(engine, backend)
-            answers += 1
+            answers += len(prompts)
         kernels = str(getattr(engine, "about", {}).get("kernels", ""))
     spent = {name: after[name] - before[name] for name in after}
     figures = {

@@ -303,21 +303,25 @@ def bench(
     dense: Annotated[
         Path | None, typer.Option("--dense", help="Dense artifact; default: the one that the build left in --work.")
     ] = None,
+    artifact: Annotated[
+        str, typer.Option("--artifact", help="Path in the bundle of the artifact; default: the first one.")
+    ] = "",
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Alternating runs of each artifact.")] = 5,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=8, help="Length of the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 128,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Sequences decoded together.")] = 1,
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
-    """Measure speed and memory of a bundle's artifact beside the dense one, alternating in one run."""
+    """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
     from racdeploy import benchmark
 
-    dense = dense or benchmark.find_dense(bundle, work or default_work())
-    load = benchmark.Load(rounds, prompt_tokens, new_tokens, threads, accel)
+    dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
+    load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
     with progress_bars() as progress:
-        found = benchmark.bench(bundle, dense, load, progress)
+        found = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
     if json_output:
         print_json(found.to_json())
         return
@@ -327,7 +331,20 @@ def bench(
         ratios = found.ratios(name)
         sides = (benchmark.figure_text(name, side[name]) for side in (dense_median, pruned_median))
         rows.append((label, *sides, f"{median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"))
-    print_table(Table("", ("one sequence", "dense", "pruned", "ratio", f"range of {rounds}"), tuple(rows)), out)
+    print_table(
+        Table(
+            "",
+            (
+                f"{parallel} at once" if parallel > 1 else "one sequence",
+                "dense",
+                "pruned",
+                "ratio",
+                f"range of {rounds}",
+            ),
+            tuple(rows),
+        ),
+        out,
+    )
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
     _print_kernels(found.kernels, accel)
 

@@ -29,7 +29,7 @@ class CountingEngine:
     opened: list[Path]
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        assert settings.parallel == 1
+        self._parallel = settings.parallel
         self.opened.append(path)
         self._slow = (1.0 if "dense" in path.name else 0.5) * (1 + len(self.opened) / 100)
         self.stats = {"load_ms": 8 * self._slow, "peak_rss_bytes": 2e6, "prompt_tokens": 0.0, "generated_tokens": 0.0}
@@ -37,10 +37,12 @@ class CountingEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         assert not sampling.stop_ids, "an end-of-sequence would shorten a round"
-        ((ids,), new_tokens) = prompts, sampling.max_new_tokens
-        self.stats["prompt_tokens"] += len(ids)
-        self.stats["generated_tokens"] += new_tokens
-        self.stats["prefill_s"] += 0.01 * len(ids) * self._slow
+        new_tokens, warming = sampling.max_new_tokens, sampling.max_new_tokens == 2
+        assert len(prompts) == (1 if warming else self._parallel)
+        for ids in prompts:
+            self.stats["prompt_tokens"] += len(ids)
+            self.stats["generated_tokens"] += new_tokens
+            self.stats["prefill_s"] += 0.01 * len(ids) * self._slow
         self.stats["decode_s"] += 0.02 * (new_tokens - 1) * self._slow
         return []
 
@@ -78,6 +80,39 @@ def test_the_artifacts_take_turns_and_the_first_round_does_not_count(
         assert found.ratios(name) == pytest.approx([expected] * 3, rel=0.01)
     assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(50, rel=0.1)
     assert set(found.to_json()["ratio"]) == set(FIGURES)
+
+
+def test_sequences_together_count_together(bundle: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four at once, in the time of one each: four times the tokens a second."""
+    CountingEngine.opened = []
+    _engine(monkeypatch, CountingEngine)
+    found = bench(bundle, dense, Load(rounds=1, prompt_tokens=100, new_tokens=50, parallel=4))
+    assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(4 * 50, rel=0.1)
+    assert found.to_json()["parallel"] == 4
+
+
+def test_any_artifact_of_a_bundle_can_be_measured(
+    bundle: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its path in the bundle, on its own engine; the build left no dense one for it."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    shutil.copyfile(copy / "model.gguf", copy / "second.gguf")
+    manifest = Manifest.read(copy)
+    second = manifest.artifacts[0].model_copy(update={"path": "second.gguf", "files": {}})
+    (copy / "racdeploy.json").write_text(
+        manifest.model_copy(update={"artifacts": (manifest.artifacts[0], second)}).model_dump_json()
+    )
+    CountingEngine.opened = []
+    _engine(monkeypatch, CountingEngine)
+    found = bench(copy, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf")
+    assert found.pruned == copy / "second.gguf"
+    with pytest.raises(ArtifactError, match=r"no dense artifact beside second\.gguf") as missing:
+        find_dense(copy, tmp_path, "second.gguf")
+    assert "--dense" in missing.value.remedy
+    with pytest.raises(UsageError, match="no artifact 'third.gguf'") as unknown:
+        bench(copy, dense, Load(), artifact="third.gguf")
+    assert "model.gguf, second.gguf" in unknown.value.remedy
 
 
 def test_an_engine_that_counts_nothing_is_refused(bundle: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
