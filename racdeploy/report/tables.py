@@ -122,9 +122,10 @@ def readable_bytes(size_bytes: int) -> str:
 
 def _compared(comparison: Comparison) -> str:
     """Return the sentence with the drop and, where measured, the length ratio, each with its limit."""
-    direction = "fewer" if comparison.drop >= 0 else "more"
+    direction = "fewer" if comparison.drop > 0 else "more"
+    difference = f"{points(abs(comparison.drop))} points {direction} than" if comparison.drop else "as many as"
     text = (
-        f"Pruned answers {points(abs(comparison.drop))} points {direction} than dense "
+        f"Pruned answers {difference} dense "
         f"({comparison.confidence:.0%} interval of the drop {points(comparison.drop_lower)} to "
         f"{points(comparison.drop_upper)}, margin {points(comparison.margin)}, n = {comparison.n})"
     )

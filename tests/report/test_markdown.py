@@ -108,3 +108,17 @@ def test_a_failed_check_is_named(report: Report) -> None:
     text = markdown.render(changed(report, checks=(report.checks[0], failed)))
     assert text.startswith("### ❌ FAIL")
     assert "Failed: thinking." in text
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"),
+    [
+        (0.0, "answers as many as dense ("),
+        (0.01, "1.0 points fewer than dense ("),
+        (-0.01, "1.0 points more than dense ("),
+    ],
+)
+def test_equal_accuracy_is_not_called_fewer(report: Report, drop: float, words: str) -> None:
+    """The first sentence that anybody reads."""
+    assert isinstance(report.comparison, Comparison)
+    assert words in markdown.render(changed(report, comparison=report.comparison.model_copy(update={"drop": drop})))
