@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -117,6 +118,8 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
 // Give back the pages of a mapped file that were read for the last time; the system caches the file as it likes. Memory
 // of any other kind is left alone: there it would be lost.
 void forget_mapped(const void* data, size_t size) {
+    static std::atomic<const void*> not_mapped{nullptr};  // llama.cpp reads every tensor into one place: looked up once
+    if (data == not_mapped) return;
     const auto begin = reinterpret_cast<uintptr_t>(data);
     FILE* maps = std::fopen("/proc/self/maps", "re");
     if (!maps) return;
@@ -130,7 +133,10 @@ void forget_mapped(const void* data, size_t size) {
         while (!std::strchr(line, '\n') && std::fgets(line, sizeof line, maps)) {}  // the rest of a long name
     }
     std::fclose(maps);
-    if (!found) return;
+    if (!found) {
+        not_mapped = data;
+        return;
+    }
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
