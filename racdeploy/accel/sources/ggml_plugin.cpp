@@ -5,6 +5,7 @@
 // Nothing throws across ggml's C interface.
 #include "ggml_plugin.h"
 
+#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -33,6 +34,7 @@ constexpr int most_threads = 64;
 std::mutex wanted_mutex;
 std::unordered_set<std::string> wanted;  // names of the next model's weights
 int64_t packed_tensors = 0, packed_bytes = 0;
+std::atomic<bool> was_loading{false};
 int pack_threads = 1;
 
 int64_t align(int64_t bytes) { return (bytes + alignment - 1) & ~(alignment - 1); }
@@ -107,6 +109,7 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
         pack(quant, pattern, columns, blocks, offsets, heads, heads + heads_bytes, begin, end);
     });
     std::free(offsets);
+    was_loading = true;
     if (!weight.memory) packed_tensors++;
     packed_bytes += bytes - static_cast<int64_t>(weight.memory ? weight.memory_bytes : 0);
     weight.release();
@@ -140,6 +143,14 @@ void forget_mapped(const void* data, size_t size) {
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
+// llama.cpp has read every tensor into a place on the heap, which is free by the first product; glibc would keep it.
+void give_back_heap() {
+    was_loading = false;
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 // ggml's blocks of rows [begin, end), to change or to read.
@@ -285,6 +296,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
     }
 
     bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
+        if (params->ith == 0 && was_loading.load(std::memory_order_relaxed)) give_back_heap();
         const Weight& weight = *weight_of(op->src[0]);
         const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
         auto* output = static_cast<float*>(op->data);
