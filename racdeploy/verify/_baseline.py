@@ -110,8 +110,8 @@ class Baseline:
             said = ", ".join(f"{sha256[:16]}…" for sha256 in known.values()) or "none"
             raise ArtifactError(
                 f"{path} is not the dense artifact of this bundle: SHA-256 {found[:16]}…, recorded {said}",
-                remedy=f"racdeploy export {self.manifest.base.get('model')} "
-                f"--quant {self.manifest.artifacts[0].quant} writes it",
+                remedy="give the dense file that the build left below its --work folder, in export-*; "
+                "`racdeploy export` writes the same one only where no importance chose the scales",
             )
 
     def answers(self, problems: Sequence[Problem], settings: Verification) -> tuple[Record, ...]:

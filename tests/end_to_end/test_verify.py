@@ -92,6 +92,7 @@ def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Pa
     other.write_bytes(dense.read_bytes()[:-1] + b"\0")
     wrong = _verify(built, tmp_path / "work", *options, "--baseline", other)
     assert (wrong.code, "is not the dense artifact of this bundle" in wrong.out) == (2, True), wrong.out
+    assert "below its --work folder" in " ".join(wrong.out.split())
 
 
 def test_a_speed_limit_without_the_dense_artifact_is_wrong_usage(built: Path, tmp_path: Path) -> None:
