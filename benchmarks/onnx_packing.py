@@ -66,7 +66,7 @@ def main() -> None:
         print_table(exports, measured)
 
 
-def make_model(folder: Path, hidden: int, blocks: int) -> Checkpoint:
+def make_model(folder: Path, hidden: int, blocks: int, zeros: float = 0.5) -> Checkpoint:
     """Write random weights with the tokenizer of the embedded model."""
     torch.manual_seed(0)
     embedded = resolve(EMBEDDED).folder
@@ -81,7 +81,8 @@ def make_model(folder: Path, hidden: int, blocks: int) -> Checkpoint:
     tensors = load_file(folder / "model.safetensors")
     for name, weight in tensors.items():
         if "_proj" in name:
-            weight[weight.abs() < weight.abs().float().median()] = 0
+            size = weight.abs().float()
+            weight[size < size.flatten().kthvalue(max(1, round(zeros * size.numel()))).values] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return Checkpoint(folder)
 

@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-accel_app = typer.Typer(no_args_is_help=True, help="Kernels for sparse weights on stock llama.cpp; see docs/accel.md.")
+accel_app = typer.Typer(no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md.")
 app.add_typer(accel_app, name="accel")
 
 ModelArg = Annotated[
@@ -453,19 +453,25 @@ def doctor(json_output: JsonOpt = False) -> None:
 @accel_app.command(name="build")
 @reported
 def build_kernels(json_output: JsonOpt = False) -> None:
-    """Compile the kernels for sparse weights into the user's cache, and prove them on this machine."""
+    """Compile the kernels for sparse weights into the user's cache, and prove them on this machine.
+
+    For llama.cpp and for onnxruntime, whichever are installed.
+    """
     from racdeploy import accel
 
-    library, verdict = accel.build()
+    built = accel.build_installed()
+    refusals = [f"{engine}: {made.refusal}" for engine, made in built.items() if made.refusal]
     if json_output:
-        print_json({"library": str(library), **asdict(verdict)})
-    else:
-        out.print(library, soft_wrap=True)
-        for quant, speedups in verdict.speedups.items():
+        print_json({engine: asdict(made) | {"library": str(made.library or "")} for engine, made in built.items()})
+        raise typer.Exit(4 if refusals else 0)
+    for engine, made in built.items():
+        if made.library:
+            out.print(made.library, soft_wrap=True)
+        for quant, speedups in made.speedups.items():
             cells = ", ".join(f"{speedup:.2f}× at {float(zeros):.0%} zeros" for zeros, speedup in speedups.items())
-            err.print(f"{quant}: {cells}, one token on one thread", markup=False, soft_wrap=True)
-    if verdict.refusal:
-        raise EngineError(f"the kernels are not used: {verdict.refusal}", remedy="everything runs without them, too")
+            err.print(f"{engine}, {quant}: {cells}, one token on one thread", markup=False, soft_wrap=True)
+    if refusals:
+        raise EngineError(f"kernels are not used: {'; '.join(refusals)}", remedy="everything runs without them, too")
 
 
 def _print_kernels(kernels: str, accel: Mode) -> None:

@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from racdeploy import accel
+from racdeploy.accel import onnxruntime
 from racdeploy.models import EMBEDDED, resolve
 from racdeploy.pipeline import default_work
 
@@ -44,7 +45,7 @@ def examine() -> list[dict[str, str]]:
         _finding("work folder", os.access(parent, os.W_OK), f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it")
     )
     findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
-    findings.append(_kernels())
+    findings += [_kernels(), _operator()]
     return findings
 
 
@@ -56,6 +57,15 @@ def _kernels() -> dict[str, str]:
     library, verdict = ready
     least = ", ".join(f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items())
     return _finding("sparse kernels", True, f"{verdict.instruction_set}, for {least}: {library}")
+
+
+def _operator() -> dict[str, str]:
+    """Say whether the second graph of packing bitmask_op is used."""
+    ready = onnxruntime.readiness()
+    if isinstance(ready, str):
+        return {"what": "sparse operator", "state": "unused", "detail": f"models run on onnxruntime's own: {ready}"}
+    library, proof = ready
+    return _finding("sparse operator", True, f"{proof.instruction_set}, for graphs of packing bitmask_op: {library}")
 
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:

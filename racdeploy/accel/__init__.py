@@ -1,8 +1,9 @@
 """Sparse kernels for stock engines, compiled on demand; what is not proven or not faster stays on the engine's own.
 
-``racdeploy accel build`` compiles them for the installed llama.cpp and tries them in a child process. From then on
-``enable(path)`` gives them the weights of a file that have enough zeros. Why it does not is said in one line, and the
-file is the same either way. Knows nothing of bundles.
+``racdeploy accel build`` compiles them for the installed engines and tries them in a child process. From then on
+``enable(path)`` gives llama.cpp's the weights of a file that have enough zeros, and ``onnxruntime.choose`` takes the
+second graph of packing bitmask_op. Why not is said in one line, and the file is the same either way. Knows nothing of
+bundles.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from racdeploy.accel import _llamacpp
+from racdeploy.accel import _llamacpp, onnxruntime
 from racdeploy.accel._build import cache_folder
 from racdeploy.accel._llamacpp import Plugin
 from racdeploy.accel._trial import Verdict, prove, read_verdict
 from racdeploy.errors import ArtifactError, EngineError
 
-__all__ = ["Mode", "Status", "Verdict", "build", "enable", "kernels", "readiness"]
+__all__ = ["Built", "Mode", "Status", "Verdict", "build", "build_installed", "enable", "kernels", "readiness"]
 
 Mode = Literal["auto", "off", "require"]
 
@@ -69,6 +72,47 @@ def build() -> tuple[Path, Verdict]:
     return library, prove(library)
 
 
+@dataclass(frozen=True)
+class Built:
+    """What ``racdeploy accel build`` made for one engine.
+
+    Args:
+        library: None where there is none to be made.
+        refusal: why it is not used; empty where it is.
+        speedups: of one token on one thread, by number format and share of zeros.
+    """
+
+    library: Path | None
+    refusal: str
+    speedups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def build_installed() -> dict[str, Built]:
+    """Compile and try the kernels for every engine that is installed; by its name.
+
+    Raises:
+        EnvironmentFailure: there is no compiler, or it failed.
+        EngineError: neither engine is installed.
+    """
+    built: dict[str, Built] = {}
+    if importlib.util.find_spec("llama_cpp") is not None:
+        ggml = _llamacpp.installed()
+        if isinstance(ggml, str):
+            built["llama.cpp"] = Built(None, ggml)
+        else:
+            library, verdict = build()
+            built["llama.cpp"] = Built(library, verdict.refusal, verdict.speedups)
+    if importlib.util.find_spec("onnxruntime") is not None:
+        library, proof = onnxruntime.build()
+        built["onnxruntime"] = Built(library, proof.refusal, proof.speedups)
+    if not built:
+        raise EngineError(
+            "neither llama-cpp-python nor onnxruntime is installed",
+            remedy='pip install "racdeploy[llamacpp]" or "racdeploy[ort]"',
+        )
+    return built
+
+
 def readiness() -> tuple[Path, Verdict] | str:
     """Return the library that :func:`enable` would load and its verdict, or why it would not."""
     ggml = _llamacpp.installed()
@@ -85,8 +129,11 @@ def readiness() -> tuple[Path, Verdict] | str:
 
 def kernels(mode: Mode) -> str:
     """Return what answers depend on where a mode is used: the kernels and their build, or ``off``."""
-    ready = readiness() if mode != "off" else ""
-    return "off" if isinstance(ready, str) else f"{ready[1].instruction_set}, {ready[0].stem}"
+    if mode == "off":
+        return "off"
+    found = (readiness(), onnxruntime.readiness())
+    used = [f"{ready[1].instruction_set}, {ready[0].stem}" for ready in found if not isinstance(ready, str)]
+    return "; ".join(used) or "off"
 
 
 def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:

@@ -35,8 +35,8 @@ class EngineSettings:
         threads: CPU threads; 0 lets the engine use every core.
         cache_dtype: number format of the key-value cache.
         flash_attention: engines differ in their default and it changes traces, so it is always set.
-        accel: whether llama.cpp gets :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``; ``auto`` where they
-            are built and proven faster; ``require`` fails where they cannot be used.
+        accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``;
+            ``auto`` where they are built and proven faster; ``require`` fails where they cannot be used.
     """
 
     context_tokens: int = 4096
@@ -137,7 +137,7 @@ def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine
     Raises:
         UsageError: sparse kernels are required of an engine that has none to switch on.
     """
-    if settings.accel == "require" and name != "llamacpp":
+    if settings.accel == "require" and name not in ("llamacpp", "onnxruntime"):
         raise UsageError(
             f"sparse kernels are required, and {name} has none to switch on", remedy="leave out --accel require"
         )

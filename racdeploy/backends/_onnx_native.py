@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from racdeploy.accel.onnxruntime import choose
 from racdeploy.backends import EngineSettings
 from racdeploy.backends._batching import Row
 from racdeploy.backends._cores import available_cores
@@ -33,13 +34,18 @@ class OnnxModel:
         settings: see :class:`EngineSettings`; the number format of the cache is the graph's.
 
     Raises:
-        EngineError: onnxruntime refused the file, or its graph is not a decoder.
+        EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that is required is of no
+            use to it.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        session = open_session(path, _options(settings))
+        chosen = choose(path, settings.accel)
+        options = _options(settings)
+        if chosen.library is not None:
+            options.register_custom_ops_library(str(chosen.library))
+        session = open_session(chosen.path, options)
         graph = DecoderGraph(session, path.parent)
-        self.about: Mapping[str, Any] = {}
+        self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.weights}
         self.slots = settings.parallel
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary

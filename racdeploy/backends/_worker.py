@@ -72,7 +72,7 @@ class Inbox:
 
 
 class Teller:
-    """Passes on new tokens: those that end a sequence at once, others in lots, since the listener takes a core too.
+    """Passes on new tokens: at once where one sequence runs or one ends, else in lots, since the listener takes a core.
 
     Args:
         sequences: of the call, by index.
@@ -90,7 +90,7 @@ class Teller:
         for index, ids in news:
             self._held.setdefault(index, []).extend(ids)
         ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
-        if ended or time.monotonic() - self._sent_at >= _TELL_EVERY_S:
+        if ended or len(self._sequences) == 1 or time.monotonic() - self._sent_at >= _TELL_EVERY_S:
             self.flush()
 
     def flush(self) -> None:

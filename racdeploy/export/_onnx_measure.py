@@ -14,13 +14,13 @@ from racdeploy import plugins, raconnx
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.export._onnx_file import array_bytes, load_graph, read_array
-from racdeploy.export._onnx_packing import UNPACK, packed_array
-from racdeploy.export._onnx_weights import PlannedTensor, rows_of
+from racdeploy.export._onnx_packing import UNPACK, matrix_rows, packed_array
+from racdeploy.export._onnx_weights import PlannedTensor, arrays_of, rows_of
 
-__all__ = ["PARTS", "TENSORS_KEY", "StoredArrays", "measure", "read_tensors"]
+__all__ = ["TENSORS_KEY", "StoredArrays", "measure", "read_tensors"]
 
 TENSORS_KEY = "racdeploy.tensors"
-PARTS = (".scales", ".zero_points", ".mask", ".values")
+_PARTS = (".scales", ".zero_points", ".mask", ".values", ".heads", ".offsets")
 
 
 def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -61,10 +61,12 @@ class StoredArrays:
         """
         try:
             inside = tensor.packing != "bitmask_sidecar"
-            kept = {name: self.left.pop(name) for name in self._names(tensor) if name in self.left}
+            kept = {name: self.left.pop(name) for name in self.names(tensor) if name in self.left}
             arrays = {name: read_array(kept[name], self._path.parent) for name in kept if inside or name != tensor.name}
             size_bytes = sum(values.nbytes for values in arrays.values())
-            if tensor.packing != "plain":
+            if tensor.packing == "bitmask_op":
+                arrays = arrays_of(tensor, matrix_rows(tensor, arrays))
+            elif tensor.packing != "plain":
                 sidecar = None if inside else self._sidecar
                 arrays = {tensor.name: packed_array(tensor, arrays, sidecar)} | arrays
                 size_bytes += sidecar.header[tensor.name]["size_bytes"] if sidecar else 0
@@ -75,8 +77,9 @@ class StoredArrays:
             ) from error
         return arrays, size_bytes
 
-    def _names(self, tensor: PlannedTensor) -> list[str]:
-        return [tensor.name + part for part in ("", *PARTS)]
+    def names(self, tensor: PlannedTensor) -> list[str]:
+        """Return what the arrays of a tensor may be called."""
+        return [tensor.name + part for part in ("", *_PARTS)]
 
 
 def _refers_to_sidecar(model: onnx.ModelProto) -> bool:

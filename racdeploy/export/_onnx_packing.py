@@ -27,8 +27,21 @@ from racdeploy.export._onnx_weights import PREFIX, PlannedTensor, is_blocks
 from racdeploy.export.onnx_exporters import run_module
 from racdeploy.packing import bitmask_graph, bitmask_sidecar
 from racdeploy.packing._codes import BY_DTYPE, join, split
+from racdeploy.packing._sparse_matrix import SparseMatrix, kind_of
+from racdeploy.packing._sparse_matrix import join as join_rows
 
-__all__ = ["GraphPacker", "Packer", "Plain", "SidecarPacker", "check_size", "packer_of", "prove_folding"]
+__all__ = [
+    "MATRIX_PARTS",
+    "GraphPacker",
+    "Packer",
+    "Plain",
+    "SidecarPacker",
+    "check_size",
+    "matrix_rows",
+    "packed_array",
+    "packer_of",
+    "prove_folding",
+]
 
 UNPACK = f"{PREFIX}unpack/"
 # While a session folds, every weight passes as a number of 32 bits and a few more: measured, 280 MB for 10M weights.
@@ -36,6 +49,7 @@ UNPACK = f"{PREFIX}unpack/"
 MOST_WEIGHTS = 200_000_000
 _BITS, _FLAT, _AXIS = f"{UNPACK}bits", f"{UNPACK}flat", f"{UNPACK}axis"
 _PARTS = (".mask", ".values")
+MATRIX_PARTS = (".heads", ".values", ".offsets")
 
 
 class Packer(Protocol):
@@ -205,6 +219,24 @@ def packed_array(
     if is_blocks(tensor.quant_real):
         return flat.reshape(O, -1, 32)
     return flat.reshape(rest[0], O) if tensor.turned else flat.reshape(tensor.shape)
+
+
+def matrix_rows(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """Return the packed rows of a tensor that racdeploy's operator reads.
+
+    Raises:
+        KeyError: a part is missing.
+        ValueError: the parts do not fit each other or the tensor.
+    """
+    kind = kind_of(quants.load(tensor.quant_real))
+    if kind is None or len(tensor.shape) != 2:
+        raise ValueError(f"the operator knows no {tensor.quant_real} of shape {list(tensor.shape)}")
+    heads_OP, values, offsets = (np.ascontiguousarray(arrays[tensor.name + part]) for part in MATRIX_PARTS)
+    shapes = heads_OP.ndim, len(heads_OP), values.ndim, offsets.ndim
+    types = heads_OP.dtype.name, values.dtype.name, offsets.dtype.name
+    if shapes != (2, tensor.shape[0], 1, 1) or types != ("uint8", "uint8", "int64"):
+        raise ValueError(f"heads, values and offsets are {types} with {shapes} dimensions and rows")
+    return join_rows(kind, SparseMatrix(heads_OP, values, offsets), tensor.shape[1])
 
 
 def prove_folding(file: Path, expected: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from racdeploy.errors import ModelError
 from racdeploy.export._onnx_graph import Graph
 from racdeploy.quant._matmulnbits import BLOCK, Blocks
 
-__all__ = ["PREFIX", "PlannedTensor", "encode", "is_blocks", "plan_tensors", "rows_of", "wire"]
+__all__ = ["PREFIX", "PlannedTensor", "arrays_of", "encode", "is_blocks", "plan_tensors", "rows_of", "wire"]
 
 PREFIX = "racdeploy/"
 _FALLBACK = "f16"
@@ -122,11 +122,16 @@ def encode(
         zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
         parts.append(packed_OP)
         advance(weight_OI.size)
-    packed_OP = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return arrays_of(tensor, np.concatenate(parts) if len(parts) > 1 else parts[0]), zeros
+
+
+def arrays_of(tensor: PlannedTensor, packed_OP: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of packed rows, by their name in the file."""
     if is_blocks(tensor.quant_real):
-        return _block_arrays(tensor, cast(_BlockQuant, quant).blocks(packed_OP, I)), zeros
+        quant = cast(_BlockQuant, quants.load(tensor.quant_real))
+        return _block_arrays(tensor, quant.blocks(packed_OP, tensor.shape[1]))
     values = packed_OP.view("<f4" if tensor.quant_real == "f32" else "<f2").reshape(tensor.shape)
-    return {tensor.name: np.ascontiguousarray(values.T) if tensor.turned else values}, zeros
+    return {tensor.name: np.ascontiguousarray(values.T) if tensor.turned else values}
 
 
 def _block_arrays(tensor: PlannedTensor, blocks: Blocks) -> dict[str, NDArray[Any]]:
@@ -143,7 +148,7 @@ def _block_arrays(tensor: PlannedTensor, blocks: Blocks) -> dict[str, NDArray[An
 
 
 def rows_of(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Return the packed rows whose arrays those are: the way back of :func:`encode`."""
+    """Return the packed rows whose arrays those are: the way back of :func:`arrays_of`."""
     main = arrays[tensor.name]
     if not is_blocks(tensor.quant_real):
         values = np.ascontiguousarray(main.T if tensor.turned else main)

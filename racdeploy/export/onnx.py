@@ -25,14 +25,16 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
+from racdeploy.accel.onnxruntime import accel_name
 from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export._onnx_accel import refusals, write_accel
 from racdeploy.export._onnx_choice import check_exporter, choose
 from racdeploy.export._onnx_file import data_name, load_graph, read_array, write_model
 from racdeploy.export._onnx_layouts import layouts
-from racdeploy.export._onnx_measure import PARTS, TENSORS_KEY, StoredArrays, measure, read_tensors
+from racdeploy.export._onnx_measure import TENSORS_KEY, StoredArrays, measure, read_tensors
 from racdeploy.export._onnx_packing import UNPACK, GraphPacker, Packer, check_size, packer_of, prove_folding
 from racdeploy.export._onnx_weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.families import Family
@@ -101,8 +103,9 @@ def export(
         out: the graph's file, replaced if it exists; above 500 MB its weights go to ``OUT_data`` beside it.
         quant: number format of the linears. Vectors are f32; embedding and output keep at least 8 bits; rows that do
             not divide into blocks are f16.
-        packing: ``plain``; ``bitmask_graph``, which every onnxruntime reads, for up to 200M weights; or
-            ``bitmask_sidecar``, a file ``OUT_packed`` that ``racdeploy.load`` joins.
+        packing: ``plain``; ``bitmask_graph``, which every onnxruntime reads, for up to 200M weights;
+            ``bitmask_sidecar``, a file ``OUT_packed`` that ``racdeploy.load`` joins; or ``bitmask_op``, the plain graph
+            and a second one, ``*.accel.onnx``, for racdeploy's operator.
         metadata: further properties of the graph, ``racdeploy.*`` or ``general.*``.
         exporter: who makes the graph, ``genai`` or ``optimum``; ``auto`` takes the faster graph that passes.
         progress: called after every slab.
@@ -135,7 +138,14 @@ def export(
         arrays = _encode_all(checkpoint, plan, packer, tensors, progress)
         every = chain(chosen.graph.constants.items(), arrays)
         write_model(model, every, scratch, out.name, lambda: properties | {TENSORS_KEY: _listed(plan, tensors)})
-        if packing != "plain":
+        if packing == "bitmask_op":
+            reasons = refusals(plan, tensors)
+            notes.append(write_accel(scratch / out.name, reasons, {tensor.name: tensor.zeros for tensor in tensors}))
+            tensors = [
+                replace(tensor, packing="plain" if reason else packing, packing_reason=reason)
+                for tensor, reason in zip(tensors, reasons.values(), strict=True)
+            ]
+        elif packing != "plain":
             unpacked_sha256 = _unpacked_sha256(scratch / out.name)
         if isinstance(packer, GraphPacker):
             prove_folding(scratch / out.name, packer.expected)
@@ -193,7 +203,8 @@ def _unpacked_sha256(packed: Path) -> str:
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its place, the graph last, and return the hashes of its files."""
-    for stale in (data_name(out.name), sidecar_name(out.name)):
+    accel = accel_name(out.name)
+    for stale in (data_name(out.name), sidecar_name(out.name), accel, data_name(accel)):
         (out.parent / stale).unlink(missing_ok=True)
     names = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == out.name, name))
     for name in names:
@@ -239,10 +250,14 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
     model = load_graph(packed)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     tensors = read_tensors(properties, packed)
+    if any(tensor.packing == "bitmask_op" for tensor in tensors):
+        raise UsageError(
+            f"{packed} is for racdeploy's operator", remedy="its plain graph lies beside it, without .accel in its name"
+        )
     if all(tensor.packing == "plain" for tensor in tensors):
         raise UsageError(f"nothing in {packed} is packed", remedy="racdeploy inspect shows what is in it")
     stored = StoredArrays(model, packed)
-    named = {tensor.name + part for tensor in tensors for part in ("", *PARTS)}
+    named = {name for tensor in tensors for name in stored.names(tensor)}
     constants = [(key, read_array(value, packed.parent)) for key, value in stored.left.items() if key not in named]
     nodes = [node for node in model.graph.node if not node.name.startswith(UNPACK)]
     del model.graph.node[:], model.graph.initializer[:]

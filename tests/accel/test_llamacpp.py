@@ -338,8 +338,8 @@ def test_where_kernels_are_not_built_a_bundle_runs_as_ever(tmp_path: Path, monke
         model.generate("2 + 2?", max_new_tokens=2)
     with pytest.raises(EngineError, match="not built: racdeploy accel build"):
         load(bundle, threads=1, accel="require")
-    with pytest.raises(UsageError, match="onnxruntime has none"):
-        open_engine("onnxruntime", tmp_path / "model.onnx", replace(SETTINGS, accel="require"))
+    with pytest.raises(UsageError, match="transformers has none"):
+        open_engine("transformers", tmp_path / "model.onnx", replace(SETTINGS, accel="require"))
 
 
 def test_run_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

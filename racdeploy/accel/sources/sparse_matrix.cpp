@@ -35,6 +35,7 @@ bool two_in_every_four(uint64_t bits) {
 }
 
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
+    if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
     int64_t bytes = 0;
     for (int64_t column = 0; column < padded(matrix.columns); column += 64) {
         const uint64_t bits = mask_bits(matrix, row, column);

