@@ -94,7 +94,7 @@ def write_model(
     name: str,
     metadata: Callable[[], Mapping[str, str]],
     *,
-    inline_bytes: int = INLINE_BYTES,
+    inline_bytes: int | None = None,
 ) -> None:
     """Write a graph with its weights; one of them is in memory at a time.
 
@@ -104,7 +104,7 @@ def write_model(
         folder: where to.
         name: of the graph's file.
         metadata: called when all arrays are written; replaces the graph's metadata properties.
-        inline_bytes: up to so many, the weights go into the graph's own file.
+        inline_bytes: up to so many, the weights go into the graph's own file; INLINE_BYTES if not given.
     """
     data = folder / data_name(name)
     with data.open("wb") as sink:
@@ -112,7 +112,7 @@ def write_model(
             _add(model, key, values, sink, data.name)
         sink.flush()
         os.fsync(sink.fileno())
-    if data.stat().st_size <= inline_bytes:
+    if data.stat().st_size <= (INLINE_BYTES if inline_bytes is None else inline_bytes):
         for tensor in model.graph.initializer:
             if any(entry.key == "location" and entry.value == data.name for entry in tensor.external_data):
                 _inline(tensor, folder)
