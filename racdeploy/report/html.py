@@ -10,6 +10,7 @@ server shows pages without scripts.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
             [pruned.thinking_tokens for _, pruned in paired],
             cap,
         ),
+        quantiles=_length_quantiles(paired),
         sparsity_chart=charts.heat_map(report.linears, lambda row: row.sparsity_reached, "Sparsity by linear"),
         error_chart=charts.heat_map(report.linears, lambda row: row.held_out_error, "Held-out error by linear"),
         pairs=len(paired),
@@ -127,6 +129,15 @@ def _length_pairs(paired: Sequence[tuple[Record, Record]]) -> list[charts.Length
         )
         for dense, pruned in paired
     ]
+
+
+def _length_quantiles(paired: Sequence[tuple[Record, Record]]) -> list[tuple[str, int, int]]:
+    """Return name, dense and pruned value of the thinking lengths' quantiles; none without answers."""
+    dense = sorted(record.thinking_tokens for record, _ in paired)
+    pruned = sorted(record.thinking_tokens for _, record in paired)
+    shares = {"shortest": 0.0, "half are at most": 0.5, "nine of ten are at most": 0.9, "longest": 1.0}
+    places = {name: max(math.ceil(share * len(paired)) - 1, 0) for name, share in shares.items()}
+    return [(name, dense[place], pruned[place]) for name, place in places.items() if paired]
 
 
 def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:

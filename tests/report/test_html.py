@@ -88,6 +88,16 @@ def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> Non
     assert (classes.count("lost"), classes.count("won")) == (4, 2)
 
 
+def test_the_quantiles_of_the_lengths_stand_beside_the_histogram(report: Report, records: list[Record]) -> None:
+    dense = sorted(record.thinking_tokens for record in records if record.arm == "dense")
+    pruned = sorted(record.thinking_tokens for record in records if record.arm == "pruned")
+    assert len(dense) == len(pruned) == 256
+    expected = [("half are at most", 127), ("nine of ten are at most", 230), ("longest", 255)]  # ceil(0.9 × 256) = 231
+    page = html.render(report, records)
+    for name, place in expected:
+        assert f"<td>{name}</td><td>{dense[place]}</td><td>{pruned[place]}</td>" in page
+
+
 def test_discordant_prompts_can_be_browsed_without_a_script(report: Report, records: list[Record]) -> None:
     """One disclosure per prompt, those that pruning lost first, both thoughts inside."""
     page = html.render(report, records)
