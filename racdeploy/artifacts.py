@@ -333,8 +333,9 @@ class ArtifactEntry(_Entry):
     """One exported artifact of a bundle; ``path`` is its main file, relative to the bundle.
 
     ``files`` are the hashes of all its files by their path in the bundle; a manifest that was written before artifacts
-    could be several files has none, and means the main file. ``size_bytes`` is of all of them. ``unpacked_sha256`` is
-    that of the file that a packed one stands for, empty where nothing is packed.
+    could be several files has none, and means the main file. ``size_bytes`` is of those that every engine
+    opens: not of the second graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one
+    stands for, empty where nothing is packed.
     """
 
     path: str

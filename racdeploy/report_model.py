@@ -66,9 +66,10 @@ class ArmSummary(_Part):
         forced: completions whose thinking was closed by the budget.
         cut: completions that hit the token cap after the thinking.
         loops: completions that began to repeat themselves.
-        size_bytes: the artifact on disk, every file of it.
+        size_bytes: of the files that every engine opens; not of the second graph of packing ``bitmask_op``.
         sparsity: zeros in the exported file, over the prunable weights.
         files: SHA-256 of each file of the artifact.
+        kernels: what ran it, in the engine's words.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ArmSummary(_Part):
     quant: str | None = None
     sparsity: float | None = Field(None, ge=0, le=1)
     files: dict[str, str] = Field(default_factory=dict)
+    kernels: str | None = None
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:

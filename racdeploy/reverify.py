@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from racdeploy import __version__, export
-from racdeploy.accel import Mode, kernels
+from racdeploy.accel import STOCK, Mode, kernels
 from racdeploy.artifacts import ArtifactEntry, Stage
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.errors import ArtifactError, UsageError
@@ -148,13 +148,14 @@ class Reverification:
         self.plan()  # whatever is wrong is said before any work
         entry, *others = self.own.manifest.artifacts
         dense, notes = self._dense()
-        pruned, metadata, rows, prunable, earlier, ran = self._arm(entry, "pruned")
-        notes += [f"the pruned artifact ran on {ran}"] if ran else []
+        pruned, metadata, rows, prunable, earlier = self._arm(entry, "pruned")
+        notes += [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
         with self._opened(entry, self.bundle / entry.path) as engine:
             probes = probe_tokens(engine, self._respondent.encoder, probe_strings())
         also = []
         for other in others:
-            arm, _, _, _, again, _ = self._arm(other, f"pruned, {other.backend}")
+            arm, _, _, _, again = self._arm(other, f"pruned, {other.backend}")
+            notes += [f"the one for {other.backend} ran on {arm.kernels}"] if arm.kernels else []
             also.append(OtherArtifact(arm, other.backend, self.bundle / other.path, _recorded_files(other)))
             earlier += again
         linears = self.own.report.linears
@@ -213,7 +214,7 @@ class Reverification:
 
     @cached_property
     def _engine_settings(self) -> EngineSettings:
-        unused = self.accel == "auto" and kernels("auto") == "off"  # the same answers as where they are switched off
+        unused = self.accel == "auto" and kernels("auto") == STOCK  # the same answers as where they are switched off
         accel: Mode = "off" if unused else self.accel
         return EngineSettings(self.settings.context_tokens, self.settings.parallel, self.threads, accel=accel)
 
@@ -238,7 +239,7 @@ class Reverification:
         known = (recorded.size_bytes or 0, recorded.quant or "", recorded.sparsity or 0.0)
         if self._fresh is not None:
             answers = self._answer(self.own.manifest.artifacts[0], self._fresh, recorded.files, "dense")
-            return Arm("dense", answers.records, *known, answers.stats, recorded.files), [
+            return Arm("dense", answers.records, *known, answers.stats, recorded.files, answers.kernels), [
                 f"the dense arm was run anew, from {self._fresh.name}"
             ]
         source = self._source()
@@ -249,17 +250,17 @@ class Reverification:
             "measured now"
         )
         labels = [f"the dense answers were made under other conditions: {'; '.join(changed)}"] if changed else []
-        return Arm("dense", self._recorded(), *known, {}, recorded.files), [note, *labels]
+        return Arm("dense", self._recorded(), *known, {}, recorded.files, recorded.kernels or ""), [note, *labels]
 
     def _arm(
         self, entry: ArtifactEntry, name: str
-    ) -> tuple[Arm, dict[str, Any], tuple[TensorRow, ...], frozenset[str], int, str]:
-        """Answer with one artifact of the bundle; what is in its file, how many answers were there, what ran it."""
+    ) -> tuple[Arm, dict[str, Any], tuple[TensorRow, ...], frozenset[str], int]:
+        """Answer with one artifact of the bundle; what is in its file, and how many answers were there."""
         answers = self._answer(entry, self.bundle / entry.path, entry.files, name)
         metadata, rows, prunable, sparsity = self._measured(entry)
-        arm = Arm(name, answers.records, entry.size_bytes, entry.quant, sparsity, answers.stats, _recorded_files(entry))
-        ran = answers.about["kernels"] if answers.about.get("sparse_weights") else ""
-        return arm, metadata, rows, prunable, answers.earlier, ran
+        known = entry.size_bytes, entry.quant, sparsity
+        arm = Arm(name, answers.records, *known, answers.stats, _recorded_files(entry), answers.kernels)
+        return arm, metadata, rows, prunable, answers.earlier
 
     def _answer(self, entry: ArtifactEntry, path: Path, files: Mapping[str, str], arm: str) -> Answers:
         """Answer with one file; an interrupted run left its answers in the work folder."""

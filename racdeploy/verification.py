@@ -110,9 +110,8 @@ class Verification:
             answers = self.answer(exported, name, engine_settings)
             traces = traces or answers.traces
             sparsity = self.job.file_sparsity(exported)
-            arms.append(
-                Arm(name, answers.records, exported.size_bytes, quants[name], sparsity, answers.stats, exported.files)
-            )
+            known = exported.size_bytes, quants[name], sparsity
+            arms.append(Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels))
             if answers.earlier:
                 notes.append(
                     f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier run on this "
@@ -182,7 +181,8 @@ class Verification:
         """Answer the evaluation prompts with the artifact of a further target."""
         name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
         answers, sparsity = self.answer(exported, name, settings), self.job.file_sparsity(exported)
-        arm = Arm(name, answers.records, exported.size_bytes, quant, sparsity, answers.stats, exported.files)
+        known = exported.size_bytes, quant, sparsity
+        arm = Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
         return OtherArtifact(arm, self.job.backend, exported.path, exported.files)
 
     def _chat_ids(self) -> dict[str, list[int]]:

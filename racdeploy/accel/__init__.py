@@ -25,9 +25,10 @@ from racdeploy.accel._llamacpp import Plugin
 from racdeploy.accel._trial import Verdict, prove, read_verdict
 from racdeploy.errors import ArtifactError, EngineError
 
-__all__ = ["Built", "Mode", "Status", "Verdict", "build", "build_installed", "enable", "kernels", "readiness"]
+__all__ = ["STOCK", "Built", "Mode", "Status", "Verdict", "build", "build_installed", "enable", "kernels", "readiness"]
 
 Mode = Literal["auto", "off", "require"]
+STOCK = "the engine's own"
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ def readiness() -> tuple[Path, Verdict] | str:
 
 
 def kernels(mode: Mode) -> str:
-    """Return what answers depend on where a mode is used: the kernels and their build, or ``off``."""
+    """Return what answers depend on where a mode is used: the sparse kernels and their build, or ``STOCK``."""
     if mode == "off":
-        return "off"
+        return STOCK
     found = (readiness(), onnxruntime.readiness())
     used = [f"{ready[1].instruction_set}, {ready[0].stem}" for ready in found if not isinstance(ready, str)]
-    return "; ".join(used) or "off"
+    return "; ".join(used) or STOCK
 
 
 def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:
@@ -152,7 +153,7 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status
         EngineError: the kernels are required, and not ready or of no use to this file.
         ArtifactError: the file is not a GGUF file, or damaged.
     """
-    status = Status("switched off") if mode == "off" else _enabled(Path(path), threads)
+    status = Status("sparse ones are switched off") if mode == "off" else _enabled(Path(path), threads)
     if mode == "require" and status.reason:
         raise EngineError(
             f"the sparse kernels are required for {path}, and cannot be used: {status.reason}",

@@ -127,7 +127,7 @@ def choose(model: Path, mode: str) -> Graph:
         EngineError: the operator is required, and not ready or of no use to this model.
         ArtifactError: the second graph is damaged.
     """
-    chosen = Graph(model, reason="switched off") if mode == "off" else _chosen(model)
+    chosen = Graph(model, reason="sparse ones are switched off") if mode == "off" else _chosen(model)
     if mode == "require" and chosen.reason:
         raise EngineError(
             f"sparse kernels are required for {model}, and cannot be used: {chosen.reason}",

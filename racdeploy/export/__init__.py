@@ -60,7 +60,7 @@ class ExportResult:
     Args:
         path: its main file.
         tensors: in file order.
-        size_bytes: of the files that an engine reads.
+        size_bytes: of the files that every engine reads.
         files: SHA-256 of every file, the main one included, by its path from the folder of the main one.
         notes: what the engine will do differently from the checkpoint, in sentences.
         unpacked_sha256: of the file that a packed one stands for; empty where nothing is packed.

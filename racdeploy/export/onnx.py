@@ -151,7 +151,8 @@ def export(
             prove_folding(scratch / out.name, packer.expected)
             notes.append(f"onnxruntime folds all {len(packer.expected)} packed tensors into the plain weights")
         files = _move_in(scratch, out)
-    size_bytes = sum((out.parent / name).stat().st_size for name in files)
+    opened = [name for name in files if not name.startswith(accel_name(out.name))]
+    size_bytes = sum((out.parent / name).stat().st_size for name in opened)
     return ExportResult(out, tuple(tensors), size_bytes, files, tuple(notes), unpacked_sha256)
 
 

@@ -103,6 +103,7 @@ def summarize_arm(arm: Arm) -> ArmSummary:
         quant=arm.quant,
         sparsity=arm.sparsity,
         files=dict(arm.files),
+        kernels=arm.kernels or None,
     )
 
 

@@ -54,6 +54,7 @@ class Arm:
         sparsity: zeros over the prunable weights in the file, 0 to 1.
         stats: what the engine counted: ``load_ms``, ``generated_tokens``, ``decode_s``, …
         files: SHA-256 of each file of the artifact.
+        kernels: what ran it, in the engine's words; empty where nothing is known.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Arm:
     sparsity: float
     stats: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    kernels: str = ""
 
     def by_prompt(self, value: Callable[[Record], T]) -> list[list[T]]:
         """Return a value of every record, the samples of a prompt in one row."""

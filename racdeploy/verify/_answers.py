@@ -42,14 +42,14 @@ class Answers:
         traces: prompt ids and completion ids of each.
         stats: what the engine counted; empty where answers were read back, since a speed of two runs is none.
         earlier: answers that an earlier run left.
-        about: what the engine said of itself; empty where it was not opened.
+        kernels: what ran, in the engine's words; empty where it was not opened.
     """
 
     records: tuple[Record, ...]
     traces: tuple[Trace, ...]
     stats: Mapping[str, float] = field(default_factory=dict)
     earlier: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)
+    kernels: str = ""
 
 
 class CompletionLog:
@@ -133,18 +133,19 @@ class Respondent:
         prompts = [ids for ids in once for _ in range(self.settings.samples)]
         missing = [place for place, ids in enumerate(prompts) if log.get(ids, place) is None]
         stats: Mapping[str, float] = {}
-        about: Mapping[str, Any] = {}
+        kernels = ""
         if missing:
             with opener() as engine:
                 self._generate(engine, prompts, missing, arm, log)
-                stats, about = dict(getattr(engine, "stats", {})), dict(getattr(engine, "about", {}))
+                stats = dict(getattr(engine, "stats", {}))
+                kernels = str(getattr(engine, "about", {}).get("kernels", ""))
         completions = [log.completions[_key(ids, place)] for place, ids in enumerate(prompts)]
         return Answers(
             tuple(self._record(place, problems, prompts[place], arm, done) for place, done in enumerate(completions)),
             tuple((prompt, done.ids) for prompt, done in zip(prompts, completions, strict=True)),
             stats if len(missing) == len(prompts) else {},
             len(prompts) - len(missing),
-            about,
+            kernels,
         )
 
     def _generate(

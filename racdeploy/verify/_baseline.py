@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from racdeploy.accel import STOCK
 from racdeploy.artifacts import Manifest
 from racdeploy.checkpoint import file_sha256, read_json
 from racdeploy.errors import ArtifactError, UsageError
@@ -142,7 +143,8 @@ class Baseline:
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two fingerprints and may change answers, as ``name VALUE, now VALUE``."""
     engines = [part.get("engine", {}) for part in (recorded, now)]
-    rest = [{name: part.get(name) for name in part if name not in _NO_MATTER} for part in (recorded, now)]
+    named = ({"kernels": STOCK, **part} for part in (recorded, now))  # older reports name sparse ones only
+    rest = [{name: part[name] for name in part if name not in _NO_MATTER} for part in named]
     return [
         f"{name} {before.get(name)}, now {after.get(name)}"
         for before, after in (rest, engines)

@@ -33,7 +33,7 @@ def same_size_quants(
     weights = sum(rows * row for rows, row in shapes.values())
     dense_linears, linears = (sum(t.size_bytes for t in e.tensors if t.source in shapes) for e in (dense, pruned))
     sizes: list[float] = [pruned.size_bytes]
-    if settings.packing == "plain":  # a bit a weight says where the zeros were
+    if settings.packing in ("plain", "bitmask_op"):  # a bit a weight says where the zeros were
         sizes.append(pruned.size_bytes - linears * sparsity + weights / 8)
     rest = dense.size_bytes - dense_linears
     bits = _bits(settings, {row for _, row in shapes.values()})

@@ -109,7 +109,7 @@ def compare_logits(
 
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
-    """Return the versions, machine and engine settings that results depend on; kernels only where some are in use."""
+    """Return the versions, machine, kernels and engine settings that results depend on."""
     engine = asdict(settings)
     mode = engine.pop("accel")
     packages = ("racdeploy", "torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
@@ -120,7 +120,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "engine": engine,
         **{package: _version(package) for package in packages},
-        **({} if mode == "off" else {"kernels": accel.kernels(mode)}),
+        "kernels": accel.kernels(mode),
     }
 
 

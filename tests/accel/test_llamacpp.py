@@ -174,7 +174,7 @@ def test_an_unknown_ggml_stays_on_stock_paths(
     """Its private declarations were not compared with ours."""
     monkeypatch.setattr(_llamacpp, "_KNOWN", {"0.0.1": ("abc",)})
     assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
-    assert accel.kernels("auto") == "off"
+    assert accel.kernels("auto") == accel.STOCK
     with pytest.raises(EngineError, match="is not one that the kernels were made for"):
         accel.build()
 
@@ -196,7 +196,7 @@ def test_logits_are_those_of_the_stock_engine(quant: str, ready: Path, files: di
     """Every number format, in one batch of the whole text; float32 sums in another order are all that differs."""
     with LlamaCppEngine(files[quant], SETTINGS) as stock:
         expected_TV = stock.logits(IDS)
-        assert stock.about["kernels"] == "llama.cpp's own kernels: switched off"
+        assert stock.about["kernels"] == "llama.cpp's own kernels: sparse ones are switched off"
     with LlamaCppEngine(files[quant], replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
         assert engine.about["sparse_weights"] == 2 * 6  # of each block all linears but down_proj

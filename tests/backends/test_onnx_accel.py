@@ -54,7 +54,7 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, mode
     write_proof(library, Proof("", "any", FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
-        assert plain.about["kernels"] == "onnxruntime's own operators: switched off"
+        assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
         assert engine.about["kernels"].startswith("sparse any operator for ")
@@ -80,7 +80,7 @@ def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: 
         with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
             choose(model, "require")
     assert "packing 'bitmask_op' writes one" in choose(tmp_path / "other.onnx", "auto").reason
-    assert choose(model, "off").reason == "switched off"
+    assert choose(model, "off").reason == "sparse ones are switched off"
 
 
 def test_without_a_library_everything_is_as_it_was(

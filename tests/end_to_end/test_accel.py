@@ -40,13 +40,15 @@ def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, k
     assert stock.code == sparse.code == 0, sparse.err
     before, after = json.loads(stock.out), json.loads(sparse.out)
     assert before["verdict"] == after["verdict"] == "pass"
-    assert "kernels" not in before["fingerprint"]
+    assert before["fingerprint"]["kernels"] == "the engine's own"
+    (stock_ran,) = [note for note in before["notes"] if note.startswith("the pruned artifact ran on")]
+    assert stock_ran.endswith("ran on llama.cpp's own kernels: sparse ones are switched off")
     assert after["fingerprint"]["kernels"].split(",")[0] in ("avx512", "avx2", "portable")
-    assert not any("sparse" in note for note in before["notes"] if "kernels" in note)
     (ran,) = [note for note in after["notes"] if note.startswith("the pruned artifact ran on sparse")]
     assert ran.endswith("weights")
+    assert [arm["kernels"] for arm in after["arms"]] == [before["arms"][0]["kernels"], ran.partition(" ran on ")[2]]
     (other,) = [note for note in after["notes"] if "made under other conditions" in note]
-    assert f"kernels None, now {after['fingerprint']['kernels']}" in other
+    assert f"kernels the engine's own, now {after['fingerprint']['kernels']}" in other
 
 
 def test_run_and_bench_use_the_kernels(built: Path, kernels: Path) -> None:

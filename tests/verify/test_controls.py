@@ -45,6 +45,11 @@ def test_a_plain_file_has_a_second_rival_for_its_size_without_zeros() -> None:
     assert _chosen(8.5, 0.5, packing="plain") == ["q6_k", "q4_k"]
 
 
+def test_a_second_graph_counts_as_the_size_without_zeros() -> None:
+    """The standard file is plain; what the sparse kernels read is as small as a packed one."""
+    assert _chosen(8.5, 0.5, packing="bitmask_op") == ["q6_k", "q4_k"]
+
+
 def test_two_sizes_that_ask_for_one_format_give_one_rival() -> None:
     """Nothing is measured twice."""
     assert _chosen(5.6, 0.1, packing="plain") == ["q5_k"]
