@@ -136,7 +136,9 @@ def train_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def batches(tokenizer: Tokenizer, seed: int, shares: dict[str, float]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    tokenizer: Tokenizer, seed: int, shares: dict[str, float], tokens_per_step: int = TOKENS_PER_STEP
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and labels, B T, right-padded; examples of like length go together."""
     random, source = Random(seed), examples(seed, shares)
     while True:
@@ -147,7 +149,7 @@ def batches(tokenizer: Tokenizer, seed: int, shares: dict[str, float]) -> Iterat
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for row in rows:
-            if (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > TOKENS_PER_STEP:
+            if (len(groups[-1]) + 1) * (len(row[0]) + len(row[1])) > tokens_per_step:
                 groups.append([])
             groups[-1].append(row)
         random.shuffle(groups)
