@@ -113,7 +113,8 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
         tokens += ids_BT.numel()
         if step % 5 == 0:
             seconds = time.monotonic() - started
-            print(f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s {seconds / 60:.1f} min", flush=True)
+            cpu = time.process_time() / 60
+            print(f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s {cpu:.1f} CPU minutes", flush=True)
         if step % save_every == 0 or step == settings.steps:
             keep(out / "checkpoint.pt", settings, step, masters, parts)
     save(model, tokenizer, Path(settings.model), out)
