@@ -2,9 +2,9 @@
 
     python benchmarks/calibration.py --out build/calibration
 
-Prunes tiny-reasoner by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the
-latter two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and
-results.json.
+Prunes a model by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the latter
+two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and results.json
+after every cell. What is finished is kept under --work and not done again, so several calls may share the cells.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Cell:
     pattern: str
     calibration: str
     accuracy: float
+    accuracy_lower: float
+    accuracy_upper: float
     drop: float
     drop_lower: float
     drop_upper: float
@@ -59,30 +61,32 @@ def main() -> None:
     """Run every cell and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
+    parser.add_argument("--tasks", nargs="*", default=[], help="all procedural ones by default")
     parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--max-new-tokens", type=int, default=640)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     console = Console(stderr=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     dense: tuple[Record, ...] | None = None
     cells = []
     for row in arguments.rows:
-        for column, settings in COLUMNS.items():
-            build = Build(Job(recipe(arguments, row, settings)), arguments.work)
+        for column in arguments.columns:
+            build = Build(Job(recipe(arguments, row, COLUMNS[column])), arguments.work)
             if dense is None:
                 dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False), "dense")
             cells.append(measure(build, row, column, dense))
             console.print(cells[-1])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    assert dense is not None
-    (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
-    (arguments.out / "results.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
-    print(table(cells, dense))
+            (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
+            (arguments.out / "results.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+    print((arguments.out / "table.md").read_text(encoding="utf-8"))
 
 
 def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]]) -> Recipe:
@@ -92,11 +96,12 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
         None,
         {
             "model": arguments.model,
+            "tasks": tuple(arguments.tasks),
             "traces": {"count": arguments.traces},
             "prune": {"method": arguments.method, **ROWS[row], **chosen, **column.get("prune", {})},
             "calibration": column.get("calibration", {}),
             "export": {"quant": arguments.quant},
-            "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": 640},
+            "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
         },
     )
 
@@ -116,12 +121,16 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
     n01 = sum(p.correct and not d.correct for d, p in pairs)
     interval = stats.tango_interval(n10, n01, len(pairs), 0.95)
     lengths = [[record.thinking_tokens for record in arm] for arm in (dense, pruned)]
+    right = sum(record.correct for record in pruned)
+    accuracy = stats.wilson_interval(right, len(pruned))
     budget = build.job.recipe.verify.max_new_tokens
     errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
     return Cell(
         pattern=row,
         calibration=column,
-        accuracy=sum(record.correct for record in pruned) / len(pruned),
+        accuracy=right / len(pruned),
+        accuracy_lower=accuracy.lower,
+        accuracy_upper=accuracy.upper,
         drop=(n10 - n01) / len(pairs),
         drop_lower=interval.lower,
         drop_upper=interval.upper,
@@ -135,23 +144,39 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
 
 
 def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
-    """Return Markdown: patterns down, calibrations across."""
-    accuracy = sum(record.correct for record in dense) / len(dense)
+    """Return Markdown: patterns down, calibrations across, those that are not there yet left empty."""
+    right = sum(record.correct for record in dense)
+    interval = stats.wilson_interval(right, len(dense))
     length = sum(record.thinking_tokens for record in dense) / len(dense)
+    columns = [column for column in COLUMNS if any(cell.calibration == column for cell in cells)]
     lines = [
-        f"dense: accuracy {accuracy:.1%}, {length:.1f} thinking tokens, {len(dense)} prompts. "
-        "Cells: accuracy / length ratio / unclosed.",
+        f"dense: accuracy {percent(right / len(dense), interval.lower, interval.upper)}, {length:.1f} thinking tokens, "
+        f"{len(dense)} prompts. Cells: accuracy (95 % interval) / length ratio / unclosed.",
         "",
-        "| zeros | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        "| zeros | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for row in dict.fromkeys(cell.pattern for cell in cells):
         found = {cell.calibration: cell for cell in cells if cell.pattern == row}
-        shown = [f"{c.accuracy:.1%} / {c.length_ratio:.3f} / {c.unclosed}" for c in map(found.__getitem__, COLUMNS)]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+        lines.append(f"| {row} | " + " | ".join(shown(found[c]) if c in found else "" for c in columns) + " |")
     tokens = sorted({(cell.calibration, cell.calibration_tokens) for cell in cells if cell.calibration != "magnitude"})
     lines += ["", "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + "."]
+    asked: dict[str, list[bool]] = {}
+    for record in dense:
+        asked.setdefault(record.task, []).append(record.correct)
+    lines += ["", "Dense by task: " + ", ".join(f"{task} {sum(r) / len(r):.1%}" for task, r in asked.items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def shown(cell: Cell) -> str:
+    """Return what the table says of one cell."""
+    accuracy = percent(cell.accuracy, cell.accuracy_lower, cell.accuracy_upper)
+    return f"{accuracy} / {cell.length_ratio:.3f} / {cell.unclosed}"
+
+
+def percent(share: float, lower: float, upper: float) -> str:
+    """Return a share with its interval."""
+    return f"{share:.1%} ({100 * lower:.1f} to {100 * upper:.1f})"
 
 
 if __name__ == "__main__":
