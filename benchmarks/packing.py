@@ -4,7 +4,7 @@
 
 Prints a Markdown table for the linears of the embedded model, pruned by magnitude, and for a larger random model. Sizes
 are shares of the plain file; zstd -19 is measured where the package zstandard is installed. Speeds are plain bytes per
-second of CPU time of one core: decoding alone, and all of ``racdeploy unpack`` with SHA-256 and writing.
+second of CPU time of one core: decoding alone, and all of ``racdeploy unpack`` with SHA-256 and writing a new file.
 """
 
 from __future__ import annotations
@@ -69,13 +69,14 @@ def row(weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float
 
 def measure(packed: Path) -> dict[str, float]:
     """Return CPU seconds of decoding and of unpacking, best of several, and this process's peak memory."""
-    container, seconds = racgguf.Container.open(packed), []
+    container, seconds, out = racgguf.Container.open(packed), [], packed.with_suffix(".out")
     for _ in range(REPEATS):
+        out.unlink(missing_ok=True)
         start = time.process_time()
         for _ in container.plain():
             pass
         decoded = time.process_time()
-        container.unpack(packed.with_suffix(".out"))
+        container.unpack(out)
         seconds.append((decoded - start, time.process_time() - decoded))
     decode_s, unpack_s = (min(column) for column in zip(*seconds, strict=True))
     return {"decode_s": decode_s, "unpack_s": unpack_s, "peak_rss_bytes": peak_bytes()}

@@ -24,9 +24,9 @@ Bytes = NDArray[np.uint8]
 TABLE_BYTES = 48
 _CODES, _BUCKETS, _WORDS, _WORD_BITS = 16, 32, 1 << 16, 16
 _COST_STEPS = 8  # of a cost for a bit
-_QUARTERS = (
-    np.stack([np.arange(256) >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).astype(np.uint8).view("<u4")[:, 0]
-)
+# For every byte: its four pairs of bits as bits 8 and 9 of four numbers, looked up as one item
+_QUARTERS = np.stack([np.arange(256) >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).astype(np.intp) << 8
+_FOUR = np.dtype(f"V{4 * _QUARTERS.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class Table:
             ArtifactError: there are more or fewer bits than the buckets need.
         """
         pairs = numbers.size // 5 * 4
-        pair = _QUARTERS.take(numbers[pairs:]).view(np.uint8).astype(np.intp)
-        pair <<= 8
-        pair |= numbers[:pairs]
+        pair = _QUARTERS.view(_FOUR).take(numbers[pairs:], mode="wrap").view(np.intp)
+        pair |= numbers[:pairs].astype(np.intp)
         look = _pairs(self.widths)  # every index below is in range; mode="wrap" is a look-up without its check
         width = look.width.take(pair, mode="wrap")
         position = np.cumsum(width)

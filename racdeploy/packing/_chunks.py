@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.packing._buckets import TABLE_BYTES, Table
-from racdeploy.packing._lanes import Kept, expand, lanes_of, stream_of
 from racdeploy.packing._layouts import LAYOUTS, Layout
 
 __all__ = [
@@ -86,11 +86,12 @@ def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.u
 
 def tally(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return how many codes of a chunk are zero and how many are not; where they are in words, how many are which."""
-    codes, keep = _kept(layout, plain)
+    codes = _codes(layout, plain)
     if layout.in_words:
-        return np.bincount(codes[0], minlength=16)
-    kept = int(np.count_nonzero(keep))
-    return np.array([keep.size - kept, kept])
+        pairs = np.bincount(codes, minlength=256).reshape(16, 16)
+        return np.asarray(pairs.sum(0) + pairs.sum(1))
+    kept = int(np.count_nonzero(codes))
+    return np.array([codes.size - kept, kept])
 
 
 def fit_table(layout: Layout, tallied: NDArray[np.int64]) -> Table | None:
@@ -113,14 +114,13 @@ def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int, table: Tabl
     blocks_BP = plain.reshape(-1, layout.block_bytes)
     planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
     encoded = [_encode(plane, _MOST_HEAD_BITS) for plane in planes]
+    codes = _codes(layout, plain)
     if table:
-        first, payload = table.encode(layout.split(blocks_BP[:, layout.head_bytes :])[0])
+        first, payload = table.encode(codes)
         encoded.append((payload.size, payload.tobytes()))
     else:
-        codes, keep = _kept(layout, plain)
-        first = np.packbits(keep, bitorder="little")
-        for code, bits in zip(codes, layout.widths, strict=True):
-            encoded += [_encode(plane, most_bits) for plane in _planes(stream_of(code[keep], bits), bits)]
+        first = np.packbits(codes != 0, bitorder="little")
+        encoded += [_encode(plane, most_bits) for plane in _planes(layout, codes[codes != 0])]
     sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
     return b"".join([sizes.tobytes(), first.tobytes(), *(data for _, data in encoded)])
 
@@ -139,61 +139,73 @@ def unpack_chunk(
     Raises:
         ArtifactError: the record contradicts itself or ends early.
     """
-    blocks, *sizes = (int(size) for size in take(4 * (1 + layout.planes)).view("<u4"))
+    blocks, *sizes = take(4 * (1 + layout.planes)).view("<u4").tolist()
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:
         raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
     if table:
-        fields = [table.decode(first, take(sizes[0]))]
+        body = layout.join(table.decode(first, take(sizes[0])))
     else:
-        fields = _expand(layout, first, weights, sizes, take)
-    body = layout.join(fields)
+        body = layout.join(_expand(layout, first, weights, sizes, take))
     if not heads:
         return body
-    head_bytes, body_bytes = layout.head_bytes, layout.block_bytes - layout.head_bytes
-    plain_B = np.empty(blocks, dtype=[("head", f"V{head_bytes}"), ("body", f"V{body_bytes}")])
-    plain_B["head"] = _interleave(heads).view(f"V{head_bytes}")
-    plain_B["body"] = body.view(f"V{body_bytes}")  # whole items are copied several times as fast as rows of bytes
+    plain_B = np.empty(blocks, dtype=layout.block)
+    for place, head in enumerate(heads):
+        plain_B["head"][:, place] = head
+    plain_B["body"] = body.view(layout.block["body"])  # whole items are copied several times as fast as rows of bytes
     return plain_B.view(np.uint8)
 
 
-def _expand(
-    layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take
-) -> list[NDArray[np.uint8]]:
-    """Return the fields of all codes, of which those that are not zero are stored in planes of these sizes."""
+def _codes(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[Any]:
+    return layout.split(plain.reshape(-1, layout.block_bytes)[:, layout.head_bytes :])
+
+
+def _expand(layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take) -> NDArray[Any]:
+    """Return all codes, of which those that are not zero are stored in planes of these sizes."""
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
-    kept, fields = Kept.read(mask, layout.widths), []
-    for bits in layout.widths:
-        count, plane_bytes = max(1, bits // 8), -(-kept.count * min(bits, 8) // 8)
-        stream = _interleave([_decode(sizes.pop(0), plane_bytes, take) for _ in range(count)])
-        fields.append(expand(stream, bits, kept)[: -(-weights * bits // 8)])
-    return fields
+    places = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+    planes = [
+        _decode(sizes.pop(0), -(-places.size * min(bits, 8) // 8), take)
+        for bits in layout.widths
+        for _ in range(0, bits, 8)
+    ]
+    kept = _joined(layout, planes, places.size)
+    codes = np.zeros(weights, dtype=kept.dtype)
+    codes[places] = kept
+    return codes
 
 
-def _kept(layout: Layout, plain: NDArray[np.uint8]) -> tuple[list[NDArray[np.unsignedinteger]], NDArray[np.bool_]]:
-    """Return the codes of a chunk, field by field, and which weights are not zero."""
-    blocks_BP = plain.reshape(-1, layout.block_bytes)
-    weights = len(blocks_BP) * layout.block_weights
-    fields = layout.split(blocks_BP[:, layout.head_bytes :])
-    codes = [lanes_of(field, bits, weights) for field, bits in zip(fields, layout.widths, strict=True)]
-    keep = codes[0] != 0
-    for code in codes[1:]:
-        keep |= code != 0
-    return codes, keep
+def _planes(layout: Layout, codes: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    """Return the bytes of wide codes apart, low ones first: sign and exponent repeat, the rest does not.
+
+    Of five bits four make a plane, two codes a byte, and the fifth another.
+    """
+    if layout.widths == (4, 1):
+        low = np.zeros(-(-codes.size // 2) * 2, dtype=np.uint8)
+        low[: codes.size] = codes & 15
+        low[::2] |= low[1::2] << 4
+        return [np.ascontiguousarray(low[::2]), np.packbits(codes >> 4, bitorder="little")]
+    rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
+    return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
 
 
-def _planes(stream: NDArray[np.uint8], bits: int) -> list[NDArray[np.uint8]]:
-    """Return the bytes of wide lanes apart, low bytes first: sign and exponent repeat, the rest does not."""
-    count = max(1, bits // 8)
-    return [np.ascontiguousarray(stream[place::count]) for place in range(count)]
-
-
-def _interleave(planes: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return the first byte of each plane, then the second of each, and so on."""
-    return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1)
+def _joined(layout: Layout, planes: list[NDArray[np.uint8]], count: int) -> NDArray[Any]:
+    """Return so many codes again."""
+    if layout.widths == (4, 1):
+        low = planes[0].astype("<u2")
+        low |= low << 4
+        low &= 0x0F0F
+        high = np.unpackbits(planes[1], bitorder="little")
+        high.view("<u8")[...] <<= 4
+        codes = high[:count]
+        codes |= low.view(np.uint8)[:count]
+        return codes
+    if len(planes) == 1:
+        return planes[0]
+    return np.stack(planes, axis=-1).reshape(-1).view(f"<u{len(planes)}")
 
 
 def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +31,14 @@ class Codes:
     layout: Layout
 
 
-def _flip(body_BP: Bytes) -> list[Bytes]:
-    return [(body_BP ^ np.uint8(0x80)).reshape(-1)]  # a code of 128 is zero
-
-
-def _flip_back(fields: Sequence[Bytes]) -> Bytes:
-    return fields[0] ^ np.uint8(0x80)
+def _flip(body_BP: Bytes) -> Bytes:
+    return (body_BP ^ np.uint8(0x80)).reshape(-1)  # a code of 128 is zero
 
 
 _BY_BITS = {
     32.0: Codes(np.dtype("<u4"), 0, LAYOUTS[0]),
     16.0: Codes(np.dtype("<u2"), 0, LAYOUTS[1]),
-    8.5: Codes(np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _flip, _flip_back)),
+    8.5: Codes(np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _flip, _flip)),
 }
 
 
