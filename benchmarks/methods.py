@@ -4,12 +4,14 @@
     python benchmarks/methods.py --out build/methods --prompts 600       # and accuracy on llama.cpp
 
 Every method is followed by the same refit and solved for the dense model's output unless ``--set`` says otherwise.
-Writes methods.md and methods.json. Errors are means over the linears, on held-out traces.
+Writes methods.md and methods.json after every cell; the same command goes on at the first cell that is missing. Errors
+are means over the linears, on held-out traces.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -27,7 +29,7 @@ CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruned model; seconds are of pruning, None where it was there already."""
+    """One pruned model; seconds are of pruning, None where an earlier run had pruned it and then stopped."""
 
     pattern: str
     method: str
@@ -53,19 +55,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    cells = []
-    for row in arguments.rows:
-        for calibration in arguments.calibrations:
-            for method in arguments.methods:
-                cells.append(measure(arguments, row, method, calibration))
-                print(cells[-1], flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "methods.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
-    (arguments.out / "methods.md").write_text(table(cells), encoding="utf-8")
+    file = arguments.out / "methods.json"
+    cells = [Cell(**values) for values in json.loads(file.read_text())] if file.is_file() else []
+    done = {(cell.pattern, cell.calibration, cell.method) for cell in cells}
+    for wanted in itertools.product(arguments.rows, arguments.calibrations, arguments.methods):
+        if wanted in done:
+            continue
+        cells.append(measure(arguments, *wanted))
+        print(cells[-1], flush=True)
+        file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+        (arguments.out / "methods.md").write_text(table(cells), encoding="utf-8")
     print(table(cells))
 
 
-def measure(arguments: argparse.Namespace, row: str, method: str, calibration: str) -> Cell:
+def measure(arguments: argparse.Namespace, row: str, calibration: str, method: str) -> Cell:
     """Prune one cell, and answer the prompts with it where that is wanted."""
     chosen = dict(pair.split("=", 1) for pair in arguments.set)
     options = {
