@@ -1,4 +1,4 @@
-"""Which method, on which calibration, at which pattern? Errors, seconds and accuracy of the embedded model.
+"""Which method, on which calibration, at which pattern? Errors, processor seconds and accuracy of the embedded model.
 
     python benchmarks/methods.py --out build/methods                     # errors and seconds, every cell
     python benchmarks/methods.py --out build/methods --prompts 600       # and accuracy on llama.cpp
@@ -29,14 +29,14 @@ CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruned model; seconds are of pruning, None where an earlier run had pruned it and then stopped."""
+    """One pruned model; processor seconds are of pruning, None where an earlier run pruned it and then stopped."""
 
     pattern: str
     method: str
     calibration: str
     held_out_error: float
     drift: float
-    seconds: float | None
+    cpu_seconds: float | None
     accuracy: float | None
     thinking_tokens: float | None
 
@@ -81,9 +81,9 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
     }
     build = Build(Job(Recipe.combine(None, options)), arguments.work, arguments.threads)
     build.traces()
-    began = time.perf_counter()
+    began = time.process_time()
     model = build.prune()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
     if not errors:
         raise SystemExit("no trace was held out: give more --traces")
@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
         calibration=calibration,
         held_out_error=sum(errors) / len(errors),
         drift=model.blocks[-1].drift or 0.0,
-        seconds=seconds if seconds > 1 else None,  # found pruned
+        cpu_seconds=seconds if seconds > 1 else None,  # found pruned
         accuracy=accuracy,
         thinking_tokens=thinking,
     )
@@ -107,14 +107,14 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
 def table(cells: list[Cell]) -> str:
     """Return Markdown: one line a cell."""
     lines = [
-        "| zeros | calibration | method | held-out error | drift | s | accuracy | thinking tokens |",
+        "| zeros | calibration | method | held-out error | drift | CPU s | accuracy | thinking tokens |",
         "|---" * 8 + "|",
     ]
     for c in cells:
         shown = (
             f"{c.held_out_error:.4f}",
             f"{c.drift:.4f}",
-            "–" if c.seconds is None else f"{c.seconds:.0f}",
+            "–" if c.cpu_seconds is None else f"{c.cpu_seconds:.0f}",
             "–" if c.accuracy is None else f"{c.accuracy:.1%}",
             "–" if c.thinking_tokens is None else f"{c.thinking_tokens:.1f}",
         )

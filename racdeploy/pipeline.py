@@ -153,8 +153,10 @@ class Build:
         """Prune the dense model to one sparsity, keeping the zeros of the model before."""
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.cost import cost_note, measured_cost, predict
+        from racdeploy.prune.device import choose_device
 
-        settings = self.job.recipe.prune.model_copy(update={"sparsity": sparsity})
+        asked = self.job.recipe.prune
+        settings = asked.model_copy(update={"sparsity": sparsity, "device": choose_device(asked.device).type})
         quant = self.job.grid if settings.joint else ""
         inputs = self._inputs("prune") | {
             "traces_sha256": traces_sha256,

@@ -142,6 +142,7 @@ class Pruning(_Part):
         column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
             held-out error 0.0245 at 16, 0.0314 at 128).
         compute: number format of the products in forward passes; ``bfloat16`` is twice as fast on CPUs that have it.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one. It holds one block and its statistic.
         dense: linears to leave alone, as regular expressions over their full name.
     """
 
@@ -159,6 +160,7 @@ class Pruning(_Part):
     damping: float = Field(0.01, gt=0, le=1)
     column_block: int = Field(16, ge=1)
     compute: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
 
     @field_validator("pattern")

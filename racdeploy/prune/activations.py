@@ -1,4 +1,7 @@
-"""Hidden states of the calibration batches between two blocks: in memory up to a window, in a file beyond it."""
+"""Hidden states of the calibration batches between two blocks: in memory up to a window, in a file beyond it.
+
+They lie on the CPU, wherever the blocks are computed.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,7 @@ class Activations:
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
         """Replace the tensor of a batch."""
         assert hidden.shape == self._shapes[index], f"batch {index} is {self._shapes[index]}"
+        hidden = hidden.cpu()
         if index not in self._offsets:
             self._kept[index] = hidden
             return

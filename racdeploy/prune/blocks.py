@@ -1,9 +1,12 @@
-"""The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear."""
+"""The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear.
+
+Weights and hidden states go to the device here and nowhere else; what a block returns is on the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from racdeploy.backends._torch_model import check_names, embedding_scale, fill_parameter, skeleton
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.device import CPU
 
 __all__ = ["Blocks", "put"]
 
@@ -22,13 +26,20 @@ class Blocks:
     Args:
         checkpoint: where the weights are.
         compute: number format of the products in a forward pass; hidden states stay in float32.
+        device: where blocks are filled and run.
 
     Raises:
         ModelError: the checkpoint's tensors are not exactly the architecture's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, compute: Literal["float32", "bfloat16"] = "float32") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        compute: Literal["float32", "bfloat16"] = "float32",
+        device: torch.device = CPU,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.device = device
         self._compute = compute
         self._model = skeleton(checkpoint)
         expected = {name for name, _ in self._model.named_parameters()}
@@ -58,19 +69,27 @@ class Blocks:
         return self._model.get_submodule(self.prefix(index))
 
     def load(self, index: int) -> nn.Module:
-        """Return a block with its weights in float32; ``.to("meta")`` gives them back."""
-        for name, _ in list(self.empty(index).named_parameters()):
+        """Return a block with its weights in float32 on the device; ``.to("meta")`` gives them back."""
+        block = self.empty(index)
+        for name, _ in list(block.named_parameters()):
             fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
-        return self.empty(index)
+            put(block, name, self.place(block.get_parameter(name).data))
+        return block
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the CPU where the blocks are."""
+        return tensor.to(self.device)
 
     def forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return a block's output at positions from zero, under a causal mask."""
-        position_1T = torch.arange(hidden_BTD.shape[1])[None]
+        """Return a block's output at positions from zero, under a causal mask, on the device."""
+        hidden_BTD = self.place(hidden_BTD)
+        position_1T = self.place(torch.arange(hidden_BTD.shape[1]))[None]
         rotary = {
             argument: self._model.get_submodule(name)(hidden_BTD, position_1T)
             for argument, name in self.checkpoint.family.rotary.items()
         }
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._compute == "bfloat16"):
+        bfloat16 = self._compute == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext():
             output = block(
                 hidden_BTD,
                 attention_mask=self._mask(block, hidden_BTD.shape[1]),
@@ -88,7 +107,7 @@ class Blocks:
         slides = getattr(block, "attention_type", "sliding_attention") == "sliding_attention"
         if not slides or not window or length <= window:
             return None
-        position_T = torch.arange(length)
+        position_T = self.place(torch.arange(length))
         distance_TT = position_T[:, None] - position_T
         seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
         return seen_TT[None, None]

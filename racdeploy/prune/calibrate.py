@@ -31,6 +31,7 @@ from racdeploy.prune.activations import Activations
 from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks, put
+from racdeploy.prune.device import choose_device
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Pattern, Within, pattern_of
@@ -124,7 +125,8 @@ class _Walk:
     processes: Processes
 
     def __post_init__(self) -> None:
-        self.blocks = Blocks(self.checkpoint, self.settings.compute)
+        self.blocks = Blocks(self.checkpoint, self.settings.compute, choose_device(self.settings.device))
+        self.weights_S = self.blocks.place(torch.tensor([getattr(self.weights, stream) for stream in STREAMS]))
         self.method = plugins.load("methods", self.settings.method)
         self.first = self.processes.rank == 0
         shapes = self.blocks.shapes(self.batches)
@@ -188,7 +190,8 @@ class _Walk:
         else:
             pruned = self._prune(prefix, dense, sparse)
             if self.first:
-                write_atomic(weights, save({f"{prefix}.{name}.weight": row.stored_OI for name, row in pruned.items()}))
+                stored = {f"{prefix}.{name}.weight": row.stored_OI.cpu() for name, row in pruned.items()}
+                write_atomic(weights, save(stored))
                 if not self.quant:  # codes that are chosen already are written as they are
                     write_atomic(self.folder / f"importance-{index:05d}.safetensors", save(importance(prefix, pruned)))
             drift = self._advance(dense, sparse, pruned)
@@ -209,9 +212,9 @@ class _Walk:
         found = load_file(weights) if self.first else {}
         for name in self.processes.tell(list(found)):
             parameter = name.removeprefix(f"{prefix}.")
-            value = found[name].float() if self.first else torch.empty_like(sparse.get_parameter(parameter))
+            value = found[name].float() if self.first else torch.empty(sparse.get_parameter(parameter).shape)
             self.processes.spread(value, 0)
-            put(sparse, parameter, value)
+            put(sparse, parameter, self.blocks.place(value))
 
     def _prune(self, prefix: str, dense: nn.Module, sparse: nn.Module) -> dict[str, PrunedLinear]:
         """Prune the linears of a block, group by group, and put them into ``sparse``."""
@@ -260,9 +263,8 @@ class _Walk:
 
     def _gather(self, dense: nn.Module, sparse: nn.Module, linear: str, full: Sequence[torch.Tensor]) -> InputStatistic:
         """Return the statistic of a linear's input, over this process's calibration batches."""
-        weights_S = torch.tensor([getattr(self.weights, stream) for stream in STREAMS])
         match_dense = self.settings.match_dense
-        statistic = InputStatistic(full[0].shape[1], weights_S, full if match_dense else ())
+        statistic = InputStatistic(full[0].shape[1], self.weights_S, full if match_dense else ())
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
@@ -290,7 +292,7 @@ class _Walk:
             with safe_open(self.within / f"block-{index:05d}.safetensors", "pt") as file:
                 gone_OI = file.get_tensor(f"{name}.weight") == 0
         self.processes.spread(gone_OI, 0)
-        return Within(pattern, gone_OI)
+        return Within(pattern, self.blocks.place(gone_OI))
 
     def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""

@@ -2,7 +2,8 @@
 
 The walk of :mod:`racdeploy.prune.calibrate` does the same few things for every block. One block is loaded, some tokens
 go through it, and the method prunes a piece of each linear on a random Hessian; all are timed, scaled to the whole
-model, and added up. Not counted: codes chosen while pruning (``joint``), and what several processes save.
+model, and added up. Memory is that of the process and, where there is a GPU, of its tensors there. Not counted: codes
+chosen while pruning (``joint``), what several processes save, and copies to a GPU and back.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from racdeploy.checkpoint import Checkpoint, read_json
 from racdeploy.prune.activations import WINDOW_BYTES
 from racdeploy.prune.batches import TOKENS_PER_BATCH
 from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.device import choose_device
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
 from racdeploy.prune.refit import prune_and_refit
@@ -88,17 +90,18 @@ class _Model:
             for group in self.checkpoint.family.input_groups
         ]
         self.weights = sum(math.prod(shape) for group in self.groups for shape in group)
+        self.device = choose_device(self.settings.device)
         self.generator = torch.Generator().manual_seed(0)
         self.streams = 2 if self.settings.match_dense else 1
 
     def seconds(self, longest: int) -> float:
         """Time the parts, and add them up over all blocks."""
-        blocks = Blocks(self.checkpoint, self.settings.compute)
+        blocks = Blocks(self.checkpoint, self.settings.compute, self.device)
         load_s, block = _timed(lambda: blocks.load(0))
         width = self.groups[0][0][1]
         tokens = int(min(max(_SAMPLE_FLOP / (2 * self.weights), 128), TOKENS_PER_BATCH, self.calibration_tokens))
         length = min(longest, tokens)
-        hidden_BTD = torch.randn(max(tokens // length, 1), length, width, generator=self.generator)
+        hidden_BTD = self._random(max(tokens // length, 1), length, width)
         forward_s, _ = _timed(lambda: blocks.forward(block, hidden_BTD), warm=True)
         forward_s /= hidden_BTD.shape[0] * length
         block.to("meta")
@@ -113,7 +116,8 @@ class _Model:
     def _gathering(self) -> float:
         """Return the seconds of the products and sums of one block's statistics."""
         side = 1024
-        x_NI, sum_II = torch.randn(side, side, generator=self.generator), torch.zeros(side, side, dtype=torch.float64)
+        x_NI = self._random(side, side)
+        sum_II = x_NI.new_zeros(side, side, dtype=torch.float64)
         product_s, product_II = _timed(lambda: x_NI.T @ x_NI, warm=True)
         sum_s, _ = _timed(lambda: sum_II.add_(product_II), warm=True)
         batches, seconds = math.ceil(self.calibration_tokens / TOKENS_PER_BATCH), 0.0
@@ -135,7 +139,7 @@ class _Model:
                 if settings.kept_of:
                     i -= i % settings.kept_of[1]
                 if (o, i) not in seen:
-                    x_NI, weight_OI = (torch.randn(n, i, generator=self.generator) for n in (2 * i, o))
+                    x_NI, weight_OI = self._random(2 * i, i), self._random(o, i)
                     hessian = Hessian(x_NI.T @ x_NI, settings.damping)
                     solve = partial(self._solve, method, allocation, weight_OI, hessian)
                     first_s, again_s = _timed(solve)[0], _timed(solve)[0]  # the first one also factors the Hessian
@@ -143,6 +147,9 @@ class _Model:
                 factor_s, solve_s = seen[o, i]
                 seconds += solve_s * (O / o) * (I / i) ** 2 + (factor_s * (I / i) ** 3 if index == 0 else 0.0)
         return seconds
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
 
     def _solve(self, method: Any, allocation: Any, weight_OI: torch.Tensor, hessian: Hessian) -> None:
         """Do with a linear what the walk does once its Hessian is there."""
@@ -178,11 +185,14 @@ def measured_cost(folder: Path, predicted: Cost, processes: int) -> Iterator[Non
     fresh = not any(folder.glob("block-*.json"))
     if platform.system() == "Linux":
         _RESET.write_text("5")  # the peak is counted from here
+    if _on_gpu():
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     yield
     if fresh:
-        found = Cost(time.perf_counter() - began, _resident("VmHWM"))
-        values = {"predicted": asdict(predicted), "measured": asdict(found), "processes": processes}
+        found = Cost(time.perf_counter() - began, _resident("VmHWM") + _resident_gpu())
+        costs = {"predicted": asdict(predicted), "measured": asdict(found)}
+        values = costs | {"processes": processes, "gpu": _on_gpu()}
         write_atomic(folder / _FILE, json.dumps(values, indent=1))
 
 
@@ -193,7 +203,8 @@ def cost_note(folder: Path) -> str:
     values = read_json(folder / _FILE)
     predicted, found = Cost(**values["predicted"]), Cost(**values["measured"])
     several = f" for one of its {values['processes']} processes alone" if values["processes"] > 1 else ""
-    note = f"pruning took {found.seconds:.0f} s, {predicted.seconds:.0f} s were predicted{several}"
+    where = " on a GPU" if values["gpu"] else ""
+    note = f"pruning took {found.seconds:.0f} s{where}, {predicted.seconds:.0f} s were predicted{several}"
     if found.peak_bytes:
         note += (
             f"; its peak memory was {found.peak_bytes / 2**30:.2f} GiB, predicted {predicted.peak_bytes / 2**30:.2f}"
@@ -205,9 +216,25 @@ def _timed(do: Callable[[], T], warm: bool = False) -> tuple[float, T]:
     """Return the seconds of a call and its result; a warm one is the second."""
     if warm:
         do()
+    _finish()
     began = time.perf_counter()
     result = do()
+    _finish()
     return time.perf_counter() - began, result
+
+
+def _on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _finish() -> None:
+    """Wait for a GPU: calls return before it is done."""
+    if _on_gpu():
+        torch.cuda.synchronize()
+
+
+def _resident_gpu() -> int:
+    return torch.cuda.max_memory_allocated() if _on_gpu() else 0
 
 
 def _resident(entry: str = "VmRSS") -> int:

@@ -32,8 +32,8 @@ class RelativeError:
         place = (batch.task_B[:, None].expand_as(real_BT)[real_BT], batch.stream_BT[real_BT])
         lost_BT = (found_BTO - wanted_BTO).square().sum(-1, dtype=torch.float64)
         energy_BT = wanted_BTO.square().sum(-1, dtype=torch.float64)
-        self._lost_KS.index_put_(place, lost_BT[real_BT], accumulate=True)
-        self._energy_KS.index_put_(place, energy_BT[real_BT], accumulate=True)
+        self._lost_KS.index_put_(place, lost_BT.cpu()[real_BT], accumulate=True)
+        self._energy_KS.index_put_(place, energy_BT.cpu()[real_BT], accumulate=True)
 
     def share(self, processes: Processes) -> None:
         """Add up what the processes of a job measured."""

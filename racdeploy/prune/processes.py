@@ -64,19 +64,19 @@ class Processes:
         if self.count == 1:
             return
         receivers = sorted(set(owners)) or list(range(self.count))
-        with _talking():
-            self._group.reduce(tensor, receivers[0], group=self._members)
+        with _talking(), _on_cpu(tensor) as message:
+            self._group.reduce(message, receivers[0], group=self._members)
             for other in receivers[1:]:
                 if self.rank == receivers[0]:
-                    self._group.send(tensor, other, group=self._members)
+                    self._group.send(message, other, group=self._members)
                 elif self.rank == other:
-                    self._group.recv(tensor, receivers[0], group=self._members)
+                    self._group.recv(message, receivers[0], group=self._members)
 
     def spread(self, tensor: torch.Tensor, owner: int) -> None:
         """Overwrite a tensor by that of one process."""
         if self.count > 1:
-            with _talking():
-                self._group.broadcast(tensor, owner, group=self._members)
+            with _talking(), _on_cpu(tensor) as message:
+                self._group.broadcast(message, owner, group=self._members)
 
     def tell(self, value: T, owner: int = 0) -> T:
         """Return the value that one process has."""
@@ -187,6 +187,15 @@ def _talking() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:  # gloo has no errors of its own
         reason = str(error).splitlines()[0]
         raise EngineError(f"lost another process of this job: {reason}", remedy=_REMEDY) from error
+
+
+@contextmanager
+def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensor, or while the body runs its copy on the CPU: gloo sends nothing else between all its members."""
+    copy = tensor.cpu()
+    yield copy
+    if copy is not tensor:
+        tensor.copy_(copy)
 
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:

@@ -53,7 +53,7 @@ def importance(prefix: str, pruned: Mapping[str, PrunedLinear]) -> dict[str, tor
     """Return the mean squared inputs by the weight's name, and on how many tokens they rest."""
     tensors: dict[str, torch.Tensor] = {}
     for name, row in pruned.items():
-        tensors[f"{prefix}.{name}.weight"] = row.importance_I.clone()  # linears of a group share it
+        tensors[f"{prefix}.{name}.weight"] = row.importance_I.cpu().clone()  # linears of a group share it
         tensors[f"{prefix}.{name}.weight.tokens"] = torch.tensor([row.tokens], dtype=torch.float64)
     return tensors
 

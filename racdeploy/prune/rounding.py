@@ -30,19 +30,20 @@ def round_to_grid(
         hessian: of the input.
         quant: a number format whose codes are whole multiples of a block's scale.
     """
-    packed_OP = quant.quantize((weight_OI * keep_OI).numpy())
-    rounded_OI = torch.from_numpy(quant.dequantize(packed_OP, weight_OI.shape[1]).copy())
-    step_OI = torch.from_numpy(quant.steps(packed_OP)).repeat_interleave(quant.BLOCK, dim=1)
+    device, I = weight_OI.device, weight_OI.shape[1]
+    packed_OP = quant.quantize((weight_OI * keep_OI).cpu().numpy())
+    rounded_OI = torch.from_numpy(quant.dequantize(packed_OP, I).copy()).to(device)
+    step_OI = torch.from_numpy(quant.steps(packed_OP)).to(device).repeat_interleave(quant.BLOCK, dim=1)
     free_OI = keep_OI & (step_OI != 0) & ~_extreme(rounded_OI, quant.BLOCK)
     step_OI = torch.where(step_OI == 0, 1.0, step_OI)
     low, high = quant.CODES
-    H_II, I = hessian.matrix_II, weight_OI.shape[1]
+    H_II = hessian.matrix_II
     pull_OI = (target_OI - rounded_OI) @ H_II
     for _ in range(SWEEPS):
         moved = 0
         for start in range(0, I, COLUMNS):
             stop = min(start + COLUMNS, I)
-            change_OC = torch.zeros(len(weight_OI), stop - start)
+            change_OC = torch.zeros_like(rounded_OI[:, start:stop])
             for column in range(start, stop):
                 best_O = rounded_OI[:, column] + pull_OI[:, column] / H_II[column, column]
                 code_O = (best_O / step_OI[:, column]).round_().clamp_(low, high)

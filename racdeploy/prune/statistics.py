@@ -31,7 +31,7 @@ class InputStatistic:
 
     Args:
         width: number of inputs I.
-        weights_S: weight of a token of each stream.
+        weights_S: weight of a token of each stream, on the device where the sums are kept.
         match: dense weights of the linears that are solved for the dense model's output; none gathers no drift.
 
     After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared input of each column.
@@ -48,13 +48,14 @@ class InputStatistic:
 
     def __post_init__(self) -> None:
         self._sums = [
-            torch.zeros(stop - start, self.width - start, dtype=torch.float64) for start, stop in self._slices()
+            self.weights_S.new_zeros(stop - start, self.width - start, dtype=torch.float64)
+            for start, stop in self._slices()
         ]
         rows = sum(len(weight_OI) for weight_OI in self.match)
         self._projected = 2 * rows <= self.width  # W D is then cheaper to gather than D, and smaller
         size = (rows if self._projected else self.width, self.width) if self.match else (0, 0)
-        self._drift = torch.zeros(*size, dtype=torch.float64)
-        self._weight = torch.zeros((), dtype=torch.float64)
+        self._drift = self.weights_S.new_zeros(size, dtype=torch.float64)
+        self._weight = self.weights_S.new_zeros((), dtype=torch.float64)
 
     def add(self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor) -> None:
         """Add a batch; positions whose stream is ``PAD`` do not count.
@@ -64,6 +65,7 @@ class InputStatistic:
             dense_BTI: the input in the dense model, where the drift is gathered.
             stream_BT: stream of each position.
         """
+        stream_BT = stream_BT.to(self.weights_S.device)
         real_BT = stream_BT != PAD
         weight_N = self.weights_S[stream_BT[real_BT]]
         root_N1 = weight_N.sqrt()[:, None]
@@ -102,7 +104,7 @@ class InputStatistic:
                 "no calibration token counts: the weight of every stream that the traces have is 0",
                 remedy="raise prompt, thinking or answer under [calibration.weights]",
             )
-        matrix_II = torch.empty(self.width, self.width)
+        matrix_II = self.weights_S.new_empty(self.width, self.width, dtype=torch.float32)
         for start, stop in self._slices():
             matrix_II[start:stop, start:] = self._sums.pop(0).div_(self._weight)
             matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T

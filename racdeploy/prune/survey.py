@@ -47,7 +47,7 @@ def survey(
     hidden = Activations(blocks.shapes(batches), folder / "hidden-survey.bin")
     found: dict[str, Observation] = {}
     names: list[str] = []
-    weights_S = torch.tensor([getattr(weights, stream) for stream in STREAMS])
+    weights_S = blocks.place(torch.tensor([getattr(weights, stream) for stream in STREAMS]))
     family, count = blocks.checkpoint.family, blocks.checkpoint.block_count
     try:
         for index, hidden_BTD in enumerate(blocks.embed(batches)):

@@ -1,0 +1,40 @@
+"""Where blocks are computed: the CPU, or a GPU that holds one block at a time.
+
+Weights, batches and hidden states stay in main memory; what a block computes with goes to the device and its results
+come back. Products are float32 on either (torch leaves TF32 off), so they differ by the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from racdeploy.errors import EnvironmentFailure
+
+__all__ = ["CPU", "choose_device"]
+
+CPU = torch.device("cpu")
+
+
+def choose_device(asked: str) -> torch.device:
+    """Return the device that a recipe's ``prune.device`` means here.
+
+    Processes of one machine take its GPUs in turn, by torchrun's ``LOCAL_RANK``.
+
+    Args:
+        asked: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one.
+
+    Raises:
+        EnvironmentFailure: a GPU is asked for and torch finds none.
+    """
+    if asked == "cpu":
+        return CPU
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if asked == "auto":
+        return CPU
+    raise EnvironmentFailure(
+        f"prune.device is {asked!r}, and torch {torch.__version__} finds no GPU",
+        remedy="install a build of torch for this GPU and its driver, or set prune.device to 'cpu'",
+    )

@@ -1,0 +1,118 @@
+"""Pruning on a device: what goes there, what comes back, and that nothing is mixed up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from racdeploy import plugins
+from racdeploy.artifacts import Trace
+from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.prune import calibrate, cost, device
+from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.device import choose_device
+from racdeploy.recipe import Pruning
+from tests.far_device import FAR, far_device
+from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+
+SETTINGS = [
+    *({"method": name} for name in plugins.names("methods")),
+    {"allocation": "owl", "method": "magnitude"},
+    {"allocation": "error", "method": "wanda", "refit_steps": 0},
+    {"pattern": "2:4", "joint": True},
+]
+
+
+def _trace(index: int) -> Trace:
+    ids = torch.randint(0, 480, (24 + index,), generator=torch.Generator().manual_seed(index)).tolist()
+    return Trace(index, "gcd", f"q{index}", "1", tuple(ids[:6]), tuple(ids[6:]), 12, 12, False, True)
+
+
+TRACES = [_trace(index) for index in range(8)]
+
+
+def _prune(checkpoint: Checkpoint, settings: Pruning, folder: Path, within: Path | None = None) -> dict[str, str]:
+    """Return what the walk leaves and says, with the one attention kernel that every device has."""
+    folder.mkdir(exist_ok=True)
+    quant = "q8_0" if settings.joint else ""
+    with sdpa_kernel(SDPBackend.MATH):
+        rows = prune_blocks(checkpoint, TRACES[2:], TRACES[:2], settings, folder, quant=quant, within=within)
+    files = {file.name: file_sha256(file) for file in folder.iterdir()}
+    assert any(name.startswith("block-") for name in files)
+    return files | {"rows": repr(rows)}
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (calibrate, cost):
+        monkeypatch.setattr(module, "choose_device", lambda asked: FAR if asked == "cuda" else device.CPU)
+
+
+@pytest.mark.usefixtures("far")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_device_of_its_own_prunes_alike(settings: dict[str, object], tmp_path: Path) -> None:
+    """Byte for byte, on a device that computes as the CPU does and refuses to be mixed with it."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
+    expected = _prune(checkpoint, Pruning(device="cpu", **settings), tmp_path / "cpu")
+    with far_device():
+        assert expected == _prune(checkpoint, Pruning(device="cuda", **settings), tmp_path / "far")
+
+
+@pytest.mark.usefixtures("far")
+@pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
+def test_every_family_runs_on_a_device(family: str, tmp_path: Path) -> None:
+    """With its rotary embeddings and its masks."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
+    simple = {"method": "magnitude", "refit_steps": 0}
+    expected = _prune(checkpoint, Pruning(device="cpu", **simple), tmp_path / "cpu")
+    with far_device():
+        assert expected == _prune(checkpoint, Pruning(device="cuda", **simple), tmp_path / "far")
+
+
+@pytest.mark.usefixtures("far")
+def test_a_step_goes_on_there_after_an_interruption(tmp_path: Path) -> None:
+    """Zeros of an earlier walk and blocks that are finished go to the device too."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama", dtype="float32"))
+    _prune(checkpoint, Pruning(sparsity=0.3, device="cpu"), before := tmp_path / "before")
+    expected = _prune(checkpoint, Pruning(device="cpu"), tmp_path / "cpu", within=before)
+    with far_device():
+        _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before)
+        for file in (tmp_path / "far").glob("*-00001.*"):
+            file.unlink()
+        assert expected == _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before)
+
+
+@pytest.mark.usefixtures("far")
+def test_the_prediction_runs_on_a_device(tmp_path: Path) -> None:
+    """Its samples are where the walk computes."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
+    with far_device():
+        assert (
+            cost.predict(checkpoint, Pruning(device="cuda", method="wanda", allocation="owl"), [40] * 4, [40]).seconds
+            > 0
+        )
+
+
+def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of one machine take its GPUs in turn; without one, ``auto`` is the CPU and ``cuda`` an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(EnvironmentFailure, match="finds no GPU") as caught:
+        choose_device("cuda")
+    assert caught.value.exit_code == 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert choose_device("auto") == torch.device("cuda", 1)
+
+
+def test_the_far_device_refuses_to_be_mixed() -> None:
+    """The check that the other tests stand on."""
+    with far_device(), pytest.raises(RuntimeError, match="and on the cpu"):
+        torch.ones(3).to(FAR) + torch.ones(3)
