@@ -1,6 +1,6 @@
 """Is it better to choose the codes while pruning than to round the pruned weights? Measured on the exported file.
 
-    python benchmarks/joint.py --out build/joint
+    python benchmarks/joint.py --out build/joint --tensors token_embd=q8_0
 
 Prunes with and without ``prune.joint``, exports both, and compares each file with the dense model: KL and top-1 on the
 dense model's own held-out traces, teacher-forced on llama.cpp against torch, and accuracy on the same prompts.
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--quant", default="q4_0")
+    parser.add_argument("--tensors", nargs="*", default=[], metavar="PATTERN=QUANT", help="number formats by GGUF name")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--max-new-tokens", type=int, default=640)
@@ -70,7 +71,10 @@ def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
             "traces": {"count": arguments.traces, "max_new_tokens": arguments.max_new_tokens},
             "calibration": {"keep_truncated": arguments.model != "tiny-reasoner"},
             "prune": {"sparsity": arguments.sparsity, "joint": joint},
-            "export": {"quant": arguments.quant},
+            "export": {
+                "quant": arguments.quant,
+                "tensors": dict(pair.split("=", 1) for pair in arguments.tensors),
+            },
             "verify": {"count": max(arguments.prompts, 1), "max_new_tokens": arguments.max_new_tokens},
         },
     )
