@@ -1,11 +1,13 @@
 """Does a model answer the same on the sparse kernels? Greedy answers of a bundle, token by token.
 
     racdeploy build tiny-reasoner --target gguf --out build/bundle
+    racdeploy build tiny-reasoner --target onnx --packing bitmask_op --out build/onnx-bundle
     racdeploy accel build
     python benchmarks/accel_agreement.py build/bundle --prompts 200
+    python benchmarks/accel_agreement.py build/onnx-bundle --prompts 200
 
-Compares with llama.cpp's own kernels, one sequence at a time: themselves at another number of sequences, with flash
-attention, which sums in another order too, and the sparse kernels at both numbers.
+Compares with the engine's own kernels, one sequence at a time: themselves at another number of sequences, on llama.cpp
+with flash attention, which sums in another order too, and the sparse kernels at both numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from racdeploy.artifacts import Manifest
-from racdeploy.backends import Completion, EngineSettings, Sampling
-from racdeploy.backends.llamacpp import open_engine
+from racdeploy.backends import Completion, EngineSettings, Sampling, opened
 from racdeploy.job import Job
 from racdeploy.recipe import Recipe, validate
 from racdeploy.runtime.template import PromptEncoder
@@ -35,17 +36,18 @@ def main() -> None:
     encoder = PromptEncoder.from_folder(arguments.bundle)
     prompts = [encoder.encode(problem.question) for problem in Job(counted).problems("evaluation")]
     sampling = Sampling(manifest.generation.max_new_tokens, manifest.tokenizer.eos_ids)
+    entry = manifest.artifacts[0]
     stock = EngineSettings(manifest.generation.context_tokens, parallel=1, threads=arguments.threads)
     sides = {
         "stock, 1 sequence": stock,
         "stock, 8 sequences": replace(stock, parallel=8),
-        "stock, flash attention": replace(stock, flash_attention=True),
+        **({"stock, flash attention": replace(stock, flash_attention=True)} if entry.backend == "llamacpp" else {}),
         "sparse, 1 sequence": replace(stock, accel="require"),
         "sparse, 8 sequences": replace(stock, parallel=8, accel="require"),
     }
     answers: dict[str, list[Completion]] = {}
     for name, settings in sides.items():
-        with open_engine(arguments.bundle / manifest.artifacts[0].path, settings) as engine:
+        with opened(entry.backend, arguments.bundle / entry.path, settings) as engine:
             answers[name] = engine.generate(prompts, sampling)
             print(f"{name}: {engine.about['kernels']}")
     first = answers["stock, 1 sequence"]

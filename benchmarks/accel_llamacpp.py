@@ -8,7 +8,10 @@ Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which a
 dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the linears: random ones, and the smallest of each
 row. Beside them the dense models in Q4_K and Q4_0, which llama.cpp repacks. Each measurement is a process of its own
 that loads the file with ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
-speed-up if a token cost nothing but reading the weights from memory.
+speed-up if a token cost nothing but reading the weights from memory. Memory and loading are compared with the stock
+side that opens the file in the same way: mapped, as ``Llama`` does by default, or read (``use_mmap=False``). A map is
+read when it is first used: what loading takes is seen with the first tokens included. With ``--cold`` the last columns
+are the same with the file on the disk only, as after a restart.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ def main() -> None:
     parser.add_argument("--zeros", nargs="*", type=float, default=[0.5, 0.7])
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="load from the disk too")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the dense models of fewer bits")
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
     parser.add_argument("--write-only", action="store_true")
     arguments = parser.parse_args()
@@ -77,22 +82,23 @@ def main() -> None:
     files = {case: write_model(arguments.work, *case) for case in cases}
     peers = {
         model: [write_model(arguments.work, model, quant, 0.0) for quant in peer_quants(model)]
-        for model in arguments.models
+        for model in ([] if arguments.no_peers else arguments.models)
     }
     if arguments.write_only:
         return
     for threads in arguments.threads:
         print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
-        figures = ("prefill ms", "RSS MB", "load ms", "load and first tokens ms")
+        figures = ["prefill ms", "RSS MB", "load ms", "load and first tokens ms", *["from disk ms"] * arguments.cold]
         columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *(c for f in figures for c in (f, "×"))]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for (model, quant, zeros), file in files.items():
             sides = [
-                Side("stock", file, False),
-                Side("stock, use_mmap=False", file, False, use_mmap=False),
-                Side("sparse kernels", file, True, use_mmap=False),
+                Side("stock, mapped", file, False),
+                Side("stock, read", file, False, use_mmap=False),
+                Side("sparse, mapped", file, True),
+                Side("sparse, read", file, True, use_mmap=False),
             ]
-            sides += [Side(f"dense {peer.stem.split('-')[1]}, stock", peer, False) for peer in peers[model]]
+            sides += [Side(f"dense {peer.stem.split('-')[1]}, mapped", peer, False) for peer in peers.get(model, [])]
             report(f"{model} {quant}", quant, zeros, sides, threads, arguments)
 
 
@@ -101,24 +107,28 @@ def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int,
     rounds: dict[str, list[dict[str, float]]] = {side.label: [] for side in sides}
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            rounds[side.label].append(run_child(side, threads, arguments.tokens))
-    stock = rounds[sides[0].label]
+            found = run_child(side, threads, arguments.tokens)
+            if arguments.cold:
+                found["cold_ms"] = run_child(side, threads, 1, cold=True)["ready_ms"]
+            rounds[side.label].append(found)
+    mapped, read = (rounds[side.label] for side in sides[:2])
     for side in sides:
         cells = [name, f"{zeros:.0%}" if side.file == sides[0].file else "0%", side.label]
-        for column in ("decode_ms", "prefill_ms", "rss_mb", "load_ms", "ready_ms"):
+        for column in rounds[side.label][0]:
             values = [found[column] for found in rounds[side.label]]
-            shares = [f[column] / s[column] for s, f in zip(stock, rounds[side.label], strict=True)]
             speed = column in ("decode_ms", "prefill_ms")
+            stock = mapped if speed or side.use_mmap else read
+            shares = [f[column] / s[column] for s, f in zip(stock, rounds[side.label], strict=True)]
             cells += [f"{median(values):.1f}", f"{1 / median(shares) if speed else median(shares):.2f}"]
             if column == "decode_ms":
                 cells.append(f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def run_child(side: Side, threads: int, tokens: int) -> dict[str, float]:
+def run_child(side: Side, threads: int, tokens: int, cold: bool = False) -> dict[str, float]:
     """Measure in a process of its own."""
     how = {"sparse": side.sparse, "use_mmap": side.use_mmap}
-    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens}
+    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens, "cold": cold}
     done = subprocess.run([sys.executable, str(CHILD), json.dumps(values)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")

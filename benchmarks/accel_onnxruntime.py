@@ -8,7 +8,7 @@ One product of 4096 × 11008 weights: four of them in a graph, so that weights c
 SmolLM2-135M-Instruct, decoding through racdeploy's engine; the smallest weights of every linear are zero, the
 embeddings are not. Stock is the plain graph of the same file with MatMulNBits in 8 bits; beside it the dense weights in
 4 bits. Sides take turns, figures are medians. ``byte bound`` is the speed-up if a token cost nothing but reading
-weights.
+weights. At the end each graph of SmolLM2 is held against itself with the session's optimizations switched off.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnxruntime
 from safetensors.torch import load_file, save_file
 
 from benchmarks.accel_llamacpp import bandwidth
@@ -28,8 +29,11 @@ from racdeploy import quant as quants
 from racdeploy.accel import Mode
 from racdeploy.accel._onnx_bytes import Node, model_bytes
 from racdeploy.accel._onnxruntime_proof import open_session
-from racdeploy.accel.onnxruntime import readiness
+from racdeploy.accel.onnxruntime import accel_name, readiness
 from racdeploy.backends import EngineSettings, Sampling
+from racdeploy.backends._onnx_caches import AppendedCache, SharedCache
+from racdeploy.backends._onnx_graph import DecoderGraph
+from racdeploy.backends._onnx_graph import open_session as open_model
 from racdeploy.backends.onnxruntime import open_engine
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export import onnx as onnx_format
@@ -39,7 +43,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
 
 O, I, COUNT = 11008, 4096, 4
-ZEROS = (0.5, 0.7)
+LEVELS = (onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+LEVEL_TOKENS = 64
 
 
 def main() -> None:
@@ -49,28 +54,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--parts", nargs="+", default=["product", "smollm2"])
+    parser.add_argument("--parts", nargs="+", default=["product", "smollm2", "levels"])
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.7])
     arguments = parser.parse_args()
     ready = readiness()
     if isinstance(ready, str):
         raise SystemExit(ready)
     library, proof = ready
-    models = {name: files(arguments.work, name) for name in arguments.parts if name != "product"}
+    needs_model = {"smollm2", "levels"} & set(arguments.parts)
+    models = files(arguments.work, "smollm2", [*arguments.zeros, 0.0]) if needs_model else {}
     for threads in arguments.threads:
         print(f"\n{threads} threads, {proof.instruction_set}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
         print("| what | zeros | side | ms | × | byte bound | MB of weights | peak MB | load ms |")
         print("|---" * 9 + "|")
         if "product" in arguments.parts:
-            products(library, threads, arguments.rounds)
-        for name, by_zeros in models.items():
-            whole(name, by_zeros, threads, arguments.rounds, arguments.tokens)
+            products(library, threads, arguments.rounds, arguments.zeros)
+        if "smollm2" in arguments.parts:
+            whole("SmolLM2-135M", models, threads, arguments.rounds, arguments.tokens)
+    if "levels" in arguments.parts:
+        levels(library, models)
 
 
-def products(library: Path, threads: int, rounds: int) -> None:
+def products(library: Path, threads: int, rounds: int, every_zeros: list[float]) -> None:
     """Print the rows of the single product."""
     generator = np.random.default_rng(0)
     x = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
-    for zeros in ZEROS:
+    for zeros in every_zeros:
         weight_OI = np.tile(generator.standard_normal((O // 16, I), dtype=np.float32), (16, 1))
         weight_OI[generator.random((O, I), dtype=np.float32) < zeros] = 0
         sides: dict[str, tuple[bytes, int]] = {
@@ -117,10 +126,10 @@ def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     return model_bytes(nodes, arrays, {"x": I}), matrix.size_bytes
 
 
-def files(work: Path, name: str) -> dict[float, dict[str, Path]]:
+def files(work: Path, name: str, every_zeros: list[float]) -> dict[float, dict[str, Path]]:
     """Export a model at each share of zeros where need be: with both graphs, and dense in 4 bits."""
     made: dict[float, dict[str, Path]] = {}
-    for zeros in (*ZEROS, 0.0):
+    for zeros in every_zeros:
         folder = work / f"{name}-{zeros:g}"
         quant, packing = ("matmulnbits_8", "bitmask_op") if zeros else ("matmulnbits_4", "plain")
         out = folder / quant / "model.onnx"
@@ -150,7 +159,7 @@ def source(work: Path, name: str, zeros: float) -> Checkpoint:
 def whole(name: str, by_zeros: dict[float, dict[str, Path]], threads: int, rounds: int, tokens: int) -> None:
     """Print the rows of a whole model."""
     dense = by_zeros[0.0]["matmulnbits_4"]
-    for zeros in ZEROS:
+    for zeros in filter(None, by_zeros):
         plain = by_zeros[zeros]["matmulnbits_8"]
         sides: dict[str, tuple[Path, Mode]] = {
             "plain graph, 8 bits": (plain, "off"),
@@ -179,6 +188,35 @@ def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, flo
         before = engine.stats["decode_s"]
         engine.generate([[1, 2, 3]], Sampling(tokens, stop_ids=()))
         return {**engine.stats, "token_ms": 1e3 * (engine.stats["decode_s"] - before) / tokens}
+
+
+def levels(library: Path, by_zeros: dict[float, dict[str, Path]]) -> None:
+    """Print how far the answers of one graph are apart with all of the session's optimizations and with none."""
+    print("\n| zeros | graph | largest difference of the logits | the same greedy tokens |\n|---|---|---|---|")
+    for zeros in filter(None, by_zeros):
+        plain = by_zeros[zeros]["matmulnbits_8"]
+        for path in (plain, plain.with_name(accel_name(plain.name))):
+            every, none = (decoded(path, library, level) for level in LEVELS)
+            (every_ids, every_TV), (none_ids, none_TV) = every, none
+            apart = float(np.abs(every_TV - none_TV).max() / np.abs(none_TV).max())
+            same = sum(a == b for a, b in zip(every_ids, none_ids, strict=True))
+            print(f"| {zeros:.0%} | {path.name} | {apart:.1e} of the maximum | {same} of {len(none_ids)} |", flush=True)
+
+
+def decoded(path: Path, library: Path, level: onnxruntime.GraphOptimizationLevel) -> tuple[list[int], np.ndarray]:
+    """Return greedy tokens of a session of its own, and the logits of a prompt."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = level
+    options.register_custom_ops_library(str(library))
+    graph = DecoderGraph(open_model(path, options), path.parent)
+    cache = (SharedCache if graph.shares_buffer else AppendedCache)(graph, 1, 256)
+    prompt = [(37 * i + 11) % 4000 + 100 for i in range(32)]
+    logits_TV = cache.feed(0, prompt, last=False).copy()
+    ids = [int(logits_TV[-1].argmax())]
+    while len(ids) < LEVEL_TOKENS:
+        ids.append(int(cache.feed(0, ids[-1:], last=True)[-1].argmax()))
+    return ids, logits_TV
 
 
 def weights_bytes(path: Path, accel: str) -> int:

@@ -75,7 +75,7 @@ def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.I
     """Load a graph that may hold the operator."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # another session is measured meanwhile
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # another session is measured meanwhile
     options.log_severity_level = 3
     options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -164,7 +164,7 @@ def check(settings: recipe.Export) -> None:
     packings.check(settings.format, settings.quant, settings.packing)
     taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}
     for name in sorted(settings.model_fields_set - taken):
-        if getattr(settings, name) != type(settings).model_fields[name].default:
+        if getattr(settings, name) != type(settings).model_fields[name].get_default(call_default_factory=True):
             raise UsageError(f"format {settings.format!r} has no use for export.{name}", remedy="remove it")
 
 

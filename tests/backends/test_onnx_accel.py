@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnxruntime import GraphOptimizationLevel
 from typer.testing import CliRunner
 
 from racdeploy import accel
 from racdeploy.accel import onnxruntime
 from racdeploy.accel.onnxruntime import LIBRARY, Proof, accel_name, choose, readiness
-from racdeploy.backends import EngineSettings, Sampling
+from racdeploy.backends import EngineSettings, Sampling, _onnx_native
 from racdeploy.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.cli import app
 from racdeploy.errors import ArtifactError, EngineError
@@ -62,6 +63,28 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, mode
         alone, beside = engine.generate([IDS[:9]], greedy), engine.generate([IDS[:9], IDS[5:20]], greedy)
         assert alone[0].ids == beside[0].ids
     assert np.abs(found_TV - expected_TV).max() <= 0.02 * np.abs(expected_TV).max()
+
+
+def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
+    library: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them against none, on the whole model: norms and attention are fused, the operator is left as it is.
+
+    Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's largest.
+    """
+    write_proof(library, Proof("", "any", FASTER))
+    found = []
+    for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
+        options = _onnx_native._options(SETTINGS)
+        options.graph_optimization_level = level
+        monkeypatch.setattr(_onnx_native, "_options", lambda settings, options=options: options)
+        native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
+        assert native.about["sparse_weights"] > 0
+        found.append(native.teacher_forced(IDS, 0))
+        monkeypatch.undo()
+    every_TV, none_TV = found
+    assert np.abs(every_TV - none_TV).max() <= 0.02 * np.abs(none_TV).max()
+    np.testing.assert_array_equal(every_TV.argmax(axis=1), none_TV.argmax(axis=1))
 
 
 def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from racdeploy.accel._onnx_bytes import read_properties
 from racdeploy.accel.onnxruntime import ACCEL_KEY
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.export import check
 from racdeploy.export.onnx import export, measure, unpack
+from racdeploy.recipe import Export
 from tests.sparse_onnx import sparse_checkpoint, use_one_graph
 
 QUANTS = ("f16", "matmulnbits_8", "matmulnbits_4")
@@ -112,3 +114,11 @@ def test_a_damaged_second_graph_is_an_error(sparse: Checkpoint, tmp_path: Path, 
     onnx.save(model, str(tmp_path / "damaged.onnx"))
     with pytest.raises(ArtifactError, match="up_proj"):
         measure(tmp_path / "damaged.onnx")
+
+
+def test_a_rival_in_another_format_may_be_asked_for() -> None:
+    """A build sets the number formats of single tensors back for it: set, and of no use, are two things."""
+    plain = Export(format="onnx", quant="matmulnbits_8").model_copy(update={"quant": "k_quant", "tensors": {}})
+    check(plain)
+    with pytest.raises(UsageError, match=r"has no use for export\.tensors"):
+        check(plain.model_copy(update={"tensors": {"ffn_down": "f16"}}))

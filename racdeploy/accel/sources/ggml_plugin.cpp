@@ -142,7 +142,10 @@ void forget_mapped(const void* data, size_t size) {
     }
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+    if (first >= last) return;
+    // A huge page would come back whole with the next tensor that is read from it.
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_NOHUGEPAGE);
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 // llama.cpp has read every tensor into a place on the heap, which is free by the first product; glibc would keep it.
