@@ -25,8 +25,8 @@ from racdeploy.export import ExportResult
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify import TokenProbe
-from racdeploy.verify._measure import divergences, probe_tokens
-from racdeploy.verify.logits import KL_LIMITS
+from racdeploy.verify._measure import clearly_changed, divergences, probe_tokens
+from racdeploy.verify.logits import KL_LIMITS, most_changed
 
 __all__ = ["F32_LIMIT_BYTES", "TOKENS", "Held", "hold"]
 
@@ -150,7 +150,7 @@ def _hold_artifact(
             f"worst at position {worst} with {kl_T[worst]:.2g}",
             remedy="choose a wider quant; if it stays, report the model: a tensor is wrong",
         )
-    other = np.flatnonzero(_clearly_changed(expected_TV, found_TV))
+    other = np.flatnonzero(clearly_changed(expected_TV, found_TV))
     share, most = len(other) / len(kl_T), most_changed(limit)
     if share > most:
         raise GateError(
@@ -159,18 +159,3 @@ def _hold_artifact(
             remedy="choose a wider quant; if it stays, report the model: a tensor is wrong",
         )
     return f"{told}; clearly other tokens: {share:.1%} (limit {most:.1%})"
-
-
-def most_changed(kl_limit: float) -> float:
-    """Return the largest share of positions at which an artifact may choose a clearly different token.
-
-    Two models whose mean KL is k draw different tokens with a probability of at most sqrt(k / 2), by Pinsker's
-    inequality and Jensen's; one that keeps to k but swaps the first choices of flat distributions does not stay below.
-    """
-    return math.sqrt(kl_limit / 2)
-
-
-def _clearly_changed(expected_TV: NDArray[np.float32], found_TV: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return where the artifact's first choice is less than half as likely as the checkpoint's; ties may fall."""
-    chosen_T = np.take_along_axis(expected_TV, found_TV.argmax(1)[:, None], axis=1)[:, 0]
-    return np.asarray(expected_TV.max(1) - chosen_T > math.log(2))

@@ -128,16 +128,20 @@ class LogitComparison:
         tokens: positions compared.
         export_kl: mean KL(torch-pruned ‖ artifact), in nats: did the *export* change the model?
         export_top1: share of positions with the same most likely token.
+        export_changed: share at which the artifact's is less than half as likely as the checkpoint's own; no tie.
         pruning_kl: mean KL(torch-dense ‖ torch-pruned): did the *pruning*?
         pruning_top1: share of positions with the same most likely token.
+        pruning_changed: share at which the pruned one's is less than half as likely to dense as dense's own.
         along: the same divergences by distance from the end of the prompt.
     """
 
     tokens: int
     export_kl: float
     export_top1: float
+    export_changed: float
     pruning_kl: float
     pruning_top1: float
+    pruning_changed: float
     along: tuple[PositionRow, ...] = ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import tempfile
@@ -93,19 +94,22 @@ def compare_logits(
             for file, trace in zip(files, traces, strict=True):
                 np.save(file, _completion_logits(engine, trace))
         with dense() as engine:
-            pruning = [
-                divergences(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)
-            ]
+            pruning = [_compared(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)]
         with artifact() as engine:
-            export = [
-                divergences(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)
-            ]
-    tokens = sum(len(kl) for kl, _ in export)
-    (export_kl, export_top1), (pruning_kl, pruning_top1) = (
-        [float(np.concatenate(part).mean()) for part in zip(*pairs, strict=True)] for pairs in (export, pruning)
-    )
-    along = _along([kl for kl, _ in export], [kl for kl, _ in pruning])
-    return LogitComparison(tokens, export_kl, export_top1, pruning_kl, pruning_top1, along)
+            export = [_compared(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)]
+    means = [[float(np.concatenate(part).mean()) for part in zip(*found, strict=True)] for found in (export, pruning)]
+    along = _along([kl for kl, *_ in export], [kl for kl, *_ in pruning])
+    return LogitComparison(sum(len(kl) for kl, *_ in export), *means[0], *means[1], along)
+
+
+def _compared(reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
+    return *divergences(reference_TV, other_TV), clearly_changed(reference_TV, other_TV)
+
+
+def clearly_changed(reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return where the other's first choice is less than half as likely as the reference's; ties may fall."""
+    chosen_T = np.take_along_axis(reference_TV, other_TV.argmax(1)[:, None], axis=1)[:, 0]
+    return np.asarray(reference_TV.max(1) - chosen_T > math.log(2))
 
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:

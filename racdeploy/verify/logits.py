@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from racdeploy import plugins, verify
@@ -18,12 +20,17 @@ class Limits(verify.Limits):
     Args:
         export_kl_nats: largest mean KL of the artifact from the pruned checkpoint under torch; left out, what the
             number format explains.
+        export_changed: largest share of positions at which the artifact's first choice is less than half as likely as
+            the checkpoint's own; left out, the square root of half the largest mean KL.
         pruning_kl_nats: largest mean KL of the pruned checkpoint from the dense one; none by default, since accuracy
             and length judge pruning.
+        pruning_changed: the same share of the pruned checkpoint beside the dense one; none by default.
     """
 
     export_kl_nats: float | None = Field(None, gt=0)
+    export_changed: float | None = Field(None, ge=0, le=1)
     pruning_kl_nats: float | None = Field(None, gt=0)
+    pruning_changed: float | None = Field(None, ge=0, le=1)
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -37,31 +44,56 @@ def check(evidence: Evidence) -> CheckResult:
             summary="no trace was compared" if asked else "no trace was compared in this run",
         )
     limits = evidence.limits(Limits)
-    limit = limits.export_kl_nats or explained_by(evidence)
-    exported = found.export_kl <= limit  # a KL that is not a number is no pass
-    pruned = limits.pruning_kl_nats is None or found.pruning_kl <= limits.pruning_kl_nats
-    told = "" if limits.pruning_kl_nats is None else f" (limit {limits.pruning_kl_nats:g})"
+    kl_limit = limits.export_kl_nats or explained_by(evidence)
+    share_limit = most_changed(kl_limit) if limits.export_changed is None else limits.export_changed
+    # A KL that is not a number is no pass.
+    exported = found.export_kl <= kl_limit and found.export_changed <= share_limit
+    most_kl, most = limits.pruning_kl_nats, limits.pruning_changed
+    pruned = (most_kl is None or found.pruning_kl <= most_kl) and (most is None or found.pruning_changed <= most)
     figures: dict[str, float | int | str] = {
         "export_kl_nats": found.export_kl,
         "export_top1": found.export_top1,
-        "export_kl_limit_nats": limit,
+        "export_changed": found.export_changed,
+        "export_kl_limit_nats": kl_limit,
+        "export_changed_limit": share_limit,
         "pruning_kl_nats": found.pruning_kl,
         "pruning_top1": found.pruning_top1,
+        "pruning_changed": found.pruning_changed,
         "tokens": found.tokens,
     }
     if limits.pruning_kl_nats is not None:
         figures["pruning_kl_limit_nats"] = limits.pruning_kl_nats
+    if limits.pruning_changed is not None:
+        figures["pruning_changed_limit"] = limits.pruning_changed
+    sides = [
+        f"KL {kl:.2g}{_told(most_kl, 'g')}, top-1 {top1:.2%}, clearly other tokens {changed:.2%}{_told(most, '.1%')}"
+        for kl, most_kl, top1, changed, most in (
+            (found.export_kl, kl_limit, found.export_top1, found.export_changed, share_limit),
+            (found.pruning_kl, most_kl, found.pruning_top1, found.pruning_changed, most),
+        )
+    ]
     return CheckResult(
         name="logits",
         verdict="pass" if exported and pruned else "fail",
         summary=(
-            f"artifact against torch-pruned: KL {found.export_kl:.2g} (limit {limit:g}), "
-            f"top-1 {found.export_top1:.2%}; torch-pruned against dense: KL {found.pruning_kl:.2g}{told}, "
-            f"top-1 {found.pruning_top1:.2%}; {found.tokens} tokens"
+            f"artifact against torch-pruned: {sides[0]}; torch-pruned against dense: {sides[1]}; {found.tokens} tokens"
         ),
         figures=figures,
         remedy=_remedy(exported, pruned),
     )
+
+
+def most_changed(kl_limit: float) -> float:
+    """Return the largest share of positions at which an artifact may choose a clearly different token.
+
+    Two models whose mean KL is k draw different tokens with a probability of at most sqrt(k / 2), by Pinsker's
+    inequality and Jensen's; one that keeps to k but swaps the first choices of flat distributions does not stay below.
+    """
+    return math.sqrt(kl_limit / 2)
+
+
+def _told(limit: float | None, form: str) -> str:
+    return "" if limit is None else f" (limit {limit:{form}})"
 
 
 def explained_by(evidence: Evidence) -> float:

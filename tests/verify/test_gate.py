@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
 from racdeploy import plugins
@@ -141,11 +142,44 @@ def test_pruning_has_a_limit_of_its_own(tmp_path: Path, kl: float, verdict: str)
     from racdeploy.verify import LogitComparison
 
     arm = arm_of([record(0)])
-    comparison = LogitComparison(10, 1e-6, 1.0, kl, 0.9)
+    comparison = LogitComparison(10, 1e-6, 1.0, 0.0, kl, 0.9, 0.1)
     evidence = _evidence(_file(tmp_path, "[logits]\npruning_kl_nats = 0.1\n"), arm, arm, logits=comparison)
     found = logits.check(evidence)
     assert (found.verdict, "(limit 0.1)" in found.summary) == (verdict, True)
     assert found.remedy == ("" if verdict == "pass" else "lower the sparsity, or calibrate on more traces")
+
+
+@pytest.mark.parametrize(
+    ("text", "export_changed", "pruning_changed", "verdict"),
+    [
+        ("", 0.0, 0.0, "pass"),  # a model beside itself
+        ("", 0.09, 0.9, "pass"),  # only the export has a limit by default: sqrt(0.02 / 2) at 8 bits
+        ("", 0.11, 0.0, "fail"),
+        ("export_changed = 0\n", 0.01, 0.0, "fail"),
+        ("export_kl_nats = 0.5\n", 0.4, 0.0, "pass"),
+        ("pruning_changed = 0.2\n", 0.0, 0.1, "pass"),
+        ("pruning_changed = 0.2\n", 0.0, 0.3, "fail"),
+    ],
+)
+def test_first_choices_have_limits(
+    tmp_path: Path, text: str, export_changed: float, pruning_changed: float, verdict: str
+) -> None:
+    """A KL within its limit is not enough where the artifact clearly says other tokens."""
+    from racdeploy.verify import LogitComparison
+
+    arm = arm_of([record(0)])
+    comparison = LogitComparison(10, 1e-6, 0.5, export_changed, 0.01, 0.5, pruning_changed)
+    evidence = _evidence(_file(tmp_path, f"[logits]\n{text}"), arm, arm, logits=comparison)
+    assert logits.check(evidence).verdict == verdict
+
+
+def test_a_tie_is_no_other_token() -> None:
+    """Only a first choice that the reference holds less than half as likely as its own counts."""
+    from racdeploy.verify._measure import clearly_changed
+
+    reference_TV = np.log(np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], dtype=np.float32))
+    other_TV = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    assert clearly_changed(reference_TV, other_TV).tolist() == [False, False, True]
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
