@@ -97,9 +97,19 @@ def compare_logits(
             pruning = [_compared(_completion_logits(engine, t), np.load(f)) for f, t in zip(files, traces, strict=True)]
         with artifact() as engine:
             export = [_compared(np.load(f), _completion_logits(engine, t)) for f, t in zip(files, traces, strict=True)]
-    means = [[float(np.concatenate(part).mean()) for part in zip(*found, strict=True)] for found in (export, pruning)]
-    along = _along([kl for kl, *_ in export], [kl for kl, *_ in pruning])
-    return LogitComparison(sum(len(kl) for kl, *_ in export), *means[0], *means[1], along)
+    (export_kl, export_top1, export_changed), (pruning_kl, pruning_top1, pruning_changed) = (
+        [float(np.concatenate(part).mean()) for part in zip(*found, strict=True)] for found in (export, pruning)
+    )
+    return LogitComparison(
+        tokens=sum(len(kl) for kl, *_ in export),
+        export_kl=export_kl,
+        export_top1=export_top1,
+        export_changed=export_changed,
+        pruning_kl=pruning_kl,
+        pruning_top1=pruning_top1,
+        pruning_changed=pruning_changed,
+        along=_along([kl for kl, *_ in export], [kl for kl, *_ in pruning]),
+    )
 
 
 def _compared(reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
