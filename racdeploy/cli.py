@@ -1,4 +1,4 @@
-"""The command line: one command per verb, no logic.
+"""The command line: one command per verb, no logic. A verb imports what it needs when it is called.
 
 stdout carries the result, stderr the rest. Exit codes: 0 passed, 1 a gate failed, 2 wrong usage, recipe or bundle,
 3 inconclusive where the gate forbids it, 4 an engine or the environment failed, 130 interrupted.
@@ -10,32 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from racdeploy import __version__, plugins
-from racdeploy import export as exports
 from racdeploy._console import err, out, print_json, progress_bars, reported
-from racdeploy.accel import Mode
-from racdeploy.artifacts import write_atomic
-from racdeploy.checkpoint import Checkpoint, file_sha256
-from racdeploy.doctor import examine
 from racdeploy.errors import EngineError, GateError, InconclusiveError, UsageError
-from racdeploy.inspection import inspect_path
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
-from racdeploy.planning import pruning_plan
-from racdeploy.prune.processes import joined
-from racdeploy.recipe import EXAMPLE, Recipe, Target, read_toml
-from racdeploy.report.tables import Table
-from racdeploy.report.terminal import print_report, print_table
-from racdeploy.report_model import Report
-from racdeploy.reverify import Reverification
-from racdeploy.served import ServedVerification, Server, ServerApi
-from racdeploy.verify import GATE_EXAMPLE, Gate, read_gate
-from racdeploy.verify._controls import SAME_SIZE
+
+if TYPE_CHECKING:
+    from racdeploy.job import Job
+    from racdeploy.pipeline import Build
+    from racdeploy.report_model import Report
+    from racdeploy.verify import Gate
 
 app = typer.Typer(
     name="racdeploy",
@@ -48,6 +35,8 @@ app = typer.Typer(
 accel_app = typer.Typer(no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md.")
 app.add_typer(accel_app, name="accel")
 
+Kernels = Literal["auto", "off", "require"]  # accel.Mode, whose import takes as long as all of --help
+Questions = Literal["chat", "completions"]  # served.ServerApi
 ModelArg = Annotated[
     str | None, typer.Argument(help="Local folder, Hub id, or tiny-reasoner, the default.", show_default=False)
 ]
@@ -71,7 +60,7 @@ GateOpt = Annotated[Path | None, typer.Option("--gate", help="TOML file with lim
 TierOpt = Annotated[str, typer.Option("--tier", help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option("--work", help="Folder of stage results; default: user cache.")]
 ThreadsOpt = Annotated[int, typer.Option("--threads", help="CPU threads; 0 uses every core.")]
-AccelOpt = Annotated[Mode, typer.Option("--accel", help="Kernels for sparse weights; see: racdeploy accel build.")]
+AccelOpt = Annotated[Kernels, typer.Option("--accel", help="Kernels for sparse weights; see: racdeploy accel build.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")]
 PromptsOpt = Annotated[int | None, typer.Option("--prompts", help="Evaluation prompts.")]
@@ -123,6 +112,12 @@ def build(
     json_output: JsonOpt = False,
 ) -> None:
     """Prune, export, verify and bundle: the main job."""
+    from racdeploy.job import Job
+    from racdeploy.planning import pruning_plan
+    from racdeploy.recipe import Recipe, read_toml
+    from racdeploy.verify import read_gate
+    from racdeploy.verify._controls import SAME_SIZE
+
     read_gate(gate)
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, prompts)
     options |= _pruning(sparsity, pattern, method, calibration) | _export(quant, packing)
@@ -153,6 +148,9 @@ def traces(
     json_output: JsonOpt = False,
 ) -> None:
     """Collect the model's chains of thought and print where they are."""
+    from racdeploy.job import Job
+    from racdeploy.recipe import Recipe
+
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
         builder.job.check_model()
@@ -180,6 +178,10 @@ def prune(
     json_output: JsonOpt = False,
 ) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
+    from racdeploy.job import Job
+    from racdeploy.planning import pruning_plan
+    from racdeploy.recipe import Recipe
+
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     options |= _pruning(sparsity, pattern, method, calibration)
     with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
@@ -202,7 +204,10 @@ def export(
     json_output: JsonOpt = False,
 ) -> None:
     """Export a model folder as it is."""
+    from racdeploy import export as exports
+    from racdeploy.checkpoint import Checkpoint
     from racdeploy.models import resolve
+    from racdeploy.recipe import Recipe
 
     resolved = resolve(model)
     settings = Recipe.combine(None, {"model": model, "target": target} | _export(quant, packing)).export
@@ -230,7 +235,7 @@ def verify(
     ] = "",
     server_model: Annotated[str, typer.Option(help="Name that the server gives the model.")] = "",
     server_key_env: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
-    server_api: Annotated[ServerApi, typer.Option(help="chat asks as users do; completions sends token ids.")] = "chat",
+    server_api: Annotated[Questions, typer.Option(help="chat asks as users do; completions sends token ids.")] = "chat",
     show_plan: Annotated[bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")] = False,
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
@@ -242,8 +247,12 @@ def verify(
     json_output: JsonOpt = False,
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
+    from racdeploy.artifacts import write_atomic
+    from racdeploy.pipeline import default_work
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
+    from racdeploy.reverify import Reverification
+    from racdeploy.served import ServedVerification, Server
 
     if not server and (server_model or server_key_env):
         raise UsageError("--server-model and --server-key-env belong to --server", remedy="add --server http://…/v1")
@@ -316,7 +325,12 @@ def bench(
     json_output: JsonOpt = False,
 ) -> None:
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
+    from statistics import median
+
     from racdeploy import benchmark
+    from racdeploy.pipeline import default_work
+    from racdeploy.report.tables import Table
+    from racdeploy.report.terminal import print_table
 
     dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
     load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
@@ -356,6 +370,10 @@ def inspect(
     json_output: JsonOpt = False,
 ) -> None:
     """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
+    from racdeploy.inspection import inspect_path
+    from racdeploy.report.tables import Table
+    from racdeploy.report.terminal import print_table
+
     found = inspect_path(path)
     if json_output:
         print_json(found)
@@ -380,6 +398,9 @@ def unpack(
     json_output: JsonOpt = False,
 ) -> None:
     """Write the plain file that a packed one stands for."""
+    from racdeploy import export as exports
+    from racdeploy.checkpoint import file_sha256
+
     if not exports.format_of(file):
         known = ", ".join(plugins.names("formats"))
         raise UsageError(f"the name of {file} is of no format", remedy=f"formats are {known}; see racdeploy inspect")
@@ -394,6 +415,8 @@ def unpack(
 @reported
 def targets(json_output: JsonOpt = False) -> None:
     """List the deployment targets."""
+    from racdeploy.recipe import Target
+
     found = [Target.read(name) for name in Target.names()]
     if json_output:
         print_json({target.name: target.model_dump() for target in found})
@@ -427,6 +450,10 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented recipe, or a commented gate file."""
+    from racdeploy.artifacts import write_atomic
+    from racdeploy.recipe import EXAMPLE
+    from racdeploy.verify import GATE_EXAMPLE
+
     file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
     if file.exists() and not force:
         raise UsageError(f"{file} exists", remedy="name another file, or add --force")
@@ -440,6 +467,8 @@ def init(
 @reported
 def doctor(json_output: JsonOpt = False) -> None:
     """Say what this machine has, what is missing, and how to get it."""
+    from racdeploy.doctor import examine
+
     findings = examine()
     if json_output:
         print_json({"findings": findings})
@@ -474,7 +503,7 @@ def build_kernels(json_output: JsonOpt = False) -> None:
         raise EngineError(f"kernels are not used: {'; '.join(refusals)}", remedy="everything runs without them, too")
 
 
-def _print_kernels(kernels: str, accel: Mode) -> None:
+def _print_kernels(kernels: str, accel: Kernels) -> None:
     """Say in one line what ran a model, where sparse kernels were not switched off."""
     if kernels and accel != "off":
         err.print(f"kernels: {kernels}", style="dim", markup=False, soft_wrap=True)
@@ -487,6 +516,9 @@ def _share(zeros: float | None) -> str:
 @contextmanager
 def _building(job: Job, work: Path | None, threads: int) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
+    from racdeploy.pipeline import Build, default_work
+    from racdeploy.prune.processes import joined
+
     with progress_bars() as progress, joined() as processes:
         show = progress if processes.rank == 0 else None
         builder = Build(job, work or default_work(), threads, show, processes)
@@ -542,6 +574,8 @@ def _print_folder(folder: Path, json_output: bool) -> None:
 
 def _finish(report: Report, json_output: bool, last_line: str, gate: Gate, exit_zero: bool = False) -> None:
     """Print the report, and end with the exit code of its one verdict, or with 0 where it is only reported."""
+    from racdeploy.report.terminal import print_report
+
     if json_output:
         print_json(report.model_dump(mode="json"))
     else:

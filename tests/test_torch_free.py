@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
+from racdeploy import accel, cli, served
 from tests.tiny_artifacts import make_onnx_bundle
 
 HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx", "gguf", "scipy")
@@ -39,6 +40,17 @@ def test_importing_racdeploy_imports_next_to_nothing() -> None:
     """Not even numpy: what is needed comes on first use."""
     loaded = modules_after("import racdeploy; racdeploy.errors.UsageError; racdeploy.__version__")
     assert loaded.isdisjoint({*HEAVY, "numpy", "pydantic", "tokenizers", "jinja2", "typer"})
+
+
+def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
+    """--help, --version and a wrong option answer without arrays, tokenizers or templates."""
+    loaded = modules_after("from racdeploy.cli import app; app(['--version'], standalone_mode=False)")
+    assert loaded.isdisjoint({*HEAVY, "numpy", "tokenizers", "jinja2"})
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    """Two options list their choices without importing those who take them."""
+    assert (cli.Kernels, cli.Questions) == (accel.Mode, served.ServerApi)
 
 
 def test_everything_that_is_public_is_there() -> None:
