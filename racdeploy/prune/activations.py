@@ -61,7 +61,7 @@ class Activations:
             return
         with disk_errors(self._file), self._file.open("r+b", buffering=0) as stream:
             stream.seek(self._offsets[index])
-            stream.write(hidden.contiguous().numpy().tobytes())
+            stream.write(hidden.contiguous().numpy().data)
 
     def close(self) -> None:
         """Give memory and disk back."""

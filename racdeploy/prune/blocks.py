@@ -5,8 +5,9 @@ Weights and hidden states go to the device here and nowhere else; what a block r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
 __all__ = ["Blocks", "put"]
+
+_ATTENTION = "self_attn"
 
 
 class Blocks:
@@ -50,6 +53,11 @@ class Blocks:
         width = self.checkpoint.entries["model.embed_tokens.weight"].shape[1]
         return [(*batch.ids_BT.shape, width) for batch in batches]
 
+    def widths(self) -> list[int]:
+        """Return the number of inputs of each group of linears."""
+        entries, prefix = self.checkpoint.entries, self.prefix(0)
+        return [entries[f"{prefix}.{group[0]}.weight"].shape[1] for group in self.checkpoint.family.input_groups]
+
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Yield what enters the first block, (B, T, D); only the rows of tokens that occur are read."""
         if not batches:
@@ -80,8 +88,17 @@ class Blocks:
         """Return a tensor of the CPU where the blocks are."""
         return tensor.to(self.device)
 
-    def forward(self, block: nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return a block's output at positions from zero, under a causal mask, on the device."""
+    def forward(
+        self, block: nn.Module, hidden_BTD: torch.Tensor, known: Mapping[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return a block's output at positions from zero, under a causal mask, on the device.
+
+        Args:
+            block: that was loaded.
+            hidden_BTD: what enters it.
+            known: inputs of groups of one linear, by number, as an earlier pass found them. What leads there within the
+                linear's module, which it must end, is left out.
+        """
         hidden_BTD = self.place(hidden_BTD)
         position_1T = self.place(torch.arange(hidden_BTD.shape[1]))[None]
         rotary = {
@@ -89,7 +106,8 @@ class Blocks:
             for argument, name in self.checkpoint.family.rotary.items()
         }
         bfloat16 = self._compute == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext():
+        compute = torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+        with compute, self._starting_at(block, known or {}):
             output = block(
                 hidden_BTD,
                 attention_mask=self._mask(block, hidden_BTD.shape[1]),
@@ -112,8 +130,29 @@ class Blocks:
         seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
         return seen_TT[None, None]
 
-    def input(self, block: nn.Module, linear: str, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return what reaches one linear; what comes after it is not computed."""
+    @contextmanager
+    def _starting_at(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """While the body runs, the module that a linear with known input ends computes no more than that linear."""
+        changed = []
+        for group, input_BTI in known.items():
+            (name,) = self.checkpoint.family.input_groups[group]
+            owner = block.get_submodule(name.rpartition(".")[0])
+            changed.append(owner)
+            owner.forward = partial(_last, block.get_submodule(name), self.place(input_BTI), _ATTENTION in name)
+        try:
+            yield
+        finally:
+            for owner in changed:
+                del owner.forward
+
+    def input(
+        self,
+        block: nn.Module,
+        linear: str,
+        hidden_BTD: torch.Tensor,
+        known: Mapping[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Return what reaches one linear; what comes after it is not computed, and what is known neither."""
         seen: list[torch.Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -123,10 +162,16 @@ class Blocks:
         handle = block.get_submodule(linear).register_forward_pre_hook(stop)
         try:
             with suppress(_Reached):
-                self.forward(block, hidden_BTD)
+                self.forward(block, hidden_BTD, known)
         finally:
             handle.remove()
         return seen[0]
+
+
+def _last(linear: nn.Module, input_BTI: torch.Tensor, attention: bool, *_: Any, **__: Any) -> Any:
+    """Return what attention or the feed-forward part returns, from what reaches its last linear."""
+    output_BTD = linear(input_BTI)
+    return (output_BTD, None) if attention else output_BTD  # the weights, which sdpa does not give
 
 
 class _Reached(Exception):

@@ -27,11 +27,11 @@ from racdeploy.backends._heap import keep_heap
 from racdeploy.backends._torch_model import TORCH_DTYPES
 from racdeploy.checkpoint import Checkpoint, check_covered, read_json
 from racdeploy.errors import UsageError
-from racdeploy.prune.activations import Activations
 from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.device import choose_device
+from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Pattern, Within, pattern_of
@@ -129,9 +129,8 @@ class _Walk:
         self.weights_S = self.blocks.place(torch.tensor([getattr(self.weights, stream) for stream in STREAMS]))
         self.method = plugins.load("methods", self.settings.method)
         self.first = self.processes.rank == 0
-        shapes = self.blocks.shapes(self.batches)
-        self.sparse = Activations(shapes, self.folder / "hidden-sparse.bin")
-        self.dense = Activations(shapes, self.folder / "hidden-dense.bin")
+        self.sparse = Flow(self.blocks, self.batches, self.folder, "sparse")
+        self.dense = Flow(self.blocks, self.batches, self.folder, "dense")
 
     def close(self) -> None:
         """Remove the hidden states."""
@@ -168,9 +167,9 @@ class _Walk:
     def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
         for index, hidden_BTD in enumerate(self.blocks.embed(self.batches)):
-            self.sparse[index] = hidden_BTD
+            self.sparse.hidden[index] = hidden_BTD
             if self._needs_dense(self.batches[index]):
-                self.dense[index] = hidden_BTD
+                self.dense.hidden[index] = hidden_BTD
 
     def step(self, index: int) -> tuple[list[LinearRow], BlockRow]:
         """Prune one block, or read it if it is already on disk, and advance the hidden states."""
@@ -219,19 +218,19 @@ class _Walk:
     def _prune(self, prefix: str, dense: nn.Module, sparse: nn.Module) -> dict[str, PrunedLinear]:
         """Prune the linears of a block, group by group, and put them into ``sparse``."""
         pruned: dict[str, PrunedLinear] = {}
-        for group in self.checkpoint.family.input_groups:
-            if wanted := [name for name in group if not self._stays_dense(f"{prefix}.{name}")]:
-                pruned |= self._prune_group(prefix, dense, sparse, wanted)
+        for group, linears in enumerate(self.checkpoint.family.input_groups):
+            if wanted := [name for name in linears if not self._stays_dense(f"{prefix}.{name}")]:
+                pruned |= self._prune_group(prefix, dense, sparse, group, wanted)
         return pruned
 
     def _prune_group(
-        self, prefix: str, dense: nn.Module, sparse: nn.Module, names: Sequence[str]
+        self, prefix: str, dense: nn.Module, sparse: nn.Module, group: int, names: Sequence[str]
     ) -> dict[str, PrunedLinear]:
-        """Prune linears that share an input: each in the process that owns it, then everywhere."""
+        """Prune linears of a group, which share an input: each in the process that owns it, then everywhere."""
         full = [dense.get_parameter(f"{name}.weight") for name in names]
         patterns = [self._pattern(f"{prefix}.{name}", w_OI.shape) for name, w_OI in zip(names, full, strict=True)]
         owners = self.processes.owners([weight_OI.numel() for weight_OI in full])
-        statistic = self._gather(dense, sparse, names[0], full)
+        statistic = self._gather(dense, sparse, group, full)
         statistic.share(self.processes, owners)
         importance_I, tokens = statistic.importance_I, round(statistic.weight)
         own = [index for index, owner in enumerate(owners) if owner == self.processes.rank]
@@ -261,15 +260,15 @@ class _Walk:
     def _needs_dense(self, batch: Batch) -> bool:
         return self.settings.match_dense or batch.held_out
 
-    def _gather(self, dense: nn.Module, sparse: nn.Module, linear: str, full: Sequence[torch.Tensor]) -> InputStatistic:
-        """Return the statistic of a linear's input, over this process's calibration batches."""
+    def _gather(self, dense: nn.Module, sparse: nn.Module, group: int, full: Sequence[torch.Tensor]) -> InputStatistic:
+        """Return the statistic of a group's input, over this process's calibration batches."""
         match_dense = self.settings.match_dense
         statistic = InputStatistic(full[0].shape[1], self.weights_S, full if match_dense else ())
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
-            sparse_BTI = self.blocks.input(sparse, linear, self.sparse[index])
-            dense_BTI = self.blocks.input(dense, linear, self.dense[index]) if match_dense else None
+            sparse_BTI = self.sparse.input(sparse, group, index)
+            dense_BTI = self.dense.input(dense, group, index) if match_dense else None
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
         return statistic
 
@@ -299,10 +298,9 @@ class _Walk:
         drift = RelativeError(self.tasks)
         for index, batch in enumerate(self.batches):
             with measured(sparse, pruned if batch.held_out else {}, batch):
-                sparse_BTD = self.blocks.forward(sparse, self.sparse[index])
-            self.sparse[index] = sparse_BTD
+                sparse_BTD = self.sparse.leave(sparse, index)
             if self._needs_dense(batch):
-                self.dense[index] = dense_BTD = self.blocks.forward(dense, self.dense[index])
+                dense_BTD = self.dense.leave(dense, index)
                 if batch.held_out:
                     drift.add(sparse_BTD, dense_BTD, batch)
         return drift

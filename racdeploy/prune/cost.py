@@ -29,6 +29,7 @@ from racdeploy.prune.activations import WINDOW_BYTES
 from racdeploy.prune.batches import TOKENS_PER_BATCH
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.device import choose_device
+from racdeploy.prune.flow import KEPT_BYTES, is_kept
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
 from racdeploy.prune.refit import prune_and_refit
@@ -105,13 +106,21 @@ class _Model:
         forward_s, _ = _timed(lambda: blocks.forward(block, hidden_BTD), warm=True)
         forward_s /= hidden_BTD.shape[0] * length
         block.to("meta")
-        before, passes = 0, 1.0 * self.streams  # of the calibration tokens: the last one, and up to each input
-        for group in self.groups:
-            passes += self.streams * before / self.weights
-            before += sum(math.prod(shape) for shape in group)
         held_out_passes = 3.0  # sparse, dense, and each linear against its target
-        forward = forward_s * (passes * self.calibration_tokens + held_out_passes * self.held_out_tokens)
+        forward = forward_s * (self._passes() * self.calibration_tokens + held_out_passes * self.held_out_tokens)
         return self.checkpoint.block_count * (load_s + forward + self._gathering() + self._solving())
+
+    def _passes(self) -> float:
+        """Return how often the calibration tokens go through a block: up to each input, and to the end."""
+        weights = [sum(math.prod(shape) for shape in group) for group in self.groups]
+        kept_width = sum(group[0][1] for index, group in enumerate(self.groups) if is_kept(index))
+        kept = min(KEPT_BYTES / max(4 * self.calibration_tokens * kept_width, 1), 1.0)
+        passed = 0.0
+        for goal in range(len(weights) + 1):
+            for group, count in enumerate(weights[:goal]):
+                left_out = is_kept(group + 1) and group + 1 < goal
+                passed += count * (1 - kept if left_out else 1)
+        return self.streams * passed / self.weights
 
     def _gathering(self) -> float:
         """Return the seconds of the products and sums of one block's statistics."""

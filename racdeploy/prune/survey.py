@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from racdeploy.artifacts import STREAMS
-from racdeploy.prune.activations import Activations
 from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import InputStatistic
@@ -44,35 +44,35 @@ def survey(
         processes: who share the work; ``batches`` are this one's.
         progress: called with a label, blocks done and blocks in all.
     """
-    hidden = Activations(blocks.shapes(batches), folder / "hidden-survey.bin")
+    flow = Flow(blocks, batches, folder, "survey")
     found: dict[str, Observation] = {}
     names: list[str] = []
     weights_S = blocks.place(torch.tensor([getattr(weights, stream) for stream in STREAMS]))
     family, count = blocks.checkpoint.family, blocks.checkpoint.block_count
     try:
         for index, hidden_BTD in enumerate(blocks.embed(batches)):
-            hidden[index] = hidden_BTD
+            flow.hidden[index] = hidden_BTD
         for number in range(count):
             block = blocks.load(number)
-            for group in family.input_groups:
-                dense = [block.get_parameter(f"{linear}.weight") for linear in group]
+            for group, linears in enumerate(family.input_groups):
+                dense = [block.get_parameter(f"{linear}.weight") for linear in linears]
                 statistic = InputStatistic(dense[0].shape[1], weights_S)
                 for index, batch in enumerate(batches):
-                    statistic.add(blocks.input(block, group[0], hidden[index]), None, batch.stream_BT)
+                    statistic.add(flow.input(block, group, index), None, batch.stream_BT)
                 owners = processes.owners([weight_OI.numel() for weight_OI in dense])
                 statistic.share(processes, owners)
                 hessian = statistic.hessian(damping) if processes.rank in owners else None
-                for linear, weight_OI, owner in zip(group, dense, owners, strict=True):
+                for linear, weight_OI, owner in zip(linears, dense, owners, strict=True):
                     name = f"{blocks.prefix(number)}.{linear}"
                     names.append(name)
                     if hessian and owner == processes.rank:
                         found[name] = observe(weight_OI * ~hessian.dead_I, hessian)
             for index in range(len(batches)):
-                hidden[index] = blocks.forward(block, hidden[index])
+                flow.leave(block, index)
             block.to("meta")
             if progress:
                 progress("survey", number + 1, count)
     finally:
-        hidden.close()
+        flow.close()
     merged = {name: seen for part in processes.all(found) for name, seen in part.items()}
     return {name: merged[name] for name in names}
