@@ -49,14 +49,18 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         with context.Pool(1) as pool:
             settings = dict(pair.split("=", 1) for pair in arguments.set)
-            seconds, peak_bytes = pool.apply(prune, (folder, arguments.tokens, arguments.threads, settings))
-        rows.append({"blocks": blocks, "tokens": arguments.tokens, "seconds": seconds, "peak_rss_bytes": peak_bytes})
-        print(f"{blocks} blocks: {seconds:.0f} s, peak {peak_bytes / 2**30:.2f} GiB", flush=True)
+            found = pool.apply(prune, (folder, arguments.tokens, arguments.threads, settings))
+        rows.append({"blocks": blocks, "tokens": arguments.tokens, **found})
+        print(
+            f"{blocks} blocks: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of the processor, "
+            f"peak {found['peak_bytes'] / 2**30:.2f} GiB",
+            flush=True,
+        )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 
-def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> tuple[float, int]:
-    """Prune one checkpoint to 50 % in this process; return seconds and its peak resident memory in bytes."""
+def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
+    """Prune one checkpoint to 50 % in this process; return seconds, processor seconds, and peak resident bytes."""
     from racdeploy.artifacts import Trace
     from racdeploy.checkpoint import Checkpoint
     from racdeploy.prune.calibrate import prune_blocks
@@ -77,11 +81,15 @@ def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> 
             file=sys.stderr,
         )
 
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pruning = Pruning.model_validate({"sparsity": 0.5, **settings})
         prune_blocks(Checkpoint(folder), traces, traces[:held], pruning, Path(scratch), threads=threads, progress=show)
-    return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu_began,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> None:

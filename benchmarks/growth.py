@@ -3,7 +3,8 @@
     python benchmarks/growth.py --out build/growth
 
 Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits the exponent: 1 is
-proportional. Writes growth.csv and growth.md. Memory is what is above that of a process that prunes next to nothing.
+proportional. Writes growth.csv, growth.md, and growth.html with the plots. Time is the processor's, over all threads;
+memory is what is above that of a process that prunes next to nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from pathlib import Path
 import numpy as np
 from any_size import prune, write_model
 
+from racdeploy.report import _plot as plot
+
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
-AXES = {"tokens": [8192, 16384, 32768, 65536], "width": [256, 512, 1024], "blocks": [2, 4, 8]}
+QUANTITIES = ("CPU s", "MiB above that")
+AXES = {"tokens": [8192, 16384, 32768, 65536, 131072, 262144], "width": [256, 512, 1024], "blocks": [2, 4, 8]}
 HEAD_SIZE, INNER = 64, 4  # the last linear of a block is as many times as wide
 NOTHING = {"tokens": 64, "width": 64, "blocks": 1}
 
@@ -32,7 +36,7 @@ class Row:
     tokens: int
     width: int
     blocks: int
-    seconds: float
+    cpu_seconds: float
     peak_mib: float
 
 
@@ -40,7 +44,7 @@ def main() -> None:
     """Prune along each axis, fit, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="*", default=list(AXES), choices=list(AXES))
-    parser.add_argument("--tokens", type=int, nargs="*", default=AXES["tokens"], help="of that axis; 262144 takes long")
+    parser.add_argument("--tokens", type=int, nargs="*", default=AXES["tokens"], help="of that axis")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
@@ -58,6 +62,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     (arguments.out / "growth.md").write_text(table(rows, base_mib), encoding="utf-8")
+    (arguments.out / "growth.html").write_text(page(rows, base_mib), encoding="utf-8")
     print(table(rows, base_mib))
 
 
@@ -70,25 +75,64 @@ def measure(arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, 
         sizes = {"hidden_size": width, "intermediate_size": INNER * width, "vocab_size": 4096}
         write_model(folder, blocks, sizes | heads)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, peak_bytes = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
-    return Row(axis, shape["tokens"], width, blocks, seconds, peak_bytes / 2**20)
+        found = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
+    return Row(axis, shape["tokens"], width, blocks, found["cpu_seconds"], found["peak_bytes"] / 2**20)
 
 
 def table(rows: list[Row], base_mib: float) -> str:
     """Return Markdown: every row, and the exponents of each axis."""
-    lines = ["| axis | tokens | width | blocks | s | peak MiB |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.seconds:.1f} | {r.peak_mib:.0f} |" for r in rows]
+    lines = ["| axis | tokens | width | blocks | CPU s | peak MiB |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.cpu_seconds:.1f} | {r.peak_mib:.0f} |" for r in rows
+    ]
     lines += ["", f"A process that prunes next to nothing takes {base_mib:.0f} MiB.", ""]
     lines += ["| axis | exponent of time | exponent of memory above that |", "|---|---|---|"]
     for axis in dict.fromkeys(row.axis for row in rows):
-        own = [row for row in rows if row.axis == axis]
-        at = np.log([getattr(row, axis) for row in own])
-        slopes = [
-            np.polyfit(at, np.log(values), 1)[0]
-            for values in ([r.seconds for r in own], [max(r.peak_mib - base_mib, 1.0) for r in own])
-        ]
+        slopes = [exponent(places(rows, axis, quantity, base_mib)) for quantity in QUANTITIES]
         lines.append(f"| {axis} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def places(rows: list[Row], axis: str, quantity: str, base_mib: float) -> list[tuple[float, float]]:
+    """Return what was varied and what was measured, along one axis."""
+    own = [row for row in rows if row.axis == axis]
+    values = [r.cpu_seconds if quantity == "CPU s" else max(r.peak_mib - base_mib, 1.0) for r in own]
+    return list(zip((getattr(row, axis) for row in own), values, strict=True))
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """Return the slope of the logarithms, by least squares."""
+    at, values = np.log(np.array(points)).T
+    return float(np.polyfit(at, values, 1)[0])
+
+
+def page(rows: list[Row], base_mib: float) -> str:
+    """Return the plots: time and memory along each axis, both logarithmic, with the fitted line."""
+    charts = [
+        chart(places(rows, axis, quantity, base_mib), axis, quantity)
+        for axis in dict.fromkeys(row.axis for row in rows)
+        for quantity in QUANTITIES
+    ]
+    style = "svg{width:460px;font:12px sans-serif}.grid{stroke:#ddd}.fit{stroke:#888}.point{fill:#2463a8}"
+    head = f"<!doctype html><meta charset=utf-8><title>How pruning grows</title><style>{style}</style>"
+    return f"{head}<h1>How pruning grows</h1>{''.join(charts)}<pre>{table(rows, base_mib)}</pre>\n"
+
+
+def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
+    """Draw one quantity along one axis."""
+    at, values = np.log2(np.array(points)).T
+    slope, start = np.polyfit(at, values, 1)
+    fitted = start + slope * at
+    x, y = plot.x_scale(at.min(), at.max()), plot.y_scale(min(*values, *fitted), max(*values, *fitted))
+    marks = [
+        plot.axes(x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"),
+        f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
+        plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
+    ]
+    for point, place in zip(points, zip(at, values, strict=True), strict=True):
+        shown = plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
+        marks.append(f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">{shown}</circle>')
+    return plot.svg(marks, f"{quantity} against {axis}")
 
 
 if __name__ == "__main__":
