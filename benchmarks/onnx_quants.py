@@ -10,21 +10,19 @@ medians of alternating rounds.
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from benchmarks.quant_error import recipe
+from benchmarks import _pruned
+from benchmarks._pruned import Trace
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.backends import EngineSettings, Sampling, onnxruntime, open_engine
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export import ExportResult
 from racdeploy.export import onnx as onnx_format
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
 from racdeploy.verify._measure import compare_logits
 
 NEW_TOKENS = 128
@@ -32,22 +30,11 @@ NEW_TOKENS = 128
 
 def main() -> None:
     """Prune, export, compare, time, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-reasoner")
-    parser.add_argument("--task", default="", help="jsonl:FILE; default: the procedural tasks")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--traces", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--compared", type=int, default=16, help="held-out traces for the KL")
+    parser = _pruned.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=default_work())
-    parser.add_argument("--threads", type=int, default=0, help="of traces and pruning")
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    build = Build(Job(recipe(arguments)), arguments.work, arguments.threads)
-    _, held_out, _ = build.calibration(build.traces()[1])
-    checkpoint = Checkpoint(build.prune().folder)
-    traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
+    _, folder, traces = _pruned.prune(arguments)
+    checkpoint = Checkpoint(folder)
     names = [name for name in plugins.names("quant") if "onnx" in quants.load(name).FORMATS]
     names.sort(key=lambda name: -quants.load(name).BITS)
     exports = {name: export(checkpoint, arguments.out / name, name) for name in names}
@@ -73,9 +60,7 @@ def export(checkpoint: Checkpoint, folder: Path, name: str) -> ExportResult:
     return onnx_format.export(checkpoint, folder / "model.onnx", quant=name)
 
 
-def compare(
-    folder: Path, file: Path, traces: list[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> tuple[float, float, int]:
+def compare(folder: Path, file: Path, traces: list[Trace]) -> tuple[float, float, int]:
     """Return mean KL and top-1 of a file from its checkpoint under torch, and the number of tokens."""
     exact = EngineSettings(2048, 1, 1, "f32")
     found = compare_logits(

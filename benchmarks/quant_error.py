@@ -1,6 +1,6 @@
 """How much less does a number format lose when its scales are chosen for the weights that matter?
 
-    python benchmarks/quant_error.py --out build/quant-error
+    python -m benchmarks.quant_error --out build/quant-error
 
 Prunes a model, and quantizes it with ggml's scales and with those that the pruning's own statistic chooses. Prints for
 each number format the weighted squared error of the linears, chosen over ggml's, and the KL of the exported file from
@@ -9,7 +9,6 @@ the pruned checkpoint, teacher-forced on held-out traces: torch against llama.cp
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,40 +16,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import _pruned
+from benchmarks._pruned import Trace
 from racdeploy import plugins, quant
 from racdeploy.artifacts import IMPORTANCE_FILE
 from racdeploy.backends import EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export import gguf
 from racdeploy.export._importance import Importance
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
-from racdeploy.recipe import Recipe
 from racdeploy.verify._measure import _completion_logits, divergences
 
-Trace = tuple[tuple[int, ...], tuple[int, ...]]
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
 
 def main() -> None:
     """Prune, quantize both ways and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-reasoner")
-    parser.add_argument("--task", default="", help="jsonl:FILE; default: the procedural tasks")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--traces", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--compared", type=int, default=16, help="held-out traces for the KL")
+    parser = _pruned.parser(__doc__)
     parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--work", type=Path, default=default_work())
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    build = Build(Job(recipe(arguments)), arguments.work, arguments.threads)
-    _, held_out, _ = build.calibration(build.traces()[1])
-    folder = build.prune().folder
-    traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
+    build, folder, traces = _pruned.prune(arguments)
     with opened("transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")) as engine:
         references = [_completion_logits(engine, trace) for trace in traces]
     tokens, rows = sum(map(len, references)), []
@@ -79,20 +63,6 @@ def main() -> None:
             flush=True,
         )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
-
-
-def recipe(arguments: argparse.Namespace) -> Recipe:
-    """Return the recipe of the pruned model."""
-    return Recipe.combine(
-        None,
-        {
-            "model": arguments.model,
-            "tasks": (arguments.task,) if arguments.task else (),
-            "traces": {"count": arguments.traces, "max_new_tokens": arguments.max_new_tokens},
-            "calibration": {"keep_truncated": arguments.model != "tiny-reasoner"},
-            "prune": {"sparsity": arguments.sparsity},
-        },
-    )
 
 
 def ratio(folder: Path, name: str) -> float | None:
