@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
         raise SystemExit("no trace was held out: give more --traces")
     accuracy = thinking = None
     if arguments.prompts:
-        records = answers(build, build.export(model.folder, build.job.artifact_name).path, method)
+        records = answers(build, build.export(model.folder, build.job.artifact_name), method)
         accuracy = sum(record.correct for record in records) / len(records)
         thinking = sum(record.thinking_tokens for record in records) / len(records)
     return Cell(
