@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from racdeploy import export, plugins
+from racdeploy.accel.onnxruntime import accel_name
 from racdeploy.artifacts import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError
 
 __all__ = ["inspect_path"]
+
+_WEIGHTS = ("_data", "_packed")  # what an ONNX graph may have beside it
 
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
@@ -42,7 +45,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def _inspect_file(path: Path) -> dict[str, Any]:
     fields, tensors = export.load(export.format_of(path)).measure(path)
     shown = {k: v for k, v in fields.items() if k.startswith(_SHOWN_KEYS)}
-    summary = {"file": str(path), "size_bytes": path.stat().st_size, "sha256": file_sha256(path), **shown}
+    files = [path, *(path.with_name(path.name + end) for end in _WEIGHTS)]
+    size_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    summary = {"file": str(path), "size_bytes": size_bytes, "sha256": file_sha256(path), **shown}
     return _completed(summary, tensors)
 
 
@@ -93,6 +98,13 @@ def _described(entry: ArtifactEntry) -> str:
     return f"{entry.path}, {entry.quant}, {entry.packing}, {entry.size_bytes} bytes, SHA-256 {entry.sha256}"
 
 
+def _second_graph(bundle: Path, entry: ArtifactEntry) -> str:
+    """Return what packing ``bitmask_op`` wrote beside a plain graph, or an empty string."""
+    name = accel_name(entry.path)
+    files = [file for file in entry.files if file.startswith(name)]
+    return f"{name}, {sum((bundle / file).stat().st_size for file in files)} bytes" if files else ""
+
+
 def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
     manifest.check_files(path)
@@ -112,4 +124,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "verdict": manifest.verdict,
         **{f"artifact for {entry.backend}": _described(entry) for entry in manifest.artifacts[1:]},
     }
+    for entry in manifest.artifacts:
+        if second := _second_graph(path, entry):
+            summary["graph for sparse kernels"] = second
     return _completed(summary, tensors)

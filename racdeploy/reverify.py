@@ -307,7 +307,9 @@ class Reverification:
             rows.append(
                 TensorRow(
                     name=tensor["name"],
-                    quant_asked=entry.quant,
+                    quant_asked=entry.quant
+                    if tensor["name"] in reasons
+                    else tensor["type"],  # a table of the graph's own
                     quant_real=tensor["type"],
                     zeros=tensor["zeros"],
                     size_bytes=tensor["size_bytes"],

@@ -53,6 +53,12 @@ def test_the_command_line_offers_what_there_is() -> None:
     assert (cli.Kernels, cli.Questions) == (accel.Mode, served.ServerApi)
 
 
+def test_kernels_in_front_of_another_program_bring_little() -> None:
+    """What a process keeps beside its own llama_cpp: pydantic alone would be 12 MB."""
+    loaded = modules_after("from racdeploy import accel; accel.readiness()")
+    assert loaded.isdisjoint({*HEAVY, "pydantic", "tokenizers", "jinja2", "typer"})
+
+
 def test_everything_that_is_public_is_there() -> None:
     assert all(getattr(racdeploy, name) is not None for name in racdeploy.__all__)
     assert set(racdeploy.__all__) <= set(dir(racdeploy))

@@ -133,8 +133,8 @@ def kernels(mode: Mode) -> str:
     if mode == "off":
         return STOCK
     found = (readiness(), onnxruntime.readiness())
-    used = [f"{ready[1].instruction_set}, {ready[0].stem}" for ready in found if not isinstance(ready, str)]
-    return "; ".join(used) or STOCK
+    used = [f"sparse {ready[1].instruction_set} ({ready[0].stem})" for ready in found if not isinstance(ready, str)]
+    return ", ".join(used) or STOCK
 
 
 def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:

@@ -20,7 +20,6 @@ from typing import Any, TypedDict
 from racdeploy.accel._build import KERNELS, Library
 from racdeploy.accel._llamacpp import QUANTS
 from racdeploy.accel._onnx_bytes import read_properties
-from racdeploy.artifacts import disk_errors, write_atomic
 from racdeploy.errors import ArtifactError, EngineError
 
 __all__ = ["ACCEL_KEY", "LIBRARY", "Graph", "Packed", "Proof", "accel_name", "build", "choose", "readiness", "slower"]
@@ -83,7 +82,7 @@ class Graph:
     def __str__(self) -> str:
         if self.library is None:
             return f"onnxruntime's own operators: {self.reason}"
-        return f"sparse {self.instruction_set} operator for {self.weights:,} weights"
+        return f"sparse {self.instruction_set} operator for {self.weights:,} weights of {self.path.name}"
 
 
 def build() -> tuple[Path, Proof]:
@@ -95,6 +94,8 @@ def build() -> tuple[Path, Proof]:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise EngineError("onnxruntime is not installed", remedy='pip install "racdeploy[ort]"')
+    from racdeploy.artifacts import disk_errors, write_atomic  # not where a proof is only read: see accel._zeros
+
     library = LIBRARY.build()
     proof = _run_proof(library)
     with disk_errors(_record(library)):

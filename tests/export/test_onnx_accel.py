@@ -9,12 +9,15 @@ import numpy as np
 import onnx
 import pytest
 
+from racdeploy import inspection
 from racdeploy.accel._onnx_bytes import read_properties
 from racdeploy.accel.onnxruntime import ACCEL_KEY
+from racdeploy.artifacts import ArtifactEntry
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import check
 from racdeploy.export.onnx import export, measure, unpack
+from racdeploy.inspection import inspect_path
 from racdeploy.recipe import Export
 from tests.sparse_onnx import sparse_checkpoint, use_one_graph
 
@@ -73,6 +76,21 @@ def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path
     read = {name for node in model.graph.node for name in node.input}
     assert {tensor.name for tensor in model.graph.initializer} <= read
     onnx.checker.check_model(model)
+
+
+def test_inspecting_counts_the_weights_beside_a_graph_and_names_the_second_one(
+    sparse: Checkpoint, tmp_path: Path
+) -> None:
+    """A graph's size is of both its files; a bundle's of its plain graph, and the second one has a line of its own."""
+    made = export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")
+    second = sum((tmp_path / name).stat().st_size for name in ("m.accel.onnx", "m.accel.onnx_data"))
+    assert inspect_path(tmp_path / "m.accel.onnx")["summary"]["size_bytes"] == second
+    assert inspect_path(tmp_path / "m.onnx")["summary"]["size_bytes"] == made.size_bytes
+    known = {"format": "onnx", "quant": "f16", "packing": "bitmask_op", "backend": "onnxruntime"}
+    entry = ArtifactEntry(
+        path="m.onnx", size_bytes=made.size_bytes, sha256=made.sha256, files=dict(made.files), **known
+    )
+    assert inspection._second_graph(tmp_path, entry) == f"m.accel.onnx, {second} bytes"
 
 
 def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
