@@ -53,7 +53,7 @@ class Status:
     def __str__(self) -> str:
         if self.reason:
             return f"llama.cpp's own kernels: {self.reason}"
-        return f"sparse {self.kernels} kernels for {len(self.tensors)} weights"
+        return f"sparse {self.kernels} kernels for {len(self.tensors)} matrices"
 
 
 def build() -> tuple[Path, Verdict]:

@@ -285,7 +285,7 @@ first.close(); second.close()
 """
     found = _in_child(code)
     assert found[0].startswith("sparse ")
-    assert found[0].endswith("kernels for 12 weights 0")
+    assert found[0].endswith("kernels for 12 matrices 0")
     assert found[1:] == ["12", "12"]
 
 

@@ -46,7 +46,7 @@ def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, k
     assert stock_ran.endswith("ran on llama.cpp's own kernels: sparse ones are switched off")
     assert re.match(r"sparse (avx512|avx2|portable) \(llamacpp-\w+-\w+\)", after["fingerprint"]["kernels"])
     (ran,) = [note for note in after["notes"] if note.startswith("the pruned artifact ran on sparse")]
-    assert ran.endswith("weights")
+    assert ran.endswith("matrices")
     assert [arm["kernels"] for arm in after["arms"]] == [before["arms"][0]["kernels"], ran.partition(" ran on ")[2]]
     (other,) = [note for note in after["notes"] if "made under other conditions" in note]
     assert f"kernels the engine's own, now {after['fingerprint']['kernels']}" in other
