@@ -88,7 +88,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with disk_errors(file):
         try:
-            with partial.open("wb") as stream:
+            with partial.open("wb", buffering=_WRITE_BYTES) as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
