@@ -88,7 +88,7 @@ def table(rows: list[Row], base_mib: float) -> str:
     lines += ["", f"A process that prunes next to nothing takes {base_mib:.0f} MiB.", ""]
     lines += ["| axis | exponent of time | exponent of memory above that |", "|---|---|---|"]
     for axis in dict.fromkeys(row.axis for row in rows):
-        slopes = [exponent(places(rows, axis, quantity, base_mib)) for quantity in QUANTITIES]
+        slopes = [fit(places(rows, axis, quantity, base_mib))[0] for quantity in QUANTITIES]
         lines.append(f"| {axis} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
     return "\n".join(lines) + "\n"
 
@@ -100,10 +100,11 @@ def places(rows: list[Row], axis: str, quantity: str, base_mib: float) -> list[t
     return list(zip((getattr(row, axis) for row in own), values, strict=True))
 
 
-def exponent(points: list[tuple[float, float]]) -> float:
-    """Return the slope of the logarithms, by least squares."""
-    at, values = np.log(np.array(points)).T
-    return float(np.polyfit(at, values, 1)[0])
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return exponent and start of the line through the binary logarithms, by least squares."""
+    at, values = np.log2(np.array(points)).T
+    slope, start = np.polyfit(at, values, 1)
+    return float(slope), float(start)
 
 
 def page(rows: list[Row], base_mib: float) -> str:
@@ -121,7 +122,7 @@ def page(rows: list[Row], base_mib: float) -> str:
 def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
     """Draw one quantity along one axis."""
     at, values = np.log2(np.array(points)).T
-    slope, start = np.polyfit(at, values, 1)
+    slope, start = fit(points)
     fitted = start + slope * at
     x, y = plot.x_scale(at.min(), at.max()), plot.y_scale(min(*values, *fitted), max(*values, *fitted))
     marks = [

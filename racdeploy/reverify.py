@@ -304,12 +304,11 @@ class Reverification:
             if form.is_linear(family, tensor["name"]):
                 prunable.add(tensor["name"])
                 zeros, weights = zeros + tensor["zeros"] * count, weights + count
+            asked = entry.quant if tensor["name"] in reasons else tensor["type"]  # a table of the graph's own
             rows.append(
                 TensorRow(
                     name=tensor["name"],
-                    quant_asked=entry.quant
-                    if tensor["name"] in reasons
-                    else tensor["type"],  # a table of the graph's own
+                    quant_asked=asked,
                     quant_real=tensor["type"],
                     zeros=tensor["zeros"],
                     size_bytes=tensor["size_bytes"],

@@ -152,7 +152,7 @@ class _Walk:
                 observations = survey(
                     self.blocks,
                     seen,
-                    self.weights,
+                    self.weights_S,
                     settings.damping,
                     lambda weight_OI, hessian: plugin.observe(weight_OI, hessian, settings),
                     self.folder,

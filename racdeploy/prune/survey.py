@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from racdeploy.artifacts import STREAMS
 from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
@@ -15,7 +14,6 @@ from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import InputStatistic
-from racdeploy.recipe import StreamWeights
 
 __all__ = ["survey"]
 
@@ -25,7 +23,7 @@ Observe = Callable[[torch.Tensor, Hessian], Observation]
 def survey(
     blocks: Blocks,
     batches: Sequence[Batch],
-    weights: StreamWeights,
+    weights_S: torch.Tensor,
     damping: float,
     observe: Observe,
     folder: Path,
@@ -37,7 +35,7 @@ def survey(
     Args:
         blocks: of the dense model.
         batches: calibration batches.
-        weights: what a token of each stream counts.
+        weights_S: what a token of each stream counts, where the blocks are.
         damping: of the Hessians.
         observe: called for each linear, in forward order.
         folder: for scratch files.
@@ -47,7 +45,6 @@ def survey(
     flow = Flow(blocks, batches, folder, "survey")
     found: dict[str, Observation] = {}
     names: list[str] = []
-    weights_S = blocks.place(torch.tensor([getattr(weights, stream) for stream in STREAMS]))
     family, count = blocks.checkpoint.family, blocks.checkpoint.block_count
     try:
         for index, hidden_BTD in enumerate(blocks.embed(batches)):

@@ -61,22 +61,18 @@ def check(evidence: Evidence) -> CheckResult:
         "pruning_changed": found.pruning_changed,
         "tokens": found.tokens,
     }
-    if limits.pruning_kl_nats is not None:
-        figures["pruning_kl_limit_nats"] = limits.pruning_kl_nats
-    if limits.pruning_changed is not None:
-        figures["pruning_changed_limit"] = limits.pruning_changed
-    sides = [
-        f"KL {kl:.2g}{_told(most_kl, 'g')}, top-1 {top1:.2%}, clearly other tokens {changed:.2%}{_told(most, '.1%')}"
-        for kl, most_kl, top1, changed, most in (
-            (found.export_kl, kl_limit, found.export_top1, found.export_changed, share_limit),
-            (found.pruning_kl, most_kl, found.pruning_top1, found.pruning_changed, most),
-        )
-    ]
+    if most_kl is not None:
+        figures["pruning_kl_limit_nats"] = most_kl
+    if most is not None:
+        figures["pruning_changed_limit"] = most
+    export_told = _side(found.export_kl, kl_limit, found.export_top1, found.export_changed, share_limit)
+    pruning_told = _side(found.pruning_kl, most_kl, found.pruning_top1, found.pruning_changed, most)
     return CheckResult(
         name="logits",
         verdict="pass" if exported and pruned else "fail",
         summary=(
-            f"artifact against torch-pruned: {sides[0]}; torch-pruned against dense: {sides[1]}; {found.tokens} tokens"
+            f"artifact against torch-pruned: {export_told}; torch-pruned against dense: {pruning_told}; "
+            f"{found.tokens} tokens"
         ),
         figures=figures,
         remedy=_remedy(exported, pruned),
@@ -90,6 +86,10 @@ def most_changed(kl_limit: float) -> float:
     inequality and Jensen's; one that keeps to k but swaps the first choices of flat distributions does not stay below.
     """
     return math.sqrt(kl_limit / 2)
+
+
+def _side(kl: float, most_kl: float | None, top1: float, changed: float, most: float | None) -> str:
+    return f"KL {kl:.2g}{_told(most_kl, 'g')}, top-1 {top1:.2%}, clearly other tokens {changed:.2%}{_told(most, '.1%')}"
 
 
 def _told(limit: float | None, form: str) -> str:
