@@ -14,7 +14,7 @@ from racdeploy import plugins, raconnx
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.export._onnx_file import array_bytes, load_graph, read_array
-from racdeploy.export._onnx_packing import UNPACK, matrix_rows, packed_array
+from racdeploy.export._onnx_packing import UNPACK, joined_codes, matrix_rows
 from racdeploy.export._onnx_weights import PlannedTensor, arrays_of, rows_of
 
 __all__ = ["TENSORS_KEY", "StoredArrays", "measure", "read_tensors"]
@@ -51,7 +51,8 @@ class StoredArrays:
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.left = {t.name: t for t in model.graph.initializer if not t.name.startswith(UNPACK)}
         self._path = path
-        self._sidecar = raconnx.Sidecar.open(path) if _refers_to_sidecar(model) else None
+        packed = any(map(_is_packed, model.graph.initializer))
+        self._sidecar = raconnx.Sidecar.open(path) if packed else None
 
     def take(self, tensor: PlannedTensor) -> tuple[dict[str, NDArray[Any]], int]:
         """Return the arrays of a tensor, unpacked, and the bytes that they take in the file.
@@ -60,16 +61,13 @@ class StoredArrays:
             ArtifactError: one of them is missing, damaged or of another shape.
         """
         try:
-            inside = tensor.packing != "bitmask_sidecar"
-            kept = {name: self.left.pop(name) for name in self.names(tensor) if name in self.left}
-            arrays = {name: read_array(kept[name], self._path.parent) for name in kept if inside or name != tensor.name}
-            size_bytes = sum(values.nbytes for values in arrays.values())
+            read = [self._read(self.left.pop(name)) for name in self.names(tensor) if name in self.left]
+            arrays = {name: values for name, values, _ in read}
+            size_bytes = sum(stored_bytes for *_, stored_bytes in read)
             if tensor.packing == "bitmask_op":
                 arrays = arrays_of(tensor, matrix_rows(tensor, arrays))
-            elif tensor.packing != "plain":
-                sidecar = None if inside else self._sidecar
-                arrays = {tensor.name: packed_array(tensor, arrays, sidecar)} | arrays
-                size_bytes += sidecar.header[tensor.name]["size_bytes"] if sidecar else 0
+            elif tensor.packing == "bitmask_graph":
+                arrays = {tensor.name: joined_codes(tensor, arrays)} | arrays
         except (KeyError, ValueError) as error:
             raise ArtifactError(
                 f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
@@ -77,14 +75,20 @@ class StoredArrays:
             ) from error
         return arrays, size_bytes
 
+    def _read(self, tensor: onnx.TensorProto) -> tuple[str, NDArray[Any], int]:
+        """Return name and values of an initializer, and the bytes that it takes in its file."""
+        if self._sidecar and _is_packed(tensor):
+            return tensor.name, self._sidecar.read(tensor.name), self._sidecar.header[tensor.name]["size_bytes"]
+        values = read_array(tensor, self._path.parent)
+        return tensor.name, values, values.nbytes
+
     def names(self, tensor: PlannedTensor) -> list[str]:
         """Return what the arrays of a tensor may be called."""
         return [tensor.name + part for part in ("", *_PARTS)]
 
 
-def _refers_to_sidecar(model: onnx.ModelProto) -> bool:
-    places = (entry.value for tensor in model.graph.initializer for entry in tensor.external_data)
-    return any(place == raconnx.PLACE for place in places)
+def _is_packed(tensor: onnx.TensorProto) -> bool:
+    return any(entry.value == raconnx.PLACE for entry in tensor.external_data)
 
 
 def read_tensors(properties: dict[str, str], path: Path) -> list[PlannedTensor]:

@@ -37,8 +37,8 @@ __all__ = [
     "Plain",
     "SidecarPacker",
     "check_size",
+    "joined_codes",
     "matrix_rows",
-    "packed_array",
     "packer_of",
     "prove_folding",
 ]
@@ -53,7 +53,7 @@ MATRIX_PARTS = (".heads", ".values", ".offsets")
 
 
 class Packer(Protocol):
-    """Stores the code array of one tensor, and finishes the graph when all are stored.
+    """Stores the arrays of one tensor, and finishes the graph when all are stored.
 
     ``outside`` are the bytes that it stored outside the graph, by tensor.
     """
@@ -63,13 +63,13 @@ class Packer(Protocol):
 
     def refusal(self, tensor: PlannedTensor, zeros: float) -> str: ...
 
-    def store(self, tensor: PlannedTensor, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]: ...
+    def store(self, tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]: ...
 
     def finish(self) -> None: ...
 
 
 class Plain:
-    """Stores every code."""
+    """Stores every array."""
 
     packing = "plain"
 
@@ -80,9 +80,9 @@ class Plain:
         """Return an empty string."""
         return ""
 
-    def store(self, tensor: PlannedTensor, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield the array as it is."""
-        yield tensor.name, values
+    def store(self, tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the arrays as they are."""
+        yield from arrays.items()
 
     def finish(self) -> None:
         """Do nothing."""
@@ -113,8 +113,9 @@ class GraphPacker:
             return "its weights do not fill whole bytes of a mask"
         return bitmask_graph.fits(quants.load(tensor.quant_real), zeros)
 
-    def store(self, tensor: PlannedTensor, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield mask and codes, a zero in front of them."""
+    def store(self, tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield mask and codes, a zero in front of them, and the scales as they are."""
+        values, scales = arrays[tensor.name], {key: arrays[key] for key in arrays if key != tensor.name}
         codes = BY_DTYPE[values.dtype.str]
         mask, kept = split(codes, values.reshape(-1))
         zero = np.full(1, codes.zero, dtype=codes.dtype).view(values.dtype)
@@ -128,6 +129,7 @@ class GraphPacker:
         folded = values.astype("<f4") if tensor.quant_real == "f16" else values
         name = f"{tensor.name}.f32" if tensor.quant_real == "f16" else tensor.name
         self.expected[name] = hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest()
+        yield from scales.items()
 
     def finish(self) -> None:
         """Put the nodes in front of all others."""
@@ -137,7 +139,7 @@ class GraphPacker:
 
 
 class SidecarPacker:
-    """Stores chunks in a file beside the graph, and in the graph that they are elsewhere.
+    """Stores codes and scales in a file beside the graph, and in the graph that they are elsewhere.
 
     Args:
         model: the graph.
@@ -156,14 +158,15 @@ class SidecarPacker:
         """Return why a tensor stays plain, or an empty string."""
         return bitmask_sidecar.fits(quants.load(tensor.quant_real), zeros)
 
-    def store(self, tensor: PlannedTensor, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield nothing: the file beside the graph has the array."""
-        self.outside[tensor.name] = self._writer.add(tensor.name, values)
-        entry = self._model.graph.initializer.add(name=tensor.name)
-        entry.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-        entry.dims.extend(values.shape)
-        entry.data_location = TensorProto.EXTERNAL
-        entry.external_data.add(key="location", value=raconnx.PLACE)
+    def store(self, tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield nothing: the file beside the graph has the arrays."""
+        self.outside[tensor.name] = sum(self._writer.add(key, values) for key, values in arrays.items())
+        for key, values in arrays.items():
+            entry = self._model.graph.initializer.add(name=key)
+            entry.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+            entry.dims.extend(values.shape)
+            entry.data_location = TensorProto.EXTERNAL
+            entry.external_data.add(key="location", value=raconnx.PLACE)
         yield from ()
 
     def finish(self) -> None:
@@ -195,23 +198,13 @@ def check_size(packing: str, weights: int) -> None:
         )
 
 
-def packed_array(
-    tensor: PlannedTensor, arrays: dict[str, NDArray[Any]], sidecar: raconnx.Sidecar | None
-) -> NDArray[Any]:
-    """Return the code array of a packed tensor.
-
-    Args:
-        tensor: what the graph says of it.
-        arrays: its arrays that the graph holds.
-        sidecar: the open file beside the graph.
+def joined_codes(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """Take mask and codes of a tensor packed in the graph out of its arrays, and return the code array.
 
     Raises:
-        ArtifactError: the sidecar is damaged.
         KeyError: a part is missing.
         ValueError: the parts do not fit each other.
     """
-    if sidecar:
-        return sidecar.read(tensor.name)
     mask, values = (arrays.pop(tensor.name + part) for part in _PARTS)
     codes = BY_DTYPE[values.dtype.str]
     flat = join(codes, np.ascontiguousarray(mask).reshape(-1), values[1:], int(np.prod(tensor.shape)))

@@ -1,7 +1,8 @@
 """Put the checkpoint's weights into a graph, in a number format: which arrays the file holds, which nodes read them.
 
 A linear in f32 or f16 is stored inputs first, as MatMul takes it, and widened by a Cast that onnxruntime folds when it
-loads the model. In a block format it is a MatMulNBits, and an embedding looks its rows up in the same codes.
+loads the model. In a block format it is a MatMulNBits, and an embedding looks its rows up in the same codes. Scales are
+in float32: behind a Cast that is not folded, because a session does not optimize, onnxruntime 1.32 ignores them.
 The array that zeros are counted in, and that a packing packs, has the tensor's own name.
 """
 
@@ -140,7 +141,7 @@ def _block_arrays(tensor: PlannedTensor, blocks: Blocks) -> dict[str, NDArray[An
     codes = code_OP if tensor.looked_up else code_OP.reshape(O, tensor.shape[1] // BLOCK, -1)
     arrays: dict[str, NDArray[Any]] = {
         tensor.name: np.ascontiguousarray(codes),
-        f"{tensor.name}.scales": blocks.scale_OG,
+        f"{tensor.name}.scales": blocks.scale_OG.astype(np.float32),
     }
     if blocks.zero_OP is not None:
         arrays[f"{tensor.name}.zero_points"] = blocks.zero_OP
@@ -148,12 +149,22 @@ def _block_arrays(tensor: PlannedTensor, blocks: Blocks) -> dict[str, NDArray[An
 
 
 def rows_of(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Return the packed rows whose arrays those are: the way back of :func:`arrays_of`."""
+    """Return the packed rows whose arrays those are: the way back of :func:`arrays_of`.
+
+    Raises:
+        KeyError: an array is missing.
+        ValueError: they do not fit each other, or a scale is no number of half precision.
+    """
     main = arrays[tensor.name]
     if not is_blocks(tensor.quant_real):
         values = np.ascontiguousarray(main.T if tensor.turned else main)
         return values.reshape(1 if values.ndim == 1 else len(values), -1).view(np.uint8)
-    scale_OP = np.ascontiguousarray(arrays[f"{tensor.name}.scales"]).view(np.uint8)
+    scale_OG = arrays[f"{tensor.name}.scales"]
+    with np.errstate(over="ignore"):
+        half_OG = scale_OG.astype("<f2")
+    if not np.array_equal(half_OG.astype(np.float32), scale_OG, equal_nan=True):
+        raise ValueError("a scale is no number of half precision")
+    scale_OP = np.ascontiguousarray(half_OG).view(np.uint8)
     zeros = arrays.get(f"{tensor.name}.zero_points")
     parts = [main.reshape(len(main), -1), scale_OP, *([] if zeros is None else [zeros])]
     return np.concatenate(parts, axis=1)
@@ -189,7 +200,7 @@ def _linear(node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.N
             shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [O, I // BLOCK, BLOCK])
             axes = _shared(first, "Constant", [], f"{tensor.name}.axes", value=shape)
             codes = _shared(first, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
-        inputs = [node.input[0], codes, _scales(tensor, first)]
+        inputs = [node.input[0], codes, f"{tensor.name}.scales"]
         if tensor.quant_real == "k_quant":
             inputs.append(f"{tensor.name}.zero_points")
         bits = 8 if tensor.quant_real == _WIDE else 4
@@ -235,7 +246,7 @@ def _lookup_blocks(
         ("Cast", ["codes"], "wide", {"to": onnx.TensorProto.FLOAT}),
         ("Reshape", ["wide", _integers(first, [0, 0, -1, BLOCK])], "coded", {}),
         ("Sub", ["coded", _shared(first, "Constant", [], f"{PREFIX}zero_code", value_float=128.0)], "whole", {}),
-        ("Gather", [_scales(tensor, first), node.input[1]], "scale", {"axis": 0}),
+        ("Gather", [f"{tensor.name}.scales", node.input[1]], "scale", {"axis": 0}),
         ("Unsqueeze", ["scale", _integers(first, [-1])], "scales", {}),
         ("Mul", ["whole", "scales"], "blocks", {}),
         ("Reshape", ["blocks", _integers(first, [0, 0, tensor.shape[1]])], "rows", {}),
@@ -249,11 +260,6 @@ def _lookup_blocks(
 
 def _integers(first: dict[str, onnx.NodeProto], values: list[int]) -> str:
     return _shared(first, "Constant", [], f"{PREFIX}integers.{'_'.join(map(str, values))}", value_ints=values)
-
-
-def _scales(tensor: PlannedTensor, first: dict[str, onnx.NodeProto]) -> str:
-    name = f"{tensor.name}.scales"
-    return _shared(first, "Cast", [name], f"{name}.f32", to=onnx.TensorProto.FLOAT)
 
 
 def _shared(first: dict[str, onnx.NodeProto], op: str, inputs: list[str], output: str, **attributes: Any) -> str:

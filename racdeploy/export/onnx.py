@@ -181,12 +181,10 @@ def _encode_all(
         arrays, zero_count = encode(checkpoint, tensor, advance)
         zeros = zero_count / math.prod(tensor.shape)
         reason = packer.refusal(tensor, zeros)
-        codes = arrays.pop(tensor.name)
-        size_bytes = sum(values.nbytes for values in arrays.values())
-        for key, values in ((tensor.name, codes),) if reason else packer.store(tensor, codes):
+        size_bytes = 0
+        for key, values in arrays.items() if reason else packer.store(tensor, arrays):
             size_bytes += 0 if key.startswith(UNPACK) else values.nbytes  # what all tensors share is no one's
             yield key, values
-        yield from arrays.items()
         real = tensor.quant_asked, tensor.quant_real, tensor.reason
         size_bytes += packer.outside.get(tensor.name, 0)
         packing = "plain" if reason else packer.packing

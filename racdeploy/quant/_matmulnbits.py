@@ -1,7 +1,7 @@
 """Blocks of onnxruntime's MatMulNBits: 32 weights, unsigned codes, one scale, and a code that means zero.
 
 A packed row is its codes, then its scales in half precision, then, where they differ from block to block, the zero
-points. The graph widens the scales to float32, which onnxruntime does once, when it loads the model.
+points. The file has the same scales in float32, which the operator takes.
 Source: contrib operator ``com.microsoft.MatMulNBits``, docs/ContribOperators.md of onnxruntime 1.32.
 """
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.export._onnx_weights import PlannedTensor, _block_arrays
+from racdeploy.export._onnx_weights import PlannedTensor, _block_arrays, arrays_of, rows_of
 from racdeploy.quant import _matmulnbits
 
 O, I = 48, 512
@@ -96,7 +96,6 @@ def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
     """Return the weights as onnxruntime's operator sees them."""
     tensor = PlannedTensor("w", (O, I), name, name, "", looked_up=False)
     arrays = _block_arrays(tensor, quants.load(name).blocks(packed_OP, I))  # type: ignore[attr-defined]
-    arrays["w.scales"] = arrays["w.scales"].astype(np.float32)
     inputs = ["x", "w", "w.scales", *(["w.zero_points"] if "w.zero_points" in arrays else [])]
     bits = 8 if name.endswith("8") else 4
     node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", K=I, N=O, bits=bits, block_size=32)
@@ -107,3 +106,15 @@ def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString())
     return session.run(None, {"x": np.eye(I, dtype=np.float32)})[0].T
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_read_back_and_other_scales_are_refused(name: str) -> None:
+    """Scales of somebody else, finer than half precision, would come back as other weights."""
+    tensor = PlannedTensor("w", (O, I), name, name, "", looked_up=False)
+    packed_OP = quants.load(name).quantize(draw_weights())
+    arrays = arrays_of(tensor, packed_OP)
+    np.testing.assert_array_equal(rows_of(tensor, arrays), packed_OP)
+    arrays["w.scales"] = arrays["w.scales"] * np.float32(1 + 2**-20)
+    with pytest.raises(ValueError, match="half precision"):
+        rows_of(tensor, arrays)
