@@ -11,6 +11,7 @@ medians of alternating rounds.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -47,7 +48,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     rows = []
     for name, result in exports.items():
-        bits, size_mb, token = quants.load(name).BITS, result.size_bytes / 1e6, median(times[name])
+        linears = [tensor for tensor in result.tensors if tensor.quant_real == name and len(tensor.shape) == 2]
+        bits = 8 * sum(tensor.size_bytes for tensor in linears) / sum(math.prod(tensor.shape) for tensor in linears)
+        size_mb, token = result.size_bytes / 1e6, median(times[name])
         kl, top1, tokens = compared[name]
         rows.append({"quant": name, "kl": kl, "top1": top1, "tokens": tokens, "token_ms": times[name]})
         print(f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} | {tokens} |")
