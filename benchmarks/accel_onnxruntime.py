@@ -37,7 +37,7 @@ from racdeploy.backends._onnx_graph import open_session as open_model
 from racdeploy.backends.onnxruntime import open_engine
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.export import onnx as onnx_format
-from racdeploy.packing._sparse_matrix import kind_of, split
+from racdeploy.packing._sparse_matrix import LAYOUT, kind_of, split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
@@ -122,7 +122,7 @@ def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
         parts = {f"heads{i}": matrix.heads_OP, f"values{i}": matrix.values, f"offsets{i}": matrix.offsets}
         arrays |= parts
         attributes = {"I": I, "O": O, "quant": kind.ggml_type}
-        nodes.append(Node("racdeploy", "SparseMatMul", ("x", *parts), f"y{i}", attributes))
+        nodes.append(Node("racdeploy", "SparseMatMul", ("x", *parts), f"y{i}", attributes, LAYOUT))
     return model_bytes(nodes, arrays, {"x": I}), matrix.size_bytes
 
 

@@ -27,13 +27,14 @@ _IR_VERSION, _GRAPH, _OPSETS, _PROPERTIES = 1, 7, 8, 14
 
 @dataclass(frozen=True)
 class Node:
-    """An operator of a domain, with whole numbers for attributes."""
+    """An operator of a domain's version, with whole numbers for attributes."""
 
     domain: str
     operator: str
     inputs: Sequence[str]
     output: str
     attributes: Mapping[str, int]
+    version: int = 1
 
 
 def model_bytes(nodes: Sequence[Node], initializers: Mapping[str, NDArray[Any]], inputs: Mapping[str, int]) -> bytes:
@@ -49,7 +50,7 @@ def model_bytes(nodes: Sequence[Node], initializers: Mapping[str, NDArray[Any]],
     parts += [_field(5, _tensor(name, values)) for name, values in initializers.items()]
     parts += [_field(11, _value(name, columns)) for name, columns in inputs.items()]
     parts += [_field(12, _value(node.output, None)) for node in nodes]
-    domains = {"": 17} | {node.domain: 1 for node in nodes if node.domain}
+    domains = {"": 17} | {node.domain: node.version for node in nodes if node.domain}
     opsets = b"".join(_field(_OPSETS, _field(1, name.encode()) + _field(2, v)) for name, v in domains.items())
     return _field(_IR_VERSION, 9) + _field(_GRAPH, b"".join(parts)) + opsets
 

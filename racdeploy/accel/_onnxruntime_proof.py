@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.accel._onnx_bytes import Node, model_bytes
 from racdeploy.accel.onnxruntime import Proof
-from racdeploy.packing._sparse_matrix import kind_of, split
+from racdeploy.packing._sparse_matrix import LAYOUT, kind_of, split
 
 __all__ = ["example", "main", "open_session"]
 
@@ -54,7 +54,7 @@ def example(name: str, packed_OP: Array, I: int) -> tuple[bytes, bytes]:
     assert kind is not None
     matrix = split(kind, packed_OP)
     parts: dict[str, Array] = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
-    ours = Node("racdeploy", "SparseMatMul", ("x", *parts), "y", {"I": I, "O": O, "quant": kind.ggml_type})
+    ours = Node("racdeploy", "SparseMatMul", ("x", *parts), "y", {"I": I, "O": O, "quant": kind.ggml_type}, LAYOUT)
     stock, arrays = _stock(name, packed_OP, I)
     return model_bytes([stock], arrays, {"x": I}), model_bytes([ours], parts, {"x": I})
 

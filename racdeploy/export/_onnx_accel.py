@@ -28,7 +28,7 @@ from racdeploy.export._onnx_measure import TENSORS_KEY, StoredArrays, read_tenso
 from racdeploy.export._onnx_packing import MATRIX_PARTS
 from racdeploy.export._onnx_weights import PREFIX, PlannedTensor, rows_of
 from racdeploy.packing import bitmask_op
-from racdeploy.packing._sparse_matrix import kind_of, split
+from racdeploy.packing._sparse_matrix import LAYOUT, kind_of, split
 
 __all__ = ["refusals", "write_accel"]
 
@@ -114,7 +114,7 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, PlannedTensor]) -> None
     ours = [node for node in nodes if not node.name.startswith(PREFIX) or read.intersection(node.output)]
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(ours)
-    model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    model.opset_import.append(helper.make_opsetid(_DOMAIN, LAYOUT))
 
 
 def _product(node: onnx.NodeProto, tensor: PlannedTensor) -> onnx.NodeProto:

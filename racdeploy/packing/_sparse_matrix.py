@@ -1,9 +1,11 @@
 """The sparse matrices of the kernels in numpy: of each row of 256 weights a head, and the codes that are not zero.
 
-A head is 8 scales in half precision, where the number format has scales, and a mask of 256 bits, low bits first. The
-values of a row follow each other: a code of 8 or 16 bits as it is, one of 4 bits in half a byte, the first one low, and
-every 64th weight begins a new byte. ``offsets`` say where each row begins in ``values``; behind the last value are
-``SLACK_BYTES`` that kernels may read. Little-endian throughout. Source: ``racdeploy/accel/sources/sparse_matrix.h``.
+A head is 8 scales in half precision, where the number format has scales, and a mask of 256 bits, low bits first. With
+scales the bits stand for the weights in chunks: first weights 0 to 7 of each of the 8 blocks of 32, then weights 8 to
+15, and so on. The values of a row follow each other in the order of the bits: codes of 8 or 16 bits as they are; those
+of 4 bits in two streams, chunks 0 and 1 of every group in the low halves of the bytes and chunks 2 and 3 in the high
+ones. ``offsets`` say where each row begins in ``values``; behind the last value are ``SLACK_BYTES`` that kernels may
+read. Little-endian throughout. Source: ``racdeploy/accel/sources/sparse_matrix.h``.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SLACK_BYTES", "Kind", "SparseMatrix", "join", "kind_of", "split"]
+__all__ = ["LAYOUT", "SLACK_BYTES", "Kind", "SparseMatrix", "join", "kind_of", "split"]
 
+LAYOUT = 2  # changes with the form: the version of the operator's domain in a graph
 SLACK_BYTES = 128
-_GROUP, _CHUNK, _BLOCK = 256, 64, 32
+_GROUP, _BLOCK = 256, 32
 _SLAB_WEIGHTS = 4_194_304
 Bytes = NDArray[np.uint8]
 
@@ -83,11 +86,11 @@ def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
     heads, values, counts = [], [], []
     for start in range(0, O, step := max(1, _SLAB_WEIGHTS // I)):
         rows_OP = packed_OP[start : start + step]
-        code_OI = _codes(kind, rows_OP[:, : I * kind.bits // 8])
-        keep_OI = code_OI != kind.zero
+        code_ON = _in_chunks(kind, _codes(kind, rows_OP[:, : I * kind.bits // 8]))
+        keep_ON = code_ON != kind.zero
         scale_OP = rows_OP[:, I * kind.bits // 8 :]
-        heads.append(_heads(kind, keep_OI, scale_OP))
-        kept, bytes_O = _kept(kind, code_OI, keep_OI)
+        heads.append(_heads(kind, keep_ON, scale_OP))
+        kept, bytes_O = _kept(kind, code_ON, keep_ON)
         values.append(kept)
         counts.append(bytes_O)
     offsets = np.zeros(O + 1, dtype=np.int64)
@@ -109,16 +112,15 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
         stop = min(start + step, O)
         head_OGP = heads_OP[start:stop].reshape(stop - start, -1, kind.head_bytes)
         mask_OP = np.ascontiguousarray(head_OGP[:, :, -_GROUP // 8 :]).reshape(stop - start, -1)
-        keep_OI = np.unpackbits(mask_OP, axis=1, bitorder="little").view(np.bool_)
-        if keep_OI[:, I:].any():
+        keep_ON = np.unpackbits(mask_OP, axis=1, bitorder="little").view(np.bool_)
+        if _in_rows(kind, keep_ON)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
-        keep_OI = keep_OI[:, :I]
-        place, bytes_O = _places(kind, keep_OI)
+        place, bytes_O = _places(kind, keep_ON)
         if not np.array_equal(bytes_O, np.diff(offsets[start : stop + 1])):
             raise ValueError("the masks of a row and its values are not equally many")
-        code_OI = np.full(keep_OI.shape, kind.zero, dtype=np.uint16 if kind.bits == 16 else np.uint8)
-        code_OI[keep_OI] = _take(kind, matrix.values[offsets[start] : offsets[stop]], place)
-        packed_OP[start:stop, : I * kind.bits // 8] = _code_bytes(kind, code_OI)
+        code_ON = np.full(keep_ON.shape, kind.zero, dtype=np.uint16 if kind.bits == 16 else np.uint8)
+        code_ON[keep_ON] = _take(kind, matrix.values[offsets[start] : offsets[stop]], place)
+        packed_OP[start:stop, : I * kind.bits // 8] = _code_bytes(kind, _in_rows(kind, code_ON)[:, :I])
         if kind.scaled:
             scale_OP = np.ascontiguousarray(head_OGP[:, :, : -_GROUP // 8]).reshape(stop - start, -1)
             packed_OP[start:stop, I * kind.bits // 8 :] = scale_OP[:, : 2 * I // _BLOCK]
@@ -139,6 +141,19 @@ def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
         raise ValueError(f"the offsets do not end where the {matrix.values.size} bytes of values do")
 
 
+def _in_chunks(kind: Kind, code_OI: NDArray[Any]) -> NDArray[Any]:
+    """Return the codes of whole groups in the order of the mask bits."""
+    O, I = code_OI.shape
+    code_OI = np.pad(code_OI, ((0, 0), (0, -I % _GROUP)), constant_values=kind.zero)
+    return code_OI.reshape(O, -1, 8, 4, 8).swapaxes(2, 3).reshape(O, -1) if kind.scaled else code_OI
+
+
+def _in_rows(kind: Kind, value_ON: NDArray[Any]) -> NDArray[Any]:
+    """Return what belongs to the mask bits in the order of the weights."""
+    O = len(value_ON)
+    return value_ON.reshape(O, -1, 4, 8, 8).swapaxes(2, 3).reshape(O, -1) if kind.scaled else value_ON
+
+
 def _codes(kind: Kind, code_OP: Bytes) -> NDArray[Any]:
     """Return code_OI, one code in each element."""
     if kind.bits == 4:
@@ -152,13 +167,11 @@ def _code_bytes(kind: Kind, code_OI: NDArray[Any]) -> Bytes:
     return code_OI.astype("<u2").view(np.uint8) if kind.bits == 16 else code_OI
 
 
-def _heads(kind: Kind, keep_OI: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
-    O, I = keep_OI.shape
-    G = -(-I // _GROUP)
+def _heads(kind: Kind, keep_ON: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
+    O, N = keep_ON.shape
+    G = N // _GROUP
     head_OGP = np.zeros((O, G, kind.head_bytes), dtype=np.uint8)
-    mask_OP = np.zeros((O, G * _GROUP // 8), dtype=np.uint8)
-    mask_OP[:, : I // 8] = np.packbits(keep_OI, axis=1, bitorder="little")
-    head_OGP[:, :, -_GROUP // 8 :] = mask_OP.reshape(O, G, -1)
+    head_OGP[:, :, -_GROUP // 8 :] = np.packbits(keep_ON, axis=1, bitorder="little").reshape(O, G, -1)
     if kind.scaled:
         scales_OP = np.zeros((O, G * 2 * _GROUP // _BLOCK), dtype=np.uint8)
         scales_OP[:, : scale_OP.shape[1]] = scale_OP
@@ -166,10 +179,10 @@ def _heads(kind: Kind, keep_OI: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
     return head_OGP.reshape(O, -1)
 
 
-def _kept(kind: Kind, code_OI: NDArray[Any], keep_OI: NDArray[np.bool_]) -> tuple[Bytes, NDArray[np.int64]]:
+def _kept(kind: Kind, code_ON: NDArray[Any], keep_ON: NDArray[np.bool_]) -> tuple[Bytes, NDArray[np.int64]]:
     """Return the values of the rows, and how many bytes each row has."""
-    kept = code_OI[keep_OI]
-    place, bytes_O = _places(kind, keep_OI)
+    kept = code_ON[keep_ON]
+    place, bytes_O = _places(kind, keep_ON)
     if kind.bits != 4:
         return kept.view(np.uint8), bytes_O
     nibbles = np.zeros(2 * int(bytes_O.sum()), dtype=np.uint8)
@@ -184,16 +197,15 @@ def _take(kind: Kind, values: Bytes, place: NDArray[np.int64]) -> NDArray[Any]:
     return np.ascontiguousarray(values).view("<u2") if kind.bits == 16 else values
 
 
-def _places(kind: Kind, keep_OI: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _places(kind: Kind, keep_ON: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the place of each kept code among half bytes, for codes of 4 bits, and the bytes of each row."""
-    O, I = keep_OI.shape
+    O, N = keep_ON.shape
     if kind.bits != 4:
-        return np.empty(0, dtype=np.int64), np.count_nonzero(keep_OI, axis=1).astype(np.int64) * (kind.bits // 8)
-    chunks = -(-I // _CHUNK)
-    keep_OCS = np.zeros((O, chunks * _CHUNK), dtype=np.bool_)
-    keep_OCS[:, :I] = keep_OI
-    keep_OCS = keep_OCS.reshape(O, chunks, _CHUNK)
-    bytes_OC = -(-np.count_nonzero(keep_OCS, axis=2).astype(np.int64) // 2)
-    start_OC = (np.cumsum(bytes_OC) - bytes_OC.reshape(-1)).reshape(O, chunks)
-    rank_OCS = np.cumsum(keep_OCS, axis=2, dtype=np.int64) - 1
-    return (2 * start_OC[:, :, None] + rank_OCS)[keep_OCS], bytes_OC.sum(axis=1)
+        return np.empty(0, dtype=np.int64), np.count_nonzero(keep_ON, axis=1).astype(np.int64) * (kind.bits // 8)
+    half = np.arange(N) // (_GROUP // 2) % 2  # of its group, and of its byte
+    rank_ON = np.empty((O, N), dtype=np.int64)
+    for which in (0, 1):
+        rank_ON[:, half == which] = np.cumsum(keep_ON[:, half == which], axis=1)
+    bytes_O = rank_ON[:, [N - 1 - _GROUP // 2, N - 1]].max(axis=1)
+    start_O = np.cumsum(bytes_O) - bytes_O
+    return (2 * (start_O[:, None] + rank_ON - 1) + half)[keep_ON], bytes_O

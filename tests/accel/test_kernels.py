@@ -138,8 +138,8 @@ def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: st
     activation_TI[0, 64:96] = 0
     workspace = chosen.prepare(quant, activation_TI)
     blocks = ggml_q8_0(activation_TI[0]).reshape(-1, 34)
-    codes = workspace[:columns].view(np.int8)
-    scales = workspace[2 * columns + columns // 8 :][: columns // 8].view(np.float32)
+    codes = workspace[:columns].view(np.int8).reshape(-1, 4, 8, 8).swapaxes(1, 2).reshape(-1)  # they lie in chunks
+    scales = workspace[columns + columns // 4 + columns // 8 :][: columns // 8].view(np.float32)
     assert (codes == blocks[:, 2:].view(np.int8).reshape(-1)).all()
     assert (scales == blocks[:, :2].copy().view(np.float16).reshape(-1).astype(np.float32)).all()
 

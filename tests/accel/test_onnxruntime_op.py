@@ -16,7 +16,7 @@ from racdeploy import quant as quants
 from racdeploy.accel._onnx_bytes import Node, model_bytes
 from racdeploy.accel._onnxruntime_proof import open_session
 from racdeploy.accel.onnxruntime import LIBRARY
-from racdeploy.packing._sparse_matrix import SLACK_BYTES, SparseMatrix, kind_of, split
+from racdeploy.packing._sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix, kind_of, split
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
 SOURCES = Path(__file__).parents[2] / "racdeploy" / "accel" / "sources"
@@ -47,12 +47,12 @@ def draw_rows(quant: str, O: int, I: int, sparsity: float, seed: int = 0) -> Arr
     return quants.load(quant).quantize(weight_OI)
 
 
-def graph_of(quant: str, matrix: SparseMatrix, O: int, I: int, /, **attributes: int) -> bytes:
+def graph_of(quant: str, matrix: SparseMatrix, O: int, I: int, /, version: int = LAYOUT, **attributes: int) -> bytes:
     kind = kind_of(quants.load(quant))
     assert kind is not None
     parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
     attributes = {"I": I, "O": O, "quant": kind.ggml_type} | attributes
-    return model_bytes([Node("racdeploy", "SparseMatMul", ("x", *parts), "y", attributes)], parts, {"x": I})
+    return model_bytes([Node("racdeploy", "SparseMatMul", ("x", *parts), "y", attributes, version)], parts, {"x": I})
 
 
 def split_rows(quant: str, packed_OP: Array) -> SparseMatrix:
@@ -122,9 +122,10 @@ def test_no_tokens_and_wrong_inputs(library: Path) -> None:
     matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 8, 64, 0.5))
     session = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library)
     assert session.run(None, {"x": np.zeros((1, 0, 64), np.float32)})[0].shape == (1, 0, 8)
+    parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
     open_input = model_bytes(
-        [Node("racdeploy", "SparseMatMul", ("x", "heads", "values", "offsets"), "y", {"I": 64, "O": 8, "quant": 8})],
-        {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets},
+        [Node("racdeploy", "SparseMatMul", ("x", *parts), "y", {"I": 64, "O": 8, "quant": 8}, LAYOUT)],
+        parts,
         {"x": 96},
     )
     with pytest.raises(Exception, match="the last dimension of X is not I"):
@@ -153,7 +154,7 @@ def _edit(part: str, change: Callable[[Array], object]) -> Callable[[SparseMatri
 
 PARTS = ("heads_OP", "values", "offsets")
 HOSTILE: dict[str, Callable[[SparseMatrix], SparseMatrix]] = {
-    "a few bits more in a mask": _edit("heads_OP", lambda heads: heads[3].__setitem__(20, 255)),
+    "a few bits more in a mask": _edit("heads_OP", lambda heads: heads[3].__setitem__([20, 40], 255)),
     "all bits": _edit("heads_OP", lambda heads: heads.fill(255)),
     "bits behind the row": _edit("heads_OP", lambda heads: heads[:, -1].fill(128)),
     "values cut": lambda matrix: SparseMatrix(matrix.heads_OP, matrix.values[:-200], matrix.offsets),
@@ -192,10 +193,23 @@ def test_a_matrix_that_lies_is_an_error_of_the_session(library: Path, quant: str
         open_session(graph_of(quant, changed, 16, 576, **ATTRIBUTES.get(name, {})), library)
 
 
+def test_a_graph_of_an_earlier_layout_is_refused(library: Path) -> None:
+    """Its masks fit as well, and mean other weights."""
+    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 256, 0.5))
+    with pytest.raises(Exception, match="SparseMatMul"):
+        open_session(graph_of("matmulnbits_8", matrix, 16, 256, version=LAYOUT - 1), library)
+
+
+def test_the_layout_is_that_of_the_header() -> None:
+    """What is written is what the kernels read."""
+    assert f"layout = {LAYOUT};" in (SOURCES / "sparse_matrix.h").read_text(encoding="utf-8")
+
+
 def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
     """Its parts as inputs of the graph could change from run to run."""
     matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 64, 0.5))
-    node = Node("racdeploy", "SparseMatMul", ("x", "x", "values", "offsets"), "y", {"I": 64, "O": 16, "quant": 8})
+    inputs = ("x", "x", "values", "offsets")
+    node = Node("racdeploy", "SparseMatMul", inputs, "y", {"I": 64, "O": 16, "quant": 8}, LAYOUT)
     parts = {"values": matrix.values, "offsets": matrix.offsets}
     with pytest.raises(Exception, match="Type Error|must be constant"):
         open_session(model_bytes([node], parts, {"x": 64}), library)

@@ -178,10 +178,8 @@ void multiply_rows(const SparseMatrix& matrix, int64_t tokens, const void* works
                          : nullptr;
     if (!inputs) return portable_kernels.multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
     for (int64_t at = 0; at < tokens * from.padded_columns; at += step_columns)
-        for (int64_t run = 0; run < 4; run++) {
-            std::memcpy(inputs + at + 32 * run, from.codes + at + 16 * run, 16);
-            std::memcpy(inputs + at + 32 * run + 16, from.codes + at + 64 + 16 * run, 16);
-        }
+        for (int64_t i = 0; i < step_columns; i += 8)  // run i / 16 % 4 of lane i / 64
+            std::memcpy(inputs + at + i % 64 / 16 * 32 + i / 64 * 16 + i % 16, from.codes + place_in_chunks(at + i), 8);
     for (int64_t row = row_begin; row < row_end; row++) {
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4) multiply_row<4>(matrix, row, from, inputs, t, output, output_stride);

@@ -103,6 +103,8 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
     const int64_t bytes = offsets_bytes + heads_bytes + offsets[rows] + slack_bytes;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) give_up(tensor->name);
+    // A token walks through all of it: with pages of 4 KB up to a fifth of the time goes to finding them.
+    madvise(memory, bytes, MADV_HUGEPAGE);
     auto* heads = static_cast<uint8_t*>(memory) + offsets_bytes;
     std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
     over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {

@@ -34,24 +34,36 @@ constexpr int32_t zero_point(Quant quant) { return quant == Quant::q8_0 ? 128 : 
 
 constexpr int64_t padded(int64_t columns) { return groups(columns) * group_weights; }
 
-// The workspace of a quantized matrix. Inputs beyond `columns` are 0, so their weights do not matter.
+// Where a weight stands among those of its group, in chunks; and the weight that stands there.
+constexpr int64_t chunk_weights = 64;
+constexpr int64_t place_in_chunks(int64_t column) {
+    const int64_t group = column / group_weights * group_weights, block = column % group_weights / block_weights;
+    return group + column % block_weights / 8 * chunk_weights + block * 8 + column % 8;
+}
+constexpr int64_t column_in_chunks(int64_t place) {
+    const int64_t group = place / group_weights * group_weights, chunk = place % group_weights / chunk_weights;
+    return group + place % chunk_weights / 8 * block_weights + chunk * 8 + place % 8;
+}
+
+// The workspace of a quantized matrix: inputs in chunks, whatever the pattern. Inputs beyond `columns` are 0, so their
+// weights do not matter.
 struct QuantizedActivations {
     int64_t padded_columns;
     int8_t* codes;           // [tokens][padded]
-    int32_t* quad_offsets;   // [tokens][padded / 4], -zero_point times the sum of 4 codes
-    int32_t* block_offsets;  // [tokens][padded / 32], the same over 32 codes
+    int32_t* lane_offsets;   // [tokens][padded / 16], -zero_point times the sum of the 16 codes under a 32-bit lane
+    int32_t* block_offsets;  // [tokens][padded / 32], the same over the 32 codes of a block
     float* scales;           // [tokens][padded / 32]
 
     QuantizedActivations(int64_t columns, int64_t tokens, void* workspace) : padded_columns(padded(columns)) {
         const int64_t weights = tokens * padded_columns;
         codes = static_cast<int8_t*>(workspace);
-        quad_offsets = reinterpret_cast<int32_t*>(codes + weights);
-        block_offsets = quad_offsets + weights / 4;
+        lane_offsets = reinterpret_cast<int32_t*>(codes + weights);
+        block_offsets = lane_offsets + weights / 16;
         scales = reinterpret_cast<float*>(block_offsets + weights / block_weights);
     }
     static int64_t bytes(int64_t columns, int64_t tokens) {
         const int64_t weights = tokens * padded(columns);
-        return weights * 2 + weights / block_weights * 8;
+        return weights + weights / 16 * 4 + weights / block_weights * 8;
     }
 };
 

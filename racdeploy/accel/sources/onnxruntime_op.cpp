@@ -3,6 +3,7 @@
 //   inputs      X float32; heads uint8, values uint8, offsets int64 as in sparse_matrix.h, all three constant
 //   attributes  I, O; quant, ggml's number of the format
 //
+// The version of its domain is that of the matrix's form: onnxruntime refuses a graph of an earlier one.
 // The matrix is read where onnxruntime holds its initializers: of a file with external data that is the mapped file.
 // It is checked when the kernel is made, so that a damaged file is an error of the session. Nothing throws.
 #include <climits>
@@ -228,7 +229,7 @@ struct SparseMatMul : ort::CustomOp {
         get_input_memory_type = [](const CustomOp*, size_t) { return 0; };                                 // of the CPU
         get_variadic_input_min_arity = get_variadic_output_min_arity = [](const CustomOp*) { return 1; };
         get_variadic_input_homogeneity = get_variadic_output_homogeneity = [](const CustomOp*) { return 0; };
-        get_start_version = [](const CustomOp*) { return 1; };
+        get_start_version = [](const CustomOp*) { return layout; };
         get_end_version = [](const CustomOp*) { return INT_MAX; };
         create_kernel_v2 = create;
         kernel_compute_v2 = compute;

@@ -1,4 +1,5 @@
 // Every kernel in plain C++, weight by weight: what the tests hold the others against.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -43,29 +44,32 @@ void set_value(Quant quant, uint8_t* row, int64_t column, uint16_t value) {
     pair = index < 16 ? static_cast<uint8_t>((pair & 0xf0) | value) : static_cast<uint8_t>((pair & 15) | value << 4);
 }
 
+// Which weight the mask bit at a place of a row is.
+int64_t column_at(Quant quant, Pattern pattern, int64_t place) {
+    return pattern == Pattern::unstructured && is_quantized(quant) ? column_in_chunks(place) : place;
+}
+
 // Where the n-th stored value of a row stands, in values from the row's first (Q4_0: in nibbles).
 class Stream {
 public:
     Stream(Quant quant, Pattern pattern) : quant_(quant), pattern_(pattern) {}
-    int64_t next(int64_t column) {
-        if (quant_ == Quant::q4_0 && column / 64 != chunk_) {
-            chunk_ = column / 64;
-            position_ += position_ & 1;
-        }
-        const int64_t position = position_++;
+    int64_t next(int64_t place) {
+        const int64_t half = quant_ == Quant::q4_0 ? place / 128 % 2 : 0;
+        const int64_t position = stored_[half]++;
+        if (quant_ == Quant::q4_0) return 2 * position + half;
         if (pattern_ == Pattern::unstructured) return position;
         static constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
         return position / 64 * 64 + place_of_run[position / 16 % 4] * 16 + position % 16;
     }
     int64_t bytes() const {
-        if (quant_ == Quant::q4_0) return (position_ + 1) / 2;
-        return position_ * (quant_ == Quant::q8_0 ? 1 : 2);
+        if (quant_ == Quant::q4_0) return std::max(stored_[0], stored_[1]);
+        return stored_[0] * (quant_ == Quant::q8_0 ? 1 : 2);
     }
 
 private:
     Quant quant_;
     Pattern pattern_;
-    int64_t chunk_ = 0, position_ = 0;
+    int64_t stored_[2] = {0, 0};
 };
 
 uint16_t read_value(Quant quant, const uint8_t* values, int64_t position) {
@@ -78,8 +82,7 @@ void write_value(Quant quant, uint8_t* values, int64_t position, uint16_t value)
     if (quant == Quant::q8_0) {
         values[position] = static_cast<uint8_t>(value);
     } else if (quant == Quant::q4_0) {
-        uint8_t& pair = values[position / 2];
-        pair = position & 1 ? static_cast<uint8_t>((pair & 15) | value << 4) : static_cast<uint8_t>(value);
+        values[position / 2] |= static_cast<uint8_t>(position & 1 ? value << 4 : value);
     } else {
         std::memcpy(values + 2 * position, &value, 2);
     }
@@ -108,8 +111,10 @@ void count_rows(Quant quant, Pattern pattern, int64_t columns, const void* block
     for (int64_t r = row_begin; r < row_end; r++) {
         const BlockRow row(quant, static_cast<const uint8_t*>(blocks) + r * row_bytes(quant, columns));
         Stream stream(quant, pattern);
-        for (int64_t column = 0; column < columns; column++)
-            if (is_stored(pattern, row, column)) stream.next(column);
+        for (int64_t place = 0; place < padded(columns); place++) {
+            const int64_t column = column_at(quant, pattern, place);
+            if (column < columns && is_stored(pattern, row, column)) stream.next(place);
+        }
         counts[r] = stream.bytes();
     }
 }
@@ -121,17 +126,19 @@ void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks
         const BlockRow row(quant, static_cast<const uint8_t*>(blocks) + r * row_bytes(quant, columns));
         uint8_t* head = heads + r * heads_of_row;
         std::memset(head, 0, static_cast<size_t>(heads_of_row));
+        std::memset(values + offsets[r], 0, static_cast<size_t>(offsets[r + 1] - offsets[r]));
         Stream stream(quant, pattern);
-        for (int64_t column = 0; column < columns; column++) {
-            const int64_t weight = column % group_weights;
+        for (int64_t place = 0; place < padded(columns); place++) {
+            const int64_t column = column_at(quant, pattern, place), bit = place % group_weights;
+            if (column >= columns) continue;
             uint8_t* group = head + column / group_weights * head_bytes(quant);
-            if (is_quantized(quant) && weight % block_weights == 0) {
+            if (is_quantized(quant) && column % block_weights == 0) {
                 const uint16_t scale = row.scale(column / block_weights);
-                std::memcpy(group + weight / block_weights * 2, &scale, 2);
+                std::memcpy(group + column % group_weights / block_weights * 2, &scale, 2);
             }
             if (!is_stored(pattern, row, column)) continue;
-            group[head_bytes(quant) - 32 + weight / 8] |= static_cast<uint8_t>(1 << weight % 8);
-            write_value(quant, values + offsets[r], stream.next(column), row.value(column));
+            group[head_bytes(quant) - 32 + bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
+            write_value(quant, values + offsets[r], stream.next(place), row.value(column));
         }
     }
 }
@@ -141,18 +148,20 @@ void unpack_rows(const SparseMatrix& matrix, void* blocks, int64_t row_begin, in
     for (int64_t r = row_begin; r < row_end; r++) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         Stream stream(quant, matrix.pattern);
-        for (int64_t column = 0; column < matrix.columns; column++) {
+        for (int64_t place = 0; place < padded(matrix.columns); place++) {
+            const int64_t column = column_at(quant, matrix.pattern, place);
+            if (column >= matrix.columns) continue;
             const uint8_t* head =
-                matrix.heads + (r * groups(matrix.columns) + column / group_weights) * head_bytes(quant);
-            const int64_t weight = column % group_weights;
-            if (is_quantized(quant) && weight % block_weights == 0) {
+                matrix.heads + (r * groups(matrix.columns) + place / group_weights) * head_bytes(quant);
+            if (is_quantized(quant) && column % block_weights == 0) {
                 const int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
-                std::memcpy(row + column / block_weights * block_bytes, head + weight / block_weights * 2, 2);
+                const int64_t block = column / block_weights;
+                std::memcpy(row + block * block_bytes, head + block % 8 * 2, 2);
             }
             const uint16_t zero = is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : 0;
-            const bool stored = mask_bit(mask_of(quant, head), weight);
+            const bool stored = mask_bit(mask_of(quant, head), place % group_weights);
             set_value(quant, row, column,
-                      stored ? read_value(quant, matrix.values + matrix.offsets[r], stream.next(column)) : zero);
+                      stored ? read_value(quant, matrix.values + matrix.offsets[r], stream.next(place)) : zero);
         }
     }
 }
@@ -180,16 +189,15 @@ void prepare_row(Quant quant, int64_t columns, int64_t tokens, int64_t token, co
         for (int i = 0; inside && i < block_weights; i++) largest = std::fmax(largest, std::fabs(from[i]));
         to.scales[at / block_weights] = float_of_half(half_of_float(largest / 127.0f));
         const float inverse = largest != 0 ? 127.0f / largest : 0;
-        int32_t sum = 0;
+        int32_t sums[2] = {0, 0};  // of the two lanes that a block fills
         for (int i = 0; i < block_weights; i++) {
-            to.codes[at + i] = inside ? static_cast<int8_t>(std::nearbyintf(from[i] * inverse)) : 0;
-            sum += to.codes[at + i];
+            const int8_t code = inside ? static_cast<int8_t>(std::nearbyintf(from[i] * inverse)) : int8_t{0};
+            to.codes[place_in_chunks(at + i)] = code;
+            sums[i / 4 % 2] += code;
         }
-        to.block_offsets[at / block_weights] = -zero_point(quant) * sum;
-        for (int i = 0; i < block_weights; i += 4) {
-            const int8_t* four = to.codes + at + i;
-            to.quad_offsets[(at + i) / 4] = -zero_point(quant) * (four[0] + four[1] + four[2] + four[3]);
-        }
+        to.lane_offsets[at / 16] = -zero_point(quant) * sums[0];
+        to.lane_offsets[at / 16 + 1] = -zero_point(quant) * sums[1];
+        to.block_offsets[at / block_weights] = -zero_point(quant) * (sums[0] + sums[1]);
     }
 }
 
@@ -199,24 +207,27 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     Stream stream(quant, matrix.pattern);
     double total = 0;
-    for (int64_t block = 0; block < matrix.columns / block_weights; block++) {
-        const int64_t group = row * groups(matrix.columns) + block / 8;
-        const uint8_t* head = matrix.heads + group * head_bytes(quant);
-        int32_t codes = 0;
-        for (int64_t column = block * block_weights; column < (block + 1) * block_weights; column++) {
-            if (!mask_bit(mask_of(quant, head), column % group_weights)) continue;
-            const uint16_t value = read_value(quant, matrix.values + matrix.offsets[row], stream.next(column));
+    for (int64_t group = 0; group < groups(matrix.columns); group++) {
+        const uint8_t* head = matrix.heads + (row * groups(matrix.columns) + group) * head_bytes(quant);
+        int32_t codes[8] = {};  // of each block
+        for (int64_t bit = 0; bit < group_weights; bit++) {
+            if (!mask_bit(mask_of(quant, head), bit)) continue;
+            const int64_t column = column_at(quant, matrix.pattern, group * group_weights + bit);
+            const uint16_t value = read_value(quant, matrix.values + matrix.offsets[row], stream.next(bit));
             if (quant == Quant::f16)
                 total += double(float_of_half(value)) * static_cast<const float*>(workspace)[at + column];
             else if (quant == Quant::bf16)
                 total += double(float_of_bfloat(value)) *
                          float_of_bfloat(static_cast<const uint16_t*>(workspace)[at + column]);
             else
-                codes += (value - zero_point(quant)) * from.codes[at + column];
+                codes[column % group_weights / block_weights] +=
+                    (value - zero_point(quant)) * from.codes[place_in_chunks(at + column)];
         }
-        if (is_quantized(quant))
-            total += double(float_of_half(load<uint16_t>(head + block % 8 * 2))) *
-                     from.scales[at / block_weights + block] * codes;
+        const int64_t blocks =
+            is_quantized(quant) ? std::min<int64_t>(8, matrix.columns / block_weights - group * 8) : 0;
+        for (int64_t block = 0; block < blocks; block++)
+            total += double(float_of_half(load<uint16_t>(head + block * 2))) *
+                     from.scales[at / block_weights + group * 8 + block] * codes[block];
     }
     return static_cast<float>(total);
 }

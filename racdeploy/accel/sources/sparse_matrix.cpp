@@ -1,6 +1,7 @@
 // The public functions: checks that no kernel repeats, and the choice of the kernels.
 #include "sparse_matrix.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 
@@ -22,11 +23,17 @@ const Kernels& kernels() {
     return chosen ? *chosen : here;
 }
 
-// Mask bits of weights [column, column + 64) of a row; 0 beyond the last group.
-uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t column) {
-    const int64_t group = row * groups(matrix.columns) + column / group_weights;
+// The 64 mask bits from a place of a row on.
+uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t place) {
+    const int64_t group = row * groups(matrix.columns) + place / group_weights;
     const uint8_t* mask = matrix.heads + (group + 1) * head_bytes(matrix.quant) - 32;
-    return load<uint64_t>(mask + column % group_weights / 8);
+    return load<uint64_t>(mask + place % group_weights / 8);
+}
+
+// How many of these 64 mask bits are of weights of the row: the first ones.
+int64_t bits_inside(const SparseMatrix& matrix, int64_t place) {
+    if (matrix.pattern == Pattern::two_of_four || !is_quantized(matrix.quant)) return matrix.columns - place;
+    return (matrix.columns - place / group_weights * group_weights) / block_weights * 8;
 }
 
 bool two_in_every_four(uint64_t bits) {
@@ -36,15 +43,17 @@ bool two_in_every_four(uint64_t bits) {
 
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
-    int64_t bytes = 0;
-    for (int64_t column = 0; column < padded(matrix.columns); column += 64) {
-        const uint64_t bits = mask_bits(matrix, row, column);
-        const int64_t inside = matrix.columns - column;
+    int64_t stored[2] = {0, 0};  // in the first and the second half of each group: the two streams of Q4_0
+    for (int64_t place = 0; place < padded(matrix.columns); place += 64) {
+        const uint64_t bits = mask_bits(matrix, row, place);
+        const int64_t inside = bits_inside(matrix, place);
         if (inside < 64 && bits >> (inside > 0 ? inside : 0)) return false;
         if (matrix.pattern == Pattern::two_of_four && inside > 0 && !two_in_every_four(bits)) return false;
-        const int64_t stored = __builtin_popcountll(bits);
-        bytes += matrix.quant == Quant::q4_0 ? (stored + 1) / 2 : matrix.quant == Quant::q8_0 ? stored : stored * 2;
+        stored[place / 128 % 2] += __builtin_popcountll(bits);
     }
+    const int64_t bytes = matrix.quant == Quant::q4_0   ? std::max(stored[0], stored[1])
+                          : matrix.quant == Quant::q8_0 ? stored[0] + stored[1]
+                                                        : 2 * (stored[0] + stored[1]);
     return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
 }
 

@@ -5,10 +5,15 @@
 //   Q8_0, Q4_0   head of 48 bytes: 8 scales (float16, one per 32 weights), 256 mask bits
 //   F16, BF16    head of 32 bytes: 256 mask bits
 //
-// Bit i of the mask, counted from the lowest bit of the first byte, is weight i of the group; 1 means stored. A value
-// is one byte, the code + 128 (Q8_0); four bits, ggml's nibble, the first of two in the low bits, a new byte at every
-// 64th weight (Q4_0); or two bytes (F16, BF16). A row's last group may be short: mask bits and scales beyond the row
-// are 0. Little-endian throughout.
+// The mask's bits, counted from the lowest bit of the first byte, are the group's weights, and the values follow in the
+// same order; 1 means stored. F16 and BF16 keep the weights in order. Q8_0 and Q4_0 take them in four chunks of 64:
+// chunk i has weights 8i to 8i + 7 of each of the 8 blocks. A place is of the same block in every chunk, so that the
+// chunks' products are added up as integers before they meet their scales.
+//
+// A value is one byte, the code + 128 (Q8_0); four bits, ggml's nibble (Q4_0); or two bytes (F16, BF16). In Q4_0 a
+// row's values are two streams side by side, of which the shorter one ends in zeros: the low bits have chunks 0 and 1 of
+// every group, which are ggml's low nibbles, and the high bits chunks 2 and 3. So nibbles come apart without a shuffle.
+// A row's last group may be short: mask bits and scales beyond the row are 0. Little-endian throughout.
 //
 // Unpacking restores ggml's blocks byte for byte: what is not stored has the code of +0.
 //
@@ -21,11 +26,13 @@ namespace racdeploy {
 enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
-// the order of the AVX2 kernel (each 128 weights store 4 runs of 16 values: first, third, second, fourth); Q8_0 only.
+// the order of the AVX2 kernel (masks of weights in order; each 128 weights store 4 runs of 16 values: first, third,
+// second, fourth); Q8_0 only.
 enum class Pattern : int32_t { unstructured = 0, two_of_four = 1 };
 
 constexpr int64_t group_weights = 256;
 constexpr int64_t slack_bytes = 128;  // readable behind the values
+constexpr int layout = 2;             // changes with this form: files say it
 
 struct SparseMatrix {  // a view: owns nothing
     Quant quant;
