@@ -25,8 +25,10 @@ TABLE_BYTES = 48
 _CODES, _BUCKETS, _WORDS, _WORD_BITS = 16, 32, 1 << 16, 16
 _COST_STEPS = 8  # of a cost for a bit
 # For every byte: its four pairs of bits as bits 8 and 9 of four numbers, looked up as one item
-_QUARTERS = np.stack([np.arange(256) >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).astype(np.intp) << 8
-_FOUR = np.dtype(f"V{4 * _QUARTERS.itemsize}")
+_QUARTERS = (
+    np.stack([np.arange(256) << 8 >> shift & 768 for shift in (0, 2, 4, 6)], axis=-1).astype(np.uint16).view("V8")
+)
+_LOWER, _UPPER = np.uint32(0xFFFF), np.uint32(16)  # half of a number that holds two words, and where the other begins
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class Table:
         return cls(costs.tobytes(), bytes(_cut(np.concatenate([[0.0], np.cumsum(expected)]))))
 
     @classmethod
-    def read(cls, stored: Bytes) -> Table:
+    @lru_cache(maxsize=8)  # tensors share tables
+    def read(cls, stored: bytes) -> Table:
         """Read a table.
 
         Raises:
             ArtifactError: its buckets do not hold every word once.
         """
-        costs, widths = stored[:_CODES].tobytes(), stored[_CODES:].tobytes()
-        if len(widths) != _BUCKETS or _words_of(widths) != _WORDS:
+        costs, widths = stored[:_CODES], stored[_CODES:]
+        if len(widths) != _BUCKETS or sum(1 << width for width in widths) != _WORDS:
             raise ArtifactError(f"the buckets {list(widths)} do not hold {_WORDS} words")
         return cls(costs, widths)
 
@@ -94,56 +97,52 @@ class Table:
             ArtifactError: there are more or fewer bits than the buckets need.
         """
         pairs = numbers.size // 5 * 4
-        pair = _QUARTERS.view(_FOUR).take(numbers[pairs:], mode="wrap").view(np.intp)
-        pair |= numbers[:pairs].astype(np.intp)
+        pair = _QUARTERS.take(numbers[pairs:], mode="wrap").view(np.uint16)
+        pair |= numbers[:pairs]
+        pair = pair.astype(np.intp)
         look = _pairs(self.widths)  # every index below is in range; mode="wrap" is a look-up without its check
-        width = look.width.take(pair, mode="wrap")
-        position = np.cumsum(width)
-        bits = int(position[-1])
+        ends = np.empty(pairs + 1, dtype=np.int64)
+        ends[0] = 0
+        np.add.accumulate(look.width.take(pair, mode="wrap"), out=ends[1:])
+        position, bits = ends[:-1], int(ends[-1])
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(f"{payload.size} bytes of codes where their buckets need {bits} bits")
-        position -= width
-        padded = np.zeros(-(-payload.size // 4) * 4 + 8, dtype=np.uint8)
+        padded = np.zeros(payload.size + 12, dtype=np.uint8)
         padded[: payload.size] = payload
-        halves = padded.view("<u4").astype(np.uint64)
-        window = (halves[:-1] | halves[1:] << np.uint64(32)).take(position >> 5, mode="wrap")
+        windows = np.ndarray(payload.size // 4 + 1, "<u8", padded, strides=4)
+        window = windows.take(position >> 5, mode="wrap")
         position &= 31
         window >>= position.view(np.uint64)
-        # The bits of the first word stay where they are; those of the second move to the upper half.
-        both = window << look.shift.take(pair, mode="wrap")
-        window &= np.uint64(0xFFFFFFFF)
-        both |= window
+        first = window.astype(np.uint32)
+        both = first << look.shift.take(pair, mode="wrap")  # the second word in the upper half
+        first &= _LOWER
+        both &= ~_LOWER
+        both |= first
         both &= look.mask.take(pair, mode="wrap")
         both += look.start.take(pair, mode="wrap")
-        return _ranked(self.costs).take(both.view("<u4"), mode="wrap").view(np.uint8)
+        return _ranked(self.costs).take(both.view("<u2"), mode="wrap").view(np.uint8)
 
 
 class _Pairs(NamedTuple):
     """For every pair of buckets: bits of both, how far those of the second move, which count, and the first ranks."""
 
     width: NDArray[np.int64]
-    shift: NDArray[np.uint64]
-    mask: NDArray[np.uint64]
-    start: NDArray[np.uint64]
-
-
-@lru_cache(maxsize=8)
-def _words_of(widths: bytes) -> int:
-    return sum(1 << width for width in widths)
+    shift: NDArray[np.uint32]
+    mask: NDArray[np.uint32]
+    start: NDArray[np.uint32]
 
 
 @lru_cache(maxsize=8)
 def _pairs(widths: bytes) -> _Pairs:
-    width_K = np.frombuffer(widths, dtype=np.uint8).astype(np.uint64)
-    size_K = np.uint64(1) << width_K
-    start_K = np.cumsum(size_K, dtype=np.uint64) - size_K
+    width_K = np.frombuffer(widths, dtype=np.uint8).astype(np.uint32)
+    size_K = np.uint32(1) << width_K
+    start_K = np.cumsum(size_K, dtype=np.uint32) - size_K
     first, second = (np.arange(_BUCKETS**2) >> shift & _BUCKETS - 1 for shift in (0, 5))
-    upper = np.uint64(32)
     return _Pairs(
         (width_K[first] + width_K[second]).astype(np.int64),
-        upper - width_K[first],
-        np.asarray(size_K[first] - 1 | size_K[second] - 1 << upper),
-        np.asarray(start_K[first] | start_K[second] << upper),
+        _UPPER - width_K[first],
+        np.asarray(size_K[first] - 1 | size_K[second] - 1 << _UPPER),
+        np.asarray(start_K[first] | start_K[second] << _UPPER),
     )
 
 

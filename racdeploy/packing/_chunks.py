@@ -40,7 +40,8 @@ Take = Callable[[int], NDArray[np.uint8]]
 
 _DEFLATED = 1 << 31
 # A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in one chunk of eight,
-# which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most.
+# which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most. Files of
+# five-bit codes are smaller without.
 _MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
 _MOST_HEAD_BITS = 4.0  # scales are few: inflating them takes longer than their bytes are worth, unless it saves half
@@ -60,7 +61,7 @@ class Taker:
             raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
         start = self._stored.size - self.left
         self.left -= count
-        return self._stored[start : start + count].copy()  # a copy is aligned
+        return self._stored[start : start + count]
 
 
 def refusal(ggml_type: int, zeros_fraction: float) -> str:
@@ -105,12 +106,13 @@ def read_table(layout: Layout, take: Take) -> Table | None:
     Raises:
         ArtifactError: it is damaged.
     """
-    return Table.read(take(TABLE_BYTES)) if layout.in_words else None
+    return Table.read(take(TABLE_BYTES).tobytes()) if layout.in_words else None
 
 
 def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int, table: Table | None = None) -> bytes:
     """Return the record of a chunk, given its place in the tensor, and its table where codes are in words."""
-    most_bits = _MOST_IN_SLOW_CHUNK if index % _SLOW_CYCLE == _SLOW_CHUNK else _MOST_ENTROPY_BITS
+    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and layout.widths != (4, 1)
+    most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
     blocks_BP = plain.reshape(-1, layout.block_bytes)
     planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
     encoded = [_encode(plane, _MOST_HEAD_BITS) for plane in planes]
@@ -150,11 +152,10 @@ def unpack_chunk(
     else:
         body = layout.join(_expand(layout, first, weights, sizes, take))
     if not heads:
-        return body
+        return body[0]
     plain_B = np.empty(blocks, dtype=layout.block)
-    for place, head in enumerate(heads):
-        plain_B["head"][:, place] = head
-    plain_B["body"] = body.view(layout.block["body"])  # whole items are copied several times as fast as rows of bytes
+    for number, part in enumerate([*heads, *body]):
+        plain_B[f"part_{number}"] = part.view(layout.block[number])
     return plain_B.view(np.uint8)
 
 

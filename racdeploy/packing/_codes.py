@@ -31,14 +31,18 @@ class Codes:
     layout: Layout
 
 
-def _flip(body_BP: Bytes) -> Bytes:
+def _split(body_BP: Bytes) -> Bytes:
     return (body_BP ^ np.uint8(0x80)).reshape(-1)  # a code of 128 is zero
+
+
+def _join(codes: Bytes) -> tuple[Bytes]:
+    return (codes ^ np.uint8(0x80),)
 
 
 _BY_BITS = {
     32.0: Codes(np.dtype("<u4"), 0, LAYOUTS[0]),
     16.0: Codes(np.dtype("<u2"), 0, LAYOUTS[1]),
-    8.5: Codes(np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _flip, _flip)),
+    8.5: Codes(np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _split, _join, (1,))),
 }
 
 

@@ -32,7 +32,8 @@ class Layout:
         widths: bits of each field of a code, low ones first.
         split: from the bytes of blocks behind their heads to codes, an unsigned number each; two a byte, low bits
             first, where they have four bits.
-        join: the other way, to bytes.
+        join: the other way, to the parts of a body.
+        parts: bytes of each part of a body.
     """
 
     name: str
@@ -41,7 +42,8 @@ class Layout:
     head_bytes: int
     widths: tuple[int, ...]
     split: Callable[[Bytes], NDArray[Any]]
-    join: Callable[[NDArray[Any]], Bytes]
+    join: Callable[[NDArray[Any]], tuple[Bytes, ...]]
+    parts: tuple[int, ...]
 
     @property
     def in_words(self) -> bool:
@@ -50,10 +52,14 @@ class Layout:
 
     @cached_property
     def block(self) -> np.dtype[Any]:
-        """A block of the file."""
-        return np.dtype([("head", "u1", self.head_bytes), ("body", f"V{self.block_bytes - self.head_bytes}")])
+        """A block of the file: the bytes of its head, then the parts of its body.
 
-    @property
+        numpy copies a part as one item, several times as fast as a row of bytes.
+        """
+        kinds = ["u1"] * self.head_bytes + [f"V{count}" for count in self.parts]
+        return np.dtype([(f"part_{number}", kind) for number, kind in enumerate(kinds)])
+
+    @cached_property
     def planes(self) -> int:
         """Planes of a chunk: one for each byte of a head and of a code; of narrower fields, one each."""
         return self.head_bytes + sum(max(1, bits // 8) for bits in self.widths)
@@ -63,16 +69,16 @@ def _numbers(kind: str) -> Callable[[Bytes], NDArray[Any]]:
     return lambda body_BP: np.ascontiguousarray(body_BP).reshape(-1).view(kind)
 
 
-def _bytes(codes: NDArray[Any]) -> Bytes:
-    return codes.view(np.uint8)
+def _bytes(codes: NDArray[Any]) -> tuple[Bytes]:
+    return (codes.view(np.uint8),)
 
 
 def _split_q4_0(body_BP: Bytes) -> Bytes:
     return (body_BP ^ np.uint8(0x88)).reshape(-1)  # a nibble of 8 is zero
 
 
-def _join_q4_0(nibbles: Bytes) -> Bytes:
-    return nibbles ^ np.uint8(0x88)
+def _join_q4_0(nibbles: Bytes) -> tuple[Bytes]:
+    return (nibbles ^ np.uint8(0x88),)
 
 
 def _split_q5_0(body_BP: Bytes) -> Bytes:
@@ -84,27 +90,25 @@ def _split_q5_0(body_BP: Bytes) -> Bytes:
     return code_BS.reshape(-1)
 
 
-def _join_q5_0(codes: Bytes) -> Bytes:
+def _join_q5_0(codes: Bytes) -> tuple[Bytes, Bytes, Bytes]:
+    """Return the high bits of weights 0 to 15, those of 16 to 31, and the nibbles."""
     pairs = codes.view("<u2")
     even, odd = pairs.astype(np.uint8), (pairs >> 8).astype(np.uint8)  # strided bytes are read ten times as slowly
-    body_B = np.empty(even.size // 16, dtype=[("even", "<u2"), ("odd", "<u2"), ("nibbles", "V16")])
-    body_B["even"] = np.packbits(even < 16, bitorder="little").view("<u2")
-    body_B["odd"] = np.packbits(odd < 16, bitorder="little").view("<u2")
+    high_even, high_odd = (np.packbits(half < 16, bitorder="little") for half in (even, odd))
     even &= 15
     odd &= 15
     odd.view("<u8")[...] <<= 4  # numpy shifts single bytes one by one
     even |= odd
-    body_B["nibbles"] = even.view("V16")
-    return body_B.view(np.uint8)
+    return high_even, high_odd, even
 
 
 LAYOUTS: dict[int, Layout] = {
-    0: Layout("f32", 1, 4, 0, (32,), _numbers("<u4"), _bytes),
-    1: Layout("f16", 1, 2, 0, (16,), _numbers("<u2"), _bytes),
-    2: Layout("q4_0", 32, 18, 2, (4,), _split_q4_0, _join_q4_0),
-    6: Layout("q5_0", 32, 22, 2, (4, 1), _split_q5_0, _join_q5_0),
-    8: Layout("q8_0", 32, 34, 2, (8,), _numbers("u1"), _bytes),
-    30: Layout("bf16", 1, 2, 0, (16,), _numbers("<u2"), _bytes),
-    39: Layout("mxfp4", 32, 17, 1, (4,), _numbers("u1"), _bytes),
+    0: Layout("f32", 1, 4, 0, (32,), _numbers("<u4"), _bytes, (4,)),
+    1: Layout("f16", 1, 2, 0, (16,), _numbers("<u2"), _bytes, (2,)),
+    2: Layout("q4_0", 32, 18, 2, (4,), _split_q4_0, _join_q4_0, (16,)),
+    6: Layout("q5_0", 32, 22, 2, (4, 1), _split_q5_0, _join_q5_0, (2, 2, 16)),
+    8: Layout("q8_0", 32, 34, 2, (8,), _numbers("u1"), _bytes, (32,)),
+    30: Layout("bf16", 1, 2, 0, (16,), _numbers("<u2"), _bytes, (2,)),
+    39: Layout("mxfp4", 32, 17, 1, (4,), _numbers("u1"), _bytes, (16,)),
 }
 """By ggml's type id."""

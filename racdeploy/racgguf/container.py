@@ -30,7 +30,7 @@ SUFFIX = ".racgguf"
 VERSION = 2
 KEYS = ("racgguf.version", "racgguf.packing", "racgguf.size_bytes", "racgguf.sha256", "racgguf.tensors")
 PACKED_TYPE = 24  # I8
-_COPY_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 _HEAP_BYTES = 16 << 20
 
 
@@ -99,8 +99,8 @@ class Container:
         Raises:
             ArtifactError: its chunks are damaged.
         """
-        with self.path.open("rb", buffering=_COPY_BYTES) as stream:
-            yield from _unpack(tensor, stream)
+        with self.path.open("rb", buffering=0) as stream:
+            yield from _unpack(tensor, _Stored(stream))
 
     def plain(self) -> Iterator[memoryview]:
         """Yield the bytes of the plain file, without checking their SHA-256.
@@ -114,11 +114,12 @@ class Container:
         header, alignment = self._plain_header(), self.header.alignment
         yield memoryview(header)
         written = len(header)
-        with self.path.open("rb", buffering=_COPY_BYTES) as stream:
+        with self.path.open("rb", buffering=0) as stream:
+            stored = _Stored(stream)
             for tensor in self.tensors:
                 yield memoryview(bytes(padded(written, alignment) - written))
                 try:
-                    yield from (chunk.data for chunk in _unpack(tensor, stream))
+                    yield from (chunk.data for chunk in _unpack(tensor, stored))
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
                     raise ArtifactError(message, remedy="copy it again, or pack it again") from error
@@ -253,29 +254,55 @@ def _check_size(container: Container) -> None:
         raise ArtifactError(f"its tensors make {size_bytes} bytes and racgguf.size_bytes is {container.size_bytes}")
 
 
-def _unpack(tensor: StoredTensor, stream: BinaryIO) -> Iterator[NDArray[np.uint8]]:
-    left = tensor.stored_bytes
-
-    def take(count: int) -> NDArray[np.uint8]:
-        nonlocal left
-        if count > left:
-            raise ArtifactError(f"{count} bytes are wanted where {left} are left")
-        left -= count
-        piece = np.frombuffer(stream.read(count), dtype=np.uint8)
-        if piece.size != count:
-            raise ArtifactError("the file ends early")
-        return piece
-
-    stream.seek(tensor.position)
+def _unpack(tensor: StoredTensor, stored: _Stored) -> Iterator[NDArray[np.uint8]]:
+    stored.start(tensor)
     if not tensor.packed:
-        while left:
-            yield take(min(left, _COPY_BYTES))
+        while stored.left:
+            yield stored.take(min(stored.left, _READ_BYTES))
         return
     layout = LAYOUTS[tensor.ggml_type]
-    weights, table = tensor.plain_bytes // layout.block_bytes * layout.block_weights, read_table(layout, take)
+    weights = tensor.plain_bytes // layout.block_bytes * layout.block_weights
+    table = read_table(layout, stored.take)
     while weights:
-        chunk = unpack_chunk(layout, take, table, min(weights, CHUNK_WEIGHTS))
+        chunk = unpack_chunk(layout, stored.take, table, min(weights, CHUNK_WEIGHTS))
         weights -= chunk.size // layout.block_bytes * layout.block_weights
         yield chunk
-    if left:
-        raise ArtifactError(f"{left} bytes follow the last chunk")
+    if stored.left:
+        raise ArtifactError(f"{stored.left} bytes follow the last chunk")
+
+
+class _Stored:
+    """The stored bytes of tensors, read ahead and never copied; ``left`` counts those of a tensor not taken yet."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.left = 0
+        self._stream = stream
+        self._ahead = np.empty(0, dtype=np.uint8)
+        self._at = 0  # where ``_ahead`` lies in the file
+
+    def start(self, tensor: StoredTensor) -> None:
+        """Go to the first byte of a tensor."""
+        skipped = tensor.position - self._at
+        if not 0 <= skipped <= self._ahead.size:
+            self._stream.seek(tensor.position)
+            skipped = self._ahead.size
+        self._ahead = self._ahead[skipped:]
+        self._at, self.left = tensor.position, tensor.stored_bytes
+
+    def take(self, count: int) -> NDArray[np.uint8]:
+        """Return that many further bytes.
+
+        Raises:
+            ArtifactError: there are fewer.
+        """
+        if count > self.left:
+            raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
+        if count > self._ahead.size:
+            read = self._stream.read(max(count - self._ahead.size, _READ_BYTES))
+            self._ahead = np.concatenate([self._ahead, np.frombuffer(read, dtype=np.uint8)])
+            if count > self._ahead.size:
+                raise ArtifactError("the file ends early")
+        piece, self._ahead = self._ahead[:count], self._ahead[count:]
+        self._at += count
+        self.left -= count
+        return piece

@@ -34,7 +34,7 @@ def _shares(zeros: float, spread: float) -> np.ndarray:
 def test_any_codes_come_back_from_any_table(tally: list[int], nibbles: bytes) -> None:
     """A table only decides about the size, also where it counts on codes that never come up."""
     table = Table.fit(np.array(tally))
-    assert table == Table.read(np.frombuffer(table.stored, np.uint8))
+    assert table == Table.read(table.stored)
     numbers, payload = table.encode(np.frombuffer(nibbles, np.uint8))
     assert table.decode(numbers, payload).tobytes() == nibbles
 
@@ -92,7 +92,7 @@ def test_damaged_words_are_refused() -> None:
     table = Table.fit(np.arange(16, 0, -1))
     numbers, payload = table.encode(_nibbles(_shares(0.5, 3.0), 8))
     with pytest.raises(ArtifactError, match="do not hold"):
-        Table.read(np.frombuffer(table.costs + bytes(TABLE_BYTES - 16), np.uint8))
+        Table.read(table.costs + bytes(TABLE_BYTES - 16))
     for damaged in (payload[:-1], np.append(payload, np.uint8(0)), np.append(payload[:-1], payload[-1] | 0x80)):
         if not np.array_equal(damaged, payload):
             with pytest.raises(ArtifactError, match="buckets need"):
