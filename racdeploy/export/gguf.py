@@ -77,12 +77,14 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
 
     Raises:
         ArtifactError: the container is damaged, or no container.
-        UsageError: ``out`` is the container itself.
+        UsageError: ``out`` is the container itself, or another file than the one to be written is there.
     """
     container = racgguf.Container.open(packed)
     plain = out or packed.with_suffix(".gguf")
     if plain.resolve() == packed.resolve():
         raise UsageError(f"{plain} would replace the packed file", remedy="name another file with --out")
+    if plain.exists() and not (plain.is_file() and file_sha256(plain) == container.sha256):
+        raise UsageError(f"{plain} is there and is not that file", remedy="remove it, or name another one with --out")
     container.unpack(plain)
     return plain
 

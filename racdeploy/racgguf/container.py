@@ -86,7 +86,8 @@ class Container:
         try:
             return _checked(path, header)
         except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error.message}", remedy="copy it again, or pack it again") from error
+            remedy = error.remedy or "copy it again, or pack it again"
+            raise ArtifactError(f"{path}: {error.message}", remedy=remedy) from error
 
     @property
     def metadata(self) -> dict[str, Value]:
@@ -189,12 +190,19 @@ def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment
 def _checked(path: Path, header: Header) -> Container:
     values = header.values
     own = [key for key in values if key.startswith("racgguf.")]
+    if not own:
+        raise ArtifactError("it is a plain GGUF file, no .racgguf container", remedy="use it as it is")
+    version = values.get(KEYS[0])
+    if isinstance(version, int) and version != VERSION:
+        remedy = "update racdeploy, or pack the plain file again with this one"
+        raise ArtifactError(f"container version {version!r}; known is {VERSION}", remedy=remedy)
     if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
         raise ArtifactError("it is no .racgguf container: its five keys are not at the end of the metadata")
     version, packing, size_bytes, sha256, recorded = (values[key] for key in KEYS)
-    if type(version) is not int or version != VERSION or packing != "bitmask":
-        known = f"known is {VERSION} with 'bitmask'"
-        raise ArtifactError(f"container version {version!r} with packing {packing!r}; {known}")
+    if type(version) is not int or packing != "bitmask":
+        raise ArtifactError(
+            f"container version {version!r} with packing {packing!r}; known is {VERSION} with 'bitmask'"
+        )
     if type(size_bytes) is not int or not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ArtifactError("its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):

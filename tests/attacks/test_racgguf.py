@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -302,3 +304,44 @@ def test_unpack_writes_the_plain_file(intact: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == intact.with_suffix(".gguf").read_bytes()
     refused = CliRunner().invoke(app, ["unpack", str(intact), "--out", str(intact)])
     assert (refused.exit_code, "would replace" in refused.output) == (2, True)
+    assert CliRunner().invoke(app, ["unpack", str(intact), "--out", str(out)]).exit_code == 0, "again changes nothing"
+
+
+def test_another_file_is_never_replaced(intact: Path, tmp_path: Path) -> None:
+    """A file or a folder of that name is refused with a remedy, and stays."""
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "other.gguf").write_bytes(b"mine")
+    for name in ("folder.gguf", "other.gguf"):
+        refused = CliRunner().invoke(app, ["unpack", str(intact), "--out", str(tmp_path / name)])
+        assert (refused.exit_code, "name another one" in refused.output) == (2, True)
+    assert (tmp_path / "other.gguf").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("case", "remedy"), [("newer", "update racdeploy"), ("plain", "use it as it is")])
+def test_an_intact_file_of_another_kind_has_its_own_remedy(
+    intact: Path, tmp_path: Path, case: str, remedy: str
+) -> None:
+    """A later version, whose keys may be others, and a GGUF file that is not packed: neither is copied again."""
+    file = tmp_path / "m.racgguf"
+    data = bytearray(intact.read_bytes() if case == "newer" else intact.with_suffix(".gguf").read_bytes())
+    if case == "newer":
+        _put(data, _value(racgguf.Container.open(intact), KEYS[0]) + 4, "I", VERSION + 1)
+        _rename(data, b"racgguf.sha256", b"racgguf.sha512")
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError) as caught:
+        racgguf.Container.open(file)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of resources")
+def test_a_disk_that_fills_up_leaves_nothing(intact: Path, tmp_path: Path) -> None:
+    """Writing fails behind the check of free space: one error with a remedy, exit code 4, no partial file."""
+    code = (
+        "import resource, sys; from racdeploy.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "unpack", str(intact), "--out", str(tmp_path / "out.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "cannot write" in done.stderr, "free some space" in done.stderr) == (4, True, True)
+    assert not list(tmp_path.iterdir())
