@@ -25,14 +25,14 @@ from racdeploy.errors import EngineError
 from racdeploy.export import ExportedTensor
 from racdeploy.export._onnx_file import load_graph, read_array, write_model
 from racdeploy.export._onnx_measure import TENSORS_KEY, StoredArrays, read_tensors
-from racdeploy.export._onnx_packing import MATRIX_PARTS
+from racdeploy.export._onnx_packing import MATRIX_PARTS, OPERATOR_DOMAIN
 from racdeploy.export._onnx_weights import PREFIX, PlannedTensor, rows_of
 from racdeploy.packing import bitmask_op
 from racdeploy.packing._sparse_matrix import LAYOUT, kind_of, split
 
 __all__ = ["refusals", "write_accel"]
 
-_DOMAIN, _OPERATOR = "racdeploy", "SparseMatMul"
+_OPERATOR = "SparseMatMul"
 _PRODUCTS = ("MatMul", "MatMulNBits")
 _BLOCK = 32
 
@@ -114,7 +114,7 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, PlannedTensor]) -> None
     ours = [node for node in nodes if not node.name.startswith(PREFIX) or read.intersection(node.output)]
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(ours)
-    model.opset_import.append(helper.make_opsetid(_DOMAIN, LAYOUT))
+    model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, LAYOUT))
 
 
 def _product(node: onnx.NodeProto, tensor: PlannedTensor) -> onnx.NodeProto:
@@ -123,7 +123,7 @@ def _product(node: onnx.NodeProto, tensor: PlannedTensor) -> onnx.NodeProto:
     O, I = tensor.shape
     inputs = [node.input[0], *(tensor.name + part for part in MATRIX_PARTS)]
     attributes = {"I": I, "O": O, "quant": kind.ggml_type}
-    return helper.make_node(_OPERATOR, inputs, list(node.output), node.name, domain=_DOMAIN, **attributes)
+    return helper.make_node(_OPERATOR, inputs, list(node.output), node.name, domain=OPERATOR_DOMAIN, **attributes)
 
 
 def _summary(packed: Mapping[str, PlannedTensor], zeros: Mapping[str, float]) -> list[Packed]:

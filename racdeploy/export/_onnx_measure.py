@@ -14,8 +14,9 @@ from racdeploy import plugins, raconnx
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.export._onnx_file import array_bytes, load_graph, read_array
-from racdeploy.export._onnx_packing import UNPACK, joined_codes, matrix_rows
+from racdeploy.export._onnx_packing import OPERATOR_DOMAIN, UNPACK, joined_codes, matrix_rows
 from racdeploy.export._onnx_weights import PlannedTensor, arrays_of, rows_of
+from racdeploy.packing._sparse_matrix import LAYOUT
 
 __all__ = ["TENSORS_KEY", "StoredArrays", "measure", "read_tensors"]
 
@@ -46,9 +47,18 @@ class StoredArrays:
     Args:
         model: the graph.
         path: its file.
+
+    Raises:
+        ArtifactError: another racdeploy packed its matrices, in another form.
     """
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        for opset in model.opset_import:
+            if opset.domain == OPERATOR_DOMAIN and opset.version != LAYOUT:
+                raise ArtifactError(
+                    f"{path} packs its matrices in form {opset.version}; known is {LAYOUT}",
+                    remedy="export it again, or use the racdeploy that made it",
+                )
         self.left = {t.name: t for t in model.graph.initializer if not t.name.startswith(UNPACK)}
         self._path = path
         packed = any(map(_is_packed, model.graph.initializer))

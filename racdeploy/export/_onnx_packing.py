@@ -32,6 +32,7 @@ from racdeploy.packing._sparse_matrix import join as join_rows
 
 __all__ = [
     "MATRIX_PARTS",
+    "OPERATOR_DOMAIN",
     "GraphPacker",
     "Packer",
     "Plain",
@@ -50,6 +51,7 @@ MOST_WEIGHTS = 200_000_000
 _BITS, _FLAT, _AXIS = f"{UNPACK}bits", f"{UNPACK}flat", f"{UNPACK}axis"
 _PARTS = (".mask", ".values")
 MATRIX_PARTS = (".heads", ".values", ".offsets")
+OPERATOR_DOMAIN = "racdeploy"  # its version in a graph says how matrices are packed
 
 
 class Packer(Protocol):

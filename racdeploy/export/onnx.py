@@ -231,7 +231,8 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
 
     Raises:
         ArtifactError: it is damaged.
-        UsageError: nothing in it is packed, or ``out`` is the packed graph itself.
+        UsageError: nothing in it is packed, ``out`` is the packed graph itself, or another file lies where one is to be
+            written.
     """
     plain = out or packed.with_suffix(".plain.onnx")
     if plain.resolve() == packed.resolve() or plain.suffix != ".onnx":
@@ -240,6 +241,12 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
         raise UsageError(f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}")
     with disk_errors(plain), tempfile.TemporaryDirectory(prefix=f".{plain.name}.", dir=plain.parent) as scratch:
         _write_plain(packed, Path(scratch), plain.name)
+        for written in sorted(Path(scratch).iterdir()):
+            there = plain.with_name(written.name)
+            if there.exists() and not (there.is_file() and file_sha256(there) == file_sha256(written)):
+                raise UsageError(
+                    f"{there} is there and is not that file", remedy="remove it, or name another with --out"
+                )
         _move_in(Path(scratch), plain)
     return plain
 

@@ -105,6 +105,17 @@ def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
     assert any("no tensor is sparse enough" in note for note in result.notes)
 
 
+def test_another_form_of_matrices_is_not_read_as_this_one(sparse: Checkpoint, tmp_path: Path) -> None:
+    """The version of the operator's domain tells a file of an earlier racdeploy from one of this."""
+    export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
+    model = onnx.load(str(tmp_path / "m.accel.onnx"), load_external_data=False)
+    (opset,) = (opset for opset in model.opset_import if opset.domain == "racdeploy")
+    opset.version -= 1
+    (tmp_path / "m.accel.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="packs its matrices in form"):
+        measure(tmp_path / "m.accel.onnx")
+
+
 def test_unpacking_points_to_the_plain_graph(sparse: Checkpoint, tmp_path: Path) -> None:
     """It is there already."""
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")

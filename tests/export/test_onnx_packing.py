@@ -165,6 +165,19 @@ def test_unpacking_needs_something_packed(sparse: Checkpoint, tmp_path: Path) ->
             unpack(tmp_path / "m.onnx", out)
 
 
+def test_unpacking_replaces_no_other_file(sparse: Checkpoint, tmp_path: Path) -> None:
+    """What lies where the plain graph goes stays, unless it is that graph already."""
+    export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
+    there = tmp_path / "m.plain.onnx"
+    there.write_bytes(b"mine")
+    with pytest.raises(UsageError, match="m.plain.onnx is there and is not that file"):
+        unpack(tmp_path / "m.onnx")
+    assert there.read_bytes() == b"mine"
+    there.unlink()
+    assert file_sha256(unpack(tmp_path / "m.onnx")) == file_sha256(unpack(tmp_path / "m.onnx"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.plain.onnx"]
+
+
 def _edit_header(file: Path, change: Callable[[dict], None]) -> None:
     raw = file.read_bytes()
     length = int.from_bytes(raw[8:16], "little")
