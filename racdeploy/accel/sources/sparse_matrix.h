@@ -11,9 +11,9 @@
 // chunks' products are added up as integers before they meet their scales.
 //
 // A value is one byte, the code + 128 (Q8_0); four bits, ggml's nibble (Q4_0); or two bytes (F16, BF16). In Q4_0 a
-// row's values are two streams side by side, of which the shorter one ends in zeros: the low bits have chunks 0 and 1 of
-// every group, which are ggml's low nibbles, and the high bits chunks 2 and 3. So nibbles come apart without a shuffle.
-// A row's last group may be short: mask bits and scales beyond the row are 0. Little-endian throughout.
+// row's values are two streams side by side, of which the shorter one ends in zeros: the low bits have chunks 0 and 1
+// of every group, which are ggml's low nibbles, and the high bits chunks 2 and 3. So nibbles come apart without a
+// shuffle. A row's last group may be short: mask bits and scales beyond the row are 0. Little-endian throughout.
 //
 // Unpacking restores ggml's blocks byte for byte: what is not stored has the code of +0.
 //
