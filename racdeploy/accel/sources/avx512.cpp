@@ -298,6 +298,10 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
 template <Quant quant, int tokens>
 void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, float* output, int64_t output_stride,
                      int64_t row_begin, int64_t row_end) {
+    // What the first rows read, no row before them has asked for.
+    const uint8_t* heads = matrix.heads + row_begin * groups(matrix.columns) * head_bytes(quant);
+    for (int64_t at = 0; at < heads_ahead; at += 64) fetch_ahead(heads, at);
+    for (int64_t at = 0; at < values_ahead; at += 64) fetch_ahead(matrix.values + matrix.offsets[row_begin], at);
     for (int64_t row = row_begin; row < row_end; row++)
         multiply_row<quant, tokens>(matrix, row, from, output, output_stride);
 }

@@ -6,10 +6,12 @@
 // The version of its domain is that of the matrix's form: onnxruntime refuses a graph of an earlier one.
 // The matrix is read where onnxruntime holds its initializers: of a file with external data that is the mapped file.
 // It is checked when the kernel is made, so that a damaged file is an error of the session. Nothing throws.
+#include <algorithm>
 #include <climits>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <thread>
 
 #include "onnxruntime_abi.h"
 #include "sparse_matrix.h"
@@ -21,7 +23,7 @@ using namespace racdeploy;
 constexpr int64_t most_tokens = 1024;      // of one pass: they share a workspace
 constexpr int64_t most_columns = 1 << 24;  // beyond any model; keeps every product below 2^63
 constexpr int64_t most_rows = 1 << 28;
-constexpr int64_t most_parts = 64;
+constexpr int64_t parts_of_a_core = 8;         // few: at each one's beginning a thread waits for memory
 constexpr int64_t least_part_weights = 32768;  // below that, handing a part to a thread costs more than it saves
 constexpr size_t most_dimensions = 16;
 
@@ -140,9 +142,9 @@ void multiply_part(void* data, size_t part) {
 }
 
 int64_t rows_of_a_part(const SparseMatrix& matrix, int64_t tokens) {
+    static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
     const int64_t weights = matrix.rows * matrix.columns * tokens;
-    int64_t parts = weights / least_part_weights;
-    parts = parts < 1 ? 1 : parts > most_parts ? most_parts : parts;
+    const int64_t parts = std::clamp<int64_t>(weights / least_part_weights, 1, parts_of_a_core * cores);
     return round_up((matrix.rows + parts - 1) / parts, 8);
 }
 
