@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,9 @@ def _enabled(path: Path, threads: int) -> Status:
     names = [name for name, (quant, share) in zeros.items() if share >= faster_from.get(quant, 2.0)]
     if not plugin.enable(names, threads):
         return Status("a model was loaded in this process before; call racdeploy.accel.enable first")
-    if not names:
+    if names:
+        threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
+    else:
         least = min(faster_from.values())
         return Status(f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least")
     return Status("", verdict.instruction_set, tuple(names))
@@ -199,6 +202,17 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(zeros))
     return zeros
+
+
+def _read_ahead(path: Path) -> None:
+    """Have the system read a file while its weights are packed: llama.cpp reads one, packs it, then reads the next."""
+    step_bytes = 16 << 20
+    size_bytes = path.stat().st_size
+    if not hasattr(os, "posix_fadvise") or size_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+        return  # of a file that large, what comes first would be gone when its turn comes
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
+        for start in range(0, size_bytes, step_bytes):
+            os.posix_fadvise(stream.fileno(), start, step_bytes, os.POSIX_FADV_WILLNEED)
 
 
 @functools.cache

@@ -414,3 +414,17 @@ int main() {
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout) <= 1e-6
+
+
+def test_a_file_is_read_ahead_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, in order; one that memory could not hold is left to llama.cpp."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, start, length, advice: asked.append((start, length)))
+    file = tmp_path / "m.gguf"
+    with file.open("wb") as stream:
+        stream.truncate(40 << 20)
+    accel._read_ahead(file)
+    assert asked == [(start << 20, 16 << 20) for start in (0, 16, 32)]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1024)
+    accel._read_ahead(file)
+    assert len(asked) == 3
