@@ -170,8 +170,11 @@ def joined() -> Iterator[Processes]:
     try:
         yield processes
     finally:
-        processes.dismiss()
-    group.destroy_process_group()
+        try:
+            processes.dismiss()
+        finally:
+            group.destroy_process_group()
+            processes._members = members = None  # the last references: gloo ends its threads here, not as we exit
 
 
 def _asked() -> bool:
