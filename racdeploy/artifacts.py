@@ -40,6 +40,7 @@ __all__ = [
     "canonical_hash",
     "code_hash",
     "disk_errors",
+    "refuse_another",
     "write_atomic",
 ]
 
@@ -465,3 +466,13 @@ def _check_inside(bundle: Path, name: str) -> None:
         raise ArtifactError(f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}")
     if not path.is_file():
         raise ArtifactError(f"{path} is listed in the manifest and missing", remedy="copy the bundle again")
+
+
+def refuse_another(path: Path, sha256: str) -> None:
+    """Refuse to write where another file than the one to be written lies.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if path.exists() and not (path.is_file() and file_sha256(path) == sha256):
+        raise UsageError(f"{path} is there and is not that file", remedy="remove it, or name another one with --out")

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy import racgguf
-from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
+from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors, refuse_another
 from racdeploy.checkpoint import Checkpoint, file_sha256, read_json
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress, _importance
@@ -83,8 +83,7 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     plain = out or packed.with_suffix(".gguf")
     if plain.resolve() == packed.resolve():
         raise UsageError(f"{plain} would replace the packed file", remedy="name another file with --out")
-    if plain.exists() and not (plain.is_file() and file_sha256(plain) == container.sha256):
-        raise UsageError(f"{plain} is there and is not that file", remedy="remove it, or name another one with --out")
+    refuse_another(plain, container.sha256)
     container.unpack(plain)
     return plain
 

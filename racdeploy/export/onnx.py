@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.accel.onnxruntime import accel_name
-from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
+from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors, refuse_another
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
@@ -242,11 +242,7 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     with disk_errors(plain), tempfile.TemporaryDirectory(prefix=f".{plain.name}.", dir=plain.parent) as scratch:
         _write_plain(packed, Path(scratch), plain.name)
         for written in sorted(Path(scratch).iterdir()):
-            there = plain.with_name(written.name)
-            if there.exists() and not (there.is_file() and file_sha256(there) == file_sha256(written)):
-                raise UsageError(
-                    f"{there} is there and is not that file", remedy="remove it, or name another with --out"
-                )
+            refuse_another(plain.with_name(written.name), file_sha256(written))
         _move_in(Path(scratch), plain)
     return plain
 
