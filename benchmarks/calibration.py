@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from racdeploy.backends import EngineSettings
 from racdeploy.export import ExportResult
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, merge
 from racdeploy.report_model import Record
 from racdeploy.verify import stats
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
@@ -91,19 +92,21 @@ def main() -> None:
 
 def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]]) -> Recipe:
     """Return the recipe of one cell."""
-    chosen = dict(pair.split("=", 1) for pair in arguments.set)
-    return Recipe.combine(
-        None,
-        {
-            "model": arguments.model,
-            "tasks": tuple(arguments.tasks),
-            "traces": {"count": arguments.traces},
-            "prune": {"method": arguments.method, **ROWS[row], **chosen, **column.get("prune", {})},
-            "calibration": column.get("calibration", {}),
-            "export": {"quant": arguments.quant},
-            "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
-        },
-    )
+    options: dict[str, Any] = {
+        "model": arguments.model,
+        "tasks": tuple(arguments.tasks),
+        "traces": {"count": arguments.traces},
+        "prune": {"method": arguments.method, **ROWS[row]},
+        "export": {"quant": arguments.quant},
+        "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
+    }
+    for pair in arguments.set:
+        name, chosen = pair.split("=", 1)
+        nested: Any = chosen
+        for part in reversed((name if "." in name else f"prune.{name}").split(".")):
+            nested = {part: nested}
+        options = merge(options, nested)
+    return Recipe.combine(None, merge(options, column))
 
 
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
