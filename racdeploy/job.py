@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import bundle, export, quant, tasks
-from racdeploy.checkpoint import Checkpoint, check_covered
+from racdeploy.checkpoint import Checkpoint, check_covered, listed
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.models import ResolvedModel, resolve
@@ -176,20 +176,15 @@ class Job:
         """
         _require(_NEEDS)
         settings, entries, _ = self.recipe.prune, self.checkpoint.entries, self.gate
-        if settings.joint:
-            _ = self.grid
+        check_covered(self.checkpoint, settings.dense)
         if missing := [name for name in self.prunable() if name not in entries]:
             raise ModelError(
-                f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture, first {missing[0]!r}",
-                remedy="merge adapters into the model first; fused or quantized tensors are not supported",
+                f"{self.checkpoint.folder} lacks {len(missing)} linears of its architecture: {listed(missing)}",
+                remedy="the checkpoint is incomplete; save or download it again",
             )
-        check_covered(self.checkpoint, settings.dense)
-        for pattern in settings.dense:
-            if not any(re.search(pattern, name.removesuffix(".weight")) for name in entries):
-                raise UsageError(
-                    f"prune.dense pattern {pattern!r} matches no linear",
-                    remedy=f"names look like {self.prunable()[0].removesuffix('.weight')}",
-                )
+        self._check_dense()
+        if settings.joint:
+            _ = self.grid
         for name in self.pruned():
             _check_pattern(name, entries[name].shape[1], settings.kept_of)
         _ = self.checkpoint.eos_ids, self.encoder.encode("2 + 2?"), self.checkpoint.tied
@@ -198,6 +193,21 @@ class Job:
             raise UsageError(
                 f"{len(shared)} questions are in both the calibration and the evaluation task",
                 remedy="give one file alone, which is split, or two files that share no question",
+            )
+
+    def _check_dense(self) -> None:
+        """Refuse patterns of ``prune.dense`` that name no linear, or together name every one."""
+        linears = [n.removesuffix(".weight") for n, entry in self.checkpoint.entries.items() if len(entry.shape) > 1]
+        for pattern in self.recipe.prune.dense:
+            if not any(re.search(pattern, name) for name in linears):
+                raise UsageError(
+                    f"prune.dense pattern {pattern!r} matches no linear",
+                    remedy=f"names look like {self.prunable()[0].removesuffix('.weight')}",
+                )
+        if not self.pruned():
+            raise UsageError(
+                f"prune.dense leaves nothing to prune: it matches all {len(self.prunable())} linears",
+                remedy=f"name fewer of {listed(name.removesuffix('.weight') for name in self.prunable())}",
             )
 
     def problems(self, split: tasks.Split) -> list[tasks.Problem]:

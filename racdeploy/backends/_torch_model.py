@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.checkpoint import IGNORED, Checkpoint, listed
 from racdeploy.errors import ModelError
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -93,15 +93,15 @@ def _table_gelu(_: nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Ten
 
 def check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the architecture's."""
-    held = {name for name in checkpoint.entries if not name.endswith("rotary_emb.inv_freq")}
+    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
     if checkpoint.tied:
         held.discard("lm_head.weight")
     if missing := sorted(expected - held):
-        raise ModelError(f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]!r}")
+        raise ModelError(f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(missing)}")
     if extra := sorted(held - expected):
         raise ModelError(
             f"{checkpoint.folder} holds {len(extra)} tensors that {checkpoint.family.architecture} "
-            f"does not have, the first is {extra[0]!r}",
+            f"does not have: {listed(extra)}",
             remedy="merge adapters into the model first; fused or quantized tensors are not supported",
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.checkpoint import IGNORED, Checkpoint, listed
 from racdeploy.errors import ModelError
 from racdeploy.export._gguf_parameters import rope_factors
 from racdeploy.families import Transform
@@ -24,7 +24,6 @@ from racdeploy.quant.presets import Choice, Mix
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 _ROUTER = ".ffn_gate_inp.weight"
-_IGNORED = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -153,20 +152,20 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
 
 
 def _check_complete(checkpoint: Checkpoint, names: Sequence[str]) -> None:
-    held = {name for name in checkpoint.entries if not name.endswith(_IGNORED)}
+    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
     if checkpoint.tied:
         held.discard("lm_head.weight")
     if unknown := sorted(held - set(names)):
         raise ModelError(
             f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not"
-            f" have, the first is {unknown[0]!r}",
+            f" have: {listed(unknown)}",
             remedy="export the plain model: merge adapters and remove extra heads first",
         )
     biased = {_inside(checkpoint, name) for name in held if name.endswith(".bias")}
     needed = {name for name in names if not name.endswith(".bias") or _inside(checkpoint, name) in biased}
     if missing := sorted(needed - held):
         raise ModelError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors, the first is {missing[0]!r}",
+            f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(missing)}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
     family = checkpoint.family

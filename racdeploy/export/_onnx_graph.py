@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.checkpoint import IGNORED, Checkpoint
 from racdeploy.errors import EngineError
 from racdeploy.export._onnx_file import read_array
 from racdeploy.export._onnx_layouts import fix_head_size
@@ -24,7 +24,6 @@ from racdeploy.export.onnx_exporters import Exporter
 
 __all__ = ["Graph", "adopt"]
 
-_IGNORED = (".rotary_emb.inv_freq",)
 _SLAB_WEIGHTS = 4_194_304
 # An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a source are refused,
 # unless they are the rotary tables, which parity compares with torch row by row.
@@ -68,7 +67,7 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
     wiring = _Wiring(model, sources, what)
     wiring.rewire()
     used = wiring.linears | wiring.embeddings | wiring.vectors
-    held = {name for name in checkpoint.entries if not name.endswith(_IGNORED)}
+    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
     if checkpoint.tied:
         held.discard("lm_head.weight")
     if missing := sorted(held - used):

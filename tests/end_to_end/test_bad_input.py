@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy.cli import app
@@ -80,9 +83,74 @@ def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, ca
     assert {"model"} == {path.name for path in tmp_path.iterdir()}
 
 
+def _extra_linears(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    names = [f"mlp.adapter_{i}.weight" for i in range(10)] + ["self_attn.experts.7.weight", "extra_norm.weight"]
+    extra = {
+        f"model.layers.{block}.{n}": torch.zeros((2,) if "norm" in n else (2, 2)) for n in names for block in (0, 1)
+    }
+    save_file(load_file(file) | extra | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, file)
+
+
+def _fused(folder: Path) -> None:
+    tensors = load_file(file := folder / "model.safetensors")
+    for block in (0, 1):
+        parts = [tensors.pop(f"model.layers.{block}.self_attn.{name}_proj.weight") for name in "qkv"]
+        tensors[f"model.layers.{block}.self_attn.qkv_proj.weight"] = torch.cat(parts)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("dense", [[], ["mlp.adapter", "experts", "norm", "qkv"]])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            _extra_linears,
+            "25 tensors that Qwen2ForCausalLM does not have: model.layers.*.extra_norm.weight (2), "
+            "model.layers.*.mlp.adapter_0.weight (2), model.layers.*.mlp.adapter_1.weight (2), ",
+        ),
+        (_fused, "2 tensors that Qwen2ForCausalLM does not have: model.layers.*.self_attn.qkv_proj.weight (2)"),
+    ],
+)
+def test_tensors_that_the_architecture_lacks_are_named(
+    model: Path, tmp_path: Path, change: Change, named: str, dense: list[str]
+) -> None:
+    """All of them, briefly, before any work; and no pattern of the recipe makes an engine compute with them."""
+    change(model)
+    (tmp_path / "recipe.toml").write_text(f"[prune]\ndense = {json.dumps(dense)}\n")
+    for command in (["prune"], ["build", "--out", tmp_path / "bundle"]):
+        code, output = _run(*command, model, "--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work")
+        assert code == 2, output
+        assert named in (told := " ".join(output.split()))
+        assert ("and 5 more" in told) == (change is _extra_linears)
+        assert "merge adapters" in told
+        assert "dense" not in told.replace(str(tmp_path), "")
+        assert not (tmp_path / "work").exists()
+
+
+def test_experts_are_named_with_what_to_write(tmp_path: Path) -> None:
+    """What the message says to write makes the recipe one that can be planned."""
+    model = make_checkpoint(tmp_path / "model", "qwen3_moe")
+    options = ["build", model, "--recipe", tmp_path / "recipe.toml", "--dry-run"]
+    (tmp_path / "recipe.toml").write_text('[prune]\ndense = ["0.self_attn.q_proj"]\n')
+    code, output = _run(*options)
+    assert code == 2, output
+    assert "24 matrices of Qwen3MoeForCausalLM cannot be pruned" in output
+    written = re.search(r"dense = \[.*?\]", output.replace("\n", " "))
+    assert written, output
+    (tmp_path / "recipe.toml").write_text(f"[prune]\n{written[0]}\n")
+    code, output = _run(*options, "--json")
+    assert code == 0, output
+    assert json.loads(output)["linears_kept_dense"] == 1
+
+
 RECIPES: dict[str, tuple[str, str]] = {
     "unknown key": ("[prune]\nsparsty = 0.5\n", "did you mean 'sparsity'"),
     "dense pattern that matches nothing": ('[prune]\ndense = ["down_prj$"]\n', "matches no linear"),
+    "dense pattern of what is no linear": ('[prune]\ndense = ["input_layernorm"]\n', "matches no linear"),
+    "all dense": ('[prune]\ndense = [".*"]\n', "leaves nothing to prune: it matches all 14 linears"),
+    "all dense, by error": ('[prune]\ndense = ["attn", "mlp"]\nallocation = "error"\n', "leaves nothing to prune"),
+    "all dense, with codes": ('[prune]\ndense = ["_proj$"]\njoint = true\n', "leaves nothing to prune"),
     "no room for the prompt": ("[verify]\ncontext_tokens = 64\nmax_new_tokens = 64\n", "the longest prompt has"),
     "a task named twice": ('tasks = ["gcd", "gcd"]\n', "named twice"),
 }

@@ -269,7 +269,7 @@ def _merged(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
     """A mixture of experts is refused until its experts are named; then attention alone is pruned."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe", dtype="float32"))
-    with pytest.raises(UsageError, match=r"mlp\.experts\.0"):
+    with pytest.raises(UsageError, match=r"mlp\.experts\.\*"):
         prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"))
     rows, _ = prune_blocks(checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), tmp_path / "blocks")
     assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
