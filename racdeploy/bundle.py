@@ -76,14 +76,20 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle; the first artifact is the one that was compared with the dense model."""
+    """What goes into a bundle; the first artifact is the one that was compared with the dense model.
+
+    ``sparsity`` is what the model was pruned to, which is less than the recipe's where a step was ``undone``;
+    ``sparsity_asked`` is the same over all prunable weights, those that stay dense too.
+    """
 
     artifacts: Sequence[Artifact]
     model: ResolvedModel
     checkpoint: Checkpoint
     recipe: Recipe
     traces: Mapping[str, Any]
+    sparsity: float
     sparsity_asked: float
+    undone: str
     report: Report
     records: Sequence[Record]
 
@@ -161,7 +167,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
         pruning={
             "method": recipe.prune.method,
             "pattern": recipe.prune.pattern,
-            "sparsity": recipe.prune.sparsity,
+            "sparsity": contents.sparsity,
             "sparsity_asked": contents.sparsity_asked,
             "linears": [row.model_dump() for row in report.linears],
         },
@@ -232,9 +238,10 @@ def _card(manifest: Manifest, contents: Contents) -> str:
             *front,
             f"# {contents.artifacts[0].name}",
             "",
-            f"{manifest.base['name']}, pruned with {prune.method} to {prune.sparsity:.0%} zeros ({prune.pattern}), "
+            f"{manifest.base['name']}, pruned with {prune.method} to {contents.sparsity:.0%} zeros ({prune.pattern}), "
             f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
             f"stored as {', and as '.join(f'{entry.format} {entry.quant}' for entry in manifest.artifacts)}.",
+            *([f"The recipe asked for {prune.sparsity:.0%}: {contents.undone}."] if contents.undone else []),
             "",
             "```python",
             "import racdeploy",

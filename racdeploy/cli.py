@@ -125,11 +125,10 @@ def build(
     options["also"] = tuple(also) if also else None
     options["verify"]["controls"] = (SAME_SIZE,) if controls else None
     with _building(Job.of(Recipe.combine(recipe, options), tier), work, threads) as builder:
-        folder = out_folder or Path(builder.job.artifact_name)
         if dry_run:
-            _print_plan(builder.job.check(folder) | pruning_plan(builder), json_output)
+            _print_plan(builder.job.check(out_folder) | pruning_plan(builder), json_output)
             return
-        report = builder.run(folder)
+        folder, report = builder.run(out_folder)
     _finish(report, json_output, f"bundle: {folder}", builder.job.gate)
 
 
@@ -189,8 +188,13 @@ def prune(
         if dry_run:
             _print_plan(pruning_plan(builder), json_output)
             return
-        folder = builder.prune().folder
-    _print_folder(folder, json_output)
+        pruned = builder.prune()
+    if json_output:
+        print_json({"folder": str(pruned.folder), "sparsity": pruned.sparsity, "notes": pruned.notes})
+        return
+    out.print(pruned.folder, soft_wrap=True)
+    for note in pruned.notes:
+        err.print(note, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,12 @@ class Job:
         """The engine that runs the artifact."""
         return export.load(self.recipe.export.format).BACKEND
 
-    def check(self, out: Path) -> dict[str, Any]:
+    def check(self, out: Path | None = None) -> dict[str, Any]:
         """Look at everything that can be known before a build, and return the plan.
 
         Args:
-            out: where the bundle will go.
+            out: where the bundle will go; None is a folder named as the artifact, which may be of any step of a
+                schedule.
 
         Raises:
             RacdeployError: the first thing that would go wrong later.
@@ -139,7 +140,9 @@ class Job:
         for job in (self, *self.siblings):
             _require({**_NEEDS, **export.load(job.recipe.export.format).NEEDS})
         export.check(recipe.export)
-        bundle.check_replaceable(out)
+        ends = recipe.prune.schedule or (recipe.prune.sparsity,)
+        for place in [out] if out else [Path(self.reaching(sparsity).artifact_name) for sparsity in ends]:
+            bundle.check_replaceable(place)
         for name in recipe.verify.controls:
             if name != SAME_SIZE:
                 export.check(recipe.export.model_copy(update={"quant": name, "tensors": {}, "packing": "plain"}))
@@ -236,6 +239,17 @@ class Job:
                 remedy="give a file with more problems, or another --calibration-task",
             )
         return tasks.problems_of(chosen, split, seed, count)
+
+    def reaching(self, sparsity: float) -> Job:
+        """Return the job of a recipe for that sparsity, for the same model: what one step of a schedule is called."""
+        prune = self.recipe.prune
+        if sparsity == prune.sparsity:
+            return self
+        steps = tuple(step for step in prune.schedule if step <= sparsity)
+        reached = prune.model_copy(update={"sparsity": sparsity, "schedule": steps})
+        job = replace(self, recipe=self.recipe.model_copy(update={"prune": reached}))
+        vars(job)["model"] = self.model  # found once: a model on the Hub may be another one by now
+        return job
 
     @property
     def fine_tune(self) -> str:

@@ -140,8 +140,10 @@ class Build:
                         f"the first step of the schedule, {sparsity:.0%}, goes too far: {reason}",
                         remedy="begin lower, or raise prune.probe_drop or prune.probe_length",
                     )
-                return replace(model, notes=(*model.notes, f"schedule, {sparsity:.0%} was undone: {reason}"))
-            model = replace(found, notes=(*(model.notes if model else ()), step, *found.notes))
+                undone = f"schedule, {sparsity:.0%} was undone: {reason}"
+                return replace(model, notes=(*model.notes, undone), undone=undone)
+            notes = (*(model.notes if model else ()), step, *found.notes)
+            model = replace(found, notes=tuple(dict.fromkeys(notes)))
             calibration = mix(own, dense, self.job.recipe.prune.dense_traces)
             sha256 = canonical_hash([TraceSet(trace_folder).sha256, TraceSet(own_folder).sha256])
         assert model
@@ -168,7 +170,7 @@ class Build:
             "within": Checkpoint(before.folder).sha256 if before else "",
         }
         stage = Stage.open(self.work, "prune", inputs)
-        folder = stage.folder / self.job.name
+        folder = stage.folder / self.job.reaching(sparsity).name
         if not stage.finished:
             calibration, held_out, counts = self.calibration(traces)
             given = {
@@ -180,7 +182,7 @@ class Build:
                 "within": before.folder.parent if before else None,
             }
             lengths = [[len(trace.ids) for trace in part] for part in (calibration, held_out)]
-            expected = predict(self.job.checkpoint, settings, lengths[0], lengths[1], self.threads)
+            expected = predict(self.job.checkpoint, settings, lengths[0], lengths[1], self.threads, quant)
             measured = measured_cost(stage.folder, expected, self.processes.count)
             with self.processes.job("prune", self._same("prune"), given), measured:
                 linears, blocks = self._prune_blocks(stage.folder, given)
@@ -190,10 +192,11 @@ class Build:
         summary = stage.summary
         return PrunedModel(
             folder,
+            sparsity,
             tuple(LinearRow.model_validate(row) for row in summary["linears"]),
             tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
             summary["selection"],
-            tuple(filter(None, [cost_note(stage.folder)])),
+            tuple(filter(None, [_held_out_note(summary["selection"]), cost_note(stage.folder)])),
         )
 
     def _prune_blocks(self, folder: Path, given: Mapping[str, Any]) -> tuple[list[LinearRow], list[BlockRow]]:
@@ -233,7 +236,6 @@ class Build:
         name: str,
         *,
         pruned: bool = True,
-        sparsity: float | None = None,
         importance: Path | None = None,
         quant: str = "",
     ) -> ExportResult:
@@ -243,7 +245,6 @@ class Build:
             folder: Hugging Face folder, dense or pruned.
             name: of the artifact, without suffix.
             pruned: whether packing applies; the dense model is always plain.
-            sparsity: for the file's metadata, where it is not the recipe's.
             importance: a pruned model whose statistic chooses the scales of this one too, so that both arms are
                 quantized alike.
             quant: number format; empty takes the recipe's, with its choices for single tensors.
@@ -256,7 +257,7 @@ class Build:
         matrix = Path(settings.importance) if settings.importance else (importance or folder) / IMPORTANCE_FILE
         if importance and matrix.is_file() and "importance" in exports.load(settings.format).OPTIONS:
             settings = settings.model_copy(update={"importance": str(matrix)})
-        metadata = self._metadata(sparsity) if pruned else {}
+        metadata = self._metadata() if pruned else {}
         inputs = self._inputs("export") | {
             "model": checkpoint.sha256,
             "export": settings.model_dump(exclude={"importance"}),
@@ -318,11 +319,17 @@ class Build:
         """The same build for each of the further targets."""
         return tuple(replace(self, job=job) for job in self.job.siblings)
 
-    def run(self, out: Path) -> Report:
+    def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything and write the bundle.
 
+        Args:
+            out: its folder; None names it as the artifact, in the current folder.
+
+        Returns:
+            The bundle's folder, and its report.
+
         Raises:
-            RacdeployError: the first thing that went wrong; nothing is left under ``out`` then.
+            RacdeployError: the first thing that went wrong; no bundle is left then.
         """
         self.job.check(out)
         trace_folder, traces = self.traces()
@@ -333,30 +340,31 @@ class Build:
             pruned=False,
             importance=model.folder,
         )
-        reached = self.job.sparsity_asked(model.linears) if self.job.recipe.prune.schedule else None
-        pruned, *also = (
-            build.export(model.folder, build.job.artifact_name, sparsity=reached) for build in (self, *self.siblings)
-        )
+        reached = [replace(self, job=job.reaching(model.sparsity)) for job in (self.job, *self.job.siblings)]
+        pruned, *also = (build.export(model.folder, build.job.artifact_name) for build in reached)
         held = self._hold(model, (pruned, *also), traces[0].ids)
         report, records = self.verification.verify(model, dense, pruned, held, also, self.rivals(model, dense, pruned))
+        folder = out or Path(reached[0].job.artifact_name)
         bundle.write(
-            out,
+            folder,
             bundle.Contents(
                 artifacts=[
-                    bundle.Artifact(job.artifact_name, job.recipe.export, exported)
-                    for job, exported in zip((self.job, *self.job.siblings), (pruned, *also), strict=True)
+                    bundle.Artifact(build.job.artifact_name, build.job.recipe.export, exported)
+                    for build, exported in zip(reached, (pruned, *also), strict=True)
                 ],
                 model=self.job.model,
                 checkpoint=self.job.checkpoint,
                 recipe=self.job.recipe,
                 traces=trace_counts(traces, self.job.checkpoint, self.job.encoder, self.job.recipe.traces.identity)
                 | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
+                sparsity=model.sparsity,
                 sparsity_asked=self.job.sparsity_asked(model.linears),
+                undone=model.undone,
                 report=report,
                 records=records,
             ),
         )
-        return report
+        return folder, report
 
     @contextlib.contextmanager
     def _answering(self, context_tokens: int, folder: Path, sparse: Path | None) -> Iterator[Answering]:
@@ -396,11 +404,12 @@ class Build:
             "calibration_tokens": sum(len(trace.ids) for trace in chosen),
             "rac_tokens": selection.tokens,
             "held_out_traces": len(selection.held_out),
+            "tasks_not_held_out": sorted({t.task for t in traces} - {t.task for t in selection.held_out}),
             "left_out": selection.left_out,
         }
         return chosen, selection.held_out, counts
 
-    def _metadata(self, sparsity: float | None) -> dict[str, str | int | float | bool]:
+    def _metadata(self) -> dict[str, str | int | float | bool]:
         prune, model = self.job.recipe.prune, self.job.model
         return {
             **_origin(model, self.job.fine_tune),
@@ -410,7 +419,7 @@ class Build:
             "racdeploy.base_model": self.job.recipe.model,
             "racdeploy.method": prune.method,
             "racdeploy.pattern": prune.pattern,
-            "racdeploy.sparsity": float(prune.sparsity if sparsity is None else sparsity),
+            "racdeploy.sparsity": float(prune.sparsity),
             "racdeploy.calibration": self.job.recipe.calibration.source,
         }
 
@@ -431,6 +440,14 @@ def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float
         values["general.base_model.0.organization"] = model.origin.partition("/")[0]
         values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
     return values
+
+
+def _held_out_note(selection: Mapping[str, Any]) -> str:
+    """Return which tasks have no error on held-out traces; empty where all have."""
+    if not selection["tasks_not_held_out"]:
+        return ""
+    of = f" of {', '.join(selection['tasks_not_held_out'])}" if selection["held_out_traces"] else ""
+    return f"no trace{of} is held out, so no error{of} was measured; raise traces.count or calibration.held_out_share"
 
 
 def _answer(engine: Engine, asked: Asked) -> list[Completion]:

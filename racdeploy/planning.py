@@ -27,7 +27,8 @@ def pruning_plan(build: Build) -> dict[str, Any]:
         longest = [len(job.encoder.encode(problem.question)) + cap for problem in job.problems("calibration")]
         held = round(settings.calibration.held_out_share * len(longest))
         lengths, bound = [longest, longest[:held]], "_at_most"
-    cost = predict(job.checkpoint, settings.prune, lengths[0], lengths[1], build.threads)
+    grid = job.grid if settings.prune.joint else ""
+    cost = predict(job.checkpoint, settings.prune, lengths[0], lengths[1], build.threads, grid)
     return {
         f"prune_tokens{bound}": sum(lengths[0]),
         f"prune_seconds{bound}": round((len(settings.prune.schedule) or 1) * cost.seconds, 1),

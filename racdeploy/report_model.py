@@ -168,6 +168,7 @@ class LinearRow(_Part):
         held_out_error: relative error of the output, over traces that were not used to prune.
         error_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
         damping: share of the mean diagonal that was added to the Hessian.
+        reason: why the zeros are not as asked; empty where they are.
     """
 
     name: str
@@ -176,6 +177,7 @@ class LinearRow(_Part):
     held_out_error: float | None = None
     error_by_stream: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
+    reason: str = ""
 
 
 class BlockRow(_Part):

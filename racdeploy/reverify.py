@@ -158,7 +158,7 @@ class Reverification:
             notes += [f"the one for {other.backend} ran on {arm.kernels}"] if arm.kernels else []
             also.append(OtherArtifact(arm, other.backend, self.bundle / other.path, _recorded_files(other)))
             earlier += again
-        linears = self.own.report.linears
+        linears, asked = self.own.report.linears, self.own.recipe.prune.sparsity
         evidence = Evidence(
             settings=self.settings,
             gate=self.gate,
@@ -167,7 +167,8 @@ class Reverification:
             backend=entry.backend,
             artifact=self.bundle / entry.path,
             artifact_files=_recorded_files(entry),
-            sparsity_asked=float(self.own.manifest.pruning.get("sparsity_asked", self.own.recipe.prune.sparsity)),
+            sparsity_asked=float(self.own.manifest.pruning.get("sparsity_asked", asked)),
+            sparsity_recipe=asked if float(self.own.manifest.pruning.get("sparsity", asked)) < asked else None,
             dense_linears=frozenset(row.name for row in linears if row.sparsity_asked == 0),
             tensors=rows,
             prunable=prunable,

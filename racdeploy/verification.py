@@ -137,6 +137,7 @@ class Verification:
             artifact=pruned.path,
             artifact_files=pruned.files,
             sparsity_asked=self.job.sparsity_asked(model.linears),
+            sparsity_recipe=self.job.recipe.prune.sparsity if model.undone else None,
             tensors=rows,
             prunable=frozenset(prunable),
             dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
@@ -153,7 +154,7 @@ class Verification:
         report = summarize(
             evidence,
             run_checks(evidence),
-            linears=model.linears,
+            linears=model.linears_beside(self.job.recipe.prune.sparsity),
             blocks=model.blocks,
             model=self.job.recipe.model,
             target=self.job.recipe.target,

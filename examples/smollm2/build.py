@@ -48,7 +48,7 @@ def main() -> None:
             "prune": {"sparsity": 0.5},
         },
     )
-    report = Build(Job(recipe), arguments.work).run(arguments.out)
+    _, report = Build(Job(recipe), arguments.work).run(arguments.out)
     print_report(report, Console())
     checks = {check.name: check.verdict for check in report.checks}
     sys.exit(0 if checks["tokens"] == checks["logits"] == checks["sparsity"] == "pass" else 1)

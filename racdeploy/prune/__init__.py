@@ -17,14 +17,25 @@ class PrunedModel:
 
     Args:
         folder: Hugging Face folder of the sparse model.
+        sparsity: fraction of zeros that it was pruned to: of a schedule, that of the last step that was kept.
         linears: how each linear was pruned.
         blocks: how far each block drifted from the dense model.
         selection: counts of the traces that were used and left out.
         notes: what the report must say about how it came about.
+        undone: which step of a schedule was undone, and why; empty where none was.
     """
 
     folder: Path
+    sparsity: float
     linears: tuple[LinearRow, ...]
     blocks: tuple[BlockRow, ...]
     selection: dict[str, Any]
     notes: tuple[str, ...] = ()
+    undone: str = ""
+
+    def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
+        """Return the linears as a report has them: beside the recipe's sparsity, where a step of it was undone."""
+        if not self.undone:
+            return self.linears
+        changed = {"sparsity_asked": asked, "reason": self.undone}
+        return tuple(row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears)

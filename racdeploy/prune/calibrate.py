@@ -310,7 +310,7 @@ class _Walk:
         for name in self.checkpoint.family.linears:
             full, linear = f"{prefix}.{name}", pruned.get(name)
             if linear:
-                rows.append(linear.row(full, self.shares[full]))
+                rows.append(linear.row(full, self.shares[full], self.quant))
             else:
                 rows.append(LinearRow(name=full, sparsity_asked=0.0, sparsity_reached=0.0))
         return rows

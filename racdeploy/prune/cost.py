@@ -2,15 +2,14 @@
 
 The walk of :mod:`racdeploy.prune.calibrate` does the same few things for every block. One block is loaded, some tokens
 go through it, and the method prunes a piece of each linear on a random Hessian; all are timed, scaled to the whole
-model, and added up. Memory is that of the process and, where there is a GPU, of its tensors there. Not counted: codes
-chosen while pruning (``joint``), what several processes save, and copies to a GPU and back.
+model, and added up. Memory is that of the process and, where there is a GPU, of its tensors there. Not counted: what
+several processes save, and copies to a GPU and back.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,8 @@ from racdeploy.prune.flow import KEPT_BYTES, is_kept
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import pattern_of
 from racdeploy.prune.refit import prune_and_refit
+from racdeploy.prune.rounding import round_to_grid
+from racdeploy.quant import Grid, as_grid
 from racdeploy.recipe import Pruning
 
 __all__ = ["Cost", "cost_note", "measured_cost", "predict"]
@@ -45,7 +46,7 @@ _FILE = "cost.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and the largest resident memory of the process."""
+    """Seconds, and the largest resident memory of the process; measured, 0 bytes where the system does not say."""
 
     seconds: float
     peak_bytes: int
@@ -57,6 +58,7 @@ def predict(
     calibration_lengths: Sequence[int],
     held_out_lengths: Sequence[int],
     threads: int = 0,
+    quant: str = "",
 ) -> Cost:
     """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take on this machine, in a few seconds.
 
@@ -66,12 +68,14 @@ def predict(
         calibration_lengths: tokens of each trace that decides the pruning.
         held_out_lengths: tokens of each trace that only measures it.
         threads: CPU threads; 0 leaves torch's choice.
+        quant: number format whose codes are chosen while pruning; empty leaves rounding to the export.
     """
     keep_heap()
     if threads:
         torch.set_num_threads(threads)
     with torch.inference_mode():
-        model = _Model(checkpoint, settings, sum(calibration_lengths), sum(held_out_lengths))
+        grid = as_grid(quant) if quant else None
+        model = _Model(checkpoint, settings, sum(calibration_lengths), sum(held_out_lengths), grid)
         return Cost(model.seconds(max([*calibration_lengths, *held_out_lengths])), model.peak_bytes())
 
 
@@ -83,6 +87,7 @@ class _Model:
     settings: Pruning
     calibration_tokens: int
     held_out_tokens: int
+    grid: Grid | None
 
     def __post_init__(self) -> None:
         entries, prefix = self.checkpoint.entries, f"{self.checkpoint.family.blocks}.0"
@@ -145,8 +150,8 @@ class _Model:
         for group in self.groups:
             for index, (O, I) in enumerate(group):
                 o, i = min(O, _SAMPLE_OUTPUTS), min(I, _SAMPLE_INPUTS)
-                if settings.kept_of:
-                    i -= i % settings.kept_of[1]
+                whole = math.lcm(settings.kept_of[1] if settings.kept_of else 1, self.grid.BLOCK if self.grid else 1)
+                i = max(i - i % whole, whole)
                 if (o, i) not in seen:
                     x_NI, weight_OI = self._random(2 * i, i), self._random(o, i)
                     hessian = Hessian(x_NI.T @ x_NI, settings.damping)
@@ -163,7 +168,10 @@ class _Model:
     def _solve(self, method: Any, allocation: Any, weight_OI: torch.Tensor, hessian: Hessian) -> None:
         """Do with a linear what the walk does once its Hessian is there."""
         settings = self.settings
-        prune_and_refit(method, weight_OI, hessian, pattern_of(settings.sparsity, settings.kept_of), settings)
+        pattern = pattern_of(settings.sparsity, settings.kept_of)
+        pruned = prune_and_refit(method, weight_OI, hessian, pattern, settings)
+        if self.grid:
+            round_to_grid(pruned.weight_OI, pruned.keep_OI, weight_OI, hessian, self.grid)
         if settings.match_dense:
             hessian.solve(weight_OI)
         if allocation.SURVEYS:
@@ -192,24 +200,27 @@ class _Model:
 def measured_cost(folder: Path, predicted: Cost, processes: int) -> Iterator[None]:
     """While the body runs, measure it, then leave both in a folder; what an earlier run began is not measured."""
     fresh = not any(folder.glob("block-*.json"))
-    if platform.system() == "Linux":
-        _RESET.write_text("5")  # the peak is counted from here
+    reset = _reset_peak()
     if _on_gpu():
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     yield
     if fresh:
-        found = Cost(time.perf_counter() - began, _resident("VmHWM") + _resident_gpu())
-        costs = {"predicted": asdict(predicted), "measured": asdict(found)}
-        values = costs | {"processes": processes, "gpu": _on_gpu()}
-        write_atomic(folder / _FILE, json.dumps(values, indent=1))
+        peak_bytes = _resident("VmHWM") if reset else 0
+        found = Cost(time.perf_counter() - began, peak_bytes + _resident_gpu() if peak_bytes else 0)
+    elif (folder / _FILE).is_file():  # the walk had ended when it was interrupted
+        return
+    values = {"predicted": asdict(predicted), "measured": asdict(found) if fresh else None}
+    write_atomic(folder / _FILE, json.dumps(values | {"processes": processes, "gpu": _on_gpu()}, indent=1))
 
 
 def cost_note(folder: Path) -> str:
-    """Return one line on what pruning took and how far off the prediction was; empty where it was not measured."""
+    """Return one line on what pruning took and how far off the prediction was; empty where nothing is known."""
     if not (folder / _FILE).is_file():
         return ""
     values = read_json(folder / _FILE)
+    if not values["measured"]:
+        return f"pruning was resumed, so not measured; {Cost(**values['predicted']).seconds:.0f} s were predicted"
     predicted, found = Cost(**values["predicted"]), Cost(**values["measured"])
     several = f" for one of its {values['processes']} processes alone" if values["processes"] > 1 else ""
     where = " on a GPU" if values["gpu"] else ""
@@ -246,9 +257,19 @@ def _resident_gpu() -> int:
     return torch.cuda.max_memory_allocated() if _on_gpu() else 0
 
 
+def _reset_peak() -> bool:
+    """Count the peak of resident memory from here; return False where the system has no such switch."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _resident(entry: str = "VmRSS") -> int:
-    """Return resident memory in bytes, now or at its peak; 0 where the system does not say, which is all but Linux."""
-    if platform.system() != "Linux":
+    """Return resident memory in bytes, now or at its peak; 0 where the system does not say, as outside Linux."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
         return 0
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{entry}:"))
-    return int(line.split()[1]) * 1024
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), 0)

@@ -38,11 +38,13 @@ class PrunedLinear:
             processes.spread(target_OI, owner)
         return replace(self, stored_OI=stored_OI, target_OI=target_OI, damping=processes.tell(self.damping, owner))
 
-    def row(self, name: str, sparsity: float) -> LinearRow:
+    def row(self, name: str, sparsity: float, quant: str) -> LinearRow:
+        reached = float((self.stored_OI == 0).float().mean())
         return LinearRow(
             name=name,
             sparsity_asked=sparsity,
-            sparsity_reached=float((self.stored_OI == 0).float().mean()),
+            sparsity_reached=reached,
+            reason=f"codes of {quant} rounded to zero" if quant and reached > sparsity else "",
             held_out_error=self.error.total,
             error_by_stream=self.error.by_stream,
             damping=self.damping,

@@ -172,14 +172,21 @@ def _deviations(report: Report) -> tuple[tuple[str, ...], ...]:
 
 def _unpruned(linears: Iterable[LinearRow]) -> list[tuple[str, ...]]:
     # Half a per mille: N of M in a row that is no multiple of M rounds by less.
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[LinearRow]] = defaultdict(list)
     for row in linears:
         if abs(row.sparsity_asked - row.sparsity_reached) > 5e-4:
-            groups[f"{row.sparsity_asked:.1%}", f"{row.sparsity_reached:.1%}"].append(row.name)
+            reason = row.reason or "the method reached another sparsity than it was asked for"
+            groups[f"{row.sparsity_asked:.1%}", reason].append(row)
     return [
-        ("sparsity", asked, real, _where(names), "the method reached another sparsity than it was asked for")
-        for (asked, real), names in groups.items()
+        ("sparsity", asked, _reached(rows), _where([row.name for row in rows]), reason)
+        for (asked, reason), rows in groups.items()
     ]
+
+
+def _reached(rows: Sequence[LinearRow]) -> str:
+    """Return one sparsity, or the lowest and the highest."""
+    ends = [f"{end(row.sparsity_reached for row in rows):.1%}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _unlike(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:

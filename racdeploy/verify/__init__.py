@@ -151,7 +151,8 @@ class Evidence:
 
     ``artifact`` is the main file of the pruned artifact, ``artifact_files`` the recorded hash of each of its files, by
     the path from the main file's folder. ``probes`` is None where the engine ``backend`` has no tokenizer of its own.
-    ``also`` are the bundle's artifacts for other engines. ``rivals`` are dense models in other quants:
+    ``sparsity_recipe`` is None unless a step of the recipe's schedule was undone; ``sparsity_asked`` is then the last
+    kept step's. ``also`` are the bundle's artifacts for other engines. ``rivals`` are dense models in other quants:
     no check looks at them.
     """
 
@@ -173,6 +174,7 @@ class Evidence:
     prompts: tuple[PromptProbe, ...] = ()
     stop_ids: StopIds | None = None
     packing: str = "plain"
+    sparsity_recipe: float | None = None
 
     def limits(self, kind: type[L]) -> L:
         """Return the gate's limits of the check that asks, by its class."""

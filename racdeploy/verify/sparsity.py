@@ -34,6 +34,9 @@ def check(evidence: Evidence) -> CheckResult:
     quant = evidence.pruned.quant
     keeps = all(plugins.load("quant", name).PRESERVES_ZERO for name in {row.quant_real for row in rows})
     text = f"{found:.1%} zeros in the file, {evidence.sparsity_asked:.1%} asked"
+    if evidence.sparsity_recipe is not None:
+        figures["sparsity_recipe"] = evidence.sparsity_recipe
+        text += f" by the last step that was kept, not the {evidence.sparsity_recipe:.1%} of the recipe"
     if not keeps and evidence.packing != "plain":
         return CheckResult(
             name="sparsity",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.job import Job
-from racdeploy.pipeline import Build
+from racdeploy.pipeline import Build, _held_out_note
 from racdeploy.planning import pruning_plan
+from racdeploy.prune import cost
 from racdeploy.prune.cost import cost_note, predict
+from racdeploy.prune.rounding import round_to_grid
+from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, Recipe
+from tests.prune.test_calibrate import TRACES
 from tests.tiny_models import make_checkpoint
 
 
@@ -42,19 +49,43 @@ def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
 )
 def test_every_kind_of_recipe_has_a_prediction(tmp_path: Path, settings: dict[str, object]) -> None:
     """The sample is pruned with the recipe's own plugins."""
-    cost = predict(_checkpoint(tmp_path / "m"), Pruning.model_validate(settings), [30] * 4, [], threads=1)
-    assert cost.seconds > 0
+    found = predict(_checkpoint(tmp_path / "m"), Pruning.model_validate(settings), [30] * 4, [], threads=1)
+    assert found.seconds > 0
+
+
+def _build(folder: Path, **prune: object) -> Build:
+    make_checkpoint(folder / "model", "qwen3")
+    options = {
+        "model": str(folder / "model"),
+        "traces": {"count": 8, "batch": 4, "max_new_tokens": 12},
+        "tasks": ("gcd",),
+        "calibration": {"keep_truncated": True},
+        "prune": prune,
+    }
+    return Build(Job(Recipe.combine(None, options)), folder / "work", threads=1)
+
+
+def test_choosing_codes_is_predicted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample is rounded to the grid of the export, in whole blocks of it and of the pattern."""
+    rounded: list[tuple[torch.Size, object]] = []
+
+    def spy(weight_OI: torch.Tensor, *others: object) -> torch.Tensor:
+        rounded.append((weight_OI.shape, others[-1]))
+        return round_to_grid(weight_OI, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cost, "round_to_grid", spy)
+    monkeypatch.setattr(cost, "_SAMPLE_INPUTS", 80)
+    checkpoint = _checkpoint(tmp_path / "m", intermediate_size=192)
+    predict(checkpoint, Pruning(pattern="4:6", joint=True, dense=("q_proj",)), [30] * 4, [], threads=1, quant="q4_0")
+    assert {(shape[1], grid) for shape, grid in rounded} == {(96, as_grid("q4_0"))}
+    rounded.clear()
+    pruning_plan(_build(tmp_path / "joint", joint=True))
+    assert {grid for _, grid in rounded} == {as_grid("q8_0")}
 
 
 def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
     """A bound before the traces are there, their tokens afterwards; then what it took beside what was predicted."""
-    make_checkpoint(tmp_path / "model", "qwen3")
-    options = {
-        "model": str(tmp_path / "model"),
-        "traces": {"count": 8, "batch": 4, "max_new_tokens": 12},
-        "calibration": {"keep_truncated": True},
-    }
-    build = Build(Job(Recipe.combine(None, options)), tmp_path / "work", threads=1)
+    build = _build(tmp_path)
     before = pruning_plan(build)
     assert set(before) == {"prune_tokens_at_most", "prune_seconds_at_most", "prune_memory_bytes_at_most"}
     assert not (tmp_path / "work").exists(), "a plan leaves nothing behind"
@@ -69,3 +100,46 @@ def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
     (file,) = (tmp_path / "work").glob("prune-*/cost.json")
     assert json.loads(file.read_text())["measured"]["peak_bytes"] > 50 << 20
     assert cost_note(tmp_path) == ""
+
+
+def test_a_resumed_pruning_says_that_it_was_not_measured(tmp_path: Path) -> None:
+    """What is known is said; a walk that had ended keeps what it took."""
+    build = _build(tmp_path)
+    measured = build.prune().notes
+    (stage,) = (tmp_path / "work").glob("prune-*/stage.json")
+    stage.unlink()
+    assert build.prune().notes == measured
+    for name in ("stage.json", "cost.json", "block-00001.json"):
+        (stage.parent / name).unlink()
+    (note,) = build.prune().notes
+    assert re.fullmatch(r"pruning was resumed, so not measured; \d+ s were predicted", note)
+
+
+def test_a_system_that_does_not_tell_memory_ends_no_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No switch for the peak, a status without it, or no status at all: seconds are told, memory is not."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmRSS:\t  2048 kB\n")
+    reset = tmp_path / "clear_refs"
+    for switch, file in ((tmp_path / "none" / "clear_refs", status), (reset, status), (reset, tmp_path / "none")):
+        monkeypatch.setattr(cost, "_RESET", switch)
+        monkeypatch.setattr(cost, "_STATUS", file)
+        with cost.measured_cost(tmp_path, cost.Cost(1.0, 1 << 30), processes=1):
+            pass
+        assert cost_note(tmp_path) == "pruning took 0 s, 1 s were predicted"
+    monkeypatch.setattr(cost, "_STATUS", status)
+    assert predict(_checkpoint(tmp_path / "m"), Pruning(), [30] * 4, [], threads=1).peak_bytes > 2048 * 1024
+
+
+def test_tasks_without_a_held_out_trace_are_named(tmp_path: Path) -> None:
+    """Few traces of a task round to none held out: the report's missing errors have a reason."""
+    build = _build(tmp_path, sparsity=0.25)
+    traces = [replace(TRACES[0], index=i, task="gcd" if i < 8 else "comparison") for i in range(9)]
+    *_, counts = build.calibration(traces)
+    assert (counts["held_out_traces"], counts["tasks_not_held_out"]) == (1, ["comparison"])
+    assert _held_out_note(counts).startswith("no trace of comparison is held out, so no error of comparison was")
+    *_, counts = build.calibration(traces[:8])
+    assert _held_out_note(counts) == ""
+    few = build.job.recipe.traces.model_copy(update={"count": 3})
+    job = Job(build.job.recipe.model_copy(update={"traces": few}))
+    note, *_ = replace(build, job=job).prune().notes
+    assert note.startswith("no trace is held out, so no error was measured; raise traces.count")

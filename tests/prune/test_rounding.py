@@ -99,7 +99,8 @@ def test_the_file_holds_the_very_weights(tmp_path: Path, architecture: str) -> N
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", architecture))
     blocks = tmp_path / "blocks"
     blocks.mkdir()
-    prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant="q4_0")
+    rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant="q4_0")
+    assert {row.reason for row in rows if row.sparsity_reached > 0.5} == {"codes of q4_0 rounded to zero"}
     pruned = Checkpoint(assemble(checkpoint, blocks, tmp_path / "pruned"))
     exported = gguf.export(pruned, tmp_path / "model.gguf", quant="q4_0", packing="plain", metadata={})
     quant, weights = quants.as_grid("q4_0"), load_file(tmp_path / "pruned/model.safetensors")

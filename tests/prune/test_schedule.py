@@ -103,6 +103,9 @@ def test_a_step_too_far_is_undone_and_said(tmp_path: Path) -> None:
     assert all(row.sparsity_reached == pytest.approx(0.3, abs=1e-3) for row in model.linears)
     assert model.notes[0].startswith("schedule, 30%: ")
     assert model.notes[-1].startswith("schedule, 97% was undone: accuracy")
+    assert (model.sparsity, model.folder.name[-7:]) == (0.3, "-rac-30")
+    assert {(row.sparsity_asked, row.reason) for row in model.linears} == {(0.3, "")}
+    assert {(row.sparsity_asked, row.reason) for row in model.linears_beside(0.97)} == {(0.97, model.notes[-1])}
     assert model == _build(tmp_path).prune()
     with pytest.raises(UsageError, match="first step of the schedule"):
         _build(tmp_path, schedule=[0.97]).prune()

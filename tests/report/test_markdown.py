@@ -7,8 +7,11 @@ import re
 import pytest
 
 from racdeploy.report import markdown
-from racdeploy.report_model import Comparison, Report, TensorRow
+from racdeploy.report.tables import tables
+from racdeploy.report_model import Comparison, LinearRow, Report, TensorRow
 from tests.report.sample_report import GOLDEN, HOSTILE
+
+_UNEXPLAINED = "the method reached another sparsity than it was asked for"
 
 
 def changed(report: Report, **values: object) -> Report:
@@ -32,6 +35,19 @@ def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
         changed(report, checks=(report.checks[0].model_copy(update={"verdict": "fail"}), *report.checks[1:])),
     )
     assert [markdown.render(one) == golden for one in spoiled] == [False] * len(spoiled)
+
+
+def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
+    """Linears with one reason are one row, from the lowest to the highest share; without a reason, the old words."""
+    rows = [
+        LinearRow(name=f"model.layers.{i}.o_proj", sparsity_asked=0.5, sparsity_reached=0.5 + i / 100, reason=reason)
+        for i, reason in enumerate(("", "codes of q4_0 rounded to zero", "codes of q4_0 rounded to zero", ""))
+    ]
+    (table,) = [table for table in tables(changed(report, linears=tuple(rows), tensors=())) if "asked" in table.title]
+    assert table.rows == (
+        ("sparsity", "50.0%", "51.0% to 52.0%", "2 × model.layers.*.o_proj", "codes of q4_0 rounded to zero"),
+        ("sparsity", "50.0%", "53.0%", "model.layers.3.o_proj", _UNEXPLAINED),
+    )
 
 
 def test_hostile_text_stays_text() -> None:
