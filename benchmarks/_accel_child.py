@@ -13,13 +13,20 @@ import llama_cpp
 PROMPT_TOKENS = 128
 
 
-def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, cold: bool) -> dict[str, float]:
-    """Load a file as a user does, read a prompt, decode; ``cold`` from the disk, not from the system's cache."""
+def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, state: str) -> dict[str, float]:
+    """Load a file as a user does, read a prompt, decode.
+
+    ``state`` is what was before: ``warm``, the system holds it; ``cold``, it is on the disk only; ``new``, its packed
+    weights were never kept, nor its zeros counted.
+    """
     if sparse:
         from racdeploy import accel
-    if cold:
-        with open(file, "rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if state == "new":
+        accel.forget(file)
+    if state == "cold":
+        for path in (file, *(accel.kept_files() if sparse else ())):
+            with open(path, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
     if sparse:
         accel.enable(file, "require", threads=threads)

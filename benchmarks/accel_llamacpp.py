@@ -10,8 +10,10 @@ row. Beside them the dense models in Q4_K and Q4_0, which llama.cpp repacks. Eac
 that loads the file with ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
 speed-up if a token cost nothing but reading the weights from memory. Memory and loading are compared with the stock
 side that opens the file in the same way: mapped, as ``Llama`` does by default, or read (``use_mmap=False``). A map is
-read when it is first used: what loading takes is seen with the first tokens included. With ``--cold`` the last columns
-are the same with the file on the disk only, as after a restart.
+read when it is first used: what loading takes is seen with the first tokens included. ``new ms`` is that of the first
+sparse load ever, which counts zeros and keeps the packed weights in a file; all others find it, or pack in memory where
+``RACDEPLOY_ACCEL_KEEP`` is 0. With ``--cold`` the last columns are the same with the files on the disk only, as after a
+restart.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def main() -> None:
     for threads in arguments.threads:
         print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
         figures = ["prefill ms", "RSS MB", "load ms", "load and first tokens ms", *["from disk ms"] * arguments.cold]
-        columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *(c for f in figures for c in (f, "×"))]
+        compared = (column for figure in figures for column in (figure, "×"))
+        columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *compared, "new ms"]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for (model, quant, zeros), file in files.items():
             sides = [
@@ -105,11 +108,12 @@ def main() -> None:
 def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int, arguments: argparse.Namespace) -> None:
     """Measure the sides in turns and print their rows."""
     rounds: dict[str, list[dict[str, float]]] = {side.label: [] for side in sides}
+    new_ms = {side.label: run_child(side, threads, 1, "new")["ready_ms"] for side in sides if side.sparse}
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             found = run_child(side, threads, arguments.tokens)
             if arguments.cold:
-                found["cold_ms"] = run_child(side, threads, 1, cold=True)["ready_ms"]
+                found["cold_ms"] = run_child(side, threads, 1, "cold")["ready_ms"]
             rounds[side.label].append(found)
     mapped, read = (rounds[side.label] for side in sides[:2])
     for side in sides:
@@ -122,13 +126,14 @@ def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int,
             cells += [f"{median(values):.1f}", f"{1 / median(shares) if speed else median(shares):.2f}"]
             if column == "decode_ms":
                 cells.append(f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else "")
+        cells.append(f"{new_ms[side.label]:.1f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def run_child(side: Side, threads: int, tokens: int, cold: bool = False) -> dict[str, float]:
+def run_child(side: Side, threads: int, tokens: int, state: str = "warm") -> dict[str, float]:
     """Measure in a process of its own."""
     how = {"sparse": side.sparse, "use_mmap": side.use_mmap}
-    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens, "cold": cold}
+    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens, "state": state}
     done = subprocess.run([sys.executable, str(CHILD), json.dumps(values)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")

@@ -56,7 +56,11 @@ def _kernels() -> dict[str, str]:
         return {"what": "sparse kernels", "state": "unused", "detail": f"models run on llama.cpp's own: {ready}"}
     library, verdict = ready
     least = ", ".join(f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items())
-    return _finding("sparse kernels", True, f"{verdict.instruction_set}, for {least}: {library}")
+    detail = f"{verdict.instruction_set}, for {least}: {library}"
+    if kept := accel.kept_files():
+        size_mb = sum(file.stat().st_size for file in kept) / 1e6
+        detail += f"; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
+    return _finding("sparse kernels", True, detail)
 
 
 def _operator() -> dict[str, str]:

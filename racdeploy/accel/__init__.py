@@ -20,13 +20,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from racdeploy.accel import _llamacpp, onnxruntime
+from racdeploy.accel import _kept, _llamacpp, onnxruntime
 from racdeploy.accel._build import cache_folder
+from racdeploy.accel._kept import kept_files
 from racdeploy.accel._llamacpp import Plugin
 from racdeploy.accel._trial import Verdict, prove, read_verdict
 from racdeploy.errors import ArtifactError, EngineError
 
-__all__ = ["STOCK", "Built", "Mode", "Status", "Verdict", "build", "build_installed", "enable", "kernels", "readiness"]
+__all__ = [
+    "STOCK",
+    "Built",
+    "Mode",
+    "Status",
+    "Verdict",
+    "build",
+    "build_installed",
+    "enable",
+    "forget",
+    "kept_files",
+    "kernels",
+    "readiness",
+]
 
 Mode = Literal["auto", "off", "require"]
 STOCK = "the engine's own"
@@ -40,11 +54,13 @@ class Status:
         reason: why it is the engine's own kernels alone; empty where sparse ones take part.
         kernels: the sparse ones: ``avx512``, ``avx2`` or ``portable``.
         tensors: names of the weights that they take.
+        kept: whether these come packed from a file that an earlier load kept.
     """
 
     reason: str
     kernels: str = ""
     tensors: tuple[str, ...] = ()
+    kept: bool = False
 
     def packed(self) -> int:
         """Return how many of the weights llama.cpp has given to the kernels since; all of them, once it has loaded."""
@@ -138,7 +154,7 @@ def kernels(mode: Mode) -> str:
     return ", ".join(used) or STOCK
 
 
-def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status:
+def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: bool = True) -> Status:
     """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
 
     Call it before every model that is to be accelerated, and before the first model of the process is loaded. Another
@@ -149,12 +165,14 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status
         mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not faster; ``require``
             makes that an error; ``off`` does nothing.
         threads: that read and pack the file; 0 uses every core.
+        keep: take the packed weights from a file in the user's cache, which is written the first time; never where
+            ``RACDEPLOY_ACCEL_KEEP`` is 0.
 
     Raises:
         EngineError: the kernels are required, and not ready or of no use to this file.
         ArtifactError: the file is not a GGUF file, or damaged.
     """
-    status = Status("sparse ones are switched off") if mode == "off" else _enabled(Path(path), threads)
+    status = Status("sparse ones are switched off") if mode == "off" else _enabled(Path(path), threads, keep)
     if mode == "require" and status.reason:
         raise EngineError(
             f"the sparse kernels are required for {path}, and cannot be used: {status.reason}",
@@ -163,7 +181,13 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0) -> Status
     return status
 
 
-def _enabled(path: Path, threads: int) -> Status:
+def forget(path: str | Path) -> None:
+    """Delete what is kept of a GGUF file: its packed weights and the counts of its zeros."""
+    for file in (_kept.file_of(Path(path)), _zeros_file(Path(path))):
+        file.unlink(missing_ok=True)
+
+
+def _enabled(path: Path, threads: int, keep: bool) -> Status:
     ready = readiness()
     if isinstance(ready, str):
         return Status(ready)
@@ -184,14 +208,18 @@ def _enabled(path: Path, threads: int) -> Status:
     else:
         least = min(faster_from.values())
         return Status(f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least")
-    return Status("", verdict.instruction_set, tuple(names))
+    kept = keep and _kept.wanted() and _keep(plugin, path, names)
+    return Status("", verdict.instruction_set, tuple(names), kept)
+
+
+def _keep(plugin: Plugin, path: Path, names: list[str]) -> bool:
+    """Use the model's kept file, after writing it where there is none that fits."""
+    return _kept.use(plugin, path, names) or (_kept.write(plugin, path, names) and _kept.use(plugin, path, names))
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
     """Return the zeros of each matrix, counted once for each state of a file: they decide speed, never answers."""
-    state = path.stat()
-    known = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
-    file = cache_folder() / "zeros" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
+    file = _zeros_file(path)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         return {name: (quant, float(share)) for name, (quant, share) in json.loads(file.read_text()).items()}
     from racdeploy.artifacts import write_atomic  # these bring pydantic: 15 MB that a process keeps
@@ -202,6 +230,11 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(zeros))
     return zeros
+
+
+def _zeros_file(path: Path) -> Path:
+    known = json.dumps(_kept.model_state(path))
+    return cache_folder() / "zeros" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
 
 
 def _read_ahead(path: Path) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -89,7 +90,7 @@ def library(ggml: Ggml) -> Library:
     """Return the plug-in for a ggml, built or not."""
     return Library(
         "llamacpp",
-        (*KERNELS, "ggml_plugin.cpp", "ggml_trial.cpp"),
+        (*KERNELS, "kept_file.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
         include=(ggml.include,),
         links=(ggml.libraries / "libggml-cpu.so.0", ggml.libraries / "libggml-base.so.0"),
         key={"ggml": ggml.version, "commit": ggml.commit},
@@ -116,6 +117,15 @@ class Plugin:
         i32, i64, f64 = ctypes.c_int, ctypes.c_int64, ctypes.c_double
         signatures = {
             "rac_ggml_enable": (ctypes.c_bool, (ctypes.POINTER(ctypes.c_char_p), i64, i32)),
+            "rac_ggml_keep": (
+                ctypes.c_bool,
+                (i32, i64, ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(i64), i64),
+            ),
+            "rac_ggml_pack": (
+                i64,
+                (i32, i64, i64, ctypes.c_void_p, ctypes.c_void_p, i64, ctypes.POINTER(i32)),
+            ),
+            "rac_ggml_layout": (i32, ()),
             "rac_ggml_packed": (None, (ctypes.POINTER(i64), ctypes.POINTER(i64))),
             "rac_ggml_stored_bytes": (i64, (i32, i64, i64, ctypes.c_void_p)),
             "rac_ggml_wanted_pattern": (i32, (i32, i64, i64, ctypes.c_void_p)),
@@ -147,6 +157,53 @@ class Plugin:
         """
         texts = [name.encode() for name in names]
         return bool(self._library.rac_ggml_enable((ctypes.c_char_p * len(texts))(*texts), len(texts), threads))
+
+    @property
+    def form(self) -> list[int | str]:
+        """What decides how matrices are packed: a file of another form is not read."""
+        return [int(self._library.rac_ggml_layout()), self.instruction_set]
+
+    def keep(self, stream: FileIO, places: Mapping[str, Sequence[int]]) -> bool:
+        """Have the next model's weights taken from a file in which they lie packed; after :meth:`enable`.
+
+        Args:
+            stream: the file; it may be closed then.
+            places: number format, pattern, rows, columns, first byte and bytes of each matrix, by its tensor's name.
+
+        Returns:
+            False where the file cannot be mapped.
+        """
+        texts = [name.encode() for name in places]
+        numbers = [number for place in places.values() for number in place]
+        return bool(
+            self._library.rac_ggml_keep(
+                stream.fileno(),
+                os.fstat(stream.fileno()).st_size,
+                (ctypes.c_char_p * len(texts))(*texts),
+                (ctypes.c_int64 * len(numbers))(*numbers),
+                len(texts),
+            )
+        )
+
+    def pack(self, path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
+        """Yield number format, pattern, rows and columns of each matrix, and how it is packed, until the next one.
+
+        Raises:
+            ArtifactError: the file ended early.
+        """
+        blocks_P = np.empty(max(t.size_bytes for t in tensors), np.uint8)
+        packed_P = np.empty(max(_most_bytes(*t.dimensions) for t in tensors), np.uint8)
+        pattern = ctypes.c_int()
+        with path.open("rb", buffering=0) as stream:
+            for tensor in tensors:
+                stream.seek(tensor.position)
+                _read_into(stream, blocks_P.data[: tensor.size_bytes])
+                columns, rows = tensor.dimensions
+                memory = blocks_P.ctypes.data, packed_P.ctypes.data, packed_P.nbytes
+                size = self._library.rac_ggml_pack(tensor.ggml_type, rows, columns, *memory, ctypes.byref(pattern))
+                if size < 0:
+                    raise MemoryError(tensor.name)
+                yield (tensor.ggml_type, pattern.value, rows, columns), packed_P.data[:size]
 
     def packed(self) -> tuple[int, int]:
         """Return how many weights were packed since :meth:`enable`, and the bytes that they take."""
@@ -212,6 +269,12 @@ def _read_into(stream: FileIO, part: memoryview) -> None:
         if not count:
             raise ArtifactError(f"{stream.name} ended while it was read", remedy="copy it again")
         done += count
+
+
+def _most_bytes(columns: int, rows: int) -> int:
+    """Return what no packed matrix is larger than: two bytes a weight, and heads, offsets and padding."""
+    padded = (columns + 255) // 256 * 256
+    return rows * (2 * padded + padded // 256 * 48 + 8) + 512
 
 
 def _is_matrix(tensor: TensorInfo) -> bool:

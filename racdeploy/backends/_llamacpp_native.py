@@ -65,7 +65,7 @@ class NativeModel:
     Args:
         path: GGUF file.
         settings: see :class:`EngineSettings`.
-        use_mmap: map the file instead of reading it; a file whose weights are packed for sparse kernels is read.
+        use_mmap: map the file instead of reading it; a file whose weights are packed while it is loaded is read.
 
     Raises:
         EngineError: llama.cpp refused the file or the context, or has no use for kernels that are required.
@@ -76,7 +76,7 @@ class NativeModel:
         self._threads = settings.threads or available_cores()
         kernels = accel.enable(path, settings.accel, threads=self._threads)
         llama_cpp.llama_backend_init()
-        params = _model_params(use_mmap and not kernels.tensors)
+        params = _model_params(use_mmap and (kernels.kept or not kernels.tensors))
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise EngineError(

@@ -14,13 +14,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <unordered_set>
+#include <utility>
 
+#include "kept_file.h"
 #include "sparse_matrix.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -33,23 +36,28 @@ constexpr int most_threads = 64;
 
 std::mutex wanted_mutex;
 std::unordered_set<std::string> wanted;  // names of the next model's weights
+std::shared_ptr<KeptFile> kept;          // which has them packed, where there is one
 int64_t packed_tensors = 0, packed_bytes = 0;
 std::atomic<bool> was_loading{false};
 int pack_threads = 1;
 
 int64_t align(int64_t bytes) { return (bytes + alignment - 1) & ~(alignment - 1); }
 
-// One weight: its matrix, in memory of its own. No memory means that nothing was written yet: all zeros.
+// One weight: its matrix, in memory of its own or in the kept file. No offsets mean that nothing was written yet: all
+// zeros.
 struct Weight {
     SparseMatrix matrix{};
     void* memory = nullptr;
-    size_t memory_bytes = 0;
+    int64_t bytes = 0;
     Weight* next = nullptr;
 
     ~Weight() { release(); }
+    bool written() const { return matrix.offsets; }
     void release() {
-        if (memory) munmap(memory, memory_bytes);
+        if (memory) munmap(memory, bytes);
+        matrix = {};
         memory = nullptr;
+        bytes = 0;
     }
 };
 
@@ -57,6 +65,8 @@ struct Buffer {
     void* addresses;  // reserved, never touched: ggml wants every tensor to have one
     size_t size;
     Weight* weights = nullptr;
+    std::shared_ptr<KeptFile> kept = nullptr;
+    uintptr_t mapped_begin = 0, mapped_end = 0;  // where the model's file was mapped when it was last looked up
 };
 
 Weight* weight_of(const ggml_tensor* tensor) { return static_cast<Weight*>(tensor->extra); }
@@ -86,61 +96,89 @@ void over_rows(int64_t rows, int64_t bytes, const Work& work) {
         if (thread.joinable()) thread.join();
 }
 
-void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
-    const Quant quant = static_cast<Quant>(tensor->type);
-    const int64_t columns = tensor->ne[0], rows = tensor->ne[1];
-    const auto blocks_bytes = static_cast<int64_t>(ggml_nbytes(tensor));
+// Pack a matrix into the memory that `memory_of` gives for so many bytes; false where it gives none.
+template <typename MemoryOf>
+bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* blocks, SparseMatrix& matrix,
+                 const MemoryOf& memory_of) {
+    const int64_t blocks_bytes = rows * row_bytes(quant, columns);
     const Pattern pattern = wanted_pattern(quant, rows, columns, blocks);
     auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
-    if (!offsets) give_up(tensor->name);
+    if (!offsets) return false;
     offsets[0] = 0;
     over_rows(rows, blocks_bytes,
               [&](int64_t begin, int64_t end) { count(quant, pattern, columns, blocks, offsets + 1, begin, end); });
     for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
 
-    const int64_t offsets_bytes = align((rows + 1) * static_cast<int64_t>(sizeof(int64_t)));
-    const int64_t heads_bytes = align(rows * groups(columns) * head_bytes(quant));
-    const int64_t bytes = offsets_bytes + heads_bytes + offsets[rows] + slack_bytes;
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) give_up(tensor->name);
-    // A token walks through all of it: with pages of 4 KB up to a fifth of the time goes to finding them.
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    auto* heads = static_cast<uint8_t*>(memory) + offsets_bytes;
-    std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
-    over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {
-        pack(quant, pattern, columns, blocks, offsets, heads, heads + heads_bytes, begin, end);
-    });
+    const Parts parts(quant, rows, columns);
+    auto* memory = static_cast<uint8_t*>(memory_of(parts.values + offsets[rows] + slack_bytes));
+    if (memory) {
+        matrix = parts.matrix(memory, quant, pattern, rows, columns);
+        std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
+        over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {
+            pack(quant, pattern, columns, blocks, offsets, memory + parts.heads, memory + parts.values, begin, end);
+        });
+    }
     std::free(offsets);
-    was_loading = true;
-    if (!weight.memory) packed_tensors++;
-    packed_bytes += bytes - static_cast<int64_t>(weight.memory ? weight.memory_bytes : 0);
-    weight.release();
-    weight.memory = memory;
-    weight.memory_bytes = bytes;
-    weight.matrix = {quant, pattern, rows, columns, heads, heads + heads_bytes, static_cast<const int64_t*>(memory)};
+    return memory;
 }
 
-// Give back the pages of a mapped file that were read for the last time; the system caches the file as it likes. Memory
-// of any other kind is left alone: there it would be lost.
-void forget_mapped(const void* data, size_t size) {
-    static std::atomic<const void*> not_mapped{nullptr};  // llama.cpp reads every tensor into one place: looked up once
-    if (data == not_mapped) return;
-    const auto begin = reinterpret_cast<uintptr_t>(data);
+void take(Weight& weight, const SparseMatrix& matrix, void* memory, int64_t bytes) {
+    if (!weight.written()) packed_tensors++;
+    packed_bytes += bytes - weight.bytes;
+    weight.release();
+    weight.matrix = matrix;
+    weight.memory = memory;
+    weight.bytes = bytes;
+}
+
+void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
+    SparseMatrix matrix;
+    void* memory = nullptr;
+    int64_t size = 0;
+    const auto new_memory = [&](int64_t bytes) -> void* {
+        void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (made == MAP_FAILED) return nullptr;
+        // A token walks through all of it: with pages of 4 KB up to a fifth of the time goes to finding them.
+        madvise(made, bytes, MADV_HUGEPAGE);
+        size = bytes;
+        return memory = made;
+    };
+    const auto quant = static_cast<Quant>(tensor->type);
+    if (!pack_matrix(quant, tensor->ne[1], tensor->ne[0], blocks, matrix, new_memory)) give_up(tensor->name);
+    take(weight, matrix, memory, size);
+}
+
+// The part of this process's read-only file maps that a piece of memory lies in.
+bool look_up_map(uintptr_t piece, size_t size, uintptr_t& begin, uintptr_t& end) {
     FILE* maps = std::fopen("/proc/self/maps", "re");
-    if (!maps) return;
-    unsigned long start = 0, end = 0, inode = 0;
+    if (!maps) return false;
+    unsigned long start = 0, stop = 0, inode = 0;
     char access[5] = "";
     bool found = false;
     char line[512];
     while (!found && std::fgets(line, sizeof line, maps)) {
-        if (std::sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, access, &inode) == 4)
-            found = start <= begin && begin + size <= end && !std::strcmp(access, "r--s") && inode != 0;
+        if (std::sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &stop, access, &inode) == 4)
+            found = start <= piece && piece + size <= stop && !std::strcmp(access, "r--s") && inode != 0;
         while (!std::strchr(line, '\n') && std::fgets(line, sizeof line, maps)) {}  // the rest of a long name
     }
     std::fclose(maps);
-    if (!found) {
-        not_mapped = data;
-        return;
+    begin = found ? start : 0;
+    end = found ? stop : 0;
+    return found;
+}
+
+// Give back the pages of a mapped file that were read for the last time; the system caches the file as it likes. Memory
+// of any other kind is left alone: there it would be lost. A weight that is written for the first time comes from where
+// the one before came from: the model is being loaded, and its file stays mapped until then.
+void forget_mapped(Buffer& buffer, const void* data, size_t size, bool first_time) {
+    static std::atomic<const void*> not_mapped{nullptr};  // llama.cpp reads every tensor into one place: looked up once
+    if (data == not_mapped) return;
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    if (!first_time || begin < buffer.mapped_begin || begin + size > buffer.mapped_end) {
+        if (!look_up_map(begin, size, buffer.mapped_begin, buffer.mapped_end)) {
+            not_mapped = data;
+            return;
+        }
     }
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
@@ -164,15 +202,34 @@ uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     auto* blocks = static_cast<uint8_t*>(std::calloc(end - begin, row));
     if (!blocks) give_up(tensor->name);
     const Weight& weight = *weight_of(tensor);
-    if (weight.memory)  // unpack addresses rows from the first one
-        for (int64_t r = begin; r < end; r++) {
-            SparseMatrix one = weight.matrix;
-            one.rows = 1;
-            one.heads += r * groups(one.columns) * head_bytes(one.quant);
-            one.offsets += r;
-            unpack(one, blocks + (r - begin) * row, 0, 1);
-        }
+    if (weight.written())  // unpack addresses rows from the first one
+        for (int64_t r = begin; r < end; r++) unpack(weight.matrix.row(r), blocks + (r - begin) * row, 0, 1);
     return blocks;
+}
+
+// Is this the matrix of these blocks? A few rows tell one model from another.
+bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void* blocks) {
+    const size_t row = ggml_row_size(tensor->type, matrix.columns);
+    auto* found = static_cast<uint8_t*>(std::malloc(row));
+    bool same = found;
+    for (int64_t r : {int64_t{0}, matrix.rows / 2, matrix.rows - 1}) {
+        if (!same) break;
+        unpack(matrix.row(r), found, 0, 1);
+        same = !std::memcmp(found, static_cast<const uint8_t*>(blocks) + r * row, row);
+    }
+    std::free(found);
+    return same;
+}
+
+// Take a weight from the kept file; false where it is not there, or another one.
+bool take_kept(Weight& weight, const ggml_tensor* tensor, const KeptFile* file, const void* blocks) {
+    SparseMatrix matrix;
+    int64_t bytes = 0;
+    const auto quant = static_cast<Quant>(tensor->type);
+    if (!file || !file->find(tensor->name, quant, tensor->ne[1], tensor->ne[0], matrix, bytes)) return false;
+    if (!same_rows(tensor, matrix, blocks)) return false;
+    take(weight, matrix, nullptr, bytes);
+    return true;
 }
 
 void free_buffer(ggml_backend_buffer_t buffer) {
@@ -208,10 +265,14 @@ void change(ggml_tensor* tensor, const Change& change_blocks) {
     std::free(blocks);
 }
 
-void set_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
     if (offset == 0 && size == ggml_nbytes(tensor)) {
-        write(*weight_of(tensor), tensor, data);
-        forget_mapped(data, size);
+        auto* ours = static_cast<Buffer*>(buffer->context);
+        Weight& weight = *weight_of(tensor);
+        const bool first_time = !weight.written();  // which is when the model is loaded: later data may be other data
+        was_loading = true;
+        if (!first_time || !take_kept(weight, tensor, ours->kept.get(), data)) write(weight, tensor, data);
+        forget_mapped(*ours, data, size, first_time);
     } else {
         change(tensor, [&](uint8_t* blocks) { std::memcpy(blocks + offset, data, size); });
     }
@@ -249,6 +310,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     if (size) {  // a model's weights; an empty buffer only asks what would go here
         std::lock_guard<std::mutex> lock(wanted_mutex);
         wanted.clear();
+        ours->kept = std::move(kept);
     }
     ggml_backend_buffer_i functions{};
     functions.free_buffer = free_buffer;
@@ -305,7 +367,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         const Weight& weight = *weight_of(op->src[0]);
         const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
         auto* output = static_cast<float*>(op->data);
-        if (!weight.memory) {
+        if (!weight.written()) {
             if (params->ith == 0) std::memset(output, 0, ggml_nbytes(op));
             return true;
         }
@@ -402,10 +464,42 @@ EXPORT bool rac_ggml_enable(const char* const* names, int64_t count, int threads
         wanted.clear();
         return false;
     }
+    kept.reset();
     pack_threads = std::clamp(threads, 1, most_threads);
     packed_tensors = packed_bytes = 0;
     return true;
 }
+
+// Take the next model's weights from an open file of so many bytes, where their names, types and shapes are those of its
+// table; false where it cannot be mapped. The file may be closed then.
+EXPORT bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* names, const racdeploy::Place* places,
+                          int64_t count) {
+    using namespace racdeploy;
+    const auto file = KeptFile::map(descriptor, bytes);
+    if (!file) return false;
+    for (int64_t i = 0; i < count; i++)
+        if (!file->add(names[i], places[i])) return false;
+    std::lock_guard<std::mutex> lock(wanted_mutex);
+    kept = file;
+    return true;
+}
+
+// Pack a matrix as it lies in a kept file; the bytes that it takes, or -1 where there are not so many.
+EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const void* blocks, void* memory,
+                             int64_t memory_bytes, int* pattern) {
+    using namespace racdeploy;
+    SparseMatrix matrix;
+    int64_t size = -1;
+    const auto given = [&](int64_t bytes) {
+        size = bytes;
+        return bytes <= memory_bytes ? memory : nullptr;
+    };
+    if (!pack_matrix(Quant(quant), rows, columns, blocks, matrix, given)) return -1;
+    *pattern = static_cast<int>(matrix.pattern);
+    return size;
+}
+
+EXPORT int rac_ggml_layout() { return racdeploy::layout; }
 
 // Tensors and bytes packed since the last rac_ggml_enable.
 EXPORT void rac_ggml_packed(int64_t* tensors, int64_t* bytes) {

@@ -34,6 +34,9 @@ constexpr int64_t group_weights = 256;
 constexpr int64_t slack_bytes = 128;  // readable behind the values
 constexpr int layout = 2;             // changes with this form: files say it
 
+constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
+constexpr int64_t head_bytes(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0 ? 48 : 32; }
+
 struct SparseMatrix {  // a view: owns nothing
     Quant quant;
     Pattern pattern;
@@ -42,10 +45,12 @@ struct SparseMatrix {  // a view: owns nothing
     const uint8_t* heads;    // rows * groups(columns) * head_bytes(quant)
     const uint8_t* values;   // slack_bytes readable behind the last one
     const int64_t* offsets;  // rows + 1; bytes from `values` to each row's first value
+
+    SparseMatrix row(int64_t r) const {  // alone
+        return {quant, pattern, 1, columns, heads + r * groups(columns) * head_bytes(quant), values, offsets + r};
+    }
 };
 
-constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
-constexpr int64_t head_bytes(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0 ? 48 : 32; }
 int64_t row_bytes(Quant quant, int64_t columns);  // of ggml's own blocks
 
 // Which pattern the kernels of this machine want for these rows. `blocks` is ggml's data of the whole matrix.
