@@ -33,6 +33,8 @@ __all__ = [
     "validate",
 ]
 
+EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
+"""What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
 M = TypeVar("M", bound=BaseModel)
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
@@ -512,46 +514,3 @@ def _folder() -> Path:
     """Return the targets folder: beside the package in a checkout, inside it in a wheel."""
     inside = Path(str(files("racdeploy"))) / "targets"
     return inside if inside.is_dir() else inside.parent.parent / "targets"
-
-
-EXAMPLE = """\
-# A racdeploy recipe. Every key is optional; command-line options win.
-
-model = "tiny-reasoner"       # local folder, Hub id, or tiny-reasoner
-target = "gguf"               # racdeploy targets
-# also = ["onnx"]             # a second artifact for another engine, compared with the first
-# tasks = ["jsonl:problems.jsonl"]        # what is asked; default: every procedural task
-# calibration_tasks = ["jsonl:more.jsonl"]
-
-[traces]                      # the model's own chains of thought
-count = 256
-temperature = 0.6
-top_p = 0.95
-max_new_tokens = 1024
-# server = "http://127.0.0.1:8000/v1"     # ask vLLM, SGLang or llama-server instead of transformers
-# server_key_env = "SERVER_KEY"           # environment variable that holds its key
-
-[calibration]
-source = "rac"                # prompt and thinking; "prompt" is the usual way
-max_tokens = 0                # 0: every trace
-
-[prune]
-method = "sparsegpt"          # racdeploy plugins lists them; "admm" is better and slower
-pattern = "unstructured"      # or N:M, N kept of M
-sparsity = 0.5
-match_dense = true            # solve for the dense model's output
-refit_steps = 20              # solve again on the mask that the method chose; 0 is the method alone
-# dense = ["mlp.down_proj$"]  # linears to leave alone
-
-[export]
-quant = "q8_0"                # a number format, or a preset as "sparse-q4"
-# tensors = {"ffn_down" = "q6_k"}         # number formats by patterns of tensor names
-# packing = "bitmask"         # leave the zeros out of the file; it is unpacked on first use
-
-[verify]
-count = 200
-# controls = ["same-size"]    # dense models of about the artifact's size answer too; or quants by name
-
-# [gate.accuracy]             # limits, as in a gate file: docs/gate.md
-# margin = 0.05               # largest accuracy drop that passes
-"""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +31,30 @@ def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) 
 def test_the_example_recipe_is_the_default_recipe(tmp_path: Path) -> None:
     """What init writes means what an empty recipe means."""
     assert Recipe.combine(None, {}) == Recipe.combine(_file(tmp_path, EXAMPLE), {})
+
+
+def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
+    """Without comment signs its keys are all there are, and its values the defaults where these show what to write."""
+    text = re.sub(r"^# (?=\[|\w+ = )", "", EXAMPLE, flags=re.MULTILINE)
+    recipe = Recipe.combine(_file(tmp_path, text), {})
+    written, default = tomllib.loads(text), Recipe.combine(None, {}).model_dump(mode="json")
+    assert {key for key, _ in _leaves(default)} == {key for key, _ in _leaves(written)}
+    assert recipe.gate == written["gate"] == {"accuracy": {"margin": 0.05}}
+    defaults = dict(_leaves(default))
+    changed = {key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]}
+    assert changed == {
+        *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
+        *("traces.server", "traces.server_model", "traces.server_key_env"),
+        *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
+    }
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key not in {"tensors", "gate"}:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
