@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
+from racdeploy.packing._bits import places, windows
 
 __all__ = ["TABLE_BYTES", "Table"]
 
@@ -28,7 +29,11 @@ _COST_STEPS = 8  # of a cost for a bit
 _QUARTERS = (
     np.stack([np.arange(256) << 8 >> shift & 768 for shift in (0, 2, 4, 6)], axis=-1).astype(np.uint16).view("V8")
 )
-_LOWER, _UPPER = np.uint32(0xFFFF), np.uint32(16)  # half of a number that holds two words, and where the other begins
+_UPPER = np.uint32(16)  # where the second of two words begins
+# Arrays of no dimension: numpy takes half as long over them as over its scalars
+_LOWER, _HIGHER = np.array(0xFFFF, dtype=np.uint32), np.array(0xFFFF0000, dtype=np.uint32)
+_5, _31 = np.array(5), np.array(31)
+_WINDOW = np.dtype("<u8")
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,13 @@ class Table:
         high = quarters[:, 0] | quarters[:, 1] << 2 | quarters[:, 2] << 4 | quarters[:, 3] << 6
         return np.concatenate([pairs.astype(np.uint8), high.astype(np.uint8)]), payload
 
-    def decode(self, numbers: Bytes, payload: Bytes) -> Bytes:
+    def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
         """Return the nibbles, two a byte.
 
         Args:
             numbers: of buckets; five bytes for 32 codes.
             payload: the bits that follow.
+            zero: what every nibble is XORed with.
 
         Raises:
             ArtifactError: there are more or fewer bits than the buckets need.
@@ -101,26 +107,21 @@ class Table:
         pair |= numbers[:pairs]
         pair = pair.astype(np.intp)
         look = _pairs(self.widths)  # every index below is in range; mode="wrap" is a look-up without its check
-        ends = np.empty(pairs + 1, dtype=np.int64)
-        ends[0] = 0
-        np.add.accumulate(look.width.take(pair, mode="wrap"), out=ends[1:])
-        position, bits = ends[:-1], int(ends[-1])
+        position, bits = places(look.width.take(pair, mode="wrap"))
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(f"{payload.size} bytes of codes where their buckets need {bits} bits")
-        padded = np.zeros(payload.size + 12, dtype=np.uint8)
-        padded[: payload.size] = payload
-        windows = np.ndarray(payload.size // 4 + 1, "<u8", padded, strides=4)
-        window = windows.take(position >> 5, mode="wrap")
-        position &= 31
+        window = windows(payload, _WINDOW, 4).take(position >> _5, mode="wrap")
+        position &= _31
         window >>= position.view(np.uint64)
         first = window.astype(np.uint32)
         both = first << look.shift.take(pair, mode="wrap")  # the second word in the upper half
         first &= _LOWER
-        both &= ~_LOWER
+        both &= _HIGHER
         both |= first
         both &= look.mask.take(pair, mode="wrap")
         both += look.start.take(pair, mode="wrap")
-        return _ranked(self.costs).take(both.view("<u2"), mode="wrap").view(np.uint8)
+        words: NDArray[np.uint16] = _ranked(self.costs, zero).take(both.view(np.uint16), mode="wrap")
+        return words.view(np.uint8)
 
 
 class _Pairs(NamedTuple):
@@ -147,12 +148,12 @@ def _pairs(widths: bytes) -> _Pairs:
 
 
 @lru_cache(maxsize=8)
-def _ranked(costs: bytes) -> NDArray[np.uint16]:
-    """Return all words by rank: cheap ones first, equal ones by their number."""
+def _ranked(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
+    """Return all words by rank, each nibble XOR ``zero``: cheap ones first, equal ones by their number."""
     cost = np.frombuffer(costs, dtype=np.uint8).astype(np.uint16)
     for _ in range(2):
         cost = np.add.outer(cost, cost).reshape(-1)
-    return np.argsort(cost, kind="stable").astype("<u2")
+    return np.argsort(cost, kind="stable").astype("<u2") ^ np.uint16(0x1111 * zero)
 
 
 @lru_cache(maxsize=8)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.packing._buckets import TABLE_BYTES, Table
+from racdeploy.packing._fives import deposit
 from racdeploy.packing._layouts import LAYOUTS, Layout
 
 __all__ = [
@@ -111,7 +112,7 @@ def read_table(layout: Layout, take: Take) -> Table | None:
 
 def pack_chunk(layout: Layout, plain: NDArray[np.uint8], index: int, table: Table | None = None) -> bytes:
     """Return the record of a chunk, given its place in the tensor, and its table where codes are in words."""
-    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and layout.widths != (4, 1)
+    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
     most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
     blocks_BP = plain.reshape(-1, layout.block_bytes)
     planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
@@ -148,15 +149,18 @@ def unpack_chunk(
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
     if table:
-        body = layout.join(table.decode(first, take(sizes[0])))
+        body = layout.join(table.decode(first, take(sizes[0]), layout.zero))
+    elif layout.in_fives:
+        body = layout.join(deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take)))
     else:
         body = layout.join(_expand(layout, first, weights, sizes, take))
     if not heads:
         return body[0]
-    plain_B = np.empty(blocks, dtype=layout.block)
-    for number, part in enumerate([*heads, *body]):
-        plain_B[f"part_{number}"] = part.view(layout.block[number])
-    return plain_B.view(np.uint8)
+    plain = np.empty(blocks * layout.block_bytes, dtype=np.uint8)
+    plain_B = plain.view(layout.block)
+    for (name, kind), part in zip(layout.fields, [*heads, *body], strict=True):
+        plain_B[name] = part.view(kind)
+    return plain
 
 
 def _codes(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[Any]:
@@ -164,18 +168,13 @@ def _codes(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[Any]:
 
 
 def _expand(layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take) -> NDArray[Any]:
-    """Return all codes, of which those that are not zero are stored in planes of these sizes."""
+    """Return all codes, of which the bytes of those that are not zero are stored in planes of these sizes."""
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
-    places = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
-    planes = [
-        _decode(sizes.pop(0), -(-places.size * min(bits, 8) // 8), take)
-        for bits in layout.widths
-        for _ in range(0, bits, 8)
-    ]
-    kept = _joined(layout, planes, places.size)
-    codes = np.zeros(weights, dtype=kept.dtype)
-    codes[places] = kept
+    kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+    planes = [_decode(size, kept.size, take) for size in sizes]
+    codes = np.zeros(weights, dtype=f"<u{len(planes)}")
+    codes[kept] = planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1).view(codes.dtype)
     return codes
 
 
@@ -184,29 +183,13 @@ def _planes(layout: Layout, codes: NDArray[Any]) -> list[NDArray[np.uint8]]:
 
     Of five bits four make a plane, two codes a byte, and the fifth another.
     """
-    if layout.widths == (4, 1):
+    if layout.in_fives:
         low = np.zeros(-(-codes.size // 2) * 2, dtype=np.uint8)
         low[: codes.size] = codes & 15
         low[::2] |= low[1::2] << 4
         return [np.ascontiguousarray(low[::2]), np.packbits(codes >> 4, bitorder="little")]
     rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
     return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
-
-
-def _joined(layout: Layout, planes: list[NDArray[np.uint8]], count: int) -> NDArray[Any]:
-    """Return so many codes again."""
-    if layout.widths == (4, 1):
-        low = planes[0].astype("<u2")
-        low |= low << 4
-        low &= 0x0F0F
-        high = np.unpackbits(planes[1], bitorder="little")
-        high.view("<u8")[...] <<= 4
-        codes = high[:count]
-        codes |= low.view(np.uint8)[:count]
-        return codes
-    if len(planes) == 1:
-        return planes[0]
-    return np.stack(planes, axis=-1).reshape(-1).view(f"<u{len(planes)}")
 
 
 def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:

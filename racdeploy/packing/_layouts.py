@@ -34,6 +34,7 @@ class Layout:
             first, where they have four bits.
         join: the other way, to the parts of a body.
         parts: bytes of each part of a body.
+        zero: what words of codes are XORed with, nibble by nibble, before they are joined.
     """
 
     name: str
@@ -42,8 +43,9 @@ class Layout:
     head_bytes: int
     widths: tuple[int, ...]
     split: Callable[[Bytes], NDArray[Any]]
-    join: Callable[[NDArray[Any]], tuple[Bytes, ...]]
+    join: Callable[[Any], tuple[Bytes, ...]]
     parts: tuple[int, ...]
+    zero: int = 0
 
     @property
     def in_words(self) -> bool:
@@ -51,13 +53,23 @@ class Layout:
         return self.widths == (4,)
 
     @cached_property
-    def block(self) -> np.dtype[Any]:
-        """A block of the file: the bytes of its head, then the parts of its body.
+    def in_fives(self) -> bool:
+        """Whether codes have five bits, which ``_fives.py`` puts in their places."""
+        return self.widths == (4, 1)
+
+    @cached_property
+    def fields(self) -> list[tuple[str, np.dtype[Any]]]:
+        """Names and types of the fields of a block of the file: the bytes of its head, then the parts of its body.
 
         numpy copies a part as one item, several times as fast as a row of bytes.
         """
         kinds = ["u1"] * self.head_bytes + [f"V{count}" for count in self.parts]
-        return np.dtype([(f"part_{number}", kind) for number, kind in enumerate(kinds)])
+        return [(f"part_{number}", np.dtype(kind)) for number, kind in enumerate(kinds)]
+
+    @cached_property
+    def block(self) -> np.dtype[Any]:
+        """A block of the file."""
+        return np.dtype(self.fields)
 
     @cached_property
     def planes(self) -> int:
@@ -77,10 +89,6 @@ def _split_q4_0(body_BP: Bytes) -> Bytes:
     return (body_BP ^ np.uint8(0x88)).reshape(-1)  # a nibble of 8 is zero
 
 
-def _join_q4_0(nibbles: Bytes) -> tuple[Bytes]:
-    return (nibbles ^ np.uint8(0x88),)
-
-
 def _split_q5_0(body_BP: Bytes) -> Bytes:
     """Bring the high bits, four bytes in front, to the nibbles, of which a byte pairs weight 0 with 16."""
     high_BS = np.unpackbits(body_BP[:, :4], axis=1, bitorder="little") << 4 ^ np.uint8(16)
@@ -90,23 +98,15 @@ def _split_q5_0(body_BP: Bytes) -> Bytes:
     return code_BS.reshape(-1)
 
 
-def _join_q5_0(codes: Bytes) -> tuple[Bytes, Bytes, Bytes]:
-    """Return the high bits of weights 0 to 15, those of 16 to 31, and the nibbles."""
-    pairs = codes.view("<u2")
-    even, odd = pairs.astype(np.uint8), (pairs >> 8).astype(np.uint8)  # strided bytes are read ten times as slowly
-    high_even, high_odd = (np.packbits(half < 16, bitorder="little") for half in (even, odd))
-    even &= 15
-    odd &= 15
-    odd.view("<u8")[...] <<= 4  # numpy shifts single bytes one by one
-    even |= odd
-    return high_even, high_odd, even
+def _parts(parts: tuple[Bytes, Bytes]) -> tuple[Bytes, Bytes]:
+    return parts  # ``_fives.py`` gives them as the file has them
 
 
 LAYOUTS: dict[int, Layout] = {
     0: Layout("f32", 1, 4, 0, (32,), _numbers("<u4"), _bytes, (4,)),
     1: Layout("f16", 1, 2, 0, (16,), _numbers("<u2"), _bytes, (2,)),
-    2: Layout("q4_0", 32, 18, 2, (4,), _split_q4_0, _join_q4_0, (16,)),
-    6: Layout("q5_0", 32, 22, 2, (4, 1), _split_q5_0, _join_q5_0, (2, 2, 16)),
+    2: Layout("q4_0", 32, 18, 2, (4,), _split_q4_0, _bytes, (16,), 8),
+    6: Layout("q5_0", 32, 22, 2, (4, 1), _split_q5_0, _parts, (4, 16)),
     8: Layout("q8_0", 32, 34, 2, (8,), _numbers("u1"), _bytes, (32,)),
     30: Layout("bf16", 1, 2, 0, (16,), _numbers("<u2"), _bytes, (2,)),
     39: Layout("mxfp4", 32, 17, 1, (4,), _numbers("u1"), _bytes, (16,)),

@@ -12,6 +12,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,19 +113,20 @@ class Container:
         # glibc keeps as much freed memory as twice the largest block it has freed. Without this one, whose pages are
         # never touched, every chunk faults its pages in again, at half the speed.
         np.empty(_HEAP_BYTES, dtype=np.uint8)
-        header, alignment = self._plain_header(), self.header.alignment
+        header, alignment = self._plain_header, self.header.alignment
         yield memoryview(header)
         written = len(header)
         with self.path.open("rb", buffering=0) as stream:
             stored = _Stored(stream)
             for tensor in self.tensors:
-                yield memoryview(bytes(padded(written, alignment) - written))
+                if gap := padded(written, alignment) - written:
+                    yield memoryview(bytes(gap))
                 try:
                     yield from (chunk.data for chunk in _unpack(tensor, stored))
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
                     raise ArtifactError(message, remedy="copy it again, or pack it again") from error
-                written = padded(written, alignment) + tensor.plain_bytes
+                written += gap + tensor.plain_bytes
         yield memoryview(bytes(self.size_bytes - written))
 
     def check_sha256(self) -> None:
@@ -165,6 +167,7 @@ class Container:
                 remedy="copy it again, or pack it again",
             )
 
+    @cached_property
     def _plain_header(self) -> bytes:
         start, stop = FIXED_BYTES, self.header.starts[KEYS[0]]
         with self.path.open("rb") as stream:
@@ -255,7 +258,7 @@ def _check_stored(name: str, layout: Layout, plain_bytes: int, stored_bytes: int
 
 def _check_size(container: Container) -> None:
     alignment = container.header.alignment
-    size_bytes = len(container._plain_header())
+    size_bytes = len(container._plain_header)
     for tensor in container.tensors:
         size_bytes = padded(size_bytes, alignment) + tensor.plain_bytes
     if not size_bytes <= container.size_bytes <= padded(size_bytes, alignment):
@@ -280,22 +283,18 @@ def _unpack(tensor: StoredTensor, stored: _Stored) -> Iterator[NDArray[np.uint8]
 
 
 class _Stored:
-    """The stored bytes of tensors, read ahead and never copied; ``left`` counts those of a tensor not taken yet."""
+    """The stored bytes of a tensor, read ahead; ``left`` counts those not taken yet."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.left = 0
         self._stream = stream
         self._ahead = np.empty(0, dtype=np.uint8)
-        self._at = 0  # where ``_ahead`` lies in the file
+        self._taken = 0  # of those ahead
 
     def start(self, tensor: StoredTensor) -> None:
         """Go to the first byte of a tensor."""
-        skipped = tensor.position - self._at
-        if not 0 <= skipped <= self._ahead.size:
-            self._stream.seek(tensor.position)
-            skipped = self._ahead.size
-        self._ahead = self._ahead[skipped:]
-        self._at, self.left = tensor.position, tensor.stored_bytes
+        self._stream.seek(tensor.position)
+        self._ahead, self._taken, self.left = self._ahead[:0], 0, tensor.stored_bytes
 
     def take(self, count: int) -> NDArray[np.uint8]:
         """Return that many further bytes.
@@ -305,12 +304,18 @@ class _Stored:
         """
         if count > self.left:
             raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
-        if count > self._ahead.size:
-            read = self._stream.read(max(count - self._ahead.size, _READ_BYTES))
-            self._ahead = np.concatenate([self._ahead, np.frombuffer(read, dtype=np.uint8)])
-            if count > self._ahead.size:
-                raise ArtifactError("the file ends early")
-        piece, self._ahead = self._ahead[:count], self._ahead[count:]
-        self._at += count
+        if self._taken + count > self._ahead.size:
+            self._read(count)
+        piece = self._ahead[self._taken : self._taken + count]
+        self._taken += count
         self.left -= count
         return piece
+
+    def _read(self, count: int) -> None:
+        rest = self._ahead[self._taken :]
+        wanted = max(count, min(self.left, _READ_BYTES)) - rest.size
+        read = np.frombuffer(self._stream.read(wanted), dtype=np.uint8)
+        if read.size < wanted:
+            raise ArtifactError("the file ends early")
+        self._ahead = np.concatenate([rest, read]) if rest.size else read
+        self._taken = 0
