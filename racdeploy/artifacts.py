@@ -7,9 +7,11 @@ file is written under a temporary name and renamed; a finished stage folder carr
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +43,7 @@ __all__ = [
     "code_hash",
     "disk_errors",
     "refuse_another",
+    "remove_leftovers",
     "write_atomic",
 ]
 
@@ -76,7 +79,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write {where}: {error.strerror}",
-            remedy="free some space or choose another place with --out and --work, then run the same command",
+            remedy=f"free some space or choose another place than {where.parent}, then run the same command",
         ) from error
 
 
@@ -84,18 +87,47 @@ def disk_errors(where: Path) -> Iterator[None]:
 def atomic_file(file: Path) -> Iterator[BinaryIO]:
     """Yield a stream; what was written takes the name ``file`` when the body succeeds, and is on the disk then.
 
-    The partial file has this process's number in its name, so that two processes may write the same file.
+    The partial file has this process's number in its name, so that two processes may write the same file. It is locked.
     """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with disk_errors(file):
         try:
             with partial.open("wb", buffering=_WRITE_BYTES) as stream:
+                if fcntl:
+                    with contextlib.suppress(OSError):  # not every file system has locks
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove partial files of :func:`atomic_file` whose processes were killed.
+
+    Those of another machine or container have no process here, so the lock must be free too; where one cannot be told,
+    the file stays.
+    """
+    if fcntl is None:
+        return
+    for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
+        number = partial.name[len(file.name) + 2 : -len(".partial")]
+        if re.fullmatch("[0-9]{1,9}", number) and not _runs(int(number)):
+            with contextlib.suppress(OSError), partial.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def write_atomic(file: Path, content: bytes | str) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from racdeploy.artifacts import MANIFEST_NAME, Manifest, Stage, atomic_folder, write_atomic
+from racdeploy.artifacts import MANIFEST_NAME, Manifest, Stage, atomic_folder, remove_leftovers, write_atomic
 from racdeploy.checkpoint import file_sha256
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from tests.tiny_artifacts import make_bundle
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
@@ -43,8 +48,42 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(EnvironmentFailure, match="No space left") as caught:
         write_atomic(tmp_path / "file", b"data")
     assert caught.value.exit_code == 4
-    assert "free some space" in caught.value.remedy
+    assert f"free some space or choose another place than {tmp_path}" in caught.value.remedy
+    assert "--" not in caught.value.remedy, "the options of one command are not those of another"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    """One killed while it writes leaves a file; one that still writes, here or on another machine, keeps its own."""
+    file = tmp_path / "m[1].gguf"
+    code = (
+        "import sys, time; from pathlib import Path; from racdeploy.artifacts import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as killed,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as running,
+    ):
+        for process in (killed, running):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        killed.kill()
+        killed.wait()
+        left = tmp_path / f".m[1].gguf.{killed.pid}.partial"
+        kept = tmp_path / f".m[1].gguf.{running.pid}.partial"
+        others = [tmp_path / name for name in (f".m1.gguf.{killed.pid}.partial", ".m[1].gguf.x.partial")]
+        for other in others:
+            other.write_bytes(b"")
+        assert sorted([left, kept, *others]) == sorted(tmp_path.iterdir())
+        with left.open("rb") as elsewhere:  # as the process of another machine, which has no number here
+            fcntl.flock(elsewhere, fcntl.LOCK_EX)
+            remove_leftovers(file)
+            assert left.exists()
+        remove_leftovers(file)
+        assert sorted([kept, *others]) == sorted(tmp_path.iterdir())
+        running.kill()
 
 
 def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.artifacts import atomic_file
+from racdeploy.artifacts import atomic_file, remove_leftovers
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.packing._chunks import CHUNK_WEIGHTS, LEAST_WORD_WEIGHTS, read_table, unpack_chunk
 from racdeploy.packing._layouts import LAYOUTS, Layout
@@ -138,7 +138,7 @@ class Container:
         self._write(None)
 
     def unpack(self, out: Path) -> None:
-        """Write the plain file, whole or not at all.
+        """Write the plain file, whole or not at all; what killed processes left of it is removed.
 
         Raises:
             ArtifactError: a chunk is damaged, or the plain file is not the recorded one.
@@ -146,6 +146,7 @@ class Container:
         """
         if not out.parent.is_dir():
             raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
+        remove_leftovers(out)
         free_bytes = shutil.disk_usage(out.parent).free
         if free_bytes < self.size_bytes:
             raise EnvironmentFailure(

@@ -168,6 +168,18 @@ def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "m.racgguf"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_unpacking_again_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    """The hidden partial file of a process that is gone does not stay for ever."""
+    plain = write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
+    racgguf.pack(plain, tmp_path / "m.racgguf")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    (tmp_path / f".out.gguf.{gone.pid}.partial").write_bytes(b"half")
+    racgguf.Container.open(tmp_path / "m.racgguf").unpack(tmp_path / "out.gguf")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "m.racgguf", "out.gguf"]
+
+
 def test_the_cache_unpacks_once_and_repairs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is reused while its hash is right, and replaced when it is not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
