@@ -165,8 +165,8 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
         mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not faster; ``require``
             makes that an error; ``off`` does nothing.
         threads: that read and pack the file; 0 uses every core.
-        keep: take the packed weights from a file in the user's cache, which is written the first time; never where
-            ``RACDEPLOY_ACCEL_KEEP`` is 0.
+        keep: take the packed weights from a file in the user's cache, which is written the first time where the system
+            maps it in huge pages; ``RACDEPLOY_ACCEL_KEEP`` 0 is never, 1 is wherever it can be written.
 
     Raises:
         EngineError: the kernels are required, and not ready or of no use to this file.

@@ -125,6 +125,7 @@ class Plugin:
                 i64,
                 (i32, i64, i64, ctypes.c_void_p, ctypes.c_void_p, i64, ctypes.POINTER(i32)),
             ),
+            "rac_ggml_maps_huge": (ctypes.c_bool, (i32, i64)),
             "rac_ggml_layout": (i32, ()),
             "rac_ggml_packed": (None, (ctypes.POINTER(i64), ctypes.POINTER(i64))),
             "rac_ggml_stored_bytes": (i64, (i32, i64, i64, ctypes.c_void_p)),
@@ -184,6 +185,10 @@ class Plugin:
                 len(texts),
             )
         )
+
+    def maps_huge(self, stream: FileIO) -> bool:
+        """Return whether the system maps this file in huge pages."""
+        return bool(self._library.rac_ggml_maps_huge(stream.fileno(), os.fstat(stream.fileno()).st_size))
 
     def pack(self, path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
         """Yield number format, pattern, rows and columns of each matrix, and how it is packed, until the next one.

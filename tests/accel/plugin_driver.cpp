@@ -17,6 +17,7 @@ using namespace racdeploy;
 extern "C" bool rac_ggml_enable(const char* const*, int64_t, int);
 extern "C" bool rac_ggml_keep(int, int64_t, const char* const*, const Place*, int64_t);
 extern "C" int64_t rac_ggml_pack(int, int64_t, int64_t, const void*, void*, int64_t, int*);
+extern "C" bool rac_ggml_maps_huge(int, int64_t);
 extern "C" double rac_ggml_difference(int, int64_t, int64_t, int64_t, int, double, bool, uint64_t);
 
 namespace {
@@ -87,6 +88,7 @@ struct File {
 // What a table must not say, and offsets that leave the matrix.
 void refusals(const File& file) {
     require(file.finds(file.place), 10);
+    require(!rac_ggml_maps_huge(fileno(file.stream), file.bytes), 9);  // smaller than a huge page
     for (int64_t Place::*number :
          {&Place::quant, &Place::pattern, &Place::rows, &Place::columns, &Place::begin, &Place::bytes})
         for (int64_t wrong : {int64_t{-64}, int64_t{3}, file.bytes / 64 * 64, INT64_MAX, INT64_MIN}) {

@@ -27,16 +27,20 @@ class Packer:
         self.form: list[int | str] = [1, "portable"]
         self.packed = {NAMES[0]: b"one" * 1_000_001, NAMES[1]: b"two"}
         self.used: list[tuple[bytes, Mapping[str, Sequence[int]]]] = []
-        self.calls = 0
+        self.huge = True
 
     def keep(self, stream: FileIO, places: Mapping[str, Sequence[int]]) -> bool:
         """Read all that a map would show."""
         self.used.append((os.pread(stream.fileno(), 1 << 24, 0), places))
         return True
 
+    def maps_huge(self, stream: FileIO) -> bool:
+        """Say what was said, of a file as large as one huge page."""
+        assert os.fstat(stream.fileno()).st_size == 2 << 20
+        return self.huge
+
     def pack(self, path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
         """Give what was said."""
-        self.calls += 1
         for tensor in tensors:
             yield (8, 0, 4, 32), memoryview(self.packed[tensor.name])
 
@@ -157,6 +161,16 @@ def test_where_it_cannot_be_written_nothing_is_left(
         patch.setattr(os, "fsync", full)
         assert not _kept.write(Packer(), model, NAMES)
     assert list(_kept.folder().iterdir()) == []
+
+
+def test_small_pages_are_used_on_request_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They slow every product down, which loads more often than not make worth less."""
+    packer = Packer()
+    packer.huge = False
+    assert not _kept.write(packer, model, NAMES)
+    assert list(_kept.folder().iterdir()) == []
+    monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", "1")
+    assert _kept.write(packer, model, NAMES)
 
 
 def test_what_is_kept_can_be_forgotten(kept: Path, model: Path) -> None:

@@ -484,6 +484,12 @@ EXPORT bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* name
     return true;
 }
 
+// Would this file be mapped in huge pages?
+EXPORT bool rac_ggml_maps_huge(int descriptor, int64_t bytes) {
+    const auto file = racdeploy::KeptFile::map(descriptor, bytes);
+    return file && file->is_huge();
+}
+
 // Pack a matrix as it lies in a kept file; the bytes that it takes, or -1 where there are not so many.
 EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const void* blocks, void* memory,
                              int64_t memory_bytes, int* pattern) {

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <cstdio>
+#include <cstring>
 #include <new>
 
 #include "kernels.h"
@@ -42,6 +44,23 @@ std::shared_ptr<KeptFile> KeptFile::map(int descriptor, int64_t bytes) {
 
 KeptFile::~KeptFile() {
     if (reserved_) munmap(reserved_, bytes_ + huge_page);
+}
+
+bool KeptFile::is_huge() const {
+    static_cast<void>(*static_cast<volatile const uint8_t*>(data_));
+    FILE* maps = std::fopen("/proc/self/smaps", "re");
+    if (!maps) return false;
+    char line[512];
+    bool ours = false;
+    unsigned long start = 0, end = 0, kilobytes = 0;
+    while (std::fgets(line, sizeof line, maps)) {
+        if (std::sscanf(line, "%lx-%lx ", &start, &end) == 2) ours = start == reinterpret_cast<uintptr_t>(data_);
+        const bool counts = !std::strncmp(line, "FilePmdMapped:", 14) || !std::strncmp(line, "ShmemPmdMapped:", 15);
+        if (ours && counts && std::sscanf(std::strchr(line, ':') + 1, "%lu", &kilobytes) == 1 && kilobytes) break;
+        kilobytes = 0;
+    }
+    std::fclose(maps);
+    return kilobytes > 0;
 }
 
 bool KeptFile::add(const char* name, const Place& place) {

@@ -41,6 +41,9 @@ class KeptFile {
     KeptFile(const KeptFile&) = delete;
     KeptFile& operator=(const KeptFile&) = delete;
 
+    // Does the system map it in huge pages? From smaller ones of the cache, products are slower than from memory.
+    bool is_huge() const;
+
     bool add(const char* name, const Place& place);  // false where memory ended
 
     // The matrix of a tensor of this type and shape. False where there is none, or where a kernel would read beyond the
