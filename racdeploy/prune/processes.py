@@ -162,19 +162,23 @@ def joined() -> Iterator[Processes]:
         raise MissingExtraError("torch", "prune")
     import torch.distributed as group
 
-    signal.signal(signal.SIGTERM, _on_terminate)
+    before = signal.signal(signal.SIGTERM, _on_terminate)
     with _talking():
         group.init_process_group("gloo", timeout=_MEETING)
         members = group.new_group(timeout=_PATIENCE)
     processes = Processes(group.get_rank(), group.get_world_size(), group, members)
     try:
         yield processes
+    except BaseException:
+        _ignore_terminate()
+        raise
     finally:
         try:
             processes.dismiss()
         finally:
             group.destroy_process_group()
             processes._members = members = None  # the last references: gloo ends its threads here, not as we exit
+    signal.signal(signal.SIGTERM, before)
 
 
 def _asked() -> bool:
@@ -188,7 +192,8 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # gloo has no errors of its own
-        reason = str(error).splitlines()[0]
+        _ignore_terminate()
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise EngineError(f"lost another process of this job: {reason}", remedy=_REMEDY) from error
 
 
@@ -202,4 +207,10 @@ def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    _ignore_terminate()
     raise EnvironmentFailure("stopped by torchrun, because another process of this job ended", remedy=_REMEDY)
+
+
+def _ignore_terminate() -> None:
+    """Let no second signal of torchrun's break into the message and the clean end of a process that ends anyway."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -161,15 +162,43 @@ def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_job_and_names_the_process_that_died(tmp_path: Path) -> None:
-    """With torchrun itself; a model that differs on one machine ends the job with that reason."""
-    _model(tmp_path, PLAIN)
+def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path: Path) -> None:
+    """Torchrun ends the others, whose message no traceback breaks into; what the killed one left goes with the next."""
+    _model(tmp_path, PLAIN, blocks=6)
+    work = tmp_path / "work"
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "racdeploy"]
-    done = subprocess.run(
-        [*run, *map(str, _arguments(tmp_path, "work"))], capture_output=True, text=True, env=environment(), timeout=300
-    )
+    run += map(str, _arguments(tmp_path, "work"))
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as job:
+        deadline = time.monotonic() + 300
+        while not list(work.glob("prune-*/block-00001.json")):
+            assert time.monotonic() < deadline
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.002)
+        os.kill(_process_of_rank(job.pid, 1), signal.SIGKILL)
+        _, errors = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert errors.count("run the same command again, it goes on at the first missing block") == 1
+    assert "error: lost another process of this job" in errors or "error: stopped by torchrun" in errors
+    assert "[rank0]" not in errors, "torch prints a traceback that no one caught with this in front"
+    assert "Exception ignored" not in errors
+    assert len(list(work.glob("scratch-of-process-1-*"))) == 1
+    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    assert _alone(tmp_path) == _contents(tmp_path / "work")
+    assert _alone(tmp_path) == _contents(work)
+
+
+def _process_of_rank(parent: int, rank: int) -> int:
+    """Return the number of the process that torchrun started as this rank."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no process of rank {rank}")
+
+
+@pytest.mark.slow
+def test_another_model_on_one_machine_ends_the_job_with_that_reason(tmp_path: Path) -> None:
+    """The process that differs says so, the first one that it is lost."""
+    _model(tmp_path, PLAIN)
     other = make_checkpoint(tmp_path / "other", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1)
     (_, _, first), (code, _, second) = _finish(_start(tmp_path, "mixed", 2, [tmp_path / "model", other]))
     assert code == 2
