@@ -1,7 +1,7 @@
 """What the stages leave on disk, and how it is written: whole or not at all.
 
 ``Trace`` and ``TraceSet`` (token ids of prompts and completions), and the bundle's ``Manifest``. Every
-file is written under a temporary name and renamed; a finished stage folder carries ``stage.json``.
+file is written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; two builds in one work folder are then not told apart
+except ImportError:  # Windows has no flock; what a killed process left half written stays there
     fcntl = None  # type: ignore[assignment]
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,7 +33,6 @@ __all__ = [
     "ArtifactEntry",
     "GenerationSettings",
     "Manifest",
-    "Stage",
     "TokenizerEntry",
     "Trace",
     "TraceSet",
@@ -162,68 +161,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage's folder, addressed by the hash of everything that decides its content.
-
-    Args:
-        folder: ``WORK/NAME-HASH``.
-        inputs: what was hashed; kept in the folder so that a mismatch can be named.
-    """
-
-    folder: Path
-    inputs: Mapping[str, Any]
-
-    @classmethod
-    def at(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
-        """Return where a stage is, or would be; nothing is made."""
-        return cls(work / f"{name}-{canonical_hash(inputs)[:16]}", inputs)
-
-    @classmethod
-    def open(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
-        """Return the stage folder, made if need be, with its inputs recorded.
-
-        Raises:
-            ArtifactError: the folder holds other inputs, or another version of racdeploy left the stage half done.
-            UsageError: another process works in the folder.
-            EnvironmentFailure: the disk is full or not writable.
-        """
-        stage = cls.at(work, name, inputs)
-        folder = stage.folder
-        _refuse_other_version(work, name, inputs)
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _lock(folder)
-        record = folder / "inputs.json"
-        if record.is_file():
-            stage._check(read_json(record))
-        else:
-            write_atomic(record, json.dumps(inputs, indent=1, sort_keys=True))
-        return stage
-
-    @property
-    def finished(self) -> bool:
-        """Whether the stage ended and may be reused."""
-        return (self.folder / "stage.json").is_file()
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the stage as ended."""
-        write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What :meth:`finish` was given."""
-        return read_json(self.folder / "stage.json")
-
-    def _check(self, recorded: Mapping[str, Any]) -> None:
-        given = json.loads(json.dumps(self.inputs))
-        if changed := _differences(recorded, given):
-            raise ArtifactError(
-                f"{self.folder} was made from other inputs; changed: {', '.join(changed)}",
-                remedy="remove that folder, or use another --work folder",
-            )
-
-
-@dataclass(frozen=True)
 class Trace:
     """A prompt and the model's completion of it, as token ids.
 
@@ -312,51 +249,6 @@ class TraceSet:
                     f"{file}:{number} is damaged: {error}", remedy=f"remove {file} and run the command again"
                 ) from error
         return traces
-
-
-def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> None:
-    """Name a stage that differs in nothing but the version of racdeploy and was never finished."""
-    decided_by_version = {"version", "code"}
-    wanted = {k: v for k, v in json.loads(json.dumps(inputs)).items() if k not in decided_by_version}
-    for record in sorted(work.glob(f"{name}-*/inputs.json")) if work.is_dir() else ():
-        recorded = read_json(record)
-        same = wanted == {k: v for k, v in recorded.items() if k not in decided_by_version}
-        if same and recorded.get("version") != inputs.get("version") and not (record.parent / "stage.json").is_file():
-            raise ArtifactError(
-                f"{record.parent} was left half done by racdeploy {recorded.get('version')}; "
-                f"this is {inputs.get('version')}, which may give other results",
-                remedy=f"rm -r {record.parent}, or finish it with the version that began it",
-            )
-
-
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any], within: str = "") -> list[str]:
-    """Return the keys whose values differ, as ``part.key``."""
-    found: list[str] = []
-    for key in sorted({*left, *right}):
-        before, after = left.get(key), right.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{within}{key}.")
-        elif before != after:
-            found.append(f"{within}{key}")
-    return found
-
-
-_locks: dict[Path, int] = {}  # file descriptors, held until the process ends
-
-
-def _lock(folder: Path) -> None:
-    """Refuse to work in a stage folder that another process works in."""
-    if fcntl is None or folder in _locks:
-        return
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(
-            f"another racdeploy is working in {folder}", remedy="wait for it, or use another --work folder"
-        ) from error
-    _locks[folder] = descriptor
 
 
 class _Entry(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any
 
 from racdeploy import __version__, bundle
 from racdeploy import export as exports
-from racdeploy.artifacts import IMPORTANCE_FILE, Stage, Trace, TraceSet, canonical_hash, code_hash
+from racdeploy.artifacts import IMPORTANCE_FILE, Trace, TraceSet, canonical_hash, code_hash
 from racdeploy.backends import Completion, Engine, EngineSettings, opened
 from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import ArtifactError, UsageError
@@ -29,6 +29,7 @@ from racdeploy.parity import Held, hold
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.report_model import BlockRow, LinearRow, Report
+from racdeploy.stages import Stage, scratch_folder
 from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, prompt_traces, trace_counts
 from racdeploy.traces.mix import Probe, mix
@@ -83,7 +84,7 @@ class Build:
         """
         settings = self.job.recipe.traces
         checkpoint = Checkpoint(sparse) if sparse else self.job.checkpoint
-        stage = Stage.open(self.work, "traces", self.trace_inputs(checkpoint))
+        stage = self._stage("traces", self.trace_inputs(checkpoint))
         out = TraceSet(stage.folder)
         if stage.finished:
             if out.sha256 != stage.summary["traces_sha256"]:
@@ -169,7 +170,7 @@ class Build:
             "quant": quant,
             "within": Checkpoint(before.folder).sha256 if before else "",
         }
-        stage = Stage.open(self.work, "prune", inputs)
+        stage = self._stage("prune", inputs)
         folder = stage.folder / self.job.reaching(sparsity).name
         if not stage.finished:
             calibration, held_out, counts = self.calibration(traces)
@@ -219,9 +220,8 @@ class Build:
         """
         for name, given in self.processes.jobs(self._same):
             if name == "prune":
-                self.work.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=self.work) as scratch:
-                    self._prune_blocks(Path(scratch), given)
+                with scratch_folder(self.work, self.processes.rank) as scratch:
+                    self._prune_blocks(scratch, given)
             else:
                 with opened("transformers", self.job.model.folder, EngineSettings(**given)) as engine:
                     self.processes.serve(partial(_answer, engine))
@@ -265,7 +265,7 @@ class Build:
             "name": name,
             "metadata": metadata,
         }
-        stage = Stage.open(self.work, "export", inputs)
+        stage = self._stage("export", inputs)
         if stage.finished:
             return ExportResult.from_json(stage.folder, stage.summary)
 
@@ -422,6 +422,13 @@ class Build:
             "racdeploy.sparsity": float(prune.sparsity),
             "racdeploy.calibration": self.job.recipe.calibration.source,
         }
+
+    def _stage(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Return a stage's folder; what an interrupted run left beside it under other inputs is said on stderr."""
+        stage = Stage.open(self.work, name, inputs)
+        if stage.notice:
+            print(stage.notice, file=sys.stderr)
+        return stage
 
     def _inputs(self, stage: str) -> dict[str, Any]:
         return {"version": __version__, "code": code_hash(_CODE[stage])}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from racdeploy.artifacts import Stage, TraceSet
+from racdeploy.artifacts import TraceSet
 from racdeploy.pipeline import Build
+from racdeploy.stages import Stage
 
 __all__ = ["pruning_plan"]
 

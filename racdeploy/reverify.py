@@ -19,7 +19,7 @@ from typing import Any
 
 from racdeploy import __version__, export
 from racdeploy.accel import STOCK, Mode, kernels
-from racdeploy.artifacts import ArtifactEntry, Stage
+from racdeploy.artifacts import ArtifactEntry
 from racdeploy.backends import Engine, EngineSettings, open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export._probe_strings import probe_strings
@@ -31,6 +31,7 @@ from racdeploy.report_model import Record, Report, TensorRow
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
+from racdeploy.stages import Stage
 from racdeploy.tasks import Problem
 from racdeploy.verify import Arm, Evidence, Gate, OtherArtifact, read_gate, run_checks
 from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity

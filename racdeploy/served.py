@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from racdeploy import __version__
-from racdeploy.artifacts import Stage
 from racdeploy.backends._openai_chat import ChatEngine, Conversation
 from racdeploy.backends.openai import OpenAIEngine
 from racdeploy.checkpoint import TokenizerFiles
@@ -26,6 +25,7 @@ from racdeploy.report.summary import summarize
 from racdeploy.report_model import CheckResult, Record, Report
 from racdeploy.reverify import Reverification
 from racdeploy.runtime.thinking import prompt_state
+from racdeploy.stages import Stage
 from racdeploy.verify import Arm, Evidence, Gate, TokenProbe, run_checks
 from racdeploy.verify._answers import CompletionLog, identity
 

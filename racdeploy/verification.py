@@ -13,7 +13,7 @@ from typing import Any
 
 from racdeploy import __version__
 from racdeploy import export as exports
-from racdeploy.artifacts import Stage, code_hash
+from racdeploy.artifacts import code_hash
 from racdeploy.backends import EngineSettings, opened
 from racdeploy.export import ExportResult
 from racdeploy.job import Job
@@ -21,6 +21,7 @@ from racdeploy.parity import Held
 from racdeploy.prune import PrunedModel
 from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import Record, Report
+from racdeploy.stages import Stage
 from racdeploy.verify import Arm, Evidence, OtherArtifact, memory, run_checks, speed
 from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
 from racdeploy.verify._controls import control_notes

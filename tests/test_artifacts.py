@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from racdeploy.artifacts import MANIFEST_NAME, Manifest, Stage, atomic_folder, remove_leftovers, write_atomic
+from racdeploy.artifacts import MANIFEST_NAME, Manifest, atomic_folder, remove_leftovers, write_atomic
 from racdeploy.checkpoint import file_sha256
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from tests.tiny_artifacts import make_bundle
@@ -84,26 +84,6 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
         remove_leftovers(file)
         assert sorted([kept, *others]) == sorted(tmp_path.iterdir())
         running.kill()
-
-
-def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
-    """A folder whose recorded inputs differ from the asked ones is not resumed."""
-    stage = Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
-    record = stage.folder / "inputs.json"
-    record.write_text(json.dumps({"model": "b", "seed": 1}))
-    with pytest.raises(ArtifactError, match="changed: model"):
-        Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
-
-
-def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) -> None:
-    """It is neither resumed nor ignored; once finished, or removed, it is in nobody's way."""
-    stage = Stage.open(tmp_path, "prune", {"model": "a", "version": "0.0.9", "code": "x"})
-    with pytest.raises(ArtifactError, match=r"left half done by racdeploy 0\.0\.9; this is 0\.1\.0") as caught:
-        Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
-    assert (caught.value.exit_code, f"rm -r {stage.folder}" in caught.value.remedy) == (2, True)
-    Stage.open(tmp_path, "prune", {"model": "b", "version": "0.1.0", "code": "y"})
-    stage.finish({})
-    Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
 
 
 @pytest.fixture(scope="module")

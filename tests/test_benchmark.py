@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy import benchmark
-from racdeploy.artifacts import Manifest, Stage
+from racdeploy.artifacts import Manifest
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.benchmark import FIGURES, Load, bench, find_dense
 from racdeploy.checkpoint import Checkpoint, file_sha256
@@ -20,6 +20,7 @@ from racdeploy.cli import app
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.recipe import Recipe
+from racdeploy.stages import Stage
 from tests.tiny_artifacts import CONTEXT_TOKENS, make_bundle
 
 

@@ -14,7 +14,7 @@ LADDER = (
     {"families"},
     {"checkpoint"},
     {"artifacts", "recipe", "report_model", "models", "scorers"},
-    {"tasks", "quant", "packing"},
+    {"tasks", "quant", "packing", "stages"},
     {"raconnx", "racgguf"},
     {"accel"},
     {"backends"},

@@ -1,21 +1,19 @@
-"""kill -9 at twenty random moments of trace collection and pruning, and the refusal of changed inputs."""
+"""kill -9 at twenty random moments of trace collection and pruning, and under a recipe that is changed after it."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
-import pytest
-
-from racdeploy.artifacts import Stage
 from racdeploy.checkpoint import file_sha256
-from racdeploy.errors import ArtifactError
 from racdeploy.job import Job
 from racdeploy.pipeline import Build
 from racdeploy.recipe import Recipe
+from tests.end_to_end.commands import racdeploy
 from tests.tiny_models import make_checkpoint
 
 KILLS = 20
@@ -28,6 +26,16 @@ OPTIONS = {
 
 def _prune(model: str, work: str) -> None:
     Build(Job(Recipe.combine(None, {"model": model, **OPTIONS})), Path(work), threads=1).prune()
+
+
+def _prune_and_die(model: str, recipe: str, work: str) -> None:
+    """Prune until the first block is written."""
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label == "prune":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Build(Job(Recipe.combine(Path(recipe), {"model": model})), Path(work), 1, progress).prune()
 
 
 def _contents(work: Path) -> dict[str, str]:
@@ -71,15 +79,30 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> 
     assert _contents(tmp_path / "first") == expected
 
 
-@pytest.mark.parametrize("key", ["model", "prune", "traces_sha256", "code"])
-def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    """A folder whose record of model, recipe, traces or code is not what is asked is not gone on with."""
-    inputs = {"model": "a", "prune": {"damping": 0.01, "method": "sparsegpt"}, "traces_sha256": "b", "code": "c"}
-    inputs |= {"version": "1"}
-    record = Stage.open(tmp_path, "prune", inputs).folder / "inputs.json"
-    changed = json.loads(record.read_text())
-    changed[key] = {"damping": 0.1, "method": "sparsegpt"} if key == "prune" else "other"
-    record.write_text(json.dumps(changed))
-    with pytest.raises(ArtifactError, match=f"changed: {'prune.damping' if key == 'prune' else key}\n"):
-        Stage.open(tmp_path, "prune", inputs)
-    assert Stage.at(tmp_path, "prune", changed).folder != record.parent, "other inputs have a folder of their own"
+def test_a_killed_run_whose_recipe_changed_begins_anew_and_says_so(tmp_path: Path) -> None:
+    """The line names what changed; with the change undone, the run goes on with the blocks that it had."""
+    model = make_checkpoint(tmp_path / "model", "qwen3", num_hidden_layers=2, hidden_size=64)
+    recipe, work = tmp_path / "recipe.toml", tmp_path / "work"
+    arguments = ("prune", model, "--recipe", recipe, "--work", work, "--threads", 1)
+    traces = "[traces]\ncount = 8\nmax_new_tokens = 24\n[calibration]\nkeep_truncated = true\n"
+    recipe.write_text(f"prune.damping = 0.01\n{traces}")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_prune_and_die, args=(str(model), str(recipe), str(work))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (seen,) = work.glob("prune-*/block-00000.json")
+    written = seen.stat().st_mtime_ns
+    recipe.write_text(f"prune.damping = 0.02\n{traces}")
+    changed = racdeploy(*arguments)
+    assert changed.code == 0, changed.err
+    assert f"{seen.parent} was left unfinished, with other inputs: prune.damping 0.01 -> 0.02" in changed.err
+    assert f"rm -r {seen.parent}" in changed.err
+    assert not changed.out.strip().startswith(str(seen.parent))
+    recipe.write_text(f"prune.damping = 0.01\n{traces}")
+    undone = racdeploy(*arguments)
+    assert undone.code == 0, undone.err
+    assert "unfinished" not in undone.err
+    assert undone.out.strip().startswith(str(seen.parent))
+    assert seen.stat().st_mtime_ns == written, "a finished block was pruned again"
