@@ -11,8 +11,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ _CODE = {
     "prune": (*_SHARED, "backends", "prune", "quant", "runtime", "traces"),
     "export": (*_SHARED, "export", "packing", "quant", "racgguf"),
 }
+_LIBRARIES = ("torch", "transformers")  # they compute traces and sparse weights; another version rounds otherwise
 
 
 def default_work() -> Path:
@@ -96,7 +98,7 @@ class Build:
         longest = settings.max_new_tokens + max(
             len(self.job.encoder.encode(p.question)) for p in self.job.problems("calibration")
         )
-        with self._answering(longest + 1, stage.folder, sparse) as answer:
+        with self._answering(longest + 1, stage.folder, checkpoint) as answer:
             traces = collect(
                 answer,
                 self.job.encoder,
@@ -113,7 +115,7 @@ class Build:
 
     def trace_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return what decides the traces of a model."""
-        return self._inputs("traces") | {
+        return self._inputs("traces", () if self._served(checkpoint) else _LIBRARIES) | {
             "model": checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
             "traces": self.job.recipe.traces.identity,
@@ -161,7 +163,7 @@ class Build:
         asked = self.job.recipe.prune
         settings = asked.model_copy(update={"sparsity": sparsity, "device": choose_device(asked.device).type})
         quant = self.job.grid if settings.joint else ""
-        inputs = self._inputs("prune") | {
+        inputs = self._inputs("prune", _LIBRARIES) | {
             "traces_sha256": traces_sha256,
             "model": self.job.checkpoint.sha256,
             "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
@@ -223,12 +225,20 @@ class Build:
                 with scratch_folder(self.work, self.processes.rank) as scratch:
                     self._prune_blocks(scratch, given)
             else:
-                with opened("transformers", self.job.model.folder, EngineSettings(**given)) as engine:
-                    self.processes.serve(partial(_answer, engine))
+                self._serve(**given)
+
+    def _serve(self, settings: EngineSettings, folder: Path, sha256: str) -> None:
+        """Answer this process's shards, where it has the model; where any has not, the first one answers them all."""
+        if sha256 == self.job.checkpoint.sha256:
+            folder = self.job.model.folder
+        has = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+        if all(self.processes.all(has)):
+            with opened("transformers", folder, settings) as engine:
+                self.processes.serve(partial(_answer, engine))
 
     def _same(self, stage: str) -> dict[str, str]:
         """Return what the processes of a job must have in common."""
-        return self._inputs(stage) | {"model": self.job.checkpoint.sha256}
+        return self._inputs(stage, _LIBRARIES) | {"model": self.job.checkpoint.sha256}
 
     def export(
         self,
@@ -367,25 +377,32 @@ class Build:
         return folder, report
 
     @contextlib.contextmanager
-    def _answering(self, context_tokens: int, folder: Path, sparse: Path | None) -> Iterator[Answering]:
+    def _answering(self, context_tokens: int, folder: Path, checkpoint: Checkpoint) -> Iterator[Answering]:
         """Yield what answers calibration prompts: a server that the recipe names, or the processes of this job.
 
-        A server has the dense model only, and the other processes may not see the sparse one.
+        Those that cannot read a sparse model, which the first one wrote, leave it to answer alone.
         """
         settings = self.job.recipe.traces
-        if settings.server and not sparse:
-            checkpoint, encoder = self.job.checkpoint, self.job.encoder
-            with server.opened(settings, checkpoint, encoder, context_tokens, folder) as engine:
+        if self._served(checkpoint):
+            with server.opened(settings, checkpoint, self.job.encoder, context_tokens, folder) as engine:
                 yield Answering(lambda asked: [_answer(engine, each) for each in asked])
             return
         engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
-        with opened("transformers", sparse or self.job.model.folder, engine_settings) as engine:
-            if sparse:
-                yield Answering(lambda asked: [_answer(engine, each) for each in asked])
-                return
-            with self.processes.job("traces", self._same("traces"), asdict(engine_settings)):
-                yield Answering(partial(self.processes.each, partial(_answer, engine)), self.processes.count)
-                self.processes.tell(())
+        place = checkpoint.folder.resolve()
+        given = {"settings": engine_settings, "folder": place, "sha256": checkpoint.sha256}
+        with opened("transformers", place, engine_settings) as engine:
+            answer = partial(_answer, engine)
+            with self.processes.job("traces", self._same("traces"), given):
+                together = all(self.processes.all(True))
+                if together:
+                    yield Answering(partial(self.processes.each, answer), self.processes.count)
+                    self.processes.tell(())
+            if not together:
+                yield Answering(lambda asked: [answer(each) for each in asked])
+
+    def _served(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a server answers for a model: it has the dense one only."""
+        return bool(self.job.recipe.traces.server) and checkpoint.sha256 == self.job.checkpoint.sha256
 
     def calibration(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces; prompts alone get as many tokens as whole traces would."""
@@ -430,8 +447,8 @@ class Build:
             print(stage.notice, file=sys.stderr)
         return stage
 
-    def _inputs(self, stage: str) -> dict[str, Any]:
-        return {"version": __version__, "code": code_hash(_CODE[stage])}
+    def _inputs(self, stage: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
+        return {"version": __version__, "code": code_hash(_CODE[stage])} | {name: _version(name) for name in libraries}
 
 
 def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float | bool]:
@@ -455,6 +472,13 @@ def _held_out_note(selection: Mapping[str, Any]) -> str:
         return ""
     of = f" of {', '.join(selection['tasks_not_held_out'])}" if selection["held_out_traces"] else ""
     return f"no trace{of} is held out, so no error{of} was measured; raise traces.count or calibration.held_out_share"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _answer(engine: Engine, asked: Asked) -> list[Completion]:

@@ -125,7 +125,7 @@ class Processes:
             if different := [key for key, value in same(name).items() if value != wanted[key]]:
                 raise ArtifactError(
                     f"process {self.rank} is not like the first one; they differ in {', '.join(different)}",
-                    remedy="give every machine the same model folder and the same version of racdeploy",
+                    remedy="give every machine the same model folder, and the same racdeploy, torch and transformers",
                 )
             yield name, given
 

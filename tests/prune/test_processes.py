@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from racdeploy import pipeline
 from racdeploy.checkpoint import file_sha256
 from racdeploy.job import Job
 from racdeploy.pipeline import Build
@@ -31,6 +34,8 @@ max_new_tokens = 40
 [calibration]
 keep_truncated = true
 """
+RECIPE_OF_TRACES = {"traces": {"count": 24, "batch": 5, "max_new_tokens": 12}}
+SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "owl"\n'
 SCHEDULE = "prune.schedule = [0.3, 0.5]\nprune.probe_length = 9.0\n"
 JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up_proj"]\n'
@@ -204,6 +209,48 @@ def test_another_model_on_one_machine_ends_the_job_with_that_reason(tmp_path: Pa
     assert code == 2
     assert "process 1 is not like the first one; they differ in model" in second
     assert "lost another process of this job" in first
+
+
+class _Two(Processes):
+    """The first of two processes, of which the other one can read the model or not; this one does its work too."""
+
+    def __init__(self, other_reads_it: bool) -> None:
+        super().__init__(0, 2)
+        self.other_reads_it, self.shared = other_reads_it, list[int]()
+
+    def tell(self, value: Any, owner: int = 0) -> Any:
+        return value
+
+    def all(self, value: Any) -> list[Any]:
+        return [value, self.other_reads_it]
+
+    def each(self, do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        self.shared.append(len(items))
+        return [do(item) for item in items]
+
+
+@pytest.mark.parametrize(("reads", "shared"), [(True, [2, 2, 1]), (False, [])])
+def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
+    tmp_path: Path, reads: bool, shared: list[int]
+) -> None:
+    """Five shards by two processes, or by the first alone; the traces are the same."""
+    recipe = Recipe.combine(None, {"model": str(_model(tmp_path, "")), **RECIPE_OF_TRACES})
+    sparse = make_checkpoint(tmp_path / "sparse", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1)
+    processes = _Two(reads)
+    _, traces = Build(Job(recipe), tmp_path / "work", 1, None, processes).traces(sparse)
+    assert processes.shared == shared
+    assert traces == Build(Job(recipe), tmp_path / "alone", 1).traces(sparse)[1]
+
+
+def test_another_torch_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces of two versions are never in one folder; a server's do not depend on this machine's torch."""
+    model = {"model": str(_model(tmp_path, ""))}
+    job, served = (Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED))
+    before, before_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
+    monkeypatch.setattr(pipeline, "version", lambda name: f"{name} of another day")
+    after, after_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
+    assert {key for key in before if before[key] != after[key]} == {"torch", "transformers"}
+    assert before_served == after_served
 
 
 def test_a_command_that_cannot_run_lets_the_others_go(tmp_path: Path) -> None:
