@@ -384,8 +384,8 @@ class Build:
         """
         settings = self.job.recipe.traces
         if self._served(checkpoint):
-            with server.opened(settings, checkpoint, self.job.encoder, context_tokens, folder) as engine:
-                yield Answering(lambda asked: [_answer(engine, each) for each in asked])
+            with server.answering(settings, checkpoint, self.job.encoder, context_tokens, folder) as answering:
+                yield answering
             return
         engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
         place = checkpoint.folder.resolve()

@@ -58,7 +58,7 @@ class Traces(_Part):
             runs it here under transformers.
         server_model: name that the server gives the model; empty takes the only one there is.
         server_key_env: environment variable that holds the server's key; empty sends none.
-        server_concurrency: requests under way together.
+        server_concurrency: requests under way together, over as many shards as that takes.
         server_timeout_s: longest wait for one completion.
     """
 

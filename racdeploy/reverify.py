@@ -21,6 +21,7 @@ from racdeploy import __version__, export
 from racdeploy.accel import STOCK, Mode, kernels
 from racdeploy.artifacts import ArtifactEntry
 from racdeploy.backends import Engine, EngineSettings, open_engine
+from racdeploy.backends._completion_log import CompletionLog
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export._probe_strings import probe_strings
 from racdeploy.families import family_of
@@ -34,7 +35,7 @@ from racdeploy.runtime.thinking import tags_of
 from racdeploy.stages import Stage
 from racdeploy.tasks import Problem
 from racdeploy.verify import Arm, Evidence, Gate, OtherArtifact, read_gate, run_checks
-from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
+from racdeploy.verify._answers import Answers, Respondent, identity
 from racdeploy.verify._baseline import Baseline, differences
 from racdeploy.verify._measure import fingerprint, probe_prompts, probe_tokens, stop_ids_of
 from racdeploy.verify._plan import expectation_of, plan

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from racdeploy import __version__
+from racdeploy.backends._completion_log import CompletionLog
 from racdeploy.backends._openai_chat import ChatEngine, Conversation
 from racdeploy.backends.openai import OpenAIEngine
 from racdeploy.checkpoint import TokenizerFiles
@@ -27,7 +28,7 @@ from racdeploy.reverify import Reverification
 from racdeploy.runtime.thinking import prompt_state
 from racdeploy.stages import Stage
 from racdeploy.verify import Arm, Evidence, Gate, TokenProbe, run_checks
-from racdeploy.verify._answers import CompletionLog, identity
+from racdeploy.verify._answers import identity
 
 __all__ = ["ServedVerification", "Server", "ServerApi"]
 

@@ -15,6 +15,7 @@ from racdeploy import __version__
 from racdeploy import export as exports
 from racdeploy.artifacts import code_hash
 from racdeploy.backends import EngineSettings, opened
+from racdeploy.backends._completion_log import CompletionLog
 from racdeploy.export import ExportResult
 from racdeploy.job import Job
 from racdeploy.parity import Held
@@ -23,7 +24,7 @@ from racdeploy.report.summary import summarize, tensor_rows
 from racdeploy.report_model import Record, Report
 from racdeploy.stages import Stage
 from racdeploy.verify import Arm, Evidence, OtherArtifact, memory, run_checks, speed
-from racdeploy.verify._answers import Answers, CompletionLog, Respondent, identity
+from racdeploy.verify._answers import Answers, Respondent, identity
 from racdeploy.verify._controls import control_notes
 from racdeploy.verify._measure import compare_logits, fingerprint, probe_prompts, stop_ids_of
 

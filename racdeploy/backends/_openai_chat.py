@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from racdeploy.backends import Completion, EngineSettings, Sampling
-from racdeploy.backends.openai import OpenAIEngine, derived_seed
+from racdeploy.backends.openai import OpenAIEngine, Request, derived_seed
 from racdeploy.errors import EngineError
 
 __all__ = ["ChatEngine", "Conversation"]
@@ -97,7 +97,8 @@ class ChatEngine(OpenAIEngine):
             )
         return completions
 
-    def _complete(self, index: int, ids: Sequence[int], sampling: Sampling, over: threading.Event) -> Completion:
+    def _complete(self, request: Request, over: threading.Event) -> Completion:
+        ids, sampling, stream = request
         cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
         body = {
             "model": self.model,
@@ -105,7 +106,7 @@ class ChatEngine(OpenAIEngine):
             "max_tokens": cap,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": derived_seed(sampling.seed, sampling.stream(index)),
+            "seed": derived_seed(sampling.seed, stream),
         }
         try:
             answer = _read(self._client.post("chat/completions", body, over))

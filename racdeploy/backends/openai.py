@@ -25,11 +25,12 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped]
 from racdeploy.backends import Completion, EngineSettings, Sampling
 from racdeploy.backends._openai_answers import Reader, prompt_tokens
 from racdeploy.backends._openai_http import Client, RefusedError
-from racdeploy.backends._sequence import check_request
+from racdeploy.backends._sequence import check_ids, check_request
 from racdeploy.errors import EngineError, UsageError
 
-__all__ = ["OpenAIEngine", "open_engine"]
+__all__ = ["OpenAIEngine", "Request", "derived_seed", "open_engine"]
 
+Request = tuple[Sequence[int], Sampling, int]  # a prompt, how its completion is sampled, and its random stream
 _POLL_S = 0.05
 _TEXT_TOKENIZER = "../extras/tokenize"
 _COUNT_END = ("vllm", "sglang", "llamacpp")  # as /v1/models names them
@@ -109,31 +110,53 @@ class OpenAIEngine:
             UsageError: a thinking budget was asked for.
             EngineError: the server failed, or exact token ids cannot be had from it.
         """
-        check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
+        completions = [Completion((), "cancelled")] * len(prompts)
+
+        def on_end(index: int, completion: Completion) -> None:
+            completions[index] = completion
+            if on_tokens:
+                on_tokens(index, completion.ids)
+
+        self.complete([(ids, sampling, sampling.stream(i)) for i, ids in enumerate(prompts)], on_end, cancelled)
+        return completions
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        on_end: Callable[[int, Completion], None],
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Make every request; each completion is given with the index of its request, in the order in which they end.
+
+        Raises:
+            UsageError: a thinking budget was asked for.
+            EngineError: the server failed, or exact token ids cannot be had from it; what had ended is given first.
+        """
+        for index, (ids, sampling, _) in enumerate(requests):
+            self._check(f"prompt {index}", ids, sampling)
+        over = threading.Event()
+        with ThreadPoolExecutor(self._settings.parallel) as pool:
+            pending: dict[Future[Completion], int] = {}
+            try:
+                for index, request in enumerate(requests):
+                    pending[pool.submit(self._complete, request, over)] = index
+                while pending and not (cancelled and cancelled()):
+                    done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                    for future in sorted(done, key=lambda future: future.exception() is not None):
+                        on_end(pending.pop(future), future.result())
+            finally:
+                over.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._client.interrupt()
+
+    def _check(self, name: str, ids: Sequence[int], sampling: Sampling) -> None:
+        check_ids(ids, name, self._settings.context_tokens - 1, self._vocabulary)
+        check_request((), sampling, self._settings.context_tokens, self._vocabulary)
         if sampling.budget is not None:
             raise UsageError(
                 "a server cannot end the thinking after a number of tokens",
                 remedy="collect without a thinking budget, or with the transformers engine",
             )
-        completions = [Completion((), "cancelled")] * len(prompts)
-        over = threading.Event()
-        with ThreadPoolExecutor(self._settings.parallel) as pool:
-            pending: dict[Future[Completion], int] = {}
-            try:
-                for index, ids in enumerate(prompts):
-                    pending[pool.submit(self._complete, index, ids, sampling, over)] = index
-                while pending and not (cancelled and cancelled()):
-                    done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        index = pending.pop(future)
-                        completions[index] = future.result()
-                        if on_tokens:
-                            on_tokens(index, completions[index].ids)
-            finally:
-                over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._client.interrupt()
-        return completions
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Raise: a server keeps its logits."""
@@ -177,11 +200,12 @@ class OpenAIEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _complete(self, index: int, ids: Sequence[int], sampling: Sampling, over: threading.Event) -> Completion:
+    def _complete(self, request: Request, over: threading.Event) -> Completion:
+        ids, sampling, stream = request
         cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
         try:
             prompt = self._text(ids, over) if self._takes_text else list(ids)
-            body = self._request(prompt, sampling, cap) | {"seed": derived_seed(sampling.seed, sampling.stream(index))}
+            body = self._request(prompt, sampling, cap) | {"seed": derived_seed(sampling.seed, stream)}
             answer = self._client.post("completions", body, over)
         except CancelledError:
             return Completion((), "cancelled")

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from racdeploy.artifacts import write_atomic
-from racdeploy.backends import Engine, EngineSettings
-from racdeploy.backends.openai import OpenAIEngine
+from racdeploy.backends import Completion, EngineSettings
+from racdeploy.backends._completion_log import CompletionLog
+from racdeploy.backends.openai import OpenAIEngine, Request, derived_seed
 from racdeploy.checkpoint import Checkpoint, TokenizerFiles, read_json
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.traces.collect import Answering, Asked
 
-__all__ = ["check_agreement", "opened"]
+__all__ = ["answering", "check_agreement"]
 
 _RECORD = "server.json"
+_JOURNAL = "completions.jsonl"
 _QUESTION = "What is 12 times 34?"
 _PROBES = (
     _QUESTION,
@@ -35,23 +40,24 @@ _PROBES = (
 
 
 @contextlib.contextmanager
-def opened(
+def answering(
     settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder, context_tokens: int, folder: Path
-) -> Iterator[Engine]:
-    """Yield an engine that has been compared with the model.
+) -> Iterator[Answering]:
+    """Yield a server that has been compared with the model; it gets as many shards at a time as fill its concurrency.
 
     Args:
         settings: which server, and how to ask it.
         checkpoint: the model that is served.
         encoder: template and tokenizer of that model.
         context_tokens: longest prompt and completion.
-        folder: of the trace stage; the server's model is recorded there.
+        folder: of the trace stage; the server's model is recorded there, and each completion until all are in shards.
 
     Raises:
         UsageError: another tokenizer or template, or a wrong address, key or model name.
         ArtifactError: the shards in the folder came from another model.
-        EngineError: the server failed; finished shards are kept, and the message says so.
+        EngineError: the server failed; completions that had ended are kept, and the message says so.
     """
+    file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
     try:
         with OpenAIEngine(
@@ -65,13 +71,33 @@ def opened(
         ) as engine:
             check_agreement(engine, encoder)
             _record(folder, engine.model)
-            yield engine
+            log = CompletionLog(file)
+            yield Answering(partial(_answer, engine, log), math.ceil(settings.server_concurrency / settings.batch))
+        file.unlink(missing_ok=True)
     except EngineError as error:
-        shards = len(list(folder.glob("shard-*.jsonl")))
-        kept = f"; {shards} finished shards of traces are kept in {folder}" if shards else ""
+        count = len(CompletionLog(file).completions)
+        kept = f"; {count} completions are kept in {folder}" if count else ""
         raise EngineError(
             f"{error.message}{kept}", remedy=f"{error.remedy}; then run the same command, which goes on where it ended"
         ) from error
+
+
+def _answer(engine: OpenAIEngine, log: CompletionLog, asked: Sequence[Asked]) -> list[list[Completion]]:
+    """Return the completions of several shards; those that an earlier run was given are not asked for again."""
+    shards = [[(ids, sampling, stream) for stream, ids in enumerate(prompts)] for prompts, sampling in asked]
+    missing = [request for shard in shards for request in shard if _kept(log, request) is None]
+
+    def keep(index: int, completion: Completion) -> None:
+        ids, sampling, stream = missing[index]
+        log.append(ids, derived_seed(sampling.seed, stream), completion)
+
+    engine.complete(missing, keep)
+    return [[found for request in shard if (found := _kept(log, request))] for shard in shards]
+
+
+def _kept(log: CompletionLog, request: Request) -> Completion | None:
+    ids, sampling, stream = request
+    return log.get(ids, derived_seed(sampling.seed, stream))
 
 
 def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:

@@ -1,24 +1,20 @@
 """Answer prompts with an engine, and keep each completion the moment it ends: a killed run goes on where it was.
 
-The log holds token ids by prompt and random stream, so a longer run of the same artifact and settings goes on with
-what a shorter one left. What decides its place is the caller's business; see :func:`identity`.
+A longer run of the same artifact and settings goes on with what a shorter one left. What decides the place of the log
+is the caller's business; see :func:`identity`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from racdeploy import scorers
-from racdeploy.artifacts import disk_errors
 from racdeploy.backends import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
-from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.backends._completion_log import CompletionLog, key_of
+from racdeploy.errors import EngineError
 from racdeploy.recipe import Verification
 from racdeploy.report_model import Record
 from racdeploy.runtime.loops import find_loop
@@ -26,7 +22,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem
 
-__all__ = ["Answers", "CompletionLog", "Respondent", "identity"]
+__all__ = ["Answers", "Respondent", "identity"]
 
 Opener = Callable[[], AbstractContextManager[Any]]
 Progress = Callable[[str, int, int], None]
@@ -50,50 +46,6 @@ class Answers:
     stats: Mapping[str, float] = field(default_factory=dict)
     earlier: int = 0
     kernels: str = ""
-
-
-class CompletionLog:
-    """One completion a line, appended as it ends; a line that a kill tore off is dropped.
-
-    Args:
-        file: the log, made with the first line; None keeps nothing.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
-        self.completions: dict[tuple[str, int], Completion] = {}
-        if file is not None and file.is_file():
-            self._read(file)
-
-    def append(self, prompt: Sequence[int], stream: int, completion: Completion) -> None:
-        """Keep a completion."""
-        key = _key(prompt, stream)
-        self.completions[key] = completion
-        if self.file is None:
-            return
-        line = json.dumps([*key, asdict(completion)], separators=(",", ":")) + "\n"
-        with disk_errors(self.file), self.file.open("ab") as out:
-            out.write(line.encode())
-
-    def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
-        """Return what was kept, or None."""
-        return self.completions.get(_key(prompt, stream))
-
-    def _read(self, file: Path) -> None:
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                prompt, stream, values = json.loads(line)
-                found = Completion(tuple(map(int, values["ids"])), values["finish_reason"], values["forced_at"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ArtifactError(
-                    f"{file}:{number} is damaged: {error}", remedy=f"remove {file} and run the command again"
-                ) from error
-            self.completions[str(prompt), int(stream)] = found
-        if whole < len(data):
-            with disk_errors(file):
-                os.truncate(file, whole)
 
 
 @dataclass(frozen=True)
@@ -139,7 +91,7 @@ class Respondent:
                 self._generate(engine, prompts, missing, arm, log)
                 stats = dict(getattr(engine, "stats", {}))
                 kernels = str(getattr(engine, "about", {}).get("kernels", ""))
-        completions = [log.completions[_key(ids, place)] for place, ids in enumerate(prompts)]
+        completions = [log.completions[key_of(ids, place)] for place, ids in enumerate(prompts)]
         return Answers(
             tuple(self._record(place, problems, prompts[place], arm, done) for place, done in enumerate(completions)),
             tuple((prompt, done.ids) for prompt, done in zip(prompts, completions, strict=True)),
@@ -283,7 +235,3 @@ def _after(ids: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
     size = len(wanted)
     places = range(start + size, len(ids) + 1)
     return next((stop for stop in places if list(ids[stop - size : stop]) == list(wanted)), None)
-
-
-def _key(prompt: Sequence[int], stream: int) -> tuple[str, int]:
-    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24], stream

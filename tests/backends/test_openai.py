@@ -32,7 +32,7 @@ from racdeploy.traces.server import check_agreement
 from tests.completion_server import Answer, Json, Reply, completed, models, serving
 from tests.real_server import free_port, llama_cpp_server, running, visible_tags
 from tests.tiny_artifacts import EOS_ID
-from tests.tiny_models import SPECIAL_TOKENS, write_tokenizer
+from tests.tiny_models import SPECIAL_TOKENS, make_checkpoint, write_tokenizer
 
 SETTINGS = EngineSettings(context_tokens=256, parallel=4)
 SAMPLING = Sampling(max_new_tokens=8, stop_ids=(EOS_ID,))
@@ -368,6 +368,49 @@ def test_nobody_at_the_address_is_exit_code_4(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("traces-*/stage.json"))
 
 
+def _served(folder: Path, work: Path, completions: Answer, concurrency: int) -> tuple[Path, list[Trace]]:
+    """Collect six traces in shards of two."""
+    routes = _agreeing(PromptEncoder.from_folder(folder)) | {"v1/completions": completions}
+    with serving(routes) as url:
+        traces = {"count": 6, "batch": 2, "max_new_tokens": 8, "server": url, "server_model": "tiny"}
+        recipe = Recipe.combine(None, {"model": str(folder), "traces": traces | {"server_concurrency": concurrency}})
+        return Build(Job(recipe), work, 1).traces()
+
+
+def test_several_shards_fill_the_concurrency_and_a_lost_one_keeps_its_completions(tmp_path: Path) -> None:
+    """Six requests are under way together though a shard holds two; what a server gave before it failed is kept."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+    together = threading.Barrier(6)
+
+    def all_at_once(body: Json) -> Json:
+        together.wait(30)
+        return _good(body)
+
+    place, whole = _served(folder, tmp_path / "whole", all_at_once, 6)
+    asked: list[Json] = []
+
+    def fail_at_the_fourth(body: Json) -> Json | Reply:
+        asked.append(body)
+        return _good(body) if len(asked) < 4 else Reply({"error": "no credit is left"}, 400)
+
+    with pytest.raises(EngineError, match=r"no credit is left.*; 3 completions are kept in"):
+        _served(folder, tmp_path / "lost", fail_at_the_fourth, 1)
+    assert len(list((tmp_path / "lost").glob("traces-*/shard-*"))) == 1
+    again: list[Json] = []
+
+    def good(body: Json) -> Json:
+        again.append(body)
+        return _good(body)
+
+    stage, traces = _served(folder, tmp_path / "lost", good, 1)
+    assert traces == whole
+    assert len(again) == 3
+    assert again[0]["seed"] == asked[3]["seed"]
+    names = [{f.name for f in folder.iterdir()} - {"inputs.json"} for folder in (place, stage)]
+    assert names[0] == names[1]
+    assert "completions.jsonl" not in names[0]
+
+
 # A real server: llama_cpp.server takes text alone and leaves control tokens out of its answers.
 
 
@@ -378,19 +421,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build(model: Path, work: Path, url: str, **more: Any) -> Build:
     traces = {"count": 6, "batch": 2, "temperature": 0.0, "max_new_tokens": 400, "server": url}
-    recipe = Recipe.combine(None, {"model": str(model), "traces": traces | {"server_model": "tiny"}})
+    traces |= {"server_model": "tiny", "server_concurrency": 2}
+    recipe = Recipe.combine(None, {"model": str(model), "traces": traces})
     return Build(Job(recipe), work, 1, **more)
 
 
 def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(model: Path, tmp_path: Path) -> None:
-    """Greedy ids equal llama.cpp's own; a server that dies costs only the shards it had not finished."""
+    """Greedy ids equal llama.cpp's own; a server that dies costs only the completions it had not finished."""
     with running(*llama_cpp_server(model / "model.gguf")) as (url, process):
 
         def kill(label: str, done: int, total: int) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
-        with pytest.raises(EngineError, match="1 finished shards of traces are kept in") as caught:
+        with pytest.raises(EngineError, match="2 completions are kept in") as caught:
             _build(model, tmp_path, url, progress=kill).traces()
     assert "run the same command" in caught.value.remedy
     (first,) = tmp_path.glob("traces-*/shard-*.jsonl")

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from racdeploy.backends import Completion, Sampling, ThinkingBudget
+from racdeploy.backends._completion_log import CompletionLog
 from racdeploy.backends._sequence import Sequence as Running
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.verify._answers import CompletionLog, Respondent, ended
+from racdeploy.verify._answers import Respondent, ended
 from tests.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
