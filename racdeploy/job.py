@@ -368,6 +368,7 @@ class Job:
             **plan(settings, self.gate, Expectation(), prompts),
             "artifact_bytes": round(body_bits / 8 + rest * max(bits, 8.5) / 8),
             "cache_bytes": cache * settings.context_tokens,
+            "verify_memory_bytes_at_least": 4 * (body + rest),  # one checkpoint at a time, in float32 under torch
             "artifact": self.artifact_name,
         }
 

@@ -36,7 +36,7 @@ from racdeploy.prune.rounding import round_to_grid
 from racdeploy.quant import Grid, as_grid
 from racdeploy.recipe import Pruning
 
-__all__ = ["Cost", "cost_note", "measured_cost", "predict"]
+__all__ = ["Cost", "cost_note", "measured_cost", "predict", "trace_bytes"]
 
 T = TypeVar("T")
 _SAMPLE_FLOP, _SAMPLE_INPUTS, _SAMPLE_OUTPUTS = 2e10, 1024, 512
@@ -77,6 +77,28 @@ def predict(
         grid = as_grid(quant) if quant else None
         model = _Model(checkpoint, settings, sum(calibration_lengths), sum(held_out_lengths), grid)
         return Cost(model.seconds(max([*calibration_lengths, *held_out_lengths])), model.peak_bytes())
+
+
+def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: int) -> int:
+    """Return what collecting traces here takes at most in memory, in bytes: transformers holds the whole model.
+
+    That is the process as it is, every weight in float32, keys and values with one block's twice while they are
+    appended to, and what passes through a block and its head.
+
+    Args:
+        checkpoint: the model that answers.
+        sequences: decoded together.
+        prompt: tokens of the longest prompt.
+        longest: tokens of the longest trace.
+    """
+    entries, prefix = checkpoint.entries, f"{checkpoint.family.blocks}.0"
+    weights = 4 * sum(math.prod(entry.shape) for entry in entries.values())
+    row = 4 * 2 * checkpoint.key_value_heads * checkpoint.head_size
+    cache = row * (checkpoint.block_count + 1) * sequences * longest
+    inner = max(entries[f"{prefix}.{linear}.weight"].shape[1] for linear in checkpoint.family.linears)
+    width = checkpoint.integer("hidden_size")
+    passing = 4 * sequences * (prompt * (6 * width + 4 * inner) + 2 * checkpoint.integer("vocab_size"))
+    return _resident() + weights + cache + passing
 
 
 @dataclass

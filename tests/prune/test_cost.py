@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from racdeploy.job import Job
 from racdeploy.pipeline import Build, _held_out_note
 from racdeploy.planning import pruning_plan
 from racdeploy.prune import cost
-from racdeploy.prune.cost import cost_note, predict
+from racdeploy.prune.cost import cost_note, predict, trace_bytes
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, Recipe
@@ -42,6 +43,29 @@ def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
     page = 8 << 20  # the process itself grows a little between two calls
     assert abs(costs[1].peak_bytes - costs[0].peak_bytes) < page
     assert costs[2].peak_bytes - costs[0].peak_bytes > 4 * 4 * 3072**2 - page
+
+
+def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> None:
+    """And keys and values of every token of the sequences that are decoded together."""
+    base, deep = (_checkpoint(tmp_path / f"{count}", num_hidden_layers=count) for count in (2, 30))
+    weights = 4 * sum(math.prod(deep.entries[name].shape) for name in set(deep.entries) - set(base.entries))
+    values = 4 * 2 * deep.key_value_heads * deep.head_size
+    page = 4 << 20  # the process itself may grow between two calls
+    for sequences, longest in ((1, 30), (64, 1000)):
+        found = [trace_bytes(checkpoint, sequences, 20, longest) for checkpoint in (base, deep)]
+        assert found[1] - found[0] == pytest.approx(weights + 28 * values * sequences * longest, abs=page)
+        assert found[0] > 50 << 20
+
+
+@pytest.mark.parametrize(("schedule", "planned"), [((), False), ((0.3, 0.5), True)])
+def test_a_server_takes_the_traces_elsewhere(tmp_path: Path, schedule: tuple[float, ...], planned: bool) -> None:
+    """But for those of a schedule's sparse models, which answer here."""
+    recipe = _build(tmp_path).job.recipe
+    traces = recipe.traces.model_copy(update={"server": "http://127.0.0.1:9/v1"})
+    prune = recipe.prune.model_copy(update={"schedule": schedule})
+    recipe = recipe.model_copy(update={"traces": traces, "prune": prune})
+    plan = pruning_plan(Build(Job(recipe), tmp_path / "work", threads=1))
+    assert ("trace_memory_bytes_at_most" in plan) == planned
 
 
 @pytest.mark.parametrize(
@@ -87,7 +111,8 @@ def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
     """A bound before the traces are there, their tokens afterwards; then what it took beside what was predicted."""
     build = _build(tmp_path)
     before = pruning_plan(build)
-    assert set(before) == {"prune_tokens_at_most", "prune_seconds_at_most", "prune_memory_bytes_at_most"}
+    bounds = {"prune_tokens_at_most", "prune_seconds_at_most", "prune_memory_bytes_at_most"}
+    assert set(before) == {"trace_memory_bytes_at_most", *bounds}
     assert not (tmp_path / "work").exists(), "a plan leaves nothing behind"
     build.traces()
     after = pruning_plan(build)
