@@ -100,13 +100,18 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
         "export": {"quant": arguments.quant},
         "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
     }
-    for pair in arguments.set:
+    return Recipe.combine(None, merge(with_settings(options, arguments.set), column))
+
+
+def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
+    """Return a recipe's values with KEY=VALUE over them; a KEY without a dot is of the pruning."""
+    for pair in pairs:
         name, chosen = pair.split("=", 1)
         nested: Any = chosen
         for part in reversed((name if "." in name else f"prune.{name}").split(".")):
             nested = {part: nested}
         options = merge(options, nested)
-    return Recipe.combine(None, merge(options, column))
+    return options
 
 
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:

@@ -1,9 +1,11 @@
 """Is it better to choose the codes while pruning than to round the pruned weights? Measured on the exported file.
 
-    python benchmarks/joint.py --out build/joint --tensors token_embd=q8_0
+    python benchmarks/joint.py --out build/joint
+    python benchmarks/joint.py --out build/joint-onnx --quant matmulnbits_4
 
 Prunes with and without ``prune.joint``, exports both, and compares each file with the dense model: KL and top-1 on the
-dense model's own held-out traces, teacher-forced on llama.cpp against torch, and accuracy on the same prompts.
+dense model's own held-out traces, teacher-forced on the file's engine against torch, and accuracy on the same prompts,
+with the interval of the gain over the pairs. What is finished is kept under --work and not done again.
 """
 
 from __future__ import annotations
@@ -12,72 +14,112 @@ import argparse
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+from calibration import answers, with_settings
+
+from racdeploy import quant as quants
 from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.export import ExportResult
 from racdeploy.job import Job
 from racdeploy.pipeline import Build, default_work
 from racdeploy.recipe import Recipe
+from racdeploy.report_model import Record
 from racdeploy.verify import stats
 from racdeploy.verify._measure import compare_logits
 
+ARMS = {"rounded afterwards": False, "joint": True}
+
 
 def main() -> None:
-    """Measure both ways and write a table."""
+    """Measure both ways and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
-    parser.add_argument("--quant", default="q4_0")
+    parser.add_argument("--tasks", nargs="*", default=[], help="all procedural ones by default")
+    parser.add_argument("--quant", default="q4_0", help="its file format is what is exported")
     parser.add_argument("--tensors", nargs="*", default=[], metavar="PATTERN=QUANT", help="number formats by GGUF name")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--max-new-tokens", type=int, default=640)
     parser.add_argument("--prompts", type=int, default=600, help="0 leaves accuracy out")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    rows = []
-    exact = EngineSettings(2048, 1, arguments.threads, "f32")
-    for joint in (False, True):
-        build = Build(Job(recipe(arguments, joint)), arguments.work, arguments.threads)
-        _, held_out, _ = build.calibration(build.traces()[1])
-        exported = build.export(build.prune().folder, build.job.artifact_name)
-        compared = compare_logits(
-            lambda path=exported.path: closing(open_engine("llamacpp", path, exact)),
-            lambda path=build.job.model.folder: closing(open_engine("transformers", path, exact)),
-            lambda path=exported.path: closing(open_engine("llamacpp", path, exact)),
-            [(trace.prompt_ids, trace.completion_ids) for trace in held_out],
-        )
-        assert compared
-        row = {"joint": joint, "tokens": compared.tokens, "kl": compared.pruning_kl, "top1": compared.pruning_top1}
-        if arguments.prompts:
-            arm = "joint" if joint else "rounded"
-            records = build.verification.answer(exported, arm, EngineSettings(2048, 32)).records
-            right = sum(record.correct for record in records)
-            interval = stats.wilson_interval(right, len(records))
-            row |= {"accuracy": right / len(records), "lower": interval.lower, "upper": interval.upper}
-            row["thinking_tokens"] = sum(record.thinking_tokens for record in records) / len(records)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
+    rows: list[dict[str, Any]] = []
+    arms: list[tuple[Record, ...]] = []
+    for arm, joint in ARMS.items():
+        build = Build(Job(recipe(arguments, joint)), arguments.work, arguments.threads)
+        exported = build.export(build.prune().folder, build.job.artifact_name)
+        rows.append({"arm": arm, **divergence(build, exported)})
+        if arguments.prompts:
+            arms.append(answers(build, exported, arm))
+            rows[-1] |= accuracy(arms[-1])
+        if len(arms) == 2:
+            rows.append({"arm": "gain of joint", **gain(*arms)})
+        print("\n".join(map(json.dumps, rows)), flush=True)
+        (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 
 def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
     """Return the recipe of one way."""
-    return Recipe.combine(
-        None,
-        {
-            "model": arguments.model,
-            "traces": {"count": arguments.traces, "max_new_tokens": arguments.max_new_tokens},
-            "calibration": {"keep_truncated": arguments.model != "tiny-reasoner"},
-            "prune": {"sparsity": arguments.sparsity, "joint": joint},
-            "export": {
-                "quant": arguments.quant,
-                "tensors": dict(pair.split("=", 1) for pair in arguments.tensors),
-            },
-            "verify": {"count": max(arguments.prompts, 1), "max_new_tokens": arguments.max_new_tokens},
+    options = {
+        "model": arguments.model,
+        "target": quants.load(arguments.quant).FORMATS[0],  # the general target of a format has its name
+        "tasks": tuple(arguments.tasks),
+        "traces": {"count": arguments.traces},
+        "prune": {"sparsity": arguments.sparsity, "joint": joint},
+        "export": {
+            "quant": arguments.quant,
+            "tensors": dict(pair.split("=", 1) for pair in arguments.tensors),
         },
+        "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
+    }
+    return Recipe.combine(None, with_settings(options, arguments.set))
+
+
+def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
+    """Return KL and top-1 of a file from the dense model on held-out traces, and the number of tokens."""
+    _, held_out, _ = build.calibration(build.traces()[1])
+    exact = EngineSettings(2048, 1, build.threads, "f32")
+    compared = compare_logits(
+        lambda: closing(open_engine(build.job.backend, exported.path, exact)),
+        lambda: closing(open_engine("transformers", build.job.model.folder, exact)),
+        lambda: closing(open_engine(build.job.backend, exported.path, exact)),
+        [(trace.prompt_ids, trace.completion_ids) for trace in held_out],
     )
+    assert compared
+    return {"tokens": compared.tokens, "kl": compared.pruning_kl, "top1": compared.pruning_top1}
+
+
+def accuracy(records: tuple[Record, ...]) -> dict[str, float]:
+    """Return the accuracy of one arm with its interval, thinking length and unclosed thoughts."""
+    right = sum(record.correct for record in records)
+    interval = stats.wilson_interval(right, len(records))
+    return {
+        "accuracy": right / len(records),
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "thinking_tokens": sum(record.thinking_tokens for record in records) / len(records),
+        "unclosed": sum(record.state == "open" for record in records),
+    }
+
+
+def gain(rounded: tuple[Record, ...], joint: tuple[Record, ...]) -> dict[str, float]:
+    """Return how much more often the second arm is right, with the interval over the pairs, and what it rests on."""
+    pairs = list(zip(rounded, joint, strict=True))
+    only_joint = sum(b.correct and not a.correct for a, b in pairs)
+    only_rounded = sum(a.correct and not b.correct for a, b in pairs)
+    interval = stats.tango_interval(only_joint, only_rounded, len(pairs), 0.95)
+    return {
+        "accuracy": (only_joint - only_rounded) / len(pairs),
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "only_joint": only_joint,
+        "only_rounded": only_rounded,
+    }
 
 
 if __name__ == "__main__":
