@@ -288,7 +288,7 @@ class Job:
         """The number format whose codes are chosen while pruning.
 
         Raises:
-            UsageError: the linears have several, or one that is no grid.
+            UsageError: the linears have several, or one that is no grid, or that does not divide a linear.
         """
         named = sorted({self._quant_of(name) for name in self.pruned()})
         if len(named) > 1:
@@ -296,7 +296,13 @@ class Job:
                 f"prune.joint needs one number format for all linears, {self.mix.name} gives them {', '.join(named)}",
                 remedy="choose a quant in place of a preset, and no export.tensors, or prune.joint = false",
             )
-        quant.as_grid(named[0])
+        grid = quant.as_grid(named[0])
+        for name in self.pruned():
+            if why := quant.fits(grid, self.checkpoint.entries[name].shape[1]):
+                raise UsageError(
+                    f"prune.joint with quant {named[0]!r}: {name}: {why}",
+                    remedy="name the linear in prune.dense, or prune.joint = false",
+                )
         return named[0]
 
     def _quant_of(self, linear: str) -> str:

@@ -2,13 +2,16 @@
 
 Starts from rounded weights and visits one column after the other: each weight moves to the grid point that is best
 while all others stay, so the layer-wise error falls with every step. Scales stay as they are, and so does the weight of
-each block that made its scale: quantizing the result again gives the same scale and the same codes.
+each block that made its scale: quantizing the result again gives the same scale and the same codes. Knows of a format
+what :class:`racdeploy.quant.Grid` says, and no file's layout.
 Source: QuantEase (arXiv 2309.01885), on a mask.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from racdeploy.prune.hessian import Hessian
 from racdeploy.quant import Grid
@@ -31,12 +34,12 @@ def round_to_grid(
         quant: a number format whose codes are whole multiples of a block's scale.
     """
     device, I = weight_OI.device, weight_OI.shape[1]
-    packed_OP = quant.quantize((weight_OI * keep_OI).cpu().numpy())
-    rounded_OI = torch.from_numpy(quant.dequantize(packed_OP, I).copy()).to(device)
-    step_OI = torch.from_numpy(quant.steps(packed_OP)).to(device).repeat_interleave(quant.BLOCK, dim=1)
-    free_OI = keep_OI & (step_OI != 0) & ~_extreme(rounded_OI, quant.BLOCK)
-    step_OI = torch.where(step_OI == 0, 1.0, step_OI)
+    settled_OI, step_OB = _settle((weight_OI * keep_OI).cpu().numpy(), quant)
+    rounded_OI = torch.from_numpy(settled_OI.copy()).to(device)
+    step_OI = torch.from_numpy(step_OB).to(device).repeat_interleave(quant.BLOCK, dim=1)
     low, high = quant.CODES
+    free_OI = keep_OI & _free(rounded_OI, step_OI, quant.BLOCK, max(-low, high))
+    step_OI = torch.where(step_OI == 0, 1.0, step_OI)
     H_II = hessian.matrix_II
     pull_OI = (target_OI - rounded_OI) @ H_II
     for _ in range(SWEEPS):
@@ -59,9 +62,27 @@ def round_to_grid(
     return rounded_OI
 
 
-def _extreme(weight_OI: torch.Tensor, block: int) -> torch.Tensor:
-    """Return True at the first weight of largest magnitude of each block: the one its scale comes from."""
+def _settle(weight_OI: NDArray[np.float32], quant: Grid) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return weights that quantizing does not change, and step_OB, the scales of their blocks.
+
+    Once is enough but for weights so small that half precision has few digits for their scale. There the scale may
+    shrink with every turn, and never grows.
+    """
+    while True:
+        packed_OP = quant.quantize(weight_OI)
+        settled_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
+        if np.array_equal(settled_OI, weight_OI, equal_nan=True):
+            return settled_OI, quant.steps(packed_OP)
+        weight_OI = settled_OI
+
+
+def _free(weight_OI: torch.Tensor, step_OI: torch.Tensor, block: int, most: int) -> torch.Tensor:
+    """Return True where a weight may move and its block keeps its scale.
+
+    The first weight of largest magnitude makes the scale and has to have the largest code, so that no other exceeds it.
+    """
     O, I = weight_OI.shape
-    blocks_OBK = weight_OI.view(O, I // block, block)
-    mask_OBK = torch.zeros_like(blocks_OBK, dtype=torch.bool)
-    return mask_OBK.scatter_(2, blocks_OBK.abs().argmax(2, keepdim=True), True).view(O, I)
+    size_OBK = weight_OI.abs().view(O, I // block, block)
+    largest_OB1 = size_OBK.amax(2, keepdim=True)
+    free_OBK = (largest_OB1 == most * step_OI.abs().view_as(size_OBK)) & (largest_OB1 > 0)
+    return free_OBK.scatter(2, size_OBK.argmax(2, keepdim=True), False).view(O, I)

@@ -62,10 +62,12 @@ class GgmlQuant(Quant, Protocol):
     ) -> NDArray[np.uint8]: ...
 
 
-class Grid(GgmlQuant, Protocol):
-    """A format whose weights are whole codes times one scale per block.
+class Grid(Quant, Protocol):
+    """A format whose weights are whole codes times one scale per block; zero has the code 0.
 
-    ``CODES`` are the lowest and the highest code; ``steps`` returns step_OB, the scale of every block, float32.
+    ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores them; ``steps``
+    returns step_OB, the scale of every block, float32. Without an importance, ``quantize`` takes the scale from the
+    weight of largest magnitude, which gets the code of largest magnitude.
     """
 
     CODES: tuple[int, int]
@@ -80,7 +82,9 @@ def as_grid(name: str) -> Grid:
         UsageError: the format is no such grid; the message names those that are.
     """
     if not hasattr(load(name), "CODES"):
-        grids = [other for other in plugins.names("quant") if hasattr(plugins.load("quant", other), "CODES")]
+        others = {other: load(other) for other in plugins.names("quant")}
+        formats = set(load(name).FORMATS)
+        grids = [other for other, quant in others.items() if hasattr(quant, "CODES") and formats & {*quant.FORMATS}]
         raise UsageError(
             f"the codes of quant {name!r} cannot be chosen while pruning",
             remedy=f"use one of {', '.join(grids)}, or prune.joint = false",

@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from racdeploy.quant._matmulnbits import BLOCK, Blocks, choose_symmetric
 
-__all__ = ["BITS", "BLOCK", "FORMATS", "PRESERVES_ZERO", "blocks", "dequantize", "quantize"]
+__all__ = ["BITS", "BLOCK", "CODES", "FORMATS", "PRESERVES_ZERO", "blocks", "dequantize", "quantize", "steps"]
 
 FORMATS = ("onnx",)
 BITS = 8.5
+CODES = (-128, 127)
 PRESERVES_ZERO = True
 
 
@@ -27,3 +28,8 @@ def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
 def blocks(packed_OP: NDArray[np.uint8], I: int) -> Blocks:
     """Return what the operator takes."""
     return Blocks.read(packed_OP, I, 8)
+
+
+def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the scale of every block."""
+    return blocks(packed_OP, round(8 * packed_OP.shape[1] / BITS)).scale_OG.astype(np.float32)

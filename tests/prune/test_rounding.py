@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import gguf as gguf_py
 import numpy as np
+import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from onnx import numpy_helper
+from safetensors.numpy import load_file
 
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UsageError
-from racdeploy.export import gguf
+from racdeploy.export import ExportResult, gguf, onnx_exporters
+from racdeploy.export import onnx as onnx_format
+from racdeploy.export._onnx_choice import Chosen
+from racdeploy.export._onnx_graph import adopt
+from racdeploy.job import Job
+from racdeploy.prune import calibrate
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
@@ -21,7 +30,7 @@ from racdeploy.prune.methods import sparsegpt
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
 from racdeploy.prune.rounding import round_to_grid
-from racdeploy.recipe import Pruning
+from racdeploy.recipe import Pruning, Recipe
 from tests.prune.test_calibrate import TRACES
 from tests.tiny_models import make_checkpoint
 
@@ -66,7 +75,21 @@ def test_the_quant_stores_them_exactly(problem: Problem, name: str) -> None:
     assert not chosen_OI[~problem.keep_OI].any()
 
 
-@pytest.mark.parametrize(("name", "gain"), [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.999999)])
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_too_small_for_a_precise_scale_are_stored_exactly(problem: Problem, name: str) -> None:
+    """Scales of rows down to the smallest half-precision number, where rounding them moves the largest code."""
+    quant = quants.as_grid(name)
+    size_O1 = torch.logspace(-8, 0, OUTPUTS)[:, None]
+    refitted_OI, target_OI = problem.refitted_OI * size_O1, problem.target_OI * size_O1
+    chosen_OI = round_to_grid(refitted_OI, problem.keep_OI, target_OI, problem.hessian, quant)
+    assert np.array_equal(quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS), chosen_OI.numpy())
+    assert not chosen_OI[~problem.keep_OI].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "gain"),
+    [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.999999), ("matmulnbits_4", 0.9), ("matmulnbits_8", 0.999999)],
+)
 def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str, gain: float) -> None:
     """The layer-wise error is lower than that of the rounded pruned weights, the more so the fewer the bits."""
     quant = quants.as_grid(name)
@@ -93,29 +116,161 @@ def test_no_single_code_could_be_better(problem: Problem) -> None:
     assert best > -1e-5 * problem.error(chosen_OI)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_the_file_holds_the_very_weights(tmp_path: Path, architecture: str) -> None:
-    """Through walk, assembly and export, Llama's row order included: dequantized linears equal the checkpoint's."""
-    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", architecture))
-    blocks = tmp_path / "blocks"
-    blocks.mkdir()
-    rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant="q4_0")
-    assert {row.reason for row in rows if row.sparsity_reached > 0.5} == {"codes of q4_0 rounded to zero"}
-    pruned = Checkpoint(assemble(checkpoint, blocks, tmp_path / "pruned"))
-    exported = gguf.export(pruned, tmp_path / "model.gguf", quant="q4_0", packing="plain", metadata={})
-    quant, weights = quants.as_grid("q4_0"), load_file(tmp_path / "pruned/model.safetensors")
-    linears = [t for t in exported.tensors if "_proj" in t.source]
-    assert any(tensor.quant_real == "q4_0" for tensor in linears)
-    for tensor in linears:
-        weight_OI = weights[tensor.source]
-        assert weight_OI.dtype == torch.float32
-        if tensor.quant_real == "q4_0":
-            again_OI = quant.dequantize(quant.quantize(weight_OI.numpy()), weight_OI.shape[1])
-            assert np.array_equal(again_OI, weight_OI.numpy())
-            assert tensor.zeros == pytest.approx(float((weight_OI == 0).float().mean()), abs=1e-6)
+Codes = tuple[np.ndarray, np.ndarray]
 
 
-def test_a_format_without_a_grid_is_refused() -> None:
-    """Said with the formats that work."""
-    with pytest.raises(UsageError, match="cannot be chosen"):
-        quants.as_grid("f16")
+class Walk:
+    """A tiny model pruned to a grid: its checkpoint, and the codes and scales that were chosen, by linear.
+
+    They are noted where they are chosen, in the grid that the columns moved on, and not derived from the weights.
+    """
+
+    def __init__(self, folder: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture))
+        noted: dict[bytes, Codes] = {}
+
+        def note(weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any) -> torch.Tensor:
+            chosen_OI = round_to_grid(weight_OI, keep_OI, *given)
+            scale_OB = quants.as_grid(name).steps(quants.as_grid(name).quantize((weight_OI * keep_OI).numpy()))
+            scale_OI = scale_OB.repeat(32, axis=1)
+            code_OI = np.rint(np.divide(chosen_OI, scale_OI, out=np.zeros_like(scale_OI), where=scale_OI != 0))
+            assert not code_OI[~keep_OI.numpy()].any()
+            noted[chosen_OI.numpy().tobytes()] = code_OI.astype(np.int16), scale_OB
+            return chosen_OI
+
+        monkeypatch.setattr(calibrate, "round_to_grid", note)
+        blocks = folder / "blocks"
+        blocks.mkdir()
+        rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant=name)
+        self.reasons = {row.reason for row in rows if row.sparsity_reached > 0.5}
+        self.pruned = Checkpoint(assemble(checkpoint, blocks, folder / "pruned"))
+        self.weights = load_file(folder / "pruned/model.safetensors")
+        self.chosen = {n: noted[self.weights[n].tobytes()] for n in self.weights if "_proj" in n}
+
+    def check(self, exported: ExportResult, stored: dict[str, Codes]) -> None:
+        """Hold what a file stores, by linear, to what was chosen; at least half is zero, and as much as is reported."""
+        linears = {tensor.source: tensor for tensor in exported.tensors if "_proj" in tensor.source}
+        assert linears.keys() == self.chosen.keys() == stored.keys()
+        for source, (code_OI, scale_OB) in self.chosen.items():
+            np.testing.assert_array_equal(stored[source][0], code_OI)
+            np.testing.assert_array_equal(stored[source][1].astype(np.float32), scale_OB)
+            zero_OI = self.weights[source] == 0
+            assert np.array_equal(code_OI == 0, zero_OI)
+            assert 0.5 <= zero_OI.mean() < 0.75
+            assert linears[source].zeros == zero_OI.mean()
+
+
+def read_gguf(file: Path, exported: ExportResult, heads: dict[str, int]) -> dict[str, Codes]:
+    """Return codes and scales in the bytes of a GGUF file, by linear; block layouts are those of ggml-common.h.
+
+    llama.cpp wants the two halves of every head of Llama's queries and keys interleaved; that is undone.
+    """
+    tensors = {tensor.name: tensor for tensor in gguf_py.GGUFReader(file).tensors}
+    found = {}
+    for tensor in exported.tensors:
+        if "_proj" not in tensor.source:
+            continue
+        O, I = tensor.shape
+        kind, block_OBP = tensors[tensor.name].tensor_type.name, tensors[tensor.name].data.reshape(O, I // 32, -1)
+        scale_OB, rest_OBP = np.ascontiguousarray(block_OBP[:, :, :2]).view("<f2")[:, :, 0], block_OBP[:, :, 2:]
+        if kind == "Q8_0":
+            code_OBK = rest_OBP.view(np.int8).astype(np.int16)
+        else:
+            nibble_OBP = rest_OBP[:, :, -16:].astype(np.int16)
+            code_OBK = np.concatenate([nibble_OBP & 15, nibble_OBP >> 4], axis=2)
+            if kind == "Q5_0":
+                code_OBK |= np.unpackbits(rest_OBP[:, :, :4], axis=2, bitorder="little").astype(np.int16) << 4
+            code_OBK -= {"Q4_0": 8, "Q5_0": 16}[kind]
+        turn = np.arange(O)
+        for part, count in heads.items():
+            if part in tensor.source:
+                turn = turn.reshape(count, O // count // 2, 2).swapaxes(1, 2).reshape(O)
+        found[tensor.source] = code_OBK.reshape(O, I)[turn], scale_OB[turn]
+    return found
+
+
+def read_onnx(file: Path, exported: ExportResult, bits: int) -> dict[str, Codes]:
+    """Return codes and scales in the arrays that MatMulNBits reads, by linear; without zero points the middle is zero.
+
+    Source: com.microsoft.MatMulNBits in docs/ContribOperators.md of onnxruntime.
+    """
+    model = onnx.load(str(file))
+    arrays = {array.name: numpy_helper.to_array(array) for array in model.graph.initializer}
+    nodes = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulNBits"}
+    found = {}
+    for tensor in exported.tensors:
+        if "_proj" not in tensor.source:
+            continue
+        O, I = tensor.shape
+        node = nodes[tensor.name]
+        assert len(node.input) == 3
+        byte_OP = arrays[node.input[1]].reshape(O, -1).astype(np.int16)
+        code_OI = byte_OP if bits == 8 else np.stack([byte_OP & 15, byte_OP >> 4], axis=2).reshape(O, I)
+        assert arrays[node.input[2]].dtype == np.float32
+        found[tensor.source] = code_OI - (1 << bits - 1), arrays[node.input[2]].reshape(O, I // 32)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("llama", "q4_0"), ("qwen3", "q4_0"), ("qwen3", "q5_0"), ("llama", "q8_0")]
+)
+def test_a_gguf_file_holds_the_very_codes(
+    tmp_path: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through walk, assembly and export: the bytes of the file are the codes and scales that pruning chose."""
+    walk = Walk(tmp_path, architecture, name, monkeypatch)
+    exported = gguf.export(walk.pruned, tmp_path / "model.gguf", quant=name, packing="plain", metadata={})
+    config = walk.pruned.config
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    stored = read_gguf(exported.path, exported, heads if architecture == "llama" else {})
+    assert walk.reasons <= {f"codes of {name} rounded to zero"}
+    assert walk.reasons or name != "q4_0"
+    walk.check(exported, stored)
+    stored[next(iter(stored))][0][0, 0] += 1
+    with pytest.raises(AssertionError):
+        walk.check(exported, stored)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
+    """The graph of the tiny model before pruning, which is that of every pruned one; it holds no weights."""
+    folder = tmp_path_factory.mktemp("graph")
+    checkpoint, genai = Checkpoint(make_checkpoint(folder / "model", "qwen3")), onnx_exporters.load("genai")
+    built = genai.build(onnx_exporters.prepare(checkpoint, folder / "in"), folder / "out")
+    return Chosen(adopt(built, checkpoint, genai, "genai"), "built once")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_onnx_file_holds_the_very_codes(
+    tmp_path: Path, graph: Chosen, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays that MatMulNBits reads are the codes and scales that pruning chose."""
+    monkeypatch.setattr(onnx_format, "choose", lambda checkpoint, exporter: graph)
+    walk = Walk(tmp_path, "qwen3", f"matmulnbits_{bits}", monkeypatch)
+    exported = onnx_format.export(walk.pruned, tmp_path / "model.onnx", quant=f"matmulnbits_{bits}")
+    stored = read_onnx(exported.path, exported, bits)
+    walk.check(exported, stored)
+    stored[next(iter(stored))][0][0, 0] += 1
+    with pytest.raises(AssertionError):
+        walk.check(exported, stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"), [("f16", "matmulnbits_8"), ("q6_k", "q8_0"), ("k_quant", "matmulnbits_4")]
+)
+def test_a_format_without_a_grid_is_refused(name: str, offered: str) -> None:
+    """Said with the formats that work in the same kind of file."""
+    with pytest.raises(UsageError, match="cannot be chosen") as refused:
+        quants.as_grid(name)
+    assert offered in refused.value.remedy
+    assert ("q8_0" in refused.value.remedy) == ("gguf" in quants.load(name).FORMATS)
+
+
+def test_a_linear_that_is_no_whole_blocks_is_refused_before_any_work(tmp_path: Path) -> None:
+    """By name; kept dense, it is no matter, in a GGUF file and in an ONNX file."""
+    folder = make_checkpoint(tmp_path / "model", "llama", intermediate_size=80)
+    for target, name in (("gguf", "q4_0"), ("onnx", "matmulnbits_4"), ("onnx", "matmulnbits_8")):
+        asked: dict[str, Any] = {"model": str(folder), "target": target, "export": {"quant": name}}
+        with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj.*80 weights"):
+            _ = Job(Recipe.combine(None, {**asked, "prune": {"joint": True}})).grid
+        assert Job(Recipe.combine(None, {**asked, "prune": {"joint": True, "dense": ["down_proj"]}})).grid == name
