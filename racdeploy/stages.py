@@ -68,6 +68,8 @@ class Stage:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
+            for partial in sorted(folder.rglob(".*.partial")) if fcntl else ():  # nobody else writes here now
+                partial.unlink() if partial.is_file() else shutil.rmtree(partial, ignore_errors=True)
         record = folder / "inputs.json"
         if record.is_file():
             stage._check(read_json(record))

@@ -111,6 +111,20 @@ def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> Non
     assert "(also unfinished: prune-" in notice
 
 
+def test_what_a_kill_left_half_written_is_removed_when_the_stage_goes_on(tmp_path: Path) -> None:
+    """Files and folders under their temporary names, also within the pruned model; nothing else."""
+    stage = Stage.open(tmp_path, "prune", INPUTS)
+    model = stage.folder / "model"
+    model.mkdir()
+    (stage.folder / ".block-00001.safetensors.123.partial").write_bytes(b"half")
+    (model / ".other.partial").mkdir()
+    (model / ".other.partial/config.json").write_bytes(b"{}")
+    (model / "config.json").write_bytes(b"{}")
+    Stage.open(tmp_path, "prune", INPUTS)
+    names = {file.relative_to(stage.folder).as_posix() for file in stage.folder.rglob("*")}
+    assert names == {".lock", "inputs.json", "model", "model/config.json"}
+
+
 def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path: Path) -> None:
     """That of a running process stays; each says whose it is."""
     holding = (

@@ -42,7 +42,7 @@ def _contents(work: Path) -> dict[str, str]:
     files = [
         f for f in sorted(work.rglob("*")) if f.is_file() and f.name not in {".lock", "cost.json"}
     ]  # cost: seconds
-    return {f.relative_to(work).as_posix(): file_sha256(f) for f in files if ".partial" not in f.name}
+    return {f.relative_to(work).as_posix(): file_sha256(f) for f in files}
 
 
 def test_twenty_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
