@@ -134,7 +134,7 @@ class Plugin:
             "rac_ggml_difference": (f64, (i32, i64, i64, i64, i32, f64, ctypes.c_bool, ctypes.c_uint64)),
             "rac_ggml_time": (
                 None,
-                (i32, i64, i64, i64, i32, f64, ctypes.c_bool, i32, i32, ctypes.POINTER(f64), ctypes.POINTER(f64)),
+                (i32, i64, i64, i64, f64, ctypes.c_bool, i32, i32, ctypes.POINTER(f64), ctypes.POINTER(f64)),
             ),
         }
         for name, (result, arguments) in signatures.items():
@@ -243,9 +243,9 @@ class Plugin:
     def times_ms(
         self, quant: str, rows: int, columns: int, tokens: int, zeros: float, two_of_four: bool, count: int, runs: int
     ) -> tuple[float, float]:
-        """Return milliseconds of ggml's own product and of the sparse one on one thread, over ``count`` matrices."""
+        """Return milliseconds of one thread in ggml's own product and in the sparse one, over ``count`` matrices."""
         stock, sparse = ctypes.c_double(), ctypes.c_double()
-        shape = QUANTS[quant], rows, columns, tokens, 1, zeros, two_of_four, count, runs
+        shape = QUANTS[quant], rows, columns, tokens, zeros, two_of_four, count, runs
         self._library.rac_ggml_time(*shape, ctypes.byref(stock), ctypes.byref(sparse))
         return stock.value, sparse.value
 

@@ -49,7 +49,7 @@ STUB = {
     "int rac_ggml_wanted_pattern()": "return 0;",
     "const char* rac_ggml_instruction_set()": 'return "portable";',
     "double rac_ggml_difference()": "return 0;",
-    "void rac_ggml_time(int, long, long, long, int, double, bool, int, int, double* stock, double* sparse)": (
+    "void rac_ggml_time(int, long, long, long, double, bool, int, int, double* stock, double* sparse)": (
         "*stock = 1; *sparse = 2;"
     ),
 }

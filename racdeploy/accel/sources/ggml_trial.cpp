@@ -25,9 +25,9 @@ struct Deleter {
 template <typename T>
 using Owned = std::unique_ptr<T, Deleter>;
 
-double now_ms() {
+double now_ms() {  // of this thread's processor time, which other programs' work does not count in
     timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
     return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
 }
 
@@ -161,18 +161,18 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
     return restores(sparse.first(), blocks, random) ? found : -1;
 }
 
-// Milliseconds of ggml's own product and of the sparse one over `count` equal matrices: the fastest of alternating
-// runs, since whatever else the machine does only ever makes a run slower.
-EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, int threads, double zeros,
-                          bool two_of_four, int count, int repeats, double* stock_ms, double* sparse_ms) {
+// Milliseconds of ggml's own product and of the sparse one over `count` equal matrices on this thread: the fastest of
+// alternating runs, since whatever else the machine does only ever makes a run slower.
+EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four,
+                          int count, int repeats, double* stock_ms, double* sparse_ms) {
     using namespace racdeploy;
     std::mt19937_64 random(1);
     const auto type = static_cast<ggml_type>(quant);
     const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
     const auto activations = random_activations(columns * tokens, random);
     ggml_backend_buffer_type_t own = stock_buffer_type(type, rows, columns);
-    Products stock(own, type, rows, columns, tokens, count, threads, blocks, activations);
-    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, count, threads, blocks, activations);
+    Products stock(own, type, rows, columns, tokens, count, 1, blocks, activations);
+    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, count, 1, blocks, activations);
     *stock_ms = *sparse_ms = INFINITY;
     for (int i = 0; i < repeats; i++) {
         *stock_ms = std::min(*stock_ms, stock.run_ms());
