@@ -37,9 +37,9 @@ def round_to_grid(
     settled_OI, step_OB = _settle((weight_OI * keep_OI).cpu().numpy(), quant)
     rounded_OI = torch.from_numpy(settled_OI.copy()).to(device)
     step_OI = torch.from_numpy(step_OB).to(device).repeat_interleave(quant.BLOCK, dim=1)
-    low, high = quant.CODES
-    free_OI = keep_OI & _free(rounded_OI, step_OI, quant.BLOCK, max(-low, high))
+    free_OI = keep_OI & (step_OI != 0) & ~_extreme(rounded_OI, quant.BLOCK)
     step_OI = torch.where(step_OI == 0, 1.0, step_OI)
+    low, high = quant.CODES
     H_II = hessian.matrix_II
     pull_OI = (target_OI - rounded_OI) @ H_II
     for _ in range(SWEEPS):
@@ -76,13 +76,9 @@ def _settle(weight_OI: NDArray[np.float32], quant: Grid) -> tuple[NDArray[np.flo
         weight_OI = settled_OI
 
 
-def _free(weight_OI: torch.Tensor, step_OI: torch.Tensor, block: int, most: int) -> torch.Tensor:
-    """Return True where a weight may move and its block keeps its scale.
-
-    The first weight of largest magnitude makes the scale and has to have the largest code, so that no other exceeds it.
-    """
+def _extreme(weight_OI: torch.Tensor, block: int) -> torch.Tensor:
+    """Return True at the first weight of largest magnitude of each block: the one its scale comes from."""
     O, I = weight_OI.shape
-    size_OBK = weight_OI.abs().view(O, I // block, block)
-    largest_OB1 = size_OBK.amax(2, keepdim=True)
-    free_OBK = (largest_OB1 == most * step_OI.abs().view_as(size_OBK)) & (largest_OB1 > 0)
-    return free_OBK.scatter(2, size_OBK.argmax(2, keepdim=True), False).view(O, I)
+    blocks_OBK = weight_OI.view(O, I // block, block)
+    mask_OBK = torch.zeros_like(blocks_OBK, dtype=torch.bool)
+    return mask_OBK.scatter_(2, blocks_OBK.abs().argmax(2, keepdim=True), True).view(O, I)
