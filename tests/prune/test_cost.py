@@ -47,7 +47,9 @@ def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
 
 def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> None:
     """And keys and values of every token of the sequences that are decoded together."""
-    base, deep = (_checkpoint(tmp_path / f"{count}", num_hidden_layers=count) for count in (2, 30))
+    base, deep = (
+        _checkpoint(tmp_path / f"{count}", num_hidden_layers=count, intermediate_size=1536) for count in (2, 30)
+    )
     weights = 4 * sum(math.prod(deep.entries[name].shape) for name in set(deep.entries) - set(base.entries))
     values = 4 * 2 * deep.key_value_heads * deep.head_size
     page = 4 << 20  # the process itself may grow between two calls
