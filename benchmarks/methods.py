@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibration import ROWS, answers
+from calibration import ROWS, answers, with_settings
 
 from racdeploy import plugins
 from racdeploy.job import Job
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--calibrations", nargs="*", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -71,15 +71,14 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, row: str, calibration: str, method: str) -> Cell:
     """Prune one cell, and answer the prompts with it where that is wanted."""
-    chosen = dict(pair.split("=", 1) for pair in arguments.set)
     options = {
         "model": arguments.model,
         "traces": {"count": arguments.traces},
-        "prune": {"method": method, **ROWS[row], **chosen},
+        "prune": {"method": method, **ROWS[row]},
         "calibration": {"source": CALIBRATIONS[calibration]},
         "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": 640},
     }
-    build = Build(Job(Recipe.combine(None, options)), arguments.work, arguments.threads)
+    build = Build(Job(Recipe.combine(None, with_settings(options, arguments.set))), arguments.work, arguments.threads)
     build.traces()
     began = time.process_time()
     model = build.prune()

@@ -324,11 +324,6 @@ class Build:
         """The comparison of what was built."""
         return Verification(self.job, self.work, self.threads, self.progress)
 
-    @property
-    def siblings(self) -> tuple[Build, ...]:
-        """The same build for each of the further targets."""
-        return tuple(replace(self, job=job) for job in self.job.siblings)
-
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything and write the bundle.
 
