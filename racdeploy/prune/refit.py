@@ -15,7 +15,7 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
-__all__ = ["prune_and_refit", "refit"]
+__all__ = ["descend", "prune_and_refit", "refit"]
 
 _TINY = 1e-30
 
@@ -51,13 +51,29 @@ def refit(
         hessian: of the input.
         steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
-    H_II, diagonal_I = hessian.matrix_II, hessian.matrix_II.diagonal()
     weight_OI = weight_OI * keep_OI
-    residual_OI = ((target_OI - weight_OI) @ H_II) * keep_OI
+    descend(weight_OI, (target_OI - weight_OI) @ hessian.matrix_II, keep_OI, hessian.matrix_II, steps)
+    return weight_OI
+
+
+def descend(
+    weight_OI: torch.Tensor, pull_OI: torch.Tensor, free_OI: torch.Tensor, H_II: torch.Tensor, steps: int
+) -> None:
+    """Move the free weights, in place, towards the least error; the others stay as they are.
+
+    Args:
+        weight_OI: where to start, and where it ends.
+        pull_OI: minus half the slope of the error there, (T − W) H.
+        free_OI: which weights move.
+        H_II: the Hessian.
+        steps: conjugate-gradient steps; each costs one product with the Hessian.
+    """
+    diagonal_I = H_II.diagonal()
+    residual_OI = pull_OI * free_OI
     step_OI = residual_OI / diagonal_I
     power_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
     for _ in range(steps):
-        product_OI = (step_OI @ H_II) * keep_OI
+        product_OI = (step_OI @ H_II) * free_OI
         length_O1 = power_O1 / (step_OI * product_OI).sum(1, keepdim=True).clamp_min(_TINY)
         weight_OI += length_O1 * step_OI
         residual_OI -= length_O1 * product_OI
@@ -65,4 +81,3 @@ def refit(
         next_O1 = (residual_OI * scaled_OI).sum(1, keepdim=True)
         step_OI = scaled_OI + next_O1 / power_O1.clamp_min(_TINY) * step_OI
         power_O1 = next_O1
-    return weight_OI

@@ -22,14 +22,14 @@ from racdeploy.export import onnx as onnx_format
 from racdeploy.export._onnx_choice import Chosen
 from racdeploy.export._onnx_graph import adopt
 from racdeploy.job import Job
-from racdeploy.prune import calibrate
+from racdeploy.prune import rounding
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import sparsegpt
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
-from racdeploy.prune.rounding import round_to_grid
+from racdeploy.prune.rounding import choose_codes, round_to_grid
 from racdeploy.recipe import Pruning, Recipe
 from tests.prune.test_calibrate import TRACES
 from tests.tiny_models import make_checkpoint
@@ -86,17 +86,13 @@ def test_weights_too_small_for_a_precise_scale_are_stored_exactly(problem: Probl
     assert not chosen_OI[~problem.keep_OI].any()
 
 
-@pytest.mark.parametrize(
-    ("name", "gain"),
-    [("q4_0", 0.9), ("q5_0", 0.9), ("q8_0", 0.999999), ("matmulnbits_4", 0.9), ("matmulnbits_8", 0.999999)],
-)
-def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str, gain: float) -> None:
-    """The layer-wise error is lower than that of the rounded pruned weights, the more so the fewer the bits."""
+@pytest.mark.parametrize("name", GRIDS)
+def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -> None:
+    """They cost less than three quarters of what rounding the pruned weights costs; with fixed scales it is 77 %."""
     quant = quants.as_grid(name)
     plain_OI = torch.from_numpy(quant.dequantize(quant.quantize(problem.refitted_OI.numpy()), INPUTS).copy())
-    assert problem.error(problem.rounded(quant)) - problem.error(problem.refitted_OI) < gain * (
-        problem.error(plain_OI) - problem.error(problem.refitted_OI)
-    )
+    pruned = problem.error(problem.refitted_OI)
+    assert problem.error(problem.rounded(quant)) - pruned < 0.74 * (problem.error(plain_OI) - pruned)
 
 
 def test_no_single_code_could_be_better(problem: Problem) -> None:
@@ -122,23 +118,21 @@ Codes = tuple[np.ndarray, np.ndarray]
 class Walk:
     """A tiny model pruned to a grid: its checkpoint, and the codes and scales that were chosen, by linear.
 
-    They are noted where they are chosen, in the grid that the columns moved on, and not derived from the weights.
+    They are noted where they are chosen, and not derived from the weights.
     """
 
     def __init__(self, folder: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture))
         noted: dict[bytes, Codes] = {}
 
-        def note(weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any) -> torch.Tensor:
-            chosen_OI = round_to_grid(weight_OI, keep_OI, *given)
-            scale_OB = quants.as_grid(name).steps(quants.as_grid(name).quantize((weight_OI * keep_OI).numpy()))
-            scale_OI = scale_OB.repeat(32, axis=1)
-            code_OI = np.rint(np.divide(chosen_OI, scale_OI, out=np.zeros_like(scale_OI), where=scale_OI != 0))
-            assert not code_OI[~keep_OI.numpy()].any()
-            noted[chosen_OI.numpy().tobytes()] = code_OI.astype(np.int16), scale_OB
-            return chosen_OI
+        def note(weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            code_OI, step_OB = choose_codes(weight_OI, keep_OI, *given)
+            assert not code_OI[~keep_OI].any()
+            key = (code_OI * step_OB.repeat_interleave(32, dim=1)).numpy().tobytes()
+            noted[key] = code_OI.numpy().astype(np.int16), step_OB.numpy().copy()
+            return code_OI, step_OB
 
-        monkeypatch.setattr(calibrate, "round_to_grid", note)
+        monkeypatch.setattr(rounding, "choose_codes", note)
         blocks = folder / "blocks"
         blocks.mkdir()
         rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant=name)
