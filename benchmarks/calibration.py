@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,13 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
 
 
 def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
-    """Return a recipe's values with KEY=VALUE over them; a KEY without a dot is of the pruning."""
+    """Return a recipe's values with KEY=VALUE over them; a KEY without a dot is of the pruning, a VALUE TOML or text."""
     for pair in pairs:
         name, chosen = pair.split("=", 1)
-        nested: Any = chosen
+        try:
+            nested: Any = tomllib.loads(f"value = {chosen}")["value"]
+        except tomllib.TOMLDecodeError:
+            nested = chosen
         for part in reversed((name if "." in name else f"prune.{name}").split(".")):
             nested = {part: nested}
         options = merge(options, nested)
