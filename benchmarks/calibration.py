@@ -105,7 +105,7 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
 
 
 def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
-    """Return a recipe's values with KEY=VALUE over them; a KEY without a dot is of the pruning, a VALUE TOML or text."""
+    """Return a recipe's values with KEY=VALUE over them, VALUE in TOML or plain; a KEY without a dot is of pruning."""
     for pair in pairs:
         name, chosen = pair.split("=", 1)
         try:
