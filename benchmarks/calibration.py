@@ -26,12 +26,7 @@ from racdeploy.recipe import Recipe, merge
 from racdeploy.report_model import Record
 from racdeploy.verify import stats
 
-ROWS = {
-    "50 %": {"pattern": "unstructured", "sparsity": 0.5},
-    "60 %": {"pattern": "unstructured", "sparsity": 0.6},
-    "70 %": {"pattern": "unstructured", "sparsity": 0.7},
-    "2:4": {"pattern": "2:4"},
-}
+ROWS = ("50 %", "60 %", "70 %", "2:4")
 COLUMNS: dict[str, dict[str, dict[str, object]]] = {
     "magnitude": {"prune": {"method": "magnitude", "match_dense": False, "refit_steps": 0}},
     "prompt only": {"calibration": {"source": "prompt"}},
@@ -70,7 +65,7 @@ def main() -> None:
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"')
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -97,11 +92,17 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
         "model": arguments.model,
         "tasks": tuple(arguments.tasks),
         "traces": {"count": arguments.traces},
-        "prune": {"method": arguments.method, **ROWS[row]},
+        "prune": {"method": arguments.method, **zeros(row)},
         "export": {"quant": arguments.quant},
         "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
     }
     return Recipe.combine(None, merge(with_settings(options, arguments.set), column))
+
+
+def zeros(row: str) -> dict[str, object]:
+    """Return what of a recipe's pruning gives the zeros of a row."""
+    share = row.removesuffix("%")
+    return {"pattern": row} if share == row else {"pattern": "unstructured", "sparsity": float(share) / 100}
 
 
 def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:

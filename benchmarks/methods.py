@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibration import ROWS, answers, with_settings
+from calibration import ROWS, answers, with_settings, zeros
 
 from racdeploy import plugins
 from racdeploy.job import Job
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--methods", nargs="*", default=list(plugins.names("methods")))
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"')
     parser.add_argument("--calibrations", nargs="*", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
     options = {
         "model": arguments.model,
         "traces": {"count": arguments.traces},
-        "prune": {"method": method, **ROWS[row]},
+        "prune": {"method": method, **zeros(row)},
         "calibration": {"source": CALIBRATIONS[calibration]},
         "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": 640},
     }
