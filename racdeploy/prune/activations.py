@@ -16,7 +16,7 @@ from racdeploy.artifacts import disk_errors
 
 __all__ = ["WINDOW_BYTES", "Activations"]
 
-WINDOW_BYTES = 256 << 20
+WINDOW_BYTES = 64 << 20
 
 
 class Activations:

@@ -212,7 +212,7 @@ class _Model:
             I, rows = group[0][1], sum(O for O, _ in group)
             drift = 0 if self.streams == 1 else min(I, rows) if 2 * rows <= I else I
             gather = round(8 * 0.56 * I * I) + 8 * drift * I + passing
-            factor = 4 * 4 * I * I + 4 * drift * I
+            factor = 4 * 2 * I * I + 4 * drift * I
             solve = 4 * 2 * I * I + 4 * I * (2 * rows + (10 if self.grid else 8) * max(O for O, _ in group))
             worst = max(worst, gather, factor, solve)
         return _resident() + 2 * 4 * self.weights + window + worst

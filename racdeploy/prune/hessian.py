@@ -11,6 +11,8 @@ from racdeploy.errors import EnvironmentFailure
 __all__ = ["Hessian"]
 
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
+_COLUMNS = 256
+_CHUNK = 1 << 20
 
 
 class Hessian:
@@ -42,19 +44,21 @@ class Hessian:
     def inverse_factor_II(self) -> torch.Tensor:
         """Upper Cholesky factor U of the inverse, H⁻¹ = Uᵀ U; raises ``damping`` stepwise where it takes more.
 
-        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never formed.
+        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never formed, and one
+        matrix is all that is needed beside H.
         """
         for step in range(DAMPING_STEPS + 1):
             if step:
                 more = self._asked * DAMPING_STEP**step
                 self._damp(more - self.damping)
                 self.damping = more
-            lower_II, failed = torch.linalg.cholesky_ex(self.matrix_II.flip(0, 1))
+            factor_II = self.matrix_II.flip(0, 1)
+            by_columns_II, failed = factor_II.mT, torch.empty((), dtype=torch.int32, device=factor_II.device)
+            torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))  # L, row by row
             if not failed:
-                inverse_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-                torch.linalg.solve_triangular(lower_II, inverse_II, upper=False, out=inverse_II)
-                del lower_II
-                return inverse_II.flip(0, 1)
+                _invert_lower(factor_II)
+                _reverse(factor_II.view(-1))
+                return factor_II
         raise EnvironmentFailure(
             f"the Hessian does not factor, even with damping {self.damping:g}",
             remedy="collect more traces, or raise prune.damping in the recipe",
@@ -82,3 +86,27 @@ class Hessian:
 
     def _damp(self, share: float) -> None:
         self.matrix_II.diagonal().add_(share * self._mean)
+
+
+def _invert_lower(lower_II: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, from the last columns to the first. Source: LAPACK's ``trtri``."""
+    inputs = len(lower_II)
+    for start in reversed(range(0, inputs, _COLUMNS)):
+        stop = min(start + _COLUMNS, inputs)
+        own_CC = lower_II[start:stop, start:stop]
+        one_CC = torch.eye(stop - start, dtype=own_CC.dtype, device=own_CC.device)
+        own_CC.copy_(torch.linalg.solve_triangular(own_CC, one_CC, upper=False))
+        below_IC = lower_II[stop:, start:stop] @ own_CC
+        for row in range(stop, inputs, _COLUMNS):
+            end = min(row + _COLUMNS, inputs)
+            lower_II[row:end, start:stop] = -(lower_II[row:end, stop:end] @ below_IC[: end - stop])
+
+
+def _reverse(values_N: torch.Tensor) -> None:
+    """Reverse the order of the values in place, a chunk from either end at a time."""
+    count = len(values_N)
+    for start in range(0, count // 2, _CHUNK):
+        stop = min(start + _CHUNK, count // 2)
+        last_C = values_N[count - stop : count - start].flip(0)
+        values_N[count - stop : count - start] = values_N[start:stop].flip(0)
+        values_N[start:stop] = last_C

@@ -42,7 +42,7 @@ def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
     assert all(cost.seconds > 0 for cost in costs)
     page = 8 << 20  # the process itself grows a little between two calls
     assert abs(costs[1].peak_bytes - costs[0].peak_bytes) < page
-    assert costs[2].peak_bytes - costs[0].peak_bytes > 4 * 4 * 3072**2 - page
+    assert costs[2].peak_bytes - costs[0].peak_bytes > 3 * 4 * 3072**2 - page
 
 
 def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> None:

@@ -16,18 +16,20 @@ from racdeploy.recipe import Pruning
 OUTPUTS, INPUTS = 10, 32
 
 
-def _problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _problem(seed: int, inputs: int = INPUTS) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    input_NI = torch.randn(3 * INPUTS, INPUTS, generator=generator) * torch.linspace(0.2, 3, INPUTS)
+    input_NI = torch.randn(3 * inputs, inputs, generator=generator) * torch.linspace(0.2, 3, inputs)
     input_NI[:, 1:] += 0.5 * input_NI[:, :-1]
-    return torch.randn(OUTPUTS, INPUTS, generator=generator), input_NI.T @ input_NI / len(input_NI)
+    return torch.randn(OUTPUTS, inputs, generator=generator), input_NI.T @ input_NI / len(input_NI)
 
 
-def test_the_factor_is_that_of_the_damped_inverse() -> None:
-    """Uᵀ U is numpy's inverse of the damped matrix."""
-    _, hessian_II = _problem(0)
-    damped = hessian_II.double().numpy() + 0.01 * float(hessian_II.diagonal().mean()) * np.eye(INPUTS)
+@pytest.mark.parametrize("inputs", [1, INPUTS, 511, 768])
+def test_the_factor_is_that_of_the_damped_inverse(inputs: int) -> None:
+    """U is upper triangular, and Uᵀ U is numpy's inverse of the damped matrix, in one slab of columns and in more."""
+    _, hessian_II = _problem(0, inputs)
+    damped = hessian_II.double().numpy() + 0.01 * float(hessian_II.diagonal().mean()) * np.eye(inputs)
     factor_II = Hessian(hessian_II.clone(), 0.01).inverse_factor_II.double()
+    assert not factor_II.tril(-1).any()
     np.testing.assert_allclose((factor_II.T @ factor_II).numpy(), np.linalg.inv(damped), rtol=1e-3, atol=1e-4)
 
 
