@@ -63,21 +63,20 @@ def descend(
 
     Args:
         weight_OI: where to start, and where it ends.
-        pull_OI: minus half the slope of the error there, (T − W) H.
+        pull_OI: minus half the slope of the error, (T − W) H; in place too.
         free_OI: which weights move.
         H_II: the Hessian.
         steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
     diagonal_I = H_II.diagonal()
-    residual_OI = pull_OI * free_OI
-    step_OI = residual_OI / diagonal_I
-    power_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
+    scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
+    step_OI, power_O1 = scaled_OI, (pull_OI * scaled_OI).sum(1, keepdim=True)
     for _ in range(steps):
-        product_OI = (step_OI @ H_II) * free_OI
+        product_OI = step_OI @ H_II
         length_O1 = power_O1 / (step_OI * product_OI).sum(1, keepdim=True).clamp_min(_TINY)
         weight_OI += length_O1 * step_OI
-        residual_OI -= length_O1 * product_OI
-        scaled_OI = residual_OI / diagonal_I
-        next_O1 = (residual_OI * scaled_OI).sum(1, keepdim=True)
-        step_OI = scaled_OI + next_O1 / power_O1.clamp_min(_TINY) * step_OI
+        pull_OI -= product_OI.mul_(length_O1)
+        scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
+        next_O1 = (pull_OI * scaled_OI).sum(1, keepdim=True)
+        step_OI = scaled_OI.add_(next_O1 / power_O1.clamp_min(_TINY) * step_OI)
         power_O1 = next_O1

@@ -20,8 +20,7 @@ from racdeploy.quant import Grid
 __all__ = ["choose_codes", "round_to_grid"]
 
 SLABS, DESCENT_STEPS = 8, 4
-SWEEPS, COLUMNS = 8, 128
-SCALES_SETTLE = 2  # sweeps before the end that leave the scales alone
+SWEEPS, COLUMNS = 5, 128
 SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 _CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of them stay near a core
 
@@ -58,13 +57,12 @@ def choose_codes(
     inputs = weight_OI.shape[1]
     width = -(-inputs // (SLABS * quant.BLOCK)) * quant.BLOCK
     for start in range(0, inputs, width):
-        search.solve_from(start)
+        if start:
+            search.solve_from(start)
         search.visit(start, min(start + width, inputs), scales=True)
-    for sweep in range(SWEEPS):
-        scales = sweep < SWEEPS - SCALES_SETTLE
-        moved = search.visit(0, inputs, scales)
-        if not moved and not scales:
-            break
+    search.pull_anew()
+    for left in reversed(range(SWEEPS)):
+        search.visit(0, inputs, scales=left > 0)  # the last sweep is for the codes at the scales as they are
     return search.codes(), search.step_OB
 
 
@@ -88,70 +86,77 @@ class _Search:
         self.free_OI = keep_OI & scaled_OI & (pinned_OI == 0)
         pinned_OI *= self.step_OB.repeat_interleave(self.block, dim=1)
         self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
-        self.pull_OI = (target_OI - self.weight_OI) @ H_II
+        self.target_OI, self.pull_OI = target_OI, (target_OI - self.weight_OI) @ H_II
 
     def solve_from(self, start: int) -> None:
-        """Move the free weights from column ``start`` on, off the grid, to where the others pull them."""
-        before_OI = self.weight_OI[:, start:].clone()
-        H_II = self.H_II[start:, start:]
-        descend(self.weight_OI[:, start:], self.pull_OI[:, start:], self.free_OI[:, start:], H_II, DESCENT_STEPS)
-        self.pull_OI -= (self.weight_OI[:, start:] - before_OI) @ self.H_II[start:]
+        """Move the free weights from column ``start`` on, off the grid; the pull on those before is not kept up."""
+        own = slice(start, None)
+        descend(self.weight_OI[:, own], self.pull_OI[:, own], self.free_OI[:, own], self.H_II[own, own], DESCENT_STEPS)
 
-    def visit(self, start: int, stop: int, scales: bool) -> int:
-        """Move each weight of the columns to its best grid point, and then each scale; return how many weights moved.
+    def pull_anew(self) -> None:
+        """Compute the pull on every column."""
+        torch.matmul(self.target_OI - self.weight_OI, self.H_II, out=self.pull_OI)
 
-        What a move does to the pull on columns outside a chunk is made good once a chunk.
+    def visit(self, start: int, stop: int, scales: bool) -> None:
+        """Move each weight of the columns to its best grid point, and then each scale where wanted.
+
+        A chunk of columns is worked on with each column in one piece; what its moves do to the pull on a block's
+        neighbours is made good once a block, and on the other columns once a chunk.
         """
-        moved = 0
         for first in range(start, stop, COLUMNS):
-            last = min(first + COLUMNS, stop)
-            before_OC = self.weight_OI[:, first:last].clone()
-            for block in range(first // self.block, last // self.block):
-                moved += self._visit_block(block, first, last)
+            own = slice(first, min(first + COLUMNS, stop))
+            weight_CO, pull_CO, free_CO = (
+                values_OI[:, own].T.contiguous() for values_OI in (self.weight_OI, self.pull_OI, self.free_OI)
+            )
+            before_CO, H_CC = weight_CO.clone(), self.H_II[own, own]
+            for row in range(0, len(weight_CO), self.block):
+                block, step_O = slice(row, row + self.block), self.step_OB[:, (first + row) // self.block]
+                weight_KO, H_KK = weight_CO[block], H_CC[block, block]
+                pull_KO = self._move(weight_KO, pull_CO[block].clone(), free_CO[block], H_KK, _divisor(step_O))
                 if scales:
-                    self._fit_scale(block, first, last)
-            change_OC = self.weight_OI[:, first:last] - before_OC
-            self.pull_OI[:, :first] -= change_OC @ self.H_II[first:last, :first]
-            self.pull_OI[:, last:] -= change_OC @ self.H_II[first:last, last:]
-        return moved
+                    _fit_scales(weight_KO, pull_KO, H_KK, step_O)
+                pull_CO.addmm_(H_CC[:, block], weight_KO - before_CO[block], alpha=-1)
+            self.weight_OI[:, own] = weight_CO.T
+            self.pull_OI.addmm_((weight_CO - before_CO).T, self.H_II[own], alpha=-1)
 
     def codes(self) -> torch.Tensor:
         """Return code_OI."""
-        step_OI = self._divisor(slice(None)).repeat_interleave(self.block, dim=1)
-        return (self.weight_OI / step_OI).round_()
+        return (self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.block, dim=1)).round_()
 
-    def _visit_block(self, block: int, first: int, last: int) -> int:
-        step_O, moved = self._divisor(block), 0
-        for column in range(block * self.block, (block + 1) * self.block):
-            best_O = self.weight_OI[:, column] + self.pull_OI[:, column] / self.H_II[column, column]
-            code_O = (best_O / step_O).round_().clamp_(self.low, self.high)
-            change_O = (code_O * step_O - self.weight_OI[:, column]) * self.free_OI[:, column]
-            self.weight_OI[:, column] += change_O
-            self.pull_OI[:, first:last] -= torch.outer(change_O, self.H_II[column, first:last])
-            moved += int(torch.count_nonzero(change_O))
-        return moved
+    def _move(
+        self,
+        weight_KO: torch.Tensor,
+        pull_KO: torch.Tensor,
+        free_KO: torch.Tensor,
+        H_KK: torch.Tensor,
+        step_O: torch.Tensor,
+    ) -> torch.Tensor:
+        """Move the weights of a block, in place, one column after the other; return the pull on them then."""
+        for weight_O, pull_O, free_O, H_K, curve in zip(
+            weight_KO, pull_KO, free_KO, H_KK, H_KK.diagonal(), strict=True
+        ):
+            code_O = (weight_O + pull_O / curve).div_(step_O).round_().clamp_(self.low, self.high)
+            change_O = code_O.mul_(step_O).sub_(weight_O).mul_(free_O)
+            weight_O += change_O
+            pull_KO.addr_(H_K, change_O, alpha=-1)
+        return pull_KO
 
-    def _fit_scale(self, block: int, first: int, last: int) -> None:
-        """Move a block's scales to the best ones for its codes, where half precision holds a better one."""
-        own = slice(block * self.block, (block + 1) * self.block)
-        step_O = self.step_OB[:, block]
-        code_OK = (self.weight_OI[:, own] / self._divisor(block)[:, None]).round_()
-        pull_O = (code_OK * self.pull_OI[:, own]).sum(1)
-        curve_O = ((code_OK @ self.H_II[own, own]) * code_OK).sum(1)
-        fitted_O = (step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)).half().float()
-        change_O = fitted_O - step_O
-        better_O = (fitted_O * step_O > 0) & fitted_O.isfinite() & (change_O * (2 * pull_O - change_O * curve_O) > 0)
-        change_O = torch.where(better_O, change_O, 0)
-        self.step_OB[:, block] += change_O
-        changed_OK = self.step_OB[:, block, None] * code_OK
-        change_OK = changed_OK - self.weight_OI[:, own]
-        self.weight_OI[:, own] = changed_OK
-        self.pull_OI[:, first:last] -= change_OK @ self.H_II[own, first:last]
 
-    def _divisor(self, block: int | slice) -> torch.Tensor:
-        """Return the scales of a block, 1 for those that are zero: their weights are zero too."""
-        step_O = self.step_OB[:, block]
-        return torch.where(step_O == 0, 1, step_O)
+def _fit_scales(weight_KO: torch.Tensor, pull_KO: torch.Tensor, H_KK: torch.Tensor, step_O: torch.Tensor) -> None:
+    """Move a block's scales, in place, to the best ones for its codes, where half precision holds a better one."""
+    code_KO = (weight_KO / _divisor(step_O)).round_()
+    pull_O = (code_KO * pull_KO).sum(0)
+    curve_O = ((H_KK @ code_KO) * code_KO).sum(0)
+    fitted_O = (step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)).half().float()
+    change_O = fitted_O - step_O
+    better_O = (fitted_O * step_O > 0) & fitted_O.isfinite() & (change_O * (2 * pull_O - change_O * curve_O) > 0)
+    step_O += torch.where(better_O, change_O, 0)
+    torch.mul(code_KO, step_O, out=weight_KO)
+
+
+def _divisor(step: torch.Tensor) -> torch.Tensor:
+    """Return scales with 1 for those that are zero: their weights are zero too."""
+    return torch.where(step == 0, 1, step)
 
 
 def _start_scales(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +175,7 @@ def _start_scales(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
         error_OB = torch.full_like(widest_OB[own], torch.inf)
         for span in SPANS:
             tried_OB = (widest_OB[own] * span).half().float()
-            code_OBK = (weight_OBK / torch.where(tried_OB == 0, 1, tried_OB)[:, :, None]).round_()
+            code_OBK = (weight_OBK / _divisor(tried_OB)[:, :, None]).round_()
             code_OBK = torch.where(pinned_OBK == 0, code_OBK.clamp_(*quant.CODES), pinned_OBK)
             off_OBK = code_OBK.mul_(tried_OB[:, :, None]).sub_(weight_OBK).square_()
             tried_error_OB = off_OBK.mul_(diagonal_I.view(1, -1, quant.BLOCK)).sum(2)
@@ -196,7 +201,7 @@ def _widest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.T
         before_OI = settled_OI
     step_OB = torch.from_numpy(quant.steps(packed_OP).copy()).to(weight_OI.device)
     settled_OBK = torch.from_numpy(settled_OI.copy()).to(weight_OI.device).view(O, -1, quant.BLOCK)
-    code_OBK = settled_OBK / torch.where(step_OB == 0, 1, step_OB)[:, :, None]
+    code_OBK = settled_OBK / _divisor(step_OB)[:, :, None]
     extreme_OB1 = code_OBK.abs().argmax(2, keepdim=True)
     pinned_OBK = torch.zeros_like(code_OBK).scatter_(2, extreme_OB1, code_OBK.gather(2, extreme_OB1).round_())
     return step_OB, pinned_OBK.view(O, I)
