@@ -3,7 +3,7 @@
     python benchmarks/any_size.py --out build/any-size --blocks 14 28 --tokens 32768
 
 Writes a Qwen2-shaped bfloat16 checkpoint of the wanted depth (28 blocks are 1.5B parameters), prunes it in a process
-of its own, and prints peak resident memory and seconds. Nothing is said about accuracy.
+of its own, and prints peak resident memory and seconds, and what was predicted. Nothing is said about accuracy.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ SHAPE = {
     "vocab_size": 151936,
 }
 TRACE_TOKENS, PROMPT_TOKENS = 1024, 128
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -46,17 +48,30 @@ def main() -> None:
         folder = arguments.out / f"random-{blocks}"
         if not (folder / "config.json").is_file():
             write_model(folder, blocks)
+        settings = dict(pair.split("=", 1) for pair in arguments.set)
+        work = (folder, arguments.tokens, arguments.threads, settings)
         context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            settings = dict(pair.split("=", 1) for pair in arguments.set)
-            found = pool.apply(prune, (folder, arguments.tokens, arguments.threads, settings))
-        rows.append({"blocks": blocks, "tokens": arguments.tokens, **found})
+        with context.Pool(1, maxtasksperchild=1) as pool:  # a process for each, so that the second peak is its own
+            predicted, found = pool.apply(predict, work), pool.apply(prune, work)
+        rows.append({"blocks": blocks, "tokens": arguments.tokens, **predicted, **found})
         print(
             f"{blocks} blocks: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of the processor, "
-            f"peak {found['peak_bytes'] / 2**30:.2f} GiB",
+            f"peak {found['peak_bytes'] / 2**30:.2f} GiB; predicted {predicted['predicted_seconds']:.0f} s, "
+            f"{predicted['predicted_peak_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
+
+
+def predict(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
+    """Return the seconds and the peak bytes that ``--dry-run`` predicts."""
+    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.prune import cost
+    from racdeploy.recipe import Pruning
+
+    pruning, calibration = Pruning.model_validate({"sparsity": 0.5, **settings}), lengths(tokens)
+    found = cost.predict(Checkpoint(folder), pruning, calibration, held_out(calibration), threads)
+    return {"predicted_seconds": found.seconds, "predicted_peak_bytes": found.peak_bytes}
 
 
 def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
@@ -68,11 +83,10 @@ def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> 
 
     random, vocabulary = np.random.default_rng(0), Checkpoint(folder).config["vocab_size"]
     traces = []
-    for index in range(max(tokens // TRACE_TOKENS, 1)):
-        ids = tuple(random.integers(0, vocabulary, min(TRACE_TOKENS, tokens)).tolist())
+    for index, length in enumerate(lengths(tokens)):
+        ids = tuple(random.integers(0, vocabulary, length).tolist())
         prompt, completion = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
         traces.append(Trace(index, "random", f"{index}", "", prompt, completion, None, len(completion), False, True))
-    held = max(len(traces) // 16, 1)
 
     def show(label: str, done: int, total: int) -> None:
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -84,12 +98,23 @@ def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> 
     began, cpu_began = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pruning = Pruning.model_validate({"sparsity": 0.5, **settings})
-        prune_blocks(Checkpoint(folder), traces, traces[:held], pruning, Path(scratch), threads=threads, progress=show)
+        given = Checkpoint(folder), traces, held_out(traces), pruning, Path(scratch)
+        prune_blocks(*given, threads=threads, progress=show)
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu_began,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def lengths(tokens: int) -> list[int]:
+    """Return the lengths of the traces."""
+    return [min(TRACE_TOKENS, tokens)] * max(tokens // TRACE_TOKENS, 1)
+
+
+def held_out(traces: list[T]) -> list[T]:
+    """Return those that errors are measured on."""
+    return traces[: max(len(traces) // 16, 1)]
 
 
 def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> None:
