@@ -46,12 +46,12 @@ def main() -> None:
     rows = []
     for blocks in arguments.blocks:
         folder = arguments.out / f"random-{blocks}"
-        if not (folder / "config.json").is_file():
-            write_model(folder, blocks)
         settings = dict(pair.split("=", 1) for pair in arguments.set)
         work = (folder, arguments.tokens, arguments.threads, settings)
         context = multiprocessing.get_context("spawn")
-        with context.Pool(1, maxtasksperchild=1) as pool:  # a process for each, so that the second peak is its own
+        with context.Pool(1, maxtasksperchild=1) as pool:  # each in a process of its own, for the peak is a process's
+            if not (folder / "config.json").is_file():
+                pool.apply(write_model, (folder, blocks))
             predicted, found = pool.apply(predict, work), pool.apply(prune, work)
         rows.append({"blocks": blocks, "tokens": arguments.tokens, **predicted, **found})
         print(
