@@ -11,8 +11,8 @@ from racdeploy.errors import EnvironmentFailure
 __all__ = ["Hessian"]
 
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
-_COLUMNS = 256
-_CHUNK = 1 << 20
+_SLAB_COLUMNS = 256
+_CHUNK_VALUES = 1 << 20
 
 
 class Hessian:
@@ -23,7 +23,7 @@ class Hessian:
     energy, without damping.
 
     Args:
-        matrix_II: float32, symmetric; becomes the damped one.
+        matrix_II: float32, symmetric, contiguous; becomes the damped one.
         damping: share of the mean diagonal to add.
 
     Raises:
@@ -54,11 +54,13 @@ class Hessian:
                 self.damping = more
             factor_II = self.matrix_II.flip(0, 1)
             by_columns_II, failed = factor_II.mT, torch.empty((), dtype=torch.int32, device=factor_II.device)
-            torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))  # L, row by row
+            # In place, so that no third matrix is made; what LAPACK writes as Lᵀ column by column is L row by row.
+            torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))
             if not failed:
                 _invert_lower(factor_II)
                 _reverse(factor_II.view(-1))
                 return factor_II
+            del factor_II, by_columns_II
         raise EnvironmentFailure(
             f"the Hessian does not factor, even with damping {self.damping:g}",
             remedy="collect more traces, or raise prune.damping in the recipe",
@@ -91,22 +93,22 @@ class Hessian:
 def _invert_lower(lower_II: torch.Tensor) -> None:
     """Invert a lower triangular matrix in place, from the last columns to the first. Source: LAPACK's ``trtri``."""
     inputs = len(lower_II)
-    for start in reversed(range(0, inputs, _COLUMNS)):
-        stop = min(start + _COLUMNS, inputs)
+    for start in reversed(range(0, inputs, _SLAB_COLUMNS)):
+        stop = min(start + _SLAB_COLUMNS, inputs)
         own_CC = lower_II[start:stop, start:stop]
         one_CC = torch.eye(stop - start, dtype=own_CC.dtype, device=own_CC.device)
         own_CC.copy_(torch.linalg.solve_triangular(own_CC, one_CC, upper=False))
         below_IC = lower_II[stop:, start:stop] @ own_CC
-        for row in range(stop, inputs, _COLUMNS):
-            end = min(row + _COLUMNS, inputs)
+        for row in range(stop, inputs, _SLAB_COLUMNS):
+            end = min(row + _SLAB_COLUMNS, inputs)
             lower_II[row:end, start:stop] = -(lower_II[row:end, stop:end] @ below_IC[: end - stop])
 
 
 def _reverse(values_N: torch.Tensor) -> None:
     """Reverse the order of the values in place, a chunk from either end at a time."""
     count = len(values_N)
-    for start in range(0, count // 2, _CHUNK):
-        stop = min(start + _CHUNK, count // 2)
+    for start in range(0, count // 2, _CHUNK_VALUES):
+        stop = min(start + _CHUNK_VALUES, count // 2)
         last_C = values_N[count - stop : count - start].flip(0)
         values_N[count - stop : count - start] = values_N[start:stop].flip(0)
         values_N[start:stop] = last_C

@@ -1,8 +1,8 @@
 """Choose the codes of a number format while pruning compensates: the exporter then writes those very codes.
 
 Slab by slab, the columns of a slab are rounded and those to come are solved again for what the rounding did. Then
-every column is visited in turn, again and again: each weight moves to the grid point that is best while all others
-stay, and each block's scale to the one that is best for its codes, so the layer-wise error falls with every step. The
+every column is visited in turn, again and again, and the layer-wise error falls with every step: each weight moves to
+the grid point that is best while all others stay, and each block's scale to the one that is best for its codes. The
 weight of largest magnitude of each block keeps the code of largest magnitude at any scale: quantizing the result again
 gives the same scale and codes. Knows of a format what :class:`racdeploy.quant.Grid` says, and no file's layout.
 Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 2210.17323), with scales that move.
@@ -10,18 +10,18 @@ Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 22
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.refit import descend
 from racdeploy.quant import Grid
 
-__all__ = ["choose_codes", "round_to_grid"]
+__all__ = ["find_codes", "round_to_grid"]
 
-SLABS, DESCENT_STEPS = 8, 4
-SWEEPS, COLUMNS = 5, 128
-SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %
+SCALE_SWEEPS, CODE_SWEEPS = 4, 4
+CHUNK_COLUMNS = 128
+SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)  # smaller ones clip, a larger one moves every code; 4 bits gain most
 _CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of them stay near a core
 
 
@@ -37,21 +37,16 @@ def round_to_grid(
         hessian: of the input.
         quant: a number format whose codes are whole multiples of a block's scale.
     """
-    code_OI, step_OB = choose_codes(weight_OI, keep_OI, target_OI, hessian, quant)
+    code_OI, step_OB = find_codes(weight_OI, keep_OI, target_OI, hessian, quant)
     return code_OI.mul_(step_OB.repeat_interleave(quant.BLOCK, dim=1))
 
 
-def choose_codes(
+def find_codes(
     weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return code_OI, whole numbers in float32, and step_OB, scales that half precision holds.
 
-    Args:
-        weight_OI: pruned weights in float32.
-        keep_OI: the mask.
-        target_OI: weights before pruning.
-        hessian: of the input.
-        quant: a number format whose codes are whole multiples of a block's scale.
+    The arguments are those of :func:`round_to_grid`.
     """
     search = _Search(weight_OI * keep_OI, keep_OI, target_OI, hessian.matrix_II, quant)
     inputs = weight_OI.shape[1]
@@ -61,8 +56,11 @@ def choose_codes(
             search.solve_from(start)
         search.visit(start, min(start + width, inputs), scales=True)
     search.pull_anew()
-    for left in reversed(range(SWEEPS)):
-        search.visit(0, inputs, scales=left > 0)  # the last sweep is for the codes at the scales as they are
+    for _ in range(SCALE_SWEEPS):
+        search.visit(0, inputs, scales=True)
+    for _ in range(CODE_SWEEPS):
+        if not search.visit(0, inputs, scales=False):
+            break
     return search.codes(), search.step_OB
 
 
@@ -80,11 +78,11 @@ class _Search:
     def __init__(
         self, weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
     ) -> None:
-        self.H_II, self.block, (self.low, self.high) = H_II, quant.BLOCK, quant.CODES
+        self.H_II, self.quant_block, (self.low, self.high) = H_II, quant.BLOCK, quant.CODES
         self.step_OB, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
-        scaled_OI = (self.step_OB != 0).repeat_interleave(self.block, dim=1)
+        scaled_OI = (self.step_OB != 0).repeat_interleave(self.quant_block, dim=1)
         self.free_OI = keep_OI & scaled_OI & (pinned_OI == 0)
-        pinned_OI *= self.step_OB.repeat_interleave(self.block, dim=1)
+        pinned_OI *= self.step_OB.repeat_interleave(self.quant_block, dim=1)
         self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
         self.target_OI, self.pull_OI = target_OI, (target_OI - self.weight_OI) @ H_II
 
@@ -97,31 +95,37 @@ class _Search:
         """Compute the pull on every column."""
         torch.matmul(self.target_OI - self.weight_OI, self.H_II, out=self.pull_OI)
 
-    def visit(self, start: int, stop: int, scales: bool) -> None:
-        """Move each weight of the columns to its best grid point, and then each scale where wanted.
+    def visit(self, start: int, stop: int, scales: bool) -> bool:
+        """Move each weight of the columns to its best grid point, and each scale where wanted; return if any moved.
 
-        A chunk of columns is worked on with each column in one piece; what its moves do to the pull on a block's
+        A chunk of columns is worked on with each column in one piece; what its moves do to the pull on a quant block's
         neighbours is made good once a block, and on the other columns once a chunk.
         """
-        for first in range(start, stop, COLUMNS):
-            own = slice(first, min(first + COLUMNS, stop))
+        moved = False
+        for first in range(start, stop, CHUNK_COLUMNS):
+            chunk = slice(first, min(first + CHUNK_COLUMNS, stop))
             weight_CO, pull_CO, free_CO = (
-                values_OI[:, own].T.contiguous() for values_OI in (self.weight_OI, self.pull_OI, self.free_OI)
+                values_OI[:, chunk].T.clone(memory_format=torch.contiguous_format)
+                for values_OI in (self.weight_OI, self.pull_OI, self.free_OI)
             )
-            before_CO, H_CC = weight_CO.clone(), self.H_II[own, own]
-            for row in range(0, len(weight_CO), self.block):
-                block, step_O = slice(row, row + self.block), self.step_OB[:, (first + row) // self.block]
+            before_CO, H_CC = weight_CO.clone(), self.H_II[chunk, chunk]
+            steps = self.step_OB[:, first // self.quant_block : chunk.stop // self.quant_block].unbind(1)
+            for index, step_O in enumerate(steps):
+                block = slice(index * self.quant_block, (index + 1) * self.quant_block)
                 weight_KO, H_KK = weight_CO[block], H_CC[block, block]
                 pull_KO = self._move(weight_KO, pull_CO[block].clone(), free_CO[block], H_KK, _divisor(step_O))
                 if scales:
                     _fit_scales(weight_KO, pull_KO, H_KK, step_O)
                 pull_CO.addmm_(H_CC[:, block], weight_KO - before_CO[block], alpha=-1)
-            self.weight_OI[:, own] = weight_CO.T
-            self.pull_OI.addmm_((weight_CO - before_CO).T, self.H_II[own], alpha=-1)
+            change_CO = weight_CO - before_CO
+            moved |= bool(change_CO.any())
+            self.weight_OI[:, chunk] = weight_CO.T
+            self.pull_OI.addmm_(change_CO.T, self.H_II[chunk], alpha=-1)
+        return moved
 
     def codes(self) -> torch.Tensor:
         """Return code_OI."""
-        return (self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.block, dim=1)).round_()
+        return (self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.quant_block, dim=1)).round_()
 
     def _move(
         self,
@@ -166,7 +170,7 @@ def _start_scales(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
     weighted with the energy of its input.
     """
     widest_OB, pinned_OI = _widest(weight_OI, quant)
-    step_OB = torch.empty_like(widest_OB)
+    step_OB = widest_OB.clone()
     rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
     for start in range(0, len(weight_OI), rows):
         own = slice(start, start + rows)
@@ -186,22 +190,15 @@ def _start_scales(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
 
 
 def _widest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OB, the scales that the format would choose, and pinned_OI, the codes that made them.
+    """Return step_OB, the scales that the format would choose, and pinned_OI, the codes that make them.
 
-    Once is enough but for weights so small that half precision has few digits for their scale. There the scale may
-    shrink with every turn, and never grows.
+    The pinned code is the one of largest magnitude, also where half precision has too few digits for the scale to give
+    the weight that very code: with another one the format would choose another scale next time.
     """
     O, I = weight_OI.shape
-    before_OI = weight_OI.cpu().numpy()
-    while True:
-        packed_OP = quant.quantize(before_OI)
-        settled_OI = quant.dequantize(packed_OP, I)
-        if np.array_equal(settled_OI, before_OI, equal_nan=True):
-            break
-        before_OI = settled_OI
-    step_OB = torch.from_numpy(quant.steps(packed_OP).copy()).to(weight_OI.device)
-    settled_OBK = torch.from_numpy(settled_OI.copy()).to(weight_OI.device).view(O, -1, quant.BLOCK)
-    code_OBK = settled_OBK / _divisor(step_OB)[:, :, None]
-    extreme_OB1 = code_OBK.abs().argmax(2, keepdim=True)
-    pinned_OBK = torch.zeros_like(code_OBK).scatter_(2, extreme_OB1, code_OBK.gather(2, extreme_OB1).round_())
-    return step_OB, pinned_OBK.view(O, I)
+    step_OB = torch.from_numpy(quant.steps(quant.quantize(weight_OI.cpu().numpy())).copy()).to(weight_OI.device)
+    weight_OBK = weight_OI.view(O, -1, quant.BLOCK)
+    extreme_OB1 = weight_OBK.abs().argmax(2, keepdim=True)
+    sign_OB1 = weight_OBK.gather(2, extreme_OB1).sign() * step_OB.sign()[:, :, None]
+    pinned_OBK = torch.zeros_like(weight_OBK)
+    return step_OB, pinned_OBK.scatter_(2, extreme_OB1, sign_OB1 * max(map(abs, quant.CODES))).view(O, I)
