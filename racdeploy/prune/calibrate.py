@@ -90,14 +90,15 @@ def prune_blocks(
     keep_heap()
     torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
-    batches = make_batches(calibration, tasks, held_out=False) + make_batches(held_out, tasks, held_out=True)
+    fitted = make_batches(calibration, tasks, held_out=False)
+    batches = fitted + make_batches(held_out, tasks, held_out=True)
     mine = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
     walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, within, folder, tasks, mine, processes)
     linears: list[LinearRow] = []
     blocks: list[BlockRow] = []
     try:
         with torch.inference_mode():
-            walk.allocate(progress)
+            walk.allocate(fitted, progress)
             walk.embed()
             for index in range(checkpoint.block_count):
                 rows, row = walk.step(index)
@@ -137,8 +138,8 @@ class _Walk:
         self.sparse.close()
         self.dense.close()
 
-    def allocate(self, progress: Progress | None) -> None:
-        """Decide the sparsity of every linear that is pruned, or read what was decided."""
+    def allocate(self, fitted: Sequence[Batch], progress: Progress | None) -> None:
+        """Decide the sparsity of every pruned linear, from all calibration batches, or read what was decided."""
         checkpoint, settings, file = self.checkpoint, self.settings, self.folder / "allocation.json"
         linears = [
             f"{self.blocks.prefix(i)}.{n}" for i in range(checkpoint.block_count) for n in checkpoint.family.linears
@@ -152,14 +153,16 @@ class _Walk:
                 observations = survey(
                     self.blocks,
                     seen,
+                    fitted,
+                    sizes,
                     self.weights_S,
                     settings.damping,
-                    lambda weight_OI, hessian: plugin.observe(weight_OI, hessian, settings),
+                    lambda weight_OI, hessian, effect: plugin.observe(weight_OI, hessian, effect, settings),
                     self.folder,
                     self.processes,
                     progress,
                 )
-            shares = plugin.allocate({n: observations[n] for n in sizes if n in observations}, sizes, settings.sparsity)
+            shares = plugin.allocate(observations, sizes, settings.sparsity)
             if self.first:
                 write_atomic(file, json.dumps({"shares": shares, "observations": observations}, indent=1))
         self.shares: dict[str, float] = self.processes.tell(read_json(file)["shares"] if self.first else {})

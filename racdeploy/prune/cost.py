@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -118,6 +118,8 @@ class _Model:
             for group in self.checkpoint.family.input_groups
         ]
         self.weights = sum(math.prod(shape) for group in self.groups for shape in group)
+        self.method = plugins.load("methods", self.settings.method)
+        self.allocation = plugins.load("allocations", self.settings.allocation)
         self.device = choose_device(self.settings.device)
         self.generator = torch.Generator().manual_seed(0)
         self.streams = 2 if self.settings.match_dense else 1
@@ -134,11 +136,33 @@ class _Model:
         forward_s /= hidden_BTD.shape[0] * length
         block.to("meta")
         held_out_passes = 3.0  # sparse, dense, and each linear against its target
-        forward = forward_s * (self._passes() * self.calibration_tokens + held_out_passes * self.held_out_tokens)
-        return self.checkpoint.block_count * (load_s + forward + self._gathering() + self._solving())
+        passed = self.streams * self._passes() * self.calibration_tokens + held_out_passes * self.held_out_tokens
+        seconds = load_s + forward_s * passed + self._gathering(self.streams == 2) + self._solving(self._solve)
+        if self.allocation.SURVEYS:
+            seconds += load_s + self._surveying(forward_s, longest)
+        return self.checkpoint.block_count * seconds
+
+    def _surveying(self, forward_s: float, longest: int) -> float:
+        """Return the seconds of a look at one block of the dense model before pruning, with effects where they count.
+
+        Args:
+            forward_s: seconds of a token's pass.
+            longest: tokens of the longest trace.
+        """
+        effects = 0
+
+        def effect(changed_OI: torch.Tensor) -> float:
+            nonlocal effects
+            effects = sum(len(group) for group in self.groups)
+            return 1.0
+
+        solve_s = self._solving(lambda w_OI, hessian: self.allocation.observe(w_OI, hessian, effect, self.settings))
+        probe_tokens = min(max(TOKENS_PER_BATCH, longest), self.calibration_tokens)
+        passed = self._passes() * self.calibration_tokens + (1 + effects) * probe_tokens
+        return forward_s * passed + self._gathering(drifts=False) + solve_s
 
     def _passes(self) -> float:
-        """Return how often the calibration tokens go through a block: up to each input, and to the end."""
+        """Return how often one model's tokens go through a block: up to each input, and to the end."""
         weights = [sum(math.prod(shape) for shape in group) for group in self.groups]
         kept_width = sum(group[0][1] for index, group in enumerate(self.groups) if is_kept(index))
         kept = min(KEPT_BYTES / max(4 * self.calibration_tokens * kept_width, 1), 1.0)
@@ -147,9 +171,9 @@ class _Model:
             for group, count in enumerate(weights[:goal]):
                 left_out = is_kept(group + 1) and group + 1 < goal
                 passed += count * (1 - kept if left_out else 1)
-        return self.streams * passed / self.weights
+        return passed / self.weights
 
-    def _gathering(self) -> float:
+    def _gathering(self, drifts: bool) -> float:
         """Return the seconds of the products and sums of one block's statistics."""
         side = 1024
         x_NI = self._random(side, side)
@@ -159,15 +183,14 @@ class _Model:
         batches, seconds = math.ceil(self.calibration_tokens / TOKENS_PER_BATCH), 0.0
         for group in self.groups:
             I, rows = group[0][1], sum(O for O, _ in group)
-            drift = 0 if self.streams == 1 else min(I, 2 * rows)
+            drift = min(I, 2 * rows) if drifts else 0
             seconds += product_s * self.calibration_tokens * I * (0.56 * I + drift) / side**3
             seconds += sum_s * batches * I * (0.56 * I + min(drift, rows)) / side**2
         return seconds
 
-    def _solving(self) -> float:
-        """Return the seconds of pruning one block's linears: a piece of each is pruned and scaled."""
-        method, settings = plugins.load("methods", self.settings.method), self.settings
-        allocation = plugins.load("allocations", settings.allocation)
+    def _solving(self, solve: Callable[[torch.Tensor, Hessian], object]) -> float:
+        """Return the seconds of solving something for each of a block's linears: for a piece of each, and scaled."""
+        settings = self.settings
         seconds, seen = 0.0, dict[tuple[int, int], tuple[float, float]]()
         for group in self.groups:
             for index, (O, I) in enumerate(group):
@@ -177,8 +200,8 @@ class _Model:
                 if (o, i) not in seen:
                     x_NI, weight_OI = self._random(2 * i, i), self._random(o, i)
                     hessian = Hessian(x_NI.T @ x_NI, settings.damping)
-                    solve = partial(self._solve, method, allocation, weight_OI, hessian)
-                    first_s, again_s = _timed(solve)[0], _timed(solve)[0]  # the first one also factors the Hessian
+                    piece = partial(solve, weight_OI, hessian)
+                    first_s, again_s = _timed(piece)[0], _timed(piece)[0]  # the first one also factors the Hessian
                     seen[o, i] = max(first_s - again_s, 0.0), again_s
                 factor_s, solve_s = seen[o, i]
                 seconds += solve_s * (O / o) * (I / i) ** 2 + (factor_s * (I / i) ** 3 if index == 0 else 0.0)
@@ -187,17 +210,15 @@ class _Model:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
-    def _solve(self, method: Any, allocation: Any, weight_OI: torch.Tensor, hessian: Hessian) -> None:
+    def _solve(self, weight_OI: torch.Tensor, hessian: Hessian) -> None:
         """Do with a linear what the walk does once its Hessian is there."""
         settings = self.settings
         pattern = pattern_of(settings.sparsity, settings.kept_of)
-        pruned = prune_and_refit(method, weight_OI, hessian, pattern, settings)
+        pruned = prune_and_refit(self.method, weight_OI, hessian, pattern, settings)
         if self.grid:
             round_to_grid(pruned.weight_OI, pruned.keep_OI, weight_OI, hessian, self.grid)
         if settings.match_dense:
             hessian.solve(weight_OI)
-        if allocation.SURVEYS:
-            allocation.observe(weight_OI, hessian, settings)
 
     def peak_bytes(self) -> int:
         """Return the process as it is now, two copies of a block, the window, and the widest statistic at its worst."""
@@ -214,7 +235,8 @@ class _Model:
             gather = round(8 * 0.56 * I * I) + 8 * drift * I + passing
             factor = 4 * 2 * I * I + 4 * drift * I
             solve = 4 * 2 * I * I + 4 * I * (2 * rows + (10 if self.grid else 8) * max(O for O, _ in group))
-            worst = max(worst, gather, factor, solve)
+            effect = 4 * 2 * I * I + passing if self.allocation.SURVEYS else 0
+            worst = max(worst, gather, factor, solve, effect)
         return _resident() + 2 * 4 * self.weights + window + worst
 
 

@@ -11,8 +11,8 @@ from racdeploy.errors import EnvironmentFailure
 __all__ = ["Hessian"]
 
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
-_SLAB_COLUMNS = 256
-_CHUNK_VALUES = 1 << 20
+_SLAB_COLUMNS = 256  # inverted together: narrow beside the matrix, wide enough for products to run at full speed
+_CHUNK_VALUES = 1 << 20  # moved together: what is copied meanwhile stays small
 
 
 class Hessian:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.optimize
+import torch
 
 from racdeploy import plugins
+from racdeploy.artifacts import STREAMS, Trace
+from racdeploy.backends._torch_model import load_model
 from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UsageError
+from racdeploy.prune import batches as batches_module
+from racdeploy.prune.allocations import Effect, Observation
+from racdeploy.prune.batches import make_batches
+from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.processes import ALONE
+from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from tests.prune.test_calibrate import TRACES
-from tests.tiny_models import make_checkpoint
+from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
 
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
 RATES = {"a": 3.0, "b": 5.0, "c": 8.0}
@@ -42,6 +53,101 @@ def test_error_allocation_is_the_optimum_of_the_curves() -> None:
     shares = error.allocate(observations, SIZES, 0.6)
     assert total(np.array([*shares.values()])) == pytest.approx(best.fun, rel=0.01)
     assert best.fun < 0.95 * total(np.full(3, 0.6)), "the example must have something to gain"
+
+
+def test_error_allocation_spares_what_a_block_feels() -> None:
+    """Of two linears with one error curve, the one that changes its block's output ten times as much loses less."""
+    error = plugins.load("allocations", "error")
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_NI = torch.randn(24, 32, generator=generator), torch.randn(96, 32, generator=generator)
+    hessian, settings = Hessian(x_NI.T @ x_NI / 96, 0.01), Pruning(sparsity=0.6)
+
+    def effect(changed_OI: torch.Tensor) -> float:
+        return float((changed_OI - weight_OI).square().sum())
+
+    little = error.observe(weight_OI, hessian, effect, settings)
+    much = error.observe(weight_OI, hessian, lambda changed_OI: 10 * effect(changed_OI), settings)
+    assert [*much.values()] == pytest.approx([10 * value for value in little.values()])
+    shares = error.allocate({"little": little, "much": much}, {"little": 768, "much": 768}, 0.6)
+    assert shares["much"] < shares["little"] - 0.1
+
+
+@pytest.mark.parametrize("zeros", [0.6, 1.0])
+def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
+    """A linear that was sparse before, or is nothing but zeros, costs nothing up to there, and is weighed beyond."""
+    error = plugins.load("allocations", "error")
+    generator = torch.Generator().manual_seed(0)
+    full_OI, x_NI = torch.randn(24, 40, generator=generator), torch.randn(96, 40, generator=generator)
+    sparse_OI, hessian = full_OI * (torch.arange(40) >= 40 * zeros), Hessian(x_NI.T @ x_NI / 96, 0.01)
+
+    def observe(weight_OI: torch.Tensor) -> Observation:
+        def effect(changed_OI: torch.Tensor) -> float:
+            return 0.001 * float((changed_OI - weight_OI).square().sum() / full_OI.square().sum())
+
+        return error.observe(weight_OI, hessian, effect, Pruning(method="magnitude"))
+
+    seen = {"full": observe(full_OI), "sparse": observe(sparse_OI)}
+    assert seen["sparse"]["0.5"] < 1e-9
+    assert seen["sparse"]["0.98"] < 0.001, "weighed as every other: never more than all that it has"
+    shares = error.allocate(seen, {"full": 960, "sparse": 960}, 0.5)
+    assert shares["sparse"] > min(zeros, 0.98) - 0.01
+
+
+@pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
+def test_an_effect_is_that_in_the_whole_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each linear halved, alone: what changes at its block's end, sequence by sequence, under transformers.
+
+    The thinking counts twice, the prompt not at all; sequences are padded together. Of three batches, the second counts
+    most.
+    """
+    monkeypatch.setattr(batches_module, "TOKENS_PER_BATCH", 110)
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
+    weights_S = torch.tensor([0.0, 2.0, 1.0])
+
+    def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
+        return {"unchanged": effect(weight_OI), "halved": effect(weight_OI / 2)}
+
+    blocks, batches = Blocks(checkpoint), make_batches(TRACES, ["gcd"], held_out=False)
+    assert [len(batch.ids_BT) for batch in batches] == [4, 3, 1]
+    probed = TRACES[4:7]
+    names = {
+        f"model.layers.{n}.{linear}" for n in range(checkpoint.block_count) for linear in checkpoint.family.linears
+    }
+    left_out = {name for name in names if "o_proj" in name}
+    with torch.inference_mode():
+        found = survey(blocks, batches, batches, names - left_out, weights_S, 0.01, observe, tmp_path, ALONE)
+        assert found.keys() == names - left_out
+        model = load_model(checkpoint)
+        for number in range(checkpoint.block_count):
+            dense = _outputs(model, number, probed)
+            for linear in set(checkpoint.family.linears) - {"self_attn.o_proj"}:
+                weight_OI = model.get_parameter(f"model.layers.{number}.{linear}.weight").data
+                weight_OI /= 2
+                lost = weight = 0.0
+                for trace, wanted_TD, changed_TD in zip(probed, dense, _outputs(model, number, probed), strict=True):
+                    share_T = (changed_TD - wanted_TD).square().sum(-1) / wanted_TD.square().sum(-1)
+                    weight_T = weights_S[trace.streams()]
+                    lost, weight = lost + float(share_T @ weight_T), weight + float(weight_T.sum())
+                weight_OI *= 2
+                seen = found[f"model.layers.{number}.{linear}"]
+                assert seen["unchanged"] < 1e-11
+                assert seen["halved"] == pytest.approx(lost / weight, rel=1e-4)
+                assert lost > 0
+    assert len(STREAMS) == len(weights_S)
+
+
+def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> list[torch.Tensor]:
+    """Return what a block makes of each trace, by itself."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handle = model.get_submodule(f"model.layers.{number}").register_forward_hook(keep)
+    for trace in traces:
+        model(input_ids=torch.tensor([trace.ids]))
+    handle.remove()
+    return seen
 
 
 def test_owl_spares_the_blocks_with_outliers() -> None:

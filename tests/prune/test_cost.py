@@ -71,12 +71,24 @@ def test_a_server_takes_the_traces_elsewhere(tmp_path: Path, schedule: tuple[flo
 
 
 @pytest.mark.parametrize(
-    "settings", [{"pattern": "2:4"}, {"method": "wanda", "match_dense": False}, {"allocation": "owl"}]
+    "settings", [{"pattern": "2:4"}, {"method": "wanda", "match_dense": False}, {"allocation": "error"}]
 )
 def test_every_kind_of_recipe_has_a_prediction(tmp_path: Path, settings: dict[str, object]) -> None:
     """The sample is pruned with the recipe's own plugins."""
     found = predict(_checkpoint(tmp_path / "m"), Pruning.model_validate(settings), [30] * 4, [], threads=1)
     assert found.seconds > 0
+
+
+def test_a_look_at_the_dense_model_is_predicted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything timed at a second, by its passes: seven linears' effects, where an allocation asks for them."""
+    monkeypatch.setattr(cost, "_timed", lambda do, warm=False: (1.0, do()))
+    checkpoint, lengths = _checkpoint(tmp_path / "m"), [40] * 20
+    uniform, owl, error = (
+        predict(checkpoint, Pruning(allocation=name), lengths, [], threads=1).seconds / checkpoint.block_count
+        for name in ("uniform", "owl", "error")
+    )
+    assert error - owl == pytest.approx(7 * sum(lengths) / 800, rel=0.01), "a second is that of 800 tokens"
+    assert owl - uniform > 1 + 2  # it is loaded, its tokens pass more than twice, and each linear is looked at
 
 
 def _build(folder: Path, **prune: object) -> Build:

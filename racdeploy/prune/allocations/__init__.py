@@ -1,16 +1,21 @@
 """Allocations: how a global sparsity is shared out among the linears, one file per way.
 
 An allocation file has ``SURVEYS``, whether it must look at the dense model first; ``observe(weight_OI, hessian,
-settings) -> Observation``, called once for each linear of the dense model if it must; and ``allocate(observations,
-sizes, sparsity) -> Shares``. The mean of the shares over all weights is the global sparsity.
+effect, settings) -> Observation``, called once for each linear of the dense model if it must; and
+``allocate(observations, sizes, sparsity) -> Shares``. The mean of the shares over all weights is the global sparsity.
+``effect`` says of other weights for the linear what they do: the mean over tokens of |change|² / |output|² at the end
+of its block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-__all__ = ["Observation", "Shares", "shifted"]
+import torch
 
+__all__ = ["Effect", "Observation", "Shares", "shifted"]
+
+Effect = Callable[[torch.Tensor], float]
 Observation = Mapping[str, float]
 Shares = dict[str, float]
 LOWEST, HIGHEST = 0.0, 0.98

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from racdeploy.prune.allocations import Observation, Shares, shifted
+from racdeploy.prune.allocations import Effect, Observation, Shares, shifted
 from racdeploy.prune.hessian import Hessian
 from racdeploy.recipe import Pruning
 
@@ -20,7 +20,7 @@ SURVEYS = True
 OUTLIER, SPREAD = 5.0, 0.08
 
 
-def observe(weight_OI: torch.Tensor, hessian: Hessian, settings: Pruning) -> Observation:
+def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
     """Count the outliers of one linear."""
     score_OI = weight_OI.abs() * hessian.norm_I
     return {"outliers": float((score_OI > OUTLIER * score_OI.mean()).sum())}

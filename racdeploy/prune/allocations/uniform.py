@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
-from racdeploy.prune.allocations import Observation, Shares
+from racdeploy.prune.allocations import Effect, Observation, Shares
 from racdeploy.prune.hessian import Hessian
 from racdeploy.recipe import Pruning
 
 SURVEYS = False
 
 
-def observe(weight_OI: torch.Tensor, hessian: Hessian, settings: Pruning) -> Observation:
+def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
     """Nothing has to be known."""
     return {}
 
