@@ -5,6 +5,7 @@
 Prunes a model by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the latter
 two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and results.json
 after every cell. What is finished is kept under --work and not done again, so several calls may share the cells.
+With `--set allocation=error --over allocation=uniform`, each cell is also compared with itself under other settings.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Cell:
     calibration_tokens: int
     held_out_error: float
     drift: float
+    gain: dict[str, float] | None = None
 
 
 def main() -> None:
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
+    parser.add_argument("--over", nargs="*", default=[], metavar="KEY=VALUE", help="in place of --set's, to gain over")
     parser.add_argument("--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"')
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
@@ -76,18 +79,22 @@ def main() -> None:
     cells = []
     for row in arguments.rows:
         for column in arguments.columns:
-            build = Build(Job(recipe(arguments, row, COLUMNS[column])), arguments.work)
+            build = Build(Job(recipe(arguments, row, COLUMNS[column], arguments.set)), arguments.work)
             if dense is None:
                 dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False), "dense")
-            cells.append(measure(build, row, column, dense))
+            cell = measure(build, row, column, dense)
+            if arguments.over:
+                other = Build(Job(recipe(arguments, row, COLUMNS[column], arguments.over)), arguments.work)
+                cell = replace(cell, gain=gain(pruned_answers(other, column), pruned_answers(build, column)))
+            cells.append(cell)
             console.print(cells[-1])
             (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
             (arguments.out / "results.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
 
 
-def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]]) -> Recipe:
-    """Return the recipe of one cell."""
+def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]], pairs: list[str]) -> Recipe:
+    """Return the recipe of one cell, with some settings changed."""
     options: dict[str, Any] = {
         "model": arguments.model,
         "tasks": tuple(arguments.tasks),
@@ -96,7 +103,7 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
         "export": {"quant": arguments.quant},
         "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
     }
-    return Recipe.combine(None, merge(with_settings(options, arguments.set), column))
+    return Recipe.combine(None, merge(with_settings(options, pairs), column))
 
 
 def zeros(row: str) -> dict[str, object]:
@@ -125,14 +132,30 @@ def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...
     return build.verification.answer(exported, arm, EngineSettings(settings.context_tokens, settings.parallel)).records
 
 
+def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
+    """Prune, export and answer."""
+    return answers(build, build.export(build.prune().folder, build.job.artifact_name), arm)
+
+
+def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, float]:
+    """Return how much more often the second arm is right, with the interval over the pairs, and what it rests on."""
+    pairs = list(zip(before, after, strict=True))
+    only_after = sum(b.correct and not a.correct for a, b in pairs)
+    only_before = sum(a.correct and not b.correct for a, b in pairs)
+    interval = stats.tango_interval(only_after, only_before, len(pairs), 0.95)
+    return {
+        "accuracy": (only_after - only_before) / len(pairs),
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "only_after": only_after,
+        "only_before": only_before,
+    }
+
+
 def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
     """Prune, export, answer and compare."""
-    model = build.prune()
-    pruned = answers(build, build.export(model.folder, build.job.artifact_name), column)
-    pairs = list(zip(dense, pruned, strict=True))
-    n10 = sum(d.correct and not p.correct for d, p in pairs)
-    n01 = sum(p.correct and not d.correct for d, p in pairs)
-    interval = stats.tango_interval(n10, n01, len(pairs), 0.95)
+    model, pruned = build.prune(), pruned_answers(build, column)
+    drop = gain(pruned, dense)
     lengths = [[record.thinking_tokens for record in arm] for arm in (dense, pruned)]
     right = sum(record.correct for record in pruned)
     accuracy = stats.wilson_interval(right, len(pruned))
@@ -144,9 +167,9 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
         accuracy=right / len(pruned),
         accuracy_lower=accuracy.lower,
         accuracy_upper=accuracy.upper,
-        drop=(n10 - n01) / len(pairs),
-        drop_lower=interval.lower,
-        drop_upper=interval.upper,
+        drop=drop["accuracy"],
+        drop_lower=drop["lower"],
+        drop_upper=drop["upper"],
         thinking_tokens=stats.restricted_mean_lengths(lengths[1], budget),
         length_ratio=stats.length_ratio(*lengths, budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
@@ -174,6 +197,11 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
         lines.append(f"| {row} | " + " | ".join(shown(found[c]) if c in found else "" for c in columns) + " |")
     tokens = sorted({(cell.calibration, cell.calibration_tokens) for cell in cells if cell.calibration != "magnitude"})
     lines += ["", "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + "."]
+    for cell in cells:
+        if cell.gain:
+            found = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
+            only = f"{cell.gain['only_after']:.0f} prompts right only so, {cell.gain['only_before']:.0f} only otherwise"
+            lines += ["", f"{cell.pattern}, {cell.calibration}: gains {found}; {only}."]
     asked: dict[str, list[bool]] = {}
     for record in dense:
         asked.setdefault(record.task, []).append(record.correct)

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from calibration import answers, with_settings
+from calibration import answers, gain, with_settings
 
 from racdeploy import quant as quants
 from racdeploy.backends import EngineSettings, open_engine
@@ -104,21 +104,6 @@ def accuracy(records: tuple[Record, ...]) -> dict[str, float]:
         "upper": interval.upper,
         "thinking_tokens": sum(record.thinking_tokens for record in records) / len(records),
         "unclosed": sum(record.state == "open" for record in records),
-    }
-
-
-def gain(rounded: tuple[Record, ...], joint: tuple[Record, ...]) -> dict[str, float]:
-    """Return how much more often the second arm is right, with the interval over the pairs, and what it rests on."""
-    pairs = list(zip(rounded, joint, strict=True))
-    only_joint = sum(b.correct and not a.correct for a, b in pairs)
-    only_rounded = sum(a.correct and not b.correct for a, b in pairs)
-    interval = stats.tango_interval(only_joint, only_rounded, len(pairs), 0.95)
-    return {
-        "accuracy": (only_joint - only_rounded) / len(pairs),
-        "lower": interval.lower,
-        "upper": interval.upper,
-        "only_joint": only_joint,
-        "only_rounded": only_rounded,
     }
 
 
