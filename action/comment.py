@@ -33,7 +33,11 @@ def main() -> None:
             _ask("PATCH", f"{root}/comments/{found}", {"body": _body(marker)})
     except urllib.error.HTTPError as error:
         said = f"GitHub answers {error.code} {error.reason}"
-        _warn(f"{said}; the job needs `permissions: pull-requests: write`" if error.code in (401, 403, 404) else said)
+        _warn(
+            f"{said}; the job needs `permissions: pull-requests: write`"
+            if error.code in (401, 403, 404)
+            else said
+        )
     except OSError as error:
         _warn(str(error))
 

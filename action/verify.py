@@ -25,7 +25,11 @@ def main() -> None:
     sys.stderr.write(done.stderr)
     decided = done.returncode in (0, 1, 3) and report.is_file()
     verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"] if decided else "error"
-    summary = (reports / "report.md").read_text(encoding="utf-8") if decided else _failed(done.returncode, done.stderr)
+    summary = (
+        (reports / "report.md").read_text(encoding="utf-8")
+        if decided
+        else _failed(done.returncode, done.stderr)
+    )
     _append("GITHUB_OUTPUT", f"verdict={verdict}\nexit-code={done.returncode}\nreports={reports}\n")
     _append("GITHUB_STEP_SUMMARY", summary.encode()[:_SUMMARY_BYTES].decode(errors="ignore"))
     if not decided:

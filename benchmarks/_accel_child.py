@@ -13,7 +13,9 @@ import llama_cpp
 PROMPT_TOKENS = 128
 
 
-def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, state: str) -> dict[str, float]:
+def measure(
+    file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, state: str
+) -> dict[str, float]:
     """Load a file as a user does, read a prompt, decode.
 
     ``state`` is what was before: ``warm``, the system holds it; ``cold``, it is on the disk only; ``new``, its packed
@@ -31,12 +33,20 @@ def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, 
     if sparse:
         accel.enable(file, "require", threads=threads)
     model = llama_cpp.Llama(
-        file, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, use_mmap=use_mmap
+        file,
+        n_ctx=1024,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+        use_mmap=use_mmap,
     )
     load_ms = 1000 * (time.perf_counter() - started)
     prompt = [(37 * i + 11) % 4000 + 100 for i in range(PROMPT_TOKENS)]
     model.eval(prompt[:8])
-    ready_ms = 1000 * (time.perf_counter() - started)  # a mapped file comes into memory when it is first used
+    ready_ms = 1000 * (
+        time.perf_counter() - started
+    )  # a mapped file comes into memory when it is first used
     model.reset()
     started = time.perf_counter()
     model.eval(prompt)
@@ -58,7 +68,9 @@ def measure(file: str, sparse: bool, use_mmap: bool, threads: int, tokens: int, 
 def memory_mb() -> float:
     """Return the resident memory of this process."""
     with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024 / 1e6
+        return (
+            next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024 / 1e6
+        )
 
 
 if __name__ == "__main__":

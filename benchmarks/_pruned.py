@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
 Trace = tuple[tuple[int, ...], tuple[int, ...]]

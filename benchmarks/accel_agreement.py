@@ -16,9 +16,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from racdeploy.artifacts import Manifest
-from racdeploy.backends import Completion, EngineSettings, Sampling, opened
-from racdeploy.job import Job
+from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.engines import opened
+from racdeploy.manifest import Manifest
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, validate
 from racdeploy.runtime.template import PromptEncoder
 
@@ -32,16 +33,24 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest = Manifest.read(arguments.bundle)
     recipe = validate(Recipe, manifest.recipe, "recipe")
-    counted = recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"count": arguments.prompts})})
+    counted = recipe.model_copy(
+        update={"verify": recipe.verify.model_copy(update={"count": arguments.prompts})}
+    )
     encoder = PromptEncoder.from_folder(arguments.bundle)
     prompts = [encoder.encode(problem.question) for problem in Job(counted).problems("evaluation")]
     sampling = Sampling(manifest.generation.max_new_tokens, manifest.tokenizer.eos_ids)
     entry = manifest.artifacts[0]
-    stock = EngineSettings(manifest.generation.context_tokens, parallel=1, threads=arguments.threads)
+    stock = EngineSettings(
+        manifest.generation.context_tokens, parallel=1, threads=arguments.threads
+    )
     sides = {
         "stock, 1 sequence": stock,
         "stock, 8 sequences": replace(stock, parallel=8),
-        **({"stock, flash attention": replace(stock, flash_attention=True)} if entry.backend == "llamacpp" else {}),
+        **(
+            {"stock, flash attention": replace(stock, flash_attention=True)}
+            if entry.backend == "llamacpp"
+            else {}
+        ),
         "sparse, 1 sequence": replace(stock, accel="require"),
         "sparse, 8 sequences": replace(stock, parallel=8, accel="require"),
     }

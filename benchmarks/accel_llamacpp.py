@@ -34,7 +34,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 from numpy.typing import NDArray
 
-from racdeploy.quant import _ggml
+from racdeploy.quant import ggml
 
 CHILD = Path(__file__).with_name("_accel_child.py")
 HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="load from the disk too")
-    parser.add_argument("--no-peers", action="store_true", help="leave out the dense models of fewer bits")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="leave out the dense models of fewer bits"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
     parser.add_argument("--write-only", action="store_true")
     arguments = parser.parse_args()
@@ -89,8 +91,16 @@ def main() -> None:
     if arguments.write_only:
         return
     for threads in arguments.threads:
-        print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
-        figures = ["prefill ms", "RSS MB", "load ms", "load and first tokens ms", *["from disk ms"] * arguments.cold]
+        print(
+            f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
+        )
+        figures = [
+            "prefill ms",
+            "RSS MB",
+            "load ms",
+            "load and first tokens ms",
+            *["from disk ms"] * arguments.cold,
+        ]
         compared = (column for figure in figures for column in (figure, "×"))
         columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *compared, "new ms"]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -101,14 +111,26 @@ def main() -> None:
                 Side("sparse, mapped", file, True),
                 Side("sparse, read", file, True, use_mmap=False),
             ]
-            sides += [Side(f"dense {peer.stem.split('-')[1]}, mapped", peer, False) for peer in peers.get(model, [])]
+            sides += [
+                Side(f"dense {peer.stem.split('-')[1]}, mapped", peer, False)
+                for peer in peers.get(model, [])
+            ]
             report(f"{model} {quant}", quant, zeros, sides, threads, arguments)
 
 
-def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int, arguments: argparse.Namespace) -> None:
+def report(
+    name: str,
+    quant: str,
+    zeros: float,
+    sides: list[Side],
+    threads: int,
+    arguments: argparse.Namespace,
+) -> None:
     """Measure the sides in turns and print their rows."""
     rounds: dict[str, list[dict[str, float]]] = {side.label: [] for side in sides}
-    new_ms = {side.label: run_child(side, threads, 1, "new")["ready_ms"] for side in sides if side.sparse}
+    new_ms = {
+        side.label: run_child(side, threads, 1, "new")["ready_ms"] for side in sides if side.sparse
+    }
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             found = run_child(side, threads, arguments.tokens)
@@ -123,9 +145,14 @@ def report(name: str, quant: str, zeros: float, sides: list[Side], threads: int,
             speed = column in ("decode_ms", "prefill_ms")
             stock = mapped if speed or side.use_mmap else read
             shares = [f[column] / s[column] for s, f in zip(stock, rounds[side.label], strict=True)]
-            cells += [f"{median(values):.1f}", f"{1 / median(shares) if speed else median(shares):.2f}"]
+            cells += [
+                f"{median(values):.1f}",
+                f"{1 / median(shares) if speed else median(shares):.2f}",
+            ]
             if column == "decode_ms":
-                cells.append(f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else "")
+                cells.append(
+                    f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else ""
+                )
         cells.append(f"{new_ms[side.label]:.1f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -134,7 +161,12 @@ def run_child(side: Side, threads: int, tokens: int, state: str = "warm") -> dic
     """Measure in a process of its own."""
     how = {"sparse": side.sparse, "use_mmap": side.use_mmap}
     values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens, "state": state}
-    done = subprocess.run([sys.executable, str(CHILD), json.dumps(values)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(CHILD), json.dumps(values)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -161,7 +193,9 @@ def byte_bound(file: Path, quant: str, zeros: float) -> float:
     dense = packed = 0.0
     for tensor in GGUFReader(file).tensors:
         dense += tensor.n_bytes
-        linear = tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType[quant]
+        linear = (
+            tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType[quant]
+        )
         bits, value_bits = BITS[quant]
         share = (bits - value_bits + 1 + value_bits * (1 - zeros)) / bits if linear else 1.0
         packed += share * tensor.n_bytes
@@ -196,18 +230,24 @@ def write_llama(file: Path, quant: str, zeros: float) -> None:
     writer = copy_metadata(GGUFReader(packaged_smollm2()), file, architecture)
     random = np.random.default_rng(0)
     embedding_VD = 0.02 * random.standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
-    writer.add_tensor("token_embd.weight", quantized(embedding_VD, "Q8_0"), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        "token_embd.weight", quantized(embedding_VD, "Q8_0"), raw_dtype=GGMLQuantizationType.Q8_0
+    )
     writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
     packed = {}
     for name, (outputs, inputs) in LINEARS.items():
-        weight_OI = random.standard_normal((outputs, inputs), dtype=np.float32) / np.float32(np.sqrt(inputs))
+        weight_OI = random.standard_normal((outputs, inputs), dtype=np.float32) / np.float32(
+            np.sqrt(inputs)
+        )
         weight_OI[random.random((outputs, inputs)) < zeros] = 0
         packed[name] = quantized(weight_OI, quant)
     for block in range(BLOCKS):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(HIDDEN, np.float32))
         for name, weight_OP in packed.items():
-            writer.add_tensor(f"blk.{block}.{name}.weight", weight_OP, raw_dtype=GGMLQuantizationType[quant])
+            writer.add_tensor(
+                f"blk.{block}.{name}.weight", weight_OP, raw_dtype=GGMLQuantizationType[quant]
+            )
     finish(writer)
 
 
@@ -223,9 +263,16 @@ def write_smollm2(file: Path, quant: str, zeros: float) -> None:
         linear = tensor.name.startswith("blk.")
         if linear and zeros:
             dropped = round(zeros * weight_OI.shape[1])
-            np.put_along_axis(weight_OI, np.argpartition(np.abs(weight_OI), dropped, axis=1)[:, :dropped], 0, axis=1)
+            np.put_along_axis(
+                weight_OI,
+                np.argpartition(np.abs(weight_OI), dropped, axis=1)[:, :dropped],
+                0,
+                axis=1,
+            )
         kind = quant if linear else "Q8_0"
-        writer.add_tensor(tensor.name, quantized(weight_OI, kind), raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(
+            tensor.name, quantized(weight_OI, kind), raw_dtype=GGMLQuantizationType[kind]
+        )
     finish(writer)
 
 
@@ -244,7 +291,7 @@ def copy_metadata(reader: GGUFReader, file: Path, changed: dict[str, Any]) -> GG
 def quantized(weight_OI: NDArray[np.float32], quant: str) -> NDArray[np.uint8]:
     """Return ggml's blocks."""
     if quant == "Q4_K":
-        return _ggml.quantize(GGMLQuantizationType.Q4_K, weight_OI)
+        return ggml.quantize(GGMLQuantizationType.Q4_K, weight_OI)
     return quants.quantize(weight_OI, GGMLQuantizationType[quant])
 
 

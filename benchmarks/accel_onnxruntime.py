@@ -27,23 +27,26 @@ from safetensors.torch import load_file, save_file
 from benchmarks.accel_llamacpp import bandwidth
 from racdeploy import quant as quants
 from racdeploy.accel import Mode
-from racdeploy.accel._onnx_bytes import Node, model_bytes
-from racdeploy.accel._onnxruntime_proof import open_session
+from racdeploy.accel.onnx_bytes import Node, model_bytes
 from racdeploy.accel.onnxruntime import accel_name, readiness
-from racdeploy.backends import EngineSettings, Sampling
-from racdeploy.backends._onnx_caches import AppendedCache, SharedCache
-from racdeploy.backends._onnx_graph import DecoderGraph
-from racdeploy.backends._onnx_graph import open_session as open_model
-from racdeploy.backends.onnxruntime import open_engine
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.accel.onnxruntime_proof import open_session
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.onnxruntime import open_engine
+from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
+from racdeploy.engines.onnxruntime.graph import DecoderGraph
+from racdeploy.engines.onnxruntime.graph import open_session as open_model
 from racdeploy.export import onnx as onnx_format
-from racdeploy.packing._sparse_matrix import LAYOUT, kind_of, split
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.sparse_matrix import LAYOUT, kind_of, split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
 
 O, I, COUNT = 11008, 4096, 4
-LEVELS = (onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+LEVELS = (
+    onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+)
 LEVEL_TOKENS = 64
 
 
@@ -64,7 +67,9 @@ def main() -> None:
     needs_model = {"smollm2", "levels"} & set(arguments.parts)
     models = files(arguments.work, "smollm2", [*arguments.zeros, 0.0]) if needs_model else {}
     for threads in arguments.threads:
-        print(f"\n{threads} threads, {proof.instruction_set}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n")
+        print(
+            f"\n{threads} threads, {proof.instruction_set}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
+        )
         print("| what | zeros | side | ms | × | byte bound | MB of weights | peak MB | load ms |")
         print("|---" * 9 + "|")
         if "product" in arguments.parts:
@@ -88,13 +93,25 @@ def products(library: Path, threads: int, rounds: int, every_zeros: list[float])
             "MatMulNBits, 4 bits": stock(weight_OI, "matmulnbits_4"),
             "racdeploy, 4 bits": ours(weight_OI, "matmulnbits_4"),
         }
-        sessions = {name: open_session(graph, library, threads) for name, (graph, _) in sides.items()}
+        sessions = {
+            name: open_session(graph, library, threads) for name, (graph, _) in sides.items()
+        }
         sizes = {name: size for name, (_, size) in sides.items()}
         del sides
-        times = alternate({name: lambda s=s: s.run(None, x) for name, s in sessions.items()}, rounds)
+        times = alternate(
+            {name: lambda s=s: s.run(None, x) for name, s in sessions.items()}, rounds
+        )
         base, base_bytes = times["MatMulNBits, 8 bits"], sizes["MatMulNBits, 8 bits"]
         for name, ms in times.items():
-            row(f"{I} × {O}", zeros, name, ms / COUNT, base / ms, base_bytes / sizes[name], sizes[name] / 1e6)
+            row(
+                f"{I} × {O}",
+                zeros,
+                name,
+                ms / COUNT,
+                base / ms,
+                base_bytes / sizes[name],
+                sizes[name] / 1e6,
+            )
 
 
 def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
@@ -108,7 +125,15 @@ def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     nodes, arrays = [], {}
     for i in range(COUNT):
         arrays |= {f"codes{i}": codes, f"scales{i}": scales}
-        nodes.append(Node("com.microsoft", "MatMulNBits", ("x", f"codes{i}", f"scales{i}"), f"y{i}", attributes))
+        nodes.append(
+            Node(
+                "com.microsoft",
+                "MatMulNBits",
+                ("x", f"codes{i}", f"scales{i}"),
+                f"y{i}",
+                attributes,
+            )
+        )
     return model_bytes(nodes, arrays, {"x": I}), codes.nbytes + scales.nbytes
 
 
@@ -119,7 +144,11 @@ def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     matrix = split(kind, quants.load(quant).quantize(weight_OI))
     nodes, arrays = [], {}
     for i in range(COUNT):
-        parts = {f"heads{i}": matrix.heads_OP, f"values{i}": matrix.values, f"offsets{i}": matrix.offsets}
+        parts = {
+            f"heads{i}": matrix.heads_OP,
+            f"values{i}": matrix.values,
+            f"offsets{i}": matrix.offsets,
+        }
         arrays |= parts
         attributes = {"I": I, "O": O, "quant": kind.ggml_type}
         nodes.append(Node("racdeploy", "SparseMatMul", ("x", *parts), f"y{i}", attributes, LAYOUT))
@@ -137,7 +166,9 @@ def files(work: Path, name: str, every_zeros: list[float]) -> dict[float, dict[s
             checkpoint = source(work, name, zeros)
             out.parent.mkdir(parents=True, exist_ok=True)
             onnx_format.export(checkpoint, out, quant=quant, packing=packing)
-            (out.parent / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
+            (out.parent / "config.json").write_bytes(
+                (checkpoint.folder / "config.json").read_bytes()
+            )
         made[zeros] = {quant: out}
     return made
 
@@ -156,7 +187,9 @@ def source(work: Path, name: str, zeros: float) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def whole(name: str, by_zeros: dict[float, dict[str, Path]], threads: int, rounds: int, tokens: int) -> None:
+def whole(
+    name: str, by_zeros: dict[float, dict[str, Path]], threads: int, rounds: int, tokens: int
+) -> None:
     """Print the rows of a whole model."""
     dense = by_zeros[0.0]["matmulnbits_4"]
     for zeros in filter(None, by_zeros):
@@ -175,9 +208,22 @@ def whole(name: str, by_zeros: dict[float, dict[str, Path]], threads: int, round
         base = median(one["token_ms"] for one in found["plain graph, 8 bits"])
         sizes = {side: weights_bytes(path, accel) for side, (path, accel) in sides.items()}
         for side, runs in found.items():
-            ms, peak, load = (median(one[key] for one in runs) for key in ("token_ms", "peak_rss_bytes", "load_ms"))
+            ms, peak, load = (
+                median(one[key] for one in runs)
+                for key in ("token_ms", "peak_rss_bytes", "load_ms")
+            )
             bound = sizes["plain graph, 8 bits"] / sizes[side]
-            row(name, zeros, side, ms, base / ms, bound, sizes[side] / 1e6, f"{peak / 1e6:.0f}", f"{load:.0f}")
+            row(
+                name,
+                zeros,
+                side,
+                ms,
+                base / ms,
+                bound,
+                sizes[side] / 1e6,
+                f"{peak / 1e6:.0f}",
+                f"{load:.0f}",
+            )
 
 
 def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, float]:
@@ -192,7 +238,9 @@ def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, flo
 
 def levels(library: Path, by_zeros: dict[float, dict[str, Path]]) -> None:
     """Print how far the answers of one graph are apart with all of the session's optimizations and with none."""
-    print("\n| zeros | graph | largest difference of the logits | the same greedy tokens |\n|---|---|---|---|")
+    print(
+        "\n| zeros | graph | largest difference of the logits | the same greedy tokens |\n|---|---|---|---|"
+    )
     for zeros in filter(None, by_zeros):
         plain = by_zeros[zeros]["matmulnbits_8"]
         for path in (plain, plain.with_name(accel_name(plain.name))):
@@ -200,10 +248,15 @@ def levels(library: Path, by_zeros: dict[float, dict[str, Path]]) -> None:
             (every_ids, every_TV), (none_ids, none_TV) = every, none
             apart = float(np.abs(every_TV - none_TV).max() / np.abs(none_TV).max())
             same = sum(a == b for a, b in zip(every_ids, none_ids, strict=True))
-            print(f"| {zeros:.0%} | {path.name} | {apart:.1e} of the maximum | {same} of {len(none_ids)} |", flush=True)
+            print(
+                f"| {zeros:.0%} | {path.name} | {apart:.1e} of the maximum | {same} of {len(none_ids)} |",
+                flush=True,
+            )
 
 
-def decoded(path: Path, library: Path, level: onnxruntime.GraphOptimizationLevel) -> tuple[list[int], np.ndarray]:
+def decoded(
+    path: Path, library: Path, level: onnxruntime.GraphOptimizationLevel
+) -> tuple[list[int], np.ndarray]:
     """Return greedy tokens of a session of its own, and the logits of a prompt."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -241,9 +294,26 @@ def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return {name: median(values) for name, values in times.items()}
 
 
-def row(what: str, zeros: float, side: str, ms: float, ratio: float, bound: float, size_mb: float, *rest: str) -> None:
+def row(
+    what: str,
+    zeros: float,
+    side: str,
+    ms: float,
+    ratio: float,
+    bound: float,
+    size_mb: float,
+    *rest: str,
+) -> None:
     """Print one row."""
-    cells = [what, f"{zeros:.0%}", side, f"{ms:.2f}", f"{ratio:.2f}", f"{bound:.2f}", f"{size_mb:.1f}"]
+    cells = [
+        what,
+        f"{zeros:.0%}",
+        side,
+        f"{ms:.2f}",
+        f"{ratio:.2f}",
+        f"{bound:.2f}",
+        f"{size_mb:.1f}",
+    ]
     print("| " + " | ".join([*cells, *rest, *[""] * (2 - len(rest))]) + " |", flush=True)
 
 

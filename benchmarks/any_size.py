@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -49,7 +51,9 @@ def main() -> None:
         settings = dict(pair.split("=", 1) for pair in arguments.set)
         work = (folder, arguments.tokens, arguments.threads, settings)
         context = multiprocessing.get_context("spawn")
-        with context.Pool(1, maxtasksperchild=1) as pool:  # each in a process of its own, for the peak is a process's
+        with context.Pool(
+            1, maxtasksperchild=1
+        ) as pool:  # each in a process of its own, for the peak is a process's
             if not (folder / "config.json").is_file():
                 pool.apply(write_model, (folder, blocks))
             predicted, found = pool.apply(predict, work), pool.apply(prune, work)
@@ -65,7 +69,7 @@ def main() -> None:
 
 def predict(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
     """Return the seconds and the peak bytes that ``--dry-run`` predicts."""
-    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.prune import cost
     from racdeploy.recipe import Pruning
 
@@ -76,17 +80,30 @@ def predict(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -
 
 def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
     """Prune one checkpoint to 50 % in this process; return seconds, processor seconds, and peak resident bytes."""
-    from racdeploy.artifacts import Trace
-    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.prune.calibrate import prune_blocks
     from racdeploy.recipe import Pruning
+    from racdeploy.traces.trace import Trace
 
     random, vocabulary = np.random.default_rng(0), Checkpoint(folder).config["vocab_size"]
     traces = []
     for index, length in enumerate(lengths(tokens)):
         ids = tuple(random.integers(0, vocabulary, length).tolist())
         prompt, completion = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
-        traces.append(Trace(index, "random", f"{index}", "", prompt, completion, None, len(completion), False, True))
+        traces.append(
+            Trace(
+                index,
+                "random",
+                f"{index}",
+                "",
+                prompt,
+                completion,
+                None,
+                len(completion),
+                False,
+                True,
+            )
+        )
 
     def show(label: str, done: int, total: int) -> None:
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -133,7 +150,11 @@ def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> 
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in tensors:
-            values = np.ones(size, np.float32) if "norm" in name else random.standard_normal(size, np.float32) * 0.02
+            values = (
+                np.ones(size, np.float32)
+                if "norm" in name
+                else random.standard_normal(size, np.float32) * 0.02
+            )
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     config = dict(shape) | {
         "architectures": ["Qwen2ForCausalLM"],

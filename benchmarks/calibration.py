@@ -19,12 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
-from racdeploy.backends import EngineSettings
+from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, merge
-from racdeploy.report_model import Record
+from racdeploy.report.model import Record
 from racdeploy.verify import stats
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")
@@ -66,9 +66,23 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
-    parser.add_argument("--over", nargs="*", default=[], metavar="KEY=VALUE", help="in place of --set's, to gain over")
-    parser.add_argument("--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"')
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe: prune.KEY, PART.KEY",
+    )
+    parser.add_argument(
+        "--over",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="in place of --set's, to gain over",
+    )
+    parser.add_argument(
+        "--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"'
+    )
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -79,21 +93,33 @@ def main() -> None:
     cells = []
     for row in arguments.rows:
         for column in arguments.columns:
-            build = Build(Job(recipe(arguments, row, COLUMNS[column], arguments.set)), arguments.work)
+            build = Build(
+                Job(recipe(arguments, row, COLUMNS[column], arguments.set)), arguments.work
+            )
             if dense is None:
-                dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False), "dense")
+                dense = answers(
+                    build, build.export(build.job.model.folder, "dense", pruned=False), "dense"
+                )
             cell = measure(build, row, column, dense)
             if arguments.over:
-                other = Build(Job(recipe(arguments, row, COLUMNS[column], arguments.over)), arguments.work)
-                cell = replace(cell, gain=gain(pruned_answers(other, column), pruned_answers(build, column)))
+                other = Build(
+                    Job(recipe(arguments, row, COLUMNS[column], arguments.over)), arguments.work
+                )
+                cell = replace(
+                    cell, gain=gain(pruned_answers(other, column), pruned_answers(build, column))
+                )
             cells.append(cell)
             console.print(cells[-1])
             (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
-            (arguments.out / "results.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+            (arguments.out / "results.json").write_text(
+                json.dumps([asdict(cell) for cell in cells], indent=1)
+            )
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
 
 
-def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]], pairs: list[str]) -> Recipe:
+def recipe(
+    arguments: argparse.Namespace, row: str, column: dict[str, dict[str, object]], pairs: list[str]
+) -> Recipe:
     """Return the recipe of one cell, with some settings changed."""
     options: dict[str, Any] = {
         "model": arguments.model,
@@ -101,7 +127,11 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
         "traces": {"count": arguments.traces},
         "prune": {"method": arguments.method, **zeros(row)},
         "export": {"quant": arguments.quant},
-        "verify": {"count": arguments.prompts, "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
+        "verify": {
+            "count": arguments.prompts,
+            "parallel": 32,
+            "max_new_tokens": arguments.max_new_tokens,
+        },
     }
     return Recipe.combine(None, merge(with_settings(options, pairs), column))
 
@@ -109,7 +139,11 @@ def recipe(arguments: argparse.Namespace, row: str, column: dict[str, dict[str, 
 def zeros(row: str) -> dict[str, object]:
     """Return what of a recipe's pruning gives the zeros of a row."""
     share = row.removesuffix("%")
-    return {"pattern": row} if share == row else {"pattern": "unstructured", "sparsity": float(share) / 100}
+    return (
+        {"pattern": row}
+        if share == row
+        else {"pattern": "unstructured", "sparsity": float(share) / 100}
+    )
 
 
 def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
@@ -129,7 +163,9 @@ def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
     settings = build.job.recipe.verify
-    return build.verification.answer(exported, arm, EngineSettings(settings.context_tokens, settings.parallel)).records
+    return build.verification.answer(
+        exported, arm, EngineSettings(settings.context_tokens, settings.parallel)
+    ).records
 
 
 def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
@@ -160,7 +196,9 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
     right = sum(record.correct for record in pruned)
     accuracy = stats.wilson_interval(right, len(pruned))
     budget = build.job.recipe.verify.max_new_tokens
-    errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
+    errors = [
+        linear.held_out_error for linear in model.linears if linear.held_out_error is not None
+    ]
     return Cell(
         pattern=row,
         calibration=column,
@@ -194,9 +232,22 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
     ]
     for row in dict.fromkeys(cell.pattern for cell in cells):
         found = {cell.calibration: cell for cell in cells if cell.pattern == row}
-        lines.append(f"| {row} | " + " | ".join(shown(found[c]) if c in found else "" for c in columns) + " |")
-    tokens = sorted({(cell.calibration, cell.calibration_tokens) for cell in cells if cell.calibration != "magnitude"})
-    lines += ["", "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + "."]
+        lines.append(
+            f"| {row} | "
+            + " | ".join(shown(found[c]) if c in found else "" for c in columns)
+            + " |"
+        )
+    tokens = sorted(
+        {
+            (cell.calibration, cell.calibration_tokens)
+            for cell in cells
+            if cell.calibration != "magnitude"
+        }
+    )
+    lines += [
+        "",
+        "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + ".",
+    ]
     for cell in cells:
         if cell.gain:
             found = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
@@ -205,7 +256,12 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
     asked: dict[str, list[bool]] = {}
     for record in dense:
         asked.setdefault(record.task, []).append(record.correct)
-    lines += ["", "Dense by task: " + ", ".join(f"{task} {sum(r) / len(r):.1%}" for task, r in asked.items()) + "."]
+    lines += [
+        "",
+        "Dense by task: "
+        + ", ".join(f"{task} {sum(r) / len(r):.1%}" for task, r in asked.items())
+        + ".",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from racdeploy.backends import EngineSettings
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
 
@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=77)
     arguments = parser.parse_args()
     verify = {"count": arguments.prompts, "parallel": 32, "seed": arguments.seed}
-    recipe = Recipe.combine(None, {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}})
+    recipe = Recipe.combine(
+        None, {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}}
+    )
     build = Build(Job(recipe), default_work())
     artifact = build.export(build.job.model.folder, "dense", pruned=False)
     settings = EngineSettings(recipe.verify.context_tokens, recipe.verify.parallel)

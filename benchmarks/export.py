@@ -43,11 +43,13 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.out / f"random-{arguments.blocks}"
     if arguments.child:
-        print(json.dumps(run(arguments.child, folder, arguments.out / "m.gguf", arguments.quants[0])))
+        print(
+            json.dumps(run(arguments.child, folder, arguments.out / "m.gguf", arguments.quants[0]))
+        )
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").is_file():
-        from tests.tiny_models import write_tokenizer
+        from tests.support.tiny_models import write_tokenizer
 
         write_model(folder, arguments.blocks)
         write_tokenizer(folder)
@@ -67,9 +69,20 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, arm: str, quant: str) -> dict[str, float]:
     """Run one arm in a process of its own."""
-    options = ["--out", str(arguments.out), "--blocks", str(arguments.blocks), "--quants", quant, "--child", arm]
+    options = [
+        "--out",
+        str(arguments.out),
+        "--blocks",
+        str(arguments.blocks),
+        "--quants",
+        quant,
+        "--child",
+        arm,
+    ]
     child = [sys.executable, "-m", "benchmarks.export", *options]
-    found: dict[str, float] = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+    found: dict[str, float] = json.loads(
+        subprocess.run(child, capture_output=True, text=True, check=True).stdout
+    )
     return found
 
 
@@ -77,7 +90,7 @@ def write_importance(folder: Path) -> None:
     """Write the importance of the inputs of every linear, in the form that pruning leaves."""
     from safetensors.numpy import save_file
 
-    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.models.checkpoint import Checkpoint
 
     checkpoint, random, found = Checkpoint(folder), np.random.default_rng(0), {}
     for name, entry in checkpoint.entries.items():
@@ -90,14 +103,19 @@ def write_importance(folder: Path) -> None:
 def run(arm: str, folder: Path, out: Path, quant: str) -> dict[str, float]:
     """Export once; return seconds and the peak of the largest process that worked."""
     if arm != "llama.cpp":
-        from racdeploy.checkpoint import Checkpoint
         from racdeploy.export.gguf import export
+        from racdeploy.models.checkpoint import Checkpoint
 
         start = time.perf_counter()
-        export(Checkpoint(folder), out, quant=quant, importance=str(folder / IMPORTANCE) if arm == CHOSEN else "none")
+        export(
+            Checkpoint(folder),
+            out,
+            quant=quant,
+            importance=str(folder / IMPORTANCE) if arm == CHOSEN else "none",
+        )
         return {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak_bytes()}
-    from tests.llama_converter import Job, convert
-    from tests.llama_quantize import quantize
+    from tests.support.llama_converter import Job, convert
+    from tests.support.llama_quantize import quantize
 
     half = out.with_suffix(".f16.gguf")
     start = time.perf_counter()

@@ -15,12 +15,15 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from racdeploy.backends import EngineSettings, open_engine
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.verify import Arm, Evidence, OtherArtifact, accuracy, backends, read_gate, thinking
-from racdeploy.verify._answers import Respondent
+from racdeploy.verify.answers import Respondent
+from racdeploy.verify.checks import accuracy, backends, thinking
+from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact
+from racdeploy.verify.gate import read_gate
 
 OTHERS = {
     "llama.cpp F16": ("llamacpp", "gguf", "f16"),
@@ -42,7 +45,12 @@ def main() -> None:
     main_artifact = exported(arguments.model, "gguf", "q8_0")
     counts: dict[str, Counter[str]] = {}
     for seed in range(arguments.seeds):
-        verify = {"count": arguments.prompts, "seed": seed, "max_new_tokens": 768, "context_tokens": 1024}
+        verify = {
+            "count": arguments.prompts,
+            "seed": seed,
+            "max_new_tokens": 768,
+            "context_tokens": 1024,
+        }
         job = Job(Recipe.combine(None, {"model": arguments.model, "verify": verify}))
         reference = answered(job, "llamacpp", main_artifact, "q8_0", arguments.threads)
         for name, artifact in artifacts.items():
@@ -57,7 +65,11 @@ def exported(model: str, form: str, quant: str) -> Path:
     if not form:
         return Job(Recipe.combine(None, {"model": model})).model.folder
     target = {"gguf": "gguf", "onnx": "onnx"}[form]
-    job = Job(Recipe.combine(None, {"model": model, "target": target, "export": {"format": form, "quant": quant}}))
+    job = Job(
+        Recipe.combine(
+            None, {"model": model, "target": target, "export": {"format": form, "quant": quant}}
+        )
+    )
     path = Build(job, default_work()).export(job.model.folder, f"dense-{quant}", pruned=False).path
     if form == "onnx":  # the engine reads the head size there
         shutil.copyfile(job.model.folder / "config.json", path.parent / "config.json")

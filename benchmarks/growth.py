@@ -19,11 +19,15 @@ from pathlib import Path
 import numpy as np
 from any_size import prune, write_model
 
-from racdeploy.report import _plot as plot
+from racdeploy.report import plot
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
 QUANTITIES = ("CPU s", "MiB above that")
-AXES = {"tokens": [8192, 16384, 32768, 65536, 131072, 262144], "width": [256, 512, 1024], "blocks": [2, 4, 8]}
+AXES = {
+    "tokens": [8192, 16384, 32768, 65536, 131072, 262144],
+    "width": [256, 512, 1024],
+    "blocks": [2, 4, 8],
+}
 HEAD_SIZE, INNER = 64, 4  # the last linear of a block is as many times as wide
 NOTHING = {"tokens": 64, "width": 64, "blocks": 1}
 
@@ -44,10 +48,14 @@ def main() -> None:
     """Prune along each axis, fit, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="*", default=list(AXES), choices=list(AXES))
-    parser.add_argument("--tokens", type=int, nargs="*", default=AXES["tokens"], help="of that axis")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=AXES["tokens"], help="of that axis"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = dict(pair.split("=", 1) for pair in arguments.set)
@@ -66,24 +74,32 @@ def main() -> None:
     print(table(rows, base_mib))
 
 
-def measure(arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, chosen: dict[str, str]) -> Row:
+def measure(
+    arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, chosen: dict[str, str]
+) -> Row:
     """Write one model and prune it in a process of its own."""
     width, blocks = shape["width"], shape["blocks"]
     folder = arguments.out / f"random-{width}-{blocks}"
     if not (folder / "config.json").is_file():
-        heads = {"num_attention_heads": width // HEAD_SIZE, "num_key_value_heads": max(width // HEAD_SIZE // 4, 1)}
+        heads = {
+            "num_attention_heads": width // HEAD_SIZE,
+            "num_key_value_heads": max(width // HEAD_SIZE // 4, 1),
+        }
         sizes = {"hidden_size": width, "intermediate_size": INNER * width, "vocab_size": 4096}
         write_model(folder, blocks, sizes | heads)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
-    return Row(axis, shape["tokens"], width, blocks, found["cpu_seconds"], found["peak_bytes"] / 2**20)
+    return Row(
+        axis, shape["tokens"], width, blocks, found["cpu_seconds"], found["peak_bytes"] / 2**20
+    )
 
 
 def table(rows: list[Row], base_mib: float) -> str:
     """Return Markdown: every row, and the exponents of each axis."""
     lines = ["| axis | tokens | width | blocks | CPU s | peak MiB |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.cpu_seconds:.1f} | {r.peak_mib:.0f} |" for r in rows
+        f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.cpu_seconds:.1f} | {r.peak_mib:.0f} |"
+        for r in rows
     ]
     lines += ["", f"A process that prunes next to nothing takes {base_mib:.0f} MiB.", ""]
     lines += ["| axis | exponent of time | exponent of memory above that |", "|---|---|---|"]
@@ -96,7 +112,9 @@ def table(rows: list[Row], base_mib: float) -> str:
 def places(rows: list[Row], axis: str, quantity: str, base_mib: float) -> list[tuple[float, float]]:
     """Return what was varied and what was measured, along one axis."""
     own = [row for row in rows if row.axis == axis]
-    values = [r.cpu_seconds if quantity == "CPU s" else max(r.peak_mib - base_mib, 1.0) for r in own]
+    values = [
+        r.cpu_seconds if quantity == "CPU s" else max(r.peak_mib - base_mib, 1.0) for r in own
+    ]
     return list(zip((getattr(row, axis) for row in own), values, strict=True))
 
 
@@ -115,7 +133,9 @@ def page(rows: list[Row], base_mib: float) -> str:
         for quantity in QUANTITIES
     ]
     style = "svg{width:460px;font:12px sans-serif}.grid{stroke:#ddd}.fit{stroke:#888}.point{fill:#2463a8}"
-    head = f"<!doctype html><meta charset=utf-8><title>How pruning grows</title><style>{style}</style>"
+    head = (
+        f"<!doctype html><meta charset=utf-8><title>How pruning grows</title><style>{style}</style>"
+    )
     return f"{head}<h1>How pruning grows</h1>{''.join(charts)}<pre>{table(rows, base_mib)}</pre>\n"
 
 
@@ -124,15 +144,22 @@ def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
     at, values = np.log2(np.array(points)).T
     slope, start = fit(points)
     fitted = start + slope * at
-    x, y = plot.x_scale(at.min(), at.max()), plot.y_scale(min(*values, *fitted), max(*values, *fitted))
+    x, y = (
+        plot.x_scale(at.min(), at.max()),
+        plot.y_scale(min(*values, *fitted), max(*values, *fitted)),
+    )
     marks = [
-        plot.axes(x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"),
+        plot.axes(
+            x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"
+        ),
         f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
         plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
     ]
     for point, place in zip(points, zip(at, values, strict=True), strict=True):
         shown = plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
-        marks.append(f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">{shown}</circle>')
+        marks.append(
+            f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">{shown}</circle>'
+        )
     return plot.svg(marks, f"{quantity} against {axis}")
 
 

@@ -19,14 +19,15 @@ from typing import Any
 from calibration import answers, gain, with_settings
 
 from racdeploy import quant as quants
-from racdeploy.backends import EngineSettings, open_engine
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.report_model import Record
+from racdeploy.report.model import Record
 from racdeploy.verify import stats
-from racdeploy.verify._measure import compare_logits
+from racdeploy.verify.measure import compare_logits
 
 ARMS = {"rounded afterwards": False, "joint": True}
 
@@ -37,12 +38,24 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--tasks", nargs="*", default=[], help="all procedural ones by default")
     parser.add_argument("--quant", default="q4_0", help="its file format is what is exported")
-    parser.add_argument("--tensors", nargs="*", default=[], metavar="PATTERN=QUANT", help="number formats by GGUF name")
+    parser.add_argument(
+        "--tensors",
+        nargs="*",
+        default=[],
+        metavar="PATTERN=QUANT",
+        help="number formats by GGUF name",
+    )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--max-new-tokens", type=int, default=640)
     parser.add_argument("--prompts", type=int, default=600, help="0 leaves accuracy out")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe: prune.KEY, PART.KEY",
+    )
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -67,7 +80,9 @@ def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
     """Return the recipe of one way."""
     options = {
         "model": arguments.model,
-        "target": quants.load(arguments.quant).FORMATS[0],  # the general target of a format has its name
+        "target": quants.load(arguments.quant).FORMATS[
+            0
+        ],  # the general target of a format has its name
         "tasks": tuple(arguments.tasks),
         "traces": {"count": arguments.traces},
         "prune": {"sparsity": arguments.sparsity, "joint": joint},
@@ -75,7 +90,11 @@ def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
             "quant": arguments.quant,
             "tensors": dict(pair.split("=", 1) for pair in arguments.tensors),
         },
-        "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": arguments.max_new_tokens},
+        "verify": {
+            "count": max(arguments.prompts, 1),
+            "parallel": 32,
+            "max_new_tokens": arguments.max_new_tokens,
+        },
     }
     return Recipe.combine(None, with_settings(options, arguments.set))
 

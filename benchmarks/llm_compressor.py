@@ -26,7 +26,10 @@ from random import Random
 from typing import Any
 
 ROW_TOKENS, HELD_OUT_ROWS = 512, 8
-PATTERNS = {"50 %": {"sparsity": 0.5, "pattern": "unstructured"}, "2:4": {"sparsity": 0.5, "pattern": "2:4"}}
+PATTERNS = {
+    "50 %": {"sparsity": 0.5, "pattern": "unstructured"},
+    "2:4": {"sparsity": 0.5, "pattern": "2:4"},
+}
 ALONE = {"match_dense": False, "refit_steps": 0, "column_block": 128}
 PROGRAMS: dict[str, dict[str, Any]] = {
     "llm-compressor": {},
@@ -63,19 +66,34 @@ def main() -> None:
         for pattern in arguments.patterns:
             for program in arguments.programs:
                 settings = PROGRAMS[program]
-                out = arguments.out / f"{program}-{pattern}".replace(" ", "").replace(":", "of").replace("%", "")
+                out = arguments.out / f"{program}-{pattern}".replace(" ", "").replace(
+                    ":", "of"
+                ).replace("%", "")
                 job = {"program": program, "model": str(model), "ids": str(ids), "out": str(out)}
-                job |= {"threads": arguments.threads or os.cpu_count(), "settings": PATTERNS[pattern] | settings}
+                job |= {
+                    "threads": arguments.threads or os.cpu_count(),
+                    "settings": PATTERNS[pattern] | settings,
+                }
                 interpreter = python if program == "llm-compressor" else Path(sys.executable)
                 found = run(interpreter, arguments.out, job)
                 print(pattern, program, found, flush=True)
                 runs.setdefault((pattern, program), []).append(found | {"out": out})  # type: ignore[dict-item]
     rows = []
     for (pattern, program), found_runs in runs.items():
-        job = {"program": "compare", "model": str(model), "ids": str(ids), "out": str(found_runs[0]["out"])}
-        lost = run(Path(sys.executable), arguments.out, job | {"threads": arguments.threads or os.cpu_count()})
+        job = {
+            "program": "compare",
+            "model": str(model),
+            "ids": str(ids),
+            "out": str(found_runs[0]["out"]),
+        }
+        lost = run(
+            Path(sys.executable),
+            arguments.out,
+            job | {"threads": arguments.threads or os.cpu_count()},
+        )
         medians = {
-            key: statistics.median(run[key] for run in found_runs) for key in ("seconds", "cpu_seconds", "peak_mib")
+            key: statistics.median(run[key] for run in found_runs)
+            for key in ("seconds", "cpu_seconds", "peak_mib")
         }
         rows.append({"pattern": pattern, "program": program, **medians, **lost})
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
@@ -147,7 +165,11 @@ def child(job: dict[str, Any]) -> None:
 
 def peak_mib() -> float:
     """Return this process's peak resident memory; ru_maxrss would be at least that of the process that started it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -171,7 +193,9 @@ def prune_theirs(job: dict[str, Any], rows: list[list[int]]) -> None:
         targets=["Linear"],
         ignore=["re:.*lm_head"],
     )
-    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    data = Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    )
     oneshot(
         model=model,
         dataset=data,
@@ -199,18 +223,23 @@ def prune_ours(job: dict[str, Any], rows: list[list[int]]) -> None:
     """Prune with racdeploy, and put the folder together."""
     import shutil
 
-    from racdeploy.artifacts import Trace
-    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.prune.assemble import assemble
     from racdeploy.prune.calibrate import prune_blocks
     from racdeploy.recipe import Pruning
+    from racdeploy.traces.trace import Trace
 
     settings = Pruning.model_validate(job["settings"])
-    traces = [Trace(i, "text", f"{i}", "", (), tuple(row), None, len(row), False, True) for i, row in enumerate(rows)]
+    traces = [
+        Trace(i, "text", f"{i}", "", (), tuple(row), None, len(row), False, True)
+        for i, row in enumerate(rows)
+    ]
     blocks = Path(f"{job['out']}-blocks")
     shutil.rmtree(blocks, ignore_errors=True)
     blocks.mkdir(parents=True)
-    prune_blocks(Checkpoint(Path(job["model"])), traces, [], settings, blocks, threads=job["threads"])
+    prune_blocks(
+        Checkpoint(Path(job["model"])), traces, [], settings, blocks, threads=job["threads"]
+    )
     assemble(Checkpoint(Path(job["model"])), blocks, Path(job["out"]))
 
 
@@ -219,14 +248,18 @@ def losses(model: Path, pruned: Path, rows: list[list[int]]) -> dict[str, float]
     import torch
     from torch.nn.functional import cross_entropy, kl_div
 
-    from racdeploy.backends._torch_model import load_model
-    from racdeploy.checkpoint import Checkpoint
+    from racdeploy.engines.transformers.torch_model import load_model
+    from racdeploy.models.checkpoint import Checkpoint
 
     def look(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
         network, hidden = load_model(Checkpoint(folder)), list[torch.Tensor]()
-        network.get_submodule("model.norm").register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0][0]))
+        network.get_submodule("model.norm").register_forward_pre_hook(
+            lambda _, inputs: hidden.append(inputs[0][0])
+        )
         with torch.inference_mode():
-            logs = [network(input_ids=torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
+            logs = [
+                network(input_ids=torch.tensor([row])).logits[0].log_softmax(-1) for row in rows
+            ]
         linears = [p for n, p in network.named_parameters() if "_proj" in n]
         zeros = sum(int((p == 0).sum()) for p in linears) / sum(p.numel() for p in linears)
         return logs, hidden, zeros
@@ -236,12 +269,15 @@ def losses(model: Path, pruned: Path, rows: list[list[int]]) -> dict[str, float]
     targets = [torch.tensor(row[1:]) for row in rows]
     lost = sum(float((a - b).square().sum()) for a, b in zip(hidden, dense_hidden, strict=True))
     return {
-        "loss": statistics.fmean(float(cross_entropy(a[:-1], t)) for a, t in zip(logs, targets, strict=True)),
+        "loss": statistics.fmean(
+            float(cross_entropy(a[:-1], t)) for a, t in zip(logs, targets, strict=True)
+        ),
         "dense_loss": statistics.fmean(
             float(cross_entropy(a[:-1], t)) for a, t in zip(dense_logs, targets, strict=True)
         ),
         "kl": statistics.fmean(
-            float(kl_div(a, b, log_target=True, reduction="batchmean")) for a, b in zip(logs, dense_logs, strict=True)
+            float(kl_div(a, b, log_target=True, reduction="batchmean"))
+            for a, b in zip(logs, dense_logs, strict=True)
         ),
         "hidden_error": lost / sum(float(b.square().sum()) for b in dense_hidden),
         "zeros": zeros,
@@ -259,7 +295,9 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
     peers = {row["pattern"]: row for row in rows if row["program"] == "llm-compressor"}
     for row in rows:
         peer = peers.get(row["pattern"])
-        ratios = [f"{row[key] / peer[key]:.2f}" if peer else "–" for key in ("cpu_seconds", "peak_mib")]
+        ratios = [
+            f"{row[key] / peer[key]:.2f}" if peer else "–" for key in ("cpu_seconds", "peak_mib")
+        ]
         lines.append(
             f"| {row['pattern']} | {row['program']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {ratios[0]} "
             f"| {row['peak_mib']:.0f} | {ratios[1]} | {row['loss']:.4f} | {row['kl']:.4f} "

@@ -20,8 +20,8 @@ from pathlib import Path
 from calibration import ROWS, answers, with_settings, zeros
 
 from racdeploy import plugins
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
 CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
@@ -46,11 +46,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--methods", nargs="*", default=list(plugins.names("methods")))
-    parser.add_argument("--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"')
-    parser.add_argument("--calibrations", nargs="*", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
+    parser.add_argument(
+        "--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"'
+    )
+    parser.add_argument(
+        "--calibrations", nargs="*", default=list(CALIBRATIONS), choices=list(CALIBRATIONS)
+    )
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe: prune.KEY, PART.KEY")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe: prune.KEY, PART.KEY",
+    )
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -78,12 +88,18 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
         "calibration": {"source": CALIBRATIONS[calibration]},
         "verify": {"count": max(arguments.prompts, 1), "parallel": 32, "max_new_tokens": 640},
     }
-    build = Build(Job(Recipe.combine(None, with_settings(options, arguments.set))), arguments.work, arguments.threads)
+    build = Build(
+        Job(Recipe.combine(None, with_settings(options, arguments.set))),
+        arguments.work,
+        arguments.threads,
+    )
     build.traces()
     began = time.process_time()
     model = build.prune()
     seconds = time.process_time() - began
-    errors = [linear.held_out_error for linear in model.linears if linear.held_out_error is not None]
+    errors = [
+        linear.held_out_error for linear in model.linears if linear.held_out_error is not None
+    ]
     if not errors:
         raise SystemExit("no trace was held out: give more --traces")
     accuracy = thinking = None

@@ -26,8 +26,8 @@ import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 
-from racdeploy.backends import EngineSettings, Sampling
-from racdeploy.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
@@ -63,7 +63,9 @@ def main() -> None:
             rounds[name].append(1000 * median(decode(arguments.tokens)))
     medians = {name: median(values) for name, values in rounds.items()}
     ours = medians["racdeploy, onnxruntime-genai's graph"]
-    print(f"| past {arguments.past}, one thread | ms a token, median (least to most) | × racdeploy |")
+    print(
+        f"| past {arguments.past}, one thread | ms a token, median (least to most) | × racdeploy |"
+    )
     print("|---|---|---|")
     for name, values in rounds.items():
         spread = f"{medians[name]:.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -75,7 +77,16 @@ def graphs(work: Path) -> tuple[Path, Path]:
     model = work / "SmolLM2-135M-Instruct"
     if not (model / "tokenizer_config.json").is_file():
         import_gguf(packaged_gguf(), model)
-    builder = ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-p", "fp32", "-e", "cpu"]
+    builder = [
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(model),
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+    ]
     commands = {
         "genai": [*builder, "-o", str(work / "genai"), "-c", str(work / "cache")],
         "optimum": ["-c", OPTIMUM, str(model), str(work / "optimum")],
@@ -83,7 +94,9 @@ def graphs(work: Path) -> tuple[Path, Path]:
     for name, command in commands.items():
         if not (work / name / "model.onnx").is_file():
             environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-            subprocess.run([sys.executable, *command], check=True, env=environment, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, *command], check=True, env=environment, stdout=sys.stderr
+            )
     return work / "genai" / "model.onnx", work / "optimum" / "model.onnx"
 
 
@@ -98,10 +111,15 @@ class NumpyLoop:
     """The plain way: every present becomes a numpy array and the next past."""
 
     def __init__(self, file: Path, prompt: list[int]) -> None:
-        self._session = onnxruntime.InferenceSession(file, one_thread(), providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            file, one_thread(), providers=["CPUExecutionProvider"]
+        )
         self._names = [node.name for node in self._session.get_outputs()]
         past = [node for node in self._session.get_inputs() if node.name.startswith("past")]
-        empty = {node.name: np.zeros((1, node.shape[1], 0, node.shape[3]), dtype=np.float32) for node in past}
+        empty = {
+            node.name: np.zeros((1, node.shape[1], 0, node.shape[3]), dtype=np.float32)
+            for node in past
+        }
         self._length = len(prompt)
         self._start = self._step(prompt, empty, 0)
 
@@ -114,13 +132,22 @@ class NumpyLoop:
             seconds.append(time.perf_counter() - started)
         return seconds
 
-    def _step(self, ids: list[int], past: dict[str, Any], length: int) -> tuple[int, dict[str, Any]]:
+    def _step(
+        self, ids: list[int], past: dict[str, Any], length: int
+    ) -> tuple[int, dict[str, Any]]:
         total = length + len(ids)
-        feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, total), dtype=np.int64)}
-        outputs = self._session.run(self._names, feeds | {"position_ids": np.arange(length, total)[None]} | past)
+        feeds = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+        }
+        outputs = self._session.run(
+            self._names, feeds | {"position_ids": np.arange(length, total)[None]} | past
+        )
         found = dict(zip(self._names, outputs, strict=True))
         token = int(found.pop("logits")[0, -1].argmax())
-        return token, {name.replace("present", "past_key_values"): value for name, value in found.items()}
+        return token, {
+            name.replace("present", "past_key_values"): value for name, value in found.items()
+        }
 
 
 class OptimumLoop:
@@ -156,14 +183,18 @@ class EngineLoop:
     """racdeploy's engine; the time between two tokens as its caller sees them."""
 
     def __init__(self, file: Path, prompt: list[int]) -> None:
-        self._engine = OnnxRuntimeEngine(file, EngineSettings(len(prompt) + 512, parallel=1, threads=1))
+        self._engine = OnnxRuntimeEngine(
+            file, EngineSettings(len(prompt) + 512, parallel=1, threads=1)
+        )
         self._prompt = prompt
 
     def decode(self, tokens: int) -> list[float]:
         """Return the seconds of each token; the first one is the prompt's."""
         times: list[float] = []
         sampling = Sampling(tokens + 1, stop_ids=())
-        self._engine.generate([self._prompt], sampling, lambda index, ids: times.append(time.perf_counter()))
+        self._engine.generate(
+            [self._prompt], sampling, lambda index, ids: times.append(time.perf_counter())
+        )
         return [after - before for before, after in pairwise(times)]
 
 

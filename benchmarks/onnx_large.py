@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 from benchmarks.any_size import write_model
-from racdeploy.backends import EngineSettings, Sampling, opened
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines import opened
 from racdeploy.export import onnx as onnx_format
+from racdeploy.models.checkpoint import Checkpoint
 
 
 def main() -> None:
@@ -37,12 +38,14 @@ def main() -> None:
         return
     shutil.rmtree(arguments.out, ignore_errors=True)
     graph.parent.mkdir(parents=True)
-    from tests.tiny_models import write_tokenizer
+    from tests.support.tiny_models import write_tokenizer
 
     write_model(model, arguments.blocks)
     write_tokenizer(model)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "benchmarks.onnx_large", *sys.argv[1:], "--child"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.onnx_large", *sys.argv[1:], "--child"], check=True
+    )
     seconds = time.perf_counter() - started
     peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     shutil.copyfile(model / "config.json", graph.parent / "config.json")

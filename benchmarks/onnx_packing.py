@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from racdeploy.backends import EngineSettings, Sampling
-from racdeploy.backends.onnxruntime import OnnxRuntimeEngine, open_engine
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.onnxruntime import OnnxRuntimeEngine, open_engine
 from racdeploy.export import ExportResult
 from racdeploy.export import onnx as onnx_format
-from racdeploy.models import EMBEDDED, resolve
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import EMBEDDED, resolve
 
 QUANTS = ("f32", "f16", "matmulnbits_8")
 PACKINGS = ("plain", "bitmask_graph", "bitmask_sidecar")
@@ -46,7 +46,9 @@ class Round(NamedTuple):
 
 def main() -> None:
     """Make the model, export it every way, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
@@ -94,7 +96,9 @@ def export_all(checkpoint: Checkpoint, folder: Path) -> dict[tuple[str, str], Ex
         for packing in PACKINGS:
             out = folder / f"{quant}-{packing}" / "model.onnx"
             out.parent.mkdir()
-            exports[quant, packing] = onnx_format.export(checkpoint, out, quant=quant, packing=packing)
+            exports[quant, packing] = onnx_format.export(
+                checkpoint, out, quant=quant, packing=packing
+            )
     return exports
 
 
@@ -102,7 +106,9 @@ def measure(paths: dict[str, Path], tokens: int) -> dict[str, Round]:
     """Return what fresh engines' processes count, by packing."""
     with ExitStack() as stack:
         settings = EngineSettings(256, parallel=1, threads=1, cache_dtype="f32")
-        engines = {name: stack.enter_context(open_engine(path, settings)) for name, path in paths.items()}
+        engines = {
+            name: stack.enter_context(open_engine(path, settings)) for name, path in paths.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in paths}
         for turn in range(TURNS + 1):
             for name, engine in engines.items():
@@ -118,20 +124,36 @@ def measure(paths: dict[str, Path], tokens: int) -> dict[str, Round]:
 def token_seconds(engine: OnnxRuntimeEngine, tokens: int) -> float:
     """Return the median time between two tokens."""
     times: list[float] = []
-    engine.generate([[1, 2, 3]], Sampling(tokens + 1, stop_ids=()), lambda index, ids: times.append(perf_counter()))
+    engine.generate(
+        [[1, 2, 3]],
+        Sampling(tokens + 1, stop_ids=()),
+        lambda index, ids: times.append(perf_counter()),
+    )
     return statistics.median(after - before for before, after in pairwise(times))
 
 
-def print_table(exports: dict[tuple[str, str], ExportResult], measured: dict[tuple[str, str], list[Round]]) -> None:
+def print_table(
+    exports: dict[tuple[str, str], ExportResult], measured: dict[tuple[str, str], list[Round]]
+) -> None:
     """Print one row an export."""
-    linears = {key: sum(t.size_bytes for t in result.tensors if "_proj" in t.name) for key, result in exports.items()}
-    weights = sum(torch.Size(t.shape).numel() for t in exports["f16", "plain"].tensors if "_proj" in t.name)
-    print(f"{weights / 1e6:.1f}M weights in linears, half of them zero; shares are of the plain file in f16\n")
+    linears = {
+        key: sum(t.size_bytes for t in result.tensors if "_proj" in t.name)
+        for key, result in exports.items()
+    }
+    weights = sum(
+        torch.Size(t.shape).numel() for t in exports["f16", "plain"].tensors if "_proj" in t.name
+    )
+    print(
+        f"{weights / 1e6:.1f}M weights in linears, half of them zero; shares are of the plain file in f16\n"
+    )
     print("| quant | packing | linears | files | load s | peak MB | ms a token | × plain |")
     print("|---|---|---|---|---|---|---|---|")
     for (quant, packing), result in exports.items():
         rows, plain = measured[quant, packing], measured[quant, "plain"]
-        load, peak = (statistics.median(getattr(row, name) for row in rows) for name in ("load_ms", "peak_bytes"))
+        load, peak = (
+            statistics.median(getattr(row, name) for row in rows)
+            for name in ("load_ms", "peak_bytes")
+        )
         token = statistics.median(time for row in rows for time in row.token_ms)
         ratios = [
             [packed / other for packed, other in zip(row.token_ms, beside.token_ms, strict=True)]

@@ -20,11 +20,12 @@ from benchmarks import _pruned
 from benchmarks._pruned import Trace
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.backends import EngineSettings, Sampling, onnxruntime, open_engine
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines import onnxruntime, open_engine
 from racdeploy.export import ExportResult
 from racdeploy.export import onnx as onnx_format
-from racdeploy.verify._measure import compare_logits
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.verify.measure import compare_logits
 
 NEW_TOKENS = 128
 
@@ -39,21 +40,37 @@ def main() -> None:
     names = [name for name in plugins.names("quant") if "onnx" in quants.load(name).FORMATS]
     names.sort(key=lambda name: -quants.load(name).BITS)
     exports = {name: export(checkpoint, arguments.out / name, name) for name in names}
-    compared = {name: compare(checkpoint.folder, result.path, traces) for name, result in exports.items()}
+    compared = {
+        name: compare(checkpoint.folder, result.path, traces) for name, result in exports.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name, result in exports.items():
             times[name].append(token_ms(result.path, traces[0][0]))
-    print("| quant | bits a weight of a linear | file MB | KL | top-1 | ms a token | tokens compared |")
+    print(
+        "| quant | bits a weight of a linear | file MB | KL | top-1 | ms a token | tokens compared |"
+    )
     print("|---|---|---|---|---|---|---|")
     rows = []
     for name, result in exports.items():
-        linears = [tensor for tensor in result.tensors if tensor.quant_real == name and len(tensor.shape) == 2]
-        bits = 8 * sum(tensor.size_bytes for tensor in linears) / sum(math.prod(tensor.shape) for tensor in linears)
+        linears = [
+            tensor
+            for tensor in result.tensors
+            if tensor.quant_real == name and len(tensor.shape) == 2
+        ]
+        bits = (
+            8
+            * sum(tensor.size_bytes for tensor in linears)
+            / sum(math.prod(tensor.shape) for tensor in linears)
+        )
         size_mb, token = result.size_bytes / 1e6, median(times[name])
         kl, top1, tokens = compared[name]
-        rows.append({"quant": name, "kl": kl, "top1": top1, "tokens": tokens, "token_ms": times[name]})
-        print(f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} | {tokens} |")
+        rows.append(
+            {"quant": name, "kl": kl, "top1": top1, "tokens": tokens, "token_ms": times[name]}
+        )
+        print(
+            f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} | {tokens} |"
+        )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 

@@ -25,9 +25,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
-from racdeploy import quant, racgguf
-from racdeploy.checkpoint import Checkpoint
-from racdeploy.job import Job
+from racdeploy import quant
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing import racgguf
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
 QUANTS = ("q8_0", "q5_0", "q4_0", "mxfp4", "f16", "bf16", "f32")
@@ -39,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--tensors", type=int, default=1, help="of 2048 × 2048 weights in the random model")
+    parser.add_argument(
+        "--tensors", type=int, default=1, help="of 2048 × 2048 weights in the random model"
+    )
     parser.add_argument("--unpack", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.unpack:
@@ -48,9 +51,15 @@ def main() -> None:
     print("| model | zeros | quant | packed | zstd -19 | decode MB/s | unpack MB/s | peak RSS MB |")
     print("|---|---|---|---|---|---|---|---|")
     for sparsity in arguments.sparsity:
-        for model, source in (("tiny-reasoner", embedded), ("random", lambda: random(arguments.tensors))):
+        for model, source in (
+            ("tiny-reasoner", embedded),
+            ("random", lambda: random(arguments.tensors)),
+        ):
             for name in arguments.quants:
-                print(f"| {model} | {sparsity:.0%} | {name} | {row(source(), name, sparsity)} |", flush=True)
+                print(
+                    f"| {model} | {sparsity:.0%} | {name} | {row(source(), name, sparsity)} |",
+                    flush=True,
+                )
 
 
 def row(weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float) -> str:
@@ -87,7 +96,9 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.is_file() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return 1024 * int(match[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def embedded() -> Iterator[NDArray[np.float32]]:
@@ -100,10 +111,15 @@ def embedded() -> Iterator[NDArray[np.float32]]:
 def random(tensors: int) -> Iterator[NDArray[np.float32]]:
     """Yield normal weights."""
     generator = np.random.default_rng(0)
-    yield from (generator.standard_normal((2048, 2048)).astype(np.float32) * np.float32(0.02) for _ in range(tensors))
+    yield from (
+        generator.standard_normal((2048, 2048)).astype(np.float32) * np.float32(0.02)
+        for _ in range(tensors)
+    )
 
 
-def write(plain: Path, weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float) -> None:
+def write(
+    plain: Path, weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float
+) -> None:
     """Write a GGUF file of linears, of which the smallest weights are zero."""
     form = quant.load(quant_name)
     writer = GGUFWriter(plain, "llama")
@@ -112,7 +128,9 @@ def write(plain: Path, weights: Iterator[NDArray[np.float32]], quant_name: str, 
         smallest_P = np.argsort(np.abs(weight_OI).reshape(-1))[: round(sparsity * O * I)]
         weight_OI.reshape(-1)[smallest_P] = 0
         writer.add_tensor(
-            f"blk.{number}.weight", form.quantize(weight_OI), raw_dtype=GGMLQuantizationType(form.GGML_TYPE)
+            f"blk.{number}.weight",
+            form.quantize(weight_OI),
+            raw_dtype=GGMLQuantizationType(form.GGML_TYPE),
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from benchmarks import _pruned
 from benchmarks._pruned import Trace
 from racdeploy import plugins, quant
-from racdeploy.artifacts import IMPORTANCE_FILE
-from racdeploy.backends import EngineSettings, opened
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import opened
 from racdeploy.export import gguf
-from racdeploy.export._importance import Importance
-from racdeploy.verify._measure import _completion_logits, divergences
+from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
+from racdeploy.verify.measure import _completion_logits, divergences
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
@@ -35,15 +34,24 @@ def main() -> None:
     parser.add_argument("--quants", nargs="+", default=QUANTS)
     arguments = parser.parse_args()
     build, folder, traces = _pruned.prune(arguments)
-    with opened("transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")) as engine:
+    with opened(
+        "transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")
+    ) as engine:
         references = [_completion_logits(engine, trace) for trace in traces]
     tokens, rows = sum(map(len, references)), []
-    print(f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces")
-    print("| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | difference | top-1 ggml | chosen |")
+    print(
+        f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces"
+    )
+    print(
+        "| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | difference | top-1 ggml | chosen |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.quants:
         kls: dict[str, list[NDArray[np.float64]]] = {}
-        row = {"quant": name, "ratio": ratio(folder, name) if name in plugins.names("quant") else None}
+        row = {
+            "quant": name,
+            "ratio": ratio(folder, name) if name in plugins.names("quant") else None,
+        }
         for arm, importance in (("ggml", "none"), ("chosen", "")):
             file = arguments.out / f"{arm}.gguf"
             result = gguf.export(Checkpoint(folder), file, quant=name, importance=importance)
@@ -76,7 +84,9 @@ def ratio(folder: Path, name: str) -> float | None:
         if importance_I is None or quant.fits(form, weight_OI.shape[1]):
             continue
         for index, given in enumerate((importance_I, None)):
-            error_OI = form.dequantize(form.quantize(weight_OI, given), weight_OI.shape[1]) - weight_OI
+            error_OI = (
+                form.dequantize(form.quantize(weight_OI, given), weight_OI.shape[1]) - weight_OI
+            )
             errors[index] += float((np.square(error_OI, dtype=np.float64) * importance_I).sum())
     return float(errors[0] / errors[1]) if errors[1] else None
 
@@ -86,11 +96,18 @@ def measure(
 ) -> tuple[list[NDArray[np.float64]], float]:
     """Return the KL at every position of each trace, and the share of equal first choices, of a file against torch."""
     with opened("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
-        found = [divergences(r, _completion_logits(engine, t)) for r, t in zip(references, traces, strict=True)]
-    return [kl_T for kl_T, _ in found], float(np.concatenate([same_T for _, same_T in found]).mean())
+        found = [
+            divergences(r, _completion_logits(engine, t))
+            for r, t in zip(references, traces, strict=True)
+        ]
+    return [kl_T for kl_T, _ in found], float(
+        np.concatenate([same_T for _, same_T in found]).mean()
+    )
 
 
-def difference(ggml: list[NDArray[np.float64]], chosen: list[NDArray[np.float64]]) -> tuple[float, float]:
+def difference(
+    ggml: list[NDArray[np.float64]], chosen: list[NDArray[np.float64]]
+) -> tuple[float, float]:
     """Return the 95 % interval of the mean KL of chosen scales less that of ggml's, over draws of whole traces."""
     random, sizes = np.random.default_rng(0), np.array([len(kl_T) for kl_T in ggml])
     sums = np.array([float((b - a).sum()) for a, b in zip(ggml, chosen, strict=True)])

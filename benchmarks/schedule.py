@@ -16,8 +16,8 @@ from pathlib import Path
 
 from calibration import Cell, answers, measure
 
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
 
@@ -26,7 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--steps", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7])
-    parser.add_argument("--dense-traces", type=float, nargs="*", default=[0.25], help="shares, a row each")
+    parser.add_argument(
+        "--dense-traces", type=float, nargs="*", default=[0.25], help="shares, a row each"
+    )
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--threads", type=int, default=0)
@@ -42,7 +44,9 @@ def main() -> None:
     for name, settings in rows.items():
         build = Build(Job(recipe(arguments, settings)), arguments.work, arguments.threads)
         if dense is None:
-            dense = answers(build, build.export(build.job.model.folder, "dense", pruned=False), "dense")
+            dense = answers(
+                build, build.export(build.job.model.folder, "dense", pruned=False), "dense"
+            )
             build.traces()
         began = time.perf_counter()
         notes[name] = list(build.prune().notes)
@@ -54,7 +58,9 @@ def main() -> None:
     text = table(cells, seconds, notes, accuracy)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
-    results = [asdict(c) | {"notes": notes[name], "seconds": seconds[name]} for name, c in cells.items()]
+    results = [
+        asdict(c) | {"notes": notes[name], "seconds": seconds[name]} for name, c in cells.items()
+    ]
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1))
     print(text)
 
@@ -70,7 +76,9 @@ def recipe(arguments: argparse.Namespace, settings: dict[str, object]) -> Recipe
     return Recipe.combine(None, options)
 
 
-def table(cells: dict[str, Cell], seconds: dict[str, float], notes: dict[str, list[str]], accuracy: float) -> str:
+def table(
+    cells: dict[str, Cell], seconds: dict[str, float], notes: dict[str, list[str]], accuracy: float
+) -> str:
     """Return Markdown: a line each way, and what the steps said. Seconds include traces of the sparse models."""
     lines = [
         f"Dense: accuracy {accuracy:.1%}. The drop is against dense on the same prompts, with its 95 % interval.",

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import scorers
-from racdeploy.backends import EngineSettings, open_engine
-from racdeploy.job import Job
-from racdeploy.pipeline import Build, default_work
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
+from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.verify._answers import Answers, Respondent
+from racdeploy.verify.answers import Answers, Respondent
 
 
 def main() -> None:
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     verify = {"count": arguments.prompts, "max_new_tokens": 768, "context_tokens": 1024}
-    recipe = Recipe.combine(None, {"model": arguments.model, "export": {"quant": arguments.quant}, "verify": verify})
+    recipe = Recipe.combine(
+        None, {"model": arguments.model, "export": {"quant": arguments.quant}, "verify": verify}
+    )
     build = Build(Job(recipe), default_work())
     artifact = build.export(build.job.model.folder, "dense", pruned=False).path
     alone = OneByOne(artifact, build.job, arguments.threads)
@@ -54,7 +57,11 @@ def main() -> None:
     base = statistics.median(rates["create_completion"])
     rows = []
     for name, values in rates.items():
-        row: dict[str, Any] = {"how": name, "tokens_per_s": round(statistics.median(values)), "rounds": len(values)}
+        row: dict[str, Any] = {
+            "how": name,
+            "tokens_per_s": round(statistics.median(values)),
+            "rounds": len(values),
+        }
         row["ratio"] = round(statistics.median(values) / base, 2)
         if name in found:
             row |= alone.compare(found[name])
@@ -66,7 +73,9 @@ def together(artifact: Path, job: Job, parallel: int, threads: int) -> tuple[flo
     """Answer as a verification does; loading is not counted, handing answers over and scoring them is."""
     settings = job.recipe.verify
     respondent = Respondent(job.encoder, job.tags, job.checkpoint.eos_ids, settings)
-    opened = open_engine("llamacpp", artifact, EngineSettings(settings.context_tokens, parallel, threads))
+    opened = open_engine(
+        "llamacpp", artifact, EngineSettings(settings.context_tokens, parallel, threads)
+    )
     with closing(opened) as engine:
         started = time.perf_counter()
         answers = respondent.answer(lambda: Kept(engine), job.problems("evaluation"), "dense")
@@ -112,7 +121,9 @@ class OneByOne:
         started = time.perf_counter()
         for problem in problems:
             done: Any = self._model.create_completion(
-                self._job.encoder.encode(problem.question), max_tokens=settings.max_new_tokens, temperature=0.0
+                self._job.encoder.encode(problem.question),
+                max_tokens=settings.max_new_tokens,
+                temperature=0.0,
             )
             tokens += done["usage"]["completion_tokens"]
             self._texts.append(done["choices"][0]["text"])
@@ -120,10 +131,17 @@ class OneByOne:
 
     def compare(self, answers: Answers) -> dict[str, Any]:
         """Count equal texts, special tokens left out, and equal final answers."""
-        special = {token for token, added in self._job.encoder.tokenizer.get_added_tokens_decoder().items() if added}
+        special = {
+            token
+            for token, added in self._job.encoder.tokenizer.get_added_tokens_decoder().items()
+            if added
+        }
         texts = [self._plain(ids, special) for _, ids in answers.traces]
         pairs = list(zip(self._texts, answers.records, strict=True))
-        same = [scorers.score("", text, record.gold).extracted == record.extracted for text, record in pairs]
+        same = [
+            scorers.score("", text, record.gold).extracted == record.extracted
+            for text, record in pairs
+        ]
         equal = [a.strip() == b.strip() for a, b in zip(texts, self._texts, strict=True)]
         return {"prompts": len(texts), "same_text": sum(equal), "same_answer": sum(same)}
 

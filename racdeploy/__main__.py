@@ -1,6 +1,6 @@
 """``python -m racdeploy``, as torchrun starts it."""
 
-from racdeploy.cli import main
+from racdeploy.cli.app import main
 
 if __name__ == "__main__":
     main()

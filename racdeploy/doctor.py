@@ -10,10 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from racdeploy import accel
 from racdeploy.accel import onnxruntime
-from racdeploy.models import EMBEDDED, resolve
-from racdeploy.pipeline import default_work
-
-__all__ = ["examine"]
+from racdeploy.models.sources import EMBEDDED, resolve
+from racdeploy.pipeline.build import default_work
 
 _NEEDED = (
     ("torch", "torch", "prune", "traces and pruning"),
@@ -42,7 +40,11 @@ def examine() -> list[dict[str, str]]:
     parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
     free_gb = shutil.disk_usage(parent).free / 1e9
     findings.append(
-        _finding("work folder", os.access(parent, os.W_OK), f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it")
+        _finding(
+            "work folder",
+            os.access(parent, os.W_OK),
+            f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it",
+        )
     )
     findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
     findings += [_kernels(), _operator()]
@@ -53,9 +55,15 @@ def _kernels() -> dict[str, str]:
     """Say whether sparse weights run on kernels of their own, and from how many zeros on."""
     ready = accel.readiness()
     if isinstance(ready, str):
-        return {"what": "sparse kernels", "state": "unused", "detail": f"models run on llama.cpp's own: {ready}"}
+        return {
+            "what": "sparse kernels",
+            "state": "unused",
+            "detail": f"models run on llama.cpp's own: {ready}",
+        }
     library, verdict = ready
-    least = ", ".join(f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items())
+    least = ", ".join(
+        f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items()
+    )
     detail = f"{verdict.instruction_set}, for {least}: {library}"
     if kept := accel.kept_files():
         size_mb = sum(file.stat().st_size for file in kept) / 1e6
@@ -67,9 +75,17 @@ def _operator() -> dict[str, str]:
     """Say whether the second graph of packing bitmask_op is used."""
     ready = onnxruntime.readiness()
     if isinstance(ready, str):
-        return {"what": "sparse operator", "state": "unused", "detail": f"models run on onnxruntime's own: {ready}"}
+        return {
+            "what": "sparse operator",
+            "state": "unused",
+            "detail": f"models run on onnxruntime's own: {ready}",
+        }
     library, proof = ready
-    return _finding("sparse operator", True, f"{proof.instruction_set}, for graphs of packing bitmask_op: {library}")
+    return _finding(
+        "sparse operator",
+        True,
+        f"{proof.instruction_set}, for graphs of packing bitmask_op: {library}",
+    )
 
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:

@@ -17,20 +17,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ArtifactError",
-    "BrokenPluginError",
-    "EngineError",
-    "EnvironmentFailure",
-    "GateError",
-    "InconclusiveError",
-    "MissingExtraError",
-    "ModelError",
-    "RacdeployError",
-    "UnknownPluginError",
-    "UsageError",
-]
-
 
 class RacdeployError(Exception):
     """What is wrong, with its values, and the next thing to do.

@@ -1,7 +1,7 @@
-"""Find plugins by file name: a file in a plugin folder is its registration.
+"""Find plugins by file name: a file or a package in a plugin folder is its registration.
 
-Files that begin with an underscore are private to their folder. "Unknown name" and "this file is broken"
-are different errors: the folder is listed before anything is imported.
+A plugin folder holds plugins and nothing else. "Unknown name" and "this file is broken" are different errors: the
+folder is listed before anything is imported.
 """
 
 from __future__ import annotations
@@ -9,29 +9,26 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import pkgutil
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
 
-__all__ = ["KINDS", "closest", "load", "names", "unknown"]
-
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
     "scorers": "racdeploy.scorers",
-    "families": "racdeploy.families",
-    "quant": "racdeploy.quant",
+    "families": "racdeploy.models.families",
+    "quant": "racdeploy.quant.formats",
     "presets": "racdeploy.quant.presets",
-    "packing": "racdeploy.packing",
-    "backends": "racdeploy.backends",
+    "packing": "racdeploy.packing.packers",
+    "engines": "racdeploy.engines",
     "methods": "racdeploy.prune.methods",
     "allocations": "racdeploy.prune.allocations",
     "formats": "racdeploy.export",
-    "onnx_exporters": "racdeploy.export.onnx_exporters",
-    "checks": "racdeploy.verify",
+    "onnx_exporters": "racdeploy.export.onnx.exporters",
+    "checks": "racdeploy.verify.checks",
 }
-_NOT_PLUGINS = {"checks": {"stats"}}
 _EXTRAS = {
     "torch": "prune",
     "transformers": "prune",
@@ -49,9 +46,8 @@ def names(kind: str) -> tuple[str, ...]:
     spec = importlib.util.find_spec(KINDS[kind])
     folders = spec.submodule_search_locations if spec else None
     assert folders, f"{KINDS[kind]} is not a package"
-    stems = (file.stem for file in Path(folders[0]).glob("*.py"))
-    hidden = _NOT_PLUGINS.get(kind, set())
-    return tuple(sorted(stem for stem in stems if not stem.startswith("_") and stem not in hidden))
+
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -76,13 +72,16 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
-    """Return the error for a name that is not known; a kind's ``_refused.py`` has reasons for names that people try."""
+    """Return the error for a name that is not known; a kind's ``REFUSED`` has reasons for names that people try."""
     remedy = f"known: {', '.join(known)}"
-    refused = f"{KINDS[kind]}._refused"
-    reasons = importlib.import_module(refused).REASONS if importlib.util.find_spec(refused) else {}
+    reasons = getattr(importlib.import_module(KINDS[kind]), "REFUSED", {})
     if name in reasons:
-        return UnknownPluginError(f"{_singular(kind)} {name!r} is not offered: {reasons[name]}", remedy=remedy)
-    return UnknownPluginError(f"unknown {_singular(kind)} {name!r}{closest(name, known)}", remedy=remedy)
+        return UnknownPluginError(
+            f"{_singular(kind)} {name!r} is not offered: {reasons[name]}", remedy=remedy
+        )
+    return UnknownPluginError(
+        f"unknown {_singular(kind)} {name!r}{closest(name, known)}", remedy=remedy
+    )
 
 
 def closest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -18,21 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
 
-__all__ = [
-    "EXAMPLE",
-    "Calibration",
-    "Export",
-    "Pruning",
-    "Recipe",
-    "StreamWeights",
-    "Target",
-    "Traces",
-    "Verification",
-    "merge",
-    "read_toml",
-    "validate",
-]
-
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
 M = TypeVar("M", bound=BaseModel)
@@ -74,14 +59,18 @@ class Traces(_Part):
     server_concurrency: int = Field(16, ge=1)
     server_timeout_s: float = Field(1800.0, gt=0)
 
-    @model_validator(mode="after")  # not of the field: the message would show an address with a key in it
+    @model_validator(
+        mode="after"
+    )  # not of the field: the message would show an address with a key in it
     def _check_server(self) -> Self:
         if self.server and not _ADDRESS.match(self.server):
             raise ValueError(
                 "server is not http://HOST:PORT/v1, with http or https; no name, key or query belongs in it"
             )
         fields = type(self).model_fields
-        unused = [n for n in fields if n.startswith("server_") and getattr(self, n) != fields[n].default]
+        unused = [
+            n for n in fields if n.startswith("server_") and getattr(self, n) != fields[n].default
+        ]
         if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
         return self
@@ -189,11 +178,15 @@ class Pruning(_Part):
         if self.kept_of is None:
             return self
         if self.allocation != "uniform":
-            raise ValueError(f"pattern {self.pattern} leaves nothing to allocate; use allocation = 'uniform'")
+            raise ValueError(
+                f"pattern {self.pattern} leaves nothing to allocate; use allocation = 'uniform'"
+            )
         kept, of = self.kept_of
         implied = 1 - kept / of
         if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
-            raise ValueError(f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}")
+            raise ValueError(
+                f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}"
+            )
         object.__setattr__(self, "sparsity", implied)
         return self
 
@@ -202,7 +195,9 @@ class Pruning(_Part):
         if self.kept_of or self.allocation != "uniform":
             raise ValueError("a schedule goes with pattern 'unstructured' and allocation 'uniform'")
         if list(steps) != sorted({*steps}) or steps[0] <= 0 or steps[-1] != self.sparsity:
-            raise ValueError(f"schedule {list(steps)} must rise from above 0 to the sparsity, {self.sparsity:g}")
+            raise ValueError(
+                f"schedule {list(steps)} must rise from above 0 to the sparsity, {self.sparsity:g}"
+            )
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
@@ -284,7 +279,9 @@ class Verification(_Part):
     @model_validator(mode="after")
     def _check_samples(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"{self.samples} samples at temperature 0 are {self.samples} equal completions")
+            raise ValueError(
+                f"{self.samples} samples at temperature 0 are {self.samples} equal completions"
+            )
         return self
 
 
@@ -297,7 +294,7 @@ class Recipe(_Part):
         also: further targets, for other engines; the bundle gets an artifact for each, and the engines are compared.
         tasks: what is asked of the model when it is verified.
         calibration_tasks: what it is asked when traces are collected; empty means ``tasks``.
-        gate: limits of the checks, as in a gate file; see :class:`racdeploy.verify.Gate`.
+        gate: limits of the checks, as in a gate file; see :class:`racdeploy.verify.gate.Gate`.
     """
 
     model: str = "tiny-reasoner"
@@ -386,7 +383,13 @@ class Target(_Part):
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of the targets that ship with racdeploy, sorted."""
-        return tuple(sorted(e.name.removesuffix(".toml") for e in _folder().iterdir() if e.name.endswith(".toml")))
+        return tuple(
+            sorted(
+                e.name.removesuffix(".toml")
+                for e in _folder().iterdir()
+                if e.name.endswith(".toml")
+            )
+        )
 
     @classmethod
     def read(cls, name: str) -> Self:
@@ -452,7 +455,9 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_explain(model, dict(detail)) for detail in error.errors()]
-        raise UsageError(f"{where}: {'; '.join(lines)}", remedy="correct the value and run again") from None
+        raise UsageError(
+            f"{where}: {'; '.join(lines)}", remedy="correct the value and run again"
+        ) from None
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -464,7 +469,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{file} does not exist", remedy="racdeploy init writes a recipe") from error
+        raise UsageError(
+            f"{file} does not exist", remedy="racdeploy init writes a recipe"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UsageError(f"{file} is not valid TOML: {error}") from error
 
@@ -474,7 +481,9 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     name = ".".join(location)
     if detail["type"] == "extra_forbidden":
         known = tuple(_known_keys(model, location[:-1]))
-        return f"unknown key {name!r}{plugins.closest(location[-1], known)}; known: {', '.join(known)}"
+        return (
+            f"unknown key {name!r}{plugins.closest(location[-1], known)}; known: {', '.join(known)}"
+        )
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
     shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""

@@ -8,22 +8,17 @@ from pathlib import Path
 import pytest
 
 from racdeploy import plugins
-from tests.test_import_ladder import LADDER, TORCH_UNITS
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+)
 LISTING = [file for file in (ARCHITECTURE, ROOT / "README.md") if file.is_file()]
 
 
 def _name(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
-
-
-def _fenced(text: str, language: str) -> list[str]:
-    """Return the lines of the only fenced block of a language."""
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return block.splitlines()
 
 
 def _listed_plugins(text: str) -> dict[str, list[str]]:
@@ -40,21 +35,12 @@ def test_the_listed_plugins_are_the_installed_ones(file: Path) -> None:
     assert installed == _listed_plugins(file.read_text(encoding="utf-8"))
 
 
-def test_the_documented_ladder_is_the_enforced_one() -> None:
-    """ARCHITECTURE.md has one line per rung, low to high."""
-    lines = _fenced(ARCHITECTURE.read_text(encoding="utf-8"), "ladder")
-    assert [", ".join(sorted(rung)) for rung in LADDER] == lines
-
-
-def test_the_documented_places_of_torch_are_the_enforced_ones() -> None:
-    """ARCHITECTURE.md names every place that may import torch."""
-    assert sorted(TORCH_UNITS) == _fenced(ARCHITECTURE.read_text(encoding="utf-8"), "torch")
-
-
 @pytest.mark.parametrize("file", DOCUMENTS, ids=_name)
 def test_relative_links_lead_to_files(file: Path) -> None:
     """No document points at something that is not there."""
-    prose = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     links = re.findall(r"\]\(([^)\s]+)\)", prose)
     local = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in local if not (file.parent / link).exists()] == []

@@ -6,34 +6,12 @@ import ast
 from pathlib import Path
 
 import racdeploy
+from tests.support.architecture import read_fenced, read_ladder
 
 ROOT = Path(racdeploy.__file__).parent
-LADDER = (
-    {"errors"},
-    {"plugins"},
-    {"families"},
-    {"checkpoint"},
-    {"artifacts", "recipe", "report_model", "models", "scorers"},
-    {"tasks", "quant", "packing", "stages"},
-    {"raconnx", "racgguf"},
-    {"accel"},
-    {"backends"},
-    {"runtime"},
-    {"traces", "export"},
-    {"prune", "verify"},
-    {"benchmark", "report", "inspection"},
-    {"bundle"},
-    {"job"},
-    {"parity"},
-    {"verification"},
-    {"pipeline", "reverify"},
-    {"doctor", "planning", "served"},
-    {"_console"},
-    {"cli", "pytest_plugin"},
-    {"__main__"},
-)
+LADDER = read_ladder()
 RUNG = {unit: number for number, rung in enumerate(LADDER) for unit in rung}
-TORCH_UNITS = {"export/onnx_exporters", "prune", "backends/transformers.py", "backends/_torch_model.py"}
+TORCH_UNITS = read_fenced("torch")
 HEAVY = {"torch", "transformers", "optimum", "safetensors"}
 
 
@@ -63,7 +41,12 @@ def test_units_import_only_lower_rungs() -> None:
             continue
         for name in _imports(file):
             parts = name.split(".")
-            if parts[0] != "racdeploy" or len(parts) < 2 or parts[1] not in RUNG or parts[1] == unit:
+            if (
+                parts[0] != "racdeploy"
+                or len(parts) < 2
+                or parts[1] not in RUNG
+                or parts[1] == unit
+            ):
                 continue
             if RUNG[parts[1]] >= RUNG[unit]:
                 wrong.append(f"{file.relative_to(ROOT)} imports {parts[1]}")

@@ -22,7 +22,9 @@ def _file(tmp_path: Path, text: str) -> Path:
 
 def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) -> None:
     """Defaults, target, file, command line: the later one decides."""
-    file = _file(tmp_path, 'target = "raspberry-pi-5"\n[export]\nquant = "q8_0"\n[traces]\ncount = 9\n')
+    file = _file(
+        tmp_path, 'target = "raspberry-pi-5"\n[export]\nquant = "q8_0"\n[traces]\ncount = 9\n'
+    )
     recipe = Recipe.combine(file, {"traces": {"count": 5}, "verify": {"count": None}})
     assert (recipe.prune.pattern, recipe.export.quant, recipe.traces.count) == ("2:4", "q8_0", 5)
     assert Verification().count == recipe.verify.count
@@ -41,7 +43,9 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     assert {key for key, _ in _leaves(default)} == {key for key, _ in _leaves(written)}
     assert recipe.gate == written["gate"] == {"accuracy": {"margin": 0.05}}
     defaults = dict(_leaves(default))
-    changed = {key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]}
+    changed = {
+        key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]
+    }
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
         *("traces.server", "traces.server_model", "traces.server_key_env"),
@@ -62,13 +66,28 @@ def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
     url = "http://127.0.0.1:8000/v1"
     plain, unnamed = Traces().identity, Traces(server=url).identity
     assert unnamed == plain | {"server": url}
-    assert unnamed == Traces(server=url, server_key_env="KEY", server_concurrency=3, server_timeout_s=9).identity
-    named = [Traces(server=address, server_model="r1").identity for address in (url, "https://gpu.example/v1")]
+    assert (
+        unnamed
+        == Traces(
+            server=url, server_key_env="KEY", server_concurrency=3, server_timeout_s=9
+        ).identity
+    )
+    named = [
+        Traces(server=address, server_model="r1").identity
+        for address in (url, "https://gpu.example/v1")
+    ]
     assert named == [plain | {"server": "r1"}] * 2
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:8000", "ftp://h/v1", "http://me:sesame@h/v1", "http://h/v1?key=sesame", "http://h/ v1"]
+    "address",
+    [
+        "127.0.0.1:8000",
+        "ftp://h/v1",
+        "http://me:sesame@h/v1",
+        "http://h/v1?key=sesame",
+        "http://h/ v1",
+    ],
 )
 def test_a_bad_server_address_is_refused_and_not_shown(address: str) -> None:
     """A key in an address would land in reports and logs."""

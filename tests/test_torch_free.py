@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy import accel, cli, served
-from tests.tiny_artifacts import make_onnx_bundle
+from racdeploy import accel
+from racdeploy.bundles import served
+from racdeploy.cli import app as cli
+from tests.support.tiny_artifacts import make_onnx_bundle
 
 HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx", "gguf", "scipy")
 
@@ -19,7 +21,9 @@ HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx",
 def modules_after(statement: str) -> set[str]:
     """Return the names of all modules that a fresh interpreter has after a statement."""
     code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return set(result.stdout.split())
 
 
@@ -28,8 +32,8 @@ def modules_after(statement: str) -> set[str]:
     [
         "import racdeploy.runtime",
         "import racdeploy; racdeploy.load",
-        "import racdeploy.backends.llamacpp",
-        "import racdeploy.backends.onnxruntime",
+        "import racdeploy.engines.llamacpp",
+        "import racdeploy.engines.onnxruntime",
     ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:
@@ -44,7 +48,9 @@ def test_importing_racdeploy_imports_next_to_nothing() -> None:
 
 def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
     """--help, --version and a wrong option answer without arrays, tokenizers or templates."""
-    loaded = modules_after("from racdeploy.cli import app; app(['--version'], standalone_mode=False)")
+    loaded = modules_after(
+        "from racdeploy.cli import app; app(['--version'], standalone_mode=False)"
+    )
     assert loaded.isdisjoint({*HEAVY, "numpy", "tokenizers", "jinja2"})
 
 
@@ -83,9 +89,14 @@ def test_an_onnx_bundle_runs_on_onnxruntime_alone(tmp_path: Path) -> None:
     """Neither the app nor the engine's process needs anything beyond onnxruntime, numpy, tokenizers and jinja2."""
     bundle = make_onnx_bundle(tmp_path)
     code = f"import racdeploy\nwith racdeploy.load({str(bundle)!r}) as model:\n    print(model.generate('2 + 2?'))"
-    path = without(tmp_path, *sorted({*HEAVY, "safetensors", "onnxruntime_genai"} - {"onnxruntime"}))
+    path = without(
+        tmp_path, *sorted({*HEAVY, "safetensors", "onnxruntime_genai"} - {"onnxruntime"})
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert "thinking_tokens=8" in done.stdout

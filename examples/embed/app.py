@@ -45,7 +45,9 @@ def ask(model: racdeploy.Model, question: str, max_thinking_tokens: int | None) 
     """Print the thinking and the answer as they come; Ctrl-C ends them early."""
     page = Page(colour=sys.stdout.isatty())
     with stopped_by_ctrl_c() as cancel:
-        result = model.generate(question, max_thinking_tokens=max_thinking_tokens, on_text=page.write, cancel=cancel)
+        result = model.generate(
+            question, max_thinking_tokens=max_thinking_tokens, on_text=page.write, cancel=cancel
+        )
     page.finish()
     if result.finish_reason == "cancelled":
         print("(stopped)")

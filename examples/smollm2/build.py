@@ -19,8 +19,8 @@ from random import Random
 from import_gguf import import_gguf, packaged_gguf
 from rich.console import Console
 
-from racdeploy.job import Job
-from racdeploy.pipeline import Build
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.report.terminal import print_report
 
@@ -43,7 +43,12 @@ def main() -> None:
             "model": str(folder),
             "tasks": (f"jsonl:{questions}",),
             "traces": {"count": 2 * arguments.prompts, "max_new_tokens": 96, "batch": 32},
-            "verify": {"count": arguments.prompts, "max_new_tokens": 96, "context_tokens": 512, "logit_traces": 8},
+            "verify": {
+                "count": arguments.prompts,
+                "max_new_tokens": 96,
+                "context_tokens": 512,
+                "logit_traces": 8,
+            },
             "calibration": {"keep_truncated": True},
             "prune": {"sparsity": 0.5},
         },
@@ -60,7 +65,9 @@ def write_questions(file: Path, count: int) -> Path:
     while len(rows) < count:
         left, right = random.randint(1, 40), random.randint(1, 40)
         rows[f"What is {left} plus {right}?"] = str(left + right)
-    lines = (json.dumps({"question": question, "answer": answer}) for question, answer in rows.items())
+    lines = (
+        json.dumps({"question": question, "answer": answer}) for question, answer in rows.items()
+    )
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 

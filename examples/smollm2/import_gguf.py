@@ -45,7 +45,9 @@ def import_gguf(file: Path, out: Path) -> Path:
     """Write config, weights in bfloat16, tokenizer and chat template of a llama-shaped GGUF file."""
     import torch
 
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32
+    )
     model.hf_quantizer = None  # save_pretrained refuses a model that remembers its quantizer
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -62,7 +64,9 @@ def import_gguf(file: Path, out: Path) -> Path:
         "add_bos_token": False,
         "chat_template": fields["tokenizer.chat_template"],
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     return out
 
 
@@ -70,13 +74,20 @@ def rebuild_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """Return SmolLM's byte-level BPE from the tokens, types and merges of a GGUF file."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return tokenizer
 
 

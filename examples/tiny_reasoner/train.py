@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from racdeploy import scorers, tasks
-from racdeploy.backends._heap import keep_heap
+from racdeploy.storage.heap import keep_heap
 
 TASKS = {  # name → share of the training examples; longer chains need more practice
     "word_problem": 1.0,
@@ -68,9 +68,19 @@ def main() -> None:
             print(f"phase {number} is finished: {folder}", flush=True)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            train(model, tokenizer, steps, shares, factor, arguments.seed + 2 * number, arguments.probe_every)
+            train(
+                model,
+                tokenizer,
+                steps,
+                shares,
+                factor,
+                arguments.seed + 2 * number,
+                arguments.probe_every,
+            )
             save(model, tokenizer, folder)
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = Qwen3ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
     save(model, tokenizer, arguments.out)
 
 
@@ -137,7 +147,10 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 
 def batches(
-    tokenizer: Tokenizer, seed: int, shares: dict[str, float], tokens_per_step: int = TOKENS_PER_STEP
+    tokenizer: Tokenizer,
+    seed: int,
+    shares: dict[str, float],
+    tokens_per_step: int = TOKENS_PER_STEP,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and labels, B T, right-padded; examples of like length go together."""
     random, source = Random(seed), examples(seed, shares)
@@ -185,10 +198,14 @@ def train(
         torch.optim.Muon(matrices, lr=0.012 * factor, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=2.5e-3 * factor, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, steps)) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, steps)) for o in optimizers
+    ]
     compiled = torch.compile(model, dynamic=True)
     started, tokens, running = time.monotonic(), 0, 0.0
-    for step, (ids_BT, labels_BT) in zip(range(1, steps + 1), batches(tokenizer, seed, shares), strict=False):
+    for step, (ids_BT, labels_BT) in zip(
+        range(1, steps + 1), batches(tokenizer, seed, shares), strict=False
+    ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = compiled(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
@@ -238,7 +255,9 @@ def probe(model: Qwen3ForCausalLM, tokenizer: Tokenizer, count: int = 48) -> dic
                 eos_token_id=tokenizer.token_to_id("<|im_end|>"),
             )
         answers = [tokenizer.decode(row[T:].tolist()) for row in out_BT]
-        right = [scorers.score("", a, p.gold).correct for a, p in zip(answers, problems, strict=True)]
+        right = [
+            scorers.score("", a, p.gold).correct for a, p in zip(answers, problems, strict=True)
+        ]
         result[name] = sum(right) / count
     model.train()
     return result

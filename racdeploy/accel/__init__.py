@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from racdeploy.accel import _kept, _llamacpp, onnxruntime
-from racdeploy.accel._build import cache_folder
-from racdeploy.accel._kept import kept_files
-from racdeploy.accel._llamacpp import Plugin
-from racdeploy.accel._trial import Verdict, prove, read_verdict
+from racdeploy.accel import kept_weights, llamacpp, onnxruntime
+from racdeploy.accel.build import cache_folder
+from racdeploy.accel.kept_weights import kept_files
+from racdeploy.accel.llamacpp import Plugin
+from racdeploy.accel.trial import Verdict, prove, read_verdict
 from racdeploy.errors import ArtifactError, EngineError
 
 __all__ = [
@@ -83,10 +83,13 @@ def build() -> tuple[Path, Verdict]:
         EnvironmentFailure: there is no compiler, or it failed.
         EngineError: the installed llama.cpp is not one that the kernels were made for.
     """
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     if isinstance(ggml, str):
-        raise EngineError(ggml, remedy='pip install "racdeploy[llamacpp]"; everything runs without the kernels, too')
-    library = _llamacpp.library(ggml).build()
+        raise EngineError(
+            ggml,
+            remedy='pip install "racdeploy[llamacpp]"; everything runs without the kernels, too',
+        )
+    library = llamacpp.library(ggml).build()
     return library, prove(library)
 
 
@@ -114,7 +117,7 @@ def build_installed() -> dict[str, Built]:
     """
     built: dict[str, Built] = {}
     if importlib.util.find_spec("llama_cpp") is not None:
-        ggml = _llamacpp.installed()
+        ggml = llamacpp.installed()
         if isinstance(ggml, str):
             built["llama.cpp"] = Built(None, ggml)
         else:
@@ -133,10 +136,10 @@ def build_installed() -> dict[str, Built]:
 
 def readiness() -> tuple[Path, Verdict] | str:
     """Return the library that :func:`enable` would load and its verdict, or why it would not."""
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     if isinstance(ggml, str):
         return ggml
-    library = _llamacpp.library(ggml).find()
+    library = llamacpp.library(ggml).find()
     if library is None:
         return "the sparse kernels are not built: racdeploy accel build"
     verdict = read_verdict(library)
@@ -150,7 +153,11 @@ def kernels(mode: Mode) -> str:
     if mode == "off":
         return STOCK
     found = (readiness(), onnxruntime.readiness())
-    used = [f"sparse {ready[1].instruction_set} ({ready[0].stem})" for ready in found if not isinstance(ready, str)]
+    used = [
+        f"sparse {ready[1].instruction_set} ({ready[0].stem})"
+        for ready in found
+        if not isinstance(ready, str)
+    ]
     return ", ".join(used) or STOCK
 
 
@@ -172,7 +179,11 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
         EngineError: the kernels are required, and not ready or of no use to this file.
         ArtifactError: the file is not a GGUF file, or damaged.
     """
-    status = Status("sparse ones are switched off") if mode == "off" else _enabled(Path(path), threads, keep)
+    status = (
+        Status("sparse ones are switched off")
+        if mode == "off"
+        else _enabled(Path(path), threads, keep)
+    )
     if mode == "require" and status.reason:
         raise EngineError(
             f"the sparse kernels are required for {path}, and cannot be used: {status.reason}",
@@ -183,7 +194,7 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
 
 def forget(path: str | Path) -> None:
     """Delete what is kept of a GGUF file: its packed weights and the counts of its zeros."""
-    for file in (_kept.file_of(Path(path)), _zeros_file(Path(path))):
+    for file in (kept_weights.file_of(Path(path)), _zeros_file(Path(path))):
         file.unlink(missing_ok=True)
 
 
@@ -197,33 +208,44 @@ def _enabled(path: Path, threads: int, keep: bool) -> Status:
     threads = threads or len(os.sched_getaffinity(0))
     plugin = _plugin(library)
     if plugin.instruction_set != verdict.instruction_set:
-        return Status(f"the kernels were tried on another processor ({verdict.instruction_set}): racdeploy accel build")
+        return Status(
+            f"the kernels were tried on another processor ({verdict.instruction_set}): racdeploy accel build"
+        )
     faster_from = verdict.faster_from
     zeros = _zeros(plugin, path, threads)
     names = [name for name, (quant, share) in zeros.items() if share >= faster_from.get(quant, 2.0)]
     if not plugin.enable(names, threads):
-        return Status("a model was loaded in this process before; call racdeploy.accel.enable first")
+        return Status(
+            "a model was loaded in this process before; call racdeploy.accel.enable first"
+        )
     if names:
         threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     else:
         least = min(faster_from.values())
-        return Status(f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least")
-    kept = keep and _kept.wanted() and _keep(plugin, path, names)
+        return Status(
+            f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least"
+        )
+    kept = keep and kept_weights.wanted() and _keep(plugin, path, names)
     return Status("", verdict.instruction_set, tuple(names), kept)
 
 
 def _keep(plugin: Plugin, path: Path, names: list[str]) -> bool:
     """Use the model's kept file, after writing it where there is none that fits."""
-    return _kept.use(plugin, path, names) or (_kept.write(plugin, path, names) and _kept.use(plugin, path, names))
+    return kept_weights.use(plugin, path, names) or (
+        kept_weights.write(plugin, path, names) and kept_weights.use(plugin, path, names)
+    )
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
     """Return the zeros of each matrix, counted once for each state of a file: they decide speed, never answers."""
     file = _zeros_file(path)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        return {name: (quant, float(share)) for name, (quant, share) in json.loads(file.read_text()).items()}
-    from racdeploy.artifacts import write_atomic  # these bring pydantic: 15 MB that a process keeps
-    from racdeploy.racgguf.header import read_header
+        return {
+            name: (quant, float(share))
+            for name, (quant, share) in json.loads(file.read_text()).items()
+        }
+    from racdeploy.storage.files import write_atomic
+    from racdeploy.storage.gguf_header import read_header
 
     zeros = plugin.zeros(path, read_header(path), threads)
     with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
@@ -233,7 +255,7 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
 
 
 def _zeros_file(path: Path) -> Path:
-    known = json.dumps(_kept.model_state(path))
+    known = json.dumps(kept_weights.model_state(path))
     return cache_folder() / "zeros" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
 
 
@@ -241,7 +263,10 @@ def _read_ahead(path: Path) -> None:
     """Have the system read a file while its weights are packed: llama.cpp reads one, packs it, then reads the next."""
     step_bytes = 16 << 20
     size_bytes = path.stat().st_size
-    if not hasattr(os, "posix_fadvise") or size_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+    if (
+        not hasattr(os, "posix_fadvise")
+        or size_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    ):
         return  # of a file that large, what comes first would be gone when its turn comes
     with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
         for start in range(0, size_bytes, step_bytes):

@@ -17,18 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from racdeploy.accel._build import KERNELS, Library
-from racdeploy.accel._llamacpp import QUANTS
-from racdeploy.accel._onnx_bytes import read_properties
+from racdeploy.accel.build import KERNELS, Library
+from racdeploy.accel.llamacpp import QUANTS
+from racdeploy.accel.onnx_bytes import read_properties
 from racdeploy.errors import ArtifactError, EngineError
-
-__all__ = ["ACCEL_KEY", "LIBRARY", "Graph", "Packed", "Proof", "accel_name", "build", "choose", "readiness", "slower"]
 
 ACCEL_KEY = "racdeploy.accel"
 LIBRARY = Library("onnxruntime", (*KERNELS, "c_api.cpp", "onnxruntime_op.cpp"))
 LEAST_SPEEDUP = 1.05
 _NAMES = {number: name for name, number in QUANTS.items()}
-_PROOF_MODULE = "racdeploy.accel._onnxruntime_proof"
+_PROOF_MODULE = "racdeploy.accel.onnxruntime_proof"
 _PROOF_S = 300.0
 
 
@@ -94,7 +92,7 @@ def build() -> tuple[Path, Proof]:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise EngineError("onnxruntime is not installed", remedy='pip install "racdeploy[ort]"')
-    from racdeploy.artifacts import disk_errors, write_atomic  # not where a proof is only read: see accel._zeros
+    from racdeploy.storage.files import disk_errors, write_atomic
 
     library = LIBRARY.build()
     proof = _run_proof(library)
@@ -128,7 +126,9 @@ def choose(model: Path, mode: str) -> Graph:
         EngineError: the operator is required, and not ready or of no use to this model.
         ArtifactError: the second graph is damaged.
     """
-    chosen = Graph(model, reason="sparse ones are switched off") if mode == "off" else _chosen(model)
+    chosen = (
+        Graph(model, reason="sparse ones are switched off") if mode == "off" else _chosen(model)
+    )
     if mode == "require" and chosen.reason:
         raise EngineError(
             f"sparse kernels are required for {model}, and cannot be used: {chosen.reason}",
@@ -148,7 +148,9 @@ def _chosen(model: Path) -> Graph:
     packed = _packed(accel)
     if reason := slower(proof, packed):
         return Graph(model, reason=reason)
-    return Graph(accel, library, "", proof.instruction_set, sum(entry["weights"] for entry in packed))
+    return Graph(
+        accel, library, "", proof.instruction_set, sum(entry["weights"] for entry in packed)
+    )
 
 
 def _record(library: Path) -> Path:
@@ -159,7 +161,9 @@ def _run_proof(library: Path) -> Proof:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-P", "-m", _PROOF_MODULE, str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_PROOF_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=_PROOF_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return Proof(f"its self-test did not end in {_PROOF_S:.0f} s")
     if done.returncode:
@@ -194,9 +198,22 @@ def _packed(accel: Path) -> list[Packed]:
     try:
         found: list[dict[str, Any]] = json.loads(read_properties(accel).get(ACCEL_KEY, "[]"))
         return [
-            Packed(quant=int(entry["quant"]), weights=int(entry["weights"]), zeros=float(entry["zeros"]))
+            Packed(
+                quant=int(entry["quant"]),
+                weights=int(entry["weights"]),
+                zeros=float(entry["zeros"]),
+            )
             for entry in found
             if int(entry["weights"]) > 0
         ]
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{accel} does not say what is packed in it: {error}", remedy="export it again") from error
+    except (
+        json.JSONDecodeError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise ArtifactError(
+            f"{accel} does not say what is packed in it: {error}", remedy="export it again"
+        ) from error

@@ -13,12 +13,22 @@ from typing import Any, Protocol, cast
 
 from racdeploy import packing as packings
 from racdeploy import plugins, recipe
-from racdeploy.artifacts import ArtifactEntry, Manifest, disk_errors
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UsageError
-from racdeploy.families import Family
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
+from racdeploy.storage.files import disk_errors
 
-__all__ = ["ExportResult", "ExportedTensor", "Format", "Progress", "check", "format_of", "load", "write"]
+__all__ = [
+    "ExportResult",
+    "ExportedTensor",
+    "Format",
+    "Progress",
+    "check",
+    "format_of",
+    "load",
+    "write",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""
@@ -80,12 +90,17 @@ class ExportResult:
 
     def to_json(self, folder: Path) -> dict[str, Any]:
         """Return JSON values, the path as seen from a folder above it."""
-        return {**asdict(replace(self, path=Path())), "path": self.path.relative_to(folder).as_posix()}
+        return {
+            **asdict(replace(self, path=Path())),
+            "path": self.path.relative_to(folder).as_posix(),
+        }
 
     @classmethod
     def from_json(cls, folder: Path, values: Mapping[str, Any]) -> ExportResult:
         """Read back what :meth:`to_json` returned for that folder."""
-        tensors = tuple(ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"])
+        tensors = tuple(
+            ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]
+        )
         path = folder / values["path"]
         return cls(
             path,
@@ -134,7 +149,9 @@ class Format(Protocol):
 
     def unpack(self, packed: Path, out: Path | None) -> Path: ...
 
-    def companions(self, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> Mapping[str, str]: ...
+    def companions(
+        self, manifest: Manifest, checkpoint: Checkpoint, folder: Path
+    ) -> Mapping[str, str]: ...
 
     def usage(self, entry: ArtifactEntry) -> list[str]: ...
 
@@ -164,8 +181,12 @@ def check(settings: recipe.Export) -> None:
     packings.check(settings.format, settings.quant, settings.packing)
     taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}
     for name in sorted(settings.model_fields_set - taken):
-        if getattr(settings, name) != type(settings).model_fields[name].get_default(call_default_factory=True):
-            raise UsageError(f"format {settings.format!r} has no use for export.{name}", remedy="remove it")
+        if getattr(settings, name) != type(settings).model_fields[name].get_default(
+            call_default_factory=True
+        ):
+            raise UsageError(
+                f"format {settings.format!r} has no use for export.{name}", remedy="remove it"
+            )
 
 
 def write(

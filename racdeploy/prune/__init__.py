@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy.report_model import BlockRow, LinearRow
+from racdeploy.report.model import BlockRow, LinearRow
 
 __all__ = ["PrunedModel"]
 
@@ -38,4 +38,6 @@ class PrunedModel:
         if not self.undone:
             return self.linears
         changed = {"sparsity_asked": asked, "reason": self.undone}
-        return tuple(row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears)
+        return tuple(
+            row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears
+        )

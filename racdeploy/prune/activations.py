@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from racdeploy.artifacts import disk_errors
-
-__all__ = ["WINDOW_BYTES", "Activations"]
+from racdeploy.storage.files import disk_errors
 
 WINDOW_BYTES = 64 << 20
 
@@ -28,7 +26,9 @@ class Activations:
         window_bytes: memory for the tensors that stay.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES
+    ) -> None:
         self._shapes, self._file = list(shapes), file
         self._kept: dict[int, torch.Tensor] = {}
         self._offsets: dict[int, int] = {}

@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from racdeploy.artifacts import IMPORTANCE_FILE, atomic_folder
-from racdeploy.checkpoint import TOKENIZER_FILES, Checkpoint, TensorEntry, read_tensor_entries
-
-__all__ = ["assemble"]
+from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
+from racdeploy.models.tokenizer_files import TOKENIZER_FILES
+from racdeploy.storage.files import atomic_folder
+from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
 
 _COPY_BYTES = 1 << 24
 
@@ -37,7 +37,8 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
         _write(entries, scratch / "model.safetensors")
         if importance := sorted(blocks.glob("importance-*.safetensors")):
             _write(
-                {k: v for file in importance for k, v in read_tensor_entries(file).items()}, scratch / IMPORTANCE_FILE
+                {k: v for file in importance for k, v in read_tensor_entries(file).items()},
+                scratch / IMPORTANCE_FILE,
             )
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
@@ -49,7 +50,11 @@ def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
     header, offset = {}, 0
     for name, entry in entries.items():
         stop = offset + entry.stop - entry.start
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, stop]}
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from racdeploy.artifacts import Trace
 from racdeploy.prune.statistics import PAD
-
-__all__ = ["Batch", "make_batches"]
+from racdeploy.traces.trace import Trace
 
 TOKENS_PER_BATCH = 4096
 

@@ -13,12 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from racdeploy.backends._torch_model import check_names, embedding_scale, fill_parameter, skeleton
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.engines.transformers.torch_model import (
+    check_names,
+    embedding_scale,
+    fill_parameter,
+    skeleton,
+)
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
-
-__all__ = ["Blocks", "put"]
 
 _ATTENTION = "self_attn"
 
@@ -56,14 +59,19 @@ class Blocks:
     def widths(self) -> list[int]:
         """Return the number of inputs of each group of linears."""
         entries, prefix = self.checkpoint.entries, self.prefix(0)
-        return [entries[f"{prefix}.{group[0]}.weight"].shape[1] for group in self.checkpoint.family.input_groups]
+        return [
+            entries[f"{prefix}.{group[0]}.weight"].shape[1]
+            for group in self.checkpoint.family.input_groups
+        ]
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Yield what enters the first block, (B, T, D); only the rows of tokens that occur are read."""
         if not batches:
             return
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
-        rows_ND = torch.from_numpy(self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy()))
+        rows_ND = torch.from_numpy(
+            self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy())
+        )
         rows_ND *= embedding_scale(self.checkpoint)
         for batch in batches:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
@@ -89,7 +97,10 @@ class Blocks:
         return tensor.to(self.device)
 
     def forward(
-        self, block: nn.Module, hidden_BTD: torch.Tensor, known: Mapping[int, torch.Tensor] | None = None
+        self,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        known: Mapping[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
@@ -138,7 +149,9 @@ class Blocks:
             (name,) = self.checkpoint.family.input_groups[group]
             owner = block.get_submodule(name.rpartition(".")[0])
             changed.append(owner)
-            owner.forward = partial(_last, block.get_submodule(name), self.place(input_BTI), _ATTENTION in name)
+            owner.forward = partial(
+                _last, block.get_submodule(name), self.place(input_BTI), _ATTENTION in name
+            )
         try:
             yield
         finally:

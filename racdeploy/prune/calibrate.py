@@ -22,11 +22,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from racdeploy import plugins
-from racdeploy.artifacts import STREAMS, Trace, write_atomic
-from racdeploy.backends._heap import keep_heap
-from racdeploy.backends._torch_model import TORCH_DTYPES
-from racdeploy.checkpoint import Checkpoint, check_covered, read_json
+from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import check_covered
 from racdeploy.prune.allocations import Observation
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks, put
@@ -43,9 +42,10 @@ from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import survey
 from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, StreamWeights
-from racdeploy.report_model import BlockRow, LinearRow
-
-__all__ = ["prune_blocks"]
+from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.heap import keep_heap
+from racdeploy.traces.trace import STREAMS, Trace
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,7 +85,9 @@ def prune_blocks(
         UsageError: no calibration tokens, a pattern that does not divide a linear, or a matrix that nobody prunes.
     """
     if not calibration:
-        raise UsageError("no calibration traces are left after selection", remedy="collect more traces")
+        raise UsageError(
+            "no calibration traces are left after selection", remedy="collect more traces"
+        )
     check_covered(checkpoint, settings.dense)
     keep_heap()
     torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
@@ -93,7 +95,17 @@ def prune_blocks(
     fitted = make_batches(calibration, tasks, held_out=False)
     batches = fitted + make_batches(held_out, tasks, held_out=True)
     mine = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
-    walk = _Walk(checkpoint, settings, weights or StreamWeights(), quant, within, folder, tasks, mine, processes)
+    walk = _Walk(
+        checkpoint,
+        settings,
+        weights or StreamWeights(),
+        quant,
+        within,
+        folder,
+        tasks,
+        mine,
+        processes,
+    )
     linears: list[LinearRow] = []
     blocks: list[BlockRow] = []
     try:
@@ -126,8 +138,12 @@ class _Walk:
     processes: Processes
 
     def __post_init__(self) -> None:
-        self.blocks = Blocks(self.checkpoint, self.settings.compute, choose_device(self.settings.device))
-        self.weights_S = self.blocks.place(torch.tensor([getattr(self.weights, stream) for stream in STREAMS]))
+        self.blocks = Blocks(
+            self.checkpoint, self.settings.compute, choose_device(self.settings.device)
+        )
+        self.weights_S = self.blocks.place(
+            torch.tensor([getattr(self.weights, stream) for stream in STREAMS])
+        )
         self.method = plugins.load("methods", self.settings.method)
         self.first = self.processes.rank == 0
         self.sparse = Flow(self.blocks, self.batches, self.folder, "sparse")
@@ -142,9 +158,15 @@ class _Walk:
         """Decide the sparsity of every pruned linear, from all calibration batches, or read what was decided."""
         checkpoint, settings, file = self.checkpoint, self.settings, self.folder / "allocation.json"
         linears = [
-            f"{self.blocks.prefix(i)}.{n}" for i in range(checkpoint.block_count) for n in checkpoint.family.linears
+            f"{self.blocks.prefix(i)}.{n}"
+            for i in range(checkpoint.block_count)
+            for n in checkpoint.family.linears
         ]
-        sizes = {n: math.prod(checkpoint.entries[f"{n}.weight"].shape) for n in linears if not self._stays_dense(n)}
+        sizes = {
+            n: math.prod(checkpoint.entries[f"{n}.weight"].shape)
+            for n in linears
+            if not self._stays_dense(n)
+        }
         if not self.processes.tell(file.is_file()):
             plugin = plugins.load("allocations", settings.allocation)
             observations: dict[str, Observation] = {}
@@ -157,15 +179,21 @@ class _Walk:
                     sizes,
                     self.weights_S,
                     settings.damping,
-                    lambda weight_OI, hessian, effect: plugin.observe(weight_OI, hessian, effect, settings),
+                    lambda weight_OI, hessian, effect: plugin.observe(
+                        weight_OI, hessian, effect, settings
+                    ),
                     self.folder,
                     self.processes,
                     progress,
                 )
             shares = plugin.allocate(observations, sizes, settings.sparsity)
             if self.first:
-                write_atomic(file, json.dumps({"shares": shares, "observations": observations}, indent=1))
-        self.shares: dict[str, float] = self.processes.tell(read_json(file)["shares"] if self.first else {})
+                write_atomic(
+                    file, json.dumps({"shares": shares, "observations": observations}, indent=1)
+                )
+        self.shares: dict[str, float] = self.processes.tell(
+            read_json(file)["shares"] if self.first else {}
+        )
 
     def embed(self) -> None:
         """Fill the hidden states with the token embeddings."""
@@ -192,16 +220,24 @@ class _Walk:
         else:
             pruned = self._prune(prefix, dense, sparse)
             if self.first:
-                stored = {f"{prefix}.{name}.weight": row.stored_OI.cpu() for name, row in pruned.items()}
+                stored = {
+                    f"{prefix}.{name}.weight": row.stored_OI.cpu() for name, row in pruned.items()
+                }
                 write_atomic(weights, save(stored))
                 if not self.quant:  # codes that are chosen already are written as they are
-                    write_atomic(self.folder / f"importance-{index:05d}.safetensors", save(importance(prefix, pruned)))
+                    write_atomic(
+                        self.folder / f"importance-{index:05d}.safetensors",
+                        save(importance(prefix, pruned)),
+                    )
             drift = self._advance(dense, sparse, pruned)
             for error in (drift, *(linear.error for linear in pruned.values())):
                 error.share(self.processes)
             linears = self._linear_rows(prefix, pruned)
             block = BlockRow(
-                block=index, drift=drift.total, drift_by_stream=drift.by_stream, drift_by_task=drift.by_task
+                block=index,
+                drift=drift.total,
+                drift_by_stream=drift.by_stream,
+                drift_by_task=drift.by_task,
             )
             values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
             if self.first:
@@ -214,7 +250,11 @@ class _Walk:
         found = load_file(weights) if self.first else {}
         for name in self.processes.tell(list(found)):
             parameter = name.removeprefix(f"{prefix}.")
-            value = found[name].float() if self.first else torch.empty(sparse.get_parameter(parameter).shape)
+            value = (
+                found[name].float()
+                if self.first
+                else torch.empty(sparse.get_parameter(parameter).shape)
+            )
             self.processes.spread(value, 0)
             put(sparse, parameter, self.blocks.place(value))
 
@@ -231,7 +271,10 @@ class _Walk:
     ) -> dict[str, PrunedLinear]:
         """Prune linears of a group, which share an input: each in the process that owns it, then everywhere."""
         full = [dense.get_parameter(f"{name}.weight") for name in names]
-        patterns = [self._pattern(f"{prefix}.{name}", w_OI.shape) for name, w_OI in zip(names, full, strict=True)]
+        patterns = [
+            self._pattern(f"{prefix}.{name}", w_OI.shape)
+            for name, w_OI in zip(names, full, strict=True)
+        ]
         owners = self.processes.owners([weight_OI.numel() for weight_OI in full])
         statistic = self._gather(dense, sparse, group, full)
         statistic.share(self.processes, owners)
@@ -240,7 +283,9 @@ class _Walk:
         solved = self._solve(own, full, patterns, statistic) if own else {}
         pruned = {}
         for index, (name, owner) in enumerate(zip(names, owners, strict=True)):
-            stored = "F32" if self.quant else self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype
+            stored = (
+                "F32" if self.quant else self.checkpoint.entries[f"{prefix}.{name}.weight"].dtype
+            )
             dtype = TORCH_DTYPES[stored]  # codes times a scale need more digits than bfloat16 has
             weight_OI, target_OI, damping = solved.get(index, (full[index], full[index], 0.0))
             stored_OI, error = weight_OI.to(dtype).contiguous(), RelativeError(self.tasks)
@@ -250,12 +295,21 @@ class _Walk:
         return pruned
 
     def _solve(
-        self, own: Sequence[int], full: Sequence[torch.Tensor], patterns: Sequence[Pattern], statistic: InputStatistic
+        self,
+        own: Sequence[int],
+        full: Sequence[torch.Tensor],
+        patterns: Sequence[Pattern],
+        statistic: InputStatistic,
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor, float]]:
         """Return, for linears of a group by index, the pruned weights, what they were solved for, and the damping."""
         hessian = statistic.hessian(self.settings.damping)
-        targets = statistic.targets(own, hessian) if self.settings.match_dense else dict(enumerate(full))
-        return {i: (self._prune_linear(targets[i], hessian, patterns[i]), targets[i], hessian.damping) for i in own}
+        targets = (
+            statistic.targets(own, hessian) if self.settings.match_dense else dict(enumerate(full))
+        )
+        return {
+            i: (self._prune_linear(targets[i], hessian, patterns[i]), targets[i], hessian.damping)
+            for i in own
+        }
 
     def _stays_dense(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.settings.dense)
@@ -263,7 +317,9 @@ class _Walk:
     def _needs_dense(self, batch: Batch) -> bool:
         return self.settings.match_dense or batch.held_out
 
-    def _gather(self, dense: nn.Module, sparse: nn.Module, group: int, full: Sequence[torch.Tensor]) -> InputStatistic:
+    def _gather(
+        self, dense: nn.Module, sparse: nn.Module, group: int, full: Sequence[torch.Tensor]
+    ) -> InputStatistic:
         """Return the statistic of a group's input, over this process's calibration batches."""
         match_dense = self.settings.match_dense
         statistic = InputStatistic(full[0].shape[1], self.weights_S, full if match_dense else ())
@@ -275,12 +331,16 @@ class _Walk:
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
         return statistic
 
-    def _prune_linear(self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern) -> torch.Tensor:
+    def _prune_linear(
+        self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
+    ) -> torch.Tensor:
         live_OI = target_OI * ~hessian.dead_I
         pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
         if not self.quant:
             return pruned.weight_OI
-        return round_to_grid(pruned.weight_OI, pruned.keep_OI, live_OI, hessian, as_grid(self.quant))
+        return round_to_grid(
+            pruned.weight_OI, pruned.keep_OI, live_OI, hessian, as_grid(self.quant)
+        )
 
     def _pattern(self, name: str, shape: torch.Size) -> Pattern:
         """Return the zeros that a linear shall have: at least where the earlier walk left them."""
@@ -296,7 +356,9 @@ class _Walk:
         self.processes.spread(gone_OI, 0)
         return Within(pattern, self.blocks.place(gone_OI))
 
-    def _advance(self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]) -> RelativeError:
+    def _advance(
+        self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]
+    ) -> RelativeError:
         """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""
         drift = RelativeError(self.tasks)
         for index, batch in enumerate(self.batches):

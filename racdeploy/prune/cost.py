@@ -21,9 +21,7 @@ from typing import TypeVar
 import torch
 
 from racdeploy import plugins
-from racdeploy.artifacts import write_atomic
-from racdeploy.backends._heap import keep_heap
-from racdeploy.checkpoint import Checkpoint, read_json
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import WINDOW_BYTES
 from racdeploy.prune.batches import TOKENS_PER_BATCH
 from racdeploy.prune.blocks import Blocks
@@ -35,8 +33,8 @@ from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.quant import Grid, as_grid
 from racdeploy.recipe import Pruning
-
-__all__ = ["Cost", "cost_note", "measured_cost", "predict", "trace_bytes"]
+from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.heap import keep_heap
 
 T = TypeVar("T")
 _SAMPLE_FLOP, _SAMPLE_INPUTS, _SAMPLE_OUTPUTS = 2e10, 1024, 512
@@ -76,7 +74,9 @@ def predict(
     with torch.inference_mode():
         grid = as_grid(quant) if quant else None
         model = _Model(checkpoint, settings, sum(calibration_lengths), sum(held_out_lengths), grid)
-        return Cost(model.seconds(max([*calibration_lengths, *held_out_lengths])), model.peak_bytes())
+        return Cost(
+            model.seconds(max([*calibration_lengths, *held_out_lengths])), model.peak_bytes()
+        )
 
 
 def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: int) -> int:
@@ -95,9 +95,13 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     weights = 4 * sum(math.prod(entry.shape) for entry in entries.values())
     row = 4 * 2 * checkpoint.key_value_heads * checkpoint.head_size
     cache = row * (checkpoint.block_count + 1) * sequences * longest
-    inner = max(entries[f"{prefix}.{linear}.weight"].shape[1] for linear in checkpoint.family.linears)
+    inner = max(
+        entries[f"{prefix}.{linear}.weight"].shape[1] for linear in checkpoint.family.linears
+    )
     width = checkpoint.integer("hidden_size")
-    passing = 4 * sequences * (prompt * (6 * width + 4 * inner) + 2 * checkpoint.integer("vocab_size"))
+    passing = (
+        4 * sequences * (prompt * (6 * width + 4 * inner) + 2 * checkpoint.integer("vocab_size"))
+    )
     return _resident() + weights + cache + passing
 
 
@@ -129,15 +133,29 @@ class _Model:
         blocks = Blocks(self.checkpoint, self.settings.compute, self.device)
         load_s, block = _timed(lambda: blocks.load(0))
         width = self.groups[0][0][1]
-        tokens = int(min(max(_SAMPLE_FLOP / (2 * self.weights), 128), TOKENS_PER_BATCH, self.calibration_tokens))
+        tokens = int(
+            min(
+                max(_SAMPLE_FLOP / (2 * self.weights), 128),
+                TOKENS_PER_BATCH,
+                self.calibration_tokens,
+            )
+        )
         length = min(longest, tokens)
         hidden_BTD = self._random(max(tokens // length, 1), length, width)
         forward_s, _ = _timed(lambda: blocks.forward(block, hidden_BTD), warm=True)
         forward_s /= hidden_BTD.shape[0] * length
         block.to("meta")
         held_out_passes = 3.0  # sparse, dense, and each linear against its target
-        passed = self.streams * self._passes() * self.calibration_tokens + held_out_passes * self.held_out_tokens
-        seconds = load_s + forward_s * passed + self._gathering(self.streams == 2) + self._solving(self._solve)
+        passed = (
+            self.streams * self._passes() * self.calibration_tokens
+            + held_out_passes * self.held_out_tokens
+        )
+        seconds = (
+            load_s
+            + forward_s * passed
+            + self._gathering(self.streams == 2)
+            + self._solving(self._solve)
+        )
         if self.allocation.SURVEYS:
             seconds += load_s + self._surveying(forward_s, longest)
         return self.checkpoint.block_count * seconds
@@ -156,7 +174,9 @@ class _Model:
             effects = sum(len(group) for group in self.groups)
             return 1.0
 
-        solve_s = self._solving(lambda w_OI, hessian: self.allocation.observe(w_OI, hessian, effect, self.settings))
+        solve_s = self._solving(
+            lambda w_OI, hessian: self.allocation.observe(w_OI, hessian, effect, self.settings)
+        )
         probe_tokens = min(max(TOKENS_PER_BATCH, longest), self.calibration_tokens)
         passed = self._passes() * self.calibration_tokens + (1 + effects) * probe_tokens
         return forward_s * passed + self._gathering(drifts=False) + solve_s
@@ -195,16 +215,24 @@ class _Model:
         for group in self.groups:
             for index, (O, I) in enumerate(group):
                 o, i = min(O, _SAMPLE_OUTPUTS), min(I, _SAMPLE_INPUTS)
-                whole = math.lcm(settings.kept_of[1] if settings.kept_of else 1, self.grid.BLOCK if self.grid else 1)
+                whole = math.lcm(
+                    settings.kept_of[1] if settings.kept_of else 1,
+                    self.grid.BLOCK if self.grid else 1,
+                )
                 i = max(i - i % whole, whole)
                 if (o, i) not in seen:
                     x_NI, weight_OI = self._random(2 * i, i), self._random(o, i)
                     hessian = Hessian(x_NI.T @ x_NI, settings.damping)
                     piece = partial(solve, weight_OI, hessian)
-                    first_s, again_s = _timed(piece)[0], _timed(piece)[0]  # the first one also factors the Hessian
+                    first_s, again_s = (
+                        _timed(piece)[0],
+                        _timed(piece)[0],
+                    )  # the first one also factors the Hessian
                     seen[o, i] = max(first_s - again_s, 0.0), again_s
                 factor_s, solve_s = seen[o, i]
-                seconds += solve_s * (O / o) * (I / i) ** 2 + (factor_s * (I / i) ** 3 if index == 0 else 0.0)
+                seconds += solve_s * (O / o) * (I / i) ** 2 + (
+                    factor_s * (I / i) ** 3 if index == 0 else 0.0
+                )
         return seconds
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -234,7 +262,9 @@ class _Model:
             drift = 0 if self.streams == 1 else min(I, rows) if 2 * rows <= I else I
             gather = round(8 * 0.56 * I * I) + 8 * drift * I + passing
             factor = 4 * 2 * I * I + 4 * drift * I
-            solve = 4 * 2 * I * I + 4 * I * (2 * rows + (10 if self.grid else 8) * max(O for O, _ in group))
+            solve = 4 * 2 * I * I + 4 * I * (
+                2 * rows + (10 if self.grid else 8) * max(O for O, _ in group)
+            )
             effect = 4 * 2 * I * I + passing if self.allocation.SURVEYS else 0
             worst = max(worst, gather, factor, solve, effect)
         return _resident() + 2 * 4 * self.weights + window + worst
@@ -255,7 +285,9 @@ def measured_cost(folder: Path, predicted: Cost, processes: int) -> Iterator[Non
     elif (folder / _FILE).is_file():  # the walk had ended when it was interrupted
         return
     values = {"predicted": asdict(predicted), "measured": asdict(found) if fresh else None}
-    write_atomic(folder / _FILE, json.dumps(values | {"processes": processes, "gpu": _on_gpu()}, indent=1))
+    write_atomic(
+        folder / _FILE, json.dumps(values | {"processes": processes, "gpu": _on_gpu()}, indent=1)
+    )
 
 
 def cost_note(folder: Path) -> str:
@@ -266,13 +298,13 @@ def cost_note(folder: Path) -> str:
     if not values["measured"]:
         return f"pruning was resumed, so not measured; {Cost(**values['predicted']).seconds:.0f} s were predicted"
     predicted, found = Cost(**values["predicted"]), Cost(**values["measured"])
-    several = f" for one of its {values['processes']} processes alone" if values["processes"] > 1 else ""
+    several = (
+        f" for one of its {values['processes']} processes alone" if values["processes"] > 1 else ""
+    )
     where = " on a GPU" if values["gpu"] else ""
     note = f"pruning took {found.seconds:.0f} s{where}, {predicted.seconds:.0f} s were predicted{several}"
     if found.peak_bytes:
-        note += (
-            f"; its peak memory was {found.peak_bytes / 2**30:.2f} GiB, predicted {predicted.peak_bytes / 2**30:.2f}"
-        )
+        note += f"; its peak memory was {found.peak_bytes / 2**30:.2f} GiB, predicted {predicted.peak_bytes / 2**30:.2f}"
     return note
 
 

@@ -12,8 +12,6 @@ import torch
 
 from racdeploy.errors import EnvironmentFailure
 
-__all__ = ["CPU", "choose_device"]
-
 CPU = torch.device("cpu")
 
 
@@ -31,7 +29,9 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cpu":
         return CPU
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        )
     if asked == "auto":
         return CPU
     raise EnvironmentFailure(

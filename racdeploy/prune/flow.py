@@ -17,8 +17,6 @@ from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 
-__all__ = ["KEPT_BYTES", "Flow", "is_kept"]
-
 KEPT_BYTES = 2 << 30
 
 
@@ -39,7 +37,12 @@ class Flow:
     """
 
     def __init__(
-        self, blocks: Blocks, batches: Sequence[Batch], folder: Path, name: str, kept_bytes: int = KEPT_BYTES
+        self,
+        blocks: Blocks,
+        batches: Sequence[Batch],
+        folder: Path,
+        name: str,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._blocks = blocks
         shapes = blocks.shapes(batches)
@@ -52,7 +55,11 @@ class Flow:
                 break
             kept.append((B, T))
         self._inputs = {
-            group: Activations([(B, T, width) for B, T in kept], folder / f"input-{name}-{group}.bin", window_bytes=0)
+            group: Activations(
+                [(B, T, width) for B, T in kept],
+                folder / f"input-{name}-{group}.bin",
+                window_bytes=0,
+            )
             for group, width in widths.items()
         }
         self._known: list[set[int]] = [set() for _ in kept]

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from racdeploy.artifacts import STREAMS
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import PAD
-
-__all__ = ["RelativeError"]
+from racdeploy.traces.trace import STREAMS
 
 
 class RelativeError:

@@ -8,8 +8,6 @@ import torch
 
 from racdeploy.errors import EnvironmentFailure
 
-__all__ = ["Hessian"]
-
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
 _SLAB_COLUMNS = 256  # inverted together: narrow beside the matrix, wide enough for products to run at full speed
 _CHUNK_VALUES = 1 << 20  # moved together: what is copied meanwhile stays small
@@ -53,7 +51,10 @@ class Hessian:
                 self._damp(more - self.damping)
                 self.damping = more
             factor_II = self.matrix_II.flip(0, 1)
-            by_columns_II, failed = factor_II.mT, torch.empty((), dtype=torch.int32, device=factor_II.device)
+            by_columns_II, failed = (
+                factor_II.mT,
+                torch.empty((), dtype=torch.int32, device=factor_II.device),
+            )
             # In place, so that no third matrix is made; what LAPACK writes as Lᵀ column by column is L row by row.
             torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))
             if not failed:

@@ -8,8 +8,6 @@ import torch
 
 from racdeploy.errors import UsageError
 
-__all__ = ["NOfM", "Pattern", "Unstructured", "Within", "pattern_of"]
-
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -39,7 +37,9 @@ class Unstructured:
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Return keep_OI with the same number of zeros in every row, up to one, and the exact number in all."""
         O, I = score_OI.shape
-        total_O = torch.round(torch.arange(1, O + 1, dtype=torch.float64) * (self.sparsity * I)).long()
+        total_O = torch.round(
+            torch.arange(1, O + 1, dtype=torch.float64) * (self.sparsity * I)
+        ).long()
         count_O = torch.diff(total_O, prepend=torch.zeros(1, dtype=torch.long)).to(score_OI.device)
         rank_OI = torch.argsort(torch.argsort(score_OI, dim=1, stable=True), dim=1)
         return rank_OI >= count_O[:, None]

@@ -21,14 +21,15 @@ from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure, Mis
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALONE", "Processes", "joined"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=10)
-_PATIENCE = timedelta(days=7)  # the others wait while the first one exports and verifies; a death shows at once
+_PATIENCE = timedelta(
+    days=7
+)  # the others wait while the first one exports and verifies; a death shows at once
 _REMEDY = "the first error above is the cause; run the same command again, it goes on at the first missing block"
 
 
@@ -42,7 +43,9 @@ class Processes:
         members: its process group.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, members: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, count: int = 1, group: Any = None, members: Any = None
+    ) -> None:
         self.rank, self.count = rank, count
         self._group, self._members = group, members
         self._waiting = True  # whether the others wait for a job
@@ -111,7 +114,9 @@ class Processes:
         yield
         self._waiting = True
 
-    def jobs(self, same: Callable[[str], Mapping[str, str]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def jobs(
+        self, same: Callable[[str], Mapping[str, str]]
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield name and data of the first process's jobs until it has no more; for the others.
 
         Args:
@@ -177,7 +182,9 @@ def joined() -> Iterator[Processes]:
             processes.dismiss()
         finally:
             group.destroy_process_group()
-            processes._members = members = None  # the last references: gloo ends its threads here, not as we exit
+            processes._members = members = (
+                None  # the last references: gloo ends its threads here, not as we exit
+            )
     signal.signal(signal.SIGTERM, before)
 
 
@@ -208,7 +215,9 @@ def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
     _ignore_terminate()
-    raise EnvironmentFailure("stopped by torchrun, because another process of this job ended", remedy=_REMEDY)
+    raise EnvironmentFailure(
+        "stopped by torchrun, because another process of this job ended", remedy=_REMEDY
+    )
 
 
 def _ignore_terminate() -> None:

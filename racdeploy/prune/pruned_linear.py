@@ -12,9 +12,7 @@ from torch import nn
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.processes import Processes
-from racdeploy.report_model import LinearRow
-
-__all__ = ["PrunedLinear", "importance", "measured"]
+from racdeploy.report.model import LinearRow
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,19 @@ class PrunedLinear:
         """Return the linear as its owner has it; tensors are overwritten, the target's only where they differ."""
         if processes.count == 1:
             return self
-        stored_OI, target_OI = self.stored_OI.clone(), self.target_OI.clone() if target else self.target_OI
+        stored_OI, target_OI = (
+            self.stored_OI.clone(),
+            self.target_OI.clone() if target else self.target_OI,
+        )
         processes.spread(stored_OI, owner)
         if target:
             processes.spread(target_OI, owner)
-        return replace(self, stored_OI=stored_OI, target_OI=target_OI, damping=processes.tell(self.damping, owner))
+        return replace(
+            self,
+            stored_OI=stored_OI,
+            target_OI=target_OI,
+            damping=processes.tell(self.damping, owner),
+        )
 
     def row(self, name: str, sparsity: float, quant: str) -> LinearRow:
         reached = float((self.stored_OI == 0).float().mean())
@@ -55,7 +61,9 @@ def importance(prefix: str, pruned: Mapping[str, PrunedLinear]) -> dict[str, tor
     """Return the mean squared inputs by the weight's name, and on how many tokens they rest."""
     tensors: dict[str, torch.Tensor] = {}
     for name, row in pruned.items():
-        tensors[f"{prefix}.{name}.weight"] = row.importance_I.cpu().clone()  # linears of a group share it
+        tensors[f"{prefix}.{name}.weight"] = (
+            row.importance_I.cpu().clone()
+        )  # linears of a group share it
         tensors[f"{prefix}.{name}.weight.tokens"] = torch.tensor([row.tokens], dtype=torch.float64)
     return tensors
 
@@ -64,15 +72,22 @@ def importance(prefix: str, pruned: Mapping[str, PrunedLinear]) -> dict[str, tor
 def measured(block: nn.Module, pruned: Mapping[str, PrunedLinear], batch: Batch) -> Iterator[None]:
     """While the body runs, compare each pruned linear's output with that of the weights it was solved for."""
 
-    def observer(linear: PrunedLinear) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def observe(module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor) -> None:
+    def observer(
+        linear: PrunedLinear,
+    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def observe(
+            module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor
+        ) -> None:
             bias = getattr(module, "bias", None)
             found_BTO = output_BTO if bias is None else output_BTO - bias
             linear.error.add(found_BTO.float(), inputs[0].float() @ linear.target_OI.T, batch)
 
         return observe
 
-    handles = [block.get_submodule(name).register_forward_hook(observer(linear)) for name, linear in pruned.items()]
+    handles = [
+        block.get_submodule(name).register_forward_hook(observer(linear))
+        for name, linear in pruned.items()
+    ]
     try:
         yield
     finally:

@@ -15,8 +15,6 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
-__all__ = ["descend", "prune_and_refit", "refit"]
-
 _TINY = 1e-30
 
 
@@ -40,7 +38,11 @@ def prune_and_refit(
 
 
 def refit(
-    weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, hessian: Hessian, steps: int
+    weight_OI: torch.Tensor,
+    keep_OI: torch.Tensor,
+    target_OI: torch.Tensor,
+    hessian: Hessian,
+    steps: int,
 ) -> torch.Tensor:
     """Return weights on the same mask with at most the error of ``weight_OI``.
 
@@ -52,12 +54,18 @@ def refit(
         steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
     weight_OI = weight_OI * keep_OI
-    descend(weight_OI, (target_OI - weight_OI) @ hessian.matrix_II, keep_OI, hessian.matrix_II, steps)
+    descend(
+        weight_OI, (target_OI - weight_OI) @ hessian.matrix_II, keep_OI, hessian.matrix_II, steps
+    )
     return weight_OI
 
 
 def descend(
-    weight_OI: torch.Tensor, pull_OI: torch.Tensor, free_OI: torch.Tensor, H_II: torch.Tensor, steps: int
+    weight_OI: torch.Tensor,
+    pull_OI: torch.Tensor,
+    free_OI: torch.Tensor,
+    H_II: torch.Tensor,
+    steps: int,
 ) -> None:
     """Move the free weights, in place, towards the least error; the others stay as they are.
 

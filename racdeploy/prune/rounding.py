@@ -16,17 +16,27 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.refit import descend
 from racdeploy.quant import Grid
 
-__all__ = ["find_codes", "round_to_grid"]
-
 SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %
 SCALE_SWEEPS, CODE_SWEEPS = 4, 4
 CHUNK_COLUMNS = 128
-SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)  # smaller ones clip, a larger one moves every code; 4 bits gain most
+SPANS = (
+    0.75,
+    0.8,
+    0.85,
+    0.9,
+    0.95,
+    1.0,
+    1.05,
+)  # smaller ones clip, a larger one moves every code; 4 bits gain most
 _CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of them stay near a core
 
 
 def round_to_grid(
-    weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
+    weight_OI: torch.Tensor,
+    keep_OI: torch.Tensor,
+    target_OI: torch.Tensor,
+    hessian: Hessian,
+    quant: Grid,
 ) -> torch.Tensor:
     """Return weights that ``quant`` stores exactly, zero off the mask.
 
@@ -42,7 +52,11 @@ def round_to_grid(
 
 
 def find_codes(
-    weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
+    weight_OI: torch.Tensor,
+    keep_OI: torch.Tensor,
+    target_OI: torch.Tensor,
+    hessian: Hessian,
+    quant: Grid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return code_OI, whole numbers in float32, and step_OB, scales that half precision holds.
 
@@ -76,7 +90,12 @@ class _Search:
     """
 
     def __init__(
-        self, weight_OI: torch.Tensor, keep_OI: torch.Tensor, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
+        self,
+        weight_OI: torch.Tensor,
+        keep_OI: torch.Tensor,
+        target_OI: torch.Tensor,
+        H_II: torch.Tensor,
+        quant: Grid,
     ) -> None:
         self.H_II, self.quant_block, (self.low, self.high) = H_II, quant.BLOCK, quant.CODES
         self.step_OB, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
@@ -89,7 +108,13 @@ class _Search:
     def solve_from(self, start: int) -> None:
         """Move the free weights from column ``start`` on, off the grid; the pull on those before is not kept up."""
         own = slice(start, None)
-        descend(self.weight_OI[:, own], self.pull_OI[:, own], self.free_OI[:, own], self.H_II[own, own], DESCENT_STEPS)
+        descend(
+            self.weight_OI[:, own],
+            self.pull_OI[:, own],
+            self.free_OI[:, own],
+            self.H_II[own, own],
+            DESCENT_STEPS,
+        )
 
     def pull_anew(self) -> None:
         """Compute the pull on every column."""
@@ -109,11 +134,15 @@ class _Search:
                 for values_OI in (self.weight_OI, self.pull_OI, self.free_OI)
             )
             before_CO, H_CC = weight_CO.clone(), self.H_II[chunk, chunk]
-            steps = self.step_OB[:, first // self.quant_block : chunk.stop // self.quant_block].unbind(1)
+            steps = self.step_OB[
+                :, first // self.quant_block : chunk.stop // self.quant_block
+            ].unbind(1)
             for index, step_O in enumerate(steps):
                 block = slice(index * self.quant_block, (index + 1) * self.quant_block)
                 weight_KO, H_KK = weight_CO[block], H_CC[block, block]
-                pull_KO = self._move(weight_KO, pull_CO[block].clone(), free_CO[block], H_KK, _divisor(step_O))
+                pull_KO = self._move(
+                    weight_KO, pull_CO[block].clone(), free_CO[block], H_KK, _divisor(step_O)
+                )
                 if scales:
                     _fit_scales(weight_KO, pull_KO, H_KK, step_O)
                 pull_CO.addmm_(H_CC[:, block], weight_KO - before_CO[block], alpha=-1)
@@ -125,7 +154,9 @@ class _Search:
 
     def codes(self) -> torch.Tensor:
         """Return code_OI."""
-        return (self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.quant_block, dim=1)).round_()
+        return (
+            self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.quant_block, dim=1)
+        ).round_()
 
     def _move(
         self,
@@ -146,14 +177,20 @@ class _Search:
         return pull_KO
 
 
-def _fit_scales(weight_KO: torch.Tensor, pull_KO: torch.Tensor, H_KK: torch.Tensor, step_O: torch.Tensor) -> None:
+def _fit_scales(
+    weight_KO: torch.Tensor, pull_KO: torch.Tensor, H_KK: torch.Tensor, step_O: torch.Tensor
+) -> None:
     """Move a block's scales, in place, to the best ones for its codes, where half precision holds a better one."""
     code_KO = (weight_KO / _divisor(step_O)).round_()
     pull_O = (code_KO * pull_KO).sum(0)
     curve_O = ((H_KK @ code_KO) * code_KO).sum(0)
     fitted_O = (step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)).half().float()
     change_O = fitted_O - step_O
-    better_O = (fitted_O * step_O > 0) & fitted_O.isfinite() & (change_O * (2 * pull_O - change_O * curve_O) > 0)
+    better_O = (
+        (fitted_O * step_O > 0)
+        & fitted_O.isfinite()
+        & (change_O * (2 * pull_O - change_O * curve_O) > 0)
+    )
     step_O += torch.where(better_O, change_O, 0)
     torch.mul(code_KO, step_O, out=weight_KO)
 
@@ -163,7 +200,9 @@ def _divisor(step: torch.Tensor) -> torch.Tensor:
     return torch.where(step == 0, 1, step)
 
 
-def _start_scales(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def _start_scales(
+    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return step_OB and pinned_OI, the code of each block's weight of largest magnitude and 0 elsewhere.
 
     Of the scales that are SPANS of what the format would choose, a block takes that of the least squared error, each
@@ -196,9 +235,13 @@ def _widest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.T
     the weight that very code: with another one the format would choose another scale next time.
     """
     O, I = weight_OI.shape
-    step_OB = torch.from_numpy(quant.steps(quant.quantize(weight_OI.cpu().numpy())).copy()).to(weight_OI.device)
+    step_OB = torch.from_numpy(quant.steps(quant.quantize(weight_OI.cpu().numpy())).copy()).to(
+        weight_OI.device
+    )
     weight_OBK = weight_OI.view(O, -1, quant.BLOCK)
     extreme_OB1 = weight_OBK.abs().argmax(2, keepdim=True)
     sign_OB1 = weight_OBK.gather(2, extreme_OB1).sign() * step_OB.sign()[:, :, None]
     pinned_OBK = torch.zeros_like(weight_OBK)
-    return step_OB, pinned_OBK.scatter_(2, extreme_OB1, sign_OB1 * max(map(abs, quant.CODES))).view(O, I)
+    return step_OB, pinned_OBK.scatter_(2, extreme_OB1, sign_OB1 * max(map(abs, quant.CODES))).view(
+        O, I
+    )

@@ -19,8 +19,6 @@ from racdeploy.errors import UsageError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 
-__all__ = ["PAD", "InputStatistic"]
-
 PAD = -1
 SLICES, LEAST_SLICE = 8, 256
 
@@ -52,12 +50,16 @@ class InputStatistic:
             for start, stop in self._slices()
         ]
         rows = sum(len(weight_OI) for weight_OI in self.match)
-        self._projected = 2 * rows <= self.width  # W D is then cheaper to gather than D, and smaller
+        self._projected = (
+            2 * rows <= self.width
+        )  # W D is then cheaper to gather than D, and smaller
         size = (rows if self._projected else self.width, self.width) if self.match else (0, 0)
         self._drift = self.weights_S.new_zeros(size, dtype=torch.float64)
         self._weight = self.weights_S.new_zeros((), dtype=torch.float64)
 
-    def add(self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor) -> None:
+    def add(
+        self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor
+    ) -> None:
         """Add a batch; positions whose stream is ``PAD`` do not count.
 
         Args:
@@ -76,7 +78,11 @@ class InputStatistic:
         if self.match:
             assert dense_BTI is not None, "the drift needs the dense input"
             delta_NI = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
-            delta_NR = torch.cat([delta_NI @ w_OI.T for w_OI in self.match], 1) if self._projected else delta_NI
+            delta_NR = (
+                torch.cat([delta_NI @ w_OI.T for w_OI in self.match], 1)
+                if self._projected
+                else delta_NI
+            )
             for start, stop in self._slices(delta_NR.shape[1]):
                 self._drift[start:stop] += delta_NR[:, start:stop].T @ x_NI
 
@@ -125,7 +131,11 @@ class InputStatistic:
         found = {}
         for index in indices:
             weight_OI = self.match[index]
-            part_OI = drift_RI[starts[index] : starts[index + 1]] if self._projected else weight_OI @ drift_RI
+            part_OI = (
+                drift_RI[starts[index] : starts[index + 1]]
+                if self._projected
+                else weight_OI @ drift_RI
+            )
             found[index] = weight_OI + hessian.solve(part_OI)
         return found
 

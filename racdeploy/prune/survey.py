@@ -17,8 +17,6 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import PAD, InputStatistic
 
-__all__ = ["survey"]
-
 Observe = Callable[[torch.Tensor, Hessian, Effect], Observation]
 
 
@@ -61,7 +59,9 @@ def survey(
             block = blocks.load(number)
             effects = _Effects(blocks, block, probe_BTD, weights_S, probe)
             for group, whole in enumerate(family.input_groups):
-                linears = [linear for linear in whole if f"{blocks.prefix(number)}.{linear}" in wanted]
+                linears = [
+                    linear for linear in whole if f"{blocks.prefix(number)}.{linear}" in wanted
+                ]
                 if not linears:
                     continue
                 dense = [block.get_parameter(f"{linear}.weight") for linear in linears]
@@ -75,7 +75,9 @@ def survey(
                     name = f"{blocks.prefix(number)}.{linear}"
                     names.append(name)
                     if hessian and owner == processes.rank:
-                        found[name] = observe(weight_OI * ~hessian.dead_I, hessian, partial(effects.of, linear))
+                        found[name] = observe(
+                            weight_OI * ~hessian.dead_I, hessian, partial(effects.of, linear)
+                        )
             for index in range(len(batches)):
                 flow.leave(block, index)
             probe_BTD = effects.output_BTD
@@ -100,7 +102,12 @@ class _Effects:
     """
 
     def __init__(
-        self, blocks: Blocks, block: nn.Module, hidden_BTD: torch.Tensor, weights_S: torch.Tensor, batch: Batch
+        self,
+        blocks: Blocks,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        weights_S: torch.Tensor,
+        batch: Batch,
     ) -> None:
         self._blocks, self._block, self._hidden_BTD = blocks, block, hidden_BTD
         self.output_BTD = blocks.forward(block, hidden_BTD)

@@ -84,7 +84,11 @@ def as_grid(name: str) -> Grid:
     if not hasattr(load(name), "CODES"):
         others = {other: load(other) for other in plugins.names("quant")}
         formats = set(load(name).FORMATS)
-        grids = [other for other, quant in others.items() if hasattr(quant, "CODES") and formats & {*quant.FORMATS}]
+        grids = [
+            other
+            for other, quant in others.items()
+            if hasattr(quant, "CODES") and formats & {*quant.FORMATS}
+        ]
         raise UsageError(
             f"the codes of quant {name!r} cannot be chosen while pruning",
             remedy=f"use one of {', '.join(grids)}, or prune.joint = false",

@@ -13,20 +13,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from racdeploy.report import _plot as plot
+from racdeploy.report import plot
+from racdeploy.report.model import ArmSummary, LinearRow, PositionRow
 from racdeploy.report.tables import readable_bytes
-from racdeploy.report_model import ArmSummary, LinearRow, PositionRow
-
-__all__ = [
-    "LengthPair",
-    "accuracy_against_length",
-    "accuracy_against_size",
-    "accuracy_against_speed",
-    "divergence_along",
-    "heat_map",
-    "length_histogram",
-    "paired_lengths",
-]
 
 _HEAT_LEFT = 100.0
 _BINS = 48
@@ -47,9 +36,13 @@ class LengthPair:
 
 def accuracy_against_length(arms: Sequence[ArmSummary]) -> Markup:
     """Draw each arm's accuracy over its mean thinking length, with an arrow from dense to pruned."""
-    places = [(arm, arm.thinking_tokens_mean) for arm in arms if arm.thinking_tokens_mean is not None]
+    places = [
+        (arm, arm.thinking_tokens_mean) for arm in arms if arm.thinking_tokens_mean is not None
+    ]
     label = "Accuracy against mean thinking tokens, by model"
-    return _accuracy_chart(places, "mean thinking tokens", label, "{:.1f} tokens".format, "{:g}".format)
+    return _accuracy_chart(
+        places, "mean thinking tokens", label, "{:.1f} tokens".format, "{:g}".format
+    )
 
 
 def accuracy_against_size(arms: Sequence[ArmSummary], front: Collection[str]) -> Markup:
@@ -63,7 +56,9 @@ def accuracy_against_speed(arms: Sequence[ArmSummary], front: Collection[str]) -
     """Draw each arm's accuracy over its decoding speed; arms that are not on the front are hollow."""
     places = [(arm, arm.tokens_per_s) for arm in arms if arm.tokens_per_s]
     label = "Accuracy against speed, by model"
-    return _accuracy_chart(places, "tokens/s decoded", label, "{:,.0f} tokens/s".format, "{:,.0f}".format, front)
+    return _accuracy_chart(
+        places, "tokens/s decoded", label, "{:,.0f} tokens/s".format, "{:,.0f}".format, front
+    )
 
 
 def paired_lengths(pairs: Sequence[LengthPair], cap: int | None) -> Markup:
@@ -146,7 +141,9 @@ def divergence_along(rows: Sequence[PositionRow]) -> Markup:
     return plot.svg(marks, "Divergence along the completion, of the export and of pruning")
 
 
-def heat_map(linears: Iterable[LinearRow], value: Callable[[LinearRow], float | None], label: str) -> Markup:
+def heat_map(
+    linears: Iterable[LinearRow], value: Callable[[LinearRow], float | None], label: str
+) -> Markup:
     """Draw one number per linear: blocks across, kinds of linear down; numbers of one cell are averaged."""
     cells: dict[tuple[str, int], list[float]] = defaultdict(list)
     for row in linears:
@@ -160,7 +157,10 @@ def heat_map(linears: Iterable[LinearRow], value: Callable[[LinearRow], float | 
     blocks = sorted({block for _, block in means})
     low, high = min(means.values()), max(means.values())
     side = min(40.0, max(7.0, (plot.WIDTH - _HEAT_LEFT - 4) / len(blocks)))
-    marks = [plot.text(_HEAT_LEFT - 8, row * 26 + 17, kind, anchor="end") for row, kind in enumerate(kinds)]
+    marks = [
+        plot.text(_HEAT_LEFT - 8, row * 26 + 17, kind, anchor="end")
+        for row, kind in enumerate(kinds)
+    ]
     for (kind, block), number in means.items():
         shade = 0.12 + 0.88 * ((number - low) / (high - low) if high > low else 0.5)
         marks.append(
@@ -187,7 +187,10 @@ def _accuracy_chart(
         return Markup("")
     values = [value for _, value in places]
     x = plot.x_scale(min(values) * 0.9, max(values) * 1.1)
-    low, high = min(arm.accuracy_lower for arm, _ in places), max(arm.accuracy_upper for arm, _ in places)
+    low, high = (
+        min(arm.accuracy_lower for arm, _ in places),
+        max(arm.accuracy_upper for arm, _ in places),
+    )
     y = plot.y_scale(max(0.0, low - 0.02), min(1.0, high + 0.02))
     marks = [plot.axes(x, y, x_label, "accuracy", _percent(y), tick_text)]
     at = {arm.name: (x(value), y(arm.accuracy)) for arm, value in places}
@@ -196,7 +199,9 @@ def _accuracy_chart(
     heights = _label_heights([at[arm.name] for arm, _ in places])
     for (arm, value), height in zip(places, heights, strict=True):
         hollow = " off" if front is not None and arm.name not in front else ""
-        marks.append(_arm_mark(arm, x(value), y, height, f"{arm.accuracy:.1%}, {value_text(value)}", hollow))
+        marks.append(
+            _arm_mark(arm, x(value), y, height, f"{arm.accuracy:.1%}, {value_text(value)}", hollow)
+        )
     return plot.svg(marks, label)
 
 
@@ -213,7 +218,9 @@ def _label_heights(places: Sequence[tuple[float, float]]) -> list[float]:
     return heights
 
 
-def _arm_mark(arm: ArmSummary, across: float, y: plot.Scale, label_height: float, found: str, hollow: str) -> str:
+def _arm_mark(
+    arm: ArmSummary, across: float, y: plot.Scale, label_height: float, found: str, hollow: str
+) -> str:
     side, anchor = (-11, "end") if across > plot.WIDTH * 0.6 else (11, "start")
     kind = arm.name if arm.name in ("dense", "pruned") else "rival"
     return (
@@ -228,7 +235,9 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     """Draw a line with a head that ends short of both circles; without a head where they leave no room for one."""
     length = math.hypot(x2 - x1, y2 - y1)
     if length < 22:
-        return f'<g class="arrow"><line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/></g>'
+        return (
+            f'<g class="arrow"><line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/></g>'
+        )
     across, down = (x2 - x1) / length, (y2 - y1) / length
     tip_x, tip_y = x2 - 7 * across, y2 - 7 * down
     base_x, base_y = tip_x - 8 * across, tip_y - 8 * down
@@ -265,7 +274,9 @@ def _decades(low: float, high: float) -> plot.Scale:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = max(1, -(-(last - first) // 6))
     whole = plot.y_scale(0, 1)
-    return plot.Scale(tuple(range(first, max(last, first + 1) + step, step)), whole.start, whole.stop)
+    return plot.Scale(
+        tuple(range(first, max(last, first + 1) + step, step)), whole.start, whole.stop
+    )
 
 
 def _power_text(exponent: float) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.artifacts import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
-from racdeploy.report_model import Record, Report
-
-__all__ = ["write_reports"]
+from racdeploy.report.model import Record, Report
+from racdeploy.storage.files import disk_errors, write_atomic
 
 
 def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> None:
@@ -25,7 +23,8 @@ def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> No
         "report.html": html.render(report, records),
         "junit.xml": junit.render(report),
         "records.jsonl": "".join(record.model_dump_json() + "\n" for record in records),
-        "report.json": report.model_dump_json(indent=1) + "\n",  # last: it says that the others are there
+        "report.json": report.model_dump_json(indent=1)
+        + "\n",  # last: it says that the others are there
     }
     for name, text in texts.items():
         write_atomic(folder / name, text)

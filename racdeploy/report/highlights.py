@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from racdeploy.report.model import ArmSummary, CheckVerdict, Comparison, Report
 from racdeploy.report.tables import points, ratio_text, readable_bytes
-from racdeploy.report_model import ArmSummary, CheckVerdict, Comparison, Report
-
-__all__ = ["Highlight", "highlights"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,16 @@ def highlights(report: Report) -> list[Highlight]:
     ]
     if dense.thinking_tokens_mean is not None and pruned.thinking_tokens_mean is not None:
         lengths = f"{dense.thinking_tokens_mean:.1f}", f"{pruned.thinking_tokens_mean:.1f}"
-        found.append(Highlight("Thinking tokens", *lengths, _length(report.comparison), verdicts.get("thinking")))
+        found.append(
+            Highlight(
+                "Thinking tokens", *lengths, _length(report.comparison), verdicts.get("thinking")
+            )
+        )
     if dense.size_bytes and pruned.size_bytes:
         sizes = readable_bytes(dense.size_bytes), readable_bytes(pruned.size_bytes)
-        found.append(Highlight("Size", *sizes, _times(pruned.size_bytes, dense.size_bytes, "the dense file")))
+        found.append(
+            Highlight("Size", *sizes, _times(pruned.size_bytes, dense.size_bytes, "the dense file"))
+        )
     found += _speed(dense, pruned, verdicts.get("speed"))
     return found
 
@@ -58,7 +62,11 @@ def _speed(dense: ArmSummary, pruned: ArmSummary, verdict: CheckVerdict | None) 
     if not dense.tokens_per_s or not pruned.tokens_per_s:
         return []
     speeds = f"{dense.tokens_per_s:,.0f}", f"{pruned.tokens_per_s:,.0f}"
-    return [Highlight("Tokens/s", *speeds, _times(pruned.tokens_per_s, dense.tokens_per_s, "dense"), verdict)]
+    return [
+        Highlight(
+            "Tokens/s", *speeds, _times(pruned.tokens_per_s, dense.tokens_per_s, "dense"), verdict
+        )
+    ]
 
 
 def _drop(comparison: Comparison | None) -> str:

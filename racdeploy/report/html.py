@@ -22,10 +22,8 @@ from markupsafe import Markup
 from racdeploy.report import charts
 from racdeploy.report.front import front, who_wins
 from racdeploy.report.highlights import highlights
+from racdeploy.report.model import Record, Report
 from racdeploy.report.tables import explanation, plain, tables, visible
-from racdeploy.report_model import Record, Report
-
-__all__ = ["render"]
 
 _TEXT_BUDGET_BYTES = 1_200_000
 _TEXT_CHARACTERS = 24_000
@@ -68,7 +66,9 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
         records: one per prompt, arm and sample; only the arms ``dense`` and ``pruned`` are drawn.
     """
     paired = _pair(records)
-    disagreements = [_Disagreement(dense, pruned) for dense, pruned in paired if dense.correct != pruned.correct]
+    disagreements = [
+        _Disagreement(dense, pruned) for dense, pruned in paired if dense.correct != pruned.correct
+    ]
     shown = _within_budget(disagreements)
     cap = report.comparison.length_budget_tokens if report.comparison else None
     best = front(report.arms)
@@ -97,8 +97,12 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
             cap,
         ),
         quantiles=_length_quantiles(paired),
-        sparsity_chart=charts.heat_map(report.linears, lambda row: row.sparsity_reached, "Sparsity by linear"),
-        error_chart=charts.heat_map(report.linears, lambda row: row.held_out_error, "Held-out error by linear"),
+        sparsity_chart=charts.heat_map(
+            report.linears, lambda row: row.sparsity_reached, "Sparsity by linear"
+        ),
+        error_chart=charts.heat_map(
+            report.linears, lambda row: row.held_out_error, "Held-out error by linear"
+        ),
         pairs=len(paired),
         disagreements=shown,
         disagreement_count=len(disagreements),
@@ -135,7 +139,12 @@ def _length_quantiles(paired: Sequence[tuple[Record, Record]]) -> list[tuple[str
     """Return name, dense and pruned value of the thinking lengths' quantiles; none without answers."""
     dense = sorted(record.thinking_tokens for record, _ in paired)
     pruned = sorted(record.thinking_tokens for _, record in paired)
-    shares = {"shortest": 0.0, "half are at most": 0.5, "nine of ten are at most": 0.9, "longest": 1.0}
+    shares = {
+        "shortest": 0.0,
+        "half are at most": 0.5,
+        "nine of ten are at most": 0.9,
+        "longest": 1.0,
+    }
     places = {name: max(math.ceil(share * len(paired)) - 1, 0) for name, share in shares.items()}
     return [(name, dense[place], pruned[place]) for name, place in places.items() if paired]
 
@@ -143,8 +152,12 @@ def _length_quantiles(paired: Sequence[tuple[Record, Record]]) -> list[tuple[str
 def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:
     """Return the prompts whose texts fit on the page, those that pruning lost first."""
     shown, left_bytes = [], _TEXT_BUDGET_BYTES
-    for disagreement in sorted(disagreements, key=lambda found: found.outcome):  # "lost" before "won"
-        left_bytes -= sum(_page_bytes(record) for record in (disagreement.dense, disagreement.pruned))
+    for disagreement in sorted(
+        disagreements, key=lambda found: found.outcome
+    ):  # "lost" before "won"
+        left_bytes -= sum(
+            _page_bytes(record) for record in (disagreement.dense, disagreement.pruned)
+        )
         if left_bytes < 0:
             break
         shown.append(disagreement)
@@ -158,7 +171,10 @@ def _task_filters(shown: Sequence[_Disagreement]) -> dict[str, int]:
 
 
 def _page_bytes(record: Record) -> int:
-    texts = [_cut(text) for text in (record.question, record.gold, record.answer_text, record.thinking_text)]
+    texts = [
+        _cut(text)
+        for text in (record.question, record.gold, record.answer_text, record.thinking_text)
+    ]
     # Five bytes stand for what escaping adds to the characters it touches.
     special = sum(text.count(character) for text in texts for character in "<>&'\"")
     return sum(len(text.encode()) for text in texts) + 5 * special + 1500
@@ -172,4 +188,6 @@ def _cut(text: str) -> str:
 
 
 def _readable(settings: dict[str, object]) -> str:
-    return visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str)) if settings else ""
+    return (
+        visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str)) if settings else ""
+    )

@@ -11,10 +11,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 
+from racdeploy.report.model import CheckResult, Report
 from racdeploy.report.tables import explanation, plain
-from racdeploy.report_model import CheckResult, Report
-
-__all__ = ["render"]
 
 _TAGS = {"fail": "failure", "inconclusive": "error", "skipped": "skipped"}
 
@@ -22,8 +20,12 @@ _TAGS = {"fail": "failure", "inconclusive": "error", "skipped": "skipped"}
 def render(report: Report) -> str:
     """Return the report as a JUnit XML document."""
     checks = list(report.checks)
-    if report.verdict == "inconclusive" and all(check.verdict != "inconclusive" for check in checks):
-        checks.append(CheckResult(name="verdict", verdict="inconclusive", summary=explanation(report)))
+    if report.verdict == "inconclusive" and all(
+        check.verdict != "inconclusive" for check in checks
+    ):
+        checks.append(
+            CheckResult(name="verdict", verdict="inconclusive", summary=explanation(report))
+        )
     counts = {
         "tests": str(len(checks)),
         "failures": str(sum(check.verdict == "fail" for check in checks)),
@@ -49,16 +51,22 @@ def render(report: Report) -> str:
 
 
 def _add_properties(suite: ElementTree.Element, checks: Iterable[CheckResult]) -> None:
-    figures = {f"{check.name}.{name}": value for check in checks for name, value in check.figures.items()}
+    figures = {
+        f"{check.name}.{name}": value for check in checks for name, value in check.figures.items()
+    }
     if not figures:
         return
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in figures.items():
-        ElementTree.SubElement(properties, "property", {"name": plain(name), "value": plain(str(value))})
+        ElementTree.SubElement(
+            properties, "property", {"name": plain(name), "value": plain(str(value))}
+        )
 
 
 def _add_case(suite: ElementTree.Element, check: CheckResult, class_name: str) -> None:
-    case = ElementTree.SubElement(suite, "testcase", {"classname": class_name, "name": plain(check.name)})
+    case = ElementTree.SubElement(
+        suite, "testcase", {"classname": class_name, "name": plain(check.name)}
+    )
     if tag := _TAGS.get(check.verdict):
         outcome = ElementTree.SubElement(case, tag, {"message": plain(check.summary)})
         if tag != "skipped":

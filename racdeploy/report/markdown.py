@@ -10,10 +10,8 @@ import html
 import re
 
 from racdeploy.report.front import who_wins
+from racdeploy.report.model import Report
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
-from racdeploy.report_model import Report
-
-__all__ = ["escape", "render"]
 
 LIMIT_CHARACTERS = 60_000
 _ROWS, _CELL_CHARACTERS = 30, 400
@@ -28,7 +26,11 @@ def render(report: Report) -> str:
         parts.append(escape(reasons))
     parts += [_table(table) for table in tables(report)]
     if sentences := who_wins(report):
-        parts.append("\n".join(["#### Who wins where", "", *(f"- {escape(_clip(text))}" for text in sentences)]))
+        parts.append(
+            "\n".join(
+                ["#### Who wins where", "", *(f"- {escape(_clip(text))}" for text in sentences)]
+            )
+        )
     if report.notes:
         notes = [f"- {escape(_clip(plain(note)))}" for note in report.notes[:_ROWS]]
         notes += _remainder(len(report.notes), "notes", "- ")

@@ -12,22 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from racdeploy.report_model import ArmSummary, BlockRow, Comparison, LinearRow, Report, TensorRow
-
-__all__ = [
-    "Table",
-    "explanation",
-    "headline",
-    "plain",
-    "points",
-    "ratio_text",
-    "readable_bytes",
-    "tables",
-    "visible",
-]
+from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report, TensorRow
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 _NONE = "–"
 
 
@@ -95,7 +85,11 @@ def tables(report: Report) -> list[Table]:
         Table("Not as asked", ("what", "asked", "real", "where", "why"), _deviations(report)),
     )  # fmt: skip
     return [
-        Table(table.title, table.columns, tuple(tuple(plain(cell) for cell in row) for row in table.rows))
+        Table(
+            table.title,
+            table.columns,
+            tuple(tuple(plain(cell) for cell in row) for row in table.rows),
+        )
         for table in candidates
         if table.rows
     ]
@@ -123,7 +117,11 @@ def readable_bytes(size_bytes: int) -> str:
 def _compared(comparison: Comparison) -> str:
     """Return the sentence with the drop and, where measured, the length ratio, each with its limit."""
     direction = "fewer" if comparison.drop > 0 else "more"
-    difference = f"{points(abs(comparison.drop))} points {direction} than" if comparison.drop else "as many as"
+    difference = (
+        f"{points(abs(comparison.drop))} points {direction} than"
+        if comparison.drop
+        else "as many as"
+    )
     text = (
         f"Pruned answers {difference} dense "
         f"({comparison.confidence:.0%} interval of the drop {points(comparison.drop_lower)} to "
@@ -195,7 +193,10 @@ def _unlike(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:
         if row.reason or row.quant_asked != row.quant_real:
             reason = row.reason or "no reason was recorded"
             groups[row.quant_asked, row.quant_real, reason].append(row.name)
-    return [("quant", asked, real, _where(names), reason) for (asked, real, reason), names in groups.items()]
+    return [
+        ("quant", asked, real, _where(names), reason)
+        for (asked, real, reason), names in groups.items()
+    ]
 
 
 def _unpacked(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:
@@ -203,7 +204,10 @@ def _unpacked(tensors: Iterable[TensorRow]) -> list[tuple[str, ...]]:
     for row in tensors:
         if row.packing_reason:
             groups[row.packing, row.packing_reason].append(row.name)
-    return [("packing", "packed", real, _where(names), reason) for (real, reason), names in groups.items()]
+    return [
+        ("packing", "packed", real, _where(names), reason)
+        for (real, reason), names in groups.items()
+    ]
 
 
 def _where(names: list[str]) -> str:

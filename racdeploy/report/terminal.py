@@ -8,10 +8,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from racdeploy.report.front import who_wins
+from racdeploy.report.model import Report
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
-from racdeploy.report_model import Report
-
-__all__ = ["print_report", "print_table"]
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 
@@ -24,7 +22,10 @@ def print_report(report: Report, console: Console) -> None:
     for table in tables(report):
         _print_line(console, "")
         print_table(table, console)
-    for title, lines in (("Who wins where", who_wins(report)), ("Notes", [plain(note) for note in report.notes])):
+    for title, lines in (
+        ("Who wins where", who_wins(report)),
+        ("Notes", [plain(note) for note in report.notes]),
+    ):
         if lines:
             _print_line(console, "")
             _print_line(console, title)
@@ -59,7 +60,9 @@ def _aligned(table: Table) -> list[str]:
     rows = [table.columns, *table.rows]
     widths = [max(cell_len(row[i]) for row in rows) for i in range(len(table.columns))]
     padded = [
-        "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        "  ".join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        )
         for row in rows
     ]
     return [table.title, *(line.rstrip() for line in padded)]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Loop", "find_loop"]
-
 _TOKENS = 64  # a ruler of dashes or an indented table stays below
 _REPEATS = 4
 _LONGEST_PERIOD = 1024

@@ -12,15 +12,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from racdeploy import backends, racgguf
+from racdeploy import engines
 from racdeploy.accel import Mode
-from racdeploy.artifacts import ArtifactEntry, Manifest
-from racdeploy.backends import Completion, Engine, EngineSettings, FinishReason, Sampling, ThinkingBudget
+from racdeploy.decoding.engine import (
+    Completion,
+    Engine,
+    EngineSettings,
+    FinishReason,
+    Sampling,
+    ThinkingBudget,
+)
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.packing import racgguf
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
-
-__all__ = ["Model", "OnText", "Prompt", "Result", "load"]
 
 Prompt = str | Sequence[Message]
 OnText = Callable[[str, Literal["thinking", "answer"]], None]
@@ -130,7 +136,10 @@ class Model:
         sampling = self._budgeted(sampling, max_thinking_tokens, encoded[0])
         cancelled = cancel.is_set if cancel else None
         completions = self.engine.generate(encoded, sampling, cancelled=cancelled)
-        return [self._result(ids, completion) for ids, completion in zip(encoded, completions, strict=True)]
+        return [
+            self._result(ids, completion)
+            for ids, completion in zip(encoded, completions, strict=True)
+        ]
 
     def close(self) -> None:
         """Unload the model; again is harmless."""
@@ -140,7 +149,10 @@ class Model:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -156,7 +168,9 @@ class Model:
             seed=seed,
         )
 
-    def _budgeted(self, sampling: Sampling, asked: int | None, prompt_ids: Sequence[int]) -> Sampling:
+    def _budgeted(
+        self, sampling: Sampling, asked: int | None, prompt_ids: Sequence[int]
+    ) -> Sampling:
         """Return the sampling with the thinking budget that was asked for, or the bundle's."""
         if asked is not None and self.tags is None:
             raise UsageError(
@@ -203,9 +217,13 @@ class _TextStream:
         self._encoder = model.encoder
         self._eos_ids = model.manifest.tokenizer.eos_ids
         self._on_text = on_text
-        self._scanner = Scanner(prompt_ids, tags or ThinkingTags((-1,), (-1,)))  # ids that never come
+        self._scanner = Scanner(
+            prompt_ids, tags or ThinkingTags((-1,), (-1,))
+        )  # ids that never come
         self._tag_tokens = {True: len(tags.close_ids), False: len(tags.open_ids)} if tags else {}
-        self._prefix = self._read = 0  # ids between them are shown, and give the next ones their context
+        self._prefix = self._read = (
+            0  # ids between them are shown, and give the next ones their context
+        )
 
     def feed(self, index: int, ids: Sequence[int]) -> None:
         """Take new ids of the only sequence."""
@@ -237,7 +255,12 @@ class _TextStream:
 
 
 def load(
-    bundle: str | Path, *, backend: str | None = None, threads: int = 0, parallel: int = 1, accel: Mode = "auto"
+    bundle: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int = 0,
+    parallel: int = 1,
+    accel: Mode = "auto",
 ) -> Model:
     """Load a bundle.
 
@@ -263,7 +286,7 @@ def load(
     encoder = PromptEncoder.from_folder(folder)
     context_tokens = manifest.generation.context_tokens
     settings = EngineSettings(context_tokens, parallel=parallel, threads=threads, accel=accel)
-    engine = backends.open_engine(artifact.backend, folder / artifact.path, settings)
+    engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
     try:
         return Model(manifest, encoder, engine)
     except BaseException:
@@ -296,4 +319,6 @@ def _artifact(manifest: Manifest, folder: Path, backend: str | None) -> Artifact
         if backend is None or entry.backend == backend:
             return entry
     offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
-    raise UsageError(f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}")
+    raise UsageError(
+        f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}"
+    )

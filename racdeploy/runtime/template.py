@@ -29,10 +29,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-from racdeploy.checkpoint import TokenizerFiles
 from racdeploy.errors import ArtifactError
-
-__all__ = ["ChatTemplate", "Message", "PromptEncoder"]
+from racdeploy.models.tokenizer_files import TokenizerFiles
 
 Message = Mapping[str, Any]
 
@@ -118,11 +116,15 @@ class ChatTemplate:
         ArtifactError: the text is not a template.
     """
 
-    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
+    def __init__(
+        self, source: str, bos_token: str | None = None, eos_token: str | None = None
+    ) -> None:
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: text for name, text in named.items() if text is not None}
         environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         environment.filters["tojson"] = _bounded(_to_json)
         environment.globals.pop("lipsum")
@@ -134,7 +136,9 @@ class ChatTemplate:
         """Return another template with the same tokens."""
         return ChatTemplate(source, self._tokens.get("bos_token"), self._tokens.get("eos_token"))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """Return the prompt text.
 
         Args:
@@ -185,7 +189,8 @@ class PromptEncoder:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ArtifactError(
-                f"{tokenizer_file} is not a tokenizer: {error}", remedy="copy the file again from its source"
+                f"{tokenizer_file} is not a tokenizer: {error}",
+                remedy="copy the file again from its source",
             ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -325,4 +330,6 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Return JSON; jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

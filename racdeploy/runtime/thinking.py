@@ -14,19 +14,6 @@ from typing import Literal
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import PromptEncoder
 
-__all__ = [
-    "Opening",
-    "Scanner",
-    "Split",
-    "State",
-    "ThinkingTags",
-    "find_tag_names",
-    "find_tags",
-    "prompt_state",
-    "split",
-    "tags_of",
-]
-
 State = Literal["closed", "forced", "open", "absent", "reopened"]
 Opening = Literal["prefilled", "emitted", "implied", "none"]
 PromptState = Literal["open", "closed", "none"]
@@ -236,6 +223,8 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
             remedy="use the tokenizer.json that the model was trained with",
         )
     spaces = (
-        token for text, token in vocabulary.items() if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES)
+        token
+        for text, token in vocabulary.items()
+        if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES)
     )
     return ThinkingTags(open_ids, close_ids, frozenset(spaces))

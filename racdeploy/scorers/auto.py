@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 
+from racdeploy.problems.extract import (
+    as_number,
+    equal_answers,
+    extract_boxed,
+    extract_hash_mark,
+    extract_last_number,
+)
 from racdeploy.scorers import Scored
-from racdeploy.scorers._extract import as_number, equal_answers, extract_boxed, extract_hash_mark, extract_last_number
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

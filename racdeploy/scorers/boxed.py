@@ -2,8 +2,8 @@ r"""The content of the last complete ``\boxed{...}``, compared as a number or as
 
 from __future__ import annotations
 
+from racdeploy.problems.extract import equal_answers, extract_boxed
 from racdeploy.scorers import Scored
-from racdeploy.scorers._extract import equal_answers, extract_boxed
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

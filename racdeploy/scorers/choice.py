@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+from racdeploy.problems.extract import extract_boxed
 from racdeploy.scorers import Scored
-from racdeploy.scorers._extract import extract_boxed
 
 _LETTER = re.compile(r"^\W*(?:\\text(?:bf)?\{)?\W*([A-Z])\b\W*", re.IGNORECASE)
-_SAID = re.compile(r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?\s*[(\[*]*([A-Z])\b(?!['’])", re.IGNORECASE)
+_SAID = re.compile(
+    r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?\s*[(\[*]*([A-Z])\b(?!['’])", re.IGNORECASE
+)
 _ALONE = re.compile(r"(?<![\w'’])[(\[*]*([A-Z])[)\].:*]*(?=\s|$)")
 
 
@@ -16,7 +18,9 @@ def score(answer: str, gold: str, argument: str) -> Scored:
     """Compare the letter, whatever its case; of several, the last one counts."""
     found, how = _find(answer)
     wanted = _LETTER.match(gold)
-    return Scored(found is not None and wanted is not None and found == wanted[1].upper(), found, how)
+    return Scored(
+        found is not None and wanted is not None and found == wanted[1].upper(), found, how
+    )
 
 
 def _find(answer: str) -> tuple[str | None, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from racdeploy.problems.extract import as_number, extract_last_number
 from racdeploy.scorers import Scored
-from racdeploy.scorers._extract import as_number, extract_last_number
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

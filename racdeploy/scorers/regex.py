@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from racdeploy.errors import UsageError
+from racdeploy.problems.extract import equal_answers
 from racdeploy.scorers import Scored
-from racdeploy.scorers._extract import equal_answers
 
 
 def check(argument: str) -> None:
@@ -18,10 +18,13 @@ def check(argument: str) -> None:
     try:
         compiled = re.compile(argument)
     except re.error as error:
-        raise UsageError(f"scorer regex: {argument!r} is not a regular expression: {error}") from error
+        raise UsageError(
+            f"scorer regex: {argument!r} is not a regular expression: {error}"
+        ) from error
     if not argument or compiled.match(""):
         raise UsageError(
-            f"scorer regex: {argument!r} matches an answer that says nothing", remedy=r"write regex:answer=(\d+)"
+            f"scorer regex: {argument!r} matches an answer that says nothing",
+            remedy=r"write regex:answer=(\d+)",
         )
 
 

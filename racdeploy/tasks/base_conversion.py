@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, _columns
-
-__all__ = ["draw"]
+from racdeploy.problems import columns
+from racdeploy.tasks import Problem
 
 LARGEST = {2: 127, 3: 400, 4: 999, 5: 999}
 
@@ -18,7 +17,7 @@ def draw(random: Random) -> Problem:
     steps, digits, rest = [], "", number
     while rest:
         digits = f"{rest % base}{digits}"
-        steps.append(f"{_columns.divide_digit(rest, base)}. Digits {digits}.")
+        steps.append(f"{columns.divide_digit(rest, base)}. Digits {digits}.")
         rest //= base
     question = f"Write the decimal number {number} in base {base}."
     return Problem(question=question, gold=digits, thinking="\n".join(steps))

@@ -6,8 +6,6 @@ from random import Random
 
 from racdeploy.tasks import Problem
 
-__all__ = ["draw"]
-
 NUMBERS_MIN, NUMBERS_MAX = 6, 9
 
 

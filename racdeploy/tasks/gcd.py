@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, _columns
-
-__all__ = ["draw"]
+from racdeploy.problems import columns
+from racdeploy.tasks import Problem
 
 STEPS_MIN, STEPS_MAX = 4, 9
 
@@ -28,7 +27,7 @@ def _euclid(left: int, right: int) -> tuple[list[str], int]:
     steps = []
     high, low = max(left, right), min(left, right)
     while high != low:
-        steps.append(f"{_columns.subtract(high, low)}.")
+        steps.append(f"{columns.subtract(high, low)}.")
         difference = high - low
         high, low = max(difference, low), min(difference, low)
     steps.append(f"{high} and {low} are equal.")

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from racdeploy import scorers
 from racdeploy.errors import UsageError
-from racdeploy.scorers._extract import extract_hash_mark
+from racdeploy.problems.extract import extract_hash_mark
 from racdeploy.tasks import Problem
-
-__all__ = ["read"]
 
 
 def read(path: Path) -> list[Problem]:
@@ -26,10 +24,19 @@ def read(path: Path) -> list[Problem]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}", remedy="give a UTF-8 .jsonl file") from error
-    problems = {p.question: p for n, line in enumerate(lines, 1) if line.strip() for p in [_parse(path, n, line)]}
+        raise UsageError(
+            f"cannot read {path}: {error}", remedy="give a UTF-8 .jsonl file"
+        ) from error
+    problems = {
+        p.question: p
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+        for p in [_parse(path, n, line)]
+    }
     if not problems:
-        raise UsageError(f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines')
+        raise UsageError(
+            f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines'
+        )
     return list(problems.values())
 
 
@@ -39,7 +46,11 @@ def _parse(path: Path, number: int, line: str) -> Problem:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{path}:{number} is not JSON: {error}", remedy=remedy) from error
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("question"), str)
+        or not row["question"].strip()
+    ):
         raise UsageError(f"{path}:{number} has no question", remedy=remedy)
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
@@ -51,4 +62,6 @@ def _parse(path: Path, number: int, line: str) -> Problem:
         scorers.check(scorer)
     except UsageError as error:
         raise UsageError(f"{path}:{number}: {error.message}", remedy=error.remedy) from error
-    return Problem(question=row["question"], gold=extract_hash_mark(text) or text.strip(), scorer=scorer)
+    return Problem(
+        question=row["question"], gold=extract_hash_mark(text) or text.strip(), scorer=scorer
+    )

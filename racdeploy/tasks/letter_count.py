@@ -6,8 +6,6 @@ from random import Random
 
 from racdeploy.tasks import Problem
 
-__all__ = ["draw"]
-
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 WORDS_MIN, WORDS_MAX = 6, 9
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, _columns
-
-__all__ = ["draw"]
+from racdeploy.problems import columns
+from racdeploy.tasks import Problem
 
 
 def draw(random: Random) -> Problem:
@@ -15,9 +14,9 @@ def draw(random: Random) -> Problem:
     tens, ones = divmod(right, 10)
     steps = [
         f"{right} is {tens} tens and {ones} ones.",
-        f"{_columns.times_digit(left, ones)}.",
-        f"{_columns.times_digit(left, tens)}.",
-        f"{_columns.add(left * tens * 10, left * ones)}.",
+        f"{columns.times_digit(left, ones)}.",
+        f"{columns.times_digit(left, tens)}.",
+        f"{columns.add(left * tens * 10, left * ones)}.",
     ]
     return Problem(
         question=f"What is {left} times {right}?",

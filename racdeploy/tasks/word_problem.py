@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, _columns
-
-__all__ = ["draw"]
+from racdeploy.problems import columns
+from racdeploy.tasks import Problem
 
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Leo", "Zoe", "Sam")
 THINGS = ("apples", "books", "coins", "shells", "cards", "stamps", "pens", "nuts")
@@ -25,7 +24,7 @@ def draw(random: Random) -> Problem:
         gains = amount < change or (amount + change < 300 and random.random() < 0.5)
         phrase = random.choice(GAINS if gains else LOSSES).format(n=change)
         sentences.append(f"{name} {phrase}.")
-        spelled = _columns.add(amount, change) if gains else _columns.subtract(amount, change)
+        spelled = columns.add(amount, change) if gains else columns.subtract(amount, change)
         steps.append(f"{name} {phrase}:{spelled}.")
         amount += change if gains else -change
     sentences.append(f"How many {thing} does {name} have now?")

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy import scorers
-from racdeploy.artifacts import Trace, TraceSet
-from racdeploy.backends import Completion, Sampling
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import Completion, Sampling
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem
-
-__all__ = ["Answering", "Asked", "collect", "prompt_traces", "trace_counts"]
+from racdeploy.traces.trace import Trace, TraceSet
 
 Progress = Callable[[str, int, int], None]
 _SHARD_STRIDE = 1_000_003
@@ -61,10 +59,13 @@ class _Reader:
             gold=problem.gold,
             prompt_ids=tuple(prompt),
             completion_ids=done.ids,
-            answer_from=None if parts.state == "open" else len(done.ids) - ended - len(parts.answer_ids),
+            answer_from=None
+            if parts.state == "open"
+            else len(done.ids) - ended - len(parts.answer_ids),
             thinking_tokens=len(parts.thinking_ids),
             truncated=not ended,
-            correct=parts.state != "open" and scorers.score(problem.scorer, answer, problem.gold).correct,
+            correct=parts.state != "open"
+            and scorers.score(problem.scorer, answer, problem.gold).correct,
         )
 
 
@@ -91,15 +92,28 @@ def collect(
         progress: called with a label, prompts done and prompts in all.
     """
     reader = _Reader(encoder, tags, stop_ids)
-    shards = dict(enumerate(problems[start:][: settings.batch] for start in range(0, len(problems), settings.batch)))
+    shards = dict(
+        enumerate(
+            problems[start:][: settings.batch] for start in range(0, len(problems), settings.batch)
+        )
+    )
     missing = [number for number in shards if not out.shard(number).is_file()]
     done = sum(len(out.read_shard(out.shard(number))) for number in shards if number not in missing)
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
-        prompts = [[encoder.encode(problem.question) for problem in shards[number]] for number in numbers]
-        asked = [(each, _sampling(settings, stop_ids, number)) for each, number in zip(prompts, numbers, strict=True)]
-        for number, (ids, _), completions in zip(numbers, asked, answering.answer(asked), strict=True):
-            rows = enumerate(zip(shards[number], ids, completions, strict=True), number * settings.batch)
+        prompts = [
+            [encoder.encode(problem.question) for problem in shards[number]] for number in numbers
+        ]
+        asked = [
+            (each, _sampling(settings, stop_ids, number))
+            for each, number in zip(prompts, numbers, strict=True)
+        ]
+        for number, (ids, _), completions in zip(
+            numbers, asked, answering.answer(asked), strict=True
+        ):
+            rows = enumerate(
+                zip(shards[number], ids, completions, strict=True), number * settings.batch
+            )
             out.append(number, [reader.trace(index, *row) for index, row in rows])
             done += len(ids)
             if progress:
@@ -137,7 +151,10 @@ def prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[T
 
 
 def trace_counts(
-    traces: Sequence[Trace], checkpoint: Checkpoint, encoder: PromptEncoder, sampling: Mapping[str, Any]
+    traces: Sequence[Trace],
+    checkpoint: Checkpoint,
+    encoder: PromptEncoder,
+    sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the manifest of a trace set: hashes, sampling, and what the traces hold."""
     return {

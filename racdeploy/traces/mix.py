@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from racdeploy.artifacts import Trace
 from racdeploy.recipe import Pruning
-
-__all__ = ["Probe", "mix"]
+from racdeploy.traces.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Probe:
                 f"more than {settings.probe_drop:.0%} below"
             )
         if self.length_ratio > settings.probe_length:
-            return f"thinking {self.length_ratio:.2f} times as long, limit {settings.probe_length:g}"
+            return (
+                f"thinking {self.length_ratio:.2f} times as long, limit {settings.probe_length:g}"
+            )
         return ""
 
 

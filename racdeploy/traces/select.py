@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from racdeploy.artifacts import Trace
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Calibration
-
-__all__ = ["Selection", "select", "within_budget"]
+from racdeploy.traces.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,14 @@ def _held_out(traces: Sequence[Trace], share: float) -> set[int]:
     for task in dict.fromkeys(trace.task for trace in traces):
         indices = [trace.index for trace in traces if trace.task == task]
         count = round(share * len(indices))
-        held.update(indices[(2 * place + 1) * len(indices) // (2 * count)] for place in range(count))
+        held.update(
+            indices[(2 * place + 1) * len(indices) // (2 * count)] for place in range(count)
+        )
     return held
 
 
 def _counts(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "there are none"
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        or "there are none"
+    )

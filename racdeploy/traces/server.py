@@ -13,17 +13,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from racdeploy.artifacts import write_atomic
-from racdeploy.backends import Completion, EngineSettings
-from racdeploy.backends._completion_log import CompletionLog
-from racdeploy.backends.openai import OpenAIEngine, Request, derived_seed
-from racdeploy.checkpoint import Checkpoint, TokenizerFiles, read_json
+from racdeploy.decoding.completion_log import CompletionLog
+from racdeploy.decoding.engine import Completion, EngineSettings
+from racdeploy.engines.openai import OpenAIEngine, Request, derived_seed
 from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.files import read_json, write_atomic
 from racdeploy.traces.collect import Answering, Asked
-
-__all__ = ["answering", "check_agreement"]
 
 _RECORD = "server.json"
 _JOURNAL = "completions.jsonl"
@@ -41,7 +40,11 @@ _PROBES = (
 
 @contextlib.contextmanager
 def answering(
-    settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder, context_tokens: int, folder: Path
+    settings: Traces,
+    checkpoint: Checkpoint,
+    encoder: PromptEncoder,
+    context_tokens: int,
+    folder: Path,
 ) -> Iterator[Answering]:
     """Yield a server that has been compared with the model; it gets as many shards at a time as fill its concurrency.
 
@@ -72,19 +75,28 @@ def answering(
             check_agreement(engine, encoder)
             _record(folder, engine.model)
             log = CompletionLog(file)
-            yield Answering(partial(_answer, engine, log), math.ceil(settings.server_concurrency / settings.batch))
+            yield Answering(
+                partial(_answer, engine, log),
+                math.ceil(settings.server_concurrency / settings.batch),
+            )
         file.unlink(missing_ok=True)
     except EngineError as error:
         count = len(CompletionLog(file).completions)
         kept = f"; {count} completions are kept in {folder}" if count else ""
         raise EngineError(
-            f"{error.message}{kept}", remedy=f"{error.remedy}; then run the same command, which goes on where it ended"
+            f"{error.message}{kept}",
+            remedy=f"{error.remedy}; then run the same command, which goes on where it ended",
         ) from error
 
 
-def _answer(engine: OpenAIEngine, log: CompletionLog, asked: Sequence[Asked]) -> list[list[Completion]]:
+def _answer(
+    engine: OpenAIEngine, log: CompletionLog, asked: Sequence[Asked]
+) -> list[list[Completion]]:
     """Return the completions of several shards; those that an earlier run was given are not asked for again."""
-    shards = [[(ids, sampling, stream) for stream, ids in enumerate(prompts)] for prompts, sampling in asked]
+    shards = [
+        [(ids, sampling, stream) for stream, ids in enumerate(prompts)]
+        for prompts, sampling in asked
+    ]
     missing = [request for shard in shards for request in shard if _kept(log, request) is None]
 
     def keep(index: int, completion: Completion) -> None:

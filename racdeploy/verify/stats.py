@@ -38,30 +38,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from racdeploy.report_model import Verdict
-
-__all__ = [
-    "Interval",
-    "Pairs",
-    "RatioEstimate",
-    "drop_interval",
-    "equivalence",
-    "equivalent_lengths",
-    "judge",
-    "judge_within",
-    "length_deviation",
-    "length_power",
-    "length_ratio",
-    "non_inferiority",
-    "paired_counts",
-    "power",
-    "required_n",
-    "restricted_mean_lengths",
-    "smallest_detectable_drop",
-    "smallest_detectable_ratio",
-    "tango_interval",
-    "wilson_interval",
-]
+from racdeploy.report.model import Verdict
 
 _BISECTIONS = 60  # 2 · 2⁻⁶⁰ is below the spacing of floats near 1
 _TAIL_SIGMAS = 8.5  # a binomial's mass outside is below 1e-15
@@ -155,13 +132,21 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
     if upper < 0:
         upper = min(_upper_bound(n10, n01, n, quantile, _HALF_A_PROMPT), 0.0)
     if n01 == 0:
-        lower, upper = min(lower, _exact_lower(n10, n, tail)), max(upper, _exact_upper(n10, n, tail))
+        lower, upper = (
+            min(lower, _exact_lower(n10, n, tail)),
+            max(upper, _exact_upper(n10, n, tail)),
+        )
     if n10 == 0:
-        lower, upper = min(lower, -_exact_upper(n01, n, tail)), max(upper, -_exact_lower(n01, n, tail))
+        lower, upper = (
+            min(lower, -_exact_upper(n01, n, tail)),
+            max(upper, -_exact_lower(n01, n, tail)),
+        )
     return Interval(lower, upper)
 
 
-def non_inferiority(n10: float, n01: float, n: float, margin: float, confidence: float = 0.90) -> Verdict:
+def non_inferiority(
+    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
+) -> Verdict:
     """Judge whether the accuracy drop stays below ``margin``.
 
     Args:
@@ -178,7 +163,9 @@ def non_inferiority(n10: float, n01: float, n: float, margin: float, confidence:
     return judge(drop_interval(n10, n01, n, confidence), margin)
 
 
-def equivalence(n10: float, n01: float, n: float, margin: float, confidence: float = 0.90) -> Verdict:
+def equivalence(
+    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
+) -> Verdict:
     """Judge by two one-sided tests whether two arms are equally accurate within ``margin``.
 
     Args:
@@ -196,7 +183,11 @@ def equivalence(n10: float, n01: float, n: float, margin: float, confidence: flo
 
 
 def equivalent_lengths(
-    first_lengths: ArrayLike, second_lengths: ArrayLike, budget: float, limit: float, confidence: float = 0.90
+    first_lengths: ArrayLike,
+    second_lengths: ArrayLike,
+    budget: float,
+    limit: float,
+    confidence: float = 0.90,
 ) -> Verdict:
     """Judge by two one-sided tests whether two arms think equally long: a ratio between 1 / limit and limit.
 
@@ -209,7 +200,9 @@ def equivalent_lengths(
     """
     if not (math.isfinite(limit) and limit > 1):
         raise ValueError(f"the limit is {limit}; it is a ratio above 1, such as 1.1")
-    return judge_within(length_ratio(first_lengths, second_lengths, budget, confidence), 1 / limit, limit)
+    return judge_within(
+        length_ratio(first_lengths, second_lengths, budget, confidence), 1 / limit, limit
+    )
 
 
 def judge(estimate: Interval | RatioEstimate, limit: float) -> Verdict:
@@ -284,7 +277,9 @@ def length_ratio(
     """
     dense_N, pruned_N = _restricted_N(dense_lengths, budget), _restricted_N(pruned_lengths, budget)
     if dense_N.shape != pruned_N.shape:
-        raise ValueError(f"{len(dense_N)} dense and {len(pruned_N)} pruned lengths: not the same prompts")
+        raise ValueError(
+            f"{len(dense_N)} dense and {len(pruned_N)} pruned lengths: not the same prompts"
+        )
     _check_confidence(confidence)
     n, dense_mean, pruned_mean = len(dense_N), float(dense_N.mean()), float(pruned_N.mean())
     if dense_mean == 0 or pruned_mean == 0:
@@ -299,7 +294,9 @@ def length_ratio(
     return RatioEstimate(ratio, ratio / factor, ratio * factor, n)
 
 
-def power(n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0) -> float:
+def power(
+    n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0
+) -> float:
     """Return the probability that :func:`non_inferiority` says "pass".
 
     Exact: a sum over the tables that can occur, not an approximation. With ``drop`` equal to ``margin`` it is
@@ -317,7 +314,9 @@ def power(n: int, discordant_rate: float, margin: float, confidence: float = 0.9
     if n > _LARGEST_N:
         raise ValueError(f"n is {n}; power is computed up to {_LARGEST_N} prompts")
     if not 0 <= discordant_rate <= 1 or not abs(drop) <= discordant_rate:
-        raise ValueError(f"a drop of {drop} needs a discordant rate in [{abs(drop)}, 1], not {discordant_rate}")
+        raise ValueError(
+            f"a drop of {drop} needs a discordant rate in [{abs(drop)}, 1], not {discordant_rate}"
+        )
     quantile = _normal_quantile(confidence)
     share = 0.5 if discordant_rate == 0 else (discordant_rate + drop) / (2 * discordant_rate)
     log_factorials = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, n + 1)))))
@@ -353,11 +352,15 @@ def required_n(
     if not 0 < target_power < 1:
         raise ValueError(f"target_power is {target_power}; it lies between 0 and 1")
     if not drop < margin:
-        raise ValueError(f"a true drop of {drop} is not below the margin of {margin}: no n is enough")
+        raise ValueError(
+            f"a true drop of {drop} is not below the margin of {margin}: no n is enough"
+        )
     high = 1
     while power(high, discordant_rate, margin, confidence, drop) < target_power:
         if high == _LARGEST_N:
-            raise ValueError(f"more than {_LARGEST_N} prompts would be needed for a margin of {margin}")
+            raise ValueError(
+                f"more than {_LARGEST_N} prompts would be needed for a margin of {margin}"
+            )
         high = min(2 * high, _LARGEST_N)
     low = high // 2
     while high - low > 1:
@@ -393,7 +396,9 @@ def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget
     return _deviation(_restricted_N(dense_lengths, budget), _restricted_N(pruned_lengths, budget))
 
 
-def length_power(n: int, deviation: float, limit: float, confidence: float = 0.90, ratio: float = 1.0) -> float:
+def length_power(
+    n: int, deviation: float, limit: float, confidence: float = 0.90, ratio: float = 1.0
+) -> float:
     """Return the probability that a length ratio stays below its limit, by the normal approximation.
 
     Args:
@@ -405,7 +410,9 @@ def length_power(n: int, deviation: float, limit: float, confidence: float = 0.9
     """
     _check_confidence(confidence)
     if n < 2 or limit <= 0 or ratio <= 0 or deviation < 0:
-        raise ValueError(f"no power for n = {n}, deviation {deviation}, limit {limit}, ratio {ratio}")
+        raise ValueError(
+            f"no power for n = {n}, deviation {deviation}, limit {limit}, ratio {ratio}"
+        )
     room = math.log(limit / ratio)
     if deviation == 0:
         return 1.0 if room > 0 else 0.0
@@ -413,7 +420,9 @@ def length_power(n: int, deviation: float, limit: float, confidence: float = 0.9
     return NormalDist().cdf(room * math.sqrt(n) / deviation - needed)
 
 
-def smallest_detectable_ratio(n: int, deviation: float, confidence: float = 0.90, target_power: float = 0.8) -> float:
+def smallest_detectable_ratio(
+    n: int, deviation: float, confidence: float = 0.90, target_power: float = 0.8
+) -> float:
     """Return the smallest limit that a model of unchanged length passes with ``target_power`` on ``n`` prompts."""
     if n < 2 or not 0 < target_power < 1:
         raise ValueError(f"no ratio for n = {n} and target_power {target_power}")
@@ -442,7 +451,9 @@ def _exact_lower(count: float, n: float, tail: float) -> float:
     return 1 - _exact_upper(whole_n - math.floor(count + _ROUNDING), whole_n, tail)
 
 
-def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float = 0.0) -> float:
+def _upper_bound(
+    n10: float, n01: float, n: float, quantile: float, continuity: float = 0.0
+) -> float:
     """Bisect for the largest drop that the score test does not reject; the score falls with the drop.
 
     ``continuity`` is how many flips are taken off the difference that is tested.
@@ -459,7 +470,9 @@ def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: 
     return high
 
 
-def _score(n10: ArrayLike, n01: ArrayLike, n: float, drop: float, continuity: float = 0.0) -> NDArray[np.float64]:
+def _score(
+    n10: ArrayLike, n01: ArrayLike, n: float, drop: float, continuity: float = 0.0
+) -> NDArray[np.float64]:
     """Return Tango's score statistic for the hypothesis that the true drop is ``drop``.
 
     Its variance takes the maximum-likelihood p01 under the hypothesis, the larger root of
@@ -475,22 +488,30 @@ def _score(n10: ArrayLike, n01: ArrayLike, n: float, drop: float, continuity: fl
     difference = np.copysign(np.maximum(np.abs(difference) - continuity, 0.0), difference)
     # Without variance any difference is infinitely surprising, and none is no surprise.
     surprise = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
-    return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1.0)), surprise)
+    return np.where(
+        variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1.0)), surprise
+    )
 
 
-def _most_passing(discordant_D: NDArray[np.int64], n: int, margin: float, quantile: float) -> NDArray[np.int64]:
+def _most_passing(
+    discordant_D: NDArray[np.int64], n: int, margin: float, quantile: float
+) -> NDArray[np.int64]:
     """Return the largest n10 that passes for each number of discordant prompts; -1 where none does."""
     low_D, high_D = np.full_like(discordant_D, -1), discordant_D + 1
     while np.any(high_D - low_D > 1):
         middle_D = (low_D + high_D) // 2
-        passes_D = (_score(middle_D, discordant_D - middle_D, n, margin) < -quantile) | (middle_D < 0)
+        passes_D = (_score(middle_D, discordant_D - middle_D, n, margin) < -quantile) | (
+            middle_D < 0
+        )
         low_D, high_D = np.where(passes_D, middle_D, low_D), np.where(passes_D, high_D, middle_D)
     return low_D
 
 
 def _likely_counts(n: int, rate: float) -> NDArray[np.int64]:
     """Return the counts that hold all but a negligible part of a binomial's mass."""
-    reach = _TAIL_SIGMAS * math.sqrt(n * rate * (1 - rate)) + 25  # the constant covers small, skewed cases
+    reach = (
+        _TAIL_SIGMAS * math.sqrt(n * rate * (1 - rate)) + 25
+    )  # the constant covers small, skewed cases
     return np.arange(max(0, math.floor(n * rate - reach)), min(n, math.ceil(n * rate + reach)) + 1)
 
 
@@ -520,7 +541,9 @@ def _shares_N(right: ArrayLike) -> NDArray[np.float64]:
     """Return the share of right samples by prompt."""
     raw = np.asarray(right, dtype=np.float64)
     if raw.ndim not in (1, 2) or raw.size == 0 or not np.isin(raw, (0.0, 1.0)).all():
-        raise ValueError(f"right answers are 0 or 1, one or one row of samples per prompt; got shape {raw.shape}")
+        raise ValueError(
+            f"right answers are 0 or 1, one or one row of samples per prompt; got shape {raw.shape}"
+        )
     return raw if raw.ndim == 1 else raw.mean(axis=1)
 
 
@@ -528,7 +551,9 @@ def _restricted_N(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
     """Return min(length, budget) by prompt, averaged over its samples."""
     raw = np.asarray(lengths, dtype=np.float64)
     if raw.ndim not in (1, 2) or raw.size == 0:
-        raise ValueError(f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}")
+        raise ValueError(
+            f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}"
+        )
     if not np.isfinite(raw).all() or (raw < 0).any():
         raise ValueError("a length is negative or not finite")
     if not (math.isfinite(budget) and budget > 0):
@@ -581,7 +606,9 @@ def _check_pairs(n10: float, n01: float, n: float) -> None:
 
 def _check_margin(margin: float) -> None:
     if not 0 <= margin < 1:
-        raise ValueError(f"the margin is {margin}; it is a fraction from 0 up to 1, such as 0.02 for 2 points")
+        raise ValueError(
+            f"the margin is {margin}; it is a fraction from 0 up to 1, such as 0.02 for 2 points"
+        )
 
 
 def _check_confidence(confidence: float) -> None:

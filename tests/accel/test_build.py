@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import _build
-from racdeploy.accel._build import Library
+from racdeploy.accel import build
+from racdeploy.accel.build import Library
 from racdeploy.errors import EnvironmentFailure
 
 
@@ -20,7 +20,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _source(folder: Path, value: int, name: str = "seven.cpp") -> str:
     file = folder / name
-    file.write_text(f'extern "C" __attribute__((visibility("default"))) int value() {{ return {value}; }}\n')
+    file.write_text(
+        f'extern "C" __attribute__((visibility("default"))) int value() {{ return {value}; }}\n'
+    )
     return str(file)
 
 
@@ -52,17 +54,17 @@ def test_another_compiler_builds_anew_but_what_is_built_is_found(
     """A machine without a compiler uses what was built on it."""
     library = Library("example", (_source(tmp_path, 7),))
     built = library.build()
-    monkeypatch.setattr(_build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: None)
     assert library.find() == built
     monkeypatch.undo()
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    monkeypatch.setattr(_build, "_version", lambda command: "another one")
+    monkeypatch.setattr(build, "_version", lambda command: "another one")
     assert library.build() != built
 
 
 def test_no_compiler_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the way to get one."""
-    monkeypatch.setattr(_build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: None)
     with pytest.raises(EnvironmentFailure, match="no C\\+\\+ compiler"):
         Library("example", (_source(tmp_path, 7),)).build()
 
@@ -75,16 +77,20 @@ def test_a_source_that_does_not_compile_shows_the_compilers_words(tmp_path: Path
     with pytest.raises(EnvironmentFailure, match=r"broken\.cpp"):
         library.build()
     assert library.find() is None
-    assert not list(_build.cache_folder().iterdir())
+    assert not list(build.cache_folder().iterdir())
 
 
-def test_an_unknown_instruction_set_leaves_the_file_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_instruction_set_leaves_the_file_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An old compiler builds the portable kernels."""
-    monkeypatch.setattr(_build, "_machine_flags", lambda source: ("-mno-such-instructions",))
+    monkeypatch.setattr(build, "_machine_flags", lambda source: ("-mno-such-instructions",))
     assert ctypes.CDLL(str(Library("example", (_source(tmp_path, 7),)).build())).value() == 7
 
 
-def test_a_cache_that_is_not_writable_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_not_writable_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not a traceback."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "file"))
@@ -94,4 +100,4 @@ def test_a_cache_that_is_not_writable_is_one_error(tmp_path: Path, monkeypatch: 
 
 def test_a_compiler_is_there() -> None:
     """llama-cpp-python needs one to install, so the tests have one."""
-    assert shutil.which(_build.compiler() or "") is not None
+    assert shutil.which(build.compiler() or "") is not None

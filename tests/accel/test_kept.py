@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from racdeploy import accel
-from racdeploy.accel import _kept
-from racdeploy.racgguf.header import TensorInfo
-from tests.tiny_gguf import random_rows, write_gguf
+from racdeploy.accel import kept_weights
+from racdeploy.storage.gguf_header import TensorInfo
+from tests.support.tiny_gguf import random_rows, write_gguf
 
 NAMES = ["blk.0.attn_q.weight", "blk.0.attn_v.weight"]
 
@@ -39,7 +39,9 @@ class Packer:
         assert os.fstat(stream.fileno()).st_size == 2 << 20
         return self.huge
 
-    def pack(self, path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
+    def pack(
+        self, path: Path, tensors: Sequence[TensorInfo]
+    ) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
         """Give what was said."""
         for tensor in tensors:
             yield (8, 0, 4, 32), memoryview(self.packed[tensor.name])
@@ -56,20 +58,22 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def kept(model: Path) -> Path:
     """The model's kept file."""
-    assert _kept.write(Packer(), model, NAMES)
-    (file,) = _kept.kept_files()
+    assert kept_weights.write(Packer(), model, NAMES)
+    (file,) = kept_weights.kept_files()
     return file
 
 
 def _signed(table: object) -> bytes:
     text = json.dumps(table).encode()
-    return text + _kept._TRAILER.pack(len(text), hashlib.sha256(text).digest(), _kept._MAGIC)
+    return text + kept_weights._TRAILER.pack(
+        len(text), hashlib.sha256(text).digest(), kept_weights._MAGIC
+    )
 
 
 def test_matrices_are_found_where_the_table_says(model: Path, kept: Path) -> None:
     """Each at a multiple of 64 bytes, and behind the last as many as a row with a damaged mask could reach."""
     packer = Packer()
-    assert _kept.use(packer, model, NAMES)
+    assert kept_weights.use(packer, model, NAMES)
     ((data, places),) = packer.used
     assert places.keys() == set(NAMES)
     for name, (quant, pattern, rows, columns, begin, size) in places.items():
@@ -84,14 +88,14 @@ def test_one_that_does_not_fit_is_not_used(model: Path, kept: Path) -> None:
     """Of other kernels, without a matrix, of a model that changed, or of another model."""
     other_form = Packer()
     other_form.form = [2, "portable"]
-    assert not _kept.use(other_form, model, NAMES)
-    assert not _kept.use(Packer(), model, [*NAMES, "blk.0.attn_k.weight"])
+    assert not kept_weights.use(other_form, model, NAMES)
+    assert not kept_weights.use(Packer(), model, [*NAMES, "blk.0.attn_k.weight"])
     other = Path(shutil.copy(model, model.with_name("other.gguf")))
-    shutil.copy(kept, _kept.file_of(other))
-    assert not _kept.use(Packer(), other, NAMES)
-    assert _kept.use(Packer(), model, NAMES)
+    shutil.copy(kept, kept_weights.file_of(other))
+    assert not kept_weights.use(Packer(), other, NAMES)
+    assert kept_weights.use(Packer(), model, NAMES)
     os.utime(model, ns=(1, 1))
-    assert not _kept.use(Packer(), model, NAMES)
+    assert not kept_weights.use(Packer(), model, NAMES)
 
 
 @pytest.mark.parametrize("length", [0, 1, 55, 56, 2_000_000, -1])
@@ -99,8 +103,8 @@ def test_a_file_that_is_cut_short_is_not_used(length: int, model: Path, kept: Pa
     """However much of it there is; it is written anew."""
     whole = kept.read_bytes()
     kept.write_bytes(whole[:length])
-    assert not _kept.use(Packer(), model, NAMES)
-    assert _kept.write(Packer(), model, NAMES)
+    assert not kept_weights.use(Packer(), model, NAMES)
+    assert kept_weights.write(Packer(), model, NAMES)
     assert kept.read_bytes() == whole
 
 
@@ -109,33 +113,51 @@ def test_every_spoiled_byte_of_table_and_trailer_is_seen(model: Path, kept: Path
     whole = kept.read_bytes()
     for place in range(whole.index(b'{"model"'), len(whole)):
         kept.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert not _kept.use(Packer(), model, NAMES)
+        assert not kept_weights.use(Packer(), model, NAMES)
 
 
-@pytest.mark.parametrize("matrices", [[], {NAMES[0]: 1}, {NAMES[0]: [1] * 5}, {NAMES[0]: [8, 0, 4, 32, 0, 1.5]}])
+@pytest.mark.parametrize(
+    "matrices", [[], {NAMES[0]: 1}, {NAMES[0]: [1] * 5}, {NAMES[0]: [8, 0, 4, 32, 0, 1.5]}]
+)
 def test_a_table_of_another_kind_is_not_used(matrices: object, model: Path, kept: Path) -> None:
     """Though it is what was written."""
-    kept.write_bytes(_signed({"model": _kept.model_state(model), "form": [1, "portable"], "matrices": matrices}))
-    assert not _kept.use(Packer(), model, [])
-    for table in ([], {"model": [], "form": [], "matrices": {}}, {"model": [1], "form": [], "matrices": {}}):
+    kept.write_bytes(
+        _signed(
+            {
+                "model": kept_weights.model_state(model),
+                "form": [1, "portable"],
+                "matrices": matrices,
+            }
+        )
+    )
+    assert not kept_weights.use(Packer(), model, [])
+    for table in (
+        [],
+        {"model": [], "form": [], "matrices": {}},
+        {"model": [1], "form": [], "matrices": {}},
+    ):
         kept.write_bytes(_signed(table))
-        assert not _kept.use(Packer(), model, [])
+        assert not kept_weights.use(Packer(), model, [])
 
 
-def test_files_of_models_that_are_gone_or_changed_are_deleted(tmp_path: Path, model: Path, kept: Path) -> None:
+def test_files_of_models_that_are_gone_or_changed_are_deleted(
+    tmp_path: Path, model: Path, kept: Path
+) -> None:
     """When the next one is written; so is what an interrupted load left, but not what is being written now."""
-    models = [Path(shutil.copy(model, tmp_path / f"{name}.gguf")) for name in ("gone", "changed", "same")]
+    models = [
+        Path(shutil.copy(model, tmp_path / f"{name}.gguf")) for name in ("gone", "changed", "same")
+    ]
     for path in models:
-        assert _kept.write(Packer(), path, NAMES)
+        assert kept_weights.write(Packer(), path, NAMES)
     (kept.parent / ".old").touch()
     (kept.parent / ".new").touch()
     (kept.parent / "damaged.packed").touch()
     os.utime(kept.parent / ".old", (1, 1))
     models[0].unlink()
     models[1].write_bytes(b"another")
-    assert _kept.write(Packer(), model, NAMES)
+    assert kept_weights.write(Packer(), model, NAMES)
     left = {file.name for file in kept.parent.iterdir()}
-    assert left == {kept.name, _kept.file_of(models[2]).name, ".new"}
+    assert left == {kept.name, kept_weights.file_of(models[2]).name, ".new"}
 
 
 def test_where_it_cannot_be_written_nothing_is_left(
@@ -146,31 +168,31 @@ def test_where_it_cannot_be_written_nothing_is_left(
     file.touch()
     with monkeypatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(file))
-        assert not _kept.write(Packer(), model, NAMES)
+        assert not kept_weights.write(Packer(), model, NAMES)
     with monkeypatch.context() as patch:
-        patch.setattr(_kept, "_free_bytes", lambda: 2 * model.stat().st_size - 1)
-        assert not _kept.write(Packer(), model, NAMES)
+        patch.setattr(kept_weights, "_free_bytes", lambda: 2 * model.stat().st_size - 1)
+        assert not kept_weights.write(Packer(), model, NAMES)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: os.utime(model, ns=(1, 1)))
-        assert not _kept.write(Packer(), model, NAMES)
+        assert not kept_weights.write(Packer(), model, NAMES)
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert not _kept.write(Packer(), model, NAMES)
-    assert list(_kept.folder().iterdir()) == []
+        assert not kept_weights.write(Packer(), model, NAMES)
+    assert list(kept_weights.folder().iterdir()) == []
 
 
 def test_small_pages_are_used_on_request_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They slow every product down, which loads more often than not make worth less."""
     packer = Packer()
     packer.huge = False
-    assert not _kept.write(packer, model, NAMES)
-    assert list(_kept.folder().iterdir()) == []
+    assert not kept_weights.write(packer, model, NAMES)
+    assert list(kept_weights.folder().iterdir()) == []
     monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", "1")
-    assert _kept.write(packer, model, NAMES)
+    assert kept_weights.write(packer, model, NAMES)
 
 
 def test_what_is_kept_can_be_forgotten(kept: Path, model: Path) -> None:
@@ -182,6 +204,6 @@ def test_what_is_kept_can_be_forgotten(kept: Path, model: Path) -> None:
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the environment, for the whole process."""
-    assert _kept.wanted()
+    assert kept_weights.wanted()
     monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", "0")
-    assert not _kept.wanted()
+    assert not kept_weights.wanted()

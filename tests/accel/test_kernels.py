@@ -11,7 +11,14 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sparse_kernels import PATTERNS, QUANTS, SLACK_BYTES, Packed, SparseKernels, build_kernels
+from tests.support.sparse_kernels import (
+    PATTERNS,
+    QUANTS,
+    SLACK_BYTES,
+    Packed,
+    SparseKernels,
+    build_kernels,
+)
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
@@ -34,7 +41,9 @@ def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int 
     generator = np.random.default_rng(seed)
     weight_OI = generator.standard_normal((rows, columns)).astype(np.float32)
     weight_OI[generator.random((rows, columns)) < sparsity] = 0
-    return np.ascontiguousarray(quants.quantize(weight_OI, GGMLQuantizationType[quant.upper()]).view(np.uint8))
+    return np.ascontiguousarray(
+        quants.quantize(weight_OI, GGMLQuantizationType[quant.upper()]).view(np.uint8)
+    )
 
 
 def draw_two_of_four(rows: int, columns: int) -> np.ndarray:
@@ -43,7 +52,9 @@ def draw_two_of_four(rows: int, columns: int) -> np.ndarray:
     order = np.argsort(generator.random((rows, columns // 4, 4)), axis=2)
     weight_OI[(order < 2).reshape(rows, columns)] = 0
     weight_OI[0, :8] = 0  # fewer than two are left: the pattern stores zeros
-    return np.ascontiguousarray(quants.quantize(weight_OI, GGMLQuantizationType.Q8_0).view(np.uint8))
+    return np.ascontiguousarray(
+        quants.quantize(weight_OI, GGMLQuantizationType.Q8_0).view(np.uint8)
+    )
 
 
 def dequantize(quant: str, blocks: np.ndarray) -> np.ndarray:
@@ -60,7 +71,13 @@ def dequantize(quant: str, blocks: np.ndarray) -> np.ndarray:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_unpacking_restores_every_byte(
-    kernels: SparseKernels, quant: str, rows: int, columns: int, sparsity: float, cut: int, seed: int
+    kernels: SparseKernels,
+    quant: str,
+    rows: int,
+    columns: int,
+    sparsity: float,
+    cut: int,
+    seed: int,
 ) -> None:
     """Packing and unpacking is the identity, and every instruction set packs the same bytes."""
     blocks = draw_blocks(quant, rows, columns, sparsity, seed)
@@ -101,7 +118,9 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
     expected_TO = round_inputs(quant, activation_TI) @ dequantize(quant, blocks).T
     output_TO = chosen.multiply(chosen.pack(quant, blocks, columns), activation_TI, cut=11)
     # 864 float32 additions of partial sums err by less than 864 * 2^-24 of their size; signs cancel most of it
-    np.testing.assert_allclose(output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max())
+    np.testing.assert_allclose(
+        output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max()
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -111,8 +130,12 @@ def test_two_of_four_products(chosen: SparseKernels, tokens: int) -> None:
     codes[codes == 127] = 128  # -128, the code that has no positive twin
     activation_TI = draw_activations(tokens, 640)
     expected_TO = round_inputs("q8_0", activation_TI) @ dequantize("q8_0", blocks).T
-    output_TO = chosen.multiply(chosen.pack("q8_0", blocks, 640, "two_of_four"), activation_TI, cut=8)
-    np.testing.assert_allclose(output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max())
+    output_TO = chosen.multiply(
+        chosen.pack("q8_0", blocks, 640, "two_of_four"), activation_TI, cut=8
+    )
+    np.testing.assert_allclose(
+        output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max()
+    )
 
 
 def test_extreme_codes_multiply_exactly(chosen: SparseKernels) -> None:
@@ -138,7 +161,9 @@ def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: st
     activation_TI[0, 64:96] = 0
     workspace = chosen.prepare(quant, activation_TI)
     blocks = ggml_q8_0(activation_TI[0]).reshape(-1, 34)
-    codes = workspace[:columns].view(np.int8).reshape(-1, 4, 8, 8).swapaxes(1, 2).reshape(-1)  # they lie in chunks
+    codes = (
+        workspace[:columns].view(np.int8).reshape(-1, 4, 8, 8).swapaxes(1, 2).reshape(-1)
+    )  # they lie in chunks
     scales = workspace[columns + columns // 4 + columns // 8 :][: columns // 8].view(np.float32)
     assert (codes == blocks[:, 2:].view(np.int8).reshape(-1)).all()
     assert (scales == blocks[:, :2].copy().view(np.float16).reshape(-1).astype(np.float32)).all()
@@ -148,7 +173,11 @@ def test_a_matrix_that_disagrees_with_itself_is_refused(kernels: SparseKernels) 
     """Every kind of damage to a packed matrix is seen before a kernel reads it."""
     for quant in QUANTS:
         for pattern in PATTERNS if quant == "q8_0" else ("unstructured",):
-            packed = kernels.pack(quant, draw_two_of_four(4, 384), 384, pattern) if quant == "q8_0" else None
+            packed = (
+                kernels.pack(quant, draw_two_of_four(4, 384), 384, pattern)
+                if quant == "q8_0"
+                else None
+            )
             packed = packed or kernels.pack(quant, draw_blocks(quant, 4, 384, 0.5), 384)
             assert kernels.valid(packed)
             for name, damaged in damage(packed):
@@ -165,7 +194,10 @@ def damage(packed: Packed) -> list[tuple[str, Packed]]:
     beyond[-1] += 4
     shifted[1] += 4
     negative[0] = -4
-    parts = {key: getattr(packed, key) for key in ("quant", "pattern", "rows", "columns", "heads", "values", "offsets")}
+    parts = {
+        key: getattr(packed, key)
+        for key in ("quant", "pattern", "rows", "columns", "heads", "values", "offsets")
+    }
     return [
         ("a fuller mask", Packed(**{**parts, "heads": full})),
         ("a bit beyond the row", Packed(**{**parts, "heads": late})),
@@ -178,7 +210,9 @@ def damage(packed: Packed) -> list[tuple[str, Packed]]:
 
 def draw_activations(tokens: int, columns: int) -> np.ndarray:
     generator = np.random.default_rng(7)
-    return (generator.standard_normal((tokens, columns)) * generator.uniform(0.1, 9, (tokens, 1))).astype(np.float32)
+    return (
+        generator.standard_normal((tokens, columns)) * generator.uniform(0.1, 9, (tokens, 1))
+    ).astype(np.float32)
 
 
 def round_inputs(quant: str, activation_TI: np.ndarray) -> np.ndarray:
@@ -186,7 +220,9 @@ def round_inputs(quant: str, activation_TI: np.ndarray) -> np.ndarray:
     if quant == "f16":
         return activation_TI.astype(np.float16).astype(np.float64)
     if quant == "bf16":
-        return dequantize("bf16", quants.quantize(activation_TI, GGMLQuantizationType.BF16).view(np.uint8))
+        return dequantize(
+            "bf16", quants.quantize(activation_TI, GGMLQuantizationType.BF16).view(np.uint8)
+        )
     return np.stack([dequantize("q8_0", ggml_q8_0(row_I)[None])[0] for row_I in activation_TI])
 
 
@@ -202,5 +238,7 @@ def ggml_q8_0(activation_I: np.ndarray) -> np.ndarray:
 
 def test_slack_is_what_the_tests_give() -> None:
     """The slack behind the values is the one that the header asks for."""
-    header = (Path(__file__).parents[2] / "racdeploy/accel/sources/sparse_matrix.h").read_text(encoding="utf-8")
+    header = (Path(__file__).parents[2] / "racdeploy/accel/sources/sparse_matrix.h").read_text(
+        encoding="utf-8"
+    )
     assert f"slack_bytes = {SLACK_BYTES}" in header

@@ -20,20 +20,22 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import _build, _kept, _llamacpp
-from racdeploy.accel._build import Library
-from racdeploy.accel._trial import Verdict, prove, read_verdict
-from racdeploy.backends import EngineSettings, Sampling, open_engine
-from racdeploy.backends.llamacpp import LlamaCppEngine
-from racdeploy.checkpoint import Checkpoint, file_sha256
-from racdeploy.cli import app
+from racdeploy.accel import build, kept_weights, llamacpp
+from racdeploy.accel.build import Library
+from racdeploy.accel.trial import Verdict, prove, read_verdict
+from racdeploy.cli.app import app
+from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.doctor import examine
+from racdeploy.engines import open_engine
+from racdeploy.engines.llamacpp import LlamaCppEngine
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.export import gguf
-from racdeploy.racgguf.header import Header
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.runtime import load
-from tests.tiny_artifacts import make_bundle
-from tests.tiny_models import make_checkpoint
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.gguf_header import Header
+from tests.support.tiny_artifacts import make_bundle
+from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=1, threads=1, cache_dtype="f32")
 IDS = [5, 90, 17, 300, 41, 42, 43, 44, 45, 46]
@@ -58,11 +60,11 @@ STUB = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of this module's libraries; the plug-in is in it, not yet tried."""
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     assert not isinstance(ggml, str), ggml
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("plugin")))
-        yield _llamacpp.library(ggml).build()
+        yield llamacpp.library(ggml).build()
 
 
 @pytest.fixture
@@ -78,7 +80,9 @@ def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model by number format: its linears have 60 % zeros but for those of ``down_proj``."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("sparse") / "checkpoint", "qwen3", dtype="float32")
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("sparse") / "checkpoint", "qwen3", dtype="float32"
+    )
     weights = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(0)
     for name, weight_OI in weights.items():
@@ -94,7 +98,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _instruction_set(library: Path) -> str:
     """Ask in a child: the plug-in stays in a process that has loaded it."""
-    code = f"from racdeploy.accel._llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+    code = f"from racdeploy.accel.llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -111,7 +115,9 @@ def _stub(folder: Path, **bodies: str) -> Path:
     lines = []
     for signature, body in STUB.items():
         name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_")
-        lines.append(f'extern "C" __attribute__((visibility("default"))) {signature} {{ {bodies.get(name, body)} }}')
+        lines.append(
+            f'extern "C" __attribute__((visibility("default"))) {signature} {{ {bodies.get(name, body)} }}'
+        )
     (folder / "stub.cpp").write_text("\n".join(lines))
     return Library("stub", (str(folder / "stub.cpp"),)).build()
 
@@ -132,9 +138,15 @@ def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Pa
     [
         ({"difference": "__builtin_trap();"}, "its self-test died with SIG(ILL|TRAP)"),
         ({"difference": "*(volatile int*)8 = 1; return 0;"}, "its self-test died with SIGSEGV"),
-        ({"difference": "return 2e-6;"}, r"its self-test failed: q8_0 \d+ × \d+ .*: differs by 2\.0e-06"),
+        (
+            {"difference": "return 2e-6;"},
+            r"its self-test failed: q8_0 \d+ × \d+ .*: differs by 2\.0e-06",
+        ),
         ({"difference": 'return __builtin_nan("");'}, "its self-test failed: .*does not give back"),
-        ({"difference": "return -1;"}, "its self-test failed: .*does not give back what was written"),
+        (
+            {"difference": "return -1;"},
+            "its self-test failed: .*does not give back what was written",
+        ),
         ({"enable": "return false;"}, "ggml does not take it"),
         ({}, "its portable kernels are not faster than ggml's own"),
     ],
@@ -156,7 +168,9 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     assert "its self-test ended with exit code 1" in prove(tmp_path / "broken.so").refusal
 
 
-def test_a_spoiled_library_is_not_loaded(ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spoiled_library_is_not_loaded(
+    ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A change after it was proven leaves the model on llama.cpp's own kernels; where required, that is an error."""
     plain = ready.read_bytes()
     try:
@@ -176,27 +190,31 @@ def test_an_unknown_ggml_stays_on_stock_paths(
     ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its private declarations were not compared with ours."""
-    monkeypatch.setattr(_llamacpp, "_KNOWN", {"0.0.1": ("abc",)})
+    monkeypatch.setattr(llamacpp, "_KNOWN", {"0.0.1": ("abc",)})
     assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
     assert accel.kernels("auto") == accel.STOCK
     with pytest.raises(EngineError, match="is not one that the kernels were made for"):
         accel.build()
 
 
-def test_without_headers_or_a_compiler_it_says_so(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_headers_or_a_compiler_it_says_so(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each in one sentence."""
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     assert not isinstance(ggml, str)
     assert "came without ggml's headers" in dataclasses.replace(ggml, include=tmp_path).refusal
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    monkeypatch.setattr(_build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: None)
     outcome = CliRunner().invoke(app, ["accel", "build"])
     assert outcome.exit_code == 4
     assert "there is no C++ compiler" in outcome.output
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0", "f16", "bf16"])
-def test_logits_are_those_of_the_stock_engine(quant: str, ready: Path, files: dict[str, Path]) -> None:
+def test_logits_are_those_of_the_stock_engine(
+    quant: str, ready: Path, files: dict[str, Path]
+) -> None:
     """Every number format, in one batch of the whole text; float32 sums in another order are all that differs."""
     with LlamaCppEngine(files[quant], SETTINGS) as stock:
         expected_TV = stock.logits(IDS)
@@ -229,7 +247,9 @@ def test_only_weights_with_enough_zeros_are_taken(ready: Path, files: dict[str, 
     )
     names = _in_child(code)
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")
-    assert sorted(names) == sorted(f"blk.{block}.{part}.weight" for block in range(2) for part in parts)
+    assert sorted(names) == sorted(
+        f"blk.{block}.{part}.weight" for block in range(2) for part in parts
+    )
 
 
 def test_zeros_are_counted_once_for_each_state_of_a_file(
@@ -267,12 +287,16 @@ def test_a_dense_file_is_left_alone(ready: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense.gguf"
     gguf.export(Checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen3")), dense, quant="q8_0")
     with LlamaCppEngine(dense, replace(SETTINGS, accel="auto")) as engine:
-        assert engine.about["kernels"].endswith("no matrix of dense.gguf has enough zeros, which is 30% at the least")
+        assert engine.about["kernels"].endswith(
+            "no matrix of dense.gguf has enough zeros, which is 30% at the least"
+        )
     with pytest.raises(EngineError, match="has enough zeros"):
         LlamaCppEngine(dense, replace(SETTINGS, accel="require"))
 
 
-def test_a_users_own_llama_gets_the_kernels_for_one_model(ready: Path, files: dict[str, Path]) -> None:
+def test_a_users_own_llama_gets_the_kernels_for_one_model(
+    ready: Path, files: dict[str, Path]
+) -> None:
     """The next one has weights of the same names, and is not asked for."""
     code = f"""
 import llama_cpp
@@ -295,7 +319,9 @@ first.close(); second.close()
 
 def test_what_was_packed_leaves_the_map_of_the_file(ready: Path, tmp_path: Path) -> None:
     """And the products are the same as from a file that was read."""
-    folder = make_checkpoint(tmp_path / "checkpoint", "qwen3", dtype="float32", hidden_size=512, intermediate_size=2048)
+    folder = make_checkpoint(
+        tmp_path / "checkpoint", "qwen3", dtype="float32", hidden_size=512, intermediate_size=2048
+    )
     weights = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(0)
     for name, weight_OI in weights.items():
@@ -317,7 +343,9 @@ print(mapped * 1024, float(np.abs(model.scores[:3]).sum()))
     found = {}
     for use_mmap in (True, False):
         command = [sys.executable, "-c", code, str(tmp_path / "model.gguf"), str(use_mmap)]
-        found[use_mmap] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        found[use_mmap] = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()
     assert found[True][1] == found[False][1]
     assert int(found[True][0]) < 0.3 * (tmp_path / "model.gguf").stat().st_size
 
@@ -327,7 +355,7 @@ def test_a_kept_file_gives_what_packing_gives(
     quant: str, ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The load that writes it, one that finds it and one without: the same logits to the last bit, the same answers."""
-    shutil.rmtree(_kept.folder(), ignore_errors=True)
+    shutil.rmtree(kept_weights.folder(), ignore_errors=True)
     found = []
     for keep in ("0", "1", "1"):
         monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", keep)
@@ -335,7 +363,7 @@ def test_a_kept_file_gives_what_packing_gives(
             assert engine.about["sparse_weights"] == 2 * 6
             (answer,) = engine.generate([IDS], Sampling(max_new_tokens=24, stop_ids=()))
             found.append((engine.logits(IDS).tobytes(), answer))
-        assert len(_kept.kept_files()) == int(keep)
+        assert len(kept_weights.kept_files()) == int(keep)
     assert found[0] == found[1] == found[2]
 
 
@@ -344,7 +372,7 @@ def test_a_kept_file_is_written_once_and_then_mapped(
 ) -> None:
     """Not where the caller wants none; the products come from it, as a spoiled value shows."""
     monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", "1")  # also where files are cached in small pages
-    shutil.rmtree(_kept.folder(), ignore_errors=True)
+    shutil.rmtree(kept_weights.folder(), ignore_errors=True)
     code = f"""
 import llama_cpp, numpy as np
 from racdeploy import accel
@@ -366,10 +394,10 @@ print(".packed" in open("/proc/self/maps").read())
     ]
     assert len({line[3] for line in found[:3]}) == 1
     assert found[3] == ["False"]
-    (kept,) = _kept.kept_files()
+    (kept,) = kept_weights.kept_files()
     written = kept.stat().st_mtime_ns
     with kept.open("r+b") as stream:
-        table = _kept._read_table(stream)
+        table = kept_weights._read_table(stream)
         assert table is not None
         *_, begin, size = table["matrices"]["blk.1.ffn_up.weight"]
         stream.seek(begin + size - 128 - size // 4)
@@ -380,7 +408,9 @@ print(".packed" in open("/proc/self/maps").read())
     assert written < kept.stat().st_mtime_ns
 
 
-def test_a_model_that_was_loaded_before_leaves_the_process_on_stock_paths(ready: Path, files: dict[str, Path]) -> None:
+def test_a_model_that_was_loaded_before_leaves_the_process_on_stock_paths(
+    ready: Path, files: dict[str, Path]
+) -> None:
     """Ggml has then handed out its list of buffer types."""
     code = f"""
 import llama_cpp
@@ -392,7 +422,9 @@ model.eval([1, 2, 3])
     assert "a model was loaded in this process before" in _in_child(code)[0]
 
 
-def test_where_kernels_are_not_built_a_bundle_runs_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_kernels_are_not_built_a_bundle_runs_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By default and in silence; where required, one error. Other engines have none to switch on."""
     bundle = make_bundle(tmp_path)
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "none"))
@@ -411,20 +443,25 @@ def test_run_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     outcome = CliRunner().invoke(app, ["run", str(bundle), "2 + 2?", "--json"])
     assert outcome.exit_code == 0
     json.loads(outcome.stdout)
-    assert "kernels: llama.cpp's own kernels: the sparse kernels are not built: racdeploy accel build" in outcome.stderr
+    assert (
+        "kernels: llama.cpp's own kernels: the sparse kernels are not built: racdeploy accel build"
+        in outcome.stderr
+    )
     assert CliRunner().invoke(app, ["run", str(bundle), "2 + 2?", "--accel", "off"]).stderr == ""
 
 
-def test_doctor_explains_which_kernels_run(ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_explains_which_kernels_run(
+    ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Kernels that are missing are no fault of the machine."""
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
     assert found["state"] == "ok"
     assert "q8_0 from 30% zeros on" in found["detail"]
-    _kept.folder().mkdir(exist_ok=True)
-    (_kept.folder() / "0.packed").write_bytes(bytes(3_000_000))
+    kept_weights.folder().mkdir(exist_ok=True)
+    (kept_weights.folder() / "0.packed").write_bytes(bytes(3_000_000))
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
-    assert f" MB, in {_kept.folder()}" in found["detail"]
-    (_kept.folder() / "0.packed").unlink()
+    assert f" MB, in {kept_weights.folder()}" in found["detail"]
+    (kept_weights.folder() / "0.packed").unlink()
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
     assert found == {
@@ -434,34 +471,56 @@ def test_doctor_explains_which_kernels_run(ready: Path, monkeypatch: pytest.Monk
     }
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"refusal": ""}', '{"refusal": "", "sha256": "", "more": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"refusal": ""}', '{"refusal": "", "sha256": "", "more": 1}']
+)
 def test_a_damaged_verdict_is_none(content: str, ready: Path) -> None:
     """It is made anew by the next build."""
     ready.with_suffix(".json").write_text(content)
     assert "is damaged: racdeploy accel build" in str(accel.readiness())
 
 
-def test_the_plugin_is_clean_under_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_is_clean_under_sanitizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Packing, partial writes, reading back, products and kept files, with every read and write checked."""
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     assert not isinstance(ggml, str)
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     program = replace(
-        _llamacpp.library(ggml),
+        llamacpp.library(ggml),
         name="driver",
-        sources=(*_llamacpp.library(ggml).sources, str(Path(__file__).with_name("plugin_driver.cpp"))),
-        flags=("-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        sources=(
+            *llamacpp.library(ggml).sources,
+            str(Path(__file__).with_name("plugin_driver.cpp")),
+        ),
+        flags=(
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O1",
+            "-g",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+        ),
         executable=True,
     ).build()
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])  # a code is one of the driver's checks
+    assert done.returncode == 0, (
+        done.returncode,
+        done.stderr[-3000:],
+    )  # a code is one of the driver's checks
     assert float(done.stdout) <= 1e-6
 
 
-def test_a_file_is_read_ahead_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_ahead_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it, in order; one that memory could not hold is left to llama.cpp."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, start, length, advice: asked.append((start, length)))
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda descriptor, start, length, advice: asked.append((start, length))
+    )
     file = tmp_path / "m.gguf"
     with file.open("wb") as stream:
         stream.truncate(40 << 20)

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 
 from racdeploy import quant as quants
-from racdeploy.accel._onnx_bytes import Node, model_bytes
-from racdeploy.accel._onnxruntime_proof import open_session
+from racdeploy.accel.onnx_bytes import Node, model_bytes
 from racdeploy.accel.onnxruntime import LIBRARY
-from racdeploy.packing._sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix, kind_of, split
+from racdeploy.accel.onnxruntime_proof import open_session
+from racdeploy.packing.sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix, kind_of, split
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
 SOURCES = Path(__file__).parents[2] / "racdeploy" / "accel" / "sources"
@@ -47,12 +47,18 @@ def draw_rows(quant: str, O: int, I: int, sparsity: float, seed: int = 0) -> Arr
     return quants.load(quant).quantize(weight_OI)
 
 
-def graph_of(quant: str, matrix: SparseMatrix, O: int, I: int, /, version: int = LAYOUT, **attributes: int) -> bytes:
+def graph_of(
+    quant: str, matrix: SparseMatrix, O: int, I: int, /, version: int = LAYOUT, **attributes: int
+) -> bytes:
     kind = kind_of(quants.load(quant))
     assert kind is not None
     parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
     attributes = {"I": I, "O": O, "quant": kind.ggml_type} | attributes
-    return model_bytes([Node("racdeploy", "SparseMatMul", ("x", *parts), "y", attributes, version)], parts, {"x": I})
+    return model_bytes(
+        [Node("racdeploy", "SparseMatMul", ("x", *parts), "y", attributes, version)],
+        parts,
+        {"x": I},
+    )
 
 
 def split_rows(quant: str, packed_OP: Array) -> SparseMatrix:
@@ -72,7 +78,9 @@ def rounded(quant: str, x_BTI: Array) -> Array:
     blocks = x_BTI.reshape(*x_BTI.shape[:-1], -1, 32)
     most = np.abs(blocks).max(axis=-1, keepdims=True)
     codes = np.rint(blocks * (np.float32(127) / most))
-    return (codes * (most / np.float32(127)).astype(np.float16).astype(np.float64)).reshape(x_BTI.shape)
+    return (codes * (most / np.float32(127)).astype(np.float16).astype(np.float64)).reshape(
+        x_BTI.shape
+    )
 
 
 def draw_inputs(shape: tuple[int, ...]) -> Array:
@@ -86,7 +94,8 @@ def draw_inputs(shape: tuple[int, ...]) -> Array:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize(
-    ("O", "I", "sparsity"), [(64, 256, 0.5), (100, 576, 0.5), (7, 1056, 0.7), (33, 32, 1.0), (256, 2048, 0.0)]
+    ("O", "I", "sparsity"),
+    [(64, 256, 0.5), (100, 576, 0.5), (7, 1056, 0.7), (33, 32, 1.0), (256, 2048, 0.0)],
 )
 def test_products_are_those_of_the_same_arithmetic(
     kernels: str, library: Path, quant: str, O: int, I: int, sparsity: float
@@ -114,7 +123,9 @@ def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: s
     np.testing.assert_array_equal(together, three.run(None, {"x": x_BTI})[0])
     for token in (0, 511, 1023, 1024, 1099):
         alone = one.run(None, {"x": x_BTI[:, token : token + 1]})[0]
-        np.testing.assert_allclose(together[:, token], alone[:, 0], rtol=0, atol=1e-6 * np.abs(together).max())
+        np.testing.assert_allclose(
+            together[:, token], alone[:, 0], rtol=0, atol=1e-6 * np.abs(together).max()
+        )
 
 
 def test_no_tokens_and_wrong_inputs(library: Path) -> None:
@@ -124,7 +135,16 @@ def test_no_tokens_and_wrong_inputs(library: Path) -> None:
     assert session.run(None, {"x": np.zeros((1, 0, 64), np.float32)})[0].shape == (1, 0, 8)
     parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
     open_input = model_bytes(
-        [Node("racdeploy", "SparseMatMul", ("x", *parts), "y", {"I": 64, "O": 8, "quant": 8}, LAYOUT)],
+        [
+            Node(
+                "racdeploy",
+                "SparseMatMul",
+                ("x", *parts),
+                "y",
+                {"I": 64, "O": 8, "quant": 8},
+                LAYOUT,
+            )
+        ],
         parts,
         {"x": 96},
     )
@@ -154,19 +174,27 @@ def _edit(part: str, change: Callable[[Array], object]) -> Callable[[SparseMatri
 
 PARTS = ("heads_OP", "values", "offsets")
 HOSTILE: dict[str, Callable[[SparseMatrix], SparseMatrix]] = {
-    "a few bits more in a mask": _edit("heads_OP", lambda heads: heads[3].__setitem__([20, 40], 255)),
+    "a few bits more in a mask": _edit(
+        "heads_OP", lambda heads: heads[3].__setitem__([20, 40], 255)
+    ),
     "all bits": _edit("heads_OP", lambda heads: heads.fill(255)),
     "bits behind the row": _edit("heads_OP", lambda heads: heads[:, -1].fill(128)),
-    "values cut": lambda matrix: SparseMatrix(matrix.heads_OP, matrix.values[:-200], matrix.offsets),
+    "values cut": lambda matrix: SparseMatrix(
+        matrix.heads_OP, matrix.values[:-200], matrix.offsets
+    ),
     "no values": _replace(values=np.zeros(0, np.uint8)),
-    "no slack": lambda matrix: SparseMatrix(matrix.heads_OP, matrix.values[:-SLACK_BYTES], matrix.offsets),
+    "no slack": lambda matrix: SparseMatrix(
+        matrix.heads_OP, matrix.values[:-SLACK_BYTES], matrix.offsets
+    ),
     "heads cut": lambda matrix: SparseMatrix(matrix.heads_OP[:-1], matrix.values, matrix.offsets),
     "offsets cut": lambda matrix: SparseMatrix(matrix.heads_OP, matrix.values, matrix.offsets[:-1]),
     "offsets that descend": _edit("offsets", lambda offsets: offsets.__setitem__(4, 1)),
     "a first offset below zero": _edit("offsets", lambda offsets: offsets.__setitem__(0, -4096)),
     "the largest offset": _edit("offsets", lambda offsets: offsets.__setitem__(5, 2**63 - 1)),
     "the smallest offset": _edit("offsets", lambda offsets: offsets.__setitem__(5, -(2**63))),
-    "two offsets that make up for each other": _edit("offsets", lambda offsets: offsets.__setitem__(5, offsets[5] + 1)),
+    "two offsets that make up for each other": _edit(
+        "offsets", lambda offsets: offsets.__setitem__(5, offsets[5] + 1)
+    ),
 }
 ATTRIBUTES = {
     "more rows": {"O": 17},
@@ -182,7 +210,9 @@ ATTRIBUTES = {
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", [*HOSTILE, *ATTRIBUTES])
-def test_a_matrix_that_lies_is_an_error_of_the_session(library: Path, quant: str, name: str) -> None:
+def test_a_matrix_that_lies_is_an_error_of_the_session(
+    library: Path, quant: str, name: str
+) -> None:
     """Whatever is wrong with it, no product is ever computed."""
     matrix = split_rows(quant, draw_rows(quant, 16, 576, 0.5))
     if name == "another format" and quant == "matmulnbits_4":
@@ -219,7 +249,9 @@ def test_sessions_without_the_operator_refuse_the_graph() -> None:
     """Nothing else is computed in its place."""
     matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 64, 0.5))
     with pytest.raises(Exception, match="racdeploy"):
-        onnxruntime.InferenceSession(graph_of("matmulnbits_8", matrix, 16, 64), providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(
+            graph_of("matmulnbits_8", matrix, 16, 64), providers=["CPUExecutionProvider"]
+        )
 
 
 def test_places_and_signatures_are_those_of_the_header() -> None:
@@ -228,5 +260,12 @@ def test_places_and_signatures_are_those_of_the_header() -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not header.is_file() or compiler is None:
         pytest.skip("needs g++ and the package libonnxruntime-dev")
-    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", f"-I{header.parent}", f"-I{SOURCES}"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fsyntax-only",
+        "-Wno-invalid-offsetof",
+        f"-I{header.parent}",
+        f"-I{SOURCES}",
+    ]
     subprocess.run([*command, str(Path(__file__).with_name("onnxruntime_header.cpp"))], check=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.action.runner import ACTION, Run, run_action, write_program
+from tests.support.action_runner import ACTION, Run, run_action, write_program
 
 PULL_REQUEST = {"pull_request": {"number": 12}}
 
@@ -56,7 +56,9 @@ class Comments:
             return self.status, {"message": "Resource not accessible by integration"}
         if method == "GET":
             page = int(re.findall(r"&page=(\d+)", path)[0])
-            return 200, [{"id": n, "body": text} for n, text in self.bodies.items()][100 * (page - 1) : 100 * page]
+            return 200, [{"id": n, "body": text} for n, text in self.bodies.items()][
+                100 * (page - 1) : 100 * page
+            ]
         number = int(path.rpartition("/")[2]) if method == "PATCH" else max(self.bodies) + 1
         self.bodies[number] = body["body"]
         return 201, {"id": number}
@@ -73,7 +75,9 @@ def api(comments: Comments) -> Iterator[str]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             token = self.headers["Authorization"]
-            status, value = comments.answer(self.command, self.path, token, json.loads(body or b"{}"))
+            status, value = comments.answer(
+                self.command, self.path, token, json.loads(body or b"{}")
+            )
             data = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -102,20 +106,37 @@ def job(tmp_path: Path, api: str) -> Any:
     write_program(tmp_path / "bin", "python", PYTHON)
 
     def run(code: int, event: dict[str, Any] = PULL_REQUEST, **inputs: str) -> Run:
-        given = {"bundle": "bundle"} | {name.replace("_", "-"): value for name, value in inputs.items()}
-        files = {"ARGUMENTS": str(tmp_path / "arguments.json"), "INSTALLED": str(tmp_path / "installed.json")}
+        given = {"bundle": "bundle"} | {
+            name.replace("_", "-"): value for name, value in inputs.items()
+        }
+        files = {
+            "ARGUMENTS": str(tmp_path / "arguments.json"),
+            "INSTALLED": str(tmp_path / "installed.json"),
+        }
         return run_action(
-            workspace, given, event=event, api=api, bin_folder=tmp_path / "bin", WANTED_CODE=str(code), **files
+            workspace,
+            given,
+            event=event,
+            api=api,
+            bin_folder=tmp_path / "bin",
+            WANTED_CODE=str(code),
+            **files,
         )
 
     return run
 
 
 @pytest.mark.parametrize(("code", "verdict"), [(0, "pass"), (1, "fail"), (3, "inconclusive")])
-def test_the_job_ends_as_the_verification_did(job: Any, comments: Comments, code: int, verdict: str) -> None:
+def test_the_job_ends_as_the_verification_did(
+    job: Any, comments: Comments, code: int, verdict: str
+) -> None:
     """After the outputs, the summary, the comment and the upload."""
     run = job(code)
-    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (code, verdict, str(code))
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (
+        code,
+        verdict,
+        str(code),
+    )
     assert run.summary == f"### {verdict}\n"
     assert comments.bodies[131].startswith(f"<!-- racdeploy: bundle -->\n### {verdict}\n")
     assert "https://github.com/somebody/app/actions/runs/77" in comments.bodies[131]
@@ -123,7 +144,9 @@ def test_the_job_ends_as_the_verification_did(job: Any, comments: Comments, code
 
 
 @pytest.mark.parametrize("code", [2, 4])
-def test_without_a_verdict_the_job_fails_whatever_was_asked(job: Any, comments: Comments, code: int) -> None:
+def test_without_a_verdict_the_job_fails_whatever_was_asked(
+    job: Any, comments: Comments, code: int
+) -> None:
     """What racdeploy said is in the summary; a report of an earlier run does not speak for this one."""
     assert job(0, comment="false").code == 0
     run = job(code, exit_zero="true")
@@ -154,7 +177,9 @@ def test_the_comment_is_replaced_and_belongs_to_its_bundle(job: Any, comments: C
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_a_comment_that_cannot_be_written_is_a_warning(job: Any, comments: Comments, status: int) -> None:
+def test_a_comment_that_cannot_be_written_is_a_warning(
+    job: Any, comments: Comments, status: int
+) -> None:
     """The token of a fork may not write: the verdict stands, and the log says what is missing."""
     comments.status = status
     run = job(0)
@@ -171,11 +196,16 @@ def test_a_push_has_no_comment(job: Any, comments: Comments) -> None:
 
 def test_no_input_becomes_a_command(job: Any, tmp_path: Path) -> None:
     """A name full of shell is one argument."""
-    hostile = f"b; touch {tmp_path}/pwned; $(touch {tmp_path}/pwned) `touch {tmp_path}/pwned` --> ' \""
+    hostile = (
+        f"b; touch {tmp_path}/pwned; $(touch {tmp_path}/pwned) `touch {tmp_path}/pwned` --> ' \""
+    )
     job(0, bundle=hostile, gate=hostile, tier=hostile, server_model=hostile)
     arguments = json.loads((tmp_path / "arguments.json").read_text())
     assert arguments[:2] == ["verify", hostile]
-    assert all(arguments[arguments.index(f"--{name}") + 1] == hostile for name in ("gate", "tier", "server-model"))
+    assert all(
+        arguments[arguments.index(f"--{name}") + 1] == hostile
+        for name in ("gate", "tier", "server-model")
+    )
     assert not (tmp_path / "pwned").exists()
 
 

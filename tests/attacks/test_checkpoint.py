@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import ArtifactError, ModelError, RacdeployError
-from tests.tiny_models import edit_json, make_checkpoint
+from racdeploy.models.checkpoint import Checkpoint
+from tests.support.tiny_models import edit_json, make_checkpoint
 
 
 @pytest.fixture
@@ -47,8 +47,12 @@ ATTACKS: dict[str, Callable[[Path], object]] = {
     "deep header": lambda f: f.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
     "shape too large": lambda f: _rewrite_header(f, lambda h: h[NORM].update(shape=[10**9, 10**9])),
     "negative shape": lambda f: _rewrite_header(f, lambda h: h[NORM].update(shape=[-8, -8])),
-    "range before the data": lambda f: _rewrite_header(f, lambda h: h[NORM].update(data_offsets=[-256, 0])),
-    "range behind the file": lambda f: _rewrite_header(f, lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 256])),
+    "range before the data": lambda f: _rewrite_header(
+        f, lambda h: h[NORM].update(data_offsets=[-256, 0])
+    ),
+    "range behind the file": lambda f: _rewrite_header(
+        f, lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 256])
+    ),
     "unknown dtype": lambda f: _rewrite_header(f, lambda h: h[NORM].update(dtype="F4")),
     "entry is a number": lambda f: _rewrite_header(f, lambda h: h.update({NORM: 3})),
 }
@@ -81,7 +85,9 @@ def test_an_index_cannot_name_files_outside(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
     ],
 )
-def test_what_is_wrong_in_the_configs_is_named(folder: Path, file: str, change: dict, complaint: str) -> None:
+def test_what_is_wrong_in_the_configs_is_named(
+    folder: Path, file: str, change: dict, complaint: str
+) -> None:
     """Unsupported, mistyped and missing settings are different messages."""
     edit_json(folder / file, **change)
     with pytest.raises(RacdeployError, match=complaint):

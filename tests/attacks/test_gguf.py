@@ -15,14 +15,14 @@ import pytest
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from racdeploy.cli import app
+from racdeploy.bundles.inspect import inspect_path
+from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.export._gguf_measure import measure
-from racdeploy.export._importance import Importance
-from racdeploy.inspection import inspect_path
-from racdeploy.quant import _ggml
-from racdeploy.racgguf.header import GGML_SIZES, Header, read_header
-from tests.tiny_gguf import random_rows, write_gguf
+from racdeploy.export.gguf.measurement import measure
+from racdeploy.quant import ggml
+from racdeploy.quant.importance import Importance
+from racdeploy.storage.gguf_header import GGML_SIZES, Header, read_header
+from tests.support.tiny_gguf import random_rows, write_gguf
 
 MOST_SECONDS, MOST_BYTES = 1.0, 200e6
 Attack = Callable[[bytearray, Header], object]
@@ -174,9 +174,18 @@ def test_a_cut_matrix_is_refused_wherever_it_ends(matrix: Path, tmp_path: Path) 
     ("attack", "message"),
     [
         (lambda d: _swap(d, b"imatrix", b"imatriX"), "no importance matrix"),
-        (lambda d: _swap(d, b"blk.0.w.weight.counts", b"blk.0.w.weight.countz"), "sums and no counts"),
-        (lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 4, "QQ", 32, 2), "2 sums and 1 counts"),
-        (lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 20, "I", 26), "not a matrix of F32"),
+        (
+            lambda d: _swap(d, b"blk.0.w.weight.counts", b"blk.0.w.weight.countz"),
+            "sums and no counts",
+        ),
+        (
+            lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 4, "QQ", 32, 2),
+            "2 sums and 1 counts",
+        ),
+        (
+            lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 20, "I", 26),
+            "not a matrix of F32",
+        ),
         (lambda d: _put(d, len(d) - 32, "f", float("nan")), "nan tokens"),
         (lambda d: _put(d, len(d) - 32, "f", -3.0), "-3.0 tokens"),
         (lambda d: _put(d, len(d) - 32, "f", float("inf")), "inf tokens"),
@@ -194,7 +203,9 @@ def test_a_hostile_matrix_is_refused(
     assert message in _is_refused(file, Importance.read)
 
 
-def _write_part(file: Path, number: int, count: int, names: list[str], total: int | None = None) -> Path:
+def _write_part(
+    file: Path, number: int, count: int, names: list[str], total: int | None = None
+) -> Path:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_uint16("split.no", number)
     writer.add_uint16("split.count", count)
@@ -270,8 +281,11 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
 def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are unknown."""
     block_weights, block_bytes = GGML_SIZES[ggml_type]
-    library = _ggml._library()
-    assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (block_weights, block_bytes)
+    library = ggml._library()
+    assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (
+        block_weights,
+        block_bytes,
+    )
     rows, row_length = 3, 512
     data = np.random.default_rng(ggml_type).integers(
         0, 256, (rows, row_length // block_weights * block_bytes), np.uint8
@@ -288,7 +302,9 @@ def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     assert row["type"] == known.get(ggml_type, f"ggml type {ggml_type}")
     name = f"dequantize_row_{library.ggml_type_name(ggml_type).decode()}"
     if row["zeros"] is None:
-        assert row["type"].startswith(("ggml type", "q8_1", "q8_k", "q1_0")), "gguf-py reads this type"
+        assert row["type"].startswith(("ggml type", "q8_1", "q8_k", "q1_0")), (
+            "gguf-py reads this type"
+        )
         return
     if block_weights > 1 and hasattr(library, name):
         out = np.empty(rows * row_length, np.float32)
@@ -308,7 +324,9 @@ def test_version_2_and_gaps_in_the_metadata_are_no_damage(intact: Path, tmp_path
     sizes = [16 * 256 * 8.5, 3 * 333 * 16, 64 * 32]
     weights = [16 * 256, 3 * 333, 64]
     assert found["summary"]["bits_per_weight"] == pytest.approx(sum(sizes) / sum(weights), abs=1e-3)
-    zeros = sum(row["zeros"] * count for row, count in zip(found["tensors"], weights, strict=True)) / sum(weights)
+    zeros = sum(
+        row["zeros"] * count for row, count in zip(found["tensors"], weights, strict=True)
+    ) / sum(weights)
     assert found["summary"]["zeros_of_all_weights"] == pytest.approx(zeros, abs=1e-3)
     assert [row["bits"] for row in found["tensors"]] == [8.5, 16, 32]
     outcome = CliRunner().invoke(app, ["inspect", str(file)])

@@ -12,12 +12,12 @@ import onnx
 import pytest
 
 from racdeploy import load
-from racdeploy.backends import EngineSettings, Sampling
-from racdeploy.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from racdeploy.errors import ArtifactError, EngineError
-from tests.tiny_artifacts import make_onnx_bundle
-from tests.tiny_models import edit_json
-from tests.tiny_onnx import tiny_onnx
+from tests.support.tiny_artifacts import make_onnx_bundle
+from tests.support.tiny_models import edit_json
+from tests.support.tiny_onnx import tiny_onnx
 
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
 
@@ -108,7 +108,9 @@ def test_external_data_outside_the_folder_is_refused(model: Path, place: str) ->
 
 def test_unknown_inputs_are_named(model: Path) -> None:
     def change(proto: onnx.ModelProto) -> None:
-        proto.graph.input.append(onnx.helper.make_tensor_value_info("encoder_hidden", onnx.TensorProto.FLOAT, [1, 2]))
+        proto.graph.input.append(
+            onnx.helper.make_tensor_value_info("encoder_hidden", onnx.TensorProto.FLOAT, [1, 2])
+        )
 
     edit(model, change)
     with pytest.raises(EngineError, match="does not know: encoder_hidden"):
@@ -119,8 +121,13 @@ def test_a_graph_without_a_cache_is_named(tmp_path: Path) -> None:
     helper = onnx.helper
     ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["B", "T"])
     out = helper.make_tensor_value_info("logits", onnx.TensorProto.INT64, ["B", "T"])
-    graph = helper.make_graph([helper.make_node("Identity", ["input_ids"], ["logits"])], "g", [ids], [out])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["input_ids"], ["logits"])], "g", [ids], [out]
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
     with pytest.raises(EngineError, match=r"no attention_mask, past_key_values\.0\.key"):
         opened(tmp_path / "m.onnx")
 
@@ -157,9 +164,13 @@ def test_a_damaged_file_keeps_its_kind_of_error_on_the_way_out_of_the_child(mode
 def test_a_context_beyond_the_graph_is_an_error(model: Path) -> None:
     """The builder's rotary table ends at 256 positions."""
     with opened(model, EngineSettings(context_tokens=400, parallel=1, threads=1)) as engine:
-        with pytest.raises(EngineError, match="the context may be longer than the graph was made for"):
+        with pytest.raises(
+            EngineError, match="the context may be longer than the graph was made for"
+        ):
             engine.generate([[3] * 250], Sampling(40, ()))
-        assert len(engine.generate([[3, 4]], Sampling(4, ()))[0].ids) == 4, "the engine goes on working"
+        assert len(engine.generate([[3, 4]], Sampling(4, ()))[0].ids) == 4, (
+            "the engine goes on working"
+        )
 
 
 def test_a_bundle_whose_graph_is_gone_or_a_link_outwards_is_refused(tmp_path: Path) -> None:

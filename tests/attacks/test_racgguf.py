@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy import racgguf
-from racdeploy.cli import app
+from racdeploy.bundles.inspect import inspect_path
+from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError
-from racdeploy.inspection import inspect_path
-from racdeploy.packing._chunks import Taker, unpack_chunk
-from racdeploy.packing._layouts import LAYOUTS
-from racdeploy.racgguf.container import KEYS, VERSION, tensor_infos
-from tests.tiny_gguf import random_rows, write_gguf
+from racdeploy.packing import racgguf
+from racdeploy.packing.chunks import Taker, unpack_chunk
+from racdeploy.packing.layouts import LAYOUTS
+from racdeploy.packing.racgguf.container import KEYS, VERSION, tensor_infos
+from tests.support.tiny_gguf import random_rows, write_gguf
 
 Attack = Callable[[bytearray, racgguf.Container], object]
 MOST_SECONDS, MOST_BYTES = 1.0, 200e6
@@ -107,8 +107,12 @@ HEADER: dict[str, Attack] = {
     "key twice": lambda d, c: _rename(d, b"tokenizer.ggml.scores", b"tokenizer.ggml.tokens"),
     "unknown metadata type": lambda d, c: _put(d, _value(c, "general.name"), "I", 13),
     "array of arrays": lambda d, c: _put(d, _value(c, "tokenizer.ggml.tokens") + 4, "I", 9),
-    "array of 2^61 strings": lambda d, c: _put(d, _value(c, "tokenizer.ggml.tokens") + 8, "Q", 2**61),
-    "array of 2^62 floats": lambda d, c: _put(d, _value(c, "tokenizer.ggml.scores") + 8, "Q", 2**62),
+    "array of 2^61 strings": lambda d, c: _put(
+        d, _value(c, "tokenizer.ggml.tokens") + 8, "Q", 2**61
+    ),
+    "array of 2^62 floats": lambda d, c: _put(
+        d, _value(c, "tokenizer.ggml.scores") + 8, "Q", 2**62
+    ),
     "string value overflows": lambda d, c: _put(d, _value(c, "general.name") + 4, "Q", 2**64 - 1),
     "string value is not UTF-8": lambda d, c: _put(d, _value(c, "general.name") + 12, "B", 0xC0),
     "name length overflows": lambda d, c: _put(d, _infos(c), "Q", 2**63),
@@ -120,7 +124,9 @@ HEADER: dict[str, Attack] = {
     "a dimension of 2^64 - 1": lambda d, c: _put(d, _infos(c) + 24, "Q", 2**64 - 1),
     "unknown tensor type": lambda d, c: _put(d, _infos(c) + 32, "I", 99),
     "tensor outside the file": lambda d, c: _put(d, _infos(c) + 36, "Q", 2**40),
-    "tensors overlap": lambda d, c: _put(d, d.index(b"norm.weight", _infos(c)) + 11 + 4 + 16 + 4, "Q", 0),
+    "tensors overlap": lambda d, c: _put(
+        d, d.index(b"norm.weight", _infos(c)) + 11 + 4 + 16 + 4, "Q", 0
+    ),
 }
 OWN_KEYS: dict[str, Attack] = {
     "unknown container version": lambda d, c: _put(d, _value(c, KEYS[0]) + 4, "I", 3),
@@ -138,7 +144,9 @@ OWN_KEYS: dict[str, Attack] = {
     "record of another type": lambda d, c: _put(d, _recorded(c, 8), "Q", 26),
     "record of 2^63 dimensions": lambda d, c: _put(d, _recorded(c, 1), "Q", 2**63),
     "record of absurd dimensions": lambda d, c: _put(d, _recorded(c, 2), "Q", 2**61),
-    "record of a bomb: less stored than its mask": lambda d, c: _put(d, _recorded(c, 3), "Q", 2**30),
+    "record of a bomb: less stored than its mask": lambda d, c: _put(
+        d, _recorded(c, 3), "Q", 2**30
+    ),
     "record of a type in words": lambda d, c: _put(d, _recorded(c, 0), "Q", 39),
     "record of too few words": lambda d, c: _put(d, _recorded(c, 15), "Q", 15),
     "record of other dimensions": lambda d, c: _put(d, _recorded(c, 10), "Q", 32),
@@ -151,9 +159,15 @@ CHUNKS: dict[str, Attack] = {
     "plane of 2^31 - 1 bytes": lambda d, c: _put(d, _chunk(c, 0) + 4, "I", 2**31 - 1),
     "plane of no bytes": lambda d, c: _put(d, _chunk(c, 0) + 4, "I", 0),
     "plain plane called deflated": lambda d, c: _put(d, _chunk(c, 0) + 4, "I", 9 | DEFLATED),
-    "the mask keeps one more": lambda d, c: _put(d, _mask(c, 0) + 1, "B", d[_mask(c, 0) + 1] ^ 0x10),
-    "the mask keeps everything": lambda d, c: d.__setitem__(slice(_mask(c, 0), _mask(c, 0) + 512), b"\xff" * 512),
-    "the mask keeps nothing": lambda d, c: d.__setitem__(slice(_mask(c, 0), _mask(c, 0) + 512), bytes(512)),
+    "the mask keeps one more": lambda d, c: _put(
+        d, _mask(c, 0) + 1, "B", d[_mask(c, 0) + 1] ^ 0x10
+    ),
+    "the mask keeps everything": lambda d, c: d.__setitem__(
+        slice(_mask(c, 0), _mask(c, 0) + 512), b"\xff" * 512
+    ),
+    "the mask keeps nothing": lambda d, c: d.__setitem__(
+        slice(_mask(c, 0), _mask(c, 0) + 512), bytes(512)
+    ),
     "the mask keeps another": lambda d, c: _swap_two_bits(d, _mask(c, 0)),
     "the mask goes on behind its end": lambda d, c: _put(d, _mask(c, 1) + 124, "B", 0xFF),
     "another scale": lambda d, c: _put(d, _mask(c, 0) + 513, "B", d[_mask(c, 0) + 513] ^ 1),
@@ -161,16 +175,26 @@ CHUNKS: dict[str, Attack] = {
     "another plain weight": lambda d, c: _put(d, _chunk(c, 2) + 9, "B", d[_chunk(c, 2) + 9] ^ 1),
 }
 WORDS: dict[str, Attack] = {
-    "a bucket twice as large": lambda d, c: _put(d, _chunk(c, 3) + 16, "B", d[_chunk(c, 3) + 16] + 1),
+    "a bucket twice as large": lambda d, c: _put(
+        d, _chunk(c, 3) + 16, "B", d[_chunk(c, 3) + 16] + 1
+    ),
     "a bucket of 2^255 words": lambda d, c: _put(d, _chunk(c, 3) + 47, "B", 255),
-    "no words in any bucket": lambda d, c: d.__setitem__(slice(_chunk(c, 3) + 16, _chunk(c, 3) + 48), bytes(32)),
+    "no words in any bucket": lambda d, c: d.__setitem__(
+        slice(_chunk(c, 3) + 16, _chunk(c, 3) + 48), bytes(32)
+    ),
     "another cost": lambda d, c: _put(d, _chunk(c, 3), "B", 255 - d[_chunk(c, 3)]),
     "another order of two costs": lambda d, c: _swap_bytes(d, _chunk(c, 3), _chunk(c, 3) + 15),
     "a chunk with a block more": lambda d, c: _put(d, _chunk(c, 3) + 48, "I", 129),
     "another bucket": lambda d, c: _put(d, _numbers(c), "B", d[_numbers(c)] ^ 31),
-    "another bucket of the second word": lambda d, c: _put(d, _numbers(c) + 512, "B", d[_numbers(c) + 512] ^ 3),
-    "all in the first bucket": lambda d, c: d.__setitem__(slice(_numbers(c), _numbers(c) + 640), bytes(640)),
-    "all in the last bucket": lambda d, c: d.__setitem__(slice(_numbers(c), _numbers(c) + 640), b"\xff" * 640),
+    "another bucket of the second word": lambda d, c: _put(
+        d, _numbers(c) + 512, "B", d[_numbers(c) + 512] ^ 3
+    ),
+    "all in the first bucket": lambda d, c: d.__setitem__(
+        slice(_numbers(c), _numbers(c) + 640), bytes(640)
+    ),
+    "all in the last bucket": lambda d, c: d.__setitem__(
+        slice(_numbers(c), _numbers(c) + 640), b"\xff" * 640
+    ),
     "a byte of words more": lambda d, c: _put(d, _chunk(c, 3) + 60, "I", c.tensors[3].stored_bytes),
     "words of 2^32 - 1 bytes": lambda d, c: _put(d, _chunk(c, 3) + 60, "I", 2**32 - 1),
     "words called deflated": lambda d, c: _put(d, _chunk(c, 3) + 63, "B", 0x80),
@@ -249,10 +273,16 @@ def _deflate(data: bytes) -> bytes:
 def _record(weights: int, *planes: tuple[bytes, bool]) -> bytes:
     """Return a chunk of f32 weights that are all kept."""
     sizes = [len(data) | (DEFLATED if deflated else 0) for data, deflated in planes]
-    return struct.pack("<5I", weights, *sizes) + b"\xff" * (weights // 8) + b"".join(data for data, _ in planes)
+    return (
+        struct.pack("<5I", weights, *sizes)
+        + b"\xff" * (weights // 8)
+        + b"".join(data for data, _ in planes)
+    )
 
 
-@pytest.mark.parametrize("case", ["bomb", "short", "trailing", "no end", "garbage", "not smaller", "two chunks"])
+@pytest.mark.parametrize(
+    "case", ["bomb", "short", "trailing", "no end", "garbage", "not smaller", "two chunks"]
+)
 def test_planes_that_inflate_to_something_else_are_refused(tmp_path: Path, case: str) -> None:
     """A deflated plane is cut off one byte behind its size, so a bomb costs nothing."""
     weights = 32_768
@@ -268,7 +298,9 @@ def test_planes_that_inflate_to_something_else_are_refused(tmp_path: Path, case:
         }[case],
         _deflate(bytes(weights)),
     )
-    stored = _record(weights, (plane, True), *[(fine, True)] * 3) * (2 if case == "two chunks" else 1)
+    stored = _record(weights, (plane, True), *[(fine, True)] * 3) * (
+        2 if case == "two chunks" else 1
+    )
     _is_refused(_container(tmp_path / "m.racgguf", stored, 8, weights // 8))
 
 
@@ -304,7 +336,9 @@ def test_unpack_writes_the_plain_file(intact: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == intact.with_suffix(".gguf").read_bytes()
     refused = CliRunner().invoke(app, ["unpack", str(intact), "--out", str(intact)])
     assert (refused.exit_code, "would replace" in refused.output) == (2, True)
-    assert CliRunner().invoke(app, ["unpack", str(intact), "--out", str(out)]).exit_code == 0, "again changes nothing"
+    assert CliRunner().invoke(app, ["unpack", str(intact), "--out", str(out)]).exit_code == 0, (
+        "again changes nothing"
+    )
 
 
 def test_another_file_is_never_replaced(intact: Path, tmp_path: Path) -> None:
@@ -317,13 +351,17 @@ def test_another_file_is_never_replaced(intact: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.gguf").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize(("case", "remedy"), [("newer", "update racdeploy"), ("plain", "use it as it is")])
+@pytest.mark.parametrize(
+    ("case", "remedy"), [("newer", "update racdeploy"), ("plain", "use it as it is")]
+)
 def test_an_intact_file_of_another_kind_has_its_own_remedy(
     intact: Path, tmp_path: Path, case: str, remedy: str
 ) -> None:
     """A later version, whose keys may be others, and a GGUF file that is not packed: neither is copied again."""
     file = tmp_path / "m.racgguf"
-    data = bytearray(intact.read_bytes() if case == "newer" else intact.with_suffix(".gguf").read_bytes())
+    data = bytearray(
+        intact.read_bytes() if case == "newer" else intact.with_suffix(".gguf").read_bytes()
+    )
     if case == "newer":
         _put(data, _value(racgguf.Container.open(intact), KEYS[0]) + 4, "I", VERSION + 1)
         _rename(data, b"racgguf.sha256", b"racgguf.sha512")
@@ -341,7 +379,19 @@ def test_a_disk_that_fills_up_leaves_nothing(intact: Path, tmp_path: Path) -> No
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "main()"
     )
-    command = [sys.executable, "-c", code, "unpack", str(intact), "--out", str(tmp_path / "out.gguf")]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "unpack",
+        str(intact),
+        "--out",
+        str(tmp_path / "out.gguf"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, "cannot write" in done.stderr, "free some space" in done.stderr) == (4, True, True)
+    assert (done.returncode, "cannot write" in done.stderr, "free some space" in done.stderr) == (
+        4,
+        True,
+        True,
+    )
     assert not list(tmp_path.iterdir())

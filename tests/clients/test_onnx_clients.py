@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import racdeploy
-from racdeploy.artifacts import Manifest
-from racdeploy.backends import Sampling
-from tests.end_to_end.commands import racdeploy as command
+from racdeploy.decoding.engine import Sampling
+from racdeploy.manifest import Manifest
+from tests.support.commands import racdeploy as command
 
 pytestmark = pytest.mark.slow
 QUESTION = "What is 12 times 34?"
@@ -56,7 +56,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model at 50 %, for browsers and as GGUF; few prompts, since answers are compared one by one here."""
     root = tmp_path_factory.mktemp("clients")
     outcome = command(
-        *("build", "tiny-reasoner", "--target", "browser", "--also", "gguf", "--prompts", 8, "--trace-prompts", 64),
+        *(
+            "build",
+            "tiny-reasoner",
+            "--target",
+            "browser",
+            "--also",
+            "gguf",
+            "--prompts",
+            8,
+            "--trace-prompts",
+            64,
+        ),
         *("--work", root / "work", "--out", root / "bundle", "--threads", 1),
     )
     assert outcome.code in (0, 3), outcome.err  # 3: eight prompts decide nothing
@@ -81,7 +92,16 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs Node 20 or newer with npm: apt-get install nodejs npm")
     folder = tmp_path_factory.mktemp("npm")
     done = subprocess.run(
-        ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder, *PACKAGES],
+        [
+            "npm",
+            "install",
+            "--ignore-scripts",
+            "--no-audit",
+            "--no-fund",
+            "--prefix",
+            folder,
+            *PACKAGES,
+        ],
         capture_output=True,
         text=True,
     )
@@ -109,18 +129,24 @@ def address(bundle: Path, npm: Path) -> Iterator[str]:
 def run(*arguments: object, cwd: Path | None = None) -> Any:
     """Return the JSON in the last line that a program prints."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, cwd=cwd, env=environment)
+    done = subprocess.run(
+        list(map(str, arguments)), capture_output=True, text=True, cwd=cwd, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_onnxruntime_genai_generates_the_same_tokens(bundle: Path, prompt_and_ids: tuple[list[int], list[int]]) -> None:
+def test_onnxruntime_genai_generates_the_same_tokens(
+    bundle: Path, prompt_and_ids: tuple[list[int], list[int]]
+) -> None:
     """It stops at the end-of-sequence id too, and leaves it out of the sequence."""
     prompt, expected = prompt_and_ids
     assert run(sys.executable, "-c", GENAI, bundle, json.dumps(prompt), NEW_TOKENS) == expected[:-1]
 
 
-def test_optimum_generates_the_same_tokens(bundle: Path, prompt_and_ids: tuple[list[int], list[int]]) -> None:
+def test_optimum_generates_the_same_tokens(
+    bundle: Path, prompt_and_ids: tuple[list[int], list[int]]
+) -> None:
     prompt, expected = prompt_and_ids
     assert run(sys.executable, "-c", OPTIMUM, bundle, json.dumps(prompt), NEW_TOKENS) == expected
 
@@ -130,7 +156,10 @@ def test_transformers_js_generates_the_same_tokens_in_node(
 ) -> None:
     """Its own tokenizer and template too: prompt ids are part of what it prints."""
     folder = f"{bundle.parent}/"
-    assert run("node", "node.mjs", folder, bundle.name, QUESTION, NEW_TOKENS, cwd=npm) == prompt_and_ids[1]
+    assert (
+        run("node", "node.mjs", folder, bundle.name, QUESTION, NEW_TOKENS, cwd=npm)
+        == prompt_and_ids[1]
+    )
 
 
 @pytest.mark.parametrize("engine", ["onnx", "gguf"])
@@ -138,13 +167,19 @@ def test_the_page_thinks_and_answers_in_chromium(
     bundle: Path, npm: Path, address: str, tmp_path: Path, engine: str
 ) -> None:
     """Thinking and answer apart as they stream, as racdeploy tells them apart; nothing is asked from elsewhere."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
         pytest.skip("needs Chromium in PATH: apt-get install chromium")
     backend = {entry.format: entry.backend for entry in Manifest.read(bundle).artifacts}[engine]
     with racdeploy.load(bundle, backend=backend, threads=1) as model:
         expected = model.generate(QUESTION, temperature=0)
-    shown = run("node", "browser.mjs", address, chromium, tmp_path / "profile", engine, QUESTION, cwd=npm)
+    shown = run(
+        "node", "browser.mjs", address, chromium, tmp_path / "profile", engine, QUESTION, cwd=npm
+    )
     assert (shown["errors"], shown["outside"], shown["isolated"]) == ([], [], True)
     assert shown["status"].startswith("Done"), shown["status"]
     assert (shown["thinking"], shown["answer"]) == (expected.thinking, expected.answer)

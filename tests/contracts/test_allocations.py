@@ -22,10 +22,14 @@ def _observations(allocation) -> tuple[dict[str, object], dict[str, int]]:
         for linear, outputs in (("q_proj", 24), ("down_proj", 40)):
             name = f"model.layers.{block}.{linear}"
             weight_OI = torch.randn(outputs, 32, generator=generator)
-            input_NI = torch.randn(96, 32, generator=generator) * torch.logspace(-1, 0.4 * block, 32)
+            input_NI = torch.randn(96, 32, generator=generator) * torch.logspace(
+                -1, 0.4 * block, 32
+            )
             hessian = Hessian(input_NI.T @ input_NI / 96, 0.01)
             if allocation.SURVEYS:
-                observations[name] = allocation.observe(weight_OI, hessian, lambda changed_OI: 0.01, Pruning())
+                observations[name] = allocation.observe(
+                    weight_OI, hessian, lambda changed_OI: 0.01, Pruning()
+                )
             sizes[name] = weight_OI.numel()
     return observations, sizes
 

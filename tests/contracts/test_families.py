@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy import families, plugins
-from racdeploy.backends._torch_model import skeleton
-from racdeploy.checkpoint import Checkpoint, check_covered
+from racdeploy import plugins
+from racdeploy.engines.transformers.torch_model import skeleton
 from racdeploy.errors import ModelError, UsageError
-from tests.tiny_models import make_checkpoint
+from racdeploy.models import families
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import check_covered
+from tests.support.tiny_models import make_checkpoint
 
 
 @pytest.fixture(params=plugins.names("families"))
@@ -25,7 +27,11 @@ def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     for name in map(_general, checkpoint.entries):
         inside = name.removeprefix(f"{family.blocks}.")
-        known = inside.partition(".")[2] in family.block_tensors if inside != name else name in family.model_tensors
+        known = (
+            inside.partition(".")[2] in family.block_tensors
+            if inside != name
+            else name in family.model_tensors
+        )
         assert known, name
 
 
@@ -34,7 +40,9 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     from torch import nn
 
     block = skeleton(checkpoint).get_submodule(f"{checkpoint.family.blocks}.0")
-    found = {_general(name) for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    found = {
+        _general(name) for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    }
     family = checkpoint.family
     assert found == {*family.linears, *family.kept, *family.routed}
 
@@ -54,7 +62,9 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
         "sliding_window": None,
     }
     silent = {key: getattr(usual, key, None) for key in without if key not in defaults}
-    assert {key: value for key, value in silent.items() if value is not None and value != without[key]} == {}
+    assert {
+        key: value for key, value in silent.items() if value is not None and value != without[key]
+    } == {}
 
 
 def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
@@ -64,7 +74,7 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    from racdeploy.backends._torch_model import load_model
+    from racdeploy.engines.transformers.torch_model import load_model
     from racdeploy.prune.batches import Batch
     from racdeploy.prune.blocks import Blocks
 
@@ -82,7 +92,10 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     """One statistic serves a group, so its linears take the same input."""
     for group in checkpoint.family.input_groups:
-        widths = {checkpoint.entries[f"{checkpoint.family.blocks}.0.{name}.weight"].shape[1] for name in group}
+        widths = {
+            checkpoint.entries[f"{checkpoint.family.blocks}.0.{name}.weight"].shape[1]
+            for name in group
+        }
         assert len(widths) == 1, group
 
 
@@ -90,7 +103,9 @@ def test_what_cannot_be_pruned_is_named(checkpoint: Checkpoint) -> None:
     """Linears that see only some tokens are refused by name, until the recipe says that they stay dense."""
     check_covered(checkpoint, ["experts"])
     if checkpoint.family.routed:
-        with pytest.raises(UsageError, match=r"pruned: model\.layers\.\*\.mlp\.experts\.\*\.\w+ \(8\), ") as caught:
+        with pytest.raises(
+            UsageError, match=r"pruned: model\.layers\.\*\.mlp\.experts\.\*\.\w+ \(8\), "
+        ) as caught:
             check_covered(checkpoint, ["self_attn"])
         written = tomllib.loads(caught.value.remedy.partition(": ")[2])["dense"]
         assert written == ["self_attn", "mlp.experts"]

@@ -31,7 +31,9 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     module.REQUIRES_ZEROS = True  # type: ignore[attr-defined]
     module.fits = lambda quant, zeros_fraction: ""  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        plugins, "load", lambda kind, name: module if (kind, name) == ("packing", "sparse") else load(kind, name)
+        plugins,
+        "load",
+        lambda kind, name: module if (kind, name) == ("packing", "sparse") else load(kind, name),
     )
 
 
@@ -47,7 +49,9 @@ def test_unpacking_gives_the_same_rows(packing_name: str, quant_name: str, spars
         return
     generator = np.random.default_rng(0)
     weight_OI = generator.standard_normal((6, 512)).astype(np.float32)
-    packed_OP = quant.quantize(np.where(generator.random((6, 512)) < sparsity, np.float32(0), weight_OI))
+    packed_OP = quant.quantize(
+        np.where(generator.random((6, 512)) < sparsity, np.float32(0), weight_OI)
+    )
     stored = packing.pack(quant, packed_OP)
     assert stored.dtype == np.uint8
     np.testing.assert_array_equal(packing.unpack(quant, stored, 6), packed_OP)
@@ -55,11 +59,15 @@ def test_unpacking_gives_the_same_rows(packing_name: str, quant_name: str, spars
 
 @pytest.mark.parametrize("packing_name", PACKINGS)
 @pytest.mark.parametrize("quant_name", QUANTS)
-def test_a_quant_is_refused_before_any_work_or_packs_zeros(packing_name: str, quant_name: str) -> None:
+def test_a_quant_is_refused_before_any_work_or_packs_zeros(
+    packing_name: str, quant_name: str
+) -> None:
     """What is not refused fits where half is zero; one that leaves zeros out never fits a dense tensor."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
     formats = shared_formats(packing_name, quant_name)
-    if formats and ((packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, 1.0)):
+    if formats and (
+        (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, 1.0)
+    ):
         with pytest.raises(UsageError, match=f"{packing_name}.*{quant_name}") as caught:
             packings.check(formats[0], quant_name, packing_name)
         assert "plain" in caught.value.remedy
@@ -72,16 +80,24 @@ def test_a_quant_is_refused_before_any_work_or_packs_zeros(packing_name: str, qu
     assert bool(packing.fits(quant, 0.0)) == packing.REQUIRES_ZEROS
 
 
-@pytest.mark.parametrize("packing_name", [name for name in PACKINGS if packings.load(name).REQUIRES_ZEROS])
+@pytest.mark.parametrize(
+    "packing_name", [name for name in PACKINGS if packings.load(name).REQUIRES_ZEROS]
+)
 @pytest.mark.parametrize("quant_name", QUANTS)
 def test_leaving_zeros_out_makes_smaller(packing_name: str, quant_name: str) -> None:
     """Half the weights zero is less than 0.85 of the bytes in every number format that fits."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if not shared_formats(packing_name, quant_name) or not quant.PRESERVES_ZERO or packing.fits(quant, 0.5):
+    if (
+        not shared_formats(packing_name, quant_name)
+        or not quant.PRESERVES_ZERO
+        or packing.fits(quant, 0.5)
+    ):
         return
     generator = np.random.default_rng(0)
     weight_OI = generator.standard_normal((64, 512)).astype(np.float32)
-    packed_OP = quant.quantize(np.where(generator.random((64, 512)) < 0.5, np.float32(0), weight_OI))
+    packed_OP = quant.quantize(
+        np.where(generator.random((64, 512)) < 0.5, np.float32(0), weight_OI)
+    )
     assert packing.pack(quant, packed_OP).size < 0.85 * packed_OP.size
 
 
@@ -116,7 +132,9 @@ def test_what_a_format_does_not_store_is_refused(kind: str) -> None:
         assert set(stored_by) <= {*FORMATS, "onnx"}
         for format_name in set(FORMATS) - set(stored_by):
             pair = (name, "plain") if kind == "quant" else ("f16", name)
-            with pytest.raises(UsageError, match=f"{format_name}.*does not store {kind} '{name}'") as caught:
+            with pytest.raises(
+                UsageError, match=f"{format_name}.*does not store {kind} '{name}'"
+            ) as caught:
                 packings.check(format_name, *pair)
             offered = caught.value.remedy.removeprefix("it stores ").split(", ")
             assert all(format_name in plugins.load(kind, other).FORMATS for other in offered)

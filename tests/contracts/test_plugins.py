@@ -20,7 +20,9 @@ def test_every_plugin_imports(kind: str) -> None:
 
 def test_an_unknown_name_names_the_nearest() -> None:
     """A typing error is answered with the likely name and all known ones."""
-    with pytest.raises(UnknownPluginError, match=r"unknown method 'sparsgpt' \(did you mean 'sparsegpt'\?\)") as caught:
+    with pytest.raises(
+        UnknownPluginError, match=r"unknown method 'sparsgpt' \(did you mean 'sparsegpt'\?\)"
+    ) as caught:
         plugins.load("methods", "sparsgpt")
     assert "magnitude" in caught.value.remedy
 

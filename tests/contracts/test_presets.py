@@ -12,22 +12,29 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UnknownPluginError, UsageError
 from racdeploy.export.gguf import export
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
-from tests.llama_quantize import quantize
-from tests.tiny_models import make_checkpoint
+from tests.support.llama_quantize import quantize
+from tests.support.tiny_models import make_checkpoint
 
 NAMES = plugins.names("presets")
 SPARSE = tuple(name for name in NAMES if name.startswith("sparse_"))
-ALIGNED = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+ALIGNED = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def read_types(file: Path) -> dict[str, str]:
     """Return the type of every tensor of a GGUF file."""
-    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(file).tensors}
+    return {
+        tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(file).tensors
+    }
 
 
 def export_types(checkpoint: Checkpoint, out: Path, preset: str) -> dict[str, str]:
@@ -70,7 +77,9 @@ def test_a_preset_of_llama_cpp_gives_its_types(
     assert len(set(found.values())) > 2 or (preset, model) == ("q5_k_m", "narrow")
 
 
-def test_another_rule_would_be_noticed(models: Mapping[str, tuple[Checkpoint, Path]], tmp_path: Path) -> None:
+def test_another_rule_would_be_noticed(
+    models: Mapping[str, tuple[Checkpoint, Path]], tmp_path: Path
+) -> None:
     """The types of two presets differ on these models, so an equal answer is no accident."""
     checkpoint, source = models["deep"]
     expected = read_types(quantize(source, tmp_path / "llama.gguf", "Q4_K_M"))
@@ -97,7 +106,9 @@ def test_a_sparse_preset_keeps_every_zero(
     linears = [tensor for tensor in result.tensors if tensor.source.endswith("proj.weight")]
     assert all(quants.load(tensor.quant_real).PRESERVES_ZERO for tensor in linears)
     assert min(tensor.zeros for tensor in linears) >= 0.5
-    dense = [tensor for tensor in result.tensors if tensor.name in ("token_embd.weight", "output.weight")]
+    dense = [
+        tensor for tensor in result.tensors if tensor.name in ("token_embd.weight", "output.weight")
+    ]
     assert all(quants.load(tensor.quant_real).BITS >= 8 for tensor in dense)
 
 
@@ -112,7 +123,9 @@ def test_a_preset_names_formats_that_exist(preset: str) -> None:
 def test_more_bits_go_where_llama_cpp_puts_them() -> None:
     """The first and the last eighth, and every third between: worked out by hand for 16 blocks."""
     mix = presets.read("q4_k_m")
-    raised = [i for i in range(16) if mix.choose(f"blk.{i}.ffn_down.weight", 16, False).quant == "q6_k"]
+    raised = [
+        i for i in range(16) if mix.choose(f"blk.{i}.ffn_down.weight", 16, False).quant == "q6_k"
+    ]
     assert raised == [0, 1, 4, 7, 10, 13, 14, 15]
 
 
@@ -126,7 +139,10 @@ def test_names_are_read_as_people_write_them() -> None:
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
-    [({"ffn_down(": "q6_k"}, "not a regular expression"), ({"ffn_down": "q6k"}, r"unknown quant 'q6k'.*mean 'q6_k'")],
+    [
+        ({"ffn_down(": "q6_k"}, "not a regular expression"),
+        ({"ffn_down": "q6k"}, r"unknown quant 'q6k'.*mean 'q6_k'"),
+    ],
 )
 def test_bad_patterns_are_refused_at_once(tensors: dict[str, str], message: str) -> None:
     """Before anything is read."""
@@ -140,4 +156,6 @@ def test_the_first_pattern_wins() -> None:
     kinds = [mix.choose(f"blk.{i}.ffn_down.weight", 8, True).quant for i in range(2)]
     assert kinds == ["f16", "q8_0"]
     assert mix.choose("blk.1.ffn_up.weight", 8, True).quant == "q4_0"
-    assert np.unique([mix.choose(n, 8, True).quant for n in ("token_embd.weight", "output.weight")]) == ["q8_0"]
+    assert np.unique(
+        [mix.choose(n, 8, True).quant for n in ("token_embd.weight", "output.weight")]
+    ) == ["q8_0"]

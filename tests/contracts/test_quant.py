@@ -12,7 +12,7 @@ from gguf import quants as gguf_quants
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import MissingExtraError
-from racdeploy.quant import _ggml
+from racdeploy.quant import ggml
 
 NAMES = plugins.names("quant")
 GGML_NAMES = tuple(name for name in NAMES if "gguf" in quants.load(name).FORMATS)
@@ -94,7 +94,9 @@ def test_zeros_survive_exactly_where_promised(name: str, pattern: str) -> None:
     packed_OP = quant.quantize(weight_OI)
     read_OI = quant.dequantize(packed_OP, I)
     if quant.BLOCK > 1 and "gguf" in quant.FORMATS:
-        np.testing.assert_array_equal(_ggml.dequantize(quants.load_ggml(name).GGML_TYPE, packed_OP, I), read_OI)
+        np.testing.assert_array_equal(
+            ggml.dequantize(quants.load_ggml(name).GGML_TYPE, packed_OP, I), read_OI
+        )
     survived = bool((read_OI[weight_OI == 0] == 0).all())
     assert survived == quant.PRESERVES_ZERO
 
@@ -104,10 +106,12 @@ def draw_importance(seed: int = 2) -> np.ndarray:
     return np.exp(2 * np.random.default_rng(seed).standard_normal(I)).astype(np.float32)
 
 
-def weigh_error(name: str, weight_OI: np.ndarray, importance_I: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+def weigh_error(
+    name: str, weight_OI: np.ndarray, importance_I: np.ndarray, given: np.ndarray | None
+) -> np.ndarray:
     """Return the weighted squared error of each block, as ggml itself reads the bytes."""
     quant = quants.load(name)
-    read_OI = _ggml.dequantize(quant.GGML_TYPE, quant.quantize(weight_OI, given), I)
+    read_OI = ggml.dequantize(quant.GGML_TYPE, quant.quantize(weight_OI, given), I)
     error_OI = (read_OI - weight_OI).astype(np.float64) ** 2 * importance_I
     return error_OI.reshape(O, -1, quant.BLOCK).sum(axis=2)
 
@@ -147,7 +151,11 @@ def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
     weight_OI, importance_I = draw_weights(0.5)[:4], draw_importance()
     quant = quants.as_grid(name)
     found, ggml = (
-        float(((quant.dequantize(packed_OP, I) - weight_OI).astype(np.float64) ** 2 * importance_I).sum())
+        float(
+            (
+                (quant.dequantize(packed_OP, I) - weight_OI).astype(np.float64) ** 2 * importance_I
+            ).sum()
+        )
         for packed_OP in (quant.quantize(weight_OI, importance_I), quant.quantize(weight_OI))
     )
     best = 0.0
@@ -166,10 +174,15 @@ def test_mxfp4_finds_the_best_exponent() -> None:
     weight_OI, importance_I = draw_weights(0.5), draw_importance()
     found_OB = weigh_error("mxfp4", weight_OI, importance_I, importance_I)
     values_V = np.array(gguf_quants.MXFP4.kvalues, dtype=np.float64) / 2
-    weight_BK, importance_BK = weight_OI.reshape(-1, 32), np.tile(importance_I.reshape(-1, 32), (O, 1))
+    weight_BK, importance_BK = (
+        weight_OI.reshape(-1, 32),
+        np.tile(importance_I.reshape(-1, 32), (O, 1)),
+    )
     best_B = np.full(len(weight_BK), np.inf)
     for exponent in range(-14, 4):
-        error_BKV = (weight_BK[:, :, None] - values_V * 2.0**exponent) ** 2 * importance_BK[:, :, None]
+        error_BKV = (weight_BK[:, :, None] - values_V * 2.0**exponent) ** 2 * importance_BK[
+            :, :, None
+        ]
         best_B = np.minimum(best_B, error_BKV.min(axis=2).sum(axis=1))
     np.testing.assert_allclose(found_OB.reshape(-1), best_B, rtol=1e-5)
 
@@ -190,7 +203,9 @@ def test_numpy_formats_write_the_bytes_of_ggml(name: str, sparsity: float) -> No
     quant, weight_OI = quants.load_ggml(name), draw_weights(sparsity, seed=1)
     weight_OI[3, ::32] = 40
     weight_OI[4] = 0
-    np.testing.assert_array_equal(_ggml.quantize(quant.GGML_TYPE, weight_OI), quant.quantize(weight_OI))
+    np.testing.assert_array_equal(
+        ggml.quantize(quant.GGML_TYPE, weight_OI), quant.quantize(weight_OI)
+    )
 
 
 @pytest.mark.parametrize("name", C_FORMATS)
@@ -209,7 +224,9 @@ def test_the_type_id_is_the_one_of_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", C_FORMATS)
-def test_a_missing_engine_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_named_with_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without llama-cpp-python such a format says how to install it, before any work."""
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     for module in ("_ggml", name):

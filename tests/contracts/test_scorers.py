@@ -34,7 +34,13 @@ CASES: dict[str, list[Case]] = {
     ],
     "choice": [
         (r"\boxed{\text{(b)}}", "B", True, "B", "boxed"),
-        ("A is wrong. The answer is (C).", "C", True, "C", "after the word answer, choice or option"),
+        (
+            "A is wrong. The answer is (C).",
+            "C",
+            True,
+            "C",
+            "after the word answer, choice or option",
+        ),
         ("**Answer: D**", "d", True, "D", "after the word answer, choice or option"),
         ("A planet.\n\nC", "C", True, "C", "letter in the last line"),
         ("I'd take B)", "B", True, "B", "letter in the last line"),
@@ -60,7 +66,8 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 NEEDS_MATH = pytest.mark.skipif(
-    importlib.util.find_spec("math_verify") is None, reason='needs math-verify: pip install "racdeploy[math]"'
+    importlib.util.find_spec("math_verify") is None,
+    reason='needs math-verify: pip install "racdeploy[math]"',
 )
 WITH_ALL = [pytest.param(s, marks=NEEDS_MATH if s == "math" else ()) for s in CASES]
 
@@ -83,7 +90,9 @@ def test_scorers_find_what_models_write(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", WITH_ALL)
-@pytest.mark.parametrize("answer", ["", " ", "\\boxed{", "}" * 3000, "\x00\ud800", "9" * 5000, "((((" * 500])
+@pytest.mark.parametrize(
+    "answer", ["", " ", "\\boxed{", "}" * 3000, "\x00\ud800", "9" * 5000, "((((" * 500]
+)
 def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
     """Whatever it writes, it is an answer that is wrong."""
     assert not scorers.score(spec, answer.encode("utf-8", "replace").decode(), "42").correct
@@ -113,7 +122,9 @@ def test_a_wrong_scorer_is_refused_with_its_line(tmp_path: Path, spec: str, comp
 def test_a_row_chooses_its_scorer(tmp_path: Path) -> None:
     """The others keep the default."""
     file = tmp_path / "problems.jsonl"
-    file.write_text('{"question": "a?", "answer": "B", "scorer": "choice"}\n{"question": "b?", "answer": "4"}\n')
+    file.write_text(
+        '{"question": "a?", "answer": "B", "scorer": "choice"}\n{"question": "b?", "answer": "4"}\n'
+    )
     assert [problem.scorer for problem in tasks.load(f"jsonl:{file}").pool] == ["choice", ""]
     file.write_text('{"question": "a?", "answer": "B", "scorer": 3}\n')
     with pytest.raises(UsageError, match="scorer that is no name"):

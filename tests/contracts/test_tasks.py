@@ -81,7 +81,10 @@ def test_problems_of_shares_evenly() -> None:
 @pytest.fixture
 def problem_file(tmp_path: Path) -> Path:
     file = tmp_path / "problems.jsonl"
-    rows = [{"question": f"What is {i} plus 1?", "answer": f"Add one.\n#### {i + 1:,}"} for i in range(2000, 2080)]
+    rows = [
+        {"question": f"What is {i} plus 1?", "answer": f"Add one.\n#### {i + 1:,}"}
+        for i in range(2000, 2080)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
 

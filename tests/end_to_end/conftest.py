@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import racdeploy
+from tests.support.commands import racdeploy
 
 
 @pytest.fixture(scope="session")

@@ -11,29 +11,33 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import _llamacpp
-from racdeploy.accel._trial import Verdict
-from racdeploy.checkpoint import file_sha256
-from tests.end_to_end.commands import racdeploy
+from racdeploy.accel import llamacpp
+from racdeploy.accel.trial import Verdict
+from racdeploy.storage.files import file_sha256
+from tests.support.commands import racdeploy
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the plug-in and a verdict that uses it from 40 % zeros on, however fast it is on this machine."""
     folder = tmp_path_factory.mktemp("kernels")
-    ggml = _llamacpp.installed()
+    ggml = llamacpp.installed()
     assert not isinstance(ggml, str), ggml
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(folder))
-        library = _llamacpp.library(ggml).build()
-    child = f"from racdeploy.accel._llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
-    found = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout.strip()
+        library = llamacpp.library(ggml).build()
+    child = f"from racdeploy.accel.llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+    found = subprocess.run(
+        [sys.executable, "-c", child], capture_output=True, text=True, check=True
+    ).stdout.strip()
     verdict = Verdict("", file_sha256(library), found, faster_from={"q8_0": 0.4})
     library.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
     return folder
 
 
-def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, kernels: Path, tmp_path: Path) -> None:
+def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(
+    built: Path, kernels: Path, tmp_path: Path
+) -> None:
     """Every check passes; the dense answers were made without the kernels, and the report names that."""
     arguments = ("verify", built, "--work", tmp_path, "--json")
     stock = racdeploy(*arguments, "--accel", "off")
@@ -42,12 +46,21 @@ def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, k
     before, after = json.loads(stock.out), json.loads(sparse.out)
     assert before["verdict"] == after["verdict"] == "pass"
     assert before["fingerprint"]["kernels"] == "the engine's own"
-    (stock_ran,) = [note for note in before["notes"] if note.startswith("the pruned artifact ran on")]
+    (stock_ran,) = [
+        note for note in before["notes"] if note.startswith("the pruned artifact ran on")
+    ]
     assert stock_ran.endswith("ran on llama.cpp's own kernels: sparse ones are switched off")
-    assert re.match(r"sparse (avx512|avx2|portable) \(llamacpp-\w+-\w+\)", after["fingerprint"]["kernels"])
-    (ran,) = [note for note in after["notes"] if note.startswith("the pruned artifact ran on sparse")]
+    assert re.match(
+        r"sparse (avx512|avx2|portable) \(llamacpp-\w+-\w+\)", after["fingerprint"]["kernels"]
+    )
+    (ran,) = [
+        note for note in after["notes"] if note.startswith("the pruned artifact ran on sparse")
+    ]
     assert ran.endswith("matrices")
-    assert [arm["kernels"] for arm in after["arms"]] == [before["arms"][0]["kernels"], ran.partition(" ran on ")[2]]
+    assert [arm["kernels"] for arm in after["arms"]] == [
+        before["arms"][0]["kernels"],
+        ran.partition(" ran on ")[2],
+    ]
     (other,) = [note for note in after["notes"] if "made under other conditions" in note]
     assert f"kernels the engine's own, now {after['fingerprint']['kernels']}" in other
 
@@ -55,10 +68,24 @@ def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(built: Path, k
 def test_run_and_bench_use_the_kernels(built: Path, kernels: Path) -> None:
     """By themselves, where they are built."""
     work = built.parent / "work"
-    outcome = racdeploy("run", built, "What is 12 times 34?", "--json", RACDEPLOY_ACCEL=str(kernels))
+    outcome = racdeploy(
+        "run", built, "What is 12 times 34?", "--json", RACDEPLOY_ACCEL=str(kernels)
+    )
     assert outcome.code == 0, outcome.err
     assert "kernels: sparse " in outcome.err
-    bench = ("bench", built, "--work", work, "--rounds", 1, "--prompt-tokens", 16, "--new-tokens", 4, "--json")
+    bench = (
+        "bench",
+        built,
+        "--work",
+        work,
+        "--rounds",
+        1,
+        "--prompt-tokens",
+        16,
+        "--new-tokens",
+        4,
+        "--json",
+    )
     found = racdeploy(*bench, RACDEPLOY_ACCEL=str(kernels))
     assert found.code == 0, found.err
     assert json.loads(found.out)["kernels"].startswith("sparse ")

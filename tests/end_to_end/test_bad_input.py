@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from racdeploy.cli import app
-from tests.tiny_models import edit_json, make_checkpoint
+from racdeploy.cli.app import app
+from tests.support.tiny_models import edit_json, make_checkpoint
 
 Change = Callable[[Path], object]
 
@@ -36,9 +36,15 @@ def _truncate(folder: Path) -> None:
 
 MODELS: dict[str, tuple[Change, str]] = {
     "not a model folder": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "unsupported architecture": (lambda f: edit_json(f / "config.json", model_type="mamba"), "'mamba'"),
+    "unsupported architecture": (
+        lambda f: edit_json(f / "config.json", model_type="mamba"),
+        "'mamba'",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "no template": (lambda f: edit_json(f / "tokenizer_config.json", chat_template=None), "no chat template"),
+    "no template": (
+        lambda f: edit_json(f / "tokenizer_config.json", chat_template=None),
+        "no chat template",
+    ),
     "truncated weights": (_truncate, "truncated"),
     "missing weights": (lambda f: (f / "model.safetensors").unlink(), "is missing"),
 }
@@ -63,7 +69,10 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "pattern that keeps all": (["--pattern", "4:4"], "0 < N < M"),
     "pattern that does not divide": (["--pattern", "3:7"], "does not divide the 64 inputs"),
     "contradiction": (["--pattern", "2:4", "--sparsity", "0.7"], "means sparsity 0.5"),
-    "target that forbids it": (["--target", "android-arm64", "--quant", "f16"], "does not take quant"),
+    "target that forbids it": (
+        ["--target", "android-arm64", "--quant", "f16"],
+        "does not take quant",
+    ),
     "unknown target": (["--target", "androd-arm64"], "did you mean 'android-arm64'"),
     "unknown quant": (["--quant", "q8_1"], "did you mean 'q8_0'"),
     "unknown task": (["--task", "gdc"], "did you mean 'gcd'"),
@@ -77,7 +86,9 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
 def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, case: str) -> None:
     """Exit code 2 and nothing on disk."""
     options, reason = OPTIONS[case]
-    code, output = _run("build", model, *options, "--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    code, output = _run(
+        "build", model, *options, "--work", tmp_path / "work", "--out", tmp_path / "bundle"
+    )
     assert code == 2, output
     assert reason in output.replace("\n", " ")
     assert {"model"} == {path.name for path in tmp_path.iterdir()}
@@ -85,17 +96,26 @@ def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, ca
 
 def _extra_linears(folder: Path) -> None:
     file = folder / "model.safetensors"
-    names = [f"mlp.adapter_{i}.weight" for i in range(10)] + ["self_attn.experts.7.weight", "extra_norm.weight"]
+    names = [f"mlp.adapter_{i}.weight" for i in range(10)] + [
+        "self_attn.experts.7.weight",
+        "extra_norm.weight",
+    ]
     extra = {
-        f"model.layers.{block}.{n}": torch.zeros((2,) if "norm" in n else (2, 2)) for n in names for block in (0, 1)
+        f"model.layers.{block}.{n}": torch.zeros((2,) if "norm" in n else (2, 2))
+        for n in names
+        for block in (0, 1)
     }
-    save_file(load_file(file) | extra | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, file)
+    save_file(
+        load_file(file) | extra | {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, file
+    )
 
 
 def _fused(folder: Path) -> None:
     tensors = load_file(file := folder / "model.safetensors")
     for block in (0, 1):
-        parts = [tensors.pop(f"model.layers.{block}.self_attn.{name}_proj.weight") for name in "qkv"]
+        parts = [
+            tensors.pop(f"model.layers.{block}.self_attn.{name}_proj.weight") for name in "qkv"
+        ]
         tensors[f"model.layers.{block}.self_attn.qkv_proj.weight"] = torch.cat(parts)
     save_file(tensors, file)
 
@@ -109,7 +129,10 @@ def _fused(folder: Path) -> None:
             "25 tensors that Qwen2ForCausalLM does not have: model.layers.*.extra_norm.weight (2), "
             "model.layers.*.mlp.adapter_0.weight (2), model.layers.*.mlp.adapter_1.weight (2), ",
         ),
-        (_fused, "2 tensors that Qwen2ForCausalLM does not have: model.layers.*.self_attn.qkv_proj.weight (2)"),
+        (
+            _fused,
+            "2 tensors that Qwen2ForCausalLM does not have: model.layers.*.self_attn.qkv_proj.weight (2)",
+        ),
     ],
 )
 def test_tensors_that_the_architecture_lacks_are_named(
@@ -119,7 +142,9 @@ def test_tensors_that_the_architecture_lacks_are_named(
     change(model)
     (tmp_path / "recipe.toml").write_text(f"[prune]\ndense = {json.dumps(dense)}\n")
     for command in (["prune"], ["build", "--out", tmp_path / "bundle"]):
-        code, output = _run(*command, model, "--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work")
+        code, output = _run(
+            *command, model, "--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work"
+        )
         assert code == 2, output
         assert named in (told := " ".join(output.split()))
         assert ("and 5 more" in told) == (change is _extra_linears)
@@ -147,11 +172,26 @@ def test_experts_are_named_with_what_to_write(tmp_path: Path) -> None:
 RECIPES: dict[str, tuple[str, str]] = {
     "unknown key": ("[prune]\nsparsty = 0.5\n", "did you mean 'sparsity'"),
     "dense pattern that matches nothing": ('[prune]\ndense = ["down_prj$"]\n', "matches no linear"),
-    "dense pattern of what is no linear": ('[prune]\ndense = ["input_layernorm"]\n', "matches no linear"),
-    "all dense": ('[prune]\ndense = [".*"]\n', "leaves nothing to prune: it matches all 14 linears"),
-    "all dense, by error": ('[prune]\ndense = ["attn", "mlp"]\nallocation = "error"\n', "leaves nothing to prune"),
-    "all dense, with codes": ('[prune]\ndense = ["_proj$"]\njoint = true\n', "leaves nothing to prune"),
-    "no room for the prompt": ("[verify]\ncontext_tokens = 64\nmax_new_tokens = 64\n", "the longest prompt has"),
+    "dense pattern of what is no linear": (
+        '[prune]\ndense = ["input_layernorm"]\n',
+        "matches no linear",
+    ),
+    "all dense": (
+        '[prune]\ndense = [".*"]\n',
+        "leaves nothing to prune: it matches all 14 linears",
+    ),
+    "all dense, by error": (
+        '[prune]\ndense = ["attn", "mlp"]\nallocation = "error"\n',
+        "leaves nothing to prune",
+    ),
+    "all dense, with codes": (
+        '[prune]\ndense = ["_proj$"]\njoint = true\n',
+        "leaves nothing to prune",
+    ),
+    "no room for the prompt": (
+        "[verify]\ncontext_tokens = 64\nmax_new_tokens = 64\n",
+        "the longest prompt has",
+    ),
     "a task named twice": ('tasks = ["gcd", "gcd"]\n', "named twice"),
 }
 
@@ -161,7 +201,14 @@ def test_a_bad_recipe_is_refused_before_any_work(model: Path, tmp_path: Path, ca
     """The recipe file is checked as strictly as the options."""
     text, reason = RECIPES[case]
     (tmp_path / "recipe.toml").write_text(text)
-    options = ["--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work", "--out", tmp_path / "bundle"]
+    options = [
+        "--recipe",
+        tmp_path / "recipe.toml",
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "bundle",
+    ]
     code, output = _run("build", model, *options)
     assert code == 2, output
     assert reason in output.replace("\n", " ")
@@ -179,7 +226,9 @@ def test_the_model_of_a_recipe_is_used(model: Path, tmp_path: Path) -> None:
 def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: Path) -> None:
     """One question cannot serve both splits, and nothing is verified on nothing."""
     (tmp_path / "one.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
-    code, output = _run("build", model, "--task", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work")
+    code, output = _run(
+        "build", model, "--task", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work"
+    )
     assert code == 2, output
     assert "holds no" in output
 
@@ -188,7 +237,12 @@ def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> 
     """Calibration and evaluation never see the same question, also when the user names two files."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
-    tasks = ["--task", f"jsonl:{tmp_path}/a.jsonl", "--calibration-task", f"jsonl:{tmp_path}/b.jsonl"]
+    tasks = [
+        "--task",
+        f"jsonl:{tmp_path}/a.jsonl",
+        "--calibration-task",
+        f"jsonl:{tmp_path}/b.jsonl",
+    ]
     code, output = _run("build", model, *tasks, "--work", tmp_path / "work")
     assert code == 2, output
     assert "1 questions are in both" in output

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.artifacts import Manifest
-from tests.end_to_end.commands import Outcome, racdeploy
-from tests.tiny_models import make_checkpoint
+from racdeploy.manifest import Manifest
+from tests.support.commands import Outcome, racdeploy
+from tests.support.tiny_models import make_checkpoint
 
-BUNDLE_FILES = {"racdeploy.json", "README.md", "Modelfile", "report.json", "report.md", "report.html", "records.jsonl"}
+BUNDLE_FILES = {
+    "racdeploy.json",
+    "README.md",
+    "Modelfile",
+    "report.json",
+    "report.md",
+    "report.html",
+    "records.jsonl",
+}
 
 
 def _problems(folder: Path) -> Path:
@@ -27,22 +35,39 @@ def _problems(folder: Path) -> Path:
 def _recipe(folder: Path) -> Path:
     file = folder / "recipe.toml"
     text = "[traces]\nmax_new_tokens = 24\nbatch = 8\n[calibration]\nkeep_truncated = true\n"
-    file.write_text(text + "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n", encoding="utf-8")
+    file.write_text(
+        text + "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n",
+        encoding="utf-8",
+    )
     return file
 
 
 def _build(model: Path, folder: Path, *more: object) -> Outcome:
     task = f"jsonl:{_problems(folder)}"
-    options = ["--task", task, "--recipe", _recipe(folder), "--work", folder / "work", "--out", folder / "bundle"]
+    options = [
+        "--task",
+        task,
+        "--recipe",
+        _recipe(folder),
+        "--work",
+        folder / "work",
+        "--out",
+        folder / "bundle",
+    ]
     return racdeploy("build", model, *options, "--threads", 1, *more)
 
 
 @pytest.mark.parametrize(
-    ("family", "transformers5"), [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("llama", True)]
+    ("family", "transformers5"),
+    [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("llama", True)],
 )
-def test_a_model_nobody_here_trained_goes_through(family: str, transformers5: bool, tmp_path: Path) -> None:
+def test_a_model_nobody_here_trained_goes_through(
+    family: str, transformers5: bool, tmp_path: Path
+) -> None:
     """Any folder with a template and a jsonl task becomes a bundle; random weights answer nothing, so exit 3."""
-    model = make_checkpoint(tmp_path / "model", family, transformers5=transformers5, tied=transformers5)
+    model = make_checkpoint(
+        tmp_path / "model", family, transformers5=transformers5, tied=transformers5
+    )
     outcome = _build(model, tmp_path, "--json")
     assert outcome.code == 3, outcome.err
     report = json.loads(outcome.out)
@@ -96,7 +121,9 @@ def test_a_bundle_runs_without_torch(built: Path, tmp_path: Path) -> None:
 
 def test_verify_passes_an_intact_bundle_and_writes_its_reports(built: Path, tmp_path: Path) -> None:
     """The same prompts give the same answers, and the reports appear where they were asked for."""
-    outcome = racdeploy("verify", built, "--junit", tmp_path / "junit.xml", "--html", tmp_path / "report.html")
+    outcome = racdeploy(
+        "verify", built, "--junit", tmp_path / "junit.xml", "--html", tmp_path / "report.html"
+    )
     assert outcome.code == 0, outcome.out + outcome.err
     assert (tmp_path / "junit.xml").read_text().startswith("<?xml")
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
@@ -120,13 +147,19 @@ def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:
     artifact = built / Manifest.read(built).artifacts[0].path
     found = json.loads(racdeploy("inspect", artifact, "--json").out)
     zeros = {row["name"]: row["zeros"] for row in found["tensors"]}
-    linears = [value for name, value in zeros.items() if name.endswith(("attn_q.weight", "ffn_down.weight"))]
+    linears = [
+        value
+        for name, value in zeros.items()
+        if name.endswith(("attn_q.weight", "ffn_down.weight"))
+    ]
     assert len(linears) == 8
     assert all(0.499 <= value <= 0.53 for value in linears)
     assert zeros["token_embd.weight"] < 0.1
     assert found["summary"]["racdeploy.sparsity"] == 0.5
     printed = racdeploy("inspect", artifact).out.splitlines()
-    assert list(zeros) == [line.split()[0] for line in printed[-len(zeros) :]]  # no name is cut short
+    assert list(zeros) == [
+        line.split()[0] for line in printed[-len(zeros) :]
+    ]  # no name is cut short
 
 
 def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Path) -> None:
@@ -142,7 +175,9 @@ def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Pa
 
 def test_dry_run_does_nothing(tmp_path: Path) -> None:
     """The plan is printed and no file appears."""
-    outcome = racdeploy("build", "--dry-run", "--json", "--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    outcome = racdeploy(
+        "build", "--dry-run", "--json", "--work", tmp_path / "work", "--out", tmp_path / "bundle"
+    )
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["evaluation_prompts"] == 200
     assert not list(tmp_path.iterdir())

@@ -13,12 +13,15 @@ import jsonschema
 import pytest
 import xmlschema
 
-from racdeploy.report_model import Report
-from tests.action.runner import run_action, write_program
-from tests.end_to_end.commands import racdeploy
+from racdeploy.report.model import Report
+from tests.support.action_runner import run_action, write_program
+from tests.support.commands import racdeploy
 
 ROOT = Path(__file__).parents[2]
-LENIENT, IMPOSSIBLE = "inconclusive = 'pass'\n", "[accuracy]\nmargin = 0.0001\n[thinking]\nlength_ratio = 0.5\n"
+LENIENT, IMPOSSIBLE = (
+    "inconclusive = 'pass'\n",
+    "[accuracy]\nmargin = 0.0001\n[thinking]\nlength_ratio = 0.5\n",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,10 @@ def test_the_reports_keep_their_schemas(reports: Path) -> None:
     assert {file.name for file in reports.iterdir()} == {
         "report.json", "report.md", "report.html", "junit.xml", "records.jsonl"
     }  # fmt: skip
-    report, record = (json.loads((ROOT / "docs" / f"{name}.schema.json").read_text()) for name in ("report", "record"))
+    report, record = (
+        json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())
+        for name in ("report", "record")
+    )
     jsonschema.validate(json.loads((reports / "report.json").read_text()), report)
     for line in (reports / "records.jsonl").read_text().splitlines():
         jsonschema.validate(json.loads(line), record)
@@ -81,19 +87,51 @@ def test_the_action_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
 def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
     """Each check is a test; those that an impossible gate fails say by how much."""
     (tmp_path / "gate.toml").write_text(IMPOSSIBLE)
-    command = [sys.executable, "-m", "pytest", "-p", "racdeploy.pytest_plugin", "-rA", "-q", "-c", os.devnull]
-    options = ["--racdeploy-bundle", built, "--racdeploy-gate", "gate.toml", "--racdeploy-threads", 1]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "racdeploy.bundles.pytest_plugin",
+        "-rA",
+        "-q",
+        "-c",
+        os.devnull,
+    ]
+    options = [
+        "--racdeploy-bundle",
+        built,
+        "--racdeploy-gate",
+        "gate.toml",
+        "--racdeploy-threads",
+        1,
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, *map(str, options)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *map(str, options)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1, done.stdout + done.stderr
-    for name, state in {"tokens": "PASSED", "integrity": "PASSED", "thinking": "FAILED", "verdict": "FAILED"}.items():
-        assert re.search(rf"^{state} \S*{built.parent.name}/bundle::{name}", done.stdout, re.MULTILINE), done.stdout
+    for name, state in {
+        "tokens": "PASSED",
+        "integrity": "PASSED",
+        "thinking": "FAILED",
+        "verdict": "FAILED",
+    }.items():
+        assert re.search(
+            rf"^{state} \S*{built.parent.name}/bundle::{name}", done.stdout, re.MULTILINE
+        ), done.stdout
     assert "length ratio 1." in done.stdout
 
 
 def test_the_dense_artifact_of_a_build_is_found_and_measured(built: Path) -> None:
     """By what the build left in its work folder; of equal size and speed, since zeros alone change neither."""
-    outcome = racdeploy("bench", built, "--work", built.parent / "work", "--rounds", 1, "--threads", 1, "--json")
+    outcome = racdeploy(
+        "bench", built, "--work", built.parent / "work", "--rounds", 1, "--threads", 1, "--json"
+    )
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert "dense" in found["dense"]["path"]

@@ -10,22 +10,26 @@ from pathlib import Path
 import pytest
 
 from racdeploy import export as exports
-from racdeploy.backends import EngineSettings, opened
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import opened
 from racdeploy.export import ExportResult
-from racdeploy.export._probe_strings import probe_strings
-from racdeploy.job import Job
-from racdeploy.parity import Held
-from racdeploy.pipeline import Build
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.gates import Held
+from racdeploy.pipeline.job import Job
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe
-from racdeploy.report.summary import tensor_rows
-from racdeploy.report_model import Record, Report
-from racdeploy.verify import Evidence, read_gate, sparsity, thinking
-from racdeploy.verify._measure import probe_tokens
-from tests.end_to_end.commands import racdeploy
+from racdeploy.report.model import Record, Report
+from racdeploy.storage.files import file_sha256
+from racdeploy.verify.checks import sparsity, thinking
+from racdeploy.verify.evidence import Evidence
+from racdeploy.verify.gate import read_gate
+from racdeploy.verify.measure import probe_tokens
+from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verify.summary import tensor_rows
 from tests.references import gguf_damage as damage
-from tests.verify.records import arm_of
+from tests.support.commands import racdeploy
+from tests.support.records import arm_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-it-catches.md"
 OPTIONS = {
@@ -60,7 +64,9 @@ def bench(work: Path) -> Bench:
     """Traces, pruned model and artifacts are those of the bundle."""
     build = Build(Job(Recipe.combine(None, OPTIONS)), work)
     model, name = build.prune(), build.job.model.name
-    dense = build.export(build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder)
+    dense = build.export(
+        build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder
+    )
     return Bench(build, model, dense, build.export(model.folder, build.job.artifact_name))
 
 
@@ -84,7 +90,9 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "artifact against torch-pruned: KL",
     ),
     "swapped q/k rows": (
-        lambda file: [damage.move_rows(file, f"attn_{x}.weight", damage.swap_halves(64)) for x in "qk"],  # type: ignore[return-value]
+        lambda file: [
+            damage.move_rows(file, f"attn_{x}.weight", damage.swap_halves(64)) for x in "qk"
+        ],  # type: ignore[return-value]
         "logits",
         "artifact against torch-pruned: KL",
     ),
@@ -143,7 +151,9 @@ def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
 
 def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: Path) -> None:
     """Before any work by the build; and a file that got past it fails its sparsity."""
-    outcome = racdeploy("build", "--quant", "q4_k", "--packing", "bitmask", "--work", tmp_path / "work")
+    outcome = racdeploy(
+        "build", "--quant", "q4_k", "--packing", "bitmask", "--work", tmp_path / "work"
+    )
     assert (outcome.code, "does not keep them" in outcome.err) == (2, True), outcome.err
     settings = bench.build.job.recipe.export.model_copy(update={"quant": "q4_k"})
     exported = exports.write(Checkpoint(bench.model.folder), tmp_path / "model.gguf", settings)
@@ -168,12 +178,23 @@ def test_longer_thinking_with_equal_accuracy_is_caught(bench: Bench) -> None:
     """The real dense answers against themselves, each thought 30 % longer."""
     _, records = bench.verify(bench.pruned)
     dense = [record for record in records if record.arm == "dense"]
-    longer = [r.model_copy(update={"thinking_tokens": round(1.3 * r.thinking_tokens)}) for r in dense]
+    longer = [
+        r.model_copy(update={"thinking_tokens": round(1.3 * r.thinking_tokens)}) for r in dense
+    ]
     evidence = Evidence(
-        bench.build.job.recipe.verify, read_gate(), arm_of(dense), arm_of(longer), bench.pruned.path, {}, 0.5
+        bench.build.job.recipe.verify,
+        read_gate(),
+        arm_of(dense),
+        arm_of(longer),
+        bench.pruned.path,
+        {},
+        0.5,
     )
     found = thinking.check(evidence)
-    assert (found.verdict, found.summary.startswith("length: thinking length ratio 1.3")) == ("fail", True)
+    assert (found.verdict, found.summary.startswith("length: thinking length ratio 1.3")) == (
+        "fail",
+        True,
+    )
 
 
 def test_the_page_tells_what_is_tested() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.checkpoint import file_sha256
-from tests.end_to_end.commands import command, environment
-from tests.tiny_models import make_checkpoint
+from racdeploy.storage.files import file_sha256
+from tests.support.commands import command, environment
+from tests.support.tiny_models import make_checkpoint
 
 RECIPE = """
 [traces]
@@ -31,13 +31,23 @@ NO_TRACEBACK = {0, 1, 3}  # whatever the verdict on a random model is
 def _command(folder: Path, place: Path) -> list[str]:
     recipe = ("--recipe", folder / "recipe.toml")
     return command(
-        "build", folder / "model", *recipe, "--work", place / "work", "--out", place / "bundle", "--threads", 1
+        "build",
+        folder / "model",
+        *recipe,
+        "--work",
+        place / "work",
+        "--out",
+        place / "bundle",
+        "--threads",
+        1,
     )
 
 
 def _contents(place: Path) -> dict[str, str]:
     """Hash traces, weights and artifacts: the stage folders, and the file in the bundle."""
-    files = [f for f in sorted((place / "work").rglob("*")) if f.is_file() and ".partial" not in f.name]
+    files = [
+        f for f in sorted((place / "work").rglob("*")) if f.is_file() and ".partial" not in f.name
+    ]
     files = [f for f in files if f.name != "cost.json"]  # how many seconds it took
     files += sorted((place / "bundle").glob("*.gguf"))
     return {f.relative_to(place).as_posix(): file_sha256(f) for f in files}
@@ -46,21 +56,31 @@ def _contents(place: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interrupted")
-    make_checkpoint(folder / "model", "qwen3", num_hidden_layers=6, hidden_size=128, intermediate_size=256)
+    make_checkpoint(
+        folder / "model", "qwen3", num_hidden_layers=6, hidden_size=128, intermediate_size=256
+    )
     (folder / "recipe.toml").write_text(RECIPE)
-    done = subprocess.run(_command(folder, folder / "whole"), capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        _command(folder, folder / "whole"), capture_output=True, text=True, env=environment()
+    )
     assert done.returncode in NO_TRACEBACK, done.stderr
     return folder
 
 
 @pytest.mark.parametrize(
-    "pattern", ["traces-*/shard-00002.jsonl", "traces-*/shard-00009.jsonl", "prune-*/block-00003.json"]
+    "pattern",
+    ["traces-*/shard-00002.jsonl", "traces-*/shard-00009.jsonl", "prune-*/block-00003.json"],
 )
-def test_a_killed_run_continues_to_the_same_bytes(folder: Path, tmp_path: Path, pattern: str) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(
+    folder: Path, tmp_path: Path, pattern: str
+) -> None:
     """Killed right after a shard or block appears, it goes on there and ends the same."""
     work = tmp_path / "work"
     process = subprocess.Popen(
-        _command(folder, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+        _command(folder, tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
     )
     deadline = time.monotonic() + 120
     while not list(work.glob(pattern)) and process.poll() is None and time.monotonic() < deadline:
@@ -70,7 +90,9 @@ def test_a_killed_run_continues_to_the_same_bytes(folder: Path, tmp_path: Path, 
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     (seen,) = work.glob(pattern)
     changed_at = seen.stat().st_mtime_ns
-    done = subprocess.run(_command(folder, tmp_path), capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        _command(folder, tmp_path), capture_output=True, text=True, env=environment()
+    )
     assert done.returncode in NO_TRACEBACK, done.stderr
     assert seen.stat().st_mtime_ns == changed_at, "finished work was done again"
     whole = _contents(folder / "whole")

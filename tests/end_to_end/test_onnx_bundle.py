@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy.artifacts import Manifest
-from tests.end_to_end.commands import racdeploy as command
-from tests.tiny_models import make_checkpoint
+from racdeploy.manifest import Manifest
+from tests.support.commands import racdeploy as command
+from tests.support.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,13 @@ def test_the_bundle_holds_what_either_engine_needs(root: Path) -> None:
     bundle = root / "bundle"
     onnx, gguf = Manifest.read(bundle).artifacts
     assert (onnx.path, onnx.backend, gguf.backend) == ("onnx/model.onnx", "onnxruntime", "llamacpp")
-    assert json.loads((bundle / "config.json").read_text())["transformers.js_config"] == {"dtype": "fp32"}
-    assert json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]["filename"] == onnx.path
+    assert json.loads((bundle / "config.json").read_text())["transformers.js_config"] == {
+        "dtype": "fp32"
+    }
+    assert (
+        json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+        == onnx.path
+    )
     answers = []
     for backend in (None, "onnxruntime", "llamacpp"):
         with racdeploy.load(bundle, backend=backend, threads=1) as model:
@@ -81,7 +86,11 @@ def test_a_finished_bundle_is_verified_again_on_both(root: Path) -> None:
     report = json.loads(outcome.out)
     assert [arm["name"] for arm in report["arms"]] == ["dense", "pruned", "pruned, llamacpp"]
     checks = {check["name"]: check["verdict"] for check in report["checks"]}
-    assert (checks["integrity"], checks["sparsity"], checks["tokens"]) == ("pass", "pass", "skipped")
+    assert (checks["integrity"], checks["sparsity"], checks["tokens"]) == (
+        "pass",
+        "pass",
+        "skipped",
+    )
 
 
 def test_a_changed_graph_is_noticed(root: Path) -> None:

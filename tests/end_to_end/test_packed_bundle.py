@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.artifacts import Manifest
-from racdeploy.checkpoint import file_sha256
-from tests.end_to_end.commands import Outcome, racdeploy
-from tests.tiny_models import edit_json, make_checkpoint
+from racdeploy.manifest import Manifest
+from racdeploy.storage.files import file_sha256
+from tests.support.commands import Outcome, racdeploy
+from tests.support.tiny_models import edit_json, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.toml").write_text(text, encoding="utf-8")
     outcome = _run(
         root,
-        *("build", model, "--task", f"jsonl:{root / 'problems.jsonl'}", "--recipe", root / "recipe.toml"),
-        *("--work", root / "work", "--out", root / "bundle", "--packing", "bitmask", "--threads", 1, "--json"),
+        *(
+            "build",
+            model,
+            "--task",
+            f"jsonl:{root / 'problems.jsonl'}",
+            "--recipe",
+            root / "recipe.toml",
+        ),
+        *(
+            "--work",
+            root / "work",
+            "--out",
+            root / "bundle",
+            "--packing",
+            "bitmask",
+            "--threads",
+            1,
+            "--json",
+        ),
     )
     assert outcome.code == 3, outcome.err  # a random model answers nothing
     (root / "report.json").write_text(outcome.out, encoding="utf-8")
@@ -45,9 +62,16 @@ def test_the_artifact_is_the_packed_file(root: Path) -> None:
     (entry,) = Manifest.read(root / "bundle").artifacts
     report = json.loads((root / "report.json").read_text())
     packed = root / "bundle" / entry.path
-    assert (packed.suffix, entry.packing, entry.sha256) == (".racgguf", "bitmask", file_sha256(packed))
+    assert (packed.suffix, entry.packing, entry.sha256) == (
+        ".racgguf",
+        "bitmask",
+        file_sha256(packed),
+    )
     assert (
-        entry.size_bytes == packed.stat().st_size == report["arms"][1]["size_bytes"] < report["arms"][0]["size_bytes"]
+        entry.size_bytes
+        == packed.stat().st_size
+        == report["arms"][1]["size_bytes"]
+        < report["arms"][0]["size_bytes"]
     )
     assert {row["packing"] for row in report["tensors"] if row["zeros"] > 0.45} == {"bitmask"}
     assert all(row["packing_reason"] for row in report["tensors"] if row["packing"] == "plain")
@@ -65,10 +89,16 @@ def test_it_is_unpacked_on_first_use_without_torch_and_gguf(root: Path, tmp_path
         "sys.meta_path.insert(0, Block())\n"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    outcome = racdeploy("run", root / "bundle", "2 + 2?", "--json", XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=path)
+    outcome = racdeploy(
+        "run", root / "bundle", "2 + 2?", "--json", XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=path
+    )
     assert outcome.code == 0, outcome.err
     (file,) = (tmp_path / "racdeploy" / "unpacked").iterdir()
-    assert file.stem == file_sha256(file) == Manifest.read(root / "bundle").artifacts[0].unpacked_sha256
+    assert (
+        file.stem
+        == file_sha256(file)
+        == Manifest.read(root / "bundle").artifacts[0].unpacked_sha256
+    )
 
 
 def test_a_packed_bundle_is_verified_and_inspected(root: Path) -> None:
@@ -93,8 +123,12 @@ def test_a_container_of_another_file_is_refused(root: Path, tmp_path: Path) -> N
         assert (outcome.code, "its manifest says" in outcome.err) == (2, True), outcome.err
 
 
-@pytest.mark.parametrize(("quant", "reason"), [("q4_k", "does not keep them"), ("q6_k", "knows the fields of")])
-def test_a_quant_that_cannot_be_packed_is_refused_before_any_work(tmp_path: Path, quant: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("quant", "reason"), [("q4_k", "does not keep them"), ("q6_k", "knows the fields of")]
+)
+def test_a_quant_that_cannot_be_packed_is_refused_before_any_work(
+    tmp_path: Path, quant: str, reason: str
+) -> None:
     """Exit code 2, the reason and other quants; no folder appears."""
     options = "--packing", "bitmask", "--work", tmp_path / "work", "--out", tmp_path / "bundle"
     outcome = racdeploy("build", "--quant", quant, *options)

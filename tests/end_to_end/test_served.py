@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.artifacts import Manifest
-from racdeploy.backends import Engine, EngineSettings, Sampling, open_engine
+from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
+from racdeploy.engines import open_engine
+from racdeploy.manifest import Manifest
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags, split
-from tests.completion_server import Answer, Json, answering, models, serving
-from tests.end_to_end.commands import Outcome, racdeploy
-from tests.real_server import llama_cpp_server, running, visible_tags
+from tests.support.commands import Outcome, racdeploy
+from tests.support.completion_server import Answer, Json, answering, models, serving
+from tests.support.real_server import llama_cpp_server, running, visible_tags
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,17 @@ def engine(built: Path) -> Iterator[Engine]:
 
 
 def _verify(bundle: Path, url: str, *more: object) -> Outcome:
-    return racdeploy("verify", bundle, "--server", url, "--tier", "smoke", "--work", bundle.parent / "served", *more)
+    return racdeploy(
+        "verify",
+        bundle,
+        "--server",
+        url,
+        "--tier",
+        "smoke",
+        "--work",
+        bundle.parent / "served",
+        *more,
+    )
 
 
 def _chatting(bundle: Path, engine: Engine, padding: str = "") -> Answer:
@@ -38,12 +49,17 @@ def _chatting(bundle: Path, engine: Engine, padding: str = "") -> Answer:
     def answer(body: Json) -> Json:
         prompt = encoder.encode(body["messages"])
         with lock:
-            (done,) = engine.generate([prompt], Sampling(body["max_tokens"], eos_ids, body["temperature"]))
+            (done,) = engine.generate(
+                [prompt], Sampling(body["max_tokens"], eos_ids, body["temperature"])
+            )
         parts = split(prompt, done.ids, tags, eos_ids=eos_ids)
         thinking = padding + encoder.decode(parts.thinking_ids)
         message = {"content": encoder.decode(parts.answer_ids), "reasoning_content": thinking}
         usage = {"completion_tokens": len(done.ids)}
-        return {"choices": [{"message": message, "finish_reason": done.finish_reason}], "usage": usage}
+        return {
+            "choices": [{"message": message, "finish_reason": done.finish_reason}],
+            "usage": usage,
+        }
 
     return answer
 
@@ -56,9 +72,15 @@ def test_what_is_served_passes_as_the_bundle_does(built: Path, engine: Engine) -
     assert outcome.code == 0, outcome.out + outcome.err
     report = json.loads(outcome.out)
     checks = {check["name"]: check for check in report["checks"]}
-    assert checks["accuracy"]["verdict"] in ("pass", "inconclusive")  # the smoke tier accepts too little data
+    assert checks["accuracy"]["verdict"] in (
+        "pass",
+        "inconclusive",
+    )  # the smoke tier accepts too little data
     assert checks["thinking"]["figures"]["length_ratio"] == pytest.approx(1, abs=0.02)
-    assert (checks["integrity"]["verdict"], checks["integrity"]["summary"]) == ("skipped", "a server shows no files")
+    assert (checks["integrity"]["verdict"], checks["integrity"]["summary"]) == (
+        "skipped",
+        "a server shows no files",
+    )
     assert checks["tokens"]["summary"] == "the server has no endpoint that tokenizes"
     assert f"{url} serves as 'app'" in report["notes"][0]
     assert [arm["size_bytes"] for arm in report["arms"] if arm["name"] == "pruned"] == [None]
@@ -75,7 +97,9 @@ def test_a_served_model_that_thinks_longer_fails(built: Path, engine: Engine) ->
 
 def test_completions_are_asked_by_token_ids(built: Path, engine: Engine) -> None:
     """The other endpoint: the prompts of the bundle, the ids of the server."""
-    with serving({"v1/models": models("app", owned_by="vllm"), "v1/completions": answering(engine)}) as url:
+    with serving(
+        {"v1/models": models("app", owned_by="vllm"), "v1/completions": answering(engine)}
+    ) as url:
         outcome = _verify(built, url, "--server-api", "completions", "--json")
     assert outcome.code == 0, outcome.out + outcome.err
     figures = {check["name"]: check["figures"] for check in json.loads(outcome.out)["checks"]}

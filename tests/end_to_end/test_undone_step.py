@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from racdeploy.errors import UsageError
-from racdeploy.job import Job
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from tests.end_to_end.commands import racdeploy
+from tests.support.commands import racdeploy
 
 RECIPE = """
 [traces]
@@ -67,7 +67,10 @@ def test_nothing_is_named_by_a_step_that_was_undone(tmp_path: Path) -> None:
     for found in (json.loads(built.out), json.loads(repeated.out)):
         (check,) = [check for check in found["checks"] if check["name"] == "sparsity"]
         assert check["verdict"] == "pass"
-        assert "30.0% asked by the last step that was kept, not the 97.0% of the recipe" in check["summary"]
+        assert (
+            "30.0% asked by the last step that was kept, not the 97.0% of the recipe"
+            in check["summary"]
+        )
         assert {row["sparsity_asked"] for row in found["linears"]} == {0.97}
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from racdeploy.artifacts import Manifest
-from tests.end_to_end.commands import Outcome, command, environment, racdeploy
-from tests.tiny_models import edit_json
+from racdeploy.manifest import Manifest
+from tests.support.commands import Outcome, command, environment, racdeploy
+from tests.support.tiny_models import edit_json
 
 GATE = '[tiers.smoke]\nprompts = 12\nchecks = ["accuracy", "thinking", "tokens", "template"]\ninconclusive = "pass"\n'
 
@@ -35,9 +35,13 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_two_runs_give_one_verdict_and_leave_nothing(built: Path, gate: Path, tmp_path: Path) -> None:
+def test_two_runs_give_one_verdict_and_leave_nothing(
+    built: Path, gate: Path, tmp_path: Path
+) -> None:
     """The same figures in every check; the second run answers anew."""
-    first, second = (_report(_verify(built, tmp_path, "--gate", gate, "--tier", "smoke")) for _ in range(2))
+    first, second = (
+        _report(_verify(built, tmp_path, "--gate", gate, "--tier", "smoke")) for _ in range(2)
+    )
     assert first["verdict"] == second["verdict"]
     assert first["checks"] == second["checks"]
     assert not any("earlier run" in note for note in second["notes"])
@@ -47,11 +51,16 @@ def test_two_runs_give_one_verdict_and_leave_nothing(built: Path, gate: Path, tm
 def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Path) -> None:
     """Killed after some answers: the next run reads them back and says so."""
     arguments = command("verify", built, "--work", tmp_path, "--json", "--threads", 1)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
     deadline = time.monotonic() + 120
     kept = 0
     while kept < 20 and process.poll() is None and time.monotonic() < deadline:
-        kept = sum(len(file.read_bytes().splitlines()) for file in tmp_path.glob("verify-*/completions.jsonl"))
+        kept = sum(
+            len(file.read_bytes().splitlines())
+            for file in tmp_path.glob("verify-*/completions.jsonl")
+        )
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -83,7 +92,9 @@ def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Pa
     (tmp_path / "gate.toml").write_text("[tiers.release]\nprompts = 66\n[speed]\nratio = 0.01\n")
     options = ("--gate", tmp_path / "gate.toml", "--tier", "release")
     refused = _verify(built, tmp_path / "work", *options)
-    assert (refused.code, "6 of 66 answers of the dense model" in refused.out) == (2, True), refused.out
+    assert (refused.code, "6 of 66 answers of the dense model" in refused.out) == (2, True), (
+        refused.out
+    )
     report = _report(_verify(built, tmp_path / "work", *options, "--baseline", dense))
     assert [arm["prompts"] for arm in report["arms"]] == [66, 66]
     assert {check["name"]: check["verdict"] for check in report["checks"]}["speed"] == "pass"
@@ -91,11 +102,15 @@ def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Pa
     other = tmp_path / "other.gguf"
     other.write_bytes(dense.read_bytes()[:-1] + b"\0")
     wrong = _verify(built, tmp_path / "work", *options, "--baseline", other)
-    assert (wrong.code, "is not the dense artifact of this bundle" in wrong.out) == (2, True), wrong.out
+    assert (wrong.code, "is not the dense artifact of this bundle" in wrong.out) == (2, True), (
+        wrong.out
+    )
     assert "below its --work folder" in " ".join(wrong.out.split())
 
 
-def test_a_speed_limit_without_the_dense_artifact_is_wrong_usage(built: Path, tmp_path: Path) -> None:
+def test_a_speed_limit_without_the_dense_artifact_is_wrong_usage(
+    built: Path, tmp_path: Path
+) -> None:
     """Exit code 2: a gate on a figure that this run does not measure."""
     (tmp_path / "gate.toml").write_text(GATE + "[speed]\nratio = 1.1\n")
     outcome = _verify(built, tmp_path / "work", "--gate", tmp_path / "gate.toml", "--tier", "smoke")
@@ -107,7 +122,9 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
-def test_another_bundle_of_the_same_model_is_a_baseline(built: Path, copy: Path, gate: Path, tmp_path: Path) -> None:
+def test_another_bundle_of_the_same_model_is_a_baseline(
+    built: Path, copy: Path, gate: Path, tmp_path: Path
+) -> None:
     """And one of another model, or that decoded otherwise, is refused."""
     options = ("--gate", gate, "--tier", "smoke", "--baseline", copy)
     report = _report(_verify(built, tmp_path / "work", *options))
@@ -116,7 +133,9 @@ def test_another_bundle_of_the_same_model_is_a_baseline(built: Path, copy: Path,
     recipe = manifest["recipe"] | {"verify": manifest["recipe"]["verify"] | {"max_new_tokens": 99}}
     edit_json(copy / "racdeploy.json", recipe=recipe)
     outcome = _verify(built, tmp_path / "work", *options)
-    assert (outcome.code, "made with max_new_tokens 99 and not 1024" in outcome.out) == (2, True), outcome.out
+    assert (outcome.code, "made with max_new_tokens 99 and not 1024" in outcome.out) == (2, True), (
+        outcome.out
+    )
     files = dict.fromkeys(manifest["base"]["files"], "0" * 64)
     edit_json(copy / "racdeploy.json", base=manifest["base"] | {"files": files})
     outcome = _verify(built, tmp_path / "work", *options)
@@ -126,7 +145,9 @@ def test_another_bundle_of_the_same_model_is_a_baseline(built: Path, copy: Path,
 def test_other_conditions_are_told(built: Path, copy: Path, gate: Path, tmp_path: Path) -> None:
     """Recorded with another version: the report says which."""
     report = json.loads((copy / "report.json").read_text())
-    edit_json(copy / "report.json", fingerprint=report["fingerprint"] | {"llama-cpp-python": "0.0.1"})
+    edit_json(
+        copy / "report.json", fingerprint=report["fingerprint"] | {"llama-cpp-python": "0.0.1"}
+    )
     found = _report(_verify(copy, tmp_path / "work", "--gate", gate, "--tier", "smoke"))
     assert any("other conditions: llama-cpp-python 0.0.1, now" in note for note in found["notes"])
 
@@ -141,7 +162,10 @@ def test_an_empty_suite_is_an_error(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [(("--tier", "smok"), "did you mean 'smoke'"), (("--baseline", "nowhere.gguf"), "nowhere.gguf does not exist")],
+    [
+        (("--tier", "smok"), "did you mean 'smoke'"),
+        (("--baseline", "nowhere.gguf"), "nowhere.gguf does not exist"),
+    ],
 )
 def test_wrong_options_are_refused_before_any_work(
     built: Path, tmp_path: Path, option: tuple[str, str], said: str

@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
-from racdeploy.export import _gguf_body
 from racdeploy.export import gguf as gguf_format
-from racdeploy.export._gguf_tensors import rotary_order
-from racdeploy.export._probe_strings import probe_strings
-from racdeploy.export.gguf import export
-from tests.llama_child import LlamaAnswer, ask_llama
-from tests.tiny_models import (
+from racdeploy.export.gguf import body, export
+from racdeploy.export.gguf.tensors import rotary_order
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.storage.files import file_sha256
+from racdeploy.verify.probe_strings import probe_strings
+from tests.support.llama_child import LlamaAnswer, ask_llama
+from tests.support.tiny_models import (
     FAMILIES,
     LINEAR,
     LLAMA3,
@@ -48,7 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama untied biased": {"family": "llama", "tied": False, "attention_bias": True},
     "llama wide heads": {"family": "llama", "head_dim": 32},
     "llama one key head": {"family": "llama", "num_key_value_heads": 1, "attention_bias": True},
-    "llama linear rope": {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama linear rope": {
+        "family": "llama",
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
     "llama llama3 rope": {"family": "llama", "rope_scaling": LLAMA3},
     "llama llama-bpe": {"family": "llama", "pre_tokenizer": "llama-bpe"},
     "llama gpt-2": {"family": "llama", "pre_tokenizer": "gpt-2"},
@@ -60,7 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2 yarn attention": {"family": "qwen2", "rope_scaling": YARN | {"attention_factor": 1.3}},
     "phi 3": {"family": "phi3"},
     "phi 3 untied": {"family": "phi3", "tied": False, "partial_rotary_factor": 1.0},
-    "phi 3 long": {"family": "phi3", "original_max_position_embeddings": 64, "rope_scaling": LONGROPE},
+    "phi 3 long": {
+        "family": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_scaling": LONGROPE,
+    },
     "phi 3 short": {
         "family": "phi3",
         "original_max_position_embeddings": 256,
@@ -83,9 +90,19 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 experts": {"family": "qwen3_moe"},
     "qwen3 experts untied": {"family": "qwen3_moe", "tied": False, "num_experts_per_tok": 3},
     "mistral": {"family": "mistral"},
-    "mistral untied window": {"family": "mistral", "tied": False, "sliding_window": 256, "head_dim": 32},
+    "mistral untied window": {
+        "family": "mistral",
+        "tied": False,
+        "sliding_window": 256,
+        "head_dim": 32,
+    },
     "granite": {"family": "granite"},
-    "granite untied biased": {"family": "granite", "tied": False, "attention_bias": True, "mlp_bias": True},
+    "granite untied biased": {
+        "family": "granite",
+        "tied": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "smollm3": {"family": "smollm3"},
     "smollm3 untied": {"family": "smollm3", "tied": False, "attention_bias": False},
     "qwen3": {"family": "qwen3"},
@@ -109,7 +126,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
     """Export every case to F32 and run all files in one child process."""
     root = tmp_path_factory.mktemp("gguf")
     folders = {name: make_checkpoint(root / name, **case) for name, case in CASES.items()}
-    files = [export(Checkpoint(folder), root / f"{name}.gguf", quant="f32").path for name, folder in folders.items()]
+    files = [
+        export(Checkpoint(folder), root / f"{name}.gguf", quant="f32").path
+        for name, folder in folders.items()
+    ]
     answers = ask_llama(files, IDS, probe_strings())
     return {
         name: Measured(folder, answer, run_torch(folder, answer.gates))
@@ -124,7 +144,9 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def run_torch(
-    folder: Path, gates: Sequence[np.ndarray] = (), pairs: list[tuple[np.ndarray, np.ndarray]] | None = None
+    folder: Path,
+    gates: Sequence[np.ndarray] = (),
+    pairs: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> np.ndarray:
     """Return logits_TV of the checkpoint in float32; given ggml's inputs of GELU, GELU as ggml looks it up for them.
 
@@ -140,7 +162,9 @@ def run_torch(
         inner = np.sqrt(2 / np.pi) * number * (1 + 0.044715 * number * number)
         return (0.5 * number * (1 + torch.tanh(inner))).half().float()
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     for name, module in model.named_modules():
         if gates and model.config.model_type == "gemma3_text" and name.endswith("act_fn"):
             module.register_forward_hook(look_up)
@@ -169,7 +193,10 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     GELU up in a table, and so does torch here, for ggml's own inputs.
     """
     found = measured[case]
-    assert np.abs(found.answer.logits_TV - found.expected_TV).max() < 1e-4 * np.abs(found.expected_TV).max()
+    assert (
+        np.abs(found.answer.logits_TV - found.expected_TV).max()
+        < 1e-4 * np.abs(found.expected_TV).max()
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("gemma3")])
@@ -180,7 +207,10 @@ def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], c
     precision, 2^-11 away: they alone are why logits with a table of torch's own inputs differ by more than 1e-4.
     """
     found, pairs = measured[case], list[tuple[np.ndarray, np.ndarray]]()
-    error_T = np.abs(found.answer.logits_TV - run_torch(found.folder)).max(1) / np.abs(found.expected_TV).max()
+    error_T = (
+        np.abs(found.answer.logits_TV - run_torch(found.folder)).max(1)
+        / np.abs(found.expected_TV).max()
+    )
     assert np.quantile(error_T, 0.1) > 1e-4
     run_torch(found.folder, found.answer.gates, pairs)
     own, given = (np.concatenate([pair[side].reshape(-1) for pair in pairs]) for side in (0, 1))
@@ -206,7 +236,9 @@ def test_llama_stops_where_the_checkpoint_stops(measured: dict[str, Measured]) -
     """The end-of-generation ids are those of the special tokens."""
     ends = [SPECIAL_TOKENS["<|endoftext|>"], SPECIAL_TOKENS["<|im_end|>"]]
     for name, found in measured.items():
-        sentencepiece = [2] if "pieces" in name else []  # llama.cpp also stops at </s>, whatever it is told
+        sentencepiece = (
+            [2] if "pieces" in name else []
+        )  # llama.cpp also stops at </s>, whatever it is told
         assert found.answer.ends == sentencepiece + ends, name
 
 
@@ -221,32 +253,46 @@ def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_transformers_5_checkpoints_give_the_identical_file(tmp_path: Path, family: str, scaled: bool) -> None:
+def test_transformers_5_checkpoints_give_the_identical_file(
+    tmp_path: Path, family: str, scaled: bool
+) -> None:
     """rope_parameters, a template file and an unknown tokenizer class change nothing."""
     scaling = {"phi3": LONGROPE, "gemma3_text": LINEAR}.get(family, YARN) if scaled else None
     hashes = []
     for transformers5 in (False, True):
         folder = tmp_path / str(transformers5) / "model"
-        make_checkpoint(folder, family, transformers5=transformers5, rope_theta=50_000.0, rope_scaling=scaling)
+        make_checkpoint(
+            folder, family, transformers5=transformers5, rope_theta=50_000.0, rope_scaling=scaling
+        )
         hashes.append(export(Checkpoint(folder), folder.with_suffix(".gguf"), quant="q8_0").sha256)
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("quant", [name for name in plugins.names("quant") if "gguf" in quants.load(name).FORMATS])
+@pytest.mark.parametrize(
+    "quant", [name for name in plugins.names("quant") if "gguf" in quants.load(name).FORMATS]
+)
 def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
     """Each number format makes a file that llama.cpp reads exactly as its dequantized weights say."""
-    folder = make_checkpoint(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    folder = make_checkpoint(
+        tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1
+    )
     checkpoint = Checkpoint(folder)
     result = export(checkpoint, tmp_path / "model.gguf", quant=quant)
     module = plugins.load("quant", quant)
-    linears = [tensor for tensor in result.tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+    linears = [
+        tensor
+        for tensor in result.tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+    ]
     assert {tensor.quant_real for tensor in linears} == {quant}
     read_back = gguf.GGUFReader(result.path)
     for tensor in linears:
         stored = next(t for t in read_back.tensors if t.name == tensor.name)
         weight_OI = checkpoint.read(tensor.source)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
-            weight_OI = weight_OI[rotary_order(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)]
+            weight_OI = weight_OI[
+                rotary_order(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)
+            ]
         expected_OI = module.dequantize(module.quantize(weight_OI), weight_OI.shape[1])
         np.testing.assert_array_equal(gguf.dequantize(stored.data, stored.tensor_type), expected_OI)
         assert np.mean(expected_OI == 0) == tensor.zeros
@@ -257,7 +303,9 @@ def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
 def test_metadata_is_complete(tmp_path: Path) -> None:
     """The header holds the caller's keys, the licence of the model card, the template and the file's type."""
     folder = make_checkpoint(tmp_path / "model", "qwen3")
-    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n")
+    (folder / "README.md").write_text(
+        "---\nlanguage: en\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n"
+    )
     asked = {
         "racdeploy.sparsity": 0.1,
         "racdeploy.version": "1",
@@ -300,13 +348,19 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path) -
     """Sizes, hash and real types match the file; progress ends at its size; what differs has a reason."""
     seen: list[tuple[int, int]] = []
     result = export(
-        checkpoint, tmp_path / "m.gguf", quant="q4_k", progress=lambda done, total: seen.append((done, total))
+        checkpoint,
+        tmp_path / "m.gguf",
+        quant="q4_k",
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert result.size_bytes == result.path.stat().st_size
     assert result.sha256 == file_sha256(result.path)
     assert seen == sorted(seen)
     assert seen[-1] == (sum(tensor.size_bytes for tensor in result.tensors),) * 2
-    stored = {t.name: (t.tensor_type.name.lower(), t.n_bytes) for t in gguf.GGUFReader(result.path).tensors}
+    stored = {
+        t.name: (t.tensor_type.name.lower(), t.n_bytes)
+        for t in gguf.GGUFReader(result.path).tensors
+    }
     assert {t.name: (t.quant_real, t.size_bytes) for t in result.tensors} == stored
     assert all(bool(t.reason) == (t.quant_real != t.quant_asked) for t in result.tensors)
     reasons = {t.name: (t.quant_real, t.reason) for t in result.tensors}
@@ -343,7 +397,11 @@ def test_zeros_are_measured_in_the_file(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     change_weights(folder, lambda tensors: tensors[name][:, ::2].zero_())
     kept, lost = (
-        next(t.zeros for t in export(Checkpoint(folder), tmp_path / "m.gguf", quant=q).tensors if t.source == name)
+        next(
+            t.zeros
+            for t in export(Checkpoint(folder), tmp_path / "m.gguf", quant=q).tensors
+            if t.source == name
+        )
         for q in ("q8_0", "q4_k")
     )
     assert 0.5 <= kept < 0.52
@@ -353,14 +411,19 @@ def test_zeros_are_measured_in_the_file(tmp_path: Path) -> None:
 def test_memory_stays_near_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 16 MB is exported in less than its largest tensor and a few slabs."""
     folder = make_checkpoint(
-        tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, tied=False
+        tmp_path / "model",
+        "llama",
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        tied=False,
     )
     checkpoint = Checkpoint(folder)
     total_bytes = sum(entry.stop - entry.start for entry in checkpoint.entries.values())
     largest_bytes = max(entry.stop - entry.start for entry in checkpoint.entries.values())
     export(checkpoint, tmp_path / "warm.gguf", quant="q8_0")
     slab_weights = 16_384
-    monkeypatch.setattr(_gguf_body, "_SLAB_WEIGHTS", slab_weights)
+    monkeypatch.setattr(body, "_SLAB_WEIGHTS", slab_weights)
     tracemalloc.start()
     export(checkpoint, tmp_path / "m.gguf", quant="q8_0")
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -381,10 +444,16 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks 1 .*layers\.1\.mlp\.up_proj\.weight"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks 1 .*layers\.1\.mlp\.up_proj\.weight",
+        ),
         (lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"), r"lacks 1 .*k_proj\.bias"),
         (lambda t: t.update({"model.lora_A": torch.ones(2)}), r"does not have.*model\.lora_A"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(65)}), r"model\.norm\.weight' has shape \[65\]"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(65)}),
+            r"model\.norm\.weight' has shape \[65\]",
+        ),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "infinite or not a number"),
         (lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(1e6), "too large for f16"),
         (
@@ -393,7 +462,9 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Pat
         ),
     ],
 )
-def test_damaged_checkpoints_are_refused(checkpoint: Checkpoint, tmp_path: Path, change: Any, message: str) -> None:
+def test_damaged_checkpoints_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, change: Any, message: str
+) -> None:
     """Missing, extra, misshapen and non-finite tensors are errors that name the tensor."""
     change_weights(checkpoint.folder, change)
     with pytest.raises(ModelError, match=message):
@@ -445,10 +516,19 @@ def test_what_llama_would_ignore_is_refused(
         ({"pre_tokenizer": {"type": "Whitespace"}}, "byte-level"),
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
         (
-            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                }
+            },
             "no llama.cpp pre-tokenizer",
         ),
-        ({"added_tokens": [{"id": 485, "content": "<|im_end|>"}]}, "loads as 480|cannot be loaded|damaged"),
+        (
+            {"added_tokens": [{"id": 485, "content": "<|im_end|>"}]},
+            "loads as 480|cannot be loaded|damaged",
+        ),
         ({"added_tokens": [{"content": "<|im_end|>"}]}, "damaged"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "Unigram"),
         ({"model": None}, "no model"),
@@ -471,15 +551,25 @@ def test_lying_tokenizers_are_refused(
     [
         ("mistral", {"sliding_window": 64}, "sliding_window is 64 of 256 positions"),
         ("phi3", {"sliding_window": 64}, "sliding_window is 64 of 256 positions"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor is not a list of 6"),
-        ("gemma3_text", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64; llama.cpp computes only 32"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "long_factor is not a list of 6",
+        ),
+        (
+            "gemma3_text",
+            {"query_pre_attn_scalar": 64},
+            "query_pre_attn_scalar is 64; llama.cpp computes only 32",
+        ),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "has no such thing"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, "every block 4"),
     ],
 )
-def test_what_a_family_fixes_is_refused(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+def test_what_a_family_fixes_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
     """The refusals that a family file declares."""
     folder = make_checkpoint(tmp_path / "model", family)
     edit_json(folder / "config.json", **changes)
@@ -500,13 +590,23 @@ def test_both_forms_of_merges_give_the_same_file(checkpoint: Checkpoint, tmp_pat
 def test_bos_follows_the_post_processor(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A template that begins with the bos token makes llama.cpp add it."""
     token = "<|im_start|>"
-    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single = [
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
     special = {token: {"id": token, "ids": [SPECIAL_TOKENS[token]], "tokens": [token]}}
-    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": special,
+    }
     pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     edit_json(checkpoint.folder / "tokenizer.json", post_processor=template | {"pair": pair})
     edit_json(checkpoint.folder / "tokenizer_config.json", bos_token=token)
-    fields = read_fields(export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16").path)
+    fields = read_fields(
+        export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16").path
+    )
     assert fields["tokenizer.ggml.add_bos_token"] is True
     assert fields["tokenizer.ggml.bos_token_id"] == SPECIAL_TOKENS[token]
 
@@ -539,7 +639,10 @@ def test_too_little_space_is_noticed_before_any_work(
 
 @pytest.mark.parametrize(
     ("failure", "caught"),
-    [(OSError(errno.ENOSPC, "No space left on device"), EnvironmentFailure), (KeyboardInterrupt(), KeyboardInterrupt)],
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), EnvironmentFailure),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
 )
 def test_a_failure_in_the_middle_leaves_the_old_file(
     checkpoint: Checkpoint,

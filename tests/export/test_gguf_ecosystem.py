@@ -9,17 +9,18 @@ import gguf
 import numpy as np
 import pytest
 
-from racdeploy.artifacts import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.bundles.inspect import inspect_path
 from racdeploy.export import gguf as gguf_format
-from racdeploy.export._gguf_body import divide
-from racdeploy.export._gguf_tensors import PlannedTensor
 from racdeploy.export.gguf import export
-from racdeploy.inspection import inspect_path
-from racdeploy.job import Job, size_label
+from racdeploy.export.gguf.body import divide
+from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job, size_label
 from racdeploy.recipe import Recipe
-from tests.llama_child import ask_llama
-from tests.tiny_models import SPECIAL_TOKENS, edit_json, make_checkpoint
+from racdeploy.storage.files import file_sha256
+from tests.support.llama_child import ask_llama
+from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, make_checkpoint
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 24)]
 # ggml/docs/gguf.md, "Validating Above Naming Convention"
@@ -37,7 +38,9 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("split_bytes", [1, 40_000, 100_000])
-def test_parts_load_in_llama_and_compute_the_same(checkpoint: Checkpoint, tmp_path: Path, split_bytes: int) -> None:
+def test_parts_load_in_llama_and_compute_the_same(
+    checkpoint: Checkpoint, tmp_path: Path, split_bytes: int
+) -> None:
     """llama.cpp opens the first part and gives the logits of the single file, bit for bit."""
     whole = export(checkpoint, tmp_path / "whole.gguf", quant="q8_0")
     parts = export(checkpoint, tmp_path / "m.gguf", quant="q8_0", split_bytes=split_bytes)
@@ -49,7 +52,9 @@ def test_parts_load_in_llama_and_compute_the_same(checkpoint: Checkpoint, tmp_pa
     assert not (tmp_path / "m.gguf").exists()
     first, second = ask_llama([whole.path, parts.path], IDS)
     np.testing.assert_array_equal(first.logits_TV, second.logits_TV)
-    assert [row["name"] for row in inspect_path(parts.path)["tensors"]] == [t.name for t in whole.tensors]
+    assert [row["name"] for row in inspect_path(parts.path)["tensors"]] == [
+        t.name for t in whole.tensors
+    ]
 
 
 def test_parts_have_the_keys_of_gguf_split(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -82,14 +87,23 @@ def test_a_small_model_is_one_file(checkpoint: Checkpoint, tmp_path: Path) -> No
 
 def test_no_part_is_larger_than_asked_unless_one_tensor_is() -> None:
     """Tensors stay in order and whole."""
-    plan = [PlannedTensor(str(i), "", (size,), "f32", "f32", "") for i, size in enumerate([10, 1, 1, 50, 1])]
+    plan = [
+        PlannedTensor(str(i), "", (size,), "f32", "f32", "")
+        for i, size in enumerate([10, 1, 1, 50, 1])
+    ]
     sizes = [[tensor.size_bytes for tensor in part] for part in divide(plan, 48)]
     assert sizes == [[40, 4, 4], [200], [4]]
 
 
 @pytest.mark.parametrize(
     ("parameters", "label"),
-    [(135_000_000, "135M"), (1_540_000_000, "1.5B"), (3_490_000, "3.5M"), (7_000_000_000, "7B"), (900, "0.9K")],
+    [
+        (135_000_000, "135M"),
+        (1_540_000_000, "1.5B"),
+        (3_490_000, "3.5M"),
+        (7_000_000_000, "7B"),
+        (900, "0.9K"),
+    ],
 )
 def test_sizes_are_named_as_people_name_them(parameters: int, label: str) -> None:
     """One digit behind the point below ten, and none where it is zero."""
@@ -115,8 +129,14 @@ def test_general_keys_say_what_the_file_is(checkpoint: Checkpoint, tmp_path: Pat
     """Who made it, what it is for, and the languages of the model card in either of the forms that YAML has."""
     for front in ("language: en", "language:\n- en\n- de", "language: [en, de]"):
         (checkpoint.folder / "README.md").write_text(f"---\n{front}\nlicense: mit\n---\n# Model\n")
-        asked = {"racdeploy.sparsity": 0.5, "general.base_model.count": 1, "general.base_model.0.name": "Base"}
-        file = export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16", metadata=asked).path
+        asked = {
+            "racdeploy.sparsity": 0.5,
+            "general.base_model.count": 1,
+            "general.base_model.0.name": "Base",
+        }
+        file = export(
+            Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16", metadata=asked
+        ).path
         fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
         assert fields["general.languages"] == (["en"] if front == "language: en" else ["en", "de"])
         assert fields["general.tags"] == ["text-generation", "racdeploy", "sparse"]
@@ -143,10 +163,18 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
         pruning={},
         artifacts=(entry,),
         tokenizer=TokenizerEntry(
-            files={}, template_sha256="0", open_tag=None, close_tag=None, eos_ids=(SPECIAL_TOKENS["<|im_end|>"],)
+            files={},
+            template_sha256="0",
+            open_tag=None,
+            close_tag=None,
+            eos_ids=(SPECIAL_TOKENS["<|im_end|>"],),
         ),
         generation=GenerationSettings(
-            temperature=0.6, top_p=0.95, max_new_tokens=64, max_thinking_tokens=None, context_tokens=256
+            temperature=0.6,
+            top_p=0.95,
+            max_new_tokens=64,
+            max_thinking_tokens=None,
+            context_tokens=256,
         ),
         verdict="none",
         headline={},
@@ -156,12 +184,21 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
 def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
     """Context and length are the model's own, not those of the verification; the authors' sampling is kept."""
     edit_json(checkpoint.folder / "config.json", max_position_embeddings=131_072)
-    edit_json(checkpoint.folder / "generation_config.json", top_k=20, repetition_penalty=1.05, do_sample=True)
+    edit_json(
+        checkpoint.folder / "generation_config.json",
+        top_k=20,
+        repetition_penalty=1.05,
+        do_sample=True,
+    )
     manifest = _manifest("m.gguf", {"m.gguf": "0"})
-    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"]
+    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)[
+        "Modelfile"
+    ]
     start, template, parameters = written.split('"""')
     assert start == "FROM ./m.gguf\nTEMPLATE "
-    assert template.startswith('{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}<|im_start|>system\n')
+    assert template.startswith(
+        '{{ range $i, $m := .Messages }}{{ if eq $m.Role "system" }}<|im_start|>system\n'
+    )
     assert template.endswith("{{ end }}{{ end }}<think>\n")
     assert parameters.splitlines() == [
         "",
@@ -180,9 +217,13 @@ def test_a_template_without_a_counterpart_is_said_so(checkpoint: Checkpoint) -> 
     loop = "{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}"
     (checkpoint.folder / "chat_template.jinja").write_text(loop, encoding="utf-8")
     manifest = _manifest("m.gguf", {"m.gguf": "0"})
-    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)["Modelfile"]
+    written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)[
+        "Modelfile"
+    ]
     assert "TEMPLATE" not in written
-    assert "# Ollama has no counterpart of the chat template (it writes a message otherwise" in written
+    assert (
+        "# Ollama has no counterpart of the chat template (it writes a message otherwise" in written
+    )
 
 
 def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
@@ -192,5 +233,7 @@ def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
     assert "--merge" in gguf_format.companions(manifest, checkpoint, checkpoint.folder)["Modelfile"]
     assert any("several files" in line for line in gguf_format.usage(manifest.artifacts[0]))
     single = _manifest("m.gguf", {"m.gguf": "0", "m.imatrix.gguf": "0"})
-    assert "--merge" not in gguf_format.companions(single, checkpoint, checkpoint.folder)["Modelfile"]
+    assert (
+        "--merge" not in gguf_format.companions(single, checkpoint, checkpoint.folder)["Modelfile"]
+    )
     assert not any("several files" in line for line in gguf_format.usage(single.artifacts[0]))

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from racdeploy.artifacts import IMPORTANCE_FILE
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
-from racdeploy.export._importance import Importance
 from racdeploy.export.gguf import export
-from tests.llama_quantize import quantize
-from tests.tiny_models import make_checkpoint
+from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
+from tests.support.llama_quantize import quantize
+from tests.support.tiny_models import make_checkpoint
 
 TOKENS = 1234
 
@@ -51,7 +49,10 @@ def test_scales_are_chosen_and_the_result_says_so(folder: Path, tmp_path: Path) 
     """The linears' bytes differ from an export without it; the embedding, of which nothing is known, is the same."""
     with_it = export(Checkpoint(folder), tmp_path / "with.gguf", quant="q4_0")
     without = export(Checkpoint(folder), tmp_path / "without.gguf", quant="q4_0", importance="none")
-    assert "scales of 14 of 15 quantized matrices are chosen by the importance of their inputs" in with_it.notes
+    assert (
+        "scales of 14 of 15 quantized matrices are chosen by the importance of their inputs"
+        in with_it.notes
+    )
     assert not [note for note in without.notes if "importance" in note]
     first, second = read_bytes(with_it.path), read_bytes(without.path)
     assert [name for name in first if first[name] != second[name]] == [n for n in first if n.startswith("blk.") and
@@ -86,7 +87,11 @@ def test_the_file_of_llama_cpp_is_written(folder: Path, tmp_path: Path) -> None:
     assert set(result.files) == {"m.gguf", "m.imatrix.gguf"}
     assert result.size_bytes == result.path.stat().st_size
     reader = gguf.GGUFReader(tmp_path / "m.imatrix.gguf")
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    keys = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
     assert keys == {
         "general.type": "imatrix",
         "imatrix.datasets": ["racdeploy calibration"],
@@ -103,32 +108,62 @@ def test_the_file_of_llama_cpp_is_written(folder: Path, tmp_path: Path) -> None:
         assert [sums.tensor_type, counts.tensor_type] == [gguf.GGMLQuantizationType.F32] * 2
         assert [list(sums.shape), list(counts.shape)] == [[tensor.shape[-1], 1], [1, 1]]
         # one product and one division in float32
-        np.testing.assert_allclose(sums.data[0] / counts.data[0], statistic[tensor.source], rtol=2e-7)
+        np.testing.assert_allclose(
+            sums.data[0] / counts.data[0], statistic[tensor.source], rtol=2e-7
+        )
 
 
 def test_a_file_of_llama_cpp_is_read(folder: Path, tmp_path: Path) -> None:
     """An imatrix given by path chooses the same scales as the statistic that it was made of, up to its rounding."""
     export(Checkpoint(folder), tmp_path / "m.gguf", quant="q4_0")
     (folder / IMPORTANCE_FILE).unlink()
-    again = export(Checkpoint(folder), tmp_path / "n.gguf", quant="q4_0", importance=str(tmp_path / "m.imatrix.gguf"))
+    again = export(
+        Checkpoint(folder),
+        tmp_path / "n.gguf",
+        quant="q4_0",
+        importance=str(tmp_path / "m.imatrix.gguf"),
+    )
     assert set(again.files) == {"n.gguf"}  # somebody's own file is not written again
-    first, second = (np.frombuffer(b"".join(read_bytes(tmp_path / f"{n}.gguf").values()), np.uint8) for n in "mn")
+    first, second = (
+        np.frombuffer(b"".join(read_bytes(tmp_path / f"{n}.gguf").values()), np.uint8) for n in "mn"
+    )
     assert np.mean(first != second) < 1e-3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.full(256, np.nan, np.float32)}), "not a number"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.full(256, -1, np.float32)}), "negative"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones(255, np.float32)}), "256 inputs and .* 255"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones((1, 256), np.float32)}), "of one row"),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.up_proj.weight": np.full(256, np.nan, np.float32)}
+            ),
+            "not a number",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.full(256, -1, np.float32)}),
+            "negative",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones(255, np.float32)}),
+            "256 inputs and .* 255",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.up_proj.weight": np.ones((1, 256), np.float32)}
+            ),
+            "of one row",
+        ),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight.tokens"), "number of tokens"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight.tokens": np.zeros(1)}), "rests on 0.0 tokens"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight.tokens": np.zeros(1)}),
+            "rests on 0.0 tokens",
+        ),
         (lambda t: t.clear(), "holds no importance"),
     ],
 )
-def test_a_damaged_statistic_is_refused(folder: Path, tmp_path: Path, change: object, message: str) -> None:
+def test_a_damaged_statistic_is_refused(
+    folder: Path, tmp_path: Path, change: object, message: str
+) -> None:
     """Nothing is written."""
     tensors = load_file(folder / IMPORTANCE_FILE)
     change(tensors)  # type: ignore[operator]
@@ -141,11 +176,22 @@ def test_a_damaged_statistic_is_refused(folder: Path, tmp_path: Path, change: ob
 def test_a_matrix_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     """So is a file that is not there, and one that is no matrix."""
     export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16", importance="none")
-    tensors = {f"other.{name}": value for name, value in load_file(folder / IMPORTANCE_FILE).items()}
+    tensors = {
+        f"other.{name}": value for name, value in load_file(folder / IMPORTANCE_FILE).items()
+    }
     save_file(tensors, tmp_path / "other.safetensors")
-    for name, kind in (("other.safetensors", UsageError), ("m.gguf", ArtifactError), ("none.gguf", UsageError)):
+    for name, kind in (
+        ("other.safetensors", UsageError),
+        ("m.gguf", ArtifactError),
+        ("none.gguf", UsageError),
+    ):
         with pytest.raises(kind):
-            export(Checkpoint(folder), tmp_path / "n.gguf", quant="q4_0", importance=str(tmp_path / name))
+            export(
+                Checkpoint(folder),
+                tmp_path / "n.gguf",
+                quant="q4_0",
+                importance=str(tmp_path / name),
+            )
 
 
 @pytest.mark.parametrize("place", [0, 3, 8, 16, 24, 40, 200, -30])

@@ -11,8 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.export._onnx_weights import PlannedTensor, _block_arrays, arrays_of, rows_of
-from racdeploy.quant import _matmulnbits
+from racdeploy.export.onnx.weights import PlannedTensor, _block_arrays, arrays_of, rows_of
+from racdeploy.quant import matmulnbits
 
 O, I = 48, 512
 NAMES = ("matmulnbits_4", "matmulnbits_8", "k_quant")
@@ -21,13 +21,17 @@ NAMES = ("matmulnbits_4", "matmulnbits_8", "k_quant")
 def draw_weights(sparsity: float = 0.5) -> np.ndarray:
     """Return rows of different scale with exact zeros, one row of zeros and one of outliers."""
     generator = np.random.default_rng(0)
-    weight_OI = (generator.standard_normal((O, I)) * generator.uniform(0.005, 0.2, (O, 1))).astype(np.float32)
+    weight_OI = (generator.standard_normal((O, I)) * generator.uniform(0.005, 0.2, (O, 1))).astype(
+        np.float32
+    )
     weight_OI[generator.random((O, I)) < sparsity] = 0
     weight_OI[3, ::32], weight_OI[4] = 40, 0
     return weight_OI
 
 
-def quantize_with_onnxruntime(weight_OI: np.ndarray, bits: int, *, k_quant: bool = False) -> _matmulnbits.Blocks:
+def quantize_with_onnxruntime(
+    weight_OI: np.ndarray, bits: int, *, k_quant: bool = False
+) -> matmulnbits.Blocks:
     """Return what ``MatMulNBitsQuantizer`` makes of a linear, its scales in single precision."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -35,21 +39,31 @@ def quantize_with_onnxruntime(weight_OI: np.ndarray, bits: int, *, k_quant: bool
     inputs = [helper.make_tensor_value_info("x", 1, ["t", I])]
     outputs = [helper.make_tensor_value_info("y", 1, ["t", O])]
     weights = [numpy_helper.from_array(np.ascontiguousarray(weight_OI.T), "w")]
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"], "mm")], "g", inputs, outputs, weights)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")], "g", inputs, outputs, weights
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     config = peer.KQuantWeightOnlyQuantConfig() if k_quant else None
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantizer = peer.MatMulNBitsQuantizer(
-            model, bits=bits, block_size=32, is_symmetric=not k_quant, accuracy_level=4, algo_config=config
+            model,
+            bits=bits,
+            block_size=32,
+            is_symmetric=not k_quant,
+            accuracy_level=4,
+            algo_config=config,
         )
         quantizer.process()
     (node,) = (node for node in quantizer.model.model.graph.node if node.op_type == "MatMulNBits")
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantizer.model.model.graph.initializer}
+    found = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in quantizer.model.model.graph.initializer
+    }
     codes, scales, *zeros = (found[name].reshape(O, -1) for name in node.input[1:])
-    code_OI = codes if bits == 8 else _matmulnbits._split(codes, I)
-    zero_OG = _matmulnbits._split(zeros[0], I // 32) if zeros else None
-    return _matmulnbits.Blocks(bits, code_OI, scales, zero_OG)  # type: ignore[arg-type]
+    code_OI = codes if bits == 8 else matmulnbits._split(codes, I)
+    zero_OG = matmulnbits._split(zeros[0], I // 32) if zeros else None
+    return matmulnbits.Blocks(bits, code_OI, scales, zero_OG)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -57,14 +71,17 @@ def test_codes_are_those_of_onnxruntime_at_its_scales(bits: int) -> None:
     """Bit for bit; scales rounded to half precision cost at most their rounding, 2^-11 of each weight."""
     weight_OI = draw_weights()
     theirs = quantize_with_onnxruntime(weight_OI, bits)
-    own_OI = _matmulnbits.codes(weight_OI, theirs.scale_OG.astype(np.float32), bits)
+    own_OI = matmulnbits.codes(weight_OI, theirs.scale_OG.astype(np.float32), bits)
     np.testing.assert_array_equal(theirs.code_OI, own_OI)
-    own = _matmulnbits.choose_symmetric(weight_OI, bits)
+    own = matmulnbits.choose_symmetric(weight_OI, bits)
     np.testing.assert_array_equal(theirs.scale_OG.astype(np.float16), own.scale_OG)
     slack_OI = np.abs(weight_OI) * 2.0**-11 + 2.0**-24
     step_OI = np.abs(theirs.scale_OG).repeat(32, axis=1)
     assert (np.abs(own.weights() - weight_OI) <= step_OI + slack_OI).all()
-    assert np.square(own.weights() - weight_OI).sum() <= 1.002 * np.square(theirs.weights() - weight_OI).sum()
+    assert (
+        np.square(own.weights() - weight_OI).sum()
+        <= 1.002 * np.square(theirs.weights() - weight_OI).sum()
+    )
 
 
 def test_k_quant_is_no_worse_than_onnxruntimes() -> None:
@@ -74,7 +91,9 @@ def test_k_quant_is_no_worse_than_onnxruntimes() -> None:
     own_OI = quant.dequantize(quant.quantize(weight_OI), I)
     their_OI = quantize_with_onnxruntime(weight_OI, 4, k_quant=True).weights()
     for importance_OI in (np.ones_like(weight_OI), np.abs(weight_OI)):
-        own, theirs = (float((importance_OI * (w - weight_OI) ** 2).sum()) for w in (own_OI, their_OI))
+        own, theirs = (
+            float((importance_OI * (w - weight_OI) ** 2).sum()) for w in (own_OI, their_OI)
+        )
         assert own <= theirs
 
 
@@ -98,8 +117,12 @@ def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
     arrays = _block_arrays(tensor, quants.load(name).blocks(packed_OP, I))  # type: ignore[attr-defined]
     inputs = ["x", "w", "w.scales", *(["w.zero_points"] if "w.zero_points" in arrays else [])]
     bits = 8 if name.endswith("8") else 4
-    node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", K=I, N=O, bits=bits, block_size=32)
-    values = [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, None) for key in ("x", "y")]
+    node = helper.make_node(
+        "MatMulNBits", inputs, ["y"], domain="com.microsoft", K=I, N=O, bits=bits, block_size=32
+    )
+    values = [
+        helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, None) for key in ("x", "y")
+    ]
     initializers = [numpy_helper.from_array(array, key) for key, array in arrays.items()]
     graph = helper.make_graph([node], "g", values[:1], values[1:], initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from racdeploy.export._ollama import go_template
+from racdeploy.export.gguf.ollama import go_template
 from racdeploy.runtime.template import ChatTemplate, Message
 
 TURN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -17,7 +17,11 @@ SAME = {
     "chatml": LOOP + CHATML + "{% endfor %}" + TURN,
     "opens the thinking": LOOP + CHATML + "{% endfor %}{{ '<|im_start|>assistant\\n<think>\\n' }}",
     "a system message of its own": "{% if messages[0].role != 'system' %}"
-    "{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}{% endif %}" + LOOP + CHATML + "{% endfor %}" + TURN,
+    "{{ '<|im_start|>system\\nBe good.<|im_end|>\\n' }}{% endif %}"
+    + LOOP
+    + CHATML
+    + "{% endfor %}"
+    + TURN,
     "cuts thoughts out of the past": "{{ bos_token }}"
     + LOOP
     + "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<U>' + m.content }}{% else %}"
@@ -52,7 +56,9 @@ def _render(source: str, messages: Sequence[Message]) -> str:
 
 def run_go(source: str, messages: Sequence[Message]) -> str:
     """Run the few constructs of Go's text/template that are used; checked against Go's own once."""
-    body, end, turn = source.removeprefix("{{ range $i, $m := .Messages }}").rpartition("{{ end }}{{ end }}")
+    body, end, turn = source.removeprefix("{{ range $i, $m := .Messages }}").rpartition(
+        "{{ end }}{{ end }}"
+    )
     assert end
     pieces = re.split(r'\{\{ (?:else )?if eq \$m\.Role "(\w+)" \}\}', body)
     assert pieces[0] == ""
@@ -60,7 +66,12 @@ def run_go(source: str, messages: Sequence[Message]) -> str:
     written = ""
     for index, message in enumerate(messages):
         text = branches.get(message["role"], "")
-        text = re.sub(r"\{\{ if eq \$i 0 \}\}(.*?)\{\{ end \}\}", r"\1" if index == 0 else "", text, flags=re.DOTALL)
+        text = re.sub(
+            r"\{\{ if eq \$i 0 \}\}(.*?)\{\{ end \}\}",
+            r"\1" if index == 0 else "",
+            text,
+            flags=re.DOTALL,
+        )
         written += text.replace("{{ $m.Content }}", message["content"])
     assert "{{" not in written
     return written + turn

@@ -17,15 +17,24 @@ import torch
 from onnx import numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.backends._torch_model import load_model
-from racdeploy.checkpoint import Checkpoint, file_sha256
-from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure, MissingExtraError, ModelError, UsageError
-from racdeploy.export import _onnx_choice, _onnx_file, onnx_exporters
+from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.errors import (
+    ArtifactError,
+    EngineError,
+    EnvironmentFailure,
+    MissingExtraError,
+    ModelError,
+    UsageError,
+)
 from racdeploy.export import onnx as onnx_format
-from racdeploy.export._onnx_choice import Chosen, choose
-from racdeploy.export._onnx_graph import adopt
-from racdeploy.export.onnx import export, is_linear, measure
-from tests.tiny_models import FAMILIES, make_checkpoint
+from racdeploy.export.onnx import choice, export, is_linear, measure
+from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import file as _onnx_file
+from racdeploy.export.onnx.choice import Chosen, choose
+from racdeploy.export.onnx.graph import adopt
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.storage.files import file_sha256
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 QUANTS = ("f32", "f16", "matmulnbits_8", "matmulnbits_4", "k_quant")
 IDS = np.random.default_rng(1).integers(0, 480, 40)[None]
@@ -67,12 +76,18 @@ def run_graph(file: Path | bytes, checkpoint: Checkpoint, *, optimized: bool = T
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), options)
     cache = np.zeros((1, checkpoint.key_value_heads, 0, checkpoint.head_size), np.float32)
-    offered = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": np.arange(IDS.size)[None]}
+    offered = {
+        "input_ids": IDS,
+        "attention_mask": np.ones_like(IDS),
+        "position_ids": np.arange(IDS.size)[None],
+    }
     feeds = {value.name: offered.get(value.name, cache) for value in session.get_inputs()}
     return session.run(["logits"], feeds)[0][0]
 
 
-def run_torch(checkpoint: Checkpoint, replace: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
+def run_torch(
+    checkpoint: Checkpoint, replace: Callable[[str, np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Return logits_TV of the checkpoint under torch, with other weights."""
     model = load_model(checkpoint)
     with torch.no_grad():
@@ -87,7 +102,9 @@ def relative(expected: np.ndarray, found: np.ndarray) -> float:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.usefixtures("chosen")
-def test_the_file_computes_what_its_weights_say(checkpoint: Checkpoint, tmp_path: Path, quant: str) -> None:
+def test_the_file_computes_what_its_weights_say(
+    checkpoint: Checkpoint, tmp_path: Path, quant: str
+) -> None:
     """The file on onnxruntime equals torch on the dequantized weights, within float32's rounding of sums.
 
     accuracy_level 4 lets the kernel round activations; without the attribute it computes in float32.
@@ -113,7 +130,8 @@ def test_the_file_computes_what_its_weights_say(checkpoint: Checkpoint, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("quant", "packing"), [*((quant, "plain") for quant in QUANTS), *((quant, "bitmask_graph") for quant in QUANTS[:3])]
+    ("quant", "packing"),
+    [*((quant, "plain") for quant in QUANTS), *((quant, "bitmask_graph") for quant in QUANTS[:3])],
 )
 @pytest.mark.usefixtures("chosen")
 def test_the_file_computes_the_same_without_optimizations(
@@ -121,7 +139,9 @@ def test_the_file_computes_the_same_without_optimizations(
 ) -> None:
     """No scale waits for a Cast to be folded, which onnxruntime 1.32 gets wrong; blocks round activations or not."""
     export(checkpoint, tmp_path / "m.onnx", quant=quant, packing=packing)
-    folded_TV, unfolded_TV = (run_graph(tmp_path / "m.onnx", checkpoint, optimized=o) for o in (True, False))
+    folded_TV, unfolded_TV = (
+        run_graph(tmp_path / "m.onnx", checkpoint, optimized=o) for o in (True, False)
+    )
     assert relative(folded_TV, unfolded_TV) < (0.05 if quant not in QUANTS[:2] else 1e-4)
 
 
@@ -131,8 +151,13 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, q
     """Sizes, hashes, real formats and zeros are those in the file; what differs from the asked has a reason."""
     seen: list[tuple[int, int]] = []
     out = tmp_path / "m.onnx"
-    result = export(checkpoint, out, quant=quant, progress=lambda done, total: seen.append((done, total)))
-    assert (result.size_bytes, dict(result.files)) == (out.stat().st_size, {"m.onnx": file_sha256(out)})
+    result = export(
+        checkpoint, out, quant=quant, progress=lambda done, total: seen.append((done, total))
+    )
+    assert (result.size_bytes, dict(result.files)) == (
+        out.stat().st_size,
+        {"m.onnx": file_sha256(out)},
+    )
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
     assert all(bool(t.reason) == (t.quant_real != t.quant_asked) for t in result.tensors)
@@ -151,11 +176,19 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, q
 
 
 @pytest.mark.usefixtures("chosen")
-def test_rows_that_are_no_blocks_stay_in_half_precision(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_rows_that_are_no_blocks_stay_in_half_precision(
+    tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     """The down_proj of this model has rows of 96: three blocks, which k_quant wants in pairs."""
     result = export(checkpoint, tmp_path / "m.onnx", quant="k_quant")
-    other = {t.name.split(".")[-2]: (t.quant_real, t.reason) for t in result.tensors if "do not divide" in t.reason}
-    assert other == {"down_proj": ("f16", "rows of 96 weights do not divide into quant blocks of 64")}
+    other = {
+        t.name.split(".")[-2]: (t.quant_real, t.reason)
+        for t in result.tensors
+        if "do not divide" in t.reason
+    }
+    assert other == {
+        "down_proj": ("f16", "rows of 96 weights do not divide into quant blocks of 64")
+    }
 
 
 @pytest.mark.usefixtures("chosen")
@@ -214,23 +247,32 @@ SPOILED: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
         lambda m: _set(m, "model.layers.1.attn.o_proj.MatMul.weight", _nudge),
         "changed 'model.layers.1.self_attn.o_proj.weight'",
     ),
-    "a norm": (lambda m: _set(m, "model.layers.2.final_norm_layernorm.weight", _nudge), "changed 'model.norm.weight'"),
+    "a norm": (
+        lambda m: _set(m, "model.layers.2.final_norm_layernorm.weight", _nudge),
+        "changed 'model.norm.weight'",
+    ),
     "another shape": (
         lambda m: _set(m, "model.layers.0.attn.k_proj.MatMul.weight", lambda w: w[:, :8]),
         "changed 'model.layers.0.self_attn.k_proj.weight'",
     ),
     "half precision": (
-        lambda m: _set(m, "model.layers.0.attn.k_proj.MatMul.weight", lambda w: w.astype(np.float16)),
+        lambda m: _set(
+            m, "model.layers.0.attn.k_proj.MatMul.weight", lambda w: w.astype(np.float16)
+        ),
         "not in float32",
     ),
     "a fused tensor": (
         lambda m: m.graph.initializer.append(
-            numpy_helper.from_array(np.ones((64, 256), np.float32), "model.layers.0.attn.qkv_proj.MatMul.weight")
+            numpy_helper.from_array(
+                np.ones((64, 256), np.float32), "model.layers.0.attn.qkv_proj.MatMul.weight"
+            )
         ),
         "'model.layers.0.attn.qkv_proj.MatMul.weight' of 16384 values that the checkpoint lacks",
     ),
     "a lost node": (
-        lambda m: m.graph.node.remove(next(n for n in m.graph.node if n.name.endswith("layers.0/mlp/up_proj/MatMul"))),
+        lambda m: m.graph.node.remove(
+            next(n for n in m.graph.node if n.name.endswith("layers.0/mlp/up_proj/MatMul"))
+        ),
         "lacks 1 tensors of the checkpoint, first 'model.layers.0.mlp.up_proj.weight'",
     ),
     "another operator": (_turn, "as input 0 of Relu, which is not known"),
@@ -265,13 +307,20 @@ def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_t
         choose(checkpoint, "auto")
 
 
-def test_a_dead_child_is_reported_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_child_is_reported_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A signal and an exit code are named; a builder that ends well without a graph is an error too."""
-    (tmp_path / "dying.py").write_text("import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos.abort()\n")
+    (tmp_path / "dying.py").write_text(
+        "import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos.abort()\n"
+    )
     (tmp_path / "failing.py").write_text("raise SystemExit('no such layer')\n")
     (tmp_path / "idle.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    for module, message in (("dying", r"signal SIGABRT\): last words"), ("failing", r"exit 1\): no such layer")):
+    for module, message in (
+        ("dying", r"signal SIGABRT\): last words"),
+        ("failing", r"exit 1\): no such layer"),
+    ):
         with pytest.raises(EngineError, match=f"the builder failed .{message}"):
             onnx_exporters.run_module(module, [], "the builder")
     genai = onnx_exporters.load("genai")
@@ -313,7 +362,9 @@ def test_wrong_usage_is_refused_before_any_work(
 
 
 @pytest.mark.usefixtures("chosen")
-def test_a_full_disk_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the work where the size is known, and in its middle."""
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
@@ -332,7 +383,9 @@ def test_a_full_disk_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path, monk
 
 
 def _entry(model: onnx.ModelProto, **values: str) -> None:
-    tensor = next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+    tensor = next(
+        t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
+    )
     for entry in tensor.external_data:
         entry.value = values.get(entry.key, entry.value)
 
@@ -342,14 +395,26 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "holds no ONNX graph"),
     "cut": (lambda file: file.write_bytes(file.read_bytes()[:-40]), "not a readable ONNX file"),
     "data missing": (lambda file: file.with_name("m.onnx_data").unlink(), "m.onnx_data is missing"),
-    "data cut": (lambda file: file.with_name("m.onnx_data").write_bytes(b"x"), "shorter than the model says"),
-    "data elsewhere": (lambda file: _rewrite(file, location="../m.onnx_data"), "outside the folder"),
+    "data cut": (
+        lambda file: file.with_name("m.onnx_data").write_bytes(b"x"),
+        "shorter than the model says",
+    ),
+    "data elsewhere": (
+        lambda file: _rewrite(file, location="../m.onnx_data"),
+        "outside the folder",
+    ),
     "data at the root": (lambda file: _rewrite(file, location="/etc/passwd"), "outside the folder"),
     "another length": (lambda file: _rewrite(file, length="12"), "another size"),
     "no number": (lambda file: _rewrite(file, offset="many"), "no number"),
     "below zero": (lambda file: _rewrite(file, offset="-4096"), "another size"),
-    "another list": (lambda file: _relist(file, lambda rows: rows[0].update(shape=[3, 3])), "is not of shape"),
-    "an unknown quant": (lambda file: _relist(file, lambda rows: rows[0].update(quant="q8_0")), "is damaged"),
+    "another list": (
+        lambda file: _relist(file, lambda rows: rows[0].update(shape=[3, 3])),
+        "is not of shape",
+    ),
+    "an unknown quant": (
+        lambda file: _relist(file, lambda rows: rows[0].update(quant="q8_0")),
+        "is damaged",
+    ),
     "no list": (lambda file: _relist(file, lambda rows: rows.append(7)), "is damaged"),
 }
 
@@ -395,14 +460,19 @@ def test_a_graph_of_somebody_else_is_shown_as_it_is(built: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exporter", ["genai", "optimum"])
-@pytest.mark.parametrize("shape", [*FAMILIES, "untied with biases", "llama3 rope", "transformers 5", "yarn"])
+@pytest.mark.parametrize(
+    "shape", [*FAMILIES, "untied with biases", "llama3 rope", "transformers 5", "yarn"]
+)
 def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, shape: str) -> None:
     """Each exporter takes each family, tied or not, whichever transformers wrote it."""
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     special: dict[str, tuple[str, dict[str, Any]]] = {
         "untied with biases": ("llama", {"tied": False, "attention_bias": True}),
-        "llama3 rope": ("llama", {"rope_scaling": llama3 | {"original_max_position_embeddings": 64}}),
+        "llama3 rope": (
+            "llama",
+            {"rope_scaling": llama3 | {"original_max_position_embeddings": 64}},
+        ),
         "transformers 5": ("qwen3", {"transformers5": True, "rope_theta": 5000.0}),
         "yarn": ("qwen2", {"rope_scaling": yarn}),
     }
@@ -425,4 +495,4 @@ def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, s
 
 def test_parity_has_the_limit_that_the_documents_name() -> None:
     """1e-4 of the largest logit, in prefill and in cached decode."""
-    assert _onnx_choice.PARITY_LIMIT == 1e-4
+    assert choice.PARITY_LIMIT == 1e-4

@@ -10,17 +10,18 @@ import numpy as np
 import onnx
 import pytest
 
-from racdeploy import inspection
-from racdeploy.accel._onnx_bytes import read_properties
+from racdeploy.accel.onnx_bytes import read_properties
 from racdeploy.accel.onnxruntime import ACCEL_KEY
-from racdeploy.artifacts import ArtifactEntry
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.bundles import inspect as inspection
+from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import check
 from racdeploy.export.onnx import export, measure, unpack
-from racdeploy.inspection import inspect_path
+from racdeploy.manifest import ArtifactEntry
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
-from tests.sparse_onnx import sparse_checkpoint, use_one_graph
+from racdeploy.storage.files import file_sha256
+from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 QUANTS = ("f16", "matmulnbits_8", "matmulnbits_4")
 LINEAR = "model.layers.0.mlp.up_proj.weight"
@@ -37,7 +38,9 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_the_plain_graph_stays_and_the_second_has_its_weights(sparse: Checkpoint, tmp_path: Path, quant: str) -> None:
+def test_the_plain_graph_stays_and_the_second_has_its_weights(
+    sparse: Checkpoint, tmp_path: Path, quant: str
+) -> None:
     """The main file is the one without packing; tensor by tensor the second has equal zeros and fewer bytes."""
     (tmp_path / "plain").mkdir()
     plain = export(sparse, tmp_path / "plain" / "m.onnx", quant=quant)
@@ -89,7 +92,11 @@ def test_inspecting_counts_the_weights_beside_a_graph_and_names_the_second_one(
     assert inspect_path(tmp_path / "m.onnx")["summary"]["size_bytes"] == made.size_bytes
     known = {"format": "onnx", "quant": "f16", "packing": "bitmask_op", "backend": "onnxruntime"}
     entry = ArtifactEntry(
-        path="m.onnx", size_bytes=made.size_bytes, sha256=made.sha256, files=dict(made.files), **known
+        path="m.onnx",
+        size_bytes=made.size_bytes,
+        sha256=made.sha256,
+        files=dict(made.files),
+        **known,
     )
     assert inspection._second_graph(tmp_path, entry) == f"m.accel.onnx, {second} bytes"
 
@@ -105,7 +112,9 @@ def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
     assert any("no tensor is sparse enough" in note for note in result.notes)
 
 
-def test_another_form_of_matrices_is_not_read_as_this_one(sparse: Checkpoint, tmp_path: Path) -> None:
+def test_another_form_of_matrices_is_not_read_as_this_one(
+    sparse: Checkpoint, tmp_path: Path
+) -> None:
     """The version of the operator's domain tells a file of an earlier racdeploy from one of this."""
     export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
     model = onnx.load(str(tmp_path / "m.accel.onnx"), load_external_data=False)
@@ -125,8 +134,14 @@ def test_unpacking_points_to_the_plain_graph(sparse: Checkpoint, tmp_path: Path)
 
 
 DAMAGES = {
-    "a mask bit more": (f"{LINEAR}.heads", lambda array: array[0].__setitem__(16, array[0, 16] ^ 255)),
-    "an offset beyond the values": (f"{LINEAR}.offsets", lambda array: array.__setitem__(-1, 1 << 40)),
+    "a mask bit more": (
+        f"{LINEAR}.heads",
+        lambda array: array[0].__setitem__(16, array[0, 16] ^ 255),
+    ),
+    "an offset beyond the values": (
+        f"{LINEAR}.offsets",
+        lambda array: array.__setitem__(-1, 1 << 40),
+    ),
     "offsets that descend": (f"{LINEAR}.offsets", lambda array: array.__setitem__(1, -5)),
 }
 
@@ -148,7 +163,9 @@ def test_a_damaged_second_graph_is_an_error(sparse: Checkpoint, tmp_path: Path, 
 
 def test_a_rival_in_another_format_may_be_asked_for() -> None:
     """A build sets the number formats of single tensors back for it: set, and of no use, are two things."""
-    plain = Export(format="onnx", quant="matmulnbits_8").model_copy(update={"quant": "k_quant", "tensors": {}})
+    plain = Export(format="onnx", quant="matmulnbits_8").model_copy(
+        update={"quant": "k_quant", "tensors": {}}
+    )
     check(plain)
     with pytest.raises(UsageError, match=r"has no use for export\.tensors"):
         check(plain.model_copy(update={"tensors": {"ffn_down": "f16"}}))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import environment
+from tests.support.commands import environment
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,19 +14,21 @@ import onnxruntime
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy import raconnx
-from racdeploy.artifacts import ArtifactEntry
-from racdeploy.backends import EngineSettings
-from racdeploy.backends.onnxruntime import open_engine
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.onnxruntime import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
-from racdeploy.export import _onnx_packing, onnx_exporters
 from racdeploy.export import onnx as onnx_format
-from racdeploy.export._onnx_choice import Chosen
-from racdeploy.export._onnx_graph import adopt
-from racdeploy.export._onnx_packing import prove_folding
 from racdeploy.export.onnx import export, measure, unpack
-from tests.tiny_onnx import tiny_onnx
+from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import packing as _onnx_packing
+from racdeploy.export.onnx.choice import Chosen
+from racdeploy.export.onnx.graph import adopt
+from racdeploy.export.onnx.packing import prove_folding
+from racdeploy.manifest import ArtifactEntry
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing import raconnx
+from racdeploy.storage.files import file_sha256
+from tests.support.tiny_onnx import tiny_onnx
 
 QUANTS = ("f32", "f16", "matmulnbits_8")
 PACKINGS = ("bitmask_graph", "bitmask_sidecar")
@@ -50,8 +52,12 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every export of this file takes optimum's graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
-    graph = adopt(tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum")
-    monkeypatch.setattr(onnx_format, "choose", lambda checkpoint, exporter: Chosen(graph, "built once"))
+    graph = adopt(
+        tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
+    )
+    monkeypatch.setattr(
+        onnx_format, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
+    )
 
 
 def logits_of(file: Path) -> np.ndarray:
@@ -63,7 +69,9 @@ def logits_of(file: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_packed_files_are_small_answer_alike_and_come_back(sparse: Checkpoint, tmp_path: Path, quant: str) -> None:
+def test_packed_files_are_small_answer_alike_and_come_back(
+    sparse: Checkpoint, tmp_path: Path, quant: str
+) -> None:
     """Equal logits bit for bit, equal files after unpacking, zeros and sizes as measured in the file."""
     (tmp_path / "plain").mkdir()
     plain = export(sparse, tmp_path / "plain" / "m.onnx", quant=quant)
@@ -72,11 +80,15 @@ def test_packed_files_are_small_answer_alike_and_come_back(sparse: Checkpoint, t
         (tmp_path / packing).mkdir()
         packed = export(sparse, tmp_path / packing / "m.onnx", quant=quant, packing=packing)
         np.testing.assert_array_equal(expected_TV, logits_of(packed.path))
-        assert packed.size_bytes == sum(file.stat().st_size for file in packed.path.parent.iterdir())
+        assert packed.size_bytes == sum(
+            file.stat().st_size for file in packed.path.parent.iterdir()
+        )
         sizes = [sum(t.size_bytes for t in r.tensors if "_proj" in t.name) for r in (packed, plain)]
         codes, scales = {"f32": (32, 0.0), "f16": (16, 0.0), "matmulnbits_8": (8, 1.0)}[quant]
         ideal = (codes / 2 + 1 + scales) / (codes + scales)
-        assert sizes[0] / sizes[1] < ideal + 0.02  # a few bytes a chunk, and the element in front of the values
+        assert (
+            sizes[0] / sizes[1] < ideal + 0.02
+        )  # a few bytes a chunk, and the element in front of the values
         rows = {row["name"]: row for row in measure(packed.path)[1]}
         for before, tensor in zip(plain.tensors, packed.tensors, strict=True):
             row = rows[tensor.name]
@@ -93,7 +105,9 @@ def test_half_precision_meets_the_bar(sparse: Checkpoint, tmp_path: Path) -> Non
     for packing in PACKINGS:
         result = export(sparse, tmp_path / "m.onnx", quant="f16", packing=packing)
         linears = [tensor for tensor in result.tensors if "_proj" in tensor.name]
-        assert sum(t.size_bytes for t in linears) <= 0.60 * sum(2 * np.prod(t.shape) for t in linears)
+        assert sum(t.size_bytes for t in linears) <= 0.60 * sum(
+            2 * np.prod(t.shape) for t in linears
+        )
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -109,13 +123,17 @@ def test_folding_is_proved_by_looking(sparse: Checkpoint, tmp_path: Path, quant:
     with pytest.raises(EngineError, match="into other weights than the plain ones"):
         prove_folding(tmp_path / "m.onnx", packer.expected)
     model.graph.initializer.remove(mask)
-    model.graph.input.append(onnx.helper.make_tensor_value_info(mask.name, onnx.TensorProto.UINT8, mask.dims))
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info(mask.name, onnx.TensorProto.UINT8, mask.dims)
+    )
     onnx.save(model, str(tmp_path / "open.onnx"))
     with pytest.raises(EngineError, match="does not fold the packed weights: it keeps"):
         prove_folding(tmp_path / "open.onnx", {})
 
 
-def test_plain_onnxruntime_reads_the_graph_and_refuses_the_sidecar(sparse: Checkpoint, tmp_path: Path) -> None:
+def test_plain_onnxruntime_reads_the_graph_and_refuses_the_sidecar(
+    sparse: Checkpoint, tmp_path: Path
+) -> None:
     """Any onnxruntime loads ``bitmask_graph``; ``bitmask_sidecar`` fails without its join, and never reads on."""
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
     onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
@@ -194,24 +212,44 @@ def _first(change: Callable[[dict], object]) -> Callable[[Path], None]:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda file: file.unlink(), "is missing; it holds weights"),
     "empty": (lambda file: file.write_bytes(b""), "holds no packed weights"),
-    "another file": (lambda file: file.write_bytes(b"GGUF" + bytes(100)), "holds no packed weights"),
-    "a header beyond the end": (lambda file: file.write_bytes(b"RACONNX1" + b"\xff" * 8), "holds no packed weights"),
+    "another file": (
+        lambda file: file.write_bytes(b"GGUF" + bytes(100)),
+        "holds no packed weights",
+    ),
+    "a header beyond the end": (
+        lambda file: file.write_bytes(b"RACONNX1" + b"\xff" * 8),
+        "holds no packed weights",
+    ),
     "cut": (lambda file: file.write_bytes(file.read_bytes()[:-9]), "lies outside the file"),
     "no object": (
         lambda file: _edit_header(file, lambda header: header.update(a=[1])),
         "describes its weights wrongly",
     ),
-    "a tensor less": (lambda file: _edit_header(file, lambda header: header.pop(next(iter(header)))), "lacks"),
-    "a huge shape": (_first(lambda entry: entry.update(shape=[1 << 40, 1 << 20])), "larger than its"),
-    "a negative place": (_first(lambda entry: entry.update(start=-8)), "describes its weights wrongly"),
-    "another type": (_first(lambda entry: entry.update(dtype="<f8")), "describes its weights wrongly"),
+    "a tensor less": (
+        lambda file: _edit_header(file, lambda header: header.pop(next(iter(header)))),
+        "lacks",
+    ),
+    "a huge shape": (
+        _first(lambda entry: entry.update(shape=[1 << 40, 1 << 20])),
+        "larger than its",
+    ),
+    "a negative place": (
+        _first(lambda entry: entry.update(start=-8)),
+        "describes its weights wrongly",
+    ),
+    "another type": (
+        _first(lambda entry: entry.update(dtype="<f8")),
+        "describes its weights wrongly",
+    ),
     "fewer weights": (_first(lambda entry: entry.update(shape=[64, 65])), "than their shape says"),
     "more weights": (_first(lambda entry: entry.update(shape=[8, 8])), "than their shape says"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_damaged_sidecar_is_an_error_and_no_crash(sparse: Checkpoint, tmp_path: Path, name: str) -> None:
+def test_a_damaged_sidecar_is_an_error_and_no_crash(
+    sparse: Checkpoint, tmp_path: Path, name: str
+) -> None:
     """Measured, unpacked or run: each names the file, and none of them reads on."""
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_sidecar")
     change, message = HOSTILE[name]

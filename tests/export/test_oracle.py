@@ -18,10 +18,10 @@ import gguf
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.export.gguf import export
-from tests.llama_converter import Job, convert
-from tests.tiny_models import LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
+from racdeploy.models.checkpoint import Checkpoint
+from tests.support.llama_converter import Job, convert
+from tests.support.tiny_models import LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
 
 PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 QUANTS = ("f32", "f16", "bf16", "q8_0")
@@ -31,19 +31,41 @@ CASES: dict[str, dict[str, Any]] = {
     "llama biased": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "llama transformers 5": {"family": "llama", "transformers5": True, "rope_scaling": LLAMA3},
     "llama wide heads": {"family": "llama", "head_dim": 32, "num_key_value_heads": 1},
-    "llama linear rope": {"family": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama linear rope": {
+        "family": "llama",
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
     "qwen2": {"family": "qwen2", "rope_theta": 1_000_000.0},
     "qwen2 untied sharded": {"family": "qwen2", "tied": False, "sharded": True, "dtype": "float16"},
     "qwen2 transformers 5": {"family": "qwen2", "transformers5": True, "rope_scaling": YARN},
     "qwen2 yarn attention": {"family": "qwen2", "rope_scaling": YARN | {"attention_factor": 1.3}},
     "mistral": {"family": "mistral", "tied": False, "sharded": True},
-    "mistral transformers 5": {"family": "mistral", "transformers5": True, "rope_scaling": LLAMA3, "head_dim": 32},
+    "mistral transformers 5": {
+        "family": "mistral",
+        "transformers5": True,
+        "rope_scaling": LLAMA3,
+        "head_dim": 32,
+    },
     "mistral pieces": {"family": "mistral", "pre_tokenizer": "mistral", "tokenizer_model": True},
     "phi 3": {"family": "phi3", "tokenizer_class": "GPT2Tokenizer", "tied": False, "sharded": True},
     "phi 3 pieces": {"family": "phi3", **PIECES},
-    "phi 3 long": {"family": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 64, **PIECES},
-    "phi 3 transformers 5": {"family": "phi3", "rope_scaling": LONGROPE, "transformers5": True, **PIECES},
-    "gemma3": {"family": "gemma3_text", **PIECES | {"pre_tokenizer": "gemma"}, "final_logit_softcapping": 30.0},
+    "phi 3 long": {
+        "family": "phi3",
+        "rope_scaling": LONGROPE,
+        "original_max_position_embeddings": 64,
+        **PIECES,
+    },
+    "phi 3 transformers 5": {
+        "family": "phi3",
+        "rope_scaling": LONGROPE,
+        "transformers5": True,
+        **PIECES,
+    },
+    "gemma3": {
+        "family": "gemma3_text",
+        **PIECES | {"pre_tokenizer": "gemma"},
+        "final_logit_softcapping": 30.0,
+    },
     "gemma3 untied sharded": {
         "family": "gemma3_text",
         "vocab_size": 485,
@@ -58,11 +80,26 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": LINEAR,
     },
     "qwen3moe": {"family": "qwen3_moe"},
-    "qwen3moe untied sharded": {"family": "qwen3_moe", "tied": False, "sharded": True, "transformers5": True},
+    "qwen3moe untied sharded": {
+        "family": "qwen3_moe",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+    },
     "granite": {"family": "granite", "attention_bias": True, "mlp_bias": True},
-    "granite untied sharded": {"family": "granite", "tied": False, "sharded": True, "transformers5": True},
+    "granite untied sharded": {
+        "family": "granite",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+    },
     "smollm3": {"family": "smollm3"},
-    "smollm3 untied sharded": {"family": "smollm3", "tied": False, "sharded": True, "transformers5": True},
+    "smollm3 untied sharded": {
+        "family": "smollm3",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+    },
     "qwen3": {"family": "qwen3", "dtype": "float32"},
     "qwen3 untied sharded": {"family": "qwen3", "tied": False, "sharded": True},
     "qwen3 transformers 5": {"family": "qwen3", "transformers5": True, "rope_theta": 50_000.0},
@@ -93,7 +130,10 @@ DIFFERENCES = {
     ),
     **dict.fromkeys(
         ("general.quantized_by", "general.tags", "general.languages"),
-        Difference("for the Hub and for people; llama.cpp reads none of them", lambda ours, theirs: theirs is None),
+        Difference(
+            "for the Hub and for people; llama.cpp reads none of them",
+            lambda ours, theirs: theirs is None,
+        ),
     ),
     "tokenizer.ggml.add_bos_token": Difference(
         "the converter writes it only where the tokenizer's files say so; absent is false for byte-level BPE",
@@ -129,8 +169,15 @@ class Contents:
     def read(cls, file: Path) -> Contents:
         """Read a file."""
         reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        tensors = {t.name: (t.tensor_type.name, tuple(t.shape.tolist()), t.data.tobytes()) for t in reader.tensors}
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        tensors = {
+            t.name: (t.tensor_type.name, tuple(t.shape.tolist()), t.data.tobytes())
+            for t in reader.tensors
+        }
         return cls(fields, tensors)
 
     def differences(self, theirs: Contents) -> list[str]:
@@ -154,7 +201,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for name, case in CASES.items():
         make_checkpoint(root / name, **case)
-        jobs += [Job(str(root / name), str(root / f"{name} {quant}.gguf"), quant, "qwen2") for quant in QUANTS]
+        jobs += [
+            Job(str(root / name), str(root / f"{name} {quant}.gguf"), quant, "qwen2")
+            for quant in QUANTS
+        ]
     convert(jobs)
     return root
 
@@ -176,4 +226,7 @@ def test_one_changed_weight_is_noticed(root: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     ours = Contents.read(export(Checkpoint(folder), tmp_path / "model.gguf", quant="f32").path)
     found = ours.differences(theirs)
-    assert [text.partition(":")[0] for text in found] == ["blk.1.ffn_up.weight", "qwen2.rope.freq_base"]
+    assert [text.partition(":")[0] for text in found] == [
+        "blk.1.ffn_up.weight",
+        "qwen2.rope.freq_base",
+    ]

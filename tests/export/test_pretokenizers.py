@@ -14,19 +14,18 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import ModelError
-from racdeploy.export import _pretokenizers
-from racdeploy.export._pretokenizers import find_pre_tokenizer
-from racdeploy.export._probe_strings import probe_strings
-from racdeploy.export.gguf import export
-from tests.llama_child import ask_llama
-from tests.mixed_text import mixed_lines
-from tests.tiny_models import make_checkpoint
+from racdeploy.export.gguf import export, pretokenizers
+from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.verify.probe_strings import probe_strings
+from tests.support.llama_child import ask_llama
+from tests.support.mixed_text import mixed_lines
+from tests.support.tiny_models import make_checkpoint
 
 TOKENS = 2900
 TEXTS = (*probe_strings(), *mixed_lines(10_000))
-ROWS = {name: (steps, ignore) for (steps, ignore), name in _pretokenizers._TABLE.items()}
+ROWS = {name: (steps, ignore) for (steps, ignore), name in pretokenizers._TABLE.items()}
 # The same expressions; only ignore_merges differs, which trained merges rarely show.
 TWINS = {frozenset(("llama-bpe", "smaug-bpe"))}
 
@@ -45,10 +44,14 @@ def merges() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
+def tokens(
+    tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]
+) -> dict[str, list[list[list[int]]]]:
     """Return for each name the ids of all texts: the tokenizers library's, then llama.cpp's."""
     root = tmp_path_factory.mktemp("names")
-    folder = make_checkpoint(root / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1)
+    folder = make_checkpoint(
+        root / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1
+    )
     edit = folder / "tokenizer.json"
     files, expected = [], []
     for name in ROWS:
@@ -57,7 +60,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, merges: dict[str, Any]) -> 
         encoded = Tokenizer.from_file(str(edit)).encode_batch(list(TEXTS), add_special_tokens=False)
         expected.append([encoding.ids for encoding in encoded])
     answers = ask_llama(files, [1, 2], TEXTS)
-    return {name: [ids, answer.tokens] for name, ids, answer in zip(ROWS, expected, answers, strict=True)}
+    return {
+        name: [ids, answer.tokens]
+        for name, ids, answer in zip(ROWS, expected, answers, strict=True)
+    }
 
 
 def tokenizer_json(merges: dict[str, Any], name: str) -> dict[str, Any]:
@@ -79,7 +85,12 @@ def write_step(step: str) -> dict[str, Any]:
     if step.startswith("split "):
         pattern = {"Regex": step.removeprefix("split ")}
         return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": "regex" in step}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": "regex" in step,
+    }
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -118,22 +129,33 @@ def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -
     with pytest.raises(ModelError, match="no llama.cpp pre-tokenizer is known") as caught:
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
     assert "pre_tokenizer" in caught.value.remedy
-    assert export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16", pre_tokenizer="qwen2").path.is_file()
+    assert export(
+        Checkpoint(folder), tmp_path / "m.gguf", quant="f16", pre_tokenizer="qwen2"
+    ).path.is_file()
 
 
-@pytest.mark.parametrize(("name", "regex"), [(name, regex) for regex, name in _pretokenizers._UNEQUAL.items()])
+@pytest.mark.parametrize(
+    ("name", "regex"), [(name, regex) for regex, name in pretokenizers._UNEQUAL.items()]
+)
 def test_expressions_that_llama_cpp_changes_are_refused(
     tmp_path: Path, merges: dict[str, Any], name: str, regex: str
 ) -> None:
     """Tekken and o200k are refused by name, and the refusal is right: their own names give other tokens."""
-    folder = make_checkpoint(tmp_path / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1)
+    folder = make_checkpoint(
+        tmp_path / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1
+    )
     parts = [write_step(f"split {regex}"), write_step("bytes")]
-    written = merges | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}, "added_tokens": []}
+    written = merges | {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts},
+        "added_tokens": [],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(ModelError, match=f"combining marks .*{name}"):
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0")
     file = export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0", pre_tokenizer=name).path
-    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(TEXTS), add_special_tokens=False)
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(
+        list(TEXTS), add_special_tokens=False
+    )
     found = ask_llama([file], [1, 2], TEXTS)[0].tokens
     differing = [text for text, a, b in zip(TEXTS, expected, found, strict=True) if a.ids != b]
     assert "x\u0302" in differing

@@ -12,10 +12,9 @@ import scipy.optimize
 import torch
 
 from racdeploy import plugins
-from racdeploy.artifacts import STREAMS, Trace
-from racdeploy.backends._torch_model import load_model
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune import batches as batches_module
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import make_batches
@@ -25,8 +24,9 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import ALONE
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
-from tests.prune.test_calibrate import TRACES
-from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from racdeploy.traces.trace import STREAMS, Trace
+from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from tests.support.tiny_traces import TRACES
 
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
 RATES = {"a": 3.0, "b": 5.0, "c": 8.0}
@@ -37,11 +37,14 @@ def test_error_allocation_is_the_optimum_of_the_curves() -> None:
     """On exponential curves, scipy's constrained minimum has the same sum of errors to 1 %."""
     error = plugins.load("allocations", "error")
     observations = {
-        name: {str(s): SCALES[name] * float(np.exp(RATES[name] * s)) for s in error.SPARSITIES} for name in SIZES
+        name: {str(s): SCALES[name] * float(np.exp(RATES[name] * s)) for s in error.SPARSITIES}
+        for name in SIZES
     }
 
     def total(shares: np.ndarray) -> float:
-        return sum(SCALES[n] * float(np.exp(RATES[n] * s)) for n, s in zip(SIZES, shares, strict=True))
+        return sum(
+            SCALES[n] * float(np.exp(RATES[n] * s)) for n, s in zip(SIZES, shares, strict=True)
+        )
 
     sizes = np.array([*SIZES.values()])
     best = scipy.optimize.minimize(
@@ -59,7 +62,10 @@ def test_error_allocation_spares_what_a_block_feels() -> None:
     """Of two linears with one error curve, the one that changes its block's output ten times as much loses less."""
     error = plugins.load("allocations", "error")
     generator = torch.Generator().manual_seed(0)
-    weight_OI, x_NI = torch.randn(24, 32, generator=generator), torch.randn(96, 32, generator=generator)
+    weight_OI, x_NI = (
+        torch.randn(24, 32, generator=generator),
+        torch.randn(96, 32, generator=generator),
+    )
     hessian, settings = Hessian(x_NI.T @ x_NI / 96, 0.01), Pruning(sparsity=0.6)
 
     def effect(changed_OI: torch.Tensor) -> float:
@@ -77,8 +83,14 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
     """A linear that was sparse before, or is nothing but zeros, costs nothing up to there, and is weighed beyond."""
     error = plugins.load("allocations", "error")
     generator = torch.Generator().manual_seed(0)
-    full_OI, x_NI = torch.randn(24, 40, generator=generator), torch.randn(96, 40, generator=generator)
-    sparse_OI, hessian = full_OI * (torch.arange(40) >= 40 * zeros), Hessian(x_NI.T @ x_NI / 96, 0.01)
+    full_OI, x_NI = (
+        torch.randn(24, 40, generator=generator),
+        torch.randn(96, 40, generator=generator),
+    )
+    sparse_OI, hessian = (
+        full_OI * (torch.arange(40) >= 40 * zeros),
+        Hessian(x_NI.T @ x_NI / 96, 0.01),
+    )
 
     def observe(weight_OI: torch.Tensor) -> Observation:
         def effect(changed_OI: torch.Tensor) -> float:
@@ -94,7 +106,9 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
 
 
 @pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
-def test_an_effect_is_that_in_the_whole_model(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_effect_is_that_in_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each linear halved, alone: what changes at its block's end, sequence by sequence, under transformers.
 
     The thinking counts twice, the prompt not at all; sequences are padded together. Of three batches, the second counts
@@ -111,11 +125,15 @@ def test_an_effect_is_that_in_the_whole_model(family: str, tmp_path: Path, monke
     assert [len(batch.ids_BT) for batch in batches] == [4, 3, 1]
     probed = TRACES[4:7]
     names = {
-        f"model.layers.{n}.{linear}" for n in range(checkpoint.block_count) for linear in checkpoint.family.linears
+        f"model.layers.{n}.{linear}"
+        for n in range(checkpoint.block_count)
+        for linear in checkpoint.family.linears
     }
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
-        found = survey(blocks, batches, batches, names - left_out, weights_S, 0.01, observe, tmp_path, ALONE)
+        found = survey(
+            blocks, batches, batches, names - left_out, weights_S, 0.01, observe, tmp_path, ALONE
+        )
         assert found.keys() == names - left_out
         model = load_model(checkpoint)
         for number in range(checkpoint.block_count):
@@ -124,7 +142,9 @@ def test_an_effect_is_that_in_the_whole_model(family: str, tmp_path: Path, monke
                 weight_OI = model.get_parameter(f"model.layers.{number}.{linear}.weight").data
                 weight_OI /= 2
                 lost = weight = 0.0
-                for trace, wanted_TD, changed_TD in zip(probed, dense, _outputs(model, number, probed), strict=True):
+                for trace, wanted_TD, changed_TD in zip(
+                    probed, dense, _outputs(model, number, probed), strict=True
+                ):
                     share_T = (changed_TD - wanted_TD).square().sum(-1) / wanted_TD.square().sum(-1)
                     weight_T = weights_S[trace.streams()]
                     lost, weight = lost + float(share_T @ weight_T), weight + float(weight_T.sum())
@@ -140,7 +160,9 @@ def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> li
     """Return what a block makes of each trace, by itself."""
     seen: list[torch.Tensor] = []
 
-    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]) -> None:
+    def keep(
+        _: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]
+    ) -> None:
         seen.append((output[0] if isinstance(output, tuple) else output)[0])
 
     handle = model.get_submodule(f"model.layers.{number}").register_forward_hook(keep)

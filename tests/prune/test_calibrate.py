@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from racdeploy.artifacts import IMPORTANCE_FILE, Trace
-from racdeploy.backends._torch_model import load_model
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.batches import make_batches
@@ -21,18 +20,9 @@ from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning, StreamWeights
-from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
-
-
-def _trace(index: int, prompt: int, thinking: int, answer: int) -> Trace:
-    generator = torch.Generator().manual_seed(index)
-    ids = torch.randint(0, 480, (prompt + thinking + answer,), generator=generator).tolist()
-    return Trace(
-        index, "gcd", f"q{index}", "1", tuple(ids[:prompt]), tuple(ids[prompt:]), thinking, thinking, False, True
-    )
-
-
-TRACES = [_trace(i, 5 + i, 9 + 2 * i, 4) for i in range(8)]
+from racdeploy.storage.files import file_sha256
+from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from tests.support.tiny_traces import TRACES
 
 
 @pytest.fixture(params=PRUNABLE_FAMILIES)
@@ -40,11 +30,15 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     return Checkpoint(make_checkpoint(tmp_path / "model", request.param, dtype="float32"))
 
 
-def test_hessians_equal_those_of_a_whole_forward_pass(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_hessians_equal_those_of_a_whole_forward_pass(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """With nothing pruned, block inputs streamed through the walk are those of the unpadded whole model."""
     seen: list[torch.Tensor] = []
     model = load_model(checkpoint)
-    last = model.get_submodule(f"model.layers.{checkpoint.block_count - 1}.{checkpoint.family.linears[-1]}")
+    last = model.get_submodule(
+        f"model.layers.{checkpoint.block_count - 1}.{checkpoint.family.linears[-1]}"
+    )
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     with torch.inference_mode():
         for trace in TRACES:
@@ -72,10 +66,16 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     """Of every linear, over all tokens of an unpadded whole forward pass; it goes with the assembled model."""
     seen: dict[str, list[torch.Tensor]] = {}
     model = load_model(checkpoint)
-    linears = [f"model.layers.{i}.{n}" for i in range(checkpoint.block_count) for n in checkpoint.family.linears]
+    linears = [
+        f"model.layers.{i}.{n}"
+        for i in range(checkpoint.block_count)
+        for n in checkpoint.family.linears
+    ]
     for name in linears:
         inputs = seen.setdefault(f"{name}.weight", [])
-        model.get_submodule(name).register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0][0]))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, inputs=inputs: inputs.append(given[0][0])
+        )
     with torch.inference_mode():
         for trace in TRACES:
             model(input_ids=torch.tensor([trace.ids]))
@@ -86,41 +86,64 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     assert {*seen, *(f"{name}.tokens" for name in seen)} == set(found)
     for name, inputs in seen.items():
         # Sums of some hundred float32 squares in another order, of inputs that differ by 1e-6 of the largest.
-        torch.testing.assert_close(found[name], torch.cat(inputs).square().mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found[name], torch.cat(inputs).square().mean(0), rtol=1e-4, atol=1e-6
+        )
         assert int(found[f"{name}.tokens"]) == sum(len(trace.ids) for trace in TRACES)
 
 
 def test_chosen_codes_leave_no_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The exporter must write codes that were chosen while pruning, and choose no scales of its own."""
-    prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), _empty(tmp_path / "blocks"), quant="q8_0")
-    assert not (assemble(checkpoint, tmp_path / "blocks", tmp_path / "sparse") / IMPORTANCE_FILE).exists()
+    prune_blocks(
+        checkpoint,
+        TRACES,
+        [],
+        Pruning(sparsity=0.5, joint=True),
+        _empty(tmp_path / "blocks"),
+        quant="q8_0",
+    )
+    assert not (
+        assemble(checkpoint, tmp_path / "blocks", tmp_path / "sparse") / IMPORTANCE_FILE
+    ).exists()
 
 
 def test_streams_count_by_their_weights() -> None:
     """A token counts what its stream weighs, and padding nothing."""
     (batch,) = make_batches(TRACES, ["gcd"], held_out=False)
-    prompt, thinking = sum(len(t.prompt_ids) for t in TRACES), sum(t.thinking_tokens for t in TRACES)
+    prompt, thinking = (
+        sum(len(t.prompt_ids) for t in TRACES),
+        sum(t.thinking_tokens for t in TRACES),
+    )
     answer = 4 * len(TRACES)
     for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 2.0, 0.5]):
         statistic = InputStatistic(2, torch.tensor(weights))
-        stream_BT2 = batch.stream_BT[..., None] == torch.tensor([1, 2])  # inputs: is it thinking, is it answer
+        stream_BT2 = batch.stream_BT[..., None] == torch.tensor(
+            [1, 2]
+        )  # inputs: is it thinking, is it answer
         statistic.add(stream_BT2.float(), None, batch.stream_BT)
         total = sum(w * n for w, n in zip(weights, (prompt, thinking, answer), strict=True))
         expected = [weights[1] * thinking / total, weights[2] * answer / total]
         hessian = statistic.hessian(1e-12)
-        assert hessian.matrix_II.diagonal()[~hessian.dead_I].tolist() == pytest.approx([e for e in expected if e])
+        assert hessian.matrix_II.diagonal()[~hessian.dead_I].tolist() == pytest.approx(
+            [e for e in expected if e]
+        )
 
 
 @pytest.mark.parametrize("outputs", [(2, 3), (5, 4)])
 def test_the_targets_give_the_dense_output_on_the_drifted_input(outputs: tuple[int, ...]) -> None:
     """They are the ridge solutions of |W x_dense − T x|², by numpy's least squares; with few outputs and with many."""
     generator = torch.Generator().manual_seed(0)
-    dense_NI, weight_OI = torch.randn(400, 12, generator=generator), torch.randn(sum(outputs), 12, generator=generator)
+    dense_NI, weight_OI = (
+        torch.randn(400, 12, generator=generator),
+        torch.randn(sum(outputs), 12, generator=generator),
+    )
     sparse_NI = dense_NI @ (torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator))
     statistic = InputStatistic(12, torch.ones(3), weight_OI.split(outputs))
     statistic.add(sparse_NI[None], dense_NI[None], torch.ones(1, 400, dtype=torch.long))
     found_OI = torch.cat([*statistic.targets([0, 1], statistic.hessian(1e-7)).values()])
-    expected = np.linalg.lstsq(sparse_NI.double().numpy(), (dense_NI @ weight_OI.T).double().numpy())[0].T
+    expected = np.linalg.lstsq(
+        sparse_NI.double().numpy(), (dense_NI @ weight_OI.T).double().numpy()
+    )[0].T
     np.testing.assert_allclose(found_OI.numpy(), expected, rtol=1e-3, atol=1e-4)
     assert (found_OI - weight_OI).abs().max() > 0.1
 
@@ -130,7 +153,9 @@ def test_matching_the_dense_model_lowers_the_drift(checkpoint: Checkpoint, tmp_p
     drift = []
     for match_dense in (True, False):
         settings = Pruning(sparsity=0.5, match_dense=match_dense)
-        _, blocks = prune_blocks(checkpoint, TRACES, TRACES, settings, _empty(tmp_path / str(match_dense)))
+        _, blocks = prune_blocks(
+            checkpoint, TRACES, TRACES, settings, _empty(tmp_path / str(match_dense))
+        )
         drift.append(blocks[-1].drift)
     assert drift[0] < drift[1]
 
@@ -138,8 +163,12 @@ def test_matching_the_dense_model_lowers_the_drift(checkpoint: Checkpoint, tmp_p
 def test_held_out_traces_measure_and_do_not_decide(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The weights are the same with and without held-out traces; the error is only there with them."""
     settings = Pruning(sparsity=0.5)
-    with_rows, with_blocks = prune_blocks(checkpoint, TRACES[:6], TRACES[6:], settings, _empty(tmp_path / "a"))
-    without_rows, without_blocks = prune_blocks(checkpoint, TRACES[:6], [], settings, _empty(tmp_path / "b"))
+    with_rows, with_blocks = prune_blocks(
+        checkpoint, TRACES[:6], TRACES[6:], settings, _empty(tmp_path / "a")
+    )
+    without_rows, without_blocks = prune_blocks(
+        checkpoint, TRACES[:6], [], settings, _empty(tmp_path / "b")
+    )
     for name in ("block-00000.safetensors", "block-00001.safetensors"):
         assert file_sha256(tmp_path / "a" / name) == file_sha256(tmp_path / "b" / name)
     assert all(row.held_out_error is not None and row.held_out_error > 0 for row in with_rows)
@@ -158,7 +187,9 @@ def test_held_out_errors_are_those_of_the_whole_pruned_model(tmp_path: Path) -> 
     pruned = load_model(Checkpoint(assemble(checkpoint, blocks, tmp_path / "pruned")))
     states: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
     for name, model in (("dense", load_model(checkpoint)), ("pruned", pruned)):
-        model.get_submodule("model.norm").register_forward_pre_hook(lambda _, x, n=name: states[n].append(x[0][0]))
+        model.get_submodule("model.norm").register_forward_pre_hook(
+            lambda _, x, n=name: states[n].append(x[0][0])
+        )
         with torch.inference_mode():
             for trace in TRACES[6:]:
                 model(input_ids=torch.tensor([trace.ids]))
@@ -174,9 +205,15 @@ def test_bfloat16_products_prune_nearly_alike(tmp_path: Path) -> None:
     drifts, masks = [], []
     for compute in ("float32", "bfloat16"):
         blocks = _empty(tmp_path / compute)
-        _, rows = prune_blocks(checkpoint, TRACES, TRACES, Pruning(sparsity=0.5, compute=compute), blocks)
+        _, rows = prune_blocks(
+            checkpoint, TRACES, TRACES, Pruning(sparsity=0.5, compute=compute), blocks
+        )
         drifts.append(rows[-1].drift)
-        masks.append(torch.cat([v.flatten() != 0 for v in load_file(blocks / "block-00001.safetensors").values()]))
+        masks.append(
+            torch.cat(
+                [v.flatten() != 0 for v in load_file(blocks / "block-00001.safetensors").values()]
+            )
+        )
     assert drifts[1] == pytest.approx(drifts[0], rel=0.1)
     assert (masks[0] != masks[1]).float().mean() < 0.2
     assert not torch.equal(*masks), "bfloat16 left no mark at all"
@@ -192,7 +229,9 @@ def test_hessian_sums_in_slices_are_the_whole_product() -> None:
         statistic.add(input_NI[None, part], None, stream_N[None, part])
     weighted = input_NI.double() * weights_S[stream_N][:, None].double()
     expected_II = (weighted.T @ input_NI.double() / float(weights_S[stream_N].sum())).float()
-    torch.testing.assert_close(statistic.hessian(1e-12).matrix_II, expected_II, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        statistic.hessian(1e-12).matrix_II, expected_II, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_hidden_states_beyond_the_window_come_back(tmp_path: Path) -> None:
@@ -213,20 +252,26 @@ def test_hidden_states_beyond_the_window_come_back(tmp_path: Path) -> None:
 def test_a_dense_linear_stays_as_it_is(tmp_path: Path) -> None:
     """A name that matches ``dense`` is reported with no zeros asked, in its place among the others."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama", dtype="float32"))
-    rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(dense=("gate_proj$", "o_proj$")), _empty(tmp_path / "b"))
+    rows, _ = prune_blocks(
+        checkpoint, TRACES, [], Pruning(dense=("gate_proj$", "o_proj$")), _empty(tmp_path / "b")
+    )
     kept = [row.name.rpartition(".")[2] for row in rows if row.sparsity_asked == 0]
     assert ["o_proj", "gate_proj"] * checkpoint.block_count == kept
     assert len(rows) == len(checkpoint.family.linears) * checkpoint.block_count
 
 
-def test_an_interrupted_walk_ends_with_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_interrupted_walk_ends_with_the_same_bytes(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """With the first block on disk, the rest comes out byte for byte as without the interruption."""
     settings, whole, resumed = Pruning(), _empty(tmp_path / "whole"), _empty(tmp_path / "resumed")
     expected = prune_blocks(checkpoint, TRACES, [], settings, whole)
     for file in whole.glob("*-00000.*"):
         shutil.copy(file, resumed / file.name)
     assert expected == prune_blocks(checkpoint, TRACES, [], settings, resumed)
-    assert {f.name: file_sha256(f) for f in whole.iterdir()} == {f.name: file_sha256(f) for f in resumed.iterdir()}
+    assert {f.name: file_sha256(f) for f in whole.iterdir()} == {
+        f.name: file_sha256(f) for f in resumed.iterdir()
+    }
 
 
 def test_assemble_replaces_pruned_tensors_only(tmp_path: Path) -> None:
@@ -235,13 +280,19 @@ def test_assemble_replaces_pruned_tensors_only(tmp_path: Path) -> None:
     blocks = _empty(tmp_path / "blocks")
     prune_blocks(checkpoint, TRACES, [], Pruning(pattern="2:4", dense=("down_proj$",)), blocks)
     pruned = Checkpoint(assemble(checkpoint, blocks, tmp_path / "pruned"))
-    before, after = (load_file(f) for f in (_merged(checkpoint, tmp_path), tmp_path / "pruned/model.safetensors"))
+    before, after = (
+        load_file(f) for f in (_merged(checkpoint, tmp_path), tmp_path / "pruned/model.safetensors")
+    )
     linears = [n for n in before if "_proj" in n and "down_proj" not in n]
     assert {n for n in before if not torch.equal(before[n], after[n])} == set(linears)
     for name in linears:
-        assert torch.equal((after[name] != 0).view(-1, 4).sum(1), torch.full((after[name].numel() // 4,), 2))
+        assert torch.equal(
+            (after[name] != 0).view(-1, 4).sum(1), torch.full((after[name].numel() // 4,), 2)
+        )
         assert after[name].dtype == torch.bfloat16
-    assert (pruned.folder / "tokenizer.json").read_bytes() == (checkpoint.folder / "tokenizer.json").read_bytes()
+    assert (pruned.folder / "tokenizer.json").read_bytes() == (
+        checkpoint.folder / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_no_traces_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -250,7 +301,9 @@ def test_no_traces_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
         prune_blocks(checkpoint, [], [], Pruning(), _empty(tmp_path / "blocks"))
 
 
-def test_streams_that_all_weigh_nothing_are_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_streams_that_all_weigh_nothing_are_an_error(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     """A Hessian of nothing is no Hessian."""
     weights = StreamWeights(prompt=0, thinking=0, answer=0)
     with pytest.raises(UsageError, match="no calibration token counts"):
@@ -271,6 +324,8 @@ def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe", dtype="float32"))
     with pytest.raises(UsageError, match=r"mlp\.experts\.\*"):
         prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"))
-    rows, _ = prune_blocks(checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), tmp_path / "blocks")
+    rows, _ = prune_blocks(
+        checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), tmp_path / "blocks"
+    )
     assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert all(row.sparsity_reached == 0.5 for row in rows)

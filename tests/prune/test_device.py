@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from racdeploy import plugins
-from racdeploy.artifacts import Trace
-from racdeploy.checkpoint import Checkpoint, file_sha256
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune import calibrate, cost, device
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.device import choose_device
 from racdeploy.recipe import Pruning
-from tests.far_device import FAR, far_device
-from tests.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from racdeploy.storage.files import file_sha256
+from racdeploy.traces.trace import Trace
+from tests.support.far_device import FAR, far_device
+from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
 
 SETTINGS = [
     *({"method": name} for name in plugins.names("methods")),
@@ -41,19 +42,27 @@ ON_A_GPU = [
 
 
 def _trace(index: int) -> Trace:
-    ids = torch.randint(0, 480, (24 + index,), generator=torch.Generator().manual_seed(index)).tolist()
-    return Trace(index, "gcd", f"q{index}", "1", tuple(ids[:6]), tuple(ids[6:]), 12, 12, False, True)
+    ids = torch.randint(
+        0, 480, (24 + index,), generator=torch.Generator().manual_seed(index)
+    ).tolist()
+    return Trace(
+        index, "gcd", f"q{index}", "1", tuple(ids[:6]), tuple(ids[6:]), 12, 12, False, True
+    )
 
 
 TRACES = [_trace(index) for index in range(8)]
 
 
-def _prune(checkpoint: Checkpoint, settings: Pruning, folder: Path, within: Path | None = None) -> dict[str, str]:
+def _prune(
+    checkpoint: Checkpoint, settings: Pruning, folder: Path, within: Path | None = None
+) -> dict[str, str]:
     """Return what the walk leaves and says, with the one attention kernel that every device has."""
     folder.mkdir(exist_ok=True)
     quant = "q8_0" if settings.joint else ""
     with sdpa_kernel(SDPBackend.MATH):
-        rows = prune_blocks(checkpoint, TRACES[2:], TRACES[:2], settings, folder, quant=quant, within=within)
+        rows = prune_blocks(
+            checkpoint, TRACES[2:], TRACES[:2], settings, folder, quant=quant, within=within
+        )
     files = {file.name: file_sha256(file) for file in folder.iterdir()}
     assert any(name.startswith("block-") for name in files)
     return files | {"rows": repr(rows)}
@@ -62,7 +71,9 @@ def _prune(checkpoint: Checkpoint, settings: Pruning, folder: Path, within: Path
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (calibrate, cost):
-        monkeypatch.setattr(module, "choose_device", lambda asked: FAR if asked == "cuda" else device.CPU)
+        monkeypatch.setattr(
+            module, "choose_device", lambda asked: FAR if asked == "cuda" else device.CPU
+        )
 
 
 @pytest.mark.usefixtures("far")
@@ -96,7 +107,9 @@ def test_a_step_goes_on_there_after_an_interruption(tmp_path: Path) -> None:
         _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before)
         for file in (tmp_path / "far").glob("*-00001.*"):
             file.unlink()
-        assert expected == _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before)
+        assert expected == _prune(
+            checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before
+        )
 
 
 @pytest.mark.usefixtures("far")
@@ -105,26 +118,37 @@ def test_the_prediction_runs_on_a_device(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     with far_device():
         assert (
-            cost.predict(checkpoint, Pruning(device="cuda", method="wanda", allocation="owl"), [40] * 4, [40]).seconds
+            cost.predict(
+                checkpoint, Pruning(device="cuda", method="wanda", allocation="owl"), [40] * 4, [40]
+            ).seconds
             > 0
         )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 @pytest.mark.parametrize(("settings", "moved", "error"), ON_A_GPU, ids=str)
-def test_a_gpu_prunes_as_the_cpu_does(settings: dict[str, object], moved: float, error: float, tmp_path: Path) -> None:
+def test_a_gpu_prunes_as_the_cpu_does(
+    settings: dict[str, object], moved: float, error: float, tmp_path: Path
+) -> None:
     """Sums in another order turn few weights on or off, and leave the held-out error where it was."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     masks, drifts = [], []
     for where in ("cpu", "cuda"):
         (folder := tmp_path / where).mkdir()
         with sdpa_kernel(SDPBackend.MATH):
-            _, blocks = prune_blocks(checkpoint, TRACES[2:], TRACES[:2], Pruning(device=where, **settings), folder)
+            _, blocks = prune_blocks(
+                checkpoint, TRACES[2:], TRACES[:2], Pruning(device=where, **settings), folder
+            )
         files = sorted(folder.glob("block-*.safetensors"))
-        masks.append({name: value == 0 for file in files for name, value in load_file(file).items()})
+        masks.append(
+            {name: value == 0 for file in files for name, value in load_file(file).items()}
+        )
         drifts.append([block.drift for block in blocks])
     assert len(masks[0]) == 14
-    found = {name: float((zero_OI != masks[1][name]).float().mean()) for name, zero_OI in masks[0].items()}
+    found = {
+        name: float((zero_OI != masks[1][name]).float().mean())
+        for name, zero_OI in masks[0].items()
+    }
     assert max(found.values()) <= moved, found
     assert drifts[0] == pytest.approx(drifts[1], rel=error)
 

@@ -8,27 +8,32 @@ import pytest
 import torch
 from torch import nn
 
-from racdeploy.artifacts import Trace
-from racdeploy.checkpoint import Checkpoint, file_sha256
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.flow import Flow
 from racdeploy.recipe import Pruning
-from tests.tiny_models import FAMILIES, make_checkpoint
+from racdeploy.storage.files import file_sha256
+from racdeploy.traces.trace import Trace
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 
 def _batches(*shapes: tuple[int, int]) -> list[Batch]:
     made = []
     for B, T in shapes:
         ids_BT = torch.randint(0, 480, (B, T), generator=torch.Generator().manual_seed(T))
-        made.append(Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(B, dtype=torch.long), False))
+        made.append(
+            Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(B, dtype=torch.long), False)
+        )
     return made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kept_bytes", [0, 100_000, 1 << 30])
-def test_passes_that_start_later_give_the_same(family: str, kept_bytes: int, tmp_path: Path) -> None:
+def test_passes_that_start_later_give_the_same(
+    family: str, kept_bytes: int, tmp_path: Path
+) -> None:
     """In every block, every input and the output, with weights that change on the way as pruning changes them.
 
     With no space, with space for one of the batches, and for all; beyond a sliding window.
@@ -56,7 +61,9 @@ def test_passes_that_start_later_give_the_same(family: str, kept_bytes: int, tmp
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_half_the_linears_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_the_linears_are_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once each, but for those that lead to the residual too: the second group three times, the fourth once."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     counts: dict[nn.Module, int] = {}
@@ -75,7 +82,9 @@ def test_half_the_linears_are_computed_again(tmp_path: Path, monkeypatch: pytest
         for group in range(4):
             found.input(block, group, 0)
         found.leave(block, 0)
-    by_group = [[counts[block.get_submodule(n)] for n in names] for names in checkpoint.family.input_groups]
+    by_group = [
+        [counts[block.get_submodule(n)] for n in names] for names in checkpoint.family.input_groups
+    ]
     assert by_group == [[1, 1, 1], [3], [1, 1], [1]]
 
 
@@ -85,8 +94,13 @@ def test_a_walk_without_space_ends_with_the_same_bytes(
 ) -> None:
     """What is kept saves time and decides nothing, with a linear that stays dense among them."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
-    ids = [tuple(torch.randint(0, 480, (30 + i,), generator=torch.Generator().manual_seed(i)).tolist()) for i in (0, 1)]
-    traces = [Trace(i, "gcd", f"{i}", "1", x[:6], x[6:], 12, 12, False, True) for i, x in enumerate(ids)]
+    ids = [
+        tuple(torch.randint(0, 480, (30 + i,), generator=torch.Generator().manual_seed(i)).tolist())
+        for i in (0, 1)
+    ]
+    traces = [
+        Trace(i, "gcd", f"{i}", "1", x[:6], x[6:], 12, 12, False, True) for i, x in enumerate(ids)
+    ]
     left = []
     for kept_bytes in (1 << 30, 0):
         monkeypatch.setattr(Flow.__init__, "__defaults__", (kept_bytes,))

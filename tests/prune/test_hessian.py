@@ -27,10 +27,14 @@ def _problem(seed: int, inputs: int = INPUTS) -> tuple[torch.Tensor, torch.Tenso
 def test_the_factor_is_that_of_the_damped_inverse(inputs: int) -> None:
     """U is upper triangular, and Uᵀ U is numpy's inverse of the damped matrix, in one slab of columns and in more."""
     _, hessian_II = _problem(0, inputs)
-    damped = hessian_II.double().numpy() + 0.01 * float(hessian_II.diagonal().mean()) * np.eye(inputs)
+    damped = hessian_II.double().numpy() + 0.01 * float(hessian_II.diagonal().mean()) * np.eye(
+        inputs
+    )
     factor_II = Hessian(hessian_II.clone(), 0.01).inverse_factor_II.double()
     assert not factor_II.tril(-1).any()
-    np.testing.assert_allclose((factor_II.T @ factor_II).numpy(), np.linalg.inv(damped), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        (factor_II.T @ factor_II).numpy(), np.linalg.inv(damped), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_damping_is_raised_in_steps_and_reported() -> None:

@@ -9,12 +9,12 @@ import signal
 import time
 from pathlib import Path
 
-from racdeploy.checkpoint import file_sha256
-from racdeploy.job import Job
-from racdeploy.pipeline import Build
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from tests.end_to_end.commands import racdeploy
-from tests.tiny_models import make_checkpoint
+from racdeploy.storage.files import file_sha256
+from tests.support.commands import racdeploy
+from tests.support.tiny_models import make_checkpoint
 
 KILLS = 20
 OPTIONS = {
@@ -47,9 +47,13 @@ def _contents(work: Path) -> dict[str, str]:
 
 def test_twenty_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
     """However often and wherever it dies, the last run ends with what an undisturbed one leaves."""
-    model = make_checkpoint(tmp_path / "model", "qwen3", num_hidden_layers=4, hidden_size=64, intermediate_size=192)
+    model = make_checkpoint(
+        tmp_path / "model", "qwen3", num_hidden_layers=4, hidden_size=64, intermediate_size=192
+    )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["racdeploy.pipeline", "racdeploy.prune.calibrate", "racdeploy.prune.cost"])
+    context.set_forkserver_preload(
+        ["racdeploy.pipeline.build", "racdeploy.prune.calibrate", "racdeploy.prune.cost"]
+    )
 
     def start(work: Path) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=_prune, args=(str(model), str(work)))
@@ -97,7 +101,10 @@ def test_a_killed_run_whose_recipe_changed_begins_anew_and_says_so(tmp_path: Pat
     recipe.write_text(f"prune.damping = 0.02\n{traces}")
     changed = racdeploy(*arguments)
     assert changed.code == 0, changed.err
-    assert f"{seen.parent} was left unfinished, with other inputs: prune.damping 0.01 -> 0.02" in changed.err
+    assert (
+        f"{seen.parent} was left unfinished, with other inputs: prune.damping 0.01 -> 0.02"
+        in changed.err
+    )
     assert f"rm -r {seen.parent}" in changed.err
     assert not changed.out.strip().startswith(str(seen.parent))
     recipe.write_text(f"prune.damping = 0.01\n{traces}")

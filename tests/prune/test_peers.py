@@ -20,7 +20,9 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.75), NOfM(2, 4), NOfM(6, 8)]
 def _problem(seed: int, dead: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights and a correlated input, one column of which is never active."""
     generator = torch.Generator().manual_seed(seed)
-    input_NI = torch.randn(6 * INPUTS, INPUTS, generator=generator) * torch.linspace(0.5, 2.0, INPUTS)
+    input_NI = torch.randn(6 * INPUTS, INPUTS, generator=generator) * torch.linspace(
+        0.5, 2.0, INPUTS
+    )
     input_NI[:, 1:] += 0.5 * input_NI[:, :-1]
     input_NI[:, dead] = 0
     return torch.randn(OUTPUTS, INPUTS, generator=generator), input_NI
@@ -29,7 +31,9 @@ def _problem(seed: int, dead: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def _ours(name: str, weight_OI: torch.Tensor, input_NI: torch.Tensor, pattern: Pattern) -> Pruned:
     hessian = Hessian(input_NI.T @ input_NI / len(input_NI), 0.01)
     settings = Pruning(column_block=COLUMN_BLOCK)
-    pruned: Pruned = plugins.load("methods", name).prune(weight_OI * ~hessian.dead_I, hessian, pattern, settings)
+    pruned: Pruned = plugins.load("methods", name).prune(
+        weight_OI * ~hessian.dead_I, hessian, pattern, settings
+    )
     return pruned
 
 
@@ -40,12 +44,19 @@ def _theirs(
     pruned_of = (pattern.of - pattern.kept, pattern.of) if isinstance(pattern, NOfM) else (0, 0)
     sparsity = pattern.sparsity if isinstance(pattern, Unstructured) else 0.0
     return ist_daslab.sparsegpt(
-        weight_OI.double().numpy(), x.T @ x, sparsity, pruned_of, COLUMN_BLOCK, one_too_many=one_too_many
+        weight_OI.double().numpy(),
+        x.T @ x,
+        sparsity,
+        pruned_of,
+        COLUMN_BLOCK,
+        one_too_many=one_too_many,
     )
 
 
 def _error(found: np.ndarray, weight_OI: torch.Tensor, input_NI: torch.Tensor) -> float:
-    return float(np.square((found - weight_OI.double().numpy()) @ input_NI.double().numpy().T).sum())
+    return float(
+        np.square((found - weight_OI.double().numpy()) @ input_NI.double().numpy().T).sum()
+    )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -86,7 +97,15 @@ def test_the_comparison_notices_another_damping() -> None:
     weight_OI, input_NI = _problem(0)
     x = input_NI.double().numpy()
     spoiled, _ = ist_daslab.sparsegpt(
-        weight_OI.double().numpy(), x.T @ x, 0.5, (0, 0), COLUMN_BLOCK, percdamp=0.001, one_too_many=False
+        weight_OI.double().numpy(),
+        x.T @ x,
+        0.5,
+        (0, 0),
+        COLUMN_BLOCK,
+        percdamp=0.001,
+        one_too_many=False,
     )
     ours = _ours("sparsegpt", weight_OI, input_NI, Unstructured(0.5)).weight_OI.double().numpy()
-    assert _error(spoiled, weight_OI, input_NI) != pytest.approx(_error(ours, weight_OI, input_NI), rel=1e-5)
+    assert _error(spoiled, weight_OI, input_NI) != pytest.approx(
+        _error(ours, weight_OI, input_NI), rel=1e-5
+    )

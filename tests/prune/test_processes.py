@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from racdeploy import pipeline
-from racdeploy.checkpoint import file_sha256
-from racdeploy.job import Job
-from racdeploy.pipeline import Build
+from racdeploy.pipeline import build as pipeline
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Recipe
-from tests.end_to_end.commands import command, environment
-from tests.tiny_models import make_checkpoint
+from racdeploy.storage.files import file_sha256
+from tests.support.commands import command, environment
+from tests.support.tiny_models import make_checkpoint
 
 RECIPE = """
 [traces]
@@ -42,7 +42,9 @@ JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up
 
 
 def _model(folder: Path, settings: str, blocks: int = 2) -> Path:
-    make_checkpoint(folder / "model", "qwen3", num_hidden_layers=blocks, hidden_size=64, intermediate_size=192)
+    make_checkpoint(
+        folder / "model", "qwen3", num_hidden_layers=blocks, hidden_size=64, intermediate_size=192
+    )
     (folder / "recipe.toml").write_text(settings + RECIPE)
     return folder / "model"
 
@@ -59,14 +61,21 @@ def _alone(folder: Path, work: str = "alone") -> dict[str, str]:
     return _contents(folder / work)
 
 
-def _start(folder: Path, work: str, count: int, models: list[Path] | None = None) -> list[subprocess.Popen[str]]:
+def _start(
+    folder: Path, work: str, count: int, models: list[Path] | None = None
+) -> list[subprocess.Popen[str]]:
     """Start the processes of a job as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(count):
-        variables = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         arguments = _arguments(folder, work)
         arguments[1] = models[rank] if models else arguments[1]
         started.append(
@@ -83,7 +92,9 @@ def _start(folder: Path, work: str, count: int, models: list[Path] | None = None
 
 def _finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, *output) for process, output in zip(processes, outputs, strict=True)
+    ]
 
 
 def _contents(work: Path) -> dict[str, str]:
@@ -159,11 +170,15 @@ def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> 
     assert "lost another process of this job" in errors
     assert "run the same command again" in errors
     shutil.copytree(tmp_path / "lost", tmp_path / "other")
-    finished = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")}
+    finished = {
+        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")
+    }
     again = _finish(_start(tmp_path, "other", 2))
     assert [code for code, _, _ in again] == [0, 0], again
     assert _alone(tmp_path, "lost") == _alone(tmp_path, "whole") == _contents(tmp_path / "other")
-    assert finished == {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")}
+    assert finished == {
+        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")
+    }
 
 
 @pytest.mark.slow
@@ -171,9 +186,19 @@ def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path:
     """Torchrun ends the others, whose message no traceback breaks into; what the killed one left goes with the next."""
     _model(tmp_path, PLAIN, blocks=6)
     work = tmp_path / "work"
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "racdeploy"]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "racdeploy",
+    ]
     run += map(str, _arguments(tmp_path, "work"))
-    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as job:
+    with subprocess.Popen(
+        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as job:
         deadline = time.monotonic() + 300
         while not list(work.glob("prune-*/block-00001.json")):
             assert time.monotonic() < deadline
@@ -183,7 +208,10 @@ def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path:
         _, errors = job.communicate(timeout=300)
     assert job.returncode == 1
     assert errors.count("run the same command again, it goes on at the first missing block") == 1
-    assert "error: lost another process of this job" in errors or "error: stopped by torchrun" in errors
+    assert (
+        "error: lost another process of this job" in errors
+        or "error: stopped by torchrun" in errors
+    )
     assert "[rank0]" not in errors, "torch prints a traceback that no one caught with this in front"
     assert "Exception ignored" not in errors
     assert len(list(work.glob("scratch-of-process-1-*"))) == 1
@@ -204,8 +232,12 @@ def _process_of_rank(parent: int, rank: int) -> int:
 def test_another_model_on_one_machine_ends_the_job_with_that_reason(tmp_path: Path) -> None:
     """The process that differs says so, the first one that it is lost."""
     _model(tmp_path, PLAIN)
-    other = make_checkpoint(tmp_path / "other", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1)
-    (_, _, first), (code, _, second) = _finish(_start(tmp_path, "mixed", 2, [tmp_path / "model", other]))
+    other = make_checkpoint(
+        tmp_path / "other", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1
+    )
+    (_, _, first), (code, _, second) = _finish(
+        _start(tmp_path, "mixed", 2, [tmp_path / "model", other])
+    )
     assert code == 2
     assert "process 1 is not like the first one; they differ in model" in second
     assert "lost another process of this job" in first
@@ -235,7 +267,9 @@ def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
 ) -> None:
     """Five shards by two processes, or by the first alone; the traces are the same."""
     recipe = Recipe.combine(None, {"model": str(_model(tmp_path, "")), **RECIPE_OF_TRACES})
-    sparse = make_checkpoint(tmp_path / "sparse", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1)
+    sparse = make_checkpoint(
+        tmp_path / "sparse", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1
+    )
     processes = _Two(reads)
     _, traces = Build(Job(recipe), tmp_path / "work", 1, None, processes).traces(sparse)
     assert processes.shared == shared
@@ -245,7 +279,9 @@ def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
 def test_another_torch_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces of two versions are never in one folder; a server's do not depend on this machine's torch."""
     model = {"model": str(_model(tmp_path, ""))}
-    job, served = (Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED))
+    job, served = (
+        Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED)
+    )
     before, before_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
     monkeypatch.setattr(pipeline, "version", lambda name: f"{name} of another day")
     after, after_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))

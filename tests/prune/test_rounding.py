@@ -15,13 +15,14 @@ from safetensors.numpy import load_file
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportResult, gguf, onnx_exporters
+from racdeploy.export import ExportResult, gguf
 from racdeploy.export import onnx as onnx_format
-from racdeploy.export._onnx_choice import Chosen
-from racdeploy.export._onnx_graph import adopt
-from racdeploy.job import Job
+from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx.choice import Chosen
+from racdeploy.export.onnx.graph import adopt
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job
 from racdeploy.prune import rounding
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
@@ -31,8 +32,8 @@ from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
 from racdeploy.prune.rounding import find_codes, round_to_grid
 from racdeploy.recipe import Pruning, Recipe
-from tests.prune.test_calibrate import TRACES
-from tests.tiny_models import make_checkpoint
+from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_traces import TRACES
 
 GRIDS = [name for name in plugins.names("quant") if hasattr(plugins.load("quant", name), "CODES")]
 OUTPUTS, INPUTS = 24, 320
@@ -76,15 +77,21 @@ def test_the_quant_stores_them_exactly(problem: Problem, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_weights_too_small_for_a_precise_scale_are_stored_exactly(problem: Problem, name: str) -> None:
+def test_weights_too_small_for_a_precise_scale_are_stored_exactly(
+    problem: Problem, name: str
+) -> None:
     """Scales of rows down to the smallest half-precision number, where rounding them moves the largest code."""
     quant = quants.as_grid(name)
     copies = 40
     size_O1 = torch.logspace(-8, 0, copies * OUTPUTS)[:, None]
-    refitted_OI, target_OI = (size_O1 * w_OI.repeat(copies, 1) for w_OI in (problem.refitted_OI, problem.target_OI))
+    refitted_OI, target_OI = (
+        size_O1 * w_OI.repeat(copies, 1) for w_OI in (problem.refitted_OI, problem.target_OI)
+    )
     keep_OI = problem.keep_OI.repeat(copies, 1)
     chosen_OI = round_to_grid(refitted_OI, keep_OI, target_OI, problem.hessian, quant)
-    assert np.array_equal(quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS), chosen_OI.numpy())
+    assert np.array_equal(
+        quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS), chosen_OI.numpy()
+    )
     assert not chosen_OI[~keep_OI].any()
 
 
@@ -93,31 +100,45 @@ def test_a_row_does_not_depend_on_the_others(problem: Problem) -> None:
     quant = quants.as_grid("q4_0")
     row = slice(5, 6)
     alone_OI = round_to_grid(
-        problem.refitted_OI[row], problem.keep_OI[row], problem.target_OI[row], problem.hessian, quant
+        problem.refitted_OI[row],
+        problem.keep_OI[row],
+        problem.target_OI[row],
+        problem.hessian,
+        quant,
     )
-    assert problem.error(alone_OI, row) == pytest.approx(problem.error(problem.rounded(quant)[row], row), rel=1e-3)
+    assert problem.error(alone_OI, row) == pytest.approx(
+        problem.error(problem.rounded(quant)[row], row), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -> None:
     """They cost less than three quarters of what rounding the pruned weights costs; with fixed scales it is 77 %."""
     quant = quants.as_grid(name)
-    plain_OI = torch.from_numpy(quant.dequantize(quant.quantize(problem.refitted_OI.numpy()), INPUTS).copy())
+    plain_OI = torch.from_numpy(
+        quant.dequantize(quant.quantize(problem.refitted_OI.numpy()), INPUTS).copy()
+    )
     pruned = problem.error(problem.refitted_OI)
-    assert problem.error(problem.rounded(quant)) - pruned < 0.74 * (problem.error(plain_OI) - pruned)
+    assert problem.error(problem.rounded(quant)) - pruned < 0.74 * (
+        problem.error(plain_OI) - pruned
+    )
 
 
 def test_no_single_code_could_be_better(problem: Problem) -> None:
     """At the end, moving any free weight by one code never lowers the error by more than float32's rounding."""
     quant = quants.as_grid("q4_0")
     chosen_OI = problem.rounded(quant)
-    step_OI = torch.from_numpy(quant.steps(quant.quantize(chosen_OI.numpy()))).repeat_interleave(32, dim=1)
+    step_OI = torch.from_numpy(quant.steps(quant.quantize(chosen_OI.numpy()))).repeat_interleave(
+        32, dim=1
+    )
     H = problem.hessian.matrix_II.double()
     gradient_OI = 2 * (chosen_OI - problem.target_OI).double() @ H
     code_OI = torch.where(step_OI == 0, 0, chosen_OI / step_OI).round()
     best = 0.0
     for move in (1, -1):
-        inside_OI = problem.keep_OI & (code_OI + move >= -8) & (code_OI + move <= 7) & (code_OI != -8)
+        inside_OI = (
+            problem.keep_OI & (code_OI + move >= -8) & (code_OI + move <= 7) & (code_OI != -8)
+        )
         change_OI = move * step_OI.double()
         gain_OI = gradient_OI * change_OI + change_OI.square() * H.diagonal()
         best = min(best, float(gain_OI[inside_OI].min()))
@@ -133,11 +154,15 @@ class Walk:
     They are noted where they are chosen, and not derived from the weights.
     """
 
-    def __init__(self, folder: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, folder: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture))
         noted: dict[bytes, Codes] = {}
 
-        def note(weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def note(
+            weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             code_OI, step_OB = find_codes(weight_OI, keep_OI, *given)
             assert not code_OI[~keep_OI].any()
             key = (code_OI * step_OB.repeat_interleave(32, dim=1)).numpy().tobytes()
@@ -147,7 +172,9 @@ class Walk:
         monkeypatch.setattr(rounding, "find_codes", note)
         blocks = folder / "blocks"
         blocks.mkdir()
-        rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant=name)
+        rows, _ = prune_blocks(
+            checkpoint, TRACES, [], Pruning(sparsity=0.5, joint=True), blocks, quant=name
+        )
         self.reasons = {row.reason for row in rows if row.sparsity_reached > 0.5}
         self.pruned = Checkpoint(assemble(checkpoint, blocks, folder / "pruned"))
         self.weights = load_file(folder / "pruned/model.safetensors")
@@ -177,15 +204,24 @@ def read_gguf(file: Path, exported: ExportResult, heads: dict[str, int]) -> dict
         if "_proj" not in tensor.source:
             continue
         O, I = tensor.shape
-        kind, block_OBP = tensors[tensor.name].tensor_type.name, tensors[tensor.name].data.reshape(O, I // 32, -1)
-        scale_OB, rest_OBP = np.ascontiguousarray(block_OBP[:, :, :2]).view("<f2")[:, :, 0], block_OBP[:, :, 2:]
+        kind, block_OBP = (
+            tensors[tensor.name].tensor_type.name,
+            tensors[tensor.name].data.reshape(O, I // 32, -1),
+        )
+        scale_OB, rest_OBP = (
+            np.ascontiguousarray(block_OBP[:, :, :2]).view("<f2")[:, :, 0],
+            block_OBP[:, :, 2:],
+        )
         if kind == "Q8_0":
             code_OBK = rest_OBP.view(np.int8).astype(np.int16)
         else:
             nibble_OBP = rest_OBP[:, :, -16:].astype(np.int16)
             code_OBK = np.concatenate([nibble_OBP & 15, nibble_OBP >> 4], axis=2)
             if kind == "Q5_0":
-                code_OBK |= np.unpackbits(rest_OBP[:, :, :4], axis=2, bitorder="little").astype(np.int16) << 4
+                code_OBK |= (
+                    np.unpackbits(rest_OBP[:, :, :4], axis=2, bitorder="little").astype(np.int16)
+                    << 4
+                )
             code_OBK -= {"Q4_0": 8, "Q5_0": 16}[kind]
         turn = np.arange(O)
         for part, count in heads.items():
@@ -211,21 +247,26 @@ def read_onnx(file: Path, exported: ExportResult, bits: int) -> dict[str, Codes]
         node = nodes[tensor.name]
         assert len(node.input) == 3
         byte_OP = arrays[node.input[1]].reshape(O, -1).astype(np.int16)
-        code_OI = byte_OP if bits == 8 else np.stack([byte_OP & 15, byte_OP >> 4], axis=2).reshape(O, I)
+        code_OI = (
+            byte_OP if bits == 8 else np.stack([byte_OP & 15, byte_OP >> 4], axis=2).reshape(O, I)
+        )
         assert arrays[node.input[2]].dtype == np.float32
         found[tensor.source] = code_OI - (1 << bits - 1), arrays[node.input[2]].reshape(O, I // 32)
     return found
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name"), [("llama", "q4_0"), ("qwen3", "q4_0"), ("qwen3", "q5_0"), ("llama", "q8_0")]
+    ("architecture", "name"),
+    [("llama", "q4_0"), ("qwen3", "q4_0"), ("qwen3", "q5_0"), ("llama", "q8_0")],
 )
 def test_a_gguf_file_holds_the_very_codes(
     tmp_path: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through walk, assembly and export: the bytes of the file are the codes and scales that pruning chose."""
     walk = Walk(tmp_path, architecture, name, monkeypatch)
-    exported = gguf.export(walk.pruned, tmp_path / "model.gguf", quant=name, packing="plain", metadata={})
+    exported = gguf.export(
+        walk.pruned, tmp_path / "model.gguf", quant=name, packing="plain", metadata={}
+    )
     config = walk.pruned.config
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     stored = read_gguf(exported.path, exported, heads if architecture == "llama" else {})
@@ -241,7 +282,10 @@ def test_a_gguf_file_holds_the_very_codes(
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
     """The graph of the tiny model before pruning, which is that of every pruned one; it holds no weights."""
     folder = tmp_path_factory.mktemp("graph")
-    checkpoint, genai = Checkpoint(make_checkpoint(folder / "model", "qwen3")), onnx_exporters.load("genai")
+    checkpoint, genai = (
+        Checkpoint(make_checkpoint(folder / "model", "qwen3")),
+        onnx_exporters.load("genai"),
+    )
     built = genai.build(onnx_exporters.prepare(checkpoint, folder / "in"), folder / "out")
     return Chosen(adopt(built, checkpoint, genai, "genai"), "built once")
 
@@ -279,4 +323,9 @@ def test_a_linear_that_is_no_whole_blocks_is_refused_before_any_work(tmp_path: P
         asked: dict[str, Any] = {"model": str(folder), "target": target, "export": {"quant": name}}
         with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj.*80 weights"):
             _ = Job(Recipe.combine(None, {**asked, "prune": {"joint": True}})).grid
-        assert Job(Recipe.combine(None, {**asked, "prune": {"joint": True, "dense": ["down_proj"]}})).grid == name
+        assert (
+            Job(
+                Recipe.combine(None, {**asked, "prune": {"joint": True, "dense": ["down_proj"]}})
+            ).grid
+            == name
+        )

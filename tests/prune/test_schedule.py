@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from racdeploy import plugins
-from racdeploy.artifacts import Trace
-from racdeploy.checkpoint import Checkpoint
 from racdeploy.errors import UsageError
-from racdeploy.job import Job
-from racdeploy.pipeline import Build
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.patterns import Unstructured, Within
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.mix import Probe, mix
-from tests.prune.test_calibrate import TRACES
-from tests.tiny_models import make_checkpoint
+from racdeploy.traces.trace import Trace
+from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_traces import TRACES
 
 
 @pytest.mark.parametrize("method", plugins.names("methods"))
@@ -30,7 +30,9 @@ def test_zeros_of_the_step_before_stay_zeros(tmp_path: Path, method: str) -> Non
     folders = [tmp_path / "30", tmp_path / "60"]
     for folder, sparsity, within in zip(folders, (0.3, 0.6), (None, folders[0]), strict=True):
         folder.mkdir()
-        prune_blocks(checkpoint, TRACES, [], Pruning(method=method, sparsity=sparsity), folder, within=within)
+        prune_blocks(
+            checkpoint, TRACES, [], Pruning(method=method, sparsity=sparsity), folder, within=within
+        )
     before, after = (load_file(folder / "block-00001.safetensors") for folder in folders)
     for name, weight_OI in after.items():
         assert not weight_OI[before[name] == 0].any()
@@ -46,8 +48,21 @@ def test_weights_that_are_gone_go_first() -> None:
     assert int(keep_OI.sum()) == 12
 
 
-def _trace(index: int, *, correct: bool, truncated: bool = False, thinking: int = 10, own: bool = False) -> Trace:
-    return Trace(index, "gcd", f"q{index}", "own" if own else "dense", (1,), (2,), None, thinking, truncated, correct)
+def _trace(
+    index: int, *, correct: bool, truncated: bool = False, thinking: int = 10, own: bool = False
+) -> Trace:
+    return Trace(
+        index,
+        "gcd",
+        f"q{index}",
+        "own" if own else "dense",
+        (1,),
+        (2,),
+        None,
+        thinking,
+        truncated,
+        correct,
+    )
 
 
 def test_own_good_traces_replace_dense_ones() -> None:
@@ -66,7 +81,11 @@ def test_the_probe_names_what_went_too_far() -> None:
     dense = [_trace(i, correct=True) for i in range(20)]
     worse = [replace(t, correct=t.index >= 3) for t in dense]
     longer = [replace(t, thinking_tokens=14) for t in dense]
-    assert Probe.of(worse, dense).reason(Pruning(probe_drop=0.1)).startswith("accuracy 85.0% against 100.0%")
+    assert (
+        Probe.of(worse, dense)
+        .reason(Pruning(probe_drop=0.1))
+        .startswith("accuracy 85.0% against 100.0%")
+    )
     assert Probe.of(worse, dense).reason(Pruning(probe_drop=0.2)) == ""
     assert "1.40 times as long" in Probe.of(longer, dense).reason(Pruning(probe_length=1.3))
     assert Probe.of(dense, dense).reason(Pruning()) == ""
@@ -105,7 +124,9 @@ def test_a_step_too_far_is_undone_and_said(tmp_path: Path) -> None:
     assert model.notes[-1].startswith("schedule, 97% was undone: accuracy")
     assert (model.sparsity, model.folder.name[-7:]) == (0.3, "-rac-30")
     assert {(row.sparsity_asked, row.reason) for row in model.linears} == {(0.3, "")}
-    assert {(row.sparsity_asked, row.reason) for row in model.linears_beside(0.97)} == {(0.97, model.notes[-1])}
+    assert {(row.sparsity_asked, row.reason) for row in model.linears_beside(0.97)} == {
+        (0.97, model.notes[-1])
+    }
     assert model == _build(tmp_path).prune()
     with pytest.raises(UsageError, match="first step of the schedule"):
         _build(tmp_path, schedule=[0.97]).prune()

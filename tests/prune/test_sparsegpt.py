@@ -23,8 +23,12 @@ def _problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(OUTPUTS, INPUTS, generator=generator), input_NI.T @ input_NI / len(input_NI)
 
 
-def _oracle(weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, group: int, damping: float):
-    damped = hessian_II.double().numpy() + damping * float(hessian_II.diagonal().mean()) * np.eye(INPUTS)
+def _oracle(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor, pattern: Pattern, group: int, damping: float
+):
+    damped = hessian_II.double().numpy() + damping * float(hessian_II.diagonal().mean()) * np.eye(
+        INPUTS
+    )
 
     def choose(score: np.ndarray, column: int, pruned: int) -> np.ndarray:
         flat = score.ravel()
@@ -47,7 +51,9 @@ def test_equals_the_textbook_solve(pattern: Pattern, column_block: int) -> None:
     """Same masks, and weights to 1e-4: float32 keeps 7 digits, a condition near 1e2 and 64 steps cost three."""
     weight_OI, hessian_II = _problem(0)
     settings = Pruning(column_block=column_block)
-    result = sparsegpt.prune(weight_OI.clone(), Hessian(hessian_II.clone(), settings.damping), pattern, settings)
+    result = sparsegpt.prune(
+        weight_OI.clone(), Hessian(hessian_II.clone(), settings.damping), pattern, settings
+    )
     group = pattern.of if isinstance(pattern, NOfM) else column_block
     expected, keep = _oracle(weight_OI, hessian_II, pattern, group, settings.damping)
     assert np.array_equal(keep, result.keep_OI.numpy())
@@ -60,7 +66,9 @@ def test_a_spoiled_hessian_shows() -> None:
     expected, _ = _oracle(weight_OI, hessian_II, Unstructured(0.5), 16, 0.01)
     spoiled_II = hessian_II.clone()
     spoiled_II[3, 3] *= 4
-    result = sparsegpt.prune(weight_OI.clone(), Hessian(spoiled_II, 0.01), Unstructured(0.5), Pruning(column_block=16))
+    result = sparsegpt.prune(
+        weight_OI.clone(), Hessian(spoiled_II, 0.01), Unstructured(0.5), Pruning(column_block=16)
+    )
     assert np.abs(expected - result.weight_OI.numpy()).max() > 1e-2
 
 
@@ -71,7 +79,9 @@ def test_beats_magnitude_on_the_layerwise_error() -> None:
     weight_OI, hessian_II = _problem(1)
     errors = []
     for method in (sparsegpt, magnitude):
-        pruned = method.prune(weight_OI.clone(), Hessian(hessian_II.clone(), 0.01), Unstructured(0.5), Pruning())
+        pruned = method.prune(
+            weight_OI.clone(), Hessian(hessian_II.clone(), 0.01), Unstructured(0.5), Pruning()
+        )
         delta_OI = weight_OI - pruned.weight_OI
         errors.append(float(((delta_OI @ hessian_II) * delta_OI).sum()))
     assert errors[0] < 0.9 * errors[1]

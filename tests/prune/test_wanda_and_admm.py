@@ -16,9 +16,13 @@ from racdeploy.recipe import Pruning
 from tests.references import obs
 
 
-def _problem(outputs: int, inputs: int, seed: int, spread: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+def _problem(
+    outputs: int, inputs: int, seed: int, spread: float = 1.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    input_NI = torch.randn(4 * inputs, inputs, generator=generator) * torch.linspace(1.7 - spread, 1.7 + spread, inputs)
+    input_NI = torch.randn(4 * inputs, inputs, generator=generator) * torch.linspace(
+        1.7 - spread, 1.7 + spread, inputs
+    )
     input_NI[:, 1:] += 0.7 * input_NI[:, :-1]
     return torch.randn(outputs, inputs, generator=generator), input_NI.T @ input_NI / len(input_NI)
 
@@ -61,14 +65,18 @@ def test_admm_finds_nearly_the_best_mask() -> None:
     assert np.median(ratio) < 1.05
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6), Unstructured(0.7), NOfM(2, 4)])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.5), Unstructured(0.6), Unstructured(0.7), NOfM(2, 4)]
+)
 def test_admm_beats_sparsegpt_beats_wanda(pattern: Pattern) -> None:
     """On a correlated input, before any refit."""
     weight_OI, hessian_II = _problem(48, 96, 2, spread=0.3)
     errors = []
     for name in ("admm", "sparsegpt", "wanda"):
         method, hessian = plugins.load("methods", name), Hessian(hessian_II.clone(), 0.01)
-        delta_OI = method.prune(weight_OI.clone(), hessian, pattern, Pruning()).weight_OI - weight_OI
+        delta_OI = (
+            method.prune(weight_OI.clone(), hessian, pattern, Pruning()).weight_OI - weight_OI
+        )
         errors.append(float(((delta_OI @ hessian_II) * delta_OI).sum()))
     assert errors[0] < 0.95 * errors[1]
     assert errors[1] < 0.95 * errors[2]

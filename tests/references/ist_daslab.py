@@ -62,7 +62,9 @@ def sparsegpt(
     return W, gone
 
 
-def wanda(weight_OI: Array, input_NI: Array, sparsity: float = 0.0, pruned_of: tuple[int, int] = (0, 0)) -> Mask:
+def wanda(
+    weight_OI: Array, input_NI: Array, sparsity: float = 0.0, pruned_of: tuple[int, int] = (0, 0)
+) -> Mask:
     """Return what goes: the lowest |weight| × root of the mean squared input, per output, or n of each m."""
     score = np.abs(weight_OI) * np.sqrt((input_NI**2).mean(0))
     gone = np.zeros(score.shape, dtype=bool)

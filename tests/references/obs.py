@@ -15,7 +15,10 @@ Array = NDArray[np.float64]
 
 
 def prune(
-    weight_OI: Array, hessian_II: Array, choose_keep: Callable[[Array, int, int], NDArray[np.bool_]], group: int
+    weight_OI: Array,
+    hessian_II: Array,
+    choose_keep: Callable[[Array, int, int], NDArray[np.bool_]],
+    group: int,
 ) -> tuple[Array, NDArray[np.bool_]]:
     """Return pruned weights and the mask.
 

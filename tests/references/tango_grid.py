@@ -22,7 +22,9 @@ def score(n10: int, n01: int, n: int, drop: float) -> float:
         rest = max(0.0, 1 - 2 * p01 - drop)
         return -float(xlogy(n10, p01 + drop) + xlogy(n01, p01) + xlogy(n - n10 - n01, rest))
 
-    inside = minimize_scalar(surprise, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    inside = minimize_scalar(
+        surprise, bounds=(low, high), method="bounded", options={"xatol": 1e-12}
+    ).x
     p01 = min((low, high, float(inside)), key=surprise)
     variance = n * (2 * p01 + drop - drop**2)
     difference = n10 - n01 - n * drop
@@ -31,7 +33,9 @@ def score(n10: int, n01: int, n: int, drop: float) -> float:
     return difference / math.sqrt(variance)
 
 
-def interval(n10: int, n01: int, n: int, confidence: float, points: int = 2001) -> tuple[float, float]:
+def interval(
+    n10: int, n01: int, n: int, confidence: float, points: int = 2001
+) -> tuple[float, float]:
     """Return the ends of the accepted drops, each within one step of a grid refined once."""
     quantile = float(norm.ppf((1 + confidence) / 2))
     coarse = np.linspace(-1, 1, points)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.report_model import Record, Report
-from tests.report.sample_report import build_records, build_report
+from racdeploy.report.model import Record, Report
+from tests.support.sample_report import build_records, build_report
 
 
 @pytest.fixture(scope="session")

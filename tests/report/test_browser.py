@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy.report import html
-from racdeploy.report_model import Record, Report
-from tests.report.browser import CHROMIUM, DRIVER, Browser, browser
+from racdeploy.report.model import Record, Report
+from tests.support.browser import CHROMIUM, DRIVER, Browser, browser
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,7 +57,11 @@ def page(report: Report, records: list[Record], tmp_path: Path) -> Path:
 def _requests(window: Browser) -> list[str]:
     """Return the addresses that were asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in window.log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
 
 
 def test_hostile_text_runs_nothing_and_fetches_nothing(
@@ -67,7 +71,9 @@ def test_hostile_text_runs_nothing_and_fetches_nothing(
     attack = " ".join(ATTACKS)
     hostile = [
         record.model_copy(
-            update=dict.fromkeys(("task", "question", "gold", "extracted", "answer_text", "thinking_text"), attack)
+            update=dict.fromkeys(
+                ("task", "question", "gold", "extracted", "answer_text", "thinking_text"), attack
+            )
         )
         for record in records
     ]
@@ -77,8 +83,13 @@ def test_hostile_text_runs_nothing_and_fetches_nothing(
             "target": attack,
             "notes": (attack,),
             "arms": tuple(arm.model_copy(update={"quant": attack}) for arm in report.arms),
-            "checks": tuple(check.model_copy(update={"summary": attack, "remedy": attack}) for check in report.checks),
-            "linears": tuple(row.model_copy(update={"name": f"a.1.{attack}"}) for row in report.linears),
+            "checks": tuple(
+                check.model_copy(update={"summary": attack, "remedy": attack})
+                for check in report.checks
+            ),
+            "linears": tuple(
+                row.model_copy(update={"name": f"a.1.{attack}"}) for row in report.linears
+            ),
             "recipe": {attack: attack},
         }
     )
@@ -88,7 +99,12 @@ def test_hostile_text_runs_nothing_and_fetches_nothing(
     window.open(file)
     window.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert window.evaluate("return typeof window.attacked") == "undefined"
-    assert window.evaluate("return document.querySelectorAll('script, iframe, img, link, [onerror]').length") == 0
+    assert (
+        window.evaluate(
+            "return document.querySelectorAll('script, iframe, img, link, [onerror]').length"
+        )
+        == 0
+    )
     assert _requests(window) == [file.as_uri()]
     assert window.log("browser") == []
 
@@ -96,7 +112,9 @@ def test_hostile_text_runs_nothing_and_fetches_nothing(
 def test_the_attacks_would_be_seen(window: Browser, tmp_path: Path) -> None:
     """The same text as markup, without a policy: the mark appears, and so does a request."""
     file = tmp_path / "naked.html"
-    file.write_text(f"<!doctype html><title>x</title><style>a{{}}</style><body>{' '.join(ATTACKS[:-1])}")
+    file.write_text(
+        f"<!doctype html><title>x</title><style>a{{}}</style><body>{' '.join(ATTACKS[:-1])}"
+    )
     window.log("performance")
     window.open(file)
     assert window.evaluate("return window.attacked") == 1
@@ -104,7 +122,9 @@ def test_the_attacks_would_be_seen(window: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
-def test_the_page_fits_and_is_silent(window: Browser, page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+def test_the_page_fits_and_is_silent(
+    window: Browser, page: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
     """No sideways scrolling, no word on the console, the colours of the scheme, and text that can be read."""
     window.resize(width, 900, dark=dark)
     window.log("browser")
@@ -128,17 +148,23 @@ def test_the_keyboard_reaches_filters_and_thoughts(window: Browser, page: Path) 
     window.open(page)
     window.evaluate("document.getElementById('show-all').focus()")
     window.press(RIGHT)
-    shown = "return [...document.querySelectorAll('.found')].filter(part => part.offsetHeight).length"
+    shown = (
+        "return [...document.querySelectorAll('.found')].filter(part => part.offsetHeight).length"
+    )
     assert window.evaluate(shown) == 4
     window.press(TAB, TAB, ENTER)
-    opened = window.evaluate("return [...document.querySelectorAll('.found')].map(part => part.open)")
+    opened = window.evaluate(
+        "return [...document.querySelectorAll('.found')].map(part => part.open)"
+    )
     assert opened == [True] + [False] * 5
     left, right = window.evaluate(
         "return [...document.querySelectorAll('.found[open] .side')].map(side => side.getBoundingClientRect().top)"
     )
     assert left == right
     window.press(TAB)
-    assert window.evaluate("return document.activeElement.ariaLabel") == "thinking of the dense model"
+    assert (
+        window.evaluate("return document.activeElement.ariaLabel") == "thinking of the dense model"
+    )
 
 
 def test_every_part_has_an_accessible_name(window: Browser, page: Path) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from racdeploy.report.front import front, who_wins
-from racdeploy.report_model import ArmSummary, Report
-from tests.report.sample_report import arm
+from racdeploy.report.model import ArmSummary, Report
+from tests.support.sample_report import arm
 
 
-def _arm(name: str, correct: int, size_bytes: int, tokens_per_s: float | None, thinking: float) -> ArmSummary:
-    return arm(name, correct, size_bytes=size_bytes, tokens_per_s=tokens_per_s, thinking_tokens_mean=thinking)
+def _arm(
+    name: str, correct: int, size_bytes: int, tokens_per_s: float | None, thinking: float
+) -> ArmSummary:
+    return arm(
+        name,
+        correct,
+        size_bytes=size_bytes,
+        tokens_per_s=tokens_per_s,
+        thinking_tokens_mean=thinking,
+    )
 
 
 def test_an_arm_that_loses_in_everything_is_off_the_front() -> None:
@@ -32,12 +40,17 @@ def test_a_speed_that_one_arm_lacks_decides_nothing() -> None:
 def test_the_sentences_follow_the_intervals(report: Report) -> None:
     """Two rivals of the sample: an even one, and one that is smaller and worse."""
     even, small, whole = who_wins(report)
-    assert even.startswith("dense q4_k against pruned: pruned wins on thinking (1.04 times as long, 1.01 to 1.08)")
+    assert even.startswith(
+        "dense q4_k against pruned: pruned wins on thinking (1.04 times as long, 1.01 to 1.08)"
+    )
     assert "even on size (5.3 MB, pruned 5.31 MB), speed" in even
     assert "accuracy (−0.4 points, −2.0 to 1.2)." in even
     assert "dense q2_k wins on size (3.9 MB, pruned 5.31 MB)" in small
     assert "pruned wins on speed (0.91 times that of pruned), accuracy (−7.4 points" in small
-    assert whole == "On the front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, dense q2_k."
+    assert (
+        whole
+        == "On the front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, dense q2_k."
+    )
 
 
 def test_without_a_rival_nothing_is_said(report: Report) -> None:

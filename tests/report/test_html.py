@@ -6,8 +6,8 @@ import re
 from html.parser import HTMLParser
 
 from racdeploy.report import html
-from racdeploy.report_model import ArmSummary, Record, Report
-from tests.report.sample_report import HOSTILE
+from racdeploy.report.model import ArmSummary, Record, Report
+from tests.support.sample_report import HOSTILE
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -45,8 +45,14 @@ def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) 
         update={
             "model": HOSTILE,
             "target": HOSTILE,
-            "arms": (*report.arms, report.arms[1].model_copy(update={"name": '"/><script>x</script>'})),
-            "linears": (*report.linears, report.linears[0].model_copy(update={"name": f"a.1.{HOSTILE}"})),
+            "arms": (
+                *report.arms,
+                report.arms[1].model_copy(update={"name": '"/><script>x</script>'}),
+            ),
+            "linears": (
+                *report.linears,
+                report.linears[0].model_copy(update={"name": f"a.1.{HOSTILE}"}),
+            ),
             "recipe": {HOSTILE: HOSTILE},
         }
     )
@@ -77,28 +83,40 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
 def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> None:
     """Three of accuracy, scatter, histogram, two heat maps and the divergence, all with a text for screen readers."""
     elements = Elements(html.render(report, records))
-    labels = [value for tag, name, value in elements.attributes if (tag, name) == ("svg", "aria-label")]
+    labels = [
+        value for tag, name, value in elements.attributes if (tag, name) == ("svg", "aria-label")
+    ]
     assert len({*labels}) == len(labels) == 8
     classes = [value for _, name, value in elements.attributes if name == "class"]
     assert classes.count("arrow") == 1
     assert classes.count("cap") == 2
-    assert classes.count("heat") == 2 * (len(report.linears) + 8)  # eight shades in the key of each map
+    assert classes.count("heat") == 2 * (
+        len(report.linears) + 8
+    )  # eight shades in the key of each map
     assert classes.count("dot pruning") == classes.count("dot export") == len(report.positions)
     assert sum(classes.count(outcome) for outcome in ("same", "won", "lost")) == 256
     assert (classes.count("lost"), classes.count("won")) == (4, 2)
 
 
-def test_the_quantiles_of_the_lengths_stand_beside_the_histogram(report: Report, records: list[Record]) -> None:
+def test_the_quantiles_of_the_lengths_stand_beside_the_histogram(
+    report: Report, records: list[Record]
+) -> None:
     dense = sorted(record.thinking_tokens for record in records if record.arm == "dense")
     pruned = sorted(record.thinking_tokens for record in records if record.arm == "pruned")
     assert len(dense) == len(pruned) == 256
-    expected = [("half are at most", 127), ("nine of ten are at most", 230), ("longest", 255)]  # ceil(0.9 × 256) = 231
+    expected = [
+        ("half are at most", 127),
+        ("nine of ten are at most", 230),
+        ("longest", 255),
+    ]  # ceil(0.9 × 256) = 231
     page = html.render(report, records)
     for name, place in expected:
         assert f"<td>{name}</td><td>{dense[place]}</td><td>{pruned[place]}</td>" in page
 
 
-def test_discordant_prompts_can_be_browsed_without_a_script(report: Report, records: list[Record]) -> None:
+def test_discordant_prompts_can_be_browsed_without_a_script(
+    report: Report, records: list[Record]
+) -> None:
     """One disclosure per prompt, those that pruning lost first, both thoughts inside."""
     page = html.render(report, records)
     summaries = re.findall(r"<strong>(Lost|Won)</strong>.*?prompt (\d+)", page)
@@ -154,12 +172,16 @@ def test_degenerate_charts_render(report: Report, records: list[Record]) -> None
         thinking_tokens_mean=0,
     )
     silent = [record.model_copy(update={"thinking_tokens": 0}) for record in records[:2]]
-    page = html.render(report.model_copy(update={"arms": (lone,), "linears": report.linears[:1]}), silent)
+    page = html.render(
+        report.model_copy(update={"arms": (lone,), "linears": report.linears[:1]}), silent
+    )
     assert "nan" not in page
     assert Elements(page).tags.count("svg") == 6
 
 
-def test_what_both_thoughts_begin_with_ends_at_a_word(report: Report, records: list[Record]) -> None:
+def test_what_both_thoughts_begin_with_ends_at_a_word(
+    report: Report, records: list[Record]
+) -> None:
     """The grey part is common to both sides and never cuts a word; equal thoughts are grey as a whole."""
     dense, pruned = records[2 * 7 : 2 * 7 + 2]
     for texts, shared in (
@@ -168,7 +190,8 @@ def test_what_both_thoughts_begin_with_ends_at_a_word(report: Report, records: l
         (("the same", "the same"), "the same"),
     ):
         pair = [
-            record.model_copy(update={"thinking_text": t}) for record, t in zip((dense, pruned), texts, strict=True)
+            record.model_copy(update={"thinking_text": t})
+            for record, t in zip((dense, pruned), texts, strict=True)
         ]
         found = re.findall(r'<span class="shared">(.*?)</span>', html.render(report, pair))
         assert found == ([shared] * 2 if shared else [])

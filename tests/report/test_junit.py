@@ -9,8 +9,8 @@ import pytest
 import xmlschema
 
 from racdeploy.report import junit
-from racdeploy.report_model import CheckResult, Report
-from tests.report.sample_report import HOSTILE
+from racdeploy.report.model import CheckResult, Report
+from tests.support.sample_report import HOSTILE
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))
 
@@ -23,7 +23,9 @@ def parse(report: Report) -> ElementTree.Element:
 def outcomes(report: Report) -> dict[str | None, str]:
     """Return the tag that decides each test case: failure, error, skipped or none."""
     return {
-        case.get("name"): next((e.tag for e in case if e.tag in ("failure", "error", "skipped")), "passed")
+        case.get("name"): next(
+            (e.tag for e in case if e.tag in ("failure", "error", "skipped")), "passed"
+        )
         for case in parse(report).iter("testcase")
     }
 
@@ -51,7 +53,11 @@ def test_a_failure_fails_and_an_inconclusive_check_is_an_error(report: Report) -
     assert root[0].get("skipped") == "1"
     failure = root.find(".//failure")
     assert failure is not None
-    assert (failure.get("message"), failure.get("type"), failure.text) == ("found", "fail", "do this")
+    assert (failure.get("message"), failure.get("type"), failure.text) == (
+        "found",
+        "fail",
+        "do this",
+    )
 
 
 def test_a_report_without_a_verdict_is_not_green(report: Report) -> None:
@@ -66,7 +72,9 @@ def test_figures_become_properties(report: Report) -> None:
     assert found == {"accuracy.drop": "0.0078", "accuracy.n": "256", "accuracy.method": "tango"}
 
 
-@pytest.mark.parametrize("verdicts", [None, (), ("skipped",), ("pass", "fail", "inconclusive", "skipped")])
+@pytest.mark.parametrize(
+    "verdicts", [None, (), ("skipped",), ("pass", "fail", "inconclusive", "skipped")]
+)
 def test_the_file_keeps_the_schema(report: Report, verdicts: tuple[str, ...] | None) -> None:
     """With figures and without, hostile names included."""
     shown = report if verdicts is None else with_checks(report, *verdicts)
@@ -79,7 +87,9 @@ def test_the_schema_refuses_a_spoiled_file(report: Report) -> None:
     for spoil in (
         lambda root: ElementTree.SubElement(root[0].find("testcase"), "properties"),
         lambda root: root[0].attrib.pop("failures"),
-        lambda root: [ElementTree.SubElement(root[0][-1], "failure", {"message": "m"}) for _ in range(2)],
+        lambda root: [
+            ElementTree.SubElement(root[0][-1], "failure", {"message": "m"}) for _ in range(2)
+        ],
     ):
         root = parse(report)
         spoil(root)
@@ -88,7 +98,9 @@ def test_the_schema_refuses_a_spoiled_file(report: Report) -> None:
 
 def test_hostile_text_gives_valid_xml(report: Report) -> None:
     """Control characters are not XML, not even escaped."""
-    check = CheckResult(name=HOSTILE, verdict="fail", summary=HOSTILE + "\x00\ud800", remedy=HOSTILE)
+    check = CheckResult(
+        name=HOSTILE, verdict="fail", summary=HOSTILE + "\x00\ud800", remedy=HOSTILE
+    )
     root = parse(report.model_copy(update={"model": HOSTILE, "checks": (check,)}))
     failure = root.find(".//failure")
     assert failure is not None

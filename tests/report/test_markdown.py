@@ -7,9 +7,9 @@ import re
 import pytest
 
 from racdeploy.report import markdown
+from racdeploy.report.model import Comparison, LinearRow, Report, TensorRow
 from racdeploy.report.tables import tables
-from racdeploy.report_model import Comparison, LinearRow, Report, TensorRow
-from tests.report.sample_report import GOLDEN, HOSTILE
+from tests.support.sample_report import GOLDEN, HOSTILE
 
 _UNEXPLAINED = "the method reached another sparsity than it was asked for"
 
@@ -19,7 +19,7 @@ def changed(report: Report, **values: object) -> Report:
 
 
 def test_the_report_matches_the_golden_file(report: Report) -> None:
-    """Every character; ``python -m tests.report.sample_report`` writes it anew for the diff to be read."""
+    """Every character; ``python -m tests.support.sample_report`` writes it anew for the diff to be read."""
     assert markdown.render(report) == GOLDEN.read_text(encoding="utf-8")
 
 
@@ -29,10 +29,15 @@ def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
     pruned = report.arms[1]
     assert isinstance(report.comparison, Comparison)
     spoiled = (
-        changed(report, arms=(report.arms[0], pruned.model_copy(update={"unclosed": 2}), report.arms[2])),
+        changed(
+            report, arms=(report.arms[0], pruned.model_copy(update={"unclosed": 2}), report.arms[2])
+        ),
         changed(report, arms=(report.arms[0], pruned.model_copy(update={"size_bytes": 5_400_000}))),
         changed(report, comparison=report.comparison.model_copy(update={"drop_upper": 0.0272})),
-        changed(report, checks=(report.checks[0].model_copy(update={"verdict": "fail"}), *report.checks[1:])),
+        changed(
+            report,
+            checks=(report.checks[0].model_copy(update={"verdict": "fail"}), *report.checks[1:]),
+        ),
     )
     assert [markdown.render(one) == golden for one in spoiled] == [False] * len(spoiled)
 
@@ -40,12 +45,29 @@ def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
 def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
     """Linears with one reason are one row, from the lowest to the highest share; without a reason, the old words."""
     rows = [
-        LinearRow(name=f"model.layers.{i}.o_proj", sparsity_asked=0.5, sparsity_reached=0.5 + i / 100, reason=reason)
-        for i, reason in enumerate(("", "codes of q4_0 rounded to zero", "codes of q4_0 rounded to zero", ""))
+        LinearRow(
+            name=f"model.layers.{i}.o_proj",
+            sparsity_asked=0.5,
+            sparsity_reached=0.5 + i / 100,
+            reason=reason,
+        )
+        for i, reason in enumerate(
+            ("", "codes of q4_0 rounded to zero", "codes of q4_0 rounded to zero", "")
+        )
     ]
-    (table,) = [table for table in tables(changed(report, linears=tuple(rows), tensors=())) if "asked" in table.title]
+    (table,) = [
+        table
+        for table in tables(changed(report, linears=tuple(rows), tensors=()))
+        if "asked" in table.title
+    ]
     assert table.rows == (
-        ("sparsity", "50.0%", "51.0% to 52.0%", "2 × model.layers.*.o_proj", "codes of q4_0 rounded to zero"),
+        (
+            "sparsity",
+            "50.0%",
+            "51.0% to 52.0%",
+            "2 × model.layers.*.o_proj",
+            "codes of q4_0 rounded to zero",
+        ),
         ("sparsity", "50.0%", "53.0%", "model.layers.3.o_proj", _UNEXPLAINED),
     )
 
@@ -99,7 +121,14 @@ def test_a_text_beyond_the_limit_is_cut_at_a_line(report: Report) -> None:
     """The last resort: cells full of characters that grow when they are escaped."""
     notes = ("@" * 400,) * 30
     tensors = tuple(
-        TensorRow(name=f"{i}", quant_asked="a", quant_real="b", zeros=0, size_bytes=1, reason=f"{i}" + "@" * 390)
+        TensorRow(
+            name=f"{i}",
+            quant_asked="a",
+            quant_real="b",
+            zeros=0,
+            size_bytes=1,
+            reason=f"{i}" + "@" * 390,
+        )
         for i in range(30)
     )
     text = markdown.render(changed(report, tensors=tensors, notes=notes))
@@ -111,7 +140,9 @@ def test_a_text_beyond_the_limit_is_cut_at_a_line(report: Report) -> None:
     ("checks", "sentence"),
     [((), "No check ran, and missing data never passes."), (None, "Every check was skipped")],
 )
-def test_missing_data_reads_inconclusive(report: Report, checks: tuple[()] | None, sentence: str) -> None:
+def test_missing_data_reads_inconclusive(
+    report: Report, checks: tuple[()] | None, sentence: str
+) -> None:
     """Neither an empty list of checks nor only skipped ones reads like a pass."""
     text = markdown.render(changed(report, checks=report.checks[2:] if checks is None else checks))
     assert text.startswith("### ⚠️ INCONCLUSIVE")
@@ -137,4 +168,6 @@ def test_a_failed_check_is_named(report: Report) -> None:
 def test_equal_accuracy_is_not_called_fewer(report: Report, drop: float, words: str) -> None:
     """The first sentence that anybody reads."""
     assert isinstance(report.comparison, Comparison)
-    assert words in markdown.render(changed(report, comparison=report.comparison.model_copy(update={"drop": drop})))
+    assert words in markdown.render(
+        changed(report, comparison=report.comparison.model_copy(update={"drop": drop}))
+    )

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from pydantic import BaseModel
 
-from racdeploy.report_model import Record, Report
+from racdeploy.report.model import Record, Report
 
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLISHED: dict[str, type[BaseModel]] = {"report.schema.json": Report, "record.schema.json": Record}
@@ -56,4 +56,6 @@ def test_the_schema_refuses_what_no_report_holds(report: Report) -> None:
 
 if __name__ == "__main__":
     for file, model in PUBLISHED.items():
-        (DOCS / file).write_text(json.dumps(schema(model), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (DOCS / file).write_text(
+            json.dumps(schema(model), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

@@ -7,12 +7,14 @@ import io
 from rich.console import Console
 
 from racdeploy.report import terminal
-from racdeploy.report_model import Report
+from racdeploy.report.model import Report
 
 
 def printed(report: Report, *, is_terminal: bool, width: int = 100) -> str:
     stream = io.StringIO()
-    terminal.print_report(report, Console(file=stream, force_terminal=is_terminal, width=width, color_system=None))
+    terminal.print_report(
+        report, Console(file=stream, force_terminal=is_terminal, width=width, color_system=None)
+    )
     return stream.getvalue()
 
 

@@ -30,7 +30,9 @@ def oracle(ids: list[int]) -> Loop | None:
     after=st.lists(st.integers(0, 2), max_size=30),
 )
 @settings(deadline=None, max_examples=150)
-def test_loops_are_those_of_the_slow_search(before: list[int], unit: list[int], repeats: int, after: list[int]) -> None:
+def test_loops_are_those_of_the_slow_search(
+    before: list[int], unit: list[int], repeats: int, after: list[int]
+) -> None:
     """Place, length and period."""
     ids = [*before, *(unit * repeats)[:120], *after]
     assert oracle(ids) == find_loop(ids)
@@ -44,8 +46,14 @@ def test_loops_are_those_of_the_slow_search(before: list[int], unit: list[int], 
         pytest.param([7] * 64, Loop(0, 64, 1), id="one token for ever"),
         pytest.param(list(range(100)) * 3, None, id="three times is no loop"),
         pytest.param(list(range(20)) * 4, Loop(0, 80, 20), id="four times is one"),
-        pytest.param([1, 2, *(list(range(5, 25)) * 5)[:93]], Loop(2, 93, 20), id="cut off in the fifth"),
-        pytest.param([token for n in range(100) for token in (1, 2, 3, 4 + n)], None, id="other numbers each time"),
+        pytest.param(
+            [1, 2, *(list(range(5, 25)) * 5)[:93]], Loop(2, 93, 20), id="cut off in the fifth"
+        ),
+        pytest.param(
+            [token for n in range(100) for token in (1, 2, 3, 4 + n)],
+            None,
+            id="other numbers each time",
+        ),
     ],
 )
 def test_what_models_do(ids: list[int], expected: Loop | None) -> None:

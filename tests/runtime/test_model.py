@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import racdeploy
-from racdeploy.artifacts import Manifest
-from racdeploy.backends import Completion, Sampling
+from racdeploy.decoding.engine import Completion, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.manifest import Manifest
 from racdeploy.runtime import Model, load
 from racdeploy.runtime.template import PromptEncoder
-from tests.tiny_artifacts import CLOSE_ID, EOS_ID, OPEN_ID, make_bundle
-from tests.tiny_models import edit_json
+from tests.support.tiny_artifacts import CLOSE_ID, EOS_ID, OPEN_ID, make_bundle
+from tests.support.tiny_models import edit_json
 
 QUESTION = "Ann has 12 apples and buys 30 more. How many apples does she have?"
 
@@ -65,7 +65,9 @@ class ScriptedEngine:
         """Nothing to free."""
 
 
-def scripted(bundle: Path, text: str, *, manifest: Manifest | None = None) -> tuple[Model, ScriptedEngine]:
+def scripted(
+    bundle: Path, text: str, *, manifest: Manifest | None = None
+) -> tuple[Model, ScriptedEngine]:
     encoder = PromptEncoder.from_folder(bundle)
     engine = ScriptedEngine([*encoder.encode_text(text), EOS_ID])
     return Model(manifest or Manifest.read(bundle), encoder, engine), engine
@@ -96,7 +98,9 @@ def test_many_prompts_give_what_one_gives(model: Model) -> None:
 
 
 def test_a_seed_decides_a_sampled_answer(model: Model) -> None:
-    first, second, other = (model.generate(QUESTION, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    first, second, other = (
+        model.generate(QUESTION, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
     assert first == second
     assert first != other
 
@@ -123,7 +127,10 @@ def test_streamed_text_is_the_text(model: Model) -> None:
     for seed in range(4):
         pieces.update(thinking="", answer="")
         result = model.generate(QUESTION, temperature=2.0, seed=seed, on_text=on_text)
-        assert (result.thinking, result.answer) == (pieces["thinking"].strip(), pieces["answer"].strip())
+        assert (result.thinking, result.answer) == (
+            pieces["thinking"].strip(),
+            pieces["answer"].strip(),
+        )
 
 
 def test_thinking_and_answer_are_told_apart(bundle: Path) -> None:
@@ -134,7 +141,10 @@ def test_thinking_and_answer_are_told_apart(bundle: Path) -> None:
     assert (result.thinking, result.answer) == ("12+30 你好 🚀", "It is \\boxed{42} ✅.")
     assert (result.state, result.finish_reason) == ("closed", "stop")
     assert "".join(text for stream, text in pieces if stream == "thinking") == "12+30 你好 🚀\n"
-    assert "".join(text for stream, text in pieces if stream == "answer") == "\n\nIt is \\boxed{42} ✅."
+    assert (
+        "".join(text for stream, text in pieces if stream == "answer")
+        == "\n\nIt is \\boxed{42} ✅."
+    )
     assert not any("\ufffd" in text for _, text in pieces)
     assert len(pieces) > 5
 
@@ -158,7 +168,12 @@ def test_the_manifest_gives_the_defaults(bundle: Path) -> None:
     model.generate(QUESTION)
     model.generate(QUESTION, temperature=0.5, top_p=0.9, max_new_tokens=3, seed=4)
     default, given = engine.asked
-    assert (default.temperature, default.top_p, default.max_new_tokens, default.stop_ids) == (0, 1, 24, (EOS_ID,))
+    assert (default.temperature, default.top_p, default.max_new_tokens, default.stop_ids) == (
+        0,
+        1,
+        24,
+        (EOS_ID,),
+    )
     assert (given.temperature, given.top_p, given.max_new_tokens, given.seed) == (0.5, 0.9, 3, 4)
     assert default.budget is not None
     assert (default.budget.open_ids, default.budget.close_ids) == ((OPEN_ID,), (CLOSE_ID,))

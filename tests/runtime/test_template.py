@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from tests.tiny_models import edit_json, make_checkpoint, write_tokenizer
+from tests.support.tiny_models import edit_json, make_checkpoint, write_tokenizer
 
 QUESTION = [{"role": "user", "content": 'What is 2 < 3 && "x"? Größe 🚀 \\boxed{}\n\n  end'}]
 CHAT = [
@@ -75,7 +75,9 @@ def hostile(source: str, messages: list[dict[str, Any]] = QUESTION) -> str:
 
 @pytest.mark.parametrize("source", [QWEN3, R1, DATED], ids=["qwen3", "r1", "dated"])
 @pytest.mark.parametrize("messages", [QUESTION, CHAT], ids=["question", "chat"])
-@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"tools": [{"name": "f<x>"}]}])
+@pytest.mark.parametrize(
+    "variables", [{}, {"enable_thinking": False}, {"tools": [{"name": "f<x>"}]}]
+)
 def test_prompt_ids_equal_those_of_transformers(
     tmp_path: Path, source: str, messages: list[dict[str, str]], variables: dict[str, Any]
 ) -> None:
@@ -97,12 +99,16 @@ def test_a_checkpoint_of_either_version_encodes_alike(tmp_path: Path, transforme
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("asked", [False, True])
-def test_there_is_one_beginning_of_sequence_at_most(tmp_path: Path, written: bool, asked: bool) -> None:
+def test_there_is_one_beginning_of_sequence_at_most(
+    tmp_path: Path, written: bool, asked: bool
+) -> None:
     """The template's own counts; the tokenizer's is added only if asked for and not written."""
     write_tokenizer(tmp_path)
     source = ("{{ bos_token }}" if written else "") + "{{ messages[0].content }}"
     bos = {"content": "<|endoftext|>", "lstrip": False}
-    edit_json(tmp_path / "tokenizer_config.json", chat_template=source, bos_token=bos, add_bos_token=asked)
+    edit_json(
+        tmp_path / "tokenizer_config.json", chat_template=source, bos_token=bos, add_bos_token=asked
+    )
     encoder = PromptEncoder.from_folder(tmp_path)
     bos_id = encoder.tokenizer.token_to_id("<|endoftext|>")
     assert encoder.encode("hello").count(bos_id) == int(written or asked)

@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from racdeploy.runtime.thinking import Split, ThinkingTags, find_tag_names, find_tags, prompt_state, split, tags_of
-from tests.tiny_models import SPECIAL_TOKENS, edit_json, write_tokenizer
+from racdeploy.runtime.thinking import (
+    Split,
+    ThinkingTags,
+    find_tag_names,
+    find_tags,
+    prompt_state,
+    split,
+    tags_of,
+)
+from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, write_tokenizer
 
 EOS = "$"
 
@@ -25,10 +33,20 @@ def tags(open_tag: str, close_tag: str) -> ThinkingTags:
 
 
 def split_text(
-    prompt: str, completion: str, open_tag: str = "<", close_tag: str = ">", forced_at: int | None = None
+    prompt: str,
+    completion: str,
+    open_tag: str = "<",
+    close_tag: str = ">",
+    forced_at: int | None = None,
 ) -> tuple[str, str, str]:
     """Split texts in which every character is a token."""
-    parts = split(ids(prompt), ids(completion), tags(open_tag, close_tag), eos_ids=ids(EOS), forced_at=forced_at)
+    parts = split(
+        ids(prompt),
+        ids(completion),
+        tags(open_tag, close_tag),
+        eos_ids=ids(EOS),
+        forced_at=forced_at,
+    )
     return "".join(map(chr, parts.thinking_ids)), "".join(map(chr, parts.answer_ids)), parts.state
 
 
@@ -76,23 +94,33 @@ TAG_TEXT = st.text("ab<>/", min_size=1, max_size=3)
 @example(prompt=["OPEN", " "], completion=["a", "b"], pair=("<", ">"))
 @example(prompt=["CLOSE", " "], completion=["OPEN", "b"], pair=("<", ">"))
 @example(prompt=[], completion=["a", "CLOSE", "b"], pair=("<a", "</"))
-def test_the_split_equals_the_slow_one(prompt: list[str], completion: list[str], pair: tuple[str, str]) -> None:
+def test_the_split_equals_the_slow_one(
+    prompt: list[str], completion: list[str], pair: tuple[str, str]
+) -> None:
     named = {"OPEN": pair[0], "CLOSE": pair[1]}
-    prompt_text, completion_text = ("".join(named.get(c, c) for c in part) for part in (prompt, completion))
-    assert oracle(prompt_text, completion_text, *pair) == split_text(prompt_text, completion_text, *pair)
+    prompt_text, completion_text = (
+        "".join(named.get(c, c) for c in part) for part in (prompt, completion)
+    )
+    assert oracle(prompt_text, completion_text, *pair) == split_text(
+        prompt_text, completion_text, *pair
+    )
 
 
 def find(ids: list[int], wanted: list[int]) -> int:
     """Return where a list begins to hold another, or a place behind it."""
     places = range(len(ids) - len(wanted) + 1)
-    return next((place for place in places if ids[place : place + len(wanted)] == wanted), len(ids) + 1)
+    return next(
+        (place for place in places if ids[place : place + len(wanted)] == wanted), len(ids) + 1
+    )
 
 
 @settings(deadline=None, max_examples=400)
 @given(
     prompt=st.lists(st.integers(0, 5), max_size=6),
     completion=st.lists(st.integers(0, 5), max_size=20),
-    pair=st.tuples(*[st.lists(st.integers(1, 4), min_size=1, max_size=3)] * 2).filter(lambda pair: pair[0] != pair[1]),
+    pair=st.tuples(*[st.lists(st.integers(1, 4), min_size=1, max_size=3)] * 2).filter(
+        lambda pair: pair[0] != pair[1]
+    ),
     forced=st.booleans(),
 )
 def test_where_a_thought_began_follows_from_ids_alone(
@@ -112,7 +140,9 @@ def test_where_a_thought_began_follows_from_ids_alone(
         expected = "implied" if before == "none" and ends[1] < ends[0] else "emitted"
     forced_at = first_close if forced and first_close <= len(completion) else None
     parts = split(prompt, completion, known, eos_ids=(9,), forced_at=forced_at)
-    if ends[0] != ends[1]:  # one tag may end the other; the longer scan of the slow test decides those
+    if (
+        ends[0] != ends[1]
+    ):  # one tag may end the other; the longer scan of the slow test decides those
         assert parts.opening == expected
     assert (parts.state == "absent") == (parts.opening == "none")
     assert len(parts.thinking_ids) + len(parts.answer_ids) <= len(completion)
@@ -124,9 +154,13 @@ def test_where_a_thought_began_follows_from_ids_alone(
         pytest.param("q<", "abc>42$", ("abc", "42", "closed"), id="R1: the prompt opens"),
         pytest.param("q<  ", "abc>42$", ("abc", "42", "closed"), id="with white space behind"),
         pytest.param("q", "<abc>42$", ("abc", "42", "closed"), id="Qwen3: the model opens"),
-        pytest.param("q", " <abc>42$", ("abc", "42", "closed"), id="text before the open tag is neither"),
+        pytest.param(
+            "q", " <abc>42$", ("abc", "42", "closed"), id="text before the open tag is neither"
+        ),
         pytest.param("q<  > ", "42$", ("", "42", "absent"), id="Qwen3, thinking turned off"),
-        pytest.param("q<  > ", "<ab>42$", ("ab", "42", "reopened"), id="thinking although turned off"),
+        pytest.param(
+            "q<  > ", "<ab>42$", ("ab", "42", "reopened"), id="thinking although turned off"
+        ),
         pytest.param("q", "42$", ("", "42", "absent"), id="no thinking"),
         pytest.param("q<", "abc", ("abc", "", "open"), id="cut"),
         pytest.param("q<", "abc$", ("abc", "", "open"), id="ended inside the thinking"),
@@ -166,7 +200,10 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
     encoder = PromptEncoder.from_folder(tokenizer_folder)
     found = find_tags(encoder)
     assert found is not None
-    assert (found.open_ids, found.close_ids) == ((SPECIAL_TOKENS["<think>"],), (SPECIAL_TOKENS["</think>"],))
+    assert (found.open_ids, found.close_ids) == (
+        (SPECIAL_TOKENS["<think>"],),
+        (SPECIAL_TOKENS["</think>"],),
+    )
     assert prompt_state(encoder.encode("Is <think> a tag?"), found) == "open"
     assert prompt_state(encoder.encode_text("<think>\n\n</think>\n\n \t"), found) == "closed"
     assert prompt_state(encoder.encode_text("<think>\n x"), found) == "none"
@@ -174,7 +211,9 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
 
 def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
     source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
-    plain = PromptEncoder(tokenizer_folder / "tokenizer.json", ChatTemplate(source), template_source=source)
+    plain = PromptEncoder(
+        tokenizer_folder / "tokenizer.json", ChatTemplate(source), template_source=source
+    )
     found = tags_of(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
     assert prompt_state(plain.encode("hello"), found) == "open"

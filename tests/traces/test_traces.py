@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from racdeploy import tasks
-from racdeploy.artifacts import TraceSet
-from racdeploy.backends import EngineSettings, open_engine
-from racdeploy.checkpoint import Checkpoint
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.traces.collect import Answering, collect, prompt_traces
 from racdeploy.traces.select import select
-from tests.tiny_models import make_checkpoint
+from racdeploy.traces.trace import TraceSet
+from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = Traces(count=7, batch=3, max_new_tokens=12)
 
@@ -69,7 +70,9 @@ def test_shards_that_are_answered_together_are_the_same(folder: Path, tmp_path: 
     (tmp_path / "two/shard-00000.jsonl").unlink()
     traces = _collect(folder, tmp_path / "two", together=2)
     assert list(range(7)) == [trace.index for trace in traces]
-    first, second = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    first, second = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two")
+    )
     assert first == second
 
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from racdeploy.backends import Completion, Sampling, ThinkingBudget
-from racdeploy.backends._completion_log import CompletionLog
-from racdeploy.backends._sequence import Sequence as Running
+from racdeploy.decoding.completion_log import CompletionLog
+from racdeploy.decoding.engine import Completion, Sampling, ThinkingBudget
+from racdeploy.decoding.sequence import Sequence as Running
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.verify._answers import Respondent, ended
-from tests.tiny_models import SPECIAL_TOKENS, write_tokenizer
+from racdeploy.verify.answers import Respondent, ended
+from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
 PROBLEMS = [Problem(f"{i} + 1?", str(i + 1), task="sums") for i in range(7)]
@@ -48,8 +48,13 @@ class ScriptedEngine:
     ) -> list[Completion]:
         assert on_tokens
         self.asked += [sampling.stream(index) for index in range(len(prompts))]
-        scripts = [[*(sum(ids) + sampling.stream(i) + k for k in range(3 + i)), EOS] for i, ids in enumerate(prompts)]
-        scripts = [[token % 200 if token != EOS else token for token in script] for script in scripts]
+        scripts = [
+            [*(sum(ids) + sampling.stream(i) + k for k in range(3 + i)), EOS]
+            for i, ids in enumerate(prompts)
+        ]
+        scripts = [
+            [token % 200 if token != EOS else token for token in script] for script in scripts
+        ]
         for step in range(max(map(len, scripts))):
             for index, script in enumerate(scripts):
                 if step < len(script):
@@ -69,12 +74,16 @@ def respondent(tmp_path: Path) -> Respondent:
 
 
 @pytest.mark.parametrize("dies_after", [0, 5, 60, 61, 95])
-def test_a_killed_run_asks_only_what_is_left(respondent: Respondent, tmp_path: Path, dies_after: int) -> None:
+def test_a_killed_run_asks_only_what_is_left(
+    respondent: Respondent, tmp_path: Path, dies_after: int
+) -> None:
     """Streams stay with their prompts and samples, so the answers are those of a run that was never killed."""
     whole = respondent.answer(lambda: nullcontext(ScriptedEngine()), PROBLEMS, "dense")
     file = tmp_path / "log.jsonl"
     with pytest.raises(Killed):
-        respondent.answer(lambda: nullcontext(ScriptedEngine(dies_after)), PROBLEMS, "dense", CompletionLog(file))
+        respondent.answer(
+            lambda: nullcontext(ScriptedEngine(dies_after)), PROBLEMS, "dense", CompletionLog(file)
+        )
     kept = len(file.read_bytes().splitlines()) if file.exists() else 0
     engine = ScriptedEngine()
     again = respondent.answer(lambda: nullcontext(engine), PROBLEMS, "dense", CompletionLog(file))
@@ -85,7 +94,9 @@ def test_a_killed_run_asks_only_what_is_left(respondent: Respondent, tmp_path: P
     assert bool(again.stats) == (kept == 0)
 
 
-def test_an_engine_that_draws_by_stream_answers_alike_after_a_kill(respondent: Respondent, tmp_path: Path) -> None:
+def test_an_engine_that_draws_by_stream_answers_alike_after_a_kill(
+    respondent: Respondent, tmp_path: Path
+) -> None:
     """The same completions, whether a run was broken off or not."""
 
     class Steady(ScriptedEngine):
@@ -169,7 +180,12 @@ TOKENS = st.integers(0, 5)
 )
 @settings(deadline=None, max_examples=400)
 def test_the_end_is_read_from_the_tokens_alone(
-    script: list[int], close: list[int], opening: list[int], starts_open: bool, max_thinking: int, cap: int
+    script: list[int],
+    close: list[int],
+    opening: list[int],
+    starts_open: bool,
+    max_thinking: int,
+    cap: int,
 ) -> None:
     """Finish reason and forced tag equal those of the sequence that every engine runs, at every step."""
     budget = ThinkingBudget(tuple(close), tuple(opening), max_thinking, starts_open)
@@ -191,4 +207,7 @@ def test_the_log_is_one_json_line_a_completion(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     CompletionLog(file).append([1, 2], 7, Completion((3, 4), "length"))
     (line,) = file.read_text().splitlines()
-    assert json.loads(line)[1:] == [7, {"ids": [3, 4], "finish_reason": "length", "forced_at": None}]
+    assert json.loads(line)[1:] == [
+        7,
+        {"ids": [3, 4], "finish_reason": "length", "forced_at": None},
+    ]

@@ -7,21 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.checkpoint import file_sha256
 from racdeploy.recipe import Verification
-from racdeploy.verify import Evidence, OtherArtifact, backends, integrity, read_gate, tokens
-from tests.verify.records import arm_of, record
+from racdeploy.storage.files import file_sha256
+from racdeploy.verify.checks import backends, integrity, tokens
+from racdeploy.verify.evidence import Evidence, OtherArtifact
+from racdeploy.verify.gate import read_gate
+from tests.support.records import arm_of, record
 
 
 def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
     """Return evidence in which a second engine gets ``wrong`` prompts wrong and thinks ``longer`` on each."""
     main = arm_of([record(i, extracted=str(i)) for i in range(count)])
     changed = [
-        record(i, correct=i >= wrong, extracted="x" if i < wrong else str(i), thinking_tokens=100 + longer)
+        record(
+            i,
+            correct=i >= wrong,
+            extracted="x" if i < wrong else str(i),
+            thinking_tokens=100 + longer,
+        )
         for i in range(count)
     ]
     other = OtherArtifact(replace(arm_of(changed), quant="f32"), "onnxruntime", Path(), {})
-    return Evidence(Verification(), read_gate(), main, main, Path(), {}, 0.5, backend="llamacpp", also=(other,))
+    return Evidence(
+        Verification(), read_gate(), main, main, Path(), {}, 0.5, backend="llamacpp", also=(other,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,13 +49,19 @@ def test_engines_are_equivalent_within_the_limits(evidence: Evidence, verdict: s
 
 def test_the_figures_say_how_alike_the_answers_are() -> None:
     found = backends.check(evidence_of(200, wrong=40))
-    assert (found.figures["onnxruntime_same_answers"], found.figures["onnxruntime_difference"]) == (0.8, 0.2)
+    assert (found.figures["onnxruntime_same_answers"], found.figures["onnxruntime_difference"]) == (
+        0.8,
+        0.2,
+    )
     assert "onnxruntime f32 against llamacpp q8_0" in found.summary
 
 
 def test_one_engine_has_nobody_to_agree_with() -> None:
     found = backends.check(replace(evidence_of(20), also=()))
-    assert (found.verdict, found.remedy) == ("skipped", "build it with a second target: --also TARGET")
+    assert (found.verdict, found.remedy) == (
+        "skipped",
+        "build it with a second target: --also TARGET",
+    )
 
 
 def test_the_files_of_every_artifact_are_hashed(tmp_path: Path) -> None:
@@ -54,8 +69,12 @@ def test_the_files_of_every_artifact_are_hashed(tmp_path: Path) -> None:
     main.write_bytes(b"main")
     second.write_bytes(b"second")
     base = evidence_of(20)
-    other = replace(base.also[0], artifact=second, artifact_files={"model.onnx": file_sha256(second)})
-    whole = replace(base, artifact=main, artifact_files={"model.gguf": file_sha256(main)}, also=(other,))
+    other = replace(
+        base.also[0], artifact=second, artifact_files={"model.onnx": file_sha256(second)}
+    )
+    whole = replace(
+        base, artifact=main, artifact_files={"model.gguf": file_sha256(main)}, also=(other,)
+    )
     assert integrity.check(whole).verdict == "pass"
     second.write_bytes(b"another")
     found = integrity.check(whole)

@@ -8,7 +8,7 @@ import pytest
 
 from racdeploy.export import ExportedTensor, ExportResult
 from racdeploy.recipe import Export, Verification
-from racdeploy.verify._controls import SAME_SIZE, control_notes, same_size_quants
+from racdeploy.verify.controls import SAME_SIZE, control_notes, same_size_quants
 
 ROWS, ROW = 31_250, 256  # 8 million weights: a million bytes for each bit a weight takes
 REST = 1_000_000
@@ -20,9 +20,13 @@ def _exported(bits: float) -> ExportResult:
     return ExportResult(Path("a.gguf"), (linear,), REST + size_bytes, {})
 
 
-def _chosen(bits: float, sparsity: float = 0.0, row: int = ROW, packing: str = "bitmask") -> list[str]:
+def _chosen(
+    bits: float, sparsity: float = 0.0, row: int = ROW, packing: str = "bitmask"
+) -> list[str]:
     shapes = {"w": (ROWS * ROW // row, row)}
-    return same_size_quants(Export(packing=packing), _exported(8.5), _exported(bits), shapes, sparsity)
+    return same_size_quants(
+        Export(packing=packing), _exported(8.5), _exported(bits), shapes, sparsity
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,9 @@ def _chosen(bits: float, sparsity: float = 0.0, row: int = ROW, packing: str = "
         (4.5, 256, "q4_k"),
     ],
 )
-def test_the_widest_format_that_is_no_larger_is_chosen(bits: float, row: int, expected: str) -> None:
+def test_the_widest_format_that_is_no_larger_is_chosen(
+    bits: float, row: int, expected: str
+) -> None:
     """And K formats before others of the same width; of a packed artifact the packed size counts, alone."""
     assert _chosen(bits, 0.5, row) == [expected]
 
@@ -58,5 +64,12 @@ def test_two_sizes_that_ask_for_one_format_give_one_rival() -> None:
 def test_nothing_fits_a_size_below_every_format_and_the_report_says_so() -> None:
     """No rival is no silence."""
     assert _chosen(0.5) == []
-    assert "every number format gives a file that is larger" in control_notes(Verification(controls=(SAME_SIZE,)), 0)[0]
-    assert control_notes(Verification(controls=(SAME_SIZE,)), 1) == control_notes(Verification(), 0) == []
+    assert (
+        "every number format gives a file that is larger"
+        in control_notes(Verification(controls=(SAME_SIZE,)), 0)[0]
+    )
+    assert (
+        control_notes(Verification(controls=(SAME_SIZE,)), 1)
+        == control_notes(Verification(), 0)
+        == []
+    )

@@ -28,7 +28,9 @@ DRAWS = 20_000
 
 @given(st.integers(1, 300), st.data(), st.sampled_from([0.02, 0.05, 0.2]))
 @settings(max_examples=150, deadline=None)
-def test_equivalence_is_non_inferiority_both_ways(n: int, data: st.DataObject, margin: float) -> None:
+def test_equivalence_is_non_inferiority_both_ways(
+    n: int, data: st.DataObject, margin: float
+) -> None:
     """It passes if and only if neither arm is worse than the other by the margin."""
     n10 = data.draw(st.integers(0, n))
     n01 = data.draw(st.integers(0, n - n10))
@@ -51,7 +53,9 @@ def _passes(n10: int, n01: int, n: int, margin: float) -> bool:
     return equivalence(n10, n01, n, margin) == "pass"
 
 
-@pytest.mark.parametrize(("n", "rate", "margin"), [(200, 0.05, 0.05), (200, 0.10, 0.05), (433, 0.10, 0.05)])
+@pytest.mark.parametrize(
+    ("n", "rate", "margin"), [(200, 0.05, 0.05), (200, 0.10, 0.05), (433, 0.10, 0.05)]
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_arms_that_differ_by_the_margin_pass_at_most_five_percent(
     n: int, rate: float, margin: float, sign: int
@@ -61,7 +65,9 @@ def test_arms_that_differ_by_the_margin_pass_at_most_five_percent(
         n, [(rate + sign * margin) / 2, (rate - sign * margin) / 2, 1 - rate], size=DRAWS
     )
     pairs, counts = np.unique(cells[:, :2], axis=0, return_counts=True)
-    assert np.average([_passes(int(a), int(b), n, margin) for a, b in pairs], weights=counts) <= 0.055
+    assert (
+        np.average([_passes(int(a), int(b), n, margin) for a, b in pairs], weights=counts) <= 0.055
+    )
 
 
 def test_lengths_are_equivalent_within_a_ratio_both_ways() -> None:
@@ -75,7 +81,9 @@ def test_lengths_are_equivalent_within_a_ratio_both_ways() -> None:
         assert equivalent_lengths(second, first, 1e9, limit=1.1) == verdict
 
 
-@pytest.mark.parametrize(("n", "limit", "ratio"), [(40, 1.2, 1.0), (80, 1.1, 1.0), (60, 1.2, 1.2), (120, 1.2, 1.1)])
+@pytest.mark.parametrize(
+    ("n", "limit", "ratio"), [(40, 1.2, 1.0), (80, 1.1, 1.0), (60, 1.2, 1.2), (120, 1.2, 1.1)]
+)
 def test_the_power_of_a_length_agrees_with_simulation(n: int, limit: float, ratio: float) -> None:
     """Within 2 points over 20 000 draws; the verdict is computed here as the textbook writes it."""
     generator = np.random.default_rng(3)
@@ -88,9 +96,9 @@ def test_the_power_of_a_length_agrees_with_simulation(n: int, limit: float, rati
     assert math.log(row.upper) == pytest.approx(upper_R[0])
     assert float(deviation_R[0]) == pytest.approx(length_deviation(dense_RN[0], pruned_RN[0], 1e9))
     expected = float((upper_R < math.log(limit)).mean())
-    assert length_power(n, float(np.sqrt((deviation_R**2).mean())), limit, ratio=ratio) == pytest.approx(
-        expected, abs=0.02
-    )
+    assert length_power(
+        n, float(np.sqrt((deviation_R**2).mean())), limit, ratio=ratio
+    ) == pytest.approx(expected, abs=0.02)
 
 
 def test_the_smallest_detectable_ratio_is_the_inverse_of_the_power() -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from racdeploy.recipe import Verification
-from racdeploy.verify import Arm, Evidence, OtherArtifact, accuracy, backends, read_gate, thinking
-from tests.verify.records import arm_of, record
+from racdeploy.verify.checks import accuracy, backends, thinking
+from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact
+from racdeploy.verify.gate import read_gate
+from tests.support.records import arm_of, record
 
 CHECKS = {"accuracy": accuracy, "thinking": thinking, "backends": backends}
 
@@ -29,7 +31,9 @@ def _arm(right_N: np.ndarray, lengths_N: np.ndarray, faulty_N: np.ndarray) -> Ar
                 state="open" if faulty else "closed",
                 loop_tokens=80 if faulty else 0,
             )
-            for index, (right, length, faulty) in enumerate(zip(right_N, lengths_N, faulty_N, strict=True))
+            for index, (right, length, faulty) in enumerate(
+                zip(right_N, lengths_N, faulty_N, strict=True)
+            )
         ]
     )
 
@@ -48,7 +52,15 @@ def _verdicts(seed: int, flips: float, spread: float) -> dict[str, str]:
         for _ in range(2)
     )
     evidence = Evidence(
-        Verification(), gate, first, second, Path(), {}, 0.0, backend="a", also=(OtherArtifact(first, "b", Path(), {}),)
+        Verification(),
+        gate,
+        first,
+        second,
+        Path(),
+        {},
+        0.0,
+        backend="a",
+        also=(OtherArtifact(first, "b", Path(), {}),),
     )
     return {name: check.check(evidence).verdict for name, check in CHECKS.items()}
 
@@ -56,7 +68,9 @@ def _verdicts(seed: int, flips: float, spread: float) -> dict[str, str]:
 @pytest.mark.parametrize(("flips", "spread"), [(0.005, 0.02), (0.02, 0.1), (0.05, 0.3)])
 def test_like_arms_never_fail(flips: float, spread: float) -> None:
     """20 seeds of 200 prompts; with few flips nothing is inconclusive either."""
-    counts = {name: Counter(_verdicts(seed, flips, spread)[name] for seed in range(20)) for name in CHECKS}
+    counts = {
+        name: Counter(_verdicts(seed, flips, spread)[name] for seed in range(20)) for name in CHECKS
+    }
     assert all("fail" not in found for found in counts.values()), counts
     if flips < 0.01:
         assert all(found["pass"] == 20 for found in counts.values()), counts
@@ -68,4 +82,6 @@ def test_unlike_arms_do() -> None:
     n = gate.tiers.standard.prompts
     lengths_N, none_N = np.full(n, 100.0), np.zeros(n, dtype=bool)
     good, bad = (_arm(generator.random(n) >= lost, lengths_N, none_N) for lost in (0.0, 0.12))
-    assert accuracy.check(Evidence(Verification(), gate, good, bad, Path(), {}, 0.0)).verdict == "fail"
+    assert (
+        accuracy.check(Evidence(Verification(), gate, good, bad, Path(), {}, 0.0)).verdict == "fail"
+    )

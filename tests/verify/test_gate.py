@@ -15,18 +15,22 @@ import pytest
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.job import Job
+from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Verification
-from racdeploy.report_model import CheckResult
-from racdeploy.verify import GATE_EXAMPLE, TIERS, Arm, Evidence, accuracy, gate_model, logits, read_gate, run_checks
-from racdeploy.verify import thinking as thinking_check
-from tests.verify.records import arm_of, record
+from racdeploy.report.model import CheckResult
+from racdeploy.verify.checks import accuracy, logits
+from racdeploy.verify.checks import thinking as thinking_check
+from racdeploy.verify.evidence import Arm, Evidence, run_checks
+from racdeploy.verify.gate import GATE_EXAMPLE, TIERS, gate_model, read_gate
+from tests.support.records import arm_of, record
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def _published() -> str:
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | gate_model().model_json_schema()
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema"
+    } | gate_model().model_json_schema()
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -39,7 +43,11 @@ def _file(folder: Path, text: str) -> Path:
 def test_a_gate_file_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
     """What the file leaves out stays as built, and what both leave out has its default."""
     file = _file(tmp_path, "[accuracy]\nmargin = 0.02\n[tiers.standard]\nprompts = 300\n")
-    built = {"accuracy": {"margin": 0.1}, "thinking": {"unclosed": 0.1}, "tiers": {"standard": {"samples": 4}}}
+    built = {
+        "accuracy": {"margin": 0.1},
+        "thinking": {"unclosed": 0.1},
+        "tiers": {"standard": {"samples": 4}},
+    }
     gate = read_gate(file, built)
     assert gate.limits(accuracy.Limits).margin == 0.02
     assert gate.limits(thinking_check.Limits) == thinking_check.Limits(unclosed=0.1)
@@ -53,7 +61,10 @@ def test_a_gate_file_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
     [
         ("[acuracy]\nmargin = 0.02\n", r"unknown key 'acuracy' \(did you mean 'accuracy'\?\)"),
         ("margin = 0.02\n", "unknown key 'margin'"),
-        ("[accuracy]\nmargn = 0.02\n", r"unknown key 'accuracy.margn' \(did you mean 'margin'\?\); known: margin"),
+        (
+            "[accuracy]\nmargn = 0.02\n",
+            r"unknown key 'accuracy.margn' \(did you mean 'margin'\?\); known: margin",
+        ),
         ("[accuracy]\nmargin = 1.5\n", r"accuracy.margin: .* less than 1 \(got 1.5\)"),
         ("[accuracy]\nmargin = nan\n", "accuracy.margin"),
         ('[accuracy]\nmargin = "low"\n', "accuracy.margin"),
@@ -87,12 +98,23 @@ def test_a_gate_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
 
 def test_a_tier_says_how_much_is_run() -> None:
     """Prompts and samples go into the settings, checks and the meaning of too little data into the gate."""
-    built = {"tiers": {"smoke": {"prompts": 9, "samples": 2, "temperature": 0.6, "checks": ["tokens"]}}}
+    built = {
+        "tiers": {"smoke": {"prompts": 9, "samples": 2, "temperature": 0.6, "checks": ["tokens"]}}
+    }
     gate = read_gate(built=built)
     smoke = gate.at("smoke")
     settings = gate.tiers.smoke.apply(Verification(max_new_tokens=77))
-    assert (settings.count, settings.samples, settings.temperature, settings.max_new_tokens) == (9, 2, 0.6, 77)
-    assert (smoke.runs("tokens"), smoke.runs("accuracy"), smoke.inconclusive) == (True, False, "fail")
+    assert (settings.count, settings.samples, settings.temperature, settings.max_new_tokens) == (
+        9,
+        2,
+        0.6,
+        77,
+    )
+    assert (smoke.runs("tokens"), smoke.runs("accuracy"), smoke.inconclusive) == (
+        True,
+        False,
+        "fail",
+    )
     assert read_gate().at("smoke").inconclusive == "pass"
     assert gate.at("") is gate
     with pytest.raises(UsageError, match=r"unknown tier 'standart' \(did you mean 'standard'\?\)"):
@@ -107,20 +129,27 @@ def test_equal_samples_are_refused() -> None:
 
 def test_a_recipe_carries_its_gate() -> None:
     """A bad limit in a recipe is found before any work."""
-    assert Job(Recipe(gate={"accuracy": {"margin": 0.3}})).gate.limits(accuracy.Limits).margin == 0.3
+    assert (
+        Job(Recipe(gate={"accuracy": {"margin": 0.3}})).gate.limits(accuracy.Limits).margin == 0.3
+    )
     with pytest.raises(UsageError, match=r"\[gate\].*did you mean 'margin'"):
         _ = Job(Recipe(gate={"accuracy": {"magin": 0.3}})).gate
 
 
 def _evidence(gate_file: Path | None, dense: Arm, pruned: Arm, **more: object) -> Evidence:
     file = Path(__file__)
-    return Evidence(Verification(), read_gate(gate_file), dense, pruned, file, {file.name: ""}, 0.5, **more)  # type: ignore[arg-type]
+    return Evidence(
+        Verification(), read_gate(gate_file), dense, pruned, file, {file.name: ""}, 0.5, **more
+    )  # type: ignore[arg-type]
 
 
 def test_what_the_gate_does_not_ask_for_is_skipped(tmp_path: Path) -> None:
     """By name, with the reason; the others decide."""
     arm = arm_of([record(index) for index in range(80)])
-    found = {check.name: check for check in run_checks(_evidence(_file(tmp_path, 'checks = ["accuracy"]'), arm, arm))}
+    found = {
+        check.name: check
+        for check in run_checks(_evidence(_file(tmp_path, 'checks = ["accuracy"]'), arm, arm))
+    }
     assert found.keys() == set(plugins.names("checks"))
     assert {name for name, check in found.items() if check.verdict != "skipped"} == {"accuracy"}
     assert found["tokens"].summary == "the gate does not ask for it"
@@ -139,14 +168,18 @@ def test_a_limit_on_what_was_not_measured_is_an_error(tmp_path: Path, text: str)
 @pytest.mark.parametrize(("kl", "verdict"), [(0.05, "pass"), (0.2, "fail"), (float("nan"), "fail")])
 def test_pruning_has_a_limit_of_its_own(tmp_path: Path, kl: float, verdict: str) -> None:
     """The export may be perfect and the pruning too much."""
-    from racdeploy.verify import LogitComparison
+    from racdeploy.verify.evidence import LogitComparison
 
     arm = arm_of([record(0)])
     comparison = LogitComparison(10, 1e-6, 1.0, 0.0, kl, 0.9, 0.1)
-    evidence = _evidence(_file(tmp_path, "[logits]\npruning_kl_nats = 0.1\n"), arm, arm, logits=comparison)
+    evidence = _evidence(
+        _file(tmp_path, "[logits]\npruning_kl_nats = 0.1\n"), arm, arm, logits=comparison
+    )
     found = logits.check(evidence)
     assert (found.verdict, "(limit 0.1)" in found.summary) == (verdict, True)
-    assert found.remedy == ("" if verdict == "pass" else "lower the sparsity, or calibrate on more traces")
+    assert found.remedy == (
+        "" if verdict == "pass" else "lower the sparsity, or calibrate on more traces"
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +198,7 @@ def test_first_choices_have_limits(
     tmp_path: Path, text: str, export_changed: float, pruning_changed: float, verdict: str
 ) -> None:
     """A KL within its limit is not enough where the artifact clearly says other tokens."""
-    from racdeploy.verify import LogitComparison
+    from racdeploy.verify.evidence import LogitComparison
 
     arm = arm_of([record(0)])
     comparison = LogitComparison(10, 1e-6, 0.5, export_changed, 0.01, 0.5, pruning_changed)
@@ -175,9 +208,11 @@ def test_first_choices_have_limits(
 
 def test_a_tie_is_no_other_token() -> None:
     """Only a first choice that the reference holds less than half as likely as its own counts."""
-    from racdeploy.verify._measure import clearly_changed
+    from racdeploy.verify.measure import clearly_changed
 
-    reference_TV = np.log(np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], dtype=np.float32))
+    reference_TV = np.log(
+        np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], dtype=np.float32)
+    )
     other_TV = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
     assert clearly_changed(reference_TV, other_TV).tolist() == [False, False, True]
 
@@ -199,7 +234,9 @@ def test_the_page_names_every_limit() -> None:
 
 def test_the_example_is_a_gate_file(tmp_path: Path) -> None:
     """``racdeploy init --gate``, the file in examples/ci and the defaults are one."""
-    assert (DOCS.parent / "examples/ci/racdeploy-gate.toml").read_text(encoding="utf-8") == GATE_EXAMPLE
+    assert (DOCS.parent / "examples/ci/racdeploy-gate.toml").read_text(
+        encoding="utf-8"
+    ) == GATE_EXAMPLE
     written = read_gate(_file(tmp_path, GATE_EXAMPLE))
     assert written.model_dump() == read_gate().model_dump()
     jsonschema.validate(tomllib.loads(GATE_EXAMPLE), json.loads(_published()))
@@ -212,7 +249,8 @@ def test_the_verdict_follows_the_gates_confidence(tmp_path: Path) -> None:
     dense = arm_of([record(index) for index in range(200)])
     pruned = arm_of([record(index, correct=index >= 4) for index in range(200)])
     verdicts: list[CheckResult] = [
-        accuracy.check(_evidence(_file(tmp_path, f"confidence = {level}\n"), dense, pruned)) for level in (0.9, 0.999)
+        accuracy.check(_evidence(_file(tmp_path, f"confidence = {level}\n"), dense, pruned))
+        for level in (0.9, 0.999)
     ]
     assert [check.verdict for check in verdicts] == ["pass", "inconclusive"]
 

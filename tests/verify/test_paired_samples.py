@@ -24,7 +24,9 @@ def test_one_sample_counts_as_before() -> None:
 def test_repeated_samples_are_no_new_prompts() -> None:
     """A model that answers a prompt the same way every time teaches nothing with eight samples."""
     dense, pruned = np.array([1, 1, 0, 1, 0] * 20), np.array([1, 0, 1, 1, 0] * 20)
-    eight = paired_counts(np.repeat(dense[:, None], 8, axis=1), np.repeat(pruned[:, None], 8, axis=1))
+    eight = paired_counts(
+        np.repeat(dense[:, None], 8, axis=1), np.repeat(pruned[:, None], 8, axis=1)
+    )
     assert eight == paired_counts(dense, pruned)
 
 
@@ -44,7 +46,9 @@ def test_the_order_of_the_samples_does_not_matter() -> None:
     assert paired_counts(dense, pruned) == paired_counts(dense[:, ::-1], pruned)
 
 
-def _cells(kind: str, n: int, generator: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _cells(
+    kind: str, n: int, generator: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the probabilities of a right answer by draw and prompt, whose mean drop is the margin."""
     size = (DRAWS, n)
     if kind == "a fifth of the prompts suffers":
@@ -89,7 +93,9 @@ def _passes(dense_RNS: NDArray[np.float64], pruned_RNS: NDArray[np.float64]) -> 
 def test_a_model_at_the_margin_passes_at_most_five_percent(kind: str, n: int, samples: int) -> None:
     """Type-I error over 20 000 draws, however the samples of a prompt hang together: 5.5 % is three standard errors."""
     generator = np.random.default_rng(1)
-    dense, pruned = (generator.binomial(samples, part) / samples for part in _cells(kind, n, generator))
+    dense, pruned = (
+        generator.binomial(samples, part) / samples for part in _cells(kind, n, generator)
+    )
     assert _passes(dense, pruned).mean() <= 0.055
 
 
@@ -113,7 +119,9 @@ def test_samples_taken_for_prompts_would_exceed_the_level() -> None:
     assert _passes(*repeated).mean() > 0.15
 
 
-@pytest.mark.parametrize(("first", "second"), [([1, 0], [1]), ([], []), ([0.5, 1], [1, 1]), ([[[1]]], [[[1]]])])
+@pytest.mark.parametrize(
+    ("first", "second"), [([1, 0], [1]), ([], []), ([0.5, 1], [1, 1]), ([[[1]]], [[[1]]])]
+)
 def test_answers_that_are_none_are_refused(first: list[object], second: list[object]) -> None:
     """Right or wrong, of the same prompts."""
     with pytest.raises(ValueError, match=r"."):

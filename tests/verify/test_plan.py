@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from racdeploy.recipe import Verification
-from racdeploy.verify import read_gate, stats
-from racdeploy.verify._plan import Expectation, expectation_of, plan
-from tests.verify.records import arm_of, record
+from racdeploy.verify import stats
+from racdeploy.verify.gate import read_gate
+from racdeploy.verify.plan import Expectation, expectation_of, plan
+from tests.support.records import arm_of, record
 
 
 def test_the_plan_gives_power_and_what_can_be_seen() -> None:
@@ -16,14 +17,20 @@ def test_the_plan_gives_power_and_what_can_be_seen() -> None:
     assert found["accuracy_power"] == pytest.approx(stats.power(200, 0.1, 0.05), abs=5e-4)
     assert found["smallest_detectable_drop"] == pytest.approx(0.058, abs=1e-3)
     assert found["accuracy_power"] < 0.8
-    assert stats.length_power(200, 0.3, found["smallest_detectable_ratio"]) == pytest.approx(0.8, abs=0.01)
+    assert stats.length_power(200, 0.3, found["smallest_detectable_ratio"]) == pytest.approx(
+        0.8, abs=0.01
+    )
     assert found["expectation"] == "assumed"
 
 
 def test_one_prompt_decides_nothing() -> None:
     """And the plan says so instead of failing."""
     found = plan(Verification(), read_gate(), Expectation(), 1)
-    assert (found["accuracy_power"], found["length_power"], found["smallest_detectable_ratio"]) == (0.0, 0.0, None)
+    assert (found["accuracy_power"], found["length_power"], found["smallest_detectable_ratio"]) == (
+        0.0,
+        0.0,
+        None,
+    )
 
 
 def test_an_earlier_verification_is_the_expectation() -> None:

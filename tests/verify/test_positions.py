@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from racdeploy.verify._measure import _STRETCHES, _along
+from racdeploy.verify.measure import _STRETCHES, _along
 
 
 @pytest.mark.parametrize("longest", [1, 47, 48, 49, 1000])
@@ -17,7 +17,10 @@ def test_every_token_is_in_one_stretch(longest: int) -> None:
     rows = _along(export, pruning)
     assert len(rows) <= _STRETCHES
     assert sum(row.tokens for row in rows) == sum(lengths)
-    assert [rows[0].start_token, *(row.stop_token for row in rows)] == [*(row.start_token for row in rows), longest]
+    assert [rows[0].start_token, *(row.stop_token for row in rows)] == [
+        *(row.start_token for row in rows),
+        longest,
+    ]
     for arm, name in ((export, "export_kl_nats"), (pruning, "pruning_kl_nats")):
         # Means of at most 1 334 numbers below 1: float64 sums differ by less than 1e-12.
         mean = sum(getattr(row, name) * row.tokens for row in rows) / sum(lengths)

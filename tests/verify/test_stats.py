@@ -93,7 +93,9 @@ def test_without_discordant_prompts_the_interval_has_a_closed_form() -> None:
 
 @given(tables(), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
 @settings(max_examples=150, deadline=None)
-def test_tango_holds_the_estimate_and_stays_in_range(table: tuple[int, int, int], confidence: float) -> None:
+def test_tango_holds_the_estimate_and_stays_in_range(
+    table: tuple[int, int, int], confidence: float
+) -> None:
     """-1 ≤ lower ≤ d ≤ upper ≤ 1, for any table."""
     n10, n01, n = table
     lower, upper = tango_interval(n10, n01, n, confidence)
@@ -112,7 +114,9 @@ def test_tango_is_symmetric_under_swapping_the_arms(table: tuple[int, int, int])
 
 @given(tables(), st.integers(2, 5))
 @settings(max_examples=100, deadline=None)
-def test_tango_narrows_with_more_prompts_of_the_same_kind(table: tuple[int, int, int], factor: int) -> None:
+def test_tango_narrows_with_more_prompts_of_the_same_kind(
+    table: tuple[int, int, int], factor: int
+) -> None:
     """The same proportions over more prompts give a narrower interval."""
     n10, n01, n = table
     few, many = tango_interval(n10, n01, n), tango_interval(factor * n10, factor * n01, factor * n)
@@ -121,7 +125,12 @@ def test_tango_narrows_with_more_prompts_of_the_same_kind(table: tuple[int, int,
 
 @pytest.mark.parametrize(
     ("n10", "n01", "n", "verdict"),
-    [(0, 0, 200, "pass"), (40, 5, 200, "fail"), (0, 0, 20, "inconclusive"), (0, 0, 1, "inconclusive")],
+    [
+        (0, 0, 200, "pass"),
+        (40, 5, 200, "fail"),
+        (0, 0, 20, "inconclusive"),
+        (0, 0, 1, "inconclusive"),
+    ],
 )
 def test_non_inferiority_has_three_answers(n10: int, n01: int, n: int, verdict: str) -> None:
     """Too few prompts are inconclusive even when both models agree on all of them."""
@@ -137,7 +146,9 @@ def test_a_limit_on_the_end_of_the_interval_is_inconclusive() -> None:
 verdict = cache(non_inferiority)
 
 
-def simulate(n: int, rate: float, margin: float, drop: float, wanted: str = "pass", draws: int = 20_000) -> float:
+def simulate(
+    n: int, rate: float, margin: float, drop: float, wanted: str = "pass", draws: int = 20_000
+) -> float:
     """Return the share of simulated verifications that end with a verdict."""
     generator = np.random.default_rng(20_251)
     cells = generator.multinomial(n, [(rate + drop) / 2, (rate - drop) / 2, 1 - rate], size=draws)
@@ -147,9 +158,12 @@ def simulate(n: int, rate: float, margin: float, drop: float, wanted: str = "pas
 
 
 @pytest.mark.parametrize(
-    ("n", "margin", "rate"), [(50, 0.02, 0.04), (100, 0.05, 0.08), (200, 0.05, 0.15), (500, 0.10, 0.20)]
+    ("n", "margin", "rate"),
+    [(50, 0.02, 0.04), (100, 0.05, 0.08), (200, 0.05, 0.15), (500, 0.10, 0.20)],
 )
-def test_a_model_at_the_margin_passes_at_most_five_percent(n: int, margin: float, rate: float) -> None:
+def test_a_model_at_the_margin_passes_at_most_five_percent(
+    n: int, margin: float, rate: float
+) -> None:
     """Type-I error by simulation; 20 000 draws have a standard error of 0.15 points: 5.5 % is three."""
     assert simulate(n, rate, margin, drop=margin) <= 0.055
 
@@ -158,7 +172,9 @@ def test_a_model_at_the_margin_passes_at_most_five_percent(n: int, margin: float
     ("n", "margin", "rate"),
     [(53, 0.05, 0.10), (62, 0.02, 0.06), (125, 0.01, 0.03), (128, 0.02, 0.04), (200, 0.02, 0.03)],
 )
-def test_a_model_at_the_margin_fails_at_most_five_percent(n: int, margin: float, rate: float) -> None:
+def test_a_model_at_the_margin_fails_at_most_five_percent(
+    n: int, margin: float, rate: float
+) -> None:
     """Nor is a model that is just good enough failed more often; the worst cases of a search are among these."""
     assert simulate(n, rate, margin, drop=margin, wanted="fail") <= 0.055
 
@@ -172,7 +188,9 @@ def exact_rate(n: int, rate: float, margin: float, score_alone: bool = False) ->
         for n01 in range(int(binom.ppf(1 - 1e-9, n, p01)) + 1)
         if n10 + n01 <= n and n10 > n * margin  # below it nothing fails
     ]
-    masses = multinomial.pmf([(n10, n01, n - n10 - n01) for n10, n01 in tables], n, [p10, p01, 1 - p10 - p01])
+    masses = multinomial.pmf(
+        [(n10, n01, n - n10 - n01) for n10, n01 in tables], n, [p10, p01, 1 - p10 - p01]
+    )
     interval = tango_interval if score_alone else drop_interval
     fails = [judge(interval(n10, n01, n, 0.90), margin) == "fail" for n10, n01 in tables]
     return float(np.dot(masses, fails))
@@ -217,14 +235,20 @@ def test_verdicts_are_symmetric_under_swapping_the_arms(table: tuple[int, int, i
 @pytest.mark.parametrize("n", [50, 64, 100, 200, 433, 1000])
 @pytest.mark.parametrize("margin", [0.01, 0.02, 0.05, 0.10])
 @pytest.mark.parametrize("rate_per_margin", [1.2, 2.0, 3.0])
-def test_the_exact_type_one_error_stays_near_five_percent(n: int, margin: float, rate_per_margin: float) -> None:
+def test_the_exact_type_one_error_stays_near_five_percent(
+    n: int, margin: float, rate_per_margin: float
+) -> None:
     """The same without noise: power at a drop of exactly the margin, from 50 prompts on."""
     assert power(n, rate_per_margin * margin, margin, drop=margin) <= 0.055
 
 
-@pytest.mark.parametrize(("n", "margin"), [(54, 0.05), (133, 0.02), (200, 0.03), (271, 0.01), (1000, 0.01)])
+@pytest.mark.parametrize(
+    ("n", "margin"), [(54, 0.05), (133, 0.02), (200, 0.03), (271, 0.01), (1000, 0.01)]
+)
 @pytest.mark.parametrize("rate_per_margin", [1.0, 1.02, 1.1])
-def test_a_model_that_only_loses_passes_at_most_five_percent(n: int, margin: float, rate_per_margin: float) -> None:
+def test_a_model_that_only_loses_passes_at_most_five_percent(
+    n: int, margin: float, rate_per_margin: float
+) -> None:
     """Discordant rate at the margin: n10 is binomial there, where the score test alone passes up to 6.8 %."""
     assert power(n, rate_per_margin * margin, margin, drop=margin) <= 0.055
 
@@ -255,11 +279,18 @@ def test_where_both_arms_win_the_interval_is_tangos() -> None:
 
 @pytest.mark.parametrize(
     ("n", "rate", "margin", "drop"),
-    [(60, 0.10, 0.10, 0.0), (200, 0.10, 0.05, 0.0), (300, 0.15, 0.05, 0.01), (800, 0.05, 0.02, 0.0)],
+    [
+        (60, 0.10, 0.10, 0.0),
+        (200, 0.10, 0.05, 0.0),
+        (300, 0.15, 0.05, 0.01),
+        (800, 0.05, 0.02, 0.0),
+    ],
 )
 def test_power_agrees_with_simulation(n: int, rate: float, margin: float, drop: float) -> None:
     """Within 2 points; the simulation's standard error is at most 0.35 points."""
-    assert power(n, rate, margin, drop=drop) == pytest.approx(simulate(n, rate, margin, drop), abs=0.02)
+    assert power(n, rate, margin, drop=drop) == pytest.approx(
+        simulate(n, rate, margin, drop), abs=0.02
+    )
 
 
 def test_power_without_disagreement_is_all_or_nothing() -> None:
@@ -272,7 +303,9 @@ def test_power_without_disagreement_is_all_or_nothing() -> None:
     ("margin", "target", "textbook"),
     [(0.05, 0.8, 248), (0.05, 0.9, 343), (0.02, 0.8, 1546), (0.01, 0.8, 6183)],
 )
-def test_required_n_is_near_the_textbook_formula(margin: float, target: float, textbook: int) -> None:
+def test_required_n_is_near_the_textbook_formula(
+    margin: float, target: float, textbook: int
+) -> None:
     """(z_level + z_power)² rate / margin² ignores discreteness and the score variance: allow 8 % more."""
     n = required_n(0.10, margin, target_power=target)
     assert textbook <= n <= 1.08 * textbook
@@ -291,12 +324,16 @@ def test_thirty_prompts_never_gate_two_points() -> None:
     assert power(30, 0.10, 0.02) < 0.06
 
 
-@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (1, 29), (15, 148), (148, 148)])
+@pytest.mark.parametrize(
+    ("successes", "n"), [(0, 1), (1, 1), (0, 20), (1, 29), (15, 148), (148, 148)]
+)
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.999])
 def test_wilson_matches_scipy(successes: int, n: int, confidence: float) -> None:
     """Both evaluate one closed form; they differ by rounding."""
     expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    assert wilson_interval(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(successes, n, confidence) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_wilson_gives_newcombes_published_interval() -> None:
@@ -315,7 +352,9 @@ def test_students_quantile_matches_scipy(probability: float, freedom: int) -> No
 
 def test_the_restricted_mean_counts_truncated_runs_at_the_cap() -> None:
     """A run beyond the budget costs the budget, and is not left out."""
-    assert restricted_mean_lengths([100, 300, 900], budget=512) == pytest.approx((100 + 300 + 512) / 3)
+    assert restricted_mean_lengths([100, 300, 900], budget=512) == pytest.approx(
+        (100 + 300 + 512) / 3
+    )
     assert restricted_mean_lengths([[0, 10], [20, 1000]], budget=30) == pytest.approx((5 + 25) / 2)
 
 

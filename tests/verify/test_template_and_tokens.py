@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from racdeploy.backends.transformers import chat_ids
+from racdeploy.engines.transformers import chat_ids
 from racdeploy.errors import ArtifactError
-from racdeploy.models import EMBEDDED, resolve
+from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.recipe import Verification
-from racdeploy.report_model import CheckResult
+from racdeploy.report.model import CheckResult
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify import Evidence, StopIds, TokenProbe, read_gate, template, tokens
-from racdeploy.verify._measure import probe_prompts, stop_ids_of
-from tests.tiny_models import edit_json, write_tokenizer
-from tests.verify.records import arm_of, record
+from racdeploy.verify.checks import template, tokens
+from racdeploy.verify.evidence import Evidence, StopIds, TokenProbe
+from racdeploy.verify.gate import read_gate
+from racdeploy.verify.measure import probe_prompts, stop_ids_of
+from tests.support.records import arm_of, record
+from tests.support.tiny_models import edit_json, write_tokenizer
 
 QUESTIONS = ["2 + 2?", "Is <think> a tag?", "日本語 🙂\n\ttabs", ""]
 
@@ -32,8 +34,12 @@ def _evidence(**more: object) -> Evidence:
     return Evidence(Verification(), read_gate(), arm, arm, Path(), {}, 0.5, **more)  # type: ignore[arg-type]
 
 
-def _checked(folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]) -> CheckResult:
-    return template.check(_evidence(prompts=probe_prompts(PromptEncoder.from_folder(folder), metadata, expected)))
+def _checked(
+    folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]
+) -> CheckResult:
+    return template.check(
+        _evidence(prompts=probe_prompts(PromptEncoder.from_folder(folder), metadata, expected))
+    )
 
 
 def _expected(folder: Path) -> dict[str, list[int]]:
@@ -77,9 +83,16 @@ def test_the_template_inside_the_artifact_is_rendered_too(folder: Path) -> None:
     """llama.cpp's server and Ollama see only that one."""
     expected = _expected(folder)
     source = PromptEncoder.from_folder(folder).template_source
-    assert "the artifact's own template too" in _checked(folder, {"tokenizer.chat_template": source}, expected).summary
+    assert (
+        "the artifact's own template too"
+        in _checked(folder, {"tokenizer.chat_template": source}, expected).summary
+    )
     found = _checked(folder, {"tokenizer.chat_template": source.replace("<think>", "")}, expected)
-    assert (found.verdict, found.figures["different"], found.figures["different_artifact"]) == ("fail", 0, 4)
+    assert (found.verdict, found.figures["different"], found.figures["different_artifact"]) == (
+        "fail",
+        0,
+        4,
+    )
     assert "by the artifact's own template" in found.summary
     with pytest.raises(ArtifactError, match="the chat template failed"):
         _checked(folder, {"tokenizer.chat_template": "{% for %}"}, expected)
@@ -95,12 +108,18 @@ def test_nothing_recorded_is_inconclusive(folder: Path) -> None:
     ("metadata", "verdict", "said"),
     [
         ({"tokenizer.ggml.eos_token_id": 5}, "pass", "equal ids"),
-        ({"tokenizer.ggml.eos_token_id": 7}, "fail", "names id 7 as its end-of-sequence, the checkpoint [5, 6]"),
+        (
+            {"tokenizer.ggml.eos_token_id": 7},
+            "fail",
+            "names id 7 as its end-of-sequence, the checkpoint [5, 6]",
+        ),
         ({"tokenizer.ggml.pre": "qwen2"}, "fail", "names none as its end-of-sequence"),
         ({}, "pass", "equal ids"),
     ],
 )
-def test_the_end_of_sequence_is_the_checkpoints(metadata: dict[str, object], verdict: str, said: str) -> None:
+def test_the_end_of_sequence_is_the_checkpoints(
+    metadata: dict[str, object], verdict: str, said: str
+) -> None:
     """A file that names another one, or none, fails; one without a tokenizer has nothing to say."""
     probes = (TokenProbe("a", (1,), (1,)),)
     found = tokens.check(_evidence(probes=probes, stop_ids=stop_ids_of(metadata, (5, 6))))

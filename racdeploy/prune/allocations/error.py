@@ -27,7 +27,9 @@ REFIT_STEPS = 5  # at most: more of them, or more sparsities, find hardly other 
 STEP, LEAST_ERROR = 0.002, 1e-9
 
 
-def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
+def observe(
+    weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning
+) -> Observation:
     """Return sparsity → share of the block's output that changes."""
     method, errors, gain = plugins.load("methods", settings.method), dict[float, float](), 0.0
     settings = settings.model_copy(update={"refit_steps": min(settings.refit_steps, REFIT_STEPS)})
@@ -40,7 +42,9 @@ def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings:
     return {f"{sparsity}": gain * errors[sparsity] for sparsity in SPARSITIES}
 
 
-def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float) -> Shares:
+def allocate(
+    observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float
+) -> Shares:
     """Return the sparsities with the least sum of errors, greedily along the curves."""
     grid = np.arange(0.0, HIGHEST + STEP / 2, STEP)
     curves = {name: _curve(observation, grid) for name, observation in observations.items()}
@@ -70,7 +74,9 @@ def _curve(observation: Observation, grid: np.ndarray) -> np.ndarray:
     first = logs[0] + (grid - known[0]) * (logs[1] - logs[0]) / (known[1] - known[0])
     curve = np.exp(np.where(grid < known[0], first, np.interp(grid, known, logs)))
     # the greedy search needs slopes that never fall
-    return np.concatenate([[curve[0]], curve[0] + np.cumsum(np.maximum.accumulate(np.maximum(np.diff(curve), 0)))])
+    return np.concatenate(
+        [[curve[0]], curve[0] + np.cumsum(np.maximum.accumulate(np.maximum(np.diff(curve), 0)))]
+    )
 
 
 def _price(curve: np.ndarray, index: int, size: int) -> float:

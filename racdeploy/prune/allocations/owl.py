@@ -20,13 +20,17 @@ SURVEYS = True
 OUTLIER, SPREAD = 5.0, 0.08
 
 
-def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
+def observe(
+    weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning
+) -> Observation:
     """Count the outliers of one linear."""
     score_OI = weight_OI.abs() * hessian.norm_I
     return {"outliers": float((score_OI > OUTLIER * score_OI.mean()).sum())}
 
 
-def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float) -> Shares:
+def allocate(
+    observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float
+) -> Shares:
     """Return one sparsity per block, falling linearly with its share of outliers."""
     found: dict[str, float] = defaultdict(float)
     weights: dict[str, int] = defaultdict(int)
@@ -36,7 +40,10 @@ def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], 
     share = {block: found[block] / weights[block] for block in found}
     low, high = min(share.values()), max(share.values())
     width = (high - low) or 1.0
-    wanted = {name: sparsity + SPREAD * (1 - 2 * (share[_block(name)] - low) / width) for name in observations}
+    wanted = {
+        name: sparsity + SPREAD * (1 - 2 * (share[_block(name)] - low) / width)
+        for name in observations
+    }
     return shifted(wanted, sizes, sparsity)
 
 

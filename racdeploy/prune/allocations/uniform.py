@@ -13,11 +13,15 @@ from racdeploy.recipe import Pruning
 SURVEYS = False
 
 
-def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
+def observe(
+    weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning
+) -> Observation:
     """Nothing has to be known."""
     return {}
 
 
-def allocate(observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float) -> Shares:
+def allocate(
+    observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float
+) -> Shares:
     """Return the same sparsity for every linear."""
     return dict.fromkeys(sizes, sparsity)

@@ -15,7 +15,11 @@ from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
 ROUNDS, LOOK_EVERY, FIRST_PENALTY = 300, 3, 0.1
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the mask that changed → factor on the penalty
+GROWTH = (
+    (0.1, 1.3),
+    (0.005, 1.2),
+    (0.0, 1.1),
+)  # share of the mask that changed → factor on the penalty
 
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
@@ -36,5 +40,8 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
             changed = float((keep_OI != seen_OI).sum() / keep_OI.sum().clamp_min(1))
             if changed == 0:
                 break
-            seen_OI, penalty = keep_OI, penalty * next(factor for share, factor in GROWTH if changed > share)
+            seen_OI, penalty = (
+                keep_OI,
+                penalty * next(factor for share, factor in GROWTH if changed > share),
+            )
     return Pruned(sparse_OI / hessian.scale_I, keep_OI)

@@ -29,7 +29,9 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
     width = _slice_width(settings.column_block, pattern.group(settings.column_block), I)
     for start in range(0, I, width):
         stop = min(start + width, I)
-        error_OC = _prune_slice(weight_OI, keep_OI, factor_II, pattern, start, stop, settings.column_block)
+        error_OC = _prune_slice(
+            weight_OI, keep_OI, factor_II, pattern, start, stop, settings.column_block
+        )
         weight_OI[:, stop:] -= error_OC @ factor_II[start:stop, stop:]
     return Pruned(weight_OI, keep_OI)
 

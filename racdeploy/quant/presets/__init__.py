@@ -77,7 +77,9 @@ class Mix:
         match = _BLOCK.match(name)
         block = int(match[1]) if match else 0
         for rule in (*self.own, *self.rules):
-            if any(re.search(rule.tensors, n) for n in names) and _holds(rule.blocks, block, blocks):
+            if any(re.search(rule.tensors, n) for n in names) and _holds(
+                rule.blocks, block, blocks
+            ):
                 return Choice(self.quant if rule.reason else rule.quant, rule.quant, rule.reason)
         return Choice(self.quant, self.quant, "")
 
@@ -114,7 +116,11 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
         return Mix(name, preset.QUANT, own, tuple(preset.RULES))
     rules: tuple[Rule, ...] = ()
     if quant.load(name).BITS < _LEAST_EMBEDDING_BITS:
-        rules = (Rule(r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"),)
+        rules = (
+            Rule(
+                r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"
+            ),
+        )
     return Mix(name, name, own, rules)
 
 
@@ -128,5 +134,9 @@ def _holds(which: str, block: int, blocks: int) -> bool:
             return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
         case ["first", number]:
             share = Fraction(number)
-            return block < (int(number) if share.denominator == 1 else blocks * share.numerator // share.denominator)
+            return block < (
+                int(number)
+                if share.denominator == 1
+                else blocks * share.numerator // share.denominator
+            )
     raise AssertionError(f"a preset has the rule {which!r} for blocks")

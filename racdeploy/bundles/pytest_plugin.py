@@ -1,0 +1,138 @@
+"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test of its own, and its verdict as one more.
+
+pytest loads this file in every run of an environment that holds racdeploy, so it imports nothing before it is asked
+for. The bundle is verified once, when its first test runs. What is skipped is skipped; what is inconclusive fails,
+unless the gate says ``inconclusive = "pass"``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from racdeploy.bundles.verify import Reverification
+    from racdeploy.report.model import CheckResult, Report
+    from racdeploy.verify.gate import Gate
+
+_VERDICT = "verdict"
+
+
+class CheckFailure(Exception):
+    """A check did not pass; the message is all there is to show."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("racdeploy", "verification of a racdeploy bundle")
+    group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
+    group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
+    group.addoption(
+        "--racdeploy-threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU threads; 0 uses every core",
+    )
+
+
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Add the tests of the bundle behind those that were collected."""
+    folder: Path | None = config.getoption("--racdeploy-bundle")
+    gate_file: Path | None = config.getoption("--racdeploy-gate")
+    if folder is None:
+        if gate_file:
+            raise pytest.UsageError("--racdeploy-gate without --racdeploy-bundle")
+        return
+    from racdeploy.bundles.verify import Reverification
+    from racdeploy.errors import UsageError
+    from racdeploy.pipeline.build import default_work
+
+    try:
+        again = Reverification(
+            folder, default_work(), gate_file, threads=config.getoption("--racdeploy-threads")
+        )
+        gate = again.gate
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    bundle = Bundle.from_parent(session, name=f"bundle {folder}", nodeid=str(folder))
+    bundle.prepare(folder, gate, again)
+    items.extend(bundle.collect())
+
+
+class Bundle(pytest.Collector):
+    """A bundle: verified when its first test runs, once."""
+
+    def prepare(self, folder: Path, gate: Gate, verification: Reverification) -> None:
+        """Say which bundle it is."""
+        self.folder, self.gate = folder, gate
+        self._verification = verification
+        self._found: Report | Exception | None = None
+
+    def collect(self) -> list[pytest.Item]:
+        """Return a test for each check, and one for the verdict."""
+        from racdeploy import plugins
+
+        names = [*plugins.names("checks"), _VERDICT]
+        return [Check.from_parent(self, name=name) for name in names]
+
+    def report(self) -> Report:
+        """Return the report; an error is the same for every test.
+
+        Raises:
+            RacdeployError: the bundle or its engine failed.
+        """
+        from racdeploy.errors import RacdeployError
+
+        if self._found is None:
+            try:
+                self._found, _ = self._verification.run()
+            except RacdeployError as error:
+                self._found = error
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+
+class Check(pytest.Item):
+    """One check of a bundle, or the verdict over all of them."""
+
+    parent: Bundle
+
+    def runtest(self) -> None:
+        """Skip, pass or fail as the check did; its figures become properties of the test."""
+        check = self._result(self.parent.report())
+        self.user_properties += [
+            (f"{check.name}.{name}", value) for name, value in check.figures.items()
+        ]
+        accepted = check.verdict == "inconclusive" and self.parent.gate.inconclusive == "pass"
+        if check.verdict == "skipped" or accepted:
+            pytest.skip(f"{check.verdict}: {check.summary}")
+        if check.verdict != "pass":
+            raise CheckFailure(
+                f"{check.name}: {check.verdict}: {check.summary}\n  → {check.remedy or 'see the report'}"
+            )
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Show what a check or racdeploy says; a traceback is for everything else."""
+        from racdeploy.errors import RacdeployError
+
+        if isinstance(excinfo.value, CheckFailure | RacdeployError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Name the test by its bundle and check."""
+        return self.parent.folder, None, f"{self.parent.folder}::{self.name}"
+
+    def _result(self, report: Report) -> CheckResult:
+        from racdeploy.report.model import CheckResult
+        from racdeploy.report.tables import explanation
+
+        if self.name == _VERDICT:
+            return CheckResult(name=_VERDICT, verdict=report.verdict, summary=explanation(report))
+        return next(check for check in report.checks if check.name == self.name)

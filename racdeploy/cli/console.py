@@ -1,0 +1,92 @@
+"""What the command line shares: where things are printed, progress bars, and how errors end a command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from racdeploy.errors import EnvironmentFailure, RacdeployError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+INTERRUPTED = 130
+_DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors and Ctrl-C into a message, a remedy and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        as_json = bool(kwargs.get("json_output"))
+        try:
+            return command(*args, **kwargs)
+        except RacdeployError as error:
+            _fail(error, as_json)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(
+                EnvironmentFailure(f"{place}{error.strerror or error}", remedy=_DISK_REMEDY),
+                as_json,
+            )
+        except KeyboardInterrupt:
+            again = shlex.join(["racdeploy", *sys.argv[1:]])
+            err.print("interrupted; finished work is kept. Resume with:", style="yellow")
+            err.print(f"  {again}", soft_wrap=True, markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
+    if as_json:
+        details = {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+        print_json(details | {"kind": type(error).__name__})
+    else:
+        err.print("error:", style="bold red", end=" ")
+        err.print(str(error), soft_wrap=True, markup=False)
+    raise typer.Exit(error.exit_code) from error
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a progress callback that draws one bar per label on a terminal, and nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in bars:
+                bars[label] = progress.add_task(label, total=total)
+            progress.update(bars[label], completed=done, total=total)
+
+        yield advance

@@ -1,0 +1,1 @@
+"""Decoding with any engine: the contract, sampling, batching, and engines in child processes."""

@@ -1,0 +1,219 @@
+"""A child process that an engine lives in: requests, answers, and an honest obituary.
+
+Engines in C++ can abort the process they run in. The child gets its own session, so that Ctrl-C reaches the
+parent only; its stderr goes to a file whose tail explains a death. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import racdeploy
+from racdeploy.decoding.messages import Header, read_message, write_message
+from racdeploy.errors import ArtifactError, EngineError
+
+_TAIL_BYTES = 2000
+_GRACE_S = 10.0
+_POLL_S = 0.05
+_CAUSES = {
+    "SIGABRT": (
+        "the engine gave up on this file",
+        "export the model again, and check the file with inspect",
+    ),
+    "SIGKILL": (
+        "out of memory, or someone killed it",
+        "free memory, or lower context_tokens or parallel",
+    ),
+    "SIGSEGV": (
+        "a damaged file, or a fault of the engine",
+        "copy the file again, and update the engine",
+    ),
+    "SIGBUS": (
+        "the file shrank while it was mapped",
+        "copy the file again, and leave it alone while in use",
+    ),
+    "SIGILL": (
+        "the engine was compiled for another CPU",
+        "install it again from source on this machine",
+    ),
+}
+
+
+class Child:
+    """A running worker module.
+
+    Args:
+        module: dotted name, run with ``python -m``.
+        engine: what error messages call it.
+    """
+
+    def __init__(self, module: str, engine: str) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._answers: queue.SimpleQueue[tuple[Header, bytes] | None] = queue.SimpleQueue()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=_environment(),
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin: BinaryIO = self._process.stdin  # type: ignore[assignment]
+        reader = threading.Thread(
+            target=_read, args=(self._process.stdout, self._answers), daemon=True
+        )
+        reader.start()
+        self._finalizer = weakref.finalize(self, _end, self._process, reader, self._stderr)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def ask(self, op: str, **values: Any) -> tuple[Header, bytes]:
+        """Send a request and return its only answer.
+
+        Raises:
+            ArtifactError: a file is damaged.
+            EngineError: the engine refused, or the process died.
+        """
+        with contextlib.closing(self.converse(op, **values)) as answers:
+            *_, last = (answer for answer in answers if answer is not None)
+        return last
+
+    def converse(
+        self, op: str, **values: Any
+    ) -> Generator[tuple[Header, bytes] | None, None, None]:
+        """Send a request and yield its answers up to ``done``; None now and then, while there is none.
+
+        Left early, for whatever reason, the request is cancelled and its late answers are dropped.
+
+        Raises:
+            ArtifactError: a file is damaged.
+            EngineError: the engine refused, or the process died.
+        """
+        with self._lock:
+            self._calls += 1
+            call = self._calls
+            finished = False
+            self._send({"op": op, "call": call, **values})
+            try:
+                while not finished:
+                    answer = self._receive(call)
+                    finished = answer is not None and answer[0]["event"] == "done"
+                    yield answer
+            finally:
+                if not finished:
+                    self.cancel()
+
+    def cancel(self) -> None:
+        """Tell the child to end the request in hand early; harmless where it has ended, or died."""
+        with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: the pipe is closed
+            write_message(self._stdin, {"op": "cancel", "call": self._calls})
+
+    def close(self) -> None:
+        """End the process and free its pipes; again is harmless."""
+        self._finalizer()
+
+    def _send(self, header: Mapping[str, Any]) -> None:
+        if not self._finalizer.alive:
+            raise self._closed()
+        try:
+            write_message(self._stdin, header)
+        except BrokenPipeError as error:
+            raise self._obituary() from error
+
+    def _receive(self, call: int) -> tuple[Header, bytes] | None:
+        try:
+            answer = self._answers.get(timeout=_POLL_S)
+        except queue.Empty:
+            return None
+        if answer is None:
+            self._answers.put(None)  # for the next one who asks
+            raise self._obituary() if self._finalizer.alive else self._closed()
+        header, _ = answer
+        if header["call"] != call:
+            return None
+        if header["event"] == "error":
+            raise (ArtifactError if header["damaged"] else EngineError)(
+                header["message"], remedy=header["remedy"]
+            )
+        return answer
+
+    def _closed(self) -> EngineError:
+        return EngineError(f"the {self._engine} engine is closed", remedy="open it again")
+
+    def _obituary(self) -> EngineError:
+        """Say how the process died: its signal, the likely cause, and the last words."""
+        try:
+            code = self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        name = _signal_name(code)
+        cause, remedy = _CAUSES.get(
+            name, ("see its last words", "report it, with the file that caused it")
+        )
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))
+        words = self._stderr.read().decode("utf-8", "replace").strip() or "nothing"
+        return EngineError(
+            f"the {self._engine} process died with {name} ({cause}); its last words: {words}",
+            remedy=remedy,
+        )
+
+
+def _read(stream: BinaryIO, answers: queue.SimpleQueue[tuple[Header, bytes] | None]) -> None:
+    """Move answers from the pipe to the queue; None marks the end."""
+    with stream:
+        while (message := read_message(stream)) is not None:
+            answers.put(message)
+    answers.put(None)
+
+
+def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: BinaryIO) -> None:
+    """Close the child's stdin, which ends it, and wait; kill it if it does not listen."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died before it read the last request
+        process.stdin.close()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    reader.join()
+    stderr.close()
+
+
+def _signal_name(code: int) -> str:
+    """Return ``SIGABRT`` for -6, ``exit code 1`` for 1."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _environment() -> dict[str, str]:
+    """Return the parent's environment, with this package importable and no debugger called on an abort."""
+    package_root = str(Path(racdeploy.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([package_root, inherited] if inherited else [package_root])
+    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}

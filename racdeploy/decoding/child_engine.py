@@ -1,0 +1,137 @@
+"""An engine whose model lives in a child process; knows no engine.
+
+Requests are checked here, before anything is sent. What the child has to say about itself is in ``stats``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.decoding.child import Child
+from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.decoding.sequence import check_ids, check_request
+from racdeploy.errors import EngineError
+
+
+class ChildEngine:
+    """A model, loaded by an engine in a child process.
+
+    ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
+    ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the child's
+    ``peak_rss_bytes``. ``about`` is what the engine said of itself when it loaded the file.
+
+    Args:
+        worker: dotted name of the module that the child runs, see :mod:`racdeploy.decoding.worker`.
+        name: what error messages call the engine.
+        path: the file to load.
+        settings: see :class:`EngineSettings`.
+        options: what else the worker wants to know.
+
+    Raises:
+        EngineError: impossible settings, or the engine refused the file or died of it.
+    """
+
+    def __init__(
+        self, worker: str, name: str, path: Path, settings: EngineSettings, **options: Any
+    ) -> None:
+        if settings.context_tokens < 1 or settings.parallel < 1 or settings.threads < 0:
+            raise EngineError(
+                f"impossible engine settings: {settings}",
+                remedy="context_tokens and parallel are at least 1",
+            )
+        self.stats: dict[str, float] = {}
+        self.about: dict[str, Any] = {}
+        self._settings = settings
+        self._child = Child(worker, name)
+        request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
+        try:
+            loaded = self._ask("load", **request)
+            self._vocabulary, self.about = int(loaded["vocabulary"]), dict(loaded["about"])
+        except BaseException:
+            self._child.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._child.pid
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`.
+
+        Raises:
+            EngineError: a prompt or setting that cannot be carried out, or the process died.
+        """
+        check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
+        request = {
+            "prompts": [[int(token) for token in ids] for ids in prompts],
+            "sampling": asdict(sampling),
+            "stream": on_tokens is not None,
+        }
+        header: dict[str, Any] = {}
+        with contextlib.closing(self._child.converse("generate", **request)) as answers:
+            for answer in answers:
+                header = answer[0] if answer else {}
+                for index, ids in header.get("news", ()):
+                    assert on_tokens is not None
+                    on_tokens(index, ids)
+                if cancelled is not None and cancelled():
+                    cancelled = None
+                    self._child.cancel()
+        self.stats = header["stats"]
+        return [
+            Completion(tuple(ids), reason, forced_at)
+            for ids, reason, forced_at in header["completions"]
+        ]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes.
+
+        Raises:
+            EngineError: too many ids, strange ids, or the process died.
+        """
+        check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
+        logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
+        request = {"ids": [int(token) for token in ids]}
+        with contextlib.closing(self._child.converse("logits", **request)) as answers:
+            for header, payload in filter(None, answers):
+                self.stats = header.get("stats", self.stats)
+                if header["event"] == "rows":
+                    start, count = header["start"], header["count"]
+                    rows_TV = np.frombuffer(payload, dtype="<f4").reshape(count, self._vocabulary)
+                    logits_TV[start : start + count] = rows_TV
+        return logits_TV
+
+    def close(self) -> None:
+        """End the child process; again is harmless."""
+        self._child.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, op: str, **values: Any) -> dict[str, Any]:
+        header, _ = self._child.ask(op, **values)
+        self.stats = header["stats"]
+        return header

@@ -1,0 +1,66 @@
+"""Completions on disk, each kept the moment it ends: token ids by prompt and random stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from racdeploy.decoding.engine import Completion
+from racdeploy.errors import ArtifactError
+from racdeploy.storage.files import disk_errors
+
+
+class CompletionLog:
+    """One completion a line, appended as it ends; a line that a kill tore off is dropped.
+
+    Args:
+        file: the log, made with the first line; None keeps nothing.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.completions: dict[tuple[str, int], Completion] = {}
+        if file is not None and file.is_file():
+            self._read(file)
+
+    def append(self, prompt: Sequence[int], stream: int, completion: Completion) -> None:
+        """Keep a completion."""
+        key = key_of(prompt, stream)
+        self.completions[key] = completion
+        if self.file is None:
+            return
+        line = json.dumps([*key, asdict(completion)], separators=(",", ":")) + "\n"
+        with disk_errors(self.file), self.file.open("ab") as out:
+            out.write(line.encode())
+
+    def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
+        """Return what was kept, or None."""
+        return self.completions.get(key_of(prompt, stream))
+
+    def _read(self, file: Path) -> None:
+        data = file.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                prompt, stream, values = json.loads(line)
+                found = Completion(
+                    tuple(map(int, values["ids"])), values["finish_reason"], values["forced_at"]
+                )
+            except (ValueError, TypeError, KeyError) as error:
+                raise ArtifactError(
+                    f"{file}:{number} is damaged: {error}",
+                    remedy=f"remove {file} and run the command again",
+                ) from error
+            self.completions[str(prompt), int(stream)] = found
+        if whole < len(data):
+            with disk_errors(file):
+                os.truncate(file, whole)
+
+
+def key_of(prompt: Sequence[int], stream: int) -> tuple[str, int]:
+    """Return what a completion is kept by."""
+    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24], stream

@@ -1,0 +1,118 @@
+"""What an inference engine is: token ids in, token ids out, the same contract for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine is loaded; part of the fingerprint of every result.
+
+    Args:
+        context_tokens: longest prompt plus completion of one sequence.
+        parallel: sequences decoded together.
+        threads: CPU threads; 0 lets the engine use every core.
+        cache_dtype: number format of the key-value cache.
+        flash_attention: engines differ in their default and it changes traces, so it is always set.
+        accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``;
+            ``auto`` where they are built and proven faster; ``require`` fails where they cannot be used.
+    """
+
+    context_tokens: int = 4096
+    parallel: int = 8
+    threads: int = 0
+    cache_dtype: Literal["f16", "f32"] = "f16"
+    flash_attention: bool = False
+    accel: Literal["auto", "off", "require"] = "off"
+
+
+@dataclass(frozen=True)
+class ThinkingBudget:
+    """Force the end of thinking after ``max_tokens`` thinking tokens.
+
+    Args:
+        close_ids: token ids of the close tag.
+        open_ids: token ids of the open tag.
+        max_tokens: longest thinking; the close tag is then appended as if it had been generated.
+        starts_open: whether the rendered prompt already ends inside the thinking.
+    """
+
+    close_ids: tuple[int, ...]
+    open_ids: tuple[int, ...]
+    max_tokens: int
+    starts_open: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: cap on the completion, forced tokens included.
+        stop_ids: end-of-sequence ids; the one that stops a completion is kept in it.
+        temperature: 0 is greedy.
+        top_p: smallest probability mass to sample from, in (0, 1].
+        seed: sequence ``i`` of a call draws from a generator seeded with ``(seed, i)``, whatever the batching.
+        budget: thinking budget, if any.
+        streams: random stream of each sequence of a call, in place of its index; empty takes the index.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    budget: ThinkingBudget | None = None
+    streams: tuple[int, ...] = ()
+
+    def stream(self, index: int) -> int:
+        """Return the random stream of a sequence."""
+        return self.streams[index] if self.streams else index
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids that followed a prompt, end-of-sequence included.
+
+    Args:
+        ids: generated and forced ids.
+        finish_reason: ``stop`` at an end-of-sequence id, ``length`` at a cap, ``cancelled``.
+        forced_at: index in ``ids`` of the first token of a forced close tag, or None.
+    """
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    forced_at: int | None = None
+
+
+class Engine(Protocol):
+    """A loaded model.
+
+    ``generate`` calls ``on_tokens(sequence_index, new_ids)`` while it runs, if given, and stops early when
+    ``cancelled()`` returns True. ``logits`` returns float32 logits_TV of a teacher-forced pass, or raises
+    NotImplementedError where the engine keeps them to itself. ``tokenize`` returns the ids of a text without adding
+    special tokens but parsing those written in it, or raises NotImplementedError where the engine has no tokenizer of
+    its own.
+    """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]: ...
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]: ...
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def close(self) -> None: ...

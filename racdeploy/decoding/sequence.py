@@ -1,0 +1,221 @@
+"""One sequence being generated: choose the next token, count thinking, force its end, know when to stop.
+
+Knows nothing of engines: it is fed a row of logits and says which ids to feed back. Every engine uses it, so
+greedy ties, sampling, budgets and finish reasons mean the same everywhere. The draw of a sequence depends on
+``(seed, index)`` and its own logits only, never on what is decoded beside it.
+Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.decoding.engine import Completion, FinishReason, Sampling, ThinkingBudget
+from racdeploy.errors import EngineError
+
+_UNLIKELY = 1e-4
+
+
+class Sequence:
+    """A prompt and the completion that grows behind it.
+
+    The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of the last
+    fed token, and stops when ``finish_reason`` is set.
+
+    Args:
+        index: place of the prompt in the call; decides the random stream.
+        prompt_ids: rendered prompt.
+        sampling: how tokens are chosen.
+        context_tokens: longest prompt plus completion; the completion is capped there.
+    """
+
+    def __init__(
+        self, index: int, prompt_ids: SequenceOf[int], sampling: Sampling, context_tokens: int
+    ) -> None:
+        self.index = index
+        self.ids: list[int] = []
+        self.unfed: list[int] = list(prompt_ids)
+        self.finish_reason: FinishReason | None = None
+        self.forced_at: int | None = None
+        self._sampling = sampling
+        self._cap = min(sampling.max_new_tokens, context_tokens - len(prompt_ids))
+        self._random = np.random.Generator(np.random.PCG64([sampling.seed, sampling.stream(index)]))
+        self._budget = sampling.budget
+        self._thinking_from = 0 if self._budget and self._budget.starts_open else None
+        self._force_close()
+        self.unfed.extend(self.ids)
+
+    def step(self, logits_V: NDArray[np.float32]) -> list[int]:
+        """Append the next token, and a forced close tag where the budget ends; return the new ids.
+
+        Args:
+            logits_V: float32 logits after the last fed token; not kept.
+
+        Raises:
+            EngineError: the logits are not numbers.
+        """
+        assert self.finish_reason is None, "a finished sequence takes no step"
+        length = len(self.ids)
+        token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
+        self.ids.append(token)
+        if token in self._sampling.stop_ids:
+            self.finish_reason = "stop"
+        else:
+            self._track_thinking()
+            self._force_close()
+            if len(self.ids) >= self._cap:
+                self.finish_reason = "length"
+        new_ids = self.ids[length:]
+        self.unfed.extend(new_ids)
+        return new_ids
+
+    def cancel(self) -> None:
+        """End the sequence here, unless it has ended already."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    def completion(self) -> Completion:
+        """Return what was generated so far."""
+        assert self.finish_reason is not None, "the sequence has not finished"
+        return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
+
+    def _track_thinking(self) -> None:
+        """Notice a tag that the last token completes. A thought that is reopened has no budget any more."""
+        if self._budget is None:
+            return
+        if self._thinking_from is None:
+            if self._tail(self._budget.open_ids, 0):
+                self._thinking_from = len(self.ids)
+        elif self._tail(self._budget.close_ids, self._thinking_from):
+            self._budget = None
+
+    def _force_close(self) -> None:
+        """Append the close tag, or the rest of one that has begun, once the thinking has used its budget."""
+        if self._budget is None or self._thinking_from is None:
+            return
+        if len(self.ids) - self._thinking_from < self._budget.max_tokens:
+            return
+        close_ids, start = self._budget.close_ids, self._thinking_from
+        begun = next(n for n in reversed(range(len(close_ids))) if self._tail(close_ids[:n], start))
+        forced = close_ids[begun:][: self._cap - len(self.ids)]
+        self.forced_at = len(self.ids) - begun if forced else None
+        self.ids.extend(forced)
+        self._budget = None
+        if len(self.ids) >= self._cap:
+            self.finish_reason = "length"
+
+    def _tail(self, wanted: SequenceOf[int], start: int) -> bool:
+        """Return whether the ids from ``start`` on end with ``wanted``."""
+        stop = len(self.ids)
+        return stop - len(wanted) >= start and self.ids[stop - len(wanted) :] == list(wanted)
+
+
+def choose(
+    logits_V: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator
+) -> int:
+    """Choose a token: the first largest logit, or a draw from the nucleus in float64.
+
+    Args:
+        logits_V: float32 logits.
+        temperature: 0 is greedy.
+        top_p: smallest probability mass to draw from, in (0, 1].
+        random: one number is drawn from it, none if greedy.
+
+    Returns:
+        The token id.
+
+    Raises:
+        EngineError: a logit is not a number, or all are infinite.
+    """
+    best = int(np.argmax(logits_V))
+    if not np.isfinite(logits_V[best]):
+        raise EngineError(
+            f"the model's logits are not finite (token {best}: {logits_V[best]})",
+            remedy="the weights are damaged or overflow; export again, or with another quant",
+        )
+    if temperature == 0.0:
+        return best
+    scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
+    weight_V = np.exp(scaled_V)
+    draw = random.random()
+    if top_p == 1.0:
+        return _draw(np.arange(weight_V.size), weight_V, draw)
+    wanted = top_p * weight_V.sum()
+    nucleus = np.flatnonzero(
+        weight_V > _UNLIKELY
+    )  # sorting a few likely tokens instead of all, same result
+    if weight_V[nucleus].sum() < wanted:
+        nucleus = np.arange(weight_V.size)
+    order = nucleus[np.argsort(-weight_V[nucleus], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(weight_V[order]), wanted)) + 1
+    return _draw(order[:count], weight_V[order[:count]], draw)
+
+
+def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], draw: float) -> int:
+    """Return the id at ``draw`` in [0, 1) of the cumulative weight."""
+    cumulative = np.cumsum(weights)
+    place = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
+    return int(ids[min(place, ids.size - 1)])
+
+
+def check_request(
+    prompts: SequenceOf[SequenceOf[int]], sampling: Sampling, context_tokens: int, vocabulary: int
+) -> None:
+    """Refuse what no engine could carry out; nothing is ever clipped.
+
+    Raises:
+        EngineError: an empty or too long prompt, an id outside the vocabulary, or an impossible setting.
+    """
+    for index, ids in enumerate(prompts):
+        check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
+    budget = sampling.budget
+    problems = {
+        f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1": sampling.max_new_tokens
+        < 1,
+        f"temperature is {sampling.temperature}, must be finite and not negative": not (
+            0.0 <= sampling.temperature < np.inf
+        ),
+        f"top_p is {sampling.top_p}, must be above 0 and at most 1": not 0.0
+        < sampling.top_p
+        <= 1.0,
+        f"seed is {sampling.seed}, must not be negative": sampling.seed < 0,
+        "the thinking budget is unusable": budget is not None and not _usable(budget, vocabulary),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise EngineError(
+                f"cannot generate: {problem}", remedy="correct the generation settings"
+            )
+
+
+def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
+    """Refuse token ids that are none, too many, or outside the vocabulary.
+
+    Raises:
+        EngineError: naming ``what``, the lengths or the id.
+    """
+    if not ids:
+        raise EngineError(f"{what} has no tokens", remedy="render the chat template first")
+    if len(ids) > limit:
+        raise EngineError(
+            f"{what} has {len(ids)} tokens, the context takes at most {limit}",
+            remedy="raise context_tokens, or shorten the text; racdeploy never clips one",
+        )
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        strange = next(token for token in ids if not 0 <= token < vocabulary)
+        raise EngineError(
+            f"{what} holds token id {strange}, the model has ids 0 to {vocabulary - 1}",
+            remedy="use the tokenizer that belongs to this model",
+        )
+
+
+def _usable(budget: ThinkingBudget, vocabulary: int) -> bool:
+    tags = budget.close_ids + budget.open_ids
+    return (
+        budget.max_tokens >= 0
+        and bool(budget.close_ids)
+        and (bool(budget.open_ids) or budget.starts_open)
+        and all(0 <= token < vocabulary for token in tags)
+    )

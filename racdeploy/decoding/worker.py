@@ -1,0 +1,231 @@
+"""The child process that holds an engine's model; knows no engine.
+
+Reads requests from stdin, answers on what was stdout, and ends when stdin ends, also in the middle of a
+computation: a dead parent leaves no child. An engine's own worker module calls :func:`serve` with what loads a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.decoding.batching import Batcher, Decoder, News
+from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
+from racdeploy.decoding.messages import Header, read_message, write_message
+from racdeploy.decoding.sequence import Sequence
+from racdeploy.errors import ArtifactError, RacdeployError
+
+_TELL_EVERY_S = 0.05  # a reader sees no difference
+
+
+class LoadedModel(Protocol):
+    """A model in this process: it lends decoders, computes logits and may tokenize.
+
+    ``about`` is what else its engine has to say of itself, as JSON.
+    """
+
+    context_tokens: int
+    vocabulary: int
+    about: Mapping[str, Any]
+
+    def decoders(self, sequences: int) -> SequenceOf[Decoder]: ...
+
+    def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]: ...
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+Load = Callable[[Header, EngineSettings], LoadedModel]
+"""Loads the model that a ``load`` request asks for."""
+
+
+class Inbox:
+    """Requests as they come; a cancel overtakes them, and the end of the pipe ends the process."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.requests: queue.SimpleQueue[Header] = queue.SimpleQueue()
+        self.cancelled_call = -1
+        self._stream = stream
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while (message := read_message(self._stream)) is not None:
+            header, _ = message
+            if header["op"] == "cancel":
+                self.cancelled_call = header["call"]
+            else:
+                self.requests.put(header)
+        os._exit(
+            0
+        )  # the parent closed the pipe or is dead; the engine may be running in the other thread
+
+
+class Teller:
+    """Passes on new tokens: at once where one sequence runs or one ends, else in lots, since the listener takes a core.
+
+    Args:
+        sequences: of the call, by index.
+        send: gets (sequence index, new ids) of a lot.
+    """
+
+    def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:
+        self._sequences = sequences
+        self._send = send
+        self._held: dict[int, list[int]] = {}
+        self._sent_at = float("-inf")
+
+    def tell(self, news: News) -> None:
+        """Take the new tokens of a step."""
+        for index, ids in news:
+            self._held.setdefault(index, []).extend(ids)
+        ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
+        if ended or len(self._sequences) == 1 or time.monotonic() - self._sent_at >= _TELL_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is held."""
+        if self._held:
+            self._send(list(self._held.items()))
+            self._held = {}
+            self._sent_at = time.monotonic()
+
+
+class Worker:
+    """Carries out the requests, one at a time."""
+
+    def __init__(self, load: Load, inbox: Inbox, out: BinaryIO) -> None:
+        self._load_model = load
+        self._inbox = inbox
+        self._out = out
+        self._call = -1
+        self._model: LoadedModel
+        self._stats = {
+            "load_ms": 0.0,
+            "prefill_s": 0.0,
+            "decode_s": 0.0,
+            "prompt_tokens": 0,
+            "generated_tokens": 0,
+        }
+
+    def serve(self) -> None:
+        """Answer requests until the process ends."""
+        operations = {
+            "load": self._load,
+            "generate": self._generate,
+            "logits": self._logits,
+            "tokenize": self._tokenize,
+        }
+        while True:
+            request = self._inbox.requests.get()
+            self._call = request["call"]
+            try:
+                answer = operations[request["op"]](request)
+            except RacdeployError as error:
+                damaged = isinstance(error, ArtifactError)
+                self._send("error", message=error.message, remedy=error.remedy, damaged=damaged)
+            else:
+                self._send(
+                    "done", stats={**self._stats, "peak_rss_bytes": peak_rss_bytes()}, **answer
+                )
+
+    def _load(self, request: Header) -> dict[str, Any]:
+        started = time.perf_counter()
+        self._model = self._load_model(request, EngineSettings(**request["settings"]))
+        self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
+        return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
+
+    def _tokenize(self, request: Header) -> dict[str, Any]:
+        return {"ids": self._model.tokenize(request["text"])}
+
+    def _logits(self, request: Header) -> dict[str, Any]:
+        ids, start = request["ids"], 0
+        while start < len(ids):
+            logits_TV = self._model.teacher_forced(ids, start)
+            self._send("rows", logits_TV.astype("<f4").tobytes(), start=start, count=len(logits_TV))
+            start += len(logits_TV)
+        return {}
+
+    def _generate(self, request: Header) -> dict[str, Any]:
+        prompts, sampling = request["prompts"], sampling_from(request["sampling"])
+        context_tokens = self._model.context_tokens
+        sequences = [
+            Sequence(index, ids, sampling, context_tokens) for index, ids in enumerate(prompts)
+        ]
+        batcher = Batcher(self._model.decoders(len(sequences)), sequences)
+        teller = Teller(sequences, lambda news: self._send("tokens", news=news))
+        batcher.run(
+            teller.tell if request["stream"] else lambda news: None,
+            lambda: self._inbox.cancelled_call == self._call,
+        )
+        teller.flush()
+        for sequence in sequences:
+            sequence.cancel()
+        self._stats["prefill_s"] += batcher.prefill_s
+        self._stats["decode_s"] += batcher.decode_s
+        self._stats["prompt_tokens"] += sum(map(len, prompts))
+        self._stats["generated_tokens"] += sum(len(sequence.ids) for sequence in sequences)
+        completions = [sequence.completion() for sequence in sequences]
+        return {"completions": [(c.ids, c.finish_reason, c.forced_at) for c in completions]}
+
+    def _send(self, event: str, payload: bytes = b"", **values: Any) -> None:
+        write_message(self._out, {"call": self._call, "event": event, **values}, payload)
+
+
+def sampling_from(values: Header) -> Sampling:
+    """Rebuild a :class:`Sampling` from its JSON form."""
+    budget = values["budget"]
+    if budget is not None:
+        tags = {key: tuple(budget[key]) for key in ("close_ids", "open_ids")}
+        budget = ThinkingBudget(**{**budget, **tags})
+    return Sampling(**{**values, "stop_ids": tuple(values["stop_ids"]), "budget": budget})
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident memory of this process, 0 where the system does not tell.
+
+    On Linux from VmHWM: getrusage there still counts the parent's memory from before exec.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows, here and below
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def serve(load: Load) -> None:
+    """Keep the pipes for messages alone, then answer requests until the process ends.
+
+    Args:
+        load: imports the engine only when it is called: stdout is out of the engine's reach by then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(
+            resource.RLIMIT_CORE, (0, 0)
+        )  # an abort is expected; its core file helps nobody
+    inbox = os.fdopen(os.dup(0), "rb")
+    out = os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    os.dup2(2, 1)  # whatever the engine prints must not land between two frames
+    Worker(load, Inbox(inbox), out).serve()

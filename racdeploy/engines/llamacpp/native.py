@@ -1,0 +1,279 @@
+"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the worker only.
+
+Knows rows of a batch and sequence numbers, nothing of sampling or messages. Every sequence has its own stream
+of the key-value cache (``kv_unified`` off): it attends to its own cells only, whatever runs beside it, and
+the promised context is there for each.
+Source: llama.h of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import accel
+from racdeploy.decoding.batching import Row
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.errors import EngineError
+from racdeploy.storage.cores import available_cores
+
+_BATCH_TOKENS = 512
+_OUTPUT_ROWS = 64
+_SMALL_BYTES = (
+    128 * 2**20
+)  # a model of 90 MB gains by a context for each thread, one of 450 MB loses
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = (
+    3,
+    4,
+    5,
+)  # ggml.h; llama-cpp-python's own list is out of date
+
+
+class _Log:
+    """Keep llama.cpp's warnings and errors; also write them to stderr, which outlives an abort."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=8)
+        self._kept = False
+        self._callback = llama_cpp.llama_log_callback(
+            self._receive
+        )  # must outlive the library's use of it
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        if level != _LOG_CONTINUED:
+            self._kept = level in (_LOG_WARN, _LOG_ERROR)
+        if self._kept and (line := text.decode("utf-8", "replace")).strip():
+            os.write(2, line.encode())
+            if level != _LOG_WARN:
+                self.lines.append(line.strip())
+
+    def tail(self) -> str:
+        """Return the last errors in one line."""
+        return " | ".join(self.lines) or "no message"
+
+
+class NativeModel:
+    """A loaded model and its contexts.
+
+    llama.cpp's threads meet after every operation. On a small model they wait longer than they work, so there every
+    thread has a context of its own and decodes its share of the slots alone; a large model is read from memory once for
+    all slots, by all threads.
+
+    Args:
+        path: GGUF file.
+        settings: see :class:`EngineSettings`.
+        use_mmap: map the file instead of reading it; a file whose weights are packed while it is loaded is read.
+
+    Raises:
+        EngineError: llama.cpp refused the file or the context, or has no use for kernels that are required.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
+        self._log = _Log()
+        self._threads = settings.threads or available_cores()
+        kernels = accel.enable(path, settings.accel, threads=self._threads)
+        llama_cpp.llama_backend_init()
+        params = _model_params(use_mmap and (kernels.kept or not kernels.tensors))
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise EngineError(
+                f"llama.cpp cannot load {path}: {self._log.tail()}",
+                remedy="export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
+            )
+        self.about = _about(kernels, settings.accel == "require")
+        self.context_tokens = settings.context_tokens
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
+        count = min(self._threads, settings.parallel) if small else 1
+        shares = [len(range(place, settings.parallel, count)) for place in range(count)]
+        self._contexts = [
+            _Context(self._model, settings, slots, self._log, self.vocabulary) for slots in shares
+        ]
+
+    def decoders(self, sequences: int) -> list[_Context]:
+        """Return the contexts for so many sequences, with the threads shared out among them."""
+        used = self._contexts[: max(1, sequences)]
+        for context in used:
+            context.use_threads(self._threads // len(used))
+        return used
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
+        context = self._contexts[0]
+        context.use_threads(self._threads)
+        if start == 0:
+            context.forget(0)
+        stop = min(start + _OUTPUT_ROWS, len(ids))
+        context.decode([Row(ids[position], position, 0, True) for position in range(start, stop)])
+        return np.stack([context.logits_V(place) for place in range(stop - start)])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens written in it are parsed, none are added."""
+        data = text.encode("utf-8")
+        tokens = (llama_cpp.llama_token * (len(data) + 1))()
+        count = llama_cpp.llama_tokenize(
+            self._vocab, data, len(data), tokens, len(tokens), False, True
+        )
+        if count < 0:  # more tokens than bytes: the vocabulary expands the text
+            tokens = (llama_cpp.llama_token * -count)()
+            count = llama_cpp.llama_tokenize(
+                self._vocab, data, len(data), tokens, len(tokens), False, True
+            )
+        if count < 0:
+            raise EngineError(
+                f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
+            )
+        return list(tokens[:count])
+
+
+class _Context:
+    """Caches of some slots of a model, decoded together: a :class:`racdeploy.decoding.batching.Decoder`.
+
+    Args:
+        model: llama.cpp's handle.
+        settings: see :class:`EngineSettings`.
+        slots: sequences of this context.
+        log: what llama.cpp says.
+        vocabulary: of the model.
+
+    Raises:
+        EngineError: llama.cpp refused the context.
+    """
+
+    def __init__(
+        self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
+    ) -> None:
+        self.slots = slots
+        self.batch_tokens = _BATCH_TOKENS
+        self._log = log
+        self._vocabulary = vocabulary
+        self._context = llama_cpp.llama_init_from_model(model, _context_params(settings, slots))
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {slots} × {settings.context_tokens} tokens: {log.tail()}",
+                remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
+            )
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = _Batch()
+
+    def use_threads(self, threads: int) -> None:
+        """Set how many threads decode."""
+        llama_cpp.llama_set_n_threads(self._context, threads, threads)
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        """Run one batch of at most ``_BATCH_TOKENS`` rows.
+
+        Raises:
+            EngineError: llama.cpp refused or failed.
+        """
+        if status := llama_cpp.llama_decode(self._context, self._batch.filled(rows)):
+            llama_cpp.llama_memory_clear(self._memory, True)
+            raise EngineError(
+                f"llama.cpp failed to decode {len(rows)} tokens (status {status}): {self._log.tail()}",
+                remedy="lower context_tokens or parallel, or export the model again",
+            )
+
+    def logits_V(self, place: int) -> NDArray[np.float32]:
+        """Return the logits of a row of the last batch: a view that the next batch overwrites."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+        if not pointer:
+            raise EngineError(f"llama.cpp has no logits for row {place}: {self._log.tail()}")
+        return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
+
+    def forget(self, slot: int) -> None:
+        """Empty the cache of one sequence."""
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+
+class _Batch:
+    """A ``llama_batch`` over numpy arrays, which are filled by the column."""
+
+    def __init__(self) -> None:
+        self._ids = np.zeros((3, _BATCH_TOKENS), dtype=np.int32)  # token, position, slot
+        self._wants_logits = np.zeros(_BATCH_TOKENS, dtype=np.int8)
+        self._counts = np.ones(_BATCH_TOKENS, dtype=np.int32)
+        slots = self._ids[2]
+        self._slot_pointers = slots.ctypes.data + slots.itemsize * np.arange(
+            _BATCH_TOKENS, dtype=np.uintp
+        )
+        integers = ctypes.POINTER(ctypes.c_int32)
+        token, position = (column.ctypes.data_as(integers) for column in self._ids[:2])
+        self._batch = llama_cpp.llama_batch(
+            token=token,
+            pos=position,
+            n_seq_id=self._counts.ctypes.data_as(integers),
+            seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
+            logits=self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def filled(self, rows: Sequence[Row]) -> Any:
+        """Return the batch, holding these rows."""
+        count = len(rows)
+        columns = np.array(rows, dtype=np.int32).T
+        self._ids[:, :count] = columns[:3]
+        self._wants_logits[:count] = columns[3]
+        self._batch.n_tokens = count
+        return self._batch
+
+
+def _about(kernels: accel.Status, required: bool) -> Mapping[str, Any]:
+    """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
+    asked, packed = len(kernels.tensors), kernels.packed()
+    if packed == asked:
+        return {"kernels": str(kernels), "sparse_weights": packed}
+    said = f"llama.cpp gave the sparse kernels {packed} of {asked} weights, and the others to another device"
+    if required:
+        raise EngineError(said, remedy="leave out --accel require")
+    return {"kernels": said, "sparse_weights": packed}
+
+
+def _model_params(use_mmap: bool) -> Any:
+    params = llama_cpp.llama_model_default_params()
+    _set(
+        params,
+        "load_mode",
+        llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE,
+    )
+    return params
+
+
+def _context_params(settings: EngineSettings, slots: int) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    cache_type = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[
+        settings.cache_dtype
+    ]
+    flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    values = {
+        "n_ctx": settings.context_tokens * slots,
+        "n_seq_max": slots,
+        "n_batch": _BATCH_TOKENS,
+        "n_ubatch": _BATCH_TOKENS,
+        "n_outputs_max": max(_OUTPUT_ROWS, slots),
+        "type_k": cache_type,
+        "type_v": cache_type,
+        "flash_attn_type": flash[settings.flash_attention],
+        "kv_unified": False,
+    }
+    for name, value in values.items():
+        _set(params, name, value)
+    return params
+
+
+def _set(params: Any, name: str, value: int) -> None:
+    """Set a field of a ctypes structure, which would take any other name without a word."""
+    if name not in {field[0] for field in params._fields_}:
+        raise EngineError(
+            f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
+            remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
+        )
+    setattr(params, name, value)

@@ -1,0 +1,24 @@
+"""The child process that holds llama.cpp: ``python -m racdeploy.engines.llamacpp.worker``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.messages import Header
+from racdeploy.decoding.worker import serve
+
+if TYPE_CHECKING:
+    from racdeploy.engines.llamacpp.native import NativeModel
+
+
+def load(request: Header, settings: EngineSettings) -> NativeModel:
+    """Load the GGUF file of a request."""
+    from racdeploy.engines.llamacpp.native import NativeModel
+
+    return NativeModel(Path(request["path"]), settings, use_mmap=request["use_mmap"])
+
+
+if __name__ == "__main__":
+    serve(load)

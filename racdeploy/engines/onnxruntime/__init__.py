@@ -1,0 +1,49 @@
+"""ONNX decoders on plain onnxruntime, in a child process: numpy only, no torch and no onnxruntime-genai.
+
+onnxruntime raises exceptions where llama.cpp aborts, but a lack of memory ends a process all the same: the child dies
+then, and the parent raises EngineError. Its peak memory is the engine's alone. The parent never imports onnxruntime.
+The number format of the cache is the graph's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from racdeploy.decoding.child_engine import ChildEngine
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.errors import ArtifactError, MissingExtraError
+
+__all__ = ["OnnxRuntimeEngine", "open_engine"]
+
+_WORKER = "racdeploy.engines.onnxruntime.worker"
+
+
+class OnnxRuntimeEngine(ChildEngine):
+    """An ONNX file, loaded by onnxruntime in a child process.
+
+    Args:
+        path: ONNX file; external data lies beside it.
+        settings: ``cache_dtype`` and ``flash_attention`` do not apply: the graph decides.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ArtifactError: there is no such file.
+        EngineError: onnxruntime refused the file or died of it, or its graph is not a decoder with a cache.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise MissingExtraError("onnxruntime", "ort")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
+        super().__init__(_WORKER, "onnxruntime", path, settings)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Raise: token ids come from ``racdeploy.runtime``."""
+        raise NotImplementedError("the onnxruntime engine has no tokenizer of its own")
+
+
+def open_engine(path: Path, settings: EngineSettings) -> OnnxRuntimeEngine:
+    """Load an ONNX file."""
+    return OnnxRuntimeEngine(path, settings)

@@ -1,0 +1,112 @@
+"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs. Imported by the worker only.
+
+Knows rows of a batch and slots, nothing of sampling or messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from racdeploy.accel.onnxruntime import choose
+from racdeploy.decoding.batching import Row
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.onnxruntime.caches import AppendedCache, Cache, SharedCache
+from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
+from racdeploy.storage.cores import available_cores
+
+_BATCH_TOKENS = 512
+_LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches of a prompt smaller
+
+
+class OnnxModel:
+    """A loaded graph and the caches of its slots.
+
+    Args:
+        path: ONNX file; external data lies beside it.
+        settings: see :class:`EngineSettings`; the number format of the cache is the graph's.
+
+    Raises:
+        EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that is required is of no
+            use to it.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        chosen = choose(path, settings.accel)
+        options = _options(settings)
+        if chosen.library is not None:
+            options.register_custom_ops_library(str(chosen.library))
+        session = open_session(chosen.path, options)
+        graph = DecoderGraph(session, path.parent)
+        self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.weights}
+        self.slots = settings.parallel
+        self.context_tokens = settings.context_tokens
+        self.vocabulary = graph.vocabulary
+        self.batch_tokens = max(
+            settings.parallel, min(_BATCH_TOKENS, _LOGITS_BYTES // (4 * graph.vocabulary))
+        )
+        self._output_rows = 1 if graph.last_only else self.batch_tokens
+        kind = SharedCache if graph.shares_buffer else AppendedCache
+        self._cache: Cache = kind(graph, settings.parallel, settings.context_tokens)
+        self._logits: dict[int, NDArray[np.float32]] = {}
+
+    def decoders(self, sequences: int) -> list[OnnxModel]:
+        """Return this model: one session on all threads batches better than several."""
+        return [self]
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        """Run the rows: several of one slot as one sequence, single ones of several slots together.
+
+        Raises:
+            EngineError: onnxruntime refused or failed.
+        """
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row.slot, []).append(place)
+        self._logits = {}
+        for slot, held in places.items():
+            if len(held) > 1:
+                logits_TV = self._cache.feed(slot, [rows[place].token for place in held], last=True)
+                self._logits[held[-1]] = logits_TV[-1].copy()
+        single = {slot: held[0] for slot, held in places.items() if len(held) == 1}
+        if single:
+            logits = self._cache.feed_together(
+                {slot: rows[place].token for slot, place in single.items()}
+            )
+            self._logits |= {place: logits[slot][-1] for slot, place in single.items()}
+
+    def logits_V(self, place: int) -> NDArray[np.float32]:
+        """Return the logits of a row of the last batch that asked for them."""
+        return self._logits[place]
+
+    def forget(self, slot: int) -> None:
+        """Empty the cache of one sequence."""
+        self._cache.forget(slot)
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
+        if start == 0:
+            self.forget(0)
+        return self._cache.feed(0, ids[start : start + self._output_rows], last=False)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Raise: onnxruntime has no tokenizer."""
+        raise NotImplementedError("the onnxruntime engine has no tokenizer of its own")
+
+
+def _options(settings: EngineSettings) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    # A number of threads that is given keeps onnxruntime from pinning its own, one to each core of the machine.
+    options.intra_op_num_threads = settings.threads or available_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_mem_pattern = (
+        False  # it keeps a plan for every length it meets, and every step is a new length
+    )
+    options.log_severity_level = 3
+    return options

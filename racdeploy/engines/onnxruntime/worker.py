@@ -1,0 +1,24 @@
+"""The child process that holds onnxruntime: ``python -m racdeploy.engines.onnxruntime.worker``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.messages import Header
+from racdeploy.decoding.worker import serve
+
+if TYPE_CHECKING:
+    from racdeploy.engines.onnxruntime.native import OnnxModel
+
+
+def load(request: Header, settings: EngineSettings) -> OnnxModel:
+    """Load the ONNX file of a request."""
+    from racdeploy.engines.onnxruntime.native import OnnxModel
+
+    return OnnxModel(Path(request["path"]), settings)
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,173 @@
+"""``/chat/completions`` as an engine: what a server says to its users, turned back into the model's tokens.
+
+The server renders its own template, so what is asked is the question behind the prompt ids. It may split the thinking
+off, as ``reasoning_content`` (vLLM, SGLang, llama-server) or ``reasoning`` (Ollama, newer vLLM); otherwise the thinking
+stands in the text, between the model's tags. Texts are tokenized here: the ids are those of the texts, tags put back,
+and not proven to be the ones that were generated.
+Source: the servers' documentation; llama_cpp/server/app.py of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.engines.openai import OpenAIEngine, Request, derived_seed
+from racdeploy.errors import EngineError
+
+_ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How questions and texts relate to the model's tokens.
+
+    Args:
+        questions: the question behind the ids of each rendered prompt.
+        encode: ids of a text, special tokens parsed.
+        open_ids, close_ids: of the thinking tags; empty for a model that does not think.
+        starts_open: whether a prompt ends inside the thinking.
+    """
+
+    questions: Mapping[tuple[int, ...], str]
+    encode: Callable[[str], list[int]]
+    open_ids: tuple[int, ...] = ()
+    close_ids: tuple[int, ...] = ()
+    starts_open: bool = False
+
+    def ids(self, answer: _Answer) -> list[int]:
+        """Return the ids of an answer, without end-of-sequence."""
+        if not answer.thinking:
+            ids = self.encode(answer.text)
+            again = self.starts_open and tuple(ids[: len(self.open_ids)]) == self.open_ids
+            return ids[len(self.open_ids) :] if again else ids
+        closed = answer.text or answer.finish_reason == "stop"
+        return [
+            *(() if self.starts_open else self.open_ids),
+            *self.encode(answer.thinking),
+            *(self.close_ids if closed else ()),
+            *self.encode(answer.text),
+        ]
+
+
+class ChatEngine(OpenAIEngine):
+    """A model behind ``/chat/completions``; see :class:`OpenAIEngine`.
+
+    Args:
+        url: address of the API.
+        settings: ``parallel`` requests are under way together.
+        conversation: what is asked, and how answers become ids.
+        model: name of the model to ask; empty takes the only one there is.
+        key_env: environment variable that holds the key; empty sends none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: EngineSettings,
+        conversation: Conversation,
+        *,
+        model: str = "",
+        key_env: str = "",
+    ) -> None:
+        super().__init__(url, settings, model=model, key_env=key_env)
+        self._conversation = conversation
+        self._silent: list[bool] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        """Ask every question; see :meth:`OpenAIEngine.generate`.
+
+        Raises:
+            EngineError: no answer tells its thinking, although the server generated more than the texts hold.
+        """
+        self._silent = []
+        completions = super().generate(prompts, sampling, on_tokens, cancelled)
+        if self._silent and all(self._silent):
+            raise EngineError(
+                f"none of {len(self._silent)} answers tells where its thinking ends, and the server counts more tokens "
+                "than their texts hold: it leaves the thinking or its tags out",
+                remedy="start it so that it returns reasoning_content or shows special tokens, or ask its completions: "
+                "--server-api completions",
+            )
+        return completions
+
+    def _complete(self, request: Request, over: threading.Event) -> Completion:
+        ids, sampling, stream = request
+        cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": self._conversation.questions[tuple(ids)]}],
+            "max_tokens": cap,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": derived_seed(sampling.seed, stream),
+        }
+        try:
+            answer = _read(self._client.post("chat/completions", body, over))
+        except CancelledError:
+            return Completion((), "cancelled")
+        if answer.finish_reason == "length" and answer.counted is not None and answer.counted < cap:
+            raise EngineError(
+                f"the server stopped after {answer.counted} of {cap} tokens: its context is too short",
+                remedy="start it with a longer context",
+            )
+        found = self._conversation.ids(answer)
+        if self._conversation.close_ids and answer.finish_reason == "stop":
+            self._silent.append(self._hides(answer, found))
+        end = sampling.stop_ids[:1] if answer.finish_reason == "stop" else ()
+        return Completion((*found, *end), answer.finish_reason)
+
+    def _hides(self, answer: _Answer, ids: Sequence[int]) -> bool:
+        """Return whether tokens are missing in an answer that tells no thinking."""
+        close_ids = list(self._conversation.close_ids)
+        told = any(
+            list(ids[place : place + len(close_ids)]) == close_ids for place in range(len(ids))
+        )
+        ends = 0 if self._takes_text else 1  # llama_cpp.server does not count end-of-sequence
+        return not told and (answer.counted is None or answer.counted > len(ids) + ends)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The text that a user sees, what the server split off before it, and the tokens that it counts for both."""
+
+    text: str
+    thinking: str
+    finish_reason: Literal["stop", "length"]
+    counted: int | None
+
+
+def _read(body: Mapping[str, Any]) -> _Answer:
+    """Read the body of an answer.
+
+    Raises:
+        EngineError: it is not what OpenAI's API answers.
+    """
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise EngineError("the server's answer holds no message, or more than one", remedy=_ODD)
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise EngineError(f"the server ended an answer with {reason!r}", remedy=_ODD)
+    parts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
+    if not all(isinstance(part, str | None) for part in parts):
+        raise EngineError(
+            f"the server answers with {str(message)[:80]} in place of texts", remedy=_ODD
+        )
+    usage = body.get("usage")
+    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return _Answer(
+        parts[0] or "", parts[1] or "", reason, counted if type(counted) is int else None
+    )

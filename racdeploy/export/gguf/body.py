@@ -1,0 +1,155 @@
+"""Write the tensors of a GGUF file: read, quantized, read back and counted in slabs of rows.
+
+The slabs of a tensor are quantized on every core, which numpy and ggml do without holding the interpreter, and are
+written in order. In memory are one tensor as the checkpoint stores it, and two slabs a core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import quant as quants
+from racdeploy.errors import ModelError
+from racdeploy.export import ExportedTensor, Progress
+from racdeploy.export.gguf.tensors import PlannedTensor, iterate_slabs
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant.importance import Importance
+
+_ALIGNMENT = 32
+_SLAB_WEIGHTS = 2_097_152
+_MOST_WORKERS = 8
+Coded = tuple[NDArray[np.uint8], int]
+
+
+@dataclass
+class Body:
+    """What all parts of a model share while their tensors are written.
+
+    Args:
+        checkpoint: where the values are.
+        importance: what the inputs count, where that is known.
+        total_bytes: of all tensors.
+        progress: called after every slab.
+    """
+
+    checkpoint: Checkpoint
+    importance: Importance | None
+    total_bytes: int
+    progress: Progress | None
+    _done_bytes: int = field(default=0, init=False)
+
+    def append(self, file: Path, plan: Iterable[PlannedTensor]) -> list[ExportedTensor]:
+        """Write tensors behind the header of a file, and return what became of them.
+
+        Raises:
+            ModelError: a weight is not finite, or too large for its number format.
+        """
+        tensors = []
+        with file.open("ab") as stream, ThreadPoolExecutor(_workers()) as pool:
+            stream.write(bytes(-stream.tell() % _ALIGNMENT))
+            for tensor in plan:
+                zeros = 0
+                for packed_OP, count in self._coded(pool, tensor):
+                    zeros += count
+                    stream.write(packed_OP.data)
+                    self._report(packed_OP.nbytes)
+                stream.write(bytes(-stream.tell() % _ALIGNMENT))
+                tensors.append(_exported(tensor, zeros))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return tensors
+
+    def _coded(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
+        """Yield the packed rows of a tensor, slab by slab in order, and how many zeros they hold."""
+        quant = quants.load_ggml(tensor.quant_real)
+        known_I = (
+            self.importance.of(tensor.name, tensor.source, tensor.shape[-1])
+            if self.importance
+            else None
+        )
+
+        def code(weight_OI: NDArray[np.float32]) -> Coded:
+            packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
+            stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
+            _check_finite(tensor, weight_OI, stored_OI)
+            return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
+
+        return _ahead(pool, code, iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+
+    def _report(self, written_bytes: int) -> None:
+        self._done_bytes += written_bytes
+        if self.progress:
+            self.progress(self._done_bytes, self.total_bytes)
+
+
+def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:
+    """Return the tensors in runs of at most so many bytes, or of a single larger one; 0 is one run."""
+    parts: list[list[PlannedTensor]] = [[]]
+    held = 0
+    for tensor in plan:
+        if part_bytes and parts[-1] and held + tensor.size_bytes > part_bytes:
+            parts.append([])
+            held = 0
+        parts[-1].append(tensor)
+        held += tensor.size_bytes
+    return parts
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    code: Callable[[NDArray[np.float32]], Coded],
+    slabs: Iterator[NDArray[np.float32]],
+) -> Iterator[Coded]:
+    """Yield ``code`` of each slab in order, with at most one slab for each worker and one more in memory."""
+    pending: deque[Future[Coded]] = deque()
+    for slab in slabs:
+        pending.append(pool.submit(code, slab))
+        if len(pending) > _workers():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _workers() -> int:
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return min(allowed, _MOST_WORKERS)
+
+
+def _exported(tensor: PlannedTensor, zeros: int) -> ExportedTensor:
+    return ExportedTensor(
+        tensor.name,
+        tensor.source,
+        tensor.shape,
+        tensor.quant_asked,
+        tensor.quant_real,
+        tensor.reason,
+        zeros / max(1, int(np.prod(tensor.shape))),
+        tensor.size_bytes,
+    )
+
+
+def _check_finite(
+    tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]
+) -> None:
+    if np.isfinite(stored_OI).all():
+        return
+    if np.isfinite(weight_OI).all():
+        raise ModelError(
+            f"{tensor.source!r} has weights up to {float(np.abs(weight_OI).max()):g},"
+            f" too large for {tensor.quant_real}",
+            remedy="export with quant bf16 or f32",
+        )
+    raise ModelError(
+        f"{tensor.source!r} holds weights that are infinite or not a number",
+        remedy="the checkpoint is damaged or its training diverged",
+    )

@@ -1,0 +1,221 @@
+"""Write the hyperparameters of a decoder into a GGUF header.
+
+Every setting of config.json that changes what the model computes is either written, equal to what llama.cpp
+does anyway, or refused. What is particular to an architecture is in its family file.
+Source: llama.cpp ``conversion/base.py`` (set_gguf_parameters), ``src/llama-context.cpp`` for YaRN, and
+transformers ``modeling_rope_utils.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter, RopeScalingType
+from numpy.typing import NDArray
+
+from racdeploy.errors import ModelError
+from racdeploy.models.checkpoint import Checkpoint
+
+_FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
+
+
+def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Add the architecture's keys to a GGUF header, after :func:`check_parameters`.
+
+    Raises:
+        ModelError: a number is missing from config.json.
+    """
+    writer.add_block_count(checkpoint.block_count)
+    writer.add_context_length(checkpoint.integer("max_position_embeddings"))
+    writer.add_embedding_length(checkpoint.integer("hidden_size"))
+    writer.add_feed_forward_length(checkpoint.integer("intermediate_size"))
+    writer.add_head_count(checkpoint.integer("num_attention_heads"))
+    writer.add_head_count_kv(checkpoint.key_value_heads)
+    writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
+    if checkpoint.config.get("head_dim") is not None:
+        writer.add_key_length(checkpoint.head_size)
+        writer.add_value_length(checkpoint.head_size)
+    writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
+    _write_rope_scaling(writer, checkpoint)
+    _write_windows(writer, checkpoint)
+    family = checkpoint.family
+    for key, setting in family.integers.items():
+        if checkpoint.setting(setting) is not None:
+            writer.add_uint32(f"{family.gguf_arch}.{key}", checkpoint.integer(setting))
+    for key, setting in family.numbers.items():
+        if checkpoint.setting(setting) is not None:
+            writer.add_float32(
+                f"{family.gguf_arch}.{key}", _number(checkpoint, checkpoint.config, setting)
+            )
+
+
+def check_parameters(checkpoint: Checkpoint) -> None:
+    """Refuse settings that llama.cpp would ignore.
+
+    Raises:
+        ModelError: the setting, its value and the values that work.
+    """
+    for key, allowed in checkpoint.family.fixed.items():
+        value = checkpoint.config.get(key)
+        fine = [checkpoint.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
+        if value is not None and value not in fine:
+            computes = f"computes only {fine[0]!r}" if fine else "has no such thing"
+            raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
+    _check_windows(checkpoint)
+    _check_no_rope(checkpoint)
+    kind, known = checkpoint.rope["rope_type"], checkpoint.family.rope_types
+    if kind not in known:
+        raise ModelError(
+            f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {checkpoint.family.gguf_arch}",
+            remedy=f"supported are {', '.join(known)}",
+        )
+
+
+def rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors that rope scaling adds to a file: divisors of the rotary frequencies, by tensor name."""
+    rope = checkpoint.rope
+    if rope["rope_type"] == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(checkpoint)}
+    if rope["rope_type"] != "longrope":
+        return {}
+    width = checkpoint.setting("rotary_width") // 2
+    factors = {}
+    for name in ("long", "short"):
+        values = rope.get(f"{name}_factor")
+        if (
+            not isinstance(values, list)
+            or len(values) != width
+            or not all(isinstance(v, int | float) for v in values)
+        ):
+            raise ModelError(
+                f"{checkpoint.folder}/config.json: {name}_factor is not a list of {width} numbers"
+            )
+        factors[f"rope_factors_{name}.weight"] = np.array(values, dtype=np.float32)
+    return factors
+
+
+def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """Return what Llama 3 scaling divides each rotary frequency by.
+
+    Source: transformers ``_compute_llama3_parameters``; llama.cpp divides each frequency by its factor.
+    """
+    rope = checkpoint.rope
+    factor, low, high, context = (
+        _number(checkpoint, rope, key)
+        for key in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+    )
+    K = checkpoint.head_size
+    wavelength_K = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, K, 2, dtype=np.float64) / K)
+    smooth_K = (context / wavelength_K - low) / (high - low)
+    blended_K = 1 / ((1 - smooth_K) / factor + smooth_K)
+    scaled_K = np.where(wavelength_K > context / low, factor, blended_K)
+    return np.where(wavelength_K < context / high, 1.0, scaled_K).astype(np.float32)
+
+
+def _check_windows(checkpoint: Checkpoint) -> None:
+    """Refuse a sliding window that llama.cpp would not compute."""
+    if checkpoint.family.window_period:
+        return
+    if other := set(checkpoint.layer_types) - {"full_attention"}:
+        raise ModelError(
+            f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF"
+        )
+    window, context = (
+        checkpoint.config.get("sliding_window"),
+        checkpoint.integer("max_position_embeddings"),
+    )
+    if window and window < context and checkpoint.config.get("use_sliding_window", True):
+        raise ModelError(
+            f"config.json: sliding_window is {window} of {context} positions; llama.cpp's"
+            f" {checkpoint.family.gguf_arch} attends to all",
+            remedy=f"set max_position_embeddings to {window}, up to where both compute the same",
+        )
+
+
+def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Say which blocks have a sliding window, where that is not what llama.cpp takes for granted."""
+    period = checkpoint.family.window_period
+    sliding = [kind == "sliding_attention" for kind in checkpoint.layer_types]
+    if period and sliding != [(block + 1) % period > 0 for block in range(checkpoint.block_count)]:
+        writer.add_array(f"{checkpoint.family.gguf_arch}.attention.sliding_window_pattern", sliding)
+
+
+def _check_no_rope(checkpoint: Checkpoint) -> None:
+    """Refuse blocks without rotary embedding where llama.cpp has one, and the reverse."""
+    interval, listed = (
+        checkpoint.config.get(key) for key in ("no_rope_layer_interval", "no_rope_layers")
+    )
+    blocks, period = range(1, checkpoint.block_count + 1), checkpoint.family.no_rope_period
+    asked = listed or [not interval or block % interval != 0 for block in blocks]
+    if period and list(map(bool, asked)) != [block % period != 0 for block in blocks]:
+        raise ModelError(
+            f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this model not"
+        )
+
+
+def _write_rope_scaling(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    rope = checkpoint.rope
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_attn_factors(_longrope_attention_factor(checkpoint))
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return
+    factor = _number(checkpoint, rope, "factor")
+    writer.add_rope_scaling_factor(factor)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        return
+    for key, fixed in _FIXED_YARN.items():
+        if rope.get(key) not in (None, fixed):
+            raise ModelError(
+                f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}"
+            )
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    context = rope.get("original_max_position_embeddings") or checkpoint.integer(
+        "max_position_embeddings"
+    )
+    writer.add_rope_scaling_orig_ctx_len(int(context))
+    # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
+    default = _magnitude(factor, 1.0)
+    whole = _attention_factor(checkpoint, factor)
+    if whole != default:
+        writer.add_rope_scaling_attn_factors(whole / default)
+
+
+def _longrope_attention_factor(checkpoint: Checkpoint) -> float:
+    """Return what cosines and sines are multiplied by. Source: transformers ``_compute_longrope_parameters``."""
+    if checkpoint.rope.get("attention_factor") is not None:
+        return _number(checkpoint, checkpoint.rope, "attention_factor")
+    original = checkpoint.integer("original_max_position_embeddings")
+    factor = checkpoint.integer("max_position_embeddings") / original
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _attention_factor(checkpoint: Checkpoint, factor: float) -> float:
+    rope = checkpoint.rope
+    if rope.get("attention_factor") is not None:
+        return _number(checkpoint, rope, "attention_factor")
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        magnitude, all_dims = (
+            _number(checkpoint, rope, key) for key in ("mscale", "mscale_all_dim")
+        )
+        return _magnitude(factor, magnitude) / _magnitude(factor, all_dims)
+    return _magnitude(factor, 1.0)
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _number(checkpoint: Checkpoint, config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ModelError(f"{checkpoint.folder}/config.json: {key} is {value!r}, not a number")
+    return float(value)

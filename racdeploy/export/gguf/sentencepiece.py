@@ -1,0 +1,186 @@
+"""Read a tokenizer.json in SentencePiece's form: pieces with scores in place of merges.
+
+llama.cpp's ``llama`` tokenizer joins the neighbours whose joint text is the piece of the highest score. BPE joins the
+pair of the earliest merge. The two agree if every way to cut a piece into pieces is a merge, and if all merges that
+make one piece come before or after all that make another; both are checked. Scores are those of ``tokenizer.model``
+where the model has one, else the order of the merges.
+Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py`` (_create_vocab_sentencepiece).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import MissingExtraError, ModelError
+from racdeploy.export.gguf.pretokenizers import flatten
+
+SPACE = "▁"
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+ADDED_SCORE, UNUSED_SCORE = -1000.0, -10_000.0
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_SPLIT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+_FORMS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
+    ([_PREPEND, _REPLACE], [], True),
+    ([_REPLACE], [], False),
+    ([_REPLACE], [_SPLIT_SPACES], False),  # no space is left to split at
+)
+
+
+def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether a parsed tokenizer.json spells unknown characters in bytes, as SentencePiece does."""
+    model = tokenizer.get("model")
+    return (
+        isinstance(model, dict)
+        and model.get("type", "BPE") == "BPE"
+        and bool(model.get("byte_fallback"))
+    )
+
+
+def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether a text gets a space in front, also after a special token: all that llama.cpp knows.
+
+    Raises:
+        ModelError: the tokenizer treats spaces in another way.
+    """
+    normalizer = flatten(tokenizer.get("normalizer"), "normalizers")
+    pre_tokenizer = flatten(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    for normalizers, pre_tokenizers, first in _FORMS:
+        if (normalizer, pre_tokenizer) == (normalizers, pre_tokenizers):
+            return first
+    steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
+    schemes = [step["prepend_scheme"] for step in pre_tokenizer if step.get("type") == "Metaspace"]
+    how = f" with prepend_scheme {schemes[0]!r}" if schemes else ""
+    raise ModelError(
+        f"llama.cpp has no counterpart for the tokenizer's {' + '.join(steps) or 'lack of a normalizer'}{how}",
+        remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put in front, work",
+    )
+
+
+def read_scores(
+    tokenizer: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], model: Path
+) -> dict[str, float]:
+    """Return the score of every piece of the vocabulary.
+
+    Args:
+        tokenizer: parsed tokenizer.json.
+        added: its added tokens by id.
+        model: ``tokenizer.model``, which need not exist.
+
+    Raises:
+        ModelError: llama.cpp would join other pieces, or the two files belong to different models.
+        MissingExtraError: tokenizer.model cannot be read without the sentencepiece package.
+    """
+    vocab, merges = (
+        tokenizer["model"]["vocab"],
+        [_pair(merge) for merge in tokenizer["model"]["merges"]],
+    )
+    if missing := sorted(BYTES - vocab.keys()):
+        raise ModelError(
+            f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
+        )
+    texts = {str(token["content"]) for token in added.values()}
+    _check_cuts(vocab, set(merges), texts)
+    if model.is_file():
+        scores = _stored_scores(model, vocab, added)
+    else:
+        scores = {
+            **dict.fromkeys(vocab, 0.0),
+            **_scores_by_rank([left + right for left, right in merges]),
+        }
+    _check_order([(left + right, scores[left + right]) for left, right in merges], texts)
+    return scores
+
+
+def _pair(merge: object) -> tuple[str, str]:
+    match merge:
+        case str() if merge.count(" ") == 1:
+            left, right = merge.split(" ")
+            return left, right
+        case [str(left), str(right)]:
+            return left, right
+    raise ModelError(f"tokenizer.json is damaged: {merge!r} is not a merge")
+
+
+def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str]) -> None:
+    for piece in vocab.keys() - BYTES - added:
+        for left, right in _cuts(piece):
+            if left in vocab and right in vocab and (left, right) not in merges:
+                raise ModelError(
+                    f"llama.cpp would join {left!r} and {right!r} to {piece!r}, and the tokenizer has no such merge",
+                    remedy="its merges were not made from a SentencePiece model, so it has no GGUF form yet",
+                )
+        if len(piece) > 1 and (
+            strange := [character for character in piece if character not in vocab]
+        ):
+            raise ModelError(
+                f"the token {piece!r} holds {strange[0]!r}, which the tokenizer's vocabulary lacks"
+            )
+
+
+def _cuts(piece: str) -> Iterator[tuple[str, str]]:
+    for place in range(1, len(piece)):
+        yield piece[:place], piece[place:]
+
+
+def _scores_by_rank(made: Sequence[str]) -> dict[str, float]:
+    """Return minus the rank of the first merge that makes a piece.
+
+    Pieces whose merges interleave had one score, as Mistral's runs of spaces have, and get one again; for any other
+    pieces that is an order which scores cannot express, and :func:`_check_order` finds it.
+    """
+    last = {piece: rank for rank, piece in enumerate(made)}
+    scores: dict[str, float] = {}
+    start, stop = 0, -1
+    for rank, piece in enumerate(made):
+        if piece not in scores:
+            if rank > stop or len({*piece, *made[start]}) > 1:
+                start = rank
+            scores[piece] = -float(start)
+            stop = max(stop, last[piece]) if start < rank else last[piece]
+    return scores
+
+
+def _check_order(made: Sequence[tuple[str, float]], added: set[str]) -> None:
+    """Refuse scores that do not fall along the merges; an added token is found before anything is joined."""
+    joined = [(piece, score) for piece, score in made if piece not in added]
+    for (early, score), (late, next_score) in itertools.pairwise(joined):
+        if next_score > score:
+            raise ModelError(
+                f"the tokenizer merges to {early!r} before {late!r}, and its scores say the reverse",
+                remedy="tokenizer.model and tokenizer.json belong to different models, or the merges were edited",
+            )
+
+
+def _stored_scores(
+    model: Path, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return the scores of tokenizer.model, after comparing its pieces with the vocabulary."""
+    try:
+        from sentencepiece import SentencePieceProcessor  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("sentencepiece", "gguf") from error
+    try:
+        processor = SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"{model} cannot be loaded: {error}", remedy="copy it again; or remove it"
+        ) from error
+    scores = dict.fromkeys(vocab, ADDED_SCORE)
+    for piece, i in vocab.items():
+        if i < processor.get_piece_size() and i not in added:
+            if processor.id_to_piece(i) != piece:
+                raise ModelError(
+                    f"{model} has the piece {processor.id_to_piece(i)!r} where tokenizer.json has {piece!r}",
+                    remedy="the files belong to different models",
+                )
+            scores[piece] = float(processor.get_score(i))
+    return scores

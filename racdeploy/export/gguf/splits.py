@@ -1,0 +1,75 @@
+"""A GGUF model in several files: how their names and headers hang together.
+
+The first file has all the metadata, every file says which one of how many it is. Names end in ``-00001-of-00003.gguf``;
+they are made from the name of the file at hand and from nothing inside it, so they never lead out of its folder.
+Source: ``llama_split_path`` in llama.cpp and ``gguf-split``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.storage.gguf_header import Header, read_header
+
+NUMBER_KEY, COUNT_KEY, TENSORS_KEY = "split.no", "split.count", "split.tensors.count"
+MOST_PARTS = 99_999
+_NAME = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def name_part(stem: str, number: int, count: int) -> str:
+    """Return the name of one of several files, counted from 0; of a single one it is the plain name."""
+    return f"{stem}.gguf" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+
+
+def read_parts(path: Path) -> list[tuple[Path, Header]]:
+    """Return every file of a model, given the first one, with its checked header.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or part of something else.
+        UsageError: ``path`` is not the first one.
+    """
+    header = read_header(path)
+    count = header.values.get(COUNT_KEY, 1)
+    if count == 1 or count == 0:
+        return [(path, header)]
+    match = _NAME.match(path.name)
+    if (
+        type(count) is not int
+        or not 1 < count <= MOST_PARTS
+        or match is None
+        or int(match[3]) != count
+    ):
+        raise ArtifactError(
+            f"{path} says that it is one of {count!r} files, and its name does not",
+            remedy="give the files their names back, as in model-00001-of-00003.gguf",
+        )
+    if header.values.get(NUMBER_KEY) != 0:
+        first = path.with_name(name_part(match[1], 0, count))
+        raise UsageError(f"{path} is not the first of {count} files", remedy=f"give {first}")
+    parts = [(path, header)]
+    for number in range(1, count):
+        part = path.with_name(name_part(match[1], number, count))
+        if not part.is_file():
+            raise ArtifactError(
+                f"{part} is missing: {path.name} is one of {count} files", remedy="copy it again"
+            )
+        found = read_header(part)
+        if (found.values.get(NUMBER_KEY), found.values.get(COUNT_KEY)) != (number, count):
+            raise ArtifactError(
+                f"{part} is another part, or of another model", remedy="copy it again"
+            )
+        parts.append((part, found))
+    _check_tensors(path, parts)
+    return parts
+
+
+def _check_tensors(path: Path, parts: list[tuple[Path, Header]]) -> None:
+    names = [tensor.name for _, header in parts for tensor in header.tensors]
+    expected = parts[0][1].values.get(TENSORS_KEY, len(names))
+    if len(names) != expected or len(set(names)) < len(names):
+        raise ArtifactError(
+            f"{path.name} and its other parts hold {len(set(names))} different tensors of {expected!r}",
+            remedy="copy all of them again, from one model",
+        )

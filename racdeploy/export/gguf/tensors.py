@@ -1,0 +1,250 @@
+"""Plan which tensors a GGUF file holds: name, shape, number format; and read their values in llama.cpp's order.
+
+The plan is made from headers alone, so every refusal comes before the first byte is written. A checkpoint
+tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import quant as quants
+from racdeploy.errors import ModelError
+from racdeploy.export.gguf.parameters import rope_factors
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import IGNORED, listed
+from racdeploy.models.decoder import Transform
+from racdeploy.quant.presets import Choice, Mix
+
+# Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
+_FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
+_ROUTER = ".ffn_gate_inp.weight"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor to write.
+
+    Args:
+        name: in the file.
+        source: in the checkpoint, with ``*`` for the number of an expert; empty where ``computed`` holds the values.
+        shape: as in the checkpoint, experts first where there are any.
+        quant_asked: number format asked for.
+        quant_real: number format it gets.
+        reason: why the two differ, or empty.
+        parts: names in the checkpoint: one, or one for each expert.
+        transform: what is done to the values.
+        computed: the values of a tensor that the checkpoint does not hold.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    quant_asked: str
+    quant_real: str
+    reason: str
+    parts: tuple[str, ...] = ()
+    transform: Transform | None = None
+    computed: NDArray[np.float32] | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Number of rows and their length; a vector is one row."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file, without padding."""
+        rows, row_length = self.rows
+        return rows * round(row_length * quants.load(self.quant_real).BITS / 8)
+
+
+def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
+    """Plan every tensor of the file, in file order.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, of a wrong shape, or unknown to llama.cpp.
+    """
+    named = _names(checkpoint)
+    _check_complete(checkpoint, [part for parts in named.values() for part in parts])
+    plan = [
+        PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
+        for name, factors in rope_factors(checkpoint).items()
+    ]
+    for (source, name), parts in named.items():
+        if parts[0] not in checkpoint.entries:
+            continue
+        for part in parts:
+            _check_shape(checkpoint, part, name)
+        shape = checkpoint.entries[parts[0]].shape
+        transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
+        if transform == "stack":
+            shape = (len(parts), *shape)
+        choice = _choose(name, shape, mix, checkpoint)
+        plan.append(
+            PlannedTensor(
+                name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform
+            )
+        )
+    mix.check(tensor.name for tensor in plan if len(tensor.shape) > 1)
+    return plan
+
+
+def iterate_slabs(
+    checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int
+) -> Iterator[NDArray[np.float32]]:
+    """Yield a tensor's values in file order, float32, in slabs of rows of about ``slab_weights`` weights."""
+    row_length = tensor.rows[1]
+    step = max(1, slab_weights // row_length)
+    for raw in _arrays(checkpoint, tensor):
+        raw_OI, order_O = raw.reshape(-1, row_length), None
+        if tensor.transform == "rotary":
+            order_O = rotary_order(len(raw.reshape(len(raw), -1)), len(raw) // checkpoint.head_size)
+            if raw.ndim == 1:
+                raw_OI, order_O = raw_OI[:, order_O], None
+        for start in range(0, len(raw_OI), step):
+            rows = slice(start, start + step)
+            weight_OI = _widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            yield weight_OI + np.float32(1) if tensor.transform == "plus_one" else weight_OI
+
+
+def rotary_order(rows: int, heads: int) -> NDArray[np.intp]:
+    """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones.
+
+    Source: llama.cpp ``conversion/llama.py``, ``LlamaModel.permute``.
+    """
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _arrays(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[NDArray[Any]]:
+    """Yield the arrays that a tensor is made of, one in memory at a time."""
+    if tensor.computed is not None:
+        yield tensor.computed
+    for part in tensor.parts:
+        yield checkpoint.read_raw(part)
+
+
+def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
+    """Return float32 weights; bfloat16 comes as bit patterns."""
+    if raw_OI.dtype == np.uint16:
+        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
+    return raw_OI.astype(np.float32, copy=False)
+
+
+def _names(checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return source and file name → checkpoint tensors, for everything this architecture may hold."""
+    family = checkpoint.family
+    named = [
+        pair
+        for pair in family.model_tensors.items()
+        if pair[0] != "lm_head.weight" or not checkpoint.tied
+    ]
+    for block in range(checkpoint.block_count):
+        named += [
+            (f"{family.blocks}.{block}.{s}", f"blk.{block}.{n}")
+            for s, n in family.block_tensors.items()
+        ]
+    return {(source, name): _parts(checkpoint, source) for source, name in named}
+
+
+def _parts(checkpoint: Checkpoint, source: str) -> tuple[str, ...]:
+    if "*" not in source:
+        return (source,)
+    return tuple(
+        source.replace("*", str(expert)) for expert in range(checkpoint.integer("num_experts"))
+    )
+
+
+def _inside(checkpoint: Checkpoint, source: str) -> str:
+    """Return the name inside its block, or the name itself outside the blocks."""
+    prefix = f"{checkpoint.family.blocks}."
+    return source.removeprefix(prefix).partition(".")[2] if source.startswith(prefix) else source
+
+
+def _check_complete(checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
+    if checkpoint.tied:
+        held.discard("lm_head.weight")
+    if unknown := sorted(held - set(names)):
+        raise ModelError(
+            f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not"
+            f" have: {listed(unknown)}",
+            remedy="export the plain model: merge adapters and remove extra heads first",
+        )
+    biased = {_inside(checkpoint, name) for name in held if name.endswith(".bias")}
+    needed = {
+        name for name in names if not name.endswith(".bias") or _inside(checkpoint, name) in biased
+    }
+    if missing := sorted(needed - held):
+        raise ModelError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(missing)}",
+            remedy="the checkpoint is incomplete; save or download it again",
+        )
+    family = checkpoint.family
+    lost = sorted(
+        name
+        for name in biased
+        if family.block_tensors[name].removesuffix(".bias") not in family.biases
+    )
+    if lost:
+        raise ModelError(
+            f"llama.cpp's {family.gguf_arch} models have no {lost[0]}, and this checkpoint does"
+        )
+
+
+def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
+    part, _, kind = name.rpartition(".")
+    symbols = checkpoint.family.shapes.get(part.rpartition(".")[2], ("D",))
+    sizes = _sizes(checkpoint)
+    expected = tuple(
+        sum(sizes[symbol] for symbol in symbols_of.split("+")) for symbols_of in symbols
+    )
+    if kind == "bias":
+        expected = expected[:1]
+    shape = checkpoint.entries[source].shape
+    if shape != expected:
+        raise ModelError(
+            f"{checkpoint.folder}: {source!r} has shape {list(shape)}, its config.json means {list(expected)}",
+            remedy="the weights and the config belong to different models",
+        )
+
+
+def _sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
+    """Return what the letters of a family's shapes stand for."""
+    K = checkpoint.head_size
+    sizes = {
+        "D": checkpoint.integer("hidden_size"),
+        "F": checkpoint.integer("intermediate_size"),
+        "V": checkpoint.integer("vocab_size"),
+        "K": K,
+        "Q": checkpoint.integer("num_attention_heads") * K,
+        "KV": checkpoint.key_value_heads * K,
+    }
+    if checkpoint.family.routed:
+        sizes |= {
+            "E": checkpoint.integer("num_experts"),
+            "M": checkpoint.integer("moe_intermediate_size"),
+        }
+    return sizes
+
+
+def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
+    """Return the number format of a tensor, and why it is not the one asked for."""
+    if len(shape) == 1:
+        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else "vectors are stored in f32")
+    if name.endswith(_ROUTER):
+        return Choice(
+            mix.quant, "f32", "" if mix.quant == "f32" else "the router of experts is stored in f32"
+        )
+    choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
+    chosen, reasons = choice.quant, [choice.reason]
+    while why := quants.fits(quants.load(chosen), shape[-1]):
+        chosen = _FALLBACKS.get(chosen, "f16")
+        reasons.append(why)
+    return Choice(choice.asked, chosen, "; ".join(dict.fromkeys(filter(None, reasons))))

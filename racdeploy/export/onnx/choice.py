@@ -1,0 +1,98 @@
+"""Choose who writes the ONNX graph: the first whose graph holds the checkpoint and computes what torch computes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from racdeploy import plugins
+from racdeploy.errors import EngineError, ModelError, UnknownPluginError
+from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx.exporters import run_module
+from racdeploy.export.onnx.graph import Graph, adopt
+from racdeploy.models.checkpoint import Checkpoint
+
+PARITY_LIMIT = 1e-4
+_ROTARY_LIMIT = 1e-3  # of values up to 1: an angle of 10^5 has 2^-7 of rounding in float32
+_ORDER = ("genai", "optimum")  # fastest graph first
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A graph that may be trusted.
+
+    Args:
+        graph: without weights.
+        note: who made it, how far it is from torch, and why nobody else did.
+    """
+
+    graph: Graph
+    note: str
+
+
+def check_exporter(name: str) -> None:
+    """Refuse a name that is neither ``auto`` nor an exporter.
+
+    Raises:
+        UnknownPluginError: naming those there are.
+    """
+    known = ("auto", *plugins.names("onnx_exporters"))
+    if name not in known:
+        raise UnknownPluginError(
+            f"unknown ONNX exporter {name!r}{plugins.closest(name, known)}",
+            remedy=f"known: {', '.join(known)}",
+        )
+
+
+def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
+    """Export a checkpoint in float32 and prove the graph.
+
+    Args:
+        checkpoint: the model folder.
+        exporter: a plugin of kind ``onnx_exporters``, or ``auto`` for the fastest that passes.
+
+    Raises:
+        ModelError: none of them can; each with its reason.
+        MissingExtraError: one of them is not installed.
+    """
+    check_exporter(exporter)
+    names = _ORDER if exporter == "auto" else (exporter,)
+    reasons = []
+    for name in names:
+        if refusal := onnx_exporters.load(name).refusal(checkpoint):
+            reasons.append(f"{name}: {refusal}")
+            continue
+        try:
+            graph, found = _attempt(checkpoint, name)
+        except EngineError as error:
+            reasons.append(f"{name}: {error.message}")
+            continue
+        note = f"ONNX graph by {name}, from torch by {found['prefill']:.1e} in prefill, {found['decode']:.1e} in decode"
+        return Chosen(graph, "; ".join([note, *(f"not by {reason}" for reason in reasons)]))
+    raise ModelError(
+        f"no ONNX exporter can export {checkpoint.folder}: {'; '.join(reasons)}",
+        remedy="export it as gguf, or report the model with this message",
+    )
+
+
+def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]]:
+    exporter = onnx_exporters.load(name)
+    with tempfile.TemporaryDirectory(prefix="racdeploy-onnx-") as scratch:
+        prepared = onnx_exporters.prepare(
+            checkpoint, Path(scratch) / checkpoint.folder.resolve().name
+        )
+        file = exporter.build(prepared, Path(scratch) / "graph")
+        graph = adopt(file, checkpoint, exporter, name)
+        arguments = [str(checkpoint.folder.resolve()), str(file)]
+        found = run_module("racdeploy.export.onnx.parity", arguments, "the comparison with torch")
+    if not isinstance(found, dict):
+        raise EngineError("the comparison with torch ended without a result")
+    for part in ("prefill", "decode"):
+        if not found[part] <= PARITY_LIMIT:
+            raise EngineError(
+                f"its logits differ from torch's by {found[part]:.1e} of the largest in {part}"
+            )
+    if not found.get("rotary", 0.0) <= _ROTARY_LIMIT:
+        raise EngineError(f"its rotary tables differ from torch's by {found['rotary']:.1e}")
+    return graph, found

@@ -1,0 +1,82 @@
+"""The model builder of onnxruntime-genai: one GroupQueryAttention node a block, the fastest graph onnxruntime runs.
+
+Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, version 0.15.2. The builder ignores options it
+does not know and may exit 0 with a wrong graph, so it is given fixed options and its result is compared elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.errors import EngineError, MissingExtraError
+from racdeploy.export.onnx.exporters import run_module
+from racdeploy.models.checkpoint import Checkpoint
+
+# Architectures whose builder classes compute what transformers computes, with weights as the checkpoint has them.
+_ARCHITECTURES = frozenset(
+    f"{name}ForCausalLM" for name in ("Granite", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+)
+_OPTIONS = ("disable_qkv_fusion=true", "hf_token=false", "hf_remote=false")
+_COMPUTED = frozenset({"cos_cache", "sin_cache"})
+_RULES = (
+    (re.compile(r"\.attn\."), ".self_attn."),
+    (re.compile(r"_norm\.layernorm\.weight$"), "_norm.weight"),
+    (re.compile(r"\.MatMul\.weight$"), ".weight"),
+    (re.compile(r"\.Add\.bias$"), ".bias"),
+    (re.compile(r"^model\.layers\.\d+\.final_norm_layernorm\.weight$"), "model.norm.weight"),
+)
+
+
+def refusal(checkpoint: Checkpoint) -> str:
+    """Return why the builder cannot export a checkpoint, or an empty string."""
+    architecture = checkpoint.family.architecture
+    if architecture not in _ARCHITECTURES:
+        return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
+    if checkpoint.config.get("use_sliding_window"):
+        return "its graph has one attention window for all blocks"
+    if checkpoint.rope["rope_type"] == "yarn" and "beta_fast" not in checkpoint.rope:
+        return "its graph leaves YaRN out where the configuration has no beta_fast"
+    return ""
+
+
+def build(prepared: Path, out: Path) -> Path:
+    """Write the graph in float32 for CPU.
+
+    Raises:
+        MissingExtraError: onnxruntime-genai is not installed.
+        EngineError: the builder failed, or left no graph.
+    """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingExtraError("onnxruntime-genai", "onnx")
+    arguments = [
+        "-m",
+        prepared.name,
+        "-i",
+        str(prepared),
+        "-o",
+        str(out),
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+    ]
+    arguments += ["-c", str(out / "cache"), "--extra_options", *_OPTIONS]
+    run_module("onnxruntime_genai.models.builder", arguments, "onnxruntime-genai's model builder")
+    graph = out / "model.onnx"
+    if not graph.is_file():
+        raise EngineError(
+            "onnxruntime-genai's model builder ended without an error and without a graph"
+        )
+    return graph
+
+
+def source_of(initializer: str, consumers: Sequence[str]) -> str:
+    """Return the checkpoint's name of an initializer, or an empty string for what the builder computed."""
+    if initializer in _COMPUTED:
+        return ""
+    for pattern, replacement in _RULES:
+        initializer = pattern.sub(replacement, initializer)
+    return initializer

@@ -1,0 +1,230 @@
+"""Take an exporter's float32 graph apart: which checkpoint tensor each node uses, compared value by value.
+
+What comes out is the graph without weights: linears, embedding and vectors are named as in the checkpoint, whatever
+the exporter called them and whichever way it laid them out. Knows no number format.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from racdeploy.errors import EngineError
+from racdeploy.export.onnx.exporters import Exporter
+from racdeploy.export.onnx.file import read_array
+from racdeploy.export.onnx.layouts import fix_head_size
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import IGNORED
+
+_SLAB_WEIGHTS = 4_194_304
+# An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a source are refused,
+# unless they are the rotary tables, which parity compares with torch row by row.
+_MOST_CONSTANT_WEIGHTS = 4096
+ROTARY_TABLES = ("cos_cache", "sin_cache")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph without weights.
+
+    Args:
+        model: nodes, inputs and outputs; weights are named as in the checkpoint.
+        constants: what the exporter computed, by name.
+        linears: checkpoint tensors that a MatMul multiplies by, outputs first as in the checkpoint.
+        embeddings: checkpoint tensors that a Gather looks up.
+        vectors: all others.
+    """
+
+    model: onnx.ModelProto
+    constants: Mapping[str, NDArray[Any]]
+    linears: frozenset[str]
+    embeddings: frozenset[str]
+    vectors: frozenset[str]
+
+
+def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> Graph:
+    """Compare a graph with the checkpoint, and return it without weights.
+
+    Args:
+        file: the exporter's graph in float32, with its external data beside it.
+        checkpoint: the model folder.
+        exporter: knows its own names.
+        what: the exporter's name, for messages.
+
+    Raises:
+        EngineError: a weight differs, is missing, is unknown, or is used in a way that is not known.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    sources = _match_weights(model, file, checkpoint, exporter, what)
+    wiring = _Wiring(model, sources, what)
+    wiring.rewire()
+    used = wiring.linears | wiring.embeddings | wiring.vectors
+    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
+    if checkpoint.tied:
+        held.discard("lm_head.weight")
+    if missing := sorted(held - used):
+        raise EngineError(
+            f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}"
+        )
+    fix_head_size(model, checkpoint.head_size)
+    constants = {
+        tensor.name: np.array(read_array(tensor, file.parent)) for tensor in model.graph.initializer
+    }
+    del model.graph.initializer[:]
+    return Graph(
+        model,
+        constants,
+        frozenset(wiring.linears),
+        frozenset(wiring.embeddings),
+        frozenset(wiring.vectors),
+    )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An initializer that is a checkpoint tensor, as it is or transposed."""
+
+    source: str
+    transposed: bool
+
+
+def _match_weights(
+    model: onnx.ModelProto, file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str
+) -> dict[str, _Weight]:
+    consumers: defaultdict[str, list[str]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            consumers[name].append(node.name)
+    weights = {}
+    for initializer in model.graph.initializer:
+        source = exporter.source_of(initializer.name, consumers[initializer.name])
+        if source == "lm_head.weight" and checkpoint.tied:
+            source = "model.embed_tokens.weight"
+        if source not in checkpoint.entries:
+            _check_constant(initializer, source, what)
+            continue
+        if initializer.data_type != onnx.TensorProto.FLOAT:
+            raise EngineError(
+                f"{what} stored {source!r} as type {initializer.data_type}, not in float32"
+            )
+        weights[initializer.name] = _compare(initializer, file, checkpoint, source, what)
+    repeated = [
+        name
+        for name, count in Counter(weight.source for weight in weights.values()).items()
+        if count > 1
+    ]
+    if repeated:
+        raise EngineError(f"the graph of {what} stores {sorted(repeated)[0]!r} more than once")
+    return weights
+
+
+def _check_constant(initializer: onnx.TensorProto, source: str, what: str) -> None:
+    count = int(np.prod(list(initializer.dims)))
+    if source or (count > _MOST_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
+        raise EngineError(
+            f"the graph of {what} holds a tensor {initializer.name!r} of {count} values that the checkpoint lacks"
+        )
+
+
+def _compare(
+    initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str, what: str
+) -> _Weight:
+    """Return which way round the tensor is stored; every value must be the checkpoint's."""
+    found, expected = read_array(initializer, file.parent), checkpoint.read_raw(source)
+    for transposed in (False, True) if found.ndim == 2 else (False,):
+        turned = found.T if transposed else found
+        if turned.shape == expected.shape and _equal(turned, expected):
+            return _Weight(source, transposed)
+    raise EngineError(
+        f"{what} changed {source!r}: shape {list(found.shape)} with values that are not the checkpoint's "
+        f"{list(expected.shape)}"
+    )
+
+
+def _equal(found: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
+    """Compare with a tensor as the checkpoint stores it, in slabs of rows."""
+    rows = max(1, _SLAB_WEIGHTS // max(1, found[0].size))
+    for start in range(0, len(found), rows):
+        part = expected[start : start + rows]
+        wide = (
+            (part.astype(np.uint32) << 16).view(np.float32)
+            if part.dtype == np.uint16
+            else part.astype(np.float32)
+        )
+        if not np.array_equal(found[start : start + rows], wide):
+            return False
+    return True
+
+
+class _Wiring:
+    """Finds what each weight is for, and names it as in the checkpoint."""
+
+    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, _Weight], what: str) -> None:
+        self.linears: set[str] = set()
+        self.embeddings: set[str] = set()
+        self.vectors: set[str] = set()
+        self._graph = model.graph
+        self._sources = sources
+        self._what = what
+        self._made_by = {name: node for node in self._graph.node for name in node.output}
+
+    def rewire(self) -> None:
+        """Replace the inputs of nodes, and drop the weights and the nodes that only turned them."""
+        for node in self._graph.node:
+            for place, name in enumerate(node.input):
+                if found := self._resolve(name):
+                    node.input[place] = self._classify(node, place, found)
+        unused = [init for init in self._graph.initializer if init.name in self._sources]
+        for initializer in unused:
+            self._graph.initializer.remove(initializer)
+        taken = {name for node in self._graph.node for name in node.input} | {
+            v.name for v in self._graph.output
+        }
+        turned = [n for n in self._graph.node if n.op_type in _TURNS and not taken & set(n.output)]
+        for node in turned:
+            self._graph.node.remove(node)
+        gone = {name for node in turned for name in node.output} | set(self._sources)
+        for value in [v for v in self._graph.value_info if v.name in gone]:
+            self._graph.value_info.remove(value)
+
+    def _resolve(self, name: str) -> _Weight | None:
+        """Return the weight behind a value, through transpositions of two axes."""
+        if name in self._sources:
+            return self._sources[name]
+        node = self._made_by.get(name)
+        if (
+            node is None
+            or node.op_type not in _TURNS
+            or not (found := self._resolve(node.input[0]))
+        ):
+            return None
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
+        if order not in ([1, 0], [0, 1]):
+            raise EngineError(f"{self._what} transposes {found.source!r} by {order}")
+        return _Weight(found.source, found.transposed != (order == [1, 0]))
+
+    def _classify(self, node: onnx.NodeProto, place: int, weight: _Weight) -> str:
+        if node.op_type in _TURNS:
+            return str(node.input[place])
+        match node.op_type, place, weight.transposed:
+            case "MatMul", 1, True:
+                self.linears.add(weight.source)
+            case "Gather", 0, False:
+                self.embeddings.add(weight.source)
+            case _, _, False if weight.source.endswith((".bias", "norm.weight")):
+                self.vectors.add(weight.source)
+            case _:
+                raise EngineError(
+                    f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, which is not known"
+                )
+        return weight.source
+
+
+_TURNS = ("Transpose",)

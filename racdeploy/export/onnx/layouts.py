@@ -1,0 +1,110 @@
+"""Files that make a bundle readable to programs that load ONNX language models by their own conventions.
+
+``config.json`` tells optimum and transformers.js about the model; for transformers.js it also names number format and
+external data. ``genai_config.json`` describes the graph to onnxruntime-genai: its inputs, and whether past
+and present may be one buffer.
+Source: transformers.js 4.3 (``getSession``), onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx
+
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.models.checkpoint import Checkpoint
+
+# What transformers.js calls the number format of a file, by its name.
+DTYPES = {
+    "model.onnx": "fp32",
+    "model_fp16.onnx": "fp16",
+    "model_quantized.onnx": "q8",
+    "model_q4.onnx": "q4",
+}
+_SHARED_CACHE = "GroupQueryAttention"
+
+
+def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
+    """Write the head size into the shapes of caches that leave it open; transformers.js takes an open one for 0."""
+    for value in (*model.graph.input, *model.graph.output):
+        dimensions = value.type.tensor_type.shape.dim
+        if len(dimensions) == 4 and dimensions[3].dim_param:
+            dimensions[3].dim_value = head_size
+
+
+def layouts(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Return the text of each file by its name in the bundle.
+
+    Args:
+        manifest: of the bundle.
+        checkpoint: the dense model, whose config.json describes the pruned one too.
+        folder: the bundle, its artifacts in place.
+    """
+    (entry,) = (entry for entry in manifest.artifacts if entry.format == "onnx")
+    model = onnx.load(str(folder / entry.path), load_external_data=False)
+    files = {
+        "config.json": checkpoint.config | {"transformers.js_config": _transformers_js(entry)},
+        "genai_config.json": _genai(model, entry, manifest, checkpoint),
+    }
+    return {
+        name: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        for name, value in files.items()
+    }
+
+
+def _transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
+    main = PurePosixPath(entry.path).name
+    external = any(name.endswith(f"{main}_data") for name in entry.files)
+    return {"dtype": DTYPES[main]} | ({"use_external_data_format": {main: 1}} if external else {})
+
+
+def _genai(
+    model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    inputs = {value.name for value in model.graph.input}
+    names = {
+        name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
+    }
+    generation, eos_ids = manifest.generation, list(manifest.tokenizer.eos_ids)
+    return {
+        "model": {
+            "bos_token_id": checkpoint.config.get("bos_token_id") or eos_ids[0],
+            "context_length": generation.context_tokens,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": entry.path,
+                "head_size": checkpoint.head_size,
+                "hidden_size": checkpoint.integer("hidden_size"),
+                "inputs": names
+                | {
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": checkpoint.integer("num_attention_heads"),
+                "num_hidden_layers": checkpoint.block_count,
+                "num_key_value_heads": checkpoint.key_value_heads,
+            },
+            "eos_token_id": eos_ids,
+            "pad_token_id": checkpoint.config.get("pad_token_id") or eos_ids[0],
+            "type": checkpoint.config["model_type"],
+            "vocab_size": checkpoint.integer("vocab_size"),
+        },
+        "search": {
+            "do_sample": generation.temperature > 0,
+            "max_length": generation.context_tokens,
+            "num_beams": 1,
+            "past_present_share_buffer": any(
+                node.op_type == _SHARED_CACHE for node in model.graph.node
+            ),
+            "temperature": generation.temperature or 1.0,
+            "top_p": generation.top_p,
+        },
+    }

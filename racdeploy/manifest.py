@@ -1,0 +1,161 @@
+"""The manifest of a bundle, ``racdeploy.json``: everything a device needs, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from racdeploy.errors import ArtifactError
+from racdeploy.storage.files import file_sha256, read_json
+
+MANIFEST_NAME = "racdeploy.json"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ArtifactEntry(_Entry):
+    """One exported artifact of a bundle; ``path`` is its main file, relative to the bundle.
+
+    ``files`` are the hashes of all its files by their path in the bundle; a manifest that was written before artifacts
+    could be several files has none, and means the main file. ``size_bytes`` is of those that every engine
+    opens: not of the second graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one
+    stands for, empty where nothing is packed.
+    """
+
+    path: str
+    format: str
+    quant: str
+    packing: str
+    size_bytes: int = Field(ge=0)
+    sha256: str
+    backend: str
+    unpacked_sha256: str = ""
+    files: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fill_files(self) -> Self:
+        if not self.files:
+            object.__setattr__(self, "files", {self.path: self.sha256})
+        return self
+
+    def check(self, bundle: Path) -> None:
+        """Compare every file of the artifact with its hash.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        _check_hashes(bundle, self.files)
+
+
+class TokenizerEntry(_Entry):
+    """Tokenizer files with their hashes, thinking tags and end-of-sequence ids."""
+
+    files: dict[str, str]
+    template_sha256: str
+    open_tag: str | None
+    close_tag: str | None
+    eos_ids: tuple[int, ...]
+
+
+class GenerationSettings(_Entry):
+    """How to run the model: the sampling its authors recommend, and the limits it was verified with."""
+
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    max_new_tokens: int = Field(ge=1)
+    max_thinking_tokens: int | None = Field(default=None, ge=1)
+    context_tokens: int = Field(ge=1)
+
+
+class Manifest(_Entry):
+    """``racdeploy.json``: everything a device needs to run a bundle, and what was measured.
+
+    ``base`` holds model, revision, licence and file hashes; ``recipe`` the resolved recipe; ``traces`` hash and
+    counts; ``pruning`` the headline sparsity and error; ``verdict`` and ``headline`` the result of the verification.
+    """
+
+    schema_version: Literal[1] = 1
+    racdeploy_version: str
+    base: dict[str, Any]
+    recipe: dict[str, Any]
+    traces: dict[str, Any]
+    pruning: dict[str, Any]
+    artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1)
+    tokenizer: TokenizerEntry
+    generation: GenerationSettings
+    verdict: str
+    headline: dict[str, Any]
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """Read and check the manifest of a bundle; its paths stay inside the bundle and exist.
+
+        Raises:
+            ArtifactError: not a bundle, a damaged manifest, or a path that escapes.
+        """
+        file = bundle / MANIFEST_NAME
+        if not file.is_file():
+            raise ArtifactError(
+                f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
+                remedy="give the folder that racdeploy build wrote with --out",
+            )
+        try:
+            manifest = cls.model_validate(read_json(file))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(
+                f"{file}: {where}: {first['msg']}", remedy="build the bundle again"
+            ) from error
+        for entry in manifest.artifacts:
+            for name in (entry.path, *entry.files):
+                _check_inside(bundle, name)
+            if entry.files.get(entry.path) != entry.sha256:
+                raise ArtifactError(
+                    f"{file}: the files of {entry.path!r} lack it, or have another hash for it"
+                )
+        for name in manifest.tokenizer.files:
+            _check_inside(bundle, name)
+        return manifest
+
+    def check_tokenizer(self, bundle: Path) -> None:
+        """Compare tokenizer and template files with their hashes.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        _check_hashes(bundle, self.tokenizer.files)
+
+    def check_files(self, bundle: Path) -> None:
+        """Compare every listed file with its hash.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        for entry in self.artifacts:
+            entry.check(bundle)
+        _check_hashes(bundle, self.tokenizer.files)
+
+
+def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
+    for name, expected in listed.items():
+        if file_sha256(bundle / name) != expected:
+            raise ArtifactError(
+                f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
+                remedy="copy the bundle again, or build it again",
+            )
+
+
+def _check_inside(bundle: Path, name: str) -> None:
+    path = (bundle / name).resolve()
+    if not path.is_relative_to(bundle.resolve()):
+        raise ArtifactError(f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}")
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} is listed in the manifest and missing", remedy="copy the bundle again"
+        )

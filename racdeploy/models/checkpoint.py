@@ -1,0 +1,287 @@
+"""Read a Hugging Face model folder without torch: config, tensors one at a time, tokenizer, template.
+
+``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer classes
+differently and each silently ignores the other's. Tensors are memory-mapped from (sharded) safetensors;
+bfloat16, which numpy lacks, is widened to float32 when read.
+Source: safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ModelError
+from racdeploy.models.families import Family, family_of
+from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
+from racdeploy.storage.files import file_sha256, read_json
+from racdeploy.storage.safetensors import _DTYPES, TensorEntry, read_tensor_entries
+
+_LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
+
+
+class Checkpoint:
+    """A model folder, opened and checked but not loaded.
+
+    Args:
+        folder: holds ``config.json``, safetensors and tokenizer files.
+
+    Raises:
+        ModelError: not a model folder, an unsupported architecture, or damaged weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ModelError(
+                f"{folder} is not a folder", remedy="give a local model folder or a Hub id"
+            )
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is not a model folder: it has no config.json",
+                remedy="give the folder that save_pretrained wrote",
+            )
+        self.folder = folder
+        written = read_json(folder / "config.json")
+        self.family: Family = family_of(written)
+        self.config: dict[str, Any] = _complete(written, self.family.defaults)
+        self.tokenizer = TokenizerFiles(folder)
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of the folder by its state_dict name; checked against the file sizes."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            files = sorted({str(name) for name in weight_map.values()})
+        else:
+            files = ["model.safetensors"]
+        entries: dict[str, TensorEntry] = {}
+        for name in files:
+            if Path(name).name != name:
+                raise ModelError(f"{index} names a file outside the folder: {name!r}")
+            entries.update(read_tensor_entries(self.folder / name))
+        if index.is_file() and (missing := sorted(set(weight_map) - set(entries))):
+            raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
+        return entries
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """Return one tensor as float32, copied from the file."""
+        return self._widened(name, self.read_raw(name))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return some rows of a tensor as float32; the others are never in memory."""
+        entry = self.entries[name]
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        stored = np.memmap(entry.file, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
+        return self._widened(name, stored[rows])
+
+    def _widened(self, name: str, raw: NDArray[Any]) -> NDArray[np.float32]:
+        if self.entries[name].dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+    def read_raw(self, name: str) -> NDArray[Any]:
+        """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
+        entry = self.entries[name]
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        count = (entry.stop - entry.start) // dtype.itemsize
+        flat = np.fromfile(entry.file, dtype=dtype, count=count, offset=entry.start)
+        return flat.reshape(entry.shape)
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return self.integer("num_hidden_layers")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head; ``head_dim`` where the config has it."""
+        explicit = self.config.get("head_dim")
+        return int(explicit or self.integer("hidden_size") // self.integer("num_attention_heads"))
+
+    def setting(self, name: str) -> Any:
+        """Return a key of ``config.json``, None where it is missing, or one of the values computed from it.
+
+        Those are :data:`SETTINGS`.
+        """
+        return SETTINGS[name](self) if name in SETTINGS else self.config.get(name)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Kind of attention of each block: ``full_attention`` or ``sliding_attention``."""
+        listed = self.config.get("layer_types")
+        if isinstance(listed, list):
+            return tuple(map(str, listed))
+        period = self.config.get("sliding_window_pattern") or self.family.window_period
+        kinds = ("full_attention", "sliding_attention")
+        return tuple(
+            kinds[period > 0 and (block + 1) % period > 0] for block in range(self.block_count)
+        )
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key and value heads."""
+        return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
+
+    @cached_property
+    def rope(self) -> dict[str, Any]:
+        """Rope settings in one form: ``rope_theta`` and, where scaled, ``rope_type`` and its factors.
+
+        transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 ``rope_parameters``.
+        """
+        parameters = dict(self.config.get("rope_parameters") or {})
+        scaling = parameters or dict(self.config.get("rope_scaling") or {})
+        theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        return {
+            **scaling,
+            "rope_theta": float(theta),
+            "rope_type": "longrope" if kind == "su" else kind,
+        }
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding, by what the file holds.
+
+        Raises:
+            ModelError: the config ties them and the file holds a different ``lm_head.weight``.
+        """
+        declared = bool(self.config.get("tie_word_embeddings", False))
+        if "lm_head.weight" not in self.entries:
+            if not declared:
+                raise ModelError(
+                    f"{self.folder} has no lm_head.weight and its config does not tie the embeddings",
+                    remedy="set tie_word_embeddings in config.json, or add the missing tensor",
+                )
+            return True
+        head, embedding = (
+            self.read_raw("lm_head.weight"),
+            self.read_raw("model.embed_tokens.weight"),
+        )
+        same = head.shape == embedding.shape and np.array_equal(head, embedding)
+        if declared and not same:
+            raise ModelError(
+                f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
+                remedy="set tie_word_embeddings to false in config.json if the head is meant to differ",
+            )
+        return declared
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """See :attr:`TokenizerFiles.config`."""
+        return self.tokenizer.config
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """See :attr:`TokenizerFiles.file`."""
+        return self.tokenizer.file
+
+    @property
+    def chat_template(self) -> str:
+        """See :attr:`TokenizerFiles.chat_template`."""
+        return self.tokenizer.chat_template
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of generation_config.json, config.json and the tokenizer, without repeats.
+
+        Raises:
+            ModelError: none of them names one.
+        """
+        file = self.folder / "generation_config.json"
+        named = [read_json(file).get("eos_token_id")] if file.is_file() else []
+        named.append(self.config.get("eos_token_id"))
+        ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
+        token = self.tokenizer_config.get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        added = read_json(self.tokenizer_file).get("added_tokens") or []
+        ids += [entry["id"] for entry in added if entry.get("content") == content]
+        found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
+        if not found:
+            raise ModelError(
+                f"{self.folder} names no end-of-sequence token",
+                remedy="set eos_token_id in generation_config.json",
+            )
+        return found
+
+    @cached_property
+    def license(self) -> str:
+        """The licence named in the front matter of the model card, or an empty string."""
+        card = self.folder / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        match = _LICENSE.match(text)
+        return match[1] if match else ""
+
+    def integer(self, key: str) -> int:
+        """Return a setting that is a whole number.
+
+        Raises:
+            ModelError: it is missing or not a whole number.
+        """
+        value = self.setting(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
+        return value
+
+    def files(self) -> Iterator[Path]:
+        """Yield the files that decide what the model does: config, weights, tokenizer, template."""
+        yield self.folder / "config.json"
+        yield from sorted({entry.file for entry in self.entries.values()})
+        yield from (self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the names and contents of :meth:`files`."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
+        return digest.hexdigest()
+
+
+def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with what transformers takes for missing keys, and in transformers 4's form.
+
+    transformers 5 keeps rope settings of all kinds in ``rope_parameters``, by kind of attention where there are two.
+    """
+    config = {**defaults, **config}
+    parameters = config.get("rope_parameters") or {}
+    if "full_attention" in parameters:
+        local = parameters.get("sliding_attention", {})
+        config |= {
+            "rope_parameters": parameters["full_attention"],
+            "rope_local_base_freq": local.get("rope_theta"),
+        }
+        parameters = parameters["full_attention"]
+    moved = ("partial_rotary_factor", "original_max_position_embeddings")
+    return config | {key: parameters[key] for key in moved if key in parameters}
+
+
+def _attention_scalar(checkpoint: Checkpoint) -> float:
+    """Return the square of the divisor of Gemma 3's attention scores: llama.cpp knows the 27B model by its blocks."""
+    heads = checkpoint.integer("num_attention_heads")
+    return (
+        checkpoint.integer("hidden_size") // heads
+        if checkpoint.block_count == 62
+        else checkpoint.head_size
+    )
+
+
+IMPORTANCE_FILE = (
+    "importance.safetensors"  # of a pruned model: mean squared input of each column, by linear
+)
+
+SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
+    "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
+    "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
+    "window_or_0": lambda c: c.config.get("sliding_window") or 0,
+    "attention_scalar": _attention_scalar,
+}
+"""Values that families name beside the keys of ``config.json``, because they are computed from several."""

@@ -1,0 +1,74 @@
+"""Which tensors of a model are pruned, stay dense by name, or are nobody's: none may slip past."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from racdeploy.errors import ModelError, UsageError
+from racdeploy.models.checkpoint import Checkpoint
+
+IGNORED = ".rotary_emb.inv_freq"
+"""End of the names of tensors that old checkpoints hold and nobody reads."""
+_SHOWN = 8
+
+
+def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
+    """Refuse to prune a model with tensors that its architecture lacks, or matrices that would stay dense unsaid.
+
+    Args:
+        checkpoint: the model.
+        dense: regular expressions of what stays dense.
+
+    Raises:
+        ModelError: tensors that neither torch nor an engine would compute with.
+        UsageError: matrices that cannot be pruned, and what to write into the recipe.
+    """
+    family, unknown, uncovered = checkpoint.family, list[str](), list[str]()
+    for name in checkpoint.entries:
+        index, inside = _placed(name, family.blocks)
+        kind, linear = _starred(inside), name.removesuffix(".weight")
+        known = kind in (family.model_tensors if index is None else family.block_tensors)
+        if not name.endswith(IGNORED) and not (known and (index or 0) < checkpoint.block_count):
+            unknown.append(name)
+        elif kind.removesuffix(".weight") in family.routed and not any(
+            re.search(each, linear) for each in dense
+        ):
+            uncovered.append(linear)
+    if unknown:
+        raise ModelError(
+            f"{checkpoint.folder} holds {len(unknown)} tensors that {family.architecture} does not have: "
+            f"{listed(unknown)}",
+            remedy="merge adapters into the model first, and save it without what the architecture does not use; "
+            "fused or quantized tensors are not supported",
+        )
+    if uncovered:
+        inner = {_starred(_placed(name, family.blocks)[1]).partition(".*")[0] for name in uncovered}
+        raise UsageError(
+            f"{len(uncovered)} matrices of {family.architecture} cannot be pruned: {listed(uncovered)}",
+            remedy=f"say under [prune] that they stay as they are: dense = {json.dumps([*dense, *sorted(inner)])}",
+        )
+
+
+def _placed(name: str, blocks: str) -> tuple[int | None, str]:
+    """Return the number of a tensor's block, or None, and its name inside the block, or its whole name."""
+    match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _starred(name: str) -> str:
+    """Return a tensor's name with ``*`` for every number between dots."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return a few names for a message; those that differ in numbers alone are one, with ``*`` and their count."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_starred(name), []).append(name)
+    shown = [
+        f"{kind} ({len(found)})" if len(found) > 1 else found[0] for kind, found in alike.items()
+    ]
+    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return ", ".join(shown[:_SHOWN] + more)

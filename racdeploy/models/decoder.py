@@ -1,0 +1,84 @@
+"""What Llama-shaped decoders share: tensor names, shapes, and what llama.cpp computes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Transform = Literal["rotary", "plus_one", "stack"]
+"""What the exporter can do to a tensor; one implementation each, in ``export/_gguf_tensors.py``.
+
+- ``rotary``: reorder the rows of each head from half-split rotary pairs to llama.cpp's interleaved ones.
+- ``plus_one``: add 1, for norms that the model stores as the distance from 1.
+- ``stack``: lay the matrices of all experts, whose names differ in ``*``, into one tensor.
+"""
+
+INPUT_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+_LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def named(linears: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of weights and biases for a table of linears."""
+    return {
+        f"{hf}.{part}": f"{gguf}.{part}"
+        for hf, gguf in linears.items()
+        for part in ("weight", "bias")
+    }
+
+
+NORMS = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+}
+HEAD_NORMS = {
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+}
+BLOCK_TENSORS = {**named(_LINEARS), **NORMS}
+MODEL_TENSORS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+ALL_LINEARS = tuple(_LINEARS.values())
+
+# D hidden, F feed-forward, V vocabulary, K head, Q all query heads, KV all key heads, E experts, M one expert's
+# feed-forward; a sum where matrices are laid into one. A tensor that is not here is a vector of D.
+SHAPES = {
+    "token_embd": ("V", "D"),
+    "output": ("V", "D"),
+    "attn_q": ("Q", "D"),
+    "attn_k": ("KV", "D"),
+    "attn_v": ("KV", "D"),
+    "attn_output": ("D", "Q"),
+    "attn_q_norm": ("K",),
+    "attn_k_norm": ("K",),
+    "ffn_gate": ("F", "D"),
+    "ffn_up": ("F", "D"),
+    "ffn_down": ("D", "F"),
+}
+ROTARY: dict[str, Transform] = {
+    f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
+}
+
+# What llama.cpp computes whatever the header says. A key that config.json lacks means the same.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "is_causal": (True,),
+    "pretraining_tp": (1,),
+}

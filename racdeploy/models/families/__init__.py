@@ -1,0 +1,98 @@
+"""Model families: one data file per Hugging Face ``model_type``, no torch.
+
+A family file holds ``FAMILY = Family(...)``: where the decoder blocks are, which linears share an input, how
+tensors are called in GGUF, what is done to their values, and which settings of ``config.json`` llama.cpp reads, fixes
+or lacks. Everything is written with the names of the checkpoint's ``state_dict``; ``*`` stands for the number of an
+expert. ``models/decoder.py`` has what most families share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from racdeploy import plugins
+from racdeploy.errors import ModelError
+from racdeploy.models import decoder
+from racdeploy.models.decoder import Transform
+
+__all__ = ["Family", "Transform", "family_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What racdeploy must know about one ``model_type``.
+
+    Args:
+        architecture: the class name in ``config.json``, as ``Qwen3ForCausalLM``.
+        gguf_arch: llama.cpp's architecture name.
+        block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
+        model_tensors: parameter name outside the blocks → name in the GGUF file.
+        blocks: prefix of the decoder blocks.
+        input_groups: prunable linears of one block, grouped by the input they share; one statistic per group.
+        kept: linears that are never pruned, as the router of experts.
+        routed: linears that see only some of the tokens. They cannot be pruned; a recipe must say that they stay dense.
+        transforms: parameter name inside a block, or outside the blocks → what is done to its values.
+        shapes: GGUF name without ``.weight`` → its sizes, outputs first, as ``models/decoder.py`` names them.
+        biases: GGUF names of the linears of which llama.cpp loads a bias.
+        defaults: keys that ``config.json`` may leave out → what transformers takes then, where that is not the usual.
+        fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other is refused.
+            ``=name`` is the value of another setting.
+        integers: GGUF key without the architecture → the setting that it holds. Missing and null ones are left out.
+        numbers: the same for those that are no integers.
+        rope_types: kinds of rope scaling that llama.cpp knows for this architecture.
+        rotary: argument of a block's forward pass → module that makes the rotary embedding.
+        embedding_scale: what token embeddings are multiplied by: a setting, or empty.
+        window_period: every n-th block sees all tokens and the others a sliding window; 0: llama.cpp knows no window.
+        no_rope_period: every n-th block has no rotary embedding; 0: all have one.
+        looked_up: modules of a block, GELU, whose values ggml looks up in a table of half-precision numbers.
+
+    A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are computed from it.
+    """
+
+    architecture: str
+    gguf_arch: str
+    block_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.BLOCK_TENSORS)
+    model_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.MODEL_TENSORS)
+    blocks: str = "model.layers"
+    input_groups: tuple[tuple[str, ...], ...] = decoder.INPUT_GROUPS
+    kept: tuple[str, ...] = ()
+    routed: tuple[str, ...] = ()
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
+    biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: decoder.FIXED)
+    integers: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    rotary: Mapping[str, str] = field(
+        default_factory=lambda: {"position_embeddings": "model.rotary_emb"}
+    )
+    embedding_scale: str = ""
+    window_period: int = 0
+    no_rope_period: int = 0
+    looked_up: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Prunable linears of one block, without ``.weight``, in forward order."""
+        return tuple(linear for group in self.input_groups for linear in group)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a parsed ``config.json``.
+
+    Raises:
+        ModelError: the architecture is not supported; the message names it and the supported ones.
+    """
+    model_type = config.get("model_type")
+    supported = plugins.names("families")
+    if model_type not in supported:
+        raise ModelError(
+            f"unsupported architecture {model_type!r} ({', '.join(config.get('architectures') or [])})",
+            remedy=f"supported model types: {', '.join(supported)}",
+        )
+    family: Family = plugins.load("families", model_type).FAMILY
+    return family

@@ -1,0 +1,53 @@
+"""Gemma 3 text models: norms stored as the distance from 1, four of them a block, scaled embeddings, tied output.
+
+Five of six blocks see a sliding window and have a rotary base of their own.
+"""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+_NORMS = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    **decoder.HEAD_NORMS,
+}
+FAMILY = Family(
+    architecture="Gemma3ForCausalLM",
+    gguf_arch="gemma3",
+    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS},
+    transforms={**dict.fromkeys(_NORMS, "plus_one"), "model.norm.weight": "plus_one"},
+    biases=(),
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True,
+    },
+    fixed={
+        **decoder.FIXED,
+        "hidden_act": (),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attn_logit_softcapping": (),
+        "use_bidirectional_attention": (False,),
+        "query_pre_attn_scalar": ("=attention_scalar",),
+    },
+    integers={"attention.sliding_window": "sliding_window"},
+    numbers={
+        "rope.freq_base_swa": "rope_local_base_freq",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    rope_types=("default", "linear"),
+    rotary={
+        "position_embeddings_global": "model.rotary_emb",
+        "position_embeddings_local": "model.rotary_emb_local",
+    },
+    embedding_scale="root_of_hidden_size",
+    window_period=6,
+    looked_up=("mlp.act_fn",),
+)

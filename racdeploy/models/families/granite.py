@@ -1,0 +1,25 @@
+"""Granite 3 dense models: Llama with four multipliers, on embeddings, residuals, attention scores and logits."""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+FAMILY = Family(
+    architecture="GraniteForCausalLM",
+    gguf_arch="granite",
+    transforms=decoder.ROTARY,
+    biases=decoder.ALL_LINEARS,
+    defaults={
+        "attention_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    numbers={
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+    embedding_scale="embedding_multiplier",
+)

@@ -1,0 +1,13 @@
+"""Llama 2 and 3, SmolLM2 and the Llama-based R1 distills: q and k rows are permuted in GGUF."""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+FAMILY = Family(
+    architecture="LlamaForCausalLM",
+    gguf_arch="llama",
+    transforms=decoder.ROTARY,
+    biases=decoder.ALL_LINEARS,
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    rope_types=("default", "linear", "yarn", "llama3"),
+)

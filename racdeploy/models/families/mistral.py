@@ -1,0 +1,14 @@
+"""Mistral, Ministral 8B and Magistral: Llama's architecture in GGUF. llama.cpp computes no sliding window for it."""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+FAMILY = Family(
+    architecture="MistralForCausalLM",
+    gguf_arch="llama",
+    transforms=decoder.ROTARY,
+    biases=(),
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    rope_types=("default", "linear", "yarn", "llama3"),
+)

@@ -1,0 +1,51 @@
+"""Qwen3 mixtures of experts: the matrices of a block's experts are one tensor in GGUF, the router stays in F32.
+
+An expert sees only the tokens that are routed to it, and the walk over the blocks gathers no statistic of those: the
+experts stay dense, and a recipe must say so.
+"""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+_EXPERTS = {
+    "mlp.experts.*.gate_proj.weight": "ffn_gate_exps.weight",
+    "mlp.experts.*.up_proj.weight": "ffn_up_exps.weight",
+    "mlp.experts.*.down_proj.weight": "ffn_down_exps.weight",
+}
+FAMILY = Family(
+    architecture="Qwen3MoeForCausalLM",
+    gguf_arch="qwen3moe",
+    input_groups=decoder.INPUT_GROUPS[:2],
+    block_tensors={
+        **{
+            name: gguf
+            for name, gguf in decoder.BLOCK_TENSORS.items()
+            if not name.startswith("mlp.")
+        },
+        **decoder.HEAD_NORMS,
+        "mlp.gate.weight": "ffn_gate_inp.weight",
+        **_EXPERTS,
+    },
+    kept=("mlp.gate",),
+    routed=tuple(name.removesuffix(".weight") for name in _EXPERTS),
+    transforms=dict.fromkeys(_EXPERTS, "stack"),
+    shapes={
+        **decoder.SHAPES,
+        "ffn_gate_inp": ("E", "D"),
+        "ffn_gate_exps": ("M", "D"),
+        "ffn_up_exps": ("M", "D"),
+        "ffn_down_exps": ("D", "M"),
+    },
+    defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
+    fixed={
+        **decoder.FIXED,
+        "norm_topk_prob": (True,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([],),
+    },
+    integers={
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    },
+)

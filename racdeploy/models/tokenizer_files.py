@@ -1,0 +1,93 @@
+"""The tokenizer and template files of a model folder or a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.storage.files import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer and template files of a model folder or a bundle.
+
+    Args:
+        folder: holds ``tokenizer.json`` and, as the model came, the files beside it.
+    """
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``tokenizer_config.json``, or an empty dict."""
+        file = self.folder / "tokenizer_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @cached_property
+    def file(self) -> Path:
+        """Path of ``tokenizer.json``.
+
+        Raises:
+            ModelError: there is none.
+        """
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{self.folder} has no tokenizer.json",
+                remedy="save the fast tokenizer: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+            )
+        return file
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The Jinja chat template.
+
+        Raises:
+            ModelError: there is none.
+            ArtifactError: it is not text.
+        """
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ArtifactError(f"{file} is not UTF-8 text: {error}") from error
+        template = self.config.get("chat_template")
+        if isinstance(template, list):
+            named = (entry for entry in template if isinstance(entry, dict))
+            template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise ModelError(
+                f"{self.folder} has no chat template",
+                remedy="add chat_template.jinja; reasoning prompts cannot be rendered without it",
+            )
+        return template
+
+    def special_token(self, role: str) -> str | None:
+        """Return the text of ``bos_token``, ``eos_token``, …, or None where the files name none."""
+        sources = [self.config]
+        special = self.folder / "special_tokens_map.json"
+        if special.is_file():
+            sources.append(read_json(special))
+        for source in sources:
+            token = source.get(role)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return text
+        return None

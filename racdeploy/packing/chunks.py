@@ -1,0 +1,226 @@
+"""Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes that are not zero.
+
+Four-bit codes have no mask of their own: words of four are stored, zeros included, as ``_buckets.py`` says. The form is
+that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and depends on no other, so memory stays at one
+chunk in both directions. Knows number formats by ggml's type id and nothing of files.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError
+from racdeploy.packing.buckets import TABLE_BYTES, Table
+from racdeploy.packing.fives import deposit
+from racdeploy.packing.layouts import LAYOUTS, Layout
+
+CHUNK_WEIGHTS = 262144
+LEAST_WORD_WEIGHTS = 4096
+"""Weights of the smallest tensor that is packed in words: a table takes as long to build as 200,000 to unpack."""
+Take = Callable[[int], NDArray[np.uint8]]
+"""Returns that many further bytes, or raises ArtifactError where there are fewer."""
+
+_DEFLATED = 1 << 31
+# A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in one chunk of eight,
+# which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most. Files of
+# five-bit codes are smaller without.
+_MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
+_SLOW_CHUNK, _SLOW_CYCLE = 3, 8
+_MOST_HEAD_BITS = 4.0  # scales are few: inflating them takes longer than their bytes are worth, unless it saves half
+_LEAST_SAVING = 0.03
+_K_QUANTS = range(10, 16)
+
+
+class Taker:
+    """A :data:`Take` over bytes in memory; ``left`` counts those not taken yet."""
+
+    def __init__(self, stored: NDArray[np.uint8]) -> None:
+        self._stored = stored
+        self.left = stored.size
+
+    def __call__(self, count: int) -> NDArray[np.uint8]:
+        if count > self.left:
+            raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
+        start = self._stored.size - self.left
+        self.left -= count
+        return self._stored[start : start + count]
+
+
+def refusal(ggml_type: int, zeros_fraction: float) -> str:
+    """Return why a tensor is better stored plain, or an empty string."""
+    layout = LAYOUTS.get(ggml_type)
+    if layout is None:
+        packed = ", ".join(layout.name for layout in LAYOUTS.values())
+        spread = (
+            ""
+            if ggml_type not in _K_QUANTS
+            else ": its codes are spread over several fields of a block"
+        )
+        return f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}{spread}"
+    block_bits = 8 * layout.block_bytes / layout.block_weights
+    saved_bits = zeros_fraction * sum(layout.widths) - 1
+    if saved_bits >= _LEAST_SAVING * block_bits:
+        return ""
+    return f"{zeros_fraction:.1%} zeros do not pay for a mask of one bit a weight"
+
+
+def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor in chunks of whole blocks."""
+    step = CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
+    for start in range(0, plain.size, step):
+        yield plain[start : start + step]
+
+
+def tally(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return how many codes of a chunk are zero and how many are not; where they are in words, how many are which."""
+    codes = _codes(layout, plain)
+    if layout.in_words:
+        pairs = np.bincount(codes, minlength=256).reshape(16, 16)
+        return np.asarray(pairs.sum(0) + pairs.sum(1))
+    kept = int(np.count_nonzero(codes))
+    return np.array([codes.size - kept, kept])
+
+
+def fit_table(layout: Layout, tallied: NDArray[np.int64]) -> Table | None:
+    """Return the table in front of a tensor with these codes, if its number format has one."""
+    return Table.fit(tallied) if layout.in_words else None
+
+
+def read_table(layout: Layout, take: Take) -> Table | None:
+    """Return the table in front of a tensor, if its number format has one.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    return Table.read(take(TABLE_BYTES).tobytes()) if layout.in_words else None
+
+
+def pack_chunk(
+    layout: Layout, plain: NDArray[np.uint8], index: int, table: Table | None = None
+) -> bytes:
+    """Return the record of a chunk, given its place in the tensor, and its table where codes are in words."""
+    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
+    most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
+    blocks_BP = plain.reshape(-1, layout.block_bytes)
+    planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
+    encoded = [_encode(plane, _MOST_HEAD_BITS) for plane in planes]
+    codes = _codes(layout, plain)
+    if table:
+        first, payload = table.encode(codes)
+        encoded.append((payload.size, payload.tobytes()))
+    else:
+        first = np.packbits(codes != 0, bitorder="little")
+        encoded += [_encode(plane, most_bits) for plane in _planes(layout, codes[codes != 0])]
+    sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
+    return b"".join([sizes.tobytes(), first.tobytes(), *(data for _, data in encoded)])
+
+
+def unpack_chunk(
+    layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
+) -> NDArray[np.uint8]:
+    """Return the bytes of the next chunk.
+
+    Args:
+        layout: its number format.
+        take: gives the record, piece by piece.
+        table: of the tensor, where its codes are in words.
+        most_weights: a chunk with more is refused before anything is allocated.
+
+    Raises:
+        ArtifactError: the record contradicts itself or ends early.
+    """
+    blocks, *sizes = take(4 * (1 + layout.planes)).view("<u4").tolist()
+    weights = blocks * layout.block_weights
+    if not 0 < weights <= most_weights:
+        raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
+    first = take(5 * blocks if table else -(-weights // 8))
+    heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
+    if table:
+        body = layout.join(table.decode(first, take(sizes[0]), layout.zero))
+    elif layout.in_fives:
+        body = layout.join(deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take)))
+    else:
+        body = layout.join(_expand(layout, first, weights, sizes, take))
+    if not heads:
+        return body[0]
+    plain = np.empty(blocks * layout.block_bytes, dtype=np.uint8)
+    plain_B = plain.view(layout.block)
+    for (name, kind), part in zip(layout.fields, [*heads, *body], strict=True):
+        plain_B[name] = part.view(kind)
+    return plain
+
+
+def _codes(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[Any]:
+    return layout.split(plain.reshape(-1, layout.block_bytes)[:, layout.head_bytes :])
+
+
+def _expand(
+    layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take
+) -> NDArray[Any]:
+    """Return all codes, of which the bytes of those that are not zero are stored in planes of these sizes."""
+    if weights % 8 and mask[-1] >> weights % 8:
+        raise ArtifactError("a mask keeps weights behind the end of its chunk")
+    kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
+    planes = [_decode(size, kept.size, take) for size in sizes]
+    codes = np.zeros(weights, dtype=f"<u{len(planes)}")
+    codes[kept] = (
+        planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1).view(codes.dtype)
+    )
+    return codes
+
+
+def _planes(layout: Layout, codes: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    """Return the bytes of wide codes apart, low ones first: sign and exponent repeat, the rest does not.
+
+    Of five bits four make a plane, two codes a byte, and the fifth another.
+    """
+    if layout.in_fives:
+        low = np.zeros(-(-codes.size // 2) * 2, dtype=np.uint8)
+        low[: codes.size] = codes & 15
+        low[::2] |= low[1::2] << 4
+        return [np.ascontiguousarray(low[::2]), np.packbits(codes >> 4, bitorder="little")]
+    rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
+    return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
+
+
+def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:
+    """Return the size field and the bytes of a plane, deflated where it has no more entropy than that."""
+    if plane.size and _entropy_bits(plane) <= most_bits:
+        deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
+        data = deflate.compress(plane.data) + deflate.flush()
+        if len(data) < plane.size:
+            return len(data) | _DEFLATED, data
+    return plane.size, plane.tobytes()
+
+
+def _entropy_bits(plane: NDArray[np.uint8]) -> float:
+    share = np.bincount(plane, minlength=256) / plane.size
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def _decode(size: int, plane_bytes: int, take: Take) -> NDArray[np.uint8]:
+    if not size & _DEFLATED:
+        if size != plane_bytes:
+            raise ArtifactError(f"{size} bytes of codes where the mask keeps {plane_bytes}")
+        return take(size)
+    stored_bytes = size - _DEFLATED
+    if stored_bytes >= plane_bytes:
+        raise ArtifactError(
+            f"{stored_bytes} deflated bytes of codes where {plane_bytes} plain ones are enough"
+        )
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)
+    except zlib.error as error:
+        raise ArtifactError(f"codes do not inflate: {error}") from error
+    if len(data) != plane_bytes or not inflate.eof or inflate.unused_data:
+        raise ArtifactError(
+            f"codes inflate to {len(data)} bytes or end early, the mask keeps {plane_bytes}"
+        )
+    return np.frombuffer(data, dtype=np.uint8)

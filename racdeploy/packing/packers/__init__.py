@@ -1,0 +1,1 @@
+"""Ways to store zeros: one file each."""

@@ -1,0 +1,204 @@
+"""Packed weights beside an ONNX graph: ``MODEL.onnx_packed``, joined when the graph is loaded.
+
+The graph names each such tensor as external data in ``PLACE``, a file that is never there, so that a program which
+does not join it fails instead of reading something else. The form: eight bytes ``RACONNX1``, the length of a JSON
+header in eight bytes, the header, and the chunks of each tensor, as in a .racgguf file. Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError
+from racdeploy.packing.chunks import Taker, blocks_of, pack_chunk, unpack_chunk
+from racdeploy.packing.codes import BY_DTYPE, Codes
+
+PLACE = "racdeploy.load_sidecar"
+_MAGIC = b"RACONNX1"
+_MOST_HEADER_BYTES = 10_000_000
+_MOST_PACKED = 8  # weights a byte: each has a bit in a mask
+
+
+def sidecar_name(model: str) -> str:
+    """Return the name of the file that holds a graph's packed weights."""
+    return f"{model}_packed"
+
+
+def has_sidecar(model: Path) -> bool:
+    """Return whether packed weights lie beside a graph."""
+    return model.with_name(sidecar_name(model.name)).is_file()
+
+
+def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors packed beside a graph, by their names in it; none where there is no such file.
+
+    Give them to ``onnxruntime.SessionOptions.add_external_initializers``, and keep them as long as the session.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    if not has_sidecar(model):
+        return {}
+    sidecar = Sidecar.open(model)
+    return {name: sidecar.read(name) for name in sidecar.header}
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """An open file of packed weights.
+
+    Args:
+        file: where it is.
+        header: dtype, shape, start and size_bytes of each tensor, by its name in the graph.
+        origin: where the chunks begin.
+    """
+
+    file: Path
+    header: dict[str, dict[str, Any]]
+    origin: int
+
+    @classmethod
+    def open(cls, model: Path) -> Sidecar:
+        """Read the header of the file beside a graph.
+
+        Raises:
+            ArtifactError: there is none, or it is damaged.
+        """
+        file = model.with_name(sidecar_name(model.name))
+        if not file.is_file():
+            raise ArtifactError(
+                f"{file} is missing; it holds weights of {model.name}",
+                remedy="copy the whole folder",
+            )
+        return cls(file, *_read_header(file))
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Return one tensor.
+
+        Raises:
+            ArtifactError: it is not there, or damaged.
+        """
+        if name not in self.header:
+            raise ArtifactError(
+                f"{self.file} lacks {name!r}", remedy="copy the model and this file together"
+            )
+        entry = self.header[name]
+        stored = np.fromfile(
+            self.file,
+            dtype=np.uint8,
+            count=entry["size_bytes"],
+            offset=self.origin + entry["start"],
+        )
+        return _join(Taker(stored), entry, BY_DTYPE[entry["dtype"]])
+
+
+class Writer:
+    """Writes packed tensors one after another, and the file when it is closed.
+
+    Args:
+        file: where to.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._data = file.with_name(f".{file.name}.chunks")
+        self._sink: BinaryIO = self._data.open("wb")
+        self._header: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, values: NDArray[Any]) -> int:
+        """Pack one tensor; return the bytes that it takes."""
+        codes = BY_DTYPE[values.dtype.str]
+        start = self._sink.tell()
+        plain = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        for index, chunk in enumerate(blocks_of(codes.layout, plain)):
+            self._sink.write(pack_chunk(codes.layout, chunk, index))
+        size_bytes = self._sink.tell() - start
+        dtype, shape = values.dtype.str, list(values.shape)
+        self._header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "start": start,
+            "size_bytes": size_bytes,
+        }
+        return size_bytes
+
+    def close(self) -> None:
+        """Put header and chunks together; without a tensor there is no file."""
+        self._sink.close()
+        if self._header:
+            header = json.dumps(self._header, sort_keys=True).encode()
+            with self._file.open("wb") as out, self._data.open("rb") as chunks:
+                out.write(_MAGIC + struct.pack("<Q", len(header)) + header)
+                while piece := chunks.read(1 << 20):
+                    out.write(piece)
+                out.flush()
+                os.fsync(out.fileno())
+        self._data.unlink()
+
+
+def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return what is in the file, by name, and where its chunks begin; each tensor lies in it and can be that large."""
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(16)
+        length = int.from_bytes(start[8:], "little")
+        if (
+            start[:8] != _MAGIC
+            or len(start) < 16
+            or length > min(size_bytes - 16, _MOST_HEADER_BYTES)
+        ):
+            raise ArtifactError(f"{file} holds no packed weights", remedy="copy it again")
+        try:
+            header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                _check(name, entry, size_bytes - 16 - length)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ArtifactError(
+                f"{file} has a damaged header: {error}", remedy="copy it again"
+            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{file} describes its weights wrongly: {error}", remedy="copy it again"
+            ) from error
+    return header, 16 + length
+
+
+def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
+    shape, start, stored = entry["shape"], entry["start"], entry["size_bytes"]
+    numbers = [*shape, start, stored]
+    if (
+        not all(type(number) is int and number >= 0 for number in numbers)
+        or entry["dtype"] not in BY_DTYPE
+    ):
+        raise ValueError(f"{name!r} is {entry}")
+    if start + stored > data_bytes or math.prod(shape) > _MOST_PACKED * stored:
+        raise ValueError(
+            f"{name!r} lies outside the file, or is larger than its {stored} bytes can be"
+        )
+
+
+def _join(take: Taker, entry: dict[str, Any], codes: Codes) -> NDArray[Any]:
+    plain = np.empty(math.prod(entry["shape"]) * codes.dtype.itemsize, dtype=np.uint8)
+    done = 0
+    while take.left:
+        chunk = unpack_chunk(codes.layout, take)
+        if done + chunk.size > plain.size:
+            raise ArtifactError(
+                "packed weights are more than their shape says", remedy="copy the file again"
+            )
+        plain[done : done + chunk.size] = chunk
+        done += chunk.size
+    if done != plain.size:
+        raise ArtifactError(
+            "packed weights are fewer than their shape says", remedy="copy the file again"
+        )
+    return np.asarray(plain.view(entry["dtype"]).reshape(entry["shape"]))

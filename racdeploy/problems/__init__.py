@@ -1,0 +1,1 @@
+"""What tasks and scorers share: worked solutions in columns, and answers found in a text."""

@@ -1,0 +1,41 @@
+"""Q8_0: 32 signed 8-bit codes and a half-precision scale."""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+
+from racdeploy.quant import join_blocks, leading_scales, search
+
+FORMATS = ("gguf",)
+GGML_TYPE = 8
+BITS = 8.5
+BLOCK = 32
+CODES = (-127, 127)
+PRESERVES_ZERO = True
+_SPANS = (1.0, 1.15)
+_TRIALS = 16
+_TYPE = GGMLQuantizationType(GGML_TYPE)
+
+
+def quantize(
+    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Return packed rows: bit for bit what ggml's C code writes, or with the scales that an importance asks for."""
+    if importance_I is None:
+        return quants.quantize(weight_OI, _TYPE)
+    step_OB, code_OI = search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS, _TRIALS)
+    return join_blocks(step_OB, code_OI.view(np.uint8).reshape(*step_OB.shape, BLOCK))
+
+
+def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+    """Return float32 weights."""
+    weight_OI: NDArray[np.float32] = quants.dequantize(packed_OP, _TYPE)
+    assert weight_OI.shape[1] == I, "packed rows do not match the row length"
+    return weight_OI
+
+
+def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the scale of every block."""
+    return leading_scales(packed_OP, 34)

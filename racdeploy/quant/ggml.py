@@ -1,0 +1,100 @@
+"""Call ggml's own C quantizers through ctypes, in the library that llama-cpp-python ships.
+
+Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h. ggml aborts the whole
+process for a type that needs an importance matrix when none is given, and reads past the end of a row that is
+not whole blocks, so both are refused here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import EngineError, MissingExtraError
+
+_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+_SPEC = importlib.util.find_spec("llama_cpp")
+if _SPEC is None or _SPEC.origin is None:
+    raise MissingExtraError("llama-cpp-python", "llamacpp")
+_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "libggml-base.so")
+
+
+def quantize(
+    ggml_type: int, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Return packed_OP of float32 weights.
+
+    Args:
+        ggml_type: ggml's number of the format.
+        weight_OI: rows of whole blocks.
+        importance_I: what the squared error of an input counts, above 0: ggml's importance matrix.
+
+    Raises:
+        EngineError: the library is missing, or does not write what it says.
+    """
+    O, I = weight_OI.shape
+    assert not _library().ggml_quantize_requires_imatrix(ggml_type), (
+        "this type aborts without a matrix"
+    )
+    weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
+    packed_OP = np.empty((O, row_bytes(ggml_type, I)), dtype=np.uint8)
+    matrix = None
+    if importance_I is not None:
+        assert importance_I.shape == (I,), "one importance an input"
+        assert (importance_I > 0).all(), "importance must be above zero"
+        importance_I = np.ascontiguousarray(importance_I, dtype=np.float32)
+        matrix = importance_I.ctypes.data
+    written = _library().ggml_quantize_chunk(
+        ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, matrix
+    )
+    if written != packed_OP.nbytes:
+        raise EngineError(f"ggml wrote {written} bytes of {packed_OP.nbytes} in type {ggml_type}")
+    return packed_OP
+
+
+def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+    """Return float32 weight_OI of packed rows of a block format."""
+    O, P = packed_OP.shape
+    assert row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
+    packed_OP = np.ascontiguousarray(packed_OP)
+    weight_OI = np.empty((O, I), dtype=np.float32)
+    convert = _library()[f"dequantize_row_{_library().ggml_type_name(ggml_type).decode()}"]
+    convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    convert.restype = None
+    convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
+    return weight_OI
+
+
+def row_bytes(ggml_type: int, row_length: int) -> int:
+    """Return the packed size of a row of whole blocks."""
+    block: int = _library().ggml_blck_size(ggml_type)
+    assert row_length % block == 0, f"{row_length} weights are not whole blocks of {block}"
+    return row_length // block * int(_library().ggml_type_size(ggml_type))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(_LIBRARY_FILE))
+    except OSError as error:
+        raise EngineError(
+            f"cannot load ggml from {_LIBRARY_FILE}: {error}",
+            remedy="pip install --force-reinstall llama-cpp-python",
+        ) from error
+    number, size = ctypes.c_int, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = (
+        number, ctypes.c_void_p, ctypes.c_void_p, size, size, size, ctypes.c_void_p,
+    )  # fmt: skip
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_requires_imatrix.argtypes = (number,)
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_blck_size.argtypes, library.ggml_blck_size.restype = (number,), size
+    library.ggml_type_size.argtypes, library.ggml_type_size.restype = (number,), ctypes.c_size_t
+    library.ggml_type_name.argtypes, library.ggml_type_name.restype = (number,), ctypes.c_char_p
+    return library

@@ -1,0 +1,205 @@
+"""The importance of every input: what the pruning's statistic leaves, and llama.cpp's file of the same thing.
+
+The importance of a column is its mean squared input, the diagonal of the Hessian. Pruning leaves it in safetensors by
+the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2`` and ``NAME.counts`` in a GGUF file by the names of the
+file. Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.models.checkpoint import IMPORTANCE_FILE
+from racdeploy.storage.files import disk_errors
+from racdeploy.storage.gguf_header import TensorInfo, read_header
+from racdeploy.storage.safetensors import read_tensor_entries
+
+SUFFIX = ".imatrix.gguf"
+_SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
+# Inputs that were never active would have no weight at all, and whole blocks of them no scale.
+_FLOOR = 1e-4
+_F32 = 0
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The importance of inputs.
+
+    Args:
+        file: where it was read.
+        means: mean squared input of every column, by the name of the weight in the checkpoint or in the file.
+        tokens: on how many tokens it rests, by the same names.
+    """
+
+    file: Path
+    means: Mapping[str, NDArray[np.float32]]
+    tokens: Mapping[str, int]
+
+    @classmethod
+    def read(cls, file: Path) -> Importance:
+        """Read a file of either form.
+
+        Raises:
+            ArtifactError: it is damaged, of another form, or holds no importance.
+            UsageError: it does not exist.
+        """
+        if not file.is_file():
+            raise UsageError(
+                f"{file} is not a file",
+                remedy="give the path of an importance matrix in export.importance",
+            )
+        means, tokens = _read_imatrix(file) if file.suffix == ".gguf" else _read_statistic(file)
+        for name, mean_I in means.items():
+            if not np.isfinite(mean_I).all() or (mean_I < 0).any():
+                raise _refusal(
+                    file, f"the importance of {name!r} is negative, infinite or not a number"
+                )
+        if not means:
+            raise ArtifactError(
+                f"{file} holds no importance", remedy="give what llama-imatrix or the pruning wrote"
+            )
+        return cls(file, means, tokens)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the pruning left it, and not somebody's own file."""
+        return self.file.name == IMPORTANCE_FILE
+
+    def of(self, name: str, source: str, columns: int) -> NDArray[np.float32] | None:
+        """Return the importance of a weight's columns, all above 0, or None where nothing is known.
+
+        Args:
+            name: in the exported file.
+            source: in the checkpoint.
+            columns: how many there are.
+
+        Raises:
+            ArtifactError: there are others.
+        """
+        mean_I = self.means.get(name, self.means.get(source))
+        if mean_I is None or not mean_I.any():
+            return None
+        if mean_I.shape != (columns,):
+            raise ArtifactError(
+                f"{self.file}: {name!r} has {columns} inputs and importances for {mean_I.size}",
+                remedy="it was made for another model; leave export.importance out",
+            )
+        scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
+        return np.maximum(scaled_I, np.float32(_FLOOR))
+
+    def write_imatrix(self, file: Path, names: Mapping[str, str]) -> None:
+        """Write llama.cpp's file, for ``llama-quantize --imatrix``.
+
+        Args:
+            file: replaced if it exists.
+            names: name in the checkpoint → name in the exported file.
+        """
+        partial = file.with_name(f".{file.name}.partial")
+        held = {names[name]: name for name in self.means if name in names}
+        writer = GGUFWriter(partial, arch="")
+        try:
+            with disk_errors(file):
+                writer.add_type("imatrix")
+                writer.add_array("imatrix.datasets", ["racdeploy calibration"])
+                writer.add_uint32("imatrix.chunk_count", 1)
+                writer.add_uint32(
+                    "imatrix.chunk_size", max(self.tokens[name] for name in held.values())
+                )
+                for stored, name in sorted(held.items()):
+                    count = np.float32(self.tokens[name])
+                    writer.add_tensor(stored + _SUMS, self.means[name][None] * count)
+                    writer.add_tensor(stored + _COUNTS, np.full((1, 1), count, dtype=np.float32))
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_tensors_to_file()
+                writer.close()
+                partial.replace(file)
+        finally:
+            writer.close()
+            partial.unlink(missing_ok=True)
+
+
+def find(folder: Path, asked: str) -> Importance | None:
+    """Return the importance that an export uses: of the file that is asked for, or what pruning left in the folder.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        UsageError: it does not exist.
+    """
+    if asked == "none":
+        return None
+    if asked:
+        return Importance.read(Path(asked))
+    file = folder / IMPORTANCE_FILE
+    return Importance.read(file) if file.is_file() else None
+
+
+def _read_statistic(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
+    entries = read_tensor_entries(file)
+    means, tokens = {}, {}
+    for name, entry in entries.items():
+        if name.endswith(_TOKENS):
+            continue
+        count = entries.get(name + _TOKENS)
+        if (
+            entry.dtype != "F32"
+            or len(entry.shape) != 1
+            or count is None
+            or (count.dtype, count.shape) != ("F64", (1,))
+        ):
+            raise _refusal(file, f"{name!r} is no importance of one row with its number of tokens")
+        means[name] = np.fromfile(file, "<f4", entry.shape[0], offset=entry.start)
+        tokens[name] = _whole(file, name, float(np.fromfile(file, "<f8", 1, offset=count.start)[0]))
+    return means, tokens
+
+
+def _read_imatrix(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
+    header = read_header(file)
+    if header.values.get("general.type") != "imatrix":
+        raise ArtifactError(
+            f"{file} is a GGUF file and no importance matrix",
+            remedy="give what llama-imatrix wrote",
+        )
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    means, tokens = {}, {}
+    for name in [n.removesuffix(_SUMS) for n in tensors if n.endswith(_SUMS)]:
+        if name + _COUNTS not in tensors:
+            raise _refusal(file, f"{name!r} has sums and no counts")
+        sum_MI, count_M1 = (
+            _floats(file, tensors[name + _SUMS]),
+            _floats(file, tensors[name + _COUNTS]),
+        )
+        if len(sum_MI) != len(count_M1) or count_M1.shape[1] != 1:
+            raise _refusal(file, f"{name!r} has {len(sum_MI)} sums and {len(count_M1)} counts")
+        if len(sum_MI) == 1 and count_M1[0, 0] != 0:  # matrices of experts have one each
+            tokens[name] = _whole(file, name, float(count_M1[0, 0]))
+            means[name] = (sum_MI / count_M1)[0]
+    return means, tokens
+
+
+def _floats(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
+    if tensor.ggml_type != _F32 or len(tensor.dimensions) > 2:
+        raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
+    rows = tensor.dimensions[1] if len(tensor.dimensions) == 2 else 1
+    return np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position).reshape(
+        rows, -1
+    )
+
+
+def _whole(file: Path, name: str, count: float) -> int:
+    if not 0 < count < 2**53:  # not a number is not
+        raise _refusal(file, f"{name!r} rests on {count} tokens")
+    return max(1, round(count))
+
+
+def _refusal(file: Path, message: str) -> ArtifactError:
+    return ArtifactError(
+        f"{file}: {message}", remedy="make it again with llama-imatrix, or prune again"
+    )

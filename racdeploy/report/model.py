@@ -1,0 +1,337 @@
+"""The report and the records: what a verification found, as data.
+
+Filled in by the checks, read by everything that prints. Knows nothing of Markdown or HTML, and nothing of how
+a number was measured. The verdict is never stored on its own: it follows from the checks in
+:func:`overall_verdict`, and a file whose verdict says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    WithJsonSchema,
+    computed_field,
+    model_validator,
+)
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+CheckVerdict = Literal["pass", "fail", "inconclusive", "skipped"]
+ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
+ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
+# A ratio of means, infinite where the denominator is zero.
+Ratio = Annotated[
+    float,
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": "Infinity"}]}),
+]
+
+
+class _Part(BaseModel):
+    # An unbounded interval has infinite ends; "strings" keeps the file valid JSON and reads back as numbers.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class ArmSummary(_Part):
+    """One model that answered the prompts: ``dense``, ``pruned`` or a rival.
+
+    Args:
+        name: ``dense`` and ``pruned`` are the two that are compared.
+        prompts: prompts answered, the denominator of ``accuracy``.
+        accuracy_lower: lower end of the 95 % Wilson interval.
+        accuracy_upper: upper end of it.
+        unclosed: completions that ended inside the thinking; they count as wrong.
+        forced: completions whose thinking was closed by the budget.
+        cut: completions that hit the token cap after the thinking.
+        loops: completions that began to repeat themselves.
+        size_bytes: of the files that every engine opens; not of the second graph of packing ``bitmask_op``.
+        sparsity: zeros in the exported file, over the prunable weights.
+        files: SHA-256 of each file of the artifact.
+        kernels: what ran it, in the engine's words.
+    """
+
+    name: str
+    prompts: int = Field(ge=1)
+    correct: int = Field(ge=0)
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_lower: float = Field(ge=0, le=1)
+    accuracy_upper: float = Field(ge=0, le=1)
+    thinking_tokens_mean: float | None = Field(None, ge=0)
+    answer_tokens_mean: float | None = Field(None, ge=0)
+    unclosed: int = Field(0, ge=0)
+    forced: int = Field(0, ge=0)
+    cut: int = Field(0, ge=0)
+    loops: int = Field(0, ge=0)
+    size_bytes: int | None = Field(None, ge=0)
+    tokens_per_s: float | None = Field(None, ge=0)
+    load_ms: float | None = Field(None, ge=0)
+    peak_rss_bytes: int | None = Field(None, ge=0)
+    quant: str | None = None
+    sparsity: float | None = Field(None, ge=0, le=1)
+    files: dict[str, str] = Field(default_factory=dict)
+    kernels: str | None = None
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.correct > self.prompts:
+            raise ValueError(f"{self.correct} correct of {self.prompts} prompts")
+        return self
+
+
+class TaskRow(_Part):
+    """Correct answers of both arms on one task."""
+
+    task: str
+    prompts: int = Field(ge=0)
+    dense_correct: int = Field(ge=0)
+    pruned_correct: int = Field(ge=0)
+
+
+class Comparison(_Part):
+    """The pruned arm against the dense one over the same prompts.
+
+    Args:
+        drop: accuracy lost by pruning, as a fraction; negative where pruning won.
+        drop_lower: lower end of its interval.
+        drop_upper: upper end of its interval.
+        verdict: non-inferiority of the accuracy.
+        margin: largest drop that passes.
+        n10: answers that dense gets right and pruned does not, over all samples.
+        n01: answers that pruned gets right and dense does not.
+        n: prompts answered by both arms.
+        length_ratio: restricted mean thinking length, pruned over dense; None if it was not measured.
+        length_limit: largest ratio that passes.
+        length_budget_tokens: the cap at which lengths are restricted, equal for both arms.
+        confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
+    """
+
+    drop: float = Field(ge=-1, le=1)
+    drop_lower: float = Field(ge=-1, le=1)
+    drop_upper: float = Field(ge=-1, le=1)
+    verdict: Verdict
+    margin: float
+    n10: int = Field(ge=0)
+    n01: int = Field(ge=0)
+    n: int = Field(ge=1)
+    length_ratio: Ratio | None = None
+    length_lower: Ratio | None = None
+    length_upper: Ratio | None = None
+    length_verdict: Verdict | None = None
+    length_limit: float | None = Field(None, gt=0)
+    length_budget_tokens: int | None = Field(None, ge=1)
+    confidence: float = Field(0.90, gt=0, lt=1)
+
+
+class CheckResult(_Part):
+    """What one check of the gate found.
+
+    Args:
+        name: the check's plugin name.
+        summary: one sentence with the numbers that decided.
+        figures: the numbers, by name, with the unit in the name.
+        remedy: the next thing to do where it did not pass.
+    """
+
+    name: str
+    verdict: CheckVerdict
+    summary: str
+    figures: dict[str, float | int | str] = Field(default_factory=dict)
+    remedy: str = ""
+
+
+class LinearRow(_Part):
+    """How one linear was pruned.
+
+    Args:
+        held_out_error: relative error of the output, over traces that were not used to prune.
+        error_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
+        damping: share of the mean diagonal that was added to the Hessian.
+        reason: why the zeros are not as asked; empty where they are.
+    """
+
+    name: str
+    sparsity_asked: float = Field(ge=0, le=1)
+    sparsity_reached: float = Field(ge=0, le=1)
+    held_out_error: float | None = None
+    error_by_stream: dict[str, float] = Field(default_factory=dict)
+    damping: float | None = None
+    reason: str = ""
+
+
+class BlockRow(_Part):
+    """How far the hidden states after one block are from the dense model's, on held-out traces.
+
+    Args:
+        drift: relative error, Σ |sparse − dense|² / Σ |dense|².
+        drift_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
+        drift_by_task: the same for each task.
+    """
+
+    block: int = Field(ge=0)
+    drift: float | None = None
+    drift_by_stream: dict[str, float] = Field(default_factory=dict)
+    drift_by_task: dict[str, float] = Field(default_factory=dict)
+
+
+class PositionRow(_Part):
+    """Mean divergence over a stretch of the completions of the dense model's traces, teacher-forced.
+
+    Args:
+        start_token: first token of the stretch, counted from the end of the prompt.
+        stop_token: the token after its last one.
+        tokens: positions of all traces in it.
+        export_kl_nats: mean KL(torch-pruned ‖ artifact).
+        pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
+    """
+
+    start_token: int = Field(ge=0)
+    stop_token: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    export_kl_nats: float
+    pruning_kl_nats: float
+
+
+class RivalRow(_Part):
+    """A dense model against the pruned one, over the same prompts.
+
+    Args:
+        name: of its arm.
+        gain: accuracy of the rival less that of the pruned model, as a fraction.
+        gain_lower: lower end of its interval.
+        gain_upper: upper end of its interval.
+        length_ratio: restricted mean thinking length, rival over pruned.
+        length_lower: lower end of its interval.
+        length_upper: upper end of its interval.
+    """
+
+    name: str
+    gain: float = Field(ge=-1, le=1)
+    gain_lower: float = Field(ge=-1, le=1)
+    gain_upper: float = Field(ge=-1, le=1)
+    length_ratio: Ratio
+    length_lower: Ratio
+    length_upper: Ratio
+
+
+class TensorRow(_Part):
+    """How one tensor was exported.
+
+    Args:
+        zeros: exact zeros in the exported tensor, as a fraction of its weights.
+        size_bytes: as stored.
+        bits: of a weight, as stored; None in reports that were written before it was kept.
+        reason: why it is not as asked; empty where it is.
+        packing: how it is stored.
+        packing_reason: why it is not packed as asked; empty where it is.
+    """
+
+    name: str
+    quant_asked: str
+    quant_real: str
+    zeros: float = Field(ge=0, le=1)
+    size_bytes: int = Field(ge=0)
+    bits: float | None = Field(None, ge=0)
+    reason: str = ""
+    packing: str = "plain"
+    packing_reason: str = ""
+
+
+class Record(_Part):
+    """One line of ``records.jsonl``: one prompt, arm and sample.
+
+    Args:
+        prompt: index of the prompt; both arms share it.
+        prompt_ids: the rendered prompt; empty in records of older versions.
+        opening: where the first thought began: in the prompt, in the completion, before its first token, or nowhere.
+        loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
+        scorer: what decided, see :mod:`racdeploy.scorers`; empty is its default.
+        extracted: the answer that was scored, None if none was found.
+        extractor: where it was found, or why nothing was.
+    """
+
+    prompt: int = Field(ge=0)
+    task: str
+    question: str
+    gold: str
+    arm: str
+    sample: int = Field(0, ge=0)
+    thinking_tokens: int = Field(ge=0)
+    answer_tokens: int = Field(ge=0)
+    state: ThinkingState
+    opening: ThinkingOpening = "none"
+    loop_tokens: int = Field(0, ge=0)
+    finish_reason: Literal["stop", "length", "cancelled"]
+    correct: bool
+    extracted: str | None
+    extractor: str = ""
+    scorer: str = ""
+    answer_text: str
+    thinking_text: str
+    prompt_ids: tuple[int, ...] = ()
+
+
+class Report(_Part):
+    """Everything ``report.json`` holds.
+
+    Args:
+        created: when the verification ended, with time zone.
+        recipe: the resolved recipe.
+        notes: whatever a reader must know and no table says.
+        fingerprint: versions, threads and engine settings that the numbers depend on.
+    """
+
+    schema_version: Literal[1] = 1
+    created: AwareDatetime
+    model: str
+    target: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    arms: tuple[ArmSummary, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+    comparison: Comparison | None = None
+    rivals: tuple[RivalRow, ...] = ()
+    checks: tuple[CheckResult, ...] = ()
+    linears: tuple[LinearRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
+    positions: tuple[PositionRow, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def verdict(self) -> Verdict:
+        """The one verdict that is printed and that decides the exit code."""
+        return overall_verdict(self.checks)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_verdict(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Accept a stored verdict only where the checks say the same."""
+        if not isinstance(data, Mapping) or "verdict" not in data:
+            return handler(data)
+        report = handler({key: value for key, value in data.items() if key != "verdict"})
+        if data["verdict"] != report.verdict:
+            raise ValueError(
+                f"the verdict is {data['verdict']!r} and the checks say {report.verdict!r}"
+            )
+        return report
+
+
+def overall_verdict(checks: Iterable[CheckResult]) -> Verdict:
+    """Return the verdict of a whole report.
+
+    One failed check fails it. Without a failure, one inconclusive check makes it inconclusive, and so do no
+    checks at all or only skipped ones: missing data never passes.
+    """
+    verdicts = {check.verdict for check in checks}
+    if "fail" in verdicts:
+        return "fail"
+    if "inconclusive" in verdicts or "pass" not in verdicts:
+        return "inconclusive"
+    return "pass"

@@ -1,0 +1,1 @@
+"""What lies on disk and what runs beside us: files, stage folders, locks, child processes."""

@@ -1,0 +1,159 @@
+"""Files on disk: written whole or not at all, hashed, read as JSON.
+
+Every file is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; what a killed process left half written stays there
+    fcntl = None  # type: ignore[assignment]
+
+
+_WRITE_BYTES = (
+    1 << 20
+)  # the kernel takes one large piece in two thirds of the time of many small ones
+
+
+def canonical_hash(value: object) -> str:
+    """Return the SHA-256 of a JSON value with sorted keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full, read-only or otherwise unwilling disk into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write {where}: {error.strerror}",
+            remedy=f"free some space or choose another place than {where.parent}, then run the same command",
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path) -> Iterator[BinaryIO]:
+    """Yield a stream; what was written takes the name ``file`` when the body succeeds, and is on the disk then.
+
+    The partial file has this process's number in its name, so that two processes may write the same file. It is locked.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with disk_errors(file):
+        try:
+            with partial.open("wb", buffering=_WRITE_BYTES) as stream:
+                if fcntl:
+                    with contextlib.suppress(OSError):  # not every file system has locks
+                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove partial files of :func:`atomic_file` whose processes were killed.
+
+    Those of another machine or container have no process here, so the lock must be free too; where one cannot be told,
+    the file stays.
+    """
+    if fcntl is None:
+        return
+    for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
+        number = partial.name[len(file.name) + 2 : -len(".partial")]
+        if re.fullmatch("[0-9]{1,9}", number) and not _runs(int(number)):
+            with contextlib.suppress(OSError), partial.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def write_atomic(file: Path, content: bytes | str) -> None:
+    """Write a file so that it is whole or absent."""
+    with atomic_file(file) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that takes the name ``folder`` when the body succeeds.
+
+    An older folder of that name is replaced only then, so the name never holds half a result.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    retired = folder.with_name(f".{folder.name}.old")
+    with disk_errors(folder):
+        try:
+            if retired.exists() and not folder.exists():  # killed between the two renames below
+                retired.replace(folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            yield scratch
+            if folder.exists():
+                folder.replace(retired)
+            scratch.replace(folder)
+        finally:
+            if retired.exists() and not folder.exists():
+                retired.replace(folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def refuse_another(path: Path, sha256: str) -> None:
+    """Refuse to write where another file than the one to be written lies.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if path.exists() and not (path.is_file() and file_sha256(path) == sha256):
+        raise UsageError(
+            f"{path} is there and is not that file",
+            remedy="remove it, or name another one with --out",
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ArtifactError: it is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{file} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,78 @@
+"""Headers of safetensors files, read without the library: numpy has no bfloat16.
+
+Source: safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from racdeploy.errors import ModelError
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+_HEADER_LIMIT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, absolute byte range, dtype tag and shape."""
+
+    file: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
+    """Parse one safetensors header and check every range against the file."""
+    if not file.is_file():
+        raise ModelError(
+            f"{file} is missing", remedy="racdeploy reads safetensors; convert .bin files first"
+        )
+    size_bytes = file.stat().st_size
+    damaged = ModelError(
+        f"{file} is truncated or not a safetensors file", remedy="copy or download it again"
+    )
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
+            raise damaged
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise damaged from error
+    if not isinstance(header, dict):
+        raise damaged
+    header.pop("__metadata__", None)
+    return {
+        name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
+    }
+
+
+def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
+    try:
+        assert isinstance(value, dict)
+        shape = tuple(int(extent) for extent in value["shape"])
+        start, stop = (origin + int(offset) for offset in value["data_offsets"])
+        tag = str(value["dtype"])
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged") from error
+    if tag not in _DTYPES:
+        raise ModelError(
+            f"{file}: tensor {name!r} has dtype {tag}, supported are {', '.join(_DTYPES)}",
+            remedy="start from the unquantized checkpoint",
+        )
+    expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[tag]).itemsize
+    if min(shape, default=1) < 0 or stop - start != expected or start < origin or stop > size_bytes:
+        raise ModelError(
+            f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of {size_bytes}",
+            remedy="copy or download it again",
+        )
+    return TensorEntry(file, start, stop, tag, shape)

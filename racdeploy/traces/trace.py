@@ -1,0 +1,118 @@
+"""Traces: a prompt and the model's completion of it as token ids, in shards on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from racdeploy.errors import ArtifactError
+from racdeploy.storage.files import file_sha256
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; what a killed process left half written stays there
+    fcntl = None  # type: ignore[assignment]
+from racdeploy.storage.files import write_atomic
+
+Stream = Literal["prompt", "thinking", "answer"]
+
+
+STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A prompt and the model's completion of it, as token ids.
+
+    Args:
+        index: place in the trace set.
+        task: specification of the task that asked.
+        question, gold: the problem.
+        prompt_ids: rendered prompt.
+        completion_ids: sampled ids, end-of-sequence included.
+        answer_from: index in ``completion_ids`` of the first token after the close tag, or None if never closed.
+        thinking_tokens: tokens strictly between the tags.
+        truncated: the completion hit a cap.
+        correct: the task's score of the answer.
+    """
+
+    index: int
+    task: str
+    question: str
+    gold: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    answer_from: int | None
+    thinking_tokens: int
+    truncated: bool
+    correct: bool
+
+    def streams(self) -> list[int]:
+        """Return, for every token, the index of its stream in ``STREAMS``."""
+        close = len(self.completion_ids) if self.answer_from is None else self.answer_from
+        rest = len(self.completion_ids) - close
+        return [0] * len(self.prompt_ids) + [1] * close + [2] * rest
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and completion."""
+        return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class TraceSet:
+    """A folder of append-only trace shards with a manifest."""
+
+    folder: Path
+
+    def shard(self, number: int) -> Path:
+        """Path of a shard."""
+        return self.folder / f"shard-{number:05d}.jsonl"
+
+    def append(self, number: int, traces: Sequence[Trace]) -> None:
+        """Write one shard, whole or not at all."""
+        lines = (json.dumps(asdict(trace), separators=(",", ":")) + "\n" for trace in traces)
+        write_atomic(self.shard(number), "".join(lines))
+
+    @property
+    def sha256(self) -> str:
+        """Hash over the contents of every shard, in order."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("shard-*.jsonl")):
+            digest.update(file_sha256(file).encode())
+        return digest.hexdigest()
+
+    def read(self) -> list[Trace]:
+        """Return every trace in order.
+
+        Raises:
+            ArtifactError: a shard is damaged.
+        """
+        return [
+            t for file in sorted(self.folder.glob("shard-*.jsonl")) for t in self.read_shard(file)
+        ]
+
+    @staticmethod
+    def read_shard(file: Path) -> list[Trace]:
+        """Return the traces of one shard.
+
+        Raises:
+            ArtifactError: the shard is damaged.
+        """
+        traces = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                values = json.loads(line)
+                values["prompt_ids"] = tuple(map(int, values["prompt_ids"]))
+                values["completion_ids"] = tuple(map(int, values["completion_ids"]))
+                traces.append(Trace(**values))
+            except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+                raise ArtifactError(
+                    f"{file}:{number} is damaged: {error}",
+                    remedy=f"remove {file} and run the command again",
+                ) from error
+        return traces

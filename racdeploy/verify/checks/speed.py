@@ -1,0 +1,39 @@
+"""Speed: tokens decoded per second, as a ratio to the dense artifact."""
+
+from __future__ import annotations
+
+from operator import ge
+
+from pydantic import Field
+
+from racdeploy.report.model import CheckResult
+from racdeploy.verify import gate
+from racdeploy.verify.evidence import Arm, Evidence
+from racdeploy.verify.ratio import compare_figures
+
+
+class Limits(gate.Limits):
+    """Speed.
+
+    Args:
+        ratio: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by default.
+    """
+
+    ratio: float | None = Field(None, gt=0)
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the pruned artifact decodes at least as many times as fast as the limit says."""
+    return compare_figures(
+        "speed",
+        "{:,.0f} tokens/s".format,
+        (_tokens_per_s(evidence.dense), _tokens_per_s(evidence.pruned)),
+        evidence.limits(Limits).ratio,
+        ge,
+        "racdeploy bench measures it again, alternating; a smaller quant is faster, zeros alone are not",
+    )
+
+
+def _tokens_per_s(arm: Arm) -> float | None:
+    decode_s = arm.stats.get("decode_s")
+    return arm.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None

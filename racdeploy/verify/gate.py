@@ -1,0 +1,207 @@
+"""The gate: which checks run, their limits, how many prompts, and what too little data means.
+
+A check that can be limited has a class ``Limits`` in its file; the gate has a table of the check's name for it, so
+a new check brings its own limits. Read from ``racdeploy-gate.toml`` or from the recipe's ``[gate]``; docs/gate.md
+describes it, docs/gate.schema.json is made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, field_validator
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+from racdeploy.recipe import Verification, merge, read_toml, validate
+
+L = TypeVar("L", bound="Limits")
+Inconclusive = Literal["fail", "pass"]
+TIERS = ("smoke", "standard", "release")
+
+
+class Limits(BaseModel):
+    """What a check holds the artifact to; each check with limits derives its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tier(BaseModel):
+    """How much is run.
+
+    Args:
+        prompts: evaluation prompts, drawn by the recipe's seed; a smaller tier asks a part of a larger one's.
+        samples: completions of each prompt; more than one needs a temperature.
+        temperature: 0 is greedy; left out, as the bundle was built.
+        checks: those that run; empty runs every one.
+        inconclusive: what too little data means here; left out, as the gate says.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: int = Field(200, ge=1)
+    samples: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    checks: tuple[str, ...] = ()
+    inconclusive: Inconclusive | None = None
+
+    @field_validator("checks")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known_checks(value)
+
+    def apply(self, settings: Verification) -> Verification:
+        """Return verification settings of this tier's size.
+
+        Raises:
+            UsageError: samples without a temperature.
+        """
+        chosen = {"count": self.prompts, "samples": self.samples, "temperature": self.temperature}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        return validate(Verification, settings.model_dump() | given, "the tier")
+
+
+class Tiers(BaseModel):
+    """What the names of ``--tier`` stand for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    smoke: Tier = Field(default_factory=lambda: Tier(prompts=32, inconclusive="pass"))
+    standard: Tier = Field(default_factory=Tier)
+    release: Tier = Field(default_factory=lambda: Tier(prompts=1000))
+
+
+class Gate(BaseModel):
+    """The part of a gate that is no check's own; :func:`read_gate` returns it with a table for each check.
+
+    Args:
+        confidence: of the two-sided intervals; 0.90 makes each limit a one-sided 5 % test.
+        inconclusive: what a verdict without enough data means for the exit code: 3, or 0.
+        checks: those that run; empty runs every one.
+        tiers: what the names of ``--tier`` stand for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    confidence: float = Field(0.90, gt=0, lt=1)
+    inconclusive: Inconclusive = "fail"
+    checks: tuple[str, ...] = ()
+    tiers: Tiers = Field(default_factory=Tiers)
+    _demanded: frozenset[str] = PrivateAttr(frozenset())
+
+    @field_validator("checks")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known_checks(value)
+
+    @property
+    def demanded(self) -> frozenset[str]:
+        """Checks that the gate file names: one of them that measures nothing is an error."""
+        return self._demanded
+
+    def limits(self, kind: type[L]) -> L:
+        """Return the limits of the check in whose file the class stands."""
+        found = getattr(self, kind.__module__.rpartition(".")[2])
+        assert isinstance(found, kind), "a gate is made by read_gate"
+        return found
+
+    def runs(self, check: str) -> bool:
+        """Return whether a check takes part."""
+        return not self.checks or check in self.checks
+
+    def at(self, tier: str) -> Self:
+        """Return the gate of a tier; an empty name leaves it as it is.
+
+        Raises:
+            UsageError: no such tier.
+        """
+        if not tier:
+            return self
+        if tier not in TIERS:
+            raise UsageError(
+                f"unknown tier {tier!r}{plugins.closest(tier, TIERS)}",
+                remedy=f"known: {', '.join(TIERS)}",
+            )
+        chosen: Tier = getattr(self.tiers, tier)
+        update = {
+            "checks": chosen.checks or self.checks,
+            "inconclusive": chosen.inconclusive or self.inconclusive,
+        }
+        return self.model_copy(update=update)
+
+
+def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
+    """Return the gate of a file over that of a recipe; what both leave out has its default.
+
+    Args:
+        file: TOML, or None.
+        built: the recipe's ``gate``.
+
+    Raises:
+        UsageError: a missing file, no TOML, an unknown check or key, or a bad value.
+    """
+    model, below = gate_model(), built or {}
+    validate(model, below, "the recipe's [gate]")
+    if file is None:
+        return model.model_validate(below)
+    written = read_toml(file)
+    validate(model, written, str(file))
+    gate = validate(model, merge(below, written), str(file))
+    gate._demanded = frozenset(written) & frozenset(plugins.names("checks")) | frozenset(
+        written.get("checks", ())
+    )
+    return gate
+
+
+@cache
+def gate_model() -> type[Gate]:
+    """Return :class:`Gate` with a table for every check that has limits."""
+    found = {
+        name: getattr(plugins.load("checks", name), "Limits", Limits)
+        for name in plugins.names("checks")
+    }
+    tables: dict[str, Any] = {
+        name: (kind, Field(default_factory=kind)) for name, kind in found.items()
+    }
+    return create_model(
+        "Gate", __base__=Gate, __doc__="Limits for racdeploy verify, see docs/gate.md.", **tables
+    )
+
+
+def _known_checks(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = plugins.names("checks")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown check {name!r}{plugins.closest(name, known)}; known: {', '.join(known)}"
+            )
+    return names
+
+
+GATE_EXAMPLE = """\
+# Limits for: racdeploy verify bundle/ --gate racdeploy-gate.toml
+# A key that is left out stays as the bundle was built. All keys: docs/gate.md
+
+confidence = 0.90        # of the two-sided intervals; 0.90 makes each limit a one-sided 5 % test
+inconclusive = "fail"    # too little data ends with exit code 3; "pass" ends with 0
+
+[accuracy]
+margin = 0.05            # largest accuracy drop that passes, as a fraction
+
+[thinking]
+length_ratio = 1.2       # largest ratio of mean thinking tokens, pruned to dense
+unclosed = 0.05          # largest share of prompts that lose the end of their thinking
+
+[tiers.smoke]            # --tier smoke: catches a broken artifact, not a small loss
+prompts = 32
+inconclusive = "pass"
+
+[tiers.standard]
+prompts = 200
+
+[tiers.release]          # more prompts than the bundle holds need the dense model: --baseline
+prompts = 1000
+"""

@@ -1,0 +1,206 @@
+"""bench: both artifacts in every round, in turn, and the dense one found where the build left it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.bundles import bench as benchmark
+from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
+from racdeploy.cli.app import app
+from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.export import ExportResult
+from racdeploy.manifest import Manifest
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.recipe import Recipe
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.stages import Stage
+from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
+
+
+class CountingEngine:
+    """Takes 10 ms a prompt token and 20 ms a new one, the pruned artifact half of that; grows slower with each load."""
+
+    opened: list[Path]
+
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
+        self._parallel = settings.parallel
+        self.opened.append(path)
+        self._slow = (1.0 if "dense" in path.name else 0.5) * (1 + len(self.opened) / 100)
+        self.stats = {
+            "load_ms": 8 * self._slow,
+            "peak_rss_bytes": 2e6,
+            "prompt_tokens": 0.0,
+            "generated_tokens": 0.0,
+        }
+        self.stats |= {"prefill_s": 0.0, "decode_s": 0.0}
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        assert not sampling.stop_ids, "an end-of-sequence would shorten a round"
+        new_tokens, warming = sampling.max_new_tokens, sampling.max_new_tokens == 2
+        assert len(prompts) == (1 if warming else self._parallel)
+        for ids in prompts:
+            self.stats["prompt_tokens"] += len(ids)
+            self.stats["generated_tokens"] += new_tokens
+            self.stats["prefill_s"] += 0.01 * len(ids) * self._slow
+        self.stats["decode_s"] += 0.02 * (new_tokens - 1) * self._slow
+        return []
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    file = tmp_path / "dense.gguf"
+    file.touch()
+    return file
+
+
+def _engine(monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Any]) -> None:
+    monkeypatch.setattr(benchmark, "open_engine", lambda _, path, settings: engine(path, settings))
+
+
+def test_the_artifacts_take_turns_and_the_first_round_does_not_count(
+    bundle: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which comes first changes, so that a machine that grows slower harms both alike."""
+    CountingEngine.opened = []
+    _engine(monkeypatch, CountingEngine)
+    found = bench(bundle, dense, Load(rounds=3, prompt_tokens=100, new_tokens=50))
+    names = ["dense" if path == dense else "pruned" for path in CountingEngine.opened]
+    assert names == ["dense", "pruned", "pruned", "dense", "dense", "pruned", "pruned", "dense"]
+    assert len(found.dense_rounds) == len(found.pruned_rounds) == 3
+    # A load is 1 % slower than the one before it, so neighbours differ by less than 1 %.
+    for name, expected in {
+        "load_ms": 0.5,
+        "prefill_tokens_per_s": 2,
+        "decode_tokens_per_s": 2,
+    }.items():
+        assert found.ratios(name) == pytest.approx([expected] * 3, rel=0.01)
+    assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(50, rel=0.1)
+    assert set(found.to_json()["ratio"]) == set(FIGURES)
+
+
+def test_sequences_together_count_together(
+    bundle: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at once, in the time of one each: four times the tokens a second."""
+    CountingEngine.opened = []
+    _engine(monkeypatch, CountingEngine)
+    found = bench(bundle, dense, Load(rounds=1, prompt_tokens=100, new_tokens=50, parallel=4))
+    assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(4 * 50, rel=0.1)
+    assert found.to_json()["parallel"] == 4
+
+
+def test_any_artifact_of_a_bundle_can_be_measured(
+    bundle: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its path in the bundle, on its own engine; the build left no dense one for it."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    shutil.copyfile(copy / "model.gguf", copy / "second.gguf")
+    manifest = Manifest.read(copy)
+    second = manifest.artifacts[0].model_copy(update={"path": "second.gguf", "files": {}})
+    (copy / "racdeploy.json").write_text(
+        manifest.model_copy(update={"artifacts": (manifest.artifacts[0], second)}).model_dump_json()
+    )
+    CountingEngine.opened = []
+    _engine(monkeypatch, CountingEngine)
+    found = bench(
+        copy, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf"
+    )
+    assert found.pruned == copy / "second.gguf"
+    with pytest.raises(ArtifactError, match=r"no dense artifact beside second\.gguf") as missing:
+        find_dense(copy, tmp_path, "second.gguf")
+    assert "--dense" in missing.value.remedy
+    with pytest.raises(UsageError, match="no artifact 'third.gguf'") as unknown:
+        bench(copy, dense, Load(), artifact="third.gguf")
+    assert "model.gguf, second.gguf" in unknown.value.remedy
+
+
+def test_an_engine_that_counts_nothing_is_refused(
+    bundle: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A figure is measured or absent, never zero."""
+
+    class Silent(CountingEngine):
+        def __init__(self, path: Path, settings: EngineSettings) -> None:
+            super().__init__(path, settings)
+            self.stats = {}
+
+        def generate(
+            self, prompts: Sequence[Sequence[int]], sampling: Sampling
+        ) -> list[Completion]:
+            return []
+
+    Silent.opened = []
+    _engine(monkeypatch, Silent)
+    with pytest.raises(EngineError, match="does not count"):
+        bench(bundle, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8))
+
+
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
+    bundle: Path, dense: Path
+) -> None:
+    """A context that is too short, a dense artifact that is not there."""
+    with pytest.raises(UsageError, match=f"more than the bundle's context of {CONTEXT_TOKENS}"):
+        bench(bundle, dense, Load(prompt_tokens=200, new_tokens=100))
+    with pytest.raises(ArtifactError, match="missing.gguf is not a file"):
+        bench(bundle, dense.with_name("missing.gguf"), Load())
+
+
+def test_the_dense_artifact_is_found_by_what_decided_it(bundle: Path, tmp_path: Path) -> None:
+    """The stage of the same model and export; not the pruned one, another model's, or one that never ended."""
+    checkpoint, recipe = Checkpoint(bundle.parent / "checkpoint"), Recipe()
+    files = {file.name: file_sha256(file) for file in checkpoint.files()}
+    manifest = Manifest.read(bundle).model_copy(
+        update={"base": {"name": "tiny", "files": files}, "recipe": recipe.model_dump(mode="json")}
+    )
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / "racdeploy.json").write_text(manifest.model_dump_json())
+    work = tmp_path / "work"
+    with pytest.raises(
+        ArtifactError, match="no stage in .* holds the dense q8_0 artifact of tiny"
+    ) as caught:
+        find_dense(copy, work)
+    assert "--dense" in caught.value.remedy
+    export, own = recipe.export.model_dump(exclude={"importance"}), checkpoint.sha256
+    for name, model, metadata, ends in (
+        ("right.gguf", own, {}, True),
+        ("pruned.gguf", own, {"racdeploy.sparsity": 0.5}, True),
+        ("other.gguf", "0" * 64, {}, True),
+        ("half.gguf", own, {}, False),
+    ):
+        inputs = {"model": model, "export": export, "metadata": metadata, "name": name}
+        stage = Stage.open(work, "export", inputs)
+        if ends:
+            file = stage.folder / name
+            file.write_bytes(b"x")
+            stage.finish(ExportResult(file, (), 1, {name: "0"}).to_json(stage.folder))
+    assert find_dense(copy, work).name == "right.gguf"
+
+
+def test_the_command_measures_a_real_model_against_itself(bundle: Path) -> None:
+    """llama.cpp, twice the same file: every figure is there, and the memory is the same within a tenth."""
+    arguments = ["bench", bundle, "--dense", bundle / "model.gguf", "--rounds", 1, "--threads", 1]
+    load = ["--prompt-tokens", 64, "--new-tokens", 16]
+    done = CliRunner().invoke(app, [*map(str, [*arguments, *load]), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert all(found[side][name] > 0 for side in ("dense", "pruned") for name in FIGURES)
+    assert found["ratio"]["peak_rss_bytes"] == pytest.approx(1, abs=0.1)
+    table = CliRunner().invoke(app, [*map(str, [*arguments, *load])])
+    assert "tokens/s decoded" in table.stdout

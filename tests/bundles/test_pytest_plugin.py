@@ -1,0 +1,182 @@
+"""``pytest --racdeploy-bundle`` as a user runs it, in a process of its own; the verification finds what it is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = "racdeploy.bundles.pytest_plugin"
+
+# Stands in for the verification alone; gate, checks and report are the real ones.
+CONFTEST = """
+import os
+from datetime import UTC, datetime
+from racdeploy import plugins
+from racdeploy.bundles import verify
+from racdeploy.errors import ArtifactError
+from racdeploy.report.model import CheckResult, Report
+from racdeploy.verify.gate import read_gate
+
+wanted = dict(part.split("=") for part in os.environ["WANTED"].split(","))
+
+def verified():
+    open("verified", "a").write("x")
+    if "error" in wanted:
+        raise ArtifactError("the bundle is damaged", remedy="copy it again")
+    checks = tuple(
+        CheckResult(name=name, verdict=wanted.get(name, wanted["rest"]), summary=f"what {name} found", remedy="do this",
+                    figures={"number": 0.25})
+        for name in plugins.names("checks")
+    )
+    return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
+
+class Verification:
+    def __init__(self, bundle, work, gate_file, threads):
+        self.gate = read_gate(gate_file)
+
+    def run(self):
+        return verified()
+
+verify.Reverification = Verification
+"""
+
+
+def _pytest(folder: Path, wanted: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "conftest.py").write_text(CONFTEST)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        PLUGIN,
+        "-q",
+        "-rA",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(folder),
+    ]
+    environment = os.environ | {"WANTED": wanted, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) -> None:
+    """Beside the user's own tests; a skipped check is a skip, and the figures are in the JUnit file."""
+    (tmp_path / "test_own.py").write_text("def test_own(): pass\n")
+    done = _pytest(
+        tmp_path,
+        "rest=pass,speed=skipped",
+        "--racdeploy-bundle",
+        "bundle",
+        f"--junit-xml={tmp_path / 'junit.xml'}",
+    )
+    assert done.returncode == 0, done.stdout
+    assert "PASSED test_own.py::test_own" in done.stdout
+    assert "PASSED bundle::accuracy" in done.stdout
+    assert "PASSED bundle::verdict" in done.stdout
+    assert "skipped: what speed found" in done.stdout
+    assert (tmp_path / "verified").read_text() == "x"
+    properties = {
+        p.get("name"): p.get("value")
+        for p in ElementTree.parse(tmp_path / "junit.xml").iter("property")
+    }
+    assert properties["accuracy.number"] == "0.25"
+
+
+def test_a_failed_check_says_what_it_found_without_a_traceback(tmp_path: Path) -> None:
+    """And the verdict fails with it."""
+    done = _pytest(tmp_path, "rest=pass,thinking=fail", "--racdeploy-bundle", "bundle")
+    assert done.returncode == 1
+    assert "thinking: fail: what thinking found\n  → do this" in done.stdout
+    assert "FAILED bundle::thinking" in done.stdout
+    assert "FAILED bundle::verdict" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "runtest" not in done.stdout
+
+
+@pytest.mark.parametrize(("gate", "code"), [("fail", 1), ("pass", 0)])
+def test_the_gate_says_what_too_little_data_means(tmp_path: Path, gate: str, code: int) -> None:
+    """It fails, unless the gate lets it pass; then it is a skip that says so."""
+    (tmp_path / "gate.toml").write_text(f'inconclusive = "{gate}"\n')
+    arguments = "--racdeploy-bundle", "bundle", "--racdeploy-gate", "gate.toml"
+    done = _pytest(tmp_path, "rest=pass,accuracy=inconclusive", *arguments)
+    assert done.returncode == code, done.stdout
+    assert (
+        "FAILED bundle::accuracy" if code else "inconclusive: what accuracy found"
+    ) in done.stdout
+
+
+def test_only_skips_are_no_success(tmp_path: Path) -> None:
+    """Missing data never passes: the verdict is a test of its own."""
+    done = _pytest(tmp_path, "rest=skipped", "--racdeploy-bundle", "bundle")
+    assert done.returncode == 1
+    assert "verdict: inconclusive: Every check was skipped" in done.stdout
+
+
+def test_an_error_fails_every_check_with_its_remedy(tmp_path: Path) -> None:
+    """A bundle that cannot be verified has passed nothing, and is not tried again for each check."""
+    done = _pytest(tmp_path, "error=1,rest=pass", "--racdeploy-bundle", "bundle")
+    assert done.returncode == 1
+    assert "the bundle is damaged\n  → copy it again" in done.stdout
+    assert "passed" not in done.stdout.splitlines()[-1]
+    assert (tmp_path / "verified").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("gate", "arguments", "message"),
+    [
+        ("margn = 0.1", ("--racdeploy-bundle", "bundle"), "margn"),
+        ("", (), "--racdeploy-gate without --racdeploy-bundle"),
+    ],
+)
+def test_a_wrong_gate_is_wrong_usage(
+    tmp_path: Path, gate: str, arguments: tuple[str, ...], message: str
+) -> None:
+    """Pytest's exit code 4, before anything runs."""
+    (tmp_path / "gate.toml").write_text(gate)
+    done = _pytest(tmp_path, "rest=pass", *arguments, "--racdeploy-gate", "gate.toml")
+    assert done.returncode == 4
+    assert message in done.stderr
+
+
+def test_without_the_option_nothing_is_loaded(tmp_path: Path) -> None:
+    """Every pytest run of the environment loads the file: it brings neither numpy nor the checks."""
+    code = "import sys, racdeploy.bundles.pytest_plugin; print([m for m in ('numpy', 'pydantic', 'jinja2') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_installed_racdeploy_brings_the_plugin(tmp_path: Path) -> None:
+    """By its entry point, whose name is the module's, so that ``-p`` does not load it twice."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = project["entry-points"]["pytest11"]
+    assert entries == {PLUGIN: PLUGIN}
+    info = tmp_path / "site" / "racdeploy_like-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: racdeploy-like\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[pytest11]\n{PLUGIN} = {PLUGIN}\n")
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    for more in ([], ["-p", PLUGIN]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--help", "-c", os.devnull, *more],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert "--racdeploy-bundle" in done.stdout, done.stderr

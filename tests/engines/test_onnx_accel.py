@@ -1,0 +1,148 @@
+"""The onnxruntime engine with the second graph of packing bitmask_op: when it is taken, and that it answers alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnxruntime import GraphOptimizationLevel
+from typer.testing import CliRunner
+
+from racdeploy import accel
+from racdeploy.accel import onnxruntime
+from racdeploy.accel.onnxruntime import LIBRARY, Proof, accel_name, choose, readiness
+from racdeploy.cli.app import app
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.onnxruntime import native as _onnx_native
+from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.export.onnx import export
+from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
+
+SETTINGS = EngineSettings(128, parallel=2, threads=1)
+IDS = list(range(3, 40))
+FASTER = {"q8_0": {"0.5": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx")
+    checkpoint = sparse_checkpoint(folder / "checkpoint", 0.6)
+    (folder / "out").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_graph(patch)
+        export(checkpoint, folder / "out" / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
+    return folder / "out" / "m.onnx"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The operator, built into a cache of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
+        yield LIBRARY.build()
+
+
+def write_proof(library: Path, proof: Proof) -> None:
+    onnxruntime._record(library).write_text(json.dumps(asdict(proof)), encoding="utf-8")
+
+
+def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
+    """Differences are those of float32 sums and of inputs that stock kernels round with other scales."""
+    write_proof(library, Proof("", "any", FASTER))
+    with OnnxRuntimeEngine(model, SETTINGS) as plain:
+        expected_TV = plain.logits(IDS)
+        assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
+    with OnnxRuntimeEngine(model, replace(SETTINGS, accel="require")) as engine:
+        found_TV = engine.logits(IDS)
+        assert engine.about["kernels"].startswith("sparse any operator for ")
+        greedy = Sampling(max_new_tokens=12, stop_ids=())
+        alone, beside = (
+            engine.generate([IDS[:9]], greedy),
+            engine.generate([IDS[:9], IDS[5:20]], greedy),
+        )
+        assert alone[0].ids == beside[0].ids
+    assert np.abs(found_TV - expected_TV).max() <= 0.02 * np.abs(expected_TV).max()
+
+
+def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
+    library: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them against none, on the whole model: norms and attention are fused, the operator is left as it is.
+
+    Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's largest.
+    """
+    write_proof(library, Proof("", "any", FASTER))
+    found = []
+    for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
+        options = _onnx_native._options(SETTINGS)
+        options.graph_optimization_level = level
+        monkeypatch.setattr(_onnx_native, "_options", lambda settings, options=options: options)
+        native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
+        assert native.about["sparse_weights"] > 0
+        found.append(native.teacher_forced(IDS, 0))
+        monkeypatch.undo()
+    every_TV, none_TV = found
+    assert np.abs(every_TV - none_TV).max() <= 0.02 * np.abs(none_TV).max()
+    np.testing.assert_array_equal(every_TV.argmax(axis=1), none_TV.argmax(axis=1))
+
+
+def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: Path) -> None:
+    """Never tried, failed, not faster, no second graph: the plain graph, or an error where it is required."""
+    cases = {
+        "never tried": None,
+        "its self-test failed": Proof("its self-test failed"),
+        "times as long as the stock ones": Proof("", "any", {"q8_0": {"0.5": 0.7}}),
+    }
+    for reason, proof in cases.items():
+        onnxruntime._record(library).unlink(missing_ok=True)
+        if proof is not None:
+            write_proof(library, proof)
+        assert reason in str(choose(model, "auto"))
+        assert choose(model, "auto").path == model
+        with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
+            choose(model, "require")
+    assert "packing 'bitmask_op' writes one" in choose(tmp_path / "other.onnx", "auto").reason
+    assert choose(model, "off").reason == "sparse ones are switched off"
+
+
+def test_without_a_library_everything_is_as_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer names the command that builds it."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
+    assert readiness() == "the operator is not built: racdeploy accel build"
+    with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
+        assert "not built" in engine.about["kernels"]
+        assert engine.logits(IDS).shape[0] == len(IDS)
+
+
+def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
+    library: Path, model: Path, tmp_path: Path
+) -> None:
+    write_proof(library, Proof("", "any", FASTER))
+    (tmp_path / "m.onnx").write_bytes(model.read_bytes())
+    second = model.with_name(accel_name(model.name)).read_bytes()
+    (tmp_path / "m.accel.onnx").write_bytes(second[: len(second) // 2])
+    with pytest.raises(ArtifactError, match="m.accel.onnx"):
+        choose(tmp_path / "m.onnx", "auto")
+
+
+def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One library for each engine; the proofs are not run here, their outcome is."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "_run_proof", lambda library: Proof("", "any", FASTER))
+    monkeypatch.setattr(
+        accel.llamacpp, "installed", lambda: "ggml 9 is not one that the kernels were made for"
+    )
+    outcome = CliRunner().invoke(app, ["accel", "build", "--json"])
+    assert outcome.exit_code == 4
+    made = json.loads(outcome.stdout)
+    assert made["llama.cpp"]["refusal"].startswith("ggml 9")
+    assert made["onnxruntime"]["speedups"] == FASTER
+    assert readiness() == (Path(made["onnxruntime"]["library"]), Proof("", "any", FASTER))
+    assert "any" in accel.kernels("auto")

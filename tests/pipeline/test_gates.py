@@ -1,0 +1,126 @@
+"""The gates between the export and the evaluation: a right file passes, each kind of wrong one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from racdeploy.engines.transformers import torch_model
+from racdeploy.errors import GateError
+from racdeploy.export import ExportResult, write
+from racdeploy.export.gguf import tensors
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline import gates as parity
+from racdeploy.pipeline.gates import Held, hold
+from racdeploy.recipe import Export
+from racdeploy.runtime.template import PromptEncoder
+from tests.support.tiny_models import edit_json, make_checkpoint
+
+IDS = [int(i * 37 % 480) for i in range(40)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
+
+
+def _export(checkpoint: Checkpoint, out: Path, settings: Export) -> ExportResult:
+    return write(checkpoint, out, settings)
+
+
+def _hold(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> Held:
+    encoder = PromptEncoder.from_folder(checkpoint.folder)
+    return hold(checkpoint, artifact, settings, "llamacpp", encoder, IDS, threads=1)
+
+
+def test_a_right_file_passes_and_leaves_its_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The notes hold the F32 error and the artifact's own divergence; the probes go on to the report."""
+    settings = Export(quant="q8_0")
+    held = _hold(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
+    assert held.probes is not None
+    assert len(held.probes) > 300
+    assert held.notes[0].startswith("an F32 file differs from torch by")
+    assert held.notes[1].startswith(
+        f"before the evaluation, llamacpp: {len(held.probes)} strings tokenize alike, KL "
+    )
+
+
+def test_the_first_string_that_differs_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A wrong pre-tokenizer stops the build before any logits are computed."""
+    settings = Export(quant="q8_0", pre_tokenizer="gpt-2")
+    artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
+    with pytest.raises(GateError, match=r"tokenizes '.+' otherwise than the checkpoint") as caught:
+        _hold(checkpoint, artifact, settings)
+    assert caught.value.exit_code == 1
+
+
+def test_a_wrong_tensor_is_found_in_the_f32_file(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not reordered change the logits from the second position on: the first has no rotation."""
+    settings = Export(quant="q8_0")
+    artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
+    order = tensors.rotary_order
+    monkeypatch.setattr(tensors, "rotary_order", lambda rows, heads: sorted(order(rows, heads)))
+    with pytest.raises(GateError, match="first at position 1: logits differ by"):
+        _hold(checkpoint, artifact, settings)
+
+
+def test_an_artifact_of_other_weights_is_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Its tokens are right and so is the F32 file; its own logits are not."""
+    settings = Export(quant="q8_0")
+    other = Checkpoint(make_checkpoint(tmp_path / "other", "llama", seed=1))
+    with pytest.raises(GateError, match=r"mean KL .* worst at position \d+"):
+        _hold(checkpoint, _export(other, tmp_path / "m.gguf", settings), settings)
+
+
+def test_first_choices_are_held_where_kl_does_not_see_them(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Among 480 tokens one that is e times as likely as the others is cheap to swap: 0.0035 nats, and every choice."""
+    artifact = _export(checkpoint, tmp_path / "m.gguf", Export(quant="q8_0"))
+    expected_TV, swapped_TV, tied_TV = (np.zeros((40, 480), np.float32) for _ in range(3))
+    expected_TV[:, 3], swapped_TV[:, 4] = 1.0, 1.0
+    tied_TV[:, 3], tied_TV[:, 4] = 1.0, 1.001
+    assert "clearly other tokens: 0.0%" in parity._hold_artifact(
+        checkpoint, artifact, expected_TV, expected_TV
+    )
+    with pytest.raises(
+        GateError, match=r"other tokens .* 100\.0% .*limit 10\.0%.* first at position 0"
+    ):
+        parity._hold_artifact(checkpoint, artifact, expected_TV, swapped_TV)
+    expected_TV[:, 4] = 0.5  # not half as likely would be 1 - log 2
+    assert "top-1 0.0%" in parity._hold_artifact(checkpoint, artifact, expected_TV, tied_TV)
+
+
+def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the positions keep 1e-4, which they do not without the table; a wrong rotary base is still found."""
+    folders = [make_checkpoint(tmp_path / name, "gemma3_text") for name in ("model", "other")]
+    edit_json(folders[1] / "config.json", rope_local_base_freq=500.0)
+    checkpoint, other = map(Checkpoint, folders)
+    settings = Export(quant="f16")
+    artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
+    assert "(limit 0.000976562)" in _hold(checkpoint, artifact, settings).notes[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(parity.exports, "write", lambda _, out, settings: write(other, out, settings))
+        with pytest.raises(
+            GateError, match=r"computes something else.* first at position [1-9].*limit 0\.0001"
+        ):
+            _hold(checkpoint, artifact, settings)
+    monkeypatch.setattr(torch_model, "_table_gelu", lambda module, inputs, output: output)
+    with pytest.raises(GateError, match=r"limit 0\.0001"):
+        _hold(checkpoint, artifact, settings)
+
+
+def test_a_large_model_says_why_there_was_no_f32_file(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is in the report's notes."""
+    monkeypatch.setattr(parity, "F32_LIMIT_BYTES", 1000)
+    settings = Export(quant="q8_0")
+    held = _hold(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
+    assert "no F32 file was compared with torch: it would take 0.0 GB" in held.notes[0]

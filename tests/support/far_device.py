@@ -1,0 +1,124 @@
+"""A device that is not the CPU, on a machine that has nothing else.
+
+Tensors there are CPU tensors in disguise: they say they are on ``FAR``, and the mode refuses every operation that
+mixes them with CPU tensors, where a GPU would. Only what a GPU also takes passes: numbers without dimensions, masks and
+indices on the CPU, and copies. Made for the walk over the blocks: attention comes from torch's math kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["FAR", "far_device"]
+
+FAR = torch.device("privateuseone")
+_aten = torch.ops.aten
+_MAY_MIX = {
+    _aten.copy_.default,
+    _aten.index.Tensor,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
+
+
+class _Guard(torch._C._acc.DeviceGuard):
+    """What torch enters before it works on the device; it needs no more than to be there."""
+
+    def type_(self) -> Any:
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+torch._C._acc.register_python_privateuseone_device_guard(_Guard())
+
+
+class _FarTensor(torch.Tensor):
+    """A CPU tensor that says it is elsewhere."""
+
+    near: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, near: torch.Tensor) -> _FarTensor:
+        made: _FarTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, near.shape, near.stride(), near.storage_offset(), dtype=near.dtype, device=FAR
+        )
+        made.near = near
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"far {self.near!r}"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _FarMode(TorchDispatchMode):
+    """Take over what makes tensors on the far device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def far_device() -> Iterator[None]:
+    """While the body runs, ``FAR`` is a device."""
+    module = SimpleNamespace(
+        _lazy_init=lambda: None, get_amp_supported_dtype=lambda: [torch.bfloat16]
+    )
+    torch._register_device_module(FAR.type, module)
+    try:
+        with _FarMode(), torch.inference_mode():
+            yield
+    finally:
+        delattr(torch, FAR.type)
+        del sys.modules[f"torch.{FAR.type}"]
+
+
+def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    flat, _ = tree_flatten((args, kwargs))
+    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    far = [value for value in tensors if isinstance(value, _FarTensor)]
+    near = [
+        value
+        for value in tensors
+        if not isinstance(value, _FarTensor) and value.dim() and not value.is_meta
+    ]
+    if far and near and func not in _MAY_MIX:
+        raise RuntimeError(f"{func} got tensors on {FAR} and on the cpu")
+    if func is _aten._fused_sdp_choice.default:
+        return 0  # the math kernel
+    where = kwargs.get("device") or (FAR if far else None)
+    kwargs = dict(kwargs) | ({"device": torch.device("cpu")} if kwargs.get("device") == FAR else {})
+    found = func(*tree_map(_near, args), **tree_map(_near, kwargs))
+    if where != FAR:
+        return found
+    own = {
+        id(value.near): value for value in far
+    }  # operations in place give back the tensor they got
+
+    def wrap(value: Any) -> Any:
+        return (
+            own[id(value)]
+            if id(value) in own
+            else _FarTensor(value)
+            if isinstance(value, torch.Tensor)
+            else value
+        )
+
+    return tree_map(wrap, found)
+
+
+def _near(value: Any) -> Any:
+    return value.near if isinstance(value, _FarTensor) else value

@@ -1,0 +1,74 @@
+"""Servers in a process of their own, and a model whose thinking tags they show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from racdeploy.export import gguf
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import resolve
+from tests.support.commands import environment
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def running(*command: object) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run a server on a free port; yield its address and its process."""
+    port = free_port()
+    process = subprocess.Popen(
+        [*map(str, command), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(PYTHONWARNINGS="ignore"),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not _is_up(port):
+            assert process.poll() is None, f"{command} ended with code {process.returncode}"
+            assert time.monotonic() < deadline, "the server did not start within 60 s"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def llama_cpp_server(model: Path) -> tuple[object, ...]:
+    """Return the command of the server in llama-cpp-python, for a GGUF file."""
+    options = ("--model_alias", "tiny", "--n_ctx", 1024, "--n_threads", 1, "--verbose", "false")
+    return (sys.executable, "-m", "llama_cpp.server", "--model", model, *options)
+
+
+def _is_up(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def visible_tags(folder: Path) -> Path:
+    """Copy the embedded model, its thinking tags no control tokens, as in Qwen3's tokenizer."""
+    shutil.copytree(resolve("tiny-reasoner").folder, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["special"] and "think" not in token["content"]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    gguf.export(Checkpoint(folder), folder / "model.gguf", quant="f32")
+    return folder

@@ -1,0 +1,175 @@
+"""Writing whole or not at all, and reading what others may have damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.errors import ArtifactError, EnvironmentFailure
+from racdeploy.manifest import MANIFEST_NAME, Manifest
+from racdeploy.storage.files import atomic_folder, file_sha256, remove_leftovers, write_atomic
+from tests.support.tiny_artifacts import make_bundle
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    """An error in the middle leaves what was there, and no scratch folder."""
+    out = tmp_path / "bundle"
+    with atomic_folder(out) as scratch:
+        (scratch / "a").write_text("old")
+    with pytest.raises(RuntimeError):
+        _fail_in(out)
+    assert (out / "a").read_text() == "old"
+    assert [out] == list(tmp_path.iterdir())
+
+
+def _fail_in(out: Path) -> None:
+    with atomic_folder(out) as scratch:
+        (scratch / "a").write_text("new")
+        raise RuntimeError
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC becomes exit code 4 with what to do, and no file of that name appears."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(EnvironmentFailure, match="No space left") as caught:
+        write_atomic(tmp_path / "file", b"data")
+    assert caught.value.exit_code == 4
+    assert f"free some space or choose another place than {tmp_path}" in caught.value.remedy
+    assert "--" not in caught.value.remedy, "the options of one command are not those of another"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    """One killed while it writes leaves a file; one that still writes, here or on another machine, keeps its own."""
+    file = tmp_path / "m[1].gguf"
+    code = (
+        "import sys, time; from pathlib import Path; from racdeploy.storage.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as killed,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as running,
+    ):
+        for process in (killed, running):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        killed.kill()
+        killed.wait()
+        left = tmp_path / f".m[1].gguf.{killed.pid}.partial"
+        kept = tmp_path / f".m[1].gguf.{running.pid}.partial"
+        others = [
+            tmp_path / name for name in (f".m1.gguf.{killed.pid}.partial", ".m[1].gguf.x.partial")
+        ]
+        for other in others:
+            other.write_bytes(b"")
+        assert sorted([left, kept, *others]) == sorted(tmp_path.iterdir())
+        with left.open(
+            "rb"
+        ) as elsewhere:  # as the process of another machine, which has no number here
+            fcntl.flock(elsewhere, fcntl.LOCK_EX)
+            remove_leftovers(file)
+            assert left.exists()
+        remove_leftovers(file)
+        assert sorted([kept, *others]) == sorted(tmp_path.iterdir())
+        running.kill()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def test_an_artifact_of_several_files_is_checked_whole(bundle: Path, tmp_path: Path) -> None:
+    """Every file is there, inside, and has its hash; a manifest without the list still reads."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    (copy / "model.gguf_data").write_bytes(b"weights")
+    manifest = json.loads((copy / "racdeploy.json").read_text(encoding="utf-8"))
+    entry = manifest["artifacts"][0]
+    assert entry.pop("files") == {"model.gguf": entry["sha256"]}
+    (copy / "racdeploy.json").write_text(json.dumps(manifest))
+    assert Manifest.read(copy).artifacts[0].files == {"model.gguf": entry["sha256"]}
+
+    def read(files: dict[str, str]) -> Manifest:
+        entry["files"] = files
+        (copy / "racdeploy.json").write_text(json.dumps(manifest))
+        return Manifest.read(copy)
+
+    whole = {
+        "model.gguf": entry["sha256"],
+        "model.gguf_data": file_sha256(copy / "model.gguf_data"),
+    }
+    read(whole).check_files(copy)
+    with pytest.raises(ArtifactError, match="model.gguf_data differs from its manifest"):
+        read(whole | {"model.gguf_data": "0" * 64}).check_files(copy)
+    with pytest.raises(ArtifactError, match="the files of 'model.gguf' lack it"):
+        read({"model.gguf_data": whole["model.gguf_data"]})
+    with pytest.raises(ArtifactError, match="outside the bundle"):
+        read(whole | {"../model": "0" * 64})
+    (copy / "model.gguf_data").unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        read(whole)
+
+
+def _edited(bundle: Path, tmp_path: Path, **changes: Any) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundle.iterdir():
+        shutil.copy(file, copy / file.name)
+    values = json.loads((bundle / MANIFEST_NAME).read_text()) | changes
+    (copy / MANIFEST_NAME).write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/../../outside"])
+def test_a_manifest_cannot_name_files_outside(bundle: Path, tmp_path: Path, path: str) -> None:
+    """Paths that leave the bundle are refused, however written."""
+    entry = json.loads((bundle / MANIFEST_NAME).read_text())["artifacts"][0] | {"path": path}
+    with pytest.raises(ArtifactError, match="outside the bundle"):
+        Manifest.read(_edited(bundle, tmp_path, artifacts=[entry]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema_version": 2},
+        {"artifacts": []},
+        {"surprise": 1},
+        {"generation": {"temperature": "hot"}},
+    ],
+)
+def test_a_damaged_manifest_is_an_error(
+    bundle: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Unknown versions, missing parts, unknown keys and wrong types are refused with the place."""
+    with pytest.raises(ArtifactError, match=next(iter(changes))):
+        Manifest.read(_edited(bundle, tmp_path, **changes))
+
+
+def test_a_changed_file_is_found(bundle: Path, tmp_path: Path) -> None:
+    """One byte in the artifact is enough."""
+    copy = _edited(bundle, tmp_path)
+    artifact = copy / Manifest.read(copy).artifacts[0].path
+    data = bytearray(artifact.read_bytes())
+    data[-1] ^= 1
+    artifact.write_bytes(data)
+    with pytest.raises(ArtifactError, match="differs from its manifest"):
+        Manifest.read(copy).check_files(copy)
