@@ -169,7 +169,9 @@ def usage(entry: ArtifactEntry) -> list[str]:
 
 def _is_split(entry: ArtifactEntry) -> bool:
     return (
-        sum(name.endswith(".gguf") and not name.endswith(importances.SUFFIX) for name in entry.files)
+        sum(
+            name.endswith(".gguf") and not name.endswith(importances.SUFFIX) for name in entry.files
+        )
         > 1
     )
 
