@@ -49,7 +49,7 @@ def test_importing_racdeploy_imports_next_to_nothing() -> None:
 def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
     """--help, --version and a wrong option answer without arrays, tokenizers or templates."""
     loaded = modules_after(
-        "from racdeploy.cli import app; app(['--version'], standalone_mode=False)"
+        "from racdeploy.cli.app import app; app(['--version'], standalone_mode=False)"
     )
     assert loaded.isdisjoint({*HEAVY, "numpy", "tokenizers", "jinja2"})
 
