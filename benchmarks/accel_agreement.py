@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.manifest import Manifest
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, validate
@@ -56,7 +56,7 @@ def main() -> None:
     }
     answers: dict[str, list[Completion]] = {}
     for name, settings in sides.items():
-        with opened(entry.backend, arguments.bundle / entry.path, settings) as engine:
+        with open_engine(entry.backend, arguments.bundle / entry.path, settings) as engine:
             answers[name] = engine.generate(prompts, sampling)
             print(f"{name}: {engine.about['kernels']}")
     first = answers["stock, 1 sequence"]

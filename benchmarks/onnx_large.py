@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.any_size import write_model
 from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 
@@ -51,7 +51,9 @@ def main() -> None:
     shutil.copyfile(model / "config.json", graph.parent / "config.json")
     files = {file.name: file.stat().st_size for file in sorted(graph.parent.iterdir())}
     print(f"{files}\nexported in {seconds:.0f} s, peak of one process {peak_bytes / 1e6:.0f} MB")
-    with opened("onnxruntime", graph, EngineSettings(64, parallel=1, cache_dtype="f32")) as engine:
+    with open_engine(
+        "onnxruntime", graph, EngineSettings(64, parallel=1, cache_dtype="f32")
+    ) as engine:
         (completion,) = engine.generate([[1, 2, 3]], Sampling(8, stop_ids=()))
     assert len(completion.ids) == 8, completion
     print(f"the engine continues with {completion.ids}")

@@ -20,7 +20,7 @@ from benchmarks import _pruned
 from benchmarks._pruned import Trace
 from racdeploy import plugins, quant
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
 from racdeploy.verify.measure import _completion_logits, divergences
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--quants", nargs="+", default=QUANTS)
     arguments = parser.parse_args()
     build, folder, traces = _pruned.prune(arguments)
-    with opened(
+    with open_engine(
         "transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")
     ) as engine:
         references = [_completion_logits(engine, trace) for trace in traces]
@@ -95,7 +95,7 @@ def measure(
     references: list[NDArray[np.float32]], file: Path, traces: Sequence[Trace], threads: int
 ) -> tuple[list[NDArray[np.float64]], float]:
     """Return the KL at every position of each trace, and the share of equal first choices, of a file against torch."""
-    with opened("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
+    with open_engine("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
         found = [
             divergences(r, _completion_logits(engine, t))
             for r, t in zip(references, traces, strict=True)

@@ -71,6 +71,20 @@ def load(kind: str, name: str) -> ModuleType:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
 
 
+def require(package: str, extra: str) -> None:
+    """Refuse to go on without an optional package.
+
+    Args:
+        package: name to import.
+        extra: what installs it, as in ``racdeploy[extra]``.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra)
+
+
 def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
     """Return the error for a name that is not known; a kind's ``REFUSED`` has reasons for names that people try."""
     remedy = f"known: {', '.join(known)}"

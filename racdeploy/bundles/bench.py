@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from racdeploy.accel import Mode
-from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
@@ -252,7 +252,7 @@ def _measure(
             engine.generate(prompts, Sampling(max_new_tokens=new_tokens, stop_ids=()))
             after = _stats(engine, backend)
             answers += len(prompts)
-        kernels = str(getattr(engine, "about", {}).get("kernels", ""))
+        kernels = str(engine.about.get("kernels", ""))
     spent = {name: after[name] - before[name] for name in after}
     figures = {
         "load_ms": after["load_ms"],
@@ -264,8 +264,8 @@ def _measure(
     return figures, kernels
 
 
-def _stats(engine: object, backend: str) -> dict[str, float]:
-    stats: dict[str, float] = dict(getattr(engine, "stats", {}))
+def _stats(engine: Engine, backend: str) -> dict[str, float]:
+    stats: dict[str, float] = dict(engine.stats)
     if not stats:
         raise EngineError(f"the engine {backend!r} does not count its time and memory")
     return stats

@@ -28,6 +28,7 @@ from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import identity
 from racdeploy.verify.evidence import Arm, Evidence, TokenProbe, run_checks
 from racdeploy.verify.gate import Gate
+from racdeploy.verify.measure import probe_tokens
 from racdeploy.verify.probe_strings import probe_strings
 from racdeploy.verify.summary import summarize
 
@@ -170,16 +171,11 @@ class ServedVerification(Reverification):
 
     def _probes(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
         """Compare tokenizers, where the server has an endpoint for it; llama_cpp.server puts its first token before."""
-        if not engine.tells_ids:
-            return None
         encoder = self._respondent.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
-        probes = [
-            TokenProbe(t, tuple(encoder.encode_text(t)), tuple(engine.tokenize(t)))
-            for t in probe_strings()
-        ]
-        if not lead or any(probe.actual[: len(lead)] != lead for probe in probes):
-            return tuple(probes)
+        probes = probe_tokens(engine, encoder, probe_strings())
+        if not probes or not lead or any(probe.actual[: len(lead)] != lead for probe in probes):
+            return probes
         return tuple(replace(probe, actual=probe.actual[len(lead) :]) for probe in probes)
 
     @staticmethod

@@ -366,7 +366,7 @@ def run(
     from racdeploy.runtime import load
 
     with load(bundle, threads=threads, accel=accel) as model:
-        _print_kernels(getattr(model.engine, "about", {}).get("kernels", ""), accel)
+        _print_kernels(model.engine.about.get("kernels", ""), accel)
         result = model.generate(
             prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed
         )

@@ -9,19 +9,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.decoding.child import Child
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
 
 
-class ChildEngine:
+class ChildEngine(Engine):
     """A model, loaded by an engine in a child process.
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
@@ -119,17 +118,6 @@ class ChildEngine:
     def close(self) -> None:
         """End the child process; again is harmless."""
         self._child.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ask(self, op: str, **values: Any) -> dict[str, Any]:
         header, _ = self._child.ask(op, **values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,14 +94,14 @@ class Completion:
 
 
 class Engine(Protocol):
-    """A loaded model.
+    """A loaded model; the end of a ``with`` block closes it.
 
-    ``generate`` calls ``on_tokens(sequence_index, new_ids)`` while it runs, if given, and stops early when
-    ``cancelled()`` returns True. ``logits`` returns float32 logits_TV of a teacher-forced pass, or raises
-    NotImplementedError where the engine keeps them to itself. ``tokenize`` returns the ids of a text without adding
-    special tokens but parsing those written in it, or raises NotImplementedError where the engine has no tokenizer of
-    its own.
+    ``stats`` is what the engine counts of its time and memory, ``about`` what it says of itself; both are empty where
+    it says nothing.
     """
+
+    stats: dict[str, float]
+    about: dict[str, Any]
 
     def generate(
         self,
@@ -109,10 +109,32 @@ class Engine(Protocol):
         sampling: Sampling,
         on_tokens: Callable[[int, Sequence[int]], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> list[Completion]: ...
+    ) -> list[Completion]:
+        """Continue every prompt.
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]: ...
+        Args:
+            prompts: token ids of each.
+            sampling: how tokens are chosen.
+            on_tokens: gets (sequence index, new ids) while it runs.
+            cancelled: ends every sequence early once it returns True.
+        """
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return float32 logits_TV of a teacher-forced pass.
 
-    def close(self) -> None: ...
+        Raises:
+            UsageError: the engine keeps its logits to itself.
+        """
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the ids of a text, special tokens parsed and none added; None without a tokenizer."""
+        return None
+
+    def close(self) -> None:
+        """Free what the engine holds; again is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -43,7 +43,9 @@ class LoadedModel(Protocol):
 
     def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]: ...
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the ids of a text, None without a tokenizer."""
+        return None
 
 
 Load = Callable[[Header, EngineSettings], LoadedModel]

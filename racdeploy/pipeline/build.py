@@ -20,7 +20,7 @@ from typing import Any
 from racdeploy import __version__
 from racdeploy import export as exports
 from racdeploy.decoding.engine import Completion, Engine, EngineSettings
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
@@ -257,7 +257,7 @@ class Build:
             folder = self.job.model.folder
         has = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
         if all(self.processes.all(has)):
-            with opened("transformers", folder, settings) as engine:
+            with open_engine("transformers", folder, settings) as engine:
                 self.processes.serve(partial(_answer, engine))
 
     def _same(self, stage: str) -> dict[str, str]:
@@ -439,7 +439,7 @@ class Build:
         engine_settings = EngineSettings(context_tokens, settings.batch, self.threads)
         place = checkpoint.folder.resolve()
         given = {"settings": engine_settings, "folder": place, "sha256": checkpoint.sha256}
-        with opened("transformers", place, engine_settings) as engine:
+        with open_engine("transformers", place, engine_settings) as engine:
             answer = partial(_answer, engine)
             with self.processes.job("traces", self._same("traces"), given):
                 together = all(self.processes.all(True))

@@ -15,7 +15,7 @@ from racdeploy import __version__
 from racdeploy import export as exports
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.gates import Held
 from racdeploy.pipeline.job import Job
@@ -70,7 +70,7 @@ class Verification:
         if stage.finished and self._timed():
             file.unlink(missing_ok=True)
         answers = respondent.answer(
-            lambda: opened(self.job.backend, exported.path, settings),
+            lambda: open_engine(self.job.backend, exported.path, settings),
             self.job.problems("evaluation"),
             arm,
             CompletionLog(file),
@@ -120,9 +120,9 @@ class Verification:
         exact = replace(engine_settings, parallel=1, cache_dtype="f32")
         metadata, _ = exports.load(self.job.recipe.export.format).measure(pruned.path)
         logits = compare_logits(
-            lambda: opened("transformers", model.folder, exact),
-            lambda: opened("transformers", self.job.model.folder, exact),
-            lambda: opened(self.job.backend, pruned.path, exact),
+            lambda: open_engine("transformers", model.folder, exact),
+            lambda: open_engine("transformers", self.job.model.folder, exact),
+            lambda: open_engine(self.job.backend, pruned.path, exact),
             traces[: settings.logit_traces],
         )
         rows = tensor_rows(pruned)

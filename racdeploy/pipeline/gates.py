@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from racdeploy import export as exports
 from racdeploy import plugins, recipe
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def hold(
     """
     ids = ids[:TOKENS]
     exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
-    with opened(backend, artifact.path, exact) as engine:
+    with open_engine(backend, artifact.path, exact) as engine:
         probes = probe_tokens(engine, encoder, probe_strings())
         _hold_tokens(probes or ())
         artifact_TV = engine.logits(ids)
@@ -126,7 +126,7 @@ def _hold_f32(
     )
     with tempfile.TemporaryDirectory() as folder:
         file = exports.write(checkpoint, Path(folder) / "f32.gguf", plain).path
-        with opened(backend, file, exact) as engine:
+        with open_engine(backend, file, exact) as engine:
             found_TV = engine.logits(ids)
     error_T = np.abs(found_TV - expected_TV).max(1) / np.abs(expected_TV).max()
     limit = (

@@ -91,8 +91,8 @@ class Respondent:
         if missing:
             with opener() as engine:
                 self._generate(engine, prompts, missing, arm, log)
-                stats = dict(getattr(engine, "stats", {}))
-                kernels = str(getattr(engine, "about", {}).get("kernels", ""))
+                stats = dict(engine.stats)
+                kernels = str(engine.about.get("kernels", ""))
         completions = [log.completions[key_of(ids, place)] for place, ids in enumerate(prompts)]
         return Answers(
             tuple(

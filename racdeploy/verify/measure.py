@@ -33,14 +33,14 @@ def probe_tokens(
     engine: Engine, encoder: PromptEncoder, texts: Sequence[str]
 ) -> tuple[TokenProbe, ...] | None:
     """Tokenize hard texts with the engine and with the checkpoint's own tokenizer; None if the engine has none."""
-    try:
-        found = [tuple(engine.tokenize(text)) for text in texts]
-    except NotImplementedError:
-        return None
-    return tuple(
-        TokenProbe(t, tuple(encoder.encode_text(t)), ids)
-        for t, ids in zip(texts, found, strict=True)
-    )
+    probes = []
+    for text in texts:
+        ids = engine.tokenize(text)
+        if ids is None:
+            return None
+        probes.append(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(ids)))
+
+    return tuple(probes)
 
 
 def probe_prompts(

@@ -31,6 +31,7 @@ class CountingEngine:
     opened: list[Path]
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
+        self.about: dict[str, Any] = {}
         self._parallel = settings.parallel
         self.opened.append(path)
         self._slow = (1.0 if "dense" in path.name else 0.5) * (1 + len(self.opened) / 100)

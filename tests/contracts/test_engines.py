@@ -257,7 +257,7 @@ def test_too_long_a_text_has_no_logits(logits: Logits) -> None:
 def test_an_engine_without_logits_or_budgets_says_so(name: str, engine: Engine) -> None:
     """What an engine cannot do is refused, never left out."""
     if name in WITHOUT_LOGITS:
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(UsageError, match="gives no logits"):
             engine.logits([4])
     if name in WITHOUT_BUDGET:
         with pytest.raises(UsageError, match="cannot end the thinking"):
@@ -270,3 +270,18 @@ def test_closing_twice_is_harmless(name: str, path: Path | str) -> None:
     opened = open_engine(name, path, SETTINGS)
     opened.close()
     opened.close()
+
+
+def test_an_engine_says_whether_it_takes_sparse_kernels(name: str, path: Path | str) -> None:
+    """Required of one that has none to switch on, they are refused before anything is loaded."""
+    accel: object = plugins.load("engines", name).ACCEL
+    assert isinstance(accel, bool)
+    if not accel:
+        with pytest.raises(UsageError, match=f"{name} has none to switch on"):
+            open_engine(name, path, replace(SETTINGS, accel="require"))
+
+
+def test_an_engine_that_says_nothing_of_itself_says_so(engine: Engine) -> None:
+    """What it counts and what it says are always there, and are empty where there is nothing."""
+    assert all(isinstance(value, int | float) for value in engine.stats.values())
+    assert isinstance(engine.about.get("kernels", ""), str)

@@ -11,7 +11,7 @@ import pytest
 
 from racdeploy import export as exports
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines import opened
+from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
@@ -54,7 +54,7 @@ class Bench:
     ) -> tuple[Report, list[Record]]:
         """Verify an artifact that got past the gates in front of a build's verification."""
         build = build or self.build
-        with opened(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
+        with open_engine(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
             held = Held(probe_tokens(engine, build.job.encoder, probe_strings()), ())
         return build.verification.verify(model or self.model, self.dense, pruned, held)
 

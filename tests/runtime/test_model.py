@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import racdeploy
-from racdeploy.decoding.engine import Completion, Sampling
+from racdeploy.decoding.engine import Completion, Engine, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Model, load
@@ -35,7 +34,7 @@ def model(bundle: Path) -> Iterator[Model]:
 
 
 @dataclass
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Answers every prompt with the same ids, a few at a time."""
 
     ids: list[int]
@@ -54,15 +53,6 @@ class ScriptedEngine:
             if on_tokens:
                 on_tokens(0, self.ids[start : start + 2])
         return [Completion(tuple(self.ids), "stop", self.forced_at) for _ in prompts]
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        raise NotImplementedError
-
-    def tokenize(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def scripted(

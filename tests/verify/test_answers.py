@@ -37,6 +37,7 @@ class ScriptedEngine:
     def __init__(self, dies_after: int = 10**9) -> None:
         self.asked: list[int] = []
         self.stats = {"generated_tokens": 1.0}
+        self.about: dict[str, object] = {}
         self._left = dies_after
 
     def generate(

@@ -6,17 +6,18 @@ EngineError. The parent never imports llama_cpp. Greedy results do not depend on
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 
+from racdeploy import plugins
 from racdeploy.decoding.child_engine import ChildEngine
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
+from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.packing import racgguf
 
-__all__ = ["LlamaCppEngine", "open_engine"]
+__all__ = ["ACCEL", "LlamaCppEngine", "open_engine"]
 
+ACCEL = True
 _LOG = logging.getLogger("racdeploy.accel")
 _WORKER = "racdeploy.engines.llamacpp.worker"
 
@@ -36,8 +37,7 @@ class LlamaCppEngine(ChildEngine):
     """
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool = True) -> None:
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise MissingExtraError("llama_cpp", "llamacpp")
+        plugins.require("llama_cpp", "llamacpp")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
         super().__init__(_WORKER, "llama.cpp", path, settings, use_mmap=use_mmap)

@@ -7,15 +7,16 @@ The number format of the cache is the graph's.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+from racdeploy import plugins
 from racdeploy.decoding.child_engine import ChildEngine
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.errors import ArtifactError, MissingExtraError
+from racdeploy.errors import ArtifactError
 
-__all__ = ["OnnxRuntimeEngine", "open_engine"]
+__all__ = ["ACCEL", "OnnxRuntimeEngine", "open_engine"]
 
+ACCEL = True
 _WORKER = "racdeploy.engines.onnxruntime.worker"
 
 
@@ -33,15 +34,10 @@ class OnnxRuntimeEngine(ChildEngine):
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise MissingExtraError("onnxruntime", "ort")
+        plugins.require("onnxruntime", "ort")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
         super().__init__(_WORKER, "onnxruntime", path, settings)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Raise: token ids come from ``racdeploy.runtime``."""
-        raise NotImplementedError("the onnxruntime engine has no tokenizer of its own")
 
 
 def open_engine(path: Path, settings: EngineSettings) -> OnnxRuntimeEngine:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from racdeploy.accel.onnxruntime import choose
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, Cache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.storage.cores import available_cores
@@ -24,7 +25,7 @@ _BATCH_TOKENS = 512
 _LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches of a prompt smaller
 
 
-class OnnxModel:
+class OnnxModel(LoadedModel):
     """A loaded graph and the caches of its slots.
 
     Args:
@@ -93,10 +94,6 @@ class OnnxModel:
         if start == 0:
             self.forget(0)
         return self._cache.feed(0, ids[start : start + self._output_rows], last=False)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Raise: onnxruntime has no tokenizer."""
-        raise NotImplementedError("the onnxruntime engine has no tokenizer of its own")
 
 
 def _options(settings: EngineSettings) -> onnxruntime.SessionOptions:

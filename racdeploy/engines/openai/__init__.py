@@ -22,14 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
 from racdeploy.engines.openai.answers import Reader, prompt_tokens
 from racdeploy.engines.openai.http import Client, RefusedError
 from racdeploy.errors import EngineError, UsageError
 
-__all__ = ["OpenAIEngine", "Request", "derived_seed", "open_engine"]
+__all__ = ["ACCEL", "OpenAIEngine", "Request", "derived_seed", "open_engine"]
 
+ACCEL = False
 Request = tuple[
     Sequence[int], Sampling, int
 ]  # a prompt, how its completion is sampled, and its random stream
@@ -54,7 +55,7 @@ _EXACT_IDS = {
 }
 
 
-class OpenAIEngine:
+class OpenAIEngine(Engine):
     """A model behind an address. It gives no logits and takes no thinking budget.
 
     ``model`` is the name that requests carry, ``tells_ids`` whether the server has an endpoint that tokenizes.
@@ -84,6 +85,7 @@ class OpenAIEngine:
         key_env: str = "",
         timeout_s: float = 1800.0,
     ) -> None:
+        self.stats, self.about = {}, {}
         self._settings = settings
         self._client = Client(url, key_env, timeout_s)
         card = self._card(model)
@@ -165,19 +167,18 @@ class OpenAIEngine:
             )
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Raise: a server keeps its logits."""
-        raise NotImplementedError("a server gives no logits")
+        """Refuse: a server keeps its logits to itself."""
+        raise UsageError("a server gives no logits", remedy="open the artifact on its own engine")
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the server's ids of a text; special tokens are parsed, llama_cpp.server adds its own.
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the server's ids of a text, None where no endpoint gives them.
+
+        Special tokens are parsed; llama_cpp.server adds its own.
 
         Raises:
-            NotImplementedError: it has no endpoint for that.
-            EngineError: it answers with something else.
+            EngineError: the endpoint answers with something else.
         """
-        if self._tokenized is None:
-            raise NotImplementedError(f"{self._client.url} has no endpoint that tokenizes")
-        return self._ids_of(self._tokenized, text)
+        return self._ids_of(self._tokenized, text) if self._tokenized else None
 
     def count(self, text: str) -> int:
         """Return how many prompt tokens the server makes of a text, with those that it adds."""
@@ -199,12 +200,6 @@ class OpenAIEngine:
     def close(self) -> None:
         """Break off whatever is under way; again is harmless."""
         self._client.interrupt()
-
-    def __enter__(self) -> OpenAIEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _complete(self, request: Request, over: threading.Event) -> Completion:
         ids, sampling, stream = request

@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.decoding.sequence import Sequence, check_ids, check_request
 from racdeploy.engines.transformers.torch_model import load_model, looked_up
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.heap import keep_heap
 
-__all__ = ["TransformersEngine", "chat_ids", "open_engine"]
+__all__ = ["ACCEL", "TransformersEngine", "chat_ids", "open_engine"]
+
+ACCEL = False
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """A checkpoint in float32 under transformers.
 
     Args:
@@ -37,6 +39,7 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         keep_heap()
+        self.stats, self.about = {}, {}
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
@@ -74,19 +77,9 @@ class TransformersEngine:
         result: NDArray[np.float32] = output.logits[0].float().numpy()
         return result
 
-    def tokenize(self, text: str) -> list[int]:
-        """Raise: token ids come from ``racdeploy.runtime``."""
-        raise NotImplementedError("the transformers engine has no tokenizer of its own")
-
     def close(self) -> None:
         """Free the weights."""
         self._model = torch.nn.Module()
-
-    def __enter__(self) -> TransformersEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _run(
         self,
