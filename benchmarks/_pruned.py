@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
 
 Trace = tuple[tuple[int, ...], tuple[int, ...]]
 

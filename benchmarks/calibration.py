@@ -21,10 +21,11 @@ from rich.console import Console
 
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, merge
 from racdeploy.report.model import Record
+from racdeploy.storage.caches import default_work
 from racdeploy.verify import stats
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
 
 
 def main() -> None:

@@ -22,10 +22,11 @@ from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record
+from racdeploy.storage.caches import default_work
 from racdeploy.verify import stats
 from racdeploy.verify.measure import compare_logits
 

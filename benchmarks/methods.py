@@ -20,9 +20,10 @@ from pathlib import Path
 from calibration import ROWS, answers, with_settings, zeros
 
 from racdeploy import plugins
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
 
 CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from calibration import Cell, answers, measure
 
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
 
 
 def main() -> None:

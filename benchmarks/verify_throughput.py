@@ -23,9 +23,10 @@ from typing import Any
 from racdeploy import scorers
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
-from racdeploy.pipeline.build import Build, default_work
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
 from racdeploy.verify.answers import Answers, Respondent
 
 

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from racdeploy import accel
 from racdeploy.accel import onnxruntime
+from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
 from racdeploy.models.sources import EMBEDDED, resolve
-from racdeploy.pipeline.build import default_work
-
-_NEEDED = (
-    ("torch", "torch", "prune", "traces and pruning"),
-    ("transformers", "transformers", "prune", "traces and pruning"),
-    ("safetensors", "safetensors", "prune", "pruning"),
-    ("gguf", "gguf", "gguf", "GGUF export"),
-    ("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
-    ("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
-    ("onnx", "onnx", "onnx", "ONNX export"),
-    ("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
-    ("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
-    ("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
-)
+from racdeploy.storage.caches import default_work
 
 
 def examine() -> list[dict[str, str]]:
     """Return findings: ``what``, ``state`` (ok, missing, or unused for what nothing needs), ``detail``."""
     findings = [_finding("python", True, sys.version.split()[0])]
-    for module, package, extra, purpose in _NEEDED:
-        present = importlib.util.find_spec(module) is not None
-        remedy = f'needed for {purpose}: pip install "racdeploy[{extra}]"'
-        findings.append(_finding(package, present, _version(package) if present else remedy))
+    findings += [_examine_package(package) for package in OPTIONAL]
     model = resolve(EMBEDDED).folder / "model.safetensors"
     findings.append(_finding("embedded model", model.is_file(), str(model)))
     work = default_work()
@@ -49,6 +32,15 @@ def examine() -> list[dict[str, str]]:
     findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
     findings += [_kernels(), _operator()]
     return findings
+
+
+def _examine_package(package: Package) -> dict[str, str]:
+    if is_installed(package.module):
+        found = installed_version(package.name) or "installed, version unknown"
+        return _finding(package.name, True, found)
+
+    install = f'pip install "racdeploy[{package.extra}]"'
+    return _finding(package.name, False, f"needed for {package.purpose}: {install}")
 
 
 def _kernels() -> dict[str, str]:
@@ -90,10 +82,3 @@ def _operator() -> dict[str, str]:
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:
     return {"what": what, "state": "ok" if ok else "missing", "detail": detail}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "installed, version unknown"

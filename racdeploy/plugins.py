@@ -14,6 +14,7 @@ from functools import cache
 from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
+from racdeploy.extras import EXTRAS
 
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
@@ -28,15 +29,6 @@ KINDS: dict[str, str] = {
     "formats": "racdeploy.export",
     "onnx_exporters": "racdeploy.export.onnx.exporters",
     "checks": "racdeploy.verify.checks",
-}
-_EXTRAS = {
-    "torch": "prune",
-    "transformers": "prune",
-    "gguf": "gguf",
-    "sentencepiece": "gguf",
-    "llama_cpp": "llamacpp",
-    "onnxruntime": "ort",
-    "onnx": "onnx",
 }
 
 
@@ -64,8 +56,8 @@ def load(kind: str, name: str) -> ModuleType:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in _EXTRAS:
-            raise MissingExtraError(package, _EXTRAS[package]) from error
+        if package in EXTRAS:
+            raise MissingExtraError(package, EXTRAS[package]) from error
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error

@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from racdeploy.pipeline.build import default_work
+from racdeploy.storage.caches import default_work
 from racdeploy.storage.heap import keep_heap
 
 sys.path += [

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.storage import caches
 
 SOURCES = Path(__file__).parent / "sources"
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
@@ -152,9 +153,7 @@ class Library:
 
 def cache_folder() -> Path:
     """Return where libraries are kept: ``RACDEPLOY_ACCEL``, or ``racdeploy/accel`` under the user's cache."""
-    if chosen := os.environ.get("RACDEPLOY_ACCEL"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "racdeploy" / "accel"
+    return caches.cache_folder("accel", "RACDEPLOY_ACCEL")
 
 
 @functools.cache

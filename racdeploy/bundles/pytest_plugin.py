@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(
         return
     from racdeploy.bundles.verify import Reverification
     from racdeploy.errors import UsageError
-    from racdeploy.pipeline.build import default_work
+    from racdeploy.storage.caches import default_work
 
     try:
         again = Reverification(

@@ -311,9 +311,9 @@ def verify(
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.bundles.served import ServedVerification, Server
     from racdeploy.bundles.verify import Reverification
-    from racdeploy.pipeline.build import default_work
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
+    from racdeploy.storage.caches import default_work
     from racdeploy.storage.files import write_atomic
 
     if not server and (server_model or server_key_env):
@@ -417,9 +417,9 @@ def bench(
     from statistics import median
 
     from racdeploy.bundles import bench as benchmark
-    from racdeploy.pipeline.build import default_work
     from racdeploy.report.tables import Table
     from racdeploy.report.terminal import print_table
+    from racdeploy.storage.caches import default_work
 
     dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
     load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
@@ -636,8 +636,9 @@ def _share(zeros: float | None) -> str:
 @contextmanager
 def _building(job: Job, work: Path | None, threads: int) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
-    from racdeploy.pipeline.build import Build, default_work
+    from racdeploy.pipeline.build import Build
     from racdeploy.prune.processes import joined
+    from racdeploy.storage.caches import default_work
 
     with progress_bars() as progress, joined() as processes:
         show = progress if processes.rank == 0 else None

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from racdeploy.decoding.engine import Completion, Engine, EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
+from racdeploy.extras import installed_version
 from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
 from racdeploy.models.sources import ResolvedModel
 from racdeploy.pipeline import bundling
@@ -57,13 +56,6 @@ _LIBRARIES = (
     "torch",
     "transformers",
 )  # they compute traces and sparse weights; another version rounds otherwise
-
-
-def default_work() -> Path:
-    """Return the folder of stage results: ``RACDEPLOY_WORK``, or one under the user's cache."""
-    chosen = os.environ.get("RACDEPLOY_WORK")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else cache / "racdeploy"
 
 
 @dataclass(frozen=True)
@@ -508,7 +500,7 @@ class Build:
 
     def _inputs(self, stage: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
         return {"version": __version__, "code": code_hash(*_CODE[stage])} | {
-            name: _version(name) for name in libraries
+            name: installed_version(name) for name in libraries
         }
 
 
@@ -533,13 +525,6 @@ def _held_out_note(selection: Mapping[str, Any]) -> str:
         return ""
     of = f" of {', '.join(selection['tasks_not_held_out'])}" if selection["held_out_traces"] else ""
     return f"no trace{of} is held out, so no error{of} was measured; raise traces.count or calibration.held_out_share"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _answer(engine: Engine, asked: Asked) -> list[Completion]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from racdeploy import export, quant, tasks
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.export import ExportResult
+from racdeploy.extras import is_installed
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered, listed
 from racdeploy.models.sources import ResolvedModel, resolve
@@ -430,9 +430,5 @@ def _check_pattern(name: str, inputs: int, kept_of: tuple[int, int] | None) -> N
 
 def _require(packages: Mapping[str, str]) -> None:
     for package, extra in packages.items():
-        try:
-            found = importlib.util.find_spec(package) is not None
-        except ModuleNotFoundError:  # an import hook refuses it
-            found = False
-        if not found:
+        if not is_installed(package):
             raise MissingExtraError(package, extra)

@@ -47,6 +47,29 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
+def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
+    """Ask the disk of a folder for space, before any work.
+
+    Args:
+        folder: where files will be written.
+        needed_bytes: how much they take.
+        remedy: what a user can do beside freeing some space, as an option to name.
+
+    Raises:
+        UsageError: there is no such folder.
+        EnvironmentFailure: its disk has less.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", remedy=f"mkdir -p {folder}")
+
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise EnvironmentFailure(
+            f"{folder} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed",
+            remedy=f"free some space, or {remedy}",
+        )
+
+
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[BinaryIO]:
     """Yield a stream; what was written takes the name ``file`` when the body succeeds, and is on the disk then.

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from racdeploy import accel
 from racdeploy.decoding.engine import Engine, EngineSettings
+from racdeploy.extras import installed_version
 from racdeploy.report.model import PositionRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.evidence import LogitComparison, PromptProbe, StopIds, TokenProbe
@@ -158,7 +158,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "engine": engine,
-        **{package: _version(package) for package in packages},
+        **{package: installed_version(package) or "not installed" for package in packages},
         "kernels": accel.kernels(mode),
     }
 
@@ -170,13 +170,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _completion_logits(

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
-from racdeploy.export import gguf as gguf_format
 from racdeploy.export.gguf import body, export
 from racdeploy.export.gguf.tensors import rotary_order
 from racdeploy.models.checkpoint import Checkpoint
@@ -632,7 +631,7 @@ def test_too_little_space_is_noticed_before_any_work(
 ) -> None:
     """The size is known from the headers, so a full disk is an error at once."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gguf_format.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(EnvironmentFailure, match="free"):
         export(checkpoint, tmp_path / "m.gguf", quant="f16")
 

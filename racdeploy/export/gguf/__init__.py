@@ -8,7 +8,6 @@ Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export.gguf.body import Body, divide
 from racdeploy.export.gguf.general import FILE_KEYS, add_value, general_values
@@ -37,7 +36,13 @@ from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import disk_errors, file_sha256, read_json, refuse_another
+from racdeploy.storage.files import (
+    disk_errors,
+    file_sha256,
+    read_json,
+    refuse_another,
+    require_space,
+)
 
 __all__ = [
     "BACKEND",
@@ -238,7 +243,7 @@ def export(
     )
     check_name(general["general.name"], vocabulary)
     total_bytes = sum(tensor.size_bytes for tensor in plan)
-    _check_space(out, total_bytes)
+    require_space(out.parent, total_bytes, "choose another place with --out")
     parts = divide(plan, split_bytes if packing == "plain" else 0)
     outs = [
         out.with_name(name_part(out.stem, n, len(parts))) if parts[1:] else out
@@ -386,14 +391,3 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: s
     writer.add_add_bos_token(vocabulary.adds["bos"])
     writer.add_add_eos_token(vocabulary.adds["eos"])
     writer.add_chat_template(chat_template)
-
-
-def _check_space(out: Path, needed_bytes: int) -> None:
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
-    free_bytes = shutil.disk_usage(out.parent).free
-    if free_bytes < needed_bytes:
-        raise EnvironmentFailure(
-            f"{out} needs {needed_bytes / 1e6:.0f} MB and its disk has {free_bytes / 1e6:.0f} MB free",
-            remedy="free some space or choose another place with --out",
-        )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.accel.onnxruntime import accel_name
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export.onnx.accel import refusals, write_accel
 from racdeploy.export.onnx.choice import check_exporter, choose
@@ -46,7 +45,7 @@ from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.packing.raconnx import sidecar_name
-from racdeploy.storage.files import disk_errors, file_sha256, refuse_another
+from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
 
 __all__ = [
     "BACKEND",
@@ -250,20 +249,11 @@ def _move_in(scratch: Path, out: Path) -> dict[str, str]:
 
 def _check_space(checkpoint: Checkpoint, out: Path, quant: str) -> None:
     """Ask for the float32 graph in the temporary folder and the artifact beside it."""
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
-    needs = [
-        (Path(tempfile.gettempdir()), 4 * weights),
-        (out.parent, round(quants.load(quant).BITS * weights / 8)),
-    ]
-    for folder, needed_bytes in needs:
-        free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < needed_bytes:
-            raise EnvironmentFailure(
-                f"{folder} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed",
-                remedy="free some space; TMPDIR moves the temporary folder, --out the artifact",
-            )
+    artifact_bytes = round(quants.load(quant).BITS * weights / 8)
+
+    require_space(out.parent, artifact_bytes, "choose another place with --out")
+    require_space(Path(tempfile.gettempdir()), 4 * weights, "move the temporary folder with TMPDIR")
 
 
 def unpack(packed: Path, out: Path | None = None) -> Path:

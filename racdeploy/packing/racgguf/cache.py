@@ -5,10 +5,10 @@ A file is named by its SHA-256, so containers of the same model share it, and ma
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from racdeploy.packing.racgguf.container import Container
+from racdeploy.storage.caches import cache_folder
 from racdeploy.storage.files import disk_errors, file_sha256
 
 
@@ -20,8 +20,7 @@ def unpacked(path: Path) -> Path:
         EnvironmentFailure: the cache is full or not writable.
     """
     container = Container.open(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = cache / "racdeploy" / "unpacked" / f"{container.sha256}.gguf"
+    file = cache_folder("unpacked") / f"{container.sha256}.gguf"
     if not file.is_file() or file_sha256(file) != container.sha256:
         with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.errors import ArtifactError
 from racdeploy.packing.chunks import CHUNK_WEIGHTS, LEAST_WORD_WEIGHTS, read_table, unpack_chunk
 from racdeploy.packing.layouts import LAYOUTS, Layout
-from racdeploy.storage.files import atomic_file, remove_leftovers
+from racdeploy.storage.files import atomic_file, remove_leftovers, require_space
 from racdeploy.storage.gguf_header import (
     FIXED_BYTES,
     Header,
@@ -157,15 +156,8 @@ class Container:
             ArtifactError: a chunk is damaged, or the plain file is not the recorded one.
             EnvironmentFailure: the disk is full or not writable.
         """
-        if not out.parent.is_dir():
-            raise UsageError(f"{out.parent} is not a folder", remedy=f"mkdir -p {out.parent}")
         remove_leftovers(out)
-        free_bytes = shutil.disk_usage(out.parent).free
-        if free_bytes < self.size_bytes:
-            raise EnvironmentFailure(
-                f"{out} needs {self.size_bytes / 1e6:.0f} MB and its disk has {free_bytes / 1e6:.0f} MB free",
-                remedy="free some space or choose another place",
-            )
+        require_space(out.parent, self.size_bytes, "choose another place")
         with atomic_file(out) as stream:
             self._write(stream)
 

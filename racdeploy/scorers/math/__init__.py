@@ -10,16 +10,14 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
-import racdeploy
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, UsageError
 from racdeploy.scorers import Scored
+from racdeploy.storage import child
 
 SECONDS = 10.0
 START_SECONDS = 60.0
@@ -88,13 +86,13 @@ class Worker:
         """
         check("")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _WORKER],
+            child.command(_WORKER),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            env=_environment(),
+            env=child.environment(),
             start_new_session=True,
         )
         answers: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -111,12 +109,6 @@ class Worker:
                 remedy=f"see what it says: {sys.executable} -m {_WORKER}",
             )
         return process
-
-
-def _environment() -> dict[str, str]:
-    """Return this process's environment, with this package importable."""
-    path = [str(Path(racdeploy.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _listen(process: subprocess.Popen[str], answers: queue.SimpleQueue[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.export.gguf import measure
 from racdeploy.packing import racgguf
 from racdeploy.packing.chunks import CHUNK_WEIGHTS
-from racdeploy.packing.racgguf import container as container_module
 from racdeploy.packing.racgguf import writer
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_gguf import random_rows, write_gguf
@@ -174,10 +174,8 @@ def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.Mo
     container = racgguf.Container.open(tmp_path / "m.racgguf")
     with pytest.raises(UsageError, match="mkdir"):
         container.unpack(tmp_path / "nowhere" / "m.gguf")
-    usage = container_module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        container_module.shutil, "disk_usage", lambda folder: usage._replace(free=10)
-    )
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
     with pytest.raises(EnvironmentFailure, match="free"):
         container.unpack(tmp_path / "out.gguf")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "m.racgguf"]

@@ -8,11 +8,6 @@ with the checkpoint and its logits with torch.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,10 +15,10 @@ from typing import Any, Protocol, cast
 from racdeploy import plugins
 from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.storage import child
 
 __all__ = ["Exporter", "load", "prepare", "run_module"]
 
-_TAIL_BYTES = 1500
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -90,34 +85,11 @@ def run_module(module: str, arguments: Sequence[str], what: str) -> Any:
     """Run a module in a process of its own; return the JSON value of its last line, or None where it is none.
 
     Raises:
-        EngineError: it failed or died; the message holds the end of what it wrote.
+        EngineError: it failed or died; the message holds the last line that it wrote.
     """
-    environment = (
-        os.environ | _QUIET | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    )
-    with tempfile.TemporaryFile() as log:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", module, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            check=False,
-        )
-        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        tail = log.read().decode(errors="replace").strip()
-    if done.returncode:
-        cause = (
-            f"signal {signal.Signals(-done.returncode).name}"
-            if done.returncode < 0
-            else f"exit {done.returncode}"
-        )
-        last = tail.splitlines()[-1] if tail else "it wrote nothing"
+    outcome = child.run_module(module, *arguments, variables=_QUIET)
+    if outcome.failure:
         raise EngineError(
-            f"{what} failed ({cause}): {last}",
-            remedy="free memory, or update it; try the other exporter",
+            f"{what} {outcome.failure}", remedy="free memory, or update it; try the other exporter"
         )
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        return None
+    return outcome.value

@@ -1,0 +1,57 @@
+"""Packages that racdeploy can do without: the extra that brings each one, and what it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of an extra.
+
+    Args:
+        module: what is imported.
+        name: what pip installs.
+        extra: of racdeploy.
+        purpose: what does not work without it.
+    """
+
+    module: str
+    name: str
+    extra: str
+    purpose: str
+
+
+OPTIONAL = (
+    Package("torch", "torch", "prune", "traces and pruning"),
+    Package("transformers", "transformers", "prune", "traces and pruning"),
+    Package("safetensors", "safetensors", "prune", "pruning"),
+    Package("gguf", "gguf", "gguf", "GGUF export"),
+    Package("sentencepiece", "sentencepiece", "gguf", "GGUF export of SentencePiece tokenizers"),
+    Package("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
+    Package("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
+    Package("onnx", "onnx", "onnx", "ONNX export"),
+    Package("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
+    Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
+    Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
+)
+EXTRAS = {package.module: package.extra for package in OPTIONAL}
+"""The extra that brings a module."""
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module could be imported; it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # an import hook refuses it
+        return False
+
+
+def installed_version(package: str) -> str:
+    """Return the version of a package, or an empty string where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,99 @@
+"""Child processes that run a module of this Python: how they are started, and what is reported of their end.
+
+The command line has ``-P``, so that no file of the current folder is imported in place of a package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import racdeploy
+
+_SAID_CHARACTERS = 1500  # of what a child wrote last, in a message
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended.
+
+    Args:
+        value: the JSON value of the last line of its stdout, or None where it is none.
+        failure: why there is no result, as ``died with SIGSEGV: it wrote nothing``; empty after exit code 0.
+    """
+
+    value: Any
+    failure: str = ""
+
+
+def command(module: str, *arguments: object) -> list[str]:
+    """Return the command line that runs a module."""
+    return [sys.executable, "-P", "-m", module, *map(str, arguments)]
+
+
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment; a child with it imports what this one can, racdeploy above all."""
+    root = str(Path(racdeploy.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, *sys.path]))
+    return {**os.environ, "PYTHONPATH": path, **(variables or {})}
+
+
+def run_module(
+    module: str,
+    *arguments: object,
+    timeout_s: float | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Run a module in a process of its own, to its end.
+
+    Args:
+        module: dotted name.
+        arguments: of its command line.
+        timeout_s: after which it is killed; None waits for ever.
+        variables: further environment variables.
+    """
+    try:
+        done = subprocess.run(
+            command(module, *arguments),
+            env=environment(variables),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(None, f"did not end within {timeout_s:.0f} s")
+
+    if done.returncode:
+        verb = "died" if done.returncode < 0 else "ended"
+        last = _last_line(done.stderr[-_SAID_CHARACTERS:]) or "it wrote nothing"
+        return Outcome(None, f"{verb} with {describe_exit(done.returncode)}: {last}")
+
+    try:
+        return Outcome(json.loads(_last_line(done.stdout)))
+    except json.JSONDecodeError:
+        return Outcome(None)
+
+
+def describe_exit(code: int) -> str:
+    """Return ``SIGABRT`` for -6, ``exit code 1`` for 1."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""

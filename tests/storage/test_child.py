@@ -1,0 +1,39 @@
+"""Child processes: what they find, and what is reported of their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy.storage.child import Outcome, run_module
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("import racdeploy; print('noise'); print('[1, 2]')", Outcome([1, 2])),
+        ("import json, sys, os; print(json.dumps(os.environ['WORD']))", Outcome("given")),
+        ("print('no JSON')", Outcome(None)),
+        ("", Outcome(None)),
+        ("raise SystemExit(3)", Outcome(None, "ended with exit code 3: it wrote nothing")),
+        (
+            "raise SystemExit('no such layer')",
+            Outcome(None, "ended with exit code 1: no such layer"),
+        ),
+        ("import os; os.abort()", Outcome(None, "died with SIGABRT: it wrote nothing")),
+        ("import time; time.sleep(60)", Outcome(None, "did not end within 2 s")),
+    ],
+)
+def test_a_child_gives_a_value_or_the_reason_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, outcome: Outcome
+) -> None:
+    """It imports racdeploy and what its parent can; json.py in its folder is not the json that it imports."""
+    (tmp_path / "child_of_a_test.py").write_text(code)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/json.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    timeout_s = 2.0 if "sleep" in code else 60.0
+    found = run_module("child_of_a_test", timeout_s=timeout_s, variables={"WORD": "given"})
+    assert found == outcome
