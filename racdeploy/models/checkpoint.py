@@ -21,9 +21,14 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models.families import Family, family_of
-from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
+from racdeploy.models.tokenizer_files import (
+    TOKENIZER_FILES,
+    TokenizerFiles,
+    token_ids,
+    token_text,
+)
 from racdeploy.storage.files import file_sha256, read_json
-from racdeploy.storage.safetensors import _DTYPES, TensorEntry, read_tensor_entries
+from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor_entries
 
 _LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
 
@@ -74,24 +79,19 @@ class Checkpoint:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one tensor as float32, copied from the file."""
-        return self._widened(name, self.read_raw(name))
+        return widen(self.read_raw(name))
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return some rows of a tensor as float32; the others are never in memory."""
         entry = self.entries[name]
-        dtype = np.dtype(_DTYPES[entry.dtype])
+        dtype = np.dtype(DTYPES[entry.dtype])
         stored = np.memmap(entry.file, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
-        return self._widened(name, stored[rows])
-
-    def _widened(self, name: str, raw: NDArray[Any]) -> NDArray[np.float32]:
-        if self.entries[name].dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32)
+        return widen(stored[rows])
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
         entry = self.entries[name]
-        dtype = np.dtype(_DTYPES[entry.dtype])
+        dtype = np.dtype(DTYPES[entry.dtype])
         count = (entry.stop - entry.start) // dtype.itemsize
         flat = np.fromfile(entry.file, dtype=dtype, count=count, offset=entry.start)
         return flat.reshape(entry.shape)
@@ -174,21 +174,6 @@ class Checkpoint:
             )
         return declared
 
-    @property
-    def tokenizer_config(self) -> dict[str, Any]:
-        """See :attr:`TokenizerFiles.config`."""
-        return self.tokenizer.config
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """See :attr:`TokenizerFiles.file`."""
-        return self.tokenizer.file
-
-    @property
-    def chat_template(self) -> str:
-        """See :attr:`TokenizerFiles.chat_template`."""
-        return self.tokenizer.chat_template
-
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids of generation_config.json, config.json and the tokenizer, without repeats.
@@ -196,14 +181,13 @@ class Checkpoint:
         Raises:
             ModelError: none of them names one.
         """
-        file = self.folder / "generation_config.json"
-        named = [read_json(file).get("eos_token_id")] if file.is_file() else []
-        named.append(self.config.get("eos_token_id"))
-        ids = [i for value in named for i in (value if isinstance(value, list) else [value])]
-        token = self.tokenizer_config.get("eos_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        added = read_json(self.tokenizer_file).get("added_tokens") or []
+        tokenizer = self.tokenizer
+        ids = [*token_ids(tokenizer.generation, "eos"), *token_ids(self.config, "eos")]
+
+        content = token_text(tokenizer.config.get("eos_token"))
+        added = tokenizer.parsed.get("added_tokens") or []
         ids += [entry["id"] for entry in added if entry.get("content") == content]
+
         found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
         if not found:
             raise ModelError(
@@ -244,6 +228,13 @@ class Checkpoint:
         for file in self.files():
             digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
         return digest.hexdigest()
+
+
+def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Return what :meth:`Checkpoint.read_raw` gave as float32; without a copy where it is that already."""
+    if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
 
 
 def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

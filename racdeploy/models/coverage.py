@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
@@ -37,18 +37,53 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
         ):
             uncovered.append(linear)
     if unknown:
-        raise ModelError(
-            f"{checkpoint.folder} holds {len(unknown)} tensors that {family.architecture} does not have: "
-            f"{listed(unknown)}",
-            remedy="merge adapters into the model first, and save it without what the architecture does not use; "
-            "fused or quantized tensors are not supported",
-        )
+        raise _refuse_unknown(checkpoint, unknown)
     if uncovered:
         inner = {_starred(_placed(name, family.blocks)[1]).partition(".*")[0] for name in uncovered}
         raise UsageError(
             f"{len(uncovered)} matrices of {family.architecture} cannot be pruned: {listed(uncovered)}",
             remedy=f"say under [prune] that they stay as they are: dense = {json.dumps([*dense, *sorted(inner)])}",
         )
+
+
+def used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the names of the tensors that the model computes with: no leftovers, no second copy of the embedding."""
+    unused = {"lm_head.weight"} if checkpoint.tied else set()
+    return frozenset(name for name in checkpoint.entries if not name.endswith(IGNORED)) - unused
+
+
+def check_tensors(
+    checkpoint: Checkpoint, expected: Set[str], optional: Set[str] = frozenset()
+) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of its architecture.
+
+    Args:
+        checkpoint: the model.
+        expected: names of all tensors that the architecture has.
+        optional: those of them that may be missing.
+
+    Raises:
+        ModelError: tensors are unknown or missing; the message names them.
+    """
+    found = used_tensors(checkpoint)
+    if unknown := found - expected:
+        raise _refuse_unknown(checkpoint, sorted(unknown))
+
+    needed = expected - optional - ({"lm_head.weight"} if checkpoint.tied else set())
+    if missing := needed - found:
+        raise ModelError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(sorted(missing))}",
+            remedy="the checkpoint is incomplete; save or download it again",
+        )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not have: "
+        f"{listed(unknown)}",
+        remedy="merge adapters into the model first, and save it without what the architecture does not use; "
+        "fused or quantized tensors are not supported",
+    )
 
 
 def _placed(name: str, blocks: str) -> tuple[int | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,20 @@ class TokenizerFiles:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``tokenizer_config.json``, or an empty dict."""
-        file = self.folder / "tokenizer_config.json"
+        return self._read("tokenizer_config.json")
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """``generation_config.json``, or an empty dict."""
+        return self._read("generation_config.json")
+
+    @cached_property
+    def parsed(self) -> dict[str, Any]:
+        """``tokenizer.json``."""
+        return read_json(self.file)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
         return read_json(file) if file.is_file() else {}
 
     @cached_property
@@ -81,13 +95,20 @@ class TokenizerFiles:
 
     def special_token(self, role: str) -> str | None:
         """Return the text of ``bos_token``, ``eos_token``, …, or None where the files name none."""
-        sources = [self.config]
-        special = self.folder / "special_tokens_map.json"
-        if special.is_file():
-            sources.append(read_json(special))
-        for source in sources:
-            token = source.get(role)
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                return text
-        return None
+        named = token_text(self.config.get(role))
+        if named is None:
+            named = token_text(self._read("special_tokens_map.json").get(role))
+        return named
+
+
+def token_text(entry: object) -> str | None:
+    """Return the text of a token as tokenizer_config.json names one: by its text, or by a record with it."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
+def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
+    """Return the ids of ``bos``, ``eos``, … that config.json or generation_config.json names: none, one or several."""
+    value = config.get(f"{kind}_token_id")
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]

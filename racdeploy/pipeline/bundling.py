@@ -32,7 +32,7 @@ from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
-from racdeploy.storage.files import atomic_folder, file_sha256, read_json
+from racdeploy.storage.files import atomic_folder, file_sha256
 
 _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
@@ -198,8 +198,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
 
 def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the sampling settings that the model's authors recommend, where they name numbers."""
-    file = checkpoint.folder / "generation_config.json"
-    values = read_json(file) if file.is_file() else {}
+    values = checkpoint.tokenizer.generation
     return {
         k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from racdeploy.engines.transformers.torch_model import (
-    check_names,
     embedding_scale,
     fill_parameter,
     skeleton,
 )
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import check_tensors
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
@@ -48,8 +48,7 @@ class Blocks:
         self.device = device
         self._compute = compute
         self._model = skeleton(checkpoint)
-        expected = {name for name, _ in self._model.named_parameters()}
-        check_names(checkpoint, expected - {"lm_head.weight"} if checkpoint.tied else expected)
+        check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
         """Return the shape of each batch's hidden states, (B, T, D)."""

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import plugins
-from racdeploy.errors import UsageError
+from racdeploy.errors import ModelError, UsageError
 
 __all__ = [
     "GgmlQuant",
     "Grid",
     "Quant",
     "as_grid",
+    "check_finite",
     "fits",
     "join_blocks",
     "leading_scales",
@@ -129,6 +130,38 @@ def load(name: str) -> Quant:
         MissingExtraError: it needs an optional dependency.
     """
     return cast(Quant, plugins.load("quant", name))
+
+
+def check_finite(
+    name: str,
+    quant: str,
+    weight_OI: NDArray[np.float32],
+    stored_OI: NDArray[np.float32],
+    wider: str,
+) -> None:
+    """Refuse weights that came out of a number format infinite or as no numbers.
+
+    Args:
+        name: of the tensor.
+        quant: the number format.
+        weight_OI: before rounding.
+        stored_OI: after the round trip.
+        wider: number formats for larger weights, for the message.
+
+    Raises:
+        ModelError: the checkpoint's weights are not finite, or too large for the format.
+    """
+    if np.isfinite(stored_OI).all():
+        return
+    if np.isfinite(weight_OI).all():
+        raise ModelError(
+            f"{name!r} has weights up to {float(np.abs(weight_OI).max()):g}, too large for {quant}",
+            remedy=f"export with quant {wider}",
+        )
+    raise ModelError(
+        f"{name!r} holds weights that are infinite or not a number",
+        remedy="the checkpoint is damaged or its training diverged",
+    )
 
 
 def fits(quant: Quant, row_length: int) -> str:

@@ -6,17 +6,18 @@ Source: safetensors format, https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
 from racdeploy.errors import ModelError
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-_HEADER_LIMIT_BYTES = 100_000_000
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""dtype tag → numpy's; bfloat16 is read as bit patterns."""
+_HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,29 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
-    try:
-        assert isinstance(value, dict)
-        shape = tuple(int(extent) for extent in value["shape"])
-        start, stop = (origin + int(offset) for offset in value["data_offsets"])
-        tag = str(value["dtype"])
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file}: the header entry of {name!r} is damaged") from error
-    if tag not in _DTYPES:
+    if not isinstance(value, dict):
+        value = {}
+    shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
+    if not (_is_integers(shape) and _is_integers(offsets) and len(offsets) == 2):
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+    if not isinstance(tag, str):
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+
+    if tag not in DTYPES:
         raise ModelError(
-            f"{file}: tensor {name!r} has dtype {tag}, supported are {', '.join(_DTYPES)}",
+            f"{file}: tensor {name!r} has dtype {tag}, supported are {', '.join(DTYPES)}",
             remedy="start from the unquantized checkpoint",
         )
-    expected = int(np.prod(shape, dtype=np.int64)) * np.dtype(_DTYPES[tag]).itemsize
+
+    start, stop = origin + offsets[0], origin + offsets[1]
+    expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
     if min(shape, default=1) < 0 or stop - start != expected or start < origin or stop > size_bytes:
         raise ModelError(
             f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of {size_bytes}",
             remedy="copy or download it again",
         )
-    return TensorEntry(file, start, stop, tag, shape)
+    return TensorEntry(file, start, stop, tag, tuple(shape))
+
+
+def _is_integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int for number in value)

@@ -96,7 +96,7 @@ def test_what_is_wrong_in_the_configs_is_named(
 
 def _use(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
-    _ = (checkpoint.block_count, checkpoint.chat_template)
+    _ = (checkpoint.block_count, checkpoint.tokenizer.chat_template)
 
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
         Checkpoint(tmp_path / "nowhere")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"no tokenizer.json"):
-        _ = Checkpoint(folder).tokenizer_file
+        _ = Checkpoint(folder).tokenizer.file
     (folder / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
         Checkpoint(folder)

@@ -47,6 +47,32 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     assert found == {*family.linears, *family.kept, *family.routed}
 
 
+def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
+    checkpoint: Checkpoint,
+) -> None:
+    """What ends a part gives as many values as a block passes on, and each part has one such end."""
+    family = checkpoint.family
+    parts = {linear.partition(".")[0] for linear in family.linears}
+    ends = [linears for group, linears in enumerate(family.input_groups) if family.ends_part(group)]
+    assert len(parts) == len(ends)
+    for (linear,) in ends:
+        outputs, _ = checkpoint.entries[f"{family.blocks}.0.{linear}.weight"].shape
+        assert checkpoint.integer("hidden_size") == outputs, linear
+
+
+def test_a_part_may_have_any_number_of_groups() -> None:
+    """The end of a part follows from its linears, not from how many groups come before it."""
+    groups = (
+        ("self_attn.q_proj",),
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.up_proj",),
+        ("mlp.down_proj",),
+    )
+    family = families.Family("FiveForCausalLM", "five", input_groups=groups)
+    assert [False, False, True, False, True] == [family.ends_part(group) for group in range(5)]
+
+
 def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
     """A key that config.json leaves out means what transformers takes for it."""
     from transformers import AutoConfig

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import IGNORED, listed
+from racdeploy.models.coverage import check_tensors
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -65,7 +65,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     expected = dict(model.named_parameters())
     if checkpoint.tied:
         expected.pop("lm_head.weight", None)
-    check_names(checkpoint, set(expected))
+    check_tensors(checkpoint, expected.keys())
     for name in expected:
         fill_parameter(model, name, checkpoint)
     if checkpoint.tied:
@@ -101,21 +101,6 @@ def _table_gelu(
     (x,) = arguments
     value = nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
     return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, value))
-
-
-def check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the architecture's."""
-    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
-    if checkpoint.tied:
-        held.discard("lm_head.weight")
-    if missing := sorted(expected - held):
-        raise ModelError(f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(missing)}")
-    if extra := sorted(held - expected):
-        raise ModelError(
-            f"{checkpoint.folder} holds {len(extra)} tensors that {checkpoint.family.architecture} "
-            f"does not have: {listed(extra)}",
-            remedy="merge adapters into the model first; fused or quantized tensors are not supported",
-        )
 
 
 def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:

@@ -36,13 +36,7 @@ from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import (
-    disk_errors,
-    file_sha256,
-    read_json,
-    refuse_another,
-    require_space,
-)
+from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
 
 __all__ = [
     "BACKEND",
@@ -143,8 +137,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def _recommended(checkpoint: Checkpoint) -> list[str]:
     """Return what else the model's authors recommend for sampling."""
-    file = checkpoint.folder / "generation_config.json"
-    values = read_json(file) if file.is_file() else {}
+    values = checkpoint.tokenizer.generation
     known = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
     named = {ollama: values.get(name) for name, ollama in known.items()}
     return [
@@ -347,7 +340,7 @@ def _write_header(
             add_value(writer, key, value)
         if vocabulary:
             write_parameters(writer, checkpoint)
-            _add_vocabulary(writer, vocabulary, checkpoint.chat_template)
+            _add_vocabulary(writer, vocabulary, checkpoint.tokenizer.chat_template)
         if split:
             number, count, tensors = split
             writer.add_uint16(NUMBER_KEY, number)

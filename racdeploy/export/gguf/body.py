@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
-from racdeploy.errors import ModelError
 from racdeploy.export import ExportedTensor, Progress
 from racdeploy.export.gguf.tensors import PlannedTensor, iterate_slabs
 from racdeploy.models.checkpoint import Checkpoint
@@ -79,7 +78,9 @@ class Body:
         def code(weight_OI: NDArray[np.float32]) -> Coded:
             packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
-            _check_finite(tensor, weight_OI, stored_OI)
+            quants.check_finite(
+                tensor.source, tensor.quant_real, weight_OI, stored_OI, wider="bf16 or f32"
+            )
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
         return _ahead(pool, code, iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
@@ -135,21 +136,4 @@ def _exported(tensor: PlannedTensor, zeros: int) -> ExportedTensor:
         tensor.reason,
         zeros / max(1, int(np.prod(tensor.shape))),
         tensor.size_bytes,
-    )
-
-
-def _check_finite(
-    tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]
-) -> None:
-    if np.isfinite(stored_OI).all():
-        return
-    if np.isfinite(weight_OI).all():
-        raise ModelError(
-            f"{tensor.source!r} has weights up to {float(np.abs(weight_OI).max()):g},"
-            f" too large for {tensor.quant_real}",
-            remedy="export with quant bf16 or f32",
-        )
-    raise ModelError(
-        f"{tensor.source!r} holds weights that are infinite or not a number",
-        remedy="the checkpoint is damaged or its training diverged",
     )

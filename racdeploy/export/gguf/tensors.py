@@ -7,7 +7,7 @@ tensor that no rule covers is an error, and so is a missing one: llama.cpp refus
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf.parameters import rope_factors
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import IGNORED, listed
+from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.coverage import check_tensors, used_tensors
 from racdeploy.models.decoder import Transform
 from racdeploy.quant.presets import Choice, Mix
 
@@ -72,7 +72,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
         ModelError: a tensor is missing, unknown, of a wrong shape, or unknown to llama.cpp.
     """
     named = _names(checkpoint)
-    _check_complete(checkpoint, [part for parts in named.values() for part in parts])
+    _check_complete(checkpoint, {part for parts in named.values() for part in parts})
     plan = [
         PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
         for name, factors in rope_factors(checkpoint).items()
@@ -110,7 +110,7 @@ def iterate_slabs(
                 raw_OI, order_O = raw_OI[:, order_O], None
         for start in range(0, len(raw_OI), step):
             rows = slice(start, start + step)
-            weight_OI = _widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            weight_OI = widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
             yield weight_OI + np.float32(1) if tensor.transform == "plus_one" else weight_OI
 
 
@@ -128,13 +128,6 @@ def _arrays(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[NDArray[A
         yield tensor.computed
     for part in tensor.parts:
         yield checkpoint.read_raw(part)
-
-
-def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
-    """Return float32 weights; bfloat16 comes as bit patterns."""
-    if raw_OI.dtype == np.uint16:
-        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
-    return raw_OI.astype(np.float32, copy=False)
 
 
 def _names(checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -167,35 +160,21 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
     return source.removeprefix(prefix).partition(".")[2] if source.startswith(prefix) else source
 
 
-def _check_complete(checkpoint: Checkpoint, names: Sequence[str]) -> None:
-    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
-    if checkpoint.tied:
-        held.discard("lm_head.weight")
-    if unknown := sorted(held - set(names)):
-        raise ModelError(
-            f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not"
-            f" have: {listed(unknown)}",
-            remedy="export the plain model: merge adapters and remove extra heads first",
-        )
-    biased = {_inside(checkpoint, name) for name in held if name.endswith(".bias")}
-    needed = {
-        name for name in names if not name.endswith(".bias") or _inside(checkpoint, name) in biased
-    }
-    if missing := sorted(needed - held):
-        raise ModelError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(missing)}",
-            remedy="the checkpoint is incomplete; save or download it again",
-        )
+def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
+    """Refuse missing and unknown tensors. Biases are optional, but those of a linear are in all blocks or in none."""
     family = checkpoint.family
-    lost = sorted(
-        name
-        for name in biased
-        if family.block_tensors[name].removesuffix(".bias") not in family.biases
-    )
-    if lost:
-        raise ModelError(
-            f"llama.cpp's {family.gguf_arch} models have no {lost[0]}, and this checkpoint does"
-        )
+    found = used_tensors(checkpoint) & names
+    biased = {_inside(checkpoint, name) for name in found if name.endswith(".bias")}
+    unbiased = {
+        name for name in names if name.endswith(".bias") and _inside(checkpoint, name) not in biased
+    }
+    check_tensors(checkpoint, names, optional=unbiased)
+
+    for name in sorted(biased):
+        if family.block_tensors[name].removesuffix(".bias") not in family.biases:
+            raise ModelError(
+                f"llama.cpp's {family.gguf_arch} models have no {name}, and this checkpoint does"
+            )
 
 
 def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:

@@ -18,7 +18,7 @@ from racdeploy.errors import ModelError
 from racdeploy.export.gguf import sentencepiece as pieces
 from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer, flatten, normalizer_note
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.storage.files import read_json
+from racdeploy.models.tokenizer_files import token_ids, token_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPECIAL = ("bos", "eos", "pad", "unk")
@@ -68,7 +68,7 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
     Raises:
         ModelError: not a byte-level BPE tokenizer, an unknown pre-tokenizer, or a damaged vocabulary.
     """
-    tokenizer = read_json(checkpoint.tokenizer_file)
+    tokenizer = checkpoint.tokenizer.parsed
     _check_kind(tokenizer)
     added = _added_tokens(tokenizer)
     by_id = _texts_by_id(tokenizer["model"]["vocab"], added)
@@ -93,7 +93,7 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
         pre_tokenizer=pre_tokenizer or find_pre_tokenizer(tokenizer),
         special_ids=special_ids,
         adds=_adds(
-            tokenizer, checkpoint.tokenizer_config, special_ids, by_id, {"bos": False, "eos": False}
+            tokenizer, checkpoint.tokenizer.config, special_ids, by_id, {"bos": False, "eos": False}
         ),
         notes=(*filter(None, [normalizer_note(tokenizer)]), *notes),
     )
@@ -101,12 +101,12 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
 
 def adds_bos(checkpoint: Checkpoint) -> bool:
     """Return whether llama.cpp's tokenizer puts the beginning-of-sequence in front of a text by itself."""
-    tokenizer = read_json(checkpoint.tokenizer_file)
+    tokenizer = checkpoint.tokenizer.parsed
     _check_kind(tokenizer)
     by_id = _texts_by_id(tokenizer["model"]["vocab"], _added_tokens(tokenizer))
     special_ids, _ = _special_ids(checkpoint, by_id)
     usual = {"bos": pieces.is_sentencepiece(tokenizer), "eos": False}
-    return _adds(tokenizer, checkpoint.tokenizer_config, special_ids, by_id, usual)["bos"]
+    return _adds(tokenizer, checkpoint.tokenizer.config, special_ids, by_id, usual)["bos"]
 
 
 def _sentencepiece(
@@ -163,7 +163,7 @@ def _sentencepiece(
         pre_tokenizer="default",
         special_ids=special_ids,
         adds=_adds(
-            tokenizer, checkpoint.tokenizer_config, special_ids, by_id, {"bos": True, "eos": False}
+            tokenizer, checkpoint.tokenizer.config, special_ids, by_id, {"bos": True, "eos": False}
         ),
         notes=tuple(notes),
     )
@@ -247,15 +247,17 @@ def _texts_by_id(vocab: Mapping[str, Any], added: Mapping[int, dict[str, Any]]) 
 def _check_ids(checkpoint: Checkpoint, by_id: Mapping[int, str]) -> None:
     """Refuse a file whose ids the tokenizers library, which counts added tokens itself, does not follow."""
     try:
-        assigned = Tokenizer.from_file(str(checkpoint.tokenizer_file)).get_vocab(
+        assigned = Tokenizer.from_file(str(checkpoint.tokenizer.file)).get_vocab(
             with_added_tokens=True
         )
-    except Exception as error:
-        raise ModelError(f"{checkpoint.tokenizer_file} cannot be loaded: {error}") from error
+    except (
+        Exception
+    ) as error:  # tokenizers raises bare Exception for whatever its Rust code refuses
+        raise ModelError(f"{checkpoint.tokenizer.file} cannot be loaded: {error}") from error
     for i, text in by_id.items():
         if assigned.get(text) != i:
             raise ModelError(
-                f"{checkpoint.tokenizer_file} gives the token {text!r} the id {i}, but it loads as"
+                f"{checkpoint.tokenizer.file} gives the token {text!r} the id {i}, but it loads as"
                 f" {assigned.get(text)}",
                 remedy="ids of added tokens must follow the vocabulary without a gap",
             )
@@ -291,13 +293,12 @@ def _merges(merges: list[Any]) -> Iterator[str]:
 def _special_ids(
     checkpoint: Checkpoint, by_id: Mapping[int, str]
 ) -> tuple[dict[str, int], list[str]]:
-    file = checkpoint.folder / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
-    to_id = {text: i for i, text in by_id.items()}
+    generation = checkpoint.tokenizer.generation
+    to_id: dict[str | None, int] = {text: i for i, text in by_id.items()}
     found: dict[str, int] = {}
     for kind in _SPECIAL:
-        named = _named_id(checkpoint.tokenizer_config.get(f"{kind}_token"), to_id)
-        numbered = [*_ids(checkpoint.config, kind), *_ids(generation, kind)]
+        named = to_id.get(token_text(checkpoint.tokenizer.config.get(f"{kind}_token")))
+        numbered = [*token_ids(checkpoint.config, kind), *token_ids(generation, kind)]
         candidates = ([] if named is None else [named]) + [i for i in numbered if i in by_id]
         if candidates:
             found[kind] = candidates[0]
@@ -306,24 +307,13 @@ def _special_ids(
             f"{checkpoint.folder} names no end-of-sequence token; llama.cpp would stop at an arbitrary one",
             remedy="set eos_token in tokenizer_config.json",
         )
-    ends = dict.fromkeys([*_ids(generation, "eos"), *_ids(checkpoint.config, "eos")])
+    ends = dict.fromkeys([*token_ids(generation, "eos"), *token_ids(checkpoint.config, "eos")])
     unknown = [i for i in ends if i in by_id and i != found["eos"] and by_id[i] not in _KNOWN_ENDS]
     if unknown:
         found["eot"] = unknown[0]
     return found, [
         f"llama.cpp will not stop at token {by_id[i]!r}, the checkpoint does" for i in unknown[1:]
     ]
-
-
-def _ids(config: Mapping[str, Any], kind: str) -> list[int]:
-    value = config.get(f"{kind}_token_id")
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]
-
-
-def _named_id(entry: object, to_id: Mapping[str, int]) -> int | None:
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    return to_id.get(text) if isinstance(text, str) else None
 
 
 def _adds(

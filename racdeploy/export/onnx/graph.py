@@ -20,8 +20,8 @@ from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import Exporter
 from racdeploy.export.onnx.file import read_array
 from racdeploy.export.onnx.layouts import fix_head_size
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import IGNORED
+from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.coverage import used_tensors
 
 _SLAB_WEIGHTS = 4_194_304
 # An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a source are refused,
@@ -66,10 +66,7 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
     wiring = _Wiring(model, sources, what)
     wiring.rewire()
     used = wiring.linears | wiring.embeddings | wiring.vectors
-    held = {name for name in checkpoint.entries if not name.endswith(IGNORED)}
-    if checkpoint.tied:
-        held.discard("lm_head.weight")
-    if missing := sorted(held - used):
+    if missing := sorted(used_tensors(checkpoint) - used):
         raise EngineError(
             f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}"
         )
@@ -152,13 +149,7 @@ def _equal(found: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
     """Compare with a tensor as the checkpoint stores it, in slabs of rows."""
     rows = max(1, _SLAB_WEIGHTS // max(1, found[0].size))
     for start in range(0, len(found), rows):
-        part = expected[start : start + rows]
-        wide = (
-            (part.astype(np.uint32) << 16).view(np.float32)
-            if part.dtype == np.uint16
-            else part.astype(np.float32)
-        )
-        if not np.array_equal(found[start : start + rows], wide):
+        if not np.array_equal(found[start : start + rows], widen(expected[start : start + rows])):
             return False
     return True
 

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from racdeploy import quant as quants
-from racdeploy.errors import ModelError
 from racdeploy.export.onnx.graph import Graph
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.checkpoint import Checkpoint, widen
 from racdeploy.quant.matmulnbits import BLOCK, Blocks
 
 PREFIX = "racdeploy/"
@@ -125,10 +124,10 @@ def encode(
     O, I = raw_OI.shape
     parts, zeros = [], 0
     for start in range(0, O, step := max(1, _SLAB_WEIGHTS // I)):
-        weight_OI = _widen(raw_OI[start : start + step])
+        weight_OI = widen(raw_OI[start : start + step])
         packed_OP = quant.quantize(weight_OI)
         stored_OI = quant.dequantize(packed_OP, I)
-        _check_finite(tensor, weight_OI, stored_OI)
+        quants.check_finite(tensor.name, tensor.quant_real, weight_OI, stored_OI, wider="f32")
         zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
         parts.append(packed_OP)
         advance(weight_OI.size)
@@ -307,25 +306,3 @@ def _shared(
     if output not in first:
         first[output] = helper.make_node(op, inputs, [output], PREFIX + output, **attributes)
     return output
-
-
-def _widen(raw_OI: NDArray[Any]) -> NDArray[np.float32]:
-    if raw_OI.dtype == np.uint16:
-        return (raw_OI.astype(np.uint32) << 16).view(np.float32)
-    return raw_OI.astype(np.float32, copy=False)
-
-
-def _check_finite(
-    tensor: PlannedTensor, weight_OI: NDArray[np.float32], stored_OI: NDArray[np.float32]
-) -> None:
-    if np.isfinite(stored_OI).all():
-        return
-    if np.isfinite(weight_OI).all():
-        raise ModelError(
-            f"{tensor.name!r} has weights up to {float(np.abs(weight_OI).max()):g}, too large for {tensor.quant_real}",
-            remedy="export with quant f32",
-        )
-    raise ModelError(
-        f"{tensor.name!r} holds weights that are infinite or not a number",
-        remedy="the checkpoint is damaged or its training diverged",
-    )

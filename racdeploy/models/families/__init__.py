@@ -80,6 +80,12 @@ class Family:
         """Prunable linears of one block, without ``.weight``, in forward order."""
         return tuple(linear for group in self.input_groups for linear in group)
 
+    def ends_part(self, group: int) -> bool:
+        """Return whether a group of linears is the last of attention, or the last of the feed-forward part."""
+        group_and_next = self.input_groups[group : group + 2]
+        parts = [linears[0].partition(".")[0] for linears in group_and_next]
+        return len(set(parts)) == len(parts)
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Return the family of a parsed ``config.json``.

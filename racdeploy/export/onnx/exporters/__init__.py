@@ -73,7 +73,7 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8"
     )
-    (folder / "tokenizer.json").symlink_to(checkpoint.tokenizer_file.resolve())
+    (folder / "tokenizer.json").symlink_to(checkpoint.tokenizer.file.resolve())
     files = {entry.file for entry in checkpoint.entries.values()}
     index = checkpoint.folder / "model.safetensors.index.json"
     for file in sorted(files | ({index} if index.is_file() else set())):
