@@ -265,10 +265,6 @@ def _attention_scalar(checkpoint: Checkpoint) -> float:
     )
 
 
-IMPORTANCE_FILE = (
-    "importance.safetensors"  # of a pruned model: mean squared input of each column, by linear
-)
-
 SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
     "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),

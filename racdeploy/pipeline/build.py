@@ -22,7 +22,7 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.extras import installed_version
-from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.sources import ResolvedModel
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import Verification
@@ -30,6 +30,7 @@ from racdeploy.pipeline.gates import Held, hold
 from racdeploy.pipeline.job import Job, size_label
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.report.model import BlockRow, LinearRow, Report
 from racdeploy.storage.addresses import code_hash
 from racdeploy.storage.files import canonical_hash, file_sha256

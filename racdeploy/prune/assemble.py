@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
 

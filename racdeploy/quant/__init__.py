@@ -16,6 +16,7 @@ from racdeploy import plugins
 from racdeploy.errors import ModelError, UsageError
 
 __all__ = [
+    "IMPORTANCE_FILE",
     "GgmlQuant",
     "Grid",
     "Quant",
@@ -28,6 +29,10 @@ __all__ = [
     "load_ggml",
     "pair_nibbles",
 ]
+
+
+IMPORTANCE_FILE = "importance.safetensors"
+"""Of a pruned model: the mean squared input of each column, by linear, which scales are chosen by."""
 
 
 class Quant(Protocol):

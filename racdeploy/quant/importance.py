@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.models.checkpoint import IMPORTANCE_FILE
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import disk_errors
 from racdeploy.storage.gguf_header import TensorInfo, read_header
 from racdeploy.storage.safetensors import read_tensor_entries

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 from racdeploy.export.gguf import export
-from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.quant.importance import Importance
 from tests.support.llama_quantize import quantize
 from tests.support.tiny_models import make_checkpoint
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
-from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.statistics import InputStatistic
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
