@@ -11,8 +11,9 @@ from racdeploy import plugins
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
+FOLDERS = [ROOT / name for name in ("benchmarks", "docs", "examples")]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in folder.rglob("*.md"))]
 )
 LISTING = [file for file in (ARCHITECTURE, ROOT / "README.md") if file.is_file()]
 
@@ -38,9 +39,36 @@ def test_the_listed_plugins_are_the_installed_ones(file: Path) -> None:
 @pytest.mark.parametrize("file", DOCUMENTS, ids=_name)
 def test_relative_links_lead_to_files(file: Path) -> None:
     """No document points at something that is not there."""
-    prose = re.sub(
-        r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-    )
-    links = re.findall(r"\]\(([^)\s]+)\)", prose)
-    local = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
-    assert [link for link in local if not (file.parent / link).exists()] == []
+    assert [link for link in _local_links(file) if not _target(file, link).exists()] == []
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=_name)
+def test_links_into_a_page_lead_to_headings(file: Path) -> None:
+    """What follows ``#`` is the heading of a section, as GitHub writes it."""
+    anchored = [link for link in _local_links(file) if "#" in link]
+    wrong = [
+        link for link in anchored if link.partition("#")[2] not in _anchors(_target(file, link))
+    ]
+    assert wrong == []
+
+
+def _local_links(file: Path) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)\)", _prose(file))
+    return [link for link in links if not re.match(r"[a-z]+:", link)]
+
+
+def _target(file: Path, link: str) -> Path:
+    path = link.partition("#")[0]
+    return file.parent / path if path else file
+
+
+def _anchors(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", _prose(file), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
+
+
+def _prose(file: Path) -> str:
+    """Return the text without its fenced blocks."""
+    text = file.read_text(encoding="utf-8")
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
