@@ -229,9 +229,9 @@ def test_a_missing_engine_is_named_with_its_extra(
 ) -> None:
     """Without llama-cpp-python such a format says how to install it, before any work."""
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    for module in ("_ggml", name):
-        monkeypatch.delitem(sys.modules, f"racdeploy.quant.{module}", raising=False)
-        monkeypatch.delattr(quants, module, raising=False)
+    for package, module in ((quants, "ggml"), (quants.formats, name)):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{module}", raising=False)
+        monkeypatch.delattr(package, module, raising=False)
     with pytest.raises(MissingExtraError, match="llama-cpp-python") as caught:
         quants.load(name)
     assert caught.value.remedy == 'pip install "racdeploy[llamacpp]"'

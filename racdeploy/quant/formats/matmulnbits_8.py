@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.quant import matmulnbits
 from racdeploy.quant.matmulnbits import Blocks, choose_symmetric
 
 FORMATS = ("onnx",)
+BLOCK = matmulnbits.BLOCK
 BITS = 8.5
 CODES = (-128, 127)
 PRESERVES_ZERO = True
