@@ -1,9 +1,10 @@
 """How much memory and time does pruning take as a model gets deeper? Measured on random weights.
 
-    python benchmarks/any_size.py --out build/any-size --blocks 14 28 --tokens 32768
+    python -m benchmarks.any_size --out build/any-size --blocks 14 28 --tokens 32768
 
 Writes a Qwen2-shaped bfloat16 checkpoint of the wanted depth (28 blocks are 1.5B parameters), prunes it in a process
-of its own, and prints peak resident memory and seconds, and what was predicted. Nothing is said about accuracy.
+of its own, and prints seconds, peak resident memory, and what was expected: memory from the shapes, as ``--dry-run``
+says it, and seconds after the first block. Nothing is said about accuracy.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+from benchmarks._settings import add_settings, with_settings
+
+if TYPE_CHECKING:
+    from racdeploy.traces.trace import Trace
 
 SHAPE = {
     "hidden_size": 1536,
@@ -40,88 +46,109 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part"
-    )
+    add_settings(parser)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = with_settings({"prune": {"sparsity": 0.5}}, arguments.set)["prune"]
     rows = []
     for blocks in arguments.blocks:
         folder = arguments.out / f"random-{blocks}"
-        settings = dict(pair.split("=", 1) for pair in arguments.set)
         work = (folder, arguments.tokens, arguments.threads, settings)
+
+        # Each in a process of its own: the peak is that of a process.
         context = multiprocessing.get_context("spawn")
-        with context.Pool(
-            1, maxtasksperchild=1
-        ) as pool:  # each in a process of its own, for the peak is a process's
+        with context.Pool(1, maxtasksperchild=1) as pool:
             if not (folder / "config.json").is_file():
                 pool.apply(write_model, (folder, blocks))
-            predicted, found = pool.apply(predict, work), pool.apply(prune, work)
-        rows.append({"blocks": blocks, "tokens": arguments.tokens, **predicted, **found})
+            predicted = pool.apply(predict, (folder, arguments.tokens, settings))
+            found = pool.apply(prune, work)
+
+        row = {"blocks": blocks, "tokens": arguments.tokens, "predicted_peak_bytes": predicted}
+        rows.append(row | found)
         print(
             f"{blocks} blocks: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of the processor, "
-            f"peak {found['peak_bytes'] / 2**30:.2f} GiB; predicted {predicted['predicted_seconds']:.0f} s, "
-            f"{predicted['predicted_peak_bytes'] / 2**30:.2f} GiB",
+            f"peak {found['peak_bytes'] / 2**30:.2f} GiB; expected {found['expected_seconds']:.0f} s "
+            f"after the first block, {predicted / 2**30:.2f} GiB",
             flush=True,
         )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 
-def predict(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
-    """Return the seconds and the peak bytes that ``--dry-run`` predicts."""
+def predict(folder: Path, tokens: int, settings: Mapping[str, object]) -> int:
+    """Return the peak bytes that ``--dry-run`` predicts."""
     from racdeploy.models.checkpoint import Checkpoint
-    from racdeploy.prune import cost
+    from racdeploy.prune.cost import peak_bytes
     from racdeploy.recipe import Pruning
 
-    pruning, calibration = Pruning.model_validate({"sparsity": 0.5, **settings}), lengths(tokens)
-    found = cost.predict(Checkpoint(folder), pruning, calibration, held_out(calibration), threads)
-    return {"predicted_seconds": found.seconds, "predicted_peak_bytes": found.peak_bytes}
+    calibration = lengths(tokens)
+    counts = sum(calibration), sum(held_out(calibration))
+    return peak_bytes(Checkpoint(folder), Pruning.model_validate(settings), *counts)
 
 
-def prune(folder: Path, tokens: int, threads: int, settings: dict[str, str]) -> dict[str, float]:
-    """Prune one checkpoint to 50 % in this process; return seconds, processor seconds, and peak resident bytes."""
+def prune(
+    folder: Path, tokens: int, threads: int, settings: Mapping[str, object]
+) -> dict[str, float]:
+    """Prune one checkpoint in this process; return seconds, processor seconds, and peak resident bytes."""
     from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.prune.calibrate import prune_blocks
+    from racdeploy.prune.cost import TimeLeft
     from racdeploy.recipe import Pruning
+
+    checkpoint, traces = Checkpoint(folder), random_traces(folder, tokens)
+
+    def show(label: str, done: int, total: int) -> None:
+        estimate.update(label, done, total)
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = time.perf_counter() - began
+        print(
+            f"  {label} {done}/{total}: {seconds:.0f} s, {peak_kib / 2**20:.2f} GiB",
+            file=sys.stderr,
+        )
+
+    began, cpu_began, estimate = time.perf_counter(), time.process_time(), TimeLeft()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        prune_blocks(
+            checkpoint,
+            traces,
+            held_out(traces),
+            Pruning.model_validate(settings),
+            Path(scratch),
+            threads=threads,
+            progress=show,
+        )
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "expected_seconds": estimate.total_s or seconds,  # one block: there is nothing to expect
+        "cpu_seconds": time.process_time() - cpu_began,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def random_traces(folder: Path, tokens: int) -> list[Trace]:
+    """Return traces of random tokens."""
+    from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.traces.trace import Trace
 
     random, vocabulary = np.random.default_rng(0), Checkpoint(folder).config["vocab_size"]
     traces = []
     for index, length in enumerate(lengths(tokens)):
         ids = tuple(random.integers(0, vocabulary, length).tolist())
-        prompt, completion = ids[:PROMPT_TOKENS], ids[PROMPT_TOKENS:]
         traces.append(
             Trace(
-                index,
-                "random",
-                f"{index}",
-                "",
-                prompt,
-                completion,
-                None,
-                len(completion),
-                False,
-                True,
+                index=index,
+                task="random",
+                question=f"{index}",
+                gold="",
+                prompt_ids=ids[:PROMPT_TOKENS],
+                completion_ids=ids[PROMPT_TOKENS:],
+                answer_from=None,
+                thinking_tokens=len(ids[PROMPT_TOKENS:]),
+                truncated=False,
+                correct=True,
             )
         )
-
-    def show(label: str, done: int, total: int) -> None:
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(
-            f"  {label} {done}/{total}: {time.perf_counter() - began:.0f} s, {peak_kib / 2**20:.2f} GiB",
-            file=sys.stderr,
-        )
-
-    began, cpu_began = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        pruning = Pruning.model_validate({"sparsity": 0.5, **settings})
-        given = Checkpoint(folder), traces, held_out(traces), pruning, Path(scratch)
-        prune_blocks(*given, threads=threads, progress=show)
-    return {
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - cpu_began,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return traces
 
 
 def lengths(tokens: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Does calibrating on the model's own chain of thought matter? Measured on llama.cpp.
 
-    python benchmarks/calibration.py --out build/calibration
+    python -m benchmarks.calibration --out build/calibration
 
 Prunes a model by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the latter
 two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and results.json
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks._settings import add_settings, with_settings
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.build import Build
@@ -67,13 +67,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--quant", default="q8_0")
     parser.add_argument("--method", default="sparsegpt", help="of the last two columns")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the recipe: prune.KEY, PART.KEY",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--over",
         nargs="*",
@@ -145,20 +139,6 @@ def zeros(row: str) -> dict[str, object]:
         if share == row
         else {"pattern": "unstructured", "sparsity": float(share) / 100}
     )
-
-
-def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
-    """Return a recipe's values with KEY=VALUE over them, VALUE in TOML or plain; a KEY without a dot is of pruning."""
-    for pair in pairs:
-        name, chosen = pair.split("=", 1)
-        try:
-            nested: Any = tomllib.loads(f"value = {chosen}")["value"]
-        except tomllib.TOMLDecodeError:
-            nested = chosen
-        for part in reversed((name if "." in name else f"prune.{name}").split(".")):
-            nested = {part: nested}
-        options = merge(options, nested)
-    return options
 
 
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:

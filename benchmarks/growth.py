@@ -1,6 +1,6 @@
 """How do time and memory of pruning grow with tokens, width and blocks? Measured on random weights.
 
-    python benchmarks/growth.py --out build/growth
+    python -m benchmarks.growth --out build/growth
 
 Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits the exponent: 1 is
 proportional. Writes growth.csv, growth.md, and growth.html with the plots. Time is the processor's, over all threads;
@@ -15,10 +15,12 @@ import multiprocessing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from any_size import prune, write_model
 
+from benchmarks._settings import add_settings, with_settings
+from benchmarks.any_size import prune, write_model
 from racdeploy.report import plot
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
@@ -53,12 +55,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipe's [prune] part"
-    )
+    add_settings(parser)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = dict(pair.split("=", 1) for pair in arguments.set)
+    chosen = with_settings({"prune": {"sparsity": 0.5}}, arguments.set)["prune"]
     base_mib = measure(arguments, NOTHING, "", chosen).peak_mib
     rows = []
     for axis in arguments.axes:
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measure(
-    arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, chosen: dict[str, str]
+    arguments: argparse.Namespace, shape: Mapping[str, int], axis: str, chosen: dict[str, Any]
 ) -> Row:
     """Write one model and prune it in a process of its own."""
     width, blocks = shape["width"], shape["blocks"]

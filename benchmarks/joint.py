@@ -1,7 +1,7 @@
 """Is it better to choose the codes while pruning than to round the pruned weights? Measured on the exported file.
 
-    python benchmarks/joint.py --out build/joint
-    python benchmarks/joint.py --out build/joint-onnx --quant matmulnbits_4
+    python -m benchmarks.joint --out build/joint
+    python -m benchmarks.joint --out build/joint-onnx --quant matmulnbits_4
 
 Prunes with and without ``prune.joint``, exports both, and compares each file with the dense model: KL and top-1 on the
 dense model's own held-out traces, teacher-forced on the file's engine against torch, and accuracy on the same prompts,
@@ -16,8 +16,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from calibration import answers, gain, with_settings
-
+from benchmarks._settings import add_settings, with_settings
+from benchmarks.calibration import answers, gain
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
@@ -50,13 +50,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--max-new-tokens", type=int, default=640)
     parser.add_argument("--prompts", type=int, default=600, help="0 leaves accuracy out")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the recipe: prune.KEY, PART.KEY",
-    )
+    add_settings(parser)
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

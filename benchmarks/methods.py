@@ -1,7 +1,7 @@
 """Which method, on which calibration, at which pattern? Errors, processor seconds and accuracy of the embedded model.
 
-    python benchmarks/methods.py --out build/methods                     # errors and seconds, every cell
-    python benchmarks/methods.py --out build/methods --prompts 600       # and accuracy on llama.cpp
+    python -m benchmarks.methods --out build/methods                     # errors and seconds, every cell
+    python -m benchmarks.methods --out build/methods --prompts 600       # and accuracy on llama.cpp
 
 Every method is followed by the same refit and solved for the dense model's output unless ``--set`` says otherwise.
 Writes methods.md and methods.json after every cell; the same command goes on at the first cell that is missing. Errors
@@ -17,8 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from calibration import ROWS, answers, with_settings, zeros
-
+from benchmarks._settings import add_settings, with_settings
+from benchmarks.calibration import ROWS, answers, zeros
 from racdeploy import plugins
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
@@ -55,13 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--traces", type=int, default=384)
     parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the recipe: prune.KEY, PART.KEY",
-    )
+    add_settings(parser)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Does pruning in steps, on traces of the sparse model itself, beat pruning at once? Measured on llama.cpp.
 
-    python benchmarks/schedule.py --out build/schedule
+    python -m benchmarks.schedule --out build/schedule
 
 Prunes tiny-reasoner to the last of the steps at once and step by step, and answers the same held-out prompts with
 dense, one-shot and stepwise. Writes table.md and results.json.
@@ -14,8 +14,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from calibration import Cell, answers, measure
-
+from benchmarks.calibration import Cell, answers, measure
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe

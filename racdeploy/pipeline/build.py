@@ -165,7 +165,7 @@ class Build:
     ) -> PrunedModel:
         """Prune the dense model to one sparsity, keeping the zeros of the model before."""
         from racdeploy.prune.assemble import assemble
-        from racdeploy.prune.cost import cost_note, measured_cost, predict
+        from racdeploy.prune.cost import cost_note, measured_cost, peak_bytes
         from racdeploy.prune.device import choose_device
 
         asked = self.job.recipe.prune
@@ -194,13 +194,14 @@ class Build:
                 "quant": quant,
                 "within": before.folder.parent if before else None,
             }
-            lengths = [[len(trace.ids) for trace in part] for part in (calibration, held_out)]
-            expected = predict(
-                self.job.checkpoint, settings, lengths[0], lengths[1], self.threads, quant
+            tokens = sum(len(trace.ids) for trace in calibration)
+            held_out_tokens = sum(len(trace.ids) for trace in held_out)
+            memory = peak_bytes(self.job.checkpoint, settings, tokens, held_out_tokens, quant)
+            measured = measured_cost(
+                stage.folder, memory, self.processes.count, self.progress, _print_notice
             )
-            measured = measured_cost(stage.folder, expected, self.processes.count)
-            with self.processes.job("prune", self._same("prune"), given), measured:
-                linears, blocks = self._prune_blocks(stage.folder, given)
+            with self.processes.job("prune", self._same("prune"), given), measured as progress:
+                linears, blocks = self._prune_blocks(stage.folder, given, progress)
             assemble(self.job.checkpoint, stage.folder, folder)
             rows = {
                 "linears": [row.model_dump() for row in linears],
@@ -218,7 +219,7 @@ class Build:
         )
 
     def _prune_blocks(
-        self, folder: Path, given: Mapping[str, Any]
+        self, folder: Path, given: Mapping[str, Any], progress: Progress | None = None
     ) -> tuple[list[LinearRow], list[BlockRow]]:
         from racdeploy.prune.calibrate import prune_blocks
 
@@ -226,7 +227,7 @@ class Build:
             self.job.checkpoint,
             folder=folder,
             threads=self.threads,
-            progress=self.progress,
+            progress=progress,
             processes=self.processes,
             **given,
         )
@@ -496,13 +497,17 @@ class Build:
         """Return a stage's folder; what an interrupted run left beside it under other inputs is said on stderr."""
         stage = Stage.open(self.work, name, inputs)
         if stage.notice:
-            print(stage.notice, file=sys.stderr)
+            _print_notice(stage.notice)
         return stage
 
     def _inputs(self, stage: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
         return {"version": __version__, "code": code_hash(*_CODE[stage])} | {
             name: installed_version(name) for name in libraries
         }
+
+
+def _print_notice(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float | bool]:

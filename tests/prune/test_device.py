@@ -112,19 +112,6 @@ def test_a_step_goes_on_there_after_an_interruption(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.usefixtures("far")
-def test_the_prediction_runs_on_a_device(tmp_path: Path) -> None:
-    """Its samples are where the walk computes."""
-    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
-    with far_device():
-        assert (
-            cost.predict(
-                checkpoint, Pruning(device="cuda", method="wanda", allocation="owl"), [40] * 4, [40]
-            ).seconds
-            > 0
-        )
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 @pytest.mark.parametrize(("settings", "moved", "error"), ON_A_GPU, ids=str)
 def test_a_gpu_prunes_as_the_cpu_does(
