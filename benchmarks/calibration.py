@@ -23,6 +23,7 @@ from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe, merge
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
@@ -151,7 +152,7 @@ def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...
 
 def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
     """Prune, export and answer."""
-    return answers(build, build.export(build.prune().folder, build.job.artifact_name), arm)
+    return answers(build, build.export(build.prune().folder, name_artifact(build.job)), arm)
 
 
 def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, float]:

@@ -32,7 +32,7 @@ def main() -> None:
     settings = EngineSettings(recipe.verify.context_tokens, recipe.verify.parallel)
     records = build.answer(artifact, "dense", settings).records
     print("| task | accuracy | mean thinking tokens | longest |\n|---|---|---|---|")
-    for task in build.job.evaluation_specs:
+    for task in build.job.tasks.evaluation:
         asked = [record for record in records if record.task == task]
         lengths = [record.thinking_tokens for record in asked]
         accuracy = sum(record.correct for record in asked) / len(asked)

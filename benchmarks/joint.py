@@ -24,6 +24,7 @@ from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
@@ -60,7 +61,7 @@ def main() -> None:
     arms: list[tuple[Record, ...]] = []
     for arm, joint in ARMS.items():
         build = Build(Job(recipe(arguments, joint)), arguments.work, arguments.threads)
-        exported = build.export(build.prune().folder, build.job.artifact_name)
+        exported = build.export(build.prune().folder, name_artifact(build.job))
         rows.append({"arm": arm, **divergence(build, exported)})
         if arguments.prompts:
             arms.append(answers(build, exported, arm))

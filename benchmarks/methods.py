@@ -22,6 +22,7 @@ from benchmarks.calibration import ROWS, answers, zeros
 from racdeploy import plugins
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.storage.caches import default_work
 
@@ -99,7 +100,7 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
         raise SystemExit("no trace was held out: give more --traces")
     accuracy = thinking = None
     if arguments.prompts:
-        records = answers(build, build.export(model.folder, build.job.artifact_name), method)
+        records = answers(build, build.export(model.folder, name_artifact(build.job)), method)
         accuracy = sum(record.correct for record in records) / len(records)
         thinking = sum(record.thinking_tokens for record in records) / len(records)
     return Cell(

@@ -105,7 +105,7 @@ def embedded() -> Iterator[NDArray[np.float32]]:
     """Yield the linears of the embedded model."""
     job = Job(Recipe.combine(None, {}))
     checkpoint: Checkpoint = job.checkpoint
-    yield from (checkpoint.read(name) for name in job.prunable())
+    yield from (checkpoint.read(name) for name in job.prunable_weights)
 
 
 def random(tensors: int) -> Iterator[NDArray[np.float32]]:

@@ -57,7 +57,7 @@ def main() -> None:
             result = gguf.export(Checkpoint(folder), file, quant=name, importance=importance)
             kls[arm], row[f"top1_{arm}"] = measure(references, file, traces, arguments.threads)
             row[f"kl_{arm}"] = float(np.concatenate(kls[arm]).mean())
-        linears = [t for t in result.tensors if t.source in build.job.prunable()]
+        linears = [t for t in result.tensors if t.source in build.job.prunable_weights]
         weights = sum(t.shape[0] * t.shape[1] for t in linears)
         row["bits"] = 8 * sum(t.size_bytes for t in linears) / weights
         row["zeros"] = sum(t.zeros * t.shape[0] * t.shape[1] for t in linears) / weights

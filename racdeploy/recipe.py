@@ -205,6 +205,18 @@ class Pruning(_Part):
         match = _PATTERN.match(self.pattern)
         return (int(match[1]), int(match[2])) if match else None
 
+    def check_width(self, name: str, inputs: int) -> None:
+        """Refuse a linear whose inputs an N:M pattern does not divide.
+
+        Raises:
+            UsageError: naming the linear and its width.
+        """
+        if self.kept_of and inputs % self.kept_of[1]:
+            raise UsageError(
+                f"pattern {self.pattern} does not divide the {inputs} inputs of {name}",
+                remedy=f"choose an M that divides {inputs}, or --pattern unstructured",
+            )
+
 
 class Export(_Part):
     """The exported file.

@@ -25,14 +25,13 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import family_of
-from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Verification
 from racdeploy.report.model import Record, Report, TensorRow
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.storage.stages import Stage
-from racdeploy.tasks import Problem
+from racdeploy.tasks import Problem, TaskSet
 from racdeploy.verify.answers import Answers, Respondent, identity
 from racdeploy.verify.baseline import Baseline, differences
 from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, run_checks
@@ -108,8 +107,10 @@ class Reverification:
         recorded = self.own.problems
         if not self.tier or self.settings.count <= len(recorded):
             return recorded[: self.settings.count] if self.tier else recorded
-        recipe = self.own.recipe.model_copy(update={"verify": self.settings})
-        drawn = Job(recipe).problems("evaluation")
+        recipe = self.own.recipe
+        drawn = TaskSet.load(recipe.tasks, recipe.calibration_tasks).draw(
+            "evaluation", self.settings.seed, self.settings.count
+        )
         if [(p.question, p.gold) for p in drawn[: len(recorded)]] != [
             (p.question, p.gold) for p in recorded
         ]:

@@ -150,6 +150,7 @@ def build(
     """Prune, export, verify and bundle: the main job."""
     from racdeploy.pipeline.job import Job
     from racdeploy.pipeline.planning import pruning_plan
+    from racdeploy.pipeline.preflight import check_build
     from racdeploy.recipe import Recipe, read_toml
     from racdeploy.verify.controls import SAME_SIZE
     from racdeploy.verify.gate import read_gate
@@ -160,9 +161,9 @@ def build(
     options["gate"] = read_toml(gate) if gate else None
     options["also"] = tuple(also) if also else None
     options["verify"]["controls"] = (SAME_SIZE,) if controls else None
-    with _building(Job.of(Recipe.combine(recipe, options), tier), work, threads) as builder:
+    with _building(Job.at_tier(Recipe.combine(recipe, options), tier), work, threads) as builder:
         if dry_run:
-            _print_plan(builder.job.check(out_folder) | pruning_plan(builder), json_output)
+            _print_plan(check_build(builder.job, out_folder) | pruning_plan(builder), json_output)
             return
         folder, report = builder.run(out_folder)
     _finish(report, json_output, f"bundle: {folder}", builder.job.gate)
@@ -184,11 +185,12 @@ def traces(
 ) -> None:
     """Collect the model's chains of thought and print where they are."""
     from racdeploy.pipeline.job import Job
+    from racdeploy.pipeline.preflight import check_model
     from racdeploy.recipe import Recipe
 
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
-        builder.job.check_model()
+        check_model(builder.job)
         folder, _ = builder.traces()
     _print_folder(folder, json_output)
 
@@ -215,12 +217,13 @@ def prune(
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
     from racdeploy.pipeline.job import Job
     from racdeploy.pipeline.planning import pruning_plan
+    from racdeploy.pipeline.preflight import check_model
     from racdeploy.recipe import Recipe
 
     options = _options(model, target, task, calibration_task, trace_prompts, trace_server, None)
     options |= _pruning(sparsity, pattern, method, calibration)
     with _building(Job(Recipe.combine(recipe, options)), work, threads) as builder:
-        builder.job.check_model()
+        check_model(builder.job)
         if dry_run:
             _print_plan(pruning_plan(builder), json_output)
             return

@@ -6,7 +6,8 @@ nothing is dropped. An artifact is one main file, which an engine opens, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "format_of",
     "load",
+    "measure_sparsity",
     "write",
 ]
 
@@ -110,6 +112,14 @@ class ExportResult:
             tuple(values["notes"]),
             values["unpacked_sha256"],
         )
+
+
+def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:
+    """Return the fraction of zeros in an exported file, over the weights of some sources."""
+    wanted = set(sources)
+    linears = [tensor for tensor in result.tensors if tensor.source in wanted]
+    zeros = sum(tensor.zeros * math.prod(tensor.shape) for tensor in linears)
+    return zeros / sum(math.prod(tensor.shape) for tensor in linears)
 
 
 class Format(Protocol):

@@ -23,11 +23,18 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.extras import installed_version
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import ResolvedModel
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import Verification
 from racdeploy.pipeline.gates import Held, hold
-from racdeploy.pipeline.job import Job, size_label
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import (
+    count_parameters,
+    describe_origin,
+    label_size,
+    name_artifact,
+    name_model,
+)
+from racdeploy.pipeline.preflight import check_build
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import IMPORTANCE_FILE
@@ -119,7 +126,7 @@ class Build:
         """Return what decides the traces of a model."""
         return self._inputs("traces", () if self._served(checkpoint) else _LIBRARIES) | {
             "model": checkpoint.sha256,
-            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
+            "tasks": self.job.tasks.identify_calibration(),
             "traces": self.job.recipe.traces.identity,
         }
 
@@ -172,18 +179,18 @@ class Build:
         settings = asked.model_copy(
             update={"sparsity": sparsity, "device": choose_device(asked.device).type}
         )
-        quant = self.job.grid if settings.joint else ""
+        quant = self.job.joint_quant if settings.joint else ""
         inputs = self._inputs("prune", _LIBRARIES) | {
             "traces_sha256": traces_sha256,
             "model": self.job.checkpoint.sha256,
-            "tasks": [self.job.task_identity(spec) for spec in self.job.calibration_specs],
+            "tasks": self.job.tasks.identify_calibration(),
             "calibration": self.job.recipe.calibration.model_dump(),
             "prune": settings.model_dump(),
             "quant": quant,
             "within": Checkpoint(before.folder).sha256 if before else "",
         }
         stage = self._stage("prune", inputs)
-        folder = stage.folder / self.job.reaching(sparsity).name
+        folder = stage.folder / name_model(self.job.at_sparsity(sparsity))
         if not stage.finished:
             calibration, held_out, counts = self.calibration(traces)
             given = {
@@ -325,9 +332,9 @@ class Build:
             if asked == SAME_SIZE:
                 shapes = {
                     source: self.job.checkpoint.entries[source].shape
-                    for source in self.job.prunable()
+                    for source in self.job.prunable_weights
                 }
-                sparsity = self.job.file_sparsity(pruned)
+                sparsity = exports.measure_sparsity(pruned, shapes)
                 names += same_size_quants(self.job.recipe.export, dense, pruned, shapes, sparsity)
             else:
                 names.append(asked)
@@ -373,7 +380,7 @@ class Build:
         Raises:
             RacdeployError: the first thing that went wrong; no bundle is left then.
         """
-        self.job.check(out)
+        check_build(self.job, out)
         trace_folder, traces = self.traces()
         model = self.prune()
         dense = self.export(
@@ -383,20 +390,20 @@ class Build:
             importance=model.folder,
         )
         reached = [
-            replace(self, job=job.reaching(model.sparsity))
+            replace(self, job=job.at_sparsity(model.sparsity))
             for job in (self.job, *self.job.siblings)
         ]
-        pruned, *also = (build.export(model.folder, build.job.artifact_name) for build in reached)
+        pruned, *also = (build.export(model.folder, name_artifact(build.job)) for build in reached)
         held = self._hold(model, (pruned, *also), traces[0].ids)
         report, records = self.verification.verify(
             model, dense, pruned, held, also, self.rivals(model, dense, pruned)
         )
-        folder = out or Path(reached[0].job.artifact_name)
+        folder = out or Path(name_artifact(reached[0].job))
         bundling.write(
             folder,
             bundling.Contents(
                 artifacts=[
-                    bundling.Artifact(build.job.artifact_name, build.job.recipe.export, exported)
+                    bundling.Artifact(name_artifact(build.job), build.job.recipe.export, exported)
                     for build, exported in zip(reached, (pruned, *also), strict=True)
                 ],
                 model=self.job.model,
@@ -407,7 +414,7 @@ class Build:
                 )
                 | {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection},
                 sparsity=model.sparsity,
-                sparsity_asked=self.job.sparsity_asked(model.linears),
+                sparsity_asked=self.job.weigh_sparsity_asked(model.linears),
                 undone=model.undone,
                 report=report,
                 records=records,
@@ -458,12 +465,10 @@ class Build:
         if self.job.recipe.calibration.source == "prompt":
             mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
             count = math.ceil(1.1 * selection.tokens / mean)
-            specs, seed = self.job.calibration_specs, self.job.recipe.traces.seed
+            seed = self.job.recipe.traces.seed
             held = {trace.question for trace in selection.held_out}
             fresh = [
-                p
-                for p in self.job.draw("calibration", specs, seed, count)
-                if p.question not in held
+                p for p in self.job.tasks.draw("calibration", seed, count) if p.question not in held
             ]
             chosen = within_budget(prompt_traces(self.job.encoder, fresh), selection.tokens)
         counts = {
@@ -482,9 +487,9 @@ class Build:
     def _metadata(self) -> dict[str, str | int | float | bool]:
         prune, model = self.job.recipe.prune, self.job.model
         return {
-            **_origin(model, self.job.fine_tune),
-            "general.name": self.job.name,
-            "general.size_label": size_label(self.job.parameters),
+            **describe_origin(model, self.job.recipe),
+            "general.name": name_model(self.job),
+            "general.size_label": label_size(count_parameters(self.job.checkpoint)),
             "racdeploy.version": __version__,
             "racdeploy.base_model": self.job.recipe.model,
             "racdeploy.method": prune.method,
@@ -508,21 +513,6 @@ class Build:
 
 def _print_notice(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _origin(model: ResolvedModel, fine_tune: str) -> dict[str, str | int | float | bool]:
-    """Return the ``general.*`` keys that say which model a pruned one was made of."""
-    values: dict[str, str | int | float | bool] = {
-        "general.basename": model.name,
-        "general.finetune": fine_tune,
-        "general.version": "v1.0",
-        "general.base_model.count": 1,
-        "general.base_model.0.name": model.name,
-    }
-    if model.on_hub:
-        values["general.base_model.0.organization"] = model.origin.partition("/")[0]
-        values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
-    return values
 
 
 def _held_out_note(selection: Mapping[str, Any]) -> str:

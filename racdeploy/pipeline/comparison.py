@@ -107,7 +107,7 @@ class Verification:
         for name, exported in zip(quants, (dense, pruned, *(rivals or {}).values()), strict=True):
             answers = self.answer(exported, name, engine_settings)
             traces = traces or answers.traces
-            sparsity = self.job.file_sparsity(exported)
+            sparsity = exports.measure_sparsity(exported, self.job.prunable_weights)
             known = exported.size_bytes, quants[name], sparsity
             arms.append(
                 Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
@@ -126,7 +126,7 @@ class Verification:
             traces[: settings.logit_traces],
         )
         rows = tensor_rows(pruned)
-        prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable()}
+        prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable_weights}
         evidence = Evidence(
             settings=settings,
             gate=self.job.gate,
@@ -136,7 +136,7 @@ class Verification:
             rivals=tuple(arms[2:]),
             artifact=pruned.path,
             artifact_files=pruned.files,
-            sparsity_asked=self.job.sparsity_asked(model.linears),
+            sparsity_asked=self.job.weigh_sparsity_asked(model.linears),
             sparsity_recipe=self.job.recipe.prune.sparsity if model.undone else None,
             tensors=rows,
             prunable=frozenset(prunable),
@@ -181,7 +181,10 @@ class Verification:
     def _answer_also(self, exported: ExportResult, settings: EngineSettings) -> OtherArtifact:
         """Answer the evaluation prompts with the artifact of a further target."""
         name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
-        answers, sparsity = self.answer(exported, name, settings), self.job.file_sparsity(exported)
+        answers, sparsity = (
+            self.answer(exported, name, settings),
+            exports.measure_sparsity(exported, self.job.prunable_weights),
+        )
         known = exported.size_bytes, quant, sparsity
         arm = Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
         return OtherArtifact(arm, self.job.backend, exported.path, exported.files)

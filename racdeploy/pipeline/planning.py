@@ -39,7 +39,7 @@ def pruning_plan(build: Build) -> dict[str, Any]:
             job.checkpoint, together, prompt, prompt + cap
         )
 
-    grid = job.grid if settings.prune.joint else ""
+    grid = job.joint_quant if settings.prune.joint else ""
     memory = peak_bytes(job.checkpoint, settings.prune, tokens, held_out_tokens, grid)
     return plan | {
         f"prune_tokens{bound}": tokens,

@@ -22,6 +22,7 @@ __all__ = [
     "Problem",
     "Split",
     "Task",
+    "TaskSet",
     "load",
     "problems_of",
     "procedural_names",
@@ -119,6 +120,74 @@ class Task:
                 remedy="ask for fewer prompts in the recipe, or give a task with more of them",
             )
         return [replace(p, task=self.spec) for p in found]
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """What a model is asked: when it is verified, and when its traces are collected.
+
+    Args:
+        evaluation, calibration: the tasks of either, by specification; a file may serve both.
+    """
+
+    evaluation: Mapping[str, Task]
+    calibration: Mapping[str, Task]
+
+    @classmethod
+    def load(cls, evaluation: Sequence[str], calibration: Sequence[str]) -> TaskSet:
+        """Load tasks by specification.
+
+        Args:
+            evaluation: empty means every procedural task.
+            calibration: empty means those of the evaluation.
+
+        Raises:
+            UsageError: a task is named twice, or one that :func:`load` refuses.
+        """
+        evaluation = tuple(evaluation) or procedural_names()
+        calibration = tuple(calibration) or evaluation
+        for specs in (evaluation, calibration):
+            if len(set(specs)) < len(specs):
+                raise UsageError(
+                    f"a task is named twice: {', '.join(specs)}", remedy="name each task once"
+                )
+
+        loaded = {spec: load(spec) for spec in dict.fromkeys(evaluation + calibration)}
+        return cls(
+            {spec: loaded[spec] for spec in evaluation},
+            {spec: loaded[spec] for spec in calibration},
+        )
+
+    def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
+        """Return up to ``count`` problems of a split, shared evenly among its tasks.
+
+        A file that serves both splits is shared out; one that serves a single split gives all it has.
+
+        Raises:
+            UsageError: a task has none.
+        """
+        asked = self.calibration if split == "calibration" else self.evaluation
+        alone = not set(self.evaluation) & set(self.calibration)
+        chosen = [task.serving(split, whole=alone) for task in asked.values()]
+
+        for available in [task.available(split) for task in chosen]:
+            if available is not None:
+                count = min(count, len(chosen) * available)
+        if not count:
+            raise UsageError(
+                f"task {', '.join(asked)} holds no {split} problem",
+                remedy="give a file with more problems, or another --calibration-task",
+            )
+        return problems_of(chosen, split, seed, count)
+
+    def identify_calibration(self) -> list[dict[str, str]]:
+        """Return what decides the calibration prompts: names of tasks, hashes of their files."""
+        return [_identify(spec, task) for spec, task in self.calibration.items()]
+
+
+def _identify(spec: str, task: Task) -> dict[str, str]:
+    pool = "\n".join(f"{p.question}\0{p.gold}\0{p.scorer}" for p in task.pool)
+    return {"name": spec.partition(":")[0], "pool": hashlib.sha256(pool.encode()).hexdigest()}
 
 
 def load(spec: str) -> Task:

@@ -17,6 +17,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.gates import Held
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import name_artifact
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record, Report
@@ -67,7 +68,7 @@ def bench(work: Path) -> Bench:
     dense = build.export(
         build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder
     )
-    return Bench(build, model, dense, build.export(model.folder, build.job.artifact_name))
+    return Bench(build, model, dense, build.export(model.folder, name_artifact(build.job)))
 
 
 def _said(report: Report, check: str) -> tuple[str, str]:
@@ -144,7 +145,7 @@ def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
     options = OPTIONS | {"prune": {"sparsity": 0.6}, "calibration": {"source": "prompt"}}
     other = replace(bench.build, job=Job(Recipe.combine(None, options)))
     model = other.prune()
-    report, _ = bench.verify(other.export(model.folder, other.job.artifact_name), other, model)
+    report, _ = bench.verify(other.export(model.folder, name_artifact(other.job)), other, model)
     verdict, summary = _said(report, "accuracy")
     assert (verdict, "drop +" in summary) == ("fail", True)
 
@@ -157,7 +158,9 @@ def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: 
     assert (outcome.code, "does not keep them" in outcome.err) == (2, True), outcome.err
     settings = bench.build.job.recipe.export.model_copy(update={"quant": "q4_k"})
     exported = exports.write(Checkpoint(bench.model.folder), tmp_path / "model.gguf", settings)
-    linears = [tensor for tensor in exported.tensors if tensor.source in bench.build.job.prunable()]
+    linears = [
+        tensor for tensor in exported.tensors if tensor.source in bench.build.job.prunable_weights
+    ]
     zeros = sum(tensor.zeros for tensor in linears) / len(linears)
     evidence = Evidence(
         bench.build.job.recipe.verify,

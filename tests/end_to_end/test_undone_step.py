@@ -9,6 +9,7 @@ import pytest
 
 from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
 from tests.support.commands import racdeploy
 
@@ -81,9 +82,9 @@ def test_a_bundle_named_by_a_step_is_not_written_over_another_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     job = Job(Recipe.combine(tmp_path / "recipe.toml", {}))
-    taken = Path(job.check()["artifact"].replace("-97-", "-30-"))
+    taken = Path(check_build(job)["artifact"].replace("-97-", "-30-"))
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=f"{taken} exists and is not a bundle"):
-        job.check()
-    job.check(tmp_path / "bundle")
+        check_build(job)
+    check_build(job, tmp_path / "bundle")

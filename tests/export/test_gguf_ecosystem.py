@@ -16,7 +16,8 @@ from racdeploy.export.gguf.body import divide
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.job import Job, size_label
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import label_size, name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.storage.files import file_sha256
 from tests.support.llama_child import ask_llama
@@ -107,7 +108,7 @@ def test_no_part_is_larger_than_asked_unless_one_tensor_is() -> None:
 )
 def test_sizes_are_named_as_people_name_them(parameters: int, label: str) -> None:
     """One digit behind the point below ten, and none where it is zero."""
-    assert size_label(parameters) == label
+    assert label_size(parameters) == label
 
 
 @pytest.mark.parametrize("model", ["tiny-reasoner", "SmolLM2-135M-Instruct"])
@@ -116,7 +117,7 @@ def test_file_names_follow_the_rule(tmp_path: Path, model: str, quant: str) -> N
     """Base, size, fine-tune, version and encoding are where the specification's own expression finds them."""
     folder = model if model == "tiny-reasoner" else str(make_checkpoint(tmp_path / model, "llama"))
     job = Job(Recipe.combine(None, {"model": folder, "export": {"quant": quant}}))
-    for name in (f"{job.artifact_name}.gguf", f"{job.artifact_name}-00001-of-00002.gguf"):
+    for name in (f"{name_artifact(job)}.gguf", f"{name_artifact(job)}-00001-of-00002.gguf"):
         match = RULE.match(name)
         assert match, name
         assert match["Version"] == "v1.0"

@@ -322,10 +322,10 @@ def test_a_linear_that_is_no_whole_blocks_is_refused_before_any_work(tmp_path: P
     for target, name in (("gguf", "q4_0"), ("onnx", "matmulnbits_4"), ("onnx", "matmulnbits_8")):
         asked: dict[str, Any] = {"model": str(folder), "target": target, "export": {"quant": name}}
         with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj.*80 weights"):
-            _ = Job(Recipe.combine(None, {**asked, "prune": {"joint": True}})).grid
+            _ = Job(Recipe.combine(None, {**asked, "prune": {"joint": True}})).joint_quant
         assert (
             Job(
                 Recipe.combine(None, {**asked, "prune": {"joint": True, "dense": ["down_proj"]}})
-            ).grid
+            ).joint_quant
             == name
         )

@@ -124,7 +124,7 @@ def test_a_tier_says_how_much_is_run() -> None:
 def test_equal_samples_are_refused() -> None:
     """Two greedy samples are one."""
     with pytest.raises(UsageError, match="2 samples at temperature 0"):
-        Job.of(Recipe(gate={"tiers": {"smoke": {"samples": 2}}}), "smoke")
+        Job.at_tier(Recipe(gate={"tiers": {"smoke": {"samples": 2}}}), "smoke")
 
 
 def test_a_recipe_carries_its_gate() -> None:

@@ -1,0 +1,68 @@
+"""What a pruned model and its artifact are called: base, size, what was done to it, and encoding.
+
+Source: ggml/docs/gguf.md, "GGUF Naming Convention": BaseName-SizeLabel-FineTune-Version-Encoding.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import ResolvedModel
+from racdeploy.pipeline.job import Job
+from racdeploy.recipe import Recipe
+
+_SCALES = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}
+_SIZE = re.compile(r"(?:^|-)(?:\d+x)?\d+(?:\.\d+)?[KMBT](?=-|$)", re.IGNORECASE)
+"""A size in a name, as 135M, 1.5B or 8x7B."""
+
+
+def name_artifact(job: Job) -> str:
+    """Return the file name of the exported artifact, without suffix; the rule is GGUF's for every format."""
+    return f"{name_model(job)}-v1.0-{job.recipe.export.quant.upper()}"
+
+
+def name_model(job: Job) -> str:
+    """Return the name of the pruned model: base, size, and what was done to it."""
+    base = job.model.name
+    size = "" if _SIZE.search(base) else f"-{label_size(count_parameters(job.checkpoint))}"
+    return f"{base}{size}-{describe_pruning(job.recipe)}"
+
+
+def describe_pruning(recipe: Recipe) -> str:
+    """Return what is done to a model, as a name says it: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
+    prune = recipe.prune
+    how = recipe.calibration.source if prune.method == "sparsegpt" else prune.method
+    if prune.kept_of:
+        return f"{how}-{prune.pattern.replace(':', 'of')}"
+    return f"{how}-{100 * prune.sparsity:g}"
+
+
+def count_parameters(checkpoint: Checkpoint) -> int:
+    """Return how many weights a checkpoint holds."""
+    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+
+
+def label_size(parameters: int) -> str:
+    """Return how many parameters there are as a name says it, as ``1.5B`` or ``135M``."""
+    letter = next((letter for letter, scale in _SCALES.items() if parameters >= scale), "K")
+    number = parameters / _SCALES[letter]
+    if number >= 10:
+        return f"{number:.0f}{letter}"
+    return f"{number:.1f}".removesuffix(".0") + letter
+
+
+def describe_origin(model: ResolvedModel, recipe: Recipe) -> dict[str, str | int | float | bool]:
+    """Return the ``general.*`` keys that say which model a pruned one was made of."""
+    values: dict[str, str | int | float | bool] = {
+        "general.basename": model.name,
+        "general.finetune": describe_pruning(recipe),
+        "general.version": "v1.0",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": model.name,
+    }
+    if model.on_hub:
+        values["general.base_model.0.organization"] = model.origin.partition("/")[0]
+        values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
+    return values

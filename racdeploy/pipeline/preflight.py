@@ -1,0 +1,196 @@
+"""What is looked at before any work: whatever would go wrong later, and the plan of power and bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from racdeploy import export, quant
+from racdeploy.errors import MissingExtraError, ModelError, UsageError
+from racdeploy.extras import EXTRAS, is_installed
+from racdeploy.models.coverage import check_covered, listed
+from racdeploy.pipeline import bundling
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import count_parameters, name_artifact
+from racdeploy.recipe import Target
+from racdeploy.verify.controls import SAME_SIZE
+from racdeploy.verify.plan import Expectation, plan
+
+_NEEDS = {module: EXTRAS[module] for module in ("torch", "transformers", "safetensors")}
+_LEAST_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
+
+
+def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
+    """Look at everything that can be known before a build, and return the plan.
+
+    Args:
+        job: what to build.
+        out: where the bundle will go; None is a folder named as the artifact, which may be of any
+            step of a schedule.
+
+    Raises:
+        RacdeployError: the first thing that would go wrong later.
+    """
+    jobs = (job, *job.siblings)
+    for each in jobs:
+        _require({**_NEEDS, **export.load(each.recipe.export.format).NEEDS})
+    export.check(job.recipe.export)
+
+    for place in [out] if out else _possible_folders(job):
+        bundling.check_replaceable(place)
+    _check_controls(job)
+    check_model(job)
+    _check_context(job)
+
+    plans = [plan_build(each) for each in jobs]
+    for each, planned in zip(jobs, plans, strict=True):
+        export.check(each.recipe.export)
+        _check_memory(each, planned)
+    return plans[0]
+
+
+def check_model(job: Job) -> None:
+    """Look at what traces and pruning need: the model's parts, the pattern, and the problems.
+
+    Raises:
+        RacdeployError: the first thing that would go wrong later.
+    """
+    _require(_NEEDS)
+    checkpoint, settings = job.checkpoint, job.recipe.prune
+    _ = job.gate
+
+    check_covered(checkpoint, settings.dense)
+    if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
+        raise ModelError(
+            f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "
+            f"{listed(missing)}",
+            remedy="the checkpoint is incomplete; save or download it again",
+        )
+
+    _check_dense(job)
+    if settings.joint:
+        _ = job.joint_quant
+    for name in job.weights_to_prune:
+        settings.check_width(name, checkpoint.entries[name].shape[1])
+
+    _ = checkpoint.eos_ids, job.encoder.encode("2 + 2?"), checkpoint.tied
+    _check_splits(job)
+
+
+def plan_build(job: Job) -> dict[str, Any]:
+    """Return what a build will ask of the model and of the machine."""
+    recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
+    parameters, prunable = count_parameters(checkpoint), set(job.prunable_weights)
+    sizes = {name: math.prod(checkpoint.entries[name].shape) for name in prunable}
+    pruned = len(job.weights_to_prune)
+
+    # What is no linear keeps at least 8 bits, whatever the quant.
+    linear_bits = sum(size * quant.load(job.quant_of(name)).BITS for name, size in sizes.items())
+    other_bits = max(quant.load(job.quant_rules.quant).BITS, _LEAST_EMBEDDING_BITS)
+    artifact_bits = linear_bits + (parameters - sum(sizes.values())) * other_bits
+
+    # Keys and values of a token, in half precision.
+    heads = checkpoint.key_value_heads * checkpoint.head_size
+    token_bytes = 2 * 2 * checkpoint.block_count * heads
+
+    # "same-size" stands for two models.
+    models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
+    prompts, trace_prompts = len(job.problems("evaluation")), len(job.problems("calibration"))
+
+    return {
+        "model": recipe.model,
+        "architecture": checkpoint.family.architecture,
+        "parameters": parameters,
+        "prunable_parameters": sum(sizes.values()),
+        "linears_pruned": pruned,
+        "linears_kept_dense": len(prunable) - pruned,
+        "thinks": job.tags is not None,
+        "traces_from": recipe.traces.server or "transformers",
+        "trace_prompts": trace_prompts,
+        "trace_tokens_at_most": trace_prompts * recipe.traces.max_new_tokens,
+        "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
+        **plan(settings, job.gate, Expectation(), prompts),
+        "artifact_bytes": round(artifact_bits / 8),
+        "cache_bytes": token_bytes * settings.context_tokens,
+        # One checkpoint at a time, in float32 under torch.
+        "verify_memory_bytes_at_least": 4 * parameters,
+        "artifact": name_artifact(job),
+    }
+
+
+def _possible_folders(job: Job) -> list[Path]:
+    """Return the bundle's folder by each step of a schedule: the last ones may be undone."""
+    steps = job.recipe.prune.schedule or (job.recipe.prune.sparsity,)
+    return [Path(name_artifact(job.at_sparsity(step))) for step in steps]
+
+
+def _check_controls(job: Job) -> None:
+    for name in job.recipe.verify.controls:
+        if name != SAME_SIZE:
+            plain = {"quant": name, "tensors": {}, "packing": "plain"}
+            export.check(job.recipe.export.model_copy(update=plain))
+
+
+def _check_context(job: Job) -> None:
+    settings = job.recipe.verify
+    prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
+    longest = max(map(len, prompts))
+    if longest + settings.max_new_tokens > settings.context_tokens:
+        raise UsageError(
+            f"the longest prompt has {longest} tokens; with verify.max_new_tokens "
+            f"{settings.max_new_tokens} that is more than verify.context_tokens "
+            f"{settings.context_tokens}",
+            remedy="raise verify.context_tokens or lower verify.max_new_tokens",
+        )
+
+
+def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
+    target = Target.read(job.recipe.target)
+    artifact_bytes, cache_bytes = planned["artifact_bytes"], planned["cache_bytes"]
+    if artifact_bytes + cache_bytes > target.memory_limit_bytes:
+        raise UsageError(
+            f"the artifact takes {artifact_bytes / 1e9:.2f} GB and the cache of one sequence "
+            f"{cache_bytes / 1e9:.2f} GB, target {target.name!r} holds "
+            f"{target.memory_limit_bytes / 1e9:.2f} GB",
+            remedy="choose a smaller quant, a smaller model, a shorter context, or another target",
+        )
+
+
+def _check_dense(job: Job) -> None:
+    """Refuse patterns of ``prune.dense`` that name no linear, or together name every one."""
+    prunable = [name.removesuffix(".weight") for name in job.prunable_weights]
+    linears = [
+        name.removesuffix(".weight")
+        for name, entry in job.checkpoint.entries.items()
+        if len(entry.shape) > 1
+    ]
+    for pattern in job.recipe.prune.dense:
+        if not any(re.search(pattern, name) for name in linears):
+            raise UsageError(
+                f"prune.dense pattern {pattern!r} matches no linear",
+                remedy=f"names look like {prunable[0]}",
+            )
+
+    if not job.weights_to_prune:
+        raise UsageError(
+            f"prune.dense leaves nothing to prune: it matches all {len(prunable)} linears",
+            remedy=f"name fewer of {listed(prunable)}",
+        )
+
+
+def _check_splits(job: Job) -> None:
+    asked = {problem.question for problem in job.problems("evaluation")}
+    if shared := asked & {problem.question for problem in job.problems("calibration")}:
+        raise UsageError(
+            f"{len(shared)} questions are in both the calibration and the evaluation task",
+            remedy="give one file alone, which is split, or two files that share no question",
+        )
+
+
+def _require(packages: Mapping[str, str]) -> None:
+    for package, extra in packages.items():
+        if not is_installed(package):
+            raise MissingExtraError(package, extra)
