@@ -72,7 +72,7 @@ class Grid(Quant, Protocol):
     """A format whose weights are whole codes times one scale per block; zero has the code 0.
 
     ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores them; ``steps``
-    returns step_OB, the scale of every block, float32. Without an importance, ``quantize`` takes the scale from the
+    returns step_OG, the scale of every block, float32. Without an importance, ``quantize`` takes the scale from the
     weight of largest magnitude, which gets the code of largest magnitude.
     """
 
@@ -87,39 +87,39 @@ def as_grid(name: str) -> Grid:
     Raises:
         UsageError: the format is no such grid; the message names those that are.
     """
-    if not hasattr(load(name), "CODES"):
+    quant = load(name)
+    if not hasattr(quant, "CODES"):
         others = {other: load(other) for other in plugins.names("quant")}
-        formats = set(load(name).FORMATS)
         grids = [
             other
-            for other, quant in others.items()
-            if hasattr(quant, "CODES") and formats & {*quant.FORMATS}
+            for other, form in others.items()
+            if hasattr(form, "CODES") and {*form.FORMATS} & {*quant.FORMATS}
         ]
         raise UsageError(
             f"the codes of quant {name!r} cannot be chosen while pruning",
             remedy=f"use one of {', '.join(grids)}, or prune.joint = false",
         )
-    return cast(Grid, load(name))
+    return cast(Grid, quant)
 
 
 def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np.float32]:
-    """Return step_OB of a format whose blocks begin with a scale in half precision."""
-    O, P = packed_OP.shape
-    scale_OB2 = packed_OP.reshape(O, P // block_bytes, block_bytes)[:, :, :2]
-    return np.ascontiguousarray(scale_OB2).view(np.float16)[:, :, 0].astype(np.float32)
+    """Return step_OG of a format whose blocks begin with a scale in half precision."""
+    packed_OGP = packed_OP.reshape(len(packed_OP), -1, block_bytes)
+    scale_OG2 = np.ascontiguousarray(packed_OGP[:, :, :2])
+    return scale_OG2.view(np.float16)[:, :, 0].astype(np.float32)
 
 
-def pair_nibbles(code_BK: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pair_nibbles(code_GS: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return four-bit codes two a byte, as ggml pairs them: the first half of a block low, the second half high."""
-    half = code_BK.shape[-1] // 2
-    return code_BK[..., :half] | code_BK[..., half:] << np.uint8(4)
+    low, high = np.split(code_GS, 2, axis=-1)
+    return low | high << np.uint8(4)
 
 
-def join_blocks(step_OB: NDArray[np.float16], *fields_OBP: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def join_blocks(step_OG: NDArray[np.float16], *fields_OGP: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return packed_OP of blocks that are a scale in half precision and then some bytes."""
-    O, B = step_OB.shape
-    scale_OB2 = np.ascontiguousarray(step_OB, dtype="<f2").view(np.uint8).reshape(O, B, 2)
-    return np.concatenate([scale_OB2, *fields_OBP], axis=-1).reshape(O, -1)
+    O, G = step_OG.shape
+    scale_OG2 = np.ascontiguousarray(step_OG, dtype="<f2").view(np.uint8).reshape(O, G, 2)
+    return np.concatenate([scale_OG2, *fields_OGP], axis=-1).reshape(O, -1)
 
 
 def load_ggml(name: str) -> GgmlQuant:

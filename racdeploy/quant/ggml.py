@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,19 +39,21 @@ def quantize(
     Raises:
         EngineError: the library is missing, or does not write what it says.
     """
+    library = _library()
+    needs_matrix = library.ggml_quantize_requires_imatrix(ggml_type)
+    assert not needs_matrix, "this type aborts without a matrix"
     O, I = weight_OI.shape
-    assert not _library().ggml_quantize_requires_imatrix(ggml_type), (
-        "this type aborts without a matrix"
-    )
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
     packed_OP = np.empty((O, row_bytes(ggml_type, I)), dtype=np.uint8)
+
     matrix = None
     if importance_I is not None:
         assert importance_I.shape == (I,), "one importance an input"
         assert (importance_I > 0).all(), "importance must be above zero"
         importance_I = np.ascontiguousarray(importance_I, dtype=np.float32)
         matrix = importance_I.ctypes.data
-    written = _library().ggml_quantize_chunk(
+
+    written = library.ggml_quantize_chunk(
         ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, matrix
     )
     if written != packed_OP.nbytes:
@@ -64,7 +67,9 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
     assert row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
     packed_OP = np.ascontiguousarray(packed_OP)
     weight_OI = np.empty((O, I), dtype=np.float32)
-    convert = _library()[f"dequantize_row_{_library().ggml_type_name(ggml_type).decode()}"]
+
+    library = _library()
+    convert = library[f"dequantize_row_{library.ggml_type_name(ggml_type).decode()}"]
     convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
@@ -73,9 +78,10 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
 
 def row_bytes(ggml_type: int, row_length: int) -> int:
     """Return the packed size of a row of whole blocks."""
-    block: int = _library().ggml_blck_size(ggml_type)
-    assert row_length % block == 0, f"{row_length} weights are not whole blocks of {block}"
-    return row_length // block * int(_library().ggml_type_size(ggml_type))
+    library = _library()
+    block_weights = int(library.ggml_blck_size(ggml_type))
+    assert row_length % block_weights == 0, f"{row_length} weights are no blocks of {block_weights}"
+    return row_length // block_weights * int(library.ggml_type_size(ggml_type))
 
 
 @cache
@@ -87,14 +93,20 @@ def _library() -> ctypes.CDLL:
             f"cannot load ggml from {_LIBRARY_FILE}: {error}",
             remedy="pip install --force-reinstall llama-cpp-python",
         ) from error
-    number, size = ctypes.c_int, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = (
-        number, ctypes.c_void_p, ctypes.c_void_p, size, size, size, ctypes.c_void_p,
-    )  # fmt: skip
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_requires_imatrix.argtypes = (number,)
-    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    library.ggml_blck_size.argtypes, library.ggml_blck_size.restype = (number,), size
-    library.ggml_type_size.argtypes, library.ggml_type_size.restype = (number,), ctypes.c_size_t
-    library.ggml_type_name.argtypes, library.ggml_type_name.restype = (number,), ctypes.c_char_p
+
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    signatures: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "ggml_quantize_chunk": (
+            (number, pointer, pointer, size, size, size, pointer),
+            ctypes.c_size_t,
+        ),
+        "ggml_quantize_requires_imatrix": ((number,), ctypes.c_bool),
+        "ggml_blck_size": ((number,), size),
+        "ggml_type_size": ((number,), ctypes.c_size_t),
+        "ggml_type_name": ((number,), ctypes.c_char_p),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = result
     return library

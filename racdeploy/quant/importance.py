@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import disk_errors
+from racdeploy.storage.ggml_types import GGML_TYPES
 from racdeploy.storage.gguf_header import TensorInfo, read_header
 from racdeploy.storage.safetensors import read_tensor_entries
 
@@ -25,7 +26,7 @@ SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
 # Inputs that were never active would have no weight at all, and whole blocks of them no scale.
 _FLOOR = 1e-4
-_F32 = 0
+_F32 = GGML_TYPES["f32"].number
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Importance:
                 remedy="give the path of an importance matrix in export.importance",
             )
         means, tokens = _read_imatrix(file) if file.suffix == ".gguf" else _read_statistic(file)
+
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():
                 raise _refusal(
                     file, f"the importance of {name!r} is negative, infinite or not a number"
                 )
+
         if not means:
             raise ArtifactError(
                 f"{file} holds no importance", remedy="give what llama-imatrix or the pruning wrote"
@@ -102,20 +105,21 @@ class Importance:
             names: name in the checkpoint → name in the exported file.
         """
         partial = file.with_name(f".{file.name}.partial")
-        held = {names[name]: name for name in self.means if name in names}
+        sources = {names[source]: source for source in self.means if source in names}
+        most_tokens = max(self.tokens[source] for source in sources.values())
         writer = GGUFWriter(partial, arch="")
         try:
             with disk_errors(file):
                 writer.add_type("imatrix")
                 writer.add_array("imatrix.datasets", ["racdeploy calibration"])
                 writer.add_uint32("imatrix.chunk_count", 1)
-                writer.add_uint32(
-                    "imatrix.chunk_size", max(self.tokens[name] for name in held.values())
-                )
-                for stored, name in sorted(held.items()):
-                    count = np.float32(self.tokens[name])
-                    writer.add_tensor(stored + _SUMS, self.means[name][None] * count)
-                    writer.add_tensor(stored + _COUNTS, np.full((1, 1), count, dtype=np.float32))
+                writer.add_uint32("imatrix.chunk_size", most_tokens)
+
+                for name, source in sorted(sources.items()):
+                    count_11 = np.full((1, 1), self.tokens[source], dtype=np.float32)
+                    writer.add_tensor(name + _SUMS, self.means[source][None] * count_11)
+                    writer.add_tensor(name + _COUNTS, count_11)
+
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
@@ -141,60 +145,63 @@ def find(folder: Path, asked: str) -> Importance | None:
     return Importance.read(file) if file.is_file() else None
 
 
-def _read_statistic(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
+_Read = tuple[dict[str, NDArray[np.float32]], dict[str, int]]
+
+
+def _read_statistic(file: Path) -> _Read:
+    """Read what pruning left: a row of means and a number of tokens for each linear."""
     entries = read_tensor_entries(file)
     means, tokens = {}, {}
     for name, entry in entries.items():
         if name.endswith(_TOKENS):
             continue
+
         count = entries.get(name + _TOKENS)
-        if (
-            entry.dtype != "F32"
-            or len(entry.shape) != 1
-            or count is None
-            or (count.dtype, count.shape) != ("F64", (1,))
-        ):
+        is_row = entry.dtype == "F32" and len(entry.shape) == 1
+        is_counted = count is not None and (count.dtype, count.shape) == ("F64", (1,))
+        if count is None or not (is_row and is_counted):
             raise _refusal(file, f"{name!r} is no importance of one row with its number of tokens")
+
         means[name] = np.fromfile(file, "<f4", entry.shape[0], offset=entry.start)
-        tokens[name] = _whole(file, name, float(np.fromfile(file, "<f8", 1, offset=count.start)[0]))
+        (counted,) = np.fromfile(file, "<f8", 1, offset=count.start)
+        tokens[name] = _read_count(file, name, float(counted))
     return means, tokens
 
 
-def _read_imatrix(file: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
+def _read_imatrix(file: Path) -> _Read:
+    """Read llama.cpp's form, of matrices that all tokens see: those of experts have several rows of sums."""
     header = read_header(file)
     if header.values.get("general.type") != "imatrix":
         raise ArtifactError(
             f"{file} is a GGUF file and no importance matrix",
             remedy="give what llama-imatrix wrote",
         )
+
     tensors = {tensor.name: tensor for tensor in header.tensors}
     means, tokens = {}, {}
     for name in [n.removesuffix(_SUMS) for n in tensors if n.endswith(_SUMS)]:
         if name + _COUNTS not in tensors:
             raise _refusal(file, f"{name!r} has sums and no counts")
-        sum_MI, count_M1 = (
-            _floats(file, tensors[name + _SUMS]),
-            _floats(file, tensors[name + _COUNTS]),
-        )
-        if len(sum_MI) != len(count_M1) or count_M1.shape[1] != 1:
-            raise _refusal(file, f"{name!r} has {len(sum_MI)} sums and {len(count_M1)} counts")
-        if len(sum_MI) == 1 and count_M1[0, 0] != 0:  # matrices of experts have one each
-            tokens[name] = _whole(file, name, float(count_M1[0, 0]))
-            means[name] = (sum_MI / count_M1)[0]
+        sum_EI = _read_matrix(file, tensors[name + _SUMS])
+        count_E1 = _read_matrix(file, tensors[name + _COUNTS])
+        if len(sum_EI) != len(count_E1) or count_E1.shape[1] != 1:
+            raise _refusal(file, f"{name!r} has {len(sum_EI)} sums and {len(count_E1)} counts")
+
+        if len(sum_EI) == 1 and count_E1[0, 0] != 0:
+            tokens[name] = _read_count(file, name, float(count_E1[0, 0]))
+            means[name] = (sum_EI / count_E1)[0]
     return means, tokens
 
 
-def _floats(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
+def _read_matrix(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
     if tensor.ggml_type != _F32 or len(tensor.dimensions) > 2:
         raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
-    rows = tensor.dimensions[1] if len(tensor.dimensions) == 2 else 1
-    return np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position).reshape(
-        rows, -1
-    )
+    values = np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position)
+    return values.reshape(-1, tensor.dimensions[0])
 
 
-def _whole(file: Path, name: str, count: float) -> int:
-    if not 0 < count < 2**53:  # not a number is not
+def _read_count(file: Path, name: str, count: float) -> int:
+    if not 0 < count < 2**53:  # false for "not a number" too
         raise _refusal(file, f"{name!r} rests on {count} tokens")
     return max(1, round(count))
 

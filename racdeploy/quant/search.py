@@ -23,7 +23,7 @@ def choose_codes(
     spans: tuple[float, float],
     trials: int,
 ) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
-    """Return the scale of every block, step_OB, and the code of every weight, code_OI.
+    """Return the scale of every block, step_OG, and the code of every weight, code_OGS.
 
     Args:
         weight_OI: rows of whole blocks.
@@ -36,84 +36,107 @@ def choose_codes(
         trials: scales to try, evenly over the spans.
     """
     O, I = weight_OI.shape
+    G = I // block
     assert (importance_I > 0).all(), "importance must be above zero"
-    step_OB = np.empty((O, I // block), dtype=np.float16)
-    code_OI = np.empty((O, I), dtype=np.int8)
+    step_OG = np.empty((O, G), dtype=np.float16)
+    code_OGS = np.empty((O, G, block), dtype=np.int8)
+    span_N = np.linspace(*spans, trials, dtype=np.float32)
+
+    # Blocks lie side by side: sums over a block then add whole rows of blocks. In a chunk, G counts those of all rows.
     rows = max(1, _CHUNK_WEIGHTS // I)
-    importance_KB = _turned(np.tile(importance_I.astype(np.float32).reshape(-1, block), (rows, 1)))
+    importance_GS = np.tile(importance_I.astype(np.float32).reshape(G, block), (rows, 1))
+    importance_SG = np.ascontiguousarray(importance_GS.T)
+
     for start in range(0, O, rows):
-        weight_KB = _turned(weight_OI[start : start + rows].reshape(-1, block))
-        step_B, code_KB = _choose(
-            weight_KB,
-            importance_KB[:, : weight_KB.shape[1]],
-            codes,
-            np.linspace(*spans, trials, dtype=np.float32),
-        )
-        step_OB[start : start + rows] = step_B.reshape(-1, I // block)
-        code_OI[start : start + rows] = code_KB.T.reshape(-1, I)
-    return step_OB, code_OI
+        chunk = slice(start, start + rows)
+        weight_SG = np.ascontiguousarray(weight_OI[chunk].reshape(-1, block).T)
+        step_G, code_SG = _search(weight_SG, importance_SG[:, : weight_SG.shape[1]], codes, span_N)
+        step_OG[chunk] = step_G.reshape(-1, G)
+        code_OGS[chunk] = code_SG.T.reshape(-1, G, block)
+    return step_OG, code_OGS
 
 
-def _turned(values_BK: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the weights of a block one below the other: sums over a block then add whole rows of blocks."""
-    return np.ascontiguousarray(values_BK.T)
-
-
-def _choose(
-    weight_KB: NDArray[np.float32],
-    importance_KB: NDArray[np.float32],
+def _search(
+    weight_SG: NDArray[np.float32],
+    importance_SG: NDArray[np.float32],
     codes: tuple[int, int],
     span_N: NDArray[np.float32],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    extreme_1B = np.take_along_axis(weight_KB, np.abs(weight_KB).argmax(0)[None], 0)
-    widest_B: NDArray[np.float32] = extreme_1B[0] / np.float32(codes[0])
-    weighted_KB = importance_KB * weight_KB
-    code_KB, product_KB = np.empty_like(weight_KB), np.empty_like(weight_KB)
-    best_B, step_B = np.zeros_like(widest_B), widest_B.copy()
+    """Return the best scale of each block, and its codes."""
+    place_1G = np.abs(weight_SG).argmax(0)[None]
+    extreme_G = np.take_along_axis(weight_SG, place_1G, 0)[0]
+    widest_G: NDArray[np.float32] = extreme_G / np.float32(codes[0])  # ggml's scale
+    step_G = _fit_scales(weight_SG, importance_SG, widest_G, codes, span_N)
+
+    # Rounding to half precision may have made it worse than ggml's scale.
+    found_G, found_SG, error_G = _round(weight_SG, importance_SG, step_G, codes)
+    plain_G, plain_SG, plain_error_G = _round(weight_SG, importance_SG, widest_G, codes)
+    worse_G = ~(error_G <= plain_error_G)
+    np.copyto(found_G, plain_G, where=worse_G)
+    np.copyto(found_SG, plain_SG, where=worse_G)
+    return found_G, found_SG
+
+
+def _fit_scales(
+    weight_SG: NDArray[np.float32],
+    importance_SG: NDArray[np.float32],
+    widest_G: NDArray[np.float32],
+    codes: tuple[int, int],
+    span_N: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Return the scale of each block that fits best, over the codes that each span gives.
+
+    On fixed codes the best scale is match / energy, with match = Σ w x code and energy = Σ w code²; it takes
+    match² / energy off the error Σ w x² of no codes at all.
+    """
+    weighted_SG = importance_SG * weight_SG
+    code_SG = np.empty_like(weight_SG)
+    product_SG = np.empty_like(weight_SG)
+    best_G = np.zeros_like(widest_G)
+    step_G = widest_G.copy()
+
     for span in span_N:
-        _codes(weight_KB, widest_B * span, codes, code_KB)
-        match_B = np.multiply(code_KB, weighted_KB, out=product_KB).sum(0)
-        np.multiply(code_KB, code_KB, out=product_KB)
-        energy_B = np.multiply(product_KB, importance_KB, out=product_KB).sum(0)
-        energy_B[energy_B == 0] = 1
-        fitted_B = match_B / energy_B
-        better_B = fitted_B * match_B > best_B
-        np.copyto(best_B, fitted_B * match_B, where=better_B)
-        np.copyto(step_B, fitted_B, where=better_B)
-    found_B, found_KB, error_B = _rounded(weight_KB, importance_KB, step_B, codes)
-    plain_B, plain_KB, plain_error_B = _rounded(weight_KB, importance_KB, widest_B, codes)
-    worse_B = ~(error_B <= plain_error_B)
-    np.copyto(found_B, plain_B, where=worse_B)
-    np.copyto(found_KB, plain_KB, where=worse_B)
-    return found_B, found_KB
+        _round_to_codes(weight_SG, widest_G * span, codes, code_SG)
+        match_G = np.multiply(code_SG, weighted_SG, out=product_SG).sum(0)
+        np.multiply(code_SG, code_SG, out=product_SG)
+        energy_G = np.multiply(product_SG, importance_SG, out=product_SG).sum(0)
+        energy_G[energy_G == 0] = 1
+
+        fitted_G = match_G / energy_G
+        gain_G = fitted_G * match_G
+        better_G = gain_G > best_G
+        np.copyto(best_G, gain_G, where=better_G)
+        np.copyto(step_G, fitted_G, where=better_G)
+    return step_G
 
 
-def _rounded(
-    weight_KB: NDArray[np.float32],
-    importance_KB: NDArray[np.float32],
-    step_B: NDArray[np.float32],
+def _round(
+    weight_SG: NDArray[np.float32],
+    importance_SG: NDArray[np.float32],
+    step_G: NDArray[np.float32],
     codes: tuple[int, int],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float32]]:
     """Return scales in half precision, the nearest codes at those, and the weighted error of each block."""
     with np.errstate(over="ignore"):  # an infinite scale is refused by whoever writes the file
-        half_B = step_B.astype(np.float16)
-    rounded_B = half_B.astype(np.float32)
-    code_KB = _codes(weight_KB, rounded_B, codes, np.empty_like(weight_KB))
+        half_G = step_G.astype(np.float16)
+    rounded_G = half_G.astype(np.float32)
+    code_SG = _round_to_codes(weight_SG, rounded_G, codes, np.empty_like(weight_SG))
+
     with np.errstate(invalid="ignore"):
-        error_KB = weight_KB - code_KB * rounded_B
-        error_KB *= error_KB
-        error_KB *= importance_KB
-    return half_B, code_KB, error_KB.sum(0)
+        error_SG = weight_SG - code_SG * rounded_G
+        error_SG *= error_SG
+        error_SG *= importance_SG
+    return half_G, code_SG, error_SG.sum(0)
 
 
-def _codes(
-    weight_KB: NDArray[np.float32],
-    step_B: NDArray[np.float32],
+def _round_to_codes(
+    weight_SG: NDArray[np.float32],
+    step_G: NDArray[np.float32],
     codes: tuple[int, int],
-    out_KB: NDArray[np.float32],
+    out_SG: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     with np.errstate(divide="ignore", over="ignore"):
-        inverse_B = np.where(step_B == 0, np.float32(0), np.float32(1) / step_B)
-    np.multiply(weight_KB, inverse_B, out=out_KB)
-    np.rint(out_KB, out=out_KB)
-    return np.clip(out_KB, *map(np.float32, codes), out=out_KB)
+        inverse_G = np.where(step_G == 0, np.float32(0), np.float32(1) / step_G)
+    np.multiply(weight_SG, inverse_G, out=out_SG)
+    np.rint(out_SG, out=out_SG)
+    return np.clip(out_SG, *map(np.float32, codes), out=out_SG)

@@ -18,17 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 Value = str | int | float | bool | NDArray[np.uint64] | None
 FIXED_BYTES = 24
-# ggml type id: weights and bytes of a block, as in ggml.c
-GGML_SIZES = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
-    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
-    35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
-}  # fmt: skip
+GGML_SIZES = {kind.number: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()}
+"""Type id → weights and bytes of a quant block."""
 _SCALARS = {
     0: "B",
     1: "b",

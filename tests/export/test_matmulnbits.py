@@ -61,8 +61,8 @@ def quantize_with_onnxruntime(
         for tensor in quantizer.model.model.graph.initializer
     }
     codes, scales, *zeros = (found[name].reshape(O, -1) for name in node.input[1:])
-    code_OI = codes if bits == 8 else matmulnbits._split(codes, I)
-    zero_OG = matmulnbits._split(zeros[0], I // 32) if zeros else None
+    code_OI = codes if bits == 8 else matmulnbits.split_neighbours(codes, I)
+    zero_OG = matmulnbits.split_neighbours(zeros[0], I // 32) if zeros else None
     return matmulnbits.Blocks(bits, code_OI, scales, zero_OG)  # type: ignore[arg-type]
 
 
@@ -71,7 +71,7 @@ def test_codes_are_those_of_onnxruntime_at_its_scales(bits: int) -> None:
     """Bit for bit; scales rounded to half precision cost at most their rounding, 2^-11 of each weight."""
     weight_OI = draw_weights()
     theirs = quantize_with_onnxruntime(weight_OI, bits)
-    own_OI = matmulnbits.codes(weight_OI, theirs.scale_OG.astype(np.float32), bits)
+    own_OI = matmulnbits.round_to_codes(weight_OI, theirs.scale_OG.astype(np.float32), bits)
     np.testing.assert_array_equal(theirs.code_OI, own_OI)
     own = matmulnbits.choose_symmetric(weight_OI, bits)
     np.testing.assert_array_equal(theirs.scale_OG.astype(np.float16), own.scale_OG)

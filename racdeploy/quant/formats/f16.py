@@ -8,8 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.storage.ggml_types import GGML_TYPES
+
 FORMATS = ("gguf", "onnx")
-GGML_TYPE = 1
+GGML_TYPE = GGML_TYPES["f16"].number
 BITS = 16.0
 BLOCK = 1
 PRESERVES_ZERO = True

@@ -1,26 +1,15 @@
 """IQ4_NL: 32 codes of a fixed table of 16 uneven values, none of them zero, and a half-precision scale."""
 
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
 from racdeploy.quant import ggml
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
-GGML_TYPE = 20
-BITS = 4.5
-BLOCK = 32
+GGML_TYPE = GGML_TYPES["iq4_nl"].number
+BITS = GGML_TYPES["iq4_nl"].bits
+BLOCK = GGML_TYPES["iq4_nl"].block_weights
 PRESERVES_ZERO = False
 
-
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """Return packed rows, written by ggml."""
-    return ggml.quantize(GGML_TYPE, weight_OI, importance_I)
-
-
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights, as ggml reads them."""
-    return ggml.dequantize(GGML_TYPE, packed_OP, I)
+quantize = partial(ggml.quantize, GGML_TYPE)
+dequantize = partial(ggml.dequantize, GGML_TYPE)

@@ -5,22 +5,26 @@ Source: OCP Microscaling Formats specification 1.0; ``quantize_row_mxfp4_ref`` i
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from racdeploy.quant import pair_nibbles
+from racdeploy.quant import numpy_ggml, pair_nibbles
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
-GGML_TYPE = 39
-BITS = 4.25
-BLOCK = 32
+GGML_TYPE = GGML_TYPES["mxfp4"].number
+BITS = GGML_TYPES["mxfp4"].bits
+BLOCK = GGML_TYPES["mxfp4"].block_weights
 PRESERVES_ZERO = True
-_TYPE = GGMLQuantizationType(GGML_TYPE)
-_CHUNK_WEIGHTS = 32_768
+_BLOCK_BYTES = GGML_TYPES["mxfp4"].block_bytes
+_CHUNK_WEIGHTS = 32_768  # some arrays of so many floats stay in a core's cache
 _LARGEST = 12.0
 # The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, and 255 where there is none.
 _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 255, 5, 255, 6, 255, 255, 255, 7], dtype=np.uint8)
+
+dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
 
 
 def quantize(
@@ -32,53 +36,57 @@ def quantize(
     one up and the next one down are tried as well.
     """
     if importance_I is None:
-        return quants.quantize(weight_OI, _TYPE)
+        return numpy_ggml.quantize(GGML_TYPE, weight_OI)
+
     assert (importance_I > 0).all(), "importance must be above zero"
     O, I = weight_OI.shape
+    row_bytes = I // BLOCK * _BLOCK_BYTES
+    packed_OP = np.empty((O, row_bytes), dtype=np.uint8)
     rows = max(1, _CHUNK_WEIGHTS // I)
-    weight_BK = np.tile(importance_I.astype(np.float32).reshape(-1, BLOCK), (rows, 1))
-    packed_OP = np.empty((O, I // BLOCK * 17), dtype=np.uint8)
+    importance_GS = np.tile(importance_I.astype(np.float32).reshape(-1, BLOCK), (rows, 1))
+
     for start in range(0, O, rows):
-        value_BK = np.ascontiguousarray(weight_OI[start : start + rows]).reshape(-1, BLOCK)
-        packed_OP[start : start + rows] = _choose(value_BK, weight_BK[: len(value_BK)]).reshape(
-            -1, I // BLOCK * 17
-        )
+        chunk = slice(start, start + rows)
+        weight_GS = np.ascontiguousarray(weight_OI[chunk]).reshape(-1, BLOCK)
+        packed_GP = _choose(weight_GS, importance_GS[: len(weight_GS)])
+        packed_OP[chunk] = packed_GP.reshape(-1, row_bytes)
     return packed_OP
 
 
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights."""
-    weight_OI: NDArray[np.float32] = quants.dequantize(packed_OP, _TYPE)
-    assert weight_OI.shape[1] == I, "packed rows do not match the row length"
-    return weight_OI
+def _choose(
+    weight_GS: NDArray[np.float32], importance_GS: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Return packed_GP of blocks, each with the exponent of the least weighted error."""
+    G = len(weight_GS)
+    best_G = np.full(G, np.inf, dtype=np.float32)
+    exponent_G = np.zeros(G, dtype=np.uint8)
+    halves_GS = np.zeros_like(weight_GS)
 
-
-def _choose(value_BK: NDArray[np.float32], importance_BK: NDArray[np.float32]) -> NDArray[np.uint8]:
-    _, above_B = np.frexp(np.abs(value_BK).max(1))  # the largest is below 2**above
-    best_B = np.full(len(value_BK), np.inf, dtype=np.float32)
-    exponent_B, halves_BK = np.zeros(len(value_BK), dtype=np.uint8), np.zeros_like(value_BK)
+    _, above_G = np.frexp(np.abs(weight_GS).max(1))  # the largest is below 2**above
     for shift in (0, 1, -1):
         # byte e means 2**(e - 128) for one half; ggml takes e = above - 3 + 127
-        tried_B = np.clip(above_B - 3 + 127 + shift, 0, 254).astype(np.int32)
-        half_B1 = np.ldexp(np.float32(1), tried_B - 128)[:, None]
-        found_BK = _halves(value_BK / half_B1)
-        error_BK = value_BK - found_BK * half_B1
-        error_B = np.einsum("bk,bk,bk->b", error_BK, error_BK, importance_BK)
-        better_B = error_B < best_B
-        np.copyto(best_B, error_B, where=better_B)
-        np.copyto(exponent_B, tried_B.astype(np.uint8), where=better_B)
-        np.copyto(halves_BK, found_BK, where=better_B[:, None])
-    code_BK = _CODE_OF_HALVES[np.abs(halves_BK).astype(np.intp)] | (halves_BK < 0).view(
-        np.uint8
-    ) << np.uint8(3)
-    return np.concatenate([exponent_B[:, None], pair_nibbles(code_BK)], axis=1)
+        tried_G = np.clip(above_G - 3 + 127 + shift, 0, 254).astype(np.int32)
+        half_G1 = np.ldexp(np.float32(1), tried_G - 128)[:, None]
+
+        found_GS = _round_to_halves(weight_GS / half_G1)
+        error_GS = weight_GS - found_GS * half_G1
+        error_G = np.einsum("gs,gs,gs->g", error_GS, error_GS, importance_GS)
+
+        better_G = error_G < best_G
+        np.copyto(best_G, error_G, where=better_G)
+        np.copyto(exponent_G, tried_G.astype(np.uint8), where=better_G)
+        np.copyto(halves_GS, found_GS, where=better_G[:, None])
+
+    magnitude_GS = _CODE_OF_HALVES[np.abs(halves_GS).astype(np.intp)]
+    sign_GS = (halves_GS < 0).view(np.uint8) << np.uint8(3)
+    return np.concatenate([exponent_G[:, None], pair_nibbles(magnitude_GS | sign_GS)], axis=1)
 
 
-def _halves(ratio_BK: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the nearest of the values of the format, in halves."""
-    size_BK = np.minimum(np.abs(ratio_BK), _LARGEST)
-    step_BK = np.where(
-        size_BK < 4, np.float32(1), np.where(size_BK < 8, np.float32(2), np.float32(4))
+def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearest values of the format; they are 1 half apart up to 4, 2 up to 8, and 4 beyond."""
+    size_GS = np.minimum(np.abs(ratio_GS), _LARGEST)
+    spacing_GS = np.select(
+        [size_GS < 4, size_GS < 8], [np.float32(1), np.float32(2)], np.float32(4)
     )
-    nearest_BK: NDArray[np.float32] = np.copysign(np.rint(size_BK / step_BK) * step_BK, ratio_BK)
-    return nearest_BK
+    rounded_GS = np.rint(size_GS / spacing_GS) * spacing_GS
+    return np.asarray(np.copysign(rounded_GS, ratio_GS), dtype=np.float32)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from racdeploy.quant import join_blocks, leading_scales, pair_nibbles, search
+from racdeploy.quant import join_blocks, leading_scales, numpy_ggml, pair_nibbles, search
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
-GGML_TYPE = 6
-BITS = 5.5
-BLOCK = 32
+GGML_TYPE = GGML_TYPES["q5_0"].number
+BITS = GGML_TYPES["q5_0"].bits
+BLOCK = GGML_TYPES["q5_0"].block_weights
 CODES = (-16, 15)
 PRESERVES_ZERO = True
 _SPANS = (0.95, 1.2)
 _TRIALS = 8
-_TYPE = GGMLQuantizationType(GGML_TYPE)
+
+dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
+steps = partial(leading_scales, block_bytes=GGML_TYPES["q5_0"].block_bytes)
 
 
 def quantize(
@@ -24,20 +28,9 @@ def quantize(
 ) -> NDArray[np.uint8]:
     """Return packed rows: bit for bit what ggml's C code writes, or with the scales that an importance asks for."""
     if importance_I is None:
-        return quants.quantize(weight_OI, _TYPE)
-    step_OB, code_OI = search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS, _TRIALS)
-    code_OBK = (code_OI + 16).view(np.uint8).reshape(*step_OB.shape, BLOCK)
-    high_OB4 = np.packbits(code_OBK >> np.uint8(4), axis=-1, bitorder="little")
-    return join_blocks(step_OB, high_OB4, pair_nibbles(code_OBK & np.uint8(15)))
+        return numpy_ggml.quantize(GGML_TYPE, weight_OI)
 
-
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights."""
-    weight_OI: NDArray[np.float32] = quants.dequantize(packed_OP, _TYPE)
-    assert weight_OI.shape[1] == I, "packed rows do not match the row length"
-    return weight_OI
-
-
-def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the scale of every block."""
-    return leading_scales(packed_OP, 22)
+    step_OG, code_OGS = search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS, _TRIALS)
+    stored_OGS = (code_OGS + 16).view(np.uint8)
+    high_OG4 = np.packbits(stored_OGS >> np.uint8(4), axis=-1, bitorder="little")
+    return join_blocks(step_OG, high_OG4, pair_nibbles(stored_OGS & np.uint8(15)))

@@ -1,26 +1,15 @@
 """Q5_K: 256 unsigned 5-bit codes, a 6-bit scale and minimum for each 32: the minimum moves zero away."""
 
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
 from racdeploy.quant import ggml
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
-GGML_TYPE = 13
-BITS = 5.5
-BLOCK = 256
+GGML_TYPE = GGML_TYPES["q5_k"].number
+BITS = GGML_TYPES["q5_k"].bits
+BLOCK = GGML_TYPES["q5_k"].block_weights
 PRESERVES_ZERO = False
 
-
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """Return packed rows, written by ggml."""
-    return ggml.quantize(GGML_TYPE, weight_OI, importance_I)
-
-
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights, as ggml reads them."""
-    return ggml.dequantize(GGML_TYPE, packed_OP, I)
+quantize = partial(ggml.quantize, GGML_TYPE)
+dequantize = partial(ggml.dequantize, GGML_TYPE)

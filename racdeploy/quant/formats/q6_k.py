@@ -1,26 +1,15 @@
 """Q6_K: 256 signed 6-bit codes, an 8-bit scale for each 16 of them, one half-precision scale."""
 
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
 
 from racdeploy.quant import ggml
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
-GGML_TYPE = 14
-BITS = 6.5625
-BLOCK = 256
+GGML_TYPE = GGML_TYPES["q6_k"].number
+BITS = GGML_TYPES["q6_k"].bits
+BLOCK = GGML_TYPES["q6_k"].block_weights
 PRESERVES_ZERO = True
 
-
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """Return packed rows, written by ggml."""
-    return ggml.quantize(GGML_TYPE, weight_OI, importance_I)
-
-
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights, as ggml reads them."""
-    return ggml.dequantize(GGML_TYPE, packed_OP, I)
+quantize = partial(ggml.quantize, GGML_TYPE)
+dequantize = partial(ggml.dequantize, GGML_TYPE)
