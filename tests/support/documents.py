@@ -1,0 +1,105 @@
+"""The parts of the documents that the code decides: ``python -m tests.support.documents``.
+
+The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
+units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
+plugins`` lists, and ``q4_k`` the file of that number format. tests/test_docs.py compares.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from racdeploy import plugins
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "racdeploy"
+FILES = tuple(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"))
+PLUGIN_FOLDERS = {package.replace(".", "/") for package in plugins.KINDS.values()}
+COLUMNS = 118
+SUMMARY_COLUMN = 25
+
+
+def rewrite(text: str) -> str:
+    """Return a document with every generated part as the code has it now."""
+    for name, generate in PARTS.items():
+        part = f"<!-- {name} -->\n{generate()}\n<!-- /{name} -->"
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, part=part: part, text, flags=re.DOTALL)
+    return text
+
+
+def list_plugins() -> str:
+    """Return a line for each kind: its name, then its plugins."""
+    lines = [f"{kind}: {', '.join(plugins.names(kind))}" for kind in plugins.KINDS]
+    return _fence("\n".join(lines))
+
+
+def draw_tree() -> str:
+    """Return every unit and every package below it, each with what it says of itself."""
+    lines = ["racdeploy/"]
+
+    for file in sorted(PACKAGE.iterdir(), key=lambda file: (file.is_dir(), file.name)):
+        if file.suffix == ".py" and file.name != "__init__.py":
+            lines.append(_describe(file.name, file, depth=1))
+        elif (file / "__init__.py").is_file():
+            lines += _draw_package(file, depth=1)
+    return _fence("\n".join(lines))
+
+
+def quote_quant() -> str:
+    """Return the example of a number format, which is a file of the package."""
+    file = PACKAGE / "quant" / "formats" / "q4_k.py"
+    return _fence(file.read_text(encoding="utf-8").strip(), "python")
+
+
+def _draw_package(folder: Path, depth: int) -> Iterator[str]:
+    yield _describe(f"{folder.name}/", folder / "__init__.py", depth)
+    if folder.relative_to(ROOT).as_posix() in PLUGIN_FOLDERS and folder.name != "export":
+        return
+    for inner in sorted(folder.iterdir()):
+        if (inner / "__init__.py").is_file():
+            yield from _draw_package(inner, depth + 1)
+
+
+def _fence(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _describe(name: str, file: Path, depth: int) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.?!]) ", paragraph)[0]
+
+    start = f"{'  ' * depth}{name}".ljust(SUMMARY_COLUMN)
+    indent = " " * SUMMARY_COLUMN
+    return textwrap.fill(
+        sentence,
+        COLUMNS,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "plugins": list_plugins,
+    "q4_k": quote_quant,
+    "tree": draw_tree,
+}
+
+
+def main() -> None:
+    """Rewrite the documents in place."""
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        if (written := rewrite(text)) != text:
+            file.write_text(written, encoding="utf-8")
+            print(f"rewrote {file.name}")
+
+
+if __name__ == "__main__":
+    main()
