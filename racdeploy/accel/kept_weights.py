@@ -21,10 +21,10 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from racdeploy.accel.build import cache_folder
+from racdeploy.accel.library import cache_folder
 
 if TYPE_CHECKING:
-    from racdeploy.accel.llamacpp import Plugin
+    from racdeploy.accel.ggml_plugin import Plugin
 
 
 _TRAILER = struct.Struct("<Q32s16s")  # bytes of the table, its SHA-256, magic

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from racdeploy import export, plugins
-from racdeploy.accel.onnxruntime import accel_name
+from racdeploy.accel import accel_name
 from racdeploy.errors import ArtifactError
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from racdeploy.accel.onnxruntime import choose
+from racdeploy.accel import choose_graph
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.decoding.worker import LoadedModel
@@ -38,13 +38,13 @@ class OnnxModel(LoadedModel):
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        chosen = choose(path, settings.accel)
+        chosen = choose_graph(path, settings.accel)
         options = _options(settings)
         if chosen.library is not None:
             options.register_custom_ops_library(str(chosen.library))
         session = open_session(chosen.path, options)
         graph = DecoderGraph(session, path.parent)
-        self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.weights}
+        self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.packed()}
         self.slots = settings.parallel
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.accel.onnxruntime import accel_name
+from racdeploy.accel import accel_name
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
 from racdeploy.export.onnx.accel import refusals, write_accel

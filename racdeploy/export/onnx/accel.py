@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from racdeploy import quant as quants
-from racdeploy.accel.onnxruntime import ACCEL_KEY, Packed, accel_name
+from racdeploy.accel import ACCEL_KEY, Packed, accel_name
 from racdeploy.errors import EngineError
 from racdeploy.export import ExportedTensor
 from racdeploy.export.onnx.file import load_graph, read_array, write_model

@@ -1,7 +1,8 @@
 """Compile C++ sources of this package into the user's cache, on demand.
 
-A library is named by a hash of its sources, flags and processor, and of the compiler that made it. It is found without
-a compiler, and made anew where anything but the compiler differs. Knows no engine.
+A library is named by a hash of its sources, flags and processor, and of the compiler that made it.
+It is found without a compiler, and compiled again where anything but the compiler differs. Knows no
+engine.
 """
 
 from __future__ import annotations
@@ -20,21 +21,15 @@ from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.storage import caches
+from racdeploy.storage.files import file_sha256
 
 SOURCES = Path(__file__).parent / "sources"
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
+_AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
 # Each file is compiled for its own instruction set, and decides when it runs whether the processor has it.
-_X86_FLAGS = {
-    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"),
-    "avx512.cpp": tuple(
-        f"-m{name}"
-        for name in (
-            "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni", "avx512bf16",
-            "avx2", "fma", "f16c", "bmi2", "popcnt",
-        )
-    ),
-}  # fmt: skip
+_X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}"}
 _COMPILE_S = 300.0
 
 
@@ -48,8 +43,8 @@ class Library:
         include: folders of further headers.
         links: libraries that it needs.
         flags: more for the compiler, behind the usual ones.
+        link_flags: what the linker is to make of it.
         key: what else decides whether a built library may be used, as the version of the engine.
-        executable: a program in place of a library.
     """
 
     name: str
@@ -57,15 +52,13 @@ class Library:
     include: tuple[Path, ...] = ()
     links: tuple[Path, ...] = ()
     flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ("-shared",)
     key: Mapping[str, str] = field(default_factory=dict)
-    executable: bool = False
 
     def find(self) -> Path | None:
         """Return the newest library of this key, whatever compiled it, or None."""
-        found = sorted(
-            cache_folder().glob(f"{self._stem}-*.so"), key=lambda file: file.stat().st_mtime_ns
-        )
-        return found[-1] if found else None
+        found = cache_folder().glob(f"{self._stem}-*.so")
+        return max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
 
     def build(self) -> Path:
         """Compile it, unless this compiler has done so before; return the file.
@@ -73,21 +66,22 @@ class Library:
         Raises:
             EnvironmentFailure: there is no compiler, it failed, or the cache is not writable.
         """
-        command = compiler()
+        command = find_compiler()
         if command is None:
             raise EnvironmentFailure(
                 "there is no C++ compiler: c++, g++ and clang++ are not on the PATH",
                 remedy="install one, for example with `apt-get install g++`, or name it in CXX",
             )
+
         file = cache_folder() / f"{self._stem}-{_digest(_version(command))}.so"
         if file.is_file():
             return file
+
         try:
             cache_folder().mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".build-") as folder:
-                made = Path(folder) / "library.so"
-                self._compile(command, made)
-                os.replace(made, file)
+                self._compile(command, Path(folder) / "library.so")
+                os.replace(Path(folder) / "library.so", file)
         except OSError as error:
             raise EnvironmentFailure(
                 f"cannot write {file}: {error}",
@@ -96,58 +90,32 @@ class Library:
         return file
 
     def _compile(self, command: str, made: Path) -> None:
+        compiler = [command, *_FLAGS, *self.flags]
         include = [f"-I{folder}" for folder in (SOURCES, *self.include)]
+
         objects = []
         for source in self.sources:
             objects.append(str(made.with_name(f"{Path(source).name}.o")))
-            common = [
-                command,
-                *_FLAGS,
-                *self.flags,
-                *include,
-                "-c",
-                str(SOURCES / source),
-                "-o",
-                objects[-1],
-            ]
-            wanted = _machine_flags(source)
+            common = [*compiler, *include, "-c", str(SOURCES / source), "-o", objects[-1]]
+
             # A compiler that does not know an instruction set compiles the file without: its kernels then never run.
-            if wanted and not _run([*common, *wanted]):
-                continue
-            _require(common)
-        kind = [] if self.executable else ["-shared"]
-        places = (
-            [f"-Wl,-rpath,{folder}" for folder in {link.parent for link in self.links}]
-            if self.executable
-            else []
-        )
-        _require(
-            [
-                command,
-                *_FLAGS,
-                *self.flags,
-                *kind,
-                *objects,
-                *map(str, self.links),
-                *places,
-                "-o",
-                str(made),
-            ]
-        )
+            wanted = _machine_flags(source)
+            if not wanted or _run([*common, *wanted]):
+                _require(common)
+
+        links = [str(file) for file in self.links]
+        _require([*compiler, *self.link_flags, *objects, *links, "-o", str(made)])
 
     @property
     def _stem(self) -> str:
         headers = sorted(path.name for path in SOURCES.glob("*.h"))
-        parts = {
-            "files": {name: file_digest(SOURCES / name) for name in (*self.sources, *headers)},
-            "flags": [
-                *_FLAGS,
-                *self.flags,
-                *(flag for source in self.sources for flag in _machine_flags(source)),
-            ],
-            "key": dict(self.key),
-            "processor": processor(),
-        }
+        files = {name: file_sha256(SOURCES / name) for name in (*self.sources, *headers)}
+
+        flags = [*_FLAGS, *self.flags, *self.link_flags]
+        for source in self.sources:
+            flags += _machine_flags(source)
+
+        parts = {"files": files, "flags": flags, "key": dict(self.key), "processor": _processor()}
         return f"{self.name}-{_digest(json.dumps(parts, sort_keys=True))}"
 
 
@@ -157,14 +125,17 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """Return the C++ compiler's path, or None; ``CXX`` names one."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next(filter(None, map(shutil.which, names)), None)
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        if found := shutil.which(name):
+            return found
+    return None
 
 
 @functools.cache
-def processor() -> str:
+def _processor() -> str:
     """Return the architecture and a hash of what the processor can do."""
     flags = ""
     if Path("/proc/cpuinfo").is_file():
@@ -181,13 +152,10 @@ def _version(command: str) -> str:
     return f"{command} {found.stdout}"
 
 
-def _machine_flags(source: str) -> tuple[str, ...]:
-    return _X86_FLAGS.get(source, ()) if platform.machine() in ("x86_64", "AMD64") else ()
-
-
-def file_digest(file: Path) -> str:
-    """Return the SHA-256 of a small file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _machine_flags(source: str) -> list[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    return _X86_FLAGS.get(source, "").split()
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,135 @@
+"""Which weights of a GGUF file go to the plug-in for llama.cpp: those with enough zeros to be faster there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.accel import kept_weights
+from racdeploy.accel.ggml_plugin import Plugin, find_kernels
+from racdeploy.accel.library import cache_folder
+from racdeploy.accel.proof import Choice, Mode, choose_by_mode, readiness
+from racdeploy.errors import ArtifactError
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.gguf_header import read_header
+
+_READ_AHEAD_BYTES = 16 << 20
+_NEVER = 2.0  # a share of zeros that no matrix has
+
+
+def enable(
+    path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: bool = True
+) -> Choice:
+    """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
+
+    Call it before every model that is to be accelerated, and before the first model of the process is loaded. Another
+    model that is loaded later has its weights where they always were.
+
+    Args:
+        path: the GGUF file.
+        mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not faster; ``require``
+            makes that an error; ``off`` does nothing.
+        threads: that read and pack the file; 0 uses every core.
+        keep: take the packed weights from a file in the user's cache, which is written the first time where the system
+            maps it in huge pages; ``RACDEPLOY_ACCEL_KEEP`` 0 is never, 1 is wherever it can be written.
+
+    Raises:
+        EngineError: the kernels are required, and not ready or of no use to this file.
+        ArtifactError: the file is not a GGUF file, or damaged.
+    """
+    file = Path(path)
+    return choose_by_mode(
+        file, mode, "llama.cpp's own kernels", lambda: _enable(file, threads, keep)
+    )
+
+
+def forget(path: str | Path) -> None:
+    """Delete what is kept of a GGUF file: its packed weights and the counts of its zeros."""
+    for file in (kept_weights.file_of(Path(path)), _zeros_file(Path(path))):
+        file.unlink(missing_ok=True)
+
+
+def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
+    ready = readiness(find_kernels())
+    if isinstance(ready, str):
+        return ready
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
+
+    library, proof = ready
+    kernels = proof.instruction_set
+    plugin = _load(library)
+    if plugin.instruction_set != kernels:
+        return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
+
+    threads = threads or len(os.sched_getaffinity(0))
+    names = [
+        name
+        for name, (quant, zeros) in _zeros(plugin, path, threads).items()
+        if zeros >= proof.faster_from.get(quant, _NEVER)
+    ]
+    if not plugin.enable(names, threads):
+        return "a model was loaded in this process before; call racdeploy.accel.enable first"
+    if not names:
+        least = min(proof.faster_from.values())
+        return f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least"
+
+    threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
+    summary = f"sparse {kernels} kernels for {len(names)} matrices"
+    kept = keep and kept_weights.wanted() and _keep(plugin, path, names)
+    return Choice(
+        path, summary, tensors=tuple(names), kept=kept, packed=lambda: plugin.packed()[0]
+    )
+
+
+def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
+    """Use the model's kept file, after writing it where there is none that fits."""
+    if kept_weights.use(plugin, path, names):
+        return True
+    return kept_weights.write(plugin, path, names) and kept_weights.use(plugin, path, names)
+
+
+def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
+    """Return the zeros of each matrix, counted once for each state of a file: they decide speed, never answers."""
+    file = _zeros_file(path)
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        counted = json.loads(file.read_text())
+        return {name: (quant, float(zeros)) for name, (quant, zeros) in counted.items()}
+
+    zeros = plugin.zeros(path, read_header(path), threads)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(zeros))
+    return zeros
+
+
+def _zeros_file(path: Path) -> Path:
+    state = json.dumps(kept_weights.model_state(path))
+    name = hashlib.sha256(state.encode()).hexdigest()[:32]
+    return cache_folder() / "zeros" / f"{name}.json"
+
+
+def _read_ahead(path: Path) -> None:
+    """Have the system read a file while its weights are packed: llama.cpp reads one, packs it, then reads the next."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    size_bytes = path.stat().st_size
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size_bytes > memory_bytes // 2:
+        return  # of a file that large, what comes first would be gone when its turn comes
+
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
+        for start in range(0, size_bytes, _READ_AHEAD_BYTES):
+            os.posix_fadvise(stream.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+@functools.cache
+def _load(library: Path) -> Plugin:
+    """Load the plug-in once: it stays in the process."""
+    return Plugin(library)

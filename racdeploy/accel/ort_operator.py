@@ -1,0 +1,126 @@
+"""The operator for stock onnxruntime: whether it is built, right, and faster for a model.
+
+A graph ``NAME.accel.onnx`` beside a plain one has the same weights, packed for the operator. It is
+used where the operator was built for this processor, computed the same as stock onnxruntime in its
+own process, and was measured faster at the zeros of the model; everywhere else the plain graph is.
+Does not import onnxruntime.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from racdeploy.accel.ggml_plugin import QUANTS
+from racdeploy.accel.library import KERNELS, Library
+from racdeploy.accel.onnx_properties import read_properties
+from racdeploy.accel.proof import (
+    LEAST_SPEEDUP,
+    Choice,
+    Kernels,
+    Mode,
+    Proof,
+    choose_by_mode,
+    readiness,
+)
+from racdeploy.errors import ArtifactError
+from racdeploy.extras import installed_version
+
+ACCEL_KEY = "racdeploy.accel"
+LIBRARY = Library("onnxruntime", (*KERNELS, "onnxruntime_op.cpp"))
+_NAMES = {number: name for name, number in QUANTS.items()}
+_SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
+_UNMEASURED = 0.5  # speed-up below the zeros that were measured: the operator is the slower one there
+
+
+class Packed(TypedDict):
+    """What a graph says of its packed weights of one number format: ggml's number, how many, and how many are zero."""
+
+    quant: int
+    weights: int
+    zeros: float
+
+
+def accel_name(model: str) -> str:
+    """Return the name of the second graph beside a plain one."""
+    return f"{model.removesuffix('.onnx')}.accel.onnx"
+
+
+def find_kernels() -> Kernels | str:
+    """Return the operator for the installed onnxruntime, or why there is none for it."""
+    version = installed_version("onnxruntime")
+    if not version:
+        return "onnxruntime is not installed"
+    trial = "racdeploy.accel.ort_trial"
+    return Kernels(LIBRARY, trial, "the operator is not built", version, ("onnx",))
+
+
+def choose_graph(model: Path, mode: Mode) -> Choice:
+    """Return the graph to load for a model: the second one where it is there, proven and faster.
+
+    Args:
+        model: the plain graph.
+        mode: ``auto``; ``off`` for the plain graph; ``require`` makes it an error not to use the second.
+
+    Raises:
+        EngineError: the operator is required, and not ready or of no use to this model.
+        ArtifactError: the second graph is damaged.
+    """
+    return choose_by_mode(model, mode, "onnxruntime's own operators", lambda: _choose(model))
+
+
+def _choose(model: Path) -> Choice | str:
+    accel = model.with_name(accel_name(model.name))
+    if not accel.is_file():
+        return f"there is no {accel.name}; packing 'bitmask_op' writes one"
+    ready = readiness(find_kernels())
+    if isinstance(ready, str):
+        return ready
+
+    library, proof = ready
+    packed = _read_packed(accel)
+    if reason := explain_slower(proof, packed):
+        return reason
+    weights = sum(entry["weights"] for entry in packed)
+    summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
+    return Choice(accel, summary, library=library, packed=lambda: weights)
+
+
+def explain_slower(proof: Proof, packed: Sequence[Packed]) -> str:
+    """Return why a model is not faster with the operator, or an empty string."""
+    if not packed:
+        return "the graph does not say what is packed in it"
+
+    before = sum(entry["weights"] for entry in packed)
+    after = sum(entry["weights"] / _speedup(proof, entry) for entry in packed)
+    if before >= LEAST_SPEEDUP * after:
+        return ""
+
+    zeros = sum(entry["weights"] * entry["zeros"] for entry in packed) / before
+    return (
+        f"at {zeros:.0%} zeros its products take {after / before:.2f} times as long as the stock "
+        f"ones on this machine, with kernels for {proof.instruction_set}"
+    )
+
+
+def _speedup(proof: Proof, entry: Packed) -> float:
+    """Return the speed-up that was measured at the most zeros that the model has."""
+    measured = proof.speedups.get(_NAMES.get(entry["quant"], ""), {})
+    reached = [zeros for zeros in measured if float(zeros) <= entry["zeros"] + _SAME_ZEROS]
+    return measured[max(reached, key=float)] if reached else _UNMEASURED
+
+
+def _read_packed(accel: Path) -> list[Packed]:
+    packed = []
+    try:
+        for entry in json.loads(read_properties(accel).get(ACCEL_KEY, "[]")):
+            quant, weights = int(entry["quant"]), int(entry["weights"])
+            if weights > 0:
+                packed.append(Packed(quant=quant, weights=weights, zeros=float(entry["zeros"])))
+    except (RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{accel} does not say what is packed in it: {error}", remedy="export it again"
+        ) from error
+    return packed

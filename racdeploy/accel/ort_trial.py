@@ -1,0 +1,220 @@
+"""The trial of the operator, in a process of its own: LIBRARY → its proof as one line of JSON.
+
+Right: products of random sparse matrices against stock MatMulNBits and MatMul, with inputs that
+neither of them has to round, so that what is left is the rounding of float32 sums. Faster: one
+token, processor time of one thread, alternating with the stock operator, medians.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from racdeploy import quant as quants
+from racdeploy.accel.proof import Proof
+from racdeploy.packing.sparse_matrix import LAYOUT, SparseMatrix, kind_of, split
+
+# number format of ONNX -> name of the same codes in ggml
+QUANTS = {"matmulnbits_8": "q8_0", "matmulnbits_4": "q4_0", "f16": "f16"}
+_SHAPES = ((64, 256), (100, 576), (7, 1056), (33, 32), (256, 2048))
+_TOKENS = (1, 2, 5, 37)
+_TOLERANCE = 1e-6  # of the largest output: both sum at most 2048 products in float32
+_SPEED_SHAPE = (4096, 8192)  # beyond most caches
+_SPARSITIES = (0.5, 0.6, 0.7)
+_ROUNDS = 15
+_IR_VERSION, _OPSET = 9, 17  # of ONNX; what every onnxruntime with the operator's interface reads
+Array = NDArray[Any]
+
+
+def main() -> None:
+    """Print the proof of one library."""
+    library = Path(sys.argv[1])
+    onnxruntime.set_default_logger_severity(3)
+
+    kernels = _instruction_set(library)
+    difference, refusal = _compare(library)
+    speedups = {}
+    if not refusal:
+        speedups = {ggml_name: _speedups(library, name) for name, ggml_name in QUANTS.items()}
+    print(json.dumps(asdict(Proof(refusal, "", kernels, difference, speedups))))
+
+
+def make_stock(
+    name: str, packed_OP: Array, I: int, number: int = 0
+) -> tuple[onnx.NodeProto, dict[str, Array]]:
+    """Return a node of the stock operator for packed rows of a number format, and its initializers."""
+    quant = quants.load(name)
+    if name == "f16":  # as onnxruntime keeps it: float32, inputs first
+        weight_IO = np.ascontiguousarray(quant.dequantize(packed_OP, I).T)
+        arrays = {f"weight{number}": weight_IO}
+        return helper.make_node("MatMul", ["x", *arrays], [f"y{number}"]), arrays
+
+    bits = int(quant.BITS)
+    code_OP, scale_OP = np.split(packed_OP, [I * bits // 8], axis=1)
+    code_OGP = np.ascontiguousarray(code_OP).reshape(len(code_OP), I // 32, -1)
+    scale_OG = np.ascontiguousarray(scale_OP).view("<f2").astype(np.float32)
+    arrays = {f"codes{number}": code_OGP, f"scales{number}": scale_OG}
+    attributes = {"K": I, "N": len(code_OP), "bits": bits, "block_size": 32, "accuracy_level": 4}
+    node = helper.make_node(
+        "MatMulNBits", ["x", *arrays], [f"y{number}"], domain="com.microsoft", **attributes
+    )
+    return node, arrays
+
+
+def make_sparse(
+    name: str, matrix: SparseMatrix, I: int, number: int = 0, **attributes: int
+) -> tuple[onnx.NodeProto, dict[str, Array]]:
+    """Return a node of our operator and its initializers; attributes go over those of the matrix."""
+    kind = kind_of(quants.load(name))
+    assert kind is not None
+    arrays: dict[str, Array] = {
+        f"heads{number}": matrix.heads_OP,
+        f"values{number}": matrix.values,
+        f"offsets{number}": matrix.offsets,
+    }
+    attributes = {"I": I, "O": len(matrix.heads_OP), "quant": kind.ggml_type} | attributes
+    node = helper.make_node(
+        "SparseMatMul", ["x", *arrays], [f"y{number}"], domain="racdeploy", **attributes
+    )
+    return node, arrays
+
+
+def split_rows(name: str, packed_OP: Array) -> SparseMatrix:
+    """Return packed rows of a number format as the operator reads them."""
+    kind = kind_of(quants.load(name))
+    assert kind is not None
+    return split(kind, packed_OP)
+
+
+def make_model(
+    nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, Array], I: int, version: int = LAYOUT
+) -> bytes:
+    """Return a model of those operators on one input ``x``; all are outputs.
+
+    Args:
+        nodes: in order.
+        arrays: initializers by name.
+        I: last of the three dimensions of the input.
+        version: of our operator.
+    """
+    float32 = onnx.TensorProto.FLOAT
+    x = helper.make_tensor_value_info("x", float32, ["open0", "open1", I])
+    outputs = [helper.make_tensor_value_info(node.output[0], float32, None) for node in nodes]
+    initializers = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
+    graph = helper.make_graph(nodes, "graph", [x], outputs, initializers)
+
+    versions = {"": _OPSET, "com.microsoft": 1, "racdeploy": version}
+    opsets = [helper.make_opsetid(domain, number) for domain, number in versions.items()]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+    return bytes(model.SerializeToString())
+
+
+def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Load a graph that may hold the operator."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Another session is measured meanwhile: this one's threads must not spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _compare(library: Path) -> tuple[float, str]:
+    """Return the largest difference from the stock operator over its largest output, and what is wrong with it."""
+    generator = np.random.default_rng(0)
+    largest = 0.0
+    for name in QUANTS:
+        for O, I in _SHAPES:
+            sparsity = generator.choice([0.3, 0.5, 0.7, 1.0])
+            stock, ours = _open_pair(library, name, _draw_rows(generator, name, O, I, sparsity), I)
+
+            for tokens in _TOKENS:
+                feeds = {"x": _draw_exact_inputs(generator, tokens, I)}
+                expected_BTO = stock.run(None, feeds)[0]
+                found_BTO = ours.run(None, feeds)[0]
+                if found_BTO.shape != expected_BTO.shape:
+                    return largest, f"{name}, {O} × {I}, {tokens} tokens: its shape is {found_BTO.shape}"
+
+                error = np.abs(expected_BTO - found_BTO).max()
+                difference = float(error / max(np.abs(expected_BTO).max(), 1e-30))
+                largest = max(largest, difference)
+                if not difference <= _TOLERANCE:  # which no difference is that is not a number
+                    return largest, (
+                        f"{name}, {O} × {I}, {tokens} tokens: it is {difference:.1e} of the maximum "
+                        "off the stock operator"
+                    )
+    return largest, ""
+
+
+def _open_pair(
+    library: Path, name: str, packed_OP: Array, I: int
+) -> list[onnxruntime.InferenceSession]:
+    """Return sessions of the stock operator and of ours for the same rows."""
+    pair = make_stock(name, packed_OP, I), make_sparse(name, split_rows(name, packed_OP), I)
+    return [open_session(make_model([node], arrays, I), library) for node, arrays in pair]
+
+
+def _draw_rows(generator: np.random.Generator, name: str, O: int, I: int, sparsity: float) -> Array:
+    weight_OI = generator.standard_normal((O, I), dtype=np.float32)
+    zero_OI = generator.random((O, I), dtype=np.float32) < sparsity
+    weight_OI[zero_OI] = 0
+    return quants.load(name).quantize(weight_OI)
+
+
+def _draw_exact_inputs(generator: np.random.Generator, tokens: int, I: int) -> Array:
+    """Return inputs that are whole steps of their quant block: 8 bits and half precision represent them exactly."""
+    code_TGS = generator.integers(-126, 127, (tokens, I // 32, 32)).astype(np.float32)
+    code_TGS[:, :, 0] = 127  # the largest code of each quant block gives its step
+    exponent_TG1 = generator.integers(-4, 3, (tokens, I // 32, 1))
+    step_TG1 = np.exp2(exponent_TG1).astype(np.float32)
+    return (code_TGS * step_TG1).reshape(1, tokens, I)
+
+
+def _speedups(library: Path, name: str) -> dict[str, float]:
+    O, I = _SPEED_SHAPE
+    generator = np.random.default_rng(0)
+    feeds = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
+
+    found = {}
+    for sparsity in _SPARSITIES:
+        # A few random rows over and over: drawing all of them takes longer than the measurement.
+        rows_OP = np.tile(_draw_rows(generator, name, O // 16, I, sparsity), (16, 1))
+        sessions = _open_pair(library, name, rows_OP, I)
+        found[f"{sparsity:.1f}"] = median(_ratio(sessions, feeds) for _ in range(_ROUNDS))
+    return found
+
+
+def _ratio(
+    sessions: Sequence[onnxruntime.InferenceSession], feeds: Mapping[str, Array]
+) -> float:
+    times = []
+    for session in sessions:
+        start = time.thread_time()
+        session.run(None, feeds)
+        times.append(time.thread_time() - start)
+    stock, ours = times
+    return stock / ours
+
+
+def _instruction_set(library: Path) -> str:
+    function = ctypes.CDLL(str(library)).rac_instruction_set
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Whether built kernels may be used: tried in a child process, and the proof kept beside the library.
+
+The child compares every kernel with the engine's own on random matrices, measures both side by side,
+and prints a :class:`Proof` as JSON. A library that changed since is not the one that was tried.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from racdeploy.accel.library import Library
+from racdeploy.errors import EngineError
+from racdeploy.extras import is_installed
+from racdeploy.storage.child import run_module
+from racdeploy.storage.files import disk_errors, file_sha256, write_atomic
+
+Mode = Literal["auto", "off", "require"]
+LEAST_SPEEDUP = 1.05  # less is within what one measurement differs from the next
+_TRIAL_S = 600.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the trial of a library found.
+
+    Args:
+        refusal: why it may not be used; empty where it may.
+        sha256: of the library.
+        instruction_set: of the kernels that this processor gets.
+        difference: largest one from the engine's own kernels, over the largest output.
+        speedups: of one token on one thread, by ggml's name of the number format (and the pattern) and share of zeros.
+        faster_from: least share of zeros from which on it is faster, by number format; without those that never are.
+    """
+
+    refusal: str
+    sha256: str
+    instruction_set: str = ""
+    difference: float = 0.0
+    speedups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    faster_from: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The sparse kernels of one engine.
+
+    Args:
+        library: built or not.
+        trial: module that a child process runs with the path of a library; it prints the proof.
+        unbuilt: what is missing where there is no library.
+        version: of the engine that the proof is for, where the library itself is for every version.
+        packages: that the trial needs beside the engine.
+    """
+
+    library: Library
+    trial: str
+    unbuilt: str
+    version: str = ""
+    packages: tuple[str, ...] = ()
+
+    def build(self) -> tuple[Path, Proof]:
+        """Compile the library, unless that was done, and try it.
+
+        Raises:
+            EnvironmentFailure: there is no compiler, it failed, or the cache cannot be written.
+        """
+        file = self.library.build()
+        return file, self.prove(file)
+
+    def prove(self, file: Path) -> Proof:
+        """Try a library in a child process, and keep the proof beside it.
+
+        Raises:
+            EnvironmentFailure: the proof cannot be written.
+        """
+        missing = [package for package in self.packages if not is_installed(package)]
+        if missing:
+            refusal = f"its self-test needs a package: pip install {' '.join(missing)}"
+            proof = Proof(refusal, file_sha256(file))
+        else:
+            proof = replace(_try_in_child(self.trial, file), sha256=file_sha256(file))
+
+        record = self.record_of(file)
+        with disk_errors(record):
+            write_atomic(record, json.dumps(asdict(proof), indent=1))
+        return proof
+
+    def read_proof(self, file: Path) -> Proof | str:
+        """Return what was found of a library, or why nothing is known of it."""
+        record = self.record_of(file)
+        if not record.is_file():
+            return f"{file} was never tried with the installed engine: racdeploy accel build"
+        try:
+            proof = Proof(**json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            return f"{record} is damaged: racdeploy accel build"
+        if proof.sha256 != file_sha256(file):
+            return f"{file} is not the one that was tried: racdeploy accel build"
+        return proof
+
+    def record_of(self, file: Path) -> Path:
+        """Return where the proof of a library is kept."""
+        return file.with_name("-".join(filter(None, (file.stem, self.version))) + ".json")
+
+    def readiness(self) -> tuple[Path, Proof] | str:
+        """Return the library to load and its proof, or why there is none."""
+        file = self.library.find()
+        if file is None:
+            return f"{self.unbuilt}: racdeploy accel build"
+        proof = self.read_proof(file)
+        if isinstance(proof, str):
+            return proof
+        return proof.refusal or (file, proof)
+
+
+def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
+    """Return the library to load and its proof, or why there is none; ``kernels`` may be the reason."""
+    return kernels if isinstance(kernels, str) else kernels.readiness()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs the next model: sparse kernels, or the engine's own alone.
+
+    Args:
+        path: the file to load.
+        summary: what runs it, in one line.
+        reason: why it is the engine's own alone; empty where sparse kernels take part.
+        library: that the engine has to load first, if any.
+        tensors: names of the weights that the kernels ask for, where that is decided by weight.
+        kept: whether these come packed from a file that an earlier load kept.
+        packed: returns how many weights the kernels have; for llama.cpp, tensors since the model was chosen.
+    """
+
+    path: Path
+    summary: str
+    reason: str = ""
+    library: Path | None = None
+    tensors: tuple[str, ...] = ()
+    kept: bool = False
+    packed: Callable[[], int] = field(default=lambda: 0, compare=False)
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+def choose_by_mode(
+    path: Path, mode: Mode, stock: str, find: Callable[[], Choice | str]
+) -> Choice:
+    """Return what ``find`` chooses; where that is a reason not to use sparse kernels, ``stock`` and the reason.
+
+    Raises:
+        EngineError: the kernels are required, and of no use.
+    """
+    found = "sparse ones are switched off" if mode == "off" else find()
+    if isinstance(found, Choice):
+        return found
+    if mode == "require":
+        raise EngineError(
+            f"sparse kernels are required for {path}, and cannot be used: {found}",
+            remedy="racdeploy doctor says what is missing; without --accel require everything runs, too",
+        )
+    return Choice(path, f"{stock}: {found}", found)
+
+
+def _try_in_child(module: str, file: Path) -> Proof:
+    """Return the proof that a module prints, or one that refuses the library because it prints none."""
+    variables = {"GGML_NO_BACKTRACE": "1"}  # a trap is reported here; gdb would only take its time
+    outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
+    if outcome.failure:
+        return Proof(f"its self-test {outcome.failure}", "")
+    return Proof(**outcome.value)
