@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -26,10 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.accel_llamacpp import bandwidth
 from racdeploy import quant as quants
-from racdeploy.accel import Mode
-from racdeploy.accel.onnx_bytes import Node, model_bytes
-from racdeploy.accel.onnxruntime import accel_name, readiness
-from racdeploy.accel.onnxruntime_proof import open_session
+from racdeploy.accel import Mode, accel_name, readiness
+from racdeploy.accel.ort_trial import make_model, make_sparse, make_stock, open_session, split_rows
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.onnxruntime import open_engine
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
@@ -37,7 +36,6 @@ from racdeploy.engines.onnxruntime.graph import DecoderGraph
 from racdeploy.engines.onnxruntime.graph import open_session as open_model
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.sparse_matrix import LAYOUT, kind_of, split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
@@ -60,7 +58,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["product", "smollm2", "levels"])
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.7])
     arguments = parser.parse_args()
-    ready = readiness()
+    ready = readiness("onnxruntime")
     if isinstance(ready, str):
         raise SystemExit(ready)
     library, proof = ready
@@ -116,43 +114,22 @@ def products(library: Path, threads: int, rounds: int, every_zeros: list[float])
 
 def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     """Return a graph of MatMulNBits, and the bytes of one matrix."""
-    bits = int(quants.load(quant).BITS)
     packed_OP = quants.load(quant).quantize(weight_OI)
-    code_OP, scale_OP = np.split(packed_OP, [I * bits // 8], axis=1)
-    codes = np.ascontiguousarray(code_OP).reshape(O, I // 32, -1)
-    scales = np.ascontiguousarray(scale_OP).view("<f2").astype(np.float32)
-    attributes = {"K": I, "N": O, "bits": bits, "block_size": 32, "accuracy_level": 4}
-    nodes, arrays = [], {}
-    for i in range(COUNT):
-        arrays |= {f"codes{i}": codes, f"scales{i}": scales}
-        nodes.append(
-            Node(
-                "com.microsoft",
-                "MatMulNBits",
-                ("x", f"codes{i}", f"scales{i}"),
-                f"y{i}",
-                attributes,
-            )
-        )
-    return model_bytes(nodes, arrays, {"x": I}), codes.nbytes + scales.nbytes
+    return repeat([make_stock(quant, packed_OP, I, number) for number in range(COUNT)])
 
 
 def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     """Return a graph of racdeploy's operator, and the bytes of one matrix."""
-    kind = kind_of(quants.load(quant))
-    assert kind is not None
-    matrix = split(kind, quants.load(quant).quantize(weight_OI))
-    nodes, arrays = [], {}
-    for i in range(COUNT):
-        parts = {
-            f"heads{i}": matrix.heads_OP,
-            f"values{i}": matrix.values,
-            f"offsets{i}": matrix.offsets,
-        }
-        arrays |= parts
-        attributes = {"I": I, "O": O, "quant": kind.ggml_type}
-        nodes.append(Node("racdeploy", "SparseMatMul", ("x", *parts), f"y{i}", attributes, LAYOUT))
-    return model_bytes(nodes, arrays, {"x": I}), matrix.size_bytes
+    matrix = split_rows(quant, quants.load(quant).quantize(weight_OI))
+    return repeat([make_sparse(quant, matrix, I, number) for number in range(COUNT)])
+
+
+def repeat(products: list[tuple[Any, dict[str, np.ndarray]]]) -> tuple[bytes, int]:
+    """Return a graph of equal products, and the bytes of one of their matrices."""
+    nodes = [node for node, _ in products]
+    arrays = {name: values for _, parts in products for name, values in parts.items()}
+    matrix_bytes = sum(values.nbytes for values in products[0][1].values())
+    return make_model(nodes, arrays, I), matrix_bytes
 
 
 def files(work: Path, name: str, every_zeros: list[float]) -> dict[float, dict[str, Path]]:

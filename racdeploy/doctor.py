@@ -7,7 +7,6 @@ import shutil
 import sys
 
 from racdeploy import accel
-from racdeploy.accel import onnxruntime
 from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.storage.caches import default_work
@@ -65,7 +64,7 @@ def _kernels() -> dict[str, str]:
 
 def _operator() -> dict[str, str]:
     """Say whether the second graph of packing bitmask_op is used."""
-    ready = onnxruntime.readiness()
+    ready = accel.readiness("onnxruntime")
     if isinstance(ready, str):
         return {
             "what": "sparse operator",

@@ -37,7 +37,9 @@ def try_library(file: Path) -> Proof:
             difference = plugin.difference(product, threads, seed)
             largest = max(largest, difference)
             if problem := _judge(difference):
-                text = f"{quant} {product.rows} × {product.columns} with {product.zeros:.0%} zeros, "
+                text = (
+                    f"{quant} {product.rows} × {product.columns} with {product.zeros:.0%} zeros, "
+                )
                 text += f"{product.tokens} tokens on {threads} threads"
                 return Proof(f"its self-test failed: {text}: {problem}", "", kernels, largest)
 

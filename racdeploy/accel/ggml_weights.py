@@ -23,9 +23,7 @@ _READ_AHEAD_BYTES = 16 << 20
 _NEVER = 2.0  # a share of zeros that no matrix has
 
 
-def enable(
-    path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: bool = True
-) -> Choice:
+def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: bool = True) -> Choice:
     """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
 
     Call it before every model that is to be accelerated, and before the first model of the process is loaded. Another
@@ -83,9 +81,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     summary = f"sparse {kernels} kernels for {len(names)} matrices"
     kept = keep and kept_weights.wanted() and _keep(plugin, path, names)
-    return Choice(
-        path, summary, tensors=tuple(names), kept=kept, packed=lambda: plugin.packed()[0]
-    )
+    return Choice(path, summary, tensors=tuple(names), kept=kept, packed=lambda: plugin.packed()[0])
 
 
 def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:

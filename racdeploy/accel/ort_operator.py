@@ -32,7 +32,9 @@ ACCEL_KEY = "racdeploy.accel"
 LIBRARY = Library("onnxruntime", (*KERNELS, "onnxruntime_op.cpp"))
 _NAMES = {number: name for name, number in QUANTS.items()}
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
-_UNMEASURED = 0.5  # speed-up below the zeros that were measured: the operator is the slower one there
+_UNMEASURED = (
+    0.5  # speed-up below the zeros that were measured: the operator is the slower one there
+)
 
 
 class Packed(TypedDict):

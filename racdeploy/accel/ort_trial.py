@@ -75,7 +75,7 @@ def make_stock(
 
 
 def make_sparse(
-    name: str, matrix: SparseMatrix, I: int, number: int = 0, **attributes: int
+    name: str, matrix: SparseMatrix, I: int, number: int = 0, /, **attributes: int
 ) -> tuple[onnx.NodeProto, dict[str, Array]]:
     """Return a node of our operator and its initializers; attributes go over those of the matrix."""
     kind = kind_of(quants.load(name))
@@ -147,7 +147,10 @@ def _compare(library: Path) -> tuple[float, str]:
                 expected_BTO = stock.run(None, feeds)[0]
                 found_BTO = ours.run(None, feeds)[0]
                 if found_BTO.shape != expected_BTO.shape:
-                    return largest, f"{name}, {O} × {I}, {tokens} tokens: its shape is {found_BTO.shape}"
+                    return (
+                        largest,
+                        f"{name}, {O} × {I}, {tokens} tokens: its shape is {found_BTO.shape}",
+                    )
 
                 error = np.abs(expected_BTO - found_BTO).max()
                 difference = float(error / max(np.abs(expected_BTO).max(), 1e-30))
@@ -198,9 +201,7 @@ def _speedups(library: Path, name: str) -> dict[str, float]:
     return found
 
 
-def _ratio(
-    sessions: Sequence[onnxruntime.InferenceSession], feeds: Mapping[str, Array]
-) -> float:
+def _ratio(sessions: Sequence[onnxruntime.InferenceSession], feeds: Mapping[str, Array]) -> float:
     times = []
     for session in sessions:
         start = time.thread_time()

@@ -148,9 +148,7 @@ class Choice:
         return self.summary
 
 
-def choose_by_mode(
-    path: Path, mode: Mode, stock: str, find: Callable[[], Choice | str]
-) -> Choice:
+def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice | str]) -> Choice:
     """Return what ``find`` chooses; where that is a reason not to use sparse kernels, ``stock`` and the reason.
 
     Raises:
@@ -171,6 +169,5 @@ def _try_in_child(module: str, file: Path) -> Proof:
     """Return the proof that a module prints, or one that refuses the library because it prints none."""
     variables = {"GGML_NO_BACKTRACE": "1"}  # a trap is reported here; gdb would only take its time
     outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
-    if outcome.failure:
-        return Proof(f"its self-test {outcome.failure}", "")
-    return Proof(**outcome.value)
+    failure = outcome.failure or ("" if outcome.value else "printed no proof")
+    return Proof(f"its self-test {failure}", "") if failure else Proof(**outcome.value)

@@ -18,7 +18,7 @@ extern "C" bool rac_ggml_enable(const char* const*, int64_t, int);
 extern "C" bool rac_ggml_keep(int, int64_t, const char* const*, const Place*, int64_t);
 extern "C" int64_t rac_ggml_pack(int, int64_t, int64_t, const void*, void*, int64_t, int*);
 extern "C" bool rac_ggml_maps_huge(int, int64_t);
-extern "C" double rac_ggml_difference(int, int64_t, int64_t, int64_t, int, double, bool, uint64_t);
+extern "C" double rac_ggml_difference(int, int64_t, int64_t, int64_t, double, bool, int, uint64_t);
 
 namespace {
 
@@ -34,7 +34,7 @@ double products() {
             for (int64_t columns : {32, 256, 1184})
                 for (int64_t tokens : {1, 3, 20}) {
                     const bool pattern = columns == 256;
-                    const double found = rac_ggml_difference(quant, rows, columns, tokens, 2, 0.5, pattern, ++seed);
+                    const double found = rac_ggml_difference(quant, rows, columns, tokens, 0.5, pattern, 2, ++seed);
                     require(found >= 0, 3);
                     if (rows * tokens > 100 && found > worst) worst = found;
                 }

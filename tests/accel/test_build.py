@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import build
-from racdeploy.accel.build import Library
+from racdeploy.accel import library as compiling
+from racdeploy.accel.library import Library
 from racdeploy.errors import EnvironmentFailure
 
 
@@ -48,23 +48,23 @@ def test_sources_flags_and_keys_decide_the_name(tmp_path: Path) -> None:
     assert first.build() != built
 
 
-def test_another_compiler_builds_anew_but_what_is_built_is_found(
+def test_another_compiler_builds_again_but_what_is_built_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine without a compiler uses what was built on it."""
     library = Library("example", (_source(tmp_path, 7),))
     built = library.build()
-    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(compiling, "find_compiler", lambda: None)
     assert library.find() == built
     monkeypatch.undo()
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "_version", lambda command: "another one")
+    monkeypatch.setattr(compiling, "_version", lambda command: "another one")
     assert library.build() != built
 
 
 def test_no_compiler_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the way to get one."""
-    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(compiling, "find_compiler", lambda: None)
     with pytest.raises(EnvironmentFailure, match="no C\\+\\+ compiler"):
         Library("example", (_source(tmp_path, 7),)).build()
 
@@ -77,14 +77,14 @@ def test_a_source_that_does_not_compile_shows_the_compilers_words(tmp_path: Path
     with pytest.raises(EnvironmentFailure, match=r"broken\.cpp"):
         library.build()
     assert library.find() is None
-    assert not list(build.cache_folder().iterdir())
+    assert not list(compiling.cache_folder().iterdir())
 
 
 def test_an_unknown_instruction_set_leaves_the_file_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An old compiler builds the portable kernels."""
-    monkeypatch.setattr(build, "_machine_flags", lambda source: ("-mno-such-instructions",))
+    monkeypatch.setattr(compiling, "_machine_flags", lambda source: ["-mno-such-instructions"])
     assert ctypes.CDLL(str(Library("example", (_source(tmp_path, 7),)).build())).value() == 7
 
 
@@ -100,4 +100,4 @@ def test_a_cache_that_is_not_writable_is_one_error(
 
 def test_a_compiler_is_there() -> None:
     """llama-cpp-python needs one to install, so the tests have one."""
-    assert shutil.which(build.compiler() or "") is not None
+    assert shutil.which(compiling.find_compiler() or "") is not None

@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import build, kept_weights, llamacpp
-from racdeploy.accel.build import Library
-from racdeploy.accel.trial import Verdict, prove, read_verdict
+from racdeploy.accel import Proof, ggml_plugin, ggml_weights, kept_weights, library
+from racdeploy.accel.library import Library
+from racdeploy.accel.proof import Kernels
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.doctor import examine
@@ -49,7 +49,7 @@ STUB = {
     "void rac_ggml_packed()": "",
     "long rac_ggml_stored_bytes()": "return 0;",
     "int rac_ggml_wanted_pattern()": "return 0;",
-    "const char* rac_ggml_instruction_set()": 'return "portable";',
+    "const char* rac_instruction_set()": 'return "portable";',
     "double rac_ggml_difference()": "return 0;",
     "void rac_ggml_time(int, long, long, long, double, bool, int, int, double* stock, double* sparse)": (
         "*stock = 1; *sparse = 2;"
@@ -57,14 +57,18 @@ STUB = {
 }
 
 
+def find_kernels() -> Kernels:
+    kernels = ggml_plugin.find_kernels()
+    assert not isinstance(kernels, str), kernels
+    return kernels
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of this module's libraries; the plug-in is in it, not yet tried."""
-    ggml = llamacpp.installed()
-    assert not isinstance(ggml, str), ggml
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("plugin")))
-        yield llamacpp.library(ggml).build()
+        yield find_kernels().library.build()
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The plug-in with a verdict that uses it from 30 % zeros on, however fast it is on this machine."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(home.parent))
     faster_from = dict.fromkeys(("q8_0", "q4_0", "f16", "bf16", "q8_0 2:4"), 0.3)
-    verdict = Verdict("", file_sha256(home), _instruction_set(home), faster_from=faster_from)
+    verdict = Proof("", file_sha256(home), _instruction_set(home), faster_from=faster_from)
     home.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
     return home
 
@@ -98,7 +102,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _instruction_set(library: Path) -> str:
     """Ask in a child: the plug-in stays in a process that has loaded it."""
-    code = f"from racdeploy.accel.llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+    code = f"from racdeploy.accel.ggml_plugin import Plugin; print(Plugin({str(library)!r}).instruction_set)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -114,7 +118,7 @@ def _stub(folder: Path, **bodies: str) -> Path:
     """Build a library that exports what a plug-in does, with other bodies for some functions."""
     lines = []
     for signature, body in STUB.items():
-        name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_")
+        name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_").removeprefix("rac_")
         lines.append(
             f'extern "C" __attribute__((visibility("default"))) {signature} {{ {bodies.get(name, body)} }}'
         )
@@ -124,13 +128,13 @@ def _stub(folder: Path, **bodies: str) -> Path:
 
 def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Path) -> None:
     """On every machine; only where it is also faster is it used."""
-    verdict = prove(home)
+    verdict = find_kernels().prove(home)
     assert verdict.instruction_set in ("avx512", "avx2", "portable")
     assert 0 < verdict.difference <= 1e-6
     slow = f"its {verdict.instruction_set} kernels are not faster than ggml's own on this processor"
     assert verdict.refusal in ("", slow)
     assert (verdict.refusal == "") == bool(verdict.faster_from)
-    assert read_verdict(home) == verdict
+    assert find_kernels().read_proof(home) == verdict
 
 
 @pytest.mark.parametrize(
@@ -157,15 +161,18 @@ def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
     """It crashes, miscounts or is slow: this process lives on, and the verdict says why it is not used."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     library = _stub(tmp_path, **bodies)
-    verdict = prove(library)
+    verdict = find_kernels().prove(library)
     assert re.match(refusal, verdict.refusal), verdict.refusal
-    assert read_verdict(library) == verdict
+    assert find_kernels().read_proof(library) == verdict
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     """As one that a full disk cut off."""
     (tmp_path / "broken.so").write_bytes(b"\x7fELF and nothing else")
-    assert "its self-test ended with exit code 1" in prove(tmp_path / "broken.so").refusal
+    assert (
+        "its self-test ended with exit code 1"
+        in find_kernels().prove(tmp_path / "broken.so").refusal
+    )
 
 
 def test_a_spoiled_library_is_not_loaded(
@@ -190,22 +197,23 @@ def test_an_unknown_ggml_stays_on_stock_paths(
     ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its private declarations were not compared with ours."""
-    monkeypatch.setattr(llamacpp, "_KNOWN", {"0.0.1": ("abc",)})
+    monkeypatch.setattr(ggml_plugin, "_KNOWN", {"0.0.1": ("abc",)})
     assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
     assert accel.kernels("auto") == accel.STOCK
-    with pytest.raises(EngineError, match="is not one that the kernels were made for"):
-        accel.build()
+    built = accel.build_installed()["llama.cpp"]
+    assert built.library is None
+    assert "is not one that the kernels were made for" in built.refusal
 
 
 def test_without_headers_or_a_compiler_it_says_so(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in one sentence."""
-    ggml = llamacpp.installed()
+    ggml = ggml_plugin.find_ggml()
     assert not isinstance(ggml, str)
     assert "came without ggml's headers" in dataclasses.replace(ggml, include=tmp_path).refusal
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(library, "find_compiler", lambda: None)
     outcome = CliRunner().invoke(app, ["accel", "build"])
     assert outcome.exit_code == 4
     assert "there is no C++ compiler" in outcome.output
@@ -270,15 +278,15 @@ def test_zeros_are_counted_once_for_each_state_of_a_file(
     counter: Any = Counter()
     expected = {"blk.0.attn_q.weight": ("q8_0", 0.5)}
     for calls in (1, 1):
-        assert accel._zeros(counter, file, 1) == expected
+        assert ggml_weights._zeros(counter, file, 1) == expected
         assert counter.calls == calls
     (kept,) = (tmp_path / "cache" / "zeros").iterdir()
     for damaged in ("", "[1]", '{"a": 1}'):
         kept.write_text(damaged)
-        assert accel._zeros(counter, file, 1) == expected
+        assert ggml_weights._zeros(counter, file, 1) == expected
     assert counter.calls == 4
     os.utime(file, ns=(1, 1))
-    accel._zeros(counter, file, 1)
+    ggml_weights._zeros(counter, file, 1)
     assert counter.calls == 5
 
 
@@ -484,16 +492,13 @@ def test_the_plugin_is_clean_under_sanitizers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packing, partial writes, reading back, products and kept files, with every read and write checked."""
-    ggml = llamacpp.installed()
-    assert not isinstance(ggml, str)
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    plugin = find_kernels().library
+    driver = str(Path(__file__).with_name("plugin_driver.cpp"))
     program = replace(
-        llamacpp.library(ggml),
+        plugin,
         name="driver",
-        sources=(
-            *llamacpp.library(ggml).sources,
-            str(Path(__file__).with_name("plugin_driver.cpp")),
-        ),
+        sources=(*plugin.sources, driver),
         flags=(
             "-Wall",
             "-Wextra",
@@ -503,7 +508,7 @@ def test_the_plugin_is_clean_under_sanitizers(
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
         ),
-        executable=True,
+        link_flags=(f"-Wl,-rpath,{plugin.links[0].parent}",),
     ).build()
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, (
@@ -524,8 +529,8 @@ def test_a_file_is_read_ahead_once_and_in_order(
     file = tmp_path / "m.gguf"
     with file.open("wb") as stream:
         stream.truncate(40 << 20)
-    accel._read_ahead(file)
+    ggml_weights._read_ahead(file)
     assert asked == [(start << 20, 16 << 20) for start in (0, 16, 32)]
     monkeypatch.setattr(os, "sysconf", lambda name: 1024)
-    accel._read_ahead(file)
+    ggml_weights._read_ahead(file)
     assert len(asked) == 3

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import onnxruntime
 import pytest
 
 from racdeploy import quant as quants
-from racdeploy.accel.onnx_bytes import Node, model_bytes
-from racdeploy.accel.onnxruntime import LIBRARY
-from racdeploy.accel.onnxruntime_proof import open_session
-from racdeploy.packing.sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix, kind_of, split
+from racdeploy.accel.ort_operator import LIBRARY
+from racdeploy.accel.ort_trial import make_model, make_sparse, open_session, split_rows
+from racdeploy.packing.sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix
+from tests.support.sparse_kernels import C_API
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
 SOURCES = Path(__file__).parents[2] / "racdeploy" / "accel" / "sources"
@@ -27,7 +28,7 @@ Array = np.ndarray
 def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield LIBRARY.build()
+        yield replace(LIBRARY, sources=(*LIBRARY.sources, str(C_API))).build()
 
 
 @pytest.fixture(params=("portable", "avx2", "avx512"))
@@ -50,21 +51,8 @@ def draw_rows(quant: str, O: int, I: int, sparsity: float, seed: int = 0) -> Arr
 def graph_of(
     quant: str, matrix: SparseMatrix, O: int, I: int, /, version: int = LAYOUT, **attributes: int
 ) -> bytes:
-    kind = kind_of(quants.load(quant))
-    assert kind is not None
-    parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
-    attributes = {"I": I, "O": O, "quant": kind.ggml_type} | attributes
-    return model_bytes(
-        [Node("racdeploy", "SparseMatMul", ("x", *parts), "y", attributes, version)],
-        parts,
-        {"x": I},
-    )
-
-
-def split_rows(quant: str, packed_OP: Array) -> SparseMatrix:
-    kind = kind_of(quants.load(quant))
-    assert kind is not None
-    return split(kind, packed_OP)
+    node, parts = make_sparse(quant, matrix, I, **({"O": O} | attributes))
+    return make_model([node], parts, I, version)
 
 
 def rounded(quant: str, x_BTI: Array) -> Array:
@@ -133,21 +121,8 @@ def test_no_tokens_and_wrong_inputs(library: Path) -> None:
     matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 8, 64, 0.5))
     session = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library)
     assert session.run(None, {"x": np.zeros((1, 0, 64), np.float32)})[0].shape == (1, 0, 8)
-    parts = {"heads": matrix.heads_OP, "values": matrix.values, "offsets": matrix.offsets}
-    open_input = model_bytes(
-        [
-            Node(
-                "racdeploy",
-                "SparseMatMul",
-                ("x", *parts),
-                "y",
-                {"I": 64, "O": 8, "quant": 8},
-                LAYOUT,
-            )
-        ],
-        parts,
-        {"x": 96},
-    )
+    node, parts = make_sparse("matmulnbits_8", matrix, 64)
+    open_input = make_model([node], parts, 96)
     with pytest.raises(Exception, match="the last dimension of X is not I"):
         open_session(open_input, library).run(None, {"x": np.zeros((1, 1, 96), np.float32)})
 
@@ -239,10 +214,11 @@ def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
     """Its parts as inputs of the graph could change from run to run."""
     matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 64, 0.5))
     inputs = ("x", "x", "values", "offsets")
-    node = Node("racdeploy", "SparseMatMul", inputs, "y", {"I": 64, "O": 16, "quant": 8}, LAYOUT)
+    node, _ = make_sparse("matmulnbits_8", matrix, 64)
+    node.input[:] = inputs
     parts = {"values": matrix.values, "offsets": matrix.offsets}
     with pytest.raises(Exception, match="Type Error|must be constant"):
-        open_session(model_bytes([node], parts, {"x": 64}), library)
+        open_session(make_model([node], parts, 64), library)
 
 
 def test_sessions_without_the_operator_refuse_the_graph() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import llamacpp
-from racdeploy.accel.trial import Verdict
+from racdeploy.accel import Proof, ggml_plugin
 from racdeploy.storage.files import file_sha256
 from tests.support.commands import racdeploy
 
@@ -21,16 +20,16 @@ from tests.support.commands import racdeploy
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the plug-in and a verdict that uses it from 40 % zeros on, however fast it is on this machine."""
     folder = tmp_path_factory.mktemp("kernels")
-    ggml = llamacpp.installed()
-    assert not isinstance(ggml, str), ggml
+    plugin = ggml_plugin.find_kernels()
+    assert not isinstance(plugin, str), plugin
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(folder))
-        library = llamacpp.library(ggml).build()
-    child = f"from racdeploy.accel.llamacpp import Plugin; print(Plugin({str(library)!r}).instruction_set)"
+        library = plugin.library.build()
+    child = f"from racdeploy.accel.ggml_plugin import Plugin; print(Plugin({str(library)!r}).instruction_set)"
     found = subprocess.run(
         [sys.executable, "-c", child], capture_output=True, text=True, check=True
     ).stdout.strip()
-    verdict = Verdict("", file_sha256(library), found, faster_from={"q8_0": 0.4})
+    verdict = Proof("", file_sha256(library), found, faster_from={"q8_0": 0.4})
     library.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
     return folder
 

@@ -13,14 +13,15 @@ from onnxruntime import GraphOptimizationLevel
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import onnxruntime
-from racdeploy.accel.onnxruntime import LIBRARY, Proof, accel_name, choose, readiness
+from racdeploy.accel import Proof, accel_name, choose_graph, proof
+from racdeploy.accel.ort_operator import LIBRARY, find_kernels
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.onnxruntime import native as _onnx_native
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.export.onnx import export
+from racdeploy.storage.files import file_sha256
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 SETTINGS = EngineSettings(128, parallel=2, threads=1)
@@ -47,13 +48,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield LIBRARY.build()
 
 
-def write_proof(library: Path, proof: Proof) -> None:
-    onnxruntime._record(library).write_text(json.dumps(asdict(proof)), encoding="utf-8")
+def record_of(library: Path) -> Path:
+    kernels = find_kernels()
+    assert not isinstance(kernels, str), kernels
+    return kernels.record_of(library)
+
+
+def write_proof(library: Path, found: Proof) -> None:
+    signed = replace(found, sha256=file_sha256(library))
+    record_of(library).write_text(json.dumps(asdict(signed)), encoding="utf-8")
 
 
 def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
     """Differences are those of float32 sums and of inputs that stock kernels round with other scales."""
-    write_proof(library, Proof("", "any", FASTER))
+    write_proof(library, Proof("", "", "any", speedups=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
         assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
@@ -76,7 +84,7 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
 
     Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's largest.
     """
-    write_proof(library, Proof("", "any", FASTER))
+    write_proof(library, Proof("", "", "any", speedups=FASTER))
     found = []
     for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
         options = _onnx_native._options(SETTINGS)
@@ -95,19 +103,19 @@ def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: 
     """Never tried, failed, not faster, no second graph: the plain graph, or an error where it is required."""
     cases = {
         "never tried": None,
-        "its self-test failed": Proof("its self-test failed"),
-        "times as long as the stock ones": Proof("", "any", {"q8_0": {"0.5": 0.7}}),
+        "its self-test failed": Proof("its self-test failed", ""),
+        "times as long as the stock ones": Proof("", "", "any", speedups={"q8_0": {"0.5": 0.7}}),
     }
-    for reason, proof in cases.items():
-        onnxruntime._record(library).unlink(missing_ok=True)
-        if proof is not None:
-            write_proof(library, proof)
-        assert reason in str(choose(model, "auto"))
-        assert choose(model, "auto").path == model
+    for reason, found in cases.items():
+        record_of(library).unlink(missing_ok=True)
+        if found is not None:
+            write_proof(library, found)
+        assert reason in str(choose_graph(model, "auto"))
+        assert choose_graph(model, "auto").path == model
         with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
-            choose(model, "require")
-    assert "packing 'bitmask_op' writes one" in choose(tmp_path / "other.onnx", "auto").reason
-    assert choose(model, "off").reason == "sparse ones are switched off"
+            choose_graph(model, "require")
+    assert "packing 'bitmask_op' writes one" in choose_graph(tmp_path / "other.onnx", "auto").reason
+    assert choose_graph(model, "off").reason == "sparse ones are switched off"
 
 
 def test_without_a_library_everything_is_as_it_was(
@@ -115,7 +123,7 @@ def test_without_a_library_everything_is_as_it_was(
 ) -> None:
     """The answer names the command that builds it."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    assert readiness() == "the operator is not built: racdeploy accel build"
+    assert accel.readiness("onnxruntime") == "the operator is not built: racdeploy accel build"
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
         assert "not built" in engine.about["kernels"]
         assert engine.logits(IDS).shape[0] == len(IDS)
@@ -124,25 +132,27 @@ def test_without_a_library_everything_is_as_it_was(
 def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
     library: Path, model: Path, tmp_path: Path
 ) -> None:
-    write_proof(library, Proof("", "any", FASTER))
+    write_proof(library, Proof("", "", "any", speedups=FASTER))
     (tmp_path / "m.onnx").write_bytes(model.read_bytes())
     second = model.with_name(accel_name(model.name)).read_bytes()
     (tmp_path / "m.accel.onnx").write_bytes(second[: len(second) // 2])
     with pytest.raises(ArtifactError, match="m.accel.onnx"):
-        choose(tmp_path / "m.onnx", "auto")
+        choose_graph(tmp_path / "m.onnx", "auto")
 
 
 def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One library for each engine; the proofs are not run here, their outcome is."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    monkeypatch.setattr(onnxruntime, "_run_proof", lambda library: Proof("", "any", FASTER))
+    found = Proof("", "", "any", speedups=FASTER)
+    monkeypatch.setattr(proof, "_try_in_child", lambda module, library: found)
     monkeypatch.setattr(
-        accel.llamacpp, "installed", lambda: "ggml 9 is not one that the kernels were made for"
+        accel.ggml_plugin, "find_ggml", lambda: "ggml 9 is not one that the kernels were made for"
     )
     outcome = CliRunner().invoke(app, ["accel", "build", "--json"])
     assert outcome.exit_code == 4
     made = json.loads(outcome.stdout)
     assert made["llama.cpp"]["refusal"].startswith("ggml 9")
     assert made["onnxruntime"]["speedups"] == FASTER
-    assert readiness() == (Path(made["onnxruntime"]["library"]), Proof("", "any", FASTER))
+    library = Path(made["onnxruntime"]["library"])
+    assert accel.readiness("onnxruntime") == (library, replace(found, sha256=file_sha256(library)))
     assert "any" in accel.kernels("auto")

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from racdeploy.accel.onnx_bytes import read_properties
-from racdeploy.accel.onnxruntime import ACCEL_KEY
+from racdeploy.accel import ACCEL_KEY
+from racdeploy.accel.onnx_properties import read_properties
 from racdeploy.bundles import inspect as inspection
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError, UsageError

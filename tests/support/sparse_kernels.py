@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from racdeploy.accel.build import KERNELS, Library
+from racdeploy.accel.library import KERNELS, Library
 
+C_API = Path(__file__).parents[1] / "accel" / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 PATTERNS = {"unstructured": 0, "two_of_four": 1}
@@ -18,7 +19,7 @@ _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 
 def build_kernels(*flags: str) -> Path:
     """Compile the kernels and their C functions; return the library."""
-    return Library("test-kernels", (*KERNELS, "c_api.cpp"), flags=(*_WARNINGS, *flags)).build()
+    return Library("test-kernels", (*KERNELS, str(C_API)), flags=(*_WARNINGS, *flags)).build()
 
 
 class _View(ctypes.Structure):

@@ -24,9 +24,6 @@
 #include <utility>
 
 #include "kept_file.h"
-#include "sparse_matrix.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace racdeploy {
 namespace {
@@ -528,5 +525,3 @@ EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, c
 EXPORT int rac_ggml_wanted_pattern(int quant, int64_t rows, int64_t columns, const void* blocks) {
     return static_cast<int>(racdeploy::wanted_pattern(racdeploy::Quant(quant), rows, columns, blocks));
 }
-
-EXPORT const char* rac_ggml_instruction_set() { return racdeploy::instruction_set(); }

@@ -1,6 +1,7 @@
 // The buffer type that the plug-in adds to ggml's CPU backend.
 #pragma once
 #include "ggml_abi.h"
+#include "sparse_matrix.h"
 
 namespace racdeploy {
 

@@ -12,8 +12,6 @@
 
 #include "ggml_plugin.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace racdeploy {
 namespace {
 
@@ -146,8 +144,8 @@ ggml_backend_buffer_type_t stock_buffer_type(ggml_type quant, int64_t rows, int6
 
 // The largest difference from ggml's own product, as a share of the largest output; -1 where a weight is not given
 // back as it was written.
-EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int64_t tokens, int threads, double zeros,
-                                  bool two_of_four, uint64_t seed) {
+EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros,
+                                  bool two_of_four, int threads, uint64_t seed) {
     using namespace racdeploy;
     std::mt19937_64 random(seed);
     const auto type = static_cast<ggml_type>(quant);

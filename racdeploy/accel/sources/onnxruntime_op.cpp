@@ -250,8 +250,7 @@ struct SparseMatMul : ort::CustomOp {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                              const ort::ApiBase* base) {
+EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBase* base) {
     const OrtApi* api = base->get_api(ort::api_version);
     if (!api) return nullptr;  // older than 1.17: the session then says that it lacks the operator
     static const SparseMatMul op(api);

@@ -145,3 +145,5 @@ bool use_instruction_set(const char* name) {
 }
 
 }  // namespace racdeploy
+
+EXPORT const char* rac_instruction_set() { return racdeploy::instruction_set(); }

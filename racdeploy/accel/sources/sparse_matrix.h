@@ -21,6 +21,8 @@
 #pragma once
 #include <cstdint>
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace racdeploy {
 
 enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers

@@ -226,7 +226,7 @@ class _Batch:
         return self._batch
 
 
-def _about(kernels: accel.Status, required: bool) -> Mapping[str, Any]:
+def _about(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
     """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
     asked, packed = len(kernels.tensors), kernels.packed()
     if packed == asked:

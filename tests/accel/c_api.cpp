@@ -1,8 +1,6 @@
 // The kernels as C functions, for the tests.
 #include "sparse_matrix.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 using namespace racdeploy;
 
 EXPORT int64_t rac_row_bytes(int quant, int64_t columns) { return row_bytes(Quant(quant), columns); }
@@ -35,5 +33,4 @@ EXPORT void rac_multiply(const SparseMatrix* matrix, int64_t tokens, const void*
                          int64_t output_stride, int64_t row_begin, int64_t row_end) {
     multiply(*matrix, tokens, workspace, output, output_stride, row_begin, row_end);
 }
-EXPORT const char* rac_instruction_set() { return instruction_set(); }
 EXPORT int rac_use_instruction_set(const char* name) { return use_instruction_set(name); }
