@@ -44,7 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
     "rac_ggml_maps_huge": (_BOOL, _I32, _I64),
     "rac_ggml_layout": (_I32,),
     "rac_ggml_pack": (_I64, *_MATRIX, _DATA, _I64, ctypes.POINTER(_I32)),
-    "rac_ggml_packed": (None, _I64S, _I64S),
+    "rac_ggml_packed": (_I64,),
     "rac_ggml_stored_bytes": (_I64, *_MATRIX),
     "rac_ggml_wanted_pattern": (_I32, *_MATRIX),
     "rac_ggml_difference": (_F64, *_PRODUCT, _I32, ctypes.c_uint64),
@@ -117,7 +117,7 @@ def find_kernels() -> Kernels | str:
         return ggml
     library = Library(
         "llamacpp",
-        (*KERNELS, "kept_file.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
+        (*KERNELS, "kept_file.cpp", "load_memory.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
         include=(ggml.include,),
         links=(ggml.libraries / "libggml-cpu.so.0", ggml.libraries / "libggml-base.so.0"),
         key={"ggml": ggml.version, "commit": ggml.commit},
@@ -228,12 +228,9 @@ class Plugin:
             ggml_type, rows, columns, _ = matrix
             yield (ggml_type, pattern.value, rows, columns), packed_P.data[:size_bytes]
 
-    def packed(self) -> tuple[int, int]:
-        """Return how many weights were packed since :meth:`enable`, and the bytes that they take."""
-        tensors = _I64()
-        size_bytes = _I64()
-        self._library.rac_ggml_packed(ctypes.byref(tensors), ctypes.byref(size_bytes))
-        return tensors.value, size_bytes.value
+    def packed(self) -> int:
+        """Return how many weights were packed since :meth:`enable`."""
+        return int(self._library.rac_ggml_packed())
 
     def zeros(self, path: Path, header: Header, threads: int) -> dict[str, tuple[str, float]]:
         """Return number format and share of zeros of each matrix that can be packed; ``FORMAT 2:4`` for that pattern.

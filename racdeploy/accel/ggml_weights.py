@@ -81,7 +81,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     summary = f"sparse {kernels} kernels for {len(names)} matrices"
     kept = keep and kept_weights.wanted() and _keep(plugin, path, names)
-    return Choice(path, summary, tensors=tuple(names), kept=kept, packed=lambda: plugin.packed()[0])
+    return Choice(path, summary, tensors=tuple(names), kept=kept, packed=plugin.packed)
 
 
 def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:

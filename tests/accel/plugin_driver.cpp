@@ -89,7 +89,7 @@ struct File {
 void refusals(const File& file) {
     require(file.finds(file.place), 10);
     require(!rac_ggml_maps_huge(fileno(file.stream), file.bytes), 9);  // smaller than a huge page
-    for (int64_t Place::*number :
+    for (int64_t Place::* number :
          {&Place::quant, &Place::pattern, &Place::rows, &Place::columns, &Place::begin, &Place::bytes})
         for (int64_t wrong : {int64_t{-64}, int64_t{3}, file.bytes / 64 * 64, INT64_MAX, INT64_MIN}) {
             Place place = file.place;

@@ -46,7 +46,7 @@ STUB = {
     "long rac_ggml_pack()": "return -1;",
     "bool rac_ggml_maps_huge()": "return false;",
     "int rac_ggml_layout()": "return 0;",
-    "void rac_ggml_packed()": "",
+    "long rac_ggml_packed()": "return 0;",
     "long rac_ggml_stored_bytes()": "return 0;",
     "int rac_ggml_wanted_pattern()": "return 0;",
     "const char* rac_instruction_set()": 'return "portable";',

@@ -28,50 +28,49 @@ bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void*
     if (quant != Quant::q8_0 || columns % step_columns) return false;
     const uint8_t* block = static_cast<const uint8_t*>(blocks);
     const uint8_t* end = block + rows * row_bytes(quant, columns);
-    for (; block < end; block += q8_block_bytes)
+    for (; block < end; block += block_bytes(quant))
         if (three_in_some_four(non_zero(block))) return false;
     return true;
 }
 
-// Of every 4 mask bits, those of two stored weights (filled up from the lowest), and where the two are.
+// For each 4 mask bits, those of the two stored weights, and where the two are.
 struct Pair {
     uint8_t bits, first, second;
 };
 
-constexpr Pair pair_of(unsigned bits) {
-    unsigned stored = 0;
-    for (unsigned i = 0; i < 4; i++) stored += bits >> i & 1;
-    for (unsigned i = 0; i < 4 && stored < 2; i++)
-        if (!(bits >> i & 1)) bits |= 1u << i, stored++;
-    uint8_t places[2] = {0, 0};
-    for (unsigned i = 0, n = 0; i < 4 && n < 2; i++)
-        if (bits >> i & 1) places[n++] = static_cast<uint8_t>(i);
-    return {static_cast<uint8_t>(bits), places[0], places[1]};
-}
-
 struct Pairs {
     Pair of[16];
     constexpr Pairs() : of() {
-        for (unsigned bits = 0; bits < 16; bits++) of[bits] = pair_of(bits);
+        for (unsigned bits = 0; bits < 16; bits++) {
+            const unsigned stored = fill_up_to_two(bits);
+            uint8_t places[2] = {0, 0};
+            for (unsigned i = 0, n = 0; i < 4 && n < 2; i++)
+                if (stored >> i & 1) places[n++] = static_cast<uint8_t>(i);
+            of[bits] = {static_cast<uint8_t>(stored), places[0], places[1]};
+        }
     }
 };
 constexpr Pairs pairs;
 
-void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets,
-               uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end) {
-    if (pattern == Pattern::unstructured)
-        return portable_kernels.pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
-    constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
+void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
+          int64_t row_end) {
+    const Quant quant = blocks.quant;
+    if (blocks.pattern == Pattern::unstructured)
+        return portable::pack(blocks, offsets, heads, values, row_begin, row_end);
+
+    const int64_t row_heads = heads_bytes(quant, blocks.columns);
     for (int64_t r = row_begin; r < row_end; r++) {
-        const uint8_t* row = static_cast<const uint8_t*>(blocks) + r * row_bytes(quant, columns);
-        uint8_t* head = heads + r * groups(columns) * head_bytes(quant);
-        std::memset(head, 0, static_cast<size_t>(groups(columns) * head_bytes(quant)));
-        for (int64_t b = 0; b < columns / block_weights; b++) {
-            const uint8_t* block = row + b * q8_block_bytes;
+        const uint8_t* block = blocks.row(r);
+        uint8_t* head = heads + r * row_heads;
+        std::memset(head, 0, static_cast<size_t>(row_heads));
+
+        for (int64_t b = 0; b < blocks.columns / block_weights; b++, block += block_bytes(quant)) {
             uint8_t* group = head + b / 8 * head_bytes(quant);
             uint8_t* to = values + offsets[r] + b / 4 * 64 + place_of_run[b % 4] * 16;
             std::memcpy(group + b % 8 * 2, block, 2);
-            uint32_t bits = non_zero(block), stored = 0;
+
+            const uint32_t bits = non_zero(block);
+            uint32_t stored = 0;
             for (unsigned i = 0; i < 32; i += 4) {
                 const Pair& pair = pairs.of[bits >> i & 15];
                 stored |= static_cast<uint32_t>(pair.bits) << i;
@@ -83,11 +82,9 @@ void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks
     }
 }
 
-void count_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
-                int64_t row_end) {
-    if (pattern == Pattern::unstructured)
-        return portable_kernels.count(quant, pattern, columns, blocks, counts, row_begin, row_end);
-    for (int64_t r = row_begin; r < row_end; r++) counts[r] = columns / 2;
+void count(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
+    if (blocks.pattern == Pattern::unstructured) return portable::count(blocks, counts, row_begin, row_end);
+    for (int64_t r = row_begin; r < row_end; r++) counts[r] = blocks.columns / 2;
 }
 
 // 128 weights as signed codes: run i of 16 weights of lane 0 beside run i of lane 1.
@@ -144,7 +141,7 @@ inline float sum_of(__m256 sums) {
 template <int tokens>
 void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from, const int8_t* inputs,
                   int64_t token, float* output, int64_t output_stride) {
-    const uint8_t* head = matrix.heads + row * groups(matrix.columns) * head_bytes(matrix.quant);
+    const uint8_t* head = matrix.head(row);
     const uint8_t* values = matrix.values + matrix.offsets[row];
     __m256 sums[tokens];
     for (auto& sum : sums) sum = _mm256_setzero_ps();
@@ -170,13 +167,13 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
     for (int t = 0; t < tokens; t++) output[(token + t) * output_stride + row] = sum_of(sums[t]);
 }
 
-void multiply_rows(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
-                   int64_t output_stride, int64_t row_begin, int64_t row_end) {
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+              int64_t row_begin, int64_t row_end) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     int8_t* inputs = matrix.pattern == Pattern::two_of_four
                          ? static_cast<int8_t*>(scratch_of_thread(tokens * from.padded_columns))
                          : nullptr;
-    if (!inputs) return portable_kernels.multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+    if (!inputs) return portable::multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
     for (int64_t at = 0; at < tokens * from.padded_columns; at += step_columns)
         for (int64_t i = 0; i < step_columns; i += 8)  // run i / 16 % 4 of lane i / 64
             std::memcpy(inputs + at + i % 64 / 16 * 32 + i / 64 * 16 + i % 16, from.codes + place_in_chunks(at + i), 8);
@@ -194,18 +191,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2",
-    runs_here,
-    prefers_two_of_four,
-    count_rows,
-    pack_rows,
-    [](const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
-        portable_kernels.unpack(matrix, blocks, row_begin, row_end);
-    },
-    [](Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
-        portable_kernels.prepare(quant, columns, tokens, token, activation, workspace);
-    },
-    multiply_rows,
+    "avx2", runs_here, prefers_two_of_four, count, pack, portable::unpack, portable::prepare, multiply,
 };
 
 }  // namespace racdeploy
@@ -213,7 +199,7 @@ const Kernels avx2_kernels = {
 #else
 
 namespace racdeploy {
-const Kernels avx2_kernels = {"avx2", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const Kernels avx2_kernels = {"avx2", [] { return false; }};
 }  // namespace racdeploy
 
 #endif

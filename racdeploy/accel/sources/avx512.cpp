@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "avx512_pack.h"
+
 namespace racdeploy {
 namespace {
 
@@ -40,8 +42,6 @@ inline void fetch_ahead(const uint8_t* from, int64_t bytes) {
 }
 constexpr int64_t values_ahead = 3072, heads_ahead = 1536;
 
-inline int64_t popcount(uint64_t bits) { return __builtin_popcountll(bits); }
-
 // Where a row's next values stand: one stream, or the low and the high bits of Q4_0.
 struct Values {
     const uint8_t *first, *second;
@@ -59,190 +59,33 @@ inline __m512i spread(int chunk, uint64_t mask, Values& values) {
     return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(zero_point(quant))), mask, codes);
 }
 
-// ---- packing ----
+// ---- tiles: many tokens, 16 rows at a time ----
 
-// Chunk `chunk` of a group of `blocks` blocks, as unsigned codes: the zero point where there is no block.
-template <Quant quant>
-inline __m512i chunk_codes(const uint8_t* group, int64_t blocks, int chunk) {
-    constexpr int64_t stride = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
-    const uint8_t* from = group + 2 + 8 * (quant == Quant::q8_0 ? chunk : chunk % 2);
-    int64_t eights[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        eights[i] = i < blocks ? load<int64_t>(from + i * stride) : quant == Quant::q8_0 ? 0 : 0x8888888888888888;
-    const __m512i codes =
-        _mm512_set_epi64(eights[7], eights[6], eights[5], eights[4], eights[3], eights[2], eights[1], eights[0]);
-    if (quant == Quant::q8_0) return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
-    return _mm512_and_si512(chunk < 2 ? codes : _mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
-}
+constexpr int64_t tile_rows = 16;
+// As many tokens as keep both multipliers busy: a product waits 4 cycles for the one before.
+constexpr int tile_tokens = 8;
 
-// Calls run(group, blocks) for each group of a row; blocks is known when compiled where there are 8.
-template <typename Run>
-inline void over_groups(int64_t columns, const Run& run) {
-    int64_t group = 0;
-    for (; (group + 1) * group_weights <= columns; group++) run(group, std::integral_constant<int64_t, 8>());
-    if (columns % group_weights) run(group, columns % group_weights / block_weights);
-}
-
-template <Quant quant>
-inline uint64_t stored_mask(__m512i codes) {
-    return _mm512_cmpneq_epi8_mask(codes, _mm512_set1_epi8(static_cast<char>(zero_point(quant))));
-}
-
-inline uint32_t stored_mask_16(__m512i values) { return _mm512_test_epi16_mask(values, values); }
-
-template <Quant quant>
-void count_quantized(int64_t columns, const uint8_t* blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
-    constexpr int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
-    for (int64_t r = row_begin; r < row_end; r++) {
-        const uint8_t* row = blocks + r * row_bytes(quant, columns);
-        int64_t stored[2] = {0, 0};
-        over_groups(columns, [&](int64_t group, auto count) {
-#pragma GCC unroll 4
-            for (int chunk = 0; chunk < 4; chunk++)
-                stored[chunk / 2] +=
-                    popcount(stored_mask<quant>(chunk_codes<quant>(row + 8 * group * block_bytes, count, chunk)));
-        });
-        counts[r] = quant == Quant::q8_0 ? stored[0] + stored[1] : std::max(stored[0], stored[1]);
+// Dword d of row r becomes dword r of column d.
+inline void transpose_16(__m512i (&rows)[16]) {
+    __m512i pairs[16], quads[16];
+    for (int i = 0; i < 8; i++) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
     }
-}
-
-void count_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
-                int64_t row_end) {
-    const uint8_t* from = static_cast<const uint8_t*>(blocks);
-    if (pattern != Pattern::unstructured) {
-        portable_kernels.count(quant, pattern, columns, blocks, counts, row_begin, row_end);
-    } else if (quant == Quant::q8_0) {
-        count_quantized<Quant::q8_0>(columns, from, counts, row_begin, row_end);
-    } else if (quant == Quant::q4_0) {
-        count_quantized<Quant::q4_0>(columns, from, counts, row_begin, row_end);
-    } else {
-        for (int64_t r = row_begin; r < row_end; r++) {
-            int64_t stored = 0;
-            for (int64_t column = 0; column < columns; column += 32)
-                stored += popcount(stored_mask_16(_mm512_loadu_si512(from + (r * columns + column) * 2)));
-            counts[r] = stored * 2;
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < 2; half++) {
+            quads[4 * i + 2 * half] = _mm512_unpacklo_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
+            quads[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
         }
-    }
-}
-
-// Writes chunks [from, to) of every group of a row: masks, and values; those of Q4_0 into the low or the high bits.
-template <Quant quant, int from, int to>
-void pack_chunks(const uint8_t* row, int64_t columns, uint8_t* heads, uint8_t* values) {
-    constexpr int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
-    over_groups(columns, [&](int64_t group, auto count) {
-        uint8_t* masks = heads + group * head_bytes(quant) + 16;
-#pragma GCC unroll 4
-        for (int chunk = from; chunk < to; chunk++) {
-            const __m512i codes = chunk_codes<quant>(row + 8 * group * block_bytes, count, chunk);
-            const uint64_t mask = stored_mask<quant>(codes);
-            std::memcpy(masks + 8 * chunk, &mask, 8);
-            const uint64_t first = _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(popcount(mask)));
-            __m512i stored = _mm512_maskz_compress_epi8(mask, codes);
-            if (quant == Quant::q4_0) {
-                if (chunk >= 2) stored = _mm512_slli_epi16(stored, 4);
-                stored = _mm512_or_si512(stored, _mm512_maskz_loadu_epi8(first, values));
-            }
-            _mm512_mask_storeu_epi8(values, first, stored);
-            values += popcount(mask);
-        }
-    });
-}
-
-template <Quant quant>
-void pack_quantized(int64_t columns, const uint8_t* blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values,
-                    int64_t row_begin, int64_t row_end) {
-    constexpr int64_t block_bytes = quant == Quant::q8_0 ? q8_block_bytes : q4_block_bytes;
-    for (int64_t r = row_begin; r < row_end; r++) {
-        const uint8_t* row = blocks + r * row_bytes(quant, columns);
-        uint8_t *head = heads + r * groups(columns) * head_bytes(quant), *to = values + offsets[r];
-        std::memset(head, 0, static_cast<size_t>(groups(columns) * head_bytes(quant)));
-        for (int64_t block = 0; block < columns / block_weights; block++)
-            std::memcpy(head + block / 8 * head_bytes(quant) + block % 8 * 2, row + block * block_bytes, 2);
-        if (quant == Quant::q8_0) {
-            pack_chunks<quant, 0, 4>(row, columns, head, to);
-        } else {
-            std::memset(to, 0, static_cast<size_t>(offsets[r + 1] - offsets[r]));
-            pack_chunks<quant, 0, 2>(row, columns, head, to);
-            pack_chunks<quant, 2, 4>(row, columns, head, to);
-        }
-    }
-}
-
-void pack_16(Quant quant, int64_t columns, const uint8_t* blocks, const int64_t* offsets, uint8_t* heads,
-             uint8_t* values, int64_t row_begin, int64_t row_end) {
-    for (int64_t r = row_begin; r < row_end; r++) {
-        uint8_t* masks = heads + r * groups(columns) * head_bytes(quant);
-        std::memset(masks, 0, static_cast<size_t>(groups(columns) * head_bytes(quant)));
-        uint8_t* to = values + offsets[r];
-        for (int64_t column = 0; column < columns; column += 32) {
-            const __m512i from = _mm512_loadu_si512(blocks + (r * columns + column) * 2);
-            const uint32_t mask = stored_mask_16(from);
-            std::memcpy(masks + column / 8, &mask, 4);
-            const int64_t stored = popcount(mask);
-            _mm512_mask_storeu_epi16(to, _bzhi_u32(~0u, static_cast<unsigned>(stored)),
-                                     _mm512_maskz_compress_epi16(mask, from));
-            to += stored * 2;
-        }
-    }
-}
-
-void pack_rows(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets,
-               uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end) {
-    const uint8_t* from = static_cast<const uint8_t*>(blocks);
-    if (pattern != Pattern::unstructured)
-        portable_kernels.pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
-    else if (quant == Quant::q8_0)
-        pack_quantized<Quant::q8_0>(columns, from, offsets, heads, values, row_begin, row_end);
-    else if (quant == Quant::q4_0)
-        pack_quantized<Quant::q4_0>(columns, from, offsets, heads, values, row_begin, row_end);
-    else
-        pack_16(quant, columns, from, offsets, heads, values, row_begin, row_end);
-}
-
-// ---- inputs ----
-
-template <Quant quant>
-void prepare_quantized(int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
-    const QuantizedActivations to(columns, tokens, workspace);
-    const int64_t start = token * to.padded_columns;
-    const __m256i zeros = _mm256_set1_epi8(static_cast<char>(zero_point(quant)));
-    for (int64_t column = 0; column < to.padded_columns; column += block_weights) {
-        const int64_t at = start + column;
-        __m256i codes = _mm256_setzero_si256();
-        float scale = 0;
-        if (column < columns) {
-            const __m512 low = _mm512_loadu_ps(activation + column), high = _mm512_loadu_ps(activation + column + 16);
-            const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-            const __m512 inverse = _mm512_set1_ps(largest != 0 ? 127.0f / largest : 0);
-            const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
-            const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
-            codes = _mm256_set_m128i(second, first);
-            scale = _cvtsh_ss(_cvtss_sh(largest / 127.0f, 0));
-        }
-        int8_t* place = to.codes + place_in_chunks(at);
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(place), _mm256_castsi256_si128(codes));
-        _mm_storeh_pd(reinterpret_cast<double*>(place + 64), _mm_castsi128_pd(_mm256_castsi256_si128(codes)));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(place + 128), _mm256_extracti128_si256(codes, 1));
-        _mm_storeh_pd(reinterpret_cast<double*>(place + 192), _mm_castsi128_pd(_mm256_extracti128_si256(codes, 1)));
-        const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), zeros, codes);
-        const __m128i of_16 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        const __m128i offsets = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(of_16, _mm_srli_si128(of_16, 8)));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(to.lane_offsets + at / 16), offsets);
-        to.block_offsets[at / block_weights] = _mm_cvtsi128_si32(offsets) + _mm_extract_epi32(offsets, 1);
-        to.scales[at / block_weights] = scale;
-    }
-}
-
-void prepare_token(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
-                   void* workspace) {
-    if (quant == Quant::q8_0) return prepare_quantized<Quant::q8_0>(columns, tokens, token, activation, workspace);
-    if (quant == Quant::q4_0) return prepare_quantized<Quant::q4_0>(columns, tokens, token, activation, workspace);
-    if (quant == Quant::bf16) return portable_kernels.prepare(quant, columns, tokens, token, activation, workspace);
-    float* inputs = static_cast<float*>(workspace) + token * padded(columns);
-    for (int64_t column = 0; column < padded(columns); column += 16) {
-        const __m512 from = column < columns ? _mm512_loadu_ps(activation + column) : _mm512_setzero_ps();
-        _mm512_storeu_ps(inputs + column, _mm512_cvtph_ps(_mm512_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT)));
+    for (int c = 0; c < 4; c++) {  // lane l of quads[4i + c]: column 4l + c of rows 4i to 4i + 3
+        const __m512i even = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd);
+        const __m512i even_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
+        const __m512i odd_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xdd);
+        rows[c] = _mm512_shuffle_i32x4(even, even_high, 0x88);
+        rows[8 + c] = _mm512_shuffle_i32x4(even, even_high, 0xdd);
+        rows[4 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
+        rows[12 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
     }
 }
 
@@ -254,8 +97,25 @@ inline void with_count(int64_t count, const Run& run) {
     run(std::integral_constant<int, most>());
 }
 
-// ---- few tokens: row by row ----
+// Spread 16 rows at a time into a tile, which every token then uses: calls spread(row, rows) and
+// multiply(row, token, tokens, mask of the rows); how many tokens is known when compiled.
+template <typename Spread, typename Multiply>
+[[gnu::always_inline]] inline void over_tiles(int64_t tokens, int64_t row_begin, int64_t row_end, const Spread& spread,
+                                              const Multiply& multiply) {
+    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+        const int64_t rows = std::min(row_end - row, tile_rows);
+        const __mmask16 mask = static_cast<__mmask16>((1 << rows) - 1);
+        spread(row, rows);
+        for (int64_t t = 0; t < tokens; t += tile_tokens)
+            with_count<tile_tokens>(std::min<int64_t>(tokens - t, tile_tokens),
+                                    [&](auto known) { multiply(row, t, known, mask); });
+    }
+}
 
+// ---- Q8_0 and Q4_0 ----
+
+// Few tokens: row by row.
+//
 // A group's four products are summed as integers, each lane within its block, and scaled once. On Zen 4 the mask, its
 // spreading and the product of 64 weights alone keep the two multiplying pipes busy for 3.3 cycles; this takes 4.6.
 // Rows two or four at a time, which share the inputs, take 4.4 and 4.1 from the cache, and no less from memory.
@@ -264,7 +124,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                   int64_t output_stride) {
     const __m512i block_of_lane = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     const int64_t padded_columns = from.padded_columns;
-    const uint8_t* head = matrix.heads + row * groups(matrix.columns) * head_bytes(quant);
+    const uint8_t* head = matrix.heads + row * heads_bytes(quant, matrix.columns);
     Values values(matrix.values + matrix.offsets[row]);
     __m512 sums[tokens];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
@@ -299,40 +159,12 @@ template <Quant quant, int tokens>
 void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, float* output, int64_t output_stride,
                      int64_t row_begin, int64_t row_end) {
     // What the first rows read, no row before them has asked for.
-    const uint8_t* heads = matrix.heads + row_begin * groups(matrix.columns) * head_bytes(quant);
+    const uint8_t* heads = matrix.heads + row_begin * heads_bytes(quant, matrix.columns);
     for (int64_t at = 0; at < heads_ahead; at += 64) fetch_ahead(heads, at);
     for (int64_t at = 0; at < values_ahead; at += 64) fetch_ahead(matrix.values + matrix.offsets[row_begin], at);
     for (int64_t row = row_begin; row < row_end; row++)
         multiply_row<quant, tokens>(matrix, row, from, output, output_stride);
 }
-
-// ---- many tokens: 16 rows at a time ----
-
-// Dword d of row r becomes dword r of column d.
-inline void transpose_16(__m512i (&rows)[16]) {
-    __m512i pairs[16], quads[16];
-    for (int i = 0; i < 8; i++) {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++)
-        for (int half = 0; half < 2; half++) {
-            quads[4 * i + 2 * half] = _mm512_unpacklo_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
-            quads[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
-        }
-    for (int c = 0; c < 4; c++) {  // lane l of quads[4i + c]: column 4l + c of rows 4i to 4i + 3
-        const __m512i even = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd);
-        const __m512i even_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
-        const __m512i odd_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xdd);
-        rows[c] = _mm512_shuffle_i32x4(even, even_high, 0x88);
-        rows[8 + c] = _mm512_shuffle_i32x4(even, even_high, 0xdd);
-        rows[4 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
-        rows[12 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0xdd);
-    }
-}
-
-constexpr int64_t tile_rows = 16;
 
 // Sixteen rows, spread: for every 4 columns a register of 16 dwords, and for every block 16 scales.
 struct Tile {
@@ -345,13 +177,13 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
     const int64_t padded_columns = padded(matrix.columns);
     Values values[tile_rows];
     for (int64_t r = 0; r < rows; r++) values[r] = Values(matrix.values + matrix.offsets[row_begin + r]);
-    const int64_t heads_of_row = groups(matrix.columns) * head_bytes(quant);
+    const int64_t row_heads = heads_bytes(quant, matrix.columns);
     alignas(64) float scales[8][tile_rows] = {};
     for (int64_t column = 0; column < padded_columns; column += group_weights) {
-        const uint8_t* head = matrix.heads + row_begin * heads_of_row + column / group_weights * head_bytes(quant);
+        const uint8_t* head = matrix.heads + row_begin * row_heads + column / group_weights * head_bytes(quant);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t block = 0; block < 8; block++)
-                scales[block][r] = _cvtsh_ss(load<uint16_t>(head + r * heads_of_row + 2 * block));
+                scales[block][r] = _cvtsh_ss(load<uint16_t>(head + r * row_heads + 2 * block));
         for (int64_t block = 0; block < 8; block++)
             tile.scales[column / block_weights + block] = _mm512_load_ps(scales[block]);
 #pragma GCC unroll 4
@@ -362,7 +194,7 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
                     lines[r] = _mm512_setzero_si512();
                     continue;
                 }
-                const uint64_t mask = load<uint64_t>(head + r * heads_of_row + 16 + 8 * chunk);
+                const uint64_t mask = load<uint64_t>(head + r * row_heads + 16 + 8 * chunk);
                 lines[r] = spread<quant>(chunk, mask, values[r]);
             }
             transpose_16(lines);
@@ -373,8 +205,8 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
 }
 
 template <int tokens>
-inline void multiply_tile(const Tile& tile, int64_t columns, const QuantizedActivations& from, int64_t token,
-                          float* output, int64_t output_stride, __mmask16 rows) {
+[[gnu::always_inline]] inline void multiply_tile(const Tile& tile, int64_t columns, const QuantizedActivations& from,
+                                                 int64_t token, float* output, int64_t output_stride, __mmask16 rows) {
     __m512 sums[tokens];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     const int64_t at = token * from.padded_columns, step = from.padded_columns;
@@ -401,28 +233,19 @@ inline void multiply_tile(const Tile& tile, int64_t columns, const QuantizedActi
     for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + (token + t) * output_stride, rows, sums[t]);
 }
 
-// As many tokens as keep both multipliers busy: a product waits 4 cycles for the one before.
-constexpr int tile_tokens = 8;
-
 template <Quant quant>
 bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, float* output,
                       int64_t output_stride, int64_t row_begin, int64_t row_end) {
     const int64_t quads = from.padded_columns / 4, blocks = from.padded_columns / block_weights;
     void* memory = scratch_of_thread((quads + blocks) * 64);
     if (!memory) return false;
-    const Tile tile{static_cast<__m512i*>(memory), reinterpret_cast<__m512*>(static_cast<__m512i*>(memory) + quads)};
-    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
-        const int64_t rows = std::min(row_end - row, tile_rows);
-        const __mmask16 kept = static_cast<__mmask16>((1 << rows) - 1);
-        spread_tile<quant>(matrix, row, rows, tile);
-        for (int64_t t = 0; t < tokens;) {
-            const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
-            with_count<tile_tokens>(step, [&](auto known) {
-                multiply_tile<known.value>(tile, matrix.columns, from, t, output + row, output_stride, kept);
-            });
-            t += step;
-        }
-    }
+    auto* rows_of_quads = static_cast<__m512i*>(memory);
+    const Tile tile{rows_of_quads, reinterpret_cast<__m512*>(rows_of_quads + quads)};
+    over_tiles(
+        tokens, row_begin, row_end, [&](int64_t row, int64_t rows) { spread_tile<quant>(matrix, row, rows, tile); },
+        [&](int64_t row, int64_t t, auto known, __mmask16 mask) {
+            multiply_tile<known.value>(tile, matrix.columns, from, t, output + row, output_stride, mask);
+        });
     return true;
 }
 
@@ -435,7 +258,7 @@ void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* 
     else if (tokens == 2)
         multiply_by_row<quant, 2>(matrix, from, output, output_stride, row_begin, row_end);
     else if (!multiply_by_tile<quant>(matrix, tokens, from, output, output_stride, row_begin, row_end))
-        portable_kernels.multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+        portable::multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
 }
 
 // ---- F16 and BF16 ----
@@ -513,8 +336,9 @@ void spread_tile_16(const SparseMatrix& matrix, int64_t row_begin, int64_t rows,
 }
 
 template <typename Value, int tokens>
-inline void multiply_tile_16(const __m512i* tile, int64_t columns, const uint8_t* inputs, int64_t token_bytes,
-                             float* output, int64_t output_stride, __mmask16 rows) {
+[[gnu::always_inline]] inline void multiply_tile_16(const __m512i* tile, int64_t columns, const uint8_t* inputs,
+                                                    int64_t token_bytes, float* output, int64_t output_stride,
+                                                    __mmask16 rows) {
     __m512 totals[tokens];
     for (auto& total : totals) total = _mm512_setzero_ps();
     for (int64_t start = 0; start < columns; start += group_weights) {  // short sums, then their sum: rounds less
@@ -538,19 +362,12 @@ bool multiply_by_tile_16(const SparseMatrix& matrix, int64_t tokens, const uint8
     const int64_t token_bytes = padded(matrix.columns) * Value::input_bytes;
     __m512i* tile = static_cast<__m512i*>(scratch_of_thread(matrix.columns / Value::tile_columns * 64));
     if (!tile) return false;
-    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
-        const int64_t rows = std::min(row_end - row, tile_rows);
-        spread_tile_16<Value>(matrix, row, rows, tile);
-        for (int64_t t = 0; t < tokens;) {
-            const int64_t step = std::min<int64_t>(tokens - t, tile_tokens);
-            with_count<tile_tokens>(step, [&](auto known) {
-                multiply_tile_16<Value, known.value>(tile, matrix.columns, inputs + t * token_bytes, token_bytes,
-                                                     output + t * output_stride + row, output_stride,
-                                                     static_cast<__mmask16>((1 << rows) - 1));
-            });
-            t += step;
-        }
-    }
+    over_tiles(
+        tokens, row_begin, row_end, [&](int64_t row, int64_t rows) { spread_tile_16<Value>(matrix, row, rows, tile); },
+        [&](int64_t row, int64_t t, auto known, __mmask16 mask) {
+            multiply_tile_16<Value, known.value>(tile, matrix.columns, inputs + t * token_bytes, token_bytes,
+                                                 output + t * output_stride + row, output_stride, mask);
+        });
     return true;
 }
 
@@ -573,15 +390,19 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
     }
 }
 
-void multiply_rows(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
-                   int64_t output_stride, int64_t row_begin, int64_t row_end) {
-    const auto run = matrix.pattern != Pattern::unstructured ? portable_kernels.multiply
+// ---- the kernels ----
+
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+              int64_t row_begin, int64_t row_end) {
+    const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
                      : matrix.quant == Quant::q8_0           ? multiply_quantized<Quant::q8_0>
                      : matrix.quant == Quant::q4_0           ? multiply_quantized<Quant::q4_0>
                      : matrix.quant == Quant::f16            ? multiply_16<Half>
                                                              : multiply_16<Bfloat>;
     run(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
 }
+
+bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }
 
 bool runs_here() {
     return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&
@@ -592,16 +413,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512",
-    runs_here,
-    [](Quant, int64_t, int64_t, const void*) { return false; },
-    count_rows,
-    pack_rows,
-    [](const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
-        portable_kernels.unpack(matrix, blocks, row_begin, row_end);
-    },
-    prepare_token,
-    multiply_rows,
+    "avx512", runs_here, prefers_two_of_four, count, pack, portable::unpack, prepare, multiply,
 };
 
 }  // namespace racdeploy
@@ -609,7 +421,7 @@ const Kernels avx512_kernels = {
 #else
 
 namespace racdeploy {
-const Kernels avx512_kernels = {"avx512", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const Kernels avx512_kernels = {"avx512", [] { return false; }};
 }  // namespace racdeploy
 
 #endif

@@ -1,7 +1,7 @@
-// What a plug-in of ggml's CPU backend needs and ggml's public headers do not give, declared anew.
+// What a plug-in of ggml's CPU backend needs and ggml's public headers do not give, declared again.
 //
 // ggml promises none of it, so the plug-in is built and used with versions only whose declarations were compared with
-// these: see _llamacpp.py. Source: ggml-backend-impl.h, ggml-cpu/traits.h and ggml-cpu/ggml-cpu-impl.h of 0.25.3.
+// these: see ggml_plugin.py. Source: ggml-backend-impl.h, ggml-cpu/traits.h and ggml-cpu/ggml-cpu-impl.h of 0.25.3.
 #pragma once
 #include <vector>
 
@@ -68,14 +68,14 @@ int ggml_threadpool_chunk_add(ggml_threadpool*, int value);  // returns the valu
 namespace ggml::cpu {
 
 class tensor_traits {
-  public:
+public:
     virtual ~tensor_traits();
     virtual bool work_size(int threads, const ggml_tensor* op, size_t& size) = 0;
     virtual bool compute_forward(ggml_compute_params*, ggml_tensor* op) = 0;
 };
 
 class extra_buffer_type {
-  public:
+public:
     virtual ~extra_buffer_type();
     virtual bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) = 0;
     virtual tensor_traits* get_tensor_traits(const ggml_tensor* op) = 0;

@@ -5,15 +5,14 @@
 // Nothing throws across ggml's C interface.
 #include "ggml_plugin.h"
 
-#include <malloc.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -24,6 +23,7 @@
 #include <utility>
 
 #include "kept_file.h"
+#include "load_memory.h"
 
 namespace racdeploy {
 namespace {
@@ -34,7 +34,7 @@ constexpr int most_threads = 64;
 std::mutex wanted_mutex;
 std::unordered_set<std::string> wanted;  // names of the next model's weights
 std::shared_ptr<KeptFile> kept;          // which has them packed, where there is one
-int64_t packed_tensors = 0, packed_bytes = 0;
+int64_t packed_tensors = 0;
 std::atomic<bool> was_loading{false};
 int pack_threads = 1;
 
@@ -46,8 +46,10 @@ struct Weight {
     SparseMatrix matrix{};
     void* memory = nullptr;
     int64_t bytes = 0;
-    Weight* next = nullptr;
 
+    Weight() = default;
+    Weight(const Weight&) = delete;
+    Weight& operator=(const Weight&) = delete;
     ~Weight() { release(); }
     bool written() const { return matrix.offsets; }
     void release() {
@@ -61,9 +63,9 @@ struct Weight {
 struct Buffer {
     void* addresses;  // reserved, never touched: ggml wants every tensor to have one
     size_t size;
-    Weight* weights = nullptr;
+    std::list<Weight> weights{};
     std::shared_ptr<KeptFile> kept = nullptr;
-    uintptr_t mapped_begin = 0, mapped_end = 0;  // where the model's file was mapped when it was last looked up
+    FileMap mapped{};  // where the model's file was when it was last looked up
 };
 
 Weight* weight_of(const ggml_tensor* tensor) { return static_cast<Weight*>(tensor->extra); }
@@ -95,15 +97,17 @@ void over_rows(int64_t rows, int64_t bytes, const Work& work) {
 
 // Pack a matrix into the memory that `memory_of` gives for so many bytes; false where it gives none.
 template <typename MemoryOf>
-bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* blocks, SparseMatrix& matrix,
+bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, SparseMatrix& matrix,
                  const MemoryOf& memory_of) {
-    const int64_t blocks_bytes = rows * row_bytes(quant, columns);
-    const Pattern pattern = wanted_pattern(quant, rows, columns, blocks);
+    const bool two_of_four = kernels().prefers_two_of_four(quant, rows, columns, data);
+    const Pattern pattern = two_of_four ? Pattern::two_of_four : Pattern::unstructured;
+    const Blocks blocks{quant, pattern, columns, data};
+    const int64_t data_bytes = rows * row_bytes(quant, columns);
+
     auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!offsets) return false;
     offsets[0] = 0;
-    over_rows(rows, blocks_bytes,
-              [&](int64_t begin, int64_t end) { count(quant, pattern, columns, blocks, offsets + 1, begin, end); });
+    over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) { kernels().count(blocks, offsets + 1, begin, end); });
     for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
 
     const Parts parts(quant, rows, columns);
@@ -111,8 +115,8 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* blocks,
     if (memory) {
         matrix = parts.matrix(memory, quant, pattern, rows, columns);
         std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
-        over_rows(rows, blocks_bytes, [&](int64_t begin, int64_t end) {
-            pack(quant, pattern, columns, blocks, offsets, memory + parts.heads, memory + parts.values, begin, end);
+        over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) {
+            kernels().pack(blocks, offsets, memory + parts.heads, memory + parts.values, begin, end);
         });
     }
     std::free(offsets);
@@ -121,7 +125,6 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* blocks,
 
 void take(Weight& weight, const SparseMatrix& matrix, void* memory, int64_t bytes) {
     if (!weight.written()) packed_tensors++;
-    packed_bytes += bytes - weight.bytes;
     weight.release();
     weight.matrix = matrix;
     weight.memory = memory;
@@ -145,54 +148,6 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
     take(weight, matrix, memory, size);
 }
 
-// The part of this process's read-only file maps that a piece of memory lies in.
-bool look_up_map(uintptr_t piece, size_t size, uintptr_t& begin, uintptr_t& end) {
-    FILE* maps = std::fopen("/proc/self/maps", "re");
-    if (!maps) return false;
-    unsigned long start = 0, stop = 0, inode = 0;
-    char access[5] = "";
-    bool found = false;
-    char line[512];
-    while (!found && std::fgets(line, sizeof line, maps)) {
-        if (std::sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &stop, access, &inode) == 4)
-            found = start <= piece && piece + size <= stop && !std::strcmp(access, "r--s") && inode != 0;
-        while (!std::strchr(line, '\n') && std::fgets(line, sizeof line, maps)) {}  // the rest of a long name
-    }
-    std::fclose(maps);
-    begin = found ? start : 0;
-    end = found ? stop : 0;
-    return found;
-}
-
-// Give back the pages of a mapped file that were read for the last time; the system caches the file as it likes. Memory
-// of any other kind is left alone: there it would be lost. A weight that is written for the first time comes from where
-// the one before came from: the model is being loaded, and its file stays mapped until then.
-void forget_mapped(Buffer& buffer, const void* data, size_t size, bool first_time) {
-    static std::atomic<const void*> not_mapped{nullptr};  // llama.cpp reads every tensor into one place: looked up once
-    if (data == not_mapped) return;
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (!first_time || begin < buffer.mapped_begin || begin + size > buffer.mapped_end) {
-        if (!look_up_map(begin, size, buffer.mapped_begin, buffer.mapped_end)) {
-            not_mapped = data;
-            return;
-        }
-    }
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
-    if (first >= last) return;
-    // A huge page would come back whole with the next tensor that is read from it.
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_NOHUGEPAGE);
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-}
-
-// llama.cpp has read every tensor into a place on the heap, which is free by the first product; glibc would keep it.
-void give_back_heap() {
-    was_loading = false;
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
-
 // ggml's blocks of rows [begin, end), to change or to read.
 uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     const size_t row = ggml_row_size(tensor->type, tensor->ne[0]);
@@ -200,7 +155,7 @@ uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     if (!blocks) give_up(tensor->name);
     const Weight& weight = *weight_of(tensor);
     if (weight.written())  // unpack addresses rows from the first one
-        for (int64_t r = begin; r < end; r++) unpack(weight.matrix.row(r), blocks + (r - begin) * row, 0, 1);
+        for (int64_t r = begin; r < end; r++) kernels().unpack(weight.matrix.row(r), blocks + (r - begin) * row, 0, 1);
     return blocks;
 }
 
@@ -211,7 +166,7 @@ bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void
     bool same = found;
     for (int64_t r : {int64_t{0}, matrix.rows / 2, matrix.rows - 1}) {
         if (!same) break;
-        unpack(matrix.row(r), found, 0, 1);
+        kernels().unpack(matrix.row(r), found, 0, 1);
         same = !std::memcmp(found, static_cast<const uint8_t*>(blocks) + r * row, row);
     }
     std::free(found);
@@ -221,21 +176,15 @@ bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void
 // Take a weight from the kept file; false where it is not there, or another one.
 bool take_kept(Weight& weight, const ggml_tensor* tensor, const KeptFile* file, const void* blocks) {
     SparseMatrix matrix;
-    int64_t bytes = 0;
     const auto quant = static_cast<Quant>(tensor->type);
-    if (!file || !file->find(tensor->name, quant, tensor->ne[1], tensor->ne[0], matrix, bytes)) return false;
+    if (!file || !file->find(tensor->name, quant, tensor->ne[1], tensor->ne[0], matrix)) return false;
     if (!same_rows(tensor, matrix, blocks)) return false;
-    take(weight, matrix, nullptr, bytes);
+    take(weight, matrix, nullptr, 0);
     return true;
 }
 
 void free_buffer(ggml_backend_buffer_t buffer) {
     auto* ours = static_cast<Buffer*>(buffer->context);
-    for (Weight* weight = ours->weights; weight;) {
-        Weight* next = weight->next;
-        delete weight;
-        weight = next;
-    }
     munmap(ours->addresses, ours->size);
     delete ours;
 }
@@ -244,12 +193,11 @@ void* get_base(ggml_backend_buffer_t buffer) { return static_cast<Buffer*>(buffe
 
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
     if (tensor->view_src) return GGML_STATUS_SUCCESS;  // reads what it views through it
-    auto* weight = new (std::nothrow) Weight;
-    if (!weight) return GGML_STATUS_ALLOC_FAILED;
-    auto* ours = static_cast<Buffer*>(buffer->context);
-    weight->next = ours->weights;
-    ours->weights = weight;
-    tensor->extra = weight;
+    try {
+        tensor->extra = &static_cast<Buffer*>(buffer->context)->weights.emplace_back();
+    } catch (const std::bad_alloc&) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
     return GGML_STATUS_SUCCESS;
 }
 
@@ -269,7 +217,7 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* d
         const bool first_time = !weight.written();  // which is when the model is loaded: later data may be other data
         was_loading = true;
         if (!first_time || !take_kept(weight, tensor, ours->kept.get(), data)) write(weight, tensor, data);
-        forget_mapped(*ours, data, size, first_time);
+        forget_mapped(ours->mapped, data, size, first_time);
     } else {
         change(tensor, [&](uint8_t* blocks) { std::memcpy(blocks + offset, data, size); });
     }
@@ -288,8 +236,7 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, si
 }
 
 void clear(ggml_backend_buffer_t buffer, uint8_t) {  // ggml clears with 0 only
-    auto* ours = static_cast<Buffer*>(buffer->context);
-    for (Weight* weight = ours->weights; weight; weight = weight->next) weight->release();
+    for (Weight& weight : static_cast<Buffer*>(buffer->context)->weights) weight.release();
 }
 
 const char* type_name(ggml_backend_buffer_type_t) { return "CPU_SPARSE"; }
@@ -360,7 +307,10 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
     }
 
     bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
-        if (params->ith == 0 && was_loading.load(std::memory_order_relaxed)) give_back_heap();
+        if (params->ith == 0 && was_loading.load(std::memory_order_relaxed)) {
+            was_loading = false;
+            give_back_heap();
+        }
         const Weight& weight = *weight_of(op->src[0]);
         const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
         auto* output = static_cast<float*>(op->data);
@@ -373,12 +323,12 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         const int64_t step = workspace.own ? 1 : params->nth;
         for (int64_t token = workspace.own ? 0 : params->ith; token < tokens; token += step) {
             const float* activation = activation_of(op->src[1], token);
-            prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation, activations);
+            kernels().prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation, activations);
         }
         if (workspace.own) {
             const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
             const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
-            if (begin < end) multiply(weight.matrix, 1, activations, output, rows, begin, end);
+            if (begin < end) kernels().multiply(weight.matrix, 1, activations, output, rows, begin, end);
             return true;
         }
         if (params->ith == 0) ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -386,7 +336,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         const int64_t chunk = std::max<int64_t>(16, rows / (8 * params->nth) / 16 * 16);
         for (int64_t begin = chunk * params->ith; begin < rows;
              begin = chunk * ggml_threadpool_chunk_add(params->threadpool, 1))
-            multiply(weight.matrix, tokens, activations, output, rows, begin, std::min(rows, begin + chunk));
+            kernels().multiply(weight.matrix, tokens, activations, output, rows, begin, std::min(rows, begin + chunk));
         return true;
     }
 
@@ -463,12 +413,12 @@ EXPORT bool rac_ggml_enable(const char* const* names, int64_t count, int threads
     }
     kept.reset();
     pack_threads = std::clamp(threads, 1, most_threads);
-    packed_tensors = packed_bytes = 0;
+    packed_tensors = 0;
     return true;
 }
 
-// Take the next model's weights from an open file of so many bytes, where their names, types and shapes are those of its
-// table; false where it cannot be mapped. The file may be closed then.
+// Take the next model's weights from an open file of so many bytes, where their names, types and shapes are those of
+// its table; false where it cannot be mapped. The file may be closed then.
 EXPORT bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* names, const racdeploy::Place* places,
                           int64_t count) {
     using namespace racdeploy;
@@ -491,7 +441,7 @@ EXPORT bool rac_ggml_maps_huge(int descriptor, int64_t bytes) {
 EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const void* blocks, void* memory,
                              int64_t memory_bytes, int* pattern) {
     using namespace racdeploy;
-    SparseMatrix matrix;
+    SparseMatrix matrix{};
     int64_t size = -1;
     const auto given = [&](int64_t bytes) {
         size = bytes;
@@ -504,18 +454,15 @@ EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const voi
 
 EXPORT int rac_ggml_layout() { return racdeploy::layout; }
 
-// Tensors and bytes packed since the last rac_ggml_enable.
-EXPORT void rac_ggml_packed(int64_t* tensors, int64_t* bytes) {
-    *tensors = racdeploy::packed_tensors;
-    *bytes = racdeploy::packed_bytes;
-}
+// Tensors packed since the last rac_ggml_enable.
+EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }
 
 // Bytes of the values that would be stored of a matrix; -1 where memory ended.
 EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks) {
     using namespace racdeploy;
     auto* counts = static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t)));
     if (!counts) return -1;
-    count(Quant(quant), Pattern::unstructured, columns, blocks, counts, 0, rows);
+    kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts, 0, rows);
     int64_t stored = 0;
     for (int64_t r = 0; r < rows; r++) stored += counts[r];
     std::free(counts);
@@ -523,5 +470,5 @@ EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, c
 }
 
 EXPORT int rac_ggml_wanted_pattern(int quant, int64_t rows, int64_t columns, const void* blocks) {
-    return static_cast<int>(racdeploy::wanted_pattern(racdeploy::Quant(quant), rows, columns, blocks));
+    return racdeploy::kernels().prefers_two_of_four(racdeploy::Quant(quant), rows, columns, blocks);
 }

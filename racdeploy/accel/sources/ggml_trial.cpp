@@ -55,7 +55,7 @@ std::vector<float> random_activations(int64_t count, std::mt19937_64& random) {
 
 // Several equal products in one graph, with weights in a buffer of one type.
 class Products {
-  public:
+public:
     Products(ggml_backend_buffer_type_t type, ggml_type quant, int64_t rows, int64_t columns, int64_t tokens, int count,
              int threads, const std::vector<uint8_t>& blocks, const std::vector<float>& activations)
         : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
@@ -89,7 +89,7 @@ class Products {
         return values;
     }
 
-  private:
+private:
     Owned<ggml_context> weights_, graph_context_;
     Owned<ggml_backend> backend_;
     Owned<ggml_backend_buffer> weights_buffer_, buffer_;

@@ -72,8 +72,7 @@ bool KeptFile::add(const char* name, const Place& place) {
     }
 }
 
-bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns, SparseMatrix& matrix,
-                    int64_t& bytes) const {
+bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns, SparseMatrix& matrix) const {
     try {
         const auto found = places_.find(name);
         if (found == places_.end()) return false;
@@ -90,7 +89,6 @@ bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns
         if (place.bytes < parts.values + slack_bytes || place.bytes > room) return false;
         if (room - place.bytes < longest_row) return false;
         matrix = parts.matrix(data_ + place.begin, quant, pattern, rows, columns);
-        bytes = place.bytes;
         return ascend(matrix.offsets, rows, place.bytes - parts.values - slack_bytes);
     } catch (const std::bad_alloc&) {
         return false;

@@ -1,7 +1,7 @@
 // Packed matrices in a file that the system caches: mapped, checked, and found by the name of their tensor.
 //
 // A matrix is offsets, heads and values, one behind the other, each padded to 64 bytes (see sparse_matrix.h), and
-// slack_bytes behind the values. Who writes the file and says what lies where in it is _kept.py. Nothing throws.
+// slack_bytes behind the values. Who writes the file and says what lies where in it is kept_weights.py. Nothing throws.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -18,13 +18,13 @@ struct Parts {
 
     Parts(Quant quant, int64_t rows, int64_t columns)
         : heads(padded_to_64((rows + 1) * static_cast<int64_t>(sizeof(int64_t)))),
-          values(heads + padded_to_64(rows * groups(columns) * head_bytes(quant))) {}
+          values(heads + padded_to_64(rows * heads_bytes(quant, columns))) {}
     SparseMatrix matrix(const void* memory, Quant quant, Pattern pattern, int64_t rows, int64_t columns) const {
         const auto* bytes = static_cast<const uint8_t*>(memory);
         return {quant, pattern, rows, columns, bytes + heads, bytes + values, static_cast<const int64_t*>(memory)};
     }
 
-  private:
+private:
     static int64_t padded_to_64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
@@ -34,7 +34,7 @@ struct Place {
 };
 
 class KeptFile {
-  public:
+public:
     // Map so many bytes of an open file; nullptr where that is not possible.
     static std::shared_ptr<KeptFile> map(int descriptor, int64_t bytes);
     ~KeptFile();
@@ -49,9 +49,9 @@ class KeptFile {
     // The matrix of a tensor of this type and shape. False where there is none, or where a kernel would read beyond the
     // file. Masks are not counted, which would read all of them: a spoiled one makes a wrong product, as any spoiled
     // weight does. A row then reads at most all of its columns from its offset on, and the file goes on for longer.
-    bool find(const char* name, Quant quant, int64_t rows, int64_t columns, SparseMatrix& matrix, int64_t& bytes) const;
+    bool find(const char* name, Quant quant, int64_t rows, int64_t columns, SparseMatrix& matrix) const;
 
-  private:
+private:
     KeptFile() = default;
     void* reserved_ = nullptr;
     uint8_t* data_ = nullptr;

@@ -1,4 +1,4 @@
-// What a set of kernels is, and what all of them share: ggml's blocks, half floats, the workspace.
+// What all sets of kernels share: ggml's blocks, half floats, the workspace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -7,32 +7,43 @@
 
 namespace racdeploy {
 
-struct Kernels {
-    const char* name;
-    bool (*runs_here)();
-    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks);  // and they fit
-    void (*count)(Quant, Pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
-                  int64_t row_end);
-    void (*pack)(Quant, Pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-                 uint8_t* values, int64_t row_begin, int64_t row_end);
-    void (*unpack)(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end);
-    void (*prepare)(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
-    void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-                     int64_t row_begin, int64_t row_end);
-};
-
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;  // runs_here is false where the compiler or the processor lacks it
 extern const Kernels avx512_kernels;
 
-constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
-constexpr int64_t q8_block_bytes = 2 + 32, q4_block_bytes = 2 + 16;
+// The functions of portable_kernels, for what the others leave to it.
+namespace portable {
+void count(const Blocks&, int64_t* counts, int64_t row_begin, int64_t row_end);
+void pack(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end);
+void unpack(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end);
+void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
+void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+              int64_t row_begin, int64_t row_end);
+}  // namespace portable
 
-constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
 // What an unsigned code is above the signed one: the kernels multiply unsigned weights with signed activations.
 constexpr int32_t zero_point(Quant quant) { return quant == Quant::q8_0 ? 128 : 8; }
+// What is not stored: the code of +0.
+constexpr uint16_t zero_value(Quant quant) {
+    return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
+}
 
-constexpr int64_t padded(int64_t columns) { return groups(columns) * group_weights; }
+// A group's mask stands at the end of its head, behind the scales.
+inline const uint8_t* mask_of(Quant quant, const uint8_t* head) { return head + head_bytes(quant) - 32; }
+
+// Bytes of a row's values, of which so many are in the first and in the second half of its groups: Q4_0's two streams.
+constexpr int64_t values_bytes(Quant quant, int64_t first, int64_t second) {
+    if (quant == Quant::q4_0) return first > second ? first : second;
+    return (first + second) * (quant == Quant::q8_0 ? 1 : 2);
+}
+
+// Of the mask bits of 4 weights, those that two_of_four stores: the set ones, filled up to two from the lowest.
+constexpr unsigned fill_up_to_two(unsigned bits) {
+    for (unsigned bit = 1; bit < 16 && __builtin_popcount(bits) < 2; bit <<= 1) bits |= bit;
+    return bits;
+}
+// Where the AVX2 kernel wants the four runs of 16 values that 128 weights of two_of_four store.
+constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
 
 // Where a weight stands among those of its group, in chunks; and the weight that stands there.
 constexpr int64_t chunk_weights = 64;

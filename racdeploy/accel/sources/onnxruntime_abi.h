@@ -1,4 +1,4 @@
-// The part of onnxruntime's C interface that the operator uses, declared anew: the wheel comes without its header.
+// The part of onnxruntime's C interface that the operator uses, declared again: the wheel comes without its header.
 //
 // OrtApi is a table of functions to which a release only appends, so a function keeps its place; OrtCustomOp is a table
 // of ours that begins with the version it was written for, and onnxruntime reads no member that came later.
@@ -58,8 +58,8 @@ constexpr Place<OrtStatus*(const OrtShapeInferContext*, const char* name, const 
     get_inferred_attribute{269};
 constexpr Place<OrtStatus*(const OrtShapeInferContext*, size_t index, const OrtTensorTypeAndShapeInfo*)>
     set_output_type_shape{270};
-constexpr Place<OrtStatus*(const OrtOpAttr*, int type, void* data, size_t size_bytes, size_t* out)>
-    read_op_attribute{272};
+constexpr Place<OrtStatus*(const OrtOpAttr*, int type, void* data, size_t size_bytes, size_t* out)> read_op_attribute{
+    272};
 constexpr Place<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t total, size_t batches, void* data)>
     parallel_for{274};
 

@@ -41,9 +41,9 @@ struct Pass {  // what the parts of one pass share
     void* workspace;
 };
 
-#define RETURN_IF_FAILED(expression)              \
-    if (OrtStatus* failed = (expression)) {       \
-        return failed;                            \
+#define RETURN_IF_FAILED(expression)        \
+    if (OrtStatus* failed = (expression)) { \
+        return failed;                      \
     }
 
 OrtStatus* refuse(const OrtApi* api, const char* message) {
@@ -82,7 +82,8 @@ OrtStatus* read_constant(const OrtApi* api, const OrtKernelInfo* info, size_t in
     RETURN_IF_FAILED(read_shape(api, value, &shape));
     void* raw = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, const_cast<OrtValue*>(value), &raw));
-    if (reinterpret_cast<uintptr_t>(raw) % alignof(Element)) return refuse(api, "SparseMatMul: offsets are not aligned");
+    if (reinterpret_cast<uintptr_t>(raw) % alignof(Element))
+        return refuse(api, "SparseMatMul: offsets are not aligned");
     *data = static_cast<const Element*>(raw);
     *count = shape.elements;
     return nullptr;
@@ -111,7 +112,7 @@ OrtStatus* read_matrix(const OrtApi* api, const OrtKernelInfo* info, SparseMatri
     RETURN_IF_FAILED(read_constant(api, info, 1, &matrix->heads, &head_count));
     RETURN_IF_FAILED(read_constant(api, info, 2, &matrix->values, &value_count));
     RETURN_IF_FAILED(read_constant(api, info, 3, &matrix->offsets, &offset_count));
-    if (head_count != rows * groups(columns) * head_bytes(matrix->quant) || offset_count != rows + 1 ||
+    if (head_count != rows * heads_bytes(matrix->quant, columns) || offset_count != rows + 1 ||
         value_count < slack_bytes || !valid(*matrix, value_count - slack_bytes)) {
         return refuse(api, "SparseMatMul: heads, values and offsets do not fit each other");
     }
@@ -131,14 +132,15 @@ void prepare_token(void* data, size_t token) {
     const Pass& pass = *static_cast<Pass*>(data);
     const SparseMatrix& matrix = *pass.matrix;
     const auto place = static_cast<int64_t>(token);
-    prepare(matrix.quant, matrix.columns, pass.tokens, place, pass.input_TI + place * matrix.columns, pass.workspace);
+    kernels().prepare(matrix.quant, matrix.columns, pass.tokens, place, pass.input_TI + place * matrix.columns,
+                      pass.workspace);
 }
 
 void multiply_part(void* data, size_t part) {
     const Pass& pass = *static_cast<Pass*>(data);
     const int64_t rows = pass.matrix->rows, begin = static_cast<int64_t>(part) * pass.part_rows;
     const int64_t end = begin + pass.part_rows < rows ? begin + pass.part_rows : rows;
-    multiply(*pass.matrix, pass.tokens, pass.workspace, pass.output_TO, rows, begin, end);
+    kernels().multiply(*pass.matrix, pass.tokens, pass.workspace, pass.output_TO, rows, begin, end);
 }
 
 int64_t rows_of_a_part(const SparseMatrix& matrix, int64_t tokens) {
@@ -210,7 +212,8 @@ OrtStatus* infer_known_shape(const OrtApi* api, OrtShapeInferContext* context, O
     if (names[count - 1] && *names[count - 1]) return nullptr;
     const OrtOpAttr* attribute = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_inferred_attribute, context, "O", &attribute));
-    RETURN_IF_FAILED(ort::call(api, ort::read_op_attribute, attribute, ort::attribute_int, &rows, sizeof(rows), &read_bytes));
+    RETURN_IF_FAILED(
+        ort::call(api, ort::read_op_attribute, attribute, ort::attribute_int, &rows, sizeof(rows), &read_bytes));
     dimensions[count - 1] = rows;
     RETURN_IF_FAILED(ort::call(api, ort::set_dimensions, info, dimensions, count));
     return ort::call(api, ort::set_output_type_shape, context, size_t{0}, info);

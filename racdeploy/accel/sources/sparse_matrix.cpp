@@ -18,16 +18,10 @@ const Kernels& best() {
 
 const Kernels* chosen = nullptr;
 
-const Kernels& kernels() {
-    static const Kernels& here = best();
-    return chosen ? *chosen : here;
-}
-
 // The 64 mask bits from a place of a row on.
 uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t place) {
-    const int64_t group = row * groups(matrix.columns) + place / group_weights;
-    const uint8_t* mask = matrix.heads + (group + 1) * head_bytes(matrix.quant) - 32;
-    return load<uint64_t>(mask + place % group_weights / 8);
+    const uint8_t* head = matrix.head(row) + place / group_weights * head_bytes(matrix.quant);
+    return load<uint64_t>(mask_of(matrix.quant, head) + place % group_weights / 8);
 }
 
 // How many of these 64 mask bits are of weights of the row: the first ones.
@@ -43,7 +37,7 @@ bool two_in_every_four(uint64_t bits) {
 
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
-    int64_t stored[2] = {0, 0};  // in the first and the second half of each group: the two streams of Q4_0
+    int64_t stored[2] = {0, 0};  // in the first and the second half of each group
     for (int64_t place = 0; place < padded(matrix.columns); place += 64) {
         const uint64_t bits = mask_bits(matrix, row, place);
         const int64_t inside = bits_inside(matrix, place);
@@ -51,9 +45,7 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
         if (matrix.pattern == Pattern::two_of_four && inside > 0 && !two_in_every_four(bits)) return false;
         stored[place / 128 % 2] += __builtin_popcountll(bits);
     }
-    const int64_t bytes = matrix.quant == Quant::q4_0   ? std::max(stored[0], stored[1])
-                          : matrix.quant == Quant::q8_0 ? stored[0] + stored[1]
-                                                        : 2 * (stored[0] + stored[1]);
+    const int64_t bytes = values_bytes(matrix.quant, stored[0], stored[1]);
     return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
 }
 
@@ -81,28 +73,9 @@ void* scratch_of_thread(int64_t bytes) {
     return scratch.bytes(bytes);
 }
 
-int64_t row_bytes(Quant quant, int64_t columns) {
-    if (quant == Quant::q8_0) return columns / block_weights * q8_block_bytes;
-    if (quant == Quant::q4_0) return columns / block_weights * q4_block_bytes;
-    return columns * 2;
-}
-
-Pattern wanted_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    return kernels().prefers_two_of_four(quant, rows, columns, blocks) ? Pattern::two_of_four : Pattern::unstructured;
-}
-
-void count(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
-           int64_t row_end) {
-    kernels().count(quant, pattern, columns, blocks, counts, row_begin, row_end);
-}
-
-void pack(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-          uint8_t* values, int64_t row_begin, int64_t row_end) {
-    kernels().pack(quant, pattern, columns, blocks, offsets, heads, values, row_begin, row_end);
-}
-
-void unpack(const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
-    kernels().unpack(matrix, blocks, row_begin, row_end);
+const Kernels& kernels() {
+    static const Kernels& here = best();
+    return chosen ? *chosen : here;
 }
 
 bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
@@ -120,30 +93,13 @@ int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens) {
     return tokens * padded(columns) * input_bytes(quant) + slack_bytes;
 }
 
-void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
-    kernels().prepare(quant, columns, tokens, token, activation, workspace);
-}
-
-void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end) {
-    kernels().multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
-}
-
-const char* instruction_set() { return kernels().name; }
-
 bool use_instruction_set(const char* name) {
-    if (!*name) {
-        chosen = nullptr;
-        return true;
-    }
+    chosen = nullptr;
     for (const Kernels* kernels : {&portable_kernels, &avx2_kernels, &avx512_kernels})
-        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) {
-            chosen = kernels;
-            return true;
-        }
-    return false;
+        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) chosen = kernels;
+    return chosen || !*name;
 }
 
 }  // namespace racdeploy
 
-EXPORT const char* rac_instruction_set() { return racdeploy::instruction_set(); }
+EXPORT const char* rac_instruction_set() { return racdeploy::kernels().name; }

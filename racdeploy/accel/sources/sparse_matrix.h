@@ -33,55 +33,74 @@ enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml'
 enum class Pattern : int32_t { unstructured = 0, two_of_four = 1 };
 
 constexpr int64_t group_weights = 256;
-constexpr int64_t slack_bytes = 128;  // readable behind the values
-constexpr int layout = 2;             // changes with this form: files say it
+constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
+constexpr int64_t slack_bytes = 128;   // readable behind the values
+constexpr int layout = 2;              // changes with this form: files say it
 
+constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
-constexpr int64_t head_bytes(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0 ? 48 : 32; }
+constexpr int64_t padded(int64_t columns) { return groups(columns) * group_weights; }
+constexpr int64_t head_bytes(Quant quant) { return is_quantized(quant) ? 48 : 32; }
+constexpr int64_t heads_bytes(Quant quant, int64_t columns) { return groups(columns) * head_bytes(quant); }  // of a row
+
+// ggml's own blocks: a scale and 32 codes, or just 32 floats.
+constexpr int64_t block_bytes(Quant quant) { return quant == Quant::q8_0 ? 34 : quant == Quant::q4_0 ? 18 : 64; }
+constexpr int64_t row_bytes(Quant quant, int64_t columns) { return columns / block_weights * block_bytes(quant); }
+
+// A whole matrix in ggml's blocks, and the pattern that it is packed in.
+struct Blocks {
+    Quant quant;
+    Pattern pattern;
+    int64_t columns;
+    const void* data;
+
+    const uint8_t* row(int64_t r) const { return static_cast<const uint8_t*>(data) + r * row_bytes(quant, columns); }
+};
 
 struct SparseMatrix {  // a view: owns nothing
     Quant quant;
     Pattern pattern;
     int64_t rows;            // O, outputs
     int64_t columns;         // I, inputs; a multiple of 32, of 128 for two_of_four
-    const uint8_t* heads;    // rows * groups(columns) * head_bytes(quant)
+    const uint8_t* heads;    // rows * heads_bytes(quant, columns)
     const uint8_t* values;   // slack_bytes readable behind the last one
     const int64_t* offsets;  // rows + 1; bytes from `values` to each row's first value
 
-    SparseMatrix row(int64_t r) const {  // alone
-        return {quant, pattern, 1, columns, heads + r * groups(columns) * head_bytes(quant), values, offsets + r};
-    }
+    const uint8_t* head(int64_t r) const { return heads + r * heads_bytes(quant, columns); }
+    SparseMatrix row(int64_t r) const { return {quant, pattern, 1, columns, head(r), values, offsets + r}; }  // alone
 };
 
-int64_t row_bytes(Quant quant, int64_t columns);  // of ggml's own blocks
+// What a set of kernels does. Pointers are those of the whole matrix; only rows [row_begin, row_end) are read and
+// written.
+struct Kernels {
+    const char* name;
+    bool (*runs_here)();
 
-// Which pattern the kernels of this machine want for these rows. `blocks` is ggml's data of the whole matrix.
-Pattern wanted_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks);
+    // ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack.
+    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // and they fit
+    void (*count)(const Blocks&, int64_t* counts, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*pack)(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
+                 int64_t row_end) = nullptr;
+    void (*unpack)(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end) = nullptr;
 
-// ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack. Pointers are those of
-// the whole matrix; only rows [row_begin, row_end) are read and written.
-void count(Quant quant, Pattern pattern, int64_t columns, const void* blocks, int64_t* counts, int64_t row_begin,
-           int64_t row_end);
-void pack(Quant quant, Pattern pattern, int64_t columns, const void* blocks, const int64_t* offsets, uint8_t* heads,
-          uint8_t* values, int64_t row_begin, int64_t row_end);
-void unpack(const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end);
+    // Activations as the kernels want them: for Q8_0 and Q4_0 ggml's Q8_0 rounding of every 32 inputs, for F16 and BF16
+    // the inputs rounded to that type. `workspace` has workspace_bytes, is aligned to 64 bytes, and serves one `quant`.
+    void (*prepare)(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
+                    void* workspace) = nullptr;
+
+    // output[t * output_stride + o] = sum over i of weight[o][i] * activation[t][i] for every token t.
+    void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
+                     int64_t row_begin, int64_t row_end) = nullptr;
+};
+
+// "avx512", "avx2" or "portable": the best that this processor runs, unless another was asked for.
+const Kernels& kernels();
+bool use_instruction_set(const char* name);  // false if this processor or this build lacks it; "" for the best
+
+int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens);
 
 // True if heads, offsets and values agree: offsets ascend from 0 to values_bytes, each row's masks count as many values
 // as it has bytes, and no mask bit is set beyond the row. A matrix that comes from a file is used only if it is valid.
 bool valid(const SparseMatrix& matrix, int64_t values_bytes);
-
-// Activations as the kernels want them: for Q8_0 and Q4_0 ggml's Q8_0 rounding of every 32 inputs, for F16 and BF16 the
-// inputs rounded to that type. `workspace` has workspace_bytes, is aligned to 64 bytes, and serves one `quant`.
-int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens);
-void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
-
-// output[t * output_stride + o] = sum over i of weight[o][i] * activation[t][i] for rows o in [row_begin, row_end) and
-// every token t.
-void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end);
-
-// "avx512", "avx2" or "portable": the best that this processor runs, unless another was asked for.
-const char* instruction_set();
-bool use_instruction_set(const char* name);  // false if this processor or this build lacks it; "" for the best
 
 }  // namespace racdeploy
