@@ -75,8 +75,7 @@ struct File {
     }
     bool finds(const Place& as) const {
         SparseMatrix matrix;
-        int64_t size = 0;
-        return map(as)->find("weight", Quant(place.quant), place.rows, place.columns, matrix, size);
+        return map(as)->find("weight", Quant(place.quant), place.rows, place.columns, matrix);
     }
     void write_offset(int64_t row, int64_t value) const {
         std::fseek(stream, place.begin + 8 * row, SEEK_SET);
