@@ -102,9 +102,8 @@ void refusals(const File& file) {
     late.begin += 64;
     require(!file.finds(late), 13);
     SparseMatrix matrix;
-    int64_t size = 0;
     const auto mapped = file.map(file.place);
-    require(!mapped->find("other", Quant(file.place.quant), file.place.rows, file.place.columns, matrix, size), 14);
+    require(!mapped->find("other", Quant(file.place.quant), file.place.rows, file.place.columns, matrix), 14);
     for (int64_t value : {int64_t{-1}, int64_t{1} << 40}) {
         file.write_offset(file.place.rows / 2, value);
         require(!file.finds(file.place), 15);
@@ -116,8 +115,7 @@ void spoiled_masks(int quant, int64_t rows, int64_t columns, const std::vector<u
     const File file(quant, rows, columns, blocks, true);
     const auto mapped = file.map(file.place);
     SparseMatrix matrix;
-    int64_t size = 0;
-    require(mapped->find("weight", Quant(quant), rows, columns, matrix, size), 20);
+    require(mapped->find("weight", Quant(quant), rows, columns, matrix), 20);
     std::vector<float> input(columns * 3, 1.0f), output(rows * 3);
     std::vector<uint8_t> restored(blocks.size());
     for (const char* name : {"portable", "avx2", "avx512"}) {
@@ -125,11 +123,11 @@ void spoiled_masks(int quant, int64_t rows, int64_t columns, const std::vector<u
         for (int64_t tokens : {1, 3}) {
             void* workspace = std::aligned_alloc(64, (workspace_bytes(matrix.quant, columns, tokens) + 63) / 64 * 64);
             for (int64_t t = 0; t < tokens; t++)
-                prepare(matrix.quant, columns, tokens, t, input.data() + t * columns, workspace);
-            multiply(matrix, tokens, workspace, output.data(), rows, 0, rows);
+                kernels().prepare(matrix.quant, columns, tokens, t, input.data() + t * columns, workspace);
+            kernels().multiply(matrix, tokens, workspace, output.data(), rows, 0, rows);
             std::free(workspace);
         }
-        unpack(matrix, restored.data(), 0, rows);
+        kernels().unpack(matrix, restored.data(), 0, rows);
     }
     use_instruction_set("");
 }
