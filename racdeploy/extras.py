@@ -32,6 +32,7 @@ OPTIONAL = (
     Package("sentencepiece", "sentencepiece", "gguf", "GGUF export of SentencePiece tokenizers"),
     Package("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
     Package("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
+    Package("httpx", "httpx", "server", "asking a server"),
     Package("onnx", "onnx", "onnx", "ONNX export"),
     Package("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
     Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),

@@ -14,7 +14,7 @@ from functools import cache
 from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
-from racdeploy.extras import EXTRAS
+from racdeploy.extras import EXTRAS, is_installed
 
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
@@ -63,18 +63,14 @@ def load(kind: str, name: str) -> ModuleType:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
 
 
-def require(package: str, extra: str) -> None:
-    """Refuse to go on without an optional package.
-
-    Args:
-        package: name to import.
-        extra: what installs it, as in ``racdeploy[extra]``.
+def require(module: str) -> None:
+    """Refuse to continue without a package of :data:`racdeploy.extras.OPTIONAL`.
 
     Raises:
         MissingExtraError: it is not installed.
     """
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtraError(package, extra)
+    if not is_installed(module):
+        raise MissingExtraError(module, EXTRAS[module])
 
 
 def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:

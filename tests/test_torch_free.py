@@ -15,7 +15,17 @@ from racdeploy.bundles import served
 from racdeploy.cli import app as cli
 from tests.support.tiny_artifacts import make_onnx_bundle
 
-HEAVY = ("torch", "transformers", "optimum", "llama_cpp", "onnxruntime", "onnx", "gguf", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "optimum",
+    "llama_cpp",
+    "onnxruntime",
+    "onnx",
+    "gguf",
+    "scipy",
+    "httpx",
+)
 
 
 def modules_after(statement: str) -> set[str]:
@@ -34,6 +44,7 @@ def modules_after(statement: str) -> set[str]:
         "import racdeploy; racdeploy.load",
         "import racdeploy.engines.llamacpp",
         "import racdeploy.engines.onnxruntime",
+        "import racdeploy.engines.openai",
     ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:

@@ -1,8 +1,10 @@
-"""Continuous batching: keep every slot of one or several decoders busy until all sequences have ended.
+"""Continuous batching: keep every slot of one or several decoders busy until all sequences have
+ended.
 
-A step decodes one token of every running sequence of a decoder and fills the rest of the batch with prompts; a slot
-that finishes takes the next prompt. Several decoders step independently, each in a thread of its own, and take their
-prompts from one queue. Knows no engine: a :class:`Decoder` runs the batches, with the interpreter's lock released.
+A step decodes one token of every running sequence of a decoder and fills the rest of the batch with
+prompts; a slot that finishes takes the next prompt. Several decoders step independently, each in a
+thread of its own, and take their prompts from one queue. Knows no engine: a :class:`Decoder` runs
+the batches, with the interpreter's lock released.
 Source: iteration-level scheduling, Orca (OSDI 2022).
 """
 
@@ -67,8 +69,8 @@ class Batcher:
         """Step until every sequence has ended or ``cancelled`` says so.
 
         Args:
-            on_news: gets (sequence index, new ids) of each step; from the thread of a decoder where there are
-                several, one call at a time.
+            on_news: gets (sequence index, new ids) of each step; from the thread of a decoder where
+                there are several, one call at a time.
             cancelled: asked before each step.
         """
         if self._forced_first:
@@ -151,8 +153,9 @@ class _Lane:
     def _step(self) -> News:
         """Decode one batch; every sequence that is fed up to date takes its step.
 
-        One token of each running sequence comes first, what room is left goes to prompts. The rows are in the order
-        of their slots: llama.cpp computes neighbours together, and cuts a batch where a slot is skipped.
+        One token of each running sequence comes first, what room is left goes to prompts. The rows
+        are in the order of their slots: llama.cpp computes neighbours together, and cuts a batch
+        where a slot is skipped.
         """
         room, taken = self._decoder.batch_tokens, dict[int, list[int]]()
         for slot, sequence in sorted(
@@ -179,6 +182,8 @@ class _Lane:
         return [(s.index, s.step(self._decoder.logits_V(place))) for s, place in up_to_date]
 
     def _account(self, elapsed_s: float, decode_share: float) -> None:
-        """Book the time of a batch; one that mixes prompts and decoding is shared out by its tokens."""
+        """Book the time of a batch; one that mixes prompts and decoding is shared out by its
+        tokens.
+        """
         self.decode_s += elapsed_s * decode_share
         self.prefill_s += elapsed_s * (1.0 - decode_share)

@@ -1,7 +1,7 @@
 """A child process that an engine lives in: requests, answers, and an honest obituary.
 
-Engines in C++ can abort the process they run in. The child gets its own session, so that Ctrl-C reaches the
-parent only; its stderr goes to a file whose tail explains a death. Knows no engine.
+Engines in C++ can abort the process they run in. The child gets its own session, so that Ctrl-C
+reaches the parent only; its stderr goes to a file whose tail explains a death. Knows no engine.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Child:
     def converse(
         self, op: str, **values: Any
     ) -> Generator[tuple[Header, bytes] | None, None, None]:
-        """Send a request and yield its answers up to ``done``; None now and then, while there is none.
+        """Send a request and yield its answers up to ``done``; None now and then, while there is
+        none.
 
         Left early, for whatever reason, the request is cancelled and its late answers are dropped.
 
@@ -212,7 +213,9 @@ def _signal_name(code: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return the parent's environment, with this package importable and no debugger called on an abort."""
+    """Return the parent's environment, with this package importable and no debugger called on an
+    abort.
+    """
     package_root = str(Path(racdeploy.__file__).parents[1])
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([package_root, inherited] if inherited else [package_root])

@@ -1,6 +1,7 @@
 """An engine whose model lives in a child process; knows no engine.
 
-Requests are checked here, before anything is sent. What the child has to say about itself is in ``stats``.
+Requests are checked here, before anything is sent. What the child has to say about itself is in
+``stats``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class ChildEngine(Engine):
     """A model, loaded by an engine in a child process.
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
-    ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the child's
-    ``peak_rss_bytes``. ``about`` is what the engine said of itself when it loaded the file.
+    ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the
+    child's ``peak_rss_bytes``. ``about`` is what the engine said of itself when it loaded the file.
 
     Args:
         worker: dotted name of the module that the child runs, see :mod:`racdeploy.decoding.worker`.

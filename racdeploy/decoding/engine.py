@@ -22,8 +22,9 @@ class EngineSettings:
         threads: CPU threads; 0 lets the engine use every core.
         cache_dtype: number format of the key-value cache.
         flash_attention: engines differ in their default and it changes traces, so it is always set.
-        accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``;
-            ``auto`` where they are built and proven faster; ``require`` fails where they cannot be used.
+        accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse
+            weights: ``off``; ``auto`` where they are built and proven faster; ``require`` fails
+                where they cannot be used.
     """
 
     context_tokens: int = 4096
@@ -60,9 +61,11 @@ class Sampling:
         stop_ids: end-of-sequence ids; the one that stops a completion is kept in it.
         temperature: 0 is greedy.
         top_p: smallest probability mass to sample from, in (0, 1].
-        seed: sequence ``i`` of a call draws from a generator seeded with ``(seed, i)``, whatever the batching.
+        seed: sequence ``i`` of a call draws from a generator seeded with ``(seed, i)``, whatever
+            the batching.
         budget: thinking budget, if any.
-        streams: random stream of each sequence of a call, in place of its index; empty takes the index.
+        streams: random stream of each sequence of a call, in place of its index; empty takes the
+            index.
     """
 
     max_new_tokens: int
@@ -96,8 +99,8 @@ class Completion:
 class Engine(Protocol):
     """A loaded model; the end of a ``with`` block closes it.
 
-    ``stats`` is what the engine counts of its time and memory, ``about`` what it says of itself; both are empty where
-    it says nothing.
+    ``stats`` is what the engine counts of its time and memory, ``about`` what it says of itself;
+    both are empty where it says nothing.
     """
 
     stats: dict[str, float]
@@ -127,11 +130,14 @@ class Engine(Protocol):
         """
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Return the ids of a text, special tokens parsed and none added; None without a tokenizer."""
+        """Return the ids of a text, special tokens parsed and none added; None without a
+        tokenizer.
+        """
         return None
 
     def close(self) -> None:
         """Free what the engine holds; again is harmless."""
+        return
 
     def __enter__(self) -> Self:
         return self

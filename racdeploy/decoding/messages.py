@@ -1,6 +1,7 @@
 """Frames on a pipe: a JSON header and raw bytes behind it. Nothing is ever unpickled.
 
-A frame is the header's length (u32), the payload's length (u64), both little-endian, the header, the payload.
+A frame is the header's length (u32), the payload's length (u64), both little-endian, the header,
+the payload.
 """
 
 from __future__ import annotations

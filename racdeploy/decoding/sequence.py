@@ -1,8 +1,9 @@
-"""One sequence being generated: choose the next token, count thinking, force its end, know when to stop.
+"""One sequence being generated: choose the next token, count thinking, force its end, know when to
+stop.
 
-Knows nothing of engines: it is fed a row of logits and says which ids to feed back. Every engine uses it, so
-greedy ties, sampling, budgets and finish reasons mean the same everywhere. The draw of a sequence depends on
-``(seed, index)`` and its own logits only, never on what is decoded beside it.
+Knows nothing of engines: it is fed a row of logits and says which ids to feed back. Every engine
+uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere. The draw of
+a sequence depends on ``(seed, index)`` and its own logits only, never on what is decoded beside it.
 Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393.
 """
 
@@ -22,8 +23,8 @@ _UNLIKELY = 1e-4
 class Sequence:
     """A prompt and the completion that grows behind it.
 
-    The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of the last
-    fed token, and stops when ``finish_reason`` is set.
+    The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of
+    the last fed token, and stops when ``finish_reason`` is set.
 
     Args:
         index: place of the prompt in the call; decides the random stream.
@@ -82,7 +83,9 @@ class Sequence:
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
 
     def _track_thinking(self) -> None:
-        """Notice a tag that the last token completes. A thought that is reopened has no budget any more."""
+        """Notice a tag that the last token completes. A thought that is reopened has no budget any
+        more.
+        """
         if self._budget is None:
             return
         if self._thinking_from is None:
@@ -92,7 +95,9 @@ class Sequence:
             self._budget = None
 
     def _force_close(self) -> None:
-        """Append the close tag, or the rest of one that has begun, once the thinking has used its budget."""
+        """Append the close tag, or the rest of one that has begun, once the thinking has used its
+        budget.
+        """
         if self._budget is None or self._thinking_from is None:
             return
         if len(self.ids) - self._thinking_from < self._budget.max_tokens:
@@ -166,7 +171,8 @@ def check_request(
     """Refuse what no engine could carry out; nothing is ever clipped.
 
     Raises:
-        EngineError: an empty or too long prompt, an id outside the vocabulary, or an impossible setting.
+        EngineError: an empty or too long prompt, an id outside the vocabulary, or an impossible
+            setting.
     """
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)

@@ -1,7 +1,8 @@
 """The child process that holds an engine's model; knows no engine.
 
-Reads requests from stdin, answers on what was stdout, and ends when stdin ends, also in the middle of a
-computation: a dead parent leaves no child. An engine's own worker module calls :func:`serve` with what loads a model.
+Reads requests from stdin, answers on what was stdout, and ends when stdin ends, also in the middle
+of a computation: a dead parent leaves no child. An engine's own worker module calls :func:`serve`
+with what loads a model.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Inbox:
 
 
 class Teller:
-    """Passes on new tokens: at once where one sequence runs or one ends, else in lots, since the listener takes a core.
+    """Passes on new tokens: at once where one sequence runs or one ends, else in lots, since the
+    listener takes a core.
 
     Args:
         sequences: of the call, by index.
@@ -215,7 +217,8 @@ def serve(load: Load) -> None:
     """Keep the pipes for messages alone, then answer requests until the process ends.
 
     Args:
-        load: imports the engine only when it is called: stdout is out of the engine's reach by then.
+        load: imports the engine only when it is called: stdout is out of the engine's reach by
+            then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":

@@ -1,7 +1,8 @@
 """Find where a completion repeats itself, by token ids.
 
-A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last time perhaps cut
-off. A model that repeats itself with other numbers each time is not found. Knows no text and no engine.
+A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last
+time perhaps cut off. A model that repeats itself with other numbers each time is not found. Knows
+no text and no engine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Loop:
 
 
 def find_loop(ids: Sequence[int]) -> Loop | None:
-    """Return the longest loop of a completion, or None; of equal ones the shortest period, then the first.
+    """Return the longest loop of a completion, or None; of equal ones the shortest period, then the
+    first.
 
     Args:
         ids: token ids, end-of-sequence left out.

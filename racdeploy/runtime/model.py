@@ -1,6 +1,7 @@
 """A bundle, ready to run: render, generate, split, decode. No torch behind it.
 
-The manifest says which engine, which settings and which tags; a call can override how tokens are chosen.
+The manifest says which engine, which settings and which tags; a call can override how tokens are
+chosen.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Model:
         """Answer one prompt. What is not given is taken from the bundle.
 
         Args:
-            prompt: a question, or a conversation as a list of messages with ``role`` and ``content``.
+            prompt: a question, or a conversation as a list of messages with ``role`` and
+                ``content``.
             max_thinking_tokens: the close tag is forced after so many thinking tokens.
             max_new_tokens: cap on thinking and answer together.
             temperature: 0 is greedy.
@@ -122,7 +124,9 @@ class Model:
         seed: int = 0,
         cancel: threading.Event | None = None,
     ) -> list[Result]:
-        """Answer several prompts, as many at a time as the model was loaded for; see :meth:`generate`."""
+        """Answer several prompts, as many at a time as the model was loaded for; see
+        :meth:`generate`.
+        """
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
         opened = [self._starts_open(ids) for ids in encoded]
@@ -266,11 +270,13 @@ def load(
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
-        backend: engine to use where the bundle has artifacts for several; the first one's otherwise.
+        backend: engine to use where the bundle has artifacts for several; the first one's
+            otherwise.
         threads: CPU threads; 0 uses every core.
-        parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a context.
-        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; ``auto`` uses them where they are built
-            and proven, on llama.cpp.
+        parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a
+            context.
+        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; ``auto`` uses them
+            where they are built and proven, on llama.cpp.
 
     Raises:
         ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.

@@ -1,8 +1,10 @@
-"""Turn messages into prompt ids: the model's own chat template, in a sandbox, then its own tokenizer.
+"""Turn messages into prompt ids: the model's own chat template, in a sandbox, then its own
+tokenizer.
 
-A template is code from a stranger: it runs without access to Python's internals, for a bounded time, and
-every way it can fail is one ArtifactError. Rendering equals transformers' ``apply_chat_template``; the
-tokenizer adds nothing of its own, so that a prompt has exactly one beginning-of-sequence token.
+A template is code from a stranger: it runs without access to Python's internals, for a bounded
+time, and every way it can fail is one ArtifactError. Rendering equals transformers'
+``apply_chat_template``; the tokenizer adds nothing of its own, so that a prompt has exactly one
+beginning-of-sequence token.
 Source: transformers 4.57 ``utils/chat_template_utils.py``.
 """
 
@@ -52,7 +54,9 @@ _FAILURES = (
 
 
 class _Generation(Extension):
-    """Render the body of ``{% generation %}`` … ``{% endgeneration %}``, which marks text for training."""
+    """Render the body of ``{% generation %}`` … ``{% endgeneration %}``, which marks text for
+    training.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 
@@ -110,7 +114,8 @@ class ChatTemplate:
 
     Args:
         source: Jinja text.
-        bos_token, eos_token: what the template's variables of that name hold; None leaves them undefined.
+        bos_token, eos_token: what the template's variables of that name hold; None leaves them
+            undefined.
 
     Raises:
         ArtifactError: the text is not a template.

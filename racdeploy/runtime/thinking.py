@@ -1,8 +1,8 @@
 """Split a completion into thinking and answer, by token ids and the tail of the prompt.
 
-R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking turned off it is in
-the prompt already closed; looking for both tags in the output text misses the first case and scores a thought
-that was cut as an answer. Knows no engine and no text beyond the tags.
+R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking turned off it
+is in the prompt already closed; looking for both tags in the output text misses the first case and
+scores a thought that was cut as an answer. Knows no engine and no text beyond the tags.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class Split:
 
     Args:
         thinking_ids: strictly between the tags; of a reopened completion, all its thoughts.
-        answer_ids: after the last close tag, without end-of-sequence; empty while a thought is open.
-        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought, the first or a
-            later one; ``absent``: no thought at all, the whole completion is the answer; ``reopened``: more than
-            one thought, or one although the prompt had closed it.
-        opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the model, ``implied`` by a
-            close tag alone, or ``none``.
+        answer_ids: after the last close tag, without end-of-sequence; empty while a thought is
+            open.
+        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought,
+            the first or a later one; ``absent``: no thought at all, the whole completion is the
+            answer; ``reopened``: more than one thought, or one although the prompt had closed it.
+        opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the
+            model, ``implied`` by a close tag alone, or ``none``.
     """
 
     thinking_ids: tuple[int, ...]
@@ -70,8 +71,8 @@ class Split:
 class Scanner:
     """Follow a completion token by token.
 
-    Where neither the prompt nor the completion has opened a thought and a close tag comes all the same, the
-    model left out the open tag: everything before it was the thought.
+    Where neither the prompt nor the completion has opened a thought and a close tag comes all the
+    same, the model left out the open tag: everything before it was the thought.
 
     Args:
         prompt_ids: rendered prompt.
@@ -134,7 +135,8 @@ def split(
         completion_ids: what followed it.
         tags: the model's tags, None for a model that does not think.
         eos_ids: end-of-sequence ids, stripped from the end.
-        forced_at: index of the first token of a close tag that the budget forced, see ``Completion``.
+        forced_at: index of the first token of a close tag that the budget forced, see
+            ``Completion``.
     """
     ids = list(completion_ids)
     while ids and ids[-1] in eos_ids:
@@ -186,8 +188,8 @@ def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
 def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
     """Return the tags of a model, or None where it does not think.
 
-    A known pair counts if the chat template writes it, or if both tags are tokens of their own; a pair for
-    which both hold comes first.
+    A known pair counts if the chat template writes it, or if both tags are tokens of their own; a
+    pair for which both hold comes first.
     """
     names = find_tag_names(encoder)
     return tags_of(encoder, *names) if names else None
@@ -208,8 +210,8 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
 def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
     """Return the ids of two tags and of white space.
 
-    A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with its
-    neighbours hides it.
+    A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with
+    its neighbours hides it.
 
     Raises:
         ArtifactError: the tokenizer has no ids for them.

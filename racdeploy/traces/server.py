@@ -15,7 +15,7 @@ from pathlib import Path
 
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import Completion, EngineSettings
-from racdeploy.engines.openai import OpenAIEngine, Request, derived_seed
+from racdeploy.engines.openai import OpenAIEngine, Request, derive_seed
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TokenizerFiles
@@ -101,7 +101,7 @@ def _answer(
 
     def keep(index: int, completion: Completion) -> None:
         ids, sampling, stream = missing[index]
-        log.append(ids, derived_seed(sampling.seed, stream), completion)
+        log.append(ids, derive_seed(sampling.seed, stream), completion)
 
     engine.complete(missing, keep)
     return [[found for request in shard if (found := _kept(log, request))] for shard in shards]
@@ -109,7 +109,7 @@ def _answer(
 
 def _kept(log: CompletionLog, request: Request) -> Completion | None:
     ids, sampling, stream = request
-    return log.get(ids, derived_seed(sampling.seed, stream))
+    return log.get(ids, derive_seed(sampling.seed, stream))
 
 
 def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
@@ -121,10 +121,10 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
     prompt = encoder.render(_QUESTION)
     texts = (*_PROBES, prompt)
     bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
-    lead = 0 if engine.tells_ids else engine.count("a") - len(encoder.encode_text("a"))
+    lead = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
     for text in texts:
         expected = encoder.encode_text(text)
-        if engine.tells_ids:
+        if engine.has_tokenizer:
             actual: object = engine.tokenize(text)
             agrees = actual in (expected, bos_ids + expected)
         else:

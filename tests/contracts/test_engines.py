@@ -66,9 +66,7 @@ def single(name: str, path: Path | str) -> Iterator[Engine]:
 def logits(name: str, engine: Engine) -> Logits:
     """Teacher-forced logits, of the engines that have them."""
     if name in WITHOUT_LOGITS:
-        pytest.skip(
-            f"{name} gives no logits, and test_an_engine_without_logits_or_budgets_says_so holds it to that"
-        )
+        pytest.skip(f"{name} gives no logits: see test_an_engine_without_logits_or_budgets_says_so")
     return engine.logits
 
 
@@ -76,9 +74,7 @@ def logits(name: str, engine: Engine) -> Logits:
 def forcing(name: str, engine: Engine) -> Engine:
     """The engine, if it can force the end of thinking."""
     if name in WITHOUT_BUDGET:
-        pytest.skip(
-            f"{name} has no budgets, and test_an_engine_without_logits_or_budgets_says_so holds it to that"
-        )
+        pytest.skip(f"{name} has no budgets: see test_an_engine_without_logits_or_budgets_says_so")
     return engine
 
 
@@ -109,7 +105,8 @@ def test_greedy_is_the_largest_logit_of_each_position(
 
 
 def test_logits_of_a_long_text_equal_those_of_its_parts(logits: Logits) -> None:
-    """A text longer than one batch of outputs; float32 sums in another order differ by about 1e-6 relative."""
+    """A text longer than one batch of outputs; float32 sums in another order differ by about 1e-6
+    relative."""
     ids = [(7 * position) % 480 for position in range(150)]
     whole_TV, part_TV = logits(ids), logits(ids[:30])
     assert whole_TV.shape[0] == 150
@@ -154,7 +151,8 @@ def test_a_completion_ends_at_the_context(engine: Engine) -> None:
 def test_a_budget_forces_the_close_tag(
     forcing: Engine, greedy: list[Completion], close_ids: tuple[int, ...]
 ) -> None:
-    """The tag comes after exactly max_tokens of the same thinking, and generation goes on behind it."""
+    """The tag comes after exactly max_tokens of the same thinking, and generation goes on behind
+    it."""
     budget = ThinkingBudget(close_ids, (OPEN_ID,), max_tokens=4, starts_open=True)
     completions = forcing.generate(PROMPTS, replace(GREEDY, budget=budget))
     for free, forced in zip(greedy, completions, strict=True):

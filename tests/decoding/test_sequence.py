@@ -39,7 +39,8 @@ def test_the_close_tag_is_forced_after_the_budget() -> None:
 
 
 def test_a_close_tag_that_has_begun_is_completed() -> None:
-    """The budget ends between the tokens of the tag: only the rest is forced, and no token of it is thinking."""
+    """The budget ends between the tokens of the tag: only the rest is forced, and no token of it is
+    thinking."""
     completion = run([3, 3, 1, 0], replace(SAMPLING, budget=BUDGET)).completion()
     assert (completion.ids, completion.forced_at) == ((3, 3, 1, 2, 0, STOP), 2)
 
@@ -96,7 +97,8 @@ def test_the_context_is_a_cap() -> None:
 def test_a_budget_and_the_splitter_agree(
     script: list[int], max_tokens: int, cap: int, starts_open: bool, close: tuple[int, ...]
 ) -> None:
-    """The first thought is never longer than its budget, and it is forced exactly where the engine says so."""
+    """The first thought is never longer than its budget, and it is forced exactly where the engine
+    says so."""
     budget = ThinkingBudget(close, OPEN, max_tokens, starts_open)
     completion = run(script, replace(SAMPLING, budget=budget, max_new_tokens=cap)).completion()
     prompt = [0, *OPEN] if starts_open else [0]
@@ -105,7 +107,8 @@ def test_a_budget_and_the_splitter_agree(
     assert len(completion.ids) <= cap
     seen = bytes(prompt) + bytes(completion.ids)
     before, _, after = seen.partition(bytes(OPEN))
-    # A second thought has no budget; and what comes before a close tag that nothing opened is thinking to the splitter.
+    # A second thought has no budget; and what comes before a close tag that nothing opened is
+    # thinking to the splitter.
     alone = bytes(OPEN) in seen and bytes(OPEN) not in after and bytes(close) not in before
     if parts.state in ("closed", "open", "forced") and alone:
         assert len(parts.thinking_ids) <= max_tokens
@@ -192,7 +195,8 @@ class Recorder:
 
 
 def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
-    """Seven sequences in three slots: positions run on, no batch is too large, every result is right."""
+    """Seven sequences in three slots: positions run on, no batch is too large, every result is
+    right."""
     sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
     prompts = [[40 + i] * (1 + 5 * i) for i in range(7)]
     sequences = [Sequence(i, prompt, sampling, 200) for i, prompt in enumerate(prompts)]
@@ -210,7 +214,8 @@ def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
 
 
 def test_decoders_share_one_queue_and_each_answers_alike() -> None:
-    """Twenty sequences over two decoders: all are told, both worked, and no result depends on which one it was."""
+    """Twenty sequences over two decoders: all are told, both worked, and no result depends on which
+    one it was."""
     sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
     sequences = [Sequence(i, [20 + i], sampling, 200) for i in range(20)]
     decoders, told = [Recorder(), Recorder()], {i: [] for i in range(20)}

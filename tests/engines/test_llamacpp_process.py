@@ -1,4 +1,5 @@
-"""llama.cpp lives in a child: it may die, its parent may die, and neither takes the other along silently."""
+"""llama.cpp lives in a child: it may die, its parent may die, and neither takes the other along
+silently."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def test_a_truncated_file_is_an_error(model: Path, tmp_path: Path, share: float)
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_corrupted_header_never_kills_the_parent(model: Path, tmp_path: Path, seed: int) -> None:
-    """Bytes of the vocabulary and the tensor table are changed: it loads or is refused, and we are still here."""
+    """Bytes of the vocabulary and the tensor table are changed: it loads or is refused, and we are
+    still here."""
     data, random = bytearray(model.read_bytes()), Random(seed)
     for _ in range(30):
         data[random.randrange(24, 12_000)] = random.randrange(256)
@@ -147,7 +149,8 @@ def test_a_corrupted_header_never_kills_the_parent(model: Path, tmp_path: Path, 
 
 
 def test_an_abort_in_llama_cpp_is_an_error(model: Path, tmp_path: Path) -> None:
-    """A byte-level vocabulary that calls itself sentencepiece loads, and throws through C when it is used."""
+    """A byte-level vocabulary that calls itself sentencepiece loads, and throws through C when it
+    is used."""
     data, start = model.read_bytes(), GGUFReader(model).data_offset
     honest, lying = (struct.pack("<Q", len(name)) + name for name in (b"gpt2", b"llama"))
     assert (data.count(honest), data[start - 1]) == (1, 0), (
@@ -176,8 +179,11 @@ def test_a_missing_file_and_a_missing_package_are_told_apart(
 
 def test_the_parent_never_imports_llama_cpp(model: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from racdeploy.engines import open_engine; from racdeploy.decoding.engine import EngineSettings\n"
-        f"with open_engine('llamacpp', Path({str(model)!r}), EngineSettings(64, 1, 1)) as e: e.logits([1, 2])\n"
+        "import sys; from pathlib import Path\n"
+        "from racdeploy.decoding.engine import EngineSettings\n"
+        "from racdeploy.engines import open_engine\n"
+        f"with open_engine('llamacpp', Path({str(model)!r}), EngineSettings(64, 1, 1)) as engine:\n"
+        "    engine.logits([1, 2])\n"
         "print('llama_cpp' in sys.modules)"
     )
     result = subprocess.run(

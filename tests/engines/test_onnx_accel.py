@@ -1,4 +1,5 @@
-"""The onnxruntime engine with the second graph of packing bitmask_op: when it is taken, and that it answers alike."""
+"""The onnxruntime engine with the second graph of packing bitmask_op: when it is taken, and that it
+answers alike."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def write_proof(library: Path, found: Proof) -> None:
 
 
 def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
-    """Differences are those of float32 sums and of inputs that stock kernels round with other scales."""
+    """Differences are those of float32 sums and of inputs that stock kernels round with other
+    scales."""
     write_proof(library, Proof("", "", "any", speedups=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
@@ -80,9 +82,11 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, mode
 def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     library: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them against none, on the whole model: norms and attention are fused, the operator is left as it is.
+    """All of them against none, on the whole model: norms and attention are fused, the operator is
+    left as it is.
 
-    Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's largest.
+    Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's
+    largest.
     """
     write_proof(library, Proof("", "", "any", speedups=FASTER))
     found = []
@@ -100,7 +104,8 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
 
 
 def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: Path) -> None:
-    """Never tried, failed, not faster, no second graph: the plain graph, or an error where it is required."""
+    """Never tried, failed, not faster, no second graph: the plain graph, or an error where it is
+    required."""
     cases = {
         "never tried": None,
         "its self-test failed": Proof("its self-test failed", ""),

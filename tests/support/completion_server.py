@@ -1,4 +1,5 @@
-"""A completion server in this process: the answers of an engine, or whatever a test wants to come back.
+"""A completion server in this process: the answers of an engine, or whatever a test wants to come
+back.
 
 It speaks as vLLM does where it behaves: prompts as token ids, ``token_ids`` in the answer.
 """
@@ -36,8 +37,8 @@ def serving(routes: dict[str, Answer]) -> Iterator[str]:
     """Serve a function per path on a free port; yield the address of the API.
 
     Args:
-        routes: by path below the root, as ``v1/completions``; it gets the request's body, with its header
-            ``Authorization`` under that name.
+        routes: by path below the root, as ``v1/completions``; it gets the request's body, with its
+            header ``Authorization`` under that name.
     """
 
     class Handler(BaseHTTPRequestHandler):

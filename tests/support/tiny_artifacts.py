@@ -43,8 +43,8 @@ def serve_gguf(folder: Path) -> Iterator[str]:
             yield url
 
 
-# How each engine of the contract gets its tiny model; an engine that is missing here fails a test. What stands behind
-# a colon tells two kinds of artifact of one engine apart.
+# How each engine of the contract gets its tiny model; an engine that is missing here fails a test.
+# What stands behind a colon tells two kinds of artifact of one engine apart.
 ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
     "llamacpp": lambda folder: nullcontext(make_gguf(folder)),
     "onnxruntime:genai": lambda folder: nullcontext(tiny_onnx() / "genai" / "model.onnx"),

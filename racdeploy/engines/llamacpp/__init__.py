@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from racdeploy import plugins
 from racdeploy.decoding.child_engine import ChildEngine
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.packing import racgguf
+from racdeploy.plugins import require
 
 __all__ = ["ACCEL", "LlamaCppEngine", "open_engine"]
 
@@ -37,7 +37,7 @@ class LlamaCppEngine(ChildEngine):
     """
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool = True) -> None:
-        plugins.require("llama_cpp", "llamacpp")
+        require("llama_cpp")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
         super().__init__(_WORKER, "llama.cpp", path, settings, use_mmap=use_mmap)
@@ -45,10 +45,12 @@ class LlamaCppEngine(ChildEngine):
             _LOG.info(self.about["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text by llama.cpp's own tokenizer; special tokens are parsed, none added.
+        """Return the ids of a text by llama.cpp's own tokenizer; special tokens are parsed, none
+        added.
 
         Raises:
-            EngineError: the text is not Unicode, or the vocabulary is damaged; llama.cpp aborts on some.
+            EngineError: the text is not Unicode, or the vocabulary is damaged; llama.cpp aborts on
+                some.
         """
         try:
             text.encode("utf-8")
@@ -60,7 +62,9 @@ class LlamaCppEngine(ChildEngine):
 
 
 def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
-    """Load a GGUF file, or a container of one by way of the user's cache; see :class:`LlamaCppEngine`."""
+    """Load a GGUF file, or a container of one by way of the user's cache; see
+    :class:`LlamaCppEngine`.
+    """
     return LlamaCppEngine(
         racgguf.unpacked(path) if path.suffix == racgguf.SUFFIX else path, settings
     )

@@ -1,8 +1,8 @@
 """llama.cpp's C API, as much of it as one process that decodes needs. Imported by the worker only.
 
-Knows rows of a batch and sequence numbers, nothing of sampling or messages. Every sequence has its own stream
-of the key-value cache (``kv_unified`` off): it attends to its own cells only, whatever runs beside it, and
-the promised context is there for each.
+Knows rows of a batch and sequence numbers, nothing of sampling or messages. Every sequence has its
+own stream of the key-value cache (``kv_unified`` off): it attends to its own cells only, whatever
+runs beside it, and the promised context is there for each.
 Source: llama.h of llama-cpp-python 0.3.36.
 """
 
@@ -64,17 +64,19 @@ class _Log:
 class NativeModel:
     """A loaded model and its contexts.
 
-    llama.cpp's threads meet after every operation. On a small model they wait longer than they work, so there every
-    thread has a context of its own and decodes its share of the slots alone; a large model is read from memory once for
-    all slots, by all threads.
+    llama.cpp's threads meet after every operation. On a small model they wait longer than they
+    work, so there every thread has a context of its own and decodes its share of the slots alone; a
+    large model is read from memory once for all slots, by all threads.
 
     Args:
         path: GGUF file.
         settings: see :class:`EngineSettings`.
-        use_mmap: map the file instead of reading it; a file whose weights are packed while it is loaded is read.
+        use_mmap: map the file instead of reading it; a file whose weights are packed while it is
+            loaded is read.
 
     Raises:
-        EngineError: llama.cpp refused the file or the context, or has no use for kernels that are required.
+        EngineError: llama.cpp refused the file or the context, or has no use for kernels that are
+            required.
     """
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
@@ -137,7 +139,8 @@ class NativeModel:
 
 
 class _Context:
-    """Caches of some slots of a model, decoded together: a :class:`racdeploy.decoding.batching.Decoder`.
+    """Caches of some slots of a model, decoded together: a
+    :class:`racdeploy.decoding.batching.Decoder`.
 
     Args:
         model: llama.cpp's handle.

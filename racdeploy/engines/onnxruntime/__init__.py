@@ -1,18 +1,19 @@
-"""ONNX decoders on plain onnxruntime, in a child process: numpy only, no torch and no onnxruntime-genai.
+"""ONNX decoders on plain onnxruntime, in a child process: numpy only, no torch and no
+onnxruntime-genai.
 
-onnxruntime raises exceptions where llama.cpp aborts, but a lack of memory ends a process all the same: the child dies
-then, and the parent raises EngineError. Its peak memory is the engine's alone. The parent never imports onnxruntime.
-The number format of the cache is the graph's.
+onnxruntime raises exceptions where llama.cpp aborts, but a lack of memory ends a process all the
+same: the child dies then, and the parent raises EngineError. Its peak memory is the engine's alone.
+The parent never imports onnxruntime. The number format of the cache is the graph's.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy import plugins
 from racdeploy.decoding.child_engine import ChildEngine
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError
+from racdeploy.plugins import require
 
 __all__ = ["ACCEL", "OnnxRuntimeEngine", "open_engine"]
 
@@ -30,11 +31,12 @@ class OnnxRuntimeEngine(ChildEngine):
     Raises:
         MissingExtraError: onnxruntime is not installed.
         ArtifactError: there is no such file.
-        EngineError: onnxruntime refused the file or died of it, or its graph is not a decoder with a cache.
+        EngineError: onnxruntime refused the file or died of it, or its graph is not a decoder with
+            a cache.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        plugins.require("onnxruntime", "ort")
+        require("onnxruntime")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
         super().__init__(_WORKER, "onnxruntime", path, settings)

@@ -1,8 +1,9 @@
-"""Key-value caches that onnxruntime reads and writes in place: no numpy array of a cache is ever copied per token.
+"""Key-value caches that onnxruntime reads and writes in place: no numpy array of a cache is ever
+copied per token.
 
-``SharedCache`` holds one buffer for all slots in which past and present are the same memory; slots at any length are
-decoded together. ``AppendedCache`` serves graphs whose present is a longer tensor than their past: each slot has two
-buffers that take turns, and is decoded alone.
+``SharedCache`` holds one buffer for all slots in which past and present are the same memory; slots
+at any length are decoded together. ``AppendedCache`` serves graphs whose present is a longer tensor
+than their past: each slot has two buffers that take turns, and is decoded alone.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ class Cache(Protocol):
 
 
 class SharedCache:
-    """One buffer of ``slots`` × ``context_tokens`` for each key and value; the memory of a token comes with its use.
+    """One buffer of ``slots`` × ``context_tokens`` for each key and value; the memory of a token
+    comes with its use.
 
-    Rows in use are the first ones, so that they are one contiguous batch: a row that is freed takes in the last one.
+    Rows in use are the first ones, so that they are one contiguous batch: a row that is freed takes
+    in the last one.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, context_tokens: int) -> None:
@@ -63,7 +66,8 @@ class SharedCache:
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
         """Run one token of each slot; return its logits_TV.
 
-        A row in use that has no token now, because its prompt is still being read, gets one that the next overwrites.
+        A row in use that has no token now, because its prompt is still being read, gets one that
+        the next overwrites.
         """
         rows = {slot: self._row(slot) for slot in tokens}
         count = len(self._slots)
@@ -108,7 +112,8 @@ class SharedCache:
 
 
 class AppendedCache:
-    """Two flat buffers for each key and value of each slot; one is the past, the other takes in the present.
+    """Two flat buffers for each key and value of each slot; one is the past, the other takes in the
+    present.
 
     They grow by doubling, up to ``context_tokens``.
     """

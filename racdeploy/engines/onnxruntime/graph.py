@@ -1,9 +1,11 @@
-"""What a decoder graph looks like from outside: its inputs and outputs, number formats, sizes, and kind of cache.
+"""What a decoder graph looks like from outside: its inputs and outputs, number formats, sizes, and
+kind of cache.
 
-Names and shapes are read from the session; what they leave open is found by running the graph on two tokens. A graph
-that wants an input which is not known here, or gives other shapes than a decoder, is refused by name.
-Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator GroupQueryAttention,
-onnxruntime/docs/ContribOperators.md 1.32.
+Names and shapes are read from the session; what they leave open is found by running the graph on
+two tokens. A graph that wants an input which is not known here, or gives other shapes than a
+decoder, is refused by name.
+Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator
+GroupQueryAttention, onnxruntime/docs/ContribOperators.md 1.32.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime
 
     Raises:
         ArtifactError: the packed weights are damaged.
-        EngineError: the file is damaged, or external data is missing, too short or outside its folder.
+        EngineError: the file is damaged, or external data is missing, too short or outside its
+            folder.
     """
     packed = load_sidecar(path)
     with engine_errors(f"load {path}"):
@@ -93,9 +96,9 @@ class CacheTensor:
 class DecoderGraph:
     """A session whose graph is a decoder with a key-value cache.
 
-    ``shares_buffer`` says that past and present may be one buffer of the largest length (GroupQueryAttention); other
-    graphs append to the past, so that the present is a longer tensor. ``last_only`` says that the graph gives the
-    logits of the last token alone.
+    ``shares_buffer`` says that past and present may be one buffer of the largest length
+    (GroupQueryAttention); other graphs append to the past, so that the present is a longer tensor.
+    ``last_only`` says that the graph gives the logits of the last token alone.
 
     Args:
         session: the loaded graph.
@@ -127,7 +130,8 @@ class DecoderGraph:
             tokens_BT: token ids.
             mask_BP: 1 where the row attends, past and new tokens.
             positions_BT: place of each token in its sequence.
-            last: only the logits of the last token are wanted, if the graph can leave out the others.
+            last: only the logits of the last token are wanted, if the graph can leave out the
+                others.
         """
         values = {
             _TOKENS: tokens_BT,
@@ -174,7 +178,9 @@ class DecoderGraph:
         return CacheTensor(name, _present(name), node.shape[1], size, dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
-        """Run two tokens behind two of an empty past; return the vocabulary and whether one row of logits came."""
+        """Run two tokens behind two of an empty past; return the vocabulary and whether one row of
+        logits came.
+        """
         with engine_errors("run the graph on two tokens"):
             outputs = self._run_plain(tokens=2, past=2, mask=4)
         logits = outputs["logits"]
@@ -224,7 +230,9 @@ def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
 
 
 def _head_size(folder: Path, name: str) -> int:
-    """Read the head size from a configuration in the folder of the graph, or in the one above it."""
+    """Read the head size from a configuration in the folder of the graph, or in the one above
+    it.
+    """
     for file in (
         where / known
         for where in (folder, folder.parent)

@@ -1,4 +1,5 @@
-"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs. Imported by the worker only.
+"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs. Imported by
+the worker only.
 
 Knows rows of a batch and slots, nothing of sampling or messages.
 """
@@ -33,8 +34,8 @@ class OnnxModel(LoadedModel):
         settings: see :class:`EngineSettings`; the number format of the cache is the graph's.
 
     Raises:
-        EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that is required is of no
-            use to it.
+        EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that
+            is required is of no use to it.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
@@ -98,7 +99,8 @@ class OnnxModel(LoadedModel):
 
 def _options(settings: EngineSettings) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    # A number of threads that is given keeps onnxruntime from pinning its own, one to each core of the machine.
+    # A number of threads that is given keeps onnxruntime from pinning its own, one to each core of
+    # the machine.
     options.intra_op_num_threads = settings.threads or available_cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

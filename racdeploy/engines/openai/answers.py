@@ -1,10 +1,11 @@
 """From the answer of ``/completions`` to token ids, exactly or not at all.
 
-Ids come from the server where it returns them: ``token_ids`` of a choice (vLLM, SGLang) or ``tokens`` under
-``__verbose`` (llama-server). Otherwise the text is tokenized again, and that counts only if the ids give the same
-text and are as many as the server generated; a special token that is missing in the text shows in the count.
-Source: vLLM 0.10.2 and SGLang 0.5.9 ``return_token_ids``; llama.cpp tools/server server-task.cpp and llama_cpp/llama.py
-of llama-cpp-python 0.3.36.
+Ids come from the server where it returns them: ``token_ids`` of a choice (vLLM, SGLang) or
+``tokens`` under ``__verbose`` (llama-server). Otherwise the text is tokenized again, and that
+counts only if the ids give the same text and are as many as the server generated; a special token
+that is missing in the text shows in the count.
+Source: vLLM 0.10.2 and SGLang 0.5.9 ``return_token_ids``; llama.cpp tools/server server-task.cpp
+and llama_cpp/llama.py of llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.decoding.engine import Completion
+from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
 
 _EXACT = (
     "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
 )
-_ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class Reader:
     Args:
         tokenizer: the model's own, or None: then the server must return ids.
         vocabulary: number of the model's token ids.
-        counts_end: whether the server counts the end-of-sequence id among the generated tokens; None if that is not
-            known: then a text proves nothing, since a lost token would look like an end that was not counted.
+        counts_end: whether the server counts the end-of-sequence id among the generated tokens;
+            None if that is not known: then a text proves nothing, since a lost token would look
+                like an end
+            that was not counted.
     """
 
     tokenizer: Tokenizer | None
     vocabulary: int
     counts_end: bool | None
 
-    def completion(
+    def read(
         self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
     ) -> Completion:
-        """Return the ids that followed a prompt.
+        """Return the completion in the body of an answer.
 
         Args:
             answer: body of the answer.
@@ -54,77 +57,54 @@ class Reader:
             EngineError: the ids cannot be had, or contradict what the server says beside them.
         """
         choice = _choice(answer)
-        ended = choice.get("finish_reason") == "stop"
-        if prompt_tokens(answer) != len(prompt) or choice.get("prompt_token_ids") not in (
-            None,
-            list(prompt),
-        ):
-            raise EngineError(
-                f"the server read {prompt_tokens(answer)} prompt tokens where {len(prompt)} were sent",
-                remedy="start it without options that change prompts, as an added beginning-of-sequence token",
-            )
-        ids = _returned(answer, choice, self.vocabulary)
+        _check_prompt(answer, choice, prompt)
+
+        ids = _returned_ids(answer, choice, self.vocabulary)
         if ids is None:
-            ids = self._again(answer, choice, stop_ids)
-        elif len(ids) != _counted(answer):
+            ids = self._tokenize_text(answer, choice, stop_ids)
+
+        # Some servers finish a character beyond the cap.
+        ended = choice["finish_reason"] == "stop" and len(ids) <= cap
+        ids = ids[:cap]
+
+        if ended and (not ids or ids[-1] not in stop_ids):
             raise EngineError(
-                f"the server returns {len(ids)} token ids and counts {_counted(answer)}",
-                remedy=_ODD,
-            )
-        ids, ended = (
-            ids[:cap],
-            ended and len(ids) <= cap,
-        )  # some servers finish a character beyond the cap
-        if ended and ids[-1:] not in [[stop] for stop in stop_ids]:
-            raise EngineError(
-                f"the server ended a completion at token id {ids[-1] if ids else 'none'}; the model's end-of-sequence "
-                f"ids are {', '.join(map(str, stop_ids)) or 'none'}",
+                f"the server ended a completion at token id {ids[-1] if ids else 'none'}; the "
+                f"model's end-of-sequence ids are {', '.join(map(str, stop_ids)) or 'none'}",
                 remedy="compare generation_config.json here with that of the served model",
             )
         if not ended and len(ids) < cap:
             raise EngineError(
-                f"the server stopped after {len(ids)} of {cap} tokens ({choice.get('finish_reason')!r}): its context "
-                f"does not hold {len(prompt) + cap} tokens",
+                f"the server stopped after {len(ids)} of {cap} tokens "
+                f"({choice['finish_reason']!r}): its context does not hold {len(prompt) + cap} "
+                "tokens",
                 remedy="start it with a longer context, or lower traces.max_new_tokens",
             )
         return Completion(tuple(ids), "stop" if ended else "length")
 
-    def _again(
+    def _tokenize_text(
         self, answer: Mapping[str, Any], choice: Mapping[str, Any], stop_ids: Sequence[int]
     ) -> list[int]:
         """Tokenize the text of a completion again, and prove it as far as the server lets us."""
-        text, ended = choice.get("text"), choice.get("finish_reason") == "stop"
+        text, ended = choice.get("text"), choice["finish_reason"] == "stop"
         if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
             raise EngineError("the server returns no token ids", remedy=_EXACT)
+
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        counted = _counted(answer) - (ended and self.counts_end)
-        if (
-            len(ids) != counted
-            or "\ufffd" in text
-            or self.tokenizer.decode(ids, skip_special_tokens=False) != text
-        ):
+        generated = _usage(answer, "completion_tokens") - (ended and self.counts_end)
+        is_whole = "\ufffd" not in text
+        gives_same_text = self.tokenizer.decode(ids, skip_special_tokens=False) == text
+        if len(ids) != generated or not is_whole or not gives_same_text:
             raise EngineError(
-                f"the server returns no token ids, and its text gives {len(ids)} where it generated {counted}: a "
-                f"special token or part of a character is missing in {text[-40:]!r}, or was tokenized another way",
+                f"the server returns no token ids, and its text gives {len(ids)} where it "
+                f"generated {generated}: a special token or part of a character is missing in "
+                f"{text[-40:]!r}, or was tokenized another way",
                 remedy=_EXACT,
             )
-        return ids + ([self._end(choice, stop_ids)] if ended else [])
-
-    @staticmethod
-    def _end(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
-        """Return the end-of-sequence id: the one that the server names, or the only one there is."""
-        named = choice.get("stop_reason", choice.get("matched_stop"))
-        if named in stop_ids and type(named) is int:
-            return named
-        if len(stop_ids) != 1:
-            raise EngineError(
-                f"the server does not say which of the end-of-sequence ids {', '.join(map(str, stop_ids))} came",
-                remedy=_EXACT,
-            )
-        return stop_ids[0]
+        return [*ids, _end_id(choice, stop_ids)] if ended else ids
 
 
-def prompt_tokens(answer: Mapping[str, Any]) -> int:
+def count_prompt_tokens(answer: Mapping[str, Any]) -> int:
     """Return how many prompt tokens the server counted.
 
     Raises:
@@ -133,42 +113,74 @@ def prompt_tokens(answer: Mapping[str, Any]) -> int:
     return _usage(answer, "prompt_tokens")
 
 
-def _counted(answer: Mapping[str, Any]) -> int:
-    return _usage(answer, "completion_tokens")
+def _check_prompt(
+    answer: Mapping[str, Any], choice: Mapping[str, Any], prompt: Sequence[int]
+) -> None:
+    """Refuse an answer to another prompt; vLLM returns the ids that it read."""
+    count = count_prompt_tokens(answer)
+    read = choice.get("prompt_token_ids")
+    if count != len(prompt) or (read is not None and read != list(prompt)):
+        raise EngineError(
+            f"the server read {count} prompt tokens where {len(prompt)} were sent",
+            remedy="start it without options that change prompts, as an added "
+            "beginning-of-sequence token",
+        )
+
+
+def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
+    """Return the end-of-sequence id: the one that the server names, or the only one there is."""
+    named = choice.get("stop_reason", choice.get("matched_stop"))
+    if type(named) is int and named in stop_ids:
+        return named
+    if len(stop_ids) != 1:
+        ids = ", ".join(map(str, stop_ids))
+        raise EngineError(
+            f"the server does not say which of the end-of-sequence ids {ids} came", remedy=_EXACT
+        )
+    return stop_ids[0]
 
 
 def _usage(answer: Mapping[str, Any], key: str) -> int:
     usage = answer.get("usage")
     count = usage.get(key) if isinstance(usage, dict) else None
     if type(count) is not int:
-        raise EngineError(f"the server's answer has no usage.{key}", remedy=_ODD)
+        raise EngineError(f"the server's answer has no usage.{key}", remedy=ODD)
     return count
 
 
 def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise EngineError("the server's answer holds no choice, or more than one", remedy=_ODD)
-    if choices[0].get("finish_reason") not in ("stop", "length"):
-        raise EngineError(
-            f"the server ended a completion with {choices[0].get('finish_reason')!r}", remedy=_ODD
-        )
-    return dict(choices[0])
+        raise EngineError("the server's answer holds no choice, or more than one", remedy=ODD)
+
+    reason = choices[0].get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise EngineError(f"the server ended a completion with {reason!r}", remedy=ODD)
+    return choices[0]
 
 
-def _returned(
+def _returned_ids(
     answer: Mapping[str, Any], choice: Mapping[str, Any], vocabulary: int
 ) -> list[int] | None:
     """Return the ids in an answer, or None if the server gives none."""
     verbose = answer.get("__verbose")
-    ids = choice.get("token_ids", verbose.get("tokens") if isinstance(verbose, dict) else None)
+    beside = verbose.get("tokens") if isinstance(verbose, dict) else None
+    ids = choice.get("token_ids", beside)
     if ids is None:
         return None
-    if not isinstance(ids, list) or not all(
+
+    are_known = isinstance(ids, list) and all(
         type(token) is int and 0 <= token < vocabulary for token in ids
-    ):
+    )
+    if not are_known:
         raise EngineError(
             f"the server returns token ids that the model does not have: {str(ids)[:60]}",
-            remedy=_ODD,
+            remedy=ODD,
         )
-    return ids
+
+    counted = _usage(answer, "completion_tokens")
+    if len(ids) != counted:
+        raise EngineError(
+            f"the server returns {len(ids)} token ids and counts {counted}", remedy=ODD
+        )
+    return list(ids)

@@ -1,25 +1,24 @@
-"""``/chat/completions`` as an engine: what a server says to its users, turned back into the model's tokens.
+"""``/chat/completions`` as an engine: what users of a server read, turned back into the model's
+tokens.
 
-The server renders its own template, so what is asked is the question behind the prompt ids. It may split the thinking
-off, as ``reasoning_content`` (vLLM, SGLang, llama-server) or ``reasoning`` (Ollama, newer vLLM); otherwise the thinking
-stands in the text, between the model's tags. Texts are tokenized here: the ids are those of the texts, tags put back,
-and not proven to be the ones that were generated.
+The server renders its own template, so what is asked is the question behind the prompt ids. It may
+split the thinking off, as ``reasoning_content`` (vLLM, SGLang, llama-server) or ``reasoning``
+(Ollama, newer vLLM); otherwise the thinking is in the text, between the model's tags. Texts are
+tokenized here: the ids are those of the texts, tags put back, and not proven to be the ones that
+were generated.
 Source: the servers' documentation; llama_cpp/server/app.py of llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
-from racdeploy.engines.openai import OpenAIEngine, Request, derived_seed
+from racdeploy.engines.openai.engine import OpenAIEngine, Request, derive_seed
+from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
-
-_ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,20 @@ class Conversation:
 
     def ids(self, answer: _Answer) -> list[int]:
         """Return the ids of an answer, without end-of-sequence."""
-        if not answer.thinking:
-            ids = self.encode(answer.text)
-            again = self.starts_open and tuple(ids[: len(self.open_ids)]) == self.open_ids
-            return ids[len(self.open_ids) :] if again else ids
-        closed = answer.text or answer.finish_reason == "stop"
-        return [
-            *(() if self.starts_open else self.open_ids),
-            *self.encode(answer.thinking),
-            *(self.close_ids if closed else ()),
-            *self.encode(answer.text),
-        ]
+        if answer.thinking:
+            return self._join(answer)
+
+        ids = self.encode(answer.text)
+        repeats_tag = self.starts_open and tuple(ids[: len(self.open_ids)]) == self.open_ids
+        return ids[len(self.open_ids) :] if repeats_tag else ids
+
+    def _join(self, answer: _Answer) -> list[int]:
+        """Put the tags back that the server took out with the thinking."""
+        ids = [] if self.starts_open else list(self.open_ids)
+        ids += self.encode(answer.thinking)
+        if answer.text or answer.finish_reason == "stop":
+            ids += self.close_ids
+        return ids + self.encode(answer.text)
 
 
 class ChatEngine(OpenAIEngine):
@@ -88,58 +90,67 @@ class ChatEngine(OpenAIEngine):
         """Ask every question; see :meth:`OpenAIEngine.generate`.
 
         Raises:
-            EngineError: no answer tells its thinking, although the server generated more than the texts hold.
+            EngineError: no answer shows its thinking, although the server generated more than the
+                texts hold.
         """
         self._silent = []
         completions = super().generate(prompts, sampling, on_tokens, cancelled)
         if self._silent and all(self._silent):
             raise EngineError(
-                f"none of {len(self._silent)} answers tells where its thinking ends, and the server counts more tokens "
-                "than their texts hold: it leaves the thinking or its tags out",
-                remedy="start it so that it returns reasoning_content or shows special tokens, or ask its completions: "
-                "--server-api completions",
+                f"none of {len(self._silent)} answers tells where its thinking ends, and the "
+                "server counts more tokens than their texts hold: it leaves the thinking or its "
+                "tags out",
+                remedy="start it so that it returns reasoning_content or shows special tokens, or "
+                "ask its completions: --server-api completions",
             )
         return completions
 
-    def _complete(self, request: Request, over: threading.Event) -> Completion:
+    async def _complete(self, request: Request) -> Completion:
         ids, sampling, stream = request
         cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
+        question = self._conversation.questions[tuple(ids)]
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": self._conversation.questions[tuple(ids)]}],
+            "messages": [{"role": "user", "content": question}],
             "max_tokens": cap,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": derived_seed(sampling.seed, stream),
+            "seed": derive_seed(sampling.seed, stream),
         }
-        try:
-            answer = _read(self._client.post("chat/completions", body, over))
-        except CancelledError:
-            return Completion((), "cancelled")
-        if answer.finish_reason == "length" and answer.counted is not None and answer.counted < cap:
+
+        answer = _read(await self._client.request("chat/completions", body))
+        is_full = answer.counted is None or answer.counted >= cap
+        if answer.finish_reason == "length" and not is_full:
             raise EngineError(
-                f"the server stopped after {answer.counted} of {cap} tokens: its context is too short",
+                f"the server stopped after {answer.counted} of {cap} tokens: "
+                "its context is too short",
                 remedy="start it with a longer context",
             )
-        found = self._conversation.ids(answer)
-        if self._conversation.close_ids and answer.finish_reason == "stop":
-            self._silent.append(self._hides(answer, found))
-        end = sampling.stop_ids[:1] if answer.finish_reason == "stop" else ()
-        return Completion((*found, *end), answer.finish_reason)
 
-    def _hides(self, answer: _Answer, ids: Sequence[int]) -> bool:
-        """Return whether tokens are missing in an answer that tells no thinking."""
+        found = self._conversation.ids(answer)
+        if answer.finish_reason == "length":
+            return Completion(tuple(found), "length")
+        if self._conversation.close_ids:
+            self._silent.append(self._hides_thinking(answer, found))
+        return Completion((*found, *sampling.stop_ids[:1]), "stop")
+
+    def _hides_thinking(self, answer: _Answer, ids: Sequence[int]) -> bool:
+        """Return whether tokens are missing in an answer that shows no thinking."""
         close_ids = list(self._conversation.close_ids)
-        told = any(
-            list(ids[place : place + len(close_ids)]) == close_ids for place in range(len(ids))
-        )
+        stops = range(len(close_ids), len(ids) + 1)
+        if any(list(ids[stop - len(close_ids) : stop]) == close_ids for stop in stops):
+            return False
+
         ends = 0 if self._takes_text else 1  # llama_cpp.server does not count end-of-sequence
-        return not told and (answer.counted is None or answer.counted > len(ids) + ends)
+        return answer.counted is None or answer.counted > len(ids) + ends
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """The text that a user sees, what the server split off before it, and the tokens that it counts for both."""
+    """What a server says: the text that a user sees, and what it split off before.
+
+    ``counted`` are the tokens that the server counts for both, if it does.
+    """
 
     text: str
     thinking: str
@@ -157,17 +168,19 @@ def _read(body: Mapping[str, Any]) -> _Answer:
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise EngineError("the server's answer holds no message, or more than one", remedy=_ODD)
+        raise EngineError("the server's answer holds no message, or more than one", remedy=ODD)
+
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise EngineError(f"the server ended an answer with {reason!r}", remedy=_ODD)
-    parts = [message.get("content"), message.get("reasoning_content") or message.get("reasoning")]
-    if not all(isinstance(part, str | None) for part in parts):
+        raise EngineError(f"the server ended an answer with {reason!r}", remedy=ODD)
+
+    text = message.get("content") or ""
+    thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+    if not isinstance(text, str) or not isinstance(thinking, str):
         raise EngineError(
-            f"the server answers with {str(message)[:80]} in place of texts", remedy=_ODD
+            f"the server answers with {str(message)[:80]} in place of texts", remedy=ODD
         )
+
     usage = body.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return _Answer(
-        parts[0] or "", parts[1] or "", reason, counted if type(counted) is int else None
-    )
+    return _Answer(text, thinking, reason, counted if type(counted) is int else None)

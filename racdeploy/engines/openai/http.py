@@ -1,49 +1,47 @@
-"""JSON over HTTP/1.1: one connection per request, retries with doubling delays, and errors that name the cause.
+"""JSON over HTTP for one server: retries with doubling delays, and errors that name the cause.
 
-Requests must be safe to repeat: a lost answer is asked for again. The key is read from an environment variable and
-goes into one header; it is blanked out of whatever a server says.
+Requests must be safe to repeat: a lost answer is asked for again. The key is read from an
+environment variable and goes into one header; it is blanked out of whatever a server says.
 Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens).
 """
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
-import socket
-import threading
 import urllib.parse
-from collections.abc import Mapping
-from concurrent.futures import CancelledError
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy.errors import EngineError, UsageError
+from racdeploy.plugins import require
 
+if TYPE_CHECKING:
+    from racdeploy.engines.openai.transport import Answer, BlockingPortal
+
+Value = TypeVar("Value")
+
+ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
+_ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
 _ATTEMPTS = 6
 _FIRST_DELAY_S = 1.0
-_CONNECT_S = 10.0
 _LONGEST_DELAY_S = 60.0
-_LARGEST_ANSWER = 1 << 28
-_ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
-_ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
-_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_SAID_CHARACTERS = 300
 
 
 class RefusedError(EngineError):
     """The server has no such endpoint, or does not take such a request."""
 
 
-class _BrokenAnswerError(Exception):
-    """An answer that ended early or is not JSON: the next attempt may be whole."""
+class _PassingError(Exception):
+    """A failure that another attempt may not meet; ``pause_s`` is what the server asks for."""
 
-
-@dataclass(frozen=True)
-class _Answer:
-    status: int
-    content_type: str
-    retry_after: str
-    body: bytes
+    def __init__(self, message: str, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
 
 
 class Client:
@@ -56,180 +54,154 @@ class Client:
 
     Raises:
         UsageError: the address or the variable cannot be used.
+        MissingExtraError: httpx is not installed.
     """
 
     def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            self._place, self._path = (
-                (parts.hostname or "", parts.port),
-                parts.path.rstrip("/") + "/",
-            )
-        except ValueError as error:
-            raise UsageError(
-                f"the server's address cannot be read: {error}", remedy=_ADDRESS
-            ) from error
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-        ):
-            raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
         self.url = url.rstrip("/")
-        self._connect = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        self._key, self._key_env = _key(key_env), key_env
+        self._base = _read_address(url)
+        self._key_env = key_env
+        self._key = _read_key(key_env)
         self._timeout_s = timeout_s
         self._reached = False  # a server that never answered is not waited for
-        self._open: set[http.client.HTTPConnection] = set()
-        self._lock = threading.Lock()
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Return the JSON object at a path relative to the address; see :meth:`post`."""
-        return self._ask("GET", path, None, threading.Event())
+        require("httpx")
+        from racdeploy.engines.openai.transport import Transport, start_blocking_portal
 
-    def post(
-        self, path: str, body: Mapping[str, Any], cancelled: threading.Event | None = None
-    ) -> dict[str, Any]:
-        """Send a JSON object and return the one that comes back.
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._transport = Transport(headers, timeout_s)
+        self._start_loop = start_blocking_portal
+
+    def loop(self) -> AbstractContextManager[BlockingPortal]:
+        """Return an event loop in a thread; an error in its ``with`` block cancels its tasks."""
+        return self._start_loop()
+
+    def run(self, function: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
+        """Run one coroutine function to its end."""
+        with self.loop() as portal:
+            return portal.call(function, *arguments)
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Make one request and wait for it; see :meth:`request`."""
+        return self.run(self.request, path, body)
+
+    async def request(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Send a JSON object, or ask for a path without one; return the object that comes back.
 
         Args:
             path: relative to the address, as ``completions`` or ``../tokenize``.
             body: what to send; sent again after a failure that may pass.
-            cancelled: ends a pause between attempts; :meth:`interrupt` ends a request.
 
         Raises:
             UsageError: the server refuses the key.
             RefusedError: there is no such endpoint, or the server does not take the request.
             EngineError: no usable answer, after every attempt.
-            CancelledError: ``cancelled`` is set.
         """
-        return self._ask("POST", path, json.dumps(body).encode(), cancelled or threading.Event())
+        data = None if body is None else json.dumps(body).encode()
+        delay_s = _FIRST_DELAY_S
 
-    def interrupt(self) -> None:
-        """Break off every request under way; set their event first."""
-        with self._lock:
-            for connection in self._open:
-                if connection.sock is not None:
-                    try:
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:  # the other side was faster
-                        continue
-
-    def _ask(
-        self, method: str, path: str, body: bytes | None, cancelled: threading.Event
-    ) -> dict[str, Any]:
-        delay_s, reason = _FIRST_DELAY_S, ""
-        for attempt in range(_ATTEMPTS):
-            if cancelled.is_set():
-                raise CancelledError
+        for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                answer = self._exchange(
-                    method, urllib.parse.urljoin(self._path, path), body, cancelled
-                )
-                self._reached = True
-                if answer.status not in _AGAIN:
-                    return self._object(answer, path)
-                reason = f"answers {answer.status}: {self._said(answer.body)}"
-                pause_s = _retry_after(answer.retry_after, delay_s)
-            except TimeoutError as error:
-                raise EngineError(
-                    f"{self.url} did not answer within {self._timeout_s:g} s",
-                    remedy="look whether the server works, or raise traces.server_timeout_s",
-                ) from error
-            except (OSError, http.client.HTTPException, _BrokenAnswerError) as error:
-                if not self._reached:
+                return self._object(await self._exchange(path, data), path)
+            except _PassingError as error:
+                if not attempts_left:
                     raise EngineError(
-                        f"{self.url} cannot be reached: {type(error).__name__}: {error}",
-                        remedy="look at the address, and start the server if it does not run",
+                        f"{self.url} {error} (tried {_ATTEMPTS} times)",
+                        remedy="look at the server's log and start it again if it ended",
                     ) from error
-                reason, pause_s = f"cannot be used: {type(error).__name__}: {error}", delay_s
-            if attempt + 1 < _ATTEMPTS:
-                cancelled.wait(min(pause_s, _LONGEST_DELAY_S))
+                pause_s = delay_s if error.pause_s is None else error.pause_s
+            await asyncio.sleep(min(pause_s, _LONGEST_DELAY_S))
             delay_s *= 2
-        if cancelled.is_set():
-            raise CancelledError
-        raise EngineError(
-            f"{self.url} {reason} (tried {_ATTEMPTS} times)",
-            remedy="look at the server's log and start it again if it ended",
-        )
 
-    def _exchange(
-        self, method: str, path: str, body: bytes | None, cancelled: threading.Event
-    ) -> _Answer:
-        """Send one request and read its answer."""
-        host, port = self._place
-        connection = self._connect(host, port, timeout=min(_CONNECT_S, self._timeout_s))
-        with self._lock:
-            self._open.add(connection)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _exchange(self, path: str, data: bytes | None) -> Answer:
+        """Make one attempt."""
+        url = urllib.parse.urljoin(self._base, path)
+        method = "GET" if data is None else "POST"
+
         try:
-            try:
-                connection.connect()
-            except TimeoutError as error:
-                raise ConnectionError(f"no connection within {_CONNECT_S:g} s") from error
-            if cancelled.is_set():  # interrupt() may have come before there was a socket
-                raise CancelledError
-            connection.sock.settimeout(self._timeout_s)
-            connection.request(method, path, body, self._headers())
-            response = connection.getresponse()
-            received = response.read(_LARGEST_ANSWER + 1)
-            if len(received) > _LARGEST_ANSWER:
-                raise EngineError(
-                    f"{self.url} answers with more than {_LARGEST_ANSWER} bytes", remedy=_ODD
-                )
-            if response.length:
-                raise _BrokenAnswerError(f"the answer lacks its last {response.length} bytes")
-            headers = response.headers
-            return _Answer(
-                response.status,
-                headers.get_content_type(),
-                headers.get("Retry-After", ""),
-                received,
-            )
-        finally:
-            connection.close()
-            with self._lock:
-                self._open.discard(connection)
+            answer = await self._transport.exchange(method, url, data)
+        except TimeoutError as error:
+            raise EngineError(
+                f"{self.url} did not answer within {self._timeout_s:g} s",
+                remedy="look whether the server works, or raise traces.server_timeout_s",
+            ) from error
+        except ConnectionError as error:
+            if self._reached:
+                raise _PassingError(f"cannot be used: {self._redact(str(error))}") from error
+            raise EngineError(
+                f"{self.url} cannot be reached: {self._redact(str(error))}",
+                remedy="look at the address, and start the server if it does not run",
+            ) from error
+        except ValueError as error:
+            raise EngineError(f"{self.url} answers with {error}", remedy=ODD) from error
 
-    def _object(self, answer: _Answer, path: str) -> dict[str, Any]:
+        self._reached = True
+        return answer
+
+    def _object(self, answer: Answer, path: str) -> dict[str, Any]:
         """Return the JSON object in an answer, or say why there is none."""
+        if answer.status in _RETRIED:
+            # A date in place of seconds is not worth a parser.
+            pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
+            raise _PassingError(f"answers {answer.status}: {self._quote(answer.body)}", pause_s)
+
         if answer.status in (401, 403):
             given = f"the key in {self._key_env}" if self._key_env else "a request without a key"
             raise UsageError(
-                f"{self.url} refuses {given} ({answer.status}): {self._said(answer.body)}",
-                remedy="set traces.server_key_env to the name of an environment variable that holds the key",
+                f"{self.url} refuses {given} ({answer.status}): {self._quote(answer.body)}",
+                remedy="set traces.server_key_env to the name of an environment variable that holds"
+                " the key",
             )
-        page = answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<"
-        if page or not 200 <= answer.status < 300:
-            said = "a web page" if page else self._said(answer.body)
+
+        is_page = answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<"
+        if is_page or not 200 <= answer.status < 300:
+            said = "a web page" if is_page else self._quote(answer.body)
             raise RefusedError(
                 f"{self.url} does not serve {path} ({answer.status}): {said}",
                 remedy="look at the address, which mostly ends in /v1, and at the server's log",
             )
+
         try:
             value = json.loads(answer.body)
         except (ValueError, RecursionError) as error:
-            raise _BrokenAnswerError(
-                f"{len(answer.body)} bytes that are not JSON: {error}"
+            size = len(answer.body)
+            raise _PassingError(
+                f"cannot be used: {size} bytes that are not JSON: {error}"
             ) from error
         if not isinstance(value, dict):
-            raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=_ODD)
+            raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=ODD)
         return value
 
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        return headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-
-    def _said(self, body: bytes) -> str:
+    def _quote(self, body: bytes) -> str:
         """Return the beginning of what a server said in one line, without the key."""
         text = " ".join(body.decode("utf-8", "replace").split())
-        text = text.replace(self._key, "***") if self._key else text
-        return text[:300] or "nothing"
+        return self._redact(text)[:_SAID_CHARACTERS] or "nothing"
+
+    def _redact(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
-def _key(name: str) -> str:
+def _read_address(url: str) -> str:
+    """Return the address that paths are relative to."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # read here, since it raises where it is no port
+    except ValueError as error:
+        raise UsageError(
+            f"the server's address cannot be read: {error}", remedy=_ADDRESS
+        ) from error
+
+    is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
+    if not is_http or parts.username or parts.query:
+        raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
+
+
+def _read_key(name: str) -> str:
     """Return the key that an environment variable holds; an empty name means none."""
     key = os.environ.get(name, "").strip() if name else ""
     if name and not key:
@@ -237,14 +209,9 @@ def _key(name: str) -> str:
             f"traces.server_key_env names {name}, which is not set",
             remedy=f"export {name}=…, or leave server_key_env out for a server without a key",
         )
-    if not key.isascii() or any(character.isspace() for character in key):
+    if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key in {name} holds white space or letters outside ASCII",
             remedy=f"export {name}=… again",
         )
     return key
-
-
-def _retry_after(header: str, otherwise: float) -> float:
-    """Return the seconds that a server asks to wait; a date is not worth a parser."""
-    return float(header) if header.strip().isdecimal() else otherwise

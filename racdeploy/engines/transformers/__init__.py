@@ -1,7 +1,8 @@
-"""PyTorch through transformers: the reference that exports are compared with, and the source of traces.
+"""PyTorch through transformers: the reference that exports are compared with, and the source of
+traces.
 
-``path`` is a Hugging Face folder. Prompts are left-padded and decoded in batches of ``parallel``; sequences that
-have ended leave the batch. Weights and arithmetic are float32.
+``path`` is a Hugging Face folder. Prompts are left-padded and decoded in batches of ``parallel``;
+sequences that have ended leave the batch. Weights and arithmetic are float32.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
-        """Return logits_TV of a teacher-forced pass; ``as_ggml`` with the rounding of ggml's look-up tables."""
+        """Return logits_TV of a teacher-forced pass; ``as_ggml`` with the rounding of ggml's
+        look-up tables.
+        """
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
         with looked_up(self._model, self._checkpoint) if as_ggml else nullcontext():
             output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
@@ -87,14 +90,17 @@ class TransformersEngine(Engine):
         on_tokens: Callable[[int, SequenceOf[int]], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        """Decode one batch to its end; all sequences are fed the same number of tokens each step."""
+        """Decode one batch to its end; all sequences are fed the same number of tokens each
+        step.
+        """
         cache, mask_BT = DynamicCache(), None
         while sequences:
             if cancelled and cancelled():
                 for sequence in sequences:
                     sequence.cancel()
                 return
-            # A forced close tag makes one sequence longer than the rest; the others are left-padded in between.
+            # A forced close tag makes one sequence longer than the rest; the others are left-padded
+            # in between.
             ids_BT, new_BT = _left_pad([s.unfed for s in sequences])
             mask_BT = new_BT if mask_BT is None else torch.cat([mask_BT, new_BT], dim=1)
             position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
@@ -120,7 +126,9 @@ class TransformersEngine(Engine):
 
 
 def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
-    """Return the prompt ids that transformers' own ``apply_chat_template`` gives for questions of a user."""
+    """Return the prompt ids that transformers' own ``apply_chat_template`` gives for questions of a
+    user.
+    """
     with _errors_only():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     conversations = [[{"role": "user", "content": question}] for question in questions]
@@ -137,7 +145,9 @@ def open_engine(path: Path, settings: EngineSettings) -> TransformersEngine:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Keep transformers from warning that the model names a class of its own, whose rules may not be the file's."""
+    """Keep transformers from warning that the model names a class of its own, whose rules may not
+    be the file's.
+    """
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

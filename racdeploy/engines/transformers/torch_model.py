@@ -1,7 +1,7 @@
 """Build transformers models from a checkpoint that racdeploy has read itself.
 
-transformers 4.57 ignores the rope settings that transformers 5 writes, so the config is normalized first. A
-skeleton lives on the meta device; blocks are filled one at a time.
+transformers 4.57 ignores the rope settings that transformers 5 writes, so the config is normalized
+first. A skeleton lives on the meta device; blocks are filled one at a time.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 def looked_up(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     """Round what ggml looks up in a table as the table does.
 
-    Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number rounded to half
-    precision, itself rounded to half precision; from -10 down it is 0, and from 10 up the number itself.
+    Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
+    rounded to half precision, itself rounded to half precision; from -10 down it is 0, and from 10
+    up the number itself.
     """
     family = checkpoint.family
     names = [

@@ -1,0 +1,108 @@
+"""HTTP requests that run side by side and can be broken off: the one module that imports httpx.
+
+Requests are tasks of an event loop in a thread. To cancel a task closes its connection, whatever it
+waits for: a connection, an answer, or the pause before another attempt.
+Source: https://www.python-httpx.org; anyio's blocking portals.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+__all__ = ["Answer", "BlockingPortal", "Transport", "start_blocking_portal"]
+
+_CONNECT_S = 10.0
+_LARGEST_ANSWER = 1 << 28
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Args:
+        status: HTTP status code.
+        content_type: without parameters, in small letters.
+        retry_after: the header of that name, or an empty string.
+        body: as it was sent.
+    """
+
+    status: int
+    content_type: str
+    retry_after: str
+    body: bytes
+
+
+class Transport:
+    """Sends requests to one server.
+
+    Proxies and ``.netrc`` of the environment are ignored: a key goes where it is meant to go.
+
+    Args:
+        headers: of every request.
+        timeout_s: longest silence while an answer is awaited.
+    """
+
+    def __init__(self, headers: Mapping[str, str], timeout_s: float) -> None:
+        # Compressed answers would have to be limited twice: as sent and as unpacked.
+        self._headers = {**headers, "Accept-Encoding": "identity"}
+        self._timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s))
+        self._tls = ssl.create_default_context()
+
+    async def exchange(self, method: str, url: str, body: bytes | None) -> Answer:
+        """Send one request on a connection of its own and read its answer.
+
+        Raises:
+            TimeoutError: no answer in time.
+            ConnectionError: there is no connection, or it broke; the message says why.
+            ValueError: the answer is too large.
+        """
+        client = httpx.AsyncClient(
+            headers=self._headers, timeout=self._timeout, verify=self._tls, trust_env=False
+        )
+        try:
+            async with client, client.stream(method, url, content=body) as response:
+                return await _read(response)
+        except httpx.ConnectTimeout as error:
+            raise ConnectionError(f"no connection within {_CONNECT_S:g} s") from error
+        except httpx.TimeoutException as error:
+            raise TimeoutError(str(error)) from error
+        except httpx.TransportError as error:
+            cause = _find_cause(error)
+            raise ConnectionError(f"{type(cause).__name__}: {cause}") from error
+
+
+async def _read(response: httpx.Response) -> Answer:
+    """Read the answer whose headers have come."""
+    received = bytearray()
+    promised = response.headers.get("Content-Length", "")
+
+    try:
+        async for chunk in response.aiter_raw():
+            received += chunk
+            if len(received) > _LARGEST_ANSWER:
+                raise ValueError(f"more than {_LARGEST_ANSWER} bytes")
+    except httpx.RemoteProtocolError as error:
+        if not promised.isdecimal():
+            raise
+        lacking = int(promised) - len(received)
+        raise ConnectionError(f"the answer lacks its last {lacking} bytes") from error
+
+    content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    retry_after = response.headers.get("Retry-After", "").strip()
+    return Answer(response.status_code, content_type, retry_after, bytes(received))
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """Return what the system said, behind the exceptions that wrap it on its way here."""
+    while True:
+        inner = error.__cause__ or error.__context__
+        if isinstance(error, BaseExceptionGroup):  # one error for each address of a name
+            inner = error.exceptions[0]
+        if inner is None:
+            return error
+        error = inner
