@@ -27,7 +27,8 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe, merge
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
-from racdeploy.verify import stats
+from racdeploy.verify.stats.lengths import length_ratio, restricted_mean_lengths
+from racdeploy.verify.stats.paired import tango_interval, wilson_interval
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")
 COLUMNS: dict[str, dict[str, dict[str, object]]] = {
@@ -145,7 +146,7 @@ def zeros(row: str) -> dict[str, object]:
 def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
     settings = build.job.recipe.verify
-    return build.verification.answer(
+    return build.evaluation.answer(
         exported, arm, EngineSettings(settings.context_tokens, settings.parallel)
     ).records
 
@@ -160,7 +161,7 @@ def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, flo
     pairs = list(zip(before, after, strict=True))
     only_after = sum(b.correct and not a.correct for a, b in pairs)
     only_before = sum(a.correct and not b.correct for a, b in pairs)
-    interval = stats.tango_interval(only_after, only_before, len(pairs), 0.95)
+    interval = tango_interval(only_after, only_before, len(pairs), 0.95)
     return {
         "accuracy": (only_after - only_before) / len(pairs),
         "lower": interval.lower,
@@ -176,7 +177,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
     drop = gain(pruned, dense)
     lengths = [[record.thinking_tokens for record in arm] for arm in (dense, pruned)]
     right = sum(record.correct for record in pruned)
-    accuracy = stats.wilson_interval(right, len(pruned))
+    accuracy = wilson_interval(right, len(pruned))
     budget = build.job.recipe.verify.max_new_tokens
     errors = [
         linear.held_out_error for linear in model.linears if linear.held_out_error is not None
@@ -190,8 +191,8 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
         drop=drop["accuracy"],
         drop_lower=drop["lower"],
         drop_upper=drop["upper"],
-        thinking_tokens=stats.restricted_mean_lengths(lengths[1], budget),
-        length_ratio=stats.length_ratio(*lengths, budget).ratio,
+        thinking_tokens=restricted_mean_lengths(lengths[1], budget),
+        length_ratio=length_ratio(*lengths, budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
         calibration_tokens=model.selection["calibration_tokens"],
         held_out_error=sum(errors) / len(errors),
@@ -202,7 +203,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
 def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
     """Return Markdown: patterns down, calibrations across, those that are not there yet left empty."""
     right = sum(record.correct for record in dense)
-    interval = stats.wilson_interval(right, len(dense))
+    interval = wilson_interval(right, len(dense))
     length = sum(record.thinking_tokens for record in dense) / len(dense)
     columns = [column for column in COLUMNS if any(cell.calibration == column for cell in cells)]
     lines = [

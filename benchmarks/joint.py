@@ -28,8 +28,8 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
-from racdeploy.verify import stats
 from racdeploy.verify.measure import compare_logits
+from racdeploy.verify.stats import paired
 
 ARMS = {"rounded afterwards": False, "joint": True}
 
@@ -106,13 +106,13 @@ def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
         [(trace.prompt_ids, trace.completion_ids) for trace in held_out],
     )
     assert compared
-    return {"tokens": compared.tokens, "kl": compared.pruning_kl, "top1": compared.pruning_top1}
+    return {"tokens": compared.tokens, "kl": compared.pruning.kl, "top1": compared.pruning.top1}
 
 
 def accuracy(records: tuple[Record, ...]) -> dict[str, float]:
     """Return the accuracy of one arm with its interval, thinking length and unclosed thoughts."""
     right = sum(record.correct for record in records)
-    interval = stats.wilson_interval(right, len(records))
+    interval = paired.wilson_interval(right, len(records))
     return {
         "accuracy": right / len(records),
         "lower": interval.lower,

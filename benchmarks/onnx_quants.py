@@ -90,7 +90,7 @@ def compare(folder: Path, file: Path, traces: list[Trace]) -> tuple[float, float
         traces,
     )
     assert found
-    return found.export_kl, found.export_top1, found.tokens
+    return found.export.kl, found.export.top1, found.tokens
 
 
 def token_ms(file: Path, prompt: tuple[int, ...]) -> float:

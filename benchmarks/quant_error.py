@@ -23,7 +23,7 @@ from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
-from racdeploy.verify.measure import _completion_logits, divergences
+from racdeploy.verify.measure import predict_completion, divergences
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
@@ -37,7 +37,7 @@ def main() -> None:
     with open_engine(
         "transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")
     ) as engine:
-        references = [_completion_logits(engine, trace) for trace in traces]
+        references = [predict_completion(engine, trace) for trace in traces]
     tokens, rows = sum(map(len, references)), []
     print(
         f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces"
@@ -97,7 +97,7 @@ def measure(
     """Return the KL at every position of each trace, and the share of equal first choices, of a file against torch."""
     with open_engine("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
         found = [
-            divergences(r, _completion_logits(engine, t))
+            divergences(r, predict_completion(engine, t))
             for r, t in zip(references, traces, strict=True)
         ]
     return [kl_T for kl_T, _ in found], float(

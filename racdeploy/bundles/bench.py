@@ -1,16 +1,15 @@
-"""Speed and memory of a bundle's artifact beside the dense one: alternating rounds in one run, medians and ratios.
+"""Speed and memory of a bundle's artifact beside the dense one: alternating rounds in one run.
 
-Each round loads both artifacts, each in a process of its own, the one that comes first changing from round to round: a
-machine that grows slower meets both. The ratio is the median of the rounds' ratios. Every load finds the file in the
-page cache, since a round that is not counted comes first. Knows no format: the engine is the manifest's.
+Each round loads both artifacts, each in its own process, the one that comes first changing from
+round to round: a machine that grows slower meets both. The ratio is the median of the rounds'
+ratios. Every load finds the file in the page cache, since a round that is not counted comes first.
+Knows no format: the engine is the manifest's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -22,13 +21,14 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.manifest import ArtifactEntry, Manifest
-from racdeploy.recipe import Recipe, validate
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import read_json
+from racdeploy.storage.stages import finished_stages
+from racdeploy.verify.answers import Progress
+from racdeploy.verify.baseline import find_dense_arm, read_report
 
-_LEAST_DECODE_S, _MOST_ANSWERS = 0.5, 32
-Progress = Callable[[str, int, int], None]
+_LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
+_MOST_ANSWERS = 32
 Round = Mapping[str, float]
 
 FIGURES = {
@@ -49,7 +49,8 @@ class Load:
         new_tokens: tokens decoded after it.
         parallel: sequences decoded together; the figures count the tokens of all of them.
         threads: CPU threads; 0 uses every core.
-        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact has none to give them.
+        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact
+            has none to give them.
     """
 
     rounds: int = 5
@@ -62,7 +63,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Figures of both artifacts, one for each round and by the names in ``FIGURES``, and the pruned one's kernels."""
+    """Figures of both artifacts for each round, by the names in ``FIGURES``, and what ran."""
 
     load: Load
     dense: Path
@@ -73,17 +74,12 @@ class Benchmark:
 
     def medians(self) -> tuple[Round, Round]:
         """Return the medians of the dense and of the pruned artifact."""
-        sides = self.dense_rounds, self.pruned_rounds
-        dense, pruned = (
-            {name: median(r[name] for r in rounds) for name in FIGURES} for rounds in sides
-        )
-        return dense, pruned
+        return _take_medians(self.dense_rounds), _take_medians(self.pruned_rounds)
 
     def ratios(self, name: str) -> list[float]:
         """Return pruned over dense in every round, sorted."""
-        return sorted(
-            p[name] / d[name] for d, p in zip(self.dense_rounds, self.pruned_rounds, strict=True)
-        )
+        rounds = zip(self.dense_rounds, self.pruned_rounds, strict=True)
+        return sorted(pruned[name] / dense[name] for dense, pruned in rounds)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -121,41 +117,41 @@ def bench(
         EngineError: the engine cannot run one of them.
     """
     manifest = Manifest.read(bundle)
-    entry, context_tokens = find_artifact(bundle, artifact), manifest.generation.context_tokens
+    entry = find_artifact(bundle, artifact)
     check_unpacked(bundle, entry)
     if not dense.is_file():
         raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
+    context_tokens = manifest.generation.context_tokens
     if load.prompt_tokens + load.new_tokens > context_tokens:
         raise UsageError(
-            f"{load.prompt_tokens} and {load.new_tokens} tokens are more than the bundle's context of {context_tokens}",
+            f"{load.prompt_tokens} and {load.new_tokens} tokens are more than the bundle's context "
+            f"of {context_tokens}",
             remedy="lower --prompt-tokens or --new-tokens",
         )
+
     vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
     stock = EngineSettings(context_tokens, load.parallel, load.threads)
-    settings = {"dense": stock, "pruned": replace(stock, accel=load.accel)}
-    files = {"dense": dense, "pruned": bundle / entry.path}
-    rounds: dict[str, list[Round]] = {name: [] for name in files}
-    kernels = ""
-    for number in range(load.rounds + 1):  # the first is not counted
-        for place, name in enumerate(sorted(files, reverse=number % 2 == 1)):
+    pruned = bundle / entry.path
+    sides = [("dense", dense, stock), ("pruned", pruned, replace(stock, accel=load.accel))]
+
+    loads = 2 * (load.rounds + 1)
+    rounds: dict[str, list[Round]] = {"dense": [], "pruned": []}
+    kernels: dict[str, str] = {}
+    for number in range(loads // 2):
+        for place, (name, file, settings) in enumerate(sides):
             if progress:
-                progress("bench", 2 * number + place, 2 * load.rounds + 2)
-            found, kernels_of = _measure(
-                entry.backend, files[name], settings[name], ids, load.new_tokens
-            )
-            rounds[name].append(found)
-            kernels = kernels_of if name == "pruned" else kernels
+                progress("bench", 2 * number + place, loads)
+            figures, kernels[name] = _measure(entry.backend, file, settings, ids, load.new_tokens)
+            rounds[name].append(figures)
+        sides.reverse()
     if progress:
-        progress("bench", 2 * load.rounds + 2, 2 * load.rounds + 2)
-    return Benchmark(
-        load,
-        dense,
-        files["pruned"],
-        tuple(rounds["dense"][1:]),
-        tuple(rounds["pruned"][1:]),
-        kernels,
-    )
+        progress("bench", loads, loads)
+
+    # The first round only fills the page cache.
+    dense_rounds = tuple(rounds["dense"][1:])
+    pruned_rounds = tuple(rounds["pruned"][1:])
+    return Benchmark(load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
 
 
 def find_artifact(bundle: Path, path: str = "") -> ArtifactEntry:
@@ -165,13 +161,12 @@ def find_artifact(bundle: Path, path: str = "") -> ArtifactEntry:
         UsageError: the bundle has no such artifact.
     """
     artifacts = Manifest.read(bundle).artifacts
-    found = [entry for entry in artifacts if entry.path == (path or artifacts[0].path)]
-    if not found:
-        known = ", ".join(entry.path for entry in artifacts)
-        raise UsageError(
-            f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}"
-        )
-    return found[0]
+    for entry in artifacts:
+        if not path or entry.path == path:
+            return entry
+
+    known = ", ".join(entry.path for entry in artifacts)
+    raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
 
 
 def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
@@ -180,79 +175,73 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
     Args:
         bundle: folder that ``racdeploy build`` wrote.
         work: where its stages are.
-        artifact: path in the bundle of the one it is for; a build makes a dense one for the first alone.
+        artifact: path in the bundle of the one it is for; a build makes a dense one for the first
+            alone.
 
     Raises:
         ArtifactError: there is none.
     """
-    manifest, entry = Manifest.read(bundle), find_artifact(bundle, artifact)
-    remedy = (
-        f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, then give the file with --dense; "
-        "or name the build's folder with --work"
+    manifest = Manifest.read(bundle)
+    entry = find_artifact(bundle, artifact)
+    build_again = (
+        f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, "
+        "then give the file with --dense"
     )
     if entry != manifest.artifacts[0]:
         raise ArtifactError(
-            f"a build makes no dense artifact beside {entry.path}", remedy=remedy.partition(";")[0]
+            f"a build makes no dense artifact beside {entry.path}", remedy=build_again
         )
-    recipe = validate(Recipe, manifest.recipe, f"{bundle}/racdeploy.json")
-    digest = hashlib.sha256()
-    for name, sha256 in manifest.base["files"].items():  # as Checkpoint.sha256
-        digest.update(f"{name}\0{sha256}\0".encode())
-    export = recipe.export.model_copy(update={"packing": "plain"}).model_dump(
-        mode="json", exclude={"importance"}
+
+    dense = find_dense_arm(read_report(bundle))
+    for stage in finished_stages(work, "export"):
+        exported = ExportResult.from_json(stage.folder, stage.summary)
+        if exported.files == dense.files:
+            return exported.path
+    raise ArtifactError(
+        f"no stage in {work} holds the dense {dense.quant} artifact of {manifest.base['name']}",
+        remedy=f"{build_again}; or name the build's folder with --work",
     )
-    wanted = {"model": digest.hexdigest(), "export": export, "metadata": {}}
-    found = [
-        record.parent
-        for record in work.glob("export-*/inputs.json")
-        if (record.parent / "stage.json").is_file() and wanted.items() <= read_json(record).items()
-    ]
-    if not found:
-        raise ArtifactError(
-            f"no stage in {work} holds the dense {recipe.export.quant} artifact of {manifest.base['name']}",
-            remedy=remedy,
-        )
-    newest = max(found, key=lambda folder: (folder / "stage.json").stat().st_mtime)
-    return ExportResult.from_json(newest, read_json(newest / "stage.json")).path
 
 
 def figure_text(name: str, value: float) -> str:
     """Return a figure as people read it."""
-    return (
-        f"{value / 1e6:,.1f} MB"
-        if name.endswith("_bytes")
-        else f"{value:,.1f}"
-        if value < 100
-        else f"{value:,.0f}"
-    )
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _take_medians(rounds: Sequence[Round]) -> Round:
+    return {name: median(figures[name] for figures in rounds) for name in FIGURES}
 
 
 def _measure(
     backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
 ) -> tuple[Round, str]:
-    """Load an artifact, read prompts and decode after them; a few tokens before that warm the caches.
+    """Load an artifact, read prompts and decode after them; a few tokens before that warm the
+    caches.
 
     Small models answer in milliseconds; they get further prompts until the decoding has lasted.
 
     Returns:
         The figures, and what the engine says of its kernels.
     """
-    with contextlib.closing(open_engine(backend, file, settings)) as engine:
-        engine.generate([ids[:8]], Sampling(max_new_tokens=2, stop_ids=()))
-        before = after = _stats(engine, backend)
-        answers = 0
-        while not answers or (
-            answers < _MOST_ANSWERS * settings.parallel
-            and after["decode_s"] - before["decode_s"] < _LEAST_DECODE_S
-        ):
+    sampling = Sampling(max_new_tokens=new_tokens, stop_ids=())
+    most_answers = _MOST_ANSWERS * settings.parallel
+    answers = 0
+    with open_engine(backend, file, settings) as engine:
+        engine.generate([ids[:8]], replace(sampling, max_new_tokens=2))
+        before = _read_stats(engine, backend)
+
+        lasted_s = 0.0
+        while not answers or (answers < most_answers and lasted_s < _LEAST_DECODE_S):
+            # Every prompt is turned further: no engine has it in its cache.
             turns = [place % len(ids) for place in range(answers, answers + settings.parallel)]
-            prompts = [
-                [*ids[turn:], *ids[:turn]] for turn in turns
-            ]  # no engine has one in its cache
-            engine.generate(prompts, Sampling(max_new_tokens=new_tokens, stop_ids=()))
-            after = _stats(engine, backend)
-            answers += len(prompts)
+            engine.generate([[*ids[turn:], *ids[:turn]] for turn in turns], sampling)
+            answers += settings.parallel
+            after = _read_stats(engine, backend)
+            lasted_s = after["decode_s"] - before["decode_s"]
         kernels = str(engine.about.get("kernels", ""))
+
     spent = {name: after[name] - before[name] for name in after}
     figures = {
         "load_ms": after["load_ms"],
@@ -264,8 +253,7 @@ def _measure(
     return figures, kernels
 
 
-def _stats(engine: Engine, backend: str) -> dict[str, float]:
-    stats: dict[str, float] = dict(engine.stats)
-    if not stats:
+def _read_stats(engine: Engine, backend: str) -> dict[str, float]:
+    if not engine.stats:
         raise EngineError(f"the engine {backend!r} does not count its time and memory")
-    return stats
+    return dict(engine.stats)

@@ -1,8 +1,9 @@
-"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test of its own, and its verdict as one more.
+"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test of its own, and its
+verdict as one more.
 
-pytest loads this file in every run of an environment that holds racdeploy, so it imports nothing before it is asked
-for. The bundle is verified once, when its first test runs. What is skipped is skipped; what is inconclusive fails,
-unless the gate says ``inconclusive = "pass"``.
+pytest loads this file in every run of an environment that holds racdeploy, so it imports nothing
+before it is asked for. The bundle is verified once, when its first test runs. What is skipped is
+skipped; what is inconclusive fails, unless the gate says ``inconclusive = "pass"``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import pytest
 if TYPE_CHECKING:
     from racdeploy.bundles.verify import Reverification
     from racdeploy.report.model import CheckResult, Report
-    from racdeploy.verify.gate import Gate
 
 _VERDICT = "verdict"
 
@@ -48,29 +48,33 @@ def pytest_collection_modifyitems(
         if gate_file:
             raise pytest.UsageError("--racdeploy-gate without --racdeploy-bundle")
         return
-    from racdeploy.bundles.verify import Reverification
+
+    from racdeploy.bundles.bundle import Bundle
+    from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.errors import UsageError
     from racdeploy.storage.caches import default_work
 
+    threads = config.getoption("--racdeploy-threads")
+    local = ArtifactAnswerer(Bundle(folder, gate_file), default_work(), threads)
     try:
-        again = Reverification(
-            folder, default_work(), gate_file, threads=config.getoption("--racdeploy-threads")
-        )
-        gate = again.gate
+        again = Reverification(local)
+        accepts_inconclusive = again.gate.inconclusive == "pass"
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
-    bundle = Bundle.from_parent(session, name=f"bundle {folder}", nodeid=str(folder))
-    bundle.prepare(folder, gate, again)
-    items.extend(bundle.collect())
+
+    tests = BundleTests.from_parent(session, name=f"bundle {folder}", nodeid=str(folder))
+    tests.prepare(folder, again, accepts_inconclusive)
+    items.extend(tests.collect())
 
 
-class Bundle(pytest.Collector):
+class BundleTests(pytest.Collector):
     """A bundle: verified when its first test runs, once."""
 
-    def prepare(self, folder: Path, gate: Gate, verification: Reverification) -> None:
-        """Say which bundle it is."""
-        self.folder, self.gate = folder, gate
-        self._verification = verification
+    def prepare(self, folder: Path, again: Reverification, accepts_inconclusive: bool) -> None:
+        """Say which bundle it is, and whether too little data is accepted."""
+        self.folder = folder
+        self.accepts_inconclusive = accepts_inconclusive
+        self._again = again
         self._found: Report | Exception | None = None
 
     def collect(self) -> list[pytest.Item]:
@@ -90,7 +94,7 @@ class Bundle(pytest.Collector):
 
         if self._found is None:
             try:
-                self._found, _ = self._verification.run()
+                self._found, _ = self._again.run()
             except RacdeployError as error:
                 self._found = error
         if isinstance(self._found, Exception):
@@ -101,21 +105,20 @@ class Bundle(pytest.Collector):
 class Check(pytest.Item):
     """One check of a bundle, or the verdict over all of them."""
 
-    parent: Bundle
+    parent: BundleTests
 
     def runtest(self) -> None:
         """Skip, pass or fail as the check did; its figures become properties of the test."""
         check = self._result(self.parent.report())
-        self.user_properties += [
-            (f"{check.name}.{name}", value) for name, value in check.figures.items()
-        ]
-        accepted = check.verdict == "inconclusive" and self.parent.gate.inconclusive == "pass"
+        for name, value in check.figures.items():
+            self.user_properties.append((f"{check.name}.{name}", value))
+
+        accepted = check.verdict == "inconclusive" and self.parent.accepts_inconclusive
         if check.verdict == "skipped" or accepted:
             pytest.skip(f"{check.verdict}: {check.summary}")
         if check.verdict != "pass":
-            raise CheckFailure(
-                f"{check.name}: {check.verdict}: {check.summary}\n  → {check.remedy or 'see the report'}"
-            )
+            remedy = check.remedy or "see the report"
+            raise CheckFailure(f"{check.name}: {check.verdict}: {check.summary}\n  → {remedy}")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show what a check or racdeploy says; a traceback is for everything else."""
@@ -127,7 +130,8 @@ class Check(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, None, str]:
         """Name the test by its bundle and check."""
-        return self.parent.folder, None, f"{self.parent.folder}::{self.name}"
+        folder = self.parent.folder
+        return folder, None, f"{folder}::{self.name}"
 
     def _result(self, report: Report) -> CheckResult:
         from racdeploy.report.model import CheckResult

@@ -1,40 +1,36 @@
-"""Verify what a server really serves: its answers against the dense answers of a bundle.
+"""Ask a server in the place of a bundle's artifact: what it really serves is judged.
 
-The server stands in the place of the bundle's artifact. By default its users' endpoint is asked, ``/chat/completions``,
-so its template and what it does with the thinking are part of what is verified; ``completions`` sends the prompts'
-token ids instead. Nobody sees the weights behind an address: checks of files and logits are skipped.
+By default its users' endpoint is asked, ``/chat/completions``, so its template and what it does
+with the thinking are part of what is verified; ``completions`` sends the prompts' token ids
+instead. Nobody sees the weights behind an address: checks of files and logits are skipped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal
 
-from racdeploy import __version__
-from racdeploy.bundles.verify import Reverification
+from racdeploy import __version__, plugins
+from racdeploy.bundles.verify import ArtifactAnswerer, note_earlier
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.engines.openai import OpenAIEngine
 from racdeploy.engines.openai.chat import ChatEngine, Conversation
 from racdeploy.errors import UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.report.model import CheckResult, Record, Report
 from racdeploy.runtime.thinking import prompt_state
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import identity
-from racdeploy.verify.evidence import Arm, Evidence, TokenProbe, run_checks
-from racdeploy.verify.gate import Gate
+from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
 from racdeploy.verify.measure import probe_tokens
 from racdeploy.verify.probe_strings import probe_strings
-from racdeploy.verify.summary import summarize
 
 ServerApi = Literal["chat", "completions"]
 
-_SEEN = ("accuracy", "thinking", "tokens")
+_JUDGED = ("accuracy", "thinking")
+_SEEN = (*_JUDGED, "tokens")
 
 
 @dataclass(frozen=True)
@@ -55,137 +51,114 @@ class Server:
 
 
 @dataclass(frozen=True)
-class ServedVerification(Reverification):
-    """A bundle whose model is served; see :class:`Reverification`.
+class ServerAnswerer:
+    """A server that is said to serve a bundle's model.
 
     Args:
-        server: takes the place of the bundle's artifacts.
+        local: the bundle, its prompts and how they are asked.
+        server: takes the place of its artifacts.
     """
 
-    server: Server = Server("")
+    local: ArtifactAnswerer
+    server: Server
 
-    def run(self) -> tuple[Report, list[Record]]:
-        """Ask, compare and decide.
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Versions and settings that the answers depend on."""
+        server = {"url": self.server.url, "api": self.server.api}
+        return self.local.fingerprint | {"server": server}
+
+    def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
+        """Ask every prompt.
 
         Raises:
-            UsageError: the gate, the baseline or the server's address does not fit.
-            ArtifactError: the bundle is damaged.
+            UsageError: the gate asks for nothing that can be seen from outside, or a wrong address.
             EngineError: the server failed, or does not tell what is needed.
         """
-        self.plan()
-        dense, notes = self._dense()
-        with self._engine() as engine:
-            name = engine.model
-            opener = functools.partial(contextlib.nullcontext, engine)
-            answers = self._respondent.answer(opener, self.problems, "pruned", self._log)
-            probes = self._probes(engine)
-        entry = self.own.manifest.artifacts[0]
-        evidence = Evidence(
-            settings=self.settings,
-            gate=self._seen_gate,
-            dense=dense,
-            pruned=Arm("pruned", answers.records, 0, "", 0.0),
-            backend="openai",
-            artifact=self.bundle / entry.path,
-            artifact_files={},
-            sparsity_asked=0.0,
-            probes=probes,
-        )
-        report = summarize(
-            evidence,
-            [self._explained(check) for check in run_checks(evidence)],
-            linears=self.own.report.linears,
-            blocks=self.own.report.blocks,
-            model=self.own.report.model,
-            target=self.own.report.target,
-            recipe=self.own.recipe.model_dump(mode="json"),
-            notes=[
-                f"the pruned arm is what {self.server.url} serves as {name!r}; which weights that are, nobody can see",
-                *(
-                    ["its thinking is counted in tokens of its texts"]
-                    if self.server.api == "chat"
-                    else []
-                ),
-                *notes,
-                *(
-                    [f"{answers.earlier} answers are of an earlier run that was interrupted"]
-                    if answers.earlier
-                    else []
-                ),
-            ],
-            fingerprint=self._fingerprint,
-            created=datetime.now(UTC),
-        )
-        shutil.rmtree(self._served_stage.folder)
-        unseen = {"size_bytes": None, "quant": None, "sparsity": None}
-        arms = [
-            arm.model_copy(update=unseen) if arm.name == "pruned" else arm for arm in report.arms
-        ]
-        return report.model_copy(update={"arms": tuple(arms)}), [*dense.records, *answers.records]
-
-    @cached_property
-    def _seen_gate(self) -> Gate:
-        """The gate, of what can be seen from outside.
-
-        Raises:
-            UsageError: it asks for nothing that can be.
-        """
-        checks = tuple(name for name in _SEEN if self.gate.runs(name))
-        if not {"accuracy", "thinking"} <= {*checks}:
+        bundle = self.local.bundle
+        respondent = self.local.respondent
+        if not all(map(bundle.gate.runs, _JUDGED)):
             raise UsageError(
-                "the gate leaves out accuracy or thinking, which is what a server can be verified for",
+                "the gate leaves out accuracy or thinking, which is what a server can be "
+                "verified for",
                 remedy="give a gate that runs both",
             )
-        return self.gate.model_copy(update={"checks": checks})
+
+        with self._reach() as engine:
+            name = engine.model
+            log = CompletionLog(self._stage.folder / "completions.jsonl")
+            answers = respondent.answer(
+                lambda: contextlib.nullcontext(engine), bundle.problems, "pruned", log
+            )
+            probes = self._probe_tokens(engine)
+
+        unseen = dict.fromkeys(plugins.names("checks"), "a server shows no files")
+        for check in _SEEN:
+            del unseen[check]
+        if probes is None:
+            unseen["tokens"] = "the server has no endpoint that tokenizes"
+        evidence = Evidence(
+            settings=bundle.settings,
+            gate=bundle.gate,
+            dense=dense,
+            pruned=Arm("pruned", answers.records),
+            backend="openai",
+            probes=probes,
+            unseen=unseen,
+        )
+
+        served = [
+            f"the pruned arm is what {self.server.url} serves as {name!r}; "
+            "which weights that are, nobody can see"
+        ]
+        if self.server.api == "chat":
+            served.append("its thinking is counted in tokens of its texts")
+        return evidence, [*served, *notes, *note_earlier(answers.earlier)]
+
+    def forget(self) -> None:
+        """Remove the answers of a finished run: the next one verifies from scratch."""
+        shutil.rmtree(self._stage.folder)
 
     @cached_property
-    def _fingerprint(self) -> dict[str, Any]:
-        return super()._fingerprint | {"server": {"url": self.server.url, "api": self.server.api}}
-
-    @cached_property
-    def _served_stage(self) -> Stage:
+    def _stage(self) -> Stage:
+        local = self.local
         who = {"server": f"{self.server.url} {self.server.model} {self.server.api}"}
-        inputs = identity(who, self.settings, self._engine_settings, self._fingerprint)
-        return Stage.open(self.work, "verify-served", {"version": __version__, **inputs})
+        inputs = identity(who, local.bundle.settings, local.engine_settings, self.fingerprint)
+        return Stage.open(local.work, "verify-served", {"version": __version__, **inputs})
 
-    @property
-    def _log(self) -> CompletionLog:
-        return CompletionLog(self._served_stage.folder / "completions.jsonl")
-
-    def _engine(self) -> OpenAIEngine:
-        """Reach the server."""
-        server, respondent = self.server, self._respondent
+    def _reach(self) -> OpenAIEngine:
+        server = self.server
+        bundle = self.local.bundle
+        settings = self.local.engine_settings
         names: dict[str, Any] = {"model": server.model, "key_env": server.key_env}
         if server.api == "completions":
-            tokenizer = TokenizerFiles(self.bundle).file
-            return OpenAIEngine(server.url, self._engine_settings, tokenizer=tokenizer, **names)
-        encoder, tags = respondent.encoder, respondent.tags
-        questions = {
-            tuple(encoder.encode(problem.question)): problem.question for problem in self.problems
-        }
-        starts_open = tags is not None and prompt_state(next(iter(questions)), tags) == "open"
-        conversation = Conversation(questions, encoder.encode_text, starts_open=starts_open)
-        if tags is not None:
-            conversation = replace(conversation, open_ids=tags.open_ids, close_ids=tags.close_ids)
-        return ChatEngine(server.url, self._engine_settings, conversation, **names)
+            tokenizer = TokenizerFiles(bundle.folder).file
+            return OpenAIEngine(server.url, settings, tokenizer=tokenizer, **names)
 
-    def _probes(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
-        """Compare tokenizers, where the server has an endpoint for it; llama_cpp.server puts its first token before."""
-        encoder = self._respondent.encoder
+        encoder = self.local.respondent.encoder
+        questions = {
+            tuple(encoder.encode(each.question)): each.question for each in bundle.problems
+        }
+        conversation = Conversation(questions, encoder.encode_text)
+        tags = self.local.respondent.tags
+        if tags is not None:
+            first = next(iter(questions))
+            conversation = replace(
+                conversation,
+                open_ids=tags.open_ids,
+                close_ids=tags.close_ids,
+                starts_open=prompt_state(first, tags) == "open",
+            )
+        return ChatEngine(server.url, settings, conversation, **names)
+
+    def _probe_tokens(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
+        """Compare tokenizers, where the server has an endpoint for it.
+
+        llama_cpp.server puts the beginning-of-sequence before every text.
+        """
+        encoder = self.local.respondent.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
         probes = probe_tokens(engine, encoder, probe_strings())
         if not probes or not lead or any(probe.actual[: len(lead)] != lead for probe in probes):
             return probes
         return tuple(replace(probe, actual=probe.actual[len(lead) :]) for probe in probes)
-
-    @staticmethod
-    def _explained(check: CheckResult) -> CheckResult:
-        """Return a check with the reason why a server gives it nothing to look at."""
-        if check.verdict != "skipped":
-            return check
-        why = (
-            "the server has no endpoint that tokenizes"
-            if check.name == "tokens"
-            else "a server shows no files"
-        )
-        return check.model_copy(update={"summary": why})

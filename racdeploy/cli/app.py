@@ -312,8 +312,9 @@ def verify(
     json_output: JsonOpt = False,
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
-    from racdeploy.bundles.served import ServedVerification, Server
-    from racdeploy.bundles.verify import Reverification
+    from racdeploy.bundles.bundle import Bundle
+    from racdeploy.bundles.served import Server, ServerAnswerer
+    from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
     from racdeploy.storage.caches import default_work
@@ -328,11 +329,11 @@ def verify(
         if file and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
     with progress_bars() as progress:
-        common = (bundle, work or default_work(), gate, tier, baseline, threads, progress)
+        judged = Bundle(bundle, gate, tier)
+        mode = "off" if server else accel
+        local = ArtifactAnswerer(judged, work or default_work(), threads, mode, progress)
         asked = Server(server, server_model, server_key_env, server_api)
-        again = (
-            ServedVerification(*common, "off", asked) if server else Reverification(*common, accel)
-        )
+        again = Reverification(local, ServerAnswerer(local, asked) if server else None, baseline)
         if show_plan:
             _print_plan(again.plan(), json_output)
             return

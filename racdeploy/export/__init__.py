@@ -64,6 +64,11 @@ class ExportedTensor:
     packing: str = "plain"
     packing_reason: str = ""
 
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, as stored."""
+        return 8 * self.size_bytes / math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class ExportResult:

@@ -24,7 +24,7 @@ from racdeploy.export import ExportResult
 from racdeploy.extras import installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.comparison import Verification
+from racdeploy.pipeline.comparison import Evaluation
 from racdeploy.pipeline.gates import Held, hold
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import (
@@ -364,9 +364,9 @@ class Build:
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))
 
     @property
-    def verification(self) -> Verification:
+    def evaluation(self) -> Evaluation:
         """The comparison of what was built."""
-        return Verification(self.job, self.work, self.threads, self.progress)
+        return Evaluation(self.job, self.work, self.threads, self.progress)
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything and write the bundle.
@@ -395,7 +395,7 @@ class Build:
         ]
         pruned, *also = (build.export(model.folder, name_artifact(build.job)) for build in reached)
         held = self._hold(model, (pruned, *also), traces[0].ids)
-        report, records = self.verification.verify(
+        report, records = self.evaluation.verify(
             model, dense, pruned, held, also, self.rivals(model, dense, pruned)
         )
         folder = out or Path(name_artifact(reached[0].job))

@@ -1,13 +1,13 @@
-"""The verification of a build: all artifacts answer the same prompts, what the checks need is measured, they decide.
+"""The verification of a build: all artifacts answer the same prompts, are measured, and judged.
 
-Answers are kept as they come, under the hash of what decides them, so that an interrupted verification goes on.
+Answers are kept as they come, under the hash of what decides them, so that an interrupted
+verification resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,25 @@ from racdeploy.prune import PrunedModel
 from racdeploy.report.model import Record, Report
 from racdeploy.storage.addresses import code_hash
 from racdeploy.storage.stages import Stage
-from racdeploy.verify.answers import Answers, Respondent, identity
+from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent, identity
 from racdeploy.verify.checks import memory, speed
+from racdeploy.verify.conclude import Context, conclude
 from racdeploy.verify.controls import control_notes
-from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, run_checks
-from racdeploy.verify.measure import compare_logits, fingerprint, probe_prompts, stop_ids_of
-from racdeploy.verify.summary import summarize, tensor_rows
+from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact
+from racdeploy.verify.measure import (
+    compare_logits,
+    fingerprint,
+    list_tensors,
+    probe_prompts,
+    read_stop_ids,
+)
 
 _CODE = ("racdeploy.verify.answers",)
+_NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
 
 @dataclass(frozen=True)
-class Verification:
+class Evaluation:
     """A job whose artifacts are to be compared.
 
     Args:
@@ -47,13 +54,13 @@ class Verification:
     job: Job
     work: Path
     threads: int = 0
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
 
     def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
         """Answer the evaluation prompts with one artifact on its engine.
 
-        Answers of an earlier run count, and an interrupted one goes on; where speed or memory have a limit, both arms
-        answer in one run.
+        Answers of an earlier run count, and an interrupted one resumes; where speed or memory have
+        a limit, both arms answer in one run.
         """
         respondent = Respondent(
             self.job.encoder,
@@ -62,13 +69,13 @@ class Verification:
             self.job.recipe.verify,
             self.progress,
         )
+        code = {"version": __version__, "code": code_hash(*_CODE)}
         inputs = identity(exported.files, self.job.recipe.verify, settings, fingerprint(settings))
-        stage = Stage.open(
-            self.work, "answers", {"version": __version__, "code": code_hash(*_CODE)} | inputs
-        )
+        stage = Stage.open(self.work, "answers", code | inputs)
         file = stage.folder / "completions.jsonl"
         if stage.finished and self._timed():
             file.unlink(missing_ok=True)
+
         answers = respondent.answer(
             lambda: open_engine(self.job.backend, exported.path, settings),
             self.job.problems("evaluation"),
@@ -97,38 +104,13 @@ class Verification:
             also: the pruned artifacts for the other targets, in their order.
             rivals: dense artifacts in other quants, which answer too and decide nothing.
         """
-        settings = self.job.recipe.verify
-        engine_settings = EngineSettings(settings.context_tokens, settings.parallel, self.threads)
-        arms: list[Arm] = []
-        notes: list[str] = []
-        traces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
-        quants = {"dense": self.job.recipe.export.quant, "pruned": self.job.recipe.export.quant}
-        quants |= {f"dense {quant}": quant for quant in rivals or {}}
-        for name, exported in zip(quants, (dense, pruned, *(rivals or {}).values()), strict=True):
-            answers = self.answer(exported, name, engine_settings)
-            traces = traces or answers.traces
-            sparsity = exports.measure_sparsity(exported, self.job.prunable_weights)
-            known = exported.size_bytes, quants[name], sparsity
-            arms.append(
-                Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
-            )
-            if answers.earlier:
-                notes.append(
-                    f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier run on this "
-                    "machine, with the same artifact and settings; racdeploy bench measures speed"
-                )
-        exact = replace(engine_settings, parallel=1, cache_dtype="f32")
-        metadata, _ = exports.load(self.job.recipe.export.format).measure(pruned.path)
-        logits = compare_logits(
-            lambda: open_engine("transformers", model.folder, exact),
-            lambda: open_engine("transformers", self.job.model.folder, exact),
-            lambda: open_engine(self.job.backend, pruned.path, exact),
-            traces[: settings.logit_traces],
-        )
-        rows = tensor_rows(pruned)
-        prunable = {t.name for t in pruned.tensors if t.source in self.job.prunable_weights}
+        recipe = self.job.recipe
+        rivals = rivals or {}
+        arms, traces, notes = self._answer_arms(dense, pruned, rivals)
+        metadata, _ = exports.load(recipe.export.format).measure(pruned.path)
+        prunable = set(self.job.prunable_weights)
         evidence = Evidence(
-            settings=settings,
+            settings=recipe.verify,
             gate=self.job.gate,
             dense=arms[0],
             pruned=arms[1],
@@ -137,57 +119,101 @@ class Verification:
             artifact=pruned.path,
             artifact_files=pruned.files,
             sparsity_asked=self.job.weigh_sparsity_asked(model.linears),
-            sparsity_recipe=self.job.recipe.prune.sparsity if model.undone else None,
-            tensors=rows,
-            prunable=frozenset(prunable),
+            sparsity_recipe=recipe.prune.sparsity if model.undone else None,
+            tensors=list_tensors(pruned.tensors),
+            prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
             probes=held.probes,
-            logits=logits,
-            also=tuple(
-                sibling._answer_also(exported, engine_settings)
-                for sibling, exported in zip(self._siblings, also, strict=True)
-            ),
+            logits=self._compare_logits(model, pruned, traces),
+            also=self._answer_also(also),
             prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
-            stop_ids=stop_ids_of(metadata, self.job.checkpoint.eos_ids),
-            packing=self.job.recipe.export.packing,
+            stop_ids=read_stop_ids(metadata, self.job.checkpoint.eos_ids),
+            packing=recipe.export.packing,
         )
-        report = summarize(
-            evidence,
-            run_checks(evidence),
-            linears=model.linears_beside(self.job.recipe.prune.sparsity),
+
+        context = Context(
+            model=recipe.model,
+            target=recipe.target,
+            recipe=recipe.model_dump(mode="json"),
+            linears=model.linears_beside(recipe.prune.sparsity),
             blocks=model.blocks,
-            model=self.job.recipe.model,
-            target=self.job.recipe.target,
-            recipe=self.job.recipe.model_dump(mode="json"),
-            notes=[
+            fingerprint=fingerprint(self._engine_settings),
+        )
+        return conclude(
+            evidence,
+            context,
+            [
                 *_selection_notes(model.selection),
                 *model.notes,
                 *pruned.notes,
                 *held.notes,
                 *notes,
-                *control_notes(settings, len(rivals or {})),
+                *control_notes(recipe.verify, len(rivals)),
             ],
-            fingerprint=fingerprint(engine_settings),
-            created=datetime.now(UTC),
         )
-        every = [*arms, *(other.arm for other in evidence.also)]
-        return report, [record for arm in every for record in arm.records]
 
     @property
-    def _siblings(self) -> tuple[Verification, ...]:
-        """The same for each of the further targets."""
-        return tuple(replace(self, job=job) for job in self.job.siblings)
+    def _engine_settings(self) -> EngineSettings:
+        settings = self.job.recipe.verify
+        return EngineSettings(settings.context_tokens, settings.parallel, self.threads)
 
-    def _answer_also(self, exported: ExportResult, settings: EngineSettings) -> OtherArtifact:
-        """Answer the evaluation prompts with the artifact of a further target."""
-        name, quant = f"pruned, {self.job.backend}", self.job.recipe.export.quant
-        answers, sparsity = (
-            self.answer(exported, name, settings),
+    def _answer_arms(
+        self, dense: ExportResult, pruned: ExportResult, rivals: Mapping[str, ExportResult]
+    ) -> tuple[list[Arm], tuple[IdPair, ...], list[str]]:
+        """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
+        quant = self.job.recipe.export.quant
+        asked = [("dense", quant, dense), ("pruned", quant, pruned)]
+        asked += [(f"dense {rival}", rival, exported) for rival, exported in rivals.items()]
+
+        arms = []
+        notes = []
+        traces: tuple[IdPair, ...] = ()
+        for name, stored, exported in asked:
+            answers = self.answer(exported, name, self._engine_settings)
+            traces = traces or answers.traces
+            arms.append(self._make_arm(name, stored, exported, answers))
+            if answers.earlier:
+                notes.append(
+                    f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier "
+                    "run on this machine, with the same artifact and settings; "
+                    "racdeploy bench measures speed"
+                )
+        return arms, traces, notes
+
+    def _answer_also(self, also: Sequence[ExportResult]) -> tuple[OtherArtifact, ...]:
+        """Answer with the artifacts of the further targets."""
+        found = []
+        for job, exported in zip(self.job.siblings, also, strict=True):
+            sibling = replace(self, job=job)
+            name = f"pruned, {job.backend}"
+            answers = sibling.answer(exported, name, self._engine_settings)
+            arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers)
+            found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
+        return tuple(found)
+
+    def _make_arm(self, name: str, quant: str, exported: ExportResult, answers: Answers) -> Arm:
+        return Arm(
+            name,
+            answers.records,
+            exported.size_bytes,
+            quant,
             exports.measure_sparsity(exported, self.job.prunable_weights),
+            answers.stats,
+            exported.files,
+            answers.kernels,
         )
-        known = exported.size_bytes, quant, sparsity
-        arm = Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
-        return OtherArtifact(arm, self.job.backend, exported.path, exported.files)
+
+    def _compare_logits(
+        self, model: PrunedModel, pruned: ExportResult, traces: Sequence[IdPair]
+    ) -> LogitComparison | None:
+        """Compare both checkpoints under torch and the artifact on the dense model's traces."""
+        exact = replace(self._engine_settings, parallel=1, cache_dtype="f32")
+        return compare_logits(
+            lambda: open_engine("transformers", model.folder, exact),
+            lambda: open_engine("transformers", self.job.model.folder, exact),
+            lambda: open_engine(self.job.backend, pruned.path, exact),
+            traces[: self.job.recipe.verify.logit_traces],
+        )
 
     def _chat_ids(self) -> dict[str, list[int]]:
         """Return prompt ids by question, as transformers makes them."""
@@ -199,21 +225,22 @@ class Verification:
     def _timed(self) -> bool:
         """Return whether speed or memory of both arms have to come from one run."""
         gate = self.job.gate
-        return (
-            gate.limits(speed.Limits).ratio is not None
-            or gate.limits(memory.Limits).ratio is not None
-        )
+        limits = (gate.limits(speed.Limits).ratio, gate.limits(memory.Limits).ratio)
+        return any(limit is not None for limit in limits)
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
-    left_out = ", ".join(f"{count} {reason}" for reason, count in selection["left_out"].items())
-    note = (
-        f"calibrated on {selection['calibration_tokens']} tokens of {selection['calibration_traces']} "
-        f"{'prompts' if selection['source'] == 'prompt' else 'traces'}"
-    )
-    notes = [f"{note}; left out: {left_out}" if left_out else note]
-    if selection["calibration_tokens"] < 0.98 * selection["rac_tokens"]:
+    tokens = selection["calibration_tokens"]
+    unit = "prompts" if selection["source"] == "prompt" else "traces"
+    note = f"calibrated on {tokens} tokens of {selection['calibration_traces']} {unit}"
+    if selection["left_out"]:
+        left_out = [f"{count} {reason}" for reason, count in selection["left_out"].items()]
+        note += f"; left out: {', '.join(left_out)}"
+
+    notes = [note]
+    if tokens < _NEARLY_ALL * selection["rac_tokens"]:
         notes.append(
-            f"the tasks ran out of prompts: whole traces would have been {selection['rac_tokens']} tokens"
+            "the tasks ran out of prompts: whole traces would have been "
+            f"{selection['rac_tokens']} tokens"
         )
     return notes

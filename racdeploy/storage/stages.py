@@ -101,6 +101,12 @@ class Stage:
             )
 
 
+def finished_stages(work: Path, name: str) -> list[Stage]:
+    """Return the stages of that name which ended, the newest first."""
+    ended = sorted(work.glob(f"{name}-*/stage.json"), key=lambda file: file.stat().st_mtime)
+    return [Stage(file.parent, read_json(file.with_name("inputs.json"))) for file in ended[::-1]]
+
+
 @contextlib.contextmanager
 def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
     """Yield an empty folder for one process of a job, gone with the body; what killed processes left goes first.

@@ -1,7 +1,7 @@
-"""Answer prompts with an engine, and keep each completion the moment it ends: a killed run goes on where it was.
+"""Answer prompts with an engine, and keep each completion the moment it ends.
 
-A longer run of the same artifact and settings goes on with what a shorter one left. What decides the place of the log
-is the caller's business; see :func:`identity`.
+A killed run resumes where it was, and a longer one of the same artifact and settings reuses what a
+shorter one left. What decides the place of the log is the caller's business; see :func:`identity`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem
 
-Opener = Callable[[], AbstractContextManager[Any]]
+Opener = Callable[[], AbstractContextManager[Engine]]
 Progress = Callable[[str, int, int], None]
-Trace = tuple[tuple[int, ...], tuple[int, ...]]
+IdPair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt ids and completion ids."""
+DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
+"""Settings of a verification that decide the completion of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,14 @@ class Answers:
     Args:
         records: one per problem and sample, in that order.
         traces: prompt ids and completion ids of each.
-        stats: what the engine counted; empty where answers were read back, since a speed of two runs is none.
+        stats: what the engine counted; empty where answers were read back, since a speed of two
+            runs is none.
         earlier: answers that an earlier run left.
         kernels: what ran, in the engine's words; empty where it was not opened.
     """
 
     records: tuple[Record, ...]
-    traces: tuple[Trace, ...]
+    traces: tuple[IdPair, ...]
     stats: Mapping[str, float] = field(default_factory=dict)
     earlier: int = 0
     kernels: str = ""
@@ -83,9 +87,12 @@ class Respondent:
             EngineError: the engine failed.
         """
         log = log or CompletionLog(None)
-        once = [tuple(self.encoder.encode(problem.question)) for problem in problems]
-        prompts = [ids for ids in once for _ in range(self.settings.samples)]
+        prompts: list[tuple[int, ...]] = []
+        for problem in problems:
+            ids = tuple(self.encoder.encode(problem.question))
+            prompts += [ids] * self.settings.samples
         missing = [place for place, ids in enumerate(prompts) if log.get(ids, place) is None]
+
         stats: Mapping[str, float] = {}
         kernels = ""
         if missing:
@@ -93,17 +100,16 @@ class Respondent:
                 self._generate(engine, prompts, missing, arm, log)
                 stats = dict(engine.stats)
                 kernels = str(engine.about.get("kernels", ""))
-        completions = [log.completions[key_of(ids, place)] for place, ids in enumerate(prompts)]
-        return Answers(
-            tuple(
-                self._record(place, problems, prompts[place], arm, done)
-                for place, done in enumerate(completions)
-            ),
-            tuple((prompt, done.ids) for prompt, done in zip(prompts, completions, strict=True)),
-            stats if len(missing) == len(prompts) else {},
-            len(prompts) - len(missing),
-            kernels,
-        )
+
+        records = []
+        traces = []
+        for place, prompt in enumerate(prompts):
+            done = log.completions[key_of(prompt, place)]
+            records.append(self._record(place, problems, prompt, arm, done))
+            traces.append((prompt, done.ids))
+
+        earlier = len(prompts) - len(missing)
+        return Answers(tuple(records), tuple(traces), {} if earlier else stats, earlier, kernels)
 
     def _generate(
         self,
@@ -116,19 +122,22 @@ class Respondent:
         """Run what is missing, and keep each completion when its last token comes."""
         sampling = replace(self.sampling(prompts), streams=tuple(missing))
         growing: dict[int, list[int]] = {place: [] for place in missing}
-        label, total = f"verify {arm}", len(prompts)
+        context_tokens = self.settings.context_tokens
+        total = len(prompts)
+
+        def report_progress() -> None:
+            if self.progress:
+                self.progress(f"verify {arm}", total - len(growing), total)
 
         def on_tokens(index: int, ids: Sequence[int]) -> None:
             place = missing[index]
+            prompt = prompts[place]
             growing[place].extend(ids)
-            done = ended(
-                growing[place], len(prompts[place]), sampling, self.settings.context_tokens
-            )
+            done = end_completion(growing[place], len(prompt), sampling, context_tokens)
             if done is not None:
-                log.append(prompts[place], place, done)
+                log.append(prompt, place, done)
                 del growing[place]
-                if self.progress:
-                    self.progress(label, total - len(growing), total)
+                report_progress()
 
         found = engine.generate([prompts[place] for place in missing], sampling, on_tokens)
         for place, completion in zip(missing, found, strict=True):
@@ -137,15 +146,17 @@ class Respondent:
                 log.append(prompts[place], place, completion)
             elif kept != completion:
                 raise EngineError(
-                    f"the engine's last word on prompt {place} is not what it streamed: {completion} and {kept}",
+                    f"the engine's last word on prompt {place} is not what it streamed: "
+                    f"{completion} and {kept}",
                     remedy="report it, with the engine's version",
                 )
-        if self.progress:
-            self.progress(label, total, total)
+        growing.clear()
+        report_progress()
 
     def sampling(self, prompts: Sequence[Sequence[int]]) -> Sampling:
         """Return how tokens are chosen."""
-        settings, budget = self.settings, None
+        settings = self.settings
+        budget = None
         if settings.max_thinking_tokens and self.tags is not None and prompts:
             budget = ThinkingBudget(
                 close_ids=self.tags.close_ids,
@@ -172,10 +183,11 @@ class Respondent:
         index, sample = divmod(place, self.settings.samples)
         problem = problems[index]
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
-        answer = self.encoder.decode(parts.answer_ids)
         loop = find_loop([token for token in done.ids if token not in self.stop_ids])
-        closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
+
+        answer = self.encoder.decode(parts.answer_ids)
         scored = scorers.score(problem.scorer, answer, problem.gold)
+        closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
         return Record(
             prompt=index,
             task=problem.task,
@@ -213,53 +225,54 @@ def identity(
         engine: its settings.
         machine: versions and processor, see ``fingerprint``.
     """
-    decoding = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
     return {
         "files": sorted(files.values()),
-        "decoding": {name: getattr(settings, name) for name in decoding},
+        "decoding": {name: getattr(settings, name) for name in DECODING},
         "engine": asdict(engine),
         "machine": {name: value for name, value in machine.items() if name != "engine"},
     }
 
 
-def ended(
+def end_completion(
     ids: Sequence[int], prompt_tokens: int, sampling: Sampling, context_tokens: int
 ) -> Completion | None:
     """Return the completion if these ids are all of one, else None."""
     cap = min(sampling.max_new_tokens, context_tokens - prompt_tokens)
     if ids and ids[-1] in sampling.stop_ids:
-        return Completion(tuple(ids), "stop", _forced_at(ids, cap, sampling))
-    return (
-        Completion(tuple(ids), "length", _forced_at(ids, cap, sampling))
-        if len(ids) >= cap
-        else None
-    )
+        return Completion(tuple(ids), "stop", _find_forced(ids, cap, sampling))
+    if len(ids) < cap:
+        return None
+    return Completion(tuple(ids), "length", _find_forced(ids, cap, sampling))
 
 
-def _forced_at(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None:
-    """Return where a close tag was forced: the budget was used up before the model's own tag was whole."""
+def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None:
+    """Return where a close tag was forced: the budget ended before the model's own tag did."""
     budget = sampling.budget
     if budget is None:
         return None
-    start = 0 if budget.starts_open else _after(ids, budget.open_ids, 0)
+    start = 0 if budget.starts_open else _find_end(ids, budget.open_ids, 0)
     if start is None:
         return None
+
     end = start + budget.max_tokens
-    close = _after(ids, budget.close_ids, start)
+    close = _find_end(ids, budget.close_ids, start)
+    closed_in_time = close is not None and close <= end
     stopped = len(ids) == end and bool(ids) and ids[-1] in sampling.stop_ids
-    if (close is not None and close <= end) or len(ids) < end or end >= cap or stopped:
+    if closed_in_time or stopped or len(ids) < end or end >= cap:
         return None
+
+    # The model may have begun the tag itself; what was forced is the rest of it.
     tail = list(ids[start:end])
-    begun = next(
-        n
-        for n in reversed(range(len(budget.close_ids)))
-        if tail[len(tail) - n :] == list(budget.close_ids[:n])
-    )
+    begun = len(budget.close_ids) - 1
+    while tail[len(tail) - begun :] != list(budget.close_ids[:begun]):
+        begun -= 1
     return end - begun
 
 
-def _after(ids: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
+def _find_end(ids: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
     """Return the index behind the first occurrence of some ids at or after ``start``, or None."""
     size = len(wanted)
-    places = range(start + size, len(ids) + 1)
-    return next((stop for stop in places if list(ids[stop - size : stop]) == list(wanted)), None)
+    for stop in range(start + size, len(ids) + 1):
+        if list(ids[stop - size : stop]) == list(wanted):
+            return stop
+    return None

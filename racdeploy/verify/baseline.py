@@ -1,7 +1,9 @@
-"""Dense answers that were recorded when a bundle was built, and whether they may stand beside answers of now.
+"""Dense answers that were recorded when a bundle was built, and whether answers of now may be
+compared.
 
-A baseline is a bundle: its manifest names the dense model's files and how it decoded, its records hold the answers.
-What cannot be compared is refused; what only may differ, as a version, is told.
+A baseline is a bundle: its manifest names the dense model's files and how it decoded, its records
+hold the answers. What cannot be compared is refused; what only may differ, as a version, is
+reported.
 """
 
 from __future__ import annotations
@@ -20,16 +22,15 @@ from racdeploy.recipe import Recipe, Verification, validate
 from racdeploy.report.model import ArmSummary, Record, Report
 from racdeploy.storage.files import file_sha256, read_json
 from racdeploy.tasks import Problem
+from racdeploy.verify.answers import DECODING
 
-_NO_MATTER = frozenset(
-    {"engine", "torch", "transformers", "gguf", "python", "numpy"}
-)  # engines compute by themselves
-DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
+# Engines compute by themselves, and their settings are compared one by one.
+_NO_MATTER = frozenset({"engine", "torch", "transformers", "gguf", "python", "numpy"})
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense arm of a bundle.
+    """A bundle with the answers in it.
 
     Args:
         folder: the bundle.
@@ -57,37 +58,35 @@ class Baseline:
         manifest = Manifest.read(folder)
         try:
             lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-            records = tuple(Record.model_validate_json(line) for line in lines)
-            report = Report.model_validate(read_json(folder / "report.json"))
+            records = [Record.model_validate_json(line) for line in lines]
         except (ValidationError, OSError, UnicodeDecodeError) as error:
-            first = str(error).splitlines()[0]
-            raise ArtifactError(
-                f"{folder}: the records are damaged: {first}", remedy="build the bundle again"
-            ) from error
-        recipe = validate(Recipe, manifest.recipe, f"{folder}/racdeploy.json")
-        dense, pruned = (tuple(r for r in records if r.arm == name) for name in ("dense", "pruned"))
-        found = cls(folder, manifest, recipe, report, dense, pruned)
-        expected = (
-            found.arm("dense").prompts if any(arm.name == "dense" for arm in report.arms) else 0
-        )
+            raise _refuse_damage(folder, error) from error
+
+        report = read_report(folder)
+        dense = tuple(record for record in records if record.arm == "dense")
+        pruned = tuple(record for record in records if record.arm == "pruned")
+        expected = sum(arm.prompts for arm in report.arms if arm.name == "dense")
         if not dense or len(dense) != expected:
             raise ArtifactError(
-                f"{folder}/records.jsonl holds {len(dense)} dense records, its report counts {expected}",
+                f"{folder}/records.jsonl holds {len(dense)} dense records, "
+                f"its report counts {expected}",
                 remedy="copy the bundle again, or build it again",
             )
-        return found
+        recipe = validate(Recipe, manifest.recipe, f"{folder}/racdeploy.json")
+        return cls(folder, manifest, recipe, report, dense, pruned)
 
-    def arm(self, name: str) -> ArmSummary:
-        """Return the summary of an arm."""
-        return next(arm for arm in self.report.arms if arm.name == name)
+    @property
+    def dense_arm(self) -> ArmSummary:
+        """The summary of the dense arm."""
+        return find_dense_arm(self.report)
 
     @property
     def problems(self) -> list[Problem]:
         """The problems that were asked, in order."""
         first = {record.prompt: record for record in self.dense}
         return [
-            Problem(r.question, r.gold, task=r.task, scorer=r.scorer)
-            for _, r in sorted(first.items())
+            Problem(record.question, record.gold, task=record.task, scorer=record.scorer)
+            for _, record in sorted(first.items())
         ]
 
     def check_model(self, manifest: Manifest) -> None:
@@ -96,11 +95,13 @@ class Baseline:
         Raises:
             ArtifactError: the dense models differ, naming the files.
         """
-        ours, theirs = manifest.base.get("files", {}), self.manifest.base.get("files", {})
+        ours = manifest.base.get("files", {})
+        theirs = self.manifest.base.get("files", {})
         changed = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         if changed or not ours:
             raise ArtifactError(
-                f"{self.folder} has the answers of another dense model, {self.manifest.base.get('name')!r}: "
+                f"{self.folder} has the answers of another dense model, "
+                f"{self.manifest.base.get('name')!r}: "
                 f"{', '.join(changed) or 'it names no files'} differ",
                 remedy="give a bundle of the same dense model with --baseline",
             )
@@ -111,56 +112,103 @@ class Baseline:
         Raises:
             ArtifactError: another hash.
         """
-        known, found = self.arm("dense").files, file_sha256(path)
-        if found not in known.values():
-            said = ", ".join(f"{sha256[:16]}…" for sha256 in known.values()) or "none"
+        known = self.dense_arm.files.values()
+        found = file_sha256(path)
+        if found not in known:
+            recorded = ", ".join(f"{sha256[:16]}…" for sha256 in known) or "none"
             raise ArtifactError(
-                f"{path} is not the dense artifact of this bundle: SHA-256 {found[:16]}…, recorded {said}",
-                remedy="give the dense file that the build left below its --work folder, in export-*; "
-                "`racdeploy export` writes the same one only where no importance chose the scales",
+                f"{path} is not the dense artifact of this bundle: "
+                f"SHA-256 {found[:16]}…, recorded {recorded}",
+                remedy="give the dense file that the build left below its --work folder, in "
+                "export-*; `racdeploy export` writes the same one only where no importance chose "
+                "the scales",
             )
 
     def answers(self, problems: Sequence[Problem], settings: Verification) -> tuple[Record, ...]:
         """Return the dense records of these problems, numbered by them.
 
         Raises:
-            UsageError: they decoded otherwise, or some were never answered.
+            UsageError: they decoded differently, or some were never answered.
         """
-        built = self.recipe.verify
-        changed = [name for name in DECODING if getattr(built, name) != getattr(settings, name)]
-        if changed:
-            what = ", ".join(
-                f"{n} {getattr(built, n)} and not {getattr(settings, n)}" for n in changed
-            )
-            raise UsageError(
-                f"the dense answers in {self.folder} were made with {what}",
-                remedy="give the dense artifact with --baseline, which answers anew",
-            )
+        self._check_decoding(settings)
         known = {(r.question, r.gold, r.sample): r for r in self.dense}
-        wanted = [
-            (i, p, sample) for i, p in enumerate(problems) for sample in range(settings.samples)
-        ]
-        found = [(i, known.get((p.question, p.gold, sample))) for i, p, sample in wanted]
-        if missing := sum(record is None for _, record in found):
+
+        found = []
+        for index, problem in enumerate(problems):
+            for sample in range(settings.samples):
+                record = known.get((problem.question, problem.gold, sample))
+                if record is not None:
+                    found.append(record.model_copy(update={"prompt": index}))
+
+        wanted = len(problems) * settings.samples
+        if len(found) < wanted:
             raise UsageError(
-                f"{missing} of {len(wanted)} answers of the dense model are not in {self.folder}",
-                remedy="give the dense artifact with --baseline, a bundle with more prompts, or a smaller --tier",
+                f"{wanted - len(found)} of {wanted} answers of the dense model "
+                f"are not in {self.folder}",
+                remedy="give the dense artifact with --baseline, a bundle with more prompts, "
+                "or a smaller --tier",
             )
-        return tuple(
-            record.model_copy(update={"prompt": i}) for i, record in found if record is not None
-        )
+        return tuple(found)
+
+    def _check_decoding(self, settings: Verification) -> None:
+        changed = []
+        for name in DECODING:
+            built, asked = getattr(self.recipe.verify, name), getattr(settings, name)
+            if built != asked:
+                changed.append(f"{name} {built} and not {asked}")
+        if changed:
+            raise UsageError(
+                f"the dense answers in {self.folder} were made with {', '.join(changed)}",
+                remedy="give the dense artifact with --baseline, which answers again",
+            )
+
+
+def read_report(folder: Path) -> Report:
+    """Read the report of a bundle.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    try:
+        return Report.model_validate(read_json(folder / "report.json"))
+    except (ValidationError, OSError) as error:
+        raise _refuse_damage(folder, error) from error
+
+
+def find_dense_arm(report: Report) -> ArmSummary:
+    """Return the summary of the dense arm."""
+    return next(arm for arm in report.arms if arm.name == "dense")
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints and may change answers, as ``name VALUE, now VALUE``."""
-    engines = [part.get("engine", {}) for part in (recorded, now)]
-    named = (
-        {"kernels": STOCK, **part} for part in (recorded, now)
-    )  # older reports name sparse ones only
-    rest = [{name: part[name] for name in part if name not in _NO_MATTER} for part in named]
+    """Return what differs between two fingerprints and may change answers.
+
+    Each is written as ``name VALUE, now VALUE``.
+    """
+    # Older reports name kernels only where sparse ones ran.
+    before = {"kernels": STOCK, **recorded}
+    after = {"kernels": STOCK, **now}
+    names = sorted({*before, *after} - _NO_MATTER)
+    found = _describe_changes(names, before, after)
+
+    engine_before = recorded.get("engine", {})
+    engine_after = now.get("engine", {})
+    names = sorted({*engine_before, *engine_after})
+    return found + _describe_changes(names, engine_before, engine_after)
+
+
+def _describe_changes(
+    names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:
     return [
         f"{name} {before.get(name)}, now {after.get(name)}"
-        for before, after in (rest, engines)
-        for name in sorted({*before, *after})
+        for name in names
         if before.get(name) != after.get(name)
     ]
+
+
+def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
+    first = str(error).splitlines()[0]
+    return ArtifactError(
+        f"{folder}: the records are damaged: {first}", remedy="build the bundle again"
+    )

@@ -1,9 +1,9 @@
-"""Verification: does the exported model still reason, as well and as briefly as the dense one?
+"""What a verification has measured, and the checks that decide on it.
 
-One file per check. A check has ``check(evidence) -> CheckResult``: it reads what was measured and decides;
-measuring happens in ``_measure.py``, deciding between figures in ``stats.py``. A check with limits has a class
-``Limits``, which is its table in the gate (``_gate.py``). ``run_checks`` runs every file of this folder, so a new
-check takes part by existing.
+A check is a file of ``checks/`` with ``check(evidence) -> CheckResult``: it reads what was
+measured and decides; ``measure.py`` measures, ``stats`` decides between figures. One with limits
+has a class ``Limits``, its table in the gate. ``run_checks`` runs every file, so a new check takes
+part by existing.
 """
 
 from __future__ import annotations
@@ -11,19 +11,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
 from racdeploy.report.model import CheckResult, PositionRow, Record, TensorRow
-from racdeploy.verify import stats
-from racdeploy.verify.gate import Gate, Limits
+from racdeploy.verify.gate import Gate
+from racdeploy.verify.stats import paired
 
 T = TypeVar("T")
 
 
-L = TypeVar("L", bound=Limits)
+def is_correct(record: Record) -> bool:
+    """Return whether the answer is right."""
+    return record.correct
+
+
+def thinking_tokens(record: Record) -> int:
+    """Return the length of the thinking."""
+    return record.thinking_tokens
+
+
+def completion_tokens(record: Record) -> int:
+    """Return the length of thinking and answer together."""
+    return record.thinking_tokens + record.answer_tokens
+
+
+FAULTS: dict[str, Callable[[Record], bool]] = {
+    "unclosed": lambda record: record.state == "open",
+    "loops": lambda record: record.loop_tokens > 0,
+    "forced": lambda record: record.state == "forced",
+    "cut": lambda record: record.state != "open" and record.finish_reason == "length",
+}
+"""What may go wrong with a completion."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +52,11 @@ class Arm:
     """One model's answers.
 
     Args:
-        name: ``dense`` or ``pruned``.
+        name: ``dense``, ``pruned``, or a longer name of a further one.
         records: one per prompt and sample, in that order.
-        size_bytes: of the artifact.
-        quant: its number format.
-        sparsity: zeros over the prunable weights in the file, 0 to 1.
+        size_bytes: of the artifact; None where nobody sees it, as behind a server.
+        quant: its number format; empty where nobody sees it.
+        sparsity: zeros over the prunable weights in the file, 0 to 1, or None.
         stats: what the engine counted: ``load_ms``, ``generated_tokens``, ``decode_s``, …
         files: SHA-256 of each file of the artifact.
         kernels: what ran it, in the engine's words; empty where nothing is known.
@@ -43,12 +64,22 @@ class Arm:
 
     name: str
     records: tuple[Record, ...]
-    size_bytes: int
-    quant: str
-    sparsity: float
+    size_bytes: int | None = None
+    quant: str = ""
+    sparsity: float | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     kernels: str = ""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens decoded per second; None where it was not measured."""
+        decode_s = self.stats.get("decode_s")
+        return self.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None
+
+    def count(self, holds: Callable[[Record], bool]) -> int:
+        """Count the records of which something holds."""
+        return sum(map(holds, self.records))
 
     def by_prompt(self, value: Callable[[Record], T]) -> list[list[T]]:
         """Return a value of every record, the samples of a prompt in one row."""
@@ -60,7 +91,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class OtherArtifact:
-    """The pruned model for another engine, in the same bundle; ``artifact`` and ``files`` as in :class:`Evidence`."""
+    """The pruned model for another engine in the same bundle; files as in :class:`Evidence`."""
 
     arm: Arm
     backend: str
@@ -98,10 +129,23 @@ class PromptProbe:
 
 @dataclass(frozen=True)
 class StopIds:
-    """End-of-sequence ids of the checkpoint, and the one that the artifact names; None where it names none."""
+    """End-of-sequence ids of the checkpoint, and the one that the artifact names, or None."""
 
     expected: tuple[int, ...]
     actual: int | None
+
+
+class Divergence(NamedTuple):
+    """How far one model's logits are from a reference, over many positions.
+
+    ``kl`` is the mean KL(reference ‖ other) in nats, ``top1`` the share of positions with the same
+    most likely token, ``changed`` the share at which the other's is less than half as likely to
+    the reference as the reference's own: no tie.
+    """
+
+    kl: float
+    top1: float
+    changed: float
 
 
 @dataclass(frozen=True)
@@ -110,22 +154,14 @@ class LogitComparison:
 
     Args:
         tokens: positions compared.
-        export_kl: mean KL(torch-pruned ‖ artifact), in nats: did the *export* change the model?
-        export_top1: share of positions with the same most likely token.
-        export_changed: share at which the artifact's is less than half as likely as the checkpoint's own; no tie.
-        pruning_kl: mean KL(torch-dense ‖ torch-pruned): did the *pruning*?
-        pruning_top1: share of positions with the same most likely token.
-        pruning_changed: share at which the pruned one's is less than half as likely to dense as dense's own.
+        export: of the artifact from the pruned checkpoint under torch.
+        pruning: of the pruned checkpoint from the dense one, both under torch.
         along: the same divergences by distance from the end of the prompt.
     """
 
     tokens: int
-    export_kl: float
-    export_top1: float
-    export_changed: float
-    pruning_kl: float
-    pruning_top1: float
-    pruning_changed: float
+    export: Divergence
+    pruning: Divergence
     along: tuple[PositionRow, ...] = ()
 
 
@@ -133,20 +169,37 @@ class LogitComparison:
 class Evidence:
     """Everything the checks may look at; what was not measured is None, and a check says so.
 
-    ``artifact`` is the main file of the pruned artifact, ``artifact_files`` the recorded hash of each of its files, by
-    the path from the main file's folder. ``probes`` is None where the engine ``backend`` has no tokenizer of its own.
-    ``sparsity_recipe`` is None unless a step of the recipe's schedule was undone; ``sparsity_asked`` is then the last
-    kept step's. ``also`` are the bundle's artifacts for other engines. ``rivals`` are dense models in other quants:
-    no check looks at them.
+    Args:
+        settings: how prompts were answered.
+        gate: limits.
+        dense: answers of the dense model.
+        pruned: answers of the artifact that is judged.
+        artifact: its main file.
+        artifact_files: recorded hash of each of its files, by the path from the main file's folder.
+        sparsity_asked: share of zeros asked of the prunable weights, in the last step that was
+            kept.
+        tensors: of the artifact.
+        prunable: names of its prunable tensors.
+        dense_linears: linears that stay dense.
+        probes: None where the engine has no tokenizer of its own.
+        logits: the comparison with torch.
+        backend: the engine of ``pruned``.
+        also: the bundle's artifacts for other engines.
+        rivals: dense models in other quants; no check looks at them.
+        prompts: rendered questions.
+        stop_ids: None where the artifact holds no tokenizer.
+        packing: of the artifact.
+        sparsity_recipe: what the recipe asked for; None unless a step of its schedule was undone.
+        unseen: why there is nothing to look at, by the name of the check.
     """
 
     settings: Verification
     gate: Gate
     dense: Arm
     pruned: Arm
-    artifact: Path
-    artifact_files: Mapping[str, str]
-    sparsity_asked: float
+    artifact: Path = Path()
+    artifact_files: Mapping[str, str] = field(default_factory=dict)
+    sparsity_asked: float = 0.0
     tensors: tuple[TensorRow, ...] = ()
     prunable: frozenset[str] = frozenset()
     dense_linears: frozenset[str] = frozenset()
@@ -159,37 +212,53 @@ class Evidence:
     stop_ids: StopIds | None = None
     packing: str = "plain"
     sparsity_recipe: float | None = None
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
-    def limits(self, kind: type[L]) -> L:
-        """Return the gate's limits of the check that asks, by its class."""
-        return self.gate.limits(kind)
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts both arms answered."""
+        return len(self.dense.by_prompt(is_correct))
 
-    def disagreements(self, holds: Callable[[Record], bool]) -> stats.Pairs:
+    @property
+    def budget_tokens(self) -> int:
+        """The cap at which lengths are restricted."""
+        return length_budget(self.settings)
+
+    def disagreements(self, holds: Callable[[Record], bool]) -> paired.Pairs:
         """Count the prompts for which something holds of one arm only; ``n10`` is dense only."""
-        return stats.paired_counts(self.dense.by_prompt(holds), self.pruned.by_prompt(holds))
+        return paired.paired_counts(self.dense.by_prompt(holds), self.pruned.by_prompt(holds))
+
+
+def length_budget(settings: Verification) -> int:
+    """Return the cap at which lengths are restricted: that of the thinking, where it has one."""
+    return settings.max_thinking_tokens or settings.max_new_tokens
 
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
-    """Run the checks of this folder that the gate asks for, in name order.
+    """Run the checks that the gate asks for, in name order.
 
     Raises:
         UsageError: the gate file names a check for which nothing was measured.
     """
-    results = []
-    for name in plugins.names("checks"):
-        if evidence.gate.runs(name):
-            results.append(plugins.load("checks", name).check(evidence))
-        else:
-            results.append(
-                CheckResult(name=name, verdict="skipped", summary="the gate does not ask for it")
-            )
+    results = [_run_check(name, evidence) for name in plugins.names("checks")]
+
     for result in results:
-        nothing = result.verdict == "skipped" or (
-            result.verdict == "inconclusive" and not result.figures
-        )
-        if nothing and result.name in evidence.gate.demanded:
+        undecided = result.verdict == "inconclusive" and not result.figures
+        if result.name in evidence.gate.demanded and (undecided or result.verdict == "skipped"):
             raise UsageError(
-                f"the gate file names the check {result.name}, which has nothing to decide on: {result.summary}",
+                f"the gate file names the check {result.name}, which has nothing to decide on: "
+                f"{result.summary}",
                 remedy=result.remedy or f"take [{result.name}] out of the gate file",
             )
     return results
+
+
+def _run_check(name: str, evidence: Evidence) -> CheckResult:
+    if name in evidence.unseen:
+        return CheckResult(name=name, verdict="skipped", summary=evidence.unseen[name])
+    if not evidence.gate.runs(name):
+        summary = "the gate does not ask for it"
+        return CheckResult(name=name, verdict="skipped", summary=summary)
+
+    result: CheckResult = plugins.load("checks", name).check(evidence)
+    return result

@@ -1,8 +1,8 @@
 """The gate: which checks run, their limits, how many prompts, and what too little data means.
 
-A check that can be limited has a class ``Limits`` in its file; the gate has a table of the check's name for it, so
-a new check brings its own limits. Read from ``racdeploy-gate.toml`` or from the recipe's ``[gate]``; docs/gate.md
-describes it, docs/gate.schema.json is made from it.
+A check that can be limited has a class ``Limits`` in its file; the gate has a table of the check's
+name for it, so a new check brings its own limits. Read from ``racdeploy-gate.toml`` or from the
+recipe's ``[gate]``; docs/gate.md describes it, docs/gate.schema.json is made from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Tier(BaseModel):
     """How much is run.
 
     Args:
-        prompts: evaluation prompts, drawn by the recipe's seed; a smaller tier asks a part of a larger one's.
+        prompts: evaluation prompts, drawn by the recipe's seed; a smaller tier asks a part of a
+            larger one's.
         samples: completions of each prompt; more than one needs a temperature.
         temperature: 0 is greedy; left out, as the bundle was built.
         checks: those that run; empty runs every one.
@@ -59,9 +60,12 @@ class Tier(BaseModel):
         Raises:
             UsageError: samples without a temperature.
         """
-        chosen = {"count": self.prompts, "samples": self.samples, "temperature": self.temperature}
-        given = {name: value for name, value in chosen.items() if value is not None}
-        return validate(Verification, settings.model_dump() | given, "the tier")
+        chosen = settings.model_dump() | {"count": self.prompts}
+        if self.samples is not None:
+            chosen["samples"] = self.samples
+        if self.temperature is not None:
+            chosen["temperature"] = self.temperature
+        return validate(Verification, chosen, "the tier")
 
 
 class Tiers(BaseModel):
@@ -75,7 +79,8 @@ class Tiers(BaseModel):
 
 
 class Gate(BaseModel):
-    """The part of a gate that is no check's own; :func:`read_gate` returns it with a table for each check.
+    """The part of a gate that is no check's own; :func:`read_gate` returns it with a table for
+    each check.
 
     Args:
         confidence: of the two-sided intervals; 0.90 makes each limit a one-sided 5 % test.
@@ -103,7 +108,7 @@ class Gate(BaseModel):
         return self._demanded
 
     def limits(self, kind: type[L]) -> L:
-        """Return the limits of the check in whose file the class stands."""
+        """Return the limits of the check in whose file the class is."""
         found = getattr(self, kind.__module__.rpartition(".")[2])
         assert isinstance(found, kind), "a gate is made by read_gate"
         return found
@@ -125,12 +130,14 @@ class Gate(BaseModel):
                 f"unknown tier {tier!r}{plugins.closest(tier, TIERS)}",
                 remedy=f"known: {', '.join(TIERS)}",
             )
+
         chosen: Tier = getattr(self.tiers, tier)
-        update = {
-            "checks": chosen.checks or self.checks,
-            "inconclusive": chosen.inconclusive or self.inconclusive,
-        }
-        return self.model_copy(update=update)
+        return self.model_copy(
+            update={
+                "checks": chosen.checks or self.checks,
+                "inconclusive": chosen.inconclusive or self.inconclusive,
+            }
+        )
 
 
 def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
@@ -143,41 +150,38 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
     Raises:
         UsageError: a missing file, no TOML, an unknown check or key, or a bad value.
     """
-    model, below = gate_model(), built or {}
-    validate(model, below, "the recipe's [gate]")
+    model = gate_model()
+    below = built or {}
+    gate = validate(model, below, "the recipe's [gate]")
     if file is None:
-        return model.model_validate(below)
+        return gate
+
     written = read_toml(file)
     validate(model, written, str(file))
     gate = validate(model, merge(below, written), str(file))
-    gate._demanded = frozenset(written) & frozenset(plugins.names("checks")) | frozenset(
-        written.get("checks", ())
-    )
+    tables = frozenset(written) & frozenset(plugins.names("checks"))
+    gate._demanded = tables | frozenset(written.get("checks", ()))
     return gate
 
 
 @cache
 def gate_model() -> type[Gate]:
     """Return :class:`Gate` with a table for every check that has limits."""
-    found = {
-        name: getattr(plugins.load("checks", name), "Limits", Limits)
-        for name in plugins.names("checks")
-    }
-    tables: dict[str, Any] = {
-        name: (kind, Field(default_factory=kind)) for name, kind in found.items()
-    }
-    return create_model(
-        "Gate", __base__=Gate, __doc__="Limits for racdeploy verify, see docs/gate.md.", **tables
-    )
+    tables: dict[str, Any] = {}
+    for name in plugins.names("checks"):
+        kind = getattr(plugins.load("checks", name), "Limits", Limits)
+        tables[name] = (kind, Field(default_factory=kind))
+
+    title = "Limits for racdeploy verify, see docs/gate.md."
+    return create_model("Gate", __base__=Gate, __doc__=title, **tables)
 
 
 def _known_checks(names: tuple[str, ...]) -> tuple[str, ...]:
     known = plugins.names("checks")
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"unknown check {name!r}{plugins.closest(name, known)}; known: {', '.join(known)}"
-            )
+            guess = plugins.closest(name, known)
+            raise ValueError(f"unknown check {name!r}{guess}; known: {', '.join(known)}")
     return names
 
 

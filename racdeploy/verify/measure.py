@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -18,28 +19,42 @@ from numpy.typing import NDArray
 
 from racdeploy import accel
 from racdeploy.decoding.engine import Engine, EngineSettings
+from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
-from racdeploy.report.model import PositionRow
+from racdeploy.report.model import PositionRow, TensorRow
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.evidence import LogitComparison, PromptProbe, StopIds, TokenProbe
+from racdeploy.verify.answers import IdPair
+from racdeploy.verify.evidence import Divergence, LogitComparison, PromptProbe, StopIds, TokenProbe
 
 Opener = Callable[[], AbstractContextManager[Engine]]
-_ROWS = 64
-_STRETCHES = 48
-_PROMPTS = 64
+STRETCHES = 48
+"""Points of a curve along the completions, at most."""
+_ROWS = 64  # of logits that are compared at once: float64 copies of more would cost memory
+_PROMPTS = 64  # that are rendered again
+_PACKAGES = (
+    "racdeploy",
+    "torch",
+    "transformers",
+    "llama-cpp-python",
+    "onnxruntime",
+    "gguf",
+    "numpy",
+)
 
 
 def probe_tokens(
     engine: Engine, encoder: PromptEncoder, texts: Sequence[str]
 ) -> tuple[TokenProbe, ...] | None:
-    """Tokenize hard texts with the engine and with the checkpoint's own tokenizer; None if the engine has none."""
+    """Tokenize hard texts with the engine and the checkpoint's own tokenizer.
+
+    None if the engine has no tokenizer.
+    """
     probes = []
     for text in texts:
-        ids = engine.tokenize(text)
-        if ids is None:
+        found = engine.tokenize(text)
+        if found is None:
             return None
-        probes.append(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(ids)))
-
+        probes.append(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(found)))
     return tuple(probes)
 
 
@@ -54,33 +69,35 @@ def probe_prompts(
         expected: prompt ids by question; the first few are looked at.
     """
     source = metadata.get("tokenizer.chat_template")
-    own = encoder.with_template(source) if isinstance(source, str) else None
+    inside = encoder.with_template(source) if isinstance(source, str) else None
     lead = tuple(encoder.encode_text(encoder.lead))
-    return tuple(
-        PromptProbe(
-            question,
-            tuple(ids),
-            tuple(encoder.encode(question)),
-            None if own is None else tuple(own.encode(question)),
-            lead,
-        )
-        for question, ids in list(expected.items())[:_PROMPTS]
-    )
+
+    probes = []
+    for question, ids in itertools.islice(expected.items(), _PROMPTS):
+        rendered = tuple(encoder.encode(question))
+        artifact = None if inside is None else tuple(inside.encode(question))
+        probes.append(PromptProbe(question, tuple(ids), rendered, artifact, lead))
+    return tuple(probes)
 
 
-def stop_ids_of(metadata: Mapping[str, Any], expected: Sequence[int]) -> StopIds | None:
-    """Return the checkpoint's end-of-sequence ids and the one a GGUF file names; None for other files."""
+def read_stop_ids(metadata: Mapping[str, Any], expected: Sequence[int]) -> StopIds | None:
+    """Return the checkpoint's end-of-sequence ids and the one that a GGUF file names.
+
+    None for other files.
+    """
     if not any(name.startswith("tokenizer.ggml.") for name in metadata):
         return None
     named = metadata.get("tokenizer.ggml.eos_token_id")
     return StopIds(tuple(expected), named if isinstance(named, int) else None)
 
 
+def list_tensors(exported: Sequence[ExportedTensor]) -> tuple[TensorRow, ...]:
+    """Return the report's rows of an exported file."""
+    return tuple(TensorRow.model_validate(tensor, from_attributes=True) for tensor in exported)
+
+
 def compare_logits(
-    pruned: Opener,
-    dense: Opener,
-    artifact: Opener,
-    traces: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    pruned: Opener, dense: Opener, artifact: Opener, traces: Sequence[IdPair]
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None where there are no traces.
 
@@ -94,116 +111,90 @@ def compare_logits(
     """
     if not traces:
         return None
+
+    pruning = _Divergences()
+    export = _Divergences()
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / f"{index}.npy" for index in range(len(traces))]
         with pruned() as engine:
             for file, trace in zip(files, traces, strict=True):
-                np.save(file, _completion_logits(engine, trace))
+                np.save(file, predict_completion(engine, trace))
+
         with dense() as engine:
-            pruning = [
-                _compared(_completion_logits(engine, t), np.load(f))
-                for f, t in zip(files, traces, strict=True)
-            ]
+            for file, trace in zip(files, traces, strict=True):
+                pruning.add(predict_completion(engine, trace), np.load(file))
+
         with artifact() as engine:
-            export = [
-                _compared(np.load(f), _completion_logits(engine, t))
-                for f, t in zip(files, traces, strict=True)
-            ]
-    (export_kl, export_top1, export_changed), (pruning_kl, pruning_top1, pruning_changed) = (
-        [float(np.concatenate(part).mean()) for part in zip(*found, strict=True)]
-        for found in (export, pruning)
-    )
+            for file, trace in zip(files, traces, strict=True):
+                export.add(np.load(file), predict_completion(engine, trace))
+
     return LogitComparison(
-        tokens=sum(len(kl) for kl, *_ in export),
-        export_kl=export_kl,
-        export_top1=export_top1,
-        export_changed=export_changed,
-        pruning_kl=pruning_kl,
-        pruning_top1=pruning_top1,
-        pruning_changed=pruning_changed,
-        along=_along([kl for kl, *_ in export], [kl for kl, *_ in pruning]),
+        tokens=sum(map(len, export.kl)),
+        export=export.mean(),
+        pruning=pruning.mean(),
+        along=average_along(export.kl, pruning.kl),
     )
 
 
-def _compared(
-    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
-) -> tuple[NDArray[Any], ...]:
-    return *divergences(reference_TV, other_TV), clearly_changed(reference_TV, other_TV)
+class _Divergences:
+    """Those of several traces, by position."""
 
+    def __init__(self) -> None:
+        self.kl: list[NDArray[np.float64]] = []
+        self.same: list[NDArray[np.bool_]] = []
+        self.changed: list[NDArray[np.bool_]] = []
 
-def clearly_changed(
-    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
-) -> NDArray[np.bool_]:
-    """Return where the other's first choice is less than half as likely as the reference's; ties may fall."""
-    chosen_T = np.take_along_axis(reference_TV, other_TV.argmax(1)[:, None], axis=1)[:, 0]
-    return np.asarray(reference_TV.max(1) - chosen_T > math.log(2))
+    def add(self, reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]) -> None:
+        """Compare a trace."""
+        kl_T, same_T = divergences(reference_TV, other_TV)
+        self.kl.append(kl_T)
+        self.same.append(same_T)
+        self.changed.append(clearly_changed(reference_TV, other_TV))
 
-
-def fingerprint(settings: EngineSettings) -> dict[str, Any]:
-    """Return the versions, machine, kernels and engine settings that results depend on."""
-    engine = asdict(settings)
-    mode = engine.pop("accel")
-    packages = (
-        "racdeploy",
-        "torch",
-        "transformers",
-        "llama-cpp-python",
-        "onnxruntime",
-        "gguf",
-        "numpy",
-    )
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "engine": engine,
-        **{package: installed_version(package) or "not installed" for package in packages},
-        "kernels": accel.kernels(mode),
-    }
-
-
-def _processor() -> str:
-    """Return the processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _completion_logits(
-    engine: Engine, trace: tuple[tuple[int, ...], tuple[int, ...]]
-) -> NDArray[np.float32]:
-    """Return logits_TV that predict the completion's tokens."""
-    prompt, completion = trace
-    return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
+    def mean(self) -> Divergence:
+        """Return the means over all positions."""
+        parts = (self.kl, self.same, self.changed)
+        return Divergence(*(float(np.concatenate(part).mean()) for part in parts))
 
 
 def divergences(
     reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return KL(reference ‖ other) in nats and top-1 agreement at every position, in chunks of rows."""
-    kl, same = [], []
+    """Return KL(reference ‖ other) in nats and top-1 agreement at every position."""
+    kl = []
+    same = []
     for start in range(0, len(reference_TV), _ROWS):
-        left_TV, right_TV = (
-            _log_softmax(part[start : start + _ROWS]) for part in (reference_TV, other_TV)
-        )
+        left_TV = _log_softmax(reference_TV[start : start + _ROWS])
+        right_TV = _log_softmax(other_TV[start : start + _ROWS])
         kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
         same.append(left_TV.argmax(1) == right_TV.argmax(1))
     return np.concatenate(kl), np.concatenate(same)
 
 
-def _along(
+def clearly_changed(
+    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Return where the other's first choice is less than half as likely as the reference's.
+
+    A tie that falls the other way is no change.
+    """
+    choice_T1 = other_TV.argmax(1)[:, None]
+    chosen_T = np.take_along_axis(reference_TV, choice_T1, axis=1)[:, 0]
+    return np.asarray(reference_TV.max(1) - chosen_T > math.log(2))
+
+
+def average_along(
     export: Sequence[NDArray[np.float64]], pruning: Sequence[NDArray[np.float64]]
 ) -> tuple[PositionRow, ...]:
-    """Average the divergences of all traces over stretches of equal width, counted from the end of the prompt."""
+    """Average the divergences of all traces over equal stretches from the prompt's end."""
     longest = max(map(len, export))
-    width = -(-longest // _STRETCHES)
+    width = math.ceil(longest / STRETCHES)
+
     rows = []
     for start in range(0, longest, width):
-        parts = [[kl[start : start + width] for kl in arm] for arm in (export, pruning)]
-        export_kl, pruning_kl = (np.concatenate(part) for part in parts)
+        stretch = slice(start, start + width)
+        export_kl = np.concatenate([kl[stretch] for kl in export])
+        pruning_kl = np.concatenate([kl[stretch] for kl in pruning])
         rows.append(
             PositionRow(
                 start_token=start,
@@ -216,6 +207,37 @@ def _along(
     return tuple(rows)
 
 
+def fingerprint(settings: EngineSettings) -> dict[str, Any]:
+    """Return the versions, machine, kernels and engine settings that results depend on."""
+    engine = asdict(settings)
+    mode = engine.pop("accel")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "engine": engine,
+        **{package: installed_version(package) or "not installed" for package in _PACKAGES},
+        "kernels": accel.kernels(mode),
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name, as far as the system knows it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def predict_completion(engine: Engine, trace: IdPair) -> NDArray[np.float32]:
+    """Return logits_TV that predict the completion's tokens."""
+    prompt, completion = trace
+    return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
+
+
 def _log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(1, keepdims=True)
-    return np.asarray(shifted_TV - np.log(np.exp(shifted_TV).sum(1, keepdims=True)))
+    sum_T1 = np.exp(shifted_TV).sum(1, keepdims=True)
+    return np.asarray(shifted_TV - np.log(sum_T1))

@@ -1,7 +1,8 @@
 """Strings on which tokenizers disagree: the probe of token parity.
 
-A pre-tokenizer is proven by equal ids on these. All are in NFC, because llama.cpp has no Unicode normalizer
-and a tokenizer with one would differ on the rest for that reason alone. The list is the same everywhere.
+A pre-tokenizer is proven by equal ids on these. All are in NFC, because llama.cpp has no Unicode
+normalizer and a tokenizer with one would differ on the rest for that reason alone. The list is the
+same everywhere.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from collections.abc import Iterator
 from random import Random
 
 _WORDS = (
-    "hello", "Hello", "HELLO", "camelCaseWord", "snake_case_word", "kebab-case", "naïve", "Straße",
-    "Ærøskøbing", "Привет", "ΑΒΓ", "αβγδ", "İstanbul", "東京", "北京大学", "한국어", "日本語テキスト", "สวัสดี",
-    "नमस्ते", "مرحبا", "שלום", "გამარჯობა", "አማርኛ", "ខ្មែរ", "தமிழ்", "Việt", "ﬁn", "Ⅷ", "x²", "½", "①", "𝒜𝓁𝓅𝒽𝒶",
-    "ªº", "ʰʷ", "ǅ",
+    "hello", "Hello", "HELLO", "camelCaseWord", "snake_case_word", "kebab-case",
+    "naïve", "Straße", "Ærøskøbing", "Привет", "ΑΒΓ", "αβγδ", "İstanbul", "東京",
+    "北京大学", "한국어", "日本語テキスト", "สวัสดี", "नमस्ते", "مرحبا", "שלום", "გამარჯობა",
+    "አማርኛ", "ខ្មែរ", "தமிழ்", "Việt", "ﬁn", "Ⅷ", "x²", "½", "①", "𝒜𝓁𝓅𝒽𝒶", "ªº",
+    "ʰʷ", "ǅ",
 )  # fmt: skip
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 _SPACES = (
-    " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n", " \n", "\n ", "\t\t", " \t ", "\u00a0", "\u3000", "\u2003",
-    "\v", "\f",
+    " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n", " \n", "\n ", "\t\t", " \t ", "\u00a0", "\u3000",
+    "\u2003", "\v", "\f",
 )  # fmt: skip
 _EMOJI = ("🚀", "😶‍🌫️", "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪🇫🇷", "1️⃣", "✅", "🦙🦙", "☺️")
 _MARKS = ("x̂", "q̃", "ā̤", "e̋̃", "क्षि", "กิ้", "מְ", "بِّ", "Z͑ͫ̓ͪ̂", "🅰️")
 _TAGS = (
-    "<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜User｜>", "<tool_call>",
-    "[INST]",
+    "<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜User｜>",
+    "<tool_call>", "[INST]",
 )  # fmt: skip
 _LINES = (
     r"\frac{a}{b} + \sqrt{x^2 + y^2} = \boxed{42}",
@@ -63,6 +65,7 @@ def _strings() -> Iterator[str]:
     yield from _LINES
     yield from _TAGS
     yield from _EMOJI + _MARKS + _WORDS
+
     for count in (1, 2, 3, 4, 5, 7, 10, 31):
         yield "1234567890"[:count] * (1 if count <= 10 else 4)
         yield f"a{'7' * count}b {'9' * count}.{'0' * count}"
@@ -71,6 +74,7 @@ def _strings() -> Iterator[str]:
         yield "\n" * count + " x\t" * count
     yield from ("١٢٣٤٥", "१२३४५६", "１２３４", "Ⅳ𝟜𝟝", "৪৫ ৬")
     yield from _contractions()
+
     for left, right in itertools.pairwise(_SPACES):
         yield f"word{left}{right}word{right}{left}"
         yield f"{left}{right}"
@@ -82,6 +86,7 @@ def _strings() -> Iterator[str]:
         "👍" * 40,
         "ab1" * 100,
     )
+
     for tag in _TAGS:
         yield f"text{tag}text {tag} {tag}\n{tag}{tag}"
     yield from _mixtures()
@@ -96,20 +101,8 @@ def _contractions() -> Iterator[str]:
 def _mixtures() -> Iterator[str]:
     """Yield random sequences of everything above."""
     random = Random("racdeploy probe")
-    pieces = [
-        *_WORDS,
-        *_CONTRACTIONS,
-        *_SPACES,
-        *_EMOJI,
-        *_MARKS,
-        *_TAGS[:2],
-        "12",
-        "345",
-        "6789",
-        ".",
-        ",",
-        "(",
-        "—",
-    ]
+    pieces = [*_WORDS, *_CONTRACTIONS, *_SPACES, *_EMOJI, *_MARKS, *_TAGS[:2]]
+    pieces += ["12", "345", "6789", ".", ",", "(", "—"]
     for _ in range(200):
-        yield "".join(random.choice(pieces) for _ in range(random.randint(2, 12)))
+        count = random.randint(2, 12)
+        yield "".join(random.choice(pieces) for _ in range(count))

@@ -10,40 +10,28 @@ from racdeploy.report.model import CheckResult
 def compare_figures(
     name: str,
     show: Callable[[float], str],
-    figures: tuple[float | None, float | None],
+    dense: float | None,
+    pruned: float | None,
     limit: float | None,
-    passes: Callable[[float, float], bool],
+    keeps: Callable[[float, float], bool],
     remedy: str,
 ) -> CheckResult:
-    """Decide on the ratio of two figures; without a limit it is told and decides nothing.
+    """Decide on the ratio of two figures; without a limit it is reported and decides nothing.
 
     Args:
         name: of the check; its figures are ``NAME_ratio``, ``NAME_dense`` and ``NAME_pruned``.
         show: writes a figure with its unit.
-        figures: dense and pruned; None where it was not measured in this run.
+        dense: the dense artifact's figure; None where it was not measured in this run.
+        pruned: the same of the pruned one.
         limit: of the ratio, or None.
-        passes: whether a ratio keeps a limit.
+        keeps: whether a ratio keeps a limit.
         remedy: what to do where it does not.
     """
-    dense, pruned = figures
     if not dense or not pruned:
-        alone = (
-            "the dense artifact alone"
-            if dense
-            else "the pruned artifact alone"
-            if pruned
-            else "neither artifact"
-        )
-        return CheckResult(
-            name=name,
-            verdict="skipped" if limit is None else "inconclusive",
-            summary=f"{alone} was measured in this run",
-            remedy="racdeploy bench measures both"
-            if limit is None
-            else "give the dense artifact with --baseline, or build again: both then run",
-        )
+        return _report_missing(name, dense, pruned, limit)
+
     ratio = pruned / dense
-    numbers: dict[str, float | int | str] = {
+    figures: dict[str, float | int | str] = {
         f"{name}_ratio": ratio,
         f"{name}_dense": dense,
         f"{name}_pruned": pruned,
@@ -51,13 +39,32 @@ def compare_figures(
     text = f"{show(pruned)}, dense {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
         return CheckResult(
-            name=name, verdict="skipped", summary=f"{text}; no limit is set", figures=numbers
+            name=name, verdict="skipped", summary=f"{text}; no limit is set", figures=figures
         )
-    kept = passes(ratio, limit)
+
+    kept = keeps(ratio, limit)
     return CheckResult(
         name=name,
         verdict="pass" if kept else "fail",
         summary=f"{text}, limit {limit:g}",
-        figures=numbers | {f"{name}_limit": limit},
+        figures=figures | {f"{name}_limit": limit},
         remedy="" if kept else remedy,
     )
+
+
+def _report_missing(
+    name: str, dense: float | None, pruned: float | None, limit: float | None
+) -> CheckResult:
+    if dense:
+        measured = "the dense artifact alone"
+    elif pruned:
+        measured = "the pruned artifact alone"
+    else:
+        measured = "neither artifact"
+
+    summary = f"{measured} was measured in this run"
+    if limit is None:
+        remedy = "racdeploy bench measures both"
+        return CheckResult(name=name, verdict="skipped", summary=summary, remedy=remedy)
+    remedy = "give the dense artifact with --baseline, or build again: both then run"
+    return CheckResult(name=name, verdict="inconclusive", summary=summary, remedy=remedy)

@@ -14,18 +14,16 @@ from typer.testing import CliRunner
 from racdeploy.bundles import bench as benchmark
 from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
 from racdeploy.cli.app import app
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.manifest import Manifest
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.recipe import Recipe
-from racdeploy.storage.files import file_sha256
 from racdeploy.storage.stages import Stage
+from tests.support.sample_report import arm, build_report
 from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
 
 
-class CountingEngine:
+class CountingEngine(Engine):
     """Takes 10 ms a prompt token and 20 ms a new one, the pruned artifact half of that; grows slower with each load."""
 
     opened: list[Path]
@@ -162,35 +160,34 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
         bench(bundle, dense.with_name("missing.gguf"), Load())
 
 
-def test_the_dense_artifact_is_found_by_what_decided_it(bundle: Path, tmp_path: Path) -> None:
-    """The stage of the same model and export; not the pruned one, another model's, or one that never ended."""
-    checkpoint, recipe = Checkpoint(bundle.parent / "checkpoint"), Recipe()
-    files = {file.name: file_sha256(file) for file in checkpoint.files()}
-    manifest = Manifest.read(bundle).model_copy(
-        update={"base": {"name": "tiny", "files": files}, "recipe": recipe.model_dump(mode="json")}
-    )
+def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -> None:
+    """The stage whose files the report names; not the pruned one, another model's, or one that never ended."""
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
+    manifest = Manifest.read(bundle).model_copy(update={"base": {"name": "tiny"}})
     (copy / "racdeploy.json").write_text(manifest.model_dump_json())
+    dense = arm("dense", 200, quant="q8_0", files={"right.gguf": "a" * 64})
+    report = build_report().model_copy(update={"arms": (dense,)})
+    (copy / "report.json").write_text(report.model_dump_json())
+
     work = tmp_path / "work"
     with pytest.raises(
         ArtifactError, match="no stage in .* holds the dense q8_0 artifact of tiny"
     ) as caught:
         find_dense(copy, work)
     assert "--dense" in caught.value.remedy
-    export, own = recipe.export.model_dump(exclude={"importance"}), checkpoint.sha256
-    for name, model, metadata, ends in (
-        ("right.gguf", own, {}, True),
-        ("pruned.gguf", own, {"racdeploy.sparsity": 0.5}, True),
-        ("other.gguf", "0" * 64, {}, True),
-        ("half.gguf", own, {}, False),
+
+    for name, sha256, ends in (
+        ("right.gguf", "a" * 64, True),
+        ("pruned.gguf", "a" * 64, True),
+        ("other.gguf", "b" * 64, True),
+        ("half.gguf", "a" * 64, False),
     ):
-        inputs = {"model": model, "export": export, "metadata": metadata, "name": name}
-        stage = Stage.open(work, "export", inputs)
+        stage = Stage.open(work, "export", {"name": name})
         if ends:
             file = stage.folder / name
             file.write_bytes(b"x")
-            stage.finish(ExportResult(file, (), 1, {name: "0"}).to_json(stage.folder))
+            stage.finish(ExportResult(file, (), 1, {name: sha256}).to_json(stage.folder))
     assert find_dense(copy, work).name == "right.gguf"
 
 

@@ -38,8 +38,8 @@ def verified():
     return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
 
 class Verification:
-    def __init__(self, bundle, work, gate_file, threads):
-        self.gate = read_gate(gate_file)
+    def __init__(self, local):
+        self.gate = read_gate(local.bundle.gate_file)
 
     def run(self):
         return verified()

@@ -25,9 +25,8 @@ from racdeploy.storage.files import file_sha256
 from racdeploy.verify.checks import sparsity, thinking
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.gate import read_gate
-from racdeploy.verify.measure import probe_tokens
+from racdeploy.verify.measure import list_tensors, probe_tokens
 from racdeploy.verify.probe_strings import probe_strings
-from racdeploy.verify.summary import tensor_rows
 from tests.references import gguf_damage as damage
 from tests.support.commands import racdeploy
 from tests.support.records import arm_of
@@ -57,7 +56,7 @@ class Bench:
         build = build or self.build
         with open_engine(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
             held = Held(probe_tokens(engine, build.job.encoder, probe_strings()), ())
-        return build.verification.verify(model or self.model, self.dense, pruned, held)
+        return build.evaluation.verify(model or self.model, self.dense, pruned, held)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,7 @@ def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: 
         exported.path,
         exported.files,
         0.5,
-        tensors=tensor_rows(exported),
+        tensors=list_tensors(exported.tensors),
         prunable=frozenset(tensor.name for tensor in linears),
         packing="bitmask",
     )

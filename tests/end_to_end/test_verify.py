@@ -38,7 +38,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_runs_give_one_verdict_and_leave_nothing(
     built: Path, gate: Path, tmp_path: Path
 ) -> None:
-    """The same figures in every check; the second run answers anew."""
+    """The same figures in every check; the second run answers from scratch."""
     first, second = (
         _report(_verify(built, tmp_path, "--gate", gate, "--tier", "smoke")) for _ in range(2)
     )
@@ -98,7 +98,7 @@ def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Pa
     report = _report(_verify(built, tmp_path / "work", *options, "--baseline", dense))
     assert [arm["prompts"] for arm in report["arms"]] == [66, 66]
     assert {check["name"]: check["verdict"] for check in report["checks"]}["speed"] == "pass"
-    assert any("run anew, from tiny-reasoner-dense" in note for note in report["notes"])
+    assert any("run again, from tiny-reasoner-dense" in note for note in report["notes"])
     other = tmp_path / "other.gguf"
     other.write_bytes(dense.read_bytes()[:-1] + b"\0")
     wrong = _verify(built, tmp_path / "work", *options, "--baseline", other)
@@ -125,7 +125,7 @@ def copy(built: Path, tmp_path: Path) -> Path:
 def test_another_bundle_of_the_same_model_is_a_baseline(
     built: Path, copy: Path, gate: Path, tmp_path: Path
 ) -> None:
-    """And one of another model, or that decoded otherwise, is refused."""
+    """And one of another model, or that decoded differently, is refused."""
     options = ("--gate", gate, "--tier", "smoke", "--baseline", copy)
     report = _report(_verify(built, tmp_path / "work", *options))
     assert any("from copy" in note for note in report["notes"])

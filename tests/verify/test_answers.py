@@ -20,7 +20,7 @@ from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.verify.answers import Respondent, ended
+from racdeploy.verify.answers import Respondent, end_completion
 from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
@@ -194,7 +194,7 @@ def test_the_end_is_read_from_the_tokens_alone(
     running = Running(0, [4], sampling, context_tokens=100)
     wanted = iter(script)
     while True:
-        found = ended(running.ids, 1, sampling, 100)
+        found = end_completion(running.ids, 1, sampling, 100)
         if running.finish_reason is not None:
             assert found == running.completion()
             return

@@ -11,17 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from racdeploy.verify.stats import (
-    Interval,
-    equivalence,
+from racdeploy.verify.stats.lengths import (
     equivalent_lengths,
-    judge_within,
     length_deviation,
     length_power,
     length_ratio,
-    non_inferiority,
     smallest_detectable_ratio,
 )
+from racdeploy.verify.stats.paired import equivalence, non_inferiority
+from racdeploy.verify.stats.verdicts import Interval, judge_within
 
 DRAWS = 20_000
 

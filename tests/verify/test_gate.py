@@ -20,7 +20,7 @@ from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.model import CheckResult
 from racdeploy.verify.checks import accuracy, logits
 from racdeploy.verify.checks import thinking as thinking_check
-from racdeploy.verify.evidence import Arm, Evidence, run_checks
+from racdeploy.verify.evidence import Arm, Divergence, Evidence, LogitComparison, run_checks
 from racdeploy.verify.gate import GATE_EXAMPLE, TIERS, gate_model, read_gate
 from tests.support.records import arm_of, record
 
@@ -168,10 +168,8 @@ def test_a_limit_on_what_was_not_measured_is_an_error(tmp_path: Path, text: str)
 @pytest.mark.parametrize(("kl", "verdict"), [(0.05, "pass"), (0.2, "fail"), (float("nan"), "fail")])
 def test_pruning_has_a_limit_of_its_own(tmp_path: Path, kl: float, verdict: str) -> None:
     """The export may be perfect and the pruning too much."""
-    from racdeploy.verify.evidence import LogitComparison
-
     arm = arm_of([record(0)])
-    comparison = LogitComparison(10, 1e-6, 1.0, 0.0, kl, 0.9, 0.1)
+    comparison = LogitComparison(10, Divergence(1e-6, 1.0, 0.0), Divergence(kl, 0.9, 0.1))
     evidence = _evidence(
         _file(tmp_path, "[logits]\npruning_kl_nats = 0.1\n"), arm, arm, logits=comparison
     )
@@ -198,10 +196,9 @@ def test_first_choices_have_limits(
     tmp_path: Path, text: str, export_changed: float, pruning_changed: float, verdict: str
 ) -> None:
     """A KL within its limit is not enough where the artifact clearly says other tokens."""
-    from racdeploy.verify.evidence import LogitComparison
-
     arm = arm_of([record(0)])
-    comparison = LogitComparison(10, 1e-6, 0.5, export_changed, 0.01, 0.5, pruning_changed)
+    export = Divergence(1e-6, 0.5, export_changed)
+    comparison = LogitComparison(10, export, Divergence(0.01, 0.5, pruning_changed))
     evidence = _evidence(_file(tmp_path, f"[logits]\n{text}"), arm, arm, logits=comparison)
     assert logits.check(evidence).verdict == verdict
 

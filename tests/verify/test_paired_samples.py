@@ -7,8 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from racdeploy.verify import stats
-from racdeploy.verify.stats import Pairs, non_inferiority, paired_counts
+from racdeploy.verify.stats.paired import Pairs, non_inferiority, paired_counts, score
 
 DRAWS = 20_000
 MARGIN = 0.05
@@ -73,7 +72,7 @@ def _passes(dense_RNS: NDArray[np.float64], pruned_RNS: NDArray[np.float64]) -> 
     more_R, fewer_R = np.maximum(net_RN, 0).sum(1), np.maximum(-net_RN, 0).sum(1)
     scale_R = ((net_RN**2).sum(1) + 1) / (more_R + fewer_R + 1)
     n_R, n10_R, n01_R = (part / scale_R for part in (net_RN.shape[1], more_R, fewer_R))
-    score_R = stats._score(n10_R, n01_R, n_R, MARGIN)  # type: ignore[arg-type]
+    score_R = score(n10_R, n01_R, n_R, MARGIN)
     exact_R = binom.cdf(np.ceil(n10_R - 1e-9), np.floor(n_R + 1e-9), MARGIN) < 0.05
     passes: NDArray[np.bool_] = (score_R < -1.6448536269514722) & (exact_R | (n01_R > 0))
     return passes

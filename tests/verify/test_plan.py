@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 
 from racdeploy.recipe import Verification
-from racdeploy.verify import stats
 from racdeploy.verify.gate import read_gate
-from racdeploy.verify.plan import Expectation, expectation_of, plan
+from racdeploy.verify.plan import Expectation, expect_as_before, plan
+from racdeploy.verify.stats.lengths import length_deviation, length_power
+from racdeploy.verify.stats.paired import power
 from tests.support.records import arm_of, record
 
 
 def test_the_plan_gives_power_and_what_can_be_seen() -> None:
     """200 prompts, a tenth of them discordant: 6 points are seen with 80 % power, 5 points are not."""
     found = plan(Verification(), read_gate(), Expectation(), 200)
-    assert found["accuracy_power"] == pytest.approx(stats.power(200, 0.1, 0.05), abs=5e-4)
+    assert found["accuracy_power"] == pytest.approx(power(200, 0.1, 0.05), abs=5e-4)
     assert found["smallest_detectable_drop"] == pytest.approx(0.058, abs=1e-3)
     assert found["accuracy_power"] < 0.8
-    assert stats.length_power(200, 0.3, found["smallest_detectable_ratio"]) == pytest.approx(
+    assert length_power(200, 0.3, found["smallest_detectable_ratio"]) == pytest.approx(
         0.8, abs=0.01
     )
     assert found["expectation"] == "assumed"
@@ -37,11 +38,11 @@ def test_an_earlier_verification_is_the_expectation() -> None:
     """Its share of discordant prompts, at least one, and the spread of its lengths."""
     dense = arm_of([record(index, thinking_tokens=100 + index) for index in range(50)])
     pruned = arm_of([record(index, thinking_tokens=120, correct=index > 3) for index in range(50)])
-    found = expectation_of(dense, pruned, 1000)
+    found = expect_as_before(dense, pruned, 1000)
     assert found.discordant == pytest.approx(4 / 50)
     assert found.deviation == pytest.approx(
-        stats.length_deviation([100 + index for index in range(50)], [120] * 50, 1000)
+        length_deviation([100 + index for index in range(50)], [120] * 50, 1000)
     )
-    assert expectation_of(dense, dense, 1000).discordant == pytest.approx(1 / 50)
+    assert expect_as_before(dense, dense, 1000).discordant == pytest.approx(1 / 50)
     silent = arm_of([record(index, thinking_tokens=0) for index in range(50)])
-    assert expectation_of(silent, silent, 1000).deviation == Expectation().deviation
+    assert expect_as_before(silent, silent, 1000).deviation == Expectation().deviation

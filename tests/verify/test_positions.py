@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from racdeploy.verify.measure import _STRETCHES, _along
+from racdeploy.verify.measure import STRETCHES, average_along
 
 
 @pytest.mark.parametrize("longest", [1, 47, 48, 49, 1000])
@@ -14,8 +14,8 @@ def test_every_token_is_in_one_stretch(longest: int) -> None:
     generator = np.random.default_rng(longest)
     lengths = [longest, max(1, longest // 3), 1]
     export, pruning = ([generator.random(length) for length in lengths] for _ in range(2))
-    rows = _along(export, pruning)
-    assert len(rows) <= _STRETCHES
+    rows = average_along(export, pruning)
+    assert len(rows) <= STRETCHES
     assert sum(row.tokens for row in rows) == sum(lengths)
     assert [rows[0].start_token, *(row.stop_token for row in rows)] == [
         *(row.start_token for row in rows),
@@ -30,6 +30,6 @@ def test_every_token_is_in_one_stretch(longest: int) -> None:
 def test_a_jump_stands_where_it_is() -> None:
     """Only the tokens after the 60th diverge."""
     kl = np.repeat([0.0, 2.0], [60, 36])
-    rows = _along([kl], [kl])
+    rows = average_along([kl], [kl])
     assert {row.export_kl_nats for row in rows if row.stop_token <= 60} == {0.0}
     assert {row.export_kl_nats for row in rows if row.start_token >= 60} == {2.0}

@@ -12,21 +12,19 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, multinomial
 from scipy.stats import t as student
 
-from racdeploy.verify import stats
-from racdeploy.verify.stats import (
-    Interval,
+from racdeploy.verify.stats.distributions import student_quantile
+from racdeploy.verify.stats.lengths import length_ratio, restricted_mean_lengths
+from racdeploy.verify.stats.paired import (
     drop_interval,
-    judge,
-    length_ratio,
     non_inferiority,
     power,
-    required_n,
-    restricted_mean_lengths,
     smallest_detectable_drop,
     tango_interval,
     wilson_interval,
 )
+from racdeploy.verify.stats.verdicts import Interval, judge
 from tests.references import tango_grid
+from tests.references.sample_size import required_n
 
 PUBLISHED = [
     # (n10, n01, n, confidence, lower, upper, printed decimals)
@@ -347,7 +345,7 @@ def test_students_quantile_matches_scipy(probability: float, freedom: int) -> No
     """Exact sums up to 1000; above, the dropped term is (5z⁵ + 16z³ + 3z) / 96f², below 3e-5 at f = 1001."""
     expected = float(student.ppf(probability, freedom))
     tolerance = 1e-9 if freedom <= 1000 else 3e-5
-    assert stats._student_quantile(probability, freedom) == pytest.approx(expected, rel=tolerance)
+    assert student_quantile(probability, freedom) == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_restricted_mean_counts_truncated_runs_at_the_cap() -> None:

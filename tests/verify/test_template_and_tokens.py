@@ -16,7 +16,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.checks import template, tokens
 from racdeploy.verify.evidence import Evidence, StopIds, TokenProbe
 from racdeploy.verify.gate import read_gate
-from racdeploy.verify.measure import probe_prompts, stop_ids_of
+from racdeploy.verify.measure import probe_prompts, read_stop_ids
 from tests.support.records import arm_of, record
 from tests.support.tiny_models import edit_json, write_tokenizer
 
@@ -122,6 +122,6 @@ def test_the_end_of_sequence_is_the_checkpoints(
 ) -> None:
     """A file that names another one, or none, fails; one without a tokenizer has nothing to say."""
     probes = (TokenProbe("a", (1,), (1,)),)
-    found = tokens.check(_evidence(probes=probes, stop_ids=stop_ids_of(metadata, (5, 6))))
+    found = tokens.check(_evidence(probes=probes, stop_ids=read_stop_ids(metadata, (5, 6))))
     assert (found.verdict, said in found.summary) == (verdict, True)
-    assert StopIds((5, 6), 7) == stop_ids_of({"tokenizer.ggml.eos_token_id": 7}, [5, 6])
+    assert StopIds((5, 6), 7) == read_stop_ids({"tokenizer.ggml.eos_token_id": 7}, [5, 6])

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pydantic import Field
 
 from racdeploy.report.model import CheckResult
-from racdeploy.verify import gate, stats
-from racdeploy.verify.evidence import Evidence
+from racdeploy.verify import gate
+from racdeploy.verify.evidence import Evidence, is_correct
+from racdeploy.verify.stats import paired, verdicts
+
+_REMEDIES = {
+    "pass": "",
+    "fail": "lower the sparsity, calibrate on more traces, or choose a wider quant",
+    "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
+}
 
 
 class Limits(gate.Limits):
@@ -21,18 +28,21 @@ class Limits(gate.Limits):
 
 def check(evidence: Evidence) -> CheckResult:
     """Pass if the whole interval of the accuracy drop is below the margin."""
-    margin, confidence = evidence.limits(Limits).margin, evidence.gate.confidence
-    pairs = evidence.disagreements(lambda record: record.correct)
-    prompts, answers = len(evidence.dense.by_prompt(bool)), len(evidence.dense.records)
+    margin = evidence.gate.limits(Limits).margin
+    confidence = evidence.gate.confidence
+    prompts = evidence.prompt_count
+    answers = len(evidence.dense.records)
+
+    pairs = evidence.disagreements(is_correct)
     drop = (pairs.n10 - pairs.n01) / pairs.n
-    interval = stats.drop_interval(*pairs, confidence)
+    interval = paired.drop_interval(*pairs, confidence)
     figures: dict[str, float | int | str] = {
         "drop": drop,
         "drop_lower": interval.lower,
         "drop_upper": interval.upper,
         "margin": margin,
-        "dense_correct": sum(record.correct for record in evidence.dense.records),
-        "pruned_correct": sum(record.correct for record in evidence.pruned.records),
+        "dense_correct": evidence.dense.count(is_correct),
+        "pruned_correct": evidence.pruned.count(is_correct),
         "prompts": prompts,
         "answers": answers,
     }
@@ -40,23 +50,19 @@ def check(evidence: Evidence) -> CheckResult:
         return CheckResult(
             name="accuracy",
             verdict="inconclusive",
-            summary=f"the dense model answers none of {prompts} prompts right, so there is nothing to lose",
+            summary=f"the dense model answers none of {prompts} prompts right, "
+            "so there is nothing to lose",
             figures=figures,
             remedy="choose a task the dense model can do: --task",
         )
-    verdict = stats.judge(interval, margin)
+
+    verdict = verdicts.judge(interval, margin)
+    samples = f" with {answers // prompts} samples each" if answers > prompts else ""
     return CheckResult(
         name="accuracy",
         verdict=verdict,
-        summary=(
-            f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to {interval.upper:+.1%}, "
-            f"limit {margin:.1%}, {prompts} prompts"
-            + (f" with {answers // prompts} samples each" if answers > prompts else "")
-        ),
+        summary=f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
+        f"{interval.upper:+.1%}, limit {margin:.1%}, {prompts} prompts{samples}",
         figures=figures,
-        remedy={
-            "pass": "",
-            "fail": "lower the sparsity, calibrate on more traces, or choose a wider quant",
-            "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
-        }[verdict],
+        remedy=_REMEDIES[verdict],
     )

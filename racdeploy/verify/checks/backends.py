@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy.report.model import CheckResult, Record, Verdict
-from racdeploy.verify import gate, stats
-from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact
+from racdeploy.report.model import CheckResult
+from racdeploy.verify import gate
+from racdeploy.verify.evidence import (
+    Arm,
+    Evidence,
+    OtherArtifact,
+    completion_tokens,
+    is_correct,
+)
+from racdeploy.verify.stats import lengths, paired, verdicts
+
+_REMEDIES = {
+    "pass": "",
+    "fail": "give both targets number formats of like width; "
+    "if it stays, one engine computes another model",
+    "inconclusive": "verify on more prompts: verify.count",
+}
 
 
 class Limits(gate.Limits):
@@ -22,7 +36,7 @@ class Limits(gate.Limits):
 
 
 def check(evidence: Evidence) -> CheckResult:
-    """Pass if every further artifact is as accurate as the main one and thinks as long, within the limits."""
+    """Pass if every further artifact is as accurate as the main one and thinks as long."""
     if not evidence.also:
         return CheckResult(
             name="backends",
@@ -30,81 +44,73 @@ def check(evidence: Evidence) -> CheckResult:
             summary="the bundle has an artifact for one engine",
             remedy="build it with a second target: --also TARGET",
         )
+
     found = [_compare(evidence, other) for other in evidence.also]
-    verdicts = [result.verdict for result in found]
-    verdict: Verdict = (
-        "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
-    )
+    verdict = verdicts.worst(result.verdict for result in found)
+    figures: dict[str, float | int | str] = {}
+    for result in found:
+        figures |= result.figures
     return CheckResult(
         name="backends",
         verdict=verdict,
         summary="; ".join(result.summary for result in found),
-        figures={key: value for result in found for key, value in result.figures.items()},
-        remedy={
-            "pass": "",
-            "fail": "give both targets number formats of like width; if it stays, one engine computes another model",
-            "inconclusive": "verify on more prompts: verify.count",
-        }[verdict],
+        figures=figures,
+        remedy=_REMEDIES[verdict],
     )
 
 
 def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
-    main, arm = evidence.pruned, other.arm
-    limits, confidence = evidence.limits(Limits), evidence.gate.confidence
-    pairs = stats.paired_counts(main.by_prompt(_right), arm.by_prompt(_right))
-    difference = stats.drop_interval(*pairs, confidence)
-    budget = evidence.settings.max_thinking_tokens or evidence.settings.max_new_tokens
-    lengths = [one.by_prompt(_length) for one in (main, arm)]
-    ratio = stats.length_ratio(lengths[0], lengths[1], budget, confidence)
-    verdicts = {
-        stats.equivalence(*pairs, limits.margin, confidence),
-        stats.equivalent_lengths(lengths[0], lengths[1], budget, limits.length_ratio, confidence),
-    }
-    verdict: Verdict = (
-        "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    main = evidence.pruned
+    arm = other.arm
+    limits = evidence.gate.limits(Limits)
+    confidence = evidence.gate.confidence
+
+    pairs = paired.paired_counts(main.by_prompt(is_correct), arm.by_prompt(is_correct))
+    drop = (pairs.n10 - pairs.n01) / pairs.n
+    interval = paired.drop_interval(*pairs, confidence)
+
+    budget = evidence.budget_tokens
+    main_tokens = main.by_prompt(completion_tokens)
+    tokens = arm.by_prompt(completion_tokens)
+    ratio = lengths.length_ratio(main_tokens, tokens, budget, confidence)
+
+    alike = paired.equivalence(*pairs, limits.margin, confidence)
+    as_long = lengths.equivalent_lengths(
+        main_tokens, tokens, budget, limits.length_ratio, confidence
     )
-    same_answer, same_text = _same(main, arm)
+    same_answer, same_text = _share_same(main, arm)
+    figures: dict[str, float] = {
+        "difference": drop,
+        "difference_lower": interval.lower,
+        "difference_upper": interval.upper,
+        "margin": limits.margin,
+        "same_answers": same_answer,
+        "same_texts": same_text,
+        "length_ratio": ratio.ratio,
+        "length_lower": ratio.lower,
+        "length_upper": ratio.upper,
+        "length_limit": limits.length_ratio,
+    }
     return CheckResult(
         name="backends",
-        verdict=verdict,
-        summary=(
-            f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: drop "
-            f"{(pairs.n10 - pairs.n01) / pairs.n:+.1%}, {confidence:.0%} interval {difference.lower:+.1%} to "
-            f"{difference.upper:+.1%}, limit ±{limits.margin:.1%}; same answer to {same_answer:.1%} of the prompts, "
-            f"same text to {same_text:.1%}; length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "
-            f"limit {limits.length_ratio:g} either way"
-        ),
-        figures={
-            f"{other.backend}_{key}": value
-            for key, value in {
-                "difference": (pairs.n10 - pairs.n01) / pairs.n,
-                "difference_lower": difference.lower,
-                "difference_upper": difference.upper,
-                "margin": limits.margin,
-                "same_answers": same_answer,
-                "same_texts": same_text,
-                "length_ratio": ratio.ratio,
-                "length_lower": ratio.lower,
-                "length_upper": ratio.upper,
-                "length_limit": limits.length_ratio,
-            }.items()
-        },
+        verdict=verdicts.worst([alike, as_long]),
+        summary=f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: "
+        f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
+        f"{interval.upper:+.1%}, limit ±{limits.margin:.1%}; "
+        f"same answer to {same_answer:.1%} of the prompts, same text to {same_text:.1%}; "
+        f"length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "
+        f"limit {limits.length_ratio:g} either way",
+        figures={f"{other.backend}_{name}": value for name, value in figures.items()},
     )
 
 
-def _same(main: Arm, arm: Arm) -> tuple[float, float]:
-    """Return the shares of completions with the same scored answer, and with the same text altogether."""
-    pairs = list(zip(main.records, arm.records, strict=True))
-    answers = sum(a.extracted is not None and a.extracted == b.extracted for a, b in pairs)
-    texts = sum(
-        (a.thinking_text, a.answer_text) == (b.thinking_text, b.answer_text) for a, b in pairs
-    )
-    return answers / len(pairs), texts / len(pairs)
+def _share_same(main: Arm, arm: Arm) -> tuple[float, float]:
+    """Return the shares of completions with the same scored answer, and with the same text."""
+    answers = texts = 0
+    for ours, theirs in zip(main.records, arm.records, strict=True):
+        answers += ours.extracted is not None and ours.extracted == theirs.extracted
+        same_thinking = ours.thinking_text == theirs.thinking_text
+        texts += same_thinking and ours.answer_text == theirs.answer_text
 
-
-def _right(record: Record) -> bool:
-    return record.correct
-
-
-def _length(record: Record) -> int:
-    return record.thinking_tokens + record.answer_tokens
+    count = len(main.records)
+    return answers / count, texts / count

@@ -27,8 +27,10 @@ def check(evidence: Evidence) -> CheckResult:
     return compare_figures(
         "memory",
         lambda size_bytes: f"{size_bytes / 1e6:,.0f} MB at the peak",
-        (evidence.dense.stats.get("peak_rss_bytes"), evidence.pruned.stats.get("peak_rss_bytes")),
-        evidence.limits(Limits).ratio,
+        evidence.dense.stats.get("peak_rss_bytes"),
+        evidence.pruned.stats.get("peak_rss_bytes"),
+        evidence.gate.limits(Limits).ratio,
         le,
-        "racdeploy bench measures it again, alternating; a smaller quant takes less, zeros alone do not",
+        "racdeploy bench measures it again, alternating; "
+        "a smaller quant takes less, zeros alone do not",
     )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from racdeploy.report.model import CheckResult
 from racdeploy.verify import gate
-from racdeploy.verify.evidence import Arm, Evidence
+from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.ratio import compare_figures
 
 
@@ -16,7 +16,8 @@ class Limits(gate.Limits):
     """Speed.
 
     Args:
-        ratio: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by default.
+        ratio: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by
+            default.
     """
 
     ratio: float | None = Field(None, gt=0)
@@ -27,13 +28,10 @@ def check(evidence: Evidence) -> CheckResult:
     return compare_figures(
         "speed",
         "{:,.0f} tokens/s".format,
-        (_tokens_per_s(evidence.dense), _tokens_per_s(evidence.pruned)),
-        evidence.limits(Limits).ratio,
+        evidence.dense.tokens_per_s,
+        evidence.pruned.tokens_per_s,
+        evidence.gate.limits(Limits).ratio,
         ge,
-        "racdeploy bench measures it again, alternating; a smaller quant is faster, zeros alone are not",
+        "racdeploy bench measures it again, alternating; "
+        "a smaller quant is faster, zeros alone are not",
     )
-
-
-def _tokens_per_s(arm: Arm) -> float | None:
-    decode_s = arm.stats.get("decode_s")
-    return arm.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None

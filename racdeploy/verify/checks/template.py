@@ -1,7 +1,8 @@
-"""Template: prompts are rendered to the ids that the model was trained on, in the bundle and in the artifact itself.
+"""Template: prompts are rendered to the ids that the model was trained on, in bundle and artifact.
 
-When a bundle is built, the ids are compared with transformers' ``apply_chat_template``; later with those recorded then.
-Programs that read the artifact alone, as llama.cpp's server and Ollama do, render the template inside it.
+When a bundle is built, the ids are compared with transformers' ``apply_chat_template``; later with
+those recorded then. Programs that read the artifact alone, as llama.cpp's server and Ollama do,
+render the template inside it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ def check(evidence: Evidence) -> CheckResult:
         return CheckResult(
             name="template", verdict="inconclusive", summary="no prompt was rendered before"
         )
+
     inside = [probe for probe in probes if probe.artifact is not None]
-    wrong = [probe for probe in probes if not _same(probe, probe.rendered)]
-    wrong_inside = [probe for probe in inside if not _same(probe, probe.artifact or ())]
+    wrong = [probe for probe in probes if not _is_same(probe, probe.rendered)]
+    wrong_inside = [probe for probe in inside if not _is_same(probe, probe.artifact or ())]
     figures: dict[str, float | int | str] = {
         "prompts": len(probes),
         "different": len(wrong),
@@ -30,40 +32,38 @@ def check(evidence: Evidence) -> CheckResult:
     }
     if not wrong and not wrong_inside:
         where = ", by the artifact's own template too" if inside else ""
-        return CheckResult(
-            name="template",
-            verdict="pass",
-            summary=f"{len(probes)} prompts, equal ids{where}",
-            figures=figures,
-        )
-    first, ids, place = (
-        (wrong[0], wrong[0].rendered, "")
-        if wrong
-        else (wrong_inside[0], wrong_inside[0].artifact or (), " by the artifact's own template")
-    )
+        summary = f"{len(probes)} prompts, equal ids{where}"
+        return CheckResult(name="template", verdict="pass", summary=summary, figures=figures)
+
+    if wrong:
+        count, first, ids, where = len(wrong), wrong[0], wrong[0].rendered, ""
+    else:
+        count, first, where = len(wrong_inside), wrong_inside[0], " by the artifact's own template"
+        ids = first.artifact or ()
     return CheckResult(
         name="template",
         verdict="fail",
-        summary=(
-            f"{len(wrong) or len(wrong_inside)} of {len(probes)} prompts differ{place}; the first is "
-            f"{first.question[:60]!r}: {_difference(first.expected, ids)}"
-        ),
+        summary=f"{count} of {len(probes)} prompts differ{where}; the first is "
+        f"{first.question[:60]!r}: {_describe_difference(first.expected, ids)}",
         figures=figures,
-        remedy="put the model's own chat template back: chat_template in tokenizer_config.json, or export again",
+        remedy="put the model's own chat template back: "
+        "chat_template in tokenizer_config.json, or export again",
     )
 
 
-def _same(probe: PromptProbe, ids: Sequence[int]) -> bool:
-    """Compare; a beginning-of-sequence that the tokenizer demands may stand in front."""
+def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
+    """Compare; a beginning-of-sequence that the tokenizer demands may precede."""
     return tuple(ids) in (probe.expected, (*probe.lead, *probe.expected))
 
 
-def _difference(expected: Sequence[int], ids: Sequence[int]) -> str:
+def _describe_difference(expected: Sequence[int], ids: Sequence[int]) -> str:
     """Say where two lists part, with the ids from there on."""
-    place = next(
-        (i for i, pair in enumerate(zip(expected, ids, strict=False)) if pair[0] != pair[1]), None
-    )
-    if place is None:
-        place = min(len(expected), len(ids))
-    left, right = (list(part[place : place + 6]) or "the end" for part in (expected, ids))
-    return f"at token {place}, {left} expected, {right} found"
+    place = min(len(expected), len(ids))
+    for index, (left, right) in enumerate(zip(expected, ids, strict=False)):
+        if left != right:
+            place = index
+            break
+
+    wanted = list(expected[place : place + 6]) or "the end"
+    found = list(ids[place : place + 6]) or "the end"
+    return f"at token {place}, {wanted} expected, {found} found"

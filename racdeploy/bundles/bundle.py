@@ -1,0 +1,112 @@
+"""A finished bundle, read once: what it recorded, the gate that judges it, and what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import UsageError
+from racdeploy.recipe import Verification
+from racdeploy.runtime.model import check_unpacked
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import tags_of
+from racdeploy.tasks import Problem, TaskSet
+from racdeploy.verify.answers import Progress, Respondent
+from racdeploy.verify.baseline import Baseline
+from racdeploy.verify.conclude import Context
+from racdeploy.verify.gate import Gate, read_gate
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle and how it is judged.
+
+    Args:
+        folder: folder that ``racdeploy build`` wrote.
+        gate_file: limits that go over the bundle's own, or None.
+        tier: of the gate; empty asks what the build asked.
+    """
+
+    folder: Path
+    gate_file: Path | None = None
+    tier: str = ""
+
+    @cached_property
+    def own(self) -> Baseline:
+        """The bundle with its records, its files checked.
+
+        Raises:
+            ArtifactError: the bundle is damaged.
+        """
+        found = Baseline.read(self.folder)
+        found.manifest.check_tokenizer(self.folder)
+        check_unpacked(self.folder, found.manifest.artifacts[0])
+        return found
+
+    @cached_property
+    def gate(self) -> Gate:
+        """The limits of the file over those of the bundle, for the tier.
+
+        Raises:
+            UsageError: unknown keys, bad values, or an unknown tier.
+        """
+        # A wrong file or tier is reported before the bundle is read.
+        read_gate(self.gate_file).at(self.tier)
+        return read_gate(self.gate_file, self.own.recipe.gate).at(self.tier)
+
+    @cached_property
+    def settings(self) -> Verification:
+        """How prompts are answered; logits need the checkpoints and torch."""
+        settings = self.own.recipe.verify
+        if self.tier:
+            settings = getattr(self.gate.tiers, self.tier).apply(settings)
+        return settings.model_copy(update={"logit_traces": 0})
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What is asked: a part of what the build asked, or its tasks' further problems after it.
+
+        Raises:
+            UsageError: the tasks are not on this machine, or no longer the same.
+        """
+        recorded = self.own.problems
+        if not self.tier:
+            return recorded
+        if self.settings.count <= len(recorded):
+            return recorded[: self.settings.count]
+
+        recipe = self.own.recipe
+        tasks = TaskSet.load(recipe.tasks, recipe.calibration_tasks)
+        drawn = tasks.draw("evaluation", self.settings.seed, self.settings.count)
+        for ours, theirs in zip(drawn, recorded, strict=False):
+            if (ours.question, ours.gold) != (theirs.question, theirs.gold):
+                raise UsageError(
+                    "the tasks no longer give the problems that the bundle was built with",
+                    remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
+                    f"which are in the bundle: --gate with tiers.{self.tier}.prompts",
+                )
+        return drawn
+
+    def respondent(self, progress: Progress | None) -> Respondent:
+        """Return who answers, and how."""
+        tokenizer = self.own.manifest.tokenizer
+        encoder = PromptEncoder.from_folder(self.folder)
+        tags = None
+        if tokenizer.open_tag and tokenizer.close_tag:
+            tags = tags_of(encoder, tokenizer.open_tag, tokenizer.close_tag)
+        return Respondent(encoder, tags, tokenizer.eos_ids, self.settings, progress)
+
+    def context(self, fingerprint: Mapping[str, Any]) -> Context:
+        """Return what a report of this bundle says beside its evidence."""
+        report = self.own.report
+        return Context(
+            model=report.model,
+            target=report.target,
+            recipe=self.own.recipe.model_dump(mode="json"),
+            linears=report.linears,
+            blocks=report.blocks,
+            fingerprint=fingerprint,
+        )

@@ -1,0 +1,200 @@
+"""Run the checks over what was measured, and make the report that everything prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from racdeploy.report.model import (
+    ArmSummary,
+    BlockRow,
+    CheckResult,
+    Comparison,
+    LinearRow,
+    Record,
+    Report,
+    RivalRow,
+    TaskRow,
+)
+from racdeploy.verify.checks import accuracy, thinking
+from racdeploy.verify.evidence import (
+    FAULTS,
+    Arm,
+    Evidence,
+    is_correct,
+    run_checks,
+    thinking_tokens,
+)
+from racdeploy.verify.stats import lengths, paired
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a report says beside its evidence.
+
+    Args:
+        model: what the user named.
+        target: deployment target.
+        recipe: the resolved recipe.
+        linears: how each linear was pruned.
+        blocks: how far each block drifted.
+        fingerprint: versions and settings the numbers depend on.
+    """
+
+    model: str
+    target: str
+    recipe: Mapping[str, Any]
+    linears: Sequence[LinearRow]
+    blocks: Sequence[BlockRow]
+    fingerprint: Mapping[str, Any]
+
+
+def conclude(
+    evidence: Evidence, context: Context, notes: Sequence[str]
+) -> tuple[Report, list[Record]]:
+    """Decide, and return the report with the records of all arms.
+
+    Args:
+        evidence: what was measured.
+        context: what the report says beside it.
+        notes: sentences for the reader.
+
+    Raises:
+        UsageError: the gate names a check for which nothing was measured.
+    """
+    checks = run_checks(evidence)
+    also = [other.arm for other in evidence.also]
+    arms = (evidence.dense, evidence.pruned, *also, *evidence.rivals)
+    report = Report(
+        created=datetime.now(UTC),
+        model=context.model,
+        target=context.target,
+        recipe=dict(context.recipe),
+        arms=tuple(map(_summarize_arm, arms)),
+        tasks=_count_by_task(evidence),
+        comparison=_compare_arms(evidence, {check.name: check for check in checks}),
+        rivals=_compare_rivals(evidence),
+        checks=tuple(checks),
+        linears=tuple(context.linears),
+        blocks=tuple(context.blocks),
+        positions=evidence.logits.along if evidence.logits else (),
+        tensors=evidence.tensors,
+        notes=tuple(notes),
+        fingerprint=dict(context.fingerprint),
+    )
+
+    records: list[Record] = []
+    for arm in (evidence.dense, evidence.pruned, *evidence.rivals, *also):
+        records += arm.records
+    return report, records
+
+
+def _summarize_arm(arm: Arm) -> ArmSummary:
+    """Return counts, means and the 95 % Wilson interval of one arm."""
+    count = len(arm.records)
+    correct = arm.count(is_correct)
+    interval = paired.wilson_interval(correct, count)
+    peak_rss_bytes = arm.stats.get("peak_rss_bytes")
+
+    return ArmSummary(
+        name=arm.name,
+        prompts=count,
+        correct=correct,
+        accuracy=correct / count,
+        accuracy_lower=interval.lower,
+        accuracy_upper=interval.upper,
+        thinking_tokens_mean=sum(map(thinking_tokens, arm.records)) / count,
+        answer_tokens_mean=sum(record.answer_tokens for record in arm.records) / count,
+        size_bytes=arm.size_bytes,
+        tokens_per_s=arm.tokens_per_s,
+        load_ms=arm.stats.get("load_ms"),
+        peak_rss_bytes=None if peak_rss_bytes is None else int(peak_rss_bytes),
+        quant=arm.quant or None,
+        sparsity=arm.sparsity,
+        files=dict(arm.files),
+        kernels=arm.kernels or None,
+        **{fault: arm.count(has_fault) for fault, has_fault in FAULTS.items()},
+    )
+
+
+def _count_by_task(evidence: Evidence) -> tuple[TaskRow, ...]:
+    rows = []
+    for task in dict.fromkeys(record.task for record in evidence.dense.records):
+        asked = [record for record in evidence.dense.records if record.task == task]
+        pruned = [record for record in evidence.pruned.records if record.task == task]
+        rows.append(
+            TaskRow(
+                task=task,
+                prompts=len(asked),
+                dense_correct=sum(map(is_correct, asked)),
+                pruned_correct=sum(map(is_correct, pruned)),
+            )
+        )
+    return tuple(rows)
+
+
+def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:
+    """Return the comparison; its numbers are those on which the checks decided."""
+    dense_only = pruned_only = 0
+    for dense, pruned in zip(evidence.dense.records, evidence.pruned.records, strict=True):
+        dense_only += dense.correct and not pruned.correct
+        pruned_only += pruned.correct and not dense.correct
+
+    pairs = evidence.disagreements(is_correct)
+    interval = paired.drop_interval(*pairs, evidence.gate.confidence)
+    verdict = checks["accuracy"].verdict
+    length_verdict = checks["thinking"].verdict
+    length = checks["thinking"].figures
+
+    def length_figure(name: str) -> float | None:
+        return float(length[name]) if name in length else None
+
+    return Comparison(
+        drop=(pairs.n10 - pairs.n01) / pairs.n,
+        drop_lower=interval.lower,
+        drop_upper=interval.upper,
+        verdict="inconclusive" if verdict == "skipped" else verdict,
+        margin=evidence.gate.limits(accuracy.Limits).margin,
+        n10=dense_only,
+        n01=pruned_only,
+        n=evidence.prompt_count,
+        length_ratio=length_figure("length_ratio"),
+        length_lower=length_figure("length_lower"),
+        length_upper=length_figure("length_upper"),
+        length_verdict=None if length_verdict == "skipped" else length_verdict,
+        length_limit=evidence.gate.limits(thinking.Limits).length_ratio,
+        length_budget_tokens=evidence.budget_tokens,
+        confidence=evidence.gate.confidence,
+    )
+
+
+def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
+    """Return all dense models against the pruned one; none where there is no rival."""
+    if not evidence.rivals:
+        return ()
+    confidence = evidence.gate.confidence
+    pruned_right = evidence.pruned.by_prompt(is_correct)
+    pruned_lengths = evidence.pruned.by_prompt(thinking_tokens)
+
+    rows = []
+    for arm in (evidence.dense, *evidence.rivals):
+        pairs = paired.paired_counts(arm.by_prompt(is_correct), pruned_right)
+        gain = paired.drop_interval(*pairs, confidence)
+        arm_lengths = arm.by_prompt(thinking_tokens)
+        length = lengths.length_ratio(
+            pruned_lengths, arm_lengths, evidence.budget_tokens, confidence
+        )
+        rows.append(
+            RivalRow(
+                name=arm.name,
+                gain=(pairs.n10 - pairs.n01) / pairs.n,
+                gain_lower=gain.lower,
+                gain_upper=gain.upper,
+                length_ratio=length.ratio,
+                length_lower=length.lower,
+                length_upper=length.upper,
+            )
+        )
+    return tuple(rows)

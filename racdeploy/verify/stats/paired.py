@@ -1,0 +1,304 @@
+"""The paired accuracy drop d = (n10 - n01) / n, its interval, its verdicts and their power.
+
+n10 counts prompts that only the first (dense) arm answers right, n01 those that only the second
+does.
+
+Tango's score test alone does not hold its level. Where one arm never wins it passes up to 6.8 %
+(n10 is then binomial, and skewed), so :func:`drop_interval` also takes the exact binomial interval
+of the other count. And it fails up to 7.5 %, since few flips jump over the quantile: the end that
+can make a verdict "fail", which is the one between no drop and the observed one, is solved with a
+continuity correction of half a prompt. The other end, and with it the power to pass, stays as it
+is.
+
+Several samples of a prompt are no independent prompts. :func:`paired_counts` counts each prompt's
+net difference and scales the number of prompts by how large those differences are, after adding
+one prompt that flips wholly: with one sample nothing changes, with many the prompt stays the unit
+(Rao and Scott's correction, made to lean to the safe side).
+
+Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, for the paired drop; F. Yates,
+Supplement to JRSS 1 (1934) 217-235, for the correction; J. N. K. Rao and A. J. Scott, Biometrics
+48 (1992) 577-585; E. B. Wilson, JASA 22 (1927) 209-212.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from racdeploy.report.model import Verdict
+from racdeploy.verify.stats import distributions
+from racdeploy.verify.stats.distributions import ROUNDING, bisect, normal_quantile
+from racdeploy.verify.stats.verdicts import Interval, judge, judge_within
+
+LARGEST_N = 1_000_000
+"""Prompts up to which :func:`power` is computed."""
+_HALF_A_PROMPT = 0.5
+_TO_A_MILLIONTH = 20  # halvings
+
+
+class Pairs(NamedTuple):
+    """Disagreements of two arms, in prompts; not whole where prompts have several samples.
+
+    ``n10`` only the first arm is right, ``n01`` only the second, ``n`` prompts in all, at least 1.
+    """
+
+    n10: float
+    n01: float
+    n: float
+
+
+def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
+    """Count the disagreements of two arms over the same prompts.
+
+    Args:
+        first_right: right_N, or right_NX with X samples of each prompt, 0 or 1 each.
+        second_right: the same for the other arm; the order of the samples does not matter.
+    """
+    first_N = _mean_right(first_right)
+    second_N = _mean_right(second_right)
+    if first_N.shape != second_N.shape:
+        raise ValueError(f"{len(first_N)} and {len(second_N)} prompts: not the same ones")
+
+    net_N = first_N - second_N
+    more = float(np.maximum(net_N, 0).sum())
+    fewer = float(np.maximum(-net_N, 0).sum())
+
+    # Mean size of a difference, one whole flip added: 1 with one sample, so that counts stay whole.
+    scale = (float((net_N**2).sum()) + 1) / (more + fewer + 1)
+    return Pairs(more / scale, fewer / scale, len(net_N) / scale)
+
+
+def tango_interval(n10: int, n01: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return the score interval of the paired drop, as published.
+
+    It holds every drop that Tango's score test does not reject. It exists for any table, also
+    without discordant prompts.
+
+    Raises:
+        ValueError: the counts do not fit together.
+    """
+    _check_counts(n10, n01, n)
+    return _score_interval(n10, n01, n, normal_quantile(confidence))
+
+
+def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> Interval:
+    """Return the interval of the paired drop on which verdicts are based, for :class:`Pairs`.
+
+    Tango's score interval, widened by the exact binomial one of the other count where one arm never
+    wins. Where it does not hold zero, its end nearer zero is continuity-corrected.
+    """
+    _check_pairs(n10, n01, n)
+    quantile = normal_quantile(confidence)
+    tail = (1 - confidence) / 2
+
+    lower, upper = _score_interval(n10, n01, n, quantile)
+    if lower > 0:
+        lower = max(_score_interval(n10, n01, n, quantile, _HALF_A_PROMPT).lower, 0.0)
+    if upper < 0:
+        upper = min(_score_interval(n10, n01, n, quantile, _HALF_A_PROMPT).upper, 0.0)
+
+    if n01 == 0:
+        lower = min(lower, distributions.exact_lower(n10, n, tail))
+        upper = max(upper, distributions.exact_upper(n10, n, tail))
+    if n10 == 0:
+        lower = min(lower, -distributions.exact_upper(n01, n, tail))
+        upper = max(upper, -distributions.exact_lower(n01, n, tail))
+    return Interval(lower, upper)
+
+
+def non_inferiority(
+    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
+) -> Verdict:
+    """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1).
+
+    "pass" if the whole interval is below the margin, "fail" if it is above, else "inconclusive";
+    a confidence of 0.90 makes "pass" a one-sided 5 % test.
+    """
+    _check_margin(margin)
+    return judge(drop_interval(n10, n01, n, confidence), margin)
+
+
+def equivalence(
+    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
+) -> Verdict:
+    """Judge by two one-sided tests whether two arms are equally accurate within ``margin``.
+
+    "pass" if the whole interval is within ±margin, "fail" if it is outside, else "inconclusive".
+    """
+    _check_margin(margin)
+    return judge_within(drop_interval(n10, n01, n, confidence), -margin, margin)
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return the score interval of a single accuracy."""
+    _check_counts(successes, 0, n)
+    quantile = normal_quantile(confidence)
+    share = successes / n
+    spread = quantile**2 / n
+
+    center = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    lower = 0.0 if successes == 0 else max(0.0, center - half)
+    upper = 1.0 if successes == n else min(1.0, center + half)
+    return Interval(lower, upper)
+
+
+def power(
+    n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0
+) -> float:
+    """Return the probability that :func:`non_inferiority` says "pass".
+
+    Exact: a sum over the tables that can occur, not an approximation. With ``drop`` equal to
+    ``margin`` it is the type-I error.
+
+    Args:
+        n: prompts, 1 to a million.
+        discordant_rate: share of prompts on which the arms disagree, in [0, 1].
+        margin: largest acceptable drop, in [0, 1).
+        confidence: of the two-sided interval, in (0, 1).
+        drop: the true drop; its size is at most ``discordant_rate``.
+    """
+    _check_counts(0, 0, n)
+    _check_margin(margin)
+    if n > LARGEST_N:
+        raise ValueError(f"n is {n}; power is computed up to {LARGEST_N} prompts")
+    if not 0 <= discordant_rate <= 1 or not abs(drop) <= discordant_rate:
+        raise ValueError(
+            f"a drop of {drop} needs a discordant rate in [{abs(drop)}, 1], not {discordant_rate}"
+        )
+    quantile = normal_quantile(confidence)
+    tail = (1 - confidence) / 2
+
+    discordant_L = distributions.likely_counts(n, discordant_rate)
+    mass_L = distributions.binomial_masses(discordant_L, n, discordant_rate)
+    passing_L = _most_passing(discordant_L, n, margin, quantile)
+
+    # Where only the dense model wins, the exact binomial test has to pass too; see drop_interval.
+    lenient_L = distributions.binomial_cdf(discordant_L, n, margin) >= tail
+    only_losses_L = passing_L == discordant_L
+    passing_L = np.where(only_losses_L & lenient_L, discordant_L - 1, passing_L)
+
+    # Of the discordant prompts, the share that the dense model wins.
+    dense_wins = 0.5 if discordant_rate == 0 else (discordant_rate + drop) / (2 * discordant_rate)
+    total = 0.0
+    for discordant, mass, passing in zip(discordant_L, mass_L, passing_L, strict=True):
+        counts_L = distributions.likely_counts(int(discordant), dense_wins)
+        counts_L = counts_L[counts_L <= passing]
+        masses_L = distributions.binomial_masses(counts_L, int(discordant), dense_wins)
+        total += mass * masses_L.sum()
+    return float(min(total, 1.0))
+
+
+def smallest_detectable_drop(
+    n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = 0.8
+) -> float:
+    """Return the smallest margin that a model without any drop passes with ``target_power``.
+
+    A gate with a smaller margin mostly answers "inconclusive". 1.0 means that no margin is small
+    enough.
+    """
+    if not 0 < target_power < 1:
+        raise ValueError(f"target_power is {target_power}; it lies between 0 and 1")
+
+    def is_too_small(margin: float) -> bool:
+        return power(n, discordant_rate, margin, confidence) < target_power
+
+    return bisect(is_too_small, 0.0, 1.0, _TO_A_MILLIONTH)
+
+
+def score(
+    n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
+) -> NDArray[np.float64]:
+    """Return Tango's score statistic for the hypothesis that the true drop is ``drop``.
+
+    ``continuity`` is how many flips are taken off the difference that is tested.
+    """
+    n10 = np.asarray(n10, dtype=np.float64)
+    n01 = np.asarray(n01, dtype=np.float64)
+    n = np.asarray(n, dtype=np.float64)
+
+    # The most likely p01 under the hypothesis is the larger root of 2n p² + b p + c = 0, here
+    # written so that nothing cancels.
+    b = -n10 - n01 + (2 * n - n10 + n01) * drop
+    c = -n01 * drop * (1 - drop)
+    root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
+    divisor = np.where(b > 0, root + b, 1.0)
+    p01 = np.where(b > 0, -2 * c / divisor, (root - b) / (4 * n))
+
+    variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
+    difference = n10 - n01 - n * drop
+    corrected = np.maximum(np.abs(difference) - continuity, 0.0)
+    difference = np.copysign(corrected, difference)
+
+    # Without variance any difference is infinitely surprising, and none is no surprise.
+    surprise = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
+    deviation = np.sqrt(np.where(variance > 0, variance, 1.0))
+    return np.where(variance > 0, difference / deviation, surprise)
+
+
+def _score_interval(
+    n10: float, n01: float, n: float, quantile: float, continuity: float = 0.0
+) -> Interval:
+    # Swapping the arms turns the drop round, so one end is enough to solve for.
+    lower = -_upper_bound(n01, n10, n, quantile, continuity)
+    return Interval(lower, _upper_bound(n10, n01, n, quantile, continuity))
+
+
+def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float) -> float:
+    """Return the largest drop that the score test accepts; the score falls with the drop."""
+    observed = (n10 - n01) / n
+    if observed == 1.0:
+        return 1.0
+
+    def is_accepted(drop: float) -> bool:
+        return not float(score(n10, n01, n, drop, continuity)) < -quantile
+
+    return bisect(is_accepted, observed, 1.0)
+
+
+def _most_passing(
+    discordant_L: NDArray[np.int64], n: int, margin: float, quantile: float
+) -> NDArray[np.int64]:
+    """Return the largest n10 that passes for each number of discordant prompts; -1 for none."""
+    low_L = np.full_like(discordant_L, -1)
+    high_L = discordant_L + 1
+
+    while np.any(high_L - low_L > 1):
+        middle_L = (low_L + high_L) // 2
+        score_L = score(middle_L, discordant_L - middle_L, n, margin)
+        passes_L = (score_L < -quantile) | (middle_L < 0)
+        low_L = np.where(passes_L, middle_L, low_L)
+        high_L = np.where(passes_L, high_L, middle_L)
+    return low_L
+
+
+def _mean_right(right: ArrayLike) -> NDArray[np.float64]:
+    """Return the share of right samples by prompt."""
+    raw = np.asarray(right, dtype=np.float64)
+    if raw.ndim not in (1, 2) or raw.size == 0 or not np.isin(raw, (0.0, 1.0)).all():
+        raise ValueError(
+            f"right answers are 0 or 1, one or one row of samples per prompt; got shape {raw.shape}"
+        )
+    return raw if raw.ndim == 1 else raw.mean(axis=1)
+
+
+def _check_counts(n10: int, n01: int, n: int) -> None:
+    if not all(isinstance(count, Integral) for count in (n10, n01, n)):
+        raise ValueError(f"counts are whole numbers, not {n10!r}, {n01!r}, {n!r}")
+    _check_pairs(n10, n01, n)
+
+
+def _check_pairs(n10: float, n01: float, n: float) -> None:
+    if not (math.isfinite(n) and n >= 1 and n10 >= 0 and n01 >= 0 and n10 + n01 <= n + ROUNDING):
+        raise ValueError(f"counts {n10} and {n01} do not fit into {n} prompts")
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < 1:
+        raise ValueError(
+            f"the margin is {margin}; it is a fraction from 0 up to 1, such as 0.02 for 2 points"
+        )
