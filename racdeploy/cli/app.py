@@ -641,10 +641,10 @@ def _share(zeros: float | None) -> str:
 def _building(job: Job, work: Path | None, threads: int) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
     from racdeploy.pipeline.build import Build
-    from racdeploy.prune.processes import joined
+    from racdeploy.prune.processes import join_processes
     from racdeploy.storage.caches import default_work
 
-    with progress_bars() as progress, joined() as processes:
+    with progress_bars() as progress, join_processes() as processes:
         show = progress if processes.rank == 0 else None
         builder = Build(job, work or default_work(), threads, show, processes)
         if processes.rank:

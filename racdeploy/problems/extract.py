@@ -1,7 +1,7 @@
 """Find an answer in the text after the thinking, and compare it with the gold answer.
 
-The extractors look only at the answer: the caller has split the thinking off first, because a truncated
-thought often mentions the right number.
+The extractors look only at the answer: the caller has split the thinking off first, because a
+truncated thought often mentions the right number.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ class PrunedModel:
 
     Args:
         folder: Hugging Face folder of the sparse model.
-        sparsity: fraction of zeros that it was pruned to: of a schedule, that of the last step that was kept.
+        sparsity: fraction of zeros that it was pruned to: of a schedule, in the last step that was
+            kept.
         linears: how each linear was pruned.
         blocks: how far each block drifted from the dense model.
         selection: counts of the traces that were used and left out.
@@ -34,10 +35,11 @@ class PrunedModel:
     undone: str = ""
 
     def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
-        """Return the linears as a report has them: beside the recipe's sparsity, where a step of it was undone."""
+        """Return the linears as a report has them: where a step was undone, it was asked for more."""
         if not self.undone:
             return self.linears
         changed = {"sparsity_asked": asked, "reason": self.undone}
-        return tuple(
+        rows = (
             row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears
         )
+        return tuple(rows)

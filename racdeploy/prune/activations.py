@@ -1,6 +1,6 @@
-"""Hidden states of the calibration batches between two blocks: in memory up to a window, in a file beyond it.
+"""Hidden states of the calibration batches between two blocks: in memory up to a window, then in a file.
 
-They lie on the CPU, wherever the blocks are computed.
+They are on the CPU, wherever the blocks are computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WINDOW_BYTES = 64 << 20
 
 
 class Activations:
-    """One float32 tensor for each batch. The first ones stay in memory, the rest lie in ``file``.
+    """One float32 tensor for each batch. The first ones stay in memory, the rest are in ``file``.
 
     Args:
         shapes: of each batch, as (B, T, D).
@@ -40,6 +40,7 @@ class Activations:
             else:
                 self._offsets[index] = spilled
                 spilled += size
+
         if spilled:
             with disk_errors(file), file.open("wb") as stream:
                 stream.truncate(spilled)
@@ -48,8 +49,8 @@ class Activations:
         """Return the tensor of a batch; it was set before."""
         if index not in self._offsets:
             return self._kept[index]
-        shape = self._shapes[index]
-        values = np.fromfile(self._file, np.float32, math.prod(shape), offset=self._offsets[index])
+        shape, offset = self._shapes[index], self._offsets[index]
+        values = np.fromfile(self._file, np.float32, math.prod(shape), offset=offset)
         return torch.from_numpy(values).view(shape)
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:

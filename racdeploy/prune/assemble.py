@@ -1,7 +1,7 @@
 """Put pruned blocks and untouched tensors together into one Hugging Face folder.
 
-The weights file is written in one pass: header first, then the bytes of each tensor from wherever it lies, so that
-no more than one piece of a tensor is in memory.
+The weights file is written in one pass: header first, then the bytes of each tensor from wherever
+it is, so that no more than one piece of a tensor is in memory.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     for file in sorted(blocks.glob("block-*.safetensors")):
         pruned.update(read_tensor_entries(file))
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
+
+    importance: dict[str, TensorEntry] = {}
+    for file in sorted(blocks.glob("importance-*.safetensors")):
+        importance.update(read_tensor_entries(file))
+
     with atomic_folder(out) as scratch:
         _write(entries, scratch / "model.safetensors")
-        if importance := sorted(blocks.glob("importance-*.safetensors")):
-            _write(
-                {k: v for file in importance for k, v in read_tensor_entries(file).items()},
-                scratch / IMPORTANCE_FILE,
-            )
+        if importance:
+            _write(importance, scratch / IMPORTANCE_FILE)
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
@@ -48,17 +50,16 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
 
 
 def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
-    header, offset = {}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, entry in entries.items():
         stop = offset + entry.stop - entry.start
-        header[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, stop],
-        }
+        shape = list(entry.shape)
+        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+
     with file.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for entry in entries.values():

@@ -1,7 +1,7 @@
 """Calibration batches: sequences of like length together, right-padded, positions from zero.
 
-With a causal mask, right padding cannot reach a real token; padded positions only have to be left out of the
-statistics.
+With a causal mask, right padding cannot reach a real token; padded positions only have to be left
+out of the statistics.
 """
 
 from __future__ import annotations
@@ -36,21 +36,24 @@ class Batch:
 
 def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: bool) -> list[Batch]:
     """Sort traces by length and group them into batches of at most ``TOKENS_PER_BATCH`` tokens."""
-    rows = sorted(traces, key=lambda trace: (len(trace.ids), trace.index))
-    groups: list[list[Trace]] = []
-    for row in rows:
-        if not groups or (len(groups[-1]) + 1) * len(row.ids) > TOKENS_PER_BATCH:
+    groups: list[list[Trace]] = [[]]
+    for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
+        padded_tokens = (len(groups[-1]) + 1) * len(trace.ids)  # it is the longest so far
+        if groups[-1] and padded_tokens > TOKENS_PER_BATCH:
             groups.append([])
-        groups[-1].append(row)
-    return [_pad(group, tasks, held_out) for group in groups]
+        groups[-1].append(trace)
+    return [_pad(group, tasks, held_out) for group in groups if group]
 
 
 def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:
+    B = len(traces)
     T = max(len(trace.ids) for trace in traces)
-    ids_BT = torch.zeros(len(traces), T, dtype=torch.long)
-    stream_BT = torch.full((len(traces), T), PAD)
+    ids_BT = torch.zeros(B, T, dtype=torch.long)
+    stream_BT = torch.full((B, T), PAD)
     for row, trace in enumerate(traces):
-        ids_BT[row, : len(trace.ids)] = torch.tensor(trace.ids)
-        stream_BT[row, : len(trace.ids)] = torch.tensor(trace.streams())
+        length = len(trace.ids)
+        ids_BT[row, :length] = torch.tensor(trace.ids)
+        stream_BT[row, :length] = torch.tensor(trace.streams())
+
     task_B = torch.tensor([tasks.index(trace.task) for trace in traces])
     return Batch(ids_BT, stream_BT, task_B, held_out)

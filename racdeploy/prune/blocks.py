@@ -1,6 +1,7 @@
 """The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear.
 
-Weights and hidden states go to the device here and nowhere else; what a block returns is on the device.
+Weights and hidden states go to the device here and nowhere else; what a block returns is on the
+device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from racdeploy.models.coverage import check_tensors
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
-_ATTENTION = "self_attn"
+_ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 
 
 class Blocks:
@@ -44,16 +45,15 @@ class Blocks:
         compute: Literal["float32", "bfloat16"] = "float32",
         device: torch.device = CPU,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.device = device
+        self.checkpoint, self.device = checkpoint, device
         self._compute = compute
         self._model = skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
         """Return the shape of each batch's hidden states, (B, T, D)."""
-        width = self.checkpoint.entries["model.embed_tokens.weight"].shape[1]
-        return [(*batch.ids_BT.shape, width) for batch in batches]
+        D = self.checkpoint.entries[_EMBEDDING].shape[1]
+        return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def widths(self) -> list[int]:
         """Return the number of inputs of each group of linears."""
@@ -64,14 +64,14 @@ class Blocks:
         ]
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        """Yield what enters the first block, (B, T, D); only the rows of tokens that occur are read."""
+        """Yield what enters the first block, (B, T, D)."""
         if not batches:
             return
+        # Only the rows of tokens that occur are read: the whole table may be larger than a block.
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
-        rows_ND = torch.from_numpy(
-            self.checkpoint.read_rows("model.embed_tokens.weight", used_N.numpy())
-        )
+        rows_ND = torch.from_numpy(self.checkpoint.read_rows(_EMBEDDING, used_N.numpy()))
         rows_ND *= embedding_scale(self.checkpoint)
+
         for batch in batches:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
 
@@ -106,8 +106,8 @@ class Blocks:
         Args:
             block: that was loaded.
             hidden_BTD: what enters it.
-            known: inputs of groups of one linear, by number, as an earlier pass found them. What leads there within the
-                linear's module, which it must end, is left out.
+            known: group → input of its one linear, where an earlier pass found it. The linear must
+                end attention or the feed-forward part; that part then computes the linear alone.
         """
         hidden_BTD = self.place(hidden_BTD)
         position_1T = self.place(torch.arange(hidden_BTD.shape[1]))[None]
@@ -117,13 +117,15 @@ class Blocks:
         }
         bfloat16 = self._compute == "bfloat16"
         compute = torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        with compute, self._starting_at(block, known or {}):
+
+        with compute, self._shortcuts(block, known or {}):
             output = block(
                 hidden_BTD,
                 attention_mask=self._mask(block, hidden_BTD.shape[1]),
                 position_ids=position_1T,
                 **rotary,
             )
+
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -131,31 +133,39 @@ class Blocks:
         """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
         config: Any = self._model.config
         window = getattr(config, "sliding_window", None)
-        # transformers gives every block the window where blocks have no kind of attention of their own
+        # transformers gives every block the window where blocks have no kind of attention of their
+        # own
         slides = getattr(block, "attention_type", "sliding_attention") == "sliding_attention"
         if not slides or not window or length <= window:
             return None
+
         position_T = self.place(torch.arange(length))
         distance_TT = position_T[:, None] - position_T
         seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
         return seen_TT[None, None]
 
     @contextmanager
-    def _starting_at(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """While the body runs, the module that a linear with known input ends computes no more than that linear."""
+    def _shortcuts(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """While the body runs, a part of the block whose last input is known computes its last linear.
+
+        This replaces ``forward`` of the part on the instance (monkey-patching), for a hook cannot
+        leave the work out: a pre-hook changes arguments and a hook results, but ``forward`` runs.
+        """
         changed = []
         for group, input_BTI in known.items():
             (name,) = self.checkpoint.family.input_groups[group]
-            owner = block.get_submodule(name.rpartition(".")[0])
-            changed.append(owner)
-            owner.forward = partial(
-                _last, block.get_submodule(name), self.place(input_BTI), _ATTENTION in name
-            )
+            linear = block.get_submodule(name)
+            part_name = name.rpartition(".")[0]
+            part = block.get_submodule(part_name)
+
+            is_attention = part_name == _ATTENTION
+            part.forward = partial(_run_last, linear, self.place(input_BTI), is_attention)
+            changed.append(part)
         try:
             yield
         finally:
-            for owner in changed:
-                del owner.forward
+            for part in changed:
+                del part.forward  # the class's own shows through again
 
     def input(
         self,
@@ -164,7 +174,7 @@ class Blocks:
         hidden_BTD: torch.Tensor,
         known: Mapping[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Return what reaches one linear; what comes after it is not computed, and what is known neither."""
+        """Return what reaches one linear; nothing after it is computed."""
         seen: list[torch.Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -180,10 +190,13 @@ class Blocks:
         return seen[0]
 
 
-def _last(linear: nn.Module, input_BTI: torch.Tensor, attention: bool, *_: Any, **__: Any) -> Any:
+def _run_last(
+    linear: nn.Module, input_BTI: torch.Tensor, is_attention: bool, *_: Any, **__: Any
+) -> Any:
     """Return what attention or the feed-forward part returns, from what reaches its last linear."""
     output_BTD = linear(input_BTI)
-    return (output_BTD, None) if attention else output_BTD  # the weights, which sdpa does not give
+    attention_weights = None  # sdpa gives none
+    return (output_BTD, attention_weights) if is_attention else output_BTD
 
 
 class _Reached(Exception):

@@ -56,8 +56,8 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
     cache = per_token * (checkpoint.block_count + 1) * sequences * longest
 
-    # A token of the prompt: six values of the hidden width in attention (norm, q, k, v, output, sum)
-    # and four of the feed-forward width. Logits are those of the last position, and a copy.
+    # A token of the prompt: six values of the hidden width in attention (norm, q, k, v, output,
+    # sum) and four of the feed-forward width. Logits are those of the last position, and a copy.
     passing = sequences * prompt * (6 * width + 4 * inner)
     logits = 2 * sequences * checkpoint.integer("vocab_size")
     return _resident() + _FLOAT32 * (weights + cache + passing + logits)
@@ -72,15 +72,16 @@ def peak_bytes(
 ) -> int:
     """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take at most in memory.
 
-    That is the process as it is with transformers loaded, two copies of a block, the window of hidden
-    states, and the most expensive moment of the most expensive group of linears.
+    That is the process as it is with transformers loaded, two copies of a block, the window of
+    hidden states, and the most expensive moment of the most expensive group of linears.
 
     Args:
         checkpoint: the dense model.
         settings: method, pattern, sparsity.
         calibration_tokens: of the traces that decide the pruning.
         held_out_tokens: of the traces that only measure it.
-        quant: number format whose codes are chosen while pruning; empty leaves rounding to the export.
+        quant: number format whose codes are chosen while pruning; empty leaves rounding to the
+            export.
     """
     groups = _group_shapes(checkpoint)
     width = Blocks(checkpoint, settings.compute, choose_device(settings.device)).widths()[0]
@@ -91,8 +92,8 @@ def peak_bytes(
     dense_tokens = tokens if settings.match_dense else held_out_tokens
     window = sum(min(_FLOAT32 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
 
-    # A token of a batch: six values of the hidden width in attention, two of the feed-forward width,
-    # and two more for each stream whose input of a linear is weighted and summed.
+    # A token of a batch: six values of the hidden width in attention, two of the feed-forward
+    # width, and two more for each stream whose input of a linear is weighted and summed.
     inner = max(I for shapes in groups for _, I in shapes)
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
     passing = _FLOAT32 * batch_tokens * (6 * width + (2 + 2 * streams) * inner)
@@ -108,8 +109,8 @@ def peak_bytes(
 
         gather = round(_FLOAT64 * _TRIANGLE * I * I) + _FLOAT64 * drift * I + passing
         factor = hessian_and_factor + _FLOAT32 * drift * I
-        # Weights and targets of the group; for the largest linear, what the method and the refit keep
-        # (masks, scores, steps, slopes), and weights and pull of the search for codes.
+        # Weights and targets of the group; for the largest linear, what the method and the refit
+        # keep (masks, scores, steps, slopes), and weights and pull of the search for codes.
         copies = 10 if quant else 8
         largest = max(O for O, _ in shapes)
         solve = hessian_and_factor + _FLOAT32 * I * (2 * rows + copies * largest)

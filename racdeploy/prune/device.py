@@ -1,7 +1,8 @@
-"""Where blocks are computed: the CPU, or a GPU that holds one block at a time.
+"""Where blocks are computed: the CPU, or a GPU with one block at a time.
 
-Weights, batches and hidden states stay in main memory; what a block computes with goes to the device and its results
-come back. Products are float32 on either (torch leaves TF32 off), so they differ by the order of sums.
+Weights, batches and hidden states stay in main memory; what a block computes with goes to the
+device and its results come back. Products are float32 on either (torch leaves TF32 off), so they
+differ by the order of sums.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cpu":
         return CPU
     if torch.cuda.is_available():
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        )
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", rank % torch.cuda.device_count())
     if asked == "auto":
         return CPU
     raise EnvironmentFailure(

@@ -1,8 +1,8 @@
-"""The calibration batches on their way through one model: hidden states between blocks, and inputs within a block.
+"""The calibration batches on their way through one model: hidden states, and inputs within a block.
 
-A block is passed several times, up to the input of each group of linears and to its end. The inputs of the linears that
-end attention and the feed-forward part are kept on disk: later passes start there and leave out what comes before. The
-results are the same; about half as much is computed.
+A block is passed several times, up to the input of each group of linears and to its end. The inputs
+of the linears that end attention and the feed-forward part are kept on disk: later passes start
+there and leave out what comes before. The results are the same; about half as much is computed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from racdeploy.prune.blocks import Blocks
 KEPT_BYTES = 2 << 30
 
 
-def is_kept(group: int) -> bool:
-    """Return whether the input of a group of linears is kept: that of the one linear that ends a part of the block."""
-    return group % 2 == 1
-
-
 class Flow:
     """Batches between and within the blocks of one model.
 
@@ -33,7 +28,8 @@ class Flow:
         batches: in their order.
         folder: for scratch files.
         name: of the scratch files.
-        kept_bytes: disk space for inputs within a block; batches beyond it are computed anew in every pass.
+        kept_bytes: disk space for inputs within a block; batches beyond it compute them in every
+            pass.
     """
 
     def __init__(
@@ -45,30 +41,31 @@ class Flow:
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._blocks = blocks
+        self._groups = blocks.checkpoint.family.input_groups
         shapes = blocks.shapes(batches)
         self.hidden = Activations(shapes, folder / f"hidden-{name}.bin")
-        widths = {group: width for group, width in enumerate(blocks.widths()) if is_kept(group)}
-        tokens, kept = 0, list[tuple[int, int]]()
-        for batch, (B, T, _) in zip(batches, shapes, strict=True):
-            tokens += B * T
-            if batch.held_out or 4 * tokens * sum(widths.values()) > kept_bytes:
-                break
-            kept.append((B, T))
-        self._inputs = {
-            group: Activations(
-                [(B, T, width) for B, T in kept],
-                folder / f"input-{name}-{group}.bin",
-                window_bytes=0,
-            )
-            for group, width in widths.items()
-        }
-        self._known: list[set[int]] = [set() for _ in kept]
+
+        ends_part = blocks.checkpoint.family.ends_part
+        widths = {group: I for group, I in enumerate(blocks.widths()) if ends_part(group)}
+        kept = _choose_kept(batches, shapes, sum(widths.values()), kept_bytes)
+        self._inputs: dict[int, Activations] = {}
+        for group, I in widths.items():
+            file = folder / f"input-{name}-{group}.bin"
+            self._inputs[group] = Activations([(B, T, I) for B, T in kept], file, window_bytes=0)
+        self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
     def input(self, block: nn.Module, group: int, index: int) -> torch.Tensor:
-        """Return what reaches a group of linears, of the batch of that index; groups are asked for in their order."""
-        linear = self._blocks.checkpoint.family.input_groups[group][0]
-        found_BTI = self._blocks.input(block, linear, self.hidden[index], self._inputs_of(index))
-        if is_kept(group) and index < len(self._known):
+        """Return what reaches a group of linears; groups are asked for in their order.
+
+        Args:
+            block: that was loaded.
+            group: its number.
+            index: of the batch.
+        """
+        linear = self._groups[group][0]
+        known = self._inputs_of(index)
+        found_BTI = self._blocks.input(block, linear, self.hidden[index], known)
+        if group in self._inputs and index < len(self._known):
             self._inputs[group][index] = found_BTI.float()
             self._known[index].add(group)
         return found_BTI
@@ -87,5 +84,20 @@ class Flow:
             activations.close()
 
     def _inputs_of(self, index: int) -> dict[int, torch.Tensor]:
-        known = self._known[index] if index < len(self._known) else ()
-        return {group: self._inputs[group][index] for group in known}
+        if index >= len(self._known):
+            return {}
+        return {group: self._inputs[group][index] for group in self._known[index]}
+
+
+def _choose_kept(
+    batches: Sequence[Batch], shapes: Sequence[tuple[int, ...]], width: int, kept_bytes: int
+) -> list[tuple[int, int]]:
+    """Return (B, T) of the first calibration batches whose inputs, ``width`` together, fit."""
+    kept: list[tuple[int, int]] = []
+    size_bytes = 0
+    for batch, (B, T, _) in zip(batches, shapes, strict=True):
+        size_bytes += 4 * B * T * width
+        if batch.held_out or size_bytes > kept_bytes:
+            break
+        kept.append((B, T))
+    return kept

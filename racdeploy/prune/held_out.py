@@ -21,43 +21,48 @@ class RelativeError:
 
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = list(tasks)
-        self._lost_KS = torch.zeros(len(self._tasks), len(STREAMS), dtype=torch.float64)
-        self._energy_KS = torch.zeros_like(self._lost_KS)
+        # X: tasks.
+        self._lost_XR = torch.zeros(len(tasks), len(STREAMS), dtype=torch.float64)
+        self._energy_XR = torch.zeros_like(self._lost_XR)
 
     def add(self, found_BTO: torch.Tensor, wanted_BTO: torch.Tensor, batch: Batch) -> None:
         """Add a batch; padding does not count."""
-        real_BT = batch.stream_BT != PAD
-        place = (batch.task_B[:, None].expand_as(real_BT)[real_BT], batch.stream_BT[real_BT])
         lost_BT = (found_BTO - wanted_BTO).square().sum(-1, dtype=torch.float64)
         energy_BT = wanted_BTO.square().sum(-1, dtype=torch.float64)
-        self._lost_KS.index_put_(place, lost_BT.cpu()[real_BT], accumulate=True)
-        self._energy_KS.index_put_(place, energy_BT.cpu()[real_BT], accumulate=True)
+
+        real_BT = batch.stream_BT != PAD
+        task_BT = batch.task_B[:, None].expand_as(real_BT)
+        place = (task_BT[real_BT], batch.stream_BT[real_BT])
+        self._lost_XR.index_put_(place, lost_BT.cpu()[real_BT], accumulate=True)
+        self._energy_XR.index_put_(place, energy_BT.cpu()[real_BT], accumulate=True)
 
     def share(self, processes: Processes) -> None:
         """Add up what the processes of a job measured."""
-        processes.total(self._lost_KS)
-        processes.total(self._energy_KS)
+        processes.total(self._lost_XR)
+        processes.total(self._energy_XR)
 
     @property
     def total(self) -> float | None:
         """Error over all tokens; None where there were none."""
-        return _ratio(self._lost_KS.sum(), self._energy_KS.sum())
+        lost, energy = self._lost_XR.sum(), self._energy_XR.sum()
+        return float(lost / energy) if energy > 0 else None
 
     @property
     def by_stream(self) -> dict[str, float]:
         """Error of each stream that had tokens."""
-        return _ratios(STREAMS, self._lost_KS.sum(0), self._energy_KS.sum(0))
+        lost_R, energy_R = self._lost_XR.sum(0), self._energy_XR.sum(0)
+        return _ratios(STREAMS, lost_R, energy_R)
 
     @property
     def by_task(self) -> dict[str, float]:
         """Error of each task that had tokens."""
-        return _ratios(self._tasks, self._lost_KS.sum(1), self._energy_KS.sum(1))
+        lost_X, energy_X = self._lost_XR.sum(1), self._energy_XR.sum(1)
+        return _ratios(self._tasks, lost_X, energy_X)
 
 
-def _ratios(names: Sequence[str], lost: torch.Tensor, energy: torch.Tensor) -> dict[str, float]:
-    ratios = {name: _ratio(a, b) for name, a, b in zip(names, lost, energy, strict=True)}
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
-
-
-def _ratio(lost: torch.Tensor, energy: torch.Tensor) -> float | None:
-    return float(lost / energy) if float(energy) > 0 else None
+def _ratios(names: Sequence[str], lost_X: torch.Tensor, energy_X: torch.Tensor) -> dict[str, float]:
+    ratios = {}
+    for name, lost, energy in zip(names, lost_X, energy_X, strict=True):
+        if energy > 0:
+            ratios[name] = float(lost / energy)
+    return ratios

@@ -9,23 +9,26 @@ import torch
 from racdeploy.errors import EnvironmentFailure
 
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
-_SLAB_COLUMNS = 256  # inverted together: narrow beside the matrix, wide enough for products to run at full speed
-_CHUNK_VALUES = 1 << 20  # moved together: what is copied meanwhile stays small
+# Columns that are inverted together: few beside the matrix, so that what is copied stays small, and
+# enough for products to run at full speed.
+_SLAB_COLUMNS = 256
+_CHUNK_VALUES = 1 << 20  # that change places together: 4 MB are copied meanwhile
 
 
 class Hessian:
     """Mean of x xᵀ over calibration tokens, with damping on its diagonal.
 
-    Every factor is computed once, on first use, for all linears that share the input. Inputs that were never active
-    (``dead_I``) get a unit diagonal; their weights are zero and stay so. ``norm_I`` is the root of each input's mean
-    energy, without damping.
+    Every factor is computed once, on first use, for all linears that share the input. Inputs that
+    were never active (``dead_I``) get a unit diagonal; their weights are zero and stay so.
+    ``norm_I`` is the root of each input's mean energy, without damping.
 
     Args:
         matrix_II: float32, symmetric, contiguous; becomes the damped one.
         damping: share of the mean diagonal to add.
 
     Raises:
-        EnvironmentFailure: on first use of a factor, where the matrix does not factor even with 1000 times the damping.
+        EnvironmentFailure: on first use of a factor, where the matrix does not factor even with
+            1000 times the damping.
     """
 
     def __init__(self, matrix_II: torch.Tensor, damping: float) -> None:
@@ -40,28 +43,30 @@ class Hessian:
 
     @cached_property
     def inverse_factor_II(self) -> torch.Tensor:
-        """Upper Cholesky factor U of the inverse, H⁻¹ = Uᵀ U; raises ``damping`` stepwise where it takes more.
+        """Upper Cholesky factor U of the inverse, H⁻¹ = Uᵀ U.
 
-        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never formed, and one
-        matrix is all that is needed beside H.
+        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never
+        formed, and one matrix is all that is needed beside H. Where H does not factor, ``damping``
+        is raised step by step.
         """
         for step in range(DAMPING_STEPS + 1):
             if step:
                 more = self._asked * DAMPING_STEP**step
                 self._damp(more - self.damping)
                 self.damping = more
+
+            # In place, so that no third matrix is made: what LAPACK writes as Lᵀ, column by column,
+            # is L row by row.
             factor_II = self.matrix_II.flip(0, 1)
-            by_columns_II, failed = (
-                factor_II.mT,
-                torch.empty((), dtype=torch.int32, device=factor_II.device),
-            )
-            # In place, so that no third matrix is made; what LAPACK writes as Lᵀ column by column is L row by row.
+            by_columns_II = factor_II.mT
+            failed = torch.empty((), dtype=torch.int32, device=factor_II.device)
             torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))
             if not failed:
                 _invert_lower(factor_II)
                 _reverse(factor_II.view(-1))
                 return factor_II
-            del factor_II, by_columns_II
+            del factor_II, by_columns_II  # before the next one is made
+
         raise EnvironmentFailure(
             f"the Hessian does not factor, even with damping {self.damping:g}",
             remedy="collect more traces, or raise prune.damping in the recipe",
@@ -79,7 +84,8 @@ class Hessian:
     @cached_property
     def scaled_II(self) -> torch.Tensor:
         """The damped matrix with unit diagonal."""
-        return self.matrix_II / self.scale_I[:, None] / self.scale_I
+        scale_I = self.scale_I
+        return self.matrix_II / scale_I[:, None] / scale_I
 
     @cached_property
     def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,24 +98,32 @@ class Hessian:
 
 
 def _invert_lower(lower_II: torch.Tensor) -> None:
-    """Invert a lower triangular matrix in place, from the last columns to the first. Source: LAPACK's ``trtri``."""
-    inputs = len(lower_II)
-    for start in reversed(range(0, inputs, _SLAB_COLUMNS)):
-        stop = min(start + _SLAB_COLUMNS, inputs)
+    """Invert a lower triangular matrix in place, slab by slab from the last columns to the first.
+
+    Source: LAPACK's ``trtri``.
+    """
+    I = len(lower_II)
+    for start in reversed(range(0, I, _SLAB_COLUMNS)):
+        stop = min(start + _SLAB_COLUMNS, I)
         own_CC = lower_II[start:stop, start:stop]
         one_CC = torch.eye(stop - start, dtype=own_CC.dtype, device=own_CC.device)
         own_CC.copy_(torch.linalg.solve_triangular(own_CC, one_CC, upper=False))
-        below_IC = lower_II[stop:, start:stop] @ own_CC
-        for row in range(stop, inputs, _SLAB_COLUMNS):
-            end = min(row + _SLAB_COLUMNS, inputs)
-            lower_II[row:end, start:stop] = -(lower_II[row:end, stop:end] @ below_IC[: end - stop])
+
+        # Below: −(inverse below and to the right, which is there already) × slab × own inverse.
+        slab_XC = lower_II[stop:, start:stop] @ own_CC
+        for row in range(stop, I, _SLAB_COLUMNS):
+            end = min(row + _SLAB_COLUMNS, I)
+            inverse_CX = lower_II[row:end, stop:end]
+            lower_II[row:end, start:stop] = -(inverse_CX @ slab_XC[: end - stop])
 
 
-def _reverse(values_N: torch.Tensor) -> None:
+def _reverse(values_L: torch.Tensor) -> None:
     """Reverse the order of the values in place, a chunk from either end at a time."""
-    count = len(values_N)
+    count = len(values_L)
     for start in range(0, count // 2, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, count // 2)
-        last_C = values_N[count - stop : count - start].flip(0)
-        values_N[count - stop : count - start] = values_N[start:stop].flip(0)
-        values_N[start:stop] = last_C
+        front = slice(start, stop)
+        back = slice(count - stop, count - start)
+        reversed_back_L = values_L[back].flip(0)
+        values_L[back] = values_L[front].flip(0)
+        values_L[front] = reversed_back_L

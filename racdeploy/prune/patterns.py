@@ -23,29 +23,35 @@ class Unstructured:
             column: place of its first column in the linear.
             pruned_before: zeros already placed in earlier columns.
         """
-        target = round(self.sparsity * len(score_OC) * (column + score_OC.shape[1]))
+        O, C = score_OC.shape
+        target = round(self.sparsity * O * (column + C))
         count = min(max(target - pruned_before, 0), score_OC.numel())
-        score = score_OC.flatten()
         if not count:
             return torch.ones_like(score_OC, dtype=torch.bool)
-        threshold = torch.kthvalue(score, count).values
-        keep = score > threshold
-        equal = torch.nonzero(score == threshold).flatten()  # ties: the first ones go
-        keep[equal[count - int((score < threshold).sum()) :]] = True
-        return keep.view_as(score_OC)
+
+        score_L = score_OC.flatten()
+        threshold = torch.kthvalue(score_L, count).values
+        keep_L = score_L > threshold
+
+        # Of equal scores the first ones go, as many as are still missing.
+        equal_X = torch.nonzero(score_L == threshold).flatten()
+        missing = count - int((score_L < threshold).sum())
+        keep_L[equal_X[missing:]] = True
+        return keep_L.view_as(score_OC)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Return keep_OI with the same number of zeros in every row, up to one, and the exact number in all."""
         O, I = score_OI.shape
-        total_O = torch.round(
-            torch.arange(1, O + 1, dtype=torch.float64) * (self.sparsity * I)
-        ).long()
-        count_O = torch.diff(total_O, prepend=torch.zeros(1, dtype=torch.long)).to(score_OI.device)
-        rank_OI = torch.argsort(torch.argsort(score_OI, dim=1, stable=True), dim=1)
+        rows_O = torch.arange(1, O + 1, dtype=torch.float64)
+        total_O = torch.round(rows_O * (self.sparsity * I)).long()
+        count_O = torch.diff(total_O, prepend=total_O.new_zeros(1)).to(score_OI.device)
+
+        order_OI = torch.argsort(score_OI, dim=1, stable=True)
+        rank_OI = torch.argsort(order_OI, dim=1)
         return rank_OI >= count_O[:, None]
 
     def group(self, column_block: int) -> int:
-        """Width of the column slices for which masks are chosen together."""
+        """Return the width of the column slices for which masks are chosen together."""
         return column_block
 
     def check(self, name: str, inputs: int) -> None:
@@ -62,18 +68,18 @@ class NOfM:
     def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
         """Return keep_OC with exactly ``kept`` True in each group of ``of`` columns."""
         O, C = score_OC.shape
-        score_OGM = score_OC.view(O, C // self.of, self.of)
-        order_OGM = torch.argsort(score_OGM, dim=-1, descending=True, stable=True)
-        keep_OGM = torch.zeros_like(score_OGM, dtype=torch.bool)
-        keep_OGM.scatter_(-1, order_OGM[..., : self.kept], True)
-        return keep_OGM.view(O, C)
+        score_OGS = score_OC.view(O, C // self.of, self.of)
+        order_OGS = torch.argsort(score_OGS, dim=-1, descending=True, stable=True)
+        keep_OGS = torch.zeros_like(score_OGS, dtype=torch.bool)
+        keep_OGS.scatter_(-1, order_OGS[..., : self.kept], True)
+        return keep_OGS.view(O, C)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Return keep_OI; groups never reach beyond one row anyway."""
         return self.keep(score_OI)
 
     def group(self, column_block: int) -> int:
-        """Width of the column slices for which masks are chosen together: one group."""
+        """Return the width of one group: masks are chosen group by group."""
         return self.of
 
     def check(self, name: str, inputs: int) -> None:
@@ -95,23 +101,24 @@ class Within:
 
     Args:
         pattern: how many zeros there shall be; no fewer than there are, in any slice.
-        gone_OI: True where a weight was pruned before.
+        gone_OI: True where a weight was pruned before; it is pruned first, as the least important.
     """
 
     pattern: Unstructured | NOfM
     gone_OI: torch.Tensor
 
     def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
-        """Return keep_OC of the pattern, weights that are gone last."""
+        """Return keep_OC of the pattern."""
         gone_OC = self.gone_OI[:, column : column + score_OC.shape[1]]
-        return self.pattern.keep(score_OC.masked_fill(gone_OC, -1.0), column, pruned_before)
+        score_OC = score_OC.masked_fill(gone_OC, -1.0)
+        return self.pattern.keep(score_OC, column, pruned_before)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        """Return keep_OI of the pattern, weights that are gone last."""
+        """Return keep_OI of the pattern."""
         return self.pattern.keep_per_output(score_OI.masked_fill(self.gone_OI, -1.0))
 
     def group(self, column_block: int) -> int:
-        """Width of the column slices for which masks are chosen together."""
+        """Return the pattern's width."""
         return self.pattern.group(column_block)
 
     def check(self, name: str, inputs: int) -> None:
@@ -122,6 +129,6 @@ class Within:
 Pattern = Unstructured | NOfM | Within
 
 
-def pattern_of(sparsity: float, kept_of: tuple[int, int] | None) -> Unstructured | NOfM:
+def make_pattern(sparsity: float, kept_of: tuple[int, int] | None) -> Unstructured | NOfM:
     """Return the pattern a recipe asks for."""
     return NOfM(*kept_of) if kept_of else Unstructured(sparsity)

@@ -1,8 +1,9 @@
-"""The processes of one job: who does what, sums, and results to all. Nothing else knows how many there are.
+"""The processes of one job: who does what, sums, and results to all.
 
-torchrun starts them and says so in the environment. The first process runs the command; the others do their share of
-whatever it asks for. Whole batches are shared out, never cut or regrouped, and their products are summed in float64: on
-like processors and with as many threads the result is that of one process, bit for bit. Messages go through gloo.
+torchrun starts them, as the environment shows. The first process runs the command and has the
+files; the others do their share of whatever it asks for. Whole batches are shared out, never cut or
+regrouped, and their products are summed in float64: on like processors and with as many threads the
+result is that of one process, bit for bit. Messages go through gloo.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure, Mis
 if TYPE_CHECKING:
     import torch
 
-
 T = TypeVar("T")
 R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=10)
-_PATIENCE = timedelta(
-    days=7
-)  # the others wait while the first one exports and verifies; a death shows at once
-_REMEDY = "the first error above is the cause; run the same command again, it goes on at the first missing block"
+# The others wait while the first one exports and verifies; that one is gone shows at once.
+_PATIENCE = timedelta(days=7)
+_REMEDY = "the first error above is the cause; run the same command again, it resumes at the first missing block"
 
 
 class Processes:
@@ -50,12 +49,18 @@ class Processes:
         self._group, self._members = group, members
         self._waiting = True  # whether the others wait for a job
 
+    @property
+    def first(self) -> bool:
+        """Whether this process runs the command and writes the results."""
+        return self.rank == 0
+
     def owners(self, costs: Sequence[int]) -> list[int]:
-        """Return a process for each piece of work: the largest first, to whoever has least so far."""
+        """Return a process for each piece of work: the largest first, to whoever has least."""
         loads, owners = [0] * self.count, [0] * len(costs)
         for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-            owners[index] = loads.index(min(loads))
-            loads[owners[index]] += costs[index]
+            owner = loads.index(min(loads))
+            owners[index] = owner
+            loads[owner] += costs[index]
         return owners
 
     def mine(self, costs: Sequence[int]) -> list[int]:
@@ -63,23 +68,31 @@ class Processes:
         return [index for index, owner in enumerate(self.owners(costs)) if owner == self.rank]
 
     def total(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
-        """Add up a tensor over all processes, in place, in those that own it, or in all; elsewhere it is lost."""
+        """Add up a tensor over all processes, in place, in those that own it.
+
+        Without owners that is all of them. In the others the tensor is lost.
+        """
         if self.count == 1:
             return
         receivers = sorted(set(owners)) or list(range(self.count))
+        summing = receivers[0]
+
         with _talking(), _on_cpu(tensor) as message:
-            self._group.reduce(message, receivers[0], group=self._members)
+            self._group.reduce(message, summing, group=self._members)
             for other in receivers[1:]:
-                if self.rank == receivers[0]:
+                if self.rank == summing:
                     self._group.send(message, other, group=self._members)
                 elif self.rank == other:
-                    self._group.recv(message, receivers[0], group=self._members)
+                    self._group.recv(message, summing, group=self._members)
 
-    def spread(self, tensor: torch.Tensor, owner: int) -> None:
-        """Overwrite a tensor by that of one process."""
-        if self.count > 1:
-            with _talking(), _on_cpu(tensor) as message:
-                self._group.broadcast(message, owner, group=self._members)
+    def spread(self, tensor: torch.Tensor, owner: int = 0) -> torch.Tensor:
+        """Return the tensor that one process has; the others give one of its shape and type."""
+        if self.count == 1:
+            return tensor
+        spread = tensor.clone()
+        with _talking(), _on_cpu(spread) as message:
+            self._group.broadcast(message, owner, group=self._members)
+        return spread
 
     def tell(self, value: T, owner: int = 0) -> T:
         """Return the value that one process has."""
@@ -90,6 +103,10 @@ class Processes:
             self._group.broadcast_object_list(box, owner, group=self._members)
         result: T = box[0]  # type: ignore[assignment]
         return result
+
+    def ask_first(self, find: Callable[[], T]) -> T:
+        """Return what the first process finds, where it alone has the files."""
+        return self.tell(find() if self.first else None)  # type: ignore[arg-type, return-value]
 
     def all(self, value: T) -> list[T]:
         """Return the values of all processes, in their order."""
@@ -127,26 +144,33 @@ class Processes:
         """
         while (found := self.tell(_NO_JOB))[0]:
             name, wanted, given = found
-            if different := [key for key, value in same(name).items() if value != wanted[key]]:
+            different = [key for key, value in same(name).items() if value != wanted[key]]
+            if different:
                 raise ArtifactError(
-                    f"process {self.rank} is not like the first one; they differ in {', '.join(different)}",
-                    remedy="give every machine the same model folder, and the same racdeploy, torch and transformers",
+                    f"process {self.rank} is not like the first one; "
+                    f"they differ in {', '.join(different)}",
+                    remedy="give every machine the same model folder, "
+                    "and the same racdeploy, torch and transformers",
                 )
             yield name, given
 
     def each(self, do: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return what the processes make of one item each; fewer items leave some idle. For the first process."""
+        """Return what the processes make of one item each; for the first process.
+
+        Fewer items than processes leave some idle.
+        """
         self.tell(items)
-        return self.all(do(items[0]))[: len(items)] if self.count > 1 else [do(items[0])]
+        return self.all(do(items[0]))[: len(items)]
 
     def serve(self, do: Callable[[Any], Any]) -> None:
         """Do the items of :meth:`each` until there are none. For the others."""
         while items := self.tell(()):
-            self.all(do(items[self.rank]) if self.rank < len(items) else None)
+            idle = self.rank >= len(items)
+            self.all(None if idle else do(items[self.rank]))
 
     def dismiss(self) -> None:
         """Let the others go, where they wait; for the first process, at its end."""
-        if self.rank == 0 and self._waiting:
+        if self.first and self._waiting:
             self.tell(_NO_JOB)
 
 
@@ -154,13 +178,13 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def join_processes() -> Iterator[Processes]:
     """Yield the processes that torchrun started, or :data:`ALONE`.
 
     Raises:
         EngineError: the others do not come, or one of them is gone.
     """
-    if not _asked():
+    if not _is_one_of_several():
         yield ALONE
         return
     if importlib.util.find_spec("torch") is None:
@@ -182,20 +206,21 @@ def joined() -> Iterator[Processes]:
             processes.dismiss()
         finally:
             group.destroy_process_group()
-            processes._members = members = (
-                None  # the last references: gloo ends its threads here, not as we exit
-            )
+            # The last references: gloo ends its threads here, not as we exit.
+            processes._members = members = None
     signal.signal(signal.SIGTERM, before)
 
 
-def _asked() -> bool:
-    """Return whether this process is one of several, by torchrun's variables."""
-    return all(os.environ.get(name) for name in _ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"
+def _is_one_of_several() -> bool:
+    """Return what torchrun's variables say."""
+    if not all(os.environ.get(name) for name in _ENVIRONMENT):
+        return False
+    return os.environ["WORLD_SIZE"] != "1"
 
 
 @contextmanager
 def _talking() -> Iterator[None]:
-    """Say what a broken connection means."""
+    """Turn a broken connection into an error that says what it means."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # gloo has no errors of its own
@@ -206,7 +231,7 @@ def _talking() -> Iterator[None]:
 
 @contextmanager
 def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensor, or while the body runs its copy on the CPU: gloo sends nothing else between all its members."""
+    """Yield the tensor, or while the body runs its copy on the CPU: gloo broadcasts nothing else."""
     copy = tensor.cpu()
     yield copy
     if copy is not tensor:
@@ -221,5 +246,5 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore_terminate() -> None:
-    """Let no second signal of torchrun's break into the message and the clean end of a process that ends anyway."""
+    """Let no second signal of torchrun's break into the message and the clean end of this process."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,16 @@ from racdeploy.report.model import LinearRow
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A pruned linear in the file's dtype, what it was solved for, its error, and how large its inputs are."""
+    """A pruned linear.
+
+    Args:
+        stored_OI: weights in the file's dtype.
+        target_OI: dense weights, or what gives the dense model's output on the drifted input.
+        damping: share of the mean diagonal that the Hessian took.
+        error: on held-out traces, against the target.
+        importance_I: mean squared input.
+        tokens: on how many the importance rests.
+    """
 
     stored_OI: torch.Tensor
     target_OI: torch.Tensor
@@ -26,70 +36,54 @@ class PrunedLinear:
     importance_I: torch.Tensor
     tokens: int
 
-    def spread(self, processes: Processes, owner: int, target: bool) -> PrunedLinear:
-        """Return the linear as its owner has it; tensors are overwritten, the target's only where they differ."""
-        if processes.count == 1:
-            return self
-        stored_OI, target_OI = (
-            self.stored_OI.clone(),
-            self.target_OI.clone() if target else self.target_OI,
-        )
-        processes.spread(stored_OI, owner)
-        if target:
-            processes.spread(target_OI, owner)
+    def spread(self, processes: Processes, owner: int, *, target: bool) -> PrunedLinear:
+        """Return the linear as its owner has it; the targets are all the same unless ``target``."""
         return replace(
             self,
-            stored_OI=stored_OI,
-            target_OI=target_OI,
+            stored_OI=processes.spread(self.stored_OI, owner),
+            target_OI=processes.spread(self.target_OI, owner) if target else self.target_OI,
             damping=processes.tell(self.damping, owner),
         )
 
     def row(self, name: str, sparsity: float, quant: str) -> LinearRow:
+        """Return what is reported of it."""
         reached = float((self.stored_OI == 0).float().mean())
+        rounded = quant and reached > sparsity
         return LinearRow(
             name=name,
             sparsity_asked=sparsity,
             sparsity_reached=reached,
-            reason=f"codes of {quant} rounded to zero" if quant and reached > sparsity else "",
+            reason=f"codes of {quant} rounded to zero" if rounded else "",
             held_out_error=self.error.total,
             error_by_stream=self.error.by_stream,
             damping=self.damping,
         )
 
 
-def importance(prefix: str, pruned: Mapping[str, PrunedLinear]) -> dict[str, torch.Tensor]:
-    """Return the mean squared inputs by the weight's name, and on how many tokens they rest."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, row in pruned.items():
-        tensors[f"{prefix}.{name}.weight"] = (
-            row.importance_I.cpu().clone()
-        )  # linears of a group share it
-        tensors[f"{prefix}.{name}.weight.tokens"] = torch.tensor([row.tokens], dtype=torch.float64)
-    return tensors
-
-
 @contextmanager
-def measured(block: nn.Module, pruned: Mapping[str, PrunedLinear], batch: Batch) -> Iterator[None]:
-    """While the body runs, compare each pruned linear's output with that of the weights it was solved for."""
-
-    def observer(
-        linear: PrunedLinear,
-    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def observe(
-            module: nn.Module, inputs: tuple[torch.Tensor, ...], output_BTO: torch.Tensor
-        ) -> None:
-            bias = getattr(module, "bias", None)
-            found_BTO = output_BTO if bias is None else output_BTO - bias
-            linear.error.add(found_BTO.float(), inputs[0].float() @ linear.target_OI.T, batch)
-
-        return observe
-
-    handles = [
-        block.get_submodule(name).register_forward_hook(observer(linear))
-        for name, linear in pruned.items()
-    ]
+def measure_outputs(
+    block: nn.Module, pruned: Mapping[str, PrunedLinear], batch: Batch
+) -> Iterator[None]:
+    """While the body runs, compare each pruned linear's output with that of its target."""
+    handles = []
+    for name, linear in pruned.items():
+        hook = partial(_add_error, linear, batch)
+        handles.append(block.get_submodule(name).register_forward_hook(hook))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_error(
+    linear: PrunedLinear,
+    batch: Batch,
+    module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    output_BTO: torch.Tensor,
+) -> None:
+    bias = getattr(module, "bias", None)
+    found_BTO = output_BTO if bias is None else output_BTO - bias
+    wanted_BTO = inputs[0].float() @ linear.target_OI.T
+    linear.error.add(found_BTO.float(), wanted_BTO, batch)

@@ -1,6 +1,7 @@
 """Back-solve: the best values on a fixed mask, by conjugate gradients. Usable after any method.
 
-Minimizes tr((W − T) H (W − T)ᵀ) over the kept weights of each row, all rows at once, preconditioned with the diagonal.
+Minimizes tr((W − T) H (W − T)ᵀ) over the kept weights of each row, all rows at once, preconditioned
+with the diagonal.
 Source: ALPS (arXiv 2406.07831), section 3.2.
 """
 
@@ -15,20 +16,15 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
-_TINY = 1e-30
+_TINY = 1e-30  # a row that has converged divides by this: its steps are zero
 
 
 def prune_and_refit(
     method: Any, weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> Pruned:
-    """Return what a method leaves of a linear, solved again on its mask where the recipe asks for it.
+    """Return what a method leaves of a linear, solved again on its mask if the recipe asks for it.
 
-    Args:
-        method: a plugin of kind ``methods``.
-        weight_OI: weights before pruning; not changed.
-        hessian: of the input.
-        pattern: which counts of zeros are wanted.
-        settings: of the method, and refit_steps.
+    ``method`` is a plugin of kind ``methods``; ``weight_OI``, before pruning, is not changed.
     """
     pruned: Pruned = method.prune(weight_OI.clone(), hessian, pattern, settings)
     if not settings.refit_steps:
@@ -54,9 +50,8 @@ def refit(
         steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
     weight_OI = weight_OI * keep_OI
-    descend(
-        weight_OI, (target_OI - weight_OI) @ hessian.matrix_II, keep_OI, hessian.matrix_II, steps
-    )
+    pull_OI = (target_OI - weight_OI) @ hessian.matrix_II
+    descend(weight_OI, pull_OI, keep_OI, hessian.matrix_II, steps)
     return weight_OI
 
 
@@ -78,12 +73,17 @@ def descend(
     """
     diagonal_I = H_II.diagonal()
     scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
-    step_OI, power_O1 = scaled_OI, (pull_OI * scaled_OI).sum(1, keepdim=True)
+    power_O1 = (pull_OI * scaled_OI).sum(1, keepdim=True)
+    step_OI = scaled_OI
     for _ in range(steps):
+        # Go to the lowest point along the step; the pull follows without another product.
         product_OI = step_OI @ H_II
-        length_O1 = power_O1 / (step_OI * product_OI).sum(1, keepdim=True).clamp_min(_TINY)
+        curve_O1 = (step_OI * product_OI).sum(1, keepdim=True)
+        length_O1 = power_O1 / curve_O1.clamp_min(_TINY)
         weight_OI += length_O1 * step_OI
         pull_OI -= product_OI.mul_(length_O1)
+
+        # The next step: downhill, and conjugate to the last one.
         scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
         next_O1 = (pull_OI * scaled_OI).sum(1, keepdim=True)
         step_OI = scaled_OI.add_(next_O1 / power_O1.clamp_min(_TINY) * step_OI)

@@ -1,14 +1,19 @@
 """Choose the codes of a number format while pruning compensates: the exporter then writes those very codes.
 
-Slab by slab, the columns of a slab are rounded and those to come are solved again for what the rounding did. Then
-every column is visited in turn, again and again, and the layer-wise error falls with every step: each weight moves to
-the grid point that is best while all others stay, and each block's scale to the one that is best for its codes. The
-weight of largest magnitude of each block keeps the code of largest magnitude at any scale: quantizing the result again
-gives the same scale and codes. Knows of a format what :class:`racdeploy.quant.Grid` says, and no file's layout.
-Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 2210.17323), with scales that move.
+Slab by slab, the columns of a slab are rounded and those to come are solved again for what the
+rounding did. Then every column is visited in turn, again and again, and the error of the linear
+falls with every step: each weight moves to the grid point that is best while all others stay, and
+each quant block's scale to the one that is best for its codes. The weight of largest magnitude of a
+quant block keeps the code of largest magnitude at any scale: quantizing the result again gives the
+same scale and codes. Knows of a format what :class:`racdeploy.quant.Grid` says, and no file's
+layout.
+Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 2210.17323), with
+scales that move.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -18,17 +23,10 @@ from racdeploy.quant import Grid
 
 SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %
 SCALE_SWEEPS, CODE_SWEEPS = 4, 4
-CHUNK_COLUMNS = 128
-SPANS = (
-    0.75,
-    0.8,
-    0.85,
-    0.9,
-    0.95,
-    1.0,
-    1.05,
-)  # smaller ones clip, a larger one moves every code; 4 bits gain most
-_CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of them stay near a core
+CHUNK_COLUMNS = 128  # visited on a transposed copy; the rest of the row is brought up once a chunk
+# Scales to try, as shares of the format's own: smaller ones clip, a larger one moves every code.
+SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+_CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of 1 MB stay in a core's cache
 
 
 def round_to_grid(
@@ -47,8 +45,8 @@ def round_to_grid(
         hessian: of the input.
         quant: a number format whose codes are whole multiples of a block's scale.
     """
-    code_OI, step_OB = find_codes(weight_OI, keep_OI, target_OI, hessian, quant)
-    return code_OI.mul_(step_OB.repeat_interleave(quant.BLOCK, dim=1))
+    code_OI, step_OG = find_codes(weight_OI, keep_OI, target_OI, hessian, quant)
+    return code_OI.mul_(step_OG.repeat_interleave(quant.BLOCK, dim=1))
 
 
 def find_codes(
@@ -58,28 +56,29 @@ def find_codes(
     hessian: Hessian,
     quant: Grid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, whole numbers in float32, and step_OB, scales that half precision holds.
+    """Return code_OI, whole numbers in float32, and step_OG, scales that are half-precision numbers.
 
     The arguments are those of :func:`round_to_grid`.
     """
     search = _Search(weight_OI * keep_OI, keep_OI, target_OI, hessian.matrix_II, quant)
-    inputs = weight_OI.shape[1]
-    width = -(-inputs // (SLABS * quant.BLOCK)) * quant.BLOCK
-    for start in range(0, inputs, width):
+    I = weight_OI.shape[1]
+    width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
+    for start in range(0, I, width):
         if start:
             search.solve_from(start)
-        search.visit(start, min(start + width, inputs), scales=True)
-    search.pull_anew()
+        search.visit(start, min(start + width, I), scales=True)
+
+    search.recompute_pull()
     for _ in range(SCALE_SWEEPS):
-        search.visit(0, inputs, scales=True)
+        search.visit(0, I, scales=True)
     for _ in range(CODE_SWEEPS):
-        if not search.visit(0, inputs, scales=False):
+        if not search.visit(0, I, scales=False):
             break
-    return search.codes(), search.step_OB
+    return search.codes(), search.step_OG
 
 
 class _Search:
-    """Weights on their way to the grid, and the pull on each: minus half the slope of the layer-wise error.
+    """Weights on their way to the grid, and the pull on each: minus half the slope of the error.
 
     Args:
         weight_OI: pruned weights; overwritten.
@@ -97,16 +96,22 @@ class _Search:
         H_II: torch.Tensor,
         quant: Grid,
     ) -> None:
-        self.H_II, self.quant_block, (self.low, self.high) = H_II, quant.BLOCK, quant.CODES
-        self.step_OB, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
-        scaled_OI = (self.step_OB != 0).repeat_interleave(self.quant_block, dim=1)
-        self.free_OI = keep_OI & scaled_OI & (pinned_OI == 0)
-        pinned_OI *= self.step_OB.repeat_interleave(self.quant_block, dim=1)
+        self.H_II, self.target_OI = H_II, target_OI
+        self.S = quant.BLOCK
+        self.low, self.high = quant.CODES
+        self.step_OG, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
+
+        has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
+        self.free_OI = keep_OI & has_scale_OI & (pinned_OI == 0)
+        pinned_OI *= self.step_OG.repeat_interleave(self.S, dim=1)
         self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
-        self.target_OI, self.pull_OI = target_OI, (target_OI - self.weight_OI) @ H_II
+        self.pull_OI = (target_OI - self.weight_OI) @ H_II
 
     def solve_from(self, start: int) -> None:
-        """Move the free weights from column ``start`` on, off the grid; the pull on those before is not kept up."""
+        """Move the free weights from column ``start`` on, off the grid.
+
+        The pull on the columns before is wrong afterwards.
+        """
         own = slice(start, None)
         descend(
             self.weight_OI[:, own],
@@ -116,83 +121,97 @@ class _Search:
             DESCENT_STEPS,
         )
 
-    def pull_anew(self) -> None:
-        """Compute the pull on every column."""
+    def recompute_pull(self) -> None:
+        """Compute the pull on every column from the weights."""
         torch.matmul(self.target_OI - self.weight_OI, self.H_II, out=self.pull_OI)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
-        """Move each weight of the columns to its best grid point, and each scale where wanted; return if any moved.
+        """Move each weight of the columns to its best grid point; return if any moved.
 
-        A chunk of columns is worked on with each column in one piece; what its moves do to the pull on a quant block's
-        neighbours is made good once a block, and on the other columns once a chunk.
+        Args:
+            start: first column.
+            stop: the column after the last one.
+            scales: whether each scale moves to its best value, too.
         """
         moved = False
         for first in range(start, stop, CHUNK_COLUMNS):
             chunk = slice(first, min(first + CHUNK_COLUMNS, stop))
-            weight_CO, pull_CO, free_CO = (
-                values_OI[:, chunk].T.clone(memory_format=torch.contiguous_format)
-                for values_OI in (self.weight_OI, self.pull_OI, self.free_OI)
-            )
-            before_CO, H_CC = weight_CO.clone(), self.H_II[chunk, chunk]
-            steps = self.step_OB[
-                :, first // self.quant_block : chunk.stop // self.quant_block
-            ].unbind(1)
-            for index, step_O in enumerate(steps):
-                block = slice(index * self.quant_block, (index + 1) * self.quant_block)
-                weight_KO, H_KK = weight_CO[block], H_CC[block, block]
-                pull_KO = self._move(
-                    weight_KO, pull_CO[block].clone(), free_CO[block], H_KK, _divisor(step_O)
-                )
+
+            # Work on whole columns: transpose once, so that a column is contiguous.
+            weight_CO = _transpose(self.weight_OI[:, chunk])
+            pull_CO = _transpose(self.pull_OI[:, chunk])
+            free_CO = _transpose(self.free_OI[:, chunk])
+            before_CO = weight_CO.clone()
+            H_CC = self.H_II[chunk, chunk]
+
+            steps_OX = self.step_OG[
+                :, first // self.S : chunk.stop // self.S
+            ]  # X: blocks of the chunk
+            for index, step_O in enumerate(steps_OX.unbind(1)):
+                block = slice(index * self.S, (index + 1) * self.S)
+                weight_SO, pull_SO = weight_CO[block], pull_CO[block].clone()
+                H_SS = H_CC[block, block]
+                self._move(weight_SO, pull_SO, free_CO[block], H_SS, _divisor(step_O))
                 if scales:
-                    _fit_scales(weight_KO, pull_KO, H_KK, step_O)
-                pull_CO.addmm_(H_CC[:, block], weight_KO - before_CO[block], alpha=-1)
+                    _fit_scales(weight_SO, pull_SO, H_SS, step_O)
+                # The other columns of the chunk feel this block's moves at once …
+                pull_CO.addmm_(H_CC[:, block], weight_SO - before_CO[block], alpha=-1)
+
+            # … and the rest of the row feels the chunk's.
             change_CO = weight_CO - before_CO
-            moved |= bool(change_CO.any())
-            self.weight_OI[:, chunk] = weight_CO.T
             self.pull_OI.addmm_(change_CO.T, self.H_II[chunk], alpha=-1)
+            self.weight_OI[:, chunk] = weight_CO.T
+            moved |= bool(change_CO.any())
         return moved
 
     def codes(self) -> torch.Tensor:
         """Return code_OI."""
-        return (
-            self.weight_OI / _divisor(self.step_OB).repeat_interleave(self.quant_block, dim=1)
-        ).round_()
+        step_OI = _divisor(self.step_OG).repeat_interleave(self.S, dim=1)
+        return (self.weight_OI / step_OI).round_()
 
     def _move(
         self,
-        weight_KO: torch.Tensor,
-        pull_KO: torch.Tensor,
-        free_KO: torch.Tensor,
-        H_KK: torch.Tensor,
+        weight_SO: torch.Tensor,
+        pull_SO: torch.Tensor,
+        free_SO: torch.Tensor,
+        H_SS: torch.Tensor,
         step_O: torch.Tensor,
-    ) -> torch.Tensor:
-        """Move the weights of a block, in place, one column after the other; return the pull on them then."""
-        for weight_O, pull_O, free_O, H_K, curve in zip(
-            weight_KO, pull_KO, free_KO, H_KK, H_KK.diagonal(), strict=True
-        ):
-            code_O = (weight_O + pull_O / curve).div_(step_O).round_().clamp_(self.low, self.high)
+    ) -> None:
+        """Move the weights of a block, in place, one column after the other, and the pull on them."""
+        columns = zip(weight_SO, pull_SO, free_SO, H_SS, H_SS.diagonal(), strict=True)
+        for weight_O, pull_O, free_O, H_S, curve in columns:
+            best_O = weight_O + pull_O / curve
+            code_O = best_O.div_(step_O).round_().clamp_(self.low, self.high)
             change_O = code_O.mul_(step_O).sub_(weight_O).mul_(free_O)
             weight_O += change_O
-            pull_KO.addr_(H_K, change_O, alpha=-1)
-        return pull_KO
+            pull_SO.addr_(H_S, change_O, alpha=-1)
+
+
+def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
+    return values_OC.T.clone(memory_format=torch.contiguous_format)
 
 
 def _fit_scales(
-    weight_KO: torch.Tensor, pull_KO: torch.Tensor, H_KK: torch.Tensor, step_O: torch.Tensor
+    weight_SO: torch.Tensor, pull_SO: torch.Tensor, H_SS: torch.Tensor, step_O: torch.Tensor
 ) -> None:
-    """Move a block's scales, in place, to the best ones for its codes, where half precision holds a better one."""
-    code_KO = (weight_KO / _divisor(step_O)).round_()
-    pull_O = (code_KO * pull_KO).sum(0)
-    curve_O = ((H_KK @ code_KO) * code_KO).sum(0)
-    fitted_O = (step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)).half().float()
+    """Move a block's scales, in place, to the best ones for its codes.
+
+    A scale stays where half precision has no better one.
+    """
+    code_SO = (weight_SO / _divisor(step_O)).round_()
+    pull_O = (code_SO * pull_SO).sum(0)
+    curve_O = ((H_SS @ code_SO) * code_SO).sum(0)
+
+    # The error along the scale is a parabola: its lowest point, rounded, and whether that is lower.
+    best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
+    fitted_O = best_O.half().float()
     change_O = fitted_O - step_O
-    better_O = (
-        (fitted_O * step_O > 0)
-        & fitted_O.isfinite()
-        & (change_O * (2 * pull_O - change_O * curve_O) > 0)
-    )
+    falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
+    same_sign_O = fitted_O * step_O > 0
+    better_O = same_sign_O & fitted_O.isfinite() & falls_O
+
     step_O += torch.where(better_O, change_O, 0)
-    torch.mul(code_KO, step_O, out=weight_KO)
+    torch.mul(code_SO, step_O, out=weight_SO)
 
 
 def _divisor(step: torch.Tensor) -> torch.Tensor:
@@ -203,45 +222,49 @@ def _divisor(step: torch.Tensor) -> torch.Tensor:
 def _start_scales(
     weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OB and pinned_OI, the code of each block's weight of largest magnitude and 0 elsewhere.
+    """Return step_OG and pinned_OI, the code of each block's weight of largest magnitude, 0 elsewhere.
 
-    Of the scales that are SPANS of what the format would choose, a block takes that of the least squared error, each
-    weighted with the energy of its input.
+    Of the scales that are SPANS of what the format would choose, a block takes that of the least
+    squared error, each weighted with the energy of its input.
     """
-    widest_OB, pinned_OI = _widest(weight_OI, quant)
-    step_OB = widest_OB.clone()
+    own_OG, pinned_OI = _choose_pinned(weight_OI, quant)
+    energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
+    step_OG = own_OG.clone()
     rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
     for start in range(0, len(weight_OI), rows):
-        own = slice(start, start + rows)
-        blocks = (len(widest_OB[own]), -1, quant.BLOCK)
-        weight_OBK, pinned_OBK = weight_OI[own].view(blocks), pinned_OI[own].view(blocks)
-        error_OB = torch.full_like(widest_OB[own], torch.inf)
+        chunk = slice(start, start + rows)
+        format_OG = own_OG[chunk]
+        weight_OGS = weight_OI[chunk].view(*format_OG.shape, quant.BLOCK)
+        pinned_OGS = pinned_OI[chunk].view_as(weight_OGS)
+
+        least_OG = torch.full_like(format_OG, torch.inf)
         for span in SPANS:
-            tried_OB = (widest_OB[own] * span).half().float()
-            code_OBK = (weight_OBK / _divisor(tried_OB)[:, :, None]).round_()
-            code_OBK = torch.where(pinned_OBK == 0, code_OBK.clamp_(*quant.CODES), pinned_OBK)
-            off_OBK = code_OBK.mul_(tried_OB[:, :, None]).sub_(weight_OBK).square_()
-            tried_error_OB = off_OBK.mul_(diagonal_I.view(1, -1, quant.BLOCK)).sum(2)
-            better_OB = tried_error_OB < error_OB
-            error_OB = torch.where(better_OB, tried_error_OB, error_OB)
-            step_OB[own] = torch.where(better_OB, tried_OB, step_OB[own])
-    return step_OB, pinned_OI
+            tried_OG = (format_OG * span).half().float()
+            code_OGS = (weight_OGS / _divisor(tried_OG)[:, :, None]).round_()
+            code_OGS = torch.where(pinned_OGS == 0, code_OGS.clamp_(*quant.CODES), pinned_OGS)
+            square_OGS = code_OGS.mul_(tried_OG[:, :, None]).sub_(weight_OGS).square_()
+            error_OG = square_OGS.mul_(energy_1GS).sum(2)
+
+            better_OG = error_OG < least_OG
+            least_OG = torch.where(better_OG, error_OG, least_OG)
+            step_OG[chunk] = torch.where(better_OG, tried_OG, step_OG[chunk])
+    return step_OG, pinned_OI
 
 
-def _widest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OB, the scales that the format would choose, and pinned_OI, the codes that make them.
+def _choose_pinned(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return step_OG, the scales that the format would choose, and pinned_OI, the codes behind them.
 
-    The pinned code is the one of largest magnitude, also where half precision has too few digits for the scale to give
-    the weight that very code: with another one the format would choose another scale next time.
+    The pinned code is the one of largest magnitude, also where half precision has too few digits
+    for
+    the scale to give the weight that very code: with another one the format would choose another
+    scale next time.
     """
-    O, I = weight_OI.shape
-    step_OB = torch.from_numpy(quant.steps(quant.quantize(weight_OI.cpu().numpy())).copy()).to(
-        weight_OI.device
-    )
-    weight_OBK = weight_OI.view(O, -1, quant.BLOCK)
-    extreme_OB1 = weight_OBK.abs().argmax(2, keepdim=True)
-    sign_OB1 = weight_OBK.gather(2, extreme_OB1).sign() * step_OB.sign()[:, :, None]
-    pinned_OBK = torch.zeros_like(weight_OBK)
-    return step_OB, pinned_OBK.scatter_(2, extreme_OB1, sign_OB1 * max(map(abs, quant.CODES))).view(
-        O, I
-    )
+    stored = quant.quantize(weight_OI.cpu().numpy())
+    step_OG = torch.from_numpy(quant.steps(stored).copy()).to(weight_OI.device)
+
+    weight_OGS = weight_OI.view(len(weight_OI), -1, quant.BLOCK)
+    place_OG1 = weight_OGS.abs().argmax(2, keepdim=True)
+    sign_OG1 = weight_OGS.gather(2, place_OG1).sign() * step_OG.sign()[:, :, None]
+    pinned_OGS = torch.zeros_like(weight_OGS)
+    pinned_OGS.scatter_(2, place_OG1, sign_OG1 * max(map(abs, quant.CODES)))
+    return step_OG, pinned_OGS.view_as(weight_OI)

@@ -1,10 +1,11 @@
 """What calibration gathers for one input: the Hessian, and how far the input has drifted from the dense model's.
 
-H = Σ w x xᵀ over tokens, w the weight of a token's stream (prompt, thinking, answer). The product of a batch is
-float32, the sum over batches float64, rounded to float32 once: adding float32 numbers in float64 is exact but for
-magnitudes more than 2²² apart, so the sum does not depend on the order of the batches, or on who added them.
-Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464); drift follows GPTAQ
-(arXiv 2504.02692).
+H = Σ w x xᵀ over tokens, w the weight of a token's stream (prompt, thinking, answer). The product
+of a batch is float32, the sum over batches float64, rounded to float32 once: adding float32 numbers
+in float64 is exact but for magnitudes more than 2²² apart, so the sum does not depend on the order
+of the batches, or on who added them.
+Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464); drift follows
+GPTAQ (arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -20,6 +22,8 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 
 PAD = -1
+# A sum of outer products is symmetric: of each slice of rows only the part from the diagonal on is
+# summed. Eight slices leave out 28 of 64 squares; narrower ones than 256 rows make slow products.
 SLICES, LEAST_SLICE = 8, 256
 
 
@@ -29,14 +33,17 @@ class InputStatistic:
 
     Args:
         width: number of inputs I.
-        weights_S: weight of a token of each stream, on the device where the sums are kept.
-        match: dense weights of the linears that are solved for the dense model's output; none gathers no drift.
+        weights_R: weight of a token of each stream, on the device where the sums are kept.
+        match: dense weights of the linears that are solved for the dense model's output; none
+            gathers no drift.
 
-    After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared input of each column.
+    After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared
+    input of each column. The drift is gathered as W D, one row per output, where that is smaller
+    than D.
     """
 
     width: int
-    weights_S: torch.Tensor
+    weights_R: torch.Tensor
     match: Sequence[torch.Tensor] = ()
     weight: float = field(init=False)
     importance_I: torch.Tensor = field(init=False)
@@ -45,17 +52,15 @@ class InputStatistic:
     _weight: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._sums = [
-            self.weights_S.new_zeros(stop - start, self.width - start, dtype=torch.float64)
-            for start, stop in self._slices()
-        ]
-        rows = sum(len(weight_OI) for weight_OI in self.match)
-        self._projected = (
-            2 * rows <= self.width
-        )  # W D is then cheaper to gather than D, and smaller
-        size = (rows if self._projected else self.width, self.width) if self.match else (0, 0)
-        self._drift = self.weights_S.new_zeros(size, dtype=torch.float64)
-        self._weight = self.weights_S.new_zeros((), dtype=torch.float64)
+        I = self.width
+        outputs = sum(len(weight_OI) for weight_OI in self.match)
+        self._projected = 2 * outputs <= I  # W D then takes less time, too
+        rows = outputs if self._projected else I
+
+        zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
+        self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
+        self._drift = zeros(rows, I) if self.match else zeros(0, 0)
+        self._weight = zeros(())
 
     def add(
         self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor
@@ -67,32 +72,34 @@ class InputStatistic:
             dense_BTI: the input in the dense model, where the drift is gathered.
             stream_BT: stream of each position.
         """
-        stream_BT = stream_BT.to(self.weights_S.device)
+        stream_BT = stream_BT.to(self.weights_R.device)
         real_BT = stream_BT != PAD
-        weight_N = self.weights_S[stream_BT[real_BT]]
+        weight_N = self.weights_R[stream_BT[real_BT]]
+        self._weight += weight_N.sum(dtype=torch.float64)
+
+        # The root of the weight goes into both factors of the product.
         root_N1 = weight_N.sqrt()[:, None]
         x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
-        for (start, stop), sum_CI in zip(self._slices(), self._sums, strict=True):
-            sum_CI += x_NI[:, start:stop].T @ x_NI[:, start:]
-        self._weight += weight_N.sum(dtype=torch.float64)
-        if self.match:
-            assert dense_BTI is not None, "the drift needs the dense input"
-            delta_NI = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
-            delta_NR = (
-                torch.cat([delta_NI @ w_OI.T for w_OI in self.match], 1)
-                if self._projected
-                else delta_NI
-            )
-            for start, stop in self._slices(delta_NR.shape[1]):
-                self._drift[start:stop] += delta_NR[:, start:stop].T @ x_NI
+        for (start, stop), sum_CX in zip(_slices(self.width), self._sums, strict=True):
+            sum_CX += x_NI[:, start:stop].T @ x_NI[:, start:]
+        if not self.match:
+            return
+
+        assert dense_BTI is not None, "the drift needs the dense input"
+        delta_NX = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
+        if self._projected:
+            delta_NX = torch.cat([delta_NX @ weight_OI.T for weight_OI in self.match], 1)
+        for start, stop in _slices(delta_NX.shape[1]):
+            self._drift[start:stop] += delta_NX[:, start:stop].T @ x_NI
 
     def share(self, processes: Processes, owners: Sequence[int]) -> None:
-        """Add up what the processes of a job gathered, in those that own a linear; the others' sums are given away."""
-        energy_I = torch.cat([sum_CI.diagonal() for sum_CI in self._sums])
+        """Add up what the processes of a job gathered; only the owners of a linear keep the sums."""
+        energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._drift):
             processes.total(part, owners)
         for part in (energy_I, self._weight):
             processes.total(part)
+
         self.weight = float(self._weight)
         self.importance_I = (energy_I / self._weight).float()
         if processes.rank not in owners:
@@ -100,7 +107,7 @@ class InputStatistic:
             self._drift = self._drift.new_empty(0, 0)
 
     def hessian(self, damping: float) -> Hessian:
-        """Return the damped mean Hessian; the sum is given away.
+        """Return the damped mean Hessian; the sum is freed on the way.
 
         Raises:
             UsageError: no token counted.
@@ -110,38 +117,39 @@ class InputStatistic:
                 "no calibration token counts: the weight of every stream that the traces have is 0",
                 remedy="raise prompt, thinking or answer under [calibration.weights]",
             )
-        matrix_II = self.weights_S.new_empty(self.width, self.width, dtype=torch.float32)
-        for start, stop in self._slices():
+        matrix_II = self.weights_R.new_empty(self.width, self.width, dtype=torch.float32)
+        for start, stop in _slices(self.width):
             matrix_II[start:stop, start:] = self._sums.pop(0).div_(self._weight)
             matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
         return Hessian(matrix_II, damping)
 
     def targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
-        """Return dense weights that give, on the drifted input, the dense model's output; the drift is given away.
+        """Return dense weights that give, on the drifted input, the dense model's output.
 
-        Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with D = Σ w (x_dense − x) xᵀ.
+        Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
+        D = Σ w (x_dense − x) xᵀ. The drift is freed.
 
         Args:
             indices: which of ``match``.
             hessian: of this input.
         """
-        drift_RI = self._drift.div_(self._weight).float()
+        drift_XI = self._drift.div_(self._weight).float()
         del self._drift
         starts = list(itertools.accumulate((len(weight_OI) for weight_OI in self.match), initial=0))
+
         found = {}
         for index in indices:
             weight_OI = self.match[index]
-            part_OI = (
-                drift_RI[starts[index] : starts[index + 1]]
-                if self._projected
-                else weight_OI @ drift_RI
-            )
+            if self._projected:
+                part_OI = drift_XI[starts[index] : starts[index + 1]]
+            else:
+                part_OI = weight_OI @ drift_XI
             found[index] = weight_OI + hessian.solve(part_OI)
         return found
 
-    def _slices(self, rows: int = 0) -> Iterator[tuple[int, int]]:
-        """Yield row slices; of the Hessian only the part from the diagonal on is summed, half the work when wide."""
-        rows = rows or self.width
-        step = max(rows // SLICES, LEAST_SLICE)
-        for start in range(0, rows, step):
-            yield start, min(start + step, rows)
+
+def _slices(rows: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of each slice of rows."""
+    step = max(rows // SLICES, LEAST_SLICE)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

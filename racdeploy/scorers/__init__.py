@@ -1,9 +1,9 @@
 """Whether an answer is right: one file per scorer.
 
-A scorer has ``score(answer, gold, argument) -> Scored`` and, where it takes an argument or needs a package,
-``check(argument)``. ``answer`` is the text after the thinking: the caller has split the thinking off first, because a
-truncated thought often mentions the right number. What was found, and how, is part of the result. None runs code
-that a model wrote.
+A scorer has ``score(answer, gold, argument) -> Scored`` and, where it takes an argument or needs a
+package, ``check(argument)``. ``answer`` is the text after the thinking: the caller has split the
+thinking off first, because a truncated thought often mentions the right number. What was found, and
+how, is part of the result. None runs code that a model wrote.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What is asked of a model: one file per task.
 
-A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) -> list[Problem]``. Each
-problem may name its scorer (``racdeploy.scorers``). Which split a
-question belongs to is decided by a hash of its text, so training, calibration and evaluation never share one,
-whatever the seeds.
+A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
+list[Problem]``. Each problem may name its scorer (``racdeploy.scorers``). Which split a
+question belongs to is decided by a hash of its text, so training, calibration and evaluation never
+share one, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Problem:
         gold: the right answer, as its scorer expects it.
         thinking: a worked solution, where the task can write one (training only).
         task: the task's specification, filled in by :func:`problems_of`.
-        scorer: what decides whether an answer is right, see :mod:`racdeploy.scorers`; empty is its default.
+        scorer: what decides whether an answer is right, see :mod:`racdeploy.scorers`; empty is its
+            default.
     """
 
     question: str

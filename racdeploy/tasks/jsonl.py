@@ -1,7 +1,7 @@
 """Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
 
-An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark. A line may name its
-``scorer``.
+An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark. A line
+may name its ``scorer``.
 """
 
 from __future__ import annotations

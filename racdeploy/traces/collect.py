@@ -1,7 +1,7 @@
 """Collect on-policy traces: the model answers calibration prompts, and every token id is kept.
 
-One batch is one shard on disk with a random stream of its own, so an interrupted collection goes on at the first
-missing shard and ends with the same bytes.
+One batch is one shard on disk with a random stream of its own, so an interrupted collection goes on
+at the first missing shard and ends with the same bytes.
 """
 
 from __future__ import annotations

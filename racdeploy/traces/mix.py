@@ -46,7 +46,8 @@ class Probe:
 def mix(own: Sequence[Trace], dense: Sequence[Trace], dense_share: float) -> list[Trace]:
     """Return one trace per prompt, in order: dense ones evenly by share, and in place of wrong or truncated own ones.
 
-    A prompt whose dense trace is no better is left as it is; the selection that follows decides about it.
+    A prompt whose dense trace is no better is left as it is; the selection that follows decides
+    about it.
     """
     mixed = []
     for index, (mine, theirs) in enumerate(zip(own, dense, strict=True)):

@@ -1,7 +1,7 @@
 """Traces from a server: open it, compare it with the model, and remember which one it was.
 
-A server that tokenizes otherwise answers other prompts than ours, so nothing is asked before it agrees. That its
-weights are the model's cannot be seen from outside.
+A server that tokenizes otherwise answers other prompts than ours, so nothing is asked before it
+agrees. That its weights are the model's cannot be seen from outside.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def answering(
         checkpoint: the model that is served.
         encoder: template and tokenizer of that model.
         context_tokens: longest prompt and completion.
-        folder: of the trace stage; the server's model is recorded there, and each completion until all are in shards.
+        folder: of the trace stage; the server's model is recorded there, and each completion until
+            all are in shards.
 
     Raises:
         UsageError: another tokenizer or template, or a wrong address, key or model name.
         ArtifactError: the shards in the folder came from another model.
-        EngineError: the server failed; completions that had ended are kept, and the message says so.
+        EngineError: the server failed; completions that had ended are kept, and the message says
+            so.
     """
     file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)

@@ -116,7 +116,7 @@ def test_an_effect_is_that_in_the_whole_model(
     """
     monkeypatch.setattr(batches_module, "TOKENS_PER_BATCH", 110)
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
-    weights_S = torch.tensor([0.0, 2.0, 1.0])
+    weights_R = torch.tensor([0.0, 2.0, 1.0])
 
     def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
         return {"unchanged": effect(weight_OI), "halved": effect(weight_OI / 2)}
@@ -132,7 +132,7 @@ def test_an_effect_is_that_in_the_whole_model(
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
         found = survey(
-            blocks, batches, batches, names - left_out, weights_S, 0.01, observe, tmp_path, ALONE
+            blocks, batches, batches, names - left_out, weights_R, 0.01, observe, tmp_path, ALONE
         )
         assert found.keys() == names - left_out
         model = load_model(checkpoint)
@@ -146,14 +146,14 @@ def test_an_effect_is_that_in_the_whole_model(
                     probed, dense, _outputs(model, number, probed), strict=True
                 ):
                     share_T = (changed_TD - wanted_TD).square().sum(-1) / wanted_TD.square().sum(-1)
-                    weight_T = weights_S[trace.streams()]
+                    weight_T = weights_R[trace.streams()]
                     lost, weight = lost + float(share_T @ weight_T), weight + float(weight_T.sum())
                 weight_OI *= 2
                 seen = found[f"model.layers.{number}.{linear}"]
                 assert seen["unchanged"] < 1e-11
                 assert seen["halved"] == pytest.approx(lost / weight, rel=1e-4)
                 assert lost > 0
-    assert len(STREAMS) == len(weights_S)
+    assert len(STREAMS) == len(weights_R)
 
 
 def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> list[torch.Tensor]:

@@ -224,12 +224,12 @@ def test_hessian_sums_in_slices_are_the_whole_product() -> None:
     """Half the product, mirrored, is all of it: a width that the slices do not divide, weighted streams."""
     generator = torch.Generator().manual_seed(0)
     input_NI, stream_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 3
-    weights_S = torch.tensor([1.0, 0.5, 2.0])
-    statistic = InputStatistic(601, weights_S)
+    weights_R = torch.tensor([1.0, 0.5, 2.0])
+    statistic = InputStatistic(601, weights_R)
     for part in (slice(0, 300), slice(300, 700)):
         statistic.add(input_NI[None, part], None, stream_N[None, part])
-    weighted = input_NI.double() * weights_S[stream_N][:, None].double()
-    expected_II = (weighted.T @ input_NI.double() / float(weights_S[stream_N].sum())).float()
+    weighted = input_NI.double() * weights_R[stream_N][:, None].double()
+    expected_II = (weighted.T @ input_NI.double() / float(weights_R[stream_N].sum())).float()
     torch.testing.assert_close(
         statistic.hessian(1e-12).matrix_II, expected_II, rtol=1e-4, atol=1e-5
     )

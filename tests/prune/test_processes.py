@@ -207,7 +207,7 @@ def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path:
         os.kill(_process_of_rank(job.pid, 1), signal.SIGKILL)
         _, errors = job.communicate(timeout=300)
     assert job.returncode == 1
-    assert errors.count("run the same command again, it goes on at the first missing block") == 1
+    assert errors.count("run the same command again, it resumes at the first missing block") == 1
     assert (
         "error: lost another process of this job" in errors
         or "error: stopped by torchrun" in errors

@@ -163,11 +163,11 @@ class Walk:
         def note(
             weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            code_OI, step_OB = find_codes(weight_OI, keep_OI, *given)
+            code_OI, step_OG = find_codes(weight_OI, keep_OI, *given)
             assert not code_OI[~keep_OI].any()
-            key = (code_OI * step_OB.repeat_interleave(32, dim=1)).numpy().tobytes()
-            noted[key] = code_OI.numpy().astype(np.int16), step_OB.numpy().copy()
-            return code_OI, step_OB
+            key = (code_OI * step_OG.repeat_interleave(32, dim=1)).numpy().tobytes()
+            noted[key] = code_OI.numpy().astype(np.int16), step_OG.numpy().copy()
+            return code_OI, step_OG
 
         monkeypatch.setattr(rounding, "find_codes", note)
         blocks = folder / "blocks"

@@ -1,10 +1,10 @@
 """Allocations: how a global sparsity is shared out among the linears, one file per way.
 
-An allocation file has ``SURVEYS``, whether it must look at the dense model first; ``observe(weight_OI, hessian,
-effect, settings) -> Observation``, called once for each linear of the dense model if it must; and
-``allocate(observations, sizes, sparsity) -> Shares``. The mean of the shares over all weights is the global sparsity.
-``effect`` says of other weights for the linear what they do: the mean over tokens of |change|² / |output|² at the end
-of its block.
+An allocation file has ``SURVEYS``, whether it must look at the dense model first;
+``observe(weight_OI, hessian, effect, settings) -> Observation``, called once for each linear of the
+dense model if it must; and ``allocate(observations, sizes, sparsity) -> Shares``. The mean of the
+shares over all weights is the global sparsity. ``effect(weight_OI)`` returns what other weights do
+in place of the linear's: the mean over tokens of |change|² / |output|² at the end of its block.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["Effect", "Observation", "Shares", "shifted"]
+__all__ = ["Effect", "Observation", "Shares", "shift_shares"]
 
 Effect = Callable[[torch.Tensor], float]
 Observation = Mapping[str, float]
 Shares = dict[str, float]
 LOWEST, HIGHEST = 0.0, 0.98
+_HALVINGS = 60  # of an interval of 2: as narrow as a float is exact
 
 
-def shifted(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
-    """Return the wanted sparsities moved by one constant, within bounds, so that their weighted mean is right.
+def shift_shares(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
+    """Return the wanted sparsities moved by one constant, within bounds, to a weighted mean.
 
     Args:
         wanted: sparsity of each linear.
         sizes: number of weights of each linear.
         sparsity: the mean to reach.
     """
-    low, high, total = -1.0, 1.0, sum(sizes[name] for name in wanted)
-    for _ in range(60):
-        middle = (low + high) / 2
-        shares = {name: min(max(value + middle, LOWEST), HIGHEST) for name, value in wanted.items()}
+    total = sum(sizes[name] for name in wanted)
+    low, high = -1.0, 1.0
+    shares: Shares = {}
+    for _ in range(_HALVINGS):
+        shift = (low + high) / 2
+        for name, value in wanted.items():
+            shares[name] = min(max(value + shift, LOWEST), HIGHEST)
         mean = sum(shares[name] * sizes[name] for name in shares) / total
-        low, high = (middle, high) if mean < sparsity else (low, middle)
+        if mean < sparsity:
+            low = shift
+        else:
+            high = shift
     return shares

@@ -1,7 +1,7 @@
 """OWL: blocks with more outliers among their weighted activations keep more weights.
 
-An outlier is a |weight| × input norm above five times its linear's mean. Sparsities spread at most 8 points to either
-side of the global one. Source: arXiv 2310.05175, section 4.
+An outlier is a |weight| × input norm above five times its linear's mean. Sparsities spread at most
+8 points to either side of the global one. Source: arXiv 2310.05175, section 4.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from racdeploy.prune.allocations import Effect, Observation, Shares, shifted
+from racdeploy.prune.allocations import Effect, Observation, Shares, shift_shares
 from racdeploy.prune.hessian import Hessian
 from racdeploy.recipe import Pruning
 
@@ -25,7 +25,8 @@ def observe(
 ) -> Observation:
     """Count the outliers of one linear."""
     score_OI = weight_OI.abs() * hessian.norm_I
-    return {"outliers": float((score_OI > OUTLIER * score_OI.mean()).sum())}
+    outlier_OI = score_OI > OUTLIER * score_OI.mean()
+    return {"outliers": float(outlier_OI.sum())}
 
 
 def allocate(
@@ -35,19 +36,21 @@ def allocate(
     found: dict[str, float] = defaultdict(float)
     weights: dict[str, int] = defaultdict(int)
     for name, observation in observations.items():
-        found[_block(name)] += observation["outliers"]
-        weights[_block(name)] += sizes[name]
+        block = _name_block(name)
+        found[block] += observation["outliers"]
+        weights[block] += sizes[name]
+
     share = {block: found[block] / weights[block] for block in found}
-    low, high = min(share.values()), max(share.values())
-    width = (high - low) or 1.0
-    wanted = {
-        name: sparsity + SPREAD * (1 - 2 * (share[_block(name)] - low) / width)
-        for name in observations
-    }
-    return shifted(wanted, sizes, sparsity)
+    lowest = min(share.values())
+    width = (max(share.values()) - lowest) or 1.0
+    wanted = {}
+    for name in observations:
+        place = (share[_name_block(name)] - lowest) / width  # 0 to 1
+        wanted[name] = sparsity + SPREAD * (1 - 2 * place)
+    return shift_shares(wanted, sizes, sparsity)
 
 
-def _block(name: str) -> str:
+def _name_block(name: str) -> str:
     match = re.match(r".*?\.\d+\.", name)
     assert match, f"{name} is in no block"
     return match[0]

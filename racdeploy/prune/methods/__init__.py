@@ -1,7 +1,7 @@
 """Pruning methods: one file per method.
 
-A method file has ``prune(weight_OI, hessian, pattern, settings) -> Pruned``. ``weight_OI`` is float32, may be
-overwritten, and is zero where an input was never active; ``hessian`` is the damped
+A method file has ``prune(weight_OI, hessian, pattern, settings) -> Pruned``. ``weight_OI`` is
+float32, may be overwritten, and is zero where an input was never active; ``hessian`` is the damped
 :class:`~racdeploy.prune.hessian.Hessian` that linears with the same input share.
 """
 

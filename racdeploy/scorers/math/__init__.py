@@ -1,7 +1,8 @@
 r"""Mathematical equality by Hugging Face's Math-Verify: \frac{1}{2} is 0.5, {1, 2} is {2, 1}, x = 5 is 5.
 
-Math-Verify bounds its time with a signal, which needs the main thread, and its parser can hang all the same. It
-therefore runs in a child process that is ended after ten seconds; the answer then counts as wrong, and says so.
+Math-Verify bounds its time with a signal, which needs the main thread, and its parser can hang all
+the same. It therefore runs in a child process that is ended after ten seconds; the answer then
+counts as wrong, and says so.
 Source: math-verify 0.8.
 """
 

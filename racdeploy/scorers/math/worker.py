@@ -1,6 +1,7 @@
 """The child process that holds Math-Verify: ``python -m racdeploy.scorers.math.worker``.
 
-Reads one ``[answer, gold]`` a line, answers ``[correct, extracted, how]``, and ends when stdin ends.
+Reads one ``[answer, gold]`` a line, answers ``[correct, extracted, how]``, and ends when stdin
+ends.
 """
 
 from __future__ import annotations

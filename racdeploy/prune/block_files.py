@@ -1,0 +1,91 @@
+"""Files of finished blocks: weights, mean squared inputs, and what is reported of them.
+
+A block is finished once its report is there, which is written last. The first process of a job has
+the files; what it reads, all processes get.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.processes import Processes
+from racdeploy.prune.pruned_linear import PrunedLinear
+from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.storage.files import read_json, write_atomic
+
+
+class BlockFiles:
+    """What a walk over the blocks leaves in a folder.
+
+    Args:
+        folder: of ``block-00000.safetensors``, ``block-00000.json`` and so on.
+        checkpoint: the dense model.
+        processes: who get what is read.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, processes: Processes) -> None:
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._processes = processes
+
+    def is_finished(self, index: int) -> bool:
+        """Return whether an earlier run finished a block."""
+        return self._processes.ask_first(self._report(index).is_file)
+
+    def weights(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and float32 weights of the linears that were pruned."""
+        first = self._processes.first
+        stored = load_file(self._weights(index)) if first else {}
+        for name in self._processes.tell(list(stored)):
+            shape = self._checkpoint.entries[name].shape
+            weight_OI = stored[name].float() if first else torch.empty(shape)
+            yield name, self._processes.spread(weight_OI)
+
+    def zeros(self, index: int, name: str) -> torch.Tensor:
+        """Return where the weights of a pruned linear are zero."""
+        zero_OI = torch.empty(self._checkpoint.entries[name].shape, dtype=torch.bool)
+        if self._processes.first:
+            with safe_open(self._weights(index), "pt") as file:
+                zero_OI = file.get_tensor(name) == 0
+        return self._processes.spread(zero_OI)
+
+    def rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
+        """Return what is reported of a finished block."""
+        found = self._processes.ask_first(lambda: read_json(self._report(index)))
+        linears = [LinearRow.model_validate(row) for row in found["linears"]]
+        return linears, BlockRow.model_validate(found["block"])
+
+    def write_weights(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
+        """Write the weights of a block's pruned linears, by the names of their weights."""
+        if self._processes.first:
+            stored = {name: linear.stored_OI.cpu() for name, linear in pruned.items()}
+            write_atomic(self._weights(index), save(stored))
+
+    def write_importance(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
+        """Write the mean squared inputs of a block's linears, and on how many tokens they rest."""
+        if not self._processes.first:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for name, linear in pruned.items():
+            tensors[name] = linear.importance_I.cpu().clone()  # linears of a group share it
+            tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
+        write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
+
+    def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:
+        """Write what is reported of a block, which finishes it."""
+        if self._processes.first:
+            values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
+            write_atomic(self._report(index), json.dumps(values, indent=1))
+
+    def _weights(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+    def _report(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.json"
