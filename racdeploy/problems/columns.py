@@ -6,17 +6,14 @@ lookup over single digits and a carry.
 
 from __future__ import annotations
 
-
-def _digits(number: int, width: int) -> list[int]:
-    """Return ``width`` decimal digits of ``number``, least significant first."""
-    return [number // 10**place % 10 for place in range(width)]
+import itertools
 
 
 def add(left: int, right: int) -> str:
     """Spell out ``left + right``: ``45+38:5+8+0=13,4+3+1=8,83``."""
-    width = max(len(str(left)), len(str(right)))
-    steps, carry = [], 0
-    for a, b in zip(_digits(left, width), _digits(right, width), strict=True):
+    steps = []
+    carry = 0
+    for a, b in _columns(left, right):
         total = a + b + carry
         steps.append(f"{a}+{b}+{carry}={total}")
         carry = total // 10
@@ -26,18 +23,21 @@ def add(left: int, right: int) -> str:
 def subtract(left: int, right: int) -> str:
     """Spell out ``left - right`` for ``left >= right``: ``83-17:13-7-0=6,8-1-1=6,66``."""
     assert left >= right, "column subtraction needs a non-negative result"
-    steps, borrow = [], 0
-    for a, b in zip(_digits(left, len(str(left))), _digits(right, len(str(left))), strict=True):
+    steps = []
+    borrow = 0
+    for a, b in _columns(left, right):
         lent = 10 if a < b + borrow else 0
-        steps.append(f"{a + lent}-{b}-{borrow}={a + lent - b - borrow}")
+        a += lent
+        steps.append(f"{a}-{b}-{borrow}={a - b - borrow}")
         borrow = lent // 10
     return f"{left}-{right}:{','.join(steps)},{left - right}"
 
 
 def times_digit(left: int, digit: int) -> str:
     """Spell out ``left * digit`` for one digit: ``47*6:7*6+0=42,4*6+4=28,282``."""
-    steps, carry = [], 0
-    for a in _digits(left, len(str(left))):
+    steps = []
+    carry = 0
+    for a, _ in _columns(left):
         total = a * digit + carry
         steps.append(f"{a}*{digit}+{carry}={total}")
         carry = total // 10
@@ -46,9 +46,16 @@ def times_digit(left: int, digit: int) -> str:
 
 def divide_digit(left: int, digit: int) -> str:
     """Spell out ``left`` divided by one digit: ``77/2:7/2=3r1,17/2=8r1,38r1``."""
-    steps, remainder = [], 0
-    for a in reversed(_digits(left, len(str(left)))):
-        value = remainder * 10 + a
-        steps.append(f"{value}/{digit}={value // digit}r{value % digit}")
-        remainder = value % digit
-    return f"{left}/{digit}:{','.join(steps)},{left // digit}r{remainder}"
+    steps = []
+    rest = 0
+    for figure in str(left):
+        value = rest * 10 + int(figure)
+        quotient, rest = divmod(value, digit)
+        steps.append(f"{value}/{digit}={quotient}r{rest}")
+    return f"{left}/{digit}:{','.join(steps)},{left // digit}r{rest}"
+
+
+def _columns(left: int, right: int = 0) -> list[tuple[int, int]]:
+    """Return the digits of both numbers, least significant first, zeros where one has no more."""
+    pairs = itertools.zip_longest(reversed(str(left)), reversed(str(right)), fillvalue="0")
+    return [(int(a), int(b)) for a, b in pairs]

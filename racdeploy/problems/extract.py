@@ -23,6 +23,8 @@ def extract_boxed(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
                 return text[start + len(r"\boxed{") : position].strip()
+
+        # That one is not closed: look at the one before.
         start = text.rfind(r"\boxed{", 0, start)
     return None
 
@@ -45,17 +47,20 @@ def equal_answers(answer: str, gold: str) -> bool:
     left, right = as_number(answer), as_number(gold)
     if left is not None and right is not None:
         return left == right
-    return _as_text(answer) == _as_text(gold)
+    return _normalize(answer) == _normalize(gold)
 
 
-def _as_text(text: str) -> str:
-    return re.sub(r"\s+", "", text).strip("$.").casefold()
+def _normalize(text: str) -> str:
+    without_spaces = re.sub(r"\s+", "", text)
+    return without_spaces.strip("$.").casefold()
 
 
 def as_number(text: str) -> Decimal | None:
     """Return the value of a number, fraction, amount or percentage, or None."""
     bare = _FRACTION.sub(r"\1/\2", text)
-    bare = _DECORATION.sub("", bare).strip("$.%€£ ").replace(",", "").replace("$", "")
+    bare = _DECORATION.sub("", bare).strip("$.%€£ ")
+    bare = bare.replace(",", "").replace("$", "")
+
     numerator, slash, denominator = bare.partition("/")
     try:
         value = Decimal(numerator)

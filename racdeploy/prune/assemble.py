@@ -21,7 +21,7 @@ _COPY_BYTES = 1 << 24
 
 
 def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
-    """Write ``out`` with the config, tokenizer and template of ``checkpoint`` and its pruned weights.
+    """Write ``out`` with the config, tokenizer and template of the checkpoint, and pruned weights.
 
     The mean squared inputs of the linears, where the walk left them, go into a file of their own.
 

@@ -84,7 +84,7 @@ class Blocks:
         return self._model.get_submodule(self.prefix(index))
 
     def load(self, index: int) -> nn.Module:
-        """Return a block with its weights in float32 on the device; ``.to("meta")`` gives them back."""
+        """Return a block with its weights in float32 on the device; ``.to("meta")`` frees them."""
         block = self.empty(index)
         for name, _ in list(block.named_parameters()):
             fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
@@ -146,7 +146,7 @@ class Blocks:
 
     @contextmanager
     def _shortcuts(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """While the body runs, a part of the block whose last input is known computes its last linear.
+        """While the body runs, a part whose last input is known computes its last linear alone.
 
         This replaces ``forward`` of the part on the instance (monkey-patching), for a hook cannot
         leave the work out: a pre-hook changes arguments and a hook results, but ``forward`` runs.

@@ -289,7 +289,7 @@ class _Walk:
         patterns: Sequence[Pattern],
         statistic: InputStatistic,
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor, float]]:
-        """Return by place in the group: pruned weights, what they were solved for, and the damping."""
+        """Return by place in the group: pruned weights, their target, and the damping."""
         hessian = statistic.hessian(self.settings.damping)
         targets = dict(enumerate(full))
         if self.settings.match_dense:
@@ -323,7 +323,7 @@ class _Walk:
     def _advance(
         self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]
     ) -> RelativeError:
-        """Replace the hidden states by the blocks' outputs; measure on held-out batches on the way."""
+        """Replace the hidden states by the blocks' outputs, and measure on held-out batches."""
         drift = RelativeError(self.tasks)
         for index, batch in enumerate(self.batches):
             with measure_outputs(sparse, pruned if batch.held_out else {}, batch):

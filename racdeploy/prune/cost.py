@@ -141,7 +141,7 @@ class TimeLeft:
         self.total_s: float | None = None
 
     def update(self, label: str, done: int, total: int) -> float | None:
-        """Take what a progress callback is told; return the seconds left after the first block."""
+        """Take what a progress callback gets; return the seconds left after the first block."""
         now = time.perf_counter()
         block_s = now - self._last
         self._last = now

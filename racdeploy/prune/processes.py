@@ -29,7 +29,10 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=10)
 # The others wait while the first one exports and verifies; that one is gone shows at once.
 _PATIENCE = timedelta(days=7)
-_REMEDY = "the first error above is the cause; run the same command again, it resumes at the first missing block"
+_REMEDY = (
+    "the first error above is the cause; "
+    "run the same command again, it resumes at the first missing block"
+)
 
 
 class Processes:
@@ -231,7 +234,7 @@ def _talking() -> Iterator[None]:
 
 @contextmanager
 def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensor, or while the body runs its copy on the CPU: gloo broadcasts nothing else."""
+    """Yield the tensor, or for a while its copy on the CPU: gloo broadcasts nothing else."""
     copy = tensor.cpu()
     yield copy
     if copy is not tensor:
@@ -246,5 +249,5 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore_terminate() -> None:
-    """Let no second signal of torchrun's break into the message and the clean end of this process."""
+    """Let no second signal of torchrun's break into the message and the clean end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Choose the codes of a number format while pruning compensates: the exporter then writes those very codes.
+"""Choose the codes of a number format while pruning compensates; the exporter writes those very codes.
 
 Slab by slab, the columns of a slab are rounded and those to come are solved again for what the
 rounding did. Then every column is visited in turn, again and again, and the error of the linear
@@ -56,7 +56,7 @@ def find_codes(
     hessian: Hessian,
     quant: Grid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, whole numbers in float32, and step_OG, scales that are half-precision numbers.
+    """Return code_OI, whole numbers in float32, and step_OG, scales that half precision has.
 
     The arguments are those of :func:`round_to_grid`.
     """
@@ -177,7 +177,7 @@ class _Search:
         H_SS: torch.Tensor,
         step_O: torch.Tensor,
     ) -> None:
-        """Move the weights of a block, in place, one column after the other, and the pull on them."""
+        """Move a block's weights in place, one column after the other, and the pull on them."""
         columns = zip(weight_SO, pull_SO, free_SO, H_SS, H_SS.diagonal(), strict=True)
         for weight_O, pull_O, free_O, H_S, curve in columns:
             best_O = weight_O + pull_O / curve
@@ -222,7 +222,7 @@ def _divisor(step: torch.Tensor) -> torch.Tensor:
 def _start_scales(
     weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OG and pinned_OI, the code of each block's weight of largest magnitude, 0 elsewhere.
+    """Return step_OG and pinned_OI: the code of each block's largest weight, 0 elsewhere.
 
     Of the scales that are SPANS of what the format would choose, a block takes that of the least
     squared error, each weighted with the energy of its input.
@@ -252,7 +252,7 @@ def _start_scales(
 
 
 def _choose_pinned(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OG, the scales that the format would choose, and pinned_OI, the codes behind them.
+    """Return step_OG, the scales that the format would choose, and pinned_OI, their codes.
 
     The pinned code is the one of largest magnitude, also where half precision has too few digits
     for

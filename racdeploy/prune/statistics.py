@@ -1,4 +1,4 @@
-"""What calibration gathers for one input: the Hessian, and how far the input has drifted from the dense model's.
+"""What calibration gathers for one input: the Hessian, and the drift from the dense model's input.
 
 H = Σ w x xᵀ over tokens, w the weight of a token's stream (prompt, thinking, answer). The product
 of a batch is float32, the sum over batches float64, rounded to float32 once: adding float32 numbers
@@ -93,7 +93,7 @@ class InputStatistic:
             self._drift[start:stop] += delta_NX[:, start:stop].T @ x_NI
 
     def share(self, processes: Processes, owners: Sequence[int]) -> None:
-        """Add up what the processes of a job gathered; only the owners of a linear keep the sums."""
+        """Add up what the processes of a job gathered; only owners of a linear keep the sums."""
         energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._drift):
             processes.total(part, owners)

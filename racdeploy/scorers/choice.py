@@ -1,4 +1,4 @@
-r"""One letter of several: ``\boxed{B}``, "the answer is (B)", or a letter that stands alone in the last line."""
+r"""One letter of several: ``\boxed{B}``, "the answer is (B)", or a lone letter in the last line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ def score(answer: str, gold: str, argument: str) -> Scored:
     """Compare the letter, whatever its case; of several, the last one counts."""
     found, how = _find(answer)
     wanted = _LETTER.match(gold)
-    return Scored(
-        found is not None and wanted is not None and found == wanted[1].upper(), found, how
-    )
+    correct = wanted is not None and found == wanted[1].upper()
+    return Scored(correct, found, how)
 
 
 def _find(answer: str) -> tuple[str | None, str]:

@@ -1,4 +1,4 @@
-"""The last number of the answer, wherever it stands."""
+"""The last number of the answer, wherever it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What a regular expression finds, as ``regex:answer=(\d+)``: its first group, or all of it where it has none."""
+r"""What a regular expression finds, as ``regex:answer=(\d+)``: its first group, or all of it."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ share one, whatever the seeds.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ class Task:
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
 
     def serving(self, split: Split, *, whole: bool) -> Task:
-        """Return the task for one split; with ``whole``, a file that serves no other split gives all it has."""
+        """Return the task for one split; with ``whole``, a file gives that split all it has."""
         if self.draw is not None or not whole:
             return self
         return replace(self, shares={split: (0.0, 1.0)})
@@ -101,26 +102,31 @@ class Task:
         if self.draw is None:
             members = self._members(split)
             random.shuffle(members)
-            return self._labelled(members[:count], split, count)
+            return self._label(members[:count], split, count)
+
         found: dict[str, Problem] = {}
         for _ in range(count * _DRAWS_PER_PROBLEM):
             if len(found) == count:
                 break
             problem = self.draw(random)
-            if _in_split(problem.question, self.shares[split]):
+            if self._serves(split, problem):
                 found.setdefault(problem.question, problem)
-        return self._labelled(list(found.values()), split, count)
+        return self._label(list(found.values()), split, count)
 
     def _members(self, split: Split) -> list[Problem]:
-        return [problem for problem in self.pool if _in_split(problem.question, self.shares[split])]
+        return [problem for problem in self.pool if self._serves(split, problem)]
 
-    def _labelled(self, found: list[Problem], split: Split, count: int) -> list[Problem]:
+    def _serves(self, split: Split, problem: Problem) -> bool:
+        low, high = self.shares[split]
+        return low <= split_share(problem.question) < high
+
+    def _label(self, found: list[Problem], split: Split, count: int) -> list[Problem]:
         if len(found) < count:
             raise UsageError(
                 f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
                 remedy="ask for fewer prompts in the recipe, or give a task with more of them",
             )
-        return [replace(p, task=self.spec) for p in found]
+        return [replace(problem, task=self.spec) for problem in found]
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ class TaskSet:
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return up to ``count`` problems of a split, shared evenly among its tasks.
 
-        A file that serves both splits is shared out; one that serves a single split gives all it has.
+        A file that serves both splits is shared out; one that serves a single split gives all it
+        has.
 
         Raises:
             UsageError: a task has none.
@@ -199,11 +206,13 @@ def load(spec: str) -> Task:
     """
     name, colon, argument = spec.partition(":")
     module = plugins.load("tasks", name)
+
     reads_file = hasattr(module, "read")
     if reads_file and not argument:
         raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
     if not reads_file and colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
+
     if reads_file:
         return Task(spec, None, tuple(module.read(Path(argument))), FILE_SHARES)
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
@@ -211,22 +220,23 @@ def load(spec: str) -> Task:
 
 def procedural_names() -> tuple[str, ...]:
     """Return the tasks that need no file."""
-    return tuple(n for n in plugins.names("tasks") if hasattr(plugins.load("tasks", n), "draw"))
+    names = plugins.names("tasks")
+    return tuple(name for name in names if hasattr(plugins.load("tasks", name), "draw"))
 
 
 def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
     """Share ``count`` problems evenly among tasks and interleave them."""
     share, rest = divmod(count, len(tasks))
-    columns = [t.problems(split, seed, share + (i < rest)) for i, t in enumerate(tasks)]
-    longest = max(map(len, columns))
-    return [column[row] for row in range(longest) for column in columns if row < len(column)]
+    columns = []
+    for place, task in enumerate(tasks):
+        own = share + 1 if place < rest else share
+        columns.append(task.problems(split, seed, own))
+
+    rows = itertools.zip_longest(*columns)
+    return [problem for row in rows for problem in row if problem is not None]
 
 
 def split_share(question: str) -> float:
     """Return the place of a question in [0, 1), decided by a hash of its text alone."""
     digest = hashlib.sha256(question.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _in_split(question: str, share: tuple[float, float]) -> bool:
-    return share[0] <= split_share(question) < share[1]

@@ -18,11 +18,14 @@ def draw(random: Random) -> Problem:
         number = random.choice(leading) * 100 + random.randint(0, 99)
         if number not in numbers:
             numbers.append(number)
+
     largest = random.random() < 0.5
-    best, steps = numbers[0], [f"Start with {numbers[0]}."]
+    best = numbers[0]
+    steps = [f"Start with {best}."]
     for number in numbers[1:]:
         best, line = _compare(number, best, largest)
         steps.append(line)
+
     word = "largest" if largest else "smallest"
     return Problem(
         question=f"Which number is the {word} of {', '.join(map(str, numbers))}?",
@@ -35,8 +38,10 @@ def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
     """Return the better number and the line that compares digit by digit."""
     relations = []
     for a, b in zip(str(number), str(best), strict=True):
-        relations.append(f"{a}{'>' if a > b else '<' if a < b else '='}{b}")
-        if a != b:
-            break
+        if a == b:
+            relations.append(f"{a}={b}")
+            continue
+        relations.append(f"{a}>{b}" if a > b else f"{a}<{b}")
+        break
     better = max(number, best) if largest else min(number, best)
     return better, f"{number} and {best}:{','.join(relations)}, keep {better}."

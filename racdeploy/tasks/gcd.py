@@ -15,11 +15,12 @@ def draw(random: Random) -> Problem:
     while True:
         divisor = random.randint(1, 16)
         limit = 99 // divisor
-        left, right = (divisor * random.randint(1, limit) for _ in range(2))
+        left = divisor * random.randint(1, limit)
+        right = divisor * random.randint(1, limit)
         steps, gold = _euclid(left, right)
         if STEPS_MIN <= len(steps) - 1 <= STEPS_MAX:
             question = f"What is the greatest common divisor of {left} and {right}?"
-            return Problem(question=question, gold=str(gold), thinking="\n".join(steps))
+            return Problem(question, gold=str(gold), thinking="\n".join(steps))
 
 
 def _euclid(left: int, right: int) -> tuple[list[str], int]:

@@ -27,12 +27,12 @@ def read(path: Path) -> list[Problem]:
         raise UsageError(
             f"cannot read {path}: {error}", remedy="give a UTF-8 .jsonl file"
         ) from error
-    problems = {
-        p.question: p
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-        for p in [_parse(path, n, line)]
-    }
+
+    problems: dict[str, Problem] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            problem = _parse(path, number, line)
+            problems[problem.question] = problem
     if not problems:
         raise UsageError(
             f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines'
@@ -46,22 +46,20 @@ def _parse(path: Path, number: int, line: str) -> Problem:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{path}:{number} is not JSON: {error}", remedy=remedy) from error
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("question"), str)
-        or not row["question"].strip()
-    ):
+
+    question = row.get("question") if isinstance(row, dict) else None
+    if not isinstance(question, str) or not question.strip():
         raise UsageError(f"{path}:{number} has no question", remedy=remedy)
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UsageError(f"{path}:{number} has no answer", remedy=remedy)
-    text, scorer = str(answer), row.get("scorer", "")
+
+    scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
         raise UsageError(f"{path}:{number} has a scorer that is no name", remedy=remedy)
     try:
         scorers.check(scorer)
     except UsageError as error:
         raise UsageError(f"{path}:{number}: {error.message}", remedy=error.remedy) from error
-    return Problem(
-        question=row["question"], gold=extract_hash_mark(text) or text.strip(), scorer=scorer
-    )
+    text = str(answer)
+    return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)

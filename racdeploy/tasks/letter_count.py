@@ -14,13 +14,16 @@ def draw(random: Random) -> Problem:
     """Draw six to nine different words of two or three syllables."""
     words = dict.fromkeys(_word(random) for _ in range(random.randint(WORDS_MIN, WORDS_MAX)))
     wanted = random.choice("".join(words) + VOWELS)
-    seen, steps = 0, []
+
+    seen = 0
+    steps = []
     for word in words:
         spelled = []
         for letter in word:
             seen += letter == wanted
             spelled.append(f"{letter}{seen}")
         steps.append(f"{word}: {' '.join(spelled)}.")
+
     return Problem(
         question=f"How often does the letter {wanted} occur in {', '.join(words)}?",
         gold=str(seen),
@@ -29,5 +32,7 @@ def draw(random: Random) -> Problem:
 
 
 def _word(random: Random) -> str:
-    syllables = range(random.randint(2, 3))
-    return "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in syllables)
+    word = ""
+    for _ in range(random.randint(2, 3)):
+        word += random.choice(CONSONANTS) + random.choice(VOWELS)
+    return word

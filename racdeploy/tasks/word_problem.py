@@ -24,8 +24,14 @@ def draw(random: Random) -> Problem:
         gains = amount < change or (amount + change < 300 and random.random() < 0.5)
         phrase = random.choice(GAINS if gains else LOSSES).format(n=change)
         sentences.append(f"{name} {phrase}.")
-        spelled = columns.add(amount, change) if gains else columns.subtract(amount, change)
+
+        if gains:
+            spelled = columns.add(amount, change)
+            amount += change
+        else:
+            spelled = columns.subtract(amount, change)
+            amount -= change
         steps.append(f"{name} {phrase}:{spelled}.")
-        amount += change if gains else -change
+
     sentences.append(f"How many {thing} does {name} have now?")
     return Problem(question=" ".join(sentences), gold=str(amount), thinking="\n".join(steps))

@@ -1,7 +1,7 @@
 """Collect on-policy traces: the model answers calibration prompts, and every token id is kept.
 
-One batch is one shard on disk with a random stream of its own, so an interrupted collection goes on
-at the first missing shard and ends with the same bytes.
+One batch is one shard on disk with its own random stream, so an interrupted collection resumes at
+the first missing shard and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
 
 Progress = Callable[[str, int, int], None]
+# A shard's seed is the recipe's times this, plus its number: a prime above any number of shards, so
+# that no two seeds of a recipe share a shard's.
 _SHARD_STRIDE = 1_000_003
-
-
 Asked = tuple[list[list[int]], Sampling]
 
 
@@ -52,6 +52,11 @@ class _Reader:
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
         answer = self.encoder.decode(parts.answer_ids)
         ended = done.finish_reason == "stop"
+        answer_from, correct = None, False
+        if parts.state != "open":
+            answer_from = len(done.ids) - ended - len(parts.answer_ids)
+            correct = scorers.score(problem.scorer, answer, problem.gold).correct
+
         return Trace(
             index=index,
             task=problem.task,
@@ -59,13 +64,10 @@ class _Reader:
             gold=problem.gold,
             prompt_ids=tuple(prompt),
             completion_ids=done.ids,
-            answer_from=None
-            if parts.state == "open"
-            else len(done.ids) - ended - len(parts.answer_ids),
+            answer_from=answer_from,
             thinking_tokens=len(parts.thinking_ids),
             truncated=not ended,
-            correct=parts.state != "open"
-            and scorers.score(problem.scorer, answer, problem.gold).correct,
+            correct=correct,
         )
 
 
@@ -92,30 +94,25 @@ def collect(
         progress: called with a label, prompts done and prompts in all.
     """
     reader = _Reader(encoder, tags, stop_ids)
-    shards = dict(
-        enumerate(
-            problems[start:][: settings.batch] for start in range(0, len(problems), settings.batch)
-        )
-    )
-    missing = [number for number in shards if not out.shard(number).is_file()]
-    done = sum(len(out.read_shard(out.shard(number))) for number in shards if number not in missing)
+    batch = settings.batch
+    shards = [problems[start : start + batch] for start in range(0, len(problems), batch)]
+    files = [out.shard(number) for number in range(len(shards))]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    done = sum(len(out.read_shard(file)) for file in files if file.is_file())
+
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
-        prompts = [
-            [encoder.encode(problem.question) for problem in shards[number]] for number in numbers
-        ]
-        asked = [
-            (each, _sampling(settings, stop_ids, number))
-            for each, number in zip(prompts, numbers, strict=True)
-        ]
-        for number, (ids, _), completions in zip(
-            numbers, asked, answering.answer(asked), strict=True
-        ):
-            rows = enumerate(
-                zip(shards[number], ids, completions, strict=True), number * settings.batch
-            )
-            out.append(number, [reader.trace(index, *row) for index, row in rows])
-            done += len(ids)
+        asked: list[Asked] = []
+        for number in numbers:
+            prompts = [encoder.encode(problem.question) for problem in shards[number]]
+            asked.append((prompts, _sampling(settings, stop_ids, number)))
+
+        answered = zip(numbers, asked, answering.answer(asked), strict=True)
+        for number, (prompts, _), completions in answered:
+            rows = zip(shards[number], prompts, completions, strict=True)
+            traces = [reader.trace(index, *row) for index, row in enumerate(rows, number * batch)]
+            out.append(number, traces)
+            done += len(traces)
             if progress:
                 progress("traces", done, len(problems))
     return out.read()

@@ -1,4 +1,4 @@
-"""Traces for the next step of a pruning schedule: the sparse model's own good ones, and some of the dense model's."""
+"""Traces for the next step of a pruning schedule: the sparse model's good ones, and dense ones."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ class Probe:
     def of(cls, own: Sequence[Trace], dense: Sequence[Trace]) -> Probe:
         """Compare traces of the same prompts."""
         assert len(own) == len(dense), "both models answered the same prompts"
-        tokens = [sum(trace.thinking_tokens for trace in arm) for arm in (own, dense)]
-        return cls(_accuracy(own), _accuracy(dense), tokens[0] / max(tokens[1], 1))
+        own_tokens = sum(trace.thinking_tokens for trace in own)
+        dense_tokens = sum(trace.thinking_tokens for trace in dense)
+        return cls(
+            accuracy=sum(trace.correct for trace in own) / len(own),
+            dense_accuracy=sum(trace.correct for trace in dense) / len(dense),
+            length_ratio=own_tokens / max(dense_tokens, 1),
+        )
 
     def reason(self, settings: Pruning) -> str:
         """Return why the step goes too far, or an empty string."""
@@ -37,17 +42,16 @@ class Probe:
                 f"more than {settings.probe_drop:.0%} below"
             )
         if self.length_ratio > settings.probe_length:
-            return (
-                f"thinking {self.length_ratio:.2f} times as long, limit {settings.probe_length:g}"
-            )
+            limit = settings.probe_length
+            return f"thinking {self.length_ratio:.2f} times as long, limit {limit:g}"
         return ""
 
 
 def mix(own: Sequence[Trace], dense: Sequence[Trace], dense_share: float) -> list[Trace]:
-    """Return one trace per prompt, in order: dense ones evenly by share, and in place of wrong or truncated own ones.
+    """Return one trace per prompt, in order.
 
-    A prompt whose dense trace is no better is left as it is; the selection that follows decides
-    about it.
+    Dense ones are spread evenly by their share, and replace own ones that are wrong or truncated.
+    If the dense one is, too, it is left to the selection that follows.
     """
     mixed = []
     for index, (mine, theirs) in enumerate(zip(own, dense, strict=True)):

@@ -31,7 +31,7 @@ class Selection:
 
 
 def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
-    """Leave out unwanted traces, hold a share out evenly, and keep whole traces within the token budget.
+    """Leave out unwanted traces, hold a share out evenly, and keep to the token budget.
 
     Raises:
         UsageError: nothing is left.
@@ -45,17 +45,21 @@ def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
             reasons["wrong answer"] += 1
         else:
             wanted.append(trace)
-    held_indices = _held_out(wanted, settings.held_out_share)
-    held_out = [trace for trace in wanted if trace.index in held_indices]
-    rest = [trace for trace in wanted if trace.index not in held_indices]
+
+    chosen = _choose_held_out(wanted, settings.held_out_share)
+    held_out = [trace for trace in wanted if trace.index in chosen]
+    rest = [trace for trace in wanted if trace.index not in chosen]
     calibration = within_budget(rest, settings.max_tokens)
     reasons["over the token budget"] = len(rest) - len(calibration)
+    left_out = {reason: count for reason, count in reasons.items() if count}
+
     if not calibration:
+        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UsageError(
-            f"none of {len(traces)} traces can calibrate: {_counts(reasons)}",
+            f"none of {len(traces)} traces can calibrate: {counts or 'there are none'}",
             remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
         )
-    return Selection(calibration, held_out, {reason: n for reason, n in reasons.items() if n})
+    return Selection(calibration, held_out, left_out)
 
 
 def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
@@ -71,20 +75,13 @@ def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
     return chosen
 
 
-def _held_out(traces: Sequence[Trace], share: float) -> set[int]:
+def _choose_held_out(traces: Sequence[Trace], share: float) -> set[int]:
     """Return the indices to hold out: of each task the asked share, spread evenly."""
-    held: set[int] = set()
+    chosen: set[int] = set()
     for task in dict.fromkeys(trace.task for trace in traces):
         indices = [trace.index for trace in traces if trace.task == task]
         count = round(share * len(indices))
-        held.update(
-            indices[(2 * place + 1) * len(indices) // (2 * count)] for place in range(count)
-        )
-    return held
-
-
-def _counts(reasons: dict[str, int]) -> str:
-    return (
-        ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        or "there are none"
-    )
+        for part in range(count):  # the middle of each of ``count`` equal parts
+            middle = (2 * part + 1) * len(indices) // (2 * count)
+            chosen.add(indices[middle])
+    return chosen

@@ -1,6 +1,6 @@
 """Traces from a server: open it, compare it with the model, and remember which one it was.
 
-A server that tokenizes otherwise answers other prompts than ours, so nothing is asked before it
+A server that tokenizes differently answers other prompts than ours, so nothing is asked before it
 agrees. That its weights are the model's cannot be seen from outside.
 """
 
@@ -46,7 +46,7 @@ def answering(
     context_tokens: int,
     folder: Path,
 ) -> Iterator[Answering]:
-    """Yield a server that has been compared with the model; it gets as many shards at a time as fill its concurrency.
+    """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
     Args:
         settings: which server, and how to ask it.
@@ -76,40 +76,44 @@ def answering(
         ) as engine:
             check_agreement(engine, encoder)
             _record(folder, engine.model)
+
             log = CompletionLog(file)
-            yield Answering(
-                partial(_answer, engine, log),
-                math.ceil(settings.server_concurrency / settings.batch),
-            )
+            together = math.ceil(settings.server_concurrency / settings.batch)
+            yield Answering(partial(_answer, engine, log), together)
         file.unlink(missing_ok=True)
     except EngineError as error:
         count = len(CompletionLog(file).completions)
         kept = f"; {count} completions are kept in {folder}" if count else ""
         raise EngineError(
             f"{error.message}{kept}",
-            remedy=f"{error.remedy}; then run the same command, which goes on where it ended",
+            remedy=f"{error.remedy}; then run the same command, which resumes where it ended",
         ) from error
 
 
 def _answer(
     engine: OpenAIEngine, log: CompletionLog, asked: Sequence[Asked]
 ) -> list[list[Completion]]:
-    """Return the completions of several shards; those that an earlier run was given are not asked for again."""
-    shards = [
-        [(ids, sampling, stream) for stream, ids in enumerate(prompts)]
-        for prompts, sampling in asked
-    ]
-    missing = [request for shard in shards for request in shard if _kept(log, request) is None]
+    """Return the completions of several shards; those that an earlier run received are reused."""
+    shards: list[list[Request]] = []
+    for prompts, sampling in asked:
+        shards.append([(ids, sampling, stream) for stream, ids in enumerate(prompts)])
+    requests = [request for shard in shards for request in shard]
+    missing = [request for request in requests if _find_kept(log, request) is None]
 
     def keep(index: int, completion: Completion) -> None:
         ids, sampling, stream = missing[index]
-        log.append(ids, derive_seed(sampling.seed, stream), completion)
+        seed = derive_seed(sampling.seed, stream)
+        log.append(ids, seed, completion)
 
     engine.complete(missing, keep)
-    return [[found for request in shard if (found := _kept(log, request))] for shard in shards]
+    answers = []
+    for shard in shards:
+        found = [_find_kept(log, request) for request in shard]
+        answers.append([completion for completion in found if completion])
+    return answers
 
 
-def _kept(log: CompletionLog, request: Request) -> Completion | None:
+def _find_kept(log: CompletionLog, request: Request) -> Completion | None:
     ids, sampling, stream = request
     return log.get(ids, derive_seed(sampling.seed, stream))
 
@@ -121,10 +125,9 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
         UsageError: naming the first text on which they differ.
     """
     prompt = encoder.render(_QUESTION)
-    texts = (*_PROBES, prompt)
     bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
     lead = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
-    for text in texts:
+    for text in (*_PROBES, prompt):
         expected = encoder.encode_text(text)
         if engine.has_tokenizer:
             actual: object = engine.tokenize(text)
@@ -134,16 +137,19 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
             agrees = actual == len(expected) + lead
         if not agrees:
             raise UsageError(
-                f"the server's tokenizer is not the model's: {text!r} is {expected} here and {actual} there",
+                "the server's tokenizer is not the model's: "
+                f"{text!r} is {expected} here and {actual} there",
                 remedy="serve the very model that is pruned, or name its folder",
             )
-    rendered = engine.render([{"role": "user", "content": _QUESTION}])
+
     # llama-server leaves the beginning-of-sequence token to its tokenizer.
     without_bos = prompt.removeprefix(encoder.bos_token)
+    rendered = engine.render([{"role": "user", "content": _QUESTION}])
     if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):
         raise UsageError(
-            f"the server's chat template is not the model's: {_QUESTION!r} is {prompt!r} here and {rendered!r} there",
-            remedy="start the server without a chat template of its own, with the model's tokenizer files",
+            "the server's chat template is not the model's: "
+            f"{_QUESTION!r} is {prompt!r} here and {rendered!r} there",
+            remedy="start the server with the model's tokenizer files and no other chat template",
         )
 
 
@@ -152,7 +158,8 @@ def _record(folder: Path, model: str) -> None:
     file = folder / _RECORD
     if file.is_file() and (before := read_json(file)["model"]) != model:
         raise ArtifactError(
-            f"the traces in {folder} were begun with the served model {before!r}, this server has {model!r}",
+            f"the traces in {folder} were begun with the served model {before!r}, "
+            f"this server has {model!r}",
             remedy=f"serve {before!r} again, or remove {folder}",
         )
     write_atomic(file, json.dumps({"model": model}))

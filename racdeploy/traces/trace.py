@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.files import file_sha256
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; what a killed process left half written stays there
-    fcntl = None  # type: ignore[assignment]
-from racdeploy.storage.files import write_atomic
+from racdeploy.storage.files import file_sha256, write_atomic
 
 Stream = Literal["prompt", "thinking", "answer"]
-
-
 STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
 
 
@@ -54,9 +46,10 @@ class Trace:
 
     def streams(self) -> list[int]:
         """Return, for every token, the index of its stream in ``STREAMS``."""
-        close = len(self.completion_ids) if self.answer_from is None else self.answer_from
-        rest = len(self.completion_ids) - close
-        return [0] * len(self.prompt_ids) + [1] * close + [2] * rest
+        completion = len(self.completion_ids)
+        thinking = completion if self.answer_from is None else self.answer_from
+        counts = (len(self.prompt_ids), thinking, completion - thinking)
+        return [stream for stream, count in enumerate(counts) for _ in range(count)]
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -76,14 +69,14 @@ class TraceSet:
 
     def append(self, number: int, traces: Sequence[Trace]) -> None:
         """Write one shard, whole or not at all."""
-        lines = (json.dumps(asdict(trace), separators=(",", ":")) + "\n" for trace in traces)
-        write_atomic(self.shard(number), "".join(lines))
+        lines = [json.dumps(asdict(trace), separators=(",", ":")) for trace in traces]
+        write_atomic(self.shard(number), "".join(f"{line}\n" for line in lines))
 
     @property
     def sha256(self) -> str:
         """Hash over the contents of every shard, in order."""
         digest = hashlib.sha256()
-        for file in sorted(self.folder.glob("shard-*.jsonl")):
+        for file in self._shards():
             digest.update(file_sha256(file).encode())
         return digest.hexdigest()
 
@@ -93,9 +86,10 @@ class TraceSet:
         Raises:
             ArtifactError: a shard is damaged.
         """
-        return [
-            t for file in sorted(self.folder.glob("shard-*.jsonl")) for t in self.read_shard(file)
-        ]
+        return [trace for file in self._shards() for trace in self.read_shard(file)]
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*.jsonl"))
 
     @staticmethod
     def read_shard(file: Path) -> list[Trace]:

@@ -276,14 +276,14 @@ def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
     assert traces == Build(Job(recipe), tmp_path / "alone", 1).traces(sparse)[1]
 
 
-def test_another_torch_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_torch_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces of two versions are never in one folder; a server's do not depend on this machine's torch."""
     model = {"model": str(_model(tmp_path, ""))}
     job, served = (
         Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED)
     )
     before, before_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
-    monkeypatch.setattr(pipeline, "version", lambda name: f"{name} of another day")
+    monkeypatch.setattr(pipeline, "installed_version", lambda name: f"{name} of another day")
     after, after_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
     assert {key for key in before if before[key] != after[key]} == {"torch", "transformers"}
     assert before_served == after_served

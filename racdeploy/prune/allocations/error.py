@@ -1,4 +1,4 @@
-"""Error: the sum of the errors that linears leave at the end of their blocks is as small as one budget allows.
+"""Error: the least sum of errors at the ends of the blocks that the global sparsity allows.
 
 Each linear of the dense model is pruned at a few sparsities with the recipe's own method, which
 gives its curve of output error over sparsity. What such an error is worth is measured: pruned to

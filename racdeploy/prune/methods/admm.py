@@ -1,4 +1,4 @@
-"""ADMM: search the mask and the weights together on the layer-wise problem, then solve on the mask found.
+"""ADMM: search mask and weights together, linear by linear, then solve on the mask found.
 
 Minimizes tr((W − T) H (W − T)ᵀ) subject to W = D, D with the wanted zeros. H is scaled to a unit
 diagonal; its eigenvectors turn each W step into two products. The penalty grows as the mask

@@ -1,4 +1,4 @@
-r"""Mathematical equality by Hugging Face's Math-Verify: \frac{1}{2} is 0.5, {1, 2} is {2, 1}, x = 5 is 5.
+r"""Mathematical equality by Hugging Face's Math-Verify: \frac{1}{2} is 0.5, {1, 2} is {2, 1}.
 
 Math-Verify bounds its time with a signal, which needs the main thread, and its parser can hang all
 the same. It therefore runs in a child process that is ended after ten seconds; the answer then
@@ -44,7 +44,7 @@ def score(answer: str, gold: str, argument: str) -> Scored:
 
 
 class Worker:
-    """The child process; made with the first question, and anew after one that it did not survive."""
+    """The child process; made with the first question, and again after one that ended it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,6 +63,7 @@ class Worker:
             except (queue.Empty, BrokenPipeError):
                 self.close()
                 return Scored(False, None, f"math-verify gave no answer within {seconds:g} s")
+
         if not line:
             self.close()
             return Scored(False, None, "math-verify died of this answer")
@@ -96,6 +97,7 @@ class Worker:
             env=child.environment(),
             start_new_session=True,
         )
+
         answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(process, answers), daemon=True).start()
         self._process, self._answers = process, answers

@@ -1,4 +1,4 @@
-"""The child process that holds Math-Verify: ``python -m racdeploy.scorers.math.worker``.
+"""The child process that runs Math-Verify: ``python -m racdeploy.scorers.math.worker``.
 
 Reads one ``[answer, gold]`` a line, answers ``[correct, extracted, how]``, and ends when stdin
 ends.
