@@ -35,7 +35,7 @@ class PrunedModel:
     undone: str = ""
 
     def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
-        """Return the linears as a report has them: where a step was undone, it was asked for more."""
+        """Return the linears as reported: where a step was undone, more was asked of them."""
         if not self.undone:
             return self.linears
         changed = {"sparsity_asked": asked, "reason": self.undone}

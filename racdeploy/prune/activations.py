@@ -1,4 +1,4 @@
-"""Hidden states of the calibration batches between two blocks: a window in memory, the rest in a file.
+"""Hidden states of the calibration batches between blocks: a window in memory, the rest in a file.
 
 They are on the CPU, wherever the blocks are computed.
 """

@@ -40,7 +40,7 @@ class Unstructured:
         return keep_L.view_as(score_OC)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        """Return keep_OI with as many zeros in every row, up to one, and the exact number in all."""
+        """Return keep_OI with as many zeros in every row, up to one, exact in all."""
         O, I = score_OI.shape
         rows_O = torch.arange(1, O + 1, dtype=torch.float64)
         total_O = torch.round(rows_O * (self.sparsity * I)).long()

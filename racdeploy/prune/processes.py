@@ -109,7 +109,7 @@ class Processes:
 
     def ask_first(self, find: Callable[[], T]) -> T:
         """Return what the first process finds, where it alone has the files."""
-        return self.tell(find() if self.first else None)  # type: ignore[arg-type, return-value]
+        return self.tell(find() if self.first else None)  # type: ignore[return-value]
 
     def all(self, value: T) -> list[T]:
         """Return the values of all processes, in their order."""

@@ -1,4 +1,4 @@
-"""Choose the codes of a number format while pruning compensates; the exporter writes those very codes.
+"""Choose the codes of a number format while pruning compensates; the exporter writes them.
 
 Slab by slab, the columns of a slab are rounded and those to come are solved again for what the
 rounding did. Then every column is visited in turn, again and again, and the error of the linear
