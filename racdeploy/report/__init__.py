@@ -1,4 +1,4 @@
-"""Print a report: Markdown for a pull request, a terminal, JUnit for a CI server, self-contained HTML.
+"""Print a report: Markdown for a pull request, a terminal, JUnit, one self-contained HTML file.
 
 The data are in :mod:`racdeploy.report.model`; nothing here measures or decides anything.
 """

@@ -1,4 +1,4 @@
-"""Every form of a report in one folder, as a bundle and a CI job hold it."""
+"""Every form of a report in one folder, as a bundle and a CI job have it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from racdeploy.storage.files import disk_errors, write_atomic
 
 
 def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> None:
-    """Write report.json, report.md, report.html, junit.xml and records.jsonl, each whole or not at all.
+    """Write the report in every form, and the records; each file is whole or absent.
 
     Raises:
         EnvironmentFailure: the disk is full or not writable.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+    lines = [record.model_dump_json() + "\n" for record in records]
     texts = {
         "report.md": markdown.render(report),
         "report.html": html.render(report, records),
         "junit.xml": junit.render(report),
-        "records.jsonl": "".join(record.model_dump_json() + "\n" for record in records),
-        "report.json": report.model_dump_json(indent=1)
-        + "\n",  # last: it says that the others are there
+        "records.jsonl": "".join(lines),
+        # Last: it says that the others are there.
+        "report.json": report.model_dump_json(indent=1) + "\n",
     }
     for name, text in texts.items():
         write_atomic(folder / name, text)

@@ -1,10 +1,10 @@
-"""A report as one HTML file: no network, no script, light and dark, every part reachable by keyboard.
+"""A report as one HTML file: no network, no script, light and dark, usable with the keyboard alone.
 
-The page holds all tables, the charts, and the prompts on which the arms disagree with their thinking side by
-side. It stays below 2 MB: long thinking is cut, late prompts are left to ``records.jsonl``, and it says so.
-Prompts and answers are hostile text: the template escapes everything, and a content security policy forbids
-scripts should anything slip through. So the filters are radio buttons and style rules, which also work where a CI
-server shows pages without scripts.
+The page has all tables, the charts, and the prompts on which the arms disagree with their thinking
+side by side. It stays below 2 MB: long thinking is cut, late prompts are left to
+``records.jsonl``, and it says so. Prompts and answers are hostile text: the template escapes
+everything, and a content security policy forbids scripts should anything slip through. So the
+filters are radio buttons and style rules, which also work where a CI server blocks scripts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _TEXT_CHARACTERS = 24_000
 _ROWS = 200
 _TASKS = 12
 
+Pair = tuple[Record, Record]
+"""Dense and pruned on one prompt."""
+
 
 @dataclass(frozen=True)
 class _Disagreement:
@@ -53,141 +56,130 @@ class _Disagreement:
         dense, pruned = _cut(self.dense.thinking_text), _cut(self.pruned.thinking_text)
         if dense == pruned:
             return len(dense)
-        differs = (place for place, (a, b) in enumerate(zip(dense, pruned, strict=False)) if a != b)
-        prefix = dense[: next(differs, min(len(dense), len(pruned)))]
+
+        length = min(len(dense), len(pruned))
+        differing = (place for place in range(length) if dense[place] != pruned[place])
+        prefix = dense[: next(differing, length)]
         return max(prefix.rfind(" "), prefix.rfind("\n")) + 1
 
 
 def render(report: Report, records: Sequence[Record] = ()) -> str:
-    """Return the page.
-
-    Args:
-        report: what was found.
-        records: one per prompt, arm and sample; only the arms ``dense`` and ``pruned`` are drawn.
-    """
-    paired = _pair(records)
-    disagreements = [
-        _Disagreement(dense, pruned) for dense, pruned in paired if dense.correct != pruned.correct
-    ]
-    shown = _within_budget(disagreements)
-    cap = report.comparison.length_budget_tokens if report.comparison else None
-    best = front(report.arms)
+    """Return the page; of the records only those of the arms ``dense`` and ``pruned`` are drawn."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(cut=_cut, plain=plain)
     folder = files("racdeploy.report")
     source = folder.joinpath("report.html.jinja").read_text(encoding="utf-8")
+    style = Markup(folder.joinpath("report.css").read_text(encoding="utf-8"))
+
+    paired = _pair(records)
+    different = [pair for pair in paired if pair[0].correct != pair[1].correct]
+    shown = _within_budget([_Disagreement(*pair) for pair in different])
+
     return environment.from_string(source).render(
-        style=Markup(folder.joinpath("report.css").read_text(encoding="utf-8")),
+        _draw_charts(report, paired),
+        style=style,
         report=report,
         explanation=explanation(report),
         highlights=highlights(report),
         tables={table.title: table for table in tables(report)},
         row_limit=_ROWS,
-        accuracy_chart=charts.accuracy_against_length(report.arms),
-        size_chart=charts.accuracy_against_size(report.arms, best),
-        speed_chart=charts.accuracy_against_speed(report.arms, best),
-        divergence_chart=charts.divergence_along(report.positions),
         winners=who_wins(report),
-        scatter_chart=charts.paired_lengths(_length_pairs(paired), cap),
-        histogram_chart=charts.length_histogram(
-            [dense.thinking_tokens for dense, _ in paired],
-            [pruned.thinking_tokens for _, pruned in paired],
-            cap,
-        ),
         quantiles=_length_quantiles(paired),
-        sparsity_chart=charts.heat_map(
-            report.linears, lambda row: row.sparsity_reached, "Sparsity by linear"
-        ),
-        error_chart=charts.heat_map(
-            report.linears, lambda row: row.held_out_error, "Held-out error by linear"
-        ),
         pairs=len(paired),
         disagreements=shown,
-        disagreement_count=len(disagreements),
+        disagreement_count=len(different),
         task_filters=_task_filters(shown),
         recipe=_readable(report.recipe),
         fingerprint=_readable(report.fingerprint),
     )
 
 
-def _pair(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
+    arms, linears, best = report.arms, report.linears, front(report.arms)
+    cap = report.comparison.length_budget_tokens if report.comparison else None
+    dense = [record.thinking_tokens for record, _ in paired]
+    pruned = [record.thinking_tokens for _, record in paired]
+
+    return {
+        "accuracy_chart": charts.accuracy_against_length(arms),
+        "size_chart": charts.accuracy_against_size(arms, best),
+        "speed_chart": charts.accuracy_against_speed(arms, best),
+        "divergence_chart": charts.divergence_along(report.positions),
+        "scatter_chart": charts.paired_lengths(paired, cap),
+        "histogram_chart": charts.length_histogram(dense, pruned, cap),
+        "sparsity_chart": charts.heat_map(
+            linears, lambda row: row.sparsity_reached, "Sparsity by linear"
+        ),
+        "error_chart": charts.heat_map(
+            linears, lambda row: row.held_out_error, "Held-out error by linear"
+        ),
+    }
+
+
+def _pair(records: Sequence[Record]) -> list[Pair]:
     """Match the two arms' records by prompt and sample, in prompt order."""
     by_arm: dict[str, dict[tuple[int, int], Record]] = {"dense": {}, "pruned": {}}
     for record in records:
         if record.arm in by_arm:
             by_arm[record.arm][record.prompt, record.sample] = record
+
     dense, pruned = by_arm["dense"], by_arm["pruned"]
     return [(dense[key], pruned[key]) for key in sorted(dense.keys() & pruned.keys())]
 
 
-def _length_pairs(paired: Sequence[tuple[Record, Record]]) -> list[charts.LengthPair]:
-    outcomes = {(True, False): "lost", (False, True): "won"}
-    return [
-        charts.LengthPair(
-            dense.prompt,
-            dense.thinking_tokens,
-            pruned.thinking_tokens,
-            outcomes.get((dense.correct, pruned.correct), "same"),
-        )
-        for dense, pruned in paired
-    ]
-
-
-def _length_quantiles(paired: Sequence[tuple[Record, Record]]) -> list[tuple[str, int, int]]:
-    """Return name, dense and pruned value of the thinking lengths' quantiles; none without answers."""
+def _length_quantiles(paired: Sequence[Pair]) -> list[tuple[str, int, int]]:
+    """Return name, dense and pruned value of the thinking lengths' quantiles."""
+    if not paired:
+        return []
     dense = sorted(record.thinking_tokens for record, _ in paired)
     pruned = sorted(record.thinking_tokens for _, record in paired)
-    shares = {
-        "shortest": 0.0,
-        "half are at most": 0.5,
-        "nine of ten are at most": 0.9,
-        "longest": 1.0,
-    }
-    places = {name: max(math.ceil(share * len(paired)) - 1, 0) for name, share in shares.items()}
-    return [(name, dense[place], pruned[place]) for name, place in places.items() if paired]
+
+    found = []
+    names = ("shortest", "half are at most", "nine of ten are at most", "longest")
+    for name, share in zip(names, (0.0, 0.5, 0.9, 1.0), strict=True):
+        place = max(math.ceil(share * len(paired)) - 1, 0)
+        found.append((name, dense[place], pruned[place]))
+    return found
 
 
 def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:
     """Return the prompts whose texts fit on the page, those that pruning lost first."""
-    shown, left_bytes = [], _TEXT_BUDGET_BYTES
-    for disagreement in sorted(
-        disagreements, key=lambda found: found.outcome
-    ):  # "lost" before "won"
-        left_bytes -= sum(
-            _page_bytes(record) for record in (disagreement.dense, disagreement.pruned)
-        )
+    shown = []
+    left_bytes = _TEXT_BUDGET_BYTES
+    for found in sorted(disagreements, key=lambda found: found.outcome):  # "lost" before "won"
+        left_bytes -= _page_bytes(found.dense) + _page_bytes(found.pruned)
         if left_bytes < 0:
             break
-        shown.append(disagreement)
+        shown.append(found)
     return shown
 
 
 def _task_filters(shown: Sequence[_Disagreement]) -> dict[str, int]:
-    """Return the tasks to filter by with their prompts, the most frequent first; none where one task is all."""
-    counts = Counter(found.dense.task for found in shown).most_common(_TASKS)
-    return dict(counts) if len(counts) > 1 else {}
+    """Return the tasks to filter by with their prompts, the most frequent first."""
+    counts = Counter(found.dense.task for found in shown)
+    return dict(counts.most_common(_TASKS)) if len(counts) > 1 else {}
 
 
 def _page_bytes(record: Record) -> int:
-    texts = [
-        _cut(text)
-        for text in (record.question, record.gold, record.answer_text, record.thinking_text)
-    ]
-    # Five bytes stand for what escaping adds to the characters it touches.
-    special = sum(text.count(character) for text in texts for character in "<>&'\"")
-    return sum(len(text.encode()) for text in texts) + 5 * special + 1500
+    text = _cut(record.question) + _cut(record.gold)
+    text += _cut(record.answer_text) + _cut(record.thinking_text)
+    special = sum(text.count(character) for character in "<>&'\"")
+
+    # Escaping adds at most five bytes to a character; 1,500 are the markup of one side.
+    return len(text.encode()) + 5 * special + 1500
 
 
 def _cut(text: str) -> str:
     text = visible(text)
-    if len(text) <= _TEXT_CHARACTERS:
+    more = len(text) - _TEXT_CHARACTERS
+    if more <= 0:
         return text
-    return f"{text[:_TEXT_CHARACTERS]}\n… {len(text) - _TEXT_CHARACTERS} more characters in records.jsonl"
+    return f"{text[:_TEXT_CHARACTERS]}\n… {more} more characters in records.jsonl"
 
 
 def _readable(settings: dict[str, object]) -> str:
-    return (
-        visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str)) if settings else ""
-    )
+    if not settings:
+        return ""
+    return visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str))

@@ -1,15 +1,17 @@
 """A report as JUnit XML: one test case per check, for CI servers that draw test results.
 
-A failed check is a failure, an inconclusive one an error, a skipped one a skip. CI servers take a file
-without failures for a success, so an inconclusive report in which no check says so gets a test case
-``verdict`` with an error. The figures are properties of the suite, as ``CHECK.FIGURE``: in a test case, where pytest
-writes them, some servers refuse them. Source: the XML schema of the Jenkins xUnit plugin, junit-10.xsd.
+A failed check is a failure, an inconclusive one an error, a skipped one a skip. CI servers take a
+file without failures for a success, so an inconclusive report in which no check says so gets a test
+case ``verdict`` with an error. The figures are properties of the suite, as ``CHECK.FIGURE``: some
+servers refuse them in a test case, where pytest writes them.
+Source: the XML schema of the Jenkins xUnit plugin, junit-10.xsd.
 """
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable
+from xml.etree import ElementTree
 
 from racdeploy.report.model import CheckResult, Report
 from racdeploy.report.tables import explanation, plain
@@ -20,34 +22,29 @@ _TAGS = {"fail": "failure", "inconclusive": "error", "skipped": "skipped"}
 def render(report: Report) -> str:
     """Return the report as a JUnit XML document."""
     checks = list(report.checks)
-    if report.verdict == "inconclusive" and all(
-        check.verdict != "inconclusive" for check in checks
-    ):
-        checks.append(
-            CheckResult(name="verdict", verdict="inconclusive", summary=explanation(report))
-        )
+    verdicts = Counter[str](check.verdict for check in checks)
+    if report.verdict == "inconclusive" and not verdicts["inconclusive"]:
+        summary = explanation(report)
+        checks.append(CheckResult(name="verdict", verdict="inconclusive", summary=summary))
+        verdicts["inconclusive"] = 1
+
     counts = {
         "tests": str(len(checks)),
-        "failures": str(sum(check.verdict == "fail" for check in checks)),
-        "errors": str(sum(check.verdict == "inconclusive" for check in checks)),
+        "failures": str(verdicts["fail"]),
+        "errors": str(verdicts["inconclusive"]),
     }
-    skipped = str(sum(check.verdict == "skipped" for check in checks))
     root = ElementTree.Element("testsuites", {"name": "racdeploy", **counts})
-    suite = ElementTree.SubElement(
-        root,
-        "testsuite",
-        {
-            "name": plain(report.model),
-            "timestamp": report.created.isoformat(timespec="seconds"),
-            **counts,
-            "skipped": skipped,
-        },
-    )
+
+    created = report.created.isoformat(timespec="seconds")
+    about = {"name": plain(report.model), "timestamp": created, **counts}
+    suite = ElementTree.SubElement(root, "testsuite", about, skipped=str(verdicts["skipped"]))
     _add_properties(suite, checks)
     for check in checks:
         _add_case(suite, check, f"racdeploy.{plain(report.target)}")
+
     ElementTree.indent(root)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
+    document = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{document}\n'
 
 
 def _add_properties(suite: ElementTree.Element, checks: Iterable[CheckResult]) -> None:
@@ -58,19 +55,19 @@ def _add_properties(suite: ElementTree.Element, checks: Iterable[CheckResult]) -
         return
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in figures.items():
-        ElementTree.SubElement(
-            properties, "property", {"name": plain(name), "value": plain(str(value))}
-        )
+        about = {"name": plain(name), "value": plain(str(value))}
+        ElementTree.SubElement(properties, "property", about)
 
 
 def _add_case(suite: ElementTree.Element, check: CheckResult, class_name: str) -> None:
-    case = ElementTree.SubElement(
-        suite, "testcase", {"classname": class_name, "name": plain(check.name)}
-    )
-    if tag := _TAGS.get(check.verdict):
-        outcome = ElementTree.SubElement(case, tag, {"message": plain(check.summary)})
-        if tag != "skipped":
-            outcome.set("type", check.verdict)
-        outcome.text = plain(check.remedy) or None
-    else:
+    about = {"classname": class_name, "name": plain(check.name)}
+    case = ElementTree.SubElement(suite, "testcase", about)
+    tag = _TAGS.get(check.verdict)
+    if tag is None:
         ElementTree.SubElement(case, "system-out").text = plain(check.summary)
+        return
+
+    outcome = ElementTree.SubElement(case, tag, {"message": plain(check.summary)})
+    if tag != "skipped":
+        outcome.set("type", check.verdict)
+    outcome.text = plain(check.remedy) or None

@@ -1,8 +1,8 @@
 """The report and the records: what a verification found, as data.
 
-Filled in by the checks, read by everything that prints. Knows nothing of Markdown or HTML, and nothing of how
-a number was measured. The verdict is never stored on its own: it follows from the checks in
-:func:`overall_verdict`, and a file whose verdict says otherwise is refused.
+Filled in by the checks, read by everything that prints. Knows nothing of Markdown or HTML, and
+nothing of how a number was measured. The verdict is never stored on its own: it follows from the
+checks in :func:`overall_verdict`, and a file with another verdict is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ratio = Annotated[
 
 
 class _Part(BaseModel):
-    # An unbounded interval has infinite ends; "strings" keeps the file valid JSON and reads back as numbers.
+    # An unbounded interval has infinite ends; "strings" keeps the file valid JSON.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
@@ -50,7 +50,7 @@ class ArmSummary(_Part):
         forced: completions whose thinking was closed by the budget.
         cut: completions that hit the token cap after the thinking.
         loops: completions that began to repeat themselves.
-        size_bytes: of the files that every engine opens; not of the second graph of packing ``bitmask_op``.
+        size_bytes: of the files that every engine opens; without the graph of ``bitmask_op``.
         sparsity: zeros in the exported file, over the prunable weights.
         files: SHA-256 of each file of the artifact.
         kernels: what ran it, in the engine's words.
@@ -105,7 +105,7 @@ class Comparison(_Part):
         n10: answers that dense gets right and pruned does not, over all samples.
         n01: answers that pruned gets right and dense does not.
         n: prompts answered by both arms.
-        length_ratio: restricted mean thinking length, pruned over dense; None if it was not measured.
+        length_ratio: restricted mean thinking length, pruned over dense; None if not measured.
         length_limit: largest ratio that passes.
         length_budget_tokens: the cap at which lengths are restricted, equal for both arms.
         confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
@@ -180,7 +180,7 @@ class BlockRow(_Part):
 
 
 class PositionRow(_Part):
-    """Mean divergence over a stretch of the completions of the dense model's traces, teacher-forced.
+    """Mean divergence over a stretch of the dense model's completions, teacher-forced.
 
     Args:
         start_token: first token of the stretch, counted from the end of the prompt.
@@ -248,7 +248,8 @@ class Record(_Part):
     Args:
         prompt: index of the prompt; both arms share it.
         prompt_ids: the rendered prompt; empty in records of older versions.
-        opening: where the first thought began: in the prompt, in the completion, before its first token, or nowhere.
+        opening: where the first thought began: in the prompt, in the completion, before its first
+            token, or nowhere.
         loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
         scorer: what decided, see :mod:`racdeploy.scorers`; empty is its default.
         extracted: the answer that was scored, None if none was found.
@@ -326,7 +327,7 @@ class Report(_Part):
 def overall_verdict(checks: Iterable[CheckResult]) -> Verdict:
     """Return the verdict of a whole report.
 
-    One failed check fails it. Without a failure, one inconclusive check makes it inconclusive, and so do no
+    One failed check fails it. Otherwise one inconclusive check makes it inconclusive, and so do no
     checks at all or only skipped ones: missing data never passes.
     """
     verdicts = {check.verdict for check in checks}

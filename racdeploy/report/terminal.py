@@ -1,4 +1,4 @@
-"""A report on a terminal: rich tables, or aligned plain text where the output is a file or a pipe."""
+"""A report on a terminal: rich tables, or aligned plain text in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def print_report(report: Report, console: Console) -> None:
     _print_line(console, headline(report), _STYLES[report.verdict])
     if reasons := explanation(report):
         _print_line(console, reasons)
+
     for table in tables(report):
         _print_line(console, "")
         print_table(table, console)
-    for title, lines in (
-        ("Who wins where", who_wins(report)),
-        ("Notes", [plain(note) for note in report.notes]),
-    ):
+
+    notes = [plain(note) for note in report.notes]
+    for title, lines in (("Who wins where", who_wins(report)), ("Notes", notes)):
         if lines:
             _print_line(console, "")
             _print_line(console, title)
@@ -38,13 +38,14 @@ def print_table(table: Table, console: Console) -> None:
     if console.is_terminal:
         console.print(_rich(table))
         return
-    for line in _aligned(table):
+    for line in _align(table):
         _print_line(console, line)
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:
     # A pipe gets one line per line, however wide: what reads it may look for words.
-    console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
+    wrap_softly = not console.is_terminal
+    console.print(Text(text, style=style), soft_wrap=wrap_softly)
 
 
 def _rich(table: Table) -> RichTable:
@@ -52,17 +53,19 @@ def _rich(table: Table) -> RichTable:
     for column in table.columns:
         rich_table.add_column(Text(column), overflow="fold")
     for row in table.rows:
-        rich_table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row]
+        rich_table.add_row(*cells)
     return rich_table
 
 
-def _aligned(table: Table) -> list[str]:
+def _align(table: Table) -> list[str]:
     rows = [table.columns, *table.rows]
-    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(table.columns))]
-    padded = [
-        "  ".join(
-            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    ]
-    return [table.title, *(line.rstrip() for line in padded)]
+    columns = zip(*rows, strict=True)
+    widths = [max(cell_len(cell) for cell in column) for column in columns]
+
+    lines = [table.title]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        padded = [cell + " " * (width - cell_len(cell)) for cell, width in cells]
+        lines.append("  ".join(padded).rstrip())
+    return lines
