@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
-from racdeploy.export.gguf.sentencepiece import _scores_by_rank
+from racdeploy.export.gguf.sentencepiece import score_by_rank
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.llama_child import ask_llama
@@ -164,6 +164,6 @@ def test_a_name_with_phi3_needs_its_tokens(folder: Path, tmp_path: Path) -> None
 
 def test_interleaved_runs_get_one_score() -> None:
     """Runs of one character whose merges interleave had equal scores; other pieces are ranked one by one."""
-    assert _scores_by_rank(["ab", "   ", "    ", "   ", "cd", "ef"]) == {
+    assert score_by_rank(["ab", "   ", "    ", "   ", "cd", "ef"]) == {
         "ab": 0.0, "   ": -1.0, "    ": -1.0, "cd": -4.0, "ef": -5.0,
     }  # fmt: skip

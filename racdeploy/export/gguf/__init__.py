@@ -27,7 +27,7 @@ from racdeploy.export.gguf.ollama import go_template
 from racdeploy.export.gguf.parameters import check_parameters, write_parameters
 from racdeploy.export.gguf.splits import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, name_part
 from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
-from racdeploy.export.gguf.vocabulary import Vocabulary, adds_bos, check_name, read_vocabulary
+from racdeploy.export.gguf.vocabulary import Vocabulary, adds_bos, read_vocabulary
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
@@ -234,7 +234,7 @@ def export(
         read_vocabulary(checkpoint, pre_tokenizer),
         general_values(checkpoint, mix, metadata or {}),
     )
-    check_name(general["general.name"], vocabulary)
+    vocabulary.check_name(general["general.name"])
     total_bytes = sum(tensor.size_bytes for tensor in plan)
     require_space(out.parent, total_bytes, "choose another place with --out")
     parts = divide(plan, split_bytes if packing == "plain" else 0)
@@ -340,7 +340,7 @@ def _write_header(
             add_value(writer, key, value)
         if vocabulary:
             write_parameters(writer, checkpoint)
-            _add_vocabulary(writer, vocabulary, checkpoint.tokenizer.chat_template)
+            vocabulary.write(writer, checkpoint.tokenizer.chat_template)
         if split:
             number, count, tensors = split
             writer.add_uint16(NUMBER_KEY, number)
@@ -360,27 +360,3 @@ def _write_header(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-
-
-def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.space_first is None:
-        writer.add_token_merges(vocabulary.merges)
-    else:
-        writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.space_first)
-    add_id = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "pad": writer.add_pad_token_id,
-        "unk": writer.add_unk_token_id,
-        "eot": writer.add_eot_token_id,
-    }
-    for kind, i in vocabulary.special_ids.items():
-        add_id[kind](i)
-    writer.add_add_bos_token(vocabulary.adds["bos"])
-    writer.add_add_eos_token(vocabulary.adds["eos"])
-    writer.add_chat_template(chat_template)

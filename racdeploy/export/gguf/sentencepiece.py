@@ -10,7 +10,7 @@ Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,33 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
+def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> None:
+    """Refuse added tokens that llama.cpp would look for in another text.
+
+    Args:
+        added: tokens by id.
+        space_first: whether a text gets a space in front.
+
+    Raises:
+        ModelError: names the token.
+    """
+    for token in added.values():
+        content = token["content"]
+        if token.get("normalized") and (space_first or " " in content):
+            raise ModelError(
+                f"the tokenizer looks for its added token {content!r} in normalized text, llama.cpp"
+                " in the text itself",
+                remedy='set "normalized": false for it in tokenizer.json',
+            )
+
+    for token in added.values():
+        content = token["content"]
+        if space_first and not token.get("special") and SPACE in content:
+            raise ModelError(
+                f"llama.cpp finds the added token {content!r} before it puts a space first, not after"
+            )
+
+
 def read_scores(
     tokenizer: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], model: Path
 ) -> dict[str, float]:
@@ -79,28 +106,30 @@ def read_scores(
         ModelError: llama.cpp would join other pieces, or the two files belong to different models.
         MissingExtraError: tokenizer.model cannot be read without the sentencepiece package.
     """
-    vocab, merges = (
-        tokenizer["model"]["vocab"],
-        [_pair(merge) for merge in tokenizer["model"]["merges"]],
-    )
+    vocab = tokenizer["model"]["vocab"]
+    merges = [split_merge(merge) for merge in tokenizer["model"]["merges"]]
     if missing := sorted(BYTES - vocab.keys()):
         raise ModelError(
             f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
         )
     texts = {str(token["content"]) for token in added.values()}
     _check_cuts(vocab, set(merges), texts)
+
+    made = [left + right for left, right in merges]
     if model.is_file():
-        scores = _stored_scores(model, vocab, added)
+        scores = _read_stored_scores(model, vocab, added)
     else:
-        scores = {
-            **dict.fromkeys(vocab, 0.0),
-            **_scores_by_rank([left + right for left, right in merges]),
-        }
-    _check_order([(left + right, scores[left + right]) for left, right in merges], texts)
+        scores = dict.fromkeys(vocab, 0.0) | score_by_rank(made)
+    _check_order([(piece, scores[piece]) for piece in made], texts)
     return scores
 
 
-def _pair(merge: object) -> tuple[str, str]:
+def split_merge(merge: object) -> tuple[str, str]:
+    """Return the two parts that a merge of tokenizer.json joins; older files write them as one string.
+
+    Raises:
+        ModelError: it is no merge.
+    """
     match merge:
         case str() if merge.count(" ") == 1:
             left, right = merge.split(" ")
@@ -111,27 +140,26 @@ def _pair(merge: object) -> tuple[str, str]:
 
 
 def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str]) -> None:
+    """Refuse pieces that llama.cpp would join from parts that are no merge, or that nothing can make."""
     for piece in vocab.keys() - BYTES - added:
-        for left, right in _cuts(piece):
+        for place in range(1, len(piece)):
+            left, right = piece[:place], piece[place:]
             if left in vocab and right in vocab and (left, right) not in merges:
                 raise ModelError(
-                    f"llama.cpp would join {left!r} and {right!r} to {piece!r}, and the tokenizer has no such merge",
-                    remedy="its merges were not made from a SentencePiece model, so it has no GGUF form yet",
+                    f"llama.cpp would join {left!r} and {right!r} to {piece!r}, and the tokenizer"
+                    " has no such merge",
+                    remedy="its merges were not made from a SentencePiece model, so it has no GGUF"
+                    " form yet",
                 )
-        if len(piece) > 1 and (
-            strange := [character for character in piece if character not in vocab]
-        ):
+
+        strange = [character for character in piece if character not in vocab]
+        if len(piece) > 1 and strange:
             raise ModelError(
                 f"the token {piece!r} holds {strange[0]!r}, which the tokenizer's vocabulary lacks"
             )
 
 
-def _cuts(piece: str) -> Iterator[tuple[str, str]]:
-    for place in range(1, len(piece)):
-        yield piece[:place], piece[place:]
-
-
-def _scores_by_rank(made: Sequence[str]) -> dict[str, float]:
+def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     """Return minus the rank of the first merge that makes a piece.
 
     Pieces whose merges interleave had one score, as Mistral's runs of spaces have, and get one again; for any other
@@ -139,13 +167,17 @@ def _scores_by_rank(made: Sequence[str]) -> dict[str, float]:
     """
     last = {piece: rank for rank, piece in enumerate(made)}
     scores: dict[str, float] = {}
-    start, stop = 0, -1
+    start, stop = 0, -1  # ranks of the interleaving merges at hand
     for rank, piece in enumerate(made):
-        if piece not in scores:
-            if rank > stop or len({*piece, *made[start]}) > 1:
-                start = rank
-            scores[piece] = -float(start)
-            stop = max(stop, last[piece]) if start < rank else last[piece]
+        if piece in scores:
+            continue
+
+        repeats_one_character = len({*piece, *made[start]}) == 1
+        if rank > stop or not repeats_one_character:
+            start, stop = rank, last[piece]
+        else:
+            stop = max(stop, last[piece])
+        scores[piece] = -float(start)
     return scores
 
 
@@ -160,7 +192,7 @@ def _check_order(made: Sequence[tuple[str, float]], added: set[str]) -> None:
             )
 
 
-def _stored_scores(
+def _read_stored_scores(
     model: Path, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, float]:
     """Return the scores of tokenizer.model, after comparing its pieces with the vocabulary."""
@@ -174,13 +206,16 @@ def _stored_scores(
         raise ModelError(
             f"{model} cannot be loaded: {error}", remedy="copy it again; or remove it"
         ) from error
+
     scores = dict.fromkeys(vocab, ADDED_SCORE)
     for piece, i in vocab.items():
-        if i < processor.get_piece_size() and i not in added:
-            if processor.id_to_piece(i) != piece:
-                raise ModelError(
-                    f"{model} has the piece {processor.id_to_piece(i)!r} where tokenizer.json has {piece!r}",
-                    remedy="the files belong to different models",
-                )
-            scores[piece] = float(processor.get_score(i))
+        if i >= processor.get_piece_size() or i in added:
+            continue
+        stored = processor.id_to_piece(i)
+        if stored != piece:
+            raise ModelError(
+                f"{model} has the piece {stored!r} where tokenizer.json has {piece!r}",
+                remedy="the files belong to different models",
+            )
+        scores[piece] = float(processor.get_score(i))
     return scores
