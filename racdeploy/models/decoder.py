@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Transform = Literal["rotary", "plus_one", "stack"]
-"""What the exporter can do to a tensor; one implementation each, in ``export/_gguf_tensors.py``.
+"""What the exporter can do to a tensor; one implementation each, in ``export/gguf/values.py``.
 
 - ``rotary``: reorder the rows of each head from half-split rotary pairs to llama.cpp's interleaved ones.
 - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
@@ -55,8 +55,8 @@ MODEL_TENSORS = {
 }
 ALL_LINEARS = tuple(_LINEARS.values())
 
-# D hidden, F feed-forward, V vocabulary, K head, Q all query heads, KV all key heads, E experts, M one expert's
-# feed-forward; a sum where matrices are laid into one. A tensor that is not here is a vector of D.
+# D hidden, F feed-forward, V vocabulary, K head size, Q all query heads, KV all key heads, E experts,
+# EF one expert's feed-forward; a sum where matrices are laid into one. What is not here is a vector of D.
 SHAPES = {
     "token_embd": ("V", "D"),
     "output": ("V", "D"),

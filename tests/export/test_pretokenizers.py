@@ -25,7 +25,7 @@ from tests.support.tiny_models import make_checkpoint
 
 TOKENS = 2900
 TEXTS = (*probe_strings(), *mixed_lines(10_000))
-ROWS = {name: (steps, ignore) for (steps, ignore), name in pretokenizers._TABLE.items()}
+ROWS = {name: (steps, ignore) for (steps, ignore), name in pretokenizers.TABLE.items()}
 # The same expressions; only ignore_merges differs, which trained merges rarely show.
 TWINS = {frozenset(("llama-bpe", "smaug-bpe"))}
 
@@ -135,7 +135,7 @@ def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "regex"), [(name, regex) for regex, name in pretokenizers._UNEQUAL.items()]
+    ("name", "regex"), [(name, regex) for regex, name in pretokenizers.UNEQUAL.items()]
 )
 def test_expressions_that_llama_cpp_changes_are_refused(
     tmp_path: Path, merges: dict[str, Any], name: str, regex: str

@@ -10,7 +10,7 @@ import pytest
 from racdeploy.engines.transformers import torch_model
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
-from racdeploy.export.gguf import tensors
+from racdeploy.export.gguf import values
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import gates as parity
 from racdeploy.pipeline.gates import Held, hold
@@ -62,8 +62,8 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     """Rows that are not reordered change the logits from the second position on: the first has no rotation."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    order = tensors.rotary_order
-    monkeypatch.setattr(tensors, "rotary_order", lambda rows, heads: sorted(order(rows, heads)))
+    order = values.rotary_order
+    monkeypatch.setattr(values, "rotary_order", lambda rows, heads: sorted(order(rows, heads)))
     with pytest.raises(GateError, match="first at position 1: logits differ by"):
         _hold(checkpoint, artifact, settings)
 

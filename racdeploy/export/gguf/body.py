@@ -6,25 +6,29 @@ written in order. In memory are one tensor as the checkpoint stores it, and two 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.export import ExportedTensor, Progress
-from racdeploy.export.gguf.tensors import PlannedTensor, iterate_slabs
+from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.export.gguf.values import iterate_slabs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant.importance import Importance
+from racdeploy.storage.cores import available_cores
 
 _ALIGNMENT = 32
-_SLAB_WEIGHTS = 2_097_152
-_MOST_WORKERS = 8
+_SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
+_MOST_WORKERS = 8  # beyond, the disk is the slower part
 Coded = tuple[NDArray[np.uint8], int]
 
 
@@ -52,28 +56,27 @@ class Body:
             ModelError: a weight is not finite, or too large for its number format.
         """
         tensors = []
-        with file.open("ab") as stream, ThreadPoolExecutor(_workers()) as pool:
-            stream.write(bytes(-stream.tell() % _ALIGNMENT))
+        with file.open("ab") as stream, ThreadPoolExecutor(_count_workers()) as pool:
+            _pad(stream)
             for tensor in plan:
                 zeros = 0
-                for packed_OP, count in self._coded(pool, tensor):
-                    zeros += count
+                for packed_OP, slab_zeros in self._code(pool, tensor):
+                    zeros += slab_zeros
                     stream.write(packed_OP.data)
                     self._report(packed_OP.nbytes)
-                stream.write(bytes(-stream.tell() % _ALIGNMENT))
-                tensors.append(_exported(tensor, zeros))
+                _pad(stream)
+                tensors.append(_describe(tensor, zeros))
+
             stream.flush()
             os.fsync(stream.fileno())
         return tensors
 
-    def _coded(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
+    def _code(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
         """Yield the packed rows of a tensor, slab by slab in order, and how many zeros they hold."""
         quant = quants.load_ggml(tensor.quant_real)
-        known_I = (
-            self.importance.of(tensor.name, tensor.source, tensor.shape[-1])
-            if self.importance
-            else None
-        )
+        known_I = None
+        if self.importance:
+            known_I = self.importance.of(tensor.name, tensor.source, tensor.shape[-1])
 
         def code(weight_OI: NDArray[np.float32]) -> Coded:
             packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
@@ -83,7 +86,7 @@ class Body:
             )
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
-        return _ahead(pool, code, iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+        return _map_ahead(pool, code, iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
 
     def _report(self, written_bytes: int) -> None:
         self._done_bytes += written_bytes
@@ -94,17 +97,17 @@ class Body:
 def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:
     """Return the tensors in runs of at most so many bytes, or of a single larger one; 0 is one run."""
     parts: list[list[PlannedTensor]] = [[]]
-    held = 0
+    size_bytes = 0
     for tensor in plan:
-        if part_bytes and parts[-1] and held + tensor.size_bytes > part_bytes:
+        size_bytes += tensor.size_bytes
+        if part_bytes and parts[-1] and size_bytes > part_bytes:
             parts.append([])
-            held = 0
+            size_bytes = tensor.size_bytes
         parts[-1].append(tensor)
-        held += tensor.size_bytes
     return parts
 
 
-def _ahead(
+def _map_ahead(
     pool: ThreadPoolExecutor,
     code: Callable[[NDArray[np.float32]], Coded],
     slabs: Iterator[NDArray[np.float32]],
@@ -113,27 +116,28 @@ def _ahead(
     pending: deque[Future[Coded]] = deque()
     for slab in slabs:
         pending.append(pool.submit(code, slab))
-        if len(pending) > _workers():
+        if len(pending) > _count_workers():
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _workers() -> int:
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(allowed, _MOST_WORKERS)
+def _count_workers() -> int:
+    return min(available_cores(), _MOST_WORKERS)
 
 
-def _exported(tensor: PlannedTensor, zeros: int) -> ExportedTensor:
+def _pad(stream: BinaryIO) -> None:
+    stream.write(bytes(-stream.tell() % _ALIGNMENT))
+
+
+def _describe(tensor: PlannedTensor, zeros: int) -> ExportedTensor:
     return ExportedTensor(
-        tensor.name,
-        tensor.source,
-        tensor.shape,
-        tensor.quant_asked,
-        tensor.quant_real,
-        tensor.reason,
-        zeros / max(1, int(np.prod(tensor.shape))),
-        tensor.size_bytes,
+        name=tensor.name,
+        source=tensor.source,
+        shape=tensor.shape,
+        quant_asked=tensor.quant_asked,
+        quant_real=tensor.quant_real,
+        reason=tensor.reason,
+        zeros=zeros / max(1, math.prod(tensor.shape)),
+        size_bytes=tensor.size_bytes,
     )

@@ -38,18 +38,19 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("head_dim") is not None:
         writer.add_key_length(checkpoint.head_size)
         writer.add_value_length(checkpoint.head_size)
+
     writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
     _write_rope_scaling(writer, checkpoint)
     _write_windows(writer, checkpoint)
+
     family = checkpoint.family
     for key, setting in family.integers.items():
         if checkpoint.setting(setting) is not None:
             writer.add_uint32(f"{family.gguf_arch}.{key}", checkpoint.integer(setting))
     for key, setting in family.numbers.items():
         if checkpoint.setting(setting) is not None:
-            writer.add_float32(
-                f"{family.gguf_arch}.{key}", _number(checkpoint, checkpoint.config, setting)
-            )
+            number = _number(checkpoint, checkpoint.config, setting)
+            writer.add_float32(f"{family.gguf_arch}.{key}", number)
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
@@ -64,12 +65,15 @@ def check_parameters(checkpoint: Checkpoint) -> None:
         if value is not None and value not in fine:
             computes = f"computes only {fine[0]!r}" if fine else "has no such thing"
             raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
+
     _check_windows(checkpoint)
     _check_no_rope(checkpoint)
+
     kind, known = checkpoint.rope["rope_type"], checkpoint.family.rope_types
     if kind not in known:
+        arch = checkpoint.family.gguf_arch
         raise ModelError(
-            f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {checkpoint.family.gguf_arch}",
+            f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {arch}",
             remedy=f"supported are {', '.join(known)}",
         )
 
@@ -81,43 +85,40 @@ def rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         return {"rope_freqs.weight": _llama3_factors(checkpoint)}
     if rope["rope_type"] != "longrope":
         return {}
+
     width = checkpoint.setting("rotary_width") // 2
     factors = {}
     for name in ("long", "short"):
         values = rope.get(f"{name}_factor")
-        if (
-            not isinstance(values, list)
-            or len(values) != width
-            or not all(isinstance(v, int | float) for v in values)
-        ):
+        given = values if isinstance(values, list) else []
+        if len(given) != width or not all(isinstance(v, int | float) for v in given):
             raise ModelError(
                 f"{checkpoint.folder}/config.json: {name}_factor is not a list of {width} numbers"
             )
-        factors[f"rope_factors_{name}.weight"] = np.array(values, dtype=np.float32)
+        factors[f"rope_factors_{name}.weight"] = np.array(given, dtype=np.float32)
     return factors
 
 
 def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     """Return what Llama 3 scaling divides each rotary frequency by.
 
+    Long waves are divided by the whole factor, short ones not at all, those between by a blend.
     Source: transformers ``_compute_llama3_parameters``; llama.cpp divides each frequency by its factor.
     """
     rope = checkpoint.rope
-    factor, low, high, context = (
-        _number(checkpoint, rope, key)
-        for key in (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-    )
+    factor = _number(checkpoint, rope, "factor")
+    low = _number(checkpoint, rope, "low_freq_factor")
+    high = _number(checkpoint, rope, "high_freq_factor")
+    context = _number(checkpoint, rope, "original_max_position_embeddings")
+
     K = checkpoint.head_size
-    wavelength_K = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, K, 2, dtype=np.float64) / K)
+    period_K = rope["rope_theta"] ** (np.arange(0, K, 2, dtype=np.float64) / K)
+    wavelength_K = 2 * math.pi * period_K
     smooth_K = (context / wavelength_K - low) / (high - low)
     blended_K = 1 / ((1 - smooth_K) / factor + smooth_K)
-    scaled_K = np.where(wavelength_K > context / low, factor, blended_K)
-    return np.where(wavelength_K < context / high, 1.0, scaled_K).astype(np.float32)
+
+    is_long_K, is_short_K = wavelength_K > context / low, wavelength_K < context / high
+    return np.select([is_short_K, is_long_K], [1.0, factor], blended_K).astype(np.float32)
 
 
 def _check_windows(checkpoint: Checkpoint) -> None:
@@ -128,10 +129,9 @@ def _check_windows(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF"
         )
-    window, context = (
-        checkpoint.config.get("sliding_window"),
-        checkpoint.integer("max_position_embeddings"),
-    )
+
+    window = checkpoint.config.get("sliding_window")
+    context = checkpoint.integer("max_position_embeddings")
     if window and window < context and checkpoint.config.get("use_sliding_window", True):
         raise ModelError(
             f"config.json: sliding_window is {window} of {context} positions; llama.cpp's"
@@ -150,38 +150,47 @@ def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 def _check_no_rope(checkpoint: Checkpoint) -> None:
     """Refuse blocks without rotary embedding where llama.cpp has one, and the reverse."""
-    interval, listed = (
-        checkpoint.config.get(key) for key in ("no_rope_layer_interval", "no_rope_layers")
-    )
-    blocks, period = range(1, checkpoint.block_count + 1), checkpoint.family.no_rope_period
+    period = checkpoint.family.no_rope_period
+    if not period:
+        return
+
+    blocks = range(1, checkpoint.block_count + 1)
+    interval = checkpoint.config.get("no_rope_layer_interval")
+    listed = checkpoint.config.get("no_rope_layers")
     asked = listed or [not interval or block % interval != 0 for block in blocks]
-    if period and list(map(bool, asked)) != [block % period != 0 for block in blocks]:
+    if list(map(bool, asked)) != [block % period != 0 for block in blocks]:
         raise ModelError(
             f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this model not"
         )
 
 
 def _write_rope_scaling(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    match checkpoint.rope["rope_type"]:
+        case "longrope":
+            writer.add_rope_scaling_attn_factors(_longrope_attention_factor(checkpoint))
+        case "linear":
+            writer.add_rope_scaling_factor(_number(checkpoint, checkpoint.rope, "factor"))
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        case "yarn":
+            _write_yarn(writer, checkpoint)
+
+
+def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     rope = checkpoint.rope
-    if rope["rope_type"] == "longrope":
-        writer.add_rope_scaling_attn_factors(_longrope_attention_factor(checkpoint))
-    if rope["rope_type"] not in ("linear", "yarn"):
-        return
-    factor = _number(checkpoint, rope, "factor")
-    writer.add_rope_scaling_factor(factor)
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        return
     for key, fixed in _FIXED_YARN.items():
         if rope.get(key) not in (None, fixed):
             raise ModelError(
                 f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}"
             )
+
+    factor = _number(checkpoint, rope, "factor")
+    writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_type(RopeScalingType.YARN)
-    context = rope.get("original_max_position_embeddings") or checkpoint.integer(
-        "max_position_embeddings"
+    context = rope.get("original_max_position_embeddings")
+    writer.add_rope_scaling_orig_ctx_len(
+        int(context or checkpoint.integer("max_position_embeddings"))
     )
-    writer.add_rope_scaling_orig_ctx_len(int(context))
+
     # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
     default = _magnitude(factor, 1.0)
     whole = _attention_factor(checkpoint, factor)
@@ -193,6 +202,7 @@ def _longrope_attention_factor(checkpoint: Checkpoint) -> float:
     """Return what cosines and sines are multiplied by. Source: transformers ``_compute_longrope_parameters``."""
     if checkpoint.rope.get("attention_factor") is not None:
         return _number(checkpoint, checkpoint.rope, "attention_factor")
+
     original = checkpoint.integer("original_max_position_embeddings")
     factor = checkpoint.integer("max_position_embeddings") / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
@@ -202,15 +212,15 @@ def _attention_factor(checkpoint: Checkpoint, factor: float) -> float:
     rope = checkpoint.rope
     if rope.get("attention_factor") is not None:
         return _number(checkpoint, rope, "attention_factor")
+
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        magnitude, all_dims = (
-            _number(checkpoint, rope, key) for key in ("mscale", "mscale_all_dim")
-        )
-        return _magnitude(factor, magnitude) / _magnitude(factor, all_dims)
+        magnitude = _magnitude(factor, _number(checkpoint, rope, "mscale"))
+        return magnitude / _magnitude(factor, _number(checkpoint, rope, "mscale_all_dim"))
     return _magnitude(factor, 1.0)
 
 
 def _magnitude(factor: float, scale: float) -> float:
+    """Return by how much YaRN scales attention. Source: ``get_mscale`` in transformers."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 

@@ -9,7 +9,7 @@ Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from racdeploy.errors import ModelError
@@ -30,11 +30,11 @@ _CASED = tuple(
     for upper, lower in ("*+", "+*")
 )
 _SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UNEQUAL = {
+UNEQUAL = {
     rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH}": "tekken",
     rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH}": "gpt-4o",
 }
-_TABLE: dict[tuple[tuple[str, ...], bool], str] = {
+TABLE: dict[tuple[tuple[str, ...], bool], str] = {
     (("split " + _QWEN2, "bytes"), False): "qwen2",
     (("split " + _LLAMA3, "bytes"), True): "llama-bpe",
     (("split " + _LLAMA3, "bytes"), False): "smaug-bpe",
@@ -44,32 +44,35 @@ _TABLE: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def find_pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json.
 
     Raises:
         ModelError: llama.cpp has no such pre-tokenizer, as far as this table knows.
     """
-    steps = tuple(_steps(tokenizer.get("pre_tokenizer")))
+    steps = tuple(_name_steps(tokenizer.get("pre_tokenizer")))
+    for step in steps:
+        if unequal := UNEQUAL.get(step.removeprefix("split ")):
+            raise ModelError(
+                "llama.cpp splits words with combining marks or capitals outside ASCII differently"
+                f" from this tokenizer, whose pre-tokenizer it calls {unequal!r}",
+                remedy=f"racdeploy export takes export.pre_tokenizer = {unequal!r}; racdeploy build"
+                " stops at its tokens",
+            )
+
     ignore_merges = bool(tokenizer["model"].get("ignore_merges", False))
-    name = _TABLE.get((steps, ignore_merges))
-    if unequal := next(
-        filter(None, (_UNEQUAL.get(step.removeprefix("split ")) for step in steps)), None
-    ):
-        raise ModelError(
-            f"llama.cpp splits words with combining marks or capitals outside ASCII otherwise than this tokenizer, "
-            f"whose pre-tokenizer it calls {unequal!r}",
-            remedy=f"racdeploy export takes export.pre_tokenizer = {unequal!r}; racdeploy build stops at its tokens",
-        )
+    name = TABLE.get((steps, ignore_merges))
     if name is None:
         raise ModelError(
-            f"no llama.cpp pre-tokenizer is known for {' + '.join(steps) or 'none'} with ignore_merges {ignore_merges}",
-            remedy="look it up in llama.cpp's src/llama-vocab.cpp and set export.pre_tokenizer in the recipe",
+            f"no llama.cpp pre-tokenizer is known for {' + '.join(steps) or 'none'} with"
+            f" ignore_merges {ignore_merges}",
+            remedy="look it up in llama.cpp's src/llama-vocab.cpp and set export.pre_tokenizer in"
+            " the recipe",
         )
     return name
 
 
-def normalizer_note(tokenizer: dict[str, Any]) -> str:
+def normalizer_note(tokenizer: Mapping[str, Any]) -> str:
     """Return what llama.cpp leaves out of a tokenizer's normalizer, or an empty string.
 
     Raises:
@@ -89,15 +92,14 @@ def normalizer_note(tokenizer: dict[str, Any]) -> str:
     )
 
 
-def _steps(pre_tokenizer: object) -> Iterator[str]:
+def _name_steps(pre_tokenizer: object) -> Iterator[str]:
     """Yield one canonical phrase per step; anything unusual stays visible in the phrase."""
     for step in flatten(pre_tokenizer, "pretokenizers"):
         match step:
             case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior}:
-                covers = (behavior, bool(step.get("invert", False))) in (
-                    ("Isolated", False),
-                    ("Removed", True),
-                )
+                how = (behavior, bool(step.get("invert", False)))
+                # either way every match is a word, and the known expressions leave nothing between two
+                covers = how in (("Isolated", False), ("Removed", True))
                 yield f"split {regex}" if covers else f"split by {behavior} {regex}"
             case {"type": "Digits", "individual_digits": True}:
                 yield "digits"
@@ -109,11 +111,13 @@ def _steps(pre_tokenizer: object) -> Iterator[str]:
 
 def flatten(step: object, key: str) -> list[dict[str, Any]]:
     """Return the leaves of nested ``Sequence`` steps, whose parts are under ``key``."""
-    if isinstance(step, dict) and step.get("type") == "Sequence":
-        parts = step.get(key)
-        return [
-            leaf
-            for part in (parts if isinstance(parts, list) else [])
-            for leaf in flatten(part, key)
-        ]
-    return [step] if isinstance(step, dict) else []
+    if not isinstance(step, dict):
+        return []
+    if step.get("type") != "Sequence":
+        return [step]
+
+    parts = step.get(key)
+    leaves = []
+    for part in parts if isinstance(parts, list) else []:
+        leaves += flatten(part, key)
+    return leaves

@@ -1,4 +1,4 @@
-"""Plan which tensors a GGUF file holds: name, shape, number format; and read their values in llama.cpp's order.
+"""Plan which tensors a GGUF file holds: name, shape, number format.
 
 The plan is made from headers alone, so every refusal comes before the first byte is written. A checkpoint
 tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
@@ -7,9 +7,8 @@ tensor that no rule covers is an error, and so is a missing one: llama.cpp refus
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf.parameters import rope_factors
-from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, used_tensors
 from racdeploy.models.decoder import Transform
 from racdeploy.quant.presets import Choice, Mix
@@ -62,7 +61,8 @@ class PlannedTensor:
     def size_bytes(self) -> int:
         """Bytes in the file, without padding."""
         rows, row_length = self.rows
-        return rows * round(row_length * quants.load(self.quant_real).BITS / 8)
+        bits = quants.load(self.quant_real).BITS
+        return rows * round(row_length * bits / 8)
 
 
 def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
@@ -71,87 +71,55 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     Raises:
         ModelError: a tensor is missing, unknown, of a wrong shape, or unknown to llama.cpp.
     """
-    named = _names(checkpoint)
-    _check_complete(checkpoint, {part for parts in named.values() for part in parts})
+    names = _list_names(checkpoint)
+    parts = {source: _list_parts(checkpoint, source) for source in names}
+    _check_complete(checkpoint, {name for each in parts.values() for name in each})
+
     plan = [
         PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
         for name, factors in rope_factors(checkpoint).items()
     ]
-    for (source, name), parts in named.items():
-        if parts[0] not in checkpoint.entries:
-            continue
-        for part in parts:
-            _check_shape(checkpoint, part, name)
-        shape = checkpoint.entries[parts[0]].shape
-        transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
-        if transform == "stack":
-            shape = (len(parts), *shape)
-        choice = _choose(name, shape, mix, checkpoint)
-        plan.append(
-            PlannedTensor(
-                name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform
-            )
-        )
+    for source, name in names.items():
+        if parts[source][0] in checkpoint.entries:  # biases may be missing
+            plan.append(_plan_tensor(checkpoint, mix, source, name, parts[source]))
+
     mix.check(tensor.name for tensor in plan if len(tensor.shape) > 1)
     return plan
 
 
-def iterate_slabs(
-    checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int
-) -> Iterator[NDArray[np.float32]]:
-    """Yield a tensor's values in file order, float32, in slabs of rows of about ``slab_weights`` weights."""
-    row_length = tensor.rows[1]
-    step = max(1, slab_weights // row_length)
-    for raw in _arrays(checkpoint, tensor):
-        raw_OI, order_O = raw.reshape(-1, row_length), None
-        if tensor.transform == "rotary":
-            order_O = rotary_order(len(raw.reshape(len(raw), -1)), len(raw) // checkpoint.head_size)
-            if raw.ndim == 1:
-                raw_OI, order_O = raw_OI[:, order_O], None
-        for start in range(0, len(raw_OI), step):
-            rows = slice(start, start + step)
-            weight_OI = widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
-            yield weight_OI + np.float32(1) if tensor.transform == "plus_one" else weight_OI
+def _plan_tensor(
+    checkpoint: Checkpoint, mix: Mix, source: str, name: str, parts: tuple[str, ...]
+) -> PlannedTensor:
+    for part in parts:
+        _check_shape(checkpoint, part, name)
+
+    shape = checkpoint.entries[parts[0]].shape
+    transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
+    if transform == "stack":
+        shape = (len(parts), *shape)
+    choice = _choose(name, shape, mix, checkpoint)
+    return PlannedTensor(
+        name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform
+    )
 
 
-def rotary_order(rows: int, heads: int) -> NDArray[np.intp]:
-    """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones.
-
-    Source: llama.cpp ``conversion/llama.py``, ``LlamaModel.permute``.
-    """
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
-
-
-def _arrays(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[NDArray[Any]]:
-    """Yield the arrays that a tensor is made of, one in memory at a time."""
-    if tensor.computed is not None:
-        yield tensor.computed
-    for part in tensor.parts:
-        yield checkpoint.read_raw(part)
-
-
-def _names(checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Return source and file name → checkpoint tensors, for everything this architecture may hold."""
+def _list_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return name in the checkpoint → name in the file, for everything this architecture may hold."""
     family = checkpoint.family
-    named = [
-        pair
-        for pair in family.model_tensors.items()
-        if pair[0] != "lm_head.weight" or not checkpoint.tied
-    ]
+    names = dict(family.model_tensors)
+    if checkpoint.tied:
+        names.pop("lm_head.weight", None)
     for block in range(checkpoint.block_count):
-        named += [
-            (f"{family.blocks}.{block}.{s}", f"blk.{block}.{n}")
-            for s, n in family.block_tensors.items()
-        ]
-    return {(source, name): _parts(checkpoint, source) for source, name in named}
+        for source, name in family.block_tensors.items():
+            names[f"{family.blocks}.{block}.{source}"] = f"blk.{block}.{name}"
+    return names
 
 
-def _parts(checkpoint: Checkpoint, source: str) -> tuple[str, ...]:
+def _list_parts(checkpoint: Checkpoint, source: str) -> tuple[str, ...]:
     if "*" not in source:
         return (source,)
-    return tuple(
-        source.replace("*", str(expert)) for expert in range(checkpoint.integer("num_experts"))
-    )
+    experts = range(checkpoint.integer("num_experts"))
+    return tuple(source.replace("*", str(expert)) for expert in experts)
 
 
 def _inside(checkpoint: Checkpoint, source: str) -> str:
@@ -163,12 +131,10 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
 def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
     """Refuse missing and unknown tensors. Biases are optional, but those of a linear are in all blocks or in none."""
     family = checkpoint.family
-    found = used_tensors(checkpoint) & names
-    biased = {_inside(checkpoint, name) for name in found if name.endswith(".bias")}
-    unbiased = {
-        name for name in names if name.endswith(".bias") and _inside(checkpoint, name) not in biased
-    }
-    check_tensors(checkpoint, names, optional=unbiased)
+    biases = {name for name in names if name.endswith(".bias")}
+    biased = {_inside(checkpoint, name) for name in biases & used_tensors(checkpoint)}
+    optional = {name for name in biases if _inside(checkpoint, name) not in biased}
+    check_tensors(checkpoint, names, optional)
 
     for name in sorted(biased):
         if family.block_tensors[name].removesuffix(".bias") not in family.biases:
@@ -180,21 +146,21 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
 def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
     part, _, kind = name.rpartition(".")
     symbols = checkpoint.family.shapes.get(part.rpartition(".")[2], ("D",))
-    sizes = _sizes(checkpoint)
-    expected = tuple(
-        sum(sizes[symbol] for symbol in symbols_of.split("+")) for symbols_of in symbols
-    )
+    sizes = _read_sizes(checkpoint)
+    expected = tuple(sum(sizes[symbol] for symbol in each.split("+")) for each in symbols)
     if kind == "bias":
         expected = expected[:1]
+
     shape = checkpoint.entries[source].shape
     if shape != expected:
         raise ModelError(
-            f"{checkpoint.folder}: {source!r} has shape {list(shape)}, its config.json means {list(expected)}",
+            f"{checkpoint.folder}: {source!r} has shape {list(shape)}, its config.json means"
+            f" {list(expected)}",
             remedy="the weights and the config belong to different models",
         )
 
 
-def _sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
+def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
     """Return what the letters of a family's shapes stand for."""
     K = checkpoint.head_size
     sizes = {
@@ -206,24 +172,26 @@ def _sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
         "KV": checkpoint.key_value_heads * K,
     }
     if checkpoint.family.routed:
-        sizes |= {
-            "E": checkpoint.integer("num_experts"),
-            "M": checkpoint.integer("moe_intermediate_size"),
-        }
+        sizes["E"] = checkpoint.integer("num_experts")
+        sizes["EF"] = checkpoint.integer("moe_intermediate_size")
     return sizes
 
 
 def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
     """Return the number format of a tensor, and why it is not the one asked for."""
     if len(shape) == 1:
-        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else "vectors are stored in f32")
+        return _choose_f32(mix, "vectors are stored in f32")
     if name.endswith(_ROUTER):
-        return Choice(
-            mix.quant, "f32", "" if mix.quant == "f32" else "the router of experts is stored in f32"
-        )
+        return _choose_f32(mix, "the router of experts is stored in f32")
+
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
     chosen, reasons = choice.quant, [choice.reason]
     while why := quants.fits(quants.load(chosen), shape[-1]):
         chosen = _FALLBACKS.get(chosen, "f16")
         reasons.append(why)
-    return Choice(choice.asked, chosen, "; ".join(dict.fromkeys(filter(None, reasons))))
+    reason = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return Choice(choice.asked, chosen, reason)
+
+
+def _choose_f32(mix: Mix, reason: str) -> Choice:
+    return Choice(mix.quant, "f32", "" if mix.quant == "f32" else reason)

@@ -32,9 +32,9 @@ FAMILY = Family(
     shapes={
         **decoder.SHAPES,
         "ffn_gate_inp": ("E", "D"),
-        "ffn_gate_exps": ("M", "D"),
-        "ffn_up_exps": ("M", "D"),
-        "ffn_down_exps": ("D", "M"),
+        "ffn_gate_exps": ("EF", "D"),
+        "ffn_up_exps": ("EF", "D"),
+        "ffn_down_exps": ("D", "EF"),
     },
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
     fixed={
