@@ -1,10 +1,9 @@
-"""Continuous batching: keep every slot of one or several decoders busy until all sequences have
-ended.
+"""Continuous batching: keep every slot of the decoders busy until all sequences have ended.
 
 A step decodes one token of every running sequence of a decoder and fills the rest of the batch with
-prompts; a slot that finishes takes the next prompt. Several decoders step independently, each in a
-thread of its own, and take their prompts from one queue. Knows no engine: a :class:`Decoder` runs
-the batches, with the interpreter's lock released.
+prompts; a slot that finishes takes the next prompt. Several decoders step independently, each in
+its own thread, and take their prompts from one queue. Knows no engine: a :class:`Decoder` runs the
+batches, with the interpreter's lock released.
 Source: iteration-level scheduling, Orca (OSDI 2022).
 """
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from racdeploy.decoding.sequence import Sequence
 
 News = list[tuple[int, list[int]]]
+"""New ids of a step, by the index of their sequence."""
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Runs batches over slots, each with a cache of its own."""
+    """Runs batches of at most ``batch_tokens`` rows over slots, each with its own cache."""
 
     slots: int
     batch_tokens: int
@@ -61,25 +61,26 @@ class Batcher:
     def __init__(self, decoders: SequenceOf[Decoder], sequences: SequenceOf[Sequence]) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
-        self._queue = _Queue([s for s in sequences if s.finish_reason is None])
-        self._lanes = [_Lane(decoder, self._queue) for decoder in decoders]
+        waiting = _Queue([s for s in sequences if s.finish_reason is None])
+        self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
         self._forced_first: News = [(s.index, list(s.ids)) for s in sequences if s.ids]
 
     def run(self, on_news: Callable[[News], None], cancelled: Callable[[], bool]) -> None:
         """Step until every sequence has ended or ``cancelled`` says so.
 
         Args:
-            on_news: gets (sequence index, new ids) of each step; from the thread of a decoder where
-                there are several, one call at a time.
+            on_news: gets the new ids of each step; from the thread of a decoder where there are
+                several, one call at a time.
             cancelled: asked before each step.
         """
         if self._forced_first:
             on_news(self._forced_first)
-        for slot in range(
-            max(lane.slots for lane in self._lanes)
-        ):  # dealt round: no decoder starts with nothing
+
+        # Deal the sequences round, so that no decoder starts with nothing.
+        for slot in range(max(lane.slots for lane in self._lanes)):
             for lane in self._lanes:
                 lane.fill(slot)
+
         if len(self._lanes) == 1:
             self._lanes[0].run(on_news, cancelled)
         else:
@@ -88,17 +89,18 @@ class Batcher:
         self.decode_s = sum(lane.decode_s for lane in self._lanes) / len(self._lanes)
 
     def _run_together(self, on_news: Callable[[News], None], cancelled: Callable[[], bool]) -> None:
-        telling, failed = threading.Lock(), threading.Event()
+        one_at_a_time = threading.Lock()
+        failed = threading.Event()
 
-        def tell(news: News) -> None:
-            with telling:
+        def pass_on(news: News) -> None:
+            with one_at_a_time:
                 on_news(news)
 
+        def ended_early() -> bool:
+            return failed.is_set() or cancelled()
+
         with ThreadPoolExecutor(len(self._lanes)) as pool:
-            runs = [
-                pool.submit(lane.run, tell, lambda: failed.is_set() or cancelled())
-                for lane in self._lanes
-            ]
+            runs = [pool.submit(lane.run, pass_on, ended_early) for lane in self._lanes]
             for run in as_completed(runs):
                 if run.exception() is not None:
                     failed.set()
@@ -107,14 +109,13 @@ class Batcher:
 
 
 class _Queue:
-    """Sequences that wait for a slot."""
+    """Sequences that wait for a slot, for the threads of all decoders."""
 
     def __init__(self, sequences: SequenceOf[Sequence]) -> None:
         self._waiting = deque(sequences)
         self._lock = threading.Lock()
 
     def take(self) -> Sequence | None:
-        """Return the next one, or None."""
         with self._lock:
             return self._waiting.popleft() if self._waiting else None
 
@@ -145,7 +146,9 @@ class _Lane:
             news = self._step()
             if news:
                 on_news(news)
-            for slot in [slot for slot, s in self._running.items() if s.finish_reason is not None]:
+
+            ended = [slot for slot, s in self._running.items() if s.finish_reason is not None]
+            for slot in ended:
                 del self._running[slot]
                 self._decoder.forget(slot)
                 self.fill(slot)
@@ -153,37 +156,41 @@ class _Lane:
     def _step(self) -> News:
         """Decode one batch; every sequence that is fed up to date takes its step.
 
-        One token of each running sequence comes first, what room is left goes to prompts. The rows
-        are in the order of their slots: llama.cpp computes neighbours together, and cuts a batch
-        where a slot is skipped.
+        The rows are in the order of their slots: llama.cpp computes neighbours together, and cuts a
+        batch where a slot is skipped.
         """
-        room, taken = self._decoder.batch_tokens, dict[int, list[int]]()
-        for slot, sequence in sorted(
-            self._running.items(), key=lambda item: len(item[1].unfed) > 1
-        ):
-            taken[slot], sequence.unfed = sequence.unfed[:room], sequence.unfed[room:]
-            room -= len(taken[slot])
+        taken = self._take_tokens()
         rows: list[Row] = []
         up_to_date: list[tuple[Sequence, int]] = []
         decoding = 0
-        for slot in sorted(taken):
-            tokens, sequence, first = taken[slot], self._running[slot], self._positions[slot]
+
+        for slot, tokens in sorted(taken.items()):
+            sequence = self._running[slot]
+            first = self._positions[slot]
             self._positions[slot] += len(tokens)
-            rows.extend(
-                Row(token, position, slot, False) for position, token in enumerate(tokens, first)
-            )
+            rows += [Row(token, first + i, slot, False) for i, token in enumerate(tokens)]
+
             if tokens and not sequence.unfed:
                 rows[-1] = rows[-1]._replace(wants_logits=True)
                 up_to_date.append((sequence, len(rows) - 1))
                 decoding += len(tokens) == 1
+
         started = time.perf_counter()
         self._decoder.decode(rows)
-        self._account(time.perf_counter() - started, decoding / len(rows))
-        return [(s.index, s.step(self._decoder.logits_V(place))) for s, place in up_to_date]
+        elapsed_s = time.perf_counter() - started
 
-    def _account(self, elapsed_s: float, decode_share: float) -> None:
-        """Book the time of a batch; one that mixes prompts and decoding is shared out by its
-        tokens.
-        """
+        # A batch that mixes prompts and decoding is shared out by its tokens.
+        decode_share = decoding / len(rows)
         self.decode_s += elapsed_s * decode_share
         self.prefill_s += elapsed_s * (1.0 - decode_share)
+        return [(s.index, s.step(self._decoder.logits_V(place))) for s, place in up_to_date]
+
+    def _take_tokens(self) -> dict[int, list[int]]:
+        """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""
+        room = self._decoder.batch_tokens
+        taken = {}
+        for slot, sequence in sorted(self._running.items(), key=lambda s: len(s[1].unfed) > 1):
+            taken[slot] = sequence.unfed[:room]
+            sequence.unfed = sequence.unfed[room:]
+            room -= len(taken[slot])
+        return taken

@@ -9,23 +9,23 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import weakref
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import racdeploy
 from racdeploy.decoding.messages import Header, read_message, write_message
 from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.storage.child import command, describe_exit, environment
+
+Message = tuple[Header, bytes]
 
 _TAIL_BYTES = 2000
 _GRACE_S = 10.0
 _POLL_S = 0.05
+# What each death mostly means, and the remedy.
 _CAUSES = {
     "SIGABRT": (
         "the engine gave up on this file",
@@ -48,6 +48,7 @@ _CAUSES = {
         "install it again from source on this machine",
     ),
 }
+_UNKNOWN_CAUSE = ("see its last words", "report it, with the file that caused it")
 
 
 class Child:
@@ -62,22 +63,23 @@ class Child:
         self._engine = engine
         self._lock = threading.Lock()
         self._calls = 0
-        self._answers: queue.SimpleQueue[tuple[Header, bytes] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
+            command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=_environment(),
+            env=environment({"GGML_NO_BACKTRACE": "1"}),  # no debugger on an abort
             start_new_session=True,
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin: BinaryIO = self._process.stdin  # type: ignore[assignment]
-        reader = threading.Thread(
-            target=_read, args=(self._process.stdout, self._answers), daemon=True
-        )
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._stdin: BinaryIO = stdin  # type: ignore[assignment]
+
+        reader = threading.Thread(target=_read, args=(stdout, self._answers), daemon=True)
         reader.start()
         self._finalizer = weakref.finalize(self, _end, self._process, reader, self._stderr)
 
@@ -86,7 +88,7 @@ class Child:
         """Process id of the child."""
         return self._process.pid
 
-    def ask(self, op: str, **values: Any) -> tuple[Header, bytes]:
+    def ask(self, op: str, **values: Any) -> Message:
         """Send a request and return its only answer.
 
         Raises:
@@ -94,14 +96,11 @@ class Child:
             EngineError: the engine refused, or the process died.
         """
         with contextlib.closing(self.converse(op, **values)) as answers:
-            *_, last = (answer for answer in answers if answer is not None)
+            *_, last = filter(None, answers)
         return last
 
-    def converse(
-        self, op: str, **values: Any
-    ) -> Generator[tuple[Header, bytes] | None, None, None]:
-        """Send a request and yield its answers up to ``done``; None now and then, while there is
-        none.
+    def converse(self, op: str, **values: Any) -> Generator[Message | None, None, None]:
+        """Send a request and yield its answers up to ``done``, and None while there is none.
 
         Left early, for whatever reason, the request is cancelled and its late answers are dropped.
 
@@ -114,6 +113,7 @@ class Child:
             call = self._calls
             finished = False
             self._send({"op": op, "call": call, **values})
+
             try:
                 while not finished:
                     answer = self._receive(call)
@@ -124,7 +124,7 @@ class Child:
                     self.cancel()
 
     def cancel(self) -> None:
-        """Tell the child to end the request in hand early; harmless where it has ended, or died."""
+        """End the request in hand early; harmless where it has ended, or the child has died."""
         with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: the pipe is closed
             write_message(self._stdin, {"op": "cancel", "call": self._calls})
 
@@ -140,21 +140,22 @@ class Child:
         except BrokenPipeError as error:
             raise self._obituary() from error
 
-    def _receive(self, call: int) -> tuple[Header, bytes] | None:
+    def _receive(self, call: int) -> Message | None:
         try:
             answer = self._answers.get(timeout=_POLL_S)
         except queue.Empty:
             return None
+
         if answer is None:
             self._answers.put(None)  # for the next one who asks
             raise self._obituary() if self._finalizer.alive else self._closed()
+
         header, _ = answer
         if header["call"] != call:
             return None
         if header["event"] == "error":
-            raise (ArtifactError if header["damaged"] else EngineError)(
-                header["message"], remedy=header["remedy"]
-            )
+            kind = ArtifactError if header["damaged"] else EngineError
+            raise kind(header["message"], remedy=header["remedy"])
         return answer
 
     def _closed(self) -> EngineError:
@@ -167,20 +168,19 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        name = _signal_name(code)
-        cause, remedy = _CAUSES.get(
-            name, ("see its last words", "report it, with the file that caused it")
-        )
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - _TAIL_BYTES))
+        end = describe_exit(code)
+        cause, remedy = _CAUSES.get(end, _UNKNOWN_CAUSE)
+
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - _TAIL_BYTES))
         words = self._stderr.read().decode("utf-8", "replace").strip() or "nothing"
         return EngineError(
-            f"the {self._engine} process died with {name} ({cause}); its last words: {words}",
+            f"the {self._engine} process died with {end} ({cause}); its last words: {words}",
             remedy=remedy,
         )
 
 
-def _read(stream: BinaryIO, answers: queue.SimpleQueue[tuple[Header, bytes] | None]) -> None:
+def _read(stream: BinaryIO, answers: queue.SimpleQueue[Message | None]) -> None:
     """Move answers from the pipe to the queue; None marks the end."""
     with stream:
         while (message := read_message(stream)) is not None:
@@ -193,6 +193,7 @@ def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: Bin
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died before it read the last request
         process.stdin.close()
+
     try:
         process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
@@ -200,23 +201,3 @@ def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: Bin
         process.wait()
     reader.join()
     stderr.close()
-
-
-def _signal_name(code: int) -> str:
-    """Return ``SIGABRT`` for -6, ``exit code 1`` for 1."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _environment() -> dict[str, str]:
-    """Return the parent's environment, with this package importable and no debugger called on an
-    abort.
-    """
-    package_root = str(Path(racdeploy.__file__).parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([package_root, inherited] if inherited else [package_root])
-    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}

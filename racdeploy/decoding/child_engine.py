@@ -1,8 +1,4 @@
-"""An engine whose model lives in a child process; knows no engine.
-
-Requests are checked here, before anything is sent. What the child has to say about itself is in
-``stats``.
-"""
+"""An engine whose model lives in a child process; requests are checked here, before sending."""
 
 from __future__ import annotations
 
@@ -26,10 +22,10 @@ class ChildEngine(Engine):
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
     ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the
-    child's ``peak_rss_bytes``. ``about`` is what the engine said of itself when it loaded the file.
+    child's ``peak_rss_bytes``.
 
     Args:
-        worker: dotted name of the module that the child runs, see :mod:`racdeploy.decoding.worker`.
+        worker: dotted name of what the child runs, see :mod:`racdeploy.decoding.worker`.
         name: what error messages call the engine.
         path: the file to load.
         settings: see :class:`EngineSettings`.
@@ -47,17 +43,18 @@ class ChildEngine(Engine):
                 f"impossible engine settings: {settings}",
                 remedy="context_tokens and parallel are at least 1",
             )
-        self.stats: dict[str, float] = {}
-        self.about: dict[str, Any] = {}
+        self.stats, self.about = {}, {}
         self._settings = settings
         self._child = Child(worker, name)
+
         request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
         try:
             loaded = self._ask("load", **request)
-            self._vocabulary, self.about = int(loaded["vocabulary"]), dict(loaded["about"])
         except BaseException:
             self._child.close()
             raise
+        self.about = dict(loaded["about"])
+        self._vocabulary = int(loaded["vocabulary"])
 
     @property
     def pid(self) -> int:
@@ -82,6 +79,7 @@ class ChildEngine(Engine):
             "sampling": asdict(sampling),
             "stream": on_tokens is not None,
         }
+
         header: dict[str, Any] = {}
         with contextlib.closing(self._child.converse("generate", **request)) as answers:
             for answer in answers:
@@ -89,9 +87,12 @@ class ChildEngine(Engine):
                 for index, ids in header.get("news", ()):
                     assert on_tokens is not None
                     on_tokens(index, ids)
+
+                # Ask no further once it has said so: the last answer is still to come.
                 if cancelled is not None and cancelled():
                     cancelled = None
                     self._child.cancel()
+
         self.stats = header["stats"]
         return [
             Completion(tuple(ids), reason, forced_at)
@@ -107,6 +108,7 @@ class ChildEngine(Engine):
         check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
         logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
         request = {"ids": [int(token) for token in ids]}
+
         with contextlib.closing(self._child.converse("logits", **request)) as answers:
             for header, payload in filter(None, answers):
                 self.stats = header.get("stats", self.stats)

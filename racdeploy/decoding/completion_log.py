@@ -29,38 +29,41 @@ class CompletionLog:
 
     def append(self, prompt: Sequence[int], stream: int, completion: Completion) -> None:
         """Keep a completion."""
-        key = key_of(prompt, stream)
+        key = make_key(prompt, stream)
         self.completions[key] = completion
         if self.file is None:
             return
+
         line = json.dumps([*key, asdict(completion)], separators=(",", ":")) + "\n"
         with disk_errors(self.file), self.file.open("ab") as out:
             out.write(line.encode())
 
     def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
         """Return what was kept, or None."""
-        return self.completions.get(key_of(prompt, stream))
+        return self.completions.get(make_key(prompt, stream))
 
     def _read(self, file: Path) -> None:
         data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        whole_bytes = data.rfind(b"\n") + 1
+
+        for number, line in enumerate(data[:whole_bytes].splitlines(), 1):
             try:
                 prompt, stream, values = json.loads(line)
-                found = Completion(
-                    tuple(map(int, values["ids"])), values["finish_reason"], values["forced_at"]
-                )
+                ids = tuple(map(int, values["ids"]))
+                found = Completion(ids, values["finish_reason"], values["forced_at"])
+                self.completions[str(prompt), int(stream)] = found
             except (ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(
                     f"{file}:{number} is damaged: {error}",
                     remedy=f"remove {file} and run the command again",
                 ) from error
-            self.completions[str(prompt), int(stream)] = found
-        if whole < len(data):
+
+        if whole_bytes < len(data):
             with disk_errors(file):
-                os.truncate(file, whole)
+                os.truncate(file, whole_bytes)
 
 
-def key_of(prompt: Sequence[int], stream: int) -> tuple[str, int]:
-    """Return what a completion is kept by."""
-    return hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()[:24], stream
+def make_key(prompt: Sequence[int], stream: int) -> tuple[str, int]:
+    """Return what a completion is kept by: a hash of the prompt's ids, and the random stream."""
+    digest = hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
+    return digest[:24], stream

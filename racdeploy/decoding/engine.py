@@ -24,7 +24,7 @@ class EngineSettings:
         flash_attention: engines differ in their default and it changes traces, so it is always set.
         accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse
             weights: ``off``; ``auto`` where they are built and proven faster; ``require`` fails
-                where they cannot be used.
+            where they cannot be used.
     """
 
     context_tokens: int = 4096
@@ -130,9 +130,7 @@ class Engine(Protocol):
         """
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Return the ids of a text, special tokens parsed and none added; None without a
-        tokenizer.
-        """
+        """Return the ids of a text, special tokens parsed, none added; None without a tokenizer."""
         return None
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """Frames on a pipe: a JSON header and raw bytes behind it. Nothing is ever unpickled.
 
-A frame is the header's length (u32), the payload's length (u64), both little-endian, the header,
-the payload.
+A frame is the header's length (u32) and the payload's (u64), both little-endian, then the two.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def read_message(stream: BinaryIO) -> tuple[Header, bytes] | None:
     lengths = stream.read(_LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None
+
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
     text = stream.read(header_bytes)
     payload = stream.read(payload_bytes)
     if len(text) < header_bytes or len(payload) < payload_bytes:
         return None
-    header: Header = json.loads(text)
-    return header, payload
+    return json.loads(text), payload

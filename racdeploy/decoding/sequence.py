@@ -1,5 +1,4 @@
-"""One sequence being generated: choose the next token, count thinking, force its end, know when to
-stop.
+"""One sequence being generated: choose a token, force the end of thinking, know when to stop.
 
 Knows nothing of engines: it is fed a row of logits and says which ids to feed back. Every engine
 uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere. The draw of
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from racdeploy.decoding.engine import Completion, FinishReason, Sampling, ThinkingBudget
 from racdeploy.errors import EngineError
 
-_UNLIKELY = 1e-4
+_UNLIKELY = 1e-4  # of the likeliest token
 
 
 class Sequence:
@@ -41,12 +40,14 @@ class Sequence:
         self.unfed: list[int] = list(prompt_ids)
         self.finish_reason: FinishReason | None = None
         self.forced_at: int | None = None
+
         self._sampling = sampling
         self._cap = min(sampling.max_new_tokens, context_tokens - len(prompt_ids))
         self._random = np.random.Generator(np.random.PCG64([sampling.seed, sampling.stream(index)]))
         self._budget = sampling.budget
         self._thinking_from = 0 if self._budget and self._budget.starts_open else None
-        self._force_close()
+
+        self._force_close()  # a budget of nothing closes at once
         self.unfed.extend(self.ids)
 
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
@@ -62,6 +63,7 @@ class Sequence:
         length = len(self.ids)
         token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
         self.ids.append(token)
+
         if token in self._sampling.stop_ids:
             self.finish_reason = "stop"
         else:
@@ -69,6 +71,7 @@ class Sequence:
             self._force_close()
             if len(self.ids) >= self._cap:
                 self.finish_reason = "length"
+
         new_ids = self.ids[length:]
         self.unfed.extend(new_ids)
         return new_ids
@@ -83,38 +86,38 @@ class Sequence:
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
 
     def _track_thinking(self) -> None:
-        """Notice a tag that the last token completes. A thought that is reopened has no budget any
-        more.
-        """
+        """Notice a tag that the last token completes; a reopened thought has no budget any more."""
         if self._budget is None:
             return
         if self._thinking_from is None:
-            if self._tail(self._budget.open_ids, 0):
+            if self._ends_with(self._budget.open_ids, 0):
                 self._thinking_from = len(self.ids)
-        elif self._tail(self._budget.close_ids, self._thinking_from):
+        elif self._ends_with(self._budget.close_ids, self._thinking_from):
             self._budget = None
 
     def _force_close(self) -> None:
-        """Append the close tag, or the rest of one that has begun, once the thinking has used its
-        budget.
-        """
+        """Append the close tag, or the rest of one that has begun, once the budget is used up."""
         if self._budget is None or self._thinking_from is None:
             return
         if len(self.ids) - self._thinking_from < self._budget.max_tokens:
             return
-        close_ids, start = self._budget.close_ids, self._thinking_from
-        begun = next(n for n in reversed(range(len(close_ids))) if self._tail(close_ids[:n], start))
+
+        close_ids = self._budget.close_ids
+        begun = len(close_ids) - 1
+        while not self._ends_with(close_ids[:begun], self._thinking_from):
+            begun -= 1
         forced = close_ids[begun:][: self._cap - len(self.ids)]
+
         self.forced_at = len(self.ids) - begun if forced else None
         self.ids.extend(forced)
         self._budget = None
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _tail(self, wanted: SequenceOf[int], start: int) -> bool:
+    def _ends_with(self, wanted: SequenceOf[int], start: int) -> bool:
         """Return whether the ids from ``start`` on end with ``wanted``."""
-        stop = len(self.ids)
-        return stop - len(wanted) >= start and self.ids[stop - len(wanted) :] == list(wanted)
+        first = len(self.ids) - len(wanted)
+        return first >= start and self.ids[first:] == list(wanted)
 
 
 def choose(
@@ -142,20 +145,23 @@ def choose(
         )
     if temperature == 0.0:
         return best
+
     scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
     weight_V = np.exp(scaled_V)
     draw = random.random()
     if top_p == 1.0:
         return _draw(np.arange(weight_V.size), weight_V, draw)
+
+    # Sort a few likely tokens instead of all: the same result, unless they lack the mass.
     wanted = top_p * weight_V.sum()
-    nucleus = np.flatnonzero(
-        weight_V > _UNLIKELY
-    )  # sorting a few likely tokens instead of all, same result
-    if weight_V[nucleus].sum() < wanted:
-        nucleus = np.arange(weight_V.size)
-    order = nucleus[np.argsort(-weight_V[nucleus], kind="stable")]
+    likely = np.flatnonzero(weight_V > _UNLIKELY)
+    if weight_V[likely].sum() < wanted:
+        likely = np.arange(weight_V.size)
+
+    order = likely[np.argsort(-weight_V[likely], kind="stable")]
     count = int(np.searchsorted(np.cumsum(weight_V[order]), wanted)) + 1
-    return _draw(order[:count], weight_V[order[:count]], draw)
+    nucleus = order[:count]
+    return _draw(nucleus, weight_V[nucleus], draw)
 
 
 def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], draw: float) -> int:
@@ -171,29 +177,12 @@ def check_request(
     """Refuse what no engine could carry out; nothing is ever clipped.
 
     Raises:
-        EngineError: an empty or too long prompt, an id outside the vocabulary, or an impossible
-            setting.
+        EngineError: an empty or too long prompt, a strange id, or an impossible setting.
     """
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
-    budget = sampling.budget
-    problems = {
-        f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1": sampling.max_new_tokens
-        < 1,
-        f"temperature is {sampling.temperature}, must be finite and not negative": not (
-            0.0 <= sampling.temperature < np.inf
-        ),
-        f"top_p is {sampling.top_p}, must be above 0 and at most 1": not 0.0
-        < sampling.top_p
-        <= 1.0,
-        f"seed is {sampling.seed}, must not be negative": sampling.seed < 0,
-        "the thinking budget is unusable": budget is not None and not _usable(budget, vocabulary),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise EngineError(
-                f"cannot generate: {problem}", remedy="correct the generation settings"
-            )
+    if problem := _find_problem(sampling, vocabulary):
+        raise EngineError(f"cannot generate: {problem}", remedy="correct the generation settings")
 
 
 def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
@@ -217,11 +206,23 @@ def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> N
         )
 
 
-def _usable(budget: ThinkingBudget, vocabulary: int) -> bool:
+def _find_problem(sampling: Sampling, vocabulary: int) -> str:
+    """Return what is impossible about the settings, or an empty string."""
+    if sampling.max_new_tokens < 1:
+        return f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1"
+    if not 0.0 <= sampling.temperature < np.inf:
+        return f"temperature is {sampling.temperature}, must be finite and not negative"
+    if not 0.0 < sampling.top_p <= 1.0:
+        return f"top_p is {sampling.top_p}, must be above 0 and at most 1"
+    if sampling.seed < 0:
+        return f"seed is {sampling.seed}, must not be negative"
+    if sampling.budget is not None and not _is_usable(sampling.budget, vocabulary):
+        return "the thinking budget is unusable"
+    return ""
+
+
+def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
+    has_tags = bool(budget.close_ids) and (bool(budget.open_ids) or budget.starts_open)
     tags = budget.close_ids + budget.open_ids
-    return (
-        budget.max_tokens >= 0
-        and bool(budget.close_ids)
-        and (bool(budget.open_ids) or budget.starts_open)
-        and all(0 <= token < vocabulary for token in tags)
-    )
+    are_known = all(0 <= token < vocabulary for token in tags)
+    return budget.max_tokens >= 0 and has_tags and are_known

@@ -27,22 +27,21 @@ from racdeploy.decoding.messages import Header, read_message, write_message
 from racdeploy.decoding.sequence import Sequence
 from racdeploy.errors import ArtifactError, RacdeployError
 
-_TELL_EVERY_S = 0.05  # a reader sees no difference
+_SEND_EVERY_S = 0.05  # a reader sees no difference
 
 
 class LoadedModel(Protocol):
-    """A model in this process: it lends decoders, computes logits and may tokenize.
-
-    ``about`` is what else its engine has to say of itself, as JSON.
-    """
+    """A model in this process; ``about`` is what its engine says of itself, as JSON."""
 
     context_tokens: int
     vocabulary: int
     about: Mapping[str, Any]
 
-    def decoders(self, sequences: int) -> SequenceOf[Decoder]: ...
+    def decoders(self, sequences: int) -> SequenceOf[Decoder]:
+        """Return what decodes so many sequences, side by side."""
 
-    def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]: ...
+    def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]:
+        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
 
     def tokenize(self, text: str) -> list[int] | None:
         """Return the ids of a text, None without a tokenizer."""
@@ -53,7 +52,7 @@ Load = Callable[[Header, EngineSettings], LoadedModel]
 """Loads the model that a ``load`` request asks for."""
 
 
-class Inbox:
+class _Inbox:
     """Requests as they come; a cancel overtakes them, and the end of the pipe ends the process."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -69,14 +68,15 @@ class Inbox:
                 self.cancelled_call = header["call"]
             else:
                 self.requests.put(header)
-        os._exit(
-            0
-        )  # the parent closed the pipe or is dead; the engine may be running in the other thread
+
+        # The parent closed the pipe or is dead; the engine may be running in the other thread.
+        os._exit(0)
 
 
-class Teller:
-    """Passes on new tokens: at once where one sequence runs or one ends, else in lots, since the
-    listener takes a core.
+class _Outbox:
+    """Passes on new tokens: at once where one sequence runs or one ends, otherwise in lots.
+
+    Each message takes the listener's core for a moment, which the engine may be using.
 
     Args:
         sequences: of the call, by index.
@@ -86,29 +86,31 @@ class Teller:
     def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:
         self._sequences = sequences
         self._send = send
-        self._held: dict[int, list[int]] = {}
+        self._waiting: dict[int, list[int]] = {}
         self._sent_at = float("-inf")
 
-    def tell(self, news: News) -> None:
+    def add(self, news: News) -> None:
         """Take the new tokens of a step."""
         for index, ids in news:
-            self._held.setdefault(index, []).extend(ids)
+            self._waiting.setdefault(index, []).extend(ids)
+
         ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
-        if ended or len(self._sequences) == 1 or time.monotonic() - self._sent_at >= _TELL_EVERY_S:
+        is_due = time.monotonic() - self._sent_at >= _SEND_EVERY_S
+        if ended or is_due or len(self._sequences) == 1:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is held."""
-        if self._held:
-            self._send(list(self._held.items()))
-            self._held = {}
+        """Send what waits."""
+        if self._waiting:
+            self._send(list(self._waiting.items()))
+            self._waiting = {}
             self._sent_at = time.monotonic()
 
 
-class Worker:
+class _Worker:
     """Carries out the requests, one at a time."""
 
-    def __init__(self, load: Load, inbox: Inbox, out: BinaryIO) -> None:
+    def __init__(self, load: Load, inbox: _Inbox, out: BinaryIO) -> None:
         self._load_model = load
         self._inbox = inbox
         self._out = out
@@ -139,13 +141,13 @@ class Worker:
                 damaged = isinstance(error, ArtifactError)
                 self._send("error", message=error.message, remedy=error.remedy, damaged=damaged)
             else:
-                self._send(
-                    "done", stats={**self._stats, "peak_rss_bytes": peak_rss_bytes()}, **answer
-                )
+                stats = {**self._stats, "peak_rss_bytes": _peak_rss_bytes()}
+                self._send("done", stats=stats, **answer)
 
     def _load(self, request: Header) -> dict[str, Any]:
         started = time.perf_counter()
-        self._model = self._load_model(request, EngineSettings(**request["settings"]))
+        settings = EngineSettings(**request["settings"])
+        self._model = self._load_model(request, settings)
         self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
         return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
@@ -153,7 +155,8 @@ class Worker:
         return {"ids": self._model.tokenize(request["text"])}
 
     def _logits(self, request: Header) -> dict[str, Any]:
-        ids, start = request["ids"], 0
+        ids = request["ids"]
+        start = 0
         while start < len(ids):
             logits_TV = self._model.teacher_forced(ids, start)
             self._send("rows", logits_TV.astype("<f4").tobytes(), start=start, count=len(logits_TV))
@@ -161,32 +164,35 @@ class Worker:
         return {}
 
     def _generate(self, request: Header) -> dict[str, Any]:
-        prompts, sampling = request["prompts"], sampling_from(request["sampling"])
+        prompts = request["prompts"]
+        sampling = _read_sampling(request["sampling"])
         context_tokens = self._model.context_tokens
-        sequences = [
-            Sequence(index, ids, sampling, context_tokens) for index, ids in enumerate(prompts)
-        ]
+        sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
+
+        outbox = _Outbox(sequences, lambda news: self._send("tokens", news=news))
         batcher = Batcher(self._model.decoders(len(sequences)), sequences)
-        teller = Teller(sequences, lambda news: self._send("tokens", news=news))
         batcher.run(
-            teller.tell if request["stream"] else lambda news: None,
+            outbox.add if request["stream"] else lambda news: None,
             lambda: self._inbox.cancelled_call == self._call,
         )
-        teller.flush()
+        outbox.flush()
         for sequence in sequences:
             sequence.cancel()
+
         self._stats["prefill_s"] += batcher.prefill_s
         self._stats["decode_s"] += batcher.decode_s
         self._stats["prompt_tokens"] += sum(map(len, prompts))
         self._stats["generated_tokens"] += sum(len(sequence.ids) for sequence in sequences)
+
         completions = [sequence.completion() for sequence in sequences]
         return {"completions": [(c.ids, c.finish_reason, c.forced_at) for c in completions]}
 
     def _send(self, event: str, payload: bytes = b"", **values: Any) -> None:
-        write_message(self._out, {"call": self._call, "event": event, **values}, payload)
+        header = {"call": self._call, "event": event, **values}
+        write_message(self._out, header, payload)
 
 
-def sampling_from(values: Header) -> Sampling:
+def _read_sampling(values: Header) -> Sampling:
     """Rebuild a :class:`Sampling` from its JSON form."""
     budget = values["budget"]
     if budget is not None:
@@ -195,8 +201,8 @@ def sampling_from(values: Header) -> Sampling:
     return Sampling(**{**values, "stop_ids": tuple(values["stop_ids"]), "budget": budget})
 
 
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process, 0 where the system does not tell.
+def _peak_rss_bytes() -> int:
+    """Return the peak resident memory of this process, 0 where the system does not report it.
 
     On Linux from VmHWM: getrusage there still counts the parent's memory from before exec.
     """
@@ -206,31 +212,31 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
         return 0
+
     import resource  # not on Windows, here and below
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def serve(load: Load) -> None:
     """Keep the pipes for messages alone, then answer requests until the process ends.
 
     Args:
-        load: imports the engine only when it is called: stdout is out of the engine's reach by
-            then.
+        load: imports the engine only when it is called: stdout is out of its reach by then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(
-            resource.RLIMIT_CORE, (0, 0)
-        )  # an abort is expected; its core file helps nobody
+        # An abort is expected; its core file helps nobody.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
     inbox = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
     os.close(nowhere)
     os.dup2(2, 1)  # whatever the engine prints must not land between two frames
-    Worker(load, Inbox(inbox), out).serve()
+
+    _Worker(load, _Inbox(inbox), out).serve()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from racdeploy import scorers
-from racdeploy.decoding.completion_log import CompletionLog, key_of
+from racdeploy.decoding.completion_log import CompletionLog, make_key
 from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.errors import EngineError
 from racdeploy.recipe import Verification
@@ -104,7 +104,7 @@ class Respondent:
         records = []
         traces = []
         for place, prompt in enumerate(prompts):
-            done = log.completions[key_of(prompt, place)]
+            done = log.completions[make_key(prompt, place)]
             records.append(self._record(place, problems, prompt, arm, done))
             traces.append((prompt, done.ids))
 
