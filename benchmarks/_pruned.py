@@ -42,6 +42,6 @@ def prune(arguments: argparse.Namespace) -> tuple[Build, Path, list[Trace]]:
         },
     )
     build = Build(Job(recipe), arguments.work, arguments.threads)
-    _, held_out, _ = build.calibration(build.traces()[1])
+    _, held_out, _ = build.prune_stage.select(build.traces()[1])
     traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
     return build, build.prune().folder, traces

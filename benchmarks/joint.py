@@ -97,7 +97,7 @@ def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
 
 def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
     """Return KL and top-1 of a file from the dense model on held-out traces, and the number of tokens."""
-    _, held_out, _ = build.calibration(build.traces()[1])
+    _, held_out, _ = build.prune_stage.select(build.traces()[1])
     exact = EngineSettings(2048, 1, build.threads, "f32")
     compared = compare_logits(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),

@@ -22,9 +22,9 @@ def pruning_plan(build: Build) -> dict[str, Any]:
     prompts = [len(job.encoder.encode(problem.question)) for problem in job.problems("calibration")]
     cap, plan = settings.traces.max_new_tokens, dict[str, Any]()
 
-    stage = Stage.at(build.work, "traces", build.trace_inputs(job.checkpoint))
+    stage = Stage.at(build.work, "traces", build.trace_stage.inputs(job.checkpoint))
     if stage.finished:
-        calibration, held_out, _ = build.calibration(TraceSet(stage.folder).read())
+        calibration, held_out, _ = build.prune_stage.select(TraceSet(stage.folder).read())
         tokens = sum(len(trace.ids) for trace in calibration)
         held_out_tokens, bound = sum(len(trace.ids) for trace in held_out), ""
     else:

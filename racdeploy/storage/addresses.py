@@ -1,7 +1,9 @@
-"""The address of a stage: what its code is, found from the imports and not from a list that somebody keeps.
+"""The address of a stage: a hash of its code, found from imports and not from a list kept by hand.
 
-A stage is the module that runs it. What that module reaches decides what the stage writes: the modules it imports,
-those that these import, inside functions too, and every plugin of a kind that one of them loads by name.
+A stage is the module that runs it. What that module reaches decides what the stage writes: modules
+that it imports, inside functions too, those that these import, plugins that one of them loads, and
+modules that child processes run. A package that is only the way to a module counts, and what it
+imports does not.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from racdeploy import plugins
 _PACKAGE = "racdeploy"
 
 
-def code_hash(*modules: str) -> str:
+def code_hash(*modules: str, root: Path | None = None) -> str:
     """Return a hash over the code that some modules reach.
 
     Args:
         modules: dotted names, as ``racdeploy.traces.collect``.
+        root: folder of the package; this one where None.
     """
+    root = root or _root()
     digest = hashlib.sha256()
-    root = _root()
 
     for file in reached_files(modules, root):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
@@ -39,17 +42,20 @@ def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path
 
     Args:
         modules: dotted names.
-        root: folder of the package; this one's own where None.
+        root: folder of the package; this one where None.
     """
     root = root or _root()
-    waiting = list(modules)
+    waiting, seen = list(modules), set[str]()
     reached: set[Path] = set()
 
     while waiting:
-        for file in _files_of(waiting.pop(), root):
-            if file not in reached:
-                reached.add(file)
-                waiting += _names_in(file)
+        name = waiting.pop()
+        file = _file_of(name, root)
+        if name in seen or file is None:
+            continue
+        seen.add(name)
+        reached |= {file, *_packages_of(file, root)}
+        waiting += _names_in(file.read_bytes())
 
     return sorted(reached)
 
@@ -58,45 +64,57 @@ def _root() -> Path:
     return Path(str(files(_PACKAGE)))
 
 
-def _files_of(module: str, root: Path) -> Iterator[Path]:
-    """Yield the file of a module, if it is one, and those of the packages it lies in: importing it runs them all.
+def _file_of(name: str, root: Path) -> Path | None:
+    """Return the file of a module or package; None for another name, or for racdeploy itself."""
+    package, *parts = name.split(".")
+    if package != _PACKAGE or not all(parts) or not parts:
+        return None
 
-    Not that of racdeploy itself, which only forwards names.
-    """
-    parts = module.split(".")[1:]
+    place = root.joinpath(*parts)
+    candidates = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+    return next((file for file in candidates if file.is_file()), None)
 
-    for depth in range(1, len(parts) + 1):
-        place = root.joinpath(*parts[:depth])
-        for file in (place / "__init__.py", place.with_suffix(".py")):
-            if file.is_file():
-                yield file
+
+def _packages_of(file: Path, root: Path) -> Iterator[Path]:
+    """Yield the files of the packages that a module lies in; racdeploy's only forwards names."""
+    for folder in file.relative_to(root).parents:
+        if folder.parts:
+            yield root / folder / "__init__.py"
 
 
 @cache
-def _names_in(file: Path) -> tuple[str, ...]:
-    """Return the dotted names of racdeploy that a file imports, or may load as plugins.
+def _names_in(source: bytes) -> tuple[str, ...]:
+    """Return the dotted names that a module imports, loads as plugins, or runs in a child process.
 
-    A name of ``from module import name`` may be a module as well, so it is looked for too.
+    A name of ``from module import name`` may be a module as well, so it is looked for too. A string
+    counts where it names a module: packages are named in strings for other reasons.
     """
     names: list[str] = []
 
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call):
-            names += _loaded(node)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            names.append(str(node.value.value))  # the name of a module that a child process runs
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                names += [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), names=aliases):
+                names += [module, *(f"{module}.{alias.name}" for alias in aliases)]
+            case ast.Call(func=ast.Attribute(value=ast.Name("plugins"), attr="load")):
+                names += _loaded(node)
+            case ast.Constant(value=str(text)) if _is_module(text):
+                names.append(text)
 
-    return tuple(name for name in names if name.split(".")[0] == _PACKAGE)
+    return tuple(names)
 
 
 def _loaded(call: ast.Call) -> list[str]:
-    """Return the plugins that a call of ``plugins.load("kind", name)`` may load: all of the kind."""
-    if ast.unparse(call.func) != "plugins.load" or not isinstance(call.args[0], ast.Constant):
-        return []
-    kind = str(call.args[0].value)
-    return [f"{plugins.KINDS[kind]}.{name}" for name in plugins.names(kind)]
+    """Return what ``plugins.load(kind, name)`` may load: the named plugin, or all of the kind."""
+    match call.args:
+        case [ast.Constant(value=str(kind)), ast.Constant(value=str(name))]:
+            return [f"{plugins.KINDS[kind]}.{name}"]
+        case [ast.Constant(value=str(kind)), _]:
+            return [f"{plugins.KINDS[kind]}.{name}" for name in plugins.names(kind)]
+    raise AssertionError(f"the kind is not written out, so nobody can follow {ast.unparse(call)}")
+
+
+def _is_module(text: str) -> bool:
+    file = _file_of(text, _root())
+    return file is not None and file.name != "__init__.py"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.build import Build, _held_out_note
+from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.planning import pruning_plan
+from racdeploy.pipeline.prune_stage import note_held_out
 from racdeploy.prune import cost
 from racdeploy.prune.cost import TimeLeft, cost_note, measured_cost, peak_bytes, trace_bytes
 from racdeploy.recipe import Pruning, Recipe
@@ -205,13 +206,13 @@ def test_tasks_without_a_held_out_trace_are_named(tmp_path: Path) -> None:
     """Few traces of a task round to none held out: the report's missing errors have a reason."""
     build = _build(tmp_path, sparsity=0.25)
     traces = [replace(TRACES[0], index=i, task="gcd" if i < 8 else "comparison") for i in range(9)]
-    *_, counts = build.calibration(traces)
+    *_, counts = build.prune_stage.select(traces)
     assert (counts["held_out_traces"], counts["tasks_not_held_out"]) == (1, ["comparison"])
-    assert _held_out_note(counts).startswith(
+    assert note_held_out(counts).startswith(
         "no trace of comparison is held out, so no error of comparison was"
     )
-    *_, counts = build.calibration(traces[:8])
-    assert _held_out_note(counts) == ""
+    *_, counts = build.prune_stage.select(traces[:8])
+    assert note_held_out(counts) == ""
     few = build.job.recipe.traces.model_copy(update={"count": 3})
     job = Job(build.job.recipe.model_copy(update={"traces": few}))
     note, *_ = replace(build, job=job).prune().notes

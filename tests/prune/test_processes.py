@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from racdeploy.pipeline import build as pipeline
+from racdeploy.pipeline import workplace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.prune.processes import Processes
@@ -282,9 +282,13 @@ def test_another_torch_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     job, served = (
         Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED)
     )
-    before, before_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
-    monkeypatch.setattr(pipeline, "installed_version", lambda name: f"{name} of another day")
-    after, after_served = (Build(j, tmp_path).trace_inputs(j.checkpoint) for j in (job, served))
+    before, before_served = (
+        Build(j, tmp_path).trace_stage.inputs(j.checkpoint) for j in (job, served)
+    )
+    monkeypatch.setattr(workplace, "installed_version", lambda name: f"{name} of another day")
+    after, after_served = (
+        Build(j, tmp_path).trace_stage.inputs(j.checkpoint) for j in (job, served)
+    )
     assert {key for key in before if before[key] != after[key]} == {"torch", "transformers"}
     assert before_served == after_served
 

@@ -1,0 +1,55 @@
+"""The answer stage: an artifact answers the evaluation prompts on its engine.
+
+What this module imports decides the stage's address, so it knows neither the job nor the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from racdeploy.decoding.completion_log import CompletionLog
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
+from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.tasks import Problem
+from racdeploy.verify.answers import Answers, Respondent, identity
+
+
+def answer_prompts(
+    place: Workplace,
+    respondent: Respondent,
+    problems: Sequence[Problem],
+    arm: str,
+    artifact: Path,
+    files: Mapping[str, str],
+    backend: str,
+    settings: EngineSettings,
+    machine: Mapping[str, str],
+    again: bool,
+) -> Answers:
+    """Answer the evaluation prompts with one artifact; what an interrupted run answered counts.
+
+    Args:
+        place: where it is run.
+        respondent: renders prompts and reads answers.
+        problems: what to ask.
+        arm: what the artifact is called in the records.
+        artifact: its main file.
+        files: SHA-256 of each of its files, by name.
+        backend: the engine that runs it.
+        settings: of the engine.
+        machine: what else decides the answers, as the processor.
+        again: whether a finished run is repeated, because its speed counts.
+    """
+    inputs = identity(files, respondent.settings, settings, machine)
+    stage = place.open("answers", address(__name__) | inputs)
+    file = stage.folder / "completions.jsonl"
+    if stage.finished and again:
+        file.unlink(missing_ok=True)
+
+    answers = respondent.answer(
+        lambda: open_engine(backend, artifact, settings), problems, arm, CompletionLog(file)
+    )
+    stage.finish({"answers": len(answers.records)})
+    return answers

@@ -1,0 +1,64 @@
+"""The export stage: a model folder is written as an artifact, dense or pruned.
+
+What this module imports decides the stage's address, so it knows neither the job nor other stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from racdeploy import export as exports
+from racdeploy.export import ExportResult
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.recipe import Export
+from racdeploy.storage.files import file_sha256
+
+
+def export_model(
+    place: Workplace,
+    folder: Path,
+    name: str,
+    settings: Export,
+    metadata: Mapping[str, Any],
+    importance: Path | None = None,
+) -> ExportResult:
+    """Export a model folder, or find it exported.
+
+    Args:
+        place: where it is run.
+        folder: Hugging Face folder.
+        name: of the artifact, without suffix.
+        settings: format, quant, packing and the format's own options.
+        metadata: further keys of the file.
+        importance: folder of the model whose statistic chooses the scales; None takes this one's.
+    """
+    checkpoint, form = Checkpoint(folder), exports.load(settings.format)
+    matrix = (importance or folder) / IMPORTANCE_FILE
+    if settings.importance:
+        matrix = Path(settings.importance)
+    if importance and matrix.is_file() and "importance" in form.OPTIONS:
+        settings = settings.model_copy(update={"importance": str(matrix)})
+
+    inputs = address(__name__) | {
+        "model": checkpoint.sha256,
+        "export": settings.model_dump(exclude={"importance"}),
+        "importance": file_sha256(matrix) if matrix.is_file() else settings.importance,
+        "name": name,
+        "metadata": metadata,
+    }
+    stage = place.open("export", inputs)
+    if stage.finished:
+        return ExportResult.from_json(stage.folder, stage.summary)
+
+    def report(done: int, total: int) -> None:
+        if place.progress:
+            place.progress("export", done, total)
+
+    path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
+    result = exports.write(checkpoint, path, settings, metadata=metadata, progress=report)
+    stage.finish(result.to_json(stage.folder))
+    return result

@@ -1,0 +1,249 @@
+"""The prune stage: the dense model is pruned on its traces, in one walk or along a schedule.
+
+What this module imports decides the stage's address, so it knows neither the job nor other stages.
+torch is imported when it is needed: a command that only looks at a model does without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.workplace import COMPUTING, Progress, Workplace, address, print_notice
+from racdeploy.prune import PrunedModel
+from racdeploy.recipe import Calibration, Pruning
+from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.files import canonical_hash
+from racdeploy.storage.stages import scratch_folder
+from racdeploy.tasks import TaskSet
+from racdeploy.traces.collect import prompt_traces
+from racdeploy.traces.mix import Probe, mix
+from racdeploy.traces.select import select, within_budget
+from racdeploy.traces.trace import Trace, TraceSet
+
+CollectTraces = Callable[[Path | None], tuple[Path, list[Trace]]]
+"""Returns the folder and the traces of a model's folder; None is the dense model."""
+_SPARE_PROMPTS = 1.1  # prompts differ in length, so a few more are drawn than the mean asks for
+
+
+@dataclass(frozen=True)
+class PruneStage:
+    """A dense model on its way to a sparse one.
+
+    Args:
+        place: where it is run.
+        dense: the dense model.
+        encoder: its template and tokenizer.
+        tasks: where calibration prompts come from.
+        trace_seed: decides those.
+        calibration: which traces count.
+        settings: how weights are chosen.
+        quant: number format whose codes are chosen while pruning, or empty.
+        name_model: gives the name of the model of a sparsity.
+    """
+
+    place: Workplace
+    dense: Checkpoint
+    encoder: PromptEncoder
+    tasks: TaskSet
+    trace_seed: int
+    calibration: Calibration
+    settings: Pruning
+    quant: str
+    name_model: Callable[[float], str]
+
+    def run(self, collect: CollectTraces) -> PrunedModel:
+        """Prune the model on its traces, or find it pruned.
+
+        Under a schedule, a step whose model answers the calibration prompts too badly or too long is
+        undone, and the notes of the model before it say so.
+        """
+        dense_folder, dense = collect(None)
+        dense_sha256 = TraceSet(dense_folder).sha256
+        if not self.settings.schedule:
+            return self._prune_to(self.settings.sparsity, dense, dense_sha256, None)
+
+        traces, sha256 = dense, dense_sha256
+        model: PrunedModel | None = None
+        for sparsity in self.settings.schedule:
+            found = self._prune_to(sparsity, traces, sha256, model)
+            own_folder, own = collect(found.folder)
+
+            probe = Probe.of(own, dense)
+            if reason := probe.reason(self.settings):
+                return _undo(model, sparsity, reason)
+            step = (
+                f"schedule, {sparsity:.0%}: {probe.accuracy:.1%} of the calibration prompts right"
+            )
+            notes = (*(model.notes if model else ()), step, *found.notes)
+            model = replace(found, notes=tuple(dict.fromkeys(notes)))
+
+            traces = mix(own, dense, self.settings.dense_traces)
+            sha256 = canonical_hash([dense_sha256, TraceSet(own_folder).sha256])
+
+        assert model, "a schedule has a step"
+        return model
+
+    def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
+        """Return calibration and held-out traces, and counts of both and of what was left out.
+
+        Prompts alone get as many tokens as whole traces would.
+        """
+        selection = select(traces, self.calibration)
+        chosen = selection.calibration
+        if self.calibration.source == "prompt":
+            held_out = {trace.question for trace in selection.held_out}
+            chosen = self._draw_prompts(traces, selection.tokens, held_out)
+
+        held_out_tasks = {trace.task for trace in selection.held_out}
+        counts = {
+            "source": self.calibration.source,
+            "calibration_traces": len(chosen),
+            "calibration_tokens": sum(len(trace.ids) for trace in chosen),
+            "rac_tokens": selection.tokens,
+            "held_out_traces": len(selection.held_out),
+            "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
+            "left_out": selection.left_out,
+        }
+        return chosen, selection.held_out, counts
+
+    def describe_code(self) -> dict[str, str]:
+        """Return what all processes that prune together must have in common."""
+        return address(__name__, COMPUTING) | {"model": self.dense.sha256}
+
+    def share(self, given: Mapping[str, Any]) -> None:
+        """Do the share of a process that follows the first one."""
+        with scratch_folder(self.place.work, self.place.processes.rank) as scratch:
+            self._prune_blocks(scratch, given)
+
+    def _prune_to(
+        self,
+        sparsity: float,
+        traces: Sequence[Trace],
+        traces_sha256: str,
+        before: PrunedModel | None,
+    ) -> PrunedModel:
+        """Prune the dense model to one sparsity, keeping the zeros of the model before."""
+        from racdeploy.prune.cost import cost_note
+        from racdeploy.prune.device import choose_device
+
+        device = choose_device(self.settings.device).type
+        settings = self.settings.model_copy(update={"sparsity": sparsity, "device": device})
+        stage = self.place.open(
+            "prune",
+            address(__name__, COMPUTING)
+            | {
+                "traces_sha256": traces_sha256,
+                "model": self.dense.sha256,
+                "tasks": self.tasks.identify_calibration(),
+                "calibration": self.calibration.model_dump(),
+                "prune": settings.model_dump(),
+                "quant": self.quant,
+                "within": Checkpoint(before.folder).sha256 if before else "",
+            },
+        )
+
+        folder = stage.folder / self.name_model(sparsity)
+        if not stage.finished:
+            within = before.folder.parent if before else None
+            stage.finish(self._walk(folder, settings, traces, within))
+
+        summary = stage.summary
+        notes = (note_held_out(summary["selection"]), cost_note(stage.folder))
+        return PrunedModel(
+            folder,
+            sparsity,
+            tuple(LinearRow.model_validate(row) for row in summary["linears"]),
+            tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
+            summary["selection"],
+            tuple(filter(None, notes)),
+        )
+
+    def _walk(
+        self, folder: Path, settings: Pruning, traces: Sequence[Trace], within: Path | None
+    ) -> dict[str, Any]:
+        """Prune every block and put the model together in ``folder``; return the stage's summary."""
+        from racdeploy.prune.assemble import assemble
+        from racdeploy.prune.cost import measured_cost, peak_bytes
+
+        calibration, held_out, counts = self.select(traces)
+        given = {
+            "calibration": calibration,
+            "held_out": held_out,
+            "settings": settings,
+            "weights": self.calibration.weights,
+            "quant": self.quant,
+            "within": within,
+        }
+        tokens, held_out_tokens = (
+            sum(len(trace.ids) for trace in part) for part in (calibration, held_out)
+        )
+        expected_bytes = peak_bytes(self.dense, settings, tokens, held_out_tokens, self.quant)
+        place, blocks_folder = self.place, folder.parent
+        measured = measured_cost(
+            blocks_folder, expected_bytes, place.processes.count, place.progress, print_notice
+        )
+
+        with place.processes.job("prune", self.describe_code(), given), measured as progress:
+            linears, blocks = self._prune_blocks(blocks_folder, given, progress)
+        assemble(self.dense, blocks_folder, folder)
+
+        return {
+            "linears": [row.model_dump() for row in linears],
+            "blocks": [row.model_dump() for row in blocks],
+            "selection": counts,
+        }
+
+    def _prune_blocks(
+        self, folder: Path, given: Mapping[str, Any], progress: Progress | None = None
+    ) -> tuple[list[LinearRow], list[BlockRow]]:
+        from racdeploy.prune.calibrate import prune_blocks
+
+        return prune_blocks(
+            self.dense,
+            folder=folder,
+            threads=self.place.threads,
+            progress=progress,
+            processes=self.place.processes,
+            **given,
+        )
+
+    def _draw_prompts(
+        self, traces: Sequence[Trace], tokens: int, held_out: set[str]
+    ) -> list[Trace]:
+        """Return prompts alone of so many tokens, without the questions that are held out."""
+        mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
+        count = math.ceil(_SPARE_PROMPTS * tokens / mean)
+        drawn = self.tasks.draw("calibration", self.trace_seed, count)
+        fresh = [problem for problem in drawn if problem.question not in held_out]
+        return within_budget(prompt_traces(self.encoder, fresh), tokens)
+
+
+def _undo(model: PrunedModel | None, sparsity: float, reason: str) -> PrunedModel:
+    """Return the model before a step that went too far, with a note."""
+    if model is None:
+        raise UsageError(
+            f"the first step of the schedule, {sparsity:.0%}, goes too far: {reason}",
+            remedy="begin lower, or raise prune.probe_drop or prune.probe_length",
+        )
+    undone = f"schedule, {sparsity:.0%} was undone: {reason}"
+    return replace(model, notes=(*model.notes, undone), undone=undone)
+
+
+def note_held_out(selection: Mapping[str, Any]) -> str:
+    """Return which tasks have no error on held-out traces; empty where all have."""
+    missing = ", ".join(selection["tasks_not_held_out"])
+    if not missing:
+        return ""
+
+    of_tasks = f" of {missing}" if selection["held_out_traces"] else ""
+    return (
+        f"no trace{of_tasks} is held out, so no error{of_tasks} was measured; "
+        "raise traces.count or calibration.held_out_share"
+    )

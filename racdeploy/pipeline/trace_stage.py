@@ -1,0 +1,155 @@
+"""The trace stage: a model answers the calibration prompts, here or on a server.
+
+What this module imports decides the stage's address, so it knows neither the job nor later stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from racdeploy import plugins
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings
+from racdeploy.errors import ArtifactError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
+from racdeploy.recipe import Traces
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import ThinkingTags
+from racdeploy.tasks import TaskSet
+from racdeploy.traces import server
+from racdeploy.traces.collect import Answering, Asked, collect, trace_counts
+from racdeploy.traces.trace import Trace, TraceSet
+
+
+@dataclass(frozen=True)
+class TraceStage:
+    """Traces of the dense model, or of a sparse one on the way of a schedule.
+
+    Args:
+        place: where it is run.
+        dense: the dense model.
+        encoder: its template and tokenizer.
+        tags: its thinking tags, or None.
+        tasks: what is asked.
+        settings: how.
+    """
+
+    place: Workplace
+    dense: Checkpoint
+    encoder: PromptEncoder
+    tags: ThinkingTags | None
+    tasks: TaskSet
+    settings: Traces
+
+    def inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what decides the traces of a model; a server's do not depend on torch here."""
+        return address(__name__, () if self._is_served(checkpoint) else COMPUTING) | {
+            "model": checkpoint.sha256,
+            "tasks": self.tasks.identify_calibration(),
+            "traces": self.settings.identity,
+        }
+
+    def run(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
+        """Collect a model's traces, or read them back.
+
+        Args:
+            sparse: folder of a model to ask in place of the dense one.
+
+        Returns:
+            The stage folder, and the traces in order.
+        """
+        checkpoint = Checkpoint(sparse) if sparse else self.dense
+        stage = self.place.open("traces", self.inputs(checkpoint))
+        out = TraceSet(stage.folder)
+        if stage.finished:
+            if out.sha256 != stage.summary["traces_sha256"]:
+                raise ArtifactError(
+                    f"the traces in {stage.folder} are not the ones that were collected",
+                    remedy=f"remove {stage.folder} and run the command again",
+                )
+            return stage.folder, out.read()
+
+        problems = self.tasks.draw("calibration", self.settings.seed, self.settings.count)
+        longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
+        context_tokens = longest + self.settings.max_new_tokens + 1
+
+        with self._answering(context_tokens, stage.folder, checkpoint) as answering:
+            traces = collect(
+                answering,
+                self.encoder,
+                self.tags,
+                self.dense.eos_ids,
+                problems,
+                self.settings,
+                out,
+                self.place.progress,
+            )
+
+        counts = trace_counts(traces, checkpoint, self.encoder, self.settings.identity)
+        stage.finish(counts | {"traces_sha256": out.sha256})
+        return stage.folder, traces
+
+    def describe_code(self) -> dict[str, str]:
+        """Return what all processes that answer together must have in common."""
+        return address(__name__, COMPUTING) | {"model": self.dense.sha256}
+
+    def serve(self, settings: EngineSettings, folder: Path, sha256: str) -> None:
+        """Answer the share of a process that follows the first one, where all have the model.
+
+        Where any has not, the first one answers everything.
+        """
+        if sha256 == self.dense.sha256:
+            folder = self.dense.folder
+
+        processes = self.place.processes
+        has_it = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+        if all(processes.all(has_it)):
+            with _open(folder, settings) as engine:
+                processes.serve(partial(_answer, engine))
+
+    @contextmanager
+    def _answering(
+        self, context_tokens: int, folder: Path, checkpoint: Checkpoint
+    ) -> Iterator[Answering]:
+        """Yield what answers: a server that the recipe names, or the processes of this job."""
+        if self._is_served(checkpoint):
+            with server.answering(
+                self.settings, checkpoint, self.encoder, context_tokens, folder
+            ) as answering:
+                yield answering
+            return
+
+        processes = self.place.processes
+        settings = EngineSettings(context_tokens, self.settings.batch, self.place.threads)
+        model = checkpoint.folder.resolve()
+        given = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
+
+        with _open(model, settings) as engine:
+            answer = partial(_answer, engine)
+
+            # A process that cannot read a sparse model, which the first one wrote, leaves all to it.
+            with processes.job("traces", self.describe_code(), given):
+                together = all(processes.all(True))
+                if together:
+                    yield Answering(partial(processes.each, answer), processes.count)
+                    processes.tell(())
+            if not together:
+                yield Answering(lambda asked: [answer(each) for each in asked])
+
+    def _is_served(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a server answers for a model: it has the dense one only."""
+        return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
+
+
+def _open(folder: Path, settings: EngineSettings) -> Engine:
+    engine: Engine = plugins.load("engines", "transformers").open_engine(folder, settings)
+    return engine
+
+
+def _answer(engine: Engine, asked: Asked) -> list[Completion]:
+    return engine.generate(*asked)

@@ -1,0 +1,54 @@
+"""Where and by whom stages are run, and how their folders are addressed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__
+from racdeploy.extras import installed_version
+from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.storage.addresses import code_hash
+from racdeploy.storage.stages import Stage
+
+Progress = Callable[[str, int, int], None]
+COMPUTING = ("torch", "transformers")
+"""Libraries that compute traces and sparse weights: another version rounds differently."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where stages are run.
+
+    Args:
+        work: where stage folders go.
+        threads: CPU threads; 0 uses every core.
+        progress: called with a label, units done and units in all.
+        processes: who share traces and pruning.
+    """
+
+    work: Path
+    threads: int = 0
+    progress: Progress | None = None
+    processes: Processes = ALONE
+
+    def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Return a stage's folder; what an interrupted run left beside it is reported on stderr."""
+        stage = Stage.open(self.work, name, inputs)
+        if stage.notice:
+            print_notice(stage.notice)
+        return stage
+
+
+def address(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what decides a stage beside its data: the code that its module reaches, and libraries."""
+    versions = {name: installed_version(name) for name in libraries}
+    return {"version": __version__, "code": code_hash(module)} | versions
+
+
+def print_notice(text: str) -> None:
+    """Print a line for the user that is no result."""
+    print(text, file=sys.stderr)
