@@ -106,13 +106,15 @@ def _names_in(source: bytes) -> tuple[str, ...]:
 
 
 def _loaded(call: ast.Call) -> list[str]:
-    """Return what ``plugins.load(kind, name)`` may load: the named plugin, or all of the kind."""
+    """Return what ``plugins.load(kind, name)`` may load: what is not written out may be any."""
     match call.args:
         case [ast.Constant(value=str(kind)), ast.Constant(value=str(name))]:
             return [f"{plugins.KINDS[kind]}.{name}"]
         case [ast.Constant(value=str(kind)), _]:
-            return [f"{plugins.KINDS[kind]}.{name}" for name in plugins.names(kind)]
-    raise AssertionError(f"the kind is not written out, so nobody can follow {ast.unparse(call)}")
+            kinds = [kind]
+        case _:
+            kinds = list(plugins.KINDS)
+    return [f"{plugins.KINDS[kind]}.{name}" for kind in kinds for name in plugins.names(kind)]
 
 
 def _is_module(text: str) -> bool:
