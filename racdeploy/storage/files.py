@@ -18,12 +18,6 @@ from typing import Any, BinaryIO
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; what a killed process left half written stays there
-    fcntl = None  # type: ignore[assignment]
-
-
 _WRITE_BYTES = (
     1 << 20
 )  # the kernel takes one large piece in two thirds of the time of many small ones
@@ -80,9 +74,8 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
     with disk_errors(file):
         try:
             with partial.open("wb", buffering=_WRITE_BYTES) as stream:
-                if fcntl:
-                    with contextlib.suppress(OSError):  # not every file system has locks
-                        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(OSError):  # not every file system has locks
+                    _lock(stream)
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -97,14 +90,24 @@ def remove_leftovers(file: Path) -> None:
     Those of another machine or container have no process here, so the lock must be free too; where one cannot be told,
     the file stays.
     """
-    if fcntl is None:
-        return
     for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
         number = partial.name[len(file.name) + 2 : -len(".partial")]
         if re.fullmatch("[0-9]{1,9}", number) and not _runs(int(number)):
             with contextlib.suppress(OSError), partial.open("rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(stream)
                 partial.unlink()
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Lock an open file; OSError where another process has it, or there are no such locks.
+
+    Not by filelock, whose older versions empty the file that they lock.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("this system has no flock") from error
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _runs(process: int) -> bool:

@@ -47,7 +47,7 @@ def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize("key", ["model", "prune", "traces_sha256", "code"])
 def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    """A folder whose record of model, recipe, traces or code is not what is asked is not gone on with."""
+    """A folder whose record of model, recipe, traces or code is not what is asked is not resumed."""
     record = Stage.open(tmp_path, "prune", INPUTS).folder / "inputs.json"
     changed = json.loads(record.read_text())
     changed[key] = {"damping": 0.1, "method": "sparsegpt"} if key == "prune" else "d" * 16
@@ -76,23 +76,21 @@ def _other(**changed: Any) -> dict[str, Any]:
         ({"torch": {"torch": "2"}}, ["torch.torch null -> 2"]),
     ],
 )
-def test_a_stage_that_begins_anew_names_what_was_left_unfinished(
+def test_a_stage_that_starts_from_scratch_names_what_was_left_unfinished(
     tmp_path: Path, changed: dict[str, Any], said: list[str]
 ) -> None:
-    """With what changed, and both ways out; it is said once, and the old stage is still there to go on with."""
+    """With what changed, and both ways out; it is said once, and the old stage can be resumed."""
     old = Stage.open(tmp_path, "prune", INPUTS)
     new = Stage.open(tmp_path, "prune", _other(**changed))
-    assert (
-        f"{old.folder} was left unfinished, with other inputs: {', '.join(said)}; {new.folder.name} begins"
-        in new.notice
-    )
+    left = f"{old.folder} was left unfinished, with other inputs: {', '.join(said)}"
+    assert f"{left}; {new.folder.name} starts from scratch\n" in new.notice
     assert new.notice.endswith(f"undo the change; to remove it: rm -r {old.folder}")
     assert not Stage.open(tmp_path, "prune", _other(**changed)).notice
     assert Stage.open(tmp_path, "prune", INPUTS) == old
 
 
 def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:
-    """Finished stages, other kinds, another model under another recipe, and stages that another process works in."""
+    """Finished stages, other kinds, another model and recipe, stages that another process works in."""
     Stage.open(tmp_path, "prune", INPUTS).finish({})
     Stage.open(tmp_path, "traces", INPUTS)
     Stage.open(tmp_path, "prune", _other(model="d" * 64, prune={"damping": 0.5}))
