@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import EngineSettings
@@ -25,7 +26,7 @@ def answer_prompts(
     files: Mapping[str, str],
     backend: str,
     settings: EngineSettings,
-    machine: Mapping[str, str],
+    machine: Mapping[str, Any],
     again: bool,
 ) -> Answers:
     """Answer the evaluation prompts with one artifact; what an interrupted run answered counts.

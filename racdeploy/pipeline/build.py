@@ -16,7 +16,7 @@ from racdeploy import export as exports
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.comparison import Verification
+from racdeploy.pipeline.comparison import Evaluation
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.gates import Held, hold
 from racdeploy.pipeline.job import Job
@@ -205,9 +205,9 @@ class Build:
         )
 
     @property
-    def verification(self) -> Verification:
+    def evaluation(self) -> Evaluation:
         """The comparison of what was built."""
-        return Verification(self.job, self.work, self.threads, self.progress)
+        return Evaluation(self.job, self.work, self.threads, self.progress)
 
     def _export_dense(self, quant: str, model: PrunedModel, asked: bool = True) -> ExportResult:
         """Export the dense model; ``asked`` keeps the recipe's choices for single tensors."""

@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from racdeploy import __version__
 from racdeploy import export as exports
-from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
+from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Held
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.report.model import Record, Report
-from racdeploy.storage.addresses import code_hash
-from racdeploy.storage.stages import Stage
-from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent, identity
+from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent
 from racdeploy.verify.checks import memory, speed
 from racdeploy.verify.conclude import Context, conclude
 from racdeploy.verify.controls import control_notes
@@ -36,7 +34,6 @@ from racdeploy.verify.measure import (
     read_stop_ids,
 )
 
-_CODE = ("racdeploy.verify.answers",)
 _NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
 
@@ -69,21 +66,18 @@ class Evaluation:
             self.job.recipe.verify,
             self.progress,
         )
-        code = {"version": __version__, "code": code_hash(*_CODE)}
-        inputs = identity(exported.files, self.job.recipe.verify, settings, fingerprint(settings))
-        stage = Stage.open(self.work, "answers", code | inputs)
-        file = stage.folder / "completions.jsonl"
-        if stage.finished and self._timed():
-            file.unlink(missing_ok=True)
-
-        answers = respondent.answer(
-            lambda: open_engine(self.job.backend, exported.path, settings),
+        return answer_prompts(
+            Workplace(self.work),
+            respondent,
             self.job.problems("evaluation"),
             arm,
-            CompletionLog(file),
+            exported.path,
+            exported.files,
+            self.job.backend,
+            settings,
+            fingerprint(settings),
+            again=self._timed(),
         )
-        stage.finish({"answers": len(answers.records)})
-        return answers
 
     def verify(
         self,
