@@ -1,4 +1,4 @@
-"""Sparse kernels for stock engines, compiled on demand; what is not proven or not faster stays on the engine's own.
+"""Sparse kernels for stock engines, compiled on demand and used where they are proven and faster.
 
 ``racdeploy accel build`` compiles them for the installed engines and tries them in a child process.
 From then on :func:`enable` gives llama.cpp's the weights of a file that have enough zeros, and
@@ -69,6 +69,7 @@ def build_installed() -> dict[str, Built]:
     for engine, find_kernels in _FINDERS.items():
         if not is_installed(_PACKAGES[engine]):
             continue
+
         found = find_kernels()
         if isinstance(found, str):
             built[engine] = Built(None, found)
@@ -90,9 +91,10 @@ def readiness(engine: str = "llama.cpp") -> tuple[Path, Proof] | str:
 
 
 def kernels(mode: Mode) -> str:
-    """Return what answers depend on where a mode is used: the sparse kernels and their build, or ``STOCK``."""
+    """Return what answers depend on under a mode: sparse kernels and their build, or ``STOCK``."""
     if mode == "off":
         return STOCK
+
     used = []
     for engine in _FINDERS:
         ready = readiness(engine)

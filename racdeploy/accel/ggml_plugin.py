@@ -60,7 +60,7 @@ class Ggml:
         libraries: folder of its shared libraries.
         include: folder of its public headers.
         version: as ggml says it.
-        commit: of llama.cpp, as ggml says it; ``-dirty`` is behind those that pip built.
+        commit: of llama.cpp, as ggml says it; that of a build by pip ends with ``-dirty``.
     """
 
     libraries: Path
@@ -84,7 +84,7 @@ class Ggml:
 
 
 def find_ggml() -> Ggml | str:
-    """Return the ggml that llama-cpp-python brings, or why it cannot be used; llama.cpp is not loaded."""
+    """Return llama-cpp-python's ggml, or why it cannot be used; llama.cpp is not loaded."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return "llama-cpp-python is not installed"
@@ -134,7 +134,7 @@ class Product(NamedTuple):
         columns: of the matrix.
         tokens: that are multiplied.
         zeros: share of all weights.
-        two_of_four: whether 2 of every 4 weights are zero, in place of that share.
+        two_of_four: whether 2 of each 4 weights are zero, in place of that share.
     """
 
     ggml_type: int
@@ -156,7 +156,8 @@ class Plugin:
     """
 
     def __init__(self, file: Path) -> None:
-        import llama_cpp  # noqa: F401 - ggml's libraries have to be here first: the plug-in names them only
+        # ggml's libraries have to be here first: the plug-in only names them.
+        import llama_cpp  # noqa: F401
 
         try:
             self._library = ctypes.CDLL(str(file))
@@ -181,7 +182,7 @@ class Plugin:
         return [layout, self.instruction_set]
 
     def enable(self, names: Sequence[str], threads: int) -> bool:
-        """Have the weights of these names packed, by so many threads, when the next model is loaded.
+        """Have the weights of these names packed when the next model is loaded.
 
         Returns:
             False where ggml does not take the plug-in: a model was loaded in this process before.
@@ -190,28 +191,35 @@ class Plugin:
         return bool(enabled)
 
     def keep(self, stream: FileIO, places: Mapping[str, Sequence[int]]) -> bool:
-        """Have the next model's weights taken from a file in which they are packed; after :meth:`enable`.
+        """Have the enabled weights taken from a file in which they are packed.
 
         Args:
             stream: the file; it may be closed then.
-            places: number format, pattern, rows, columns, first byte and bytes of each matrix, by its tensor's name.
+            places: of each matrix by its tensor's name: number format, pattern, rows, columns,
+                first byte and bytes.
 
         Returns:
             False where the file cannot be mapped.
         """
-        numbers = [number for place in places.values() for number in place]
+        numbers: list[int] = []
+        for place in places.values():
+            numbers += place
         table = (_I64 * len(numbers))(*numbers)
-        mapped = self._library.rac_ggml_keep(*_file(stream), _texts(places), table, len(places))
+
+        file = _describe(stream)
+        names = _texts(list(places))
+        mapped = self._library.rac_ggml_keep(*file, names, table, len(places))
         return bool(mapped)
 
     def maps_huge(self, stream: FileIO) -> bool:
         """Return whether the system maps this file in huge pages."""
-        return bool(self._library.rac_ggml_maps_huge(*_file(stream)))
+        file = _describe(stream)
+        return bool(self._library.rac_ggml_maps_huge(*file))
 
     def pack(
         self, path: Path, tensors: Sequence[TensorInfo]
     ) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
-        """Yield number format, pattern, rows and columns of each matrix, and how it is packed, until the next one.
+        """Yield number format, pattern, rows, columns of each matrix, and it packed, by turns.
 
         Raises:
             ArtifactError: the file ended early.
@@ -233,7 +241,7 @@ class Plugin:
         return int(self._library.rac_ggml_packed())
 
     def zeros(self, path: Path, header: Header, threads: int) -> dict[str, tuple[str, float]]:
-        """Return number format and share of zeros of each matrix that can be packed; ``FORMAT 2:4`` for that pattern.
+        """Return format and share of zeros of each matrix to pack; ``FORMAT 2:4`` for that pattern.
 
         Raises:
             ArtifactError: the file ended early.
@@ -244,15 +252,19 @@ class Plugin:
         found: dict[str, tuple[str, float]] = {}
         with ThreadPoolExecutor(threads) as pool:
             for part in pool.map(lambda share: self._count_zeros(path, share), shares):
-                found |= part
+                found.update(part)
         return found
 
     def difference(self, product: Product, threads: int, seed: int) -> float:
-        """Return the largest difference from ggml's own product over its largest value; -1 if weights are not kept."""
-        return float(self._library.rac_ggml_difference(*product, threads, seed))
+        """Return the largest difference from ggml's own product, over its largest value.
+
+        It is -1 where the weights are not given back as they were written.
+        """
+        difference = self._library.rac_ggml_difference(*product, threads, seed)
+        return float(difference)
 
     def times_ms(self, product: Product, count: int, runs: int) -> tuple[float, float]:
-        """Return milliseconds of one thread in ggml's own product and in the sparse one, over ``count`` matrices."""
+        """Return what ggml's own product and the sparse one take over ``count`` equal matrices."""
         stock_ms = _F64()
         sparse_ms = _F64()
         results = ctypes.byref(stock_ms), ctypes.byref(sparse_ms)
@@ -266,11 +278,11 @@ class Plugin:
         for tensor, matrix in _read_matrices(path, tensors):
             ggml_type, rows, columns, _ = matrix
             stored_bits = 8 * self._library.rac_ggml_stored_bytes(*matrix)
-            # Rounded down, a weight's bits are its code's: the scale of 32 weights takes another half bit.
+            # Rounded down, a weight's bits are its code's: a scale takes half a bit of each weight.
             code_bits = int(bits_per_weight(ggml_type))
+            zeros = 1.0 - stored_bits / code_bits / (rows * columns)
 
             pattern = " 2:4" if self._library.rac_ggml_wanted_pattern(*matrix) else ""
-            zeros = 1.0 - stored_bits / code_bits / (rows * columns)
             found[tensor.name] = _NAMES[ggml_type] + pattern, zeros
         return found
 
@@ -284,9 +296,9 @@ def bits_per_weight(ggml_type: int) -> float:
 def _read_matrices(
     path: Path, tensors: Sequence[TensorInfo]
 ) -> Iterator[tuple[TensorInfo, tuple[int, int, int, int]]]:
-    """Yield number format, rows, columns and address of each matrix, until the next one.
+    """Yield number format, rows, columns and address of each matrix, into one place by turns.
 
-    They are read one after the other: a map of the file would count as this process's memory.
+    A map of the file would count as this process's memory.
     """
     blocks_P = np.empty(max((tensor.size_bytes for tensor in tensors), default=0), np.uint8)
     with path.open("rb", buffering=0) as stream:
@@ -306,17 +318,19 @@ def _read_into(stream: FileIO, part: memoryview) -> None:
         part = part[count:]
 
 
-def _texts(names: Mapping[str, Any] | Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
-    return (_TEXT * len(names))(*(name.encode() for name in names))
+def _texts(names: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [name.encode() for name in names]
+    return (_TEXT * len(encoded))(*encoded)
 
 
-def _file(stream: FileIO) -> tuple[int, int]:
+def _describe(stream: FileIO) -> tuple[int, int]:
     """Return descriptor and bytes of an open file."""
-    return stream.fileno(), os.fstat(stream.fileno()).st_size
+    descriptor = stream.fileno()
+    return descriptor, os.fstat(descriptor).st_size
 
 
 def _most_bytes(matrix: TensorInfo) -> int:
-    """Return what no packed matrix is larger than: two bytes a weight, and heads, offsets and padding."""
+    """Return two bytes a weight, and heads, offsets and padding: no packed matrix is larger."""
     columns, rows = matrix.dimensions
     padded = -(-columns // 256) * 256
     heads = padded // 256 * 48

@@ -26,6 +26,7 @@ def try_library(file: Path) -> Proof:
     """Return what a library does in this process."""
     plugin = Plugin(file)
     kernels = plugin.instruction_set
+
     if not plugin.enable([], 2):
         return Proof("ggml does not take it", "", kernels)
 
@@ -37,11 +38,12 @@ def try_library(file: Path) -> Proof:
             difference = plugin.difference(product, threads, seed)
             largest = max(largest, difference)
             if problem := _judge(difference):
-                text = (
-                    f"{quant} {product.rows} × {product.columns} with {product.zeros:.0%} zeros, "
+                _, rows, columns, tokens, zeros, _ = product
+                refusal = (
+                    f"its self-test failed: {quant} {rows} × {columns} with {zeros:.0%} zeros, "
+                    f"{tokens} tokens on {threads} threads: {problem}"
                 )
-                text += f"{product.tokens} tokens on {threads} threads"
-                return Proof(f"its self-test failed: {text}: {problem}", "", kernels, largest)
+                return Proof(refusal, "", kernels, largest)
 
     speedups, faster_from = _measure(plugin)
     refusal = ""
@@ -60,7 +62,7 @@ def _judge(difference: float) -> str:
 
 
 def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, int]:
-    """Return a product and its threads; the first seeds are the hard cases: no zeros, all zeros, and 2:4."""
+    """Return a product and its threads; first come the hard cases: no zeros, all zeros, 2:4."""
     rows = rng.randint(16, 300)
     columns = 32 * rng.randint(1, 90)
     tokens = rng.choice((1, 1, 2, 3, 5, 8, 17, 65))
@@ -74,7 +76,7 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
 
 
 def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return speed-ups by number format and zeros, from many zeros down to where they end; and where that is."""
+    """Return speed-ups by format and zeros, as far down as there are any, and how far that is."""
     cases = [(quant, quant, zeros, False) for quant in QUANTS for zeros in _ZEROS]
     cases.append(("q8_0 2:4", "q8_0", 0.5, True))
 
@@ -83,7 +85,8 @@ def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, flo
     for name, quant, zeros, two_of_four in cases:
         measured = speedups.setdefault(name, {})
         if min(measured.values(), default=LEAST_SPEEDUP) < LEAST_SPEEDUP:
-            continue
+            continue  # slower at more zeros already
+
         product = Product(QUANTS[quant], _ROWS, _COLUMNS, 1, zeros, two_of_four)
         speedup = _speedup(plugin, product)
         measured[f"{zeros:g}"] = speedup

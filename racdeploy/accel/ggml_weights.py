@@ -1,4 +1,4 @@
-"""Which weights of a GGUF file go to the plug-in for llama.cpp: those with enough zeros to be faster there."""
+"""Which weights of a GGUF file go to the plug-in for llama.cpp: those with enough zeros to gain."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from racdeploy.accel.ggml_plugin import Plugin, find_kernels
 from racdeploy.accel.library import cache_folder
 from racdeploy.accel.proof import Choice, Mode, choose_by_mode, readiness
 from racdeploy.errors import ArtifactError
+from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.gguf_header import read_header
 
@@ -24,18 +25,19 @@ _NEVER = 2.0  # a share of zeros that no matrix has
 
 
 def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: bool = True) -> Choice:
-    """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next in this process.
+    """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next.
 
-    Call it before every model that is to be accelerated, and before the first model of the process is loaded. Another
-    model that is loaded later has its weights where they always were.
+    Call it before every model that is to be accelerated, and before the first model of the process
+    is loaded. Models that are loaded later without it run as ever.
 
     Args:
         path: the GGUF file.
-        mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not faster; ``require``
-            makes that an error; ``off`` does nothing.
+        mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not
+            faster; ``require`` makes that an error; ``off`` does nothing.
         threads: that read and pack the file; 0 uses every core.
-        keep: take the packed weights from a file in the user's cache, which is written the first time where the system
-            maps it in huge pages; ``RACDEPLOY_ACCEL_KEEP`` 0 is never, 1 is wherever it can be written.
+        keep: take the packed weights from a file in the user's cache, written by the first load
+            where the system maps it in huge pages. ``RACDEPLOY_ACCEL_KEEP`` 0 never keeps one, 1
+            wherever it can be written.
 
     Raises:
         EngineError: the kernels are required, and not ready or of no use to this file.
@@ -49,8 +51,9 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
 
 def forget(path: str | Path) -> None:
     """Delete what is kept of a GGUF file: its packed weights and the counts of its zeros."""
-    for file in (kept_weights.file_of(Path(path)), _zeros_file(Path(path))):
-        file.unlink(missing_ok=True)
+    model = Path(path)
+    kept_weights.locate(model).unlink(missing_ok=True)
+    _zeros_file(model).unlink(missing_ok=True)
 
 
 def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
@@ -66,7 +69,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     if plugin.instruction_set != kernels:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or available_cores()
     names = [
         name
         for name, (quant, zeros) in _zeros(plugin, path, threads).items()
@@ -79,8 +82,8 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
         return f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least"
 
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
+    kept = keep and kept_weights.is_wanted() and _keep(plugin, path, names)
     summary = f"sparse {kernels} kernels for {len(names)} matrices"
-    kept = keep and kept_weights.wanted() and _keep(plugin, path, names)
     return Choice(path, summary, tensors=tuple(names), kept=kept, packed=plugin.packed)
 
 
@@ -92,7 +95,7 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
-    """Return the zeros of each matrix, counted once for each state of a file: they decide speed, never answers."""
+    """Return format and zeros of each matrix, counted once for each state of a file."""
     file = _zeros_file(path)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         counted = json.loads(file.read_text())
@@ -107,14 +110,15 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
 
 def _zeros_file(path: Path) -> Path:
     state = json.dumps(kept_weights.model_state(path))
-    name = hashlib.sha256(state.encode()).hexdigest()[:32]
-    return cache_folder() / "zeros" / f"{name}.json"
+    digest = hashlib.sha256(state.encode()).hexdigest()
+    return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 
 def _read_ahead(path: Path) -> None:
-    """Have the system read a file while its weights are packed: llama.cpp reads one, packs it, then reads the next."""
+    """Have the system read a file while weights are packed: llama.cpp reads and packs by turns."""
     if not hasattr(os, "posix_fadvise"):
         return
+
     size_bytes = path.stat().st_size
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size_bytes > memory_bytes // 2:

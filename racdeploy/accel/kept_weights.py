@@ -1,10 +1,11 @@
-"""Packed matrices of a model in one file of the user's cache: written once, mapped by every later load.
+"""Packed matrices of a model in one file of the user's cache: written once, mapped ever after.
 
-New memory is dear, and packing fills as much of it as the packed model takes; what the system caches of a file is there
-already. ``kept/HASH.packed`` holds the matrices one behind the other, then zeros, a table in JSON, and a trailer with
-the table's size and SHA-256. It is written under another name, synchronized and renamed, so that a file is whole or not
-there; what kernels would follow is checked in ``kept_file.cpp``. There is one for each model that exists: where one is
-written, those whose model is gone or has changed are deleted. Imports nothing heavy: every load passes here.
+New memory is slow to get, and packing fills as much as the packed model takes; a file that the
+system has cached is there already. ``kept/HASH.packed`` is the matrices one behind the other, then
+zeros, a table in JSON, and a trailer with the table's size and SHA-256. It is written under another
+name, synchronized and renamed, so that a file is whole or absent; ``kept_file.cpp`` checks what
+kernels would follow. Writing one deletes those whose model is gone or has changed.
+Imports nothing heavy: every load passes here.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from racdeploy.accel.library import cache_folder
+from racdeploy.storage.gguf_header import read_header
 
 if TYPE_CHECKING:
     from racdeploy.accel.ggml_plugin import Plugin
@@ -31,31 +34,32 @@ _TRAILER = struct.Struct("<Q32s16s")  # bytes of the table, its SHA-256, magic
 _MAGIC = b"racdeploy kept 1"
 _NUMBERS = 6  # of each matrix: number format, pattern, rows, columns, first byte, bytes
 _MOST_TABLE_BYTES = 1 << 28
-_CHUNK_BYTES = (
-    2 << 20
-)  # written at once: the system caches each in one huge page, where its file system can
+# Written at once: the system caches each in one huge page, where its file system can.
+_CHUNK_BYTES = 2 << 20
 _ALIGNMENT = 64
 _FORGOTTEN_S = 3600.0  # a file that is still unfinished then was left behind
 
 
-def wanted() -> bool:
+def is_wanted() -> bool:
     """Return whether files are kept: not where ``RACDEPLOY_ACCEL_KEEP`` is 0."""
     return os.environ.get("RACDEPLOY_ACCEL_KEEP") != "0"
 
 
 def folder() -> Path:
-    """Return where they lie; it may not be there."""
+    """Return where they are; it may not exist."""
     return cache_folder() / "kept"
 
 
 def kept_files() -> list[Path]:
-    """Return those that are there."""
+    """Return those that exist."""
     return sorted(folder().glob("*.packed"))
 
 
-def file_of(path: Path) -> Path:
-    """Return the kept file of a model; it may not be there."""
-    return folder() / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.packed"
+def locate(path: Path) -> Path:
+    """Return the kept file of a model; it may not exist."""
+    name = os.fsencode(path.resolve())
+    digest = hashlib.sha256(name).hexdigest()
+    return folder() / f"{digest[:32]}.packed"
 
 
 def model_state(path: Path) -> list[str | int]:
@@ -68,7 +72,7 @@ def model_state(path: Path) -> list[str | int]:
     return [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino]
 
 
-def use(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
+def use(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
     """Have the next model's weights taken from its kept file; False where there is none that fits.
 
     Args:
@@ -76,21 +80,20 @@ def use(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
         path: the GGUF file.
         names: of the tensors that are packed.
     """
-    with contextlib.suppress(OSError), file_of(path).open("rb", buffering=0) as stream:
+    with contextlib.suppress(OSError), locate(path).open("rb", buffering=0) as stream:
         table = _read_table(stream)
         if table is None or table["model"] != model_state(path) or table["form"] != plugin.form:
             return False
-        if not set(names) <= table["matrices"].keys():
-            return False
-        return plugin.keep(stream, table["matrices"])
+        if table["matrices"].keys() >= set(names):
+            return plugin.keep(stream, table["matrices"])
     return False
 
 
-def write(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
+def write(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
     """Pack a model's weights into its kept file; False where the disk has no place for it.
 
-    Nor is it written where the system would map it in small pages, which slows products down by up to a quarter, unless
-    ``RACDEPLOY_ACCEL_KEEP`` is 1.
+    Nor is it written where the system would map it in small pages, which slows products down by up
+    to a quarter, unless ``RACDEPLOY_ACCEL_KEEP`` is 1.
 
     Args:
         plugin: enabled for this model.
@@ -104,24 +107,25 @@ def write(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
     try:
         folder().mkdir(parents=True, exist_ok=True)
         _sweep()
-        if _free_bytes() < 2 * path.stat().st_size:
+        if shutil.disk_usage(folder()).free < 2 * path.stat().st_size:
             return False
         if os.environ.get("RACDEPLOY_ACCEL_KEEP") != "1" and not _maps_huge(plugin):
             return False
+
         descriptor, scratch = tempfile.mkstemp(dir=folder(), prefix=".")
         with open(descriptor, "wb", buffering=0) as stream:
-            table = _write_matrices(plugin, path, names, stream)
+            state = _write_matrices(plugin, path, names, stream)
             os.fsync(descriptor)
-        if table["model"] != model_state(path):
+
+        if state != model_state(path):
             return False
-        os.replace(scratch, file_of(path))
+        os.replace(scratch, locate(path))
         return True
     except (OSError, MemoryError):  # a cache that cannot be written: packed in memory
         return False
     finally:
         if scratch is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(scratch)
+            Path(scratch).unlink(missing_ok=True)
 
 
 def _maps_huge(plugin: Plugin) -> bool:
@@ -132,50 +136,58 @@ def _maps_huge(plugin: Plugin) -> bool:
 
 
 def _write_matrices(
-    plugin: Plugin, path: Path, names: Iterable[str], stream: FileIO
-) -> dict[str, Any]:
-    from racdeploy.storage.gguf_header import read_header
-
-    places: dict[str, list[int]] = {}
-    table: dict[str, Any] = {"model": model_state(path), "form": plugin.form, "matrices": places}
+    plugin: Plugin, path: Path, names: Collection[str], stream: FileIO
+) -> list[str | int]:
+    """Write a whole kept file; return the state of the model before it was read."""
+    state = model_state(path)
     chosen = set(names)
     tensors = [tensor for tensor in read_header(path).tensors if tensor.name in chosen]
+
+    places: dict[str, list[int]] = {}
     pending = bytearray()
-    end = longest_row = 0
+    end = 0
+    most_columns = 0
     for tensor, (matrix, packed) in zip(tensors, plugin.pack(path, tensors), strict=True):
         places[tensor.name] = [*matrix, end, len(packed)]
-        longest_row = max(longest_row, 2 * matrix[3] + 1024)
+        most_columns = max(most_columns, matrix[3])
+
+        padding = -len(packed) % _ALIGNMENT
         pending += packed
-        pending += bytes(-len(packed) % _ALIGNMENT)
-        end += len(packed) + -len(packed) % _ALIGNMENT
+        pending += bytes(padding)
+        end += len(packed) + padding
+
         whole = len(pending) // _CHUNK_BYTES * _CHUNK_BYTES
         _write_all(stream, memoryview(pending)[:whole])
         del pending[:whole]
-    text = json.dumps(table).encode()
+
     # A row whose mask is damaged is read for as long as a row can be.
-    pending += (
-        bytes(longest_row) + text + _TRAILER.pack(len(text), hashlib.sha256(text).digest(), _MAGIC)
-    )
+    pending += bytes(2 * most_columns + 1024)
+    text = json.dumps({"model": state, "form": plugin.form, "matrices": places}).encode()
+    pending += text
+    pending += _TRAILER.pack(len(text), hashlib.sha256(text).digest(), _MAGIC)
     _write_all(stream, memoryview(pending))
-    return table
+    return state
 
 
 def _write_all(stream: FileIO, data: memoryview) -> None:
     while data:
-        data = data[stream.write(data) :]
+        written = stream.write(data)
+        data = data[written:]
 
 
 def _read_table(stream: FileIO) -> dict[str, Any] | None:
     """Return the table of a kept file; None where it is not whole."""
-    size = os.fstat(stream.fileno()).st_size
-    if size < _TRAILER.size:
+    descriptor = stream.fileno()
+    end = os.fstat(descriptor).st_size - _TRAILER.size
+    if end < 0:
         return None
-    length, digest, magic = _TRAILER.unpack(
-        os.pread(stream.fileno(), _TRAILER.size, size - _TRAILER.size)
-    )
-    if magic != _MAGIC or length > min(_MOST_TABLE_BYTES, size - _TRAILER.size):
+
+    trailer = os.pread(descriptor, _TRAILER.size, end)
+    length, digest, magic = _TRAILER.unpack(trailer)
+    if magic != _MAGIC or length > min(_MOST_TABLE_BYTES, end):
         return None
-    text = os.pread(stream.fileno(), length, size - _TRAILER.size - length)
+
+    text = os.pread(descriptor, length, end - length)
     if hashlib.sha256(text).digest() != digest:
         return None
     table: dict[str, Any] = json.loads(text)
@@ -183,22 +195,16 @@ def _read_table(stream: FileIO) -> dict[str, Any] | None:
 
 
 def _is_table(table: Any) -> bool:
-    if not isinstance(table, dict) or table.keys() != {"model", "form", "matrices"}:
+    match table:
+        case {"model": [str(), *_], "form": _, "matrices": dict(places), **rest} if not rest:
+            return all(_is_place(place) for place in places.values())
+    return False
+
+
+def _is_place(place: Any) -> bool:
+    if not isinstance(place, list) or len(place) != _NUMBERS:
         return False
-    matrices, model = table["matrices"], table["model"]
-    if (
-        not isinstance(matrices, dict)
-        or not isinstance(model, list)
-        or not model
-        or not isinstance(model[0], str)
-    ):
-        return False
-    return all(
-        isinstance(place, list)
-        and len(place) == _NUMBERS
-        and all(type(number) is int for number in place)
-        for place in matrices.values()
-    )
+    return all(type(number) is int for number in place)
 
 
 def _sweep() -> None:
@@ -216,11 +222,9 @@ def _sweep() -> None:
 def _is_current(file: Path) -> bool:
     with file.open("rb", buffering=0) as stream:
         table = _read_table(stream)
+    if table is None:
+        return False
+
     with contextlib.suppress(OSError):
-        return table is not None and table["model"] == model_state(Path(table["model"][0]))
+        return bool(table["model"] == model_state(Path(table["model"][0])))
     return False
-
-
-def _free_bytes() -> int:
-    state = os.statvfs(folder())
-    return state.f_bavail * state.f_frsize

@@ -28,7 +28,7 @@ KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
 _AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
-# Each file is compiled for its own instruction set, and decides when it runs whether the processor has it.
+# Each file is compiled for its own instruction set; when it runs, it asks the processor for it.
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}"}
 _COMPILE_S = 300.0
 
@@ -58,7 +58,7 @@ class Library:
     def find(self) -> Path | None:
         """Return the newest library of this key, whatever compiled it, or None."""
         found = cache_folder().glob(f"{self._stem}-*.so")
-        return max(found, key=lambda file: file.stat().st_mtime_ns, default=None)
+        return max(found, key=os.path.getmtime, default=None)
 
     def build(self) -> Path:
         """Compile it, unless this compiler has done so before; return the file.
@@ -98,7 +98,7 @@ class Library:
             objects.append(str(made.with_name(f"{Path(source).name}.o")))
             common = [*compiler, *include, "-c", str(SOURCES / source), "-o", objects[-1]]
 
-            # A compiler that does not know an instruction set compiles the file without: its kernels then never run.
+            # A compiler without the instruction set compiles it plainly: its kernels never run.
             wanted = _machine_flags(source)
             if not wanted or _run([*common, *wanted]):
                 _require(common)
@@ -120,7 +120,7 @@ class Library:
 
 
 def cache_folder() -> Path:
-    """Return where libraries are kept: ``RACDEPLOY_ACCEL``, or ``racdeploy/accel`` under the user's cache."""
+    """Return where libraries are kept: ``RACDEPLOY_ACCEL``, or a part of the user's cache."""
     return caches.cache_folder("accel", "RACDEPLOY_ACCEL")
 
 
@@ -138,9 +138,11 @@ def find_compiler() -> str | None:
 def _processor() -> str:
     """Return the architecture and a hash of what the processor can do."""
     flags = ""
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
         flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
     return f"{platform.machine()}-{_digest(flags)}"
 
 
@@ -155,11 +157,14 @@ def _version(command: str) -> str:
 def _machine_flags(source: str) -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
-    return _X86_FLAGS.get(source, "").split()
+
+    flags = _X86_FLAGS.get(source, "")
+    return flags.split()
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:16]
 
 
 def _run(command: list[str]) -> str:
@@ -170,12 +175,17 @@ def _run(command: list[str]) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"{command[0]} took more than {_COMPILE_S:.0f} s"
-    return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+
+    if done.returncode == 0:
+        return ""
+    return done.stderr.strip() or f"exit code {done.returncode}"
 
 
 def _require(command: list[str]) -> None:
-    if complaint := _run(command):
+    complaint = _run(command)
+    if complaint:
+        first_lines = complaint.splitlines()[:6]
         raise EnvironmentFailure(
-            f"{command[0]} failed: {' | '.join(complaint.splitlines()[:6])}",
+            f"{command[0]} failed: {' | '.join(first_lines)}",
             remedy="name another compiler in CXX; g++ 9 or clang++ 10 and newer know C++17",
         )

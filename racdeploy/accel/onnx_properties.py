@@ -1,6 +1,6 @@
-"""The metadata properties of an ONNX file, read without its weights: the onnx package is not on a device.
+"""The metadata properties of an ONNX file, read without its weights.
 
-Source: onnx.proto3; protobuf's wire format.
+A device has no onnx package. Source: onnx.proto3; protobuf's wire format.
 """
 
 from __future__ import annotations
@@ -58,10 +58,13 @@ def _read_fields(stream: BinaryIO, size_bytes: int, wanted: int) -> Iterator[byt
 
 def _read_pair(payload: bytes) -> tuple[str, str]:
     """Return the strings of fields 1 and 2."""
-    key, value = (
-        b"".join(_read_fields(io.BytesIO(payload), len(payload), number)) for number in (1, 2)
-    )
-    return key.decode(), value.decode()
+    strings = []
+    for number in (1, 2):
+        parts = _read_fields(io.BytesIO(payload), len(payload), number)
+        strings.append(b"".join(parts).decode())
+
+    key, value = strings
+    return key, value
 
 
 def _read_varint(stream: BinaryIO) -> int:
@@ -70,6 +73,7 @@ def _read_varint(stream: BinaryIO) -> int:
         byte = stream.read(1)
         if not byte:
             raise ValueError("it ends within a number")
+
         value |= (byte[0] & 127) << shift
         if byte[0] < 128:
             return value

@@ -38,7 +38,7 @@ _UNMEASURED = (
 
 
 class Packed(TypedDict):
-    """What a graph says of its packed weights of one number format: ggml's number, how many, and how many are zero."""
+    """What a graph says of its packed weights of one format: ggml's number, count, zeros' share."""
 
     quant: int
     weights: int
@@ -64,7 +64,7 @@ def choose_graph(model: Path, mode: Mode) -> Choice:
 
     Args:
         model: the plain graph.
-        mode: ``auto``; ``off`` for the plain graph; ``require`` makes it an error not to use the second.
+        mode: ``off`` takes the plain graph; ``require`` makes it an error not to take the second.
 
     Raises:
         EngineError: the operator is required, and not ready or of no use to this model.
@@ -77,6 +77,7 @@ def _choose(model: Path) -> Choice | str:
     accel = model.with_name(accel_name(model.name))
     if not accel.is_file():
         return f"there is no {accel.name}; packing 'bitmask_op' writes one"
+
     ready = readiness(find_kernels())
     if isinstance(ready, str):
         return ready
@@ -85,6 +86,7 @@ def _choose(model: Path) -> Choice | str:
     packed = _read_packed(accel)
     if reason := explain_slower(proof, packed):
         return reason
+
     weights = sum(entry["weights"] for entry in packed)
     summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
     return Choice(accel, summary, library=library, packed=lambda: weights)
@@ -109,9 +111,14 @@ def explain_slower(proof: Proof, packed: Sequence[Packed]) -> str:
 
 def _speedup(proof: Proof, entry: Packed) -> float:
     """Return the speed-up that was measured at the most zeros that the model has."""
-    measured = proof.speedups.get(_NAMES.get(entry["quant"], ""), {})
-    reached = [zeros for zeros in measured if float(zeros) <= entry["zeros"] + _SAME_ZEROS]
-    return measured[max(reached, key=float)] if reached else _UNMEASURED
+    name = _NAMES.get(entry["quant"], "")
+    most = entry["zeros"] + _SAME_ZEROS
+
+    speedup = _UNMEASURED
+    for zeros, measured in sorted(proof.speedups.get(name, {}).items()):
+        if float(zeros) <= most:
+            speedup = measured
+    return speedup
 
 
 def _read_packed(accel: Path) -> list[Packed]:

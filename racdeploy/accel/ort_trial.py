@@ -55,7 +55,7 @@ def main() -> None:
 def make_stock(
     name: str, packed_OP: Array, I: int, number: int = 0
 ) -> tuple[onnx.NodeProto, dict[str, Array]]:
-    """Return a node of the stock operator for packed rows of a number format, and its initializers."""
+    """Return a node of the stock operator for packed rows, and its initializers."""
     quant = quants.load(name)
     if name == "f16":  # as onnxruntime keeps it: float32, inputs first
         weight_IO = np.ascontiguousarray(quant.dequantize(packed_OP, I).T)
@@ -77,7 +77,7 @@ def make_stock(
 def make_sparse(
     name: str, matrix: SparseMatrix, I: int, number: int = 0, /, **attributes: int
 ) -> tuple[onnx.NodeProto, dict[str, Array]]:
-    """Return a node of our operator and its initializers; attributes go over those of the matrix."""
+    """Return a node of our operator and its initializers; ``attributes`` override the matrix's."""
     kind = kind_of(quants.load(name))
     assert kind is not None
     arrays: dict[str, Array] = {
@@ -134,7 +134,7 @@ def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.I
 
 
 def _compare(library: Path) -> tuple[float, str]:
-    """Return the largest difference from the stock operator over its largest output, and what is wrong with it."""
+    """Return the largest difference over the largest output, and what is wrong with it."""
     generator = np.random.default_rng(0)
     largest = 0.0
     for name in QUANTS:
@@ -146,19 +146,17 @@ def _compare(library: Path) -> tuple[float, str]:
                 feeds = {"x": _draw_exact_inputs(generator, tokens, I)}
                 expected_BTO = stock.run(None, feeds)[0]
                 found_BTO = ours.run(None, feeds)[0]
+                case = f"{name}, {O} × {I}, {tokens} tokens"
                 if found_BTO.shape != expected_BTO.shape:
-                    return (
-                        largest,
-                        f"{name}, {O} × {I}, {tokens} tokens: its shape is {found_BTO.shape}",
-                    )
+                    return largest, f"{case}: its shape is {found_BTO.shape}"
 
                 error = np.abs(expected_BTO - found_BTO).max()
-                difference = float(error / max(np.abs(expected_BTO).max(), 1e-30))
+                scale = max(np.abs(expected_BTO).max(), 1e-30)
+                difference = float(error / scale)
                 largest = max(largest, difference)
-                if not difference <= _TOLERANCE:  # which no difference is that is not a number
+                if not difference <= _TOLERANCE:  # nor is a difference that is no number
                     return largest, (
-                        f"{name}, {O} × {I}, {tokens} tokens: it is {difference:.1e} of the maximum "
-                        "off the stock operator"
+                        f"{case}: it is {difference:.1e} of the maximum off the stock operator"
                     )
     return largest, ""
 
@@ -167,24 +165,32 @@ def _open_pair(
     library: Path, name: str, packed_OP: Array, I: int
 ) -> list[onnxruntime.InferenceSession]:
     """Return sessions of the stock operator and of ours for the same rows."""
-    pair = make_stock(name, packed_OP, I), make_sparse(name, split_rows(name, packed_OP), I)
-    return [open_session(make_model([node], arrays, I), library) for node, arrays in pair]
+    stock = make_stock(name, packed_OP, I)
+    ours = make_sparse(name, split_rows(name, packed_OP), I)
+
+    sessions = []
+    for node, arrays in (stock, ours):
+        model = make_model([node], arrays, I)
+        sessions.append(open_session(model, library))
+    return sessions
 
 
 def _draw_rows(generator: np.random.Generator, name: str, O: int, I: int, sparsity: float) -> Array:
     weight_OI = generator.standard_normal((O, I), dtype=np.float32)
-    zero_OI = generator.random((O, I), dtype=np.float32) < sparsity
-    weight_OI[zero_OI] = 0
+    draw_OI = generator.random((O, I), dtype=np.float32)
+    weight_OI[draw_OI < sparsity] = 0
     return quants.load(name).quantize(weight_OI)
 
 
 def _draw_exact_inputs(generator: np.random.Generator, tokens: int, I: int) -> Array:
-    """Return inputs that are whole steps of their quant block: 8 bits and half precision represent them exactly."""
+    """Return inputs that are whole steps of their quant block: 8 bits represent them exactly."""
     code_TGS = generator.integers(-126, 127, (tokens, I // 32, 32)).astype(np.float32)
     code_TGS[:, :, 0] = 127  # the largest code of each quant block gives its step
+
     exponent_TG1 = generator.integers(-4, 3, (tokens, I // 32, 1))
     step_TG1 = np.exp2(exponent_TG1).astype(np.float32)
-    return (code_TGS * step_TG1).reshape(1, tokens, I)
+    input_TGS = code_TGS * step_TG1
+    return input_TGS.reshape(1, tokens, I)
 
 
 def _speedups(library: Path, name: str) -> dict[str, float]:

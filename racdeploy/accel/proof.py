@@ -1,7 +1,8 @@
-"""Whether built kernels may be used: tried in a child process, and the proof kept beside the library.
+"""Whether built kernels may be used, and whether they run the next model.
 
-The child compares every kernel with the engine's own on random matrices, measures both side by side,
-and prints a :class:`Proof` as JSON. A library that changed since is not the one that was tried.
+A child process compares every kernel with the engine's own on random matrices, measures both side
+by side, and prints a :class:`Proof` as JSON, which is kept beside the library. A library that
+changed since is not the one that was tried.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Proof:
         sha256: of the library.
         instruction_set: of the kernels that this processor gets.
         difference: largest one from the engine's own kernels, over the largest output.
-        speedups: of one token on one thread, by ggml's name of the number format (and the pattern) and share of zeros.
-        faster_from: least share of zeros from which on it is faster, by number format; without those that never are.
+        speedups: of one token on one thread, by ggml's name of the format and share of zeros.
+        faster_from: least share of zeros at which it is faster, by format; only those that are.
     """
 
     refusal: str
@@ -52,7 +53,7 @@ class Kernels:
         library: built or not.
         trial: module that a child process runs with the path of a library; it prints the proof.
         unbuilt: what is missing where there is no library.
-        version: of the engine that the proof is for, where the library itself is for every version.
+        version: of the engine, where the proof is for one version and the library for all.
         packages: that the trial needs beside the engine.
     """
 
@@ -79,38 +80,43 @@ class Kernels:
         """
         missing = [package for package in self.packages if not is_installed(package)]
         if missing:
-            refusal = f"its self-test needs a package: pip install {' '.join(missing)}"
-            proof = Proof(refusal, file_sha256(file))
+            proof = Proof(f"its self-test needs a package: pip install {' '.join(missing)}", "")
         else:
-            proof = replace(_try_in_child(self.trial, file), sha256=file_sha256(file))
+            proof = _try_in_child(self.trial, file)
+        proof = replace(proof, sha256=file_sha256(file))
 
-        record = self.record_of(file)
+        record = self.locate_record(file)
         with disk_errors(record):
             write_atomic(record, json.dumps(asdict(proof), indent=1))
         return proof
 
     def read_proof(self, file: Path) -> Proof | str:
         """Return what was found of a library, or why nothing is known of it."""
-        record = self.record_of(file)
+        record = self.locate_record(file)
         if not record.is_file():
             return f"{file} was never tried with the installed engine: racdeploy accel build"
+
         try:
-            proof = Proof(**json.loads(record.read_text(encoding="utf-8")))
+            content = json.loads(record.read_text(encoding="utf-8"))
+            proof = Proof(**content)
         except (ValueError, TypeError):
             return f"{record} is damaged: racdeploy accel build"
+
         if proof.sha256 != file_sha256(file):
             return f"{file} is not the one that was tried: racdeploy accel build"
         return proof
 
-    def record_of(self, file: Path) -> Path:
+    def locate_record(self, file: Path) -> Path:
         """Return where the proof of a library is kept."""
-        return file.with_name("-".join(filter(None, (file.stem, self.version))) + ".json")
+        name = f"{file.stem}-{self.version}" if self.version else file.stem
+        return file.with_name(f"{name}.json")
 
     def readiness(self) -> tuple[Path, Proof] | str:
         """Return the library to load and its proof, or why there is none."""
         file = self.library.find()
         if file is None:
             return f"{self.unbuilt}: racdeploy accel build"
+
         proof = self.read_proof(file)
         if isinstance(proof, str):
             return proof
@@ -118,8 +124,10 @@ class Kernels:
 
 
 def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
-    """Return the library to load and its proof, or why there is none; ``kernels`` may be the reason."""
-    return kernels if isinstance(kernels, str) else kernels.readiness()
+    """Return the library to load and its proof, or why there is none: ``kernels`` may say so."""
+    if isinstance(kernels, str):
+        return kernels
+    return kernels.readiness()
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Choice:
         library: that the engine has to load first, if any.
         tensors: names of the weights that the kernels ask for, where that is decided by weight.
         kept: whether these come packed from a file that an earlier load kept.
-        packed: returns how many weights the kernels have; for llama.cpp, tensors since the model was chosen.
+        packed: returns how many weights the kernels have; for llama.cpp, tensors by now.
     """
 
     path: Path
@@ -149,7 +157,7 @@ class Choice:
 
 
 def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice | str]) -> Choice:
-    """Return what ``find`` chooses; where that is a reason not to use sparse kernels, ``stock`` and the reason.
+    """Return what ``find`` chooses, or the ``stock`` kernels for the reason that it returns.
 
     Raises:
         EngineError: the kernels are required, and of no use.
@@ -157,17 +165,20 @@ def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice
     found = "sparse ones are switched off" if mode == "off" else find()
     if isinstance(found, Choice):
         return found
+
     if mode == "require":
         raise EngineError(
             f"sparse kernels are required for {path}, and cannot be used: {found}",
-            remedy="racdeploy doctor says what is missing; without --accel require everything runs, too",
+            remedy="see racdeploy doctor; without --accel require everything runs, too",
         )
     return Choice(path, f"{stock}: {found}", found)
 
 
 def _try_in_child(module: str, file: Path) -> Proof:
-    """Return the proof that a module prints, or one that refuses the library because it prints none."""
+    """Return the proof that a module prints, or a refusal because it prints none."""
     variables = {"GGML_NO_BACKTRACE": "1"}  # a trap is reported here; gdb would only take its time
     outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
-    failure = outcome.failure or ("" if outcome.value else "printed no proof")
-    return Proof(f"its self-test {failure}", "") if failure else Proof(**outcome.value)
+
+    if outcome.value:
+        return Proof(**outcome.value)
+    return Proof(f"its self-test {outcome.failure or 'printed no proof'}", "")

@@ -91,7 +91,7 @@ def test_one_that_does_not_fit_is_not_used(model: Path, kept: Path) -> None:
     assert not kept_weights.use(other_form, model, NAMES)
     assert not kept_weights.use(Packer(), model, [*NAMES, "blk.0.attn_k.weight"])
     other = Path(shutil.copy(model, model.with_name("other.gguf")))
-    shutil.copy(kept, kept_weights.file_of(other))
+    shutil.copy(kept, kept_weights.locate(other))
     assert not kept_weights.use(Packer(), other, NAMES)
     assert kept_weights.use(Packer(), model, NAMES)
     os.utime(model, ns=(1, 1))
@@ -157,7 +157,7 @@ def test_files_of_models_that_are_gone_or_changed_are_deleted(
     models[1].write_bytes(b"another")
     assert kept_weights.write(Packer(), model, NAMES)
     left = {file.name for file in kept.parent.iterdir()}
-    assert left == {kept.name, kept_weights.file_of(models[2]).name, ".new"}
+    assert left == {kept.name, kept_weights.locate(models[2]).name, ".new"}
 
 
 def test_where_it_cannot_be_written_nothing_is_left(
@@ -204,6 +204,6 @@ def test_what_is_kept_can_be_forgotten(kept: Path, model: Path) -> None:
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the environment, for the whole process."""
-    assert kept_weights.wanted()
+    assert kept_weights.is_wanted()
     monkeypatch.setenv("RACDEPLOY_ACCEL_KEEP", "0")
-    assert not kept_weights.wanted()
+    assert not kept_weights.is_wanted()

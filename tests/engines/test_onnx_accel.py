@@ -52,7 +52,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def record_of(library: Path) -> Path:
     kernels = find_kernels()
     assert not isinstance(kernels, str), kernels
-    return kernels.record_of(library)
+    return kernels.locate_record(library)
 
 
 def write_proof(library: Path, found: Proof) -> None:
