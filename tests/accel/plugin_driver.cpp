@@ -124,10 +124,10 @@ void spoiled_masks(int quant, int64_t rows, int64_t columns, const std::vector<u
             void* workspace = std::aligned_alloc(64, (workspace_bytes(matrix.quant, columns, tokens) + 63) / 64 * 64);
             for (int64_t t = 0; t < tokens; t++)
                 kernels().prepare(matrix.quant, columns, tokens, t, input.data() + t * columns, workspace);
-            kernels().multiply(matrix, tokens, workspace, output.data(), rows, 0, rows);
+            kernels().multiply(matrix, tokens, workspace, {output.data(), rows}, {0, rows});
             std::free(workspace);
         }
-        kernels().unpack(matrix, restored.data(), 0, rows);
+        kernels().unpack(matrix, restored.data(), {0, rows});
     }
     use_instruction_set("");
 }

@@ -52,14 +52,12 @@ struct Pairs {
 };
 constexpr Pairs pairs;
 
-void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-          int64_t row_end) {
+void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const Quant quant = blocks.quant;
-    if (blocks.pattern == Pattern::unstructured)
-        return portable::pack(blocks, offsets, heads, values, row_begin, row_end);
+    if (blocks.pattern == Pattern::unstructured) return portable::pack(blocks, offsets, heads, values, rows);
 
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
-    for (int64_t r = row_begin; r < row_end; r++) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* block = blocks.row(r);
         uint8_t* head = heads + r * row_heads;
         std::memset(head, 0, static_cast<size_t>(row_heads));
@@ -82,9 +80,9 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
     }
 }
 
-void count(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
-    if (blocks.pattern == Pattern::unstructured) return portable::count(blocks, counts, row_begin, row_end);
-    for (int64_t r = row_begin; r < row_end; r++) counts[r] = blocks.columns / 2;
+void count(const Blocks& blocks, int64_t* counts, Rows rows) {
+    if (blocks.pattern == Pattern::unstructured) return portable::count(blocks, counts, rows);
+    for (int64_t r = rows.begin; r < rows.end; r++) counts[r] = blocks.columns / 2;
 }
 
 // 128 weights as signed codes: run i of 16 weights of lane 0 beside run i of lane 1.
@@ -140,7 +138,7 @@ inline float sum_of(__m256 sums) {
 // `inputs` are the codes in the order of Spread.
 template <int tokens>
 void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from, const int8_t* inputs,
-                  int64_t token, float* output, int64_t output_stride) {
+                  int64_t token, Outputs outputs) {
     const uint8_t* head = matrix.head(row);
     const uint8_t* values = matrix.values + matrix.offsets[row];
     __m256 sums[tokens];
@@ -164,23 +162,22 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
             sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(second), odd, sums[t]);
         }
     }
-    for (int t = 0; t < tokens; t++) output[(token + t) * output_stride + row] = sum_of(sums[t]);
+    for (int t = 0; t < tokens; t++) outputs.first[(token + t) * outputs.stride + row] = sum_of(sums[t]);
 }
 
-void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end) {
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     int8_t* inputs = matrix.pattern == Pattern::two_of_four
                          ? static_cast<int8_t*>(scratch_of_thread(tokens * from.padded_columns))
                          : nullptr;
-    if (!inputs) return portable::multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+    if (!inputs) return portable::multiply(matrix, tokens, workspace, outputs, rows);
     for (int64_t at = 0; at < tokens * from.padded_columns; at += step_columns)
         for (int64_t i = 0; i < step_columns; i += 8)  // run i / 16 % 4 of lane i / 64
             std::memcpy(inputs + at + i % 64 / 16 * 32 + i / 64 * 16 + i % 16, from.codes + place_in_chunks(at + i), 8);
-    for (int64_t row = row_begin; row < row_end; row++) {
+    for (int64_t row = rows.begin; row < rows.end; row++) {
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) multiply_row<4>(matrix, row, from, inputs, t, output, output_stride);
-        for (; t < tokens; t++) multiply_row<1>(matrix, row, from, inputs, t, output, output_stride);
+        for (; t + 4 <= tokens; t += 4) multiply_row<4>(matrix, row, from, inputs, t, outputs);
+        for (; t < tokens; t++) multiply_row<1>(matrix, row, from, inputs, t, outputs);
     }
 }
 

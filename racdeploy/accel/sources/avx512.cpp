@@ -100,12 +100,12 @@ inline void with_count(int64_t count, const Run& run) {
 // Spread 16 rows at a time into a tile, which every token then uses: calls spread(row, rows) and
 // multiply(row, token, tokens, mask of the rows); how many tokens is known when compiled.
 template <typename Spread, typename Multiply>
-[[gnu::always_inline]] inline void over_tiles(int64_t tokens, int64_t row_begin, int64_t row_end, const Spread& spread,
+[[gnu::always_inline]] inline void over_tiles(int64_t tokens, Rows rows, const Spread& spread,
                                               const Multiply& multiply) {
-    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
-        const int64_t rows = std::min(row_end - row, tile_rows);
-        const __mmask16 mask = static_cast<__mmask16>((1 << rows) - 1);
-        spread(row, rows);
+    for (int64_t row = rows.begin; row < rows.end; row += tile_rows) {
+        const int64_t count = std::min(rows.end - row, tile_rows);
+        const __mmask16 mask = static_cast<__mmask16>((1 << count) - 1);
+        spread(row, count);
         for (int64_t t = 0; t < tokens; t += tile_tokens)
             with_count<tile_tokens>(std::min<int64_t>(tokens - t, tile_tokens),
                                     [&](auto known) { multiply(row, t, known, mask); });
@@ -120,8 +120,7 @@ template <typename Spread, typename Multiply>
 // spreading and the product of 64 weights alone keep the two multiplying pipes busy for 3.3 cycles; this takes 4.6.
 // Rows two or four at a time, which share the inputs, take 4.4 and 4.1 from the cache, and no less from memory.
 template <Quant quant, int tokens>
-void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from, float* output,
-                  int64_t output_stride) {
+void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from, Outputs outputs) {
     const __m512i block_of_lane = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     const int64_t padded_columns = from.padded_columns;
     const uint8_t* head = matrix.heads + row * heads_bytes(quant, matrix.columns);
@@ -152,18 +151,16 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                 _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t]), _mm512_permutexvar_ps(block_of_lane, scales), sums[t]);
         }
     }
-    for (int t = 0; t < tokens; t++) output[t * output_stride + row] = _mm512_reduce_add_ps(sums[t]);
+    for (int t = 0; t < tokens; t++) outputs.first[t * outputs.stride + row] = _mm512_reduce_add_ps(sums[t]);
 }
 
 template <Quant quant, int tokens>
-void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, float* output, int64_t output_stride,
-                     int64_t row_begin, int64_t row_end) {
+void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
     // What the first rows read, no row before them has asked for.
-    const uint8_t* heads = matrix.heads + row_begin * heads_bytes(quant, matrix.columns);
+    const uint8_t* heads = matrix.heads + rows.begin * heads_bytes(quant, matrix.columns);
     for (int64_t at = 0; at < heads_ahead; at += 64) fetch_ahead(heads, at);
-    for (int64_t at = 0; at < values_ahead; at += 64) fetch_ahead(matrix.values + matrix.offsets[row_begin], at);
-    for (int64_t row = row_begin; row < row_end; row++)
-        multiply_row<quant, tokens>(matrix, row, from, output, output_stride);
+    for (int64_t at = 0; at < values_ahead; at += 64) fetch_ahead(matrix.values + matrix.offsets[rows.begin], at);
+    for (int64_t row = rows.begin; row < rows.end; row++) multiply_row<quant, tokens>(matrix, row, from, outputs);
 }
 
 // Sixteen rows, spread: for every 4 columns a register of 16 dwords, and for every block 16 scales.
@@ -230,35 +227,34 @@ template <int tokens>
             sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t]), _mm512_mul_ps(weight_scales, scale), sums[t]);
         }
     }
-    for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + (token + t) * output_stride, rows, sums[t]);
+    for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + t * output_stride, rows, sums[t]);
 }
 
 template <Quant quant>
-bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, float* output,
-                      int64_t output_stride, int64_t row_begin, int64_t row_end) {
+bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, Outputs outputs,
+                      Rows rows) {
     const int64_t quads = from.padded_columns / 4, blocks = from.padded_columns / block_weights;
     void* memory = scratch_of_thread((quads + blocks) * 64);
     if (!memory) return false;
     auto* rows_of_quads = static_cast<__m512i*>(memory);
     const Tile tile{rows_of_quads, reinterpret_cast<__m512*>(rows_of_quads + quads)};
     over_tiles(
-        tokens, row_begin, row_end, [&](int64_t row, int64_t rows) { spread_tile<quant>(matrix, row, rows, tile); },
+        tokens, rows, [&](int64_t row, int64_t rows) { spread_tile<quant>(matrix, row, rows, tile); },
         [&](int64_t row, int64_t t, auto known, __mmask16 mask) {
-            multiply_tile<known.value>(tile, matrix.columns, from, t, output + row, output_stride, mask);
+            multiply_tile<known.value>(tile, matrix.columns, from, t, outputs.at(t, row), outputs.stride, mask);
         });
     return true;
 }
 
 template <Quant quant>
-void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
-                        int64_t output_stride, int64_t row_begin, int64_t row_end) {
+void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     if (tokens == 1)
-        multiply_by_row<quant, 1>(matrix, from, output, output_stride, row_begin, row_end);
+        multiply_by_row<quant, 1>(matrix, from, outputs, rows);
     else if (tokens == 2)
-        multiply_by_row<quant, 2>(matrix, from, output, output_stride, row_begin, row_end);
-    else if (!multiply_by_tile<quant>(matrix, tokens, from, output, output_stride, row_begin, row_end))
-        portable::multiply(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+        multiply_by_row<quant, 2>(matrix, from, outputs, rows);
+    else if (!multiply_by_tile<quant>(matrix, tokens, from, outputs, rows))
+        portable::multiply(matrix, tokens, workspace, outputs, rows);
 }
 
 // ---- F16 and BF16 ----
@@ -357,34 +353,32 @@ template <typename Value, int tokens>
 }
 
 template <typename Value>
-bool multiply_by_tile_16(const SparseMatrix& matrix, int64_t tokens, const uint8_t* inputs, float* output,
-                         int64_t output_stride, int64_t row_begin, int64_t row_end) {
+bool multiply_by_tile_16(const SparseMatrix& matrix, int64_t tokens, const uint8_t* inputs, Outputs outputs,
+                         Rows rows) {
     const int64_t token_bytes = padded(matrix.columns) * Value::input_bytes;
     __m512i* tile = static_cast<__m512i*>(scratch_of_thread(matrix.columns / Value::tile_columns * 64));
     if (!tile) return false;
     over_tiles(
-        tokens, row_begin, row_end, [&](int64_t row, int64_t rows) { spread_tile_16<Value>(matrix, row, rows, tile); },
+        tokens, rows, [&](int64_t row, int64_t rows) { spread_tile_16<Value>(matrix, row, rows, tile); },
         [&](int64_t row, int64_t t, auto known, __mmask16 mask) {
             multiply_tile_16<Value, known.value>(tile, matrix.columns, inputs + t * token_bytes, token_bytes,
-                                                 output + t * output_stride + row, output_stride, mask);
+                                                 outputs.at(t, row), outputs.stride, mask);
         });
     return true;
 }
 
 template <typename Value>
-void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output,
-                 int64_t output_stride, int64_t row_begin, int64_t row_end) {
+void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const uint8_t* inputs = static_cast<const uint8_t*>(workspace);
-    if (tokens > 4 && multiply_by_tile_16<Value>(matrix, tokens, inputs, output, output_stride, row_begin, row_end))
-        return;
-    for (int64_t row = row_begin; row < row_end;) {
-        const int64_t step = row_end - row >= 4 ? 4 : 1;
+    if (tokens > 4 && multiply_by_tile_16<Value>(matrix, tokens, inputs, outputs, rows)) return;
+    for (int64_t row = rows.begin; row < rows.end;) {
+        const int64_t step = rows.end - row >= 4 ? 4 : 1;
         for (int64_t t = 0; t < tokens; t++) {
             const uint8_t* from = inputs + t * padded(matrix.columns) * Value::input_bytes;
             if (step == 4)
-                multiply_rows_16<Value, 4>(matrix, row, from, output + t * output_stride);
+                multiply_rows_16<Value, 4>(matrix, row, from, outputs.at(t, 0));
             else
-                multiply_rows_16<Value, 1>(matrix, row, from, output + t * output_stride);
+                multiply_rows_16<Value, 1>(matrix, row, from, outputs.at(t, 0));
         }
         row += step;
     }
@@ -392,14 +386,13 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
 
 // ---- the kernels ----
 
-void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end) {
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
                      : matrix.quant == Quant::q8_0           ? multiply_quantized<Quant::q8_0>
                      : matrix.quant == Quant::q4_0           ? multiply_quantized<Quant::q4_0>
                      : matrix.quant == Quant::f16            ? multiply_16<Half>
                                                              : multiply_16<Bfloat>;
-    run(matrix, tokens, workspace, output, output_stride, row_begin, row_end);
+    run(matrix, tokens, workspace, outputs, rows);
 }
 
 bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }

@@ -44,8 +44,8 @@ inline uint64_t stored_mask(__m512i codes) {
 inline uint32_t stored_mask_16(__m512i values) { return _mm512_test_epi16_mask(values, values); }
 
 template <Quant quant>
-void count_quantized(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
-    for (int64_t r = row_begin; r < row_end; r++) {
+void count_quantized(const Blocks& blocks, int64_t* counts, Rows rows) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* row = blocks.row(r);
         int64_t stored[2] = {0, 0};
         over_groups(blocks.columns, [&](int64_t group, auto count) {
@@ -58,8 +58,8 @@ void count_quantized(const Blocks& blocks, int64_t* counts, int64_t row_begin, i
     }
 }
 
-void count_floats(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
-    for (int64_t r = row_begin; r < row_end; r++) {
+void count_floats(const Blocks& blocks, int64_t* counts, Rows rows) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         int64_t stored = 0;
         for (int64_t column = 0; column < blocks.columns; column += 32)
             stored += popcount(stored_mask_16(_mm512_loadu_si512(blocks.row(r) + column * 2)));
@@ -67,12 +67,12 @@ void count_floats(const Blocks& blocks, int64_t* counts, int64_t row_begin, int6
     }
 }
 
-void count(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
+void count(const Blocks& blocks, int64_t* counts, Rows rows) {
     const auto run = blocks.pattern != Pattern::unstructured ? portable::count
                      : blocks.quant == Quant::q8_0           ? count_quantized<Quant::q8_0>
                      : blocks.quant == Quant::q4_0           ? count_quantized<Quant::q4_0>
                                                              : count_floats;
-    run(blocks, counts, row_begin, row_end);
+    run(blocks, counts, rows);
 }
 
 // Writes chunks [from, to) of every group of a row: masks, and values; those of Q4_0 into the low or the high bits.
@@ -98,10 +98,9 @@ void pack_chunks(const uint8_t* row, int64_t columns, uint8_t* heads, uint8_t* v
 }
 
 template <Quant quant>
-void pack_quantized(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-                    int64_t row_end) {
+void pack_quantized(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const int64_t columns = blocks.columns, row_heads = heads_bytes(quant, columns);
-    for (int64_t r = row_begin; r < row_end; r++) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* row = blocks.row(r);
         uint8_t* head = heads + r * row_heads;
         uint8_t* to = values + offsets[r];
@@ -120,10 +119,9 @@ void pack_quantized(const Blocks& blocks, const int64_t* offsets, uint8_t* heads
     }
 }
 
-void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-                 int64_t row_end) {
+void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const int64_t row_heads = heads_bytes(blocks.quant, blocks.columns);
-    for (int64_t r = row_begin; r < row_end; r++) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* row = blocks.row(r);
         uint8_t* masks = heads + r * row_heads;
         uint8_t* to = values + offsets[r];
@@ -141,13 +139,12 @@ void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, u
     }
 }
 
-void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-          int64_t row_end) {
+void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const auto run = blocks.pattern != Pattern::unstructured ? portable::pack
                      : blocks.quant == Quant::q8_0           ? pack_quantized<Quant::q8_0>
                      : blocks.quant == Quant::q4_0           ? pack_quantized<Quant::q4_0>
                                                              : pack_floats;
-    run(blocks, offsets, heads, values, row_begin, row_end);
+    run(blocks, offsets, heads, values, rows);
 }
 
 // ---- inputs ----

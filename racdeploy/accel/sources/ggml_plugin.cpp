@@ -107,7 +107,8 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, S
     auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
     if (!offsets) return false;
     offsets[0] = 0;
-    over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) { kernels().count(blocks, offsets + 1, begin, end); });
+    over_rows(rows, data_bytes,
+              [&](int64_t begin, int64_t end) { kernels().count(blocks, offsets + 1, {begin, end}); });
     for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
 
     const Parts parts(quant, rows, columns);
@@ -116,7 +117,7 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, S
         matrix = parts.matrix(memory, quant, pattern, rows, columns);
         std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
         over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) {
-            kernels().pack(blocks, offsets, memory + parts.heads, memory + parts.values, begin, end);
+            kernels().pack(blocks, offsets, memory + parts.heads, memory + parts.values, {begin, end});
         });
     }
     std::free(offsets);
@@ -155,7 +156,8 @@ uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     if (!blocks) give_up(tensor->name);
     const Weight& weight = *weight_of(tensor);
     if (weight.written())  // unpack addresses rows from the first one
-        for (int64_t r = begin; r < end; r++) kernels().unpack(weight.matrix.row(r), blocks + (r - begin) * row, 0, 1);
+        for (int64_t r = begin; r < end; r++)
+            kernels().unpack(weight.matrix.row(r), blocks + (r - begin) * row, {0, 1});
     return blocks;
 }
 
@@ -166,7 +168,7 @@ bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void
     bool same = found;
     for (int64_t r : {int64_t{0}, matrix.rows / 2, matrix.rows - 1}) {
         if (!same) break;
-        kernels().unpack(matrix.row(r), found, 0, 1);
+        kernels().unpack(matrix.row(r), found, {0, 1});
         same = !std::memcmp(found, static_cast<const uint8_t*>(blocks) + r * row, row);
     }
     std::free(found);
@@ -328,7 +330,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         if (workspace.own) {
             const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
             const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
-            if (begin < end) kernels().multiply(weight.matrix, 1, activations, output, rows, begin, end);
+            if (begin < end) kernels().multiply(weight.matrix, 1, activations, {output, rows}, {begin, end});
             return true;
         }
         if (params->ith == 0) ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -336,7 +338,8 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         const int64_t chunk = std::max<int64_t>(16, rows / (8 * params->nth) / 16 * 16);
         for (int64_t begin = chunk * params->ith; begin < rows;
              begin = chunk * ggml_threadpool_chunk_add(params->threadpool, 1))
-            kernels().multiply(weight.matrix, tokens, activations, output, rows, begin, std::min(rows, begin + chunk));
+            kernels().multiply(weight.matrix, tokens, activations, {output, rows},
+                               {begin, std::min(rows, begin + chunk)});
         return true;
     }
 
@@ -462,7 +465,7 @@ EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, c
     using namespace racdeploy;
     auto* counts = static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t)));
     if (!counts) return -1;
-    kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts, 0, rows);
+    kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts, {0, rows});
     int64_t stored = 0;
     for (int64_t r = 0; r < rows; r++) stored += counts[r];
     std::free(counts);

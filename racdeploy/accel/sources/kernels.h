@@ -13,12 +13,11 @@ extern const Kernels avx512_kernels;
 
 // The functions of portable_kernels, for what the others leave to it.
 namespace portable {
-void count(const Blocks&, int64_t* counts, int64_t row_begin, int64_t row_end);
-void pack(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin, int64_t row_end);
-void unpack(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end);
+void count(const Blocks&, int64_t* counts, Rows rows);
+void pack(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows);
+void unpack(const SparseMatrix&, void* blocks, Rows rows);
 void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
-void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end);
+void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows);
 }  // namespace portable
 
 // What an unsigned code is above the signed one: the kernels multiply unsigned weights with signed activations.
@@ -81,6 +80,16 @@ struct QuantizedActivations {
 // F16 keeps inputs as float32 (rounded through float16), BF16 as bfloat16; both [tokens][padded].
 constexpr int64_t input_bytes(Quant quant) { return quant == Quant::f16 ? 4 : 2; }
 
+template <typename T>
+inline T load(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof(T));
+    return value;
+}
+
+inline uint32_t bits_of(float value) { return load<uint32_t>(&value); }
+inline float float_of(uint32_t bits) { return load<float>(&bits); }
+
 inline float float_of_half(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
     uint32_t bits;
@@ -89,55 +98,33 @@ inline float float_of_half(uint16_t half) {
     } else if (magnitude >= 0x400) {
         bits = (magnitude << 13) + (112u << 23);
     } else {  // subnormal: magnitude * 2^-24, exact in float32
-        const float value = static_cast<float>(magnitude) * 0x1p-24f;
-        std::memcpy(&bits, &value, 4);
+        bits = bits_of(static_cast<float>(magnitude) * 0x1p-24f);
     }
-    bits |= sign;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    return float_of(bits | sign);
 }
 
 inline uint16_t half_of_float(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
+    uint32_t bits = bits_of(value);
     const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
     bits &= 0x7fffffff;
     if (bits > 0x7f800000) return sign | 0x7e00;
     if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above
-    if (bits < 0x38800000) {  // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
-        float magnitude;
-        std::memcpy(&magnitude, &bits, 4);
-        magnitude += 0.5f;
-        std::memcpy(&bits, &magnitude, 4);
-        return sign | static_cast<uint16_t>(bits - 0x3f000000);
-    }
+    if (bits < 0x38800000)  // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
+        return sign | static_cast<uint16_t>(bits_of(float_of(bits) + 0.5f) - 0x3f000000);
+
     bits += 0xfff + (bits >> 13 & 1);
     return sign | static_cast<uint16_t>((bits - 0x38000000) >> 13);
 }
 
-inline float float_of_bfloat(uint16_t bfloat) {
-    const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+inline float float_of_bfloat(uint16_t bfloat) { return float_of(static_cast<uint32_t>(bfloat) << 16); }
 
 inline uint16_t bfloat_of_float(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
+    const uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Memory of this thread, aligned to 64 and kept between calls; null if there is none.
 void* scratch_of_thread(int64_t bytes);
-
-template <typename T>
-inline T load(const void* from) {
-    T value;
-    std::memcpy(&value, from, sizeof(T));
-    return value;
-}
 
 }  // namespace racdeploy

@@ -41,10 +41,8 @@ struct Pass {  // what the parts of one pass share
     void* workspace;
 };
 
-#define RETURN_IF_FAILED(expression)        \
-    if (OrtStatus* failed = (expression)) { \
-        return failed;                      \
-    }
+#define RETURN_IF_FAILED(expression) \
+    if (OrtStatus* failed = (expression)) return failed
 
 OrtStatus* refuse(const OrtApi* api, const char* message) {
     return ort::call(api, ort::create_status, ort::invalid_argument, message);
@@ -140,7 +138,7 @@ void multiply_part(void* data, size_t part) {
     const Pass& pass = *static_cast<Pass*>(data);
     const int64_t rows = pass.matrix->rows, begin = static_cast<int64_t>(part) * pass.part_rows;
     const int64_t end = begin + pass.part_rows < rows ? begin + pass.part_rows : rows;
-    kernels().multiply(*pass.matrix, pass.tokens, pass.workspace, pass.output_TO, rows, begin, end);
+    kernels().multiply(*pass.matrix, pass.tokens, pass.workspace, {pass.output_TO, rows}, {begin, end});
 }
 
 int64_t rows_of_a_part(const SparseMatrix& matrix, int64_t tokens) {

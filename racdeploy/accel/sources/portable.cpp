@@ -163,8 +163,8 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
 
 namespace portable {
 
-void count(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row_end) {
-    for (int64_t r = row_begin; r < row_end; r++) {
+void count(const Blocks& blocks, int64_t* counts, Rows rows) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const BlockRow row(blocks, r);
         Stream stream(blocks.quant, blocks.pattern);
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
@@ -175,11 +175,10 @@ void count(const Blocks& blocks, int64_t* counts, int64_t row_begin, int64_t row
     }
 }
 
-void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-          int64_t row_end) {
+void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const Quant quant = blocks.quant;
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
-    for (int64_t r = row_begin; r < row_end; r++) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         const BlockRow row(blocks, r);
         uint8_t* head = heads + r * row_heads;
         std::memset(head, 0, static_cast<size_t>(row_heads));
@@ -201,9 +200,9 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
     }
 }
 
-void unpack(const SparseMatrix& matrix, void* blocks, int64_t row_begin, int64_t row_end) {
+void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
     const Quant quant = matrix.quant;
-    for (int64_t r = row_begin; r < row_end; r++) {
+    for (int64_t r = rows.begin; r < rows.end; r++) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         const uint8_t* values = matrix.values + matrix.offsets[r];
         Stream stream(quant, matrix.pattern);
@@ -232,11 +231,10 @@ void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const 
         prepare_quantized(quant, columns, tokens, token, activation, workspace);
 }
 
-void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-              int64_t row_begin, int64_t row_end) {
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t r = row_begin; r < row_end; r++)
-            output[t * output_stride + r] = multiply_row(matrix, r, tokens, t, workspace);
+        for (int64_t r = rows.begin; r < rows.end; r++)
+            outputs.first[t * outputs.stride + r] = multiply_row(matrix, r, tokens, t, workspace);
 }
 
 }  // namespace portable

@@ -70,27 +70,35 @@ struct SparseMatrix {  // a view: owns nothing
     SparseMatrix row(int64_t r) const { return {quant, pattern, 1, columns, head(r), values, offsets + r}; }  // alone
 };
 
-// What a set of kernels does. Pointers are those of the whole matrix; only rows [row_begin, row_end) are read and
-// written.
+struct Rows {  // those that a call reads and writes; pointers are those of the whole matrix
+    int64_t begin, end;
+};
+
+struct Outputs {  // one token's behind the other's
+    float* first;
+    int64_t stride;
+
+    float* at(int64_t token, int64_t row) const { return first + token * stride + row; }
+};
+
+// What a set of kernels does.
 struct Kernels {
     const char* name;
     bool (*runs_here)();
 
     // ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack.
     bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // and they fit
-    void (*count)(const Blocks&, int64_t* counts, int64_t row_begin, int64_t row_end) = nullptr;
-    void (*pack)(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, int64_t row_begin,
-                 int64_t row_end) = nullptr;
-    void (*unpack)(const SparseMatrix&, void* blocks, int64_t row_begin, int64_t row_end) = nullptr;
+    void (*count)(const Blocks&, int64_t* counts, Rows rows) = nullptr;
+    void (*pack)(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) = nullptr;
+    void (*unpack)(const SparseMatrix&, void* blocks, Rows rows) = nullptr;
 
     // Activations as the kernels want them: for Q8_0 and Q4_0 ggml's Q8_0 rounding of every 32 inputs, for F16 and BF16
     // the inputs rounded to that type. `workspace` has workspace_bytes, is aligned to 64 bytes, and serves one `quant`.
     void (*prepare)(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
                     void* workspace) = nullptr;
 
-    // output[t * output_stride + o] = sum over i of weight[o][i] * activation[t][i] for every token t.
-    void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, float* output, int64_t output_stride,
-                     int64_t row_begin, int64_t row_end) = nullptr;
+    // output[t][o] = sum over i of weight[o][i] * activation[t][i] for every token t.
+    void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
 };
 
 // "avx512", "avx2" or "portable": the best that this processor runs, unless another was asked for.
