@@ -170,7 +170,8 @@ def test_where_it_cannot_be_written_nothing_is_left(
         patch.setenv("RACDEPLOY_ACCEL", str(file))
         assert not kept_weights.write(Packer(), model, NAMES)
     with monkeypatch.context() as patch:
-        patch.setattr(kept_weights, "_free_bytes", lambda: 2 * model.stat().st_size - 1)
+        usage = shutil.disk_usage(tmp_path)._replace(free=2 * model.stat().st_size - 1)
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
         assert not kept_weights.write(Packer(), model, NAMES)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: os.utime(model, ns=(1, 1)))

@@ -102,18 +102,22 @@ inline Spread spread(const uint8_t* mask, const uint8_t* values) {
         _mm256_broadcastsi128_si256(
             _mm_setr_epi8(-128, -128, -128, -128, -128, -128, -128, -128, 0, 1, 1, -128, 1, -128, -128, -128)),
     };
+
     const __m256i first_values =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
     const __m256i later_values = _mm256_add_epi8(first_values, _mm256_set1_epi8(8));
+
     __m256i nibbles = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
     nibbles = _mm256_and_si256(_mm256_or_si256(nibbles, _mm256_slli_epi16(nibbles, 4)), _mm256_set1_epi8(15));
     const __m256i a = _mm256_shuffle_epi8(place[0], nibbles), b = _mm256_shuffle_epi8(place[1], nibbles);
     const __m256i c = _mm256_shuffle_epi8(place[2], nibbles), d = _mm256_shuffle_epi8(place[3], nibbles);
     const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
     const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+
     const __m256i signs = _mm256_set1_epi8(-128);
     const __m256i low = _mm256_xor_si256(load_256(values), signs),
                   high = _mm256_xor_si256(load_256(values + 32), signs);
+
     return {{
         _mm256_shuffle_epi8(low, _mm256_add_epi8(_mm256_unpacklo_epi16(ab_low, cd_low), first_values)),
         _mm256_shuffle_epi8(low, _mm256_add_epi8(_mm256_unpackhi_epi16(ab_low, cd_low), later_values)),
@@ -149,6 +153,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
         const Spread weights = spread(group + 16 + 16 * half, values);
         const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + 8 * half));
         const __m128 weight_scales = _mm_cvtph_ps(halves);
+
         for (int t = 0; t < tokens; t++) {
             const int64_t at = (token + t) * from.padded_columns + column;
             const __m128 scales = _mm_mul_ps(weight_scales, _mm_loadu_ps(from.scales + at / block_weights));
@@ -162,6 +167,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
             sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(second), odd, sums[t]);
         }
     }
+
     for (int t = 0; t < tokens; t++) outputs.first[(token + t) * outputs.stride + row] = sum_of(sums[t]);
 }
 
@@ -171,9 +177,11 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
                          ? static_cast<int8_t*>(scratch_of_thread(tokens * from.padded_columns))
                          : nullptr;
     if (!inputs) return portable::multiply(matrix, tokens, workspace, outputs, rows);
+
     for (int64_t at = 0; at < tokens * from.padded_columns; at += step_columns)
         for (int64_t i = 0; i < step_columns; i += 8)  // run i / 16 % 4 of lane i / 64
             std::memcpy(inputs + at + i % 64 / 16 * 32 + i / 64 * 16 + i % 16, from.codes + place_in_chunks(at + i), 8);
+
     for (int64_t row = rows.begin; row < rows.end; row++) {
         int64_t t = 0;
         for (; t + 4 <= tokens; t += 4) multiply_row<4>(matrix, row, from, inputs, t, outputs);

@@ -42,7 +42,7 @@ inline void fetch_ahead(const uint8_t* from, int64_t bytes) {
 }
 constexpr int64_t values_ahead = 3072, heads_ahead = 1536;
 
-// Where a row's next values stand: one stream, or the low and the high bits of Q4_0.
+// Where a row's next values are: one stream, or the low and the high bits of Q4_0.
 struct Values {
     const uint8_t *first, *second;
     explicit Values(const uint8_t* row = nullptr) : first(row), second(row) {}
@@ -72,11 +72,13 @@ inline void transpose_16(__m512i (&rows)[16]) {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
         pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
     }
+
     for (int i = 0; i < 4; i++)
         for (int half = 0; half < 2; half++) {
             quads[4 * i + 2 * half] = _mm512_unpacklo_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
             quads[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[4 * i + half], pairs[4 * i + 2 + half]);
         }
+
     for (int c = 0; c < 4; c++) {  // lane l of quads[4i + c]: column 4l + c of rows 4i to 4i + 3
         const __m512i even = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88);
         const __m512i odd = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xdd);
@@ -125,12 +127,14 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
     const int64_t padded_columns = from.padded_columns;
     const uint8_t* head = matrix.heads + row * heads_bytes(quant, matrix.columns);
     Values values(matrix.values + matrix.offsets[row]);
+
     __m512 sums[tokens];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     for (int64_t column = 0; column < matrix.columns; column += group_weights, head += head_bytes(quant)) {
         fetch_ahead(head, heads_ahead);
         fetch_ahead(values.first, values_ahead);
         if (quant == Quant::q8_0) fetch_ahead(values.first + 64, values_ahead);
+
         __m512i products[tokens];
         for (int t = 0; t < tokens; t++)
             products[t] = _mm512_loadu_si512(from.lane_offsets + (t * padded_columns + column) / 16);
@@ -143,6 +147,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                 products[t] = _mm512_dpbusd_epi32(products[t], weights, _mm512_loadu_si512(codes));
             }
         }
+
         const __m256 weight_scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head)));
         for (int t = 0; t < tokens; t++) {
             const __m256 input_scales = _mm256_loadu_ps(from.scales + (t * padded_columns + column) / block_weights);
@@ -151,6 +156,7 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const QuantizedActiva
                 _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t]), _mm512_permutexvar_ps(block_of_lane, scales), sums[t]);
         }
     }
+
     for (int t = 0; t < tokens; t++) outputs.first[t * outputs.stride + row] = _mm512_reduce_add_ps(sums[t]);
 }
 
@@ -175,12 +181,14 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
     Values values[tile_rows];
     for (int64_t r = 0; r < rows; r++) values[r] = Values(matrix.values + matrix.offsets[row_begin + r]);
     const int64_t row_heads = heads_bytes(quant, matrix.columns);
+
     alignas(64) float scales[8][tile_rows] = {};
     for (int64_t column = 0; column < padded_columns; column += group_weights) {
         const uint8_t* head = matrix.heads + row_begin * row_heads + column / group_weights * head_bytes(quant);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t block = 0; block < 8; block++)
                 scales[block][r] = _cvtsh_ss(load<uint16_t>(head + r * row_heads + 2 * block));
+
         for (int64_t block = 0; block < 8; block++)
             tile.scales[column / block_weights + block] = _mm512_load_ps(scales[block]);
 #pragma GCC unroll 4
@@ -194,6 +202,7 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
                 const uint64_t mask = load<uint64_t>(head + r * row_heads + 16 + 8 * chunk);
                 lines[r] = spread<quant>(chunk, mask, values[r]);
             }
+
             transpose_16(lines);
             for (int64_t i = 0; i < 16; i++)  // weights 8 * chunk and on of block i / 2
                 _mm512_store_si512(tile.quads + column / 4 + i / 2 * 8 + chunk * 2 + i % 2, lines[i]);
@@ -221,12 +230,14 @@ template <int tokens>
                 products[t] = _mm512_dpbusd_epi32(products[t], weights, _mm512_set1_epi32(codes));
             }
         }
+
         const __m512 weight_scales = tile.scales[column / block_weights];
         for (int t = 0; t < tokens; t++) {
             const __m512 scale = _mm512_set1_ps(from.scales[(at + t * step + column) / block_weights]);
             sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[t]), _mm512_mul_ps(weight_scales, scale), sums[t]);
         }
     }
+
     for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + t * output_stride, rows, sums[t]);
 }
 
@@ -309,6 +320,7 @@ void multiply_rows_16(const SparseMatrix& matrix, int64_t row, const uint8_t* in
                 sums[r][half] = Value::add(sums[r][half], weights, inputs + (column + 32 * half) * Value::input_bytes);
             }
     }
+
     for (int r = 0; r < rows; r++) output[row + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]));
 }
 
@@ -349,6 +361,7 @@ template <typename Value, int tokens>
         }
         for (int t = 0; t < tokens; t++) totals[t] = _mm512_add_ps(totals[t], sums[t]);
     }
+
     for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + t * output_stride, rows, totals[t]);
 }
 

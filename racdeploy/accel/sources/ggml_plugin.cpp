@@ -40,8 +40,7 @@ int pack_threads = 1;
 
 int64_t align(int64_t bytes) { return (bytes + alignment - 1) & ~(alignment - 1); }
 
-// One weight: its matrix, in memory of its own or in the kept file. No offsets mean that nothing was written yet: all
-// zeros.
+// One weight: its matrix, in its own memory or in the kept file. Without offsets nothing was written yet: all zeros.
 struct Weight {
     SparseMatrix matrix{};
     void* memory = nullptr;
@@ -81,6 +80,7 @@ template <typename Work>
 void over_rows(int64_t rows, int64_t bytes, const Work& work) {
     const int threads = bytes < serial_bytes ? 1 : static_cast<int>(std::min<int64_t>(pack_threads, rows));
     const int64_t share = (rows + threads - 1) / threads;
+
     std::thread others[most_threads];
     for (int t = 1; t < threads; t++) {
         const int64_t begin = std::min(rows, t * share), end = std::min(rows, begin + share);
@@ -90,6 +90,7 @@ void over_rows(int64_t rows, int64_t bytes, const Work& work) {
             work(begin, end);
         }
     }
+
     work(0, std::min(rows, share));
     for (auto& thread : others)
         if (thread.joinable()) thread.join();
@@ -133,7 +134,6 @@ void take(Weight& weight, const SparseMatrix& matrix, void* memory, int64_t byte
 }
 
 void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
-    SparseMatrix matrix;
     void* memory = nullptr;
     int64_t size = 0;
     const auto new_memory = [&](int64_t bytes) -> void* {
@@ -144,6 +144,8 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
         size = bytes;
         return memory = made;
     };
+
+    SparseMatrix matrix;
     const auto quant = static_cast<Quant>(tensor->type);
     if (!pack_matrix(quant, tensor->ne[1], tensor->ne[0], blocks, matrix, new_memory)) give_up(tensor->name);
     take(weight, matrix, memory, size);
@@ -154,6 +156,7 @@ uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     const size_t row = ggml_row_size(tensor->type, tensor->ne[0]);
     auto* blocks = static_cast<uint8_t*>(std::calloc(end - begin, row));
     if (!blocks) give_up(tensor->name);
+
     const Weight& weight = *weight_of(tensor);
     if (weight.written())  // unpack addresses rows from the first one
         for (int64_t r = begin; r < end; r++)
@@ -175,7 +178,7 @@ bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void
     return same;
 }
 
-// Take a weight from the kept file; false where it is not there, or another one.
+// Take a weight from the kept file; false where that has none, or another one.
 bool take_kept(Weight& weight, const ggml_tensor* tensor, const KeptFile* file, const void* blocks) {
     SparseMatrix matrix;
     const auto quant = static_cast<Quant>(tensor->type);
@@ -253,11 +256,13 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
         delete ours;
         return nullptr;
     }
+
     if (size) {  // a model's weights; an empty buffer only asks what would go here
         std::lock_guard<std::mutex> lock(wanted_mutex);
         wanted.clear();
         ours->kept = std::move(kept);
     }
+
     ggml_backend_buffer_i functions{};
     functions.free_buffer = free_buffer;
     functions.get_base = get_base;
@@ -285,7 +290,7 @@ bool is_packable(const ggml_tensor* weight) {
            !weight->view_src;
 }
 
-// The activations' place in memory that all threads share; one token is prepared by each thread for itself.
+// The activations' place in memory that all threads share. One token has a place for each thread.
 struct Workspace {
     size_t bytes;  // of one
     bool own;
@@ -313,6 +318,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
             was_loading = false;
             give_back_heap();
         }
+
         const Weight& weight = *weight_of(op->src[0]);
         const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
         auto* output = static_cast<float*>(op->data);
@@ -320,6 +326,8 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
             if (params->ith == 0) std::memset(output, 0, ggml_nbytes(op));
             return true;
         }
+
+        // Prepare the activations: one token by each thread for itself, several by all threads together.
         const Workspace workspace(op);
         uint8_t* activations = workspace.of(params);
         const int64_t step = workspace.own ? 1 : params->nth;
@@ -327,12 +335,15 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
             const float* activation = activation_of(op->src[1], token);
             kernels().prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation, activations);
         }
+
         if (workspace.own) {
             const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
             const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
             if (begin < end) kernels().multiply(weight.matrix, 1, activations, {output, rows}, {begin, end});
             return true;
         }
+
+        // Threads take chunks of rows as they come: which of them is slower is not known before.
         if (params->ith == 0) ggml_threadpool_chunk_set(params->threadpool, params->nth);
         ggml_barrier(params->threadpool);
         const int64_t chunk = std::max<int64_t>(16, rows / (8 * params->nth) / 16 * 16);
@@ -366,13 +377,13 @@ class SparseBufferType final : public ggml::cpu::extra_buffer_type {
     }
 };
 
-bool among(ggml_backend_buffer_type_t* list, ggml_backend_buffer_type_t type) {
+bool is_among(ggml_backend_buffer_type_t* list, ggml_backend_buffer_type_t type) {
     for (; list && *list; list++)
         if (*list == type) return true;
     return false;
 }
 
-ggml_backend_buffer_type_t registered() {
+ggml_backend_buffer_type_t register_type() {
     static SparseBufferType behaviour;
     static ggml_backend_buffer_type type{{type_name, alloc_buffer, type_alignment, nullptr, nullptr, nullptr},
                                          ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
@@ -384,13 +395,13 @@ ggml_backend_buffer_type_t registered() {
         return nullptr;
     }
     // The backend hands out a copy that it made when it was first asked: a model that was loaded before came first.
-    return among(extra_buffer_types(), &type) ? &type : nullptr;
+    return is_among(extra_buffer_types(), &type) ? &type : nullptr;
 }
 
 }  // namespace
 
 ggml_backend_buffer_type_t sparse_buffer_type() {
-    static const ggml_backend_buffer_type_t type = registered();
+    static const ggml_backend_buffer_type_t type = register_type();
     return type;
 }
 
@@ -407,6 +418,7 @@ ggml_backend_buffer_type_t* extra_buffer_types() {
 EXPORT bool rac_ggml_enable(const char* const* names, int64_t count, int threads) {
     using namespace racdeploy;
     if (!sparse_buffer_type()) return false;
+
     std::lock_guard<std::mutex> lock(wanted_mutex);
     try {
         wanted = std::unordered_set<std::string>(names, names + count);
@@ -429,6 +441,7 @@ EXPORT bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* name
     if (!file) return false;
     for (int64_t i = 0; i < count; i++)
         if (!file->add(names[i], places[i])) return false;
+
     std::lock_guard<std::mutex> lock(wanted_mutex);
     kept = file;
     return true;
@@ -440,7 +453,7 @@ EXPORT bool rac_ggml_maps_huge(int descriptor, int64_t bytes) {
     return file && file->is_huge();
 }
 
-// Pack a matrix as it lies in a kept file; the bytes that it takes, or -1 where there are not so many.
+// Pack a matrix as a kept file has it; the bytes that it takes, or -1 where there are not so many.
 EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const void* blocks, void* memory,
                              int64_t memory_bytes, int* pattern) {
     using namespace racdeploy;

@@ -1,27 +1,19 @@
 // The kernels inside ggml against ggml's own: the same answers, and how fast. Both sides run the same graph on the CPU
-// backend; only the buffer that the weights lie in differs.
+// backend; only the buffer of the weights differs.
 #include <time.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <vector>
 
+#include "ggml-cpp.h"
 #include "ggml_plugin.h"
 
 namespace racdeploy {
 namespace {
-
-struct Deleter {
-    void operator()(ggml_context* context) const { ggml_free(context); }
-    void operator()(ggml_backend_buffer* buffer) const { ggml_backend_buffer_free(buffer); }
-    void operator()(ggml_backend* backend) const { ggml_backend_free(backend); }
-};
-template <typename T>
-using Owned = std::unique_ptr<T, Deleter>;
 
 double now_ms() {  // of this thread's processor time, which other programs' work does not count in
     timespec time;
@@ -29,18 +21,20 @@ double now_ms() {  // of this thread's processor time, which other programs' wor
     return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
 }
 
-// ggml's blocks of a random matrix. `of_four` zeros of every 4 weights, or a share of all of them.
+// ggml's blocks of a random matrix: 2 zeros of every 4 weights, or a share of all of them.
 std::vector<uint8_t> random_blocks(ggml_type type, int64_t rows, int64_t columns, double zeros, bool two_of_four,
                                    std::mt19937_64& random) {
     std::vector<float> weights(rows * columns);
     std::normal_distribution<float> normal(0, 0.05f);
     std::uniform_real_distribution<double> uniform(0, 1);
     for (float& weight : weights) weight = uniform(random) < zeros && !two_of_four ? 0 : normal(random);
+
     if (two_of_four)
         for (int64_t i = 0; i < rows * columns; i += 4) {
             const int first = static_cast<int>(random() % 4), second = (first + 1 + static_cast<int>(random() % 3)) % 4;
             weights[i + first] = weights[i + second] = 0;
         }
+
     std::vector<uint8_t> blocks(rows * ggml_row_size(type, columns));
     ggml_quantize_chunk(type, weights.data(), blocks.data(), 0, rows, columns, nullptr);
     return blocks;
@@ -64,6 +58,7 @@ public:
         ggml_backend_cpu_set_n_threads(backend_.get(), threads);
         for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), quant, columns, rows);
         weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), type));
+
         ggml_tensor* activation = ggml_new_tensor_2d(graph_context_.get(), GGML_TYPE_F32, columns, tokens);
         graph_ = ggml_new_graph(graph_context_.get());
         for (ggml_tensor* w = first(); w; w = ggml_get_next_tensor(weights_.get(), w)) {
@@ -71,6 +66,7 @@ public:
             outputs_.push_back(ggml_mul_mat(graph_context_.get(), w, activation));
             ggml_build_forward_expand(graph_, outputs_.back());
         }
+
         buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(graph_context_.get(), ggml_backend_cpu_buffer_type()));
         ggml_backend_tensor_set(activation, activations.data(), 0, activations.size() * sizeof(float));
     }
@@ -90,9 +86,9 @@ public:
     }
 
 private:
-    Owned<ggml_context> weights_, graph_context_;
-    Owned<ggml_backend> backend_;
-    Owned<ggml_backend_buffer> weights_buffer_, buffer_;
+    ggml_context_ptr weights_, graph_context_;
+    ggml_backend_ptr backend_;
+    ggml_backend_buffer_ptr weights_buffer_, buffer_;
     ggml_cgraph* graph_ = nullptr;
     std::vector<ggml_tensor*> outputs_;
 };
@@ -113,9 +109,11 @@ bool restores(ggml_tensor* weight, std::vector<uint8_t> blocks, std::mt19937_64&
     std::vector<uint8_t> found(blocks.size());
     ggml_backend_tensor_get(weight, found.data(), 0, found.size());
     if (found != blocks) return false;
+
     const size_t begin = random() % blocks.size(), size = random() % (blocks.size() - begin) + 1;
     ggml_backend_tensor_get(weight, found.data(), begin, size);
     if (std::memcmp(found.data(), blocks.data() + begin, size)) return false;
+
     const size_t row = ggml_row_size(weight->type, weight->ne[0]), last = blocks.size() - row;
     std::copy_n(blocks.begin(), row, blocks.begin() + static_cast<std::ptrdiff_t>(last));
     ggml_backend_tensor_set(weight, blocks.data() + last, last, row);
@@ -125,14 +123,15 @@ bool restores(ggml_tensor* weight, std::vector<uint8_t> blocks, std::mt19937_64&
 
 // The buffer type that stock llama.cpp would choose for such a weight.
 ggml_backend_buffer_type_t stock_buffer_type(ggml_type quant, int64_t rows, int64_t columns) {
-    Owned<ggml_context> context(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}));
+    ggml_context_ptr context(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), quant, columns, rows);
     ggml_tensor* activation = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, columns, 512);
     ggml_tensor* product = ggml_mul_mat(context.get(), weight, activation);
+
     ggml_backend_dev_t cpu = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
     for (auto* type = extra_buffer_types(); type && *type; type++) {
         if (*type == sparse_buffer_type()) continue;
-        Owned<ggml_backend_buffer> buffer(ggml_backend_buft_alloc_buffer(*type, 0));
+        ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(*type, 0));
         weight->buffer = buffer.get();
         if (ggml_backend_dev_supports_op(cpu, product)) return *type;
     }
@@ -151,6 +150,7 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
     const auto type = static_cast<ggml_type>(quant);
     const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
     const auto activations = random_activations(columns * tokens, random);
+
     Products stock(ggml_backend_cpu_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
     Products sparse(sparse_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
     stock.run_ms();
@@ -168,9 +168,11 @@ EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t toke
     const auto type = static_cast<ggml_type>(quant);
     const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
     const auto activations = random_activations(columns * tokens, random);
+
     ggml_backend_buffer_type_t own = stock_buffer_type(type, rows, columns);
     Products stock(own, type, rows, columns, tokens, count, 1, blocks, activations);
     Products sparse(sparse_buffer_type(), type, rows, columns, tokens, count, 1, blocks, activations);
+
     *stock_ms = *sparse_ms = INFINITY;
     for (int i = 0; i < repeats; i++) {
         *stock_ms = std::min(*stock_ms, stock.run_ms());

@@ -1,7 +1,7 @@
 // Packed matrices in a file that the system caches: mapped, checked, and found by the name of their tensor.
 //
 // A matrix is offsets, heads and values, one behind the other, each padded to 64 bytes (see sparse_matrix.h), and
-// slack_bytes behind the values. Who writes the file and says what lies where in it is kept_weights.py. Nothing throws.
+// slack_bytes behind the values. kept_weights.py writes the file and its table. Nothing throws.
 #pragma once
 #include <cstdint>
 #include <memory>

@@ -27,7 +27,7 @@ constexpr uint16_t zero_value(Quant quant) {
     return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
 }
 
-// A group's mask stands at the end of its head, behind the scales.
+// A group's mask is at the end of its head, behind the scales.
 inline const uint8_t* mask_of(Quant quant, const uint8_t* head) { return head + head_bytes(quant) - 32; }
 
 // Bytes of a row's values, of which so many are in the first and in the second half of its groups: Q4_0's two streams.
@@ -44,7 +44,7 @@ constexpr unsigned fill_up_to_two(unsigned bits) {
 // Where the AVX2 kernel wants the four runs of 16 values that 128 weights of two_of_four store.
 constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
 
-// Where a weight stands among those of its group, in chunks; and the weight that stands there.
+// The place of a weight among those of its group, in chunks; and the weight of a place.
 constexpr int64_t chunk_weights = 64;
 constexpr int64_t place_in_chunks(int64_t column) {
     const int64_t group = column / group_weights * group_weights, block = column % group_weights / block_weights;

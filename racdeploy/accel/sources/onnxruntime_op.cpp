@@ -59,6 +59,7 @@ struct Shape {
 OrtStatus* read_shape(const OrtApi* api, const OrtValue* value, Shape* shape) {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_tensor_type_and_shape, value, &info));
+
     size_t elements = 0;
     OrtStatus* failed = ort::call(api, ort::get_tensor_shape_element_count, info, &elements);
     if (!failed) failed = ort::call(api, ort::get_dimensions_count, info, &shape->count);
@@ -76,10 +77,12 @@ OrtStatus* read_constant(const OrtApi* api, const OrtKernelInfo* info, size_t in
     const OrtValue* value = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_constant_input, info, index, &constant, &value));
     if (!constant || !value) return refuse(api, "SparseMatMul: heads, values and offsets must be constant");
+
     Shape shape;
     RETURN_IF_FAILED(read_shape(api, value, &shape));
     void* raw = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, const_cast<OrtValue*>(value), &raw));
+
     if (reinterpret_cast<uintptr_t>(raw) % alignof(Element))
         return refuse(api, "SparseMatMul: offsets are not aligned");
     *data = static_cast<const Element*>(raw);
@@ -92,6 +95,7 @@ OrtStatus* read_matrix(const OrtApi* api, const OrtKernelInfo* info, SparseMatri
     RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "I", &matrix->columns));
     RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "O", &matrix->rows));
     RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "quant", &quant));
+
     matrix->quant = static_cast<Quant>(quant);
     matrix->pattern = Pattern::unstructured;
     switch (matrix->quant) {
@@ -102,10 +106,12 @@ OrtStatus* read_matrix(const OrtApi* api, const OrtKernelInfo* info, SparseMatri
         default:
             return refuse(api, "SparseMatMul: quant is none of Q8_0, Q4_0 and F16");
     }
+
     const int64_t rows = matrix->rows, columns = matrix->columns;
     if (rows < 1 || rows > most_rows || columns < 32 || columns > most_columns || columns % 32) {
         return refuse(api, "SparseMatMul: I must be a multiple of 32, and I and O in bounds");
     }
+
     int64_t head_count = 0, value_count = 0, offset_count = 0;
     RETURN_IF_FAILED(read_constant(api, info, 1, &matrix->heads, &head_count));
     RETURN_IF_FAILED(read_constant(api, info, 2, &matrix->values, &value_count));
@@ -174,17 +180,21 @@ OrtStatus* compute(void* data, OrtKernelContext* context) {
         return refuse(api, "SparseMatMul: the last dimension of X is not I");
     }
     shape.dimensions[shape.count - 1] = matrix.rows;
+
     OrtValue* output = nullptr;
     void *input_TI = nullptr, *output_TO = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_output, context, size_t{0}, shape.dimensions, shape.count, &output));
     RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, const_cast<OrtValue*>(input), &input_TI));
     RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, output, &output_TO));
+
     const int64_t all = shape.elements / matrix.columns;
     const int64_t together = all < most_tokens ? all : most_tokens;
     if (!all) return nullptr;
     const int64_t size_bytes = round_up(workspace_bytes(matrix.quant, matrix.columns, together), 64);
+
     void* workspace = std::aligned_alloc(64, static_cast<size_t>(size_bytes));
     if (!workspace) return refuse(api, "SparseMatMul: out of memory");
+
     OrtStatus* failed = nullptr;
     for (int64_t token = 0; token < all && !failed; token += together) {
         failed = run_pass(kernel, context, static_cast<const float*>(input_TI) + token * matrix.columns,
@@ -207,7 +217,9 @@ OrtStatus* infer_known_shape(const OrtApi* api, OrtShapeInferContext* context, O
     for (size_t i = 0; i + 1 < count; ++i) {
         if (dimensions[i] < 0 && (!names[i] || !*names[i])) return nullptr;
     }
+
     if (names[count - 1] && *names[count - 1]) return nullptr;
+
     const OrtOpAttr* attribute = nullptr;
     RETURN_IF_FAILED(ort::call(api, ort::get_inferred_attribute, context, "O", &attribute));
     RETURN_IF_FAILED(
@@ -254,6 +266,7 @@ struct SparseMatMul : ort::CustomOp {
 EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBase* base) {
     const OrtApi* api = base->get_api(ort::api_version);
     if (!api) return nullptr;  // older than 1.17: the session then says that it lacks the operator
+
     static const SparseMatMul op(api);
     OrtCustomOpDomain* domain = nullptr;  // for good: sessions refer to it, and nothing tells when the last one ends
     RETURN_IF_FAILED(ort::call(api, ort::create_custom_op_domain, "racdeploy", &domain));

@@ -1,4 +1,4 @@
-// Every kernel in plain C++, weight by weight: what the tests hold the others against.
+// Every kernel in plain C++, weight by weight: what the tests compare the others with.
 #include <algorithm>
 #include <cmath>
 
@@ -49,7 +49,7 @@ int64_t column_at(Quant quant, Pattern pattern, int64_t place) {
     return pattern == Pattern::unstructured && is_quantized(quant) ? column_in_chunks(place) : place;
 }
 
-// Where the n-th stored value of a row stands, in values from the row's first (Q4_0: in nibbles).
+// Where the n-th stored value of a row is, in values from the row's first (Q4_0: in nibbles).
 class Stream {
 public:
     Stream(Quant quant, Pattern pattern) : quant_(quant), pattern_(pattern) {}

@@ -37,6 +37,7 @@ bool two_in_every_four(uint64_t bits) {
 
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
+
     int64_t stored[2] = {0, 0};  // in the first and the second half of each group
     for (int64_t place = 0; place < padded(matrix.columns); place += 64) {
         const uint64_t bits = mask_bits(matrix, row, place);
@@ -45,6 +46,7 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
         if (matrix.pattern == Pattern::two_of_four && inside > 0 && !two_in_every_four(bits)) return false;
         stored[place / 128 % 2] += __builtin_popcountll(bits);
     }
+
     const int64_t bytes = values_bytes(matrix.quant, stored[0], stored[1]);
     return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
 }
