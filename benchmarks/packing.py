@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from racdeploy import quant
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import racgguf
+from racdeploy.packing.packers import bitmask
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 
@@ -67,7 +68,7 @@ def row(weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float
     with TemporaryDirectory() as folder:
         plain, packed = Path(folder) / "m.gguf", Path(folder) / "m.racgguf"
         write(plain, weights, quant_name, sparsity)
-        racgguf.pack(plain, packed)
+        bitmask.pack_file(plain, packed)
         child = [sys.executable, __file__, "--unpack", str(packed)]
         found = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
         size_bytes = plain.stat().st_size

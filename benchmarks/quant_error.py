@@ -23,7 +23,7 @@ from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
-from racdeploy.verify.measure import predict_completion, divergences
+from racdeploy.verify.measure import divergences, predict_completion
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from racdeploy.accel import ggml_plugin, ort_operator, proof
 from racdeploy.accel.ggml_weights import enable, forget
 from racdeploy.accel.kept_weights import kept_files
-from racdeploy.accel.ort_operator import ACCEL_KEY, Packed, accel_name, choose_graph
+from racdeploy.accel.ort_operator import choose_graph
 from racdeploy.accel.proof import Choice, Mode, Proof
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
+from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
 
 __all__ = [
     "ACCEL_KEY",

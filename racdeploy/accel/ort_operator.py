@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from racdeploy.accel.ggml_plugin import QUANTS
 from racdeploy.accel.library import KERNELS, Library
@@ -27,27 +26,14 @@ from racdeploy.accel.proof import (
 )
 from racdeploy.errors import ArtifactError
 from racdeploy.extras import installed_version
+from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
 
-ACCEL_KEY = "racdeploy.accel"
 LIBRARY = Library("onnxruntime", (*KERNELS, "onnxruntime_op.cpp"))
 _NAMES = {number: name for name, number in QUANTS.items()}
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
 _UNMEASURED = (
     0.5  # speed-up below the zeros that were measured: the operator is the slower one there
 )
-
-
-class Packed(TypedDict):
-    """What a graph says of its packed weights of one format: ggml's number, count, zeros' share."""
-
-    quant: int
-    weights: int
-    zeros: float
-
-
-def accel_name(model: str) -> str:
-    """Return the name of the second graph beside a plain one."""
-    return f"{model.removesuffix('.onnx')}.accel.onnx"
 
 
 def find_kernels() -> Kernels | str:

@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
 from racdeploy.accel.proof import Proof
-from racdeploy.packing.sparse_matrix import LAYOUT, SparseMatrix, kind_of, split
+from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SparseMatrix, split
 
 # number format of ONNX -> name of the same codes in ggml
 QUANTS = {"matmulnbits_8": "q8_0", "matmulnbits_4": "q4_0", "f16": "f16"}
@@ -78,8 +78,7 @@ def make_sparse(
     name: str, matrix: SparseMatrix, I: int, number: int = 0, /, **attributes: int
 ) -> tuple[onnx.NodeProto, dict[str, Array]]:
     """Return a node of our operator and its initializers; ``attributes`` override the matrix's."""
-    kind = kind_of(quants.load(name))
-    assert kind is not None
+    kind = KINDS[name]
     arrays: dict[str, Array] = {
         f"heads{number}": matrix.heads_OP,
         f"values{number}": matrix.values,
@@ -94,8 +93,7 @@ def make_sparse(
 
 def split_rows(name: str, packed_OP: Array) -> SparseMatrix:
     """Return packed rows of a number format as the operator reads them."""
-    kind = kind_of(quants.load(name))
-    assert kind is not None
+    kind = KINDS[name]
     return split(kind, packed_OP)
 
 

@@ -1,12 +1,14 @@
-"""Packings: how zeros are left out of a file, one file per packing.
+"""Packings: how zeros are left out of a file, one plugin in ``packers/`` for each way.
 
-A packing knows packed rows of a number format and nothing of files. One that leaves zeros out works only
-with a format that keeps them; :func:`check` says so before any work starts.
+The exporters ask the plugin, and a file that was written names its packing, so reading asks the same plugin again.
+One that leaves zeros out works only with a number format that keeps them; :func:`check` says so before any work starts.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,26 +16,64 @@ from numpy.typing import NDArray
 from racdeploy import plugins
 from racdeploy.errors import MissingExtraError, UsageError
 
-__all__ = ["Packing", "check", "load"]
+if TYPE_CHECKING:
+    from racdeploy.packing.onnx.packer import Packer
+    from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor
+
+__all__ = [
+    "GgufPacking",
+    "OnnxPacking",
+    "Packing",
+    "check",
+    "load",
+    "load_gguf",
+    "load_onnx",
+    "names",
+]
 
 
 class Packing(Protocol):
-    """A packing, as a module.
+    """A packing, as a module; importable without any extra.
 
-    ``FORMATS`` are the file formats that store it. ``REQUIRES_ZEROS`` is True where zeros are left out.
-    ``fits(quant, zeros_fraction)`` returns why a tensor is better stored plain, or an empty string. ``pack`` takes
-    packed rows, ``packed_OP``, of the number format ``quant`` and returns the bytes to store; ``unpack`` gives the same
-    rows back, bit for bit.
+    ``FORMATS`` are the file formats that store it: with gguf it is a :class:`GgufPacking`, with onnx an
+    :class:`OnnxPacking`. ``REQUIRES_ZEROS`` is True where zeros are left out, ``BESIDE_PLAIN`` where the artifact stays
+    plain and the packed form is a further file. ``fits`` returns why a tensor of a quant is better stored plain, or an
+    empty string; ``usage`` the lines of the model card that say what other programs must do with the file at ``path``.
     """
 
     FORMATS: tuple[str, ...]
     REQUIRES_ZEROS: bool
+    BESIDE_PLAIN: bool
 
-    def fits(self, quant: Any, zeros_fraction: float) -> str: ...
+    def fits(self, quant: str, zeros_fraction: float) -> str: ...
 
-    def pack(self, quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+    def usage(self, path: str) -> list[str]: ...
 
-    def unpack(self, quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]: ...
+
+class GgufPacking(Packing, Protocol):
+    """A packing of GGUF files.
+
+    ``SUFFIX`` is that of the file it makes. ``pack_file`` turns a finished plain file into ``out``, which unpacks to it
+    byte for byte, and returns how each tensor is stored; nothing where the file stays as it is. The other two read a
+    container: ``refuse_stored`` returns why a tensor cannot be one of this packing, or an empty string, and
+    ``unpack_tensor`` yields its plain bytes.
+    """
+
+    SUFFIX: str
+
+    def pack_file(self, plain: Path, out: Path) -> tuple[PackedTensor, ...]: ...
+
+    def refuse_stored(self, tensor: StoredTensor) -> str: ...
+
+    def unpack_tensor(
+        self, tensor: StoredTensor, source: Source
+    ) -> Iterator[NDArray[np.uint8]]: ...
+
+
+class OnnxPacking(Packing, Protocol):
+    """A packing of ONNX graphs: ``GraphPacker`` stores the tensors of one graph, and reads them back."""
+
+    GraphPacker: type[Packer]
 
 
 def load(name: str) -> Packing:
@@ -45,6 +85,21 @@ def load(name: str) -> Packing:
     return cast(Packing, plugins.load("packing", name))
 
 
+def load_gguf(name: str) -> GgufPacking:
+    """Import the packing of that name; the caller knows that GGUF stores it."""
+    return cast(GgufPacking, plugins.load("packing", name))
+
+
+def load_onnx(name: str) -> OnnxPacking:
+    """Import the packing of that name; the caller knows that ONNX stores it."""
+    return cast(OnnxPacking, plugins.load("packing", name))
+
+
+def names(format_name: str) -> list[str]:
+    """Return the packings that a file format stores."""
+    return [name for name in plugins.names("packing") if format_name in load(name).FORMATS]
+
+
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
     """Refuse a number format or a packing that the file format cannot store, or two that do not go together.
 
@@ -54,33 +109,48 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
     Raises:
         UsageError: naming what would do instead.
     """
-    packing = load(packing_name)
     preset = quant_name in plugins.names("presets")
     for kind, name in (("presets" if preset else "quant", quant_name), ("packing", packing_name)):
-        if format_name not in plugins.load(kind, name).FORMATS:
-            offered = [other for other in plugins.names(kind) if _stores(format_name, kind, other)]
+        if format_name not in _load(kind, name).FORMATS:
             raise UsageError(
                 f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
-                remedy=f"it stores {', '.join(offered)}",
+                remedy=f"it stores {', '.join(_stored(format_name, kind))}",
             )
+
     most = plugins.load("presets", quant_name).QUANT if preset else quant_name
-    if reason := _reason(packing, plugins.load("quant", most)):
-        stored = [name for name in plugins.names("quant") if _stores(format_name, "quant", name)]
-        others = [name for name in stored if not _reason(packing, plugins.load("quant", name))]
+    if reason := _refuse_pair(packing_name, most):
+        quants = _stored(format_name, "quant")
+        others = [name for name in quants if not _refuse_pair(packing_name, name)]
         raise UsageError(
             f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
             remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
         )
 
 
-def _reason(packing: Packing, quant: Any) -> str:
-    if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
+def _refuse_pair(packing_name: str, quant_name: str) -> str:
+    packing = load(packing_name)
+    if packing.REQUIRES_ZEROS and not plugins.load("quant", quant_name).PRESERVES_ZERO:
         return "it leaves zeros out, and the quant does not keep them"
-    return packing.fits(quant, 1.0)
+    return packing.fits(quant_name, 1.0)
 
 
-def _stores(format_name: str, kind: str, name: str) -> bool:
-    try:
-        return format_name in plugins.load(kind, name).FORMATS
-    except MissingExtraError:  # not a way out on this machine
-        return False
+def _load(kind: str, name: str) -> Any:
+    match kind:
+        case "presets":
+            return plugins.load("presets", name)
+        case "quant":
+            return plugins.load("quant", name)
+    return load(name)
+
+
+def _stored(format_name: str, kind: str) -> list[str]:
+    """Return the plugins of a kind that a file format stores and that this machine can import."""
+    stored = []
+    for name in plugins.names(kind):
+        try:
+            formats = _load(kind, name).FORMATS
+        except MissingExtraError:  # not a way out on this machine
+            continue
+        if format_name in formats:
+            stored.append(name)
+    return stored

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.buckets import TABLE_BYTES, Table
 from racdeploy.packing.fives import deposit
-from racdeploy.packing.layouts import LAYOUTS, Layout
+from racdeploy.packing.layouts import Layout
 
 CHUNK_WEIGHTS = 262144
 LEAST_WORD_WEIGHTS = 4096
@@ -32,8 +32,6 @@ _DEFLATED = 1 << 31
 _MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
 _MOST_HEAD_BITS = 4.0  # scales are few: inflating them takes longer than their bytes are worth, unless it saves half
-_LEAST_SAVING = 0.03
-_K_QUANTS = range(10, 16)
 
 
 class Taker:
@@ -49,24 +47,6 @@ class Taker:
         start = self._stored.size - self.left
         self.left -= count
         return self._stored[start : start + count]
-
-
-def refusal(ggml_type: int, zeros_fraction: float) -> str:
-    """Return why a tensor is better stored plain, or an empty string."""
-    layout = LAYOUTS.get(ggml_type)
-    if layout is None:
-        packed = ", ".join(layout.name for layout in LAYOUTS.values())
-        spread = (
-            ""
-            if ggml_type not in _K_QUANTS
-            else ": its codes are spread over several fields of a block"
-        )
-        return f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}{spread}"
-    block_bits = 8 * layout.block_bytes / layout.block_weights
-    saved_bits = zeros_fraction * sum(layout.widths) - 1
-    if saved_bits >= _LEAST_SAVING * block_bits:
-        return ""
-    return f"{zeros_fraction:.1%} zeros do not pay for a mask of one bit a weight"
 
 
 def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:

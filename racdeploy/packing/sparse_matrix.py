@@ -11,14 +11,19 @@ read. Little-endian throughout. Source: ``racdeploy/accel/sources/sparse_matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 LAYOUT = 2  # changes with the form: the version of the operator's domain in a graph
+OPERATOR_DOMAIN = "racdeploy"
+ACCEL_KEY = "racdeploy.accel"
+"""Property of a graph with matrices of this form: a list of :class:`Packed`, as JSON."""
 SLACK_BYTES = 128
-_GROUP, _BLOCK = 256, 32
+BLOCK = 32
+"""Weights that share a scale."""
+_GROUP = 256
 _SLAB_WEIGHTS = 4_194_304
 Bytes = NDArray[np.uint8]
 
@@ -42,14 +47,32 @@ class Kind:
     @property
     def head_bytes(self) -> int:
         """Bytes of a group's head."""
-        return _GROUP // 8 + (2 * _GROUP // _BLOCK if self.scaled else 0)
+        return _GROUP // 8 + (2 * _GROUP // BLOCK if self.scaled else 0)
 
     def row_bytes(self, I: int) -> int:
         """Bytes of a packed row of the number format."""
-        return I * self.bits // 8 + (2 * I // _BLOCK if self.scaled else 0)
+        return I * self.bits // 8 + (2 * I // BLOCK if self.scaled else 0)
 
 
-_BY_BITS = {8.5: Kind(8, 8, 128, True), 4.5: Kind(2, 4, 8, True), 16.0: Kind(1, 16, 0, False)}
+KINDS = {
+    "f16": Kind(1, 16, 0, False),
+    "matmulnbits_8": Kind(8, 8, 128, True),
+    "matmulnbits_4": Kind(2, 4, 8, True),
+}
+"""What the kernels know, by the quant of ONNX."""
+
+
+class Packed(TypedDict):
+    """What a graph says of its packed weights of one quant: ggml's number, how many, and the fraction of zeros."""
+
+    quant: int
+    weights: int
+    zeros: float
+
+
+def accel_name(model: str) -> str:
+    """Return the name of the graph with such matrices beside a plain one."""
+    return f"{model.removesuffix('.onnx')}.accel.onnx"
 
 
 @dataclass(frozen=True)
@@ -70,11 +93,6 @@ class SparseMatrix:
     def size_bytes(self) -> int:
         """Bytes of all three."""
         return self.heads_OP.nbytes + self.values.nbytes + self.offsets.nbytes
-
-
-def kind_of(quant: Any) -> Kind | None:
-    """Return what the kernels know of a number format of ONNX, or None where they have none for it."""
-    return _BY_BITS.get(quant.BITS) if "onnx" in quant.FORMATS else None
 
 
 def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
@@ -129,18 +147,18 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
             scale_OP = np.ascontiguousarray(head_OGP[:, :, : -_GROUP // 8]).reshape(
                 stop - start, -1
             )
-            packed_OP[start:stop, I * kind.bits // 8 :] = scale_OP[:, : 2 * I // _BLOCK]
+            packed_OP[start:stop, I * kind.bits // 8 :] = scale_OP[:, : 2 * I // BLOCK]
     return packed_OP
 
 
 def _row_length(kind: Kind, row_bytes: int) -> int:
-    return row_bytes * _BLOCK // kind.row_bytes(_BLOCK)
+    return row_bytes * BLOCK // kind.row_bytes(BLOCK)
 
 
 def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
     O, P = matrix.heads_OP.shape
     offsets = matrix.offsets
-    if I < 1 or I % _BLOCK or -(-I // _GROUP) * kind.head_bytes != P or offsets.shape != (O + 1,):
+    if I < 1 or I % BLOCK or -(-I // _GROUP) * kind.head_bytes != P or offsets.shape != (O + 1,):
         raise ValueError(
             f"heads of shape {O} × {P} and {offsets.size} offsets are not of rows of {I} weights"
         )
@@ -187,7 +205,7 @@ def _heads(kind: Kind, keep_ON: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
         O, G, -1
     )
     if kind.scaled:
-        scales_OP = np.zeros((O, G * 2 * _GROUP // _BLOCK), dtype=np.uint8)
+        scales_OP = np.zeros((O, G * 2 * _GROUP // BLOCK), dtype=np.uint8)
         scales_OP[:, : scale_OP.shape[1]] = scale_OP
         head_OGP[:, :, : -_GROUP // 8] = scales_OP.reshape(O, G, -1)
     return head_OGP.reshape(O, -1)

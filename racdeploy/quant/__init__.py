@@ -14,19 +14,25 @@ from numpy.typing import NDArray
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError, UsageError
+from racdeploy.quant.matmulnbits import Blocks
 
 __all__ = [
     "IMPORTANCE_FILE",
+    "BlockQuant",
     "GgmlQuant",
     "Grid",
+    "OnnxQuant",
     "Quant",
     "as_grid",
     "check_finite",
     "fits",
+    "is_blocks",
     "join_blocks",
     "leading_scales",
     "load",
+    "load_blocks",
     "load_ggml",
+    "load_onnx",
     "pair_nibbles",
 ]
 
@@ -66,6 +72,25 @@ class GgmlQuant(Quant, Protocol):
     def quantize(
         self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
     ) -> NDArray[np.uint8]: ...
+
+
+class OnnxQuant(Quant, Protocol):
+    """A number format of ONNX graphs; ``JS_DTYPE`` is what transformers.js calls it, which names the file."""
+
+    JS_DTYPE: str
+
+
+class BlockQuant(OnnxQuant, Protocol):
+    """A number format of MatMulNBits.
+
+    ``CODE_BITS`` are those of a code; ``ZERO_POINTS`` is True where every block has a zero point, and not the middle
+    code. ``blocks`` returns what the operator takes.
+    """
+
+    CODE_BITS: int
+    ZERO_POINTS: bool
+
+    def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> Blocks: ...
 
 
 class Grid(Quant, Protocol):
@@ -125,6 +150,21 @@ def join_blocks(step_OG: NDArray[np.float16], *fields_OGP: NDArray[np.uint8]) ->
 def load_ggml(name: str) -> GgmlQuant:
     """Import the number format of that name; the caller knows that GGUF stores it."""
     return cast(GgmlQuant, plugins.load("quant", name))
+
+
+def load_onnx(name: str) -> OnnxQuant:
+    """Import the number format of that name; the caller knows that ONNX stores it."""
+    return cast(OnnxQuant, plugins.load("quant", name))
+
+
+def load_blocks(name: str) -> BlockQuant:
+    """Import the number format of that name; the caller knows that it is one of MatMulNBits."""
+    return cast(BlockQuant, plugins.load("quant", name))
+
+
+def is_blocks(name: str) -> bool:
+    """Return whether a number format is one of MatMulNBits."""
+    return hasattr(load(name), "blocks")
 
 
 def load(name: str) -> Quant:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from racdeploy import packing as packings
 from racdeploy import plugins, quant
 from racdeploy.export import ExportResult
 from racdeploy.recipe import Export, Verification
 
 SAME_SIZE = "same-size"
 _ABOUT = 1.02  # a rival may be this much larger: sizes of formats are no continuum
-_WITH_ZEROS = ("plain", "bitmask_op")  # packings whose standard file stores the zeros too
 
 
 def same_size_quants(
@@ -37,7 +37,8 @@ def same_size_quants(
     """
     weights = sum(rows * row for rows, row in shapes.values())
     sizes: list[float] = [pruned.size_bytes]
-    if settings.packing in _WITH_ZEROS:
+    packing = packings.load(settings.packing)
+    if packing.BESIDE_PLAIN or not packing.REQUIRES_ZEROS:
         mask_bytes = weights / 8  # a bit a weight says where the zeros were
         zero_bytes = _linear_bytes(pruned, shapes) * sparsity
         sizes.append(pruned.size_bytes - zero_bytes + mask_bytes)

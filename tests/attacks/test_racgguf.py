@@ -21,6 +21,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.packing import racgguf
 from racdeploy.packing.chunks import Taker, unpack_chunk
 from racdeploy.packing.layouts import LAYOUTS
+from racdeploy.packing.packers import bitmask
 from racdeploy.packing.racgguf.container import KEYS, VERSION, tensor_infos
 from tests.support.tiny_gguf import random_rows, write_gguf
 
@@ -38,7 +39,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "norm.weight": ("f32", random_rows("f32", 1, 64, 0.0)),
         "blk.2.weight": ("q4_0", random_rows("q4_0", 16, 256, 0.5)),
     }
-    racgguf.pack(write_gguf(folder / "m.gguf", tensors), folder / "m.racgguf")
+    bitmask.pack_file(write_gguf(folder / "m.gguf", tensors), folder / "m.racgguf")
     return folder / "m.racgguf"
 
 
@@ -238,7 +239,7 @@ def test_a_truncated_container_is_refused_wherever_it_ends(intact: Path, tmp_pat
         places |= {start - 1, start, start + 4, start + 9}
     for index, tensor in enumerate(container.tensors):
         places |= {tensor.position, tensor.position + 3, tensor.position + tensor.stored_bytes - 1}
-        places |= {_mask(container, index) + 5} if tensor.packed else set()
+        places |= {_mask(container, index) + 5} if tensor.packing != "plain" else set()
     for place in sorted(places):
         file = tmp_path / "m.racgguf"
         file.write_bytes(data[:place])

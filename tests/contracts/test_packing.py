@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,6 +12,7 @@ from racdeploy import packing as packings
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import UnknownPluginError, UsageError
+from tests.support.packed_files import draw_rows, store_in_gguf, store_in_onnx
 
 PACKINGS = plugins.names("packing")
 QUANTS = plugins.names("quant")
@@ -37,24 +39,34 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def refuse_pair(packing_name: str, quant_name: str, zeros: float) -> bool:
+    """Return whether a tensor of the quant with that share of zeros is not packed."""
+    packing, quant = packings.load(packing_name), quants.load(quant_name)
+    if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
+        return True
+    return bool(packing.fits(quant_name, zeros))
+
+
 @pytest.mark.parametrize("packing_name", PACKINGS)
 @pytest.mark.parametrize("quant_name", QUANTS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
-def test_unpacking_gives_the_same_rows(packing_name: str, quant_name: str, sparsity: float) -> None:
-    """Packing loses nothing, wherever it says that it fits."""
-    packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if not shared_formats(packing_name, quant_name):
+def test_what_is_stored_is_read_back(
+    packing_name: str, quant_name: str, sparsity: float, tmp_path: Path
+) -> None:
+    """Every byte returns through the calls of exporter and reader, and the file names the packing wherever it fits."""
+    shared = shared_formats(packing_name, quant_name)
+    if not shared:
         return  # refused with a reason: the tests below
-    if (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, sparsity):
-        return
-    generator = np.random.default_rng(0)
-    weight_OI = generator.standard_normal((6, 512)).astype(np.float32)
-    packed_OP = quant.quantize(
-        np.where(generator.random((6, 512)) < sparsity, np.float32(0), weight_OI)
-    )
-    stored = packing.pack(quant, packed_OP)
-    assert stored.dtype == np.uint8
-    np.testing.assert_array_equal(packing.unpack(quant, stored, 6), packed_OP)
+    packed_OP, zeros = draw_rows(quant_name, 8, sparsity)
+    label = "plain" if refuse_pair(packing_name, quant_name, zeros) else packing_name
+
+    if "gguf" in shared:
+        found, _, plain, restored = store_in_gguf(tmp_path, packing_name, quant_name, packed_OP)
+        assert (found, restored) == (label, plain)
+    if "onnx" in shared:
+        found, _, rows_OP = store_in_onnx(tmp_path, packing_name, quant_name, packed_OP, zeros)
+        assert found == label
+        np.testing.assert_array_equal(rows_OP, packed_OP)
 
 
 @pytest.mark.parametrize("packing_name", PACKINGS)
@@ -63,11 +75,9 @@ def test_a_quant_is_refused_before_any_work_or_packs_zeros(
     packing_name: str, quant_name: str
 ) -> None:
     """What is not refused fits where half is zero; one that leaves zeros out never fits a dense tensor."""
-    packing, quant = packings.load(packing_name), quants.load(quant_name)
+    packing = packings.load(packing_name)
     formats = shared_formats(packing_name, quant_name)
-    if formats and (
-        (packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO) or packing.fits(quant, 1.0)
-    ):
+    if formats and refuse_pair(packing_name, quant_name, 1.0):
         with pytest.raises(UsageError, match=f"{packing_name}.*{quant_name}") as caught:
             packings.check(formats[0], quant_name, packing_name)
         assert "plain" in caught.value.remedy
@@ -76,29 +86,27 @@ def test_a_quant_is_refused_before_any_work_or_packs_zeros(
         packings.check(name, quant_name, packing_name)
     if not formats:
         return
-    assert packing.fits(quant, 0.5) == ""
-    assert bool(packing.fits(quant, 0.0)) == packing.REQUIRES_ZEROS
+    assert packing.fits(quant_name, 0.5) == ""
+    assert bool(packing.fits(quant_name, 0.0)) == packing.REQUIRES_ZEROS
 
 
 @pytest.mark.parametrize(
     "packing_name", [name for name in PACKINGS if packings.load(name).REQUIRES_ZEROS]
 )
 @pytest.mark.parametrize("quant_name", QUANTS)
-def test_leaving_zeros_out_makes_smaller(packing_name: str, quant_name: str) -> None:
+def test_leaving_zeros_out_makes_smaller(
+    packing_name: str, quant_name: str, tmp_path: Path
+) -> None:
     """Half the weights zero is less than 0.85 of the bytes in every number format that fits."""
-    packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if (
-        not shared_formats(packing_name, quant_name)
-        or not quant.PRESERVES_ZERO
-        or packing.fits(quant, 0.5)
-    ):
+    shared = shared_formats(packing_name, quant_name)
+    if not shared or refuse_pair(packing_name, quant_name, 0.5):
         return
-    generator = np.random.default_rng(0)
-    weight_OI = generator.standard_normal((64, 512)).astype(np.float32)
-    packed_OP = quant.quantize(
-        np.where(generator.random((64, 512)) < 0.5, np.float32(0), weight_OI)
-    )
-    assert packing.pack(quant, packed_OP).size < 0.85 * packed_OP.size
+    packed_OP, zeros = draw_rows(quant_name, 64, 0.5)
+    if "gguf" in shared:
+        _, size_bytes, *_ = store_in_gguf(tmp_path, packing_name, quant_name, packed_OP)
+    else:
+        _, size_bytes, _ = store_in_onnx(tmp_path, packing_name, quant_name, packed_OP, zeros)
+    assert size_bytes < 0.85 * packed_OP.size
 
 
 @pytest.mark.parametrize("quant_name", QUANTS)

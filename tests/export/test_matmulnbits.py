@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.export.onnx.weights import PlannedTensor, _block_arrays, arrays_of, rows_of
+from racdeploy.packing.onnx.tensors import GraphTensor, join_arrays, split_arrays, split_blocks
 from racdeploy.quant import matmulnbits
 
 O, I = 48, 512
@@ -113,8 +113,8 @@ def test_the_operator_reads_what_was_written(name: str) -> None:
 
 def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
     """Return the weights as onnxruntime's operator sees them."""
-    tensor = PlannedTensor("w", (O, I), name, name, "", looked_up=False)
-    arrays = _block_arrays(tensor, quants.load(name).blocks(packed_OP, I))  # type: ignore[attr-defined]
+    tensor = GraphTensor("w", (O, I), name, looked_up=False)
+    arrays = split_blocks(tensor, quants.load_blocks(name).blocks(packed_OP, I))
     inputs = ["x", "w", "w.scales", *(["w.zero_points"] if "w.zero_points" in arrays else [])]
     bits = 8 if name.endswith("8") else 4
     node = helper.make_node(
@@ -134,10 +134,10 @@ def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_read_back_and_other_scales_are_refused(name: str) -> None:
     """Scales of somebody else, finer than half precision, would come back as other weights."""
-    tensor = PlannedTensor("w", (O, I), name, name, "", looked_up=False)
+    tensor = GraphTensor("w", (O, I), name, looked_up=False)
     packed_OP = quants.load(name).quantize(draw_weights())
-    arrays = arrays_of(tensor, packed_OP)
-    np.testing.assert_array_equal(rows_of(tensor, arrays), packed_OP)
+    arrays = split_arrays(tensor, packed_OP)
+    np.testing.assert_array_equal(join_arrays(tensor, arrays), packed_OP)
     arrays["w.scales"] = arrays["w.scales"] * np.float32(1 + 2**-20)
     with pytest.raises(ValueError, match="half precision"):
-        rows_of(tensor, arrays)
+        join_arrays(tensor, arrays)

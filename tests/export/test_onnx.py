@@ -29,10 +29,10 @@ from racdeploy.errors import (
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import choice, export, is_linear, measure
 from racdeploy.export.onnx import exporters as onnx_exporters
-from racdeploy.export.onnx import file as _onnx_file
 from racdeploy.export.onnx.choice import Chosen, choose
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.onnx import file as onnx_file
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
@@ -198,7 +198,7 @@ def test_many_weights_go_to_a_real_file(
     """Above the limit they lie beside the graph under the name of transformers.js; a smaller export removes them."""
     whole = export(checkpoint, tmp_path / "m.onnx", quant="f16")
     expected_TV = run_graph(tmp_path / "m.onnx", checkpoint)
-    monkeypatch.setattr(_onnx_file, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "INLINE_BYTES", 1000)
     result = export(checkpoint, tmp_path / "m.onnx", quant="f16")
     files = {file.name: file_sha256(file) for file in tmp_path.iterdir()}
     assert dict(result.files) == files
@@ -206,7 +206,7 @@ def test_many_weights_go_to_a_real_file(
     assert not (tmp_path / "m.onnx_data").is_symlink()
     assert result.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     np.testing.assert_array_equal(expected_TV, run_graph(tmp_path / "m.onnx", checkpoint))
-    monkeypatch.setattr(_onnx_file, "INLINE_BYTES", whole.size_bytes)
+    monkeypatch.setattr(onnx_file, "INLINE_BYTES", whole.size_bytes)
     assert export(checkpoint, tmp_path / "m.onnx", quant="f16").files == whole.files
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -440,7 +440,7 @@ def test_a_damaged_file_is_an_error_and_no_crash(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Truncated, mistyped and path-escaping files are named."""
-    monkeypatch.setattr(_onnx_file, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "INLINE_BYTES", 1000)
     export(checkpoint, tmp_path / "m.onnx", quant="f16")
     change, message = HOSTILE[name]
     change(tmp_path / "m.onnx")

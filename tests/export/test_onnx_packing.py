@@ -20,13 +20,13 @@ from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import export, measure, unpack
 from racdeploy.export.onnx import exporters as onnx_exporters
-from racdeploy.export.onnx import packing as _onnx_packing
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
-from racdeploy.export.onnx.packing import prove_folding
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import raconnx
+from racdeploy.packing.onnx.folding import prove_folding
+from racdeploy.packing.packers import bitmask_graph
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_onnx import tiny_onnx
 
@@ -114,7 +114,7 @@ def test_half_precision_meets_the_bar(sparse: Checkpoint, tmp_path: Path) -> Non
 def test_folding_is_proved_by_looking(sparse: Checkpoint, tmp_path: Path, quant: str) -> None:
     """A graph whose mask is an input is not folded, and one whose mask was changed folds into other weights."""
     export(sparse, tmp_path / "m.onnx", quant=quant, packing="bitmask_graph")
-    packer = _onnx_packing.GraphPacker(onnx.ModelProto())
+    packer = bitmask_graph.GraphPacker(onnx.ModelProto(), tmp_path / "m.onnx")
     name = "model.layers.0.mlp.up_proj.weight"
     model = onnx.load(str(tmp_path / "m.onnx"))
     (mask,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{name}.mask")
@@ -166,7 +166,7 @@ def test_a_large_model_is_refused_with_its_price(
     sparse: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message says how much memory a load would pass, and what to use."""
-    monkeypatch.setattr(_onnx_packing, "MOST_WEIGHTS", 100_000)
+    monkeypatch.setattr(bitmask_graph, "MOST_WEIGHTS", 100_000)
     with pytest.raises(UsageError, match="onnxruntime would pass") as caught:
         export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
     assert "bitmask_sidecar" in caught.value.remedy

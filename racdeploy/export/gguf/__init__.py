@@ -67,7 +67,7 @@ _OWN_KEYS = ("racdeploy.", "general.")
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
     """Return the file's name, at the top of a bundle; the caller's name says the quant."""
-    return PurePosixPath(f"{name}{_suffix(packing)}")
+    return PurePosixPath(f"{name}{packings.load_gguf(packing).SUFFIX}")
 
 
 def is_linear(family: Family, name: str) -> bool:
@@ -150,14 +150,9 @@ def _recommended(checkpoint: Checkpoint) -> list[str]:
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the file."""
     name = _plain_name(entry)
-    unpacking = (
-        [f"Unpack it for other programs: `racdeploy unpack {entry.path}`", ""]
-        if entry.unpacked_sha256
-        else []
-    )
     parts = [f"- The model is in several files; all are needed, and `{name}` is the one to name."]
     return [
-        *unpacking,
+        *packings.load(entry.packing).usage(entry.path),
         *(parts if _is_split(entry) else []),
         f"- llama.cpp: `llama-cli -m {name} -cnv`, or `llama-server -m {name} --jinja -c {_LEAST_CONTEXT}`",
         "- Ollama: `ollama create NAME -f Modelfile`",
@@ -172,10 +167,6 @@ def _is_split(entry: ArtifactEntry) -> bool:
         )
         > 1
     )
-
-
-def _suffix(packing: str) -> str:
-    return ".gguf" if packing == "plain" else racgguf.SUFFIX
 
 
 def _plain_name(entry: ArtifactEntry) -> str:
@@ -218,8 +209,10 @@ def export(
         EnvironmentFailure: the disk is full or not writable.
     """
     packings.check("gguf", quant, packing)
-    if (out.suffix == racgguf.SUFFIX) == (packing == "plain"):
-        wanted = f"name it {out.stem}{_suffix(packing)}"
+    packer = packings.load_gguf(packing)
+    boxed = packer.SUFFIX == racgguf.SUFFIX
+    if (out.suffix == racgguf.SUFFIX) != boxed:
+        wanted = f"name it {out.stem}{packer.SUFFIX}"
         raise UsageError(f"{out} is no name for a file with packing {packing!r}", remedy=wanted)
     for key in metadata or {}:
         if key in FILE_KEYS or not key.startswith(_OWN_KEYS):
@@ -237,7 +230,7 @@ def export(
     vocabulary.check_name(general["general.name"])
     total_bytes = sum(tensor.size_bytes for tensor in plan)
     require_space(out.parent, total_bytes, "choose another place with --out")
-    parts = divide(plan, split_bytes if packing == "plain" else 0)
+    parts = divide(plan, 0 if boxed else split_bytes)
     outs = [
         out.with_name(name_part(out.stem, n, len(parts))) if parts[1:] else out
         for n in range(len(parts))
@@ -261,11 +254,10 @@ def export(
             size_bytes = sum(partial.stat().st_size for partial in partials)
             notes = (*vocabulary.notes, *_importance_notes(known, plan))
             result = ExportResult(outs[0], tuple(written), size_bytes, files, notes)
-            if packing == "plain":
-                for file, partial in zip(outs, partials, strict=True):
-                    partial.replace(file)
-            else:
-                result = _pack(partials[0], result, packing)
+            for file, partial in zip(outs, partials, strict=True):
+                rows = packer.pack_file(partial, file)
+            if rows:
+                result = _describe_packed(result, packing, rows)
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
@@ -295,17 +287,18 @@ def _importance_notes(known: Importance | None, plan: list[PlannedTensor]) -> li
     ]
 
 
-def _pack(plain: Path, result: ExportResult, packing: str) -> ExportResult:
-    """Pack a finished file, and return the result with what that made of each tensor."""
-    rows = {row.name: row for row in racgguf.pack(plain, result.path)}
+def _describe_packed(
+    result: ExportResult, packing: str, rows: tuple[racgguf.PackedTensor, ...]
+) -> ExportResult:
+    """Return the result of a plain file with what packing made of each tensor."""
     tensors = tuple(
         replace(
             tensor,
-            size_bytes=rows[tensor.name].stored_bytes,
-            packing="plain" if rows[tensor.name].reason else packing,
-            packing_reason=rows[tensor.name].reason,
+            size_bytes=row.stored_bytes,
+            packing="plain" if row.reason else packing,
+            packing_reason=row.reason,
         )
-        for tensor in result.tensors
+        for tensor, row in zip(result.tensors, rows, strict=True)
     )
     return replace(
         result,

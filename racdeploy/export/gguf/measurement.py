@@ -117,7 +117,7 @@ def _measure_container(container: racgguf.Container) -> tuple[dict[str, Any], li
                 "type": _name_type(tensor.ggml_type, names),
                 "zeros": _container_zeros(container, tensor, name),
                 "size_bytes": tensor.stored_bytes,
-                "packing": "bitmask" if tensor.packed else "plain",
+                "packing": tensor.packing,
             }
         )
     return _scalars(container.header.values), rows

@@ -11,7 +11,6 @@ Inputs and outputs are those of the exporter: ``input_ids``, ``attention_mask``,
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,27 +23,18 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.accel import accel_name
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress
-from racdeploy.export.onnx.accel import refusals, write_accel
 from racdeploy.export.onnx.choice import check_exporter, choose
-from racdeploy.export.onnx.file import data_name, load_graph, read_array, write_model
-from racdeploy.export.onnx.layouts import layouts
-from racdeploy.export.onnx.measurement import TENSORS_KEY, StoredArrays, measure, read_tensors
-from racdeploy.export.onnx.packing import (
-    UNPACK,
-    GraphPacker,
-    Packer,
-    check_size,
-    packer_of,
-    prove_folding,
-)
+from racdeploy.export.onnx.layouts import layouts, name_graph
+from racdeploy.export.onnx.measurement import measure
 from racdeploy.export.onnx.weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
-from racdeploy.packing.raconnx import sidecar_name
+from racdeploy.packing.onnx.file import load_graph, write_model
+from racdeploy.packing.onnx.packer import PACKING_PREFIX, Packer, data_name
+from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tensors, read_tensors
 from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
 
 __all__ = [
@@ -72,20 +62,13 @@ NEEDS = {
 }
 OPTIONS = ("exporter",)
 
-_NAMES = {
-    "f32": "model.onnx",
-    "f16": "model_fp16.onnx",
-    "matmulnbits_8": "model_quantized.onnx",
-    "matmulnbits_4": "model_q4.onnx",
-    "k_quant": "model_q4.onnx",
-}
 _VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 _OWN_KEYS = ("racdeploy.", "general.")
 
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
     """Return the graph's place in a bundle: transformers.js knows it by its number format."""
-    return PurePosixPath("onnx") / _NAMES[quant]
+    return PurePosixPath("onnx") / name_graph(quant)
 
 
 def is_linear(family: Family, name: str) -> bool:
@@ -135,71 +118,66 @@ def export(
         raise UsageError(
             f"metadata key {foreign[0]!r} is the exporter's; give racdeploy.* or general.* keys"
         )
+    chosen_packing = packings.load_onnx(packing)
     _check_space(checkpoint, out, quant)
-    check_size(packing, sum(math.prod(entry.shape) for entry in checkpoint.entries.values()))
+    chosen_packing.GraphPacker.check_size(_count_weights(checkpoint))
+
     chosen = choose(checkpoint, exporter)
     plan = plan_tensors(checkpoint, chosen.graph, quant, _VOCABULARY)
     properties = {"general.name": checkpoint.folder.resolve().name}
     if checkpoint.license:
         properties["general.license"] = checkpoint.license
     properties |= {key: str(value) for key, value in (metadata or {}).items()}
-    notes, unpacked_sha256 = [chosen.note], ""
+
     with (
         disk_errors(out),
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name,
     ):
-        scratch, model = Path(name), wire(chosen.graph, plan)
-        packer = packer_of(packing, model, scratch, out.name)
+        scratch = Path(name)
+        model = wire(chosen.graph, [tensor.graph for tensor in plan])
+        packer = chosen_packing.GraphPacker(model, scratch / out.name)
+        stored_packing = "plain" if chosen_packing.BESIDE_PLAIN else packing
         tensors: list[ExportedTensor] = []
-        arrays = _encode_all(checkpoint, plan, packer, tensors, progress)
-        every = chain(chosen.graph.constants.items(), arrays)
-        write_model(
-            model,
-            every,
-            scratch,
-            out.name,
-            lambda: properties | {TENSORS_KEY: _listed(plan, tensors)},
-        )
-        if packing == "bitmask_op":
-            reasons = refusals(plan, tensors)
-            notes.append(
-                write_accel(
-                    scratch / out.name, reasons, {tensor.name: tensor.zeros for tensor in tensors}
+
+        def list_properties() -> dict[str, str]:
+            listed = [
+                replace(
+                    planned.graph, packing=stored_packing if tensor.packing == packing else "plain"
                 )
-            )
-            tensors = [
-                replace(tensor, packing="plain" if reason else packing, packing_reason=reason)
-                for tensor, reason in zip(tensors, reasons.values(), strict=True)
+                for planned, tensor in zip(plan, tensors, strict=True)
             ]
-        elif packing != "plain":
+            return properties | {TENSORS_KEY: list_tensors(listed)}
+
+        arrays = _encode_all(checkpoint, plan, packing, packer, tensors, progress)
+        every = chain(chosen.graph.constants.items(), arrays)
+        write_model(model, every, scratch, out.name, list_properties)
+        notes = [chosen.note, *packer.complete()]
+        unpacked_sha256 = ""
+        if stored_packing != "plain":
             unpacked_sha256 = _unpacked_sha256(scratch / out.name)
-        if isinstance(packer, GraphPacker):
-            prove_folding(scratch / out.name, packer.expected)
-            notes.append(
-                f"onnxruntime folds all {len(packer.expected)} packed tensors into the plain weights"
-            )
         files = _move_in(scratch, out)
-    opened = [name for name in files if not name.startswith(accel_name(out.name))]
-    size_bytes = sum((out.parent / name).stat().st_size for name in opened)
+
+    unread = packer.files_beside(out.name) if chosen_packing.BESIDE_PLAIN else ()
+    read = [out.parent / name for name in files if name not in unread]
+    size_bytes = sum(file.stat().st_size for file in read)
     return ExportResult(out, tuple(tensors), size_bytes, files, tuple(notes), unpacked_sha256)
 
 
-def _listed(plan: list[PlannedTensor], tensors: list[ExportedTensor]) -> str:
-    rows = zip(plan, tensors, strict=True)
-    return json.dumps(
-        [replace(planned, packing=tensor.packing).to_json() for planned, tensor in rows]
-    )
+def _count_weights(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
 
 
 def _encode_all(
     checkpoint: Checkpoint,
     plan: list[PlannedTensor],
+    packing: str,
     packer: Packer,
     tensors: list[ExportedTensor],
     progress: Progress | None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield every array of the file, and describe each tensor in ``tensors`` as it goes by."""
-    total, done = sum(math.prod(tensor.shape) for tensor in plan), 0
+    total, done = sum(math.prod(tensor.graph.shape) for tensor in plan), 0
+    plain = packings.load_onnx("plain").GraphPacker(packer.model, packer.file)
 
     def advance(weights: int) -> None:
         nonlocal done
@@ -207,22 +185,25 @@ def _encode_all(
         if progress is not None:
             progress(done, total)
 
-    for tensor in plan:
+    for planned in plan:
+        tensor = planned.graph
         arrays, zero_count = encode(checkpoint, tensor, advance)
         zeros = zero_count / math.prod(tensor.shape)
         reason = packer.refusal(tensor, zeros)
-        size_bytes = 0
-        for key, values in arrays.items() if reason else packer.store(tensor, arrays):
-            size_bytes += (
-                0 if key.startswith(UNPACK) else values.nbytes
-            )  # what all tensors share is no one's
-            yield key, values
-        real = tensor.quant_asked, tensor.quant_real, tensor.reason
-        size_bytes += packer.outside.get(tensor.name, 0)
-        packing = "plain" if reason else packer.packing
+        chosen = plain if reason else packer
+        yield from chosen.store(tensor, arrays, zeros)
         tensors.append(
             ExportedTensor(
-                tensor.name, tensor.name, tensor.shape, *real, zeros, size_bytes, packing, reason
+                tensor.name,
+                tensor.name,
+                tensor.shape,
+                planned.quant_asked,
+                tensor.quant,
+                planned.reason,
+                zeros,
+                chosen.sizes[tensor.name],
+                "plain" if reason else packing,
+                reason,
             )
         )
     packer.finish()
@@ -234,10 +215,19 @@ def _unpacked_sha256(packed: Path) -> str:
         return file_sha256(_write_plain(packed, Path(scratch), packed.name))
 
 
+def files_beside(name: str) -> list[str]:
+    """Return the names of the files that may lie beside a graph of that name."""
+    packed = [
+        beside
+        for packing in packings.names("onnx")
+        for beside in packings.load_onnx(packing).GraphPacker.files_beside(name)
+    ]
+    return [data_name(name), *packed]
+
+
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its place, the graph last, and return the hashes of its files."""
-    accel = accel_name(out.name)
-    for stale in (data_name(out.name), sidecar_name(out.name), accel, data_name(accel)):
+    for stale in files_beside(out.name):
         (out.parent / stale).unlink(missing_ok=True)
     names = sorted(
         (file.name for file in scratch.iterdir()), key=lambda name: (name == out.name, name)
@@ -249,7 +239,7 @@ def _move_in(scratch: Path, out: Path) -> dict[str, str]:
 
 def _check_space(checkpoint: Checkpoint, out: Path, quant: str) -> None:
     """Ask for the float32 graph in the temporary folder and the artifact beside it."""
-    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    weights = _count_weights(checkpoint)
     artifact_bytes = round(quants.load(quant).BITS * weights / 8)
 
     require_space(out.parent, artifact_bytes, "choose another place with --out")
@@ -288,7 +278,7 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
     model = load_graph(packed)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     tensors = read_tensors(properties, packed)
-    if any(tensor.packing == "bitmask_op" for tensor in tensors):
+    if any(packings.load(tensor.packing).BESIDE_PLAIN for tensor in tensors):
         raise UsageError(
             f"{packed} is for racdeploy's operator",
             remedy="its plain graph lies beside it, without .accel in its name",
@@ -297,20 +287,15 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
         raise UsageError(
             f"nothing in {packed} is packed", remedy="racdeploy inspect shows what is in it"
         )
+
     stored = StoredArrays(model, packed)
-    named = {name for tensor in tensors for name in stored.names(tensor)}
-    constants = [
-        (key, read_array(value, packed.parent))
-        for key, value in stored.left.items()
-        if key not in named
-    ]
-    nodes = [node for node in model.graph.node if not node.name.startswith(UNPACK)]
+    constants = stored.constants(tensors)
+    nodes = [node for node in model.graph.node if not node.name.startswith(PACKING_PREFIX)]
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
+
     arrays = (item for tensor in tensors for item in stored.take(tensor)[0].items())
-    properties[TENSORS_KEY] = json.dumps(
-        [replace(tensor, packing="plain").to_json() for tensor in tensors]
-    )
+    properties[TENSORS_KEY] = list_tensors([replace(tensor, packing="plain") for tensor in tensors])
     write_model(model, chain(constants, arrays), folder, name, lambda: properties)
     return folder / name
 
@@ -322,14 +307,8 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the graph."""
-    name = PurePosixPath(entry.path).name
-    unpacking = [
-        f"Other programs read the plain graph: `racdeploy unpack {entry.path}`; give what it writes the name {name} "
-        f"in a copy of this folder, without {sidecar_name(name)}.",
-        "",
-    ]
     return [
-        *(unpacking if entry.packing == "bitmask_sidecar" else []),
+        *packings.load(entry.packing).usage(entry.path),
         '- optimum: `ORTModelForCausalLM.from_pretrained(".")`',
         '- onnxruntime-genai: `onnxruntime_genai.Model(".")`',
         "- transformers.js, in Node or in a browser: `AutoModelForCausalLM.from_pretrained(…)`",

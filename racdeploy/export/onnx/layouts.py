@@ -3,7 +3,7 @@
 ``config.json`` tells optimum and transformers.js about the model; for transformers.js it also names number format and
 external data. ``genai_config.json`` describes the graph to onnxruntime-genai: its inputs, and whether past
 and present may be one buffer.
-Source: transformers.js 4.3 (``getSession``), onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
+Source: transformers.js 4.3 (``getSession``, ``dtypes.js``), onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
 """
 
 from __future__ import annotations
@@ -14,17 +14,27 @@ from typing import Any
 
 import onnx
 
+from racdeploy import quant as quants
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 
-# What transformers.js calls the number format of a file, by its name.
-DTYPES = {
-    "model.onnx": "fp32",
-    "model_fp16.onnx": "fp16",
-    "model_quantized.onnx": "q8",
-    "model_q4.onnx": "q4",
+# The end of a file's name by its number format, as transformers.js has them.
+_NAME_ENDS = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "uint8": "_uint8",
+    "q8": "_quantized",
+    "q4": "_q4",
+    "q4f16": "_q4f16",
+    "bnb4": "_bnb4",
 }
 _SHARED_CACHE = "GroupQueryAttention"
+
+
+def name_graph(quant: str) -> str:
+    """Return the name under which transformers.js looks for a graph in a number format."""
+    return f"model{_NAME_ENDS[quants.load_onnx(quant).JS_DTYPE]}.onnx"
 
 
 def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
@@ -58,7 +68,9 @@ def layouts(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[st
 def _transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
     main = PurePosixPath(entry.path).name
     external = any(name.endswith(f"{main}_data") for name in entry.files)
-    return {"dtype": DTYPES[main]} | ({"use_external_data_format": {main: 1}} if external else {})
+    return {"dtype": quants.load_onnx(entry.quant).JS_DTYPE} | (
+        {"use_external_data_format": {main: 1}} if external else {}
+    )
 
 
 def _genai(

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from racdeploy.engines.transformers.torch_model import load_model
-from racdeploy.export.onnx.file import read_array
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.onnx.file import read_array
 
 _PREFILL, _DECODE = 24, 8
 

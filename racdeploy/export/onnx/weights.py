@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper
 
 from racdeploy import quant as quants
 from racdeploy.export.onnx.graph import Graph
 from racdeploy.models.checkpoint import Checkpoint, widen
-from racdeploy.quant.matmulnbits import BLOCK, Blocks
+from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
+from racdeploy.packing.onnx.tensors import GraphTensor, split_arrays
+from racdeploy.quant.matmulnbits import BLOCK
 
-PREFIX = "racdeploy/"
 _FALLBACK = "f16"
 _WIDE = "matmulnbits_8"
 _SLAB_WEIGHTS = 4_194_304
@@ -31,51 +31,19 @@ _ACCURACY_LEVEL = (
 )
 
 
-class _BlockQuant(quants.Quant, Protocol):
-    def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> Blocks: ...
-
-
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor to write.
 
     Args:
-        name: in the checkpoint and in the file.
-        shape: as in the checkpoint.
+        graph: what the file says of it.
         quant_asked: number format asked for.
-        quant_real: number format it gets.
-        reason: why the two differ, or empty.
-        looked_up: whether a Gather reads it, so that rows stay together.
-        packing: how it is stored.
+        reason: why it is another one, or empty.
     """
 
-    name: str
-    shape: tuple[int, ...]
+    graph: GraphTensor
     quant_asked: str
-    quant_real: str
     reason: str
-    looked_up: bool
-    packing: str = "plain"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a reader of the file must know."""
-        values = {
-            "name": self.name,
-            "shape": self.shape,
-            "quant": self.quant_real,
-            "looked_up": self.looked_up,
-        }
-        return values | ({} if self.packing == "plain" else {"packing": self.packing})
-
-    @property
-    def turned(self) -> bool:
-        """Whether it is stored inputs first."""
-        return len(self.shape) == 2 and not self.looked_up and not is_blocks(self.quant_real)
-
-
-def is_blocks(quant: str) -> bool:
-    """Return whether a number format is one of MatMulNBits."""
-    return hasattr(quants.load(quant), "blocks")
 
 
 def plan_tensors(
@@ -93,9 +61,8 @@ def plan_tensors(
     for name, entry in checkpoint.entries.items():
         if name in graph.linears | graph.embeddings | graph.vectors:
             real, reason = _choose(name, entry.shape, quant, name in dense)
-            plan.append(
-                PlannedTensor(name, entry.shape, quant, real, reason, name in graph.embeddings)
-            )
+            tensor = GraphTensor(name, entry.shape, real, looked_up=name in graph.embeddings)
+            plan.append(PlannedTensor(tensor, quant, reason))
     return plan
 
 
@@ -103,7 +70,7 @@ def _choose(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple
     if len(shape) == 1:
         return "f32", "" if quant == "f32" else "vectors are stored in f32"
     chosen, reason = quant, ""
-    if dense and is_blocks(quant) and quant != _WIDE:
+    if dense and quants.is_blocks(quant) and quant != _WIDE:
         chosen, reason = _WIDE, "embedding and output keep 8 bits"
     if why := quants.fits(quants.load(chosen), shape[1]):
         return _FALLBACK, "; ".join(filter(None, [reason, why]))
@@ -111,14 +78,14 @@ def _choose(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple
 
 
 def encode(
-    checkpoint: Checkpoint, tensor: PlannedTensor, advance: Callable[[int], None]
-) -> tuple[dict[str, NDArray[Any]], int]:
+    checkpoint: Checkpoint, tensor: GraphTensor, advance: Callable[[int], None]
+) -> tuple[Arrays, int]:
     """Return the arrays of a tensor, by their name in the file, and how many of its weights are zero.
 
     Raises:
         ModelError: a weight is not finite, or too large for the number format.
     """
-    quant = quants.load(tensor.quant_real)
+    quant = quants.load(tensor.quant)
     raw_OI = checkpoint.read_raw(tensor.name)
     raw_OI = raw_OI.reshape(1, -1) if raw_OI.ndim == 1 else raw_OI
     O, I = raw_OI.shape
@@ -127,60 +94,16 @@ def encode(
         weight_OI = widen(raw_OI[start : start + step])
         packed_OP = quant.quantize(weight_OI)
         stored_OI = quant.dequantize(packed_OP, I)
-        quants.check_finite(tensor.name, tensor.quant_real, weight_OI, stored_OI, wider="f32")
+        quants.check_finite(tensor.name, tensor.quant, weight_OI, stored_OI, wider="f32")
         zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
         parts.append(packed_OP)
         advance(weight_OI.size)
-    return arrays_of(tensor, np.concatenate(parts) if len(parts) > 1 else parts[0]), zeros
+    return split_arrays(tensor, np.concatenate(parts) if len(parts) > 1 else parts[0]), zeros
 
 
-def arrays_of(tensor: PlannedTensor, packed_OP: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of packed rows, by their name in the file."""
-    if is_blocks(tensor.quant_real):
-        quant = cast(_BlockQuant, quants.load(tensor.quant_real))
-        return _block_arrays(tensor, quant.blocks(packed_OP, tensor.shape[1]))
-    values = packed_OP.view("<f4" if tensor.quant_real == "f32" else "<f2").reshape(tensor.shape)
-    return {tensor.name: np.ascontiguousarray(values.T) if tensor.turned else values}
-
-
-def _block_arrays(tensor: PlannedTensor, blocks: Blocks) -> dict[str, NDArray[Any]]:
-    O, _ = tensor.shape
-    code_OP = blocks.code_OP
-    codes = code_OP if tensor.looked_up else code_OP.reshape(O, tensor.shape[1] // BLOCK, -1)
-    arrays: dict[str, NDArray[Any]] = {
-        tensor.name: np.ascontiguousarray(codes),
-        f"{tensor.name}.scales": blocks.scale_OG.astype(np.float32),
-    }
-    if blocks.zero_OP is not None:
-        arrays[f"{tensor.name}.zero_points"] = blocks.zero_OP
-    return arrays
-
-
-def rows_of(tensor: PlannedTensor, arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Return the packed rows whose arrays those are: the way back of :func:`arrays_of`.
-
-    Raises:
-        KeyError: an array is missing.
-        ValueError: they do not fit each other, or a scale is no number of half precision.
-    """
-    main = arrays[tensor.name]
-    if not is_blocks(tensor.quant_real):
-        values = np.ascontiguousarray(main.T if tensor.turned else main)
-        return values.reshape(1 if values.ndim == 1 else len(values), -1).view(np.uint8)
-    scale_OG = arrays[f"{tensor.name}.scales"]
-    with np.errstate(over="ignore"):
-        half_OG = scale_OG.astype("<f2")
-    if not np.array_equal(half_OG.astype(np.float32), scale_OG, equal_nan=True):
-        raise ValueError("a scale is no number of half precision")
-    scale_OP = np.ascontiguousarray(half_OG).view(np.uint8)
-    zeros = arrays.get(f"{tensor.name}.zero_points")
-    parts = [main.reshape(len(main), -1), scale_OP, *([] if zeros is None else [zeros])]
-    return np.concatenate(parts, axis=1)
-
-
-def wire(graph: Graph, plan: list[PlannedTensor]) -> onnx.ModelProto:
+def wire(graph: Graph, tensors: list[GraphTensor]) -> onnx.ModelProto:
     """Return the graph with every weight read from the arrays that :func:`encode` makes."""
-    tensors = {tensor.name: tensor for tensor in plan}
+    by_name = {tensor.name: tensor for tensor in tensors}
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     first: dict[
@@ -189,9 +112,9 @@ def wire(graph: Graph, plan: list[PlannedTensor]) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in graph.linears:
-            nodes += _linear(node, tensors[node.input[1]], first)
+            nodes += _linear(node, by_name[node.input[1]], first)
         elif node.op_type == "Gather" and node.input[0] in graph.embeddings:
-            nodes += _lookup(node, tensors[node.input[0]], first)
+            nodes += _lookup(node, by_name[node.input[0]], first)
         else:
             nodes.append(node)
     every = [*first.values(), *nodes]
@@ -203,23 +126,23 @@ def wire(graph: Graph, plan: list[PlannedTensor]) -> onnx.ModelProto:
 
 
 def _linear(
-    node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.NodeProto]
+    node: onnx.NodeProto, tensor: GraphTensor, first: dict[str, onnx.NodeProto]
 ) -> Iterator[onnx.NodeProto]:
     O, I = tensor.shape
-    if is_blocks(tensor.quant_real):
+    if tensor.is_blocks:
         codes = tensor.name
         if tensor.looked_up:  # one table for both: the lookup takes two axes, the product three
             shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [3], [O, I // BLOCK, BLOCK])
             axes = _shared(first, "Constant", [], f"{tensor.name}.axes", value=shape)
             codes = _shared(first, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
         inputs = [node.input[0], codes, f"{tensor.name}.scales"]
-        if tensor.quant_real == "k_quant":
+        quant = quants.load_blocks(tensor.quant)
+        if quant.ZERO_POINTS:
             inputs.append(f"{tensor.name}.zero_points")
-        bits = 8 if tensor.quant_real == _WIDE else 4
         attributes: dict[str, Any] = {
             "K": I,
             "N": O,
-            "bits": bits,
+            "bits": quant.CODE_BITS,
             "block_size": BLOCK,
             "accuracy_level": _ACCURACY_LEVEL,
         }
@@ -233,7 +156,7 @@ def _linear(
         )
         return
     weight = tensor.name
-    if tensor.quant_real != "f32":
+    if tensor.quant != "f32":
         weight = _shared(first, "Cast", [weight], f"{tensor.name}.f32", to=onnx.TensorProto.FLOAT)
     if tensor.looked_up:
         weight = _shared(first, "Transpose", [weight], f"{tensor.name}.turned", perm=[1, 0])
@@ -241,13 +164,13 @@ def _linear(
 
 
 def _lookup(
-    node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.NodeProto]
+    node: onnx.NodeProto, tensor: GraphTensor, first: dict[str, onnx.NodeProto]
 ) -> Iterator[onnx.NodeProto]:
     indices = node.input[1]
-    if is_blocks(tensor.quant_real):
+    if tensor.is_blocks:
         yield from _lookup_blocks(node, tensor, first)
         return
-    if tensor.quant_real == "f32":
+    if tensor.quant == "f32":
         yield helper.make_node(
             "Gather", [tensor.name, indices], list(node.output), node.name, axis=0
         )
@@ -257,22 +180,22 @@ def _lookup(
     )
     yield helper.make_node("Gather", [tensor.name, indices], [narrow], node.name, axis=0)
     yield helper.make_node(
-        "Cast", [narrow], list(node.output), PREFIX + narrow, to=onnx.TensorProto.FLOAT
+        "Cast", [narrow], list(node.output), NODE_PREFIX + narrow, to=onnx.TensorProto.FLOAT
     )
 
 
 def _lookup_blocks(
-    node: onnx.NodeProto, tensor: PlannedTensor, first: dict[str, onnx.NodeProto]
+    node: onnx.NodeProto, tensor: GraphTensor, first: dict[str, onnx.NodeProto]
 ) -> Iterator[onnx.NodeProto]:
     """Look rows of 8-bit codes up and scale them, in plain operators: browsers lack GatherBlockQuantized."""
-    assert tensor.quant_real == _WIDE, "an embedding keeps at least 8 bits"
+    assert tensor.quant == _WIDE, "an embedding keeps at least 8 bits"
     steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Gather", [tensor.name, node.input[1]], "codes", {"axis": 0}),
         ("Cast", ["codes"], "wide", {"to": onnx.TensorProto.FLOAT}),
         ("Reshape", ["wide", _integers(first, [0, 0, -1, BLOCK])], "coded", {}),
         (
             "Sub",
-            ["coded", _shared(first, "Constant", [], f"{PREFIX}zero_code", value_float=128.0)],
+            ["coded", _shared(first, "Constant", [], f"{NODE_PREFIX}zero_code", value_float=128.0)],
             "whole",
             {},
         ),
@@ -281,7 +204,7 @@ def _lookup_blocks(
         ("Mul", ["whole", "scales"], "blocks", {}),
         ("Reshape", ["blocks", _integers(first, [0, 0, tensor.shape[1]])], "rows", {}),
     ]
-    names = {output: f"{PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps} | {
+    names = {output: f"{NODE_PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps} | {
         "rows": node.output[0]
     }
     for op, inputs, output, attributes in steps:
@@ -289,14 +212,18 @@ def _lookup_blocks(
             op,
             [names.get(name, name) for name in inputs],
             [names[output]],
-            PREFIX + names[output],
+            NODE_PREFIX + names[output],
             **attributes,
         )
 
 
 def _integers(first: dict[str, onnx.NodeProto], values: list[int]) -> str:
     return _shared(
-        first, "Constant", [], f"{PREFIX}integers.{'_'.join(map(str, values))}", value_ints=values
+        first,
+        "Constant",
+        [],
+        f"{NODE_PREFIX}integers.{'_'.join(map(str, values))}",
+        value_ints=values,
     )
 
 
@@ -304,5 +231,5 @@ def _shared(
     first: dict[str, onnx.NodeProto], op: str, inputs: list[str], output: str, **attributes: Any
 ) -> str:
     if output not in first:
-        first[output] = helper.make_node(op, inputs, [output], PREFIX + output, **attributes)
+        first[output] = helper.make_node(op, inputs, [output], NODE_PREFIX + output, **attributes)
     return output

@@ -1,57 +1,154 @@
 """Bitmask: one bit a weight says which codes are not zero, and only those are stored; four-bit codes go in words.
 
-The form of the bytes is in docs/racgguf.md, the number formats in ``_layouts.py``. What is unpacked is the same
+The form of the bytes is in docs/racgguf.md, the number formats in ``packing/layouts.py``. What is unpacked is the same
 bytes for any input: negative zeros, scales of blocks of zeros and codes of any value.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import quant as quants
+from racdeploy.packing import racgguf
+from racdeploy.packing.buckets import Table
 from racdeploy.packing.chunks import (
-    Taker,
-    blocks_of,
+    CHUNK_WEIGHTS,
+    LEAST_WORD_WEIGHTS,
     fit_table,
     pack_chunk,
     read_table,
-    refusal,
     tally,
     unpack_chunk,
 )
+from racdeploy.packing.codes import refuse_mask
 from racdeploy.packing.layouts import LAYOUTS
+from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor, read_pieces
+from racdeploy.storage.gguf_header import Header, TensorInfo
 
 FORMATS = ("gguf",)
 REQUIRES_ZEROS = True
+BESIDE_PLAIN = False
+SUFFIX = racgguf.SUFFIX
+_NAME = __name__.rpartition(".")[2]
+_K_QUANTS = range(10, 16)
 
 
-def fits(quant: Any, zeros_fraction: float) -> str:
+def fits(quant: str, zeros_fraction: float) -> str:
     """Return why a tensor of that number format and share of zeros is better stored plain, or an empty string."""
-    return refusal(quant.GGML_TYPE, zeros_fraction)
+    return _refuse(quants.load_ggml(quant).GGML_TYPE, zeros_fraction)
 
 
-def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the table, where the number format has one, and the records of all chunks, one after another."""
-    layout = LAYOUTS[quant.GGML_TYPE]
-    plain = np.ascontiguousarray(packed_OP).reshape(-1)
-    table = fit_table(layout, tally(layout, plain))
-    records = [
-        pack_chunk(layout, chunk, index, table)
-        for index, chunk in enumerate(blocks_of(layout, plain))
-    ]
-    return np.frombuffer(b"".join([table.stored if table else b"", *records]), dtype=np.uint8)
+def usage(path: str) -> list[str]:
+    """Return how other programs come to the plain file."""
+    return [f"Unpack it for other programs: `racdeploy unpack {path}`", ""]
 
 
-def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-    """Return the packed rows.
+def pack_file(plain: Path, out: Path) -> tuple[PackedTensor, ...]:
+    """Write a container that unpacks to ``plain``; see :func:`racdeploy.packing.racgguf.pack`."""
+    return racgguf.pack(plain, out, _NAME, TensorPacker)
+
+
+class TensorPacker:
+    """Packs the tensors of a file, after it has counted the codes of all of them.
+
+    Tensors of one number format with about as many zeros share a table: it is built once to unpack them, and a tensor
+    of its own has hardly a better one.
+    """
+
+    def __init__(self, header: Header, source: BinaryIO) -> None:
+        self._source = source
+        self._tallies: dict[str, NDArray[np.int64]] = {}
+        self._tables: dict[str, Table | None] = {}
+
+        alike: dict[tuple[int, int], list[str]] = {}
+        for tensor in header.tensors:
+            if tensor.ggml_type in LAYOUTS:
+                tallied = self._tally(tensor)
+                self._tallies[tensor.name] = tallied
+                kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
+                alike.setdefault(kind, []).append(tensor.name)
+
+        for (ggml_type, _), names in alike.items():
+            together = np.sum([self._tallies[name] for name in names], axis=0)
+            self._tables |= dict.fromkeys(names, fit_table(LAYOUTS[ggml_type], together))
+
+    def refusal(self, tensor: TensorInfo) -> str:
+        """Return why a tensor is better stored plain, or an empty string."""
+        tallied = self._tallies.get(tensor.name)
+        if tallied is None:
+            return _refuse(tensor.ggml_type, 0.0)
+        weights = int(tallied.sum())
+        if LAYOUTS[tensor.ggml_type].in_words and weights < LEAST_WORD_WEIGHTS:
+            return f"its {weights} weights do not pay for a table"
+        return _refuse(tensor.ggml_type, _share_zeros(tallied))
+
+    def pack(self, tensor: TensorInfo) -> Iterator[bytes]:
+        """Yield the table, where the number format has one, and the records of all chunks."""
+        table = self._tables[tensor.name]
+        if table:
+            yield table.stored
+        for index, chunk in enumerate(self._chunks(tensor)):
+            yield pack_chunk(LAYOUTS[tensor.ggml_type], chunk, index, table)
+
+    def _tally(self, tensor: TensorInfo) -> NDArray[np.int64]:
+        layout = LAYOUTS[tensor.ggml_type]
+        return np.asarray(np.sum([tally(layout, chunk) for chunk in self._chunks(tensor)], axis=0))
+
+    def _chunks(self, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+        layout = LAYOUTS[tensor.ggml_type]
+        return read_pieces(
+            tensor, self._source, CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
+        )
+
+
+def refuse_stored(tensor: StoredTensor) -> str:
+    """Return why a tensor cannot be a packed one; so the work of unpacking is bounded by the size of the file."""
+    layout = LAYOUTS.get(tensor.ggml_type)
+    if layout is None:
+        return f"is packed and of type {tensor.ggml_type}, which cannot be packed"
+
+    blocks = tensor.plain_bytes // layout.block_bytes
+    weights = blocks * layout.block_weights
+    least_bytes = 5 * blocks if layout.in_words else weights // 8
+    if tensor.stored_bytes < least_bytes:
+        return f"is stored in {tensor.stored_bytes} bytes, less than the {least_bytes} of its mask"
+    if layout.in_words and weights < LEAST_WORD_WEIGHTS:
+        return f"is packed and has {weights} weights, fewer than {LEAST_WORD_WEIGHTS}"
+    return ""
+
+
+def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor, whole blocks at a time.
 
     Raises:
-        ArtifactError: the records are damaged.
+        ArtifactError: its table or a chunk is damaged.
     """
-    layout, take = LAYOUTS[quant.GGML_TYPE], Taker(stored)
-    table, chunks = read_table(layout, take), []
-    while take.left:
-        chunks.append(unpack_chunk(layout, take, table))
-    return np.concatenate(chunks).reshape(rows, -1)
+    layout = LAYOUTS[tensor.ggml_type]
+    weights = tensor.plain_bytes // layout.block_bytes * layout.block_weights
+    table = read_table(layout, source.take)
+    while weights:
+        chunk = unpack_chunk(layout, source.take, table, min(weights, CHUNK_WEIGHTS))
+        weights -= chunk.size // layout.block_bytes * layout.block_weights
+        yield chunk
+
+
+def _share_zeros(tallied: NDArray[np.int64]) -> float:
+    return float(tallied[0] / tallied.sum())
+
+
+def _refuse(ggml_type: int, zeros_fraction: float) -> str:
+    layout = LAYOUTS.get(ggml_type)
+    if layout is not None:
+        bits = 8 * layout.block_bytes / layout.block_weights
+        return refuse_mask(zeros_fraction, sum(layout.widths), bits)
+
+    packed = ", ".join(layout.name for layout in LAYOUTS.values())
+    reason = f"bitmask knows the fields of {packed}, not of ggml type {ggml_type}"
+    if ggml_type in _K_QUANTS:
+        reason += ": its codes are spread over several fields of a block"
+    return reason

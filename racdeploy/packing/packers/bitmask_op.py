@@ -1,52 +1,88 @@
 """Bitmask for an operator of racdeploy's own: a second ONNX graph whose linears are multiplied as they are packed.
 
 The plain graph stays what every other program reads. The second one is smaller in the file and in memory, and faster
-where racdeploy's operator is built and the processor has the instructions for it; see docs/accel.md.
+where racdeploy's operator is built and the processor has the instructions for it; see docs/accel.md. How it is made:
+``packing/onnx/second_graph.py``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from racdeploy import quant as quants
+from racdeploy.packing.codes import refuse_mask
+from racdeploy.packing.onnx.packer import Arrays, Packer, data_name
+from racdeploy.packing.sparse_matrix import BLOCK, KINDS, accel_name
 
-from racdeploy.packing.sparse_matrix import SparseMatrix, join, kind_of, split
+if TYPE_CHECKING:
+    import onnx
+
+    from racdeploy.packing.onnx.tensors import GraphTensor
 
 FORMATS = ("onnx",)
 REQUIRES_ZEROS = True
-_LEAST_SAVING = 0.03
+BESIDE_PLAIN = True
+_NAME = __name__.rpartition(".")[2]
 
 
-def fits(quant: Any, zeros_fraction: float) -> str:
+def fits(quant: str, zeros_fraction: float) -> str:
     """Return why a tensor of that number format and share of zeros is better stored plain, or an empty string."""
-    kind = kind_of(quant)
+    kind = KINDS.get(quant)
     if kind is None:
         return "the operator knows f16, matmulnbits_8 and matmulnbits_4"
-    if zeros_fraction * kind.bits - 1 >= _LEAST_SAVING * quant.BITS:
-        return ""
-    return f"{zeros_fraction:.1%} zeros do not pay for a mask of one bit a weight"
+    return refuse_mask(zeros_fraction, kind.bits, quants.load(quant).BITS)
 
 
-def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the length of a row, the heads, the offsets, and the values of the rows."""
-    kind = kind_of(quant)
-    assert kind
-    matrix = split(kind, packed_OP)
-    I = np.array([round(packed_OP.shape[1] * 8 / quant.BITS)], dtype="<i8")
-    parts = I, matrix.heads_OP, matrix.offsets.astype("<i8"), matrix.values
-    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+def usage(path: str) -> list[str]:
+    """Return nothing: other programs read the plain graph."""
+    return []
 
 
-def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-    """Return the packed rows.
+class GraphPacker(Packer):
+    """Stores the plain graph, and makes the second one of it when it is written."""
 
-    Raises:
-        ValueError: the parts do not fit each other.
-    """
-    kind = kind_of(quant)
-    assert kind
-    I = int(stored[:8].copy().view("<i8")[0])
-    head_bytes = rows * -(-I // 256) * kind.head_bytes
-    heads, offsets, values = np.split(stored[8:], [head_bytes, head_bytes + 8 * (rows + 1)])
-    return join(kind, SparseMatrix(heads.reshape(rows, -1), values, offsets.copy().view("<i8")), I)
+    PARTS = (".heads", ".values", ".offsets")
+
+    def __init__(self, model: onnx.ModelProto, file: Path) -> None:
+        super().__init__(model, file)
+        self._zeros: dict[str, float] = {}
+
+    @classmethod
+    def files_beside(cls, name: str) -> tuple[str, ...]:
+        """Return the names of the second graph and its weights."""
+        accel = accel_name(name)
+        return accel, data_name(accel)
+
+    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
+        """Return why a tensor stays plain in the second graph, or an empty string."""
+        if tensor.looked_up:
+            return "a lookup reads single rows of it"
+        if len(tensor.shape) == 1:
+            return "the operator takes matrices"
+        if tensor.shape[1] % BLOCK:
+            return f"rows of {tensor.shape[1]} weights are no multiple of {BLOCK}"
+        return fits(tensor.quant, zeros)
+
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
+        """Yield the plain arrays, and remember the tensor for the second graph."""
+        self._zeros[tensor.name] = zeros
+        yield from super().store(tensor, arrays, zeros)
+
+    def complete(self) -> list[str]:
+        """Write the second graph beside the plain one."""
+        from racdeploy.packing.onnx.second_graph import write_second
+
+        return [write_second(self.file, _NAME, self._zeros)]
+
+    def read(
+        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
+    ) -> tuple[Arrays, int]:
+        """Return the plain arrays of a matrix."""
+        from racdeploy.packing.onnx.second_graph import check_form, join_matrix
+        from racdeploy.packing.onnx.tensors import split_arrays
+
+        check_form(self.model, self.file)
+        arrays, size_bytes = super().read(tensor, stored)
+        return split_arrays(tensor, join_matrix(tensor, arrays)), size_bytes

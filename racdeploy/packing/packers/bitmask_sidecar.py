@@ -5,47 +5,76 @@ Smaller than the graph's own packing, and without its price in memory; programs 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from racdeploy.packing import codes, raconnx
+from racdeploy.packing.onnx.packer import Arrays, Packer
 
-from racdeploy.packing.chunks import Taker, blocks_of, pack_chunk, unpack_chunk
-from racdeploy.packing.codes import codes_of, join_rows, refusal, split_rows
+if TYPE_CHECKING:
+    import onnx
+
+    from racdeploy.packing.onnx.tensors import GraphTensor
 
 FORMATS = ("onnx",)
 REQUIRES_ZEROS = True
+BESIDE_PLAIN = False
+fits = codes.refusal
 
 
-def fits(quant: Any, zeros_fraction: float) -> str:
-    """Return why a tensor of that number format and share of zeros is better stored plain, or an empty string."""
-    return refusal(quant, zeros_fraction)
+def usage(path: str) -> list[str]:
+    """Return how other programs come to the plain graph."""
+    name = PurePosixPath(path).name
+    return [
+        f"Other programs read the plain graph: `racdeploy unpack {path}`; give what it writes the name {name} "
+        f"in a copy of this folder, without {raconnx.sidecar_name(name)}.",
+        "",
+    ]
 
 
-def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the length of a row, the records of all chunks, and the bytes behind the codes of each row."""
-    codes = codes_of(quant)
-    assert codes
-    length, flat, rest = split_rows(codes, quant, packed_OP)
-    chunks = blocks_of(codes.layout, flat.view(np.uint8))
-    records = b"".join(pack_chunk(codes.layout, chunk, index) for index, chunk in enumerate(chunks))
-    return np.concatenate([length, np.frombuffer(records, dtype=np.uint8), rest])
+class GraphPacker(Packer):
+    """Stores codes and scales in a file beside the graph, and in the graph that they are elsewhere."""
 
+    @classmethod
+    def files_beside(cls, name: str) -> tuple[str, ...]:
+        """Return the name of the file that holds the packed weights."""
+        return (raconnx.sidecar_name(name),)
 
-def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-    """Return the packed rows.
+    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
+        """Return why a tensor stays plain, or an empty string."""
+        return fits(tensor.quant, zeros)
 
-    Raises:
-        ArtifactError: the records are damaged.
-    """
-    codes = codes_of(quant)
-    assert codes
-    take = Taker(stored)
-    I = int(take(8).view("<u8")[0])
-    plain = np.empty(rows * I * codes.dtype.itemsize, dtype=np.uint8)
-    done = 0
-    while done < plain.size:
-        chunk = unpack_chunk(codes.layout, take)
-        plain[done : done + chunk.size] = chunk
-        done += chunk.size
-    return join_rows(plain, take(take.left), rows)
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
+        """Yield nothing: the file beside the graph has the arrays."""
+        from onnx import TensorProto, helper
+
+        sizes = [self._writer.add(key, values) for key, values in arrays.items()]
+        self.sizes[tensor.name] = sum(sizes)
+        for key, values in arrays.items():
+            entry = self.model.graph.initializer.add(name=key)
+            entry.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+            entry.dims.extend(values.shape)
+            entry.data_location = TensorProto.EXTERNAL
+            entry.external_data.add(key="location", value=raconnx.PLACE)
+        yield from ()
+
+    def finish(self) -> None:
+        """Write the file."""
+        self._writer.close()
+
+    def read(
+        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
+    ) -> tuple[Arrays, int]:
+        """Return the arrays from the file beside the graph."""
+        arrays = {name: self._sidecar.read(name) for name in stored}
+        return arrays, sum(self._sidecar.header[name]["size_bytes"] for name in stored)
+
+    @cached_property
+    def _writer(self) -> raconnx.Writer:
+        return raconnx.Writer(self.file.with_name(raconnx.sidecar_name(self.file.name)))
+
+    @cached_property
+    def _sidecar(self) -> raconnx.Sidecar:
+        return raconnx.Sidecar.open(self.file)

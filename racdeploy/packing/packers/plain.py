@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.packing.onnx.packer import Packer
+from racdeploy.packing.racgguf import READ_BYTES, PackedTensor, Source, StoredTensor
+
 FORMATS = ("gguf", "onnx")
 REQUIRES_ZEROS = False
+BESIDE_PLAIN = False
+SUFFIX = ".gguf"
 
 
-def fits(quant: Any, zeros_fraction: float) -> str:
+class GraphPacker(Packer):
+    """Stores every array as it is, which is what a packer does of itself."""
+
+
+def fits(quant: str, zeros_fraction: float) -> str:
     """Return an empty string: any tensor can be stored plain."""
     return ""
 
 
-def pack(quant: Any, packed_OP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the packed rows one after another."""
-    return np.ascontiguousarray(packed_OP).reshape(-1)
+def usage(path: str) -> list[str]:
+    """Return nothing: every program reads the file."""
+    return []
 
 
-def unpack(quant: Any, stored: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-    """Return the packed rows."""
-    return stored.reshape(rows, -1)
+def pack_file(plain: Path, out: Path) -> tuple[PackedTensor, ...]:
+    """Move the file to its place."""
+    plain.replace(out)
+    return ()
+
+
+def refuse_stored(tensor: StoredTensor) -> str:
+    """Return an empty string: that its type is the plain one was compared."""
+    return ""
+
+
+def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor."""
+    while source.left:
+        yield source.take(min(source.left, READ_BYTES))

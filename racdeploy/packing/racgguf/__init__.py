@@ -4,7 +4,24 @@ Needs numpy alone, so that a device unpacks what it runs. Memory stays at one ch
 """
 
 from racdeploy.packing.racgguf.cache import unpacked
-from racdeploy.packing.racgguf.container import SUFFIX, Container, StoredTensor
-from racdeploy.packing.racgguf.writer import PackedTensor, pack
+from racdeploy.packing.racgguf.container import (
+    READ_BYTES,
+    SUFFIX,
+    Container,
+    Source,
+    StoredTensor,
+)
+from racdeploy.packing.racgguf.writer import PackedTensor, TensorPacker, pack, read_pieces
 
-__all__ = ["SUFFIX", "Container", "PackedTensor", "StoredTensor", "pack", "unpacked"]
+__all__ = [
+    "READ_BYTES",
+    "SUFFIX",
+    "Container",
+    "PackedTensor",
+    "Source",
+    "StoredTensor",
+    "TensorPacker",
+    "pack",
+    "read_pieces",
+    "unpacked",
+]

@@ -18,13 +18,13 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.chunks import CHUNK_WEIGHTS, LEAST_WORD_WEIGHTS, read_table, unpack_chunk
-from racdeploy.packing.layouts import LAYOUTS, Layout
 from racdeploy.storage.files import atomic_file, remove_leftovers, require_space
 from racdeploy.storage.gguf_header import (
     FIXED_BYTES,
     Header,
+    TensorInfo,
     Value,
     padded,
     read_header,
@@ -40,8 +40,9 @@ KEYS = (
     "racgguf.sha256",
     "racgguf.tensors",
 )
-PACKED_TYPE = 24  # I8
-_READ_BYTES = 1 << 18
+PACKED_TYPE = 24  # I8, which no tensor of a model has: other readers list the packed bytes under it
+PLAIN = "plain"
+READ_BYTES = 1 << 18
 _HEAP_BYTES = 16 << 20
 
 
@@ -53,7 +54,7 @@ class StoredTensor:
         name: in both files.
         dimensions: in the plain file, row length first.
         ggml_type: in the plain file.
-        packed: whether it is stored packed.
+        packing: how it is stored, ``plain`` or the container's.
         plain_bytes: size in the plain file.
         stored_bytes: size in the container.
         position: of its first stored byte.
@@ -62,7 +63,7 @@ class StoredTensor:
     name: str
     dimensions: tuple[int, ...]
     ggml_type: int
-    packed: bool
+    packing: str
     plain_bytes: int
     stored_bytes: int
     position: int
@@ -75,6 +76,7 @@ class Container:
     Args:
         path: the file.
         header: its own header.
+        packing: of the tensors that are not plain.
         tensors: in file order.
         size_bytes: of the plain file.
         sha256: of the plain file.
@@ -82,6 +84,7 @@ class Container:
 
     path: Path
     header: Header
+    packing: str
     tensors: tuple[StoredTensor, ...]
     size_bytes: int
     sha256: str
@@ -95,7 +98,7 @@ class Container:
         """
         header = read_header(path, (3,))
         try:
-            return _checked(path, header)
+            return _check(path, header)
         except ArtifactError as error:
             remedy = error.remedy or "copy it again, or pack it again"
             raise ArtifactError(f"{path}: {error.message}", remedy=remedy) from error
@@ -112,7 +115,7 @@ class Container:
             ArtifactError: its chunks are damaged.
         """
         with self.path.open("rb", buffering=0) as stream:
-            yield from _unpack(tensor, _Stored(stream))
+            yield from unpack_stored(tensor, Source(stream))
 
     def plain(self) -> Iterator[memoryview]:
         """Yield the bytes of the plain file, without checking their SHA-256.
@@ -127,12 +130,12 @@ class Container:
         yield memoryview(header)
         written = len(header)
         with self.path.open("rb", buffering=0) as stream:
-            stored = _Stored(stream)
+            stored = Source(stream)
             for tensor in self.tensors:
                 if gap := padded(written, alignment) - written:
                     yield memoryview(bytes(gap))
                 try:
-                    yield from (chunk.data for chunk in _unpack(tensor, stored))
+                    yield from (chunk.data for chunk in unpack_stored(tensor, stored))
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
                     raise ArtifactError(
@@ -198,13 +201,14 @@ def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment
     return bytes(infos)
 
 
-def _checked(path: Path, header: Header) -> Container:
+def _check(path: Path, header: Header) -> Container:
     values = header.values
     own = [key for key in values if key.startswith("racgguf.")]
     if not own:
         raise ArtifactError(
             "it is a plain GGUF file, no .racgguf container", remedy="use it as it is"
         )
+
     version = values.get(KEYS[0])
     if isinstance(version, int) and version != VERSION:
         remedy = "update racdeploy, or pack the plain file again with this one"
@@ -213,76 +217,68 @@ def _checked(path: Path, header: Header) -> Container:
         raise ArtifactError(
             "it is no .racgguf container: its five keys are not at the end of the metadata"
         )
+
     version, packing, size_bytes, sha256, recorded = (values[key] for key in KEYS)
-    if type(version) is not int or packing != "bitmask":
+    known = [name for name in packings.names("gguf") if packings.load_gguf(name).SUFFIX == SUFFIX]
+    if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
-            f"container version {version!r} with packing {packing!r}; known is {VERSION} with 'bitmask'"
+            f"container version {version!r} with packing {packing!r}; "
+            f"known is {VERSION} with {', '.join(map(repr, known))}"
         )
-    if (
-        type(size_bytes) is not int
-        or not isinstance(sha256, str)
-        or not re.fullmatch("[0-9a-f]{64}", sha256)
-    ):
+    if type(size_bytes) is not int or not _is_sha256(sha256):
         raise ArtifactError("its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
         raise ArtifactError("racgguf.tensors is no array of u64")
-    container = Container(path, header, _tensors(header, recorded), size_bytes, sha256)
+
+    tensors = _read_tensors(header, recorded.tolist(), packing)
+    container = Container(path, header, packing, tensors, size_bytes, str(sha256))
     _check_size(container)
     return container
 
 
-def _tensors(header: Header, recorded: NDArray[np.uint64]) -> tuple[StoredTensor, ...]:
-    tensors, rest = [], iter(recorded.tolist())
-    try:
-        for info in header.tensors:
-            ggml_type, count = next(rest), next(rest)
-            dimensions = tuple(next(rest) for _ in range(min(count, 5)))
-            tensors.append(
-                _stored(
-                    info.name, dimensions, ggml_type, info.ggml_type, info.size_bytes, info.position
-                )
-            )
-            if not tensors[-1].packed and dimensions != info.dimensions:
-                raise ArtifactError(f"the dimensions of {info.name!r} are not those recorded")
-    except (StopIteration, RuntimeError) as error:
-        raise ArtifactError("racgguf.tensors ends early") from error
-    if next(rest, None) is not None:
+def _is_sha256(value: Value) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[StoredTensor, ...]:
+    """Read of each tensor its plain type, the number of its dimensions, and these."""
+    tensors, place = [], 0
+    for info in header.tensors:
+        # One dimension more than a tensor can have is enough to refuse it.
+        count = min(recorded[place + 1], 5) if place + 1 < len(recorded) else 0
+        stop = place + 2 + count
+        if stop > len(recorded):
+            raise ArtifactError("racgguf.tensors ends early")
+
+        dimensions = tuple(recorded[place + 2 : stop])
+        tensor = _describe(info, dimensions, recorded[place], packing)
+        if tensor.packing == PLAIN and dimensions != info.dimensions:
+            raise ArtifactError(f"the dimensions of {info.name!r} are not those recorded")
+        tensors.append(tensor)
+        place = stop
+
+    if place != len(recorded):
         raise ArtifactError("racgguf.tensors records more tensors than there are")
     return tuple(tensors)
 
 
-def _stored(
-    name: str,
-    dimensions: tuple[int, ...],
-    ggml_type: int,
-    stored_type: int,
-    stored_bytes: int,
-    position: int,
+def _describe(
+    info: TensorInfo, dimensions: tuple[int, ...], ggml_type: int, packing: str
 ) -> StoredTensor:
     plain_bytes = tensor_bytes(dimensions, ggml_type)
-    packed = stored_type == PACKED_TYPE != ggml_type
-    if packed and ggml_type not in LAYOUTS:
-        raise ArtifactError(f"{name!r} is packed and of type {ggml_type}, which cannot be packed")
-    if not packed and stored_type != ggml_type:
-        raise ArtifactError(f"{name!r} has type {stored_type} and is recorded as {ggml_type}")
-    if packed:
-        _check_stored(name, LAYOUTS[ggml_type], plain_bytes, stored_bytes)
-    return StoredTensor(name, dimensions, ggml_type, packed, plain_bytes, stored_bytes, position)
-
-
-def _check_stored(name: str, layout: Layout, plain_bytes: int, stored_bytes: int) -> None:
-    """Refuse what cannot be a packed tensor; so the work of unpacking is bounded by the size of the file."""
-    blocks = plain_bytes // layout.block_bytes
-    weights = blocks * layout.block_weights
-    least_bytes = 5 * blocks if layout.in_words else weights // 8
-    if stored_bytes < least_bytes:
+    if info.ggml_type == ggml_type:
+        packing = PLAIN
+    elif info.ggml_type != PACKED_TYPE:
         raise ArtifactError(
-            f"{name!r} is stored in {stored_bytes} bytes, less than the {least_bytes} of its mask"
+            f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
         )
-    if layout.in_words and weights < LEAST_WORD_WEIGHTS:
-        raise ArtifactError(
-            f"{name!r} is packed and has {weights} weights, fewer than {LEAST_WORD_WEIGHTS}"
-        )
+
+    tensor = StoredTensor(
+        info.name, dimensions, ggml_type, packing, plain_bytes, info.size_bytes, info.position
+    )
+    if reason := packings.load_gguf(packing).refuse_stored(tensor):
+        raise ArtifactError(f"{info.name!r} {reason}")
+    return tensor
 
 
 def _check_size(container: Container) -> None:
@@ -296,24 +292,19 @@ def _check_size(container: Container) -> None:
         )
 
 
-def _unpack(tensor: StoredTensor, stored: _Stored) -> Iterator[NDArray[np.uint8]]:
-    stored.start(tensor)
-    if not tensor.packed:
-        while stored.left:
-            yield stored.take(min(stored.left, _READ_BYTES))
-        return
-    layout = LAYOUTS[tensor.ggml_type]
-    weights = tensor.plain_bytes // layout.block_bytes * layout.block_weights
-    table = read_table(layout, stored.take)
-    while weights:
-        chunk = unpack_chunk(layout, stored.take, table, min(weights, CHUNK_WEIGHTS))
-        weights -= chunk.size // layout.block_bytes * layout.block_weights
-        yield chunk
-    if stored.left:
-        raise ArtifactError(f"{stored.left} bytes follow the last chunk")
+def unpack_stored(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Yield the plain bytes of a tensor, as its packing restores them.
+
+    Raises:
+        ArtifactError: what is stored is damaged.
+    """
+    source.start(tensor.position, tensor.stored_bytes)
+    yield from packings.load_gguf(tensor.packing).unpack_tensor(tensor, source)
+    if source.left:
+        raise ArtifactError(f"{source.left} bytes follow the last chunk")
 
 
-class _Stored:
+class Source:
     """The stored bytes of a tensor, read ahead; ``left`` counts those not taken yet."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -322,10 +313,12 @@ class _Stored:
         self._ahead = np.empty(0, dtype=np.uint8)
         self._taken = 0  # of those ahead
 
-    def start(self, tensor: StoredTensor) -> None:
-        """Go to the first byte of a tensor."""
-        self._stream.seek(tensor.position)
-        self._ahead, self._taken, self.left = self._ahead[:0], 0, tensor.stored_bytes
+    def start(self, position: int, size_bytes: int) -> None:
+        """Go to the first of the bytes of a tensor."""
+        self._stream.seek(position)
+        self._ahead = self._ahead[:0]
+        self._taken = 0
+        self.left = size_bytes
 
     def take(self, count: int) -> NDArray[np.uint8]:
         """Return that many further bytes.
@@ -344,7 +337,7 @@ class _Stored:
 
     def _read(self, count: int) -> None:
         rest = self._ahead[self._taken :]
-        wanted = max(count, min(self.left, _READ_BYTES)) - rest.size
+        wanted = max(count, min(self.left, READ_BYTES)) - rest.size
         read = np.frombuffer(self._stream.read(wanted), dtype=np.uint8)
         if read.size < wanted:
             raise ArtifactError("the file ends early")

@@ -1,7 +1,7 @@
 """Pack a finished GGUF file into a .racgguf container, tensor by tensor.
 
-Every chunk is unpacked again as it is packed, and a tensor that would come back as other bytes stays plain; the
-finished container is unpacked as a whole before it takes its name.
+A tensor is unpacked again as soon as it is packed, and one that would come back as other bytes stays plain; the
+finished container is unpacked as a whole before it takes its name. How tensors are packed is the packing's affair.
 """
 
 from __future__ import annotations
@@ -9,39 +9,29 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.packing.buckets import Table
-from racdeploy.packing.chunks import (
-    CHUNK_WEIGHTS,
-    LEAST_WORD_WEIGHTS,
-    Taker,
-    fit_table,
-    pack_chunk,
-    refusal,
-    tally,
-    unpack_chunk,
-)
-from racdeploy.packing.layouts import LAYOUTS, Layout
 from racdeploy.packing.racgguf.container import (
     KEYS,
     PACKED_TYPE,
     SUFFIX,
     VERSION,
     Container,
+    Source,
+    StoredTensor,
     tensor_infos,
+    unpack_stored,
 )
 from racdeploy.storage.files import disk_errors, file_sha256
 from racdeploy.storage.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
 
-Progress = Callable[[int, int], None]
 _COPY_BYTES = 1 << 20
 
 
@@ -62,13 +52,29 @@ class PackedTensor:
     reason: str
 
 
-def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[PackedTensor, ...]:
+class TensorPacker(Protocol):
+    """What a packing makes of the tensors of one file, which it may read beforehand.
+
+    ``refusal`` returns why a tensor is better stored plain, or an empty string; ``pack`` yields its packed bytes.
+    """
+
+    def __init__(self, header: Header, source: BinaryIO) -> None: ...
+
+    def refusal(self, tensor: TensorInfo) -> str: ...
+
+    def pack(self, tensor: TensorInfo) -> Iterator[bytes]: ...
+
+
+def pack(
+    plain: Path, out: Path, packing: str, packer: type[TensorPacker]
+) -> tuple[PackedTensor, ...]:
     """Write a container that unpacks to ``plain``, byte for byte.
 
     Args:
         plain: a GGUF file.
         out: the file to write, ``*.racgguf``; replaced if it exists.
-        progress: called with the plain bytes packed so far and all of them.
+        packing: the plugin that unpacks what ``packer`` makes.
+        packer: packs single tensors.
 
     Raises:
         ArtifactError: ``plain`` is damaged, or is laid out as no writer known here does it.
@@ -82,12 +88,15 @@ def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[Pack
     header = read_header(plain, (3,))
     if any(key.startswith("racgguf.") for key in header.values):
         raise ArtifactError(f"{plain} is a container already")
+
     data, partial = (out.with_name(f".{out.name}.{kind}") for kind in ("data", "partial"))
     with disk_errors(out):
         try:
-            with plain.open("rb") as source, data.open("wb") as sink:
-                rows = _store_all(header, source, sink, progress)
-            _assemble(plain, header, rows, data, partial)
+            with plain.open("rb") as source, data.open("w+b") as sink:
+                store = _Store(packing, source, sink, header.alignment)
+                chosen = packer(header, source)
+                rows = [store.add(tensor, chosen) for tensor in header.tensors]
+            _assemble(plain, header, packing, rows, data, partial)
             _check(plain, partial)
             partial.replace(out)
         finally:
@@ -96,102 +105,10 @@ def pack(plain: Path, out: Path, progress: Progress | None = None) -> tuple[Pack
     return tuple(rows)
 
 
-def _store_all(
-    header: Header, source: BinaryIO, sink: BinaryIO, progress: Progress | None
-) -> list[PackedTensor]:
-    tallies = _tallies(header, source)
-    tables, rows = _tables(header, tallies), []
-    for tensor in header.tensors:
-        reason, table = _reason(tensor, tallies.get(tensor.name)), tables.get(tensor.name)
-        rows.append(_store(tensor, reason, table, source, sink, header.alignment))
-        if progress:
-            progress(tensor.position + tensor.size_bytes, header.size_bytes)
-    return rows
-
-
-def _tallies(header: Header, source: BinaryIO) -> dict[str, NDArray[np.int64]]:
-    """Return how often each code comes up, for every tensor whose number format can be packed."""
-    return {
-        tensor.name: np.sum(
-            [tally(layout, piece) for piece in _pieces(tensor, source, _chunk_bytes(layout))],
-            axis=0,
-        )
-        for tensor in header.tensors
-        if (layout := LAYOUTS.get(tensor.ggml_type))
-    }
-
-
-def _tables(header: Header, tallies: dict[str, NDArray[np.int64]]) -> dict[str, Table | None]:
-    """Return the table of each tensor; those of one number format with about as many zeros share it.
-
-    A shared table is built once to unpack them, and a tensor of its own has hardly a better one.
-    """
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for tensor in header.tensors:
-        if tensor.name in tallies:
-            kinds.setdefault(
-                (tensor.ggml_type, round(10 * _zeros(tallies[tensor.name]))), []
-            ).append(tensor.name)
-    tables: dict[str, Table | None] = {}
-    for (ggml_type, _), names in kinds.items():
-        table = fit_table(LAYOUTS[ggml_type], np.sum([tallies[name] for name in names], axis=0))
-        tables |= dict.fromkeys(names, table)
-    return tables
-
-
-def _zeros(tallied: NDArray[np.int64]) -> float:
-    return float(tallied[0] / tallied.sum())
-
-
-def _store(
-    tensor: TensorInfo,
-    reason: str,
-    table: Table | None,
-    source: BinaryIO,
-    sink: BinaryIO,
-    alignment: int,
-) -> PackedTensor:
-    """Write one tensor at the next aligned place, packed where no reason is against it and it pays."""
-    sink.write(bytes(padded(sink.tell(), alignment) - sink.tell()))
-    start = sink.tell()
-    if not reason and not _pack_tensor(tensor, table, source, sink):
-        reason = "its packed form would unpack to other bytes"
-    stored_bytes = sink.tell() - start
-    if not reason and stored_bytes >= tensor.size_bytes:
-        reason = "its packed form is not smaller"
-    if reason:
-        sink.seek(start)
-        sink.truncate()
-        for piece in _pieces(tensor, source, _COPY_BYTES):
-            sink.write(piece.data)
-    return PackedTensor(tensor.name, tensor.size_bytes, sink.tell() - start, reason)
-
-
-def _reason(tensor: TensorInfo, tallied: NDArray[np.int64] | None) -> str:
-    if tallied is None:
-        return refusal(tensor.ggml_type, 0.0)
-    weights = int(tallied.sum())
-    if LAYOUTS[tensor.ggml_type].in_words and weights < LEAST_WORD_WEIGHTS:
-        return f"its {weights} weights do not pay for a table"
-    return refusal(tensor.ggml_type, _zeros(tallied))
-
-
-def _pack_tensor(tensor: TensorInfo, table: Table | None, source: BinaryIO, sink: BinaryIO) -> bool:
-    layout = LAYOUTS[tensor.ggml_type]
-    sink.write(table.stored if table else b"")
-    for index, chunk in enumerate(_pieces(tensor, source, _chunk_bytes(layout))):
-        record = np.frombuffer(pack_chunk(layout, chunk, index, table), dtype=np.uint8)
-        if not np.array_equal(unpack_chunk(layout, Taker(record), table), chunk):
-            return False
-        sink.write(record.data)
-    return True
-
-
-def _chunk_bytes(layout: Layout) -> int:
-    return CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
-
-
-def _pieces(tensor: TensorInfo, source: BinaryIO, piece_bytes: int) -> Iterator[NDArray[np.uint8]]:
+def read_pieces(
+    tensor: TensorInfo, source: BinaryIO, piece_bytes: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the bytes of a tensor of a plain file, at most that many at a time."""
     source.seek(tensor.position)
     left = tensor.size_bytes
     while left:
@@ -204,8 +121,71 @@ def _pieces(tensor: TensorInfo, source: BinaryIO, piece_bytes: int) -> Iterator[
         yield piece
 
 
+@dataclass(frozen=True)
+class _Store:
+    """Where the tensors of a container are put one after another."""
+
+    packing: str
+    source: BinaryIO
+    sink: BinaryIO
+    alignment: int
+
+    def add(self, tensor: TensorInfo, packer: TensorPacker) -> PackedTensor:
+        """Write one tensor at the next aligned place, packed where no reason is against it and it pays."""
+        self.sink.write(bytes(padded(self.sink.tell(), self.alignment) - self.sink.tell()))
+        start = self.sink.tell()
+
+        reason = packer.refusal(tensor)
+        if not reason:
+            self.sink.writelines(packer.pack(tensor))
+            reason = self._refuse(tensor, start)
+        if reason:
+            self.sink.seek(start)
+            self.sink.truncate()
+            for piece in read_pieces(tensor, self.source, _COPY_BYTES):
+                self.sink.write(piece.data)
+
+        return PackedTensor(tensor.name, tensor.size_bytes, self.sink.tell() - start, reason)
+
+    def _refuse(self, tensor: TensorInfo, start: int) -> str:
+        """Return why the tensor that was packed behind ``start`` is better stored plain, or an empty string."""
+        stored = StoredTensor(
+            tensor.name,
+            tensor.dimensions,
+            tensor.ggml_type,
+            self.packing,
+            tensor.size_bytes,
+            self.sink.tell() - start,
+            start,
+        )
+        comes_back = self._unpacks(stored, tensor.position)
+        self.sink.seek(0, os.SEEK_END)
+        if not comes_back:
+            return "its packed form would unpack to other bytes"
+        return "its packed form is not smaller" if stored.stored_bytes >= tensor.size_bytes else ""
+
+    def _unpacks(self, stored: StoredTensor, position: int) -> bool:
+        """Return whether what lies in the sink unpacks to the bytes at ``position`` of the plain file."""
+        self.source.seek(position)
+        done = 0
+        try:
+            for chunk in unpack_stored(stored, Source(self.sink)):
+                plain = np.fromfile(self.source, dtype=np.uint8, count=chunk.size)
+                if not np.array_equal(chunk, plain):
+                    return False
+                done += chunk.size
+        except ArtifactError:
+            return False
+        return done == stored.plain_bytes
+
+
 def _assemble(
-    plain: Path, header: Header, rows: list[PackedTensor], data: Path, partial: Path
+    plain: Path,
+    header: Header,
+    packing: str,
+    rows: list[PackedTensor],
+    data: Path,
+    partial: Path,
 ) -> None:
     """Write the container's header and, behind it, its tensors."""
     recorded, infos = [], []
@@ -216,7 +196,7 @@ def _assemble(
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
     own = [
         (4, struct.pack("<I", VERSION)),
-        (8, _text("bitmask")),
+        (8, _text(packing)),
         (10, struct.pack("<Q", header.size_bytes)),
         (8, _text(file_sha256(plain))),
         (9, struct.pack(f"<IQ{len(recorded)}Q", 10, len(recorded), *recorded)),

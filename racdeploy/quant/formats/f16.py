@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf", "onnx")
+JS_DTYPE = "fp16"
 GGML_TYPE = GGML_TYPES["f16"].number
 BITS = 16.0
 BLOCK = 1

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf", "onnx")
+JS_DTYPE = "fp32"
 GGML_TYPE = GGML_TYPES["f32"].number
 BITS = 32.0
 BLOCK = 1

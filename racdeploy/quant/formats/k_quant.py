@@ -16,6 +16,9 @@ from racdeploy.quant import matmulnbits
 from racdeploy.quant.matmulnbits import Blocks, invert
 
 FORMATS = ("onnx",)
+JS_DTYPE = "q4"
+CODE_BITS = 4
+ZERO_POINTS = True
 BITS = 4.625
 BLOCK = 2 * matmulnbits.BLOCK  # two zero points share a byte
 PRESERVES_ZERO = True

@@ -12,6 +12,9 @@ from racdeploy.quant.matmulnbits import Blocks
 
 FORMATS = ("onnx",)
 BLOCK = matmulnbits.BLOCK
+JS_DTYPE = "q4"
+CODE_BITS = 4
+ZERO_POINTS = False
 BITS = 4.5
 CODES = (-8, 7)
 PRESERVES_ZERO = True

@@ -12,6 +12,9 @@ from racdeploy.quant.matmulnbits import Blocks
 
 FORMATS = ("onnx",)
 BLOCK = matmulnbits.BLOCK
+JS_DTYPE = "q8"
+CODE_BITS = 8
+ZERO_POINTS = False
 BITS = 8.5
 CODES = (-128, 127)
 PRESERVES_ZERO = True

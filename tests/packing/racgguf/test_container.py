@@ -18,7 +18,7 @@ from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.export.gguf import measure
 from racdeploy.packing import racgguf
 from racdeploy.packing.chunks import CHUNK_WEIGHTS
-from racdeploy.packing.racgguf import writer
+from racdeploy.packing.packers import bitmask
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_gguf import random_rows, write_gguf
 
@@ -28,7 +28,7 @@ PACKABLE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
 def _round_trip(plain: Path) -> tuple[racgguf.PackedTensor, ...]:
     """Pack and unpack a file, compare the bytes, and return how each tensor was stored."""
     packed, out = plain.with_suffix(".racgguf"), plain.with_suffix(".again.gguf")
-    rows = racgguf.pack(plain, packed)
+    rows = bitmask.pack_file(plain, packed)
     racgguf.Container.open(packed).unpack(out)
     assert plain.read_bytes() == out.read_bytes()
     return rows
@@ -102,12 +102,12 @@ def test_what_does_not_pay_stays_plain_with_a_reason(tmp_path: Path) -> None:
 def test_a_tensor_that_would_come_back_changed_stays_plain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every chunk is unpacked while it is packed, so a mistake in the codec costs size and nothing else."""
-    unpack_chunk = writer.unpack_chunk
+    """Every tensor is unpacked as soon as it is packed, so a mistake in the codec costs size and nothing else."""
+    unpack_chunk = bitmask.unpack_chunk
     monkeypatch.setattr(
-        writer,
+        bitmask,
         "unpack_chunk",
-        lambda layout, take, table: unpack_chunk(layout, take, table) ^ np.uint8(1),
+        lambda *arguments: unpack_chunk(*arguments) ^ np.uint8(1),
     )
     (row,) = _round_trip(
         write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
@@ -153,7 +153,7 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, where: str) -> None:
     plain = write_gguf(tmp_path / "m.gguf", tensors)
     data = bytearray(plain.read_bytes())
     if where == "a container":
-        racgguf.pack(plain, tmp_path / "m.racgguf")
+        bitmask.pack_file(plain, tmp_path / "m.racgguf")
         data = bytearray((tmp_path / "m.racgguf").read_bytes())
     elif where == "between tensors":
         data[-33] = 1
@@ -161,7 +161,7 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, where: str) -> None:
         data += bytes(100)
     plain.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"cannot be packed|container already"):
-        racgguf.pack(plain, tmp_path / "n.racgguf")
+        bitmask.pack_file(plain, tmp_path / "n.racgguf")
     assert not [file for file in tmp_path.iterdir() if file.name.startswith((".", "n"))]
 
 
@@ -169,8 +169,8 @@ def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.Mo
     """A missing folder, a wrong suffix and a full disk are errors before anything is written."""
     plain = write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
     with pytest.raises(UsageError, match="name it"):
-        racgguf.pack(plain, tmp_path / "m.bin")
-    racgguf.pack(plain, tmp_path / "m.racgguf")
+        bitmask.pack_file(plain, tmp_path / "m.bin")
+    bitmask.pack_file(plain, tmp_path / "m.racgguf")
     container = racgguf.Container.open(tmp_path / "m.racgguf")
     with pytest.raises(UsageError, match="mkdir"):
         container.unpack(tmp_path / "nowhere" / "m.gguf")
@@ -185,7 +185,7 @@ def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unpacking_again_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     """The hidden partial file of a process that is gone does not stay for ever."""
     plain = write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
-    racgguf.pack(plain, tmp_path / "m.racgguf")
+    bitmask.pack_file(plain, tmp_path / "m.racgguf")
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
     (tmp_path / f".out.gguf.{gone.pid}.partial").write_bytes(b"half")
@@ -199,7 +199,7 @@ def test_the_cache_unpacks_once_and_repairs_itself(
     """A file is reused while its hash is right, and replaced when it is not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plain = write_gguf(tmp_path / "m.gguf", {"w": ("q4_0", random_rows("q4_0", 16, 256, 0.5))})
-    racgguf.pack(plain, tmp_path / "m.racgguf")
+    bitmask.pack_file(plain, tmp_path / "m.racgguf")
     file = racgguf.unpacked(tmp_path / "m.racgguf")
     assert file.read_bytes() == plain.read_bytes()
     inode = file.stat().st_ino
@@ -218,10 +218,10 @@ def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
     tensors = {f"w{number}": ("f16", rows) for number in range(8)}
     plain = write_gguf(tmp_path / "m.gguf", tensors)
     code = (
-        "import re, sys; from pathlib import Path; from racdeploy.packing import racgguf\n"
+        "import re, sys; from pathlib import Path; from racdeploy.packing import racgguf; from racdeploy.packing.packers import bitmask\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "plain, before = Path(sys.argv[1]), peak()\n"
-        "racgguf.pack(plain, plain.with_suffix('.racgguf'))\n"
+        "bitmask.pack_file(plain, plain.with_suffix('.racgguf'))\n"
         "racgguf.Container.open(plain.with_suffix('.racgguf')).unpack(plain.with_suffix('.out'))\n"
         "print(peak() - before)"
     )

@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
-from racdeploy.packing import racgguf
 from racdeploy.packing.chunks import CHUNK_WEIGHTS
+from racdeploy.packing.packers import bitmask
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 # ggml type: weights and bytes of a block, bytes of scales, bits of the planes of codes, bits of zero
@@ -138,6 +138,6 @@ def test_the_page_is_enough_to_restore_a_file(tmp_path: Path, kind: str) -> None
         "short": (kind, random_rows(kind, 33, 160, 0.5, seed=1)),
     }
     plain = write_gguf(tmp_path / "m.gguf", tensors, alignment=64)
-    rows = racgguf.pack(plain, tmp_path / "m.racgguf")
+    rows = bitmask.pack_file(plain, tmp_path / "m.racgguf")
     assert [not row.reason for row in rows] == [True, False, True]
     assert restore(tmp_path / "m.racgguf") == plain.read_bytes()

@@ -20,15 +20,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from racdeploy.errors import ArtifactError
+from racdeploy.packing.onnx.packer import data_name
 
 INLINE_BYTES = 500_000_000
 _ALIGNMENT = 4096
 _LEAST_EXTERNAL_BYTES = 1024
-
-
-def data_name(model: str) -> str:
-    """Return the name of the file that holds a graph's weights."""
-    return f"{model}_data"
 
 
 def load_graph(file: Path) -> onnx.ModelProto:

@@ -1,0 +1,117 @@
+"""Nodes that join mask and codes inside an ONNX graph, and the proof that onnxruntime folds them.
+
+Mask bytes, BitwiseAnd with 1, 2, …, 128, Cast to one truth a weight, CumSum to the place of each kept code, times the
+truth so that a zero takes place 0, Gather, Reshape. Every node of it is a constant, so a session folds all of them when
+it loads; that is proved for each file with a real session, whose optimized graph must hold the plain weights and none
+of these nodes. NonZero and ScatterElements are never folded and would run for every token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from racdeploy.errors import EngineError
+from racdeploy.packing.onnx.file import load_graph, read_array
+from racdeploy.packing.onnx.packer import PACKING_PREFIX
+from racdeploy.storage import child
+
+_BITS, _FLAT, _AXIS = f"{PACKING_PREFIX}bits", f"{PACKING_PREFIX}flat", f"{PACKING_PREFIX}axis"
+
+
+def shared_arrays() -> list[tuple[str, NDArray[Any]]]:
+    """Return the constants that the nodes of all tensors read."""
+    return [
+        (_BITS, (1 << np.arange(8)).astype(np.uint8)),
+        (_FLAT, np.array([-1], np.int64)),
+        (_AXIS, np.array(0, np.int64)),
+    ]
+
+
+def join_nodes(name: str, shape: tuple[int, ...]) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that make a tensor of that shape from ``NAME.mask`` and ``NAME.values``."""
+
+    def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(op, inputs, [output], PACKING_PREFIX + output, **attributes)
+
+    yield node("BitwiseAnd", [f"{name}.mask", _BITS], f"{name}.bits")
+    yield node("Cast", [f"{name}.bits"], f"{name}.truths", to=TensorProto.BOOL)
+    yield node("Cast", [f"{name}.truths"], f"{name}.ones", to=TensorProto.INT32)
+    yield node("Reshape", [f"{name}.ones", _FLAT], f"{name}.keep")
+    yield node("CumSum", [f"{name}.keep", _AXIS], f"{name}.ranks")
+    yield node("Mul", [f"{name}.ranks", f"{name}.keep"], f"{name}.places")
+    yield node("Gather", [f"{name}.values", f"{name}.places"], f"{name}.flat")
+    extents = helper.make_tensor("shape", TensorProto.INT64, [len(shape)], list(shape))
+    yield node("Constant", [], f"{name}.shape", value=extents)
+    yield node("Reshape", [f"{name}.flat", f"{name}.shape"], name)
+
+
+def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
+    """Load a packed graph in a real session, and look at what onnxruntime made of it.
+
+    Args:
+        file: the graph.
+        expected: SHA-256 of the values that each initializer must be folded into, by its name.
+
+    Raises:
+        EngineError: a node was not folded, or a weight is not the plain one.
+    """
+    with tempfile.TemporaryDirectory(prefix="racdeploy-folding-") as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        _run_session(file, optimized)
+        model = load_graph(optimized)
+
+        left = [node.name for node in model.graph.node if node.name.startswith(PACKING_PREFIX)]
+        if left:
+            raise EngineError(
+                f"onnxruntime does not fold the packed weights: it keeps {len(left)} nodes, {left[0]!r}"
+            )
+
+        found = {tensor.name: tensor for tensor in model.graph.initializer}
+        for name, sha256 in expected.items():
+            folded = read_array(found[name], optimized.parent) if name in found else np.zeros(0)
+            if hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest() != sha256:
+                raise EngineError(
+                    f"onnxruntime folds {name!r} into other weights than the plain ones"
+                )
+
+
+def _run_session(graph: Path, optimized: Path) -> None:
+    """Save the graph as a session optimizes it, in a child: it takes the memory of a whole model."""
+    outcome = child.run_module(__name__, graph, optimized)
+    if outcome.failure:
+        raise EngineError(
+            f"loading the packed graph {outcome.failure}",
+            remedy="free memory, or use packing 'bitmask_sidecar'",
+        )
+
+
+def main() -> None:
+    """Load a graph in a session and save what it optimized, its weights in a file beside it: GRAPH OPTIMIZED."""
+    import onnxruntime
+
+    graph, optimized = sys.argv[1:]
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    # Folding is part of the basic optimizations.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = optimized
+
+    prefix = "session.optimized_model_external_initializers_"
+    options.add_session_config_entry(f"{prefix}file_name", "weights.bin")
+    options.add_session_config_entry(f"{prefix}min_size_in_bytes", "1024")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+if __name__ == "__main__":
+    main()

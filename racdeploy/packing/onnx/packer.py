@@ -1,0 +1,96 @@
+"""Store the tensors of one ONNX graph, and read them back: as they are, where a packing does not say otherwise.
+
+Importable without the ``onnx`` package, as every packing is: a recipe is checked on machines that export nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+    from racdeploy.packing.onnx.tensors import GraphTensor
+
+Arrays = dict[str, NDArray[Any]]
+"""Arrays of a tensor by their names in the graph; the codes have the tensor's own name."""
+NODE_PREFIX = "racdeploy/"
+"""Begins the names of nodes that no exporter made."""
+PACKING_PREFIX = f"{NODE_PREFIX}unpack/"
+"""Begins the names of nodes and initializers that only a packing needs: the plain graph is without them."""
+
+
+def data_name(model: str) -> str:
+    """Return the name of the file that holds a graph's weights, where they are many."""
+    return f"{model}_data"
+
+
+class Packer:
+    """Stores every array of a graph as it is; a packing overrides what it does in another way.
+
+    ``PARTS`` end the names of the arrays that it stores of a tensor. ``sizes`` are the bytes of each tensor that was
+    stored, wherever they lie.
+
+    Args:
+        model: the graph, to be written or just read.
+        file: its place.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("", ".scales", ".zero_points")
+
+    def __init__(self, model: onnx.ModelProto, file: Path) -> None:
+        self.model = model
+        self.file = file
+        self.sizes: dict[str, int] = {}
+
+    @classmethod
+    def files_beside(cls, name: str) -> tuple[str, ...]:
+        """Return the names of the files that may lie beside a graph of that name, its plain weights apart."""
+        return ()
+
+    @classmethod
+    def check_size(cls, weights: int) -> None:
+        """Refuse a model that is too large for the packing.
+
+        Raises:
+            UsageError: saying what would do instead.
+        """
+
+    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
+        """Return why a tensor with that fraction of zeros is better stored plain, or an empty string."""
+        return ""
+
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
+        """Yield what goes into the graph for a tensor, name and values."""
+        self.sizes[tensor.name] = sum(values.nbytes for values in arrays.values())
+        yield from arrays.items()
+
+    def finish(self) -> None:
+        """Complete the graph, when all tensors are stored and before it is written."""
+
+    def complete(self) -> list[str]:
+        """Prove or add what needs the written graph; return sentences about it for the report.
+
+        Raises:
+            EngineError: what was written is not what was to be written.
+        """
+        return []
+
+    def read(
+        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
+    ) -> tuple[Arrays, int]:
+        """Return the arrays of a tensor as they were given to :meth:`store`, and the bytes that they take.
+
+        Raises:
+            ArtifactError: they are damaged.
+            KeyError: one of them is missing.
+            ValueError: they do not fit each other.
+        """
+        from racdeploy.packing.onnx.file import read_array
+
+        arrays = {name: read_array(value, self.file.parent) for name, value in stored.items()}
+        return arrays, sum(values.nbytes for values in arrays.values())

@@ -1,0 +1,203 @@
+"""The second graph of packing ``bitmask_op``: linears as racdeploy's operator reads them, on packed initializers.
+
+Made from the finished plain graph, whose nodes it copies but for the products of packed linears. Its weights lie in
+``NAME.accel.onnx_data`` whatever their size, since onnxruntime maps that file and the operator reads it in place.
+What is written is read back and compared with the plain rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.packing.onnx.file import load_graph, write_model
+from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
+from racdeploy.packing.onnx.tensors import (
+    TENSORS_KEY,
+    GraphTensor,
+    StoredArrays,
+    join_arrays,
+    list_tensors,
+    read_tensors,
+)
+from racdeploy.packing.sparse_matrix import (
+    ACCEL_KEY,
+    KINDS,
+    LAYOUT,
+    OPERATOR_DOMAIN,
+    Packed,
+    SparseMatrix,
+    accel_name,
+    join,
+    split,
+)
+
+_OPERATOR = "SparseMatMul"
+_PRODUCTS = ("MatMul", "MatMulNBits")
+_PARTS = (".heads", ".values", ".offsets")
+
+
+def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
+    """Write the second graph beside a plain one, whose weights it has.
+
+    Args:
+        plain: a graph that was just written.
+        packing: the plugin that reads the second one.
+        zeros: fraction of zeros of each tensor to pack.
+
+    Returns:
+        What it is, in a sentence; it is not written where no tensor is packed.
+
+    Raises:
+        EngineError: what was written is not what was to be written.
+    """
+    name = accel_name(plain.name)
+    if not zeros:
+        return f"no tensor is sparse enough for {name}"
+
+    model = load_graph(plain)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    before = read_tensors(properties, plain)
+    after = [replace(t, packing=packing) if t.name in zeros else t for t in before]
+    packed = {tensor.name: tensor for tensor in after if tensor.name in zeros}
+    properties[TENSORS_KEY] = list_tensors(after)
+    properties[ACCEL_KEY] = json.dumps(_summarize(packed, zeros))
+
+    stored = StoredArrays(model, plain)
+    constants = stored.constants(before)
+    _rewire(model, packed)
+    write_model(
+        model,
+        chain(constants, _convert(before, packed, stored)),
+        plain.parent,
+        name,
+        lambda: properties,
+        inline_bytes=0,
+    )
+    _compare(plain, plain.with_name(name), packed)
+
+    files = [file for file in plain.parent.iterdir() if file.name.startswith(name)]
+    size_bytes = sum(file.stat().st_size for file in files)
+    return (
+        f"{name} ({size_bytes / 1e6:,.1f} MB) has the same weights for racdeploy's operator, which multiplies "
+        f"{len(packed)} tensors as they are packed"
+    )
+
+
+def check_form(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a graph whose matrices another racdeploy packed, in another form.
+
+    Raises:
+        ArtifactError: naming both forms.
+    """
+    for opset in model.opset_import:
+        if opset.domain == OPERATOR_DOMAIN and opset.version != LAYOUT:
+            raise ArtifactError(
+                f"{path} packs its matrices in form {opset.version}; known is {LAYOUT}",
+                remedy="export it again, or use the racdeploy that made it",
+            )
+
+
+def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
+    """Return the packed rows of a tensor that racdeploy's operator reads.
+
+    Raises:
+        KeyError: a part is missing.
+        ValueError: the parts do not fit each other or the tensor.
+    """
+    kind = KINDS.get(tensor.quant)
+    if kind is None or len(tensor.shape) != 2:
+        raise ValueError(f"the operator knows no {tensor.quant} of shape {list(tensor.shape)}")
+
+    heads_OP, values, offsets = (
+        np.ascontiguousarray(arrays[tensor.name + part]) for part in _PARTS
+    )
+    shapes = heads_OP.ndim, len(heads_OP), values.ndim, offsets.ndim
+    types = heads_OP.dtype.name, values.dtype.name, offsets.dtype.name
+    if shapes != (2, tensor.shape[0], 1, 1) or types != ("uint8", "uint8", "int64"):
+        raise ValueError(f"heads, values and offsets are {types} with {shapes} dimensions and rows")
+    return join(kind, SparseMatrix(heads_OP, values, offsets), tensor.shape[1])
+
+
+def _convert(
+    tensors: Sequence[GraphTensor], packed: Mapping[str, GraphTensor], stored: StoredArrays
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the arrays of the second graph, one tensor at a time."""
+    for tensor in tensors:
+        arrays, _ = stored.take(tensor)
+        if tensor.name not in packed:
+            yield from arrays.items()
+            continue
+        matrix = split(KINDS[tensor.quant], join_arrays(tensor, arrays))
+        parts = matrix.heads_OP, matrix.values, matrix.offsets
+        yield from zip((tensor.name + part for part in _PARTS), parts, strict=True)
+
+
+def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
+    """Replace the products of packed tensors, and drop what only they read."""
+    widened = {f"{name}{part}": name for name in packed for part in ("", ".f32")}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type in _PRODUCTS and node.input[1] in widened:
+            node = _make_product(node, packed[widened[node.input[1]]])
+        nodes.append(node)
+
+    read = {name for node in nodes for name in node.input}
+    read |= {value.name for value in model.graph.output}
+    left = [
+        node
+        for node in nodes
+        if not node.name.startswith(NODE_PREFIX) or read.intersection(node.output)
+    ]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(left)
+    model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, LAYOUT))
+
+
+def _make_product(node: onnx.NodeProto, tensor: GraphTensor) -> onnx.NodeProto:
+    O, I = tensor.shape
+    inputs = [node.input[0], *(tensor.name + part for part in _PARTS)]
+    attributes = {"I": I, "O": O, "quant": KINDS[tensor.quant].ggml_type}
+    return helper.make_node(
+        _OPERATOR, inputs, list(node.output), node.name, domain=OPERATOR_DOMAIN, **attributes
+    )
+
+
+def _summarize(packed: Mapping[str, GraphTensor], zeros: Mapping[str, float]) -> list[Packed]:
+    """Return for each number format how many weights are packed, and the fraction of zeros among them."""
+    weights: dict[int, int] = {}
+    zero_counts: dict[int, float] = {}
+    for name, tensor in packed.items():
+        ggml_type = KINDS[tensor.quant].ggml_type
+        count = math.prod(tensor.shape)
+        weights[ggml_type] = weights.get(ggml_type, 0) + count
+        zero_counts[ggml_type] = zero_counts.get(ggml_type, 0.0) + count * zeros[name]
+
+    return [
+        {"quant": ggml_type, "weights": count, "zeros": zero_counts[ggml_type] / count}
+        for ggml_type, count in weights.items()
+    ]
+
+
+def _compare(plain: Path, accel: Path, packed: Mapping[str, GraphTensor]) -> None:
+    """Read the packed tensors back from the disk and compare them with the plain ones."""
+    before, after = (StoredArrays(load_graph(file), file) for file in (plain, accel))
+    for tensor in packed.values():
+        expected, _ = before.take(replace(tensor, packing="plain"))
+        found, _ = after.take(tensor)
+        if not np.array_equal(join_arrays(tensor, expected), join_arrays(tensor, found)):
+            raise EngineError(
+                f"{accel} does not hold the weights of {tensor.name!r}",
+                remedy="check disk and memory",
+            )

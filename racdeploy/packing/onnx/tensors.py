@@ -1,0 +1,196 @@
+"""The tensors of an ONNX graph that racdeploy wrote: what the graph says of them, and the arrays of each.
+
+A linear in f32 or f16 is stored inputs first, as MatMul takes it. In a block format it has three axes, and an embedding
+looks its rows up in the same codes. The array that zeros are counted in, and that a packing packs, has the tensor's own
+name. A graph names the packing of each tensor, and that packing reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from racdeploy import packing as packings
+from racdeploy import plugins
+from racdeploy import quant as quants
+from racdeploy.errors import ArtifactError
+from racdeploy.packing.onnx.file import read_array
+from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, Packer
+from racdeploy.quant.matmulnbits import BLOCK, Blocks
+
+TENSORS_KEY = "racdeploy.tensors"
+
+
+@dataclass(frozen=True)
+class GraphTensor:
+    """One tensor of a graph.
+
+    Args:
+        name: in the checkpoint and in the file.
+        shape: as in the checkpoint, outputs first.
+        quant: its number format.
+        looked_up: whether a Gather reads it, so that rows stay together.
+        packing: how it is stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    quant: str
+    looked_up: bool
+    packing: str = "plain"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a reader of the file must know."""
+        values = {
+            "name": self.name,
+            "shape": self.shape,
+            "quant": self.quant,
+            "looked_up": self.looked_up,
+        }
+        return values | ({} if self.packing == "plain" else {"packing": self.packing})
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether its number format is one of MatMulNBits."""
+        return quants.is_blocks(self.quant)
+
+    @property
+    def turned(self) -> bool:
+        """Whether it is stored inputs first."""
+        return len(self.shape) == 2 and not self.looked_up and not self.is_blocks
+
+
+def read_tensors(properties: dict[str, str], path: Path) -> list[GraphTensor]:
+    """Return what a graph says of its tensors; a graph that racdeploy did not write says nothing.
+
+    Raises:
+        ArtifactError: what it says is damaged.
+    """
+    try:
+        return [_read_tensor(**values) for values in json.loads(properties.get(TENSORS_KEY, "[]"))]
+    except (json.JSONDecodeError, RecursionError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: its list of tensors is damaged: {error}", remedy="export it again"
+        ) from error
+
+
+def _read_tensor(
+    name: str, shape: list[int], quant: str, looked_up: bool, packing: str = "plain"
+) -> GraphTensor:
+    known = quant in plugins.names("quant") and "onnx" in quants.load(quant).FORMATS
+    known = known and packing in packings.names("onnx")
+    if not known or len(shape) not in (1, 2) or any(extent < 1 for extent in shape):
+        raise ValueError(f"{name!r} is of quant {quant!r} and shape {shape}")
+    return GraphTensor(name, tuple(shape), quant, looked_up, packing)
+
+
+def list_tensors(tensors: list[GraphTensor]) -> str:
+    """Return the property under :data:`TENSORS_KEY` that :func:`read_tensors` reads."""
+    return json.dumps([tensor.to_json() for tensor in tensors])
+
+
+def split_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
+    """Return the arrays of packed rows, by their name in the file."""
+    if tensor.is_blocks:
+        quant = quants.load_blocks(tensor.quant)
+        return split_blocks(tensor, quant.blocks(packed_OP, tensor.shape[1]))
+    values = packed_OP.view("<f4" if tensor.quant == "f32" else "<f2").reshape(tensor.shape)
+    return {tensor.name: np.ascontiguousarray(values.T) if tensor.turned else values}
+
+
+def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
+    """Return the arrays of blocks as MatMulNBits takes them, or a lookup."""
+    O, I = tensor.shape
+    code_OP = blocks.code_OP
+    codes = code_OP if tensor.looked_up else code_OP.reshape(O, I // BLOCK, -1)
+    arrays: Arrays = {
+        tensor.name: np.ascontiguousarray(codes),
+        f"{tensor.name}.scales": blocks.scale_OG.astype(np.float32),
+    }
+    if blocks.zero_OP is not None:
+        arrays[f"{tensor.name}.zero_points"] = blocks.zero_OP
+    return arrays
+
+
+def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
+    """Return the packed rows whose arrays those are: the way back of :func:`split_arrays`.
+
+    Raises:
+        KeyError: an array is missing.
+        ValueError: they do not fit each other, or a scale is no number of half precision.
+    """
+    main = arrays[tensor.name]
+    if not tensor.is_blocks:
+        values = np.ascontiguousarray(main.T if tensor.turned else main)
+        return values.reshape(1 if values.ndim == 1 else len(values), -1).view(np.uint8)
+
+    # The file has scales in float32, which the operator takes; the rows have them as they were computed.
+    scale_OG = arrays[f"{tensor.name}.scales"]
+    with np.errstate(over="ignore"):
+        half_OG = scale_OG.astype("<f2")
+    if not np.array_equal(half_OG.astype(np.float32), scale_OG, equal_nan=True):
+        raise ValueError("a scale is no number of half precision")
+
+    parts = [main.reshape(len(main), -1), np.ascontiguousarray(half_OG).view(np.uint8)]
+    if (zero_OP := arrays.get(f"{tensor.name}.zero_points")) is not None:
+        parts.append(zero_OP)
+    return np.concatenate(parts, axis=1)
+
+
+class StoredArrays:
+    """The arrays of a graph, tensor by tensor; ``left`` are the initializers that nobody asked for.
+
+    Args:
+        model: the graph.
+        path: its file.
+    """
+
+    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        self.left = {
+            initializer.name: initializer
+            for initializer in model.graph.initializer
+            if not initializer.name.startswith(PACKING_PREFIX)
+        }
+        self._model = model
+        self._path = path
+        self._packers: dict[str, Packer] = {}
+
+    def take(self, tensor: GraphTensor) -> tuple[Arrays, int]:
+        """Return the arrays of a tensor, unpacked, and the bytes that they take in the file.
+
+        Raises:
+            ArtifactError: one of them is missing, damaged or of another shape.
+        """
+        packer = self._packer(tensor.packing)
+        names = [tensor.name + part for part in packer.PARTS]
+        stored = {name: self.left.pop(name) for name in names if name in self.left}
+        try:
+            return packer.read(tensor, stored)
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
+                remedy="copy or export it again",
+            ) from error
+
+    def constants(self, tensors: list[GraphTensor]) -> list[tuple[str, NDArray[Any]]]:
+        """Return name and values of what is left and belongs to none of these tensors."""
+        named = {
+            tensor.name + part for tensor in tensors for part in self._packer(tensor.packing).PARTS
+        }
+        return [
+            (name, read_array(initializer, self._path.parent))
+            for name, initializer in self.left.items()
+            if name not in named
+        ]
+
+    def _packer(self, packing: str) -> Packer:
+        if packing not in self._packers:
+            kind = packings.load_onnx(packing).GraphPacker
+            self._packers[packing] = kind(self._model, self._path)
+        return self._packers[packing]

@@ -1,0 +1,149 @@
+"""A packing is one file in the folder: its code packs what is shipped, and its name stands in the artifact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from racdeploy import plugins
+from racdeploy.export import gguf as gguf_format
+from racdeploy.export import onnx as onnx_format
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing import packers, racgguf
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.gguf_header import read_header
+from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
+
+# Every byte inverted, and in a GGUF file every second one dropped where they come in equal pairs.
+MIRROR = """
+import numpy as np
+
+from racdeploy.packing import racgguf
+from racdeploy.packing.onnx.packer import Packer
+
+FORMATS = ("gguf", "onnx")
+REQUIRES_ZEROS = True
+BESIDE_PLAIN = False
+SUFFIX = racgguf.SUFFIX
+
+
+def fits(quant, zeros_fraction):
+    return "" if zeros_fraction > 0.25 else "too few zeros for a mirror"
+
+
+def usage(path):
+    return ["Hold it in front of a mirror."]
+
+
+class TensorPacker:
+    def __init__(self, header, source):
+        self.source = source
+
+    def refusal(self, tensor):
+        return "" if tensor.name.endswith("ffn_up.weight") else "only one of them is mirrored"
+
+    def pack(self, tensor):
+        (plain,) = racgguf.read_pieces(tensor, self.source, tensor.size_bytes)
+        kept = plain.view("<u4")[plain.view("<u4") != 0]
+        yield np.packbits(plain.view("<u4") != 0).tobytes()
+        yield (~kept).tobytes()
+
+
+def pack_file(plain, out):
+    return racgguf.pack(plain, out, "mirror", TensorPacker)
+
+
+def refuse_stored(tensor):
+    return "" if tensor.ggml_type == 0 else "is no mirror image"
+
+
+def unpack_tensor(tensor, source):
+    count = tensor.plain_bytes // 4
+    plain = np.zeros(count, "<u4")
+    keep = np.unpackbits(source.take(-(-count // 8)), count=count).astype(bool)
+    plain[keep] = ~source.take(source.left).view("<u4")
+    yield plain.view(np.uint8)
+
+
+class GraphPacker(Packer):
+    PARTS = (".image",)
+
+    def refusal(self, tensor, zeros):
+        return fits(tensor.quant, zeros)
+
+    def store(self, tensor, arrays, zeros):
+        (values,) = arrays.values()
+        yield from super().store(tensor, {f"{tensor.name}.image": ~values.view("<u4")}, zeros)
+
+    def read(self, tensor, stored):
+        arrays, size_bytes = super().read(tensor, stored)
+        (image,) = arrays.values()
+        return {tensor.name: (~image).view("<f4")}, size_bytes
+"""
+
+
+@pytest.fixture(autouse=True)
+def _mirror(tmp_path: Path) -> Iterator[None]:
+    """Add a packing file to the folder, seen for one test."""
+    folder = tmp_path / "added"
+    folder.mkdir()
+    (folder / "mirror.py").write_text(MIRROR)
+    packers.__path__.append(str(folder))
+    plugins.names.cache_clear()
+    yield
+    packers.__path__.remove(str(folder))
+    plugins.names.cache_clear()
+    sys.modules.pop("racdeploy.packing.packers.mirror", None)
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Checkpoint:
+    return sparse_checkpoint(tmp_path / "model")
+
+
+def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_path: Path) -> None:
+    """One tensor of each block is a mirror image; the container says so, and gives the plain file back."""
+    plain = gguf_format.export(sparse, tmp_path / "m.gguf", quant="f32")
+    packed = gguf_format.export(sparse, tmp_path / "m.racgguf", quant="f32", packing="mirror")
+
+    assert {tensor.packing for tensor in packed.tensors} == {"plain", "mirror"}
+    reasons = {tensor.packing_reason for tensor in packed.tensors if tensor.packing == "plain"}
+    assert reasons == {"only one of them is mirrored"}
+    assert read_header(packed.path).values["racgguf.packing"] == "mirror"
+    measured = {row["name"]: row["packing"] for row in gguf_format.measure(packed.path)[1]}
+    assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
+
+    container = racgguf.Container.open(packed.path)
+    (tensor, *_) = (tensor for tensor in container.tensors if tensor.packing == "mirror")
+    raw = np.fromfile(packed.path, np.uint8, tensor.stored_bytes, offset=tensor.position)
+    kept = ~raw[-(-tensor.plain_bytes // 32) :].view("<u4")
+    weight = np.concatenate(list(container.chunks(tensor))).view("<u4")
+    np.testing.assert_array_equal(kept, weight[weight != 0])
+
+    (tmp_path / "m.gguf").unlink()
+    assert file_sha256(gguf_format.unpack(packed.path)) == plain.sha256 == packed.unpacked_sha256
+
+
+def test_an_onnx_graph_is_packed_named_and_unpacked_by_it(
+    sparse: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse tensors are mirror images in the graph, which says so; unpacking makes the plain graph of it."""
+    use_one_graph(monkeypatch)
+    plain = onnx_format.export(sparse, tmp_path / "plain.onnx", quant="f32")
+    packed = onnx_format.export(sparse, tmp_path / "m.onnx", quant="f32", packing="mirror")
+
+    found = {tensor.packing: tensor for tensor in packed.tensors}
+    assert set(found) == {"plain", "mirror"}
+    assert found["plain"].packing_reason == "too few zeros for a mirror"
+    measured = {row["name"]: row["packing"] for row in onnx_format.measure(packed.path)[1]}
+    assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
+
+    graph = onnx.load(str(packed.path)).graph
+    images = [value.name for value in graph.initializer if value.name.endswith(".image")]
+    assert images == [f"{t.name}.image" for t in packed.tensors if t.packing == "mirror"]
+    assert file_sha256(onnx_format.unpack(packed.path)) == plain.sha256 == packed.unpacked_sha256

@@ -1,0 +1,115 @@
+"""One tensor in a file of each format, stored and read back by the calls that the exporters make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from onnx import TensorProto, helper
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.export.gguf import measure as measure_gguf
+from racdeploy.export.onnx.graph import Graph
+from racdeploy.export.onnx.weights import wire
+from racdeploy.packing import racgguf
+from racdeploy.packing.onnx.file import load_graph, write_model
+from racdeploy.packing.onnx.tensors import (
+    TENSORS_KEY,
+    GraphTensor,
+    StoredArrays,
+    join_arrays,
+    list_tensors,
+    read_tensors,
+    split_arrays,
+)
+
+FORMATS = ("gguf", "onnx")
+
+
+def draw_rows(quant: str, rows: int, sparsity: float) -> tuple[np.ndarray, float]:
+    """Return packed rows of 512 weights, and the fraction of zeros that they have when they are read."""
+    generator = np.random.default_rng(0)
+    weight_OI = generator.standard_normal((rows, 512)).astype(np.float32)
+    weight_OI[generator.random(weight_OI.shape) < sparsity] = 0
+    packed_OP = quants.load(quant).quantize(weight_OI)
+    return packed_OP, float(np.mean(quants.load(quant).dequantize(packed_OP, 512) == 0))
+
+
+def write_plain_gguf(file: Path, quant: str, packed_OP: np.ndarray) -> Path:
+    """Write a GGUF file with one tensor, ``w``."""
+    writer = gguf.GGUFWriter(file, "llama")
+    kind = gguf.GGMLQuantizationType(quants.load_ggml(quant).GGML_TYPE)
+    writer.add_tensor("w", packed_OP, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def store_in_gguf(
+    folder: Path, packing: str, quant: str, packed_OP: np.ndarray
+) -> tuple[str, int, bytes, bytes]:
+    """Pack a file and unpack it.
+
+    Returns:
+        The packing that the file names for its tensor, its bytes there, the plain file and the unpacked one.
+    """
+    plain = write_plain_gguf(folder / "plain.gguf", quant, packed_OP)
+    expected = plain.read_bytes()
+    form = packings.load_gguf(packing)
+    out = folder / f"out{form.SUFFIX}"
+    form.pack_file(plain, out)
+
+    (row,) = measure_gguf(out)[1]
+    restored = out
+    if out.suffix == racgguf.SUFFIX:
+        restored = folder / "restored.gguf"
+        racgguf.Container.open(out).unpack(restored)
+    return row["packing"], row["size_bytes"], expected, restored.read_bytes()
+
+
+def store_in_onnx(
+    folder: Path, packing: str, quant: str, packed_OP: np.ndarray, zeros: float
+) -> tuple[str, int, np.ndarray]:
+    """Write a graph that multiplies by the tensor ``w``, and read the tensor from its file.
+
+    Returns:
+        The packing that the file names for its tensor, its bytes there, and its packed rows.
+    """
+    form, file = packings.load_onnx(packing), folder / "model.onnx"
+    tensor = GraphTensor("w", (len(packed_OP), 512), quant, looked_up=False)
+    model = wire(_product_graph(*tensor.shape), [tensor])
+    packer = form.GraphPacker(model, file)
+
+    reason = packer.refusal(tensor, zeros)
+    chosen = packings.load_onnx("plain").GraphPacker(model, file) if reason else packer
+    arrays = list(chosen.store(tensor, split_arrays(tensor, packed_OP), zeros))
+    packer.finish()
+    label = "plain" if reason or form.BESIDE_PLAIN else packing
+    listed = list_tensors([GraphTensor("w", tensor.shape, quant, False, label)])
+    write_model(model, arrays, folder, file.name, lambda: {TENSORS_KEY: listed})
+    packer.complete()
+
+    if form.BESIDE_PLAIN and not reason:
+        file = folder / packer.files_beside(file.name)[0]
+    model = load_graph(file)
+    (found,) = read_tensors({entry.key: entry.value for entry in model.metadata_props}, file)
+    stored, size_bytes = StoredArrays(model, file).take(found)
+    return found.packing, size_bytes, join_arrays(found, stored)
+
+
+def _product_graph(O: int, I: int) -> Graph:
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
+            "one product",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, I])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, O])],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+    return Graph(model, {}, frozenset({"w"}), frozenset(), frozenset())
