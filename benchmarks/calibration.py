@@ -27,7 +27,7 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe, merge
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
-from racdeploy.verify.stats.lengths import length_ratio, restricted_mean_lengths
+from racdeploy.verify.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verify.stats.paired import tango_interval, wilson_interval
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")
@@ -191,7 +191,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
         drop=drop["accuracy"],
         drop_lower=drop["lower"],
         drop_upper=drop["upper"],
-        thinking_tokens=restricted_mean_lengths(lengths[1], budget),
+        thinking_tokens=float(restrict_lengths(lengths[1], budget).mean()),
         length_ratio=length_ratio(*lengths, budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
         calibration_tokens=model.selection["calibration_tokens"],

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
-from racdeploy.report.model import CheckResult, PositionRow, Record, TensorRow
+from racdeploy.report.model import CheckResult, CheckVerdict, PositionRow, Record, TensorRow
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.stats import paired
 
@@ -52,13 +52,12 @@ class Arm:
     """One model's answers.
 
     Args:
-        name: ``dense``, ``pruned``, or a longer name of a further one.
         records: one per prompt and sample, in that order.
         size_bytes: of the artifact; None where nobody sees it, as behind a server.
         quant: its number format; empty where nobody sees it.
         sparsity: zeros over the prunable weights in the file, 0 to 1, or None.
         stats: what the engine counted: ``load_ms``, ``generated_tokens``, ``decode_s``, …
-        files: SHA-256 of each file of the artifact.
+        files: SHA-256 of each file.
         kernels: what ran it, in the engine's words; empty where nothing is known.
     """
 
@@ -113,7 +112,6 @@ class PromptProbe:
     """A question, rendered and tokenized in several places.
 
     Args:
-        question: what the user asks.
         expected: by transformers, or as recorded when the bundle was built.
         rendered: by the bundle's template and tokenizer.
         artifact: by the template inside the artifact; None where it has none.
@@ -170,25 +168,15 @@ class Evidence:
     """Everything the checks may look at; what was not measured is None, and a check says so.
 
     Args:
-        settings: how prompts were answered.
-        gate: limits.
-        dense: answers of the dense model.
         pruned: answers of the artifact that is judged.
         artifact: its main file.
         artifact_files: recorded hash of each of its files, by the path from the main file's folder.
         sparsity_asked: share of zeros asked of the prunable weights, in the last step that was
             kept.
-        tensors: of the artifact.
         prunable: names of its prunable tensors.
-        dense_linears: linears that stay dense.
         probes: None where the engine has no tokenizer of its own.
-        logits: the comparison with torch.
-        backend: the engine of ``pruned``.
-        also: the bundle's artifacts for other engines.
         rivals: dense models in other quants; no check looks at them.
-        prompts: rendered questions.
         stop_ids: None where the artifact holds no tokenizer.
-        packing: of the artifact.
         sparsity_recipe: what the recipe asked for; None unless a step of its schedule was undone.
         unseen: why there is nothing to look at, by the name of the check.
     """
@@ -216,12 +204,10 @@ class Evidence:
 
     @property
     def prompt_count(self) -> int:
-        """How many prompts both arms answered."""
         return len(self.dense.by_prompt(is_correct))
 
     @property
     def budget_tokens(self) -> int:
-        """The cap at which lengths are restricted."""
         return length_budget(self.settings)
 
     def disagreements(self, holds: Callable[[Record], bool]) -> paired.Pairs:
@@ -232,6 +218,18 @@ class Evidence:
 def length_budget(settings: Verification) -> int:
     """Return the cap at which lengths are restricted: that of the thinking, where it has one."""
     return settings.max_thinking_tokens or settings.max_new_tokens
+
+
+def make_result(
+    name: str,
+    verdict: CheckVerdict,
+    summary: str,
+    figures: Mapping[str, float | str] | None = None,
+    remedy: str = "",
+) -> CheckResult:
+    """Return what a check found."""
+    found = dict(figures or {})
+    return CheckResult(name=name, verdict=verdict, summary=summary, figures=found, remedy=remedy)
 
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
@@ -255,10 +253,8 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
 
 def _run_check(name: str, evidence: Evidence) -> CheckResult:
     if name in evidence.unseen:
-        return CheckResult(name=name, verdict="skipped", summary=evidence.unseen[name])
+        return make_result(name, "skipped", evidence.unseen[name])
     if not evidence.gate.runs(name):
-        summary = "the gate does not ask for it"
-        return CheckResult(name=name, verdict="skipped", summary=summary)
-
+        return make_result(name, "skipped", "the gate does not ask for it")
     result: CheckResult = plugins.load("checks", name).check(evidence)
     return result

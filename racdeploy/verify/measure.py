@@ -112,8 +112,8 @@ def compare_logits(
     if not traces:
         return None
 
-    pruning = _Divergences()
-    export = _Divergences()
+    pruning = []
+    export = []
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / f"{index}.npy" for index in range(len(traces))]
         with pruned() as engine:
@@ -122,39 +122,18 @@ def compare_logits(
 
         with dense() as engine:
             for file, trace in zip(files, traces, strict=True):
-                pruning.add(predict_completion(engine, trace), np.load(file))
+                pruning.append(_diverge(predict_completion(engine, trace), np.load(file)))
 
         with artifact() as engine:
             for file, trace in zip(files, traces, strict=True):
-                export.add(np.load(file), predict_completion(engine, trace))
+                export.append(_diverge(np.load(file), predict_completion(engine, trace)))
 
     return LogitComparison(
-        tokens=sum(map(len, export.kl)),
-        export=export.mean(),
-        pruning=pruning.mean(),
-        along=average_along(export.kl, pruning.kl),
+        tokens=sum(len(kl_T) for kl_T, *_ in export),
+        export=_average(export),
+        pruning=_average(pruning),
+        along=average_along([kl_T for kl_T, *_ in export], [kl_T for kl_T, *_ in pruning]),
     )
-
-
-class _Divergences:
-    """Those of several traces, by position."""
-
-    def __init__(self) -> None:
-        self.kl: list[NDArray[np.float64]] = []
-        self.same: list[NDArray[np.bool_]] = []
-        self.changed: list[NDArray[np.bool_]] = []
-
-    def add(self, reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]) -> None:
-        """Compare a trace."""
-        kl_T, same_T = divergences(reference_TV, other_TV)
-        self.kl.append(kl_T)
-        self.same.append(same_T)
-        self.changed.append(clearly_changed(reference_TV, other_TV))
-
-    def mean(self) -> Divergence:
-        """Return the means over all positions."""
-        parts = (self.kl, self.same, self.changed)
-        return Divergence(*(float(np.concatenate(part).mean()) for part in parts))
 
 
 def divergences(
@@ -169,6 +148,19 @@ def divergences(
         kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
         same.append(left_TV.argmax(1) == right_TV.argmax(1))
     return np.concatenate(kl), np.concatenate(same)
+
+
+def _diverge(
+    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
+) -> tuple[NDArray[Any], ...]:
+    """Return KL, agreement and clear changes of a trace, by position."""
+    return *divergences(reference_TV, other_TV), clearly_changed(reference_TV, other_TV)
+
+
+def _average(found: Sequence[tuple[NDArray[Any], ...]]) -> Divergence:
+    """Return the means over all positions of all traces."""
+    by_figure = zip(*found, strict=True)
+    return Divergence(*(float(np.concatenate(parts).mean()) for parts in by_figure))
 
 
 def clearly_changed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from racdeploy.report.model import CheckResult
+from racdeploy.verify.evidence import make_result
 
 
 def compare_figures(
@@ -31,25 +32,16 @@ def compare_figures(
         return _report_missing(name, dense, pruned, limit)
 
     ratio = pruned / dense
-    figures: dict[str, float | int | str] = {
-        f"{name}_ratio": ratio,
-        f"{name}_dense": dense,
-        f"{name}_pruned": pruned,
-    }
+    figures = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
     text = f"{show(pruned)}, dense {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
-        return CheckResult(
-            name=name, verdict="skipped", summary=f"{text}; no limit is set", figures=figures
-        )
+        return make_result(name, "skipped", f"{text}; no limit is set", figures)
 
-    kept = keeps(ratio, limit)
-    return CheckResult(
-        name=name,
-        verdict="pass" if kept else "fail",
-        summary=f"{text}, limit {limit:g}",
-        figures=figures | {f"{name}_limit": limit},
-        remedy="" if kept else remedy,
-    )
+    figures[f"{name}_limit"] = limit
+    text += f", limit {limit:g}"
+    if keeps(ratio, limit):
+        return make_result(name, "pass", text, figures)
+    return make_result(name, "fail", text, figures, remedy)
 
 
 def _report_missing(
@@ -65,6 +57,6 @@ def _report_missing(
     summary = f"{measured} was measured in this run"
     if limit is None:
         remedy = "racdeploy bench measures both"
-        return CheckResult(name=name, verdict="skipped", summary=summary, remedy=remedy)
+        return make_result(name, "skipped", summary, remedy=remedy)
     remedy = "give the dense artifact with --baseline, or build again: both then run"
-    return CheckResult(name=name, verdict="inconclusive", summary=summary, remedy=remedy)
+    return make_result(name, "inconclusive", summary, remedy=remedy)

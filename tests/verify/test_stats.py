@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest, multinomial
 from scipy.stats import t as student
 
 from racdeploy.verify.stats.distributions import student_quantile
-from racdeploy.verify.stats.lengths import length_ratio, restricted_mean_lengths
+from racdeploy.verify.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verify.stats.paired import (
     drop_interval,
     non_inferiority,
@@ -350,10 +350,10 @@ def test_students_quantile_matches_scipy(probability: float, freedom: int) -> No
 
 def test_the_restricted_mean_counts_truncated_runs_at_the_cap() -> None:
     """A run beyond the budget costs the budget, and is not left out."""
-    assert restricted_mean_lengths([100, 300, 900], budget=512) == pytest.approx(
-        (100 + 300 + 512) / 3
-    )
-    assert restricted_mean_lengths([[0, 10], [20, 1000]], budget=30) == pytest.approx((5 + 25) / 2)
+    mean = restrict_lengths([100, 300, 900], budget=512).mean()
+    assert mean == pytest.approx((100 + 300 + 512) / 3)
+    mean = restrict_lengths([[0, 10], [20, 1000]], budget=30).mean()
+    assert mean == pytest.approx((5 + 25) / 2)
 
 
 def test_the_length_ratio_uses_the_pairing() -> None:
@@ -422,10 +422,10 @@ def test_the_length_gate_keeps_its_level_at_thirty_prompts() -> None:
         lambda: drop_interval(math.nan, 0, 4),
         lambda: drop_interval(0, 0, 0.5),
         lambda: wilson_interval(5, 4),
-        lambda: restricted_mean_lengths([], 10),
-        lambda: restricted_mean_lengths([-1], 10),
-        lambda: restricted_mean_lengths([math.nan], 10),
-        lambda: restricted_mean_lengths([1], 0),
+        lambda: restrict_lengths([], 10),
+        lambda: restrict_lengths([-1], 10),
+        lambda: restrict_lengths([math.nan], 10),
+        lambda: restrict_lengths([1], 0),
         lambda: length_ratio([1, 2], [1], 10),
         lambda: length_ratio([1, 2], [1, 2], 10, confidence=90),
         lambda: power(10, 0.1, 0.05, drop=0.2),

@@ -12,6 +12,7 @@ from racdeploy.verify.evidence import (
     OtherArtifact,
     completion_tokens,
     is_correct,
+    make_result,
 )
 from racdeploy.verify.stats import lengths, paired, verdicts
 
@@ -38,25 +39,17 @@ class Limits(gate.Limits):
 def check(evidence: Evidence) -> CheckResult:
     """Pass if every further artifact is as accurate as the main one and thinks as long."""
     if not evidence.also:
-        return CheckResult(
-            name="backends",
-            verdict="skipped",
-            summary="the bundle has an artifact for one engine",
-            remedy="build it with a second target: --also TARGET",
-        )
+        summary = "the bundle has an artifact for one engine"
+        remedy = "build it with a second target: --also TARGET"
+        return make_result("backends", "skipped", summary, remedy=remedy)
 
     found = [_compare(evidence, other) for other in evidence.also]
     verdict = verdicts.worst(result.verdict for result in found)
-    figures: dict[str, float | int | str] = {}
+    summary = "; ".join(result.summary for result in found)
+    figures: dict[str, float | str] = {}
     for result in found:
         figures |= result.figures
-    return CheckResult(
-        name="backends",
-        verdict=verdict,
-        summary="; ".join(result.summary for result in found),
-        figures=figures,
-        remedy=_REMEDIES[verdict],
-    )
+    return make_result("backends", verdict, summary, figures, _REMEDIES[verdict])
 
 
 def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
@@ -69,17 +62,14 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
     drop = (pairs.n10 - pairs.n01) / pairs.n
     interval = paired.drop_interval(*pairs, confidence)
 
-    budget = evidence.budget_tokens
     main_tokens = main.by_prompt(completion_tokens)
     tokens = arm.by_prompt(completion_tokens)
-    ratio = lengths.length_ratio(main_tokens, tokens, budget, confidence)
+    ratio = lengths.length_ratio(main_tokens, tokens, evidence.budget_tokens, confidence)
 
     alike = paired.equivalence(*pairs, limits.margin, confidence)
-    as_long = lengths.equivalent_lengths(
-        main_tokens, tokens, budget, limits.length_ratio, confidence
-    )
+    as_long = verdicts.judge_within(ratio, 1 / limits.length_ratio, limits.length_ratio)
     same_answer, same_text = _share_same(main, arm)
-    figures: dict[str, float] = {
+    figures = {
         "difference": drop,
         "difference_lower": interval.lower,
         "difference_upper": interval.upper,
@@ -91,17 +81,17 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
         "length_upper": ratio.upper,
         "length_limit": limits.length_ratio,
     }
-    return CheckResult(
-        name="backends",
-        verdict=verdicts.worst([alike, as_long]),
-        summary=f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: "
+    summary = (
+        f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: "
         f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
         f"{interval.upper:+.1%}, limit ±{limits.margin:.1%}; "
         f"same answer to {same_answer:.1%} of the prompts, same text to {same_text:.1%}; "
         f"length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "
-        f"limit {limits.length_ratio:g} either way",
-        figures={f"{other.backend}_{name}": value for name, value in figures.items()},
+        f"limit {limits.length_ratio:g} either way"
     )
+    verdict = verdicts.worst([alike, as_long])
+    named = {f"{other.backend}_{name}": value for name, value in figures.items()}
+    return make_result("backends", verdict, summary, named)
 
 
 def _share_same(main: Arm, arm: Arm) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from racdeploy.report.model import CheckResult
 from racdeploy.storage.files import file_sha256
-from racdeploy.verify.evidence import Evidence
+from racdeploy.verify.evidence import Evidence, make_result
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -22,12 +22,8 @@ def check(evidence: Evidence) -> CheckResult:
 
     main = evidence.artifact_files[evidence.artifact.name]
     size_bytes = sum(file.stat().st_size for file in listed)
-    return CheckResult(
-        name="integrity",
-        verdict="fail" if changed else "pass",
-        summary="; ".join(changed) or f"SHA-256 {main[:16]}…",
-        figures={"size_bytes": size_bytes, "files": len(listed)},
-        remedy="the artifact changed after it was exported: copy or build it again"
-        if changed
-        else "",
-    )
+    figures = {"size_bytes": size_bytes, "files": len(listed)}
+    if changed:
+        remedy = "the artifact changed after it was exported: copy or build it again"
+        return make_result("integrity", "fail", "; ".join(changed), figures, remedy)
+    return make_result("integrity", "pass", f"SHA-256 {main[:16]}…", figures)

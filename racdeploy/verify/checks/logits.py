@@ -11,7 +11,7 @@ from pydantic import Field
 from racdeploy import plugins
 from racdeploy.report.model import CheckResult
 from racdeploy.verify import gate
-from racdeploy.verify.evidence import Divergence, Evidence
+from racdeploy.verify.evidence import Divergence, Evidence, make_result
 
 # Mean KL in nats that rounding to a format of that many bits may cause; a wrong tensor costs nats.
 KL_LIMITS = ((16.0, 0.002), (8.0, 0.02), (6.0, 0.06), (5.0, 0.12), (4.0, 0.5), (0.0, 1.0))
@@ -42,12 +42,9 @@ def check(evidence: Evidence) -> CheckResult:
     """Pass if the export changed the model by no more than its number format explains."""
     found = evidence.logits
     if found is None:
-        asked = evidence.settings.logit_traces
-        return CheckResult(
-            name="logits",
-            verdict="inconclusive" if asked else "skipped",
-            summary="no trace was compared" if asked else "no trace was compared in this run",
-        )
+        if evidence.settings.logit_traces:
+            return make_result("logits", "inconclusive", "no trace was compared")
+        return make_result("logits", "skipped", "no trace was compared in this run")
 
     limits = evidence.gate.limits(Limits)
     kl_limit = limits.export_kl_nats
@@ -60,7 +57,7 @@ def check(evidence: Evidence) -> CheckResult:
     export = _Side(found.export, kl_limit, share_limit)
     pruning = _Side(found.pruning, limits.pruning_kl_nats, limits.pruning_changed)
 
-    figures: dict[str, float | int | str] = {
+    figures: dict[str, float | str] = {
         "export_kl_nats": found.export.kl,
         "export_top1": found.export.top1,
         "export_changed": found.export.changed,
@@ -81,14 +78,11 @@ def check(evidence: Evidence) -> CheckResult:
         remedy = "choose a wider quant; if it stays, report the model: a tensor is wrong"
     elif not pruning.is_kept:
         remedy = "lower the sparsity, or calibrate on more traces"
-    return CheckResult(
-        name="logits",
-        verdict="fail" if remedy else "pass",
-        summary=f"artifact against torch-pruned: {export.text}; "
-        f"torch-pruned against dense: {pruning.text}; {found.tokens} tokens",
-        figures=figures,
-        remedy=remedy,
+    summary = (
+        f"artifact against torch-pruned: {export.text}; "
+        f"torch-pruned against dense: {pruning.text}; {found.tokens} tokens"
     )
+    return make_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 
 
 def find_kl_limit(quants: Iterable[str]) -> float:
@@ -109,7 +103,7 @@ def most_changed(kl_limit: float) -> float:
 
 @dataclass(frozen=True)
 class _Side:
-    """A divergence and its limits, where it has any."""
+    """A divergence and its limits, where it has any; a KL that is not a number keeps none."""
 
     found: Divergence
     kl_limit: float | None
@@ -117,14 +111,12 @@ class _Side:
 
     @property
     def is_kept(self) -> bool:
-        """Whether both limits are; a KL that is not a number keeps none."""
         kl_kept = self.kl_limit is None or self.found.kl <= self.kl_limit
         changed_kept = self.changed_limit is None or self.found.changed <= self.changed_limit
         return kl_kept and changed_kept
 
     @property
     def text(self) -> str:
-        """The figures, each with its limit."""
         kl_limit = "" if self.kl_limit is None else f" (limit {self.kl_limit:g})"
         changed_limit = "" if self.changed_limit is None else f" (limit {self.changed_limit:.1%})"
         return (

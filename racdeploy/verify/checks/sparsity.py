@@ -7,7 +7,7 @@ from pydantic import Field
 from racdeploy import plugins
 from racdeploy.report.model import CheckResult
 from racdeploy.verify import gate
-from racdeploy.verify.evidence import Evidence
+from racdeploy.verify.evidence import Evidence, make_result
 
 
 class Limits(gate.Limits):
@@ -25,12 +25,10 @@ def check(evidence: Evidence) -> CheckResult:
     rows = [row for row in evidence.tensors if row.name in evidence.prunable]
     found = evidence.pruned.sparsity
     if not rows or found is None:
-        return CheckResult(
-            name="sparsity", verdict="inconclusive", summary="no prunable tensor was measured"
-        )
+        return make_result("sparsity", "inconclusive", "no prunable tensor was measured")
 
     asked = evidence.sparsity_asked
-    figures: dict[str, float | int | str] = {
+    figures = {
         "sparsity_file": found,
         "sparsity_asked": asked,
         "tensors": len(rows),
@@ -39,40 +37,27 @@ def check(evidence: Evidence) -> CheckResult:
     text = f"{found:.1%} zeros in the file, {asked:.1%} asked"
     if evidence.sparsity_recipe is not None:
         figures["sparsity_recipe"] = evidence.sparsity_recipe
-        recipe = f"not the {evidence.sparsity_recipe:.1%} of the recipe"
-        text += f" by the last step that was kept, {recipe}"
+        text += " by the last step that was kept, "
+        text += f"not the {evidence.sparsity_recipe:.1%} of the recipe"
 
     quants = {row.quant_real for row in rows}
     if not all(plugins.load("quant", name).PRESERVES_ZERO for name in quants):
         return _report_lost_zeros(evidence, text, figures)
 
     reached = found >= asked - evidence.gate.limits(Limits).tolerance
-    return CheckResult(
-        name="sparsity",
-        verdict="pass" if reached else "fail",
-        summary=text,
-        figures=figures,
-        remedy="" if reached else "the export lost zeros: build again, and report it if it stays",
-    )
+    if reached:
+        return make_result("sparsity", "pass", text, figures)
+    remedy = "the export lost zeros: build again, and report it if it stays"
+    return make_result("sparsity", "fail", text, figures, remedy)
 
 
-def _report_lost_zeros(
-    evidence: Evidence, text: str, figures: dict[str, float | int | str]
-) -> CheckResult:
-    text = f"{text}; {evidence.pruned.quant} does not keep zeros"
+def _report_lost_zeros(evidence: Evidence, text: str, figures: dict[str, float]) -> CheckResult:
+    text += f"; {evidence.pruned.quant} does not keep zeros"
     if evidence.packing == "plain":
-        return CheckResult(
-            name="sparsity",
-            verdict="skipped",
-            summary=text,
-            figures=figures,
-            remedy="choose a quant that keeps zeros: "
-            "q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset",
-        )
-    return CheckResult(
-        name="sparsity",
-        verdict="fail",
-        summary=f"{text}, and packing {evidence.packing} stores them as zeros",
-        figures=figures,
-        remedy="choose a quant that keeps zeros, or packing = 'plain'",
-    )
+        known = "q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset"
+        remedy = f"choose a quant that keeps zeros: {known}"
+        return make_result("sparsity", "skipped", text, figures, remedy)
+
+    text += f", and packing {evidence.packing} stores them as zeros"
+    remedy = "choose a quant that keeps zeros, or packing = 'plain'"
+    return make_result("sparsity", "fail", text, figures, remedy)

@@ -10,21 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from racdeploy.report.model import CheckResult
-from racdeploy.verify.evidence import Evidence, PromptProbe
+from racdeploy.verify.evidence import Evidence, PromptProbe, make_result
 
 
 def check(evidence: Evidence) -> CheckResult:
     """Pass if every prompt has equal ids everywhere; the first that differs is shown."""
     probes = [probe for probe in evidence.prompts if probe.expected]
     if not probes:
-        return CheckResult(
-            name="template", verdict="inconclusive", summary="no prompt was rendered before"
-        )
+        return make_result("template", "inconclusive", "no prompt was rendered before")
 
     inside = [probe for probe in probes if probe.artifact is not None]
     wrong = [probe for probe in probes if not _is_same(probe, probe.rendered)]
     wrong_inside = [probe for probe in inside if not _is_same(probe, probe.artifact or ())]
-    figures: dict[str, float | int | str] = {
+    figures = {
         "prompts": len(probes),
         "different": len(wrong),
         "prompts_artifact": len(inside),
@@ -33,22 +31,19 @@ def check(evidence: Evidence) -> CheckResult:
     if not wrong and not wrong_inside:
         where = ", by the artifact's own template too" if inside else ""
         summary = f"{len(probes)} prompts, equal ids{where}"
-        return CheckResult(name="template", verdict="pass", summary=summary, figures=figures)
+        return make_result("template", "pass", summary, figures)
 
     if wrong:
         count, first, ids, where = len(wrong), wrong[0], wrong[0].rendered, ""
     else:
         count, first, where = len(wrong_inside), wrong_inside[0], " by the artifact's own template"
         ids = first.artifact or ()
-    return CheckResult(
-        name="template",
-        verdict="fail",
-        summary=f"{count} of {len(probes)} prompts differ{where}; the first is "
-        f"{first.question[:60]!r}: {_describe_difference(first.expected, ids)}",
-        figures=figures,
-        remedy="put the model's own chat template back: "
-        "chat_template in tokenizer_config.json, or export again",
-    )
+    difference = _describe_difference(first.expected, ids)
+    summary = f"{count} of {len(probes)} prompts differ{where}; the first is "
+    summary += f"{first.question[:60]!r}: {difference}"
+    remedy = "put the model's own chat template back: "
+    remedy += "chat_template in tokenizer_config.json, or export again"
+    return make_result("template", "fail", summary, figures, remedy)
 
 
 def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:

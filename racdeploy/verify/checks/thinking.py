@@ -10,6 +10,7 @@ from racdeploy.verify.evidence import (
     FAULTS,
     Evidence,
     completion_tokens,
+    make_result,
     thinking_tokens,
 )
 from racdeploy.verify.stats import lengths, paired, verdicts
@@ -54,7 +55,7 @@ def check(evidence: Evidence) -> CheckResult:
     ratio = lengths.length_ratio(dense, pruned, evidence.budget_tokens, confidence)
 
     found = {"length": verdicts.judge(ratio, limits.length_ratio)}
-    figures: dict[str, float | int | str] = {
+    figures: dict[str, float | str] = {
         "length_ratio": ratio.ratio,
         "length_lower": ratio.lower,
         "length_upper": ratio.upper,
@@ -79,12 +80,9 @@ def check(evidence: Evidence) -> CheckResult:
     causes = ", ".join(name for name, each in found.items() if each == verdict)
     because = "" if verdict == "pass" else f"{causes}: "
     what = "thinking" if thinks else "completion"
-    return CheckResult(
-        name="thinking",
-        verdict=verdict,
-        summary=f"{because}{what} length ratio {ratio.ratio:.3f}, "
+    summary = (
+        f"{because}{what} length ratio {ratio.ratio:.3f}, "
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
-        f"limit {limits.length_ratio:g}; {', '.join(counts)} of {len(evidence.dense.records)}",
-        figures=figures,
-        remedy=_REMEDIES[verdict],
+        f"limit {limits.length_ratio:g}; {', '.join(counts)} of {len(evidence.dense.records)}"
     )
+    return make_result("thinking", verdict, summary, figures, _REMEDIES[verdict])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.report.model import CheckResult
-from racdeploy.verify.evidence import Evidence, StopIds
+from racdeploy.verify.evidence import Evidence, StopIds, make_result
 
 
 def check(evidence: Evidence) -> CheckResult:
@@ -13,40 +13,29 @@ def check(evidence: Evidence) -> CheckResult:
     if stop is not None and stop.actual not in stop.expected:
         return _report_wrong_stop(stop)
     if probes is None:
-        return CheckResult(
-            name="tokens",
-            verdict="skipped",
-            summary=f"{evidence.backend} has no tokenizer: "
-            "its token ids come from the checkpoint's tokenizer.json",
-        )
+        summary = f"{evidence.backend} has no tokenizer: "
+        summary += "its token ids come from the checkpoint's tokenizer.json"
+        return make_result("tokens", "skipped", summary)
     if not probes:
-        return CheckResult(name="tokens", verdict="inconclusive", summary="no string was tokenized")
+        return make_result("tokens", "inconclusive", "no string was tokenized")
 
     wrong = [probe for probe in probes if probe.expected != probe.actual]
-    figures: dict[str, float | int | str] = {"strings": len(probes), "different": len(wrong)}
+    figures = {"strings": len(probes), "different": len(wrong)}
     if not wrong:
-        summary = f"{len(probes)} strings, equal ids"
-        return CheckResult(name="tokens", verdict="pass", summary=summary, figures=figures)
+        return make_result("tokens", "pass", f"{len(probes)} strings, equal ids", figures)
 
     first = wrong[0]
-    return CheckResult(
-        name="tokens",
-        verdict="fail",
-        summary=f"{len(wrong)} of {len(probes)} strings differ; the first is {first.text[:60]!r}: "
-        f"{list(first.expected[:8])} expected, {list(first.actual[:8])} found",
-        figures=figures,
-        remedy="name the right pre-tokenizer: export.pre_tokenizer in the recipe",
-    )
+    summary = f"{len(wrong)} of {len(probes)} strings differ; the first is {first.text[:60]!r}: "
+    summary += f"{list(first.expected[:8])} expected, {list(first.actual[:8])} found"
+    remedy = "name the right pre-tokenizer: export.pre_tokenizer in the recipe"
+    return make_result("tokens", "fail", summary, figures, remedy)
 
 
 def _report_wrong_stop(stop: StopIds) -> CheckResult:
     named = "none" if stop.actual is None else f"id {stop.actual}"
-    return CheckResult(
-        name="tokens",
-        verdict="fail",
-        summary=f"the artifact names {named} as its end-of-sequence, "
-        f"the checkpoint {list(stop.expected)}",
-        figures={"end_of_sequence": -1 if stop.actual is None else stop.actual},
-        remedy="export again: a program that reads the artifact alone "
-        "would not stop, or stop too early",
-    )
+    figures = {"end_of_sequence": -1 if stop.actual is None else stop.actual}
+    summary = f"the artifact names {named} as its end-of-sequence, "
+    summary += f"the checkpoint {list(stop.expected)}"
+    remedy = "export again: a program that reads the artifact alone "
+    remedy += "would not stop, or stop too early"
+    return make_result("tokens", "fail", summary, figures, remedy)

@@ -1,9 +1,6 @@
 """Thinking lengths: the ratio of restricted means E[min(T, budget)], its interval and its power.
 
 The prompt is the unit: the samples of one prompt are averaged first.
-
-Source: D. J. Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for two
-one-sided tests.
 """
 
 from __future__ import annotations
@@ -14,24 +11,34 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from racdeploy.report.model import Verdict
 from racdeploy.verify.stats.distributions import check_confidence, student_quantile
-from racdeploy.verify.stats.verdicts import RatioEstimate, judge_within
+from racdeploy.verify.stats.verdicts import RatioEstimate
 
 _LARGEST_EXPONENT = 700.0  # e to this is still a float64
 
 
-def restricted_mean_lengths(lengths: ArrayLike, budget: float) -> float:
-    """Return E[min(T, budget)], the mean thinking length under a cap.
+def restrict_lengths(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
+    """Return min(length, budget) by prompt, averaged over its samples.
 
-    A truncated run belongs in ``lengths`` with the tokens it reached: it counts as the budget,
-    which is what it cost. Leaving it out would reward a model for never stopping.
+    A truncated run belongs in ``lengths`` with the tokens it reached: it counts as the budget, which
+    is what it cost. Leaving it out would reward a model for never stopping.
 
     Args:
         lengths: lengths_N in tokens, or lengths_NX with X samples of each prompt; zeros allowed.
         budget: the cap in tokens, above 0, the same for every arm.
     """
-    return float(_restrict(lengths, budget).mean())
+    raw = np.asarray(lengths, dtype=np.float64)
+    if raw.ndim not in (1, 2) or raw.size == 0:
+        raise ValueError(
+            f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}"
+        )
+    if not np.isfinite(raw).all() or (raw < 0).any():
+        raise ValueError("a length is negative or not finite")
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"the budget is {budget}; it is a number of tokens above 0")
+
+    restricted = np.minimum(raw, budget)
+    return restricted if raw.ndim == 1 else restricted.mean(axis=1)
 
 
 def length_ratio(
@@ -48,13 +55,13 @@ def length_ratio(
     no limit.
 
     Args:
-        dense_lengths: as for :func:`restricted_mean_lengths`.
+        dense_lengths: as for :func:`restrict_lengths`.
         pruned_lengths: the same for the pruned model, prompt by prompt.
         budget: the cap in tokens, above 0, the same for both.
         confidence: of the two-sided interval, in (0, 1).
     """
-    dense_N = _restrict(dense_lengths, budget)
-    pruned_N = _restrict(pruned_lengths, budget)
+    dense_N = restrict_lengths(dense_lengths, budget)
+    pruned_N = restrict_lengths(pruned_lengths, budget)
     if dense_N.shape != pruned_N.shape:
         raise ValueError(
             f"{len(dense_N)} dense and {len(pruned_N)} pruned lengths: not the same prompts"
@@ -76,31 +83,11 @@ def length_ratio(
     return RatioEstimate(ratio, ratio / factor, ratio * factor, n)
 
 
-def equivalent_lengths(
-    first_lengths: ArrayLike,
-    second_lengths: ArrayLike,
-    budget: float,
-    limit: float,
-    confidence: float = 0.90,
-) -> Verdict:
-    """Judge whether two arms think equally long: a ratio between 1 / limit and limit.
-
-    Args:
-        first_lengths: see :func:`length_ratio`.
-        second_lengths: the same for the other arm, prompt by prompt.
-        budget: the cap in tokens, above 0.
-        limit: largest acceptable ratio either way, above 1.
-        confidence: of the two-sided interval, in (0, 1).
-    """
-    if not (math.isfinite(limit) and limit > 1):
-        raise ValueError(f"the limit is {limit}; it is a ratio above 1, such as 1.1")
-    ratio = length_ratio(first_lengths, second_lengths, budget, confidence)
-    return judge_within(ratio, 1 / limit, limit)
-
-
 def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget: float) -> float:
     """Return the deviation by prompt that decides the width of :func:`length_ratio`'s interval."""
-    return _deviation(_restrict(dense_lengths, budget), _restrict(pruned_lengths, budget))
+    return _deviation(
+        restrict_lengths(dense_lengths, budget), restrict_lengths(pruned_lengths, budget)
+    )
 
 
 def length_power(
@@ -142,19 +129,3 @@ def smallest_detectable_ratio(
 def _deviation(dense_N: NDArray[np.float64], pruned_N: NDArray[np.float64]) -> float:
     difference_N = pruned_N / pruned_N.mean() - dense_N / dense_N.mean()
     return float(difference_N.std(ddof=1))
-
-
-def _restrict(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
-    """Return min(length, budget) by prompt, averaged over its samples."""
-    raw = np.asarray(lengths, dtype=np.float64)
-    if raw.ndim not in (1, 2) or raw.size == 0:
-        raise ValueError(
-            f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}"
-        )
-    if not np.isfinite(raw).all() or (raw < 0).any():
-        raise ValueError("a length is negative or not finite")
-    if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(f"the budget is {budget}; it is a number of tokens above 0")
-
-    restricted = np.minimum(raw, budget)
-    return restricted if raw.ndim == 1 else restricted.mean(axis=1)

@@ -1,4 +1,8 @@
-"""Intervals, and what one says about a limit."""
+"""Intervals, and what one says about a limit.
+
+Source: D. J. Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for two
+one-sided tests.
+"""
 
 from __future__ import annotations
 
