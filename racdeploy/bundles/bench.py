@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,8 +45,6 @@ class Load:
 
     Args:
         rounds: how often each artifact is loaded and measured.
-        prompt_tokens: length of the prompt.
-        new_tokens: tokens decoded after it.
         parallel: sequences decoded together; the figures count the tokens of all of them.
         threads: CPU threads; 0 uses every core.
         accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact
@@ -73,7 +71,7 @@ class Benchmark:
     kernels: str = ""
 
     def medians(self) -> tuple[Round, Round]:
-        """Return the medians of the dense and of the pruned artifact."""
+        """Return those of the dense and of the pruned artifact."""
         return _take_medians(self.dense_rounds), _take_medians(self.pruned_rounds)
 
     def ratios(self, name: str) -> list[float]:
@@ -82,19 +80,16 @@ class Benchmark:
         return sorted(pruned[name] / dense[name] for dense, pruned in rounds)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
         dense, pruned = self.medians()
+        load = asdict(self.load)
+        del load["accel"]
         ratios = {name: self.ratios(name) for name in FIGURES}
         return {
             "dense": {"path": str(self.dense), **dense},
             "pruned": {"path": str(self.pruned), **pruned},
             "ratio": {name: median(found) for name, found in ratios.items()},
             "ratio_range": {name: [found[0], found[-1]] for name, found in ratios.items()},
-            "rounds": self.load.rounds,
-            "prompt_tokens": self.load.prompt_tokens,
-            "new_tokens": self.load.new_tokens,
-            "parallel": self.load.parallel,
-            "threads": self.load.threads,
+            **load,
             "kernels": self.kernels,
         }
 
@@ -102,14 +97,10 @@ class Benchmark:
 def bench(
     bundle: Path, dense: Path, load: Load, progress: Progress | None = None, *, artifact: str = ""
 ) -> Benchmark:
-    """Measure an artifact of a bundle beside the dense one.
+    """Measure an artifact of a bundle beside the dense one, which is for the same engine.
 
-    Args:
-        bundle: folder that ``racdeploy build`` wrote.
-        dense: the dense artifact, for the same engine.
-        load: what every round does.
-        progress: called with a label, loads done and loads in all.
-        artifact: its path in the bundle; empty takes the first one.
+    ``artifact`` is a path in the bundle, empty for the first; ``progress`` gets a label, loads done
+    and loads in all.
 
     Raises:
         ArtifactError: the bundle is damaged, or there is no dense artifact.
@@ -117,7 +108,7 @@ def bench(
         EngineError: the engine cannot run one of them.
     """
     manifest = Manifest.read(bundle)
-    entry = find_artifact(bundle, artifact)
+    entry = _find_artifact(bundle, manifest, artifact)
     check_unpacked(bundle, entry)
     if not dense.is_file():
         raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
@@ -154,35 +145,16 @@ def bench(
     return Benchmark(load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
 
 
-def find_artifact(bundle: Path, path: str = "") -> ArtifactEntry:
-    """Return an artifact of a bundle by its path there, the first one where none is given.
-
-    Raises:
-        UsageError: the bundle has no such artifact.
-    """
-    artifacts = Manifest.read(bundle).artifacts
-    for entry in artifacts:
-        if not path or entry.path == path:
-            return entry
-
-    known = ", ".join(entry.path for entry in artifacts)
-    raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
-
-
 def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
-    """Return the dense artifact that the build of a bundle left among its stage results.
+    """Return the dense artifact that the build of a bundle left in its work folder.
 
-    Args:
-        bundle: folder that ``racdeploy build`` wrote.
-        work: where its stages are.
-        artifact: path in the bundle of the one it is for; a build makes a dense one for the first
-            alone.
+    It is for an artifact of that path in the bundle; a build makes one for the first alone.
 
     Raises:
         ArtifactError: there is none.
     """
     manifest = Manifest.read(bundle)
-    entry = find_artifact(bundle, artifact)
+    entry = _find_artifact(bundle, manifest, artifact)
     build_again = (
         f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, "
         "then give the file with --dense"
@@ -208,6 +180,16 @@ def figure_text(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB"
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry:
+    """Return an artifact by its path, the first one where none is given."""
+    for entry in manifest.artifacts:
+        if not path or entry.path == path:
+            return entry
+
+    known = ", ".join(entry.path for entry in manifest.artifacts)
+    raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
 
 
 def _take_medians(rounds: Sequence[Round]) -> Round:

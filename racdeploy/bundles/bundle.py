@@ -91,7 +91,6 @@ class Bundle:
         return drawn
 
     def respondent(self, progress: Progress | None) -> Respondent:
-        """Return who answers, and how."""
         tokenizer = self.own.manifest.tokenizer
         encoder = PromptEncoder.from_folder(self.folder)
         tags = None

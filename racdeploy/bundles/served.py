@@ -64,7 +64,6 @@ class ServerAnswerer:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Versions and settings that the answers depend on."""
         server = {"url": self.server.url, "api": self.server.api}
         return self.local.fingerprint | {"server": server}
 
@@ -116,7 +115,6 @@ class ServerAnswerer:
         return evidence, [*served, *notes, *note_earlier(answers.earlier)]
 
     def forget(self) -> None:
-        """Remove the answers of a finished run: the next one verifies from scratch."""
         shutil.rmtree(self._stage.folder)
 
     @cached_property

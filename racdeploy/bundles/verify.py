@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,31 +37,26 @@ from racdeploy.verify.probe_strings import probe_strings
 
 
 class Answerer(Protocol):
-    """Who gives the answers that are judged."""
+    """Who gives the answers that are judged.
+
+    ``fingerprint`` holds what the answers depend on. ``gather`` answers, and returns what the
+    checks look at beside the dense arm, and the notes on that arm with its own. ``forget`` removes
+    the answers of a finished run, so that the next one verifies from scratch.
+    """
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Versions and settings that the answers depend on."""
+    def fingerprint(self) -> dict[str, Any]: ...
 
-    def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
-        """Answer, and return everything the checks look at, and the notes with its own.
+    def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]: ...
 
-        Args:
-            dense: what the answers are compared with.
-            notes: on the dense arm.
-        """
-
-    def forget(self) -> None:
-        """Remove the answers of a finished run: the next one verifies from scratch."""
+    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class ArtifactAnswerer:
-    """The bundle's own artifacts, run here; an interrupted run left its answers in the work folder.
+    """The bundle's own artifacts, run here; what an interrupted run answered waits in ``work``.
 
     Args:
-        bundle: what is verified.
-        work: where the answers of an interrupted run wait.
         threads: CPU threads; 0 uses every core.
         accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`.
         progress: called with a label, prompts done and prompts in all.
@@ -76,29 +71,21 @@ class ArtifactAnswerer:
 
     @cached_property
     def respondent(self) -> Respondent:
-        """Who answers, and how."""
         return self.bundle.respondent(self.progress)
 
     @cached_property
     def engine_settings(self) -> EngineSettings:
-        """How engines are loaded."""
         # Kernels that are not used give the same answers as where they are switched off.
         unused = self.accel == "auto" and kernels("auto") == STOCK
         settings = self.bundle.settings
-        return EngineSettings(
-            settings.context_tokens,
-            settings.parallel,
-            self.threads,
-            accel="off" if unused else self.accel,
-        )
+        mode = "off" if unused else self.accel
+        return EngineSettings(settings.context_tokens, settings.parallel, self.threads, accel=mode)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Versions and settings that the answers depend on."""
         return fingerprint(self.engine_settings)
 
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
-        """Run every artifact of the bundle, and look into the files."""
         own = self.bundle.own
         main, *others = own.manifest.artifacts
         pruned, measured, earlier = self._run(main, "pruned")
@@ -147,14 +134,7 @@ class ArtifactAnswerer:
     def answer(
         self, entry: ArtifactEntry, path: Path, files: Mapping[str, str], arm: str
     ) -> Answers:
-        """Answer with one file.
-
-        Args:
-            entry: of the bundle's artifact that it stands for.
-            path: the main file.
-            files: hash of each file.
-            arm: name of the answers.
-        """
+        """Answer with a main file as the entry says; ``files`` are the hashes of all its files."""
         inputs = identity(files, self.bundle.settings, self.engine_settings, self.fingerprint)
         version = {"version": __version__, "backend": entry.backend}
         stage = Stage.open(self.work, "verify", version | inputs)
@@ -165,7 +145,6 @@ class ArtifactAnswerer:
         )
 
     def forget(self) -> None:
-        """Remove the answers of a finished run: the next one verifies from scratch."""
         for folder in self._used:
             shutil.rmtree(folder)
 
@@ -174,16 +153,9 @@ class ArtifactAnswerer:
         path = self.bundle.folder / entry.path
         answers = self.answer(entry, path, entry.files, name)
         measured = measure_artifact(self.bundle.own, entry)
-        arm = Arm(
-            name,
-            answers.records,
-            entry.size_bytes,
-            entry.quant,
-            measured.sparsity,
-            answers.stats,
-            recorded_files(entry),
-            answers.kernels,
-        )
+        known = (entry.size_bytes, entry.quant, measured.sparsity)
+        files = recorded_files(entry)
+        arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
         return arm, measured, answers.earlier
 
     def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
@@ -207,7 +179,6 @@ class Reverification:
 
     @property
     def gate(self) -> Gate:
-        """The limits that decide."""
         return self.local.bundle.gate
 
     def plan(self) -> dict[str, Any]:
@@ -284,22 +255,13 @@ class Reverification:
         """Return the dense arm, and where it comes from."""
         own = self.local.bundle.own
         recorded = own.dense_arm
-        arm = Arm(
-            "dense",
-            (),
-            recorded.size_bytes,
-            recorded.quant or "",
-            recorded.sparsity,
-            files=recorded.files,
-        )
+        known = (recorded.size_bytes, recorded.quant or "", recorded.sparsity)
+        files = recorded.files
         if self._fresh is not None:
             entry = own.manifest.artifacts[0]
-            answers = self.local.answer(entry, self._fresh, recorded.files, "dense")
-            notes = [f"the dense arm was run again, from {self._fresh.name}"]
-            arm = replace(
-                arm, records=answers.records, stats=answers.stats, kernels=answers.kernels
-            )
-            return arm, notes
+            answers = self.local.answer(entry, self._fresh, files, "dense")
+            arm = Arm("dense", answers.records, *known, answers.stats, files, answers.kernels)
+            return arm, [f"the dense arm was run again, from {self._fresh.name}"]
 
         source = self._source
         other = "" if source is own else f", from {source.folder.name}"
@@ -311,7 +273,7 @@ class Reverification:
         if changed := differences(source.report.fingerprint, answerer.fingerprint):
             conditions = "; ".join(changed)
             notes.append(f"the dense answers were made under other conditions: {conditions}")
-        return replace(arm, records=self._recorded(), kernels=recorded.kernels or ""), notes
+        return Arm("dense", self._recorded(), *known, {}, files, recorded.kernels or ""), notes
 
 
 def note_earlier(earlier: int) -> list[str]:

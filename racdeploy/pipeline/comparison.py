@@ -90,13 +90,8 @@ class Evaluation:
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on every artifact, compare, and decide.
 
-        Args:
-            model: the pruned model under torch.
-            dense: the dense artifact.
-            pruned: the pruned one for the recipe's target.
-            held: what the gates found of the pruned artifacts.
-            also: the pruned artifacts for the other targets, in their order.
-            rivals: dense artifacts in other quants, which answer too and decide nothing.
+        ``pruned`` is the artifact for the recipe's target, ``also`` those for the other targets, in
+        their order. ``rivals`` are dense artifacts in other quants: they answer, and decide nothing.
         """
         recipe = self.job.recipe
         rivals = rivals or {}
@@ -133,18 +128,9 @@ class Evaluation:
             blocks=model.blocks,
             fingerprint=fingerprint(self._engine_settings),
         )
-        return conclude(
-            evidence,
-            context,
-            [
-                *_selection_notes(model.selection),
-                *model.notes,
-                *pruned.notes,
-                *held.notes,
-                *notes,
-                *control_notes(recipe.verify, len(rivals)),
-            ],
-        )
+        built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *held.notes]
+        missing = control_notes(recipe.verify, len(rivals))
+        return conclude(evidence, context, [*built, *notes, *missing])
 
     @property
     def _engine_settings(self) -> EngineSettings:
@@ -186,16 +172,9 @@ class Evaluation:
         return tuple(found)
 
     def _make_arm(self, name: str, quant: str, exported: ExportResult, answers: Answers) -> Arm:
-        return Arm(
-            name,
-            answers.records,
-            exported.size_bytes,
-            quant,
-            exports.measure_sparsity(exported, self.job.prunable_weights),
-            answers.stats,
-            exported.files,
-            answers.kernels,
-        )
+        sparsity = exports.measure_sparsity(exported, self.job.prunable_weights)
+        known = (exported.size_bytes, quant, sparsity)
+        return Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
 
     def _compare_logits(
         self, model: PrunedModel, pruned: ExportResult, traces: Sequence[IdPair]

@@ -36,7 +36,6 @@ class Answers:
 
     Args:
         records: one per problem and sample, in that order.
-        traces: prompt ids and completion ids of each.
         stats: what the engine counted; empty where answers were read back, since a speed of two
             runs is none.
         earlier: answers that an earlier run left.
@@ -77,11 +76,7 @@ class Respondent:
     ) -> Answers:
         """Answer every problem; the engine is opened only if something is left to answer.
 
-        Args:
-            opener: opens the engine.
-            problems: what is asked.
-            arm: name of the artifact in the records.
-            log: completions of an earlier run, and the place of new ones.
+        ``arm`` is the name in the records, ``log`` the place of earlier and new completions.
 
         Raises:
             EngineError: the engine failed.
@@ -119,7 +114,6 @@ class Respondent:
         arm: str,
         log: CompletionLog,
     ) -> None:
-        """Run what is missing, and keep each completion when its last token comes."""
         sampling = replace(self.sampling(prompts), streams=tuple(missing))
         growing: dict[int, list[int]] = {place: [] for place in missing}
         context_tokens = self.settings.context_tokens
@@ -154,7 +148,6 @@ class Respondent:
         report_progress()
 
     def sampling(self, prompts: Sequence[Sequence[int]]) -> Sampling:
-        """Return how tokens are chosen."""
         settings = self.settings
         budget = None
         if settings.max_thinking_tokens and self.tags is not None and prompts:
@@ -219,11 +212,8 @@ def identity(
 ) -> dict[str, Any]:
     """Return what decides the completion of a prompt: the artifact, how it decodes, and on what.
 
-    Args:
-        files: hash of each file of the artifact.
-        settings: of the verification; how many prompts there are does not matter.
-        engine: its settings.
-        machine: versions and processor, see ``fingerprint``.
+    How many prompts there are does not matter. ``files`` are the hashes of the artifact's files,
+    ``machine`` is a :func:`racdeploy.verify.measure.fingerprint`.
     """
     return {
         "files": sorted(files.values()),

@@ -33,9 +33,6 @@ class Baseline:
     """A bundle with the answers in it.
 
     Args:
-        folder: the bundle.
-        manifest: its manifest.
-        recipe: how it was built.
         report: of its own verification.
         dense: dense records, in prompt order.
         pruned: pruned records, in prompt order.
@@ -77,12 +74,11 @@ class Baseline:
 
     @property
     def dense_arm(self) -> ArmSummary:
-        """The summary of the dense arm."""
         return find_dense_arm(self.report)
 
     @property
     def problems(self) -> list[Problem]:
-        """The problems that were asked, in order."""
+        """Those that were asked, in order."""
         first = {record.prompt: record for record in self.dense}
         return [
             Problem(record.question, record.gold, task=record.task, scorer=record.scorer)

@@ -36,10 +36,7 @@ class Context:
 
     Args:
         model: what the user named.
-        target: deployment target.
-        recipe: the resolved recipe.
-        linears: how each linear was pruned.
-        blocks: how far each block drifted.
+        recipe: the resolved one.
         fingerprint: versions and settings the numbers depend on.
     """
 
@@ -54,12 +51,7 @@ class Context:
 def conclude(
     evidence: Evidence, context: Context, notes: Sequence[str]
 ) -> tuple[Report, list[Record]]:
-    """Decide, and return the report with the records of all arms.
-
-    Args:
-        evidence: what was measured.
-        context: what the report says beside it.
-        notes: sentences for the reader.
+    """Decide, and return the report with the records of all arms; ``notes`` are for the reader.
 
     Raises:
         UsageError: the gate names a check for which nothing was measured.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
@@ -21,15 +22,31 @@ from racdeploy.recipe import Verification, merge, read_toml, validate
 L = TypeVar("L", bound="Limits")
 Inconclusive = Literal["fail", "pass"]
 TIERS = ("smoke", "standard", "release")
+GATE_EXAMPLE = (files("racdeploy.verify") / "gate.toml").read_text(encoding="utf-8")
+"""What ``racdeploy init --gate`` writes."""
 
 
-class Limits(BaseModel):
-    """What a check holds the artifact to; each check with limits derives its own."""
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = plugins.names("checks")
+    for name in names:
+        if name not in known:
+            guess = plugins.closest(name, known)
+            raise ValueError(f"unknown check {name!r}{guess}; known: {', '.join(known)}")
+    return names
 
+
+CheckNames = Annotated[tuple[str, ...], AfterValidator(_check_names)]
+
+
+class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Tier(BaseModel):
+class Limits(_Table):
+    """What a check holds the artifact to; each check with limits derives its own."""
+
+
+class Tier(_Table):
     """How much is run.
 
     Args:
@@ -41,18 +58,11 @@ class Tier(BaseModel):
         inconclusive: what too little data means here; left out, as the gate says.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     prompts: int = Field(200, ge=1)
     samples: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
-    checks: tuple[str, ...] = ()
+    checks: CheckNames = ()
     inconclusive: Inconclusive | None = None
-
-    @field_validator("checks")
-    @classmethod
-    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _known_checks(value)
 
     def apply(self, settings: Verification) -> Verification:
         """Return verification settings of this tier's size.
@@ -68,17 +78,15 @@ class Tier(BaseModel):
         return validate(Verification, chosen, "the tier")
 
 
-class Tiers(BaseModel):
+class Tiers(_Table):
     """What the names of ``--tier`` stand for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     smoke: Tier = Field(default_factory=lambda: Tier(prompts=32, inconclusive="pass"))
     standard: Tier = Field(default_factory=Tier)
     release: Tier = Field(default_factory=lambda: Tier(prompts=1000))
 
 
-class Gate(BaseModel):
+class Gate(_Table):
     """The part of a gate that is no check's own; :func:`read_gate` returns it with a table for
     each check.
 
@@ -89,18 +97,11 @@ class Gate(BaseModel):
         tiers: what the names of ``--tier`` stand for.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     confidence: float = Field(0.90, gt=0, lt=1)
     inconclusive: Inconclusive = "fail"
-    checks: tuple[str, ...] = ()
+    checks: CheckNames = ()
     tiers: Tiers = Field(default_factory=Tiers)
     _demanded: frozenset[str] = PrivateAttr(frozenset())
-
-    @field_validator("checks")
-    @classmethod
-    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _known_checks(value)
 
     @property
     def demanded(self) -> frozenset[str]:
@@ -109,12 +110,12 @@ class Gate(BaseModel):
 
     def limits(self, kind: type[L]) -> L:
         """Return the limits of the check in whose file the class is."""
-        found = getattr(self, kind.__module__.rpartition(".")[2])
+        check = kind.__module__.rpartition(".")[2]
+        found = getattr(self, check)
         assert isinstance(found, kind), "a gate is made by read_gate"
         return found
 
     def runs(self, check: str) -> bool:
-        """Return whether a check takes part."""
         return not self.checks or check in self.checks
 
     def at(self, tier: str) -> Self:
@@ -143,10 +144,6 @@ class Gate(BaseModel):
 def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
     """Return the gate of a file over that of a recipe; what both leave out has its default.
 
-    Args:
-        file: TOML, or None.
-        built: the recipe's ``gate``.
-
     Raises:
         UsageError: a missing file, no TOML, an unknown check or key, or a bad value.
     """
@@ -174,38 +171,3 @@ def gate_model() -> type[Gate]:
 
     title = "Limits for racdeploy verify, see docs/gate.md."
     return create_model("Gate", __base__=Gate, __doc__=title, **tables)
-
-
-def _known_checks(names: tuple[str, ...]) -> tuple[str, ...]:
-    known = plugins.names("checks")
-    for name in names:
-        if name not in known:
-            guess = plugins.closest(name, known)
-            raise ValueError(f"unknown check {name!r}{guess}; known: {', '.join(known)}")
-    return names
-
-
-GATE_EXAMPLE = """\
-# Limits for: racdeploy verify bundle/ --gate racdeploy-gate.toml
-# A key that is left out stays as the bundle was built. All keys: docs/gate.md
-
-confidence = 0.90        # of the two-sided intervals; 0.90 makes each limit a one-sided 5 % test
-inconclusive = "fail"    # too little data ends with exit code 3; "pass" ends with 0
-
-[accuracy]
-margin = 0.05            # largest accuracy drop that passes, as a fraction
-
-[thinking]
-length_ratio = 1.2       # largest ratio of mean thinking tokens, pruned to dense
-unclosed = 0.05          # largest share of prompts that lose the end of their thinking
-
-[tiers.smoke]            # --tier smoke: catches a broken artifact, not a small loss
-prompts = 32
-inconclusive = "pass"
-
-[tiers.standard]
-prompts = 200
-
-[tiers.release]          # more prompts than the bundle holds need the dense model: --baseline
-prompts = 1000
-"""

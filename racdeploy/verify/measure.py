@@ -63,10 +63,8 @@ def probe_prompts(
 ) -> tuple[PromptProbe, ...]:
     """Render questions with the bundle's template and, where the artifact holds one, with its own.
 
-    Args:
-        encoder: template and tokenizer of the bundle.
-        metadata: of the artifact.
-        expected: prompt ids by question; the first few are looked at.
+    ``metadata`` is the artifact's; ``expected`` are prompt ids by question, of which a few are
+    looked at.
     """
     source = metadata.get("tokenizer.chat_template")
     inside = encoder.with_template(source) if isinstance(source, str) else None
@@ -107,7 +105,7 @@ def compare_logits(
         pruned: opens the pruned checkpoint under torch.
         dense: opens the dense checkpoint under torch.
         artifact: opens the exported file on its engine.
-        traces: prompt ids and completion ids of each.
+        traces: of the dense model.
     """
     if not traces:
         return None

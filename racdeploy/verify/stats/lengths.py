@@ -20,8 +20,8 @@ _LARGEST_EXPONENT = 700.0  # e to this is still a float64
 def restrict_lengths(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
     """Return min(length, budget) by prompt, averaged over its samples.
 
-    A truncated run belongs in ``lengths`` with the tokens it reached: it counts as the budget, which
-    is what it cost. Leaving it out would reward a model for never stopping.
+    A truncated run belongs in ``lengths`` with the tokens it reached: it counts as the budget,
+    which is what it cost. Leaving it out would reward a model for never stopping.
 
     Args:
         lengths: lengths_N in tokens, or lengths_NX with X samples of each prompt; zeros allowed.
