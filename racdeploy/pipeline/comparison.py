@@ -91,7 +91,7 @@ class Evaluation:
         """Rerun the evaluation prompts on every artifact, compare, and decide.
 
         ``pruned`` is the artifact for the recipe's target, ``also`` those for the other targets, in
-        their order. ``rivals`` are dense artifacts in other quants: they answer, and decide nothing.
+        their order. ``rivals`` are dense artifacts in other quants: they answer and decide nothing.
         """
         recipe = self.job.recipe
         rivals = rivals or {}
