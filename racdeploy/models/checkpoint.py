@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder without torch: config, tensors one at a time, tokenizer, template.
+"""Read a Hugging Face model folder without torch: config, and tensors one at a time.
 
 ``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer classes
 differently and each silently ignores the other's. Tensors are memory-mapped from (sharded) safetensors;
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models.families import Family, family_of
+from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import (
     TOKENIZER_FILES,
     TokenizerFiles,
@@ -29,8 +29,6 @@ from racdeploy.models.tokenizer_files import (
 )
 from racdeploy.storage.files import file_sha256, read_json
 from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor_entries
-
-_LICENSE = re.compile(r"\A---\s*\n(?:.*\n)*?license:\s*([\w.+-]+)\s*\n(?:.*\n)*?---", re.MULTILINE)
 
 
 class Checkpoint:
@@ -63,17 +61,17 @@ class Checkpoint:
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the folder by its state_dict name; checked against the file sizes."""
         index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
-            files = sorted({str(name) for name in weight_map.values()})
-        else:
-            files = ["model.safetensors"]
+        if not index.is_file():
+            return read_tensor_entries(self.folder / "model.safetensors")
+
+        weight_map = read_json(index).get("weight_map", {})
         entries: dict[str, TensorEntry] = {}
-        for name in files:
+        for name in sorted({str(name) for name in weight_map.values()}):
             if Path(name).name != name:
                 raise ModelError(f"{index} names a file outside the folder: {name!r}")
             entries.update(read_tensor_entries(self.folder / name))
-        if index.is_file() and (missing := sorted(set(weight_map) - set(entries))):
+
+        if missing := sorted(set(weight_map) - set(entries)):
             raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
         return entries
 
@@ -105,14 +103,30 @@ class Checkpoint:
     def head_size(self) -> int:
         """Width of one attention head; ``head_dim`` where the config has it."""
         explicit = self.config.get("head_dim")
-        return int(explicit or self.integer("hidden_size") // self.integer("num_attention_heads"))
+        if explicit:
+            return int(explicit)
+        return self.integer("hidden_size") // self.integer("num_attention_heads")
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key and value heads."""
+        return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
 
     def setting(self, name: str) -> Any:
-        """Return a key of ``config.json``, None where it is missing, or one of the values computed from it.
+        """Return a key of ``config.json``, or None; or one of :data:`SETTINGS`, computed from it."""
+        compute = SETTINGS.get(name)
+        return compute(self) if compute else self.config.get(name)
 
-        Those are :data:`SETTINGS`.
+    def integer(self, key: str) -> int:
+        """Return a setting that is a whole number.
+
+        Raises:
+            ModelError: it is missing or not a whole number.
         """
-        return SETTINGS[name](self) if name in SETTINGS else self.config.get(name)
+        value = self.setting(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
+        return value
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -120,16 +134,14 @@ class Checkpoint:
         listed = self.config.get("layer_types")
         if isinstance(listed, list):
             return tuple(map(str, listed))
-        period = self.config.get("sliding_window_pattern") or self.family.window_period
-        kinds = ("full_attention", "sliding_attention")
-        return tuple(
-            kinds[period > 0 and (block + 1) % period > 0] for block in range(self.block_count)
-        )
 
-    @property
-    def key_value_heads(self) -> int:
-        """Number of key and value heads."""
-        return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
+        period = self.config.get("sliding_window_pattern") or self.family.window_period
+        kinds = ["full_attention"] * self.block_count
+        if period:
+            for block in range(self.block_count):
+                if (block + 1) % period:
+                    kinds[block] = "sliding_attention"
+        return tuple(kinds)
 
     @cached_property
     def rope(self) -> dict[str, Any]:
@@ -141,11 +153,8 @@ class Checkpoint:
         scaling = parameters or dict(self.config.get("rope_scaling") or {})
         theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return {
-            **scaling,
-            "rope_theta": float(theta),
-            "rope_type": "longrope" if kind == "su" else kind,
-        }
+        kind = "longrope" if kind == "su" else kind
+        return scaling | {"rope_theta": float(theta), "rope_type": kind}
 
     @cached_property
     def tied(self) -> bool:
@@ -162,16 +171,15 @@ class Checkpoint:
                     remedy="set tie_word_embeddings in config.json, or add the missing tensor",
                 )
             return True
-        head, embedding = (
-            self.read_raw("lm_head.weight"),
-            self.read_raw("model.embed_tokens.weight"),
-        )
-        same = head.shape == embedding.shape and np.array_equal(head, embedding)
-        if declared and not same:
-            raise ModelError(
-                f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
-                remedy="set tie_word_embeddings to false in config.json if the head is meant to differ",
-            )
+
+        if declared:
+            head = self.read_raw("lm_head.weight")
+            if not np.array_equal(head, self.read_raw("model.embed_tokens.weight")):
+                raise ModelError(
+                    f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
+                    remedy="set tie_word_embeddings to false in config.json if the head is meant to"
+                    " differ",
+                )
         return declared
 
     @cached_property
@@ -188,7 +196,7 @@ class Checkpoint:
         added = tokenizer.parsed.get("added_tokens") or []
         ids += [entry["id"] for entry in added if entry.get("content") == content]
 
-        found = tuple(dict.fromkeys(int(i) for i in ids if isinstance(i, int)))
+        found = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
         if not found:
             raise ModelError(
                 f"{self.folder} names no end-of-sequence token",
@@ -196,30 +204,18 @@ class Checkpoint:
             )
         return found
 
-    @cached_property
+    @property
     def license(self) -> str:
-        """The licence named in the front matter of the model card, or an empty string."""
-        card = self.folder / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        match = _LICENSE.match(text)
-        return match[1] if match else ""
-
-    def integer(self, key: str) -> int:
-        """Return a setting that is a whole number.
-
-        Raises:
-            ModelError: it is missing or not a whole number.
-        """
-        value = self.setting(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
-        return value
+        """The licence that the model card names, or an empty string."""
+        return read_license(self.folder)
 
     def files(self) -> Iterator[Path]:
         """Yield the files that decide what the model does: config, weights, tokenizer, template."""
         yield self.folder / "config.json"
         yield from sorted({entry.file for entry in self.entries.values()})
-        yield from (self.folder / n for n in TOKENIZER_FILES if (self.folder / n).is_file())
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                yield self.folder / name
 
     @cached_property
     def sha256(self) -> str:
@@ -231,7 +227,7 @@ class Checkpoint:
 
 
 def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
-    """Return what :meth:`Checkpoint.read_raw` gave as float32; without a copy where it is that already."""
+    """Return what :meth:`Checkpoint.read_raw` gave as float32; not copied where it is that already."""
     if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
@@ -246,23 +242,19 @@ def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:
         local = parameters.get("sliding_attention", {})
-        config |= {
-            "rope_parameters": parameters["full_attention"],
-            "rope_local_base_freq": local.get("rope_theta"),
-        }
         parameters = parameters["full_attention"]
+        config["rope_parameters"] = parameters
+        config["rope_local_base_freq"] = local.get("rope_theta")
+
     moved = ("partial_rotary_factor", "original_max_position_embeddings")
     return config | {key: parameters[key] for key in moved if key in parameters}
 
 
 def _attention_scalar(checkpoint: Checkpoint) -> float:
-    """Return the square of the divisor of Gemma 3's attention scores: llama.cpp knows the 27B model by its blocks."""
-    heads = checkpoint.integer("num_attention_heads")
-    return (
-        checkpoint.integer("hidden_size") // heads
-        if checkpoint.block_count == 62
-        else checkpoint.head_size
-    )
+    """Return the square of the divisor of Gemma 3's attention scores."""
+    if checkpoint.block_count == 62:  # by which llama.cpp knows the 27B model
+        return checkpoint.integer("hidden_size") // checkpoint.integer("num_attention_heads")
+    return checkpoint.head_size
 
 
 SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {

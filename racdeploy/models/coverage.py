@@ -25,24 +25,30 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
         ModelError: tensors that neither torch nor an engine would compute with.
         UsageError: matrices that cannot be pruned, and what to write into the recipe.
     """
-    family, unknown, uncovered = checkpoint.family, list[str](), list[str]()
+    family = checkpoint.family
+    unknown, uncovered = list[str](), list[str]()
     for name in checkpoint.entries:
-        index, inside = _placed(name, family.blocks)
-        kind, linear = _starred(inside), name.removesuffix(".weight")
+        index, inside = _split_block(name, family.blocks)
+        kind = _star(inside)
         known = kind in (family.model_tensors if index is None else family.block_tensors)
-        if not name.endswith(IGNORED) and not (known and (index or 0) < checkpoint.block_count):
+        known = known and (index or 0) < checkpoint.block_count
+
+        linear = name.removesuffix(".weight")
+        stays_dense = any(re.search(pattern, linear) for pattern in dense)
+        if not known and not name.endswith(IGNORED):
             unknown.append(name)
-        elif kind.removesuffix(".weight") in family.routed and not any(
-            re.search(each, linear) for each in dense
-        ):
+        elif kind.removesuffix(".weight") in family.routed and not stays_dense:
             uncovered.append(linear)
+
     if unknown:
         raise _refuse_unknown(checkpoint, unknown)
     if uncovered:
-        inner = {_starred(_placed(name, family.blocks)[1]).partition(".*")[0] for name in uncovered}
+        kinds = [_star(_split_block(name, family.blocks)[1]) for name in uncovered]
+        patterns = [*dense, *sorted({kind.partition(".*")[0] for kind in kinds})]
         raise UsageError(
-            f"{len(uncovered)} matrices of {family.architecture} cannot be pruned: {listed(uncovered)}",
-            remedy=f"say under [prune] that they stay as they are: dense = {json.dumps([*dense, *sorted(inner)])}",
+            f"{len(uncovered)} matrices of {family.architecture} cannot be pruned:"
+            f" {list_names(uncovered)}",
+            remedy=f"say under [prune] that they stay as they are: dense = {json.dumps(patterns)}",
         )
 
 
@@ -72,7 +78,7 @@ def check_tensors(
     needed = expected - optional - ({"lm_head.weight"} if checkpoint.tied else set())
     if missing := needed - found:
         raise ModelError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors: {listed(sorted(missing))}",
+            f"{checkpoint.folder} lacks {len(missing)} tensors: {list_names(sorted(missing))}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
 
@@ -80,30 +86,32 @@ def check_tensors(
 def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelError:
     return ModelError(
         f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not have: "
-        f"{listed(unknown)}",
+        f"{list_names(unknown)}",
         remedy="merge adapters into the model first, and save it without what the architecture does not use; "
         "fused or quantized tensors are not supported",
     )
 
 
-def _placed(name: str, blocks: str) -> tuple[int | None, str]:
+def _split_block(name: str, blocks: str) -> tuple[int | None, str]:
     """Return the number of a tensor's block, or None, and its name inside the block, or its whole name."""
     match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
 
-def _starred(name: str) -> str:
+def _star(name: str) -> str:
     """Return a tensor's name with ``*`` for every number between dots."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Return a few names for a message; those that differ in numbers alone are one, with ``*`` and their count."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(_starred(name), []).append(name)
-    shown = [
-        f"{kind} ({len(found)})" if len(found) > 1 else found[0] for kind, found in alike.items()
-    ]
-    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-    return ", ".join(shown[:_SHOWN] + more)
+        alike.setdefault(_star(name), []).append(name)
+
+    shown = []
+    for kind, found in alike.items():
+        shown.append(f"{kind} ({len(found)})" if len(found) > 1 else found[0])
+    if len(shown) > _SHOWN:
+        shown[_SHOWN:] = [f"and {len(shown) - _SHOWN} more"]
+    return ", ".join(shown)

@@ -10,6 +10,15 @@ from pathlib import Path
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
 
 EMBEDDED = "tiny-reasoner"
+_WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "tokenizer.model",
+    "LICENSE*",
+    "README.md",
+]
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -44,6 +53,7 @@ def resolve(model: str) -> ResolvedModel:
     """
     if model == EMBEDDED:
         return ResolvedModel(EMBEDDED, Path(str(files(__package__))) / "tiny_reasoner", EMBEDDED)
+
     folder = Path(model).expanduser()
     if folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder, model)
@@ -52,12 +62,10 @@ def resolve(model: str) -> ResolvedModel:
             f"{model} is a file, not a model folder",
             remedy="give the folder that holds config.json",
         )
-    looks_local = (
-        model.startswith((".", "/", "~"))
-        or not _HUB_ID.match(model)
-        or (folder.parent.is_dir() and folder.parent != Path())
-    )
-    if looks_local:
+
+    # A Hub id is OWNER/NAME, which a mistyped path can be too.
+    parent_exists = folder.parent != Path() and folder.parent.is_dir()
+    if model.startswith((".", "/", "~")) or not _HUB_ID.match(model) or parent_exists:
         raise ModelError(
             f"there is no folder {model}", remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}"
         )
@@ -66,27 +74,20 @@ def resolve(model: str) -> ResolvedModel:
 
 def _download(model: str) -> ResolvedModel:
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
+        from huggingface_hub import errors, snapshot_download
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "prune") from error
-    wanted = [
-        "*.json",
-        "*.safetensors",
-        "*.jinja",
-        "*.txt",
-        "tokenizer.model",
-        "LICENSE*",
-        "README.md",
-    ]
+
+    unreachable = (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        OSError,
+    )
     try:
-        folder = Path(snapshot_download(model, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder = Path(snapshot_download(model, allow_patterns=_WANTED))
+    except unreachable as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EnvironmentFailure(
             f"cannot get {model} from the Hub: {first}",
             remedy="check the name and the network, or give a local folder",

@@ -82,10 +82,12 @@ class TokenizerFiles:
                 return file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ArtifactError(f"{file} is not UTF-8 text: {error}") from error
+
         template = self.config.get("chat_template")
         if isinstance(template, list):
             named = (entry for entry in template if isinstance(entry, dict))
             template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+
         if not isinstance(template, str):
             raise ModelError(
                 f"{self.folder} has no chat template",

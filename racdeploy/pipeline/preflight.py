@@ -11,7 +11,7 @@ from typing import Any
 from racdeploy import export, quant
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.extras import EXTRAS, is_installed
-from racdeploy.models.coverage import check_covered, listed
+from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters, name_artifact
@@ -66,7 +66,7 @@ def check_model(job: Job) -> None:
     if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
         raise ModelError(
             f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "
-            f"{listed(missing)}",
+            f"{list_names(missing)}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
 
@@ -177,7 +177,7 @@ def _check_dense(job: Job) -> None:
     if not job.weights_to_prune:
         raise UsageError(
             f"prune.dense leaves nothing to prune: it matches all {len(prunable)} linears",
-            remedy=f"name fewer of {listed(prunable)}",
+            remedy=f"name fewer of {list_names(prunable)}",
         )
 
 

@@ -204,11 +204,21 @@ def test_a_hostile_matrix_is_refused(
 
 
 def _write_part(
-    file: Path, number: int, count: int, names: list[str], total: int | None = None
+    file: Path,
+    number: int,
+    count: int,
+    names: list[str],
+    total: int | None = None,
+    told: np.ndarray | None = None,
 ) -> Path:
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_uint16("split.no", number)
-    writer.add_uint16("split.count", count)
+    if told is None:
+        writer.add_uint16("split.count", count)
+    else:
+        writer.add_key_value(
+            "split.count", told.tolist(), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT64
+        )
     writer.add_int32("split.tensors.count", len(names) * count if total is None else total)
     for name in names:
         writer.add_tensor(name, np.ones((2, 32), np.float32))
@@ -244,6 +254,7 @@ def test_parts_are_read_as_one(tmp_path: Path) -> None:
         ("the name says nothing", "its name does not"),
         ("the name leads out of the folder", "is missing"),
         ("a part is cut", "is damaged"),
+        ("the count is an array", "its name does not"),
     ],
 )
 def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
@@ -272,6 +283,8 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
         case "the name leads out of the folder":
             (tmp_path / "inner").mkdir()
             given = first.rename(tmp_path / "inner" / _name(0, 2, ".."))
+        case "the count is an array":
+            _write_part(first, 0, 2, ["t0"], told=np.array([2, 2]))
         case "a part is cut":
             second.write_bytes(second.read_bytes()[:-40])
     assert message in _is_refused(given)

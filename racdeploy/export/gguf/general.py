@@ -6,7 +6,6 @@ Source: ggml/docs/gguf.md, "General metadata", and the naming convention there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter, LlamaFileType
 
 from racdeploy import __version__
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.model_card import read_languages
 from racdeploy.quant import presets
 
 FILE_KEYS = (
@@ -23,11 +23,6 @@ FILE_KEYS = (
     "general.quantization_version",
 )
 """Keys that say how the file is to be read, and are nobody's to choose."""
-_FRONT = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
-_LANGUAGES = re.compile(
-    r"^language:[ \t]*(?:\[(.*?)\]|([\w-]+)[ \t]*$|\n((?:[ \t]*-[ \t]*[\w-]+[ \t]*\n?)+))",
-    re.MULTILINE,
-)
 
 
 def general_values(
@@ -41,16 +36,16 @@ def general_values(
     }
     if checkpoint.license:
         values["general.license"] = checkpoint.license
-    if languages := _languages(checkpoint):
+    if languages := read_languages(checkpoint.folder):
         values["general.languages"] = languages
-    sparse = ["sparse"] if metadata.get("racdeploy.sparsity") else []
-    values["general.tags"] = ["text-generation", "racdeploy", *sparse]
-    return {
-        **values,
-        **metadata,
-        "general.quantization_version": GGML_QUANT_VERSION,
-        "general.file_type": _file_type(mix),
-    }
+    values["general.tags"] = ["text-generation", "racdeploy"]
+    if metadata.get("racdeploy.sparsity"):
+        values["general.tags"].append("sparse")
+
+    values |= metadata
+    values["general.quantization_version"] = GGML_QUANT_VERSION
+    values["general.file_type"] = _find_file_type(mix)
+    return values
 
 
 def add_value(writer: GGUFWriter, key: str, value: str | int | float | bool | list[str]) -> None:
@@ -70,19 +65,10 @@ def add_value(writer: GGUFWriter, key: str, value: str | int | float | bool | li
             writer.add_array(key, value)
 
 
-def _file_type(mix: presets.Mix) -> int:
+def _find_file_type(mix: presets.Mix) -> int:
     """Return llama.cpp's number for a file that is mostly of one type; it is only shown, never decides."""
     for upper in (mix.name.upper(), mix.quant.upper()):
         for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
             if name in LlamaFileType.__members__:
                 return int(LlamaFileType[name])
     return int(LlamaFileType.GUESSED)
-
-
-def _languages(checkpoint: Checkpoint) -> list[str]:
-    """Return the languages that the front matter of the model card names."""
-    card = checkpoint.folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = _FRONT.match(text)
-    found = _LANGUAGES.search(front[1] + "\n") if front else None
-    return re.findall(r"[A-Za-z][\w-]*", next(filter(None, found.groups()), "")) if found else []

@@ -20,7 +20,8 @@ _NAME = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 def name_part(stem: str, number: int, count: int) -> str:
     """Return the name of one of several files, counted from 0; of a single one it is the plain name."""
-    return f"{stem}.gguf" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{part}.gguf"
 
 
 def read_parts(path: Path) -> list[tuple[Path, Header]]:
@@ -31,45 +32,51 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
         UsageError: ``path`` is not the first one.
     """
     header = read_header(path)
-    count = header.values.get(COUNT_KEY, 1)
-    if count == 1 or count == 0:
+    count = _read_number(header, COUNT_KEY, 1)
+    if count in (0, 1):
         return [(path, header)]
+
     match = _NAME.match(path.name)
-    if (
-        type(count) is not int
-        or not 1 < count <= MOST_PARTS
-        or match is None
-        or int(match[3]) != count
-    ):
+    if match is None or count is None or not 1 < count <= MOST_PARTS or int(match[3]) != count:
         raise ArtifactError(
             f"{path} says that it is one of {count!r} files, and its name does not",
             remedy="give the files their names back, as in model-00001-of-00003.gguf",
         )
-    if header.values.get(NUMBER_KEY) != 0:
+    if _read_number(header, NUMBER_KEY) != 0:
         first = path.with_name(name_part(match[1], 0, count))
         raise UsageError(f"{path} is not the first of {count} files", remedy=f"give {first}")
+
     parts = [(path, header)]
     for number in range(1, count):
-        part = path.with_name(name_part(match[1], number, count))
-        if not part.is_file():
-            raise ArtifactError(
-                f"{part} is missing: {path.name} is one of {count} files", remedy="copy it again"
-            )
-        found = read_header(part)
-        if (found.values.get(NUMBER_KEY), found.values.get(COUNT_KEY)) != (number, count):
-            raise ArtifactError(
-                f"{part} is another part, or of another model", remedy="copy it again"
-            )
-        parts.append((part, found))
+        file = path.with_name(name_part(match[1], number, count))
+        parts.append((file, _read_part(file, path, number, count)))
     _check_tensors(path, parts)
     return parts
 
 
+def _read_part(file: Path, first: Path, number: int, count: int) -> Header:
+    if not file.is_file():
+        raise ArtifactError(
+            f"{file} is missing: {first.name} is one of {count} files", remedy="copy it again"
+        )
+    header = read_header(file)
+    if (_read_number(header, NUMBER_KEY), _read_number(header, COUNT_KEY)) != (number, count):
+        raise ArtifactError(f"{file} is another part, or of another model", remedy="copy it again")
+    return header
+
+
 def _check_tensors(path: Path, parts: list[tuple[Path, Header]]) -> None:
     names = [tensor.name for _, header in parts for tensor in header.tensors]
-    expected = parts[0][1].values.get(TENSORS_KEY, len(names))
+    expected = _read_number(parts[0][1], TENSORS_KEY, len(names))
     if len(names) != expected or len(set(names)) < len(names):
         raise ArtifactError(
-            f"{path.name} and its other parts hold {len(set(names))} different tensors of {expected!r}",
+            f"{path.name} and its other parts hold {len(set(names))} different tensors of"
+            f" {expected!r}",
             remedy="copy all of them again, from one model",
         )
+
+
+def _read_number(header: Header, key: str, default: int | None = None) -> int | None:
+    """Return a whole number of the metadata; None for anything else that a file may hold there."""
+    value = header.values.get(key, default)
+    return value if isinstance(value, int) else None
