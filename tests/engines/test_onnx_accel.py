@@ -91,9 +91,9 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     write_proof(library, Proof("", "", "any", speedups=FASTER))
     found = []
     for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
-        options = _onnx_native._options(SETTINGS)
+        options = _onnx_native.make_options(SETTINGS)
         options.graph_optimization_level = level
-        monkeypatch.setattr(_onnx_native, "_options", lambda settings, options=options: options)
+        monkeypatch.setattr(_onnx_native, "make_options", lambda settings, options=options: options)
         native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
         assert native.about["sparse_weights"] > 0
         found.append(native.teacher_forced(IDS, 0))

@@ -19,7 +19,6 @@ __all__ = ["ACCEL", "LlamaCppEngine", "open_engine"]
 
 ACCEL = True
 _LOG = logging.getLogger("racdeploy.accel")
-_WORKER = "racdeploy.engines.llamacpp.worker"
 
 
 class LlamaCppEngine(ChildEngine):
@@ -40,17 +39,17 @@ class LlamaCppEngine(ChildEngine):
         require("llama_cpp")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
-        super().__init__(_WORKER, "llama.cpp", path, settings, use_mmap=use_mmap)
+
+        worker = "racdeploy.engines.llamacpp.worker"
+        super().__init__(worker, "llama.cpp", path, settings, use_mmap=use_mmap)
         if settings.accel != "off":
             _LOG.info(self.about["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text by llama.cpp's own tokenizer; special tokens are parsed, none
-        added.
+        """Return the ids by llama.cpp's own tokenizer; special tokens are parsed, none is added.
 
         Raises:
-            EngineError: the text is not Unicode, or the vocabulary is damaged; llama.cpp aborts on
-                some.
+            EngineError: the text is not Unicode, or llama.cpp aborted on a damaged vocabulary.
         """
         try:
             text.encode("utf-8")
@@ -62,9 +61,6 @@ class LlamaCppEngine(ChildEngine):
 
 
 def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
-    """Load a GGUF file, or a container of one by way of the user's cache; see
-    :class:`LlamaCppEngine`.
-    """
-    return LlamaCppEngine(
-        racgguf.unpacked(path) if path.suffix == racgguf.SUFFIX else path, settings
-    )
+    """Load a GGUF file, or what a container holds, unpacked in the user's cache."""
+    is_packed = path.suffix == racgguf.SUFFIX
+    return LlamaCppEngine(racgguf.unpacked(path) if is_packed else path, settings)

@@ -26,35 +26,35 @@ from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
 
 _BATCH_TOKENS = 512
-_OUTPUT_ROWS = 64
-_SMALL_BYTES = (
-    128 * 2**20
-)  # a model of 90 MB gains by a context for each thread, one of 450 MB loses
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUED = (
-    3,
-    4,
-    5,
-)  # ggml.h; llama-cpp-python's own list is out of date
+_OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
+# A model of 90 MB gains by a context for each thread, one of 450 MB loses.
+_SMALL_BYTES = 128 * 2**20
+# From ggml.h; llama-cpp-python's own list is out of date.
+_LOG_WARN = 3
+_LOG_ERROR = 4
+_LOG_CONTINUED = 5
 
 
 class _Log:
-    """Keep llama.cpp's warnings and errors; also write them to stderr, which outlives an abort."""
+    """Keep llama.cpp's errors; write them and warnings to stderr too, which outlives an abort."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=8)
-        self._kept = False
-        self._callback = llama_cpp.llama_log_callback(
-            self._receive
-        )  # must outlive the library's use of it
+        self._matters = False
+        # Kept here, since it must outlive the library's use of it.
+        self._callback = llama_cpp.llama_log_callback(self._receive)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level != _LOG_CONTINUED:
-            self._kept = level in (_LOG_WARN, _LOG_ERROR)
-        if self._kept and (line := text.decode("utf-8", "replace")).strip():
-            os.write(2, line.encode())
-            if level != _LOG_WARN:
-                self.lines.append(line.strip())
+            self._matters = level in (_LOG_WARN, _LOG_ERROR)
+        line = text.decode("utf-8", "replace")
+        if not self._matters or not line.strip():
+            return
+
+        os.write(2, line.encode())
+        if level != _LOG_WARN:
+            self.lines.append(line.strip())
 
     def tail(self) -> str:
         """Return the last errors in one line."""
@@ -65,14 +65,14 @@ class NativeModel:
     """A loaded model and its contexts.
 
     llama.cpp's threads meet after every operation. On a small model they wait longer than they
-    work, so there every thread has a context of its own and decodes its share of the slots alone; a
+    work, so there every thread has its own context and decodes its share of the slots alone; a
     large model is read from memory once for all slots, by all threads.
 
     Args:
         path: GGUF file.
         settings: see :class:`EngineSettings`.
-        use_mmap: map the file instead of reading it; a file whose weights are packed while it is
-            loaded is read.
+        use_mmap: map the file instead of reading it; where weights are packed while they are
+            loaded, it is read.
 
     Raises:
         EngineError: llama.cpp refused the file or the context, or has no use for kernels that are
@@ -83,24 +83,33 @@ class NativeModel:
         self._log = _Log()
         self._threads = settings.threads or available_cores()
         kernels = accel.enable(path, settings.accel, threads=self._threads)
+
         llama_cpp.llama_backend_init()
         params = _model_params(use_mmap and (kernels.kept or not kernels.tensors))
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise EngineError(
                 f"llama.cpp cannot load {path}: {self._log.tail()}",
-                remedy="export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
+                remedy="export the model again; a file packed by racdeploy needs "
+                "`racdeploy unpack` first",
             )
-        self.about = _about(kernels, settings.accel == "require")
+
+        self.about = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
-        count = min(self._threads, settings.parallel) if small else 1
-        shares = [len(range(place, settings.parallel, count)) for place in range(count)]
-        self._contexts = [
-            _Context(self._model, settings, slots, self._log, self.vocabulary) for slots in shares
-        ]
+        self._contexts = self._open_contexts(settings)
+
+    def _open_contexts(self, settings: EngineSettings) -> list[_Context]:
+        """Share the slots out among as many contexts as pay."""
+        is_small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
+        count = min(self._threads, settings.parallel) if is_small else 1
+
+        contexts = []
+        for place in range(count):
+            slots = len(range(place, settings.parallel, count))
+            contexts.append(_Context(self._model, settings, slots, self._log, self.vocabulary))
+        return contexts
 
     def decoders(self, sequences: int) -> list[_Context]:
         """Return the contexts for so many sequences, with the threads shared out among them."""
@@ -115,6 +124,7 @@ class NativeModel:
         context.use_threads(self._threads)
         if start == 0:
             context.forget(0)
+
         stop = min(start + _OUTPUT_ROWS, len(ids))
         context.decode([Row(ids[position], position, 0, True) for position in range(start, stop)])
         return np.stack([context.logits_V(place) for place in range(stop - start)])
@@ -122,25 +132,24 @@ class NativeModel:
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are parsed, none are added."""
         data = text.encode("utf-8")
-        tokens = (llama_cpp.llama_token * (len(data) + 1))()
-        count = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), tokens, len(tokens), False, True
-        )
-        if count < 0:  # more tokens than bytes: the vocabulary expands the text
-            tokens = (llama_cpp.llama_token * -count)()
+        room = len(data) + 1
+        add_special, parse_special = False, True
+
+        for _ in range(2):
+            tokens = (llama_cpp.llama_token * room)()
             count = llama_cpp.llama_tokenize(
-                self._vocab, data, len(data), tokens, len(tokens), False, True
+                self._vocab, data, len(data), tokens, room, add_special, parse_special
             )
-        if count < 0:
-            raise EngineError(
-                f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
-            )
-        return list(tokens[:count])
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count  # more tokens than bytes: the vocabulary expands the text
+        raise EngineError(
+            f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
+        )
 
 
 class _Context:
-    """Caches of some slots of a model, decoded together: a
-    :class:`racdeploy.decoding.batching.Decoder`.
+    """Caches of some slots of a model, decoded together: a ``batching.Decoder``.
 
     Args:
         model: llama.cpp's handle.
@@ -160,10 +169,12 @@ class _Context:
         self.batch_tokens = _BATCH_TOKENS
         self._log = log
         self._vocabulary = vocabulary
+
         self._context = llama_cpp.llama_init_from_model(model, _context_params(settings, slots))
         if not self._context:
             raise EngineError(
-                f"llama.cpp cannot make a context of {slots} × {settings.context_tokens} tokens: {log.tail()}",
+                f"llama.cpp cannot make a context of {slots} × {settings.context_tokens} tokens: "
+                f"{log.tail()}",
                 remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
             )
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -174,15 +185,17 @@ class _Context:
         llama_cpp.llama_set_n_threads(self._context, threads, threads)
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Run one batch of at most ``_BATCH_TOKENS`` rows.
+        """Run one batch.
 
         Raises:
             EngineError: llama.cpp refused or failed.
         """
-        if status := llama_cpp.llama_decode(self._context, self._batch.filled(rows)):
+        status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
+        if status:
             llama_cpp.llama_memory_clear(self._memory, True)
             raise EngineError(
-                f"llama.cpp failed to decode {len(rows)} tokens (status {status}): {self._log.tail()}",
+                f"llama.cpp failed to decode {len(rows)} tokens (status {status}): "
+                f"{self._log.tail()}",
                 remedy="lower context_tokens or parallel, or export the model again",
             )
 
@@ -195,66 +208,75 @@ class _Context:
 
     def forget(self, slot: int) -> None:
         """Empty the cache of one sequence."""
-        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        first, last = -1, -1  # all positions
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, first, last)
 
 
 class _Batch:
     """A ``llama_batch`` over numpy arrays, which are filled by the column."""
 
     def __init__(self) -> None:
-        self._ids = np.zeros((3, _BATCH_TOKENS), dtype=np.int32)  # token, position, slot
+        self._token = np.zeros(_BATCH_TOKENS, dtype=np.int32)
+        self._position = np.zeros(_BATCH_TOKENS, dtype=np.int32)
+        self._slot = np.zeros(_BATCH_TOKENS, dtype=np.int32)
         self._wants_logits = np.zeros(_BATCH_TOKENS, dtype=np.int8)
-        self._counts = np.ones(_BATCH_TOKENS, dtype=np.int32)
-        slots = self._ids[2]
-        self._slot_pointers = slots.ctypes.data + slots.itemsize * np.arange(
-            _BATCH_TOKENS, dtype=np.uintp
-        )
+
+        # Every row is in one sequence; llama.cpp wants a pointer to the numbers of each.
+        self._slot_counts = np.ones(_BATCH_TOKENS, dtype=np.int32)
+        offsets = self._slot.itemsize * np.arange(_BATCH_TOKENS, dtype=np.uintp)
+        self._slot_pointers = self._slot.ctypes.data + offsets
+
         integers = ctypes.POINTER(ctypes.c_int32)
-        token, position = (column.ctypes.data_as(integers) for column in self._ids[:2])
         self._batch = llama_cpp.llama_batch(
-            token=token,
-            pos=position,
-            n_seq_id=self._counts.ctypes.data_as(integers),
+            token=self._token.ctypes.data_as(integers),
+            pos=self._position.ctypes.data_as(integers),
+            n_seq_id=self._slot_counts.ctypes.data_as(integers),
             seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
             logits=self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def filled(self, rows: Sequence[Row]) -> Any:
-        """Return the batch, holding these rows."""
+    def fill(self, rows: Sequence[Row]) -> Any:
+        """Return the batch with these rows in it."""
         count = len(rows)
         columns = np.array(rows, dtype=np.int32).T
-        self._ids[:, :count] = columns[:3]
-        self._wants_logits[:count] = columns[3]
+        places: tuple[NDArray[Any], ...] = (
+            self._token,
+            self._position,
+            self._slot,
+            self._wants_logits,
+        )
+        for place, column in zip(places, columns, strict=True):
+            place[:count] = column
         self._batch.n_tokens = count
         return self._batch
 
 
-def _about(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
+def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
     """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
-    asked, packed = len(kernels.tensors), kernels.packed()
+    asked = len(kernels.tensors)
+    packed = kernels.packed()
     if packed == asked:
         return {"kernels": str(kernels), "sparse_weights": packed}
-    said = f"llama.cpp gave the sparse kernels {packed} of {asked} weights, and the others to another device"
+
+    said = (
+        f"llama.cpp gave the sparse kernels {packed} of {asked} weights, "
+        "and the others to another device"
+    )
     if required:
         raise EngineError(said, remedy="leave out --accel require")
     return {"kernels": said, "sparse_weights": packed}
 
 
 def _model_params(use_mmap: bool) -> Any:
+    mapped, read = llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_NONE
     params = llama_cpp.llama_model_default_params()
-    _set(
-        params,
-        "load_mode",
-        llama_cpp.LLAMA_LOAD_MODE_MMAP if use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE,
-    )
+    _set(params, "load_mode", mapped if use_mmap else read)
     return params
 
 
 def _context_params(settings: EngineSettings, slots: int) -> Any:
-    params = llama_cpp.llama_context_default_params()
-    cache_type = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[
-        settings.cache_dtype
-    ]
+    cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
+    cache_type = cache_types[settings.cache_dtype]
     flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
     values = {
         "n_ctx": settings.context_tokens * slots,
@@ -267,6 +289,8 @@ def _context_params(settings: EngineSettings, slots: int) -> Any:
         "flash_attn_type": flash[settings.flash_attention],
         "kv_unified": False,
     }
+
+    params = llama_cpp.llama_context_default_params()
     for name, value in values.items():
         _set(params, name, value)
     return params

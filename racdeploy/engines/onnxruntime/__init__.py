@@ -1,5 +1,4 @@
-"""ONNX decoders on plain onnxruntime, in a child process: numpy only, no torch and no
-onnxruntime-genai.
+"""ONNX decoders on plain onnxruntime, in a child process: no torch and no onnxruntime-genai.
 
 onnxruntime raises exceptions where llama.cpp aborts, but a lack of memory ends a process all the
 same: the child dies then, and the parent raises EngineError. Its peak memory is the engine's alone.
@@ -18,7 +17,6 @@ from racdeploy.plugins import require
 __all__ = ["ACCEL", "OnnxRuntimeEngine", "open_engine"]
 
 ACCEL = True
-_WORKER = "racdeploy.engines.onnxruntime.worker"
 
 
 class OnnxRuntimeEngine(ChildEngine):
@@ -39,7 +37,7 @@ class OnnxRuntimeEngine(ChildEngine):
         require("onnxruntime")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
-        super().__init__(_WORKER, "onnxruntime", path, settings)
+        super().__init__("racdeploy.engines.onnxruntime.worker", "onnxruntime", path, settings)
 
 
 def open_engine(path: Path, settings: EngineSettings) -> OnnxRuntimeEngine:

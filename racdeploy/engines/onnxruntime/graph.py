@@ -1,5 +1,4 @@
-"""What a decoder graph looks like from outside: its inputs and outputs, number formats, sizes, and
-kind of cache.
+"""What a decoder graph looks like from outside: inputs, outputs, number formats, kind of cache.
 
 Names and shapes are read from the session; what they leave open is found by running the graph on
 two tokens. A graph that wants an input which is not known here, or gives other shapes than a
@@ -14,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,13 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16,
 }
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_TOKENS, _MASK, _POSITIONS, _KEPT = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "num_logits_to_keep",
-)
+_TOKENS = "input_ids"
+_MASK = "attention_mask"
+_POSITIONS = "position_ids"
+_KEPT = "num_logits_to_keep"
+# onnxruntime's own exceptions; its Python code adds the two plain ones.
 _STATES = ("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf")
 _MORE_STATES = ("ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException")
-# onnxruntime's own exceptions; its Python code adds the two plain ones.
 _ERRORS = (*(getattr(states, name) for name in (*_STATES, *_MORE_STATES)), RuntimeError, ValueError)
 _REMEDY = "export the model again, and see that every file of it was copied"
 
@@ -53,9 +51,8 @@ def engine_errors(what: str, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        raise EngineError(
-            f"onnxruntime cannot {what}: {' '.join(str(error).split())}", remedy=remedy
-        ) from error
+        said = " ".join(str(error).split())
+        raise EngineError(f"onnxruntime cannot {what}: {said}", remedy=remedy) from error
 
 
 def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -68,17 +65,14 @@ def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime
     """
     packed = load_sidecar(path)
     with engine_errors(f"load {path}"):
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in packed.items()
-        }
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in packed.values()]
         if values:
-            options.add_external_initializers(list(values), list(values.values()))
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-    session.packed_weights = (
-        packed  # onnxruntime reads these arrays in place, as long as the session lives
-    )
+            options.add_external_initializers(list(packed), values)
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+    # onnxruntime reads these arrays in place, as long as the session lives.
+    session.packed_weights = packed
     return session
 
 
@@ -105,113 +99,128 @@ class DecoderGraph:
         folder: where its configuration is, for a head size that the graph leaves open.
 
     Raises:
-        EngineError: the graph is not a decoder that this backend knows.
+        EngineError: the graph is not a decoder that this engine knows.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, folder: Path) -> None:
         self.session = session
         self._inputs = {node.name: node for node in session.get_inputs()}
         self._outputs = {node.name: node for node in session.get_outputs()}
-        self._refuse_unknown()
-        self._dtypes = {
-            name: _dtype(self._inputs[name]) for name in self._inputs if not _PAST.fullmatch(name)
-        }
+        pasts = [name for name in self._inputs if _PAST.fullmatch(name)]
+        others = [name for name in self._inputs if name not in pasts]
+        self._refuse_unknown(pasts, others)
+
+        self._dtypes = {name: _dtype(self._inputs[name]) for name in others}
         self.logits_dtype = _dtype(self._outputs["logits"])
-        self.caches = [self._cache(name, folder) for name in self._inputs if _PAST.fullmatch(name)]
+        self.caches = [self._read_cache(name, folder) for name in pasts]
         self.vocabulary, self.last_only = self._try_two_tokens()
         self.shares_buffer = self._takes_longer_past()
 
     def feeds(
-        self, tokens_BT: Array, mask_BP: Array, positions_BT: Array, *, last: bool
+        self, token_BT: Array, mask_BX: Array, position_BT: Array, *, last: bool
     ) -> dict[str, Array]:
         """Return the inputs beside the cache, in the number formats of the graph.
 
         Args:
-            tokens_BT: token ids.
-            mask_BP: 1 where the row attends, past and new tokens.
-            positions_BT: place of each token in its sequence.
-            last: only the logits of the last token are wanted, if the graph can leave out the
-                others.
+            token_BT: token ids.
+            mask_BX: 1 where the row attends; X are past and new tokens.
+            position_BT: place of each token in its sequence.
+            last: only the logits of the last token are wanted, if the graph can leave out others.
         """
         values = {
-            _TOKENS: tokens_BT,
-            _MASK: mask_BP,
-            _POSITIONS: positions_BT,
+            _TOKENS: token_BT,
+            _MASK: mask_BX,
+            _POSITIONS: position_BT,
             _KEPT: np.array(int(last)),
         }
         return {
-            n: np.ascontiguousarray(values[n], dtype=dtype) for n, dtype in self._dtypes.items()
+            name: np.ascontiguousarray(values[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
         }
 
-    def _refuse_unknown(self) -> None:
-        known = {_TOKENS, _MASK, _POSITIONS, _KEPT}
-        if unknown := sorted(
-            name for name in self._inputs if name not in known and not _PAST.fullmatch(name)
-        ):
+    def count_logits(self, feeds: dict[str, Array]) -> int:
+        """Return of how many tokens of a sequence the graph gives logits."""
+        keeps_last = _KEPT in feeds and feeds[_KEPT] == 1
+        return 1 if self.last_only or keeps_last else feeds[_TOKENS].shape[1]
+
+    def _refuse_unknown(self, pasts: list[str], others: list[str]) -> None:
+        unknown = sorted({*others} - {_TOKENS, _MASK, _POSITIONS, _KEPT})
+        if unknown:
             raise EngineError(
                 f"the graph wants inputs that racdeploy does not know: {', '.join(unknown)}",
-                remedy="export a decoder with past: its inputs are input_ids, attention_mask, position_ids and "
-                "past_key_values.N.key and .value",
+                remedy="export a decoder with past: its inputs are input_ids, attention_mask, "
+                "position_ids and past_key_values.N.key and .value",
             )
-        needed = [_TOKENS, _MASK, "past_key_values.0.key", "past_key_values.0.value"]
-        missing = [name for name in needed if name not in self._inputs]
-        presents = [_present(name) for name in self._inputs if _PAST.fullmatch(name)]
-        missing += [name for name in ("logits", *presents) if name not in self._outputs]
+
+        inputs = (_TOKENS, _MASK, "past_key_values.0.key", "past_key_values.0.value")
+        outputs = ("logits", *map(_present, pasts))
+        missing = [name for name in inputs if name not in self._inputs]
+        missing += [name for name in outputs if name not in self._outputs]
         if missing:
             raise EngineError(
-                f"the graph is not a decoder with a key-value cache: it has no {', '.join(missing)}",
+                "the graph is not a decoder with a key-value cache: "
+                f"it has no {', '.join(missing)}",
                 remedy="export it for text generation with past",
             )
 
-    def _cache(self, name: str, folder: Path) -> CacheTensor:
+    def _read_cache(self, name: str, folder: Path) -> CacheTensor:
         node = self._inputs[name]
         if len(node.shape) != 4 or not isinstance(node.shape[1], int):
             raise EngineError(
                 f"{name} has shape {node.shape}, not batch × heads × length × head size"
             )
+
         dtype = _dtype(node)
-        if dtype not in (np.float32, np.float16) or _dtype(self._outputs[_present(name)]) != dtype:
+        present = _present(name)
+        if dtype not in (np.float32, np.float16) or _dtype(self._outputs[present]) != dtype:
             raise EngineError(
                 f"{name} is {node.type}; a cache is float or float16, past and present alike"
             )
-        size = node.shape[3] if isinstance(node.shape[3], int) else _head_size(folder, name)
-        return CacheTensor(name, _present(name), node.shape[1], size, dtype)
+
+        _, heads, _, size = node.shape
+        if not isinstance(size, int):
+            size = _read_head_size(folder, name)
+        return CacheTensor(name, present, heads, size, dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
-        """Run two tokens behind two of an empty past; return the vocabulary and whether one row of
-        logits came.
+        """Run two tokens behind two empty ones.
+
+        Returns:
+            The vocabulary, and whether the logits of one token came.
         """
         with engine_errors("run the graph on two tokens"):
             outputs = self._run_plain(tokens=2, past=2, mask=4)
+
         logits = outputs["logits"]
         rows = logits.shape[1] if logits.ndim == 3 else 0
-        wrong = [
-            c.present
-            for c in self.caches
-            if outputs[c.present].shape != (1, c.heads, 4, c.head_size)
-        ]
+        wrong = 0
+        for cache in self.caches:
+            wrong += outputs[cache.present].shape != (1, cache.heads, 4, cache.head_size)
         if logits.shape[0] != 1 or rows not in (1, 2) or wrong:
             raise EngineError(
-                f"the graph is not a decoder: two tokens behind two give logits of shape {logits.shape} and "
-                f"{len(wrong)} caches of another length than four",
+                "the graph is not a decoder: two tokens behind two give logits of shape "
+                f"{logits.shape} and {wrong} caches of another length than four",
                 remedy=_REMEDY,
             )
         return int(logits.shape[2]), rows == 1
 
     def _takes_longer_past(self) -> bool:
         """Return whether a past may be longer than what is attended to, and stays that long."""
-        first = self.caches[0]
         try:
-            return bool(self._run_plain(tokens=1, past=4, mask=1)[first.present].shape[2] == 4)
+            outputs = self._run_plain(tokens=1, past=4, mask=1)
         except (states.Fail, states.InvalidArgument, states.RuntimeException):
             return False  # its mask must cover the whole past: a graph that appends
+        return bool(outputs[self.caches[0].present].shape[2] == 4)
 
     def _run_plain(self, *, tokens: int, past: int, mask: int) -> dict[str, Array]:
-        positions_BT = np.arange(mask - tokens, mask)[None]
-        feeds = self.feeds(np.zeros((1, tokens)), np.ones((1, mask)), positions_BT, last=False)
-        feeds |= {
-            c.past: np.zeros((1, c.heads, past, c.head_size), dtype=c.dtype) for c in self.caches
-        }
+        token_1T = np.zeros((1, tokens))
+        mask_1X = np.ones((1, mask))
+        position_1T = np.arange(mask - tokens, mask)[None]
+        feeds = self.feeds(token_1T, mask_1X, position_1T, last=False)
+        for cache in self.caches:
+            shape = (1, cache.heads, past, cache.head_size)
+            feeds[cache.past] = np.zeros(shape, dtype=cache.dtype)
+
         names = list(self._outputs)
         return dict(zip(names, self.session.run(names, feeds), strict=True))
 
@@ -229,28 +238,21 @@ def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
     return _DTYPES[node.type]
 
 
-def _head_size(folder: Path, name: str) -> int:
-    """Read the head size from a configuration in the folder of the graph, or in the one above
-    it.
-    """
-    for file in (
-        where / known
-        for where in (folder, folder.parent)
-        for known in ("genai_config.json", "config.json")
-    ):
-        if not file.is_file():
+def _read_head_size(folder: Path, name: str) -> int:
+    """Read it from a configuration in the folder of the graph, or in the one above."""
+    for place, file in product((folder, folder.parent), ("genai_config.json", "config.json")):
+        if not (place / file).is_file():
             continue
-        config = read_json(file)
+
+        config = read_json(place / file)
         config = config.get("model", {}).get("decoder", config)
-        heads = config.get("num_attention_heads") or 1
-        size = (
-            config.get("head_size")
-            or config.get("head_dim")
-            or config.get("hidden_size", 0) // heads
-        )
+        size = config.get("head_size") or config.get("head_dim")
+        if not size:
+            size = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
         if isinstance(size, int) and size > 0:
             return size
     raise EngineError(
-        f"the graph leaves the last dimension of {name} open, and no configuration tells the head size",
+        f"the graph leaves the last dimension of {name} open, "
+        "and no configuration tells the head size",
         remedy=f"put config.json into {folder} or the folder above it",
     )

@@ -1,7 +1,6 @@
-"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs. Imported by
-the worker only.
+"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs.
 
-Knows rows of a batch and slots, nothing of sampling or messages.
+Imported by the worker only. Knows rows of a batch and slots, nothing of sampling or messages.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ class OnnxModel(LoadedModel):
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         chosen = choose_graph(path, settings.accel)
-        options = _options(settings)
+        options = make_options(settings)
         if chosen.library is not None:
             options.register_custom_ops_library(str(chosen.library))
-        session = open_session(chosen.path, options)
-        graph = DecoderGraph(session, path.parent)
+        graph = DecoderGraph(open_session(chosen.path, options), path.parent)
+
         self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.packed()}
-        self.slots = settings.parallel
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary
-        self.batch_tokens = max(
-            settings.parallel, min(_BATCH_TOKENS, _LOGITS_BYTES // (4 * graph.vocabulary))
-        )
+        self.slots = settings.parallel
+        fitting = _LOGITS_BYTES // (4 * graph.vocabulary)
+        self.batch_tokens = max(self.slots, min(_BATCH_TOKENS, fitting))
+
         self._output_rows = 1 if graph.last_only else self.batch_tokens
         kind = SharedCache if graph.shares_buffer else AppendedCache
-        self._cache: Cache = kind(graph, settings.parallel, settings.context_tokens)
+        self._cache: Cache = kind(graph, self.slots, self.context_tokens)
         self._logits: dict[int, NDArray[np.float32]] = {}
 
     def decoders(self, sequences: int) -> list[OnnxModel]:
@@ -67,20 +66,25 @@ class OnnxModel(LoadedModel):
         Raises:
             EngineError: onnxruntime refused or failed.
         """
-        places: dict[int, list[int]] = {}
+        places_by_slot: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            places.setdefault(row.slot, []).append(place)
+            places_by_slot.setdefault(row.slot, []).append(place)
         self._logits = {}
-        for slot, held in places.items():
-            if len(held) > 1:
-                logits_TV = self._cache.feed(slot, [rows[place].token for place in held], last=True)
-                self._logits[held[-1]] = logits_TV[-1].copy()
-        single = {slot: held[0] for slot, held in places.items() if len(held) == 1}
+
+        single: dict[int, int] = {}
+        for slot, places in places_by_slot.items():
+            if len(places) == 1:
+                single[slot] = places[0]
+                continue
+            tokens = [rows[place].token for place in places]
+            logits_TV = self._cache.feed(slot, tokens, last=True)
+            self._logits[places[-1]] = logits_TV[-1].copy()
+
         if single:
-            logits = self._cache.feed_together(
-                {slot: rows[place].token for slot, place in single.items()}
-            )
-            self._logits |= {place: logits[slot][-1] for slot, place in single.items()}
+            tokens_by_slot = {slot: rows[place].token for slot, place in single.items()}
+            logits = self._cache.feed_together(tokens_by_slot)
+            for slot, place in single.items():
+                self._logits[place] = logits[slot][-1]
 
     def logits_V(self, place: int) -> NDArray[np.float32]:
         """Return the logits of a row of the last batch that asked for them."""
@@ -97,15 +101,14 @@ class OnnxModel(LoadedModel):
         return self._cache.feed(0, ids[start : start + self._output_rows], last=False)
 
 
-def _options(settings: EngineSettings) -> onnxruntime.SessionOptions:
+def make_options(settings: EngineSettings) -> onnxruntime.SessionOptions:
+    """Return the options of a session that decodes."""
     options = onnxruntime.SessionOptions()
-    # A number of threads that is given keeps onnxruntime from pinning its own, one to each core of
-    # the machine.
+    # A given number of threads keeps onnxruntime from pinning its own, one to each core.
     options.intra_op_num_threads = settings.threads or available_cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_mem_pattern = (
-        False  # it keeps a plan for every length it meets, and every step is a new length
-    )
-    options.log_severity_level = 3
+    # It would keep a plan for every length it meets, and every step is a new length.
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3  # errors
     return options

@@ -34,18 +34,20 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="sdpa", dtype=torch.float32
         )
+
+    # Buffers are computed and not in the file: they need values even while weights have none.
     for name in checkpoint.family.rotary.values():
         rotary: Any = model.get_submodule(name)
         model.set_submodule(name, type(rotary)(config=rotary.config))
+
     embedding = model.get_submodule("model.embed_tokens")
     if "embed_scale" in dict(embedding.named_buffers()):
-        embedding.register_buffer(
-            "embed_scale", torch.tensor(embedding_scale(checkpoint)), persistent=False
-        )
+        scale = torch.tensor(embedding_scale(checkpoint))
+        embedding.register_buffer("embed_scale", scale, persistent=False)
+
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not empty, (
-        f"families/{checkpoint.config['model_type']}.py does not say how to fill {empty}"
-    )
+    model_type = checkpoint.config["model_type"]
+    assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
 
 
@@ -66,16 +68,19 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.tied:
         expected.pop("lm_head.weight", None)
     check_tensors(checkpoint, expected.keys())
+
     for name in expected:
         fill_parameter(model, name, checkpoint)
+
     if checkpoint.tied:
-        head, embedding = model.get_submodule("lm_head"), model.get_submodule("model.embed_tokens")
+        head = model.get_submodule("lm_head")
+        embedding = model.get_submodule("model.embed_tokens")
         head.register_parameter("weight", embedding.get_parameter("weight"))
     return model
 
 
 @contextmanager
-def looked_up(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     """Round what ggml looks up in a table as the table does.
 
     Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
@@ -83,12 +88,12 @@ def looked_up(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     up the number itself.
     """
     family = checkpoint.family
-    names = [
-        f"{family.blocks}.{block}.{name}"
-        for block in range(checkpoint.integer("num_hidden_layers"))
-        for name in family.looked_up
-    ]
-    hooks = [model.get_submodule(name).register_forward_hook(_table_gelu) for name in names]
+    hooks = []
+    for block in range(checkpoint.integer("num_hidden_layers")):
+        for name in family.looked_up:
+            module = model.get_submodule(f"{family.blocks}.{block}.{name}")
+            hooks.append(module.register_forward_hook(_table_gelu))
+
     try:
         yield
     finally:
@@ -99,9 +104,13 @@ def looked_up(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
 def _table_gelu(
     _: nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor
 ) -> torch.Tensor:
+    """Replace the output of a GELU module by what the table gives for its input."""
     (x,) = arguments
-    value = nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, value))
+    rounded = x.half().float()
+    value = nn.functional.gelu(rounded, approximate="tanh").half().float()
+
+    value = torch.where(x <= -10, torch.zeros_like(x), value)
+    return torch.where(x >= 10, x, value)
 
 
 def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
@@ -109,35 +118,34 @@ def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     value = torch.from_numpy(checkpoint.read(name))
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if module.get_parameter(leaf).shape != value.shape:
+
+    expected = tuple(module.get_parameter(leaf).shape)
+    if expected != tuple(value.shape):
         raise ModelError(
-            f"{name} is {tuple(value.shape)} in the file and {tuple(module.get_parameter(leaf).shape)} by config.json"
+            f"{name} is {tuple(value.shape)} in the file and {expected} by config.json"
         )
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    values = {
-        k: v
-        for k, v in checkpoint.config.items()
-        if k not in {"rope_parameters", "quantization_config"}
-    }
+    """Return transformers' configuration, with rope settings in the form that 4.57 reads."""
+    folder = checkpoint.folder
     rope = checkpoint.rope
-    values["rope_theta"] = rope["rope_theta"]
-    values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if rope["rope_type"] == "longrope":  # Phi3Config wants exactly these
-        scaling = {
-            "type": "longrope",
-            **{key: rope.get(key) for key in ("short_factor", "long_factor")},
-        }
-    values["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
-    if rope["rope_type"] not in {"default", *ROPE_INIT_FUNCTIONS}:
-        raise ModelError(
-            f"unknown rope type {rope['rope_type']!r} in {checkpoint.folder}/config.json"
-        )
-    values.pop("transformers_version", None)
-    config = AutoConfig.for_model(**values)
+    rope_type = rope["rope_type"]
+    if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ModelError(f"unknown rope type {rope_type!r} in {folder}/config.json")
     if checkpoint.config.get("use_sliding_window"):
-        raise ModelError(f"{checkpoint.folder}: sliding-window attention is not supported")
-    return config
+        raise ModelError(f"{folder}: sliding-window attention is not supported")
+
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if rope_type == "longrope":  # Phi3Config wants exactly these
+        factors = {key: rope.get(key) for key in ("short_factor", "long_factor")}
+        scaling = {"type": "longrope", **factors}
+
+    values = dict(checkpoint.config)
+    for key in ("rope_parameters", "quantization_config", "transformers_version"):
+        values.pop(key, None)
+    values["rope_theta"] = rope["rope_theta"]
+    values["rope_scaling"] = None if rope_type == "default" else scaling
+    values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
+    return AutoConfig.for_model(**values)

@@ -1,0 +1,169 @@
+"""A Hugging Face folder as an engine, in float32.
+
+Prompts are left-padded and decoded in batches of ``parallel``; sequences that have ended leave the
+batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
+from racdeploy.decoding.sequence import Sequence, check_ids, check_request
+from racdeploy.engines.transformers.torch_model import load_model, round_as_ggml
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.storage.heap import keep_heap
+
+OnTokens = Callable[[int, SequenceOf[int]], None]
+
+
+class TransformersEngine(Engine):
+    """A checkpoint in float32 under transformers.
+
+    Args:
+        folder: Hugging Face folder.
+        settings: ``cache_dtype`` and ``flash_attention`` do not apply: the cache is float32.
+    """
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        keep_heap()
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+
+        self.stats, self.about = {}, {}
+        self._settings = settings
+        self._checkpoint = Checkpoint(folder)
+        self._vocabulary = self._checkpoint.integer("vocab_size")
+        self._model = load_model(self._checkpoint)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        sampling: Sampling,
+        on_tokens: OnTokens | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
+        context_tokens = self._settings.context_tokens
+        check_request(prompts, sampling, context_tokens, self._vocabulary)
+        sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
+
+        if on_tokens:
+            for sequence in sequences:
+                if sequence.ids:  # a budget of nothing has forced them
+                    on_tokens(sequence.index, sequence.ids)
+
+        for start in range(0, len(sequences), self._settings.parallel):
+            group = sequences[start : start + self._settings.parallel]
+            running = [s for s in group if s.finish_reason is None]
+            self._run(running, on_tokens, cancelled)
+        return [sequence.completion() for sequence in sequences]
+
+    @torch.inference_mode()
+    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
+        """Return logits_TV of a teacher-forced pass.
+
+        Args:
+            ids: the text.
+            as_ggml: round what ggml looks up in tables as they do.
+        """
+        check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
+        rounding = round_as_ggml(self._model, self._checkpoint) if as_ggml else nullcontext()
+        with rounding:
+            output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+
+        logits_TV: NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits_TV
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = torch.nn.Module()
+
+    def _run(
+        self,
+        sequences: list[Sequence],
+        on_tokens: OnTokens | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
+        cache = DynamicCache()
+        mask_BX = torch.zeros((len(sequences), 0), dtype=torch.long)  # X: all tokens so far
+
+        while sequences:
+            if cancelled and cancelled():
+                for sequence in sequences:
+                    sequence.cancel()
+                return
+
+            # A forced close tag makes one sequence longer than the rest, hence padding in between.
+            ids_BT, mask_BT = _left_pad([sequence.unfed for sequence in sequences])
+            mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
+            position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
+            output = self._model(
+                input_ids=ids_BT,
+                attention_mask=mask_BX,
+                position_ids=position_BX[:, -ids_BT.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+            for sequence, logits_V in zip(sequences, output.logits[:, -1].numpy(), strict=True):
+                sequence.unfed = []
+                new_ids = sequence.step(logits_V)
+                if on_tokens:
+                    on_tokens(sequence.index, new_ids)
+
+            running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
+            if len(running) < len(sequences):
+                rows = torch.tensor(running, dtype=torch.long)
+                cache.batch_select_indices(rows)
+                mask_BX = mask_BX[rows]
+                sequences = [sequences[row] for row in running]
+
+
+def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
+    """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
+    with _errors_only():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    prompts = []
+    for question in questions:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompts.append(list(ids))
+    return prompts
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence the warning that the model names its own tokenizer class, with other rules maybe."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids_BT and a mask_BT that is 1 on real tokens."""
+    B, T = len(rows), max(map(len, rows))
+    ids_BT = torch.zeros((B, T), dtype=torch.long)
+    mask_BT = torch.zeros((B, T), dtype=torch.long)
+
+    for row, ids in enumerate(rows):
+        ids_BT[row, T - len(ids) :] = torch.tensor(ids)
+        mask_BT[row, T - len(ids) :] = 1
+    return ids_BT, mask_BT
