@@ -2,7 +2,7 @@
 
 The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
 units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
-plugins`` lists, and ``q4_k`` the file of that number format. tests/test_docs.py compares.
+plugins`` lists; the others quote a file. tests/test_docs.py compares.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from racdeploy import plugins
@@ -50,10 +51,10 @@ def draw_tree() -> str:
     return _fence("\n".join(lines))
 
 
-def quote_quant() -> str:
-    """Return the example of a number format, which is a file of the package."""
-    file = PACKAGE / "quant" / "formats" / "q4_k.py"
-    return _fence(file.read_text(encoding="utf-8").strip(), "python")
+def quote(path: str) -> str:
+    """Return a file of the repository as an example."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return _fence(text.strip(), "python")
 
 
 def _draw_package(folder: Path, depth: int) -> Iterator[str]:
@@ -87,7 +88,8 @@ def _describe(name: str, file: Path, depth: int) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "plugins": list_plugins,
-    "q4_k": quote_quant,
+    "q4_k": partial(quote, "racdeploy/quant/formats/q4_k.py"),
+    "remainder": partial(quote, "tests/support/one_more/tasks/remainder.py"),
     "tree": draw_tree,
 }
 

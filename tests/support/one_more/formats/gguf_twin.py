@@ -1,0 +1,38 @@
+"""GGUF once more, in a folder of its name."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from racdeploy.export import gguf
+from racdeploy.export.gguf import (
+    BACKEND,
+    LIBRARY,
+    NEEDS,
+    OPTIONS,
+    companions,
+    export,
+    is_linear,
+    measure,
+    unpack,
+    usage,
+)
+
+__all__ = [
+    "BACKEND",
+    "LIBRARY",
+    "NEEDS",
+    "OPTIONS",
+    "artifact_path",
+    "companions",
+    "export",
+    "is_linear",
+    "measure",
+    "unpack",
+    "usage",
+]
+
+
+def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
+    """Return the file's place in a bundle."""
+    return PurePosixPath("gguf_twin") / gguf.artifact_path(name, quant, packing)

@@ -1,0 +1,214 @@
+"""Use one more plugin of every kind through the product's doors; print what each gave, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from racdeploy import engines, export, packing, quant, scorers, tasks
+from racdeploy.decoding.engine import EngineSettings, Sampling
+from racdeploy.engines.transformers import open_engine as open_torch
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.recipe import Pruning, Verification
+from racdeploy.traces.trace import Trace
+from racdeploy.verify.evidence import Evidence, run_checks
+from racdeploy.verify.gate import read_gate
+from tests.support.records import arm_of, record
+from tests.support.tiny_models import make_checkpoint
+
+PROMPT = [5, 90, 3, 40, 41, 42]
+SETTINGS = EngineSettings(context_tokens=128, parallel=2, threads=1, cache_dtype="f32")
+
+
+def use_task(folder: Path) -> Any:
+    """Draw an evaluation problem."""
+    (problem,) = tasks.load("remainder").problems("evaluation", 0, 1)
+    return [problem.task, scorers.score("", rf"\boxed{{{problem.gold}}}", problem.gold).correct]
+
+
+def use_scorer(folder: Path) -> Any:
+    """Score one right and one wrong answer."""
+    answers = ("It is Paris.", "It is Rome.")
+    return [scorers.score("last_word", answer, "paris").correct for answer in answers]
+
+
+def use_family(folder: Path) -> Any:
+    """Export a model, run it on llama.cpp, and compare its logits with torch's."""
+    checkpoint = make_checkpoint(folder / "ernie", "ernie4_5")
+    file = folder / "ernie.gguf"
+    export.load("gguf").export(
+        Checkpoint(checkpoint), file, quant="f32", packing="plain", metadata=None, progress=None
+    )
+
+    found = engines.open_engine("llamacpp", file, SETTINGS)
+    expected = open_torch(checkpoint, SETTINGS)
+    try:
+        logits_TV, reference_TV = found.logits(PROMPT), expected.logits(PROMPT)
+    finally:
+        found.close()
+        expected.close()
+    return bool(np.abs(logits_TV - reference_TV).max() < 1e-4 * np.abs(reference_TV).max())
+
+
+def use_quant(folder: Path) -> Any:
+    """Quantize a row of ones and read it back."""
+    plugin = quant.load("q2_k")
+    ones_OI = np.ones((1, 256), dtype=np.float32)
+    restored_OI = plugin.dequantize(plugin.quantize(ones_OI), 256)
+    return bool(np.allclose(restored_OI, ones_OI, atol=0.01))
+
+
+def use_preset(folder: Path) -> Any:
+    """Export with the preset."""
+    return sorted(set(_export(folder, quant="sparse_q5").values()))
+
+
+def use_packing(folder: Path) -> Any:
+    """Export packed, and read the label that the file carries."""
+    packing.check("gguf", "f16", "twin")
+    result = export.load("gguf").export(
+        Checkpoint(make_checkpoint(folder / "zeros", "llama")),
+        folder / "twin.racgguf",
+        quant="f16",
+        packing="twin",
+        metadata=None,
+        progress=None,
+    )
+    plain = export.load("gguf").unpack(result.path, folder / "untwinned.gguf")
+    metadata, _ = export.load("gguf").measure(result.path)
+    return [metadata.get("racgguf.packing"), plain.is_file()]
+
+
+def use_engine(folder: Path) -> Any:
+    """Generate on it."""
+    _export(folder, quant="f32")
+    engine = engines.open_engine("serial", folder / "tiny.gguf", SETTINGS)
+    try:
+        (completion,) = engine.generate([PROMPT], Sampling(max_new_tokens=4, stop_ids=()))
+    finally:
+        engine.close()
+    return len(completion.ids)
+
+
+def use_method(folder: Path) -> Any:
+    """Prune with it."""
+    return _prune(folder, method="random_mask")
+
+
+def use_allocation(folder: Path) -> Any:
+    """Prune by it."""
+    return _prune(folder, allocation="shielded")
+
+
+def use_format(folder: Path) -> Any:
+    """Export to it, and run the file on its engine."""
+    plugin = export.load("gguf_twin")
+    place = plugin.artifact_path("tiny", "f32", "plain")
+    (folder / place.parent).mkdir()
+    plugin.export(
+        Checkpoint(make_checkpoint(folder / "twin", "llama")),
+        folder / place,
+        quant="f32",
+        packing="plain",
+        metadata=None,
+        progress=None,
+    )
+    engine = engines.open_engine(plugin.BACKEND, folder / place, SETTINGS)
+    try:
+        return [place.as_posix(), list(engine.logits(PROMPT).shape)]
+    finally:
+        engine.close()
+
+
+def use_onnx_exporter(folder: Path) -> Any:
+    """Export with it alone; the notes say who made the graph."""
+    result = export.load("onnx").export(
+        Checkpoint(make_checkpoint(folder / "onnx", "llama")),
+        folder / "model.onnx",
+        quant="f32",
+        packing="plain",
+        metadata=None,
+        progress=None,
+        exporter="genai_llama",
+    )
+    return "genai_llama" in " ".join(result.notes)
+
+
+def use_check(folder: Path) -> Any:
+    """Verify: it takes part in every verification."""
+    arm, file = arm_of([record(index) for index in range(40)]), Path(__file__)
+    evidence = Evidence(Verification(), read_gate(None), arm, arm, file, {file.name: ""}, 0.5)
+    return {check.name: check.verdict for check in run_checks(evidence)}["answered"]
+
+
+def _export(folder: Path, quant: str) -> dict[str, str]:
+    checkpoint = Checkpoint(make_checkpoint(folder / "tiny", "llama"))
+    result = export.load("gguf").export(
+        checkpoint,
+        folder / "tiny.gguf",
+        quant=quant,
+        packing="plain",
+        metadata=None,
+        progress=None,
+    )
+    return {tensor.name: tensor.quant_real for tensor in result.tensors if len(tensor.shape) == 2}
+
+
+def _prune(folder: Path, **settings: str) -> Any:
+    """Return the mean sparsity that was reached, and the lowest and the highest."""
+    random = np.random.default_rng(0)
+    traces = []
+    for index in range(4):
+        ids = tuple(random.integers(0, 480, 40).tolist())
+        traces.append(
+            Trace(
+                index=index,
+                task="random",
+                question=f"{index}",
+                gold="",
+                prompt_ids=ids[:8],
+                completion_ids=ids[8:],
+                answer_from=None,
+                thinking_tokens=32,
+                truncated=False,
+                correct=True,
+            )
+        )
+
+    out = folder / "-".join(settings)
+    out.mkdir()
+    checkpoint = Checkpoint(make_checkpoint(folder / "dense", "llama"))
+    rows, _ = prune_blocks(
+        checkpoint,
+        traces[:3],
+        traces[3:],
+        Pruning.model_validate({"sparsity": 0.5, **settings}),
+        out,
+    )
+    reached = [round(row.sparsity_reached, 2) for row in rows]
+    return [min(reached), max(reached)]
+
+
+USES: dict[str, Callable[[Path], Any]] = {
+    "tasks": use_task,
+    "scorers": use_scorer,
+    "families": use_family,
+    "quant": use_quant,
+    "presets": use_preset,
+    "packing": use_packing,
+    "engines": use_engine,
+    "methods": use_method,
+    "allocations": use_allocation,
+    "formats": use_format,
+    "onnx_exporters": use_onnx_exporter,
+    "checks": use_check,
+}
+
+if __name__ == "__main__":
+    print(json.dumps({kind: use(Path(sys.argv[1])) for kind, use in USES.items()}))
