@@ -16,12 +16,9 @@ class PrunedModel:
     """What the pruning stage leaves.
 
     Args:
-        folder: Hugging Face folder of the sparse model.
         sparsity: fraction of zeros that it was pruned to: of a schedule, in the last step that was
             kept.
-        linears: how each linear was pruned.
         blocks: how far each block drifted from the dense model.
-        selection: counts of the traces that were used and left out.
         notes: what the report must say about how it came about.
         undone: which step of a schedule was undone, and why; empty where none was.
     """

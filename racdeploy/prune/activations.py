@@ -23,7 +23,6 @@ class Activations:
     Args:
         shapes: of each batch, as (B, T, D).
         file: scratch file for what does not fit; made only then.
-        window_bytes: memory for the tensors that stay.
     """
 
     def __init__(

@@ -26,9 +26,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     The mean squared inputs of the linears, where the walk left them, go into a file of their own.
 
     Args:
-        checkpoint: the dense model.
         blocks: folder of ``block-*`` and ``importance-*.safetensors`` from the pruning walk.
-        out: the new model folder.
     """
     pruned: dict[str, TensorEntry] = {}
     for file in sorted(blocks.glob("block-*.safetensors")):

@@ -22,13 +22,7 @@ from racdeploy.storage.files import read_json, write_atomic
 
 
 class BlockFiles:
-    """What a walk over the blocks leaves in a folder.
-
-    Args:
-        folder: of ``block-00000.safetensors``, ``block-00000.json`` and so on.
-        checkpoint: the dense model.
-        processes: who get what is read.
-    """
+    """What a walk over the blocks leaves in a folder."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, processes: Processes) -> None:
         self._folder = folder

@@ -31,9 +31,7 @@ class Blocks:
     """A model on the meta device whose blocks are filled when they are asked for.
 
     Args:
-        checkpoint: where the weights are.
         compute: number format of the products in a forward pass; hidden states stay in float32.
-        device: where blocks are filled and run.
 
     Raises:
         ModelError: the checkpoint's tensors are not exactly the architecture's.
@@ -104,8 +102,6 @@ class Blocks:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
         Args:
-            block: that was loaded.
-            hidden_BTD: what enters it.
             known: group → input of its one linear, where an earlier pass found it. The linear must
                 end attention or the feed-forward part; that part then computes the linear alone.
         """

@@ -61,17 +61,14 @@ def prune_blocks(
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
     Args:
-        checkpoint: the dense model.
         calibration: traces that decide the pruning.
         held_out: traces that only measure it.
-        settings: method, pattern, sparsity.
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
         weights: what a token of each stream counts; None is 1 for all.
         quant: number format whose codes are chosen while pruning; empty leaves rounding to the
             export.
         within: folder of an earlier walk whose zeros stay zeros; weights start from the dense ones.
         threads: CPU threads; 0 leaves torch's choice. Every process uses as many as the first.
-        progress: called with a label, blocks done and blocks in all.
         processes: who share the work; each calls this with the same arguments and its own folder.
 
     Returns:
@@ -115,16 +112,8 @@ class _Walk:
     """The dense and the partly pruned model, side by side, on their way through the blocks.
 
     Args:
-        blocks: of the dense model.
-        batches: of this process.
-        tasks: names, in the order of ``Batch.task_B``.
-        settings: method, pattern, and how it is solved.
-        weights_R: what a token of each stream counts.
         shares: sparsity of each linear that is pruned.
-        quant: number format whose codes are chosen, or empty.
-        folder: of the results and for scratch files.
         earlier: walk whose zeros stay zeros.
-        processes: who share the work.
     """
 
     def __init__(

@@ -45,8 +45,6 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     Args:
         checkpoint: the model that answers; transformers keeps all of it in memory.
         sequences: decoded together.
-        prompt: tokens of the longest prompt.
-        longest: tokens of the longest trace.
     """
     entries = checkpoint.entries
     width = checkpoint.integer("hidden_size")
@@ -76,10 +74,6 @@ def peak_bytes(
     hidden states, and the most expensive moment of the most expensive group of linears.
 
     Args:
-        checkpoint: the dense model.
-        settings: method, pattern, sparsity.
-        calibration_tokens: of the traces that decide the pruning.
-        held_out_tokens: of the traces that only measure it.
         quant: number format whose codes are chosen while pruning; empty leaves rounding to the
             export.
     """
@@ -165,10 +159,6 @@ def measured_cost(
     Yields the callback for the body's progress. A walk that an earlier run began is not measured.
 
     Args:
-        folder: of the pruned blocks.
-        predicted_bytes: what :func:`peak_bytes` says.
-        processes: that share the work.
-        progress: is called as the body calls what is yielded.
         notify: is called once with a line on the time left, where that is long.
     """
     finished = len([*folder.glob("block-*.json")])

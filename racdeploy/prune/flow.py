@@ -24,10 +24,6 @@ class Flow:
     """Batches between and within the blocks of one model.
 
     Args:
-        blocks: of the model.
-        batches: in their order.
-        folder: for scratch files.
-        name: of the scratch files.
         kept_bytes: disk space for inputs within a block; batches beyond it compute them in every
             pass.
     """
@@ -55,13 +51,7 @@ class Flow:
         self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
     def input(self, block: nn.Module, group: int, index: int) -> torch.Tensor:
-        """Return what reaches a group of linears; groups are asked for in their order.
-
-        Args:
-            block: that was loaded.
-            group: its number.
-            index: of the batch.
-        """
+        """Return what reaches a group of linears; groups are asked for in their order."""
         linear = self._groups[group][0]
         known = self._inputs_of(index)
         found_BTI = self._blocks.input(block, linear, self.hidden[index], known)

@@ -20,7 +20,6 @@ class Unstructured:
 
         Args:
             score_OC: importance; the lowest are pruned.
-            column: place of its first column in the linear.
             pruned_before: zeros already placed in earlier columns.
         """
         O, C = score_OC.shape

@@ -40,9 +40,6 @@ class Processes:
 
     Args:
         rank: number of this process; 0 runs the command and writes the results.
-        count: how many there are.
-        group: torch.distributed, where there is more than one.
-        members: its process group.
     """
 
     def __init__(
@@ -125,9 +122,7 @@ class Processes:
         """While the body runs, the other processes do the same job; for the first process.
 
         Args:
-            name: of the job.
             same: what all processes must have in common.
-            given: what the others need to know.
         """
         self._waiting = False
         self.tell((name, same, given))
@@ -138,9 +133,6 @@ class Processes:
         self, same: Callable[[str], Mapping[str, str]]
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield name and data of the first process's jobs until it has no more; for the others.
-
-        Args:
-            same: what this process has in common with the others, by the name of a job.
 
         Raises:
             ArtifactError: not what the first process has.

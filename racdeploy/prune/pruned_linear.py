@@ -23,10 +23,8 @@ class PrunedLinear:
     Args:
         stored_OI: weights in the file's dtype.
         target_OI: dense weights, or what gives the dense model's output on the drifted input.
-        damping: share of the mean diagonal that the Hessian took.
         error: on held-out traces, against the target.
         importance_I: mean squared input.
-        tokens: on how many the importance rests.
     """
 
     stored_OI: torch.Tensor

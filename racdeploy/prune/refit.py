@@ -44,10 +44,6 @@ def refit(
 
     Args:
         weight_OI: where to start; only its kept weights count.
-        keep_OI: the mask.
-        target_OI: weights before pruning.
-        hessian: of the input.
-        steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
     weight_OI = weight_OI * keep_OI
     pull_OI = (target_OI - weight_OI) @ hessian.matrix_II
@@ -65,10 +61,7 @@ def descend(
     """Move the free weights, in place, towards the least error; the others stay as they are.
 
     Args:
-        weight_OI: where to start, and where it ends.
         pull_OI: minus half the slope of the error, (T − W) H; in place too.
-        free_OI: which weights move.
-        H_II: the Hessian.
         steps: conjugate-gradient steps; each costs one product with the Hessian.
     """
     diagonal_I = H_II.diagonal()

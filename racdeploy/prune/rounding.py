@@ -39,10 +39,7 @@ def round_to_grid(
     """Return weights that ``quant`` stores exactly, zero off the mask.
 
     Args:
-        weight_OI: pruned weights in float32.
-        keep_OI: the mask.
         target_OI: weights before pruning.
-        hessian: of the input.
         quant: a number format whose codes are whole multiples of a block's scale.
     """
     code_OI, step_OG = find_codes(weight_OI, keep_OI, target_OI, hessian, quant)
@@ -78,15 +75,7 @@ def find_codes(
 
 
 class _Search:
-    """Weights on their way to the grid, and the pull on each: minus half the slope of the error.
-
-    Args:
-        weight_OI: pruned weights; overwritten.
-        keep_OI: the mask.
-        target_OI: weights before pruning.
-        H_II: the Hessian.
-        quant: the grid.
-    """
+    """Weights on their way to the grid, and the pull on each: minus half the slope of the error."""
 
     def __init__(
         self,
@@ -129,8 +118,6 @@ class _Search:
         """Move each weight of the columns to its best grid point; return if any moved.
 
         Args:
-            start: first column.
-            stop: the column after the last one.
             scales: whether each scale moves to its best value, too.
         """
         moved = False

@@ -34,14 +34,8 @@ def decide_shares(
     """Return the sparsity of each linear that is pruned, or read what an earlier run decided.
 
     Args:
-        blocks: of the dense model.
         batches: calibration batches of this process.
         everyones: those of all processes.
-        settings: allocation, sparsity, and which linears stay dense.
-        weights_R: what a token of each stream counts.
-        folder: of ``allocation.json``, and for scratch files.
-        processes: who share the work.
-        progress: called with a label, blocks done and blocks in all.
     """
     file = folder / "allocation.json"
     if not processes.ask_first(file.is_file):

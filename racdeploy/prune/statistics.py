@@ -32,7 +32,6 @@ class InputStatistic:
     """Sums over the calibration tokens of one input.
 
     Args:
-        width: number of inputs I.
         weights_R: weight of a token of each stream, on the device where the sums are kept.
         match: dense weights of the linears that are solved for the dense model's output; none
             gathers no drift.
@@ -70,7 +69,6 @@ class InputStatistic:
         Args:
             sparse_BTI: the input in the partly pruned model.
             dense_BTI: the input in the dense model, where the drift is gathered.
-            stream_BT: stream of each position.
         """
         stream_BT = stream_BT.to(self.weights_R.device)
         real_BT = stream_BT != PAD
@@ -128,10 +126,6 @@ class InputStatistic:
 
         Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
         D = Σ w (x_dense − x) xᵀ. The drift is freed.
-
-        Args:
-            indices: which of ``match``.
-            hessian: of this input.
         """
         drift_XI = self._drift.div_(self._weight).float()
         del self._drift

@@ -35,17 +35,10 @@ def survey(
     """Return what ``observe`` makes of each linear, from its weights, its Hessian and its effect.
 
     Args:
-        blocks: of the dense model.
         batches: calibration batches of this process.
         everyones: those of all processes; effects are measured on the one that counts most, the
             same in each.
-        wanted: names of the linears.
-        weights_R: what a token of each stream counts, where the blocks are.
-        damping: of the Hessians.
         observe: called for each linear, in forward order.
-        folder: for scratch files.
-        processes: who share the work.
-        progress: called with a label, blocks done and blocks in all.
     """
     count = blocks.checkpoint.block_count
     probe = max(everyones, key=lambda batch: float(_weigh_tokens(batch, weights_R).sum()))
@@ -113,15 +106,7 @@ def _observe_own(
 
 
 class _Effects:
-    """What a change of one linear does to the output of its block.
-
-    Args:
-        blocks: of the dense model.
-        block: one of them, loaded.
-        hidden_BTD: what enters it.
-        weights_R: what a token of each stream counts.
-        batch: whose tokens these are.
-    """
+    """What a change of one linear does to the output of its block."""
 
     def __init__(
         self,

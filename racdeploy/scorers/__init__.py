@@ -52,13 +52,7 @@ def check(spec: str) -> None:
 
 
 def score(spec: str, answer: str, gold: str) -> Scored:
-    """Score the text after the thinking.
-
-    Args:
-        spec: see :func:`check`.
-        answer: what the model said.
-        gold: what is right.
-    """
+    """Score the text after the thinking."""
     name, _, argument = (spec or DEFAULT).partition(":")
     result: Scored = plugins.load("scorers", name).score(answer, gold, argument)
     return result

@@ -71,7 +71,6 @@ class Task:
     Args:
         spec: what the user typed, ``jsonl:FILE`` or a plain name.
         draw: makes a problem, or None for a task over a file.
-        pool: the problems of a file.
         shares: which part of all questions, by their hash, each split gets.
     """
 

@@ -84,14 +84,7 @@ def collect(
     """Answer every problem and append the traces, shard by shard; finished shards are read back.
 
     Args:
-        answering: the dense model.
-        encoder: renders and tokenizes.
         tags: thinking tags, or None for a model that does not think.
-        stop_ids: end-of-sequence ids.
-        problems: what to ask.
-        settings: sampling, batch and seed.
-        out: where the shards go.
-        progress: called with a label, prompts done and prompts in all.
     """
     reader = _Reader(encoder, tags, stop_ids)
     batch = settings.batch

@@ -15,8 +15,6 @@ class Selection:
     """Traces by purpose, and why the others were left out.
 
     Args:
-        calibration: decide the pruning.
-        held_out: only measure it.
         left_out: reason → number of traces.
     """
 

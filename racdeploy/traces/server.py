@@ -49,10 +49,6 @@ def answering(
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
     Args:
-        settings: which server, and how to ask it.
-        checkpoint: the model that is served.
-        encoder: template and tokenizer of that model.
-        context_tokens: longest prompt and completion.
         folder: of the trace stage; the server's model is recorded there, and each completion until
             all are in shards.
 

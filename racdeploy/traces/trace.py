@@ -23,14 +23,11 @@ class Trace:
     Args:
         index: place in the trace set.
         task: specification of the task that asked.
-        question, gold: the problem.
-        prompt_ids: rendered prompt.
         completion_ids: sampled ids, end-of-sequence included.
         answer_from: index in ``completion_ids`` of the first token after the close tag, or None if
             never closed.
         thinking_tokens: tokens strictly between the tags.
         truncated: the completion hit a cap.
-        correct: the task's score of the answer.
     """
 
     index: int

@@ -23,13 +23,7 @@ _HALVINGS = 60  # of an interval of 2: as narrow as a float is exact
 
 
 def shift_shares(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
-    """Return the wanted sparsities moved by one constant, within bounds, to a weighted mean.
-
-    Args:
-        wanted: sparsity of each linear.
-        sizes: number of weights of each linear.
-        sparsity: the mean to reach.
-    """
+    """Return the wanted sparsities moved by one constant, within bounds, to a weighted mean."""
     total = sum(sizes[name] for name in wanted)
     low, high = -1.0, 1.0
     shares: Shares = {}

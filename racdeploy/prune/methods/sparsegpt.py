@@ -15,14 +15,7 @@ from racdeploy.recipe import Pruning
 
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
-    """Prune one linear and spread each error over the columns still to come.
-
-    Args:
-        weight_OI: float32; overwritten.
-        hessian: of the input.
-        pattern: which counts of zeros are wanted.
-        settings: column_block.
-    """
+    """Prune one linear and spread each error over the columns still to come."""
     I = weight_OI.shape[1]
     factor_II = hessian.inverse_factor_II
     keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
