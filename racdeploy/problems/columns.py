@@ -17,6 +17,7 @@ def add(left: int, right: int) -> str:
         total = a + b + carry
         steps.append(f"{a}+{b}+{carry}={total}")
         carry = total // 10
+
     return f"{left}+{right}:{','.join(steps)},{left + right}"
 
 
@@ -25,11 +26,13 @@ def subtract(left: int, right: int) -> str:
     assert left >= right, "column subtraction needs a non-negative result"
     steps = []
     borrow = 0
+
     for a, b in _columns(left, right):
         lent = 10 if a < b + borrow else 0
         a += lent
         steps.append(f"{a}-{b}-{borrow}={a - b - borrow}")
         borrow = lent // 10
+
     return f"{left}-{right}:{','.join(steps)},{left - right}"
 
 
@@ -41,6 +44,7 @@ def times_digit(left: int, digit: int) -> str:
         total = a * digit + carry
         steps.append(f"{a}*{digit}+{carry}={total}")
         carry = total // 10
+
     return f"{left}*{digit}:{','.join(steps)},{left * digit}"
 
 
@@ -52,6 +56,7 @@ def divide_digit(left: int, digit: int) -> str:
         value = rest * 10 + int(figure)
         quotient, rest = divmod(value, digit)
         steps.append(f"{value}/{digit}={quotient}r{rest}")
+
     return f"{left}/{digit}:{','.join(steps)},{left // digit}r{rest}"
 
 

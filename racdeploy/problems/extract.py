@@ -26,6 +26,7 @@ def extract_boxed(text: str) -> str | None:
 
         # That one is not closed: look at the one before.
         start = text.rfind(r"\boxed{", 0, start)
+
     return None
 
 
@@ -68,4 +69,5 @@ def as_number(text: str) -> Decimal | None:
             value /= Decimal(denominator)
     except ArithmeticError:
         return None
+
     return value if value.is_finite() else None

@@ -35,6 +35,7 @@ class PrunedModel:
         """Return the linears as reported: where a step was undone, more was asked of them."""
         if not self.undone:
             return self.linears
+
         changed = {"sparsity_asked": asked, "reason": self.undone}
         rows = (
             row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears

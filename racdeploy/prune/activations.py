@@ -32,6 +32,7 @@ class Activations:
         self._kept: dict[int, torch.Tensor] = {}
         self._offsets: dict[int, int] = {}
         used = spilled = 0
+
         for index, shape in enumerate(self._shapes):
             size = 4 * math.prod(shape)
             if used + size <= window_bytes:
@@ -59,6 +60,7 @@ class Activations:
         if index not in self._offsets:
             self._kept[index] = hidden
             return
+
         with disk_errors(self._file), self._file.open("r+b", buffering=0) as stream:
             stream.seek(self._offsets[index])
             stream.write(hidden.contiguous().numpy().data)

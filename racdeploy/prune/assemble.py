@@ -31,6 +31,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     pruned: dict[str, TensorEntry] = {}
     for file in sorted(blocks.glob("block-*.safetensors")):
         pruned.update(read_tensor_entries(file))
+
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
 
     importance: dict[str, TensorEntry] = {}
@@ -44,6 +45,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
+
     return out
 
 
@@ -55,6 +57,7 @@ def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
         shape = list(entry.shape)
         header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
+
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
 

@@ -50,6 +50,7 @@ def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch
     T = max(len(trace.ids) for trace in traces)
     ids_BT = torch.zeros(B, T, dtype=torch.long)
     stream_BT = torch.full((B, T), PAD)
+
     for row, trace in enumerate(traces):
         length = len(trace.ids)
         ids_BT[row, :length] = torch.tensor(trace.ids)

@@ -66,10 +66,12 @@ class BlockFiles:
         """Write the mean squared inputs of a block's linears, and on how many tokens they rest."""
         if not self._processes.first:
             return
+
         tensors: dict[str, torch.Tensor] = {}
         for name, linear in pruned.items():
             tensors[name] = linear.importance_I.cpu().clone()  # linears of a group share it
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
+
         write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
 
     def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:

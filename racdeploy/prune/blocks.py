@@ -65,6 +65,7 @@ class Blocks:
         """Yield what enters the first block, (B, T, D)."""
         if not batches:
             return
+
         # Only the rows of tokens that occur are read: the whole table may be larger than a block.
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
         rows_ND = torch.from_numpy(self.checkpoint.read_rows(_EMBEDDING, used_N.numpy()))
@@ -157,6 +158,7 @@ class Blocks:
             is_attention = part_name == _ATTENTION
             part.forward = partial(_run_last, linear, self.place(input_BTI), is_attention)
             changed.append(part)
+
         try:
             yield
         finally:
@@ -183,6 +185,7 @@ class Blocks:
                 self.forward(block, hidden_BTD, known)
         finally:
             handle.remove()
+
         return seen[0]
 
 

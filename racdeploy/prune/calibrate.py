@@ -82,6 +82,7 @@ def prune_blocks(
         raise UsageError(
             "no calibration traces are left after selection", remedy="collect more traces"
         )
+
     check_covered(checkpoint, settings.dense)
     keep_heap()
     torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
@@ -168,6 +169,7 @@ class _Walk:
             blocks.append(block_row)
             if progress:
                 progress("prune", index + 1, self.checkpoint.block_count)
+
         return linears, blocks
 
     def _load(self, index: int) -> tuple[nn.Module, nn.Module]:
@@ -207,6 +209,7 @@ class _Walk:
         drift = self._advance(dense, sparse, pruned)
         for error in (drift, *(linear.error for linear in pruned.values())):
             error.share(self.processes)
+
         linear_rows = self._linear_rows(prefix, pruned)
         block_row = BlockRow(
             block=index,
@@ -255,6 +258,7 @@ class _Walk:
                 self.processes, owners[place], target=self.settings.match_dense
             )
             put(sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
+
         return pruned
 
     def _gather(
@@ -269,6 +273,7 @@ class _Walk:
             sparse_BTI = self.sparse.input(sparse, group, index)
             dense_BTI = self.dense.input(dense, group, index) if match_dense else None
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
+
         return statistic
 
     def _solve(
@@ -288,6 +293,7 @@ class _Walk:
         for place in own:
             weight_OI = self._prune_linear(targets[place], hessian, patterns[place])
             solved[place] = weight_OI, targets[place], hessian.damping
+
         return solved
 
     def _prune_linear(
@@ -297,6 +303,7 @@ class _Walk:
         pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
         if not self.quant:
             return pruned.weight_OI
+
         grid = as_grid(self.quant)
         return round_to_grid(pruned.weight_OI, pruned.keep_OI, live_OI, hessian, grid)
 
@@ -306,6 +313,7 @@ class _Walk:
         pattern.check(name, inputs)
         if not self.earlier:
             return pattern
+
         gone_OI = self.earlier.zeros(index, f"{name}.weight")
         return Within(pattern, self.blocks.place(gone_OI))
 
@@ -321,6 +329,7 @@ class _Walk:
                 dense_BTD = self.dense.leave(dense, index)
                 if batch.held_out:
                     drift.add(sparse_BTD, dense_BTD, batch)
+
         return drift
 
     def _needs_dense(self, batch: Batch) -> bool:
@@ -334,4 +343,5 @@ class _Walk:
                 rows.append(pruned[linear].row(name, self.shares[name], self.quant))
             else:
                 rows.append(LinearRow(name=name, sparsity_asked=0.0, sparsity_reached=0.0))
+
         return rows

@@ -110,6 +110,7 @@ def peak_bytes(
         solve = hessian_and_factor + _FLOAT32 * I * (2 * rows + copies * largest)
         effect = hessian_and_factor + passing if surveys else 0
         worst = max(worst, gather, factor, solve, effect)
+
     return _resident() + 2 * _FLOAT32 * block + window + worst
 
 
@@ -141,6 +142,7 @@ class TimeLeft:
         self._last = now
         if label != "prune" or done != self._finished + 1 or done == total:
             return None
+
         left_s = block_s * (total - done)
         self.total_s = now - self._began + left_s
         return left_s
@@ -165,6 +167,7 @@ def measured_cost(
     reset = _reset_peak()
     if _on_gpu():
         torch.cuda.reset_peak_memory_stats()
+
     began = time.perf_counter()
     estimate = TimeLeft(finished)
 
@@ -178,6 +181,7 @@ def measured_cost(
     yield show
     if finished and (folder / _FILE).is_file():  # the walk had ended when it was interrupted
         return
+
     values: dict[str, Any] = {"processes": processes, "gpu": _on_gpu(), "measured": None}
     values["predicted"] = {"seconds": estimate.total_s, "peak_bytes": predicted_bytes}
     if not finished:
@@ -187,6 +191,7 @@ def measured_cost(
             "seconds": time.perf_counter() - began,
             "peak_bytes": resident + on_gpu if resident else 0,  # 0: the system does not say
         }
+
     write_atomic(folder / _FILE, json.dumps(values, indent=1))
 
 
@@ -194,6 +199,7 @@ def cost_note(folder: Path) -> str:
     """Return one line on what pruning took, beside the estimates; empty where nothing is known."""
     if not (folder / _FILE).is_file():
         return ""
+
     values = read_json(folder / _FILE)
     predicted, found = values["predicted"], values["measured"]
     if not found:
@@ -207,6 +213,7 @@ def cost_note(folder: Path) -> str:
     if found["peak_bytes"]:
         note += f"; its peak memory was {found['peak_bytes'] / 2**30:.2f} GiB"
         note += f", predicted {predicted['peak_bytes'] / 2**30:.2f} GiB"
+
     return note
 
 
@@ -229,7 +236,9 @@ def _resident(entry: str = "VmRSS") -> int:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         return 0
+
     for line in lines:
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) * 1024
+
     return 0

@@ -34,6 +34,7 @@ def choose_device(asked: str) -> torch.device:
         return torch.device("cuda", rank % torch.cuda.device_count())
     if asked == "auto":
         return CPU
+
     raise EnvironmentFailure(
         f"prune.device is {asked!r}, and torch {torch.__version__} finds no GPU",
         remedy="install a build of torch for this GPU and its driver, or set prune.device to 'cpu'",

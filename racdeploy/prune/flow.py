@@ -48,6 +48,7 @@ class Flow:
         for group, I in widths.items():
             file = folder / f"input-{name}-{group}.bin"
             self._inputs[group] = Activations([(B, T, I) for B, T in kept], file, window_bytes=0)
+
         self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
     def input(self, block: nn.Module, group: int, index: int) -> torch.Tensor:
@@ -58,6 +59,7 @@ class Flow:
         if group in self._inputs and index < len(self._known):
             self._inputs[group][index] = found_BTI.float()
             self._known[index].add(group)
+
         return found_BTI
 
     def leave(self, block: nn.Module, index: int) -> torch.Tensor:
@@ -90,4 +92,5 @@ def _choose_kept(
         if batch.held_out or size_bytes > kept_bytes:
             break
         kept.append((B, T))
+
     return kept

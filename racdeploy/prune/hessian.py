@@ -65,6 +65,7 @@ class Hessian:
                 _invert_lower(factor_II)
                 _reverse(factor_II.view(-1))
                 return factor_II
+
             del factor_II, by_columns_II  # before the next one is made
 
         raise EnvironmentFailure(

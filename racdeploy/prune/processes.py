@@ -74,6 +74,7 @@ class Processes:
         """
         if self.count == 1:
             return
+
         receivers = sorted(set(owners)) or list(range(self.count))
         summing = receivers[0]
 
@@ -89,18 +90,22 @@ class Processes:
         """Return the tensor that one process has; the others give one of its shape and type."""
         if self.count == 1:
             return tensor
+
         spread = tensor.clone()
         with _talking(), _on_cpu(spread) as message:
             self._group.broadcast(message, owner, group=self._members)
+
         return spread
 
     def tell(self, value: T, owner: int = 0) -> T:
         """Return the value that one process has."""
         if self.count == 1:
             return value
+
         box = [value if self.rank == owner else None]
         with _talking():
             self._group.broadcast_object_list(box, owner, group=self._members)
+
         result: T = box[0]  # type: ignore[assignment]
         return result
 
@@ -112,9 +117,11 @@ class Processes:
         """Return the values of all processes, in their order."""
         if self.count == 1:
             return [value]
+
         values: list[Any] = [None] * self.count
         with _talking():
             self._group.all_gather_object(values, value, group=self._members)
+
         return values
 
     @contextmanager
@@ -184,12 +191,14 @@ def join_processes() -> Iterator[Processes]:
         return
     if importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch", "prune")
+
     import torch.distributed as group
 
     before = signal.signal(signal.SIGTERM, _on_terminate)
     with _talking():
         group.init_process_group("gloo", timeout=_MEETING)
         members = group.new_group(timeout=_PATIENCE)
+
     processes = Processes(group.get_rank(), group.get_world_size(), group, members)
     try:
         yield processes
@@ -203,6 +212,7 @@ def join_processes() -> Iterator[Processes]:
             group.destroy_process_group()
             # The last references: gloo ends its threads here, not as we exit.
             processes._members = members = None
+
     signal.signal(signal.SIGTERM, before)
 
 

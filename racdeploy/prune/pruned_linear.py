@@ -67,6 +67,7 @@ def measure_outputs(
     for name, linear in pruned.items():
         hook = partial(_add_error, linear, batch)
         handles.append(block.get_submodule(name).register_forward_hook(hook))
+
     try:
         yield
     finally:

@@ -68,6 +68,7 @@ def descend(
     scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
     power_O1 = (pull_OI * scaled_OI).sum(1, keepdim=True)
     step_OI = scaled_OI
+
     for _ in range(steps):
         # Go to the lowest point along the step; the pull follows without another product.
         product_OI = step_OI @ H_II

@@ -60,6 +60,7 @@ def find_codes(
     search = _Search(weight_OI * keep_OI, keep_OI, target_OI, hessian.matrix_II, quant)
     I = weight_OI.shape[1]
     width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
+
     for start in range(0, I, width):
         if start:
             search.solve_from(start)
@@ -68,9 +69,11 @@ def find_codes(
     search.recompute_pull()
     for _ in range(SCALE_SWEEPS):
         search.visit(0, I, scales=True)
+
     for _ in range(CODE_SWEEPS):
         if not search.visit(0, I, scales=False):
             break
+
     return search.codes(), search.step_OG
 
 
@@ -141,6 +144,7 @@ class _Search:
                 self._move(weight_SO, pull_SO, free_CO[block], H_SS, _divisor(step_O))
                 if scales:
                     _fit_scales(weight_SO, pull_SO, H_SS, step_O)
+
                 # The other columns of the chunk feel this block's moves at once …
                 pull_CO.addmm_(H_CC[:, block], weight_SO - before_CO[block], alpha=-1)
 
@@ -149,6 +153,7 @@ class _Search:
             self.pull_OI.addmm_(change_CO.T, self.H_II[chunk], alpha=-1)
             self.weight_OI[:, chunk] = weight_CO.T
             moved |= bool(change_CO.any())
+
         return moved
 
     def codes(self) -> torch.Tensor:
@@ -218,6 +223,7 @@ def _start_scales(
     energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
     step_OG = own_OG.clone()
     rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
+
     for start in range(0, len(weight_OI), rows):
         chunk = slice(start, start + rows)
         format_OG = own_OG[chunk]
@@ -235,6 +241,7 @@ def _start_scales(
             better_OG = error_OG < least_OG
             least_OG = torch.where(better_OG, error_OG, least_OG)
             step_OG[chunk] = torch.where(better_OG, tried_OG, step_OG[chunk])
+
     return step_OG, pinned_OI
 
 

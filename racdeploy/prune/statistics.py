@@ -80,6 +80,7 @@ class InputStatistic:
         x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
         for (start, stop), sum_CX in zip(_slices(self.width), self._sums, strict=True):
             sum_CX += x_NI[:, start:stop].T @ x_NI[:, start:]
+
         if not self.match:
             return
 
@@ -87,6 +88,7 @@ class InputStatistic:
         delta_NX = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
         if self._projected:
             delta_NX = torch.cat([delta_NX @ weight_OI.T for weight_OI in self.match], 1)
+
         for start, stop in _slices(delta_NX.shape[1]):
             self._drift[start:stop] += delta_NX[:, start:stop].T @ x_NI
 
@@ -95,6 +97,7 @@ class InputStatistic:
         energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._drift):
             processes.total(part, owners)
+
         for part in (energy_I, self._weight):
             processes.total(part)
 
@@ -115,10 +118,12 @@ class InputStatistic:
                 "no calibration token counts: the weight of every stream that the traces have is 0",
                 remedy="raise prompt, thinking or answer under [calibration.weights]",
             )
+
         matrix_II = self.weights_R.new_empty(self.width, self.width, dtype=torch.float32)
         for start, stop in _slices(self.width):
             matrix_II[start:stop, start:] = self._sums.pop(0).div_(self._weight)
             matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
+
         return Hessian(matrix_II, damping)
 
     def targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
@@ -139,6 +144,7 @@ class InputStatistic:
             else:
                 part_OI = weight_OI @ drift_XI
             found[index] = weight_OI + hessian.solve(part_OI)
+
         return found
 
 

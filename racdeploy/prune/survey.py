@@ -47,6 +47,7 @@ def survey(
     flow = Flow(blocks, batches, folder, "survey")
     order: list[str] = []
     found: dict[str, Observation] = {}
+
     try:
         for place, hidden_BTD in enumerate(blocks.embed(batches)):
             flow.hidden[place] = hidden_BTD
@@ -59,14 +60,17 @@ def survey(
                 names = {name: linear for name, linear in names.items() if name in wanted}
                 if not names:
                     continue
+
                 order += names
                 statistic = InputStatistic(blocks.widths()[group], weights_R)
                 for place, batch in enumerate(batches):
                     statistic.add(flow.input(block, group, place), None, batch.stream_BT)
+
                 found |= _observe_own(block, names, statistic, damping, observe, effects, processes)
 
             for place in range(len(batches)):
                 flow.leave(block, place)
+
             probe_BTD = effects.output_BTD
             block.to("meta")
             if progress:
@@ -77,6 +81,7 @@ def survey(
     everything: dict[str, Observation] = {}
     for part in processes.all(found):
         everything |= part
+
     return {name: everything[name] for name in order}
 
 
@@ -102,6 +107,7 @@ def _observe_own(
         if owner == processes.rank:
             live_OI = weight_OI * ~hessian.dead_I
             found[name] = observe(live_OI, hessian, partial(effects.measure, linear))
+
     return found
 
 

@@ -26,6 +26,7 @@ def score(answer: str, gold: str, argument: str) -> Scored:
         words = re.findall(r"\w+", gold.casefold())
         if words and said[-len(words) :] == words:
             return Scored(True, gold, "last words")
+
     return Scored(False, found, how)
 
 
@@ -39,4 +40,5 @@ def _find(answer: str) -> tuple[str | None, str]:
         found = extract(answer)
         if found is not None:
             return found, how
+
     return None, "no box, no ####, no number"

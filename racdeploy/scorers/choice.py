@@ -28,7 +28,9 @@ def _find(answer: str) -> tuple[str | None, str]:
         return match[1].upper(), "boxed"
     if said := _SAID.findall(answer):
         return said[-1].upper(), "after the word answer, choice or option"
+
     lines = answer.strip().splitlines()
     if lines and (alone := _ALONE.findall(lines[-1])):
         return alone[-1].upper(), "letter in the last line"
+
     return None, "no letter"

@@ -21,6 +21,7 @@ def check(argument: str) -> None:
         raise UsageError(
             f"scorer regex: {argument!r} is not a regular expression: {error}"
         ) from error
+
     if not argument or compiled.match(""):
         raise UsageError(
             f"scorer regex: {argument!r} matches an answer that says nothing",
@@ -33,6 +34,7 @@ def score(answer: str, gold: str, argument: str) -> Scored:
     matches = list(re.finditer(argument, answer))
     if not matches:
         return Scored(False, None, "no match")
+
     last = matches[-1]
     found = last[1] if last.re.groups else last[0]
     return Scored(found is not None and equal_answers(found, gold), found, "last match")

@@ -110,6 +110,7 @@ class Task:
             problem = self.draw(random)
             if self._serves(split, problem):
                 found.setdefault(problem.question, problem)
+
         return self._label(list(found.values()), split, count)
 
     def _members(self, split: Split) -> list[Problem]:
@@ -180,11 +181,13 @@ class TaskSet:
         for available in [task.available(split) for task in chosen]:
             if available is not None:
                 count = min(count, len(chosen) * available)
+
         if not count:
             raise UsageError(
                 f"task {', '.join(asked)} holds no {split} problem",
                 remedy="give a file with more problems, or another --calibration-task",
             )
+
         return problems_of(chosen, split, seed, count)
 
     def identify_calibration(self) -> list[dict[str, str]]:
@@ -214,6 +217,7 @@ def load(spec: str) -> Task:
 
     if reads_file:
         return Task(spec, None, tuple(module.read(Path(argument))), FILE_SHARES)
+
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
 

@@ -15,9 +15,11 @@ def draw(random: Random) -> Problem:
     base = random.choice(tuple(LARGEST))
     number = random.randint(LARGEST[base] // 5, LARGEST[base])
     steps, digits, rest = [], "", number
+
     while rest:
         digits = f"{rest % base}{digits}"
         steps.append(f"{columns.divide_digit(rest, base)}. Digits {digits}.")
         rest //= base
+
     question = f"Write the decimal number {number} in base {base}."
     return Problem(question=question, gold=digits, thinking="\n".join(steps))

@@ -14,6 +14,7 @@ def draw(random: Random) -> Problem:
     count = random.randint(NUMBERS_MIN, NUMBERS_MAX)
     leading = random.sample(range(1, 10), 3)
     numbers: list[int] = []
+
     while len(numbers) < count:
         number = random.choice(leading) * 100 + random.randint(0, 99)
         if number not in numbers:
@@ -43,5 +44,6 @@ def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
             continue
         relations.append(f"{a}>{b}" if a > b else f"{a}<{b}")
         break
+
     better = max(number, best) if largest else min(number, best)
     return better, f"{number} and {best}:{','.join(relations)}, keep {better}."

@@ -31,5 +31,6 @@ def _euclid(left: int, right: int) -> tuple[list[str], int]:
         steps.append(f"{columns.subtract(high, low)}.")
         difference = high - low
         high, low = max(difference, low), min(difference, low)
+
     steps.append(f"{high} and {low} are equal.")
     return steps, high

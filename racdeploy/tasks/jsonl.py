@@ -33,10 +33,12 @@ def read(path: Path) -> list[Problem]:
         if line.strip():
             problem = _parse(path, number, line)
             problems[problem.question] = problem
+
     if not problems:
         raise UsageError(
             f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines'
         )
+
     return list(problems.values())
 
 
@@ -50,6 +52,7 @@ def _parse(path: Path, number: int, line: str) -> Problem:
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise UsageError(f"{path}:{number} has no question", remedy=remedy)
+
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UsageError(f"{path}:{number} has no answer", remedy=remedy)
@@ -57,9 +60,11 @@ def _parse(path: Path, number: int, line: str) -> Problem:
     scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
         raise UsageError(f"{path}:{number} has a scorer that is no name", remedy=remedy)
+
     try:
         scorers.check(scorer)
     except UsageError as error:
         raise UsageError(f"{path}:{number}: {error.message}", remedy=error.remedy) from error
+
     text = str(answer)
     return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)

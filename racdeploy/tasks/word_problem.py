@@ -19,6 +19,7 @@ def draw(random: Random) -> Problem:
     amount = random.randint(20, 150)
     sentences = [f"{name} has {amount} {thing}."]
     steps = [f"Start with {amount}."]
+
     for _ in range(random.randint(3, 4)):
         change = random.randint(2, 99)
         gains = amount < change or (amount + change < 300 and random.random() < 0.5)
@@ -31,6 +32,7 @@ def draw(random: Random) -> Problem:
         else:
             spelled = columns.subtract(amount, change)
             amount -= change
+
         steps.append(f"{name} {phrase}:{spelled}.")
 
     sentences.append(f"How many {thing} does {name} have now?")

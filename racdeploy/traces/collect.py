@@ -108,6 +108,7 @@ def collect(
             done += len(traces)
             if progress:
                 progress("traces", done, len(problems))
+
     return out.read()
 
 

@@ -41,9 +41,11 @@ class Probe:
                 f"accuracy {self.accuracy:.1%} against {self.dense_accuracy:.1%}, "
                 f"more than {settings.probe_drop:.0%} below"
             )
+
         if self.length_ratio > settings.probe_length:
             limit = settings.probe_length
             return f"thinking {self.length_ratio:.2f} times as long, limit {limit:g}"
+
         return ""
 
 

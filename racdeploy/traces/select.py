@@ -57,6 +57,7 @@ def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
             f"none of {len(traces)} traces can calibrate: {counts or 'there are none'}",
             remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
         )
+
     return Selection(calibration, held_out, left_out)
 
 
@@ -64,12 +65,14 @@ def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
     """Return whole traces in order up to a token budget; 0 means all. A trace is never cut."""
     if not max_tokens:
         return list(traces)
+
     chosen, tokens = [], 0
     for trace in traces:
         if tokens + len(trace.ids) > max_tokens:
             break
         chosen.append(trace)
         tokens += len(trace.ids)
+
     return chosen
 
 
@@ -82,4 +85,5 @@ def _choose_held_out(traces: Sequence[Trace], share: float) -> set[int]:
         for part in range(count):  # the middle of each of ``count`` equal parts
             middle = (2 * part + 1) * len(indices) // (2 * count)
             chosen.add(indices[middle])
+
     return chosen

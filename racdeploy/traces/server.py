@@ -76,6 +76,7 @@ def answering(
             log = CompletionLog(file)
             together = math.ceil(settings.server_concurrency / settings.batch)
             yield Answering(partial(_answer, engine, log), together)
+
         file.unlink(missing_ok=True)
     except EngineError as error:
         count = len(CompletionLog(file).completions)
@@ -93,6 +94,7 @@ def _answer(
     shards: list[list[Request]] = []
     for prompts, sampling in asked:
         shards.append([(ids, sampling, stream) for stream, ids in enumerate(prompts)])
+
     requests = [request for shard in shards for request in shard]
     missing = [request for request in requests if _find_kept(log, request) is None]
 
@@ -106,6 +108,7 @@ def _answer(
     for shard in shards:
         found = [_find_kept(log, request) for request in shard]
         answers.append([completion for completion in found if completion])
+
     return answers
 
 
@@ -123,6 +126,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
     prompt = encoder.render(_QUESTION)
     bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
     lead = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
+
     for text in (*_PROBES, prompt):
         expected = encoder.encode_text(text)
         if engine.has_tokenizer:
@@ -131,6 +135,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
         else:
             actual = engine.count(text)
             agrees = actual == len(expected) + lead
+
         if not agrees:
             raise UsageError(
                 "the server's tokenizer is not the model's: "
@@ -158,4 +163,5 @@ def _record(folder: Path, model: str) -> None:
             f"this server has {model!r}",
             remedy=f"serve {before!r} again, or remove {folder}",
         )
+
     write_atomic(file, json.dumps({"model": model}))

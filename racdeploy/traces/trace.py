@@ -107,4 +107,5 @@ class TraceSet:
                     f"{file}:{number} is damaged: {error}",
                     remedy=f"remove {file} and run the command again",
                 ) from error
+
         return traces

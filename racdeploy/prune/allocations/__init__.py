@@ -27,13 +27,16 @@ def shift_shares(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity
     total = sum(sizes[name] for name in wanted)
     low, high = -1.0, 1.0
     shares: Shares = {}
+
     for _ in range(_HALVINGS):
         shift = (low + high) / 2
         for name, value in wanted.items():
             shares[name] = min(max(value + shift, LOWEST), HIGHEST)
+
         mean = sum(shares[name] * sizes[name] for name in shares) / total
         if mean < sparsity:
             low = shift
         else:
             high = shift
+
     return shares

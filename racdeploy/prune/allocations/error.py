@@ -58,6 +58,7 @@ def allocate(
     for name, observation in observations.items():
         steps = np.diff(_interpolate(observation, grid))
         prices[name] = [float(step) / sizes[name] for step in steps]
+
     heap = [(price[0], name) for name, price in prices.items()]
     heapq.heapify(heap)
 

@@ -47,6 +47,7 @@ def allocate(
     for name in observations:
         place = (share[_name_block(name)] - lowest) / width  # 0 to 1
         wanted[name] = sparsity + SPREAD * (1 - 2 * place)
+
     return shift_shares(wanted, sizes, sparsity)
 
 

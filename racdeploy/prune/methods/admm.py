@@ -30,6 +30,7 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
     dual_OI = torch.zeros_like(target_OI)
     penalty = FIRST_PENALTY
     keep_OI = seen_OI = torch.ones_like(target_OI, dtype=torch.bool)
+
     for turn in range(1, ROUNDS + 1):
         # The best weights without zeros, drawn towards those with zeros: W = right (H + penalty)⁻¹.
         right_OI = (pull_OI - dual_OI).add_(sparse_OI, alpha=penalty)

@@ -27,6 +27,7 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
         stop = min(start + width, I)
         error_OC = _prune_slice(weight_OI, keep_OI, factor_II, pattern, group, start, stop)
         weight_OI[:, stop:] -= error_OC @ factor_II[start:stop, stop:]
+
     return Pruned(weight_OI, keep_OI)
 
 
@@ -58,4 +59,5 @@ def _prune_slice(
         weight_OI[:, column:stop] -= torch.outer(error_O, factor_II[column, column:stop])
         weight_OI[:, column] = kept_O
         error_OC[:, column - start] = error_O  # … and of the others after the slice, in one product
+
     return error_OC

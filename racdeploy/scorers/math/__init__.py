@@ -67,6 +67,7 @@ class Worker:
         if not line:
             self.close()
             return Scored(False, None, "math-verify died of this answer")
+
         correct, extracted, how = json.loads(line)
         return Scored(correct, extracted, how)
 
@@ -101,16 +102,19 @@ class Worker:
         answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(process, answers), daemon=True).start()
         self._process, self._answers = process, answers
+
         try:
             ready = answers.get(timeout=START_SECONDS)
         except queue.Empty:
             ready = ""
+
         if ready != "ready\n":
             self.close()
             raise EnvironmentFailure(
                 "math-verify does not start",
                 remedy=f"see what it says: {sys.executable} -m {_WORKER}",
             )
+
         return process
 
 

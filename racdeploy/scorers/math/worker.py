@@ -21,6 +21,7 @@ def judge(answer: str, gold: str) -> tuple[bool, str | None, str]:
         return False, None, "the gold answer is no expression"
     if not found:
         return False, None, "no expression"
+
     return bool(verify(wanted, found)), str(found[-1]), "math-verify"
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the library prints goes to stderr
     out.write("ready\n")
     out.flush()
+
     for line in sys.stdin:
         answer, gold = json.loads(line)
         out.write(json.dumps(judge(answer, gold)) + "\n")
