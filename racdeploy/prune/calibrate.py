@@ -9,7 +9,7 @@ Several processes share the batches and the linears (:mod:`racdeploy.prune.proce
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
+from racdeploy.prune.session import Progress, Session
 from racdeploy.prune.shares import decide_shares
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.quant import as_grid
@@ -41,8 +42,6 @@ from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.heap import keep_heap
 from racdeploy.traces.trace import STREAMS, Trace
-
-Progress = Callable[[str, int, int], None]
 
 
 def prune_blocks(
@@ -91,22 +90,17 @@ def prune_blocks(
     fitted = make_batches(calibration, tasks, held_out=False)
     batches = fitted + make_batches(held_out, tasks, held_out=True)
     own = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
-    own_fitted = [batch for batch in own if not batch.held_out]
 
     blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
     counts = weights or StreamWeights()
     weights_R = blocks.place(torch.tensor([getattr(counts, stream) for stream in STREAMS]))
+    session = Session(blocks, own, fitted, weights_R, settings, folder, processes, progress)
+    earlier = BlockFiles(within, checkpoint, processes) if within else None
 
     with torch.inference_mode():
-        shares = decide_shares(
-            blocks, own_fitted, fitted, settings, weights_R, folder, processes, progress
-        )
-        earlier = BlockFiles(within, checkpoint, processes) if within else None
-        walk = _Walk(
-            blocks, own, tasks, settings, weights_R, shares, quant, folder, earlier, processes
-        )
-        with closing(walk):
-            return walk.run(progress)
+        shares = decide_shares(session)
+        with closing(_Walk(session, tasks, shares, quant, earlier)) as walk:
+            return walk.run()
 
 
 class _Walk:
@@ -119,37 +113,31 @@ class _Walk:
 
     def __init__(
         self,
-        blocks: Blocks,
-        batches: Sequence[Batch],
+        session: Session,
         tasks: Sequence[str],
-        settings: Pruning,
-        weights_R: torch.Tensor,
         shares: Shares,
         quant: str,
-        folder: Path,
         earlier: BlockFiles | None,
-        processes: Processes,
     ) -> None:
-        self.blocks, self.checkpoint = blocks, blocks.checkpoint
-        self.batches, self.tasks = batches, tasks
-        self.settings, self.weights_R, self.shares = settings, weights_R, shares
-        self.method = plugins.load("methods", settings.method)
+        self.session, self.settings, self.processes = session, session.settings, session.processes
+        self.blocks, self.batches = session.blocks, session.batches
+        self.checkpoint = session.blocks.checkpoint
+        self.tasks, self.shares = tasks, shares
+        self.method = plugins.load("methods", session.settings.method)
         self.quant = quant
-        self.files = BlockFiles(folder, blocks.checkpoint, processes)
+        self.files = BlockFiles(session.folder, self.checkpoint, session.processes)
         self.earlier = earlier
-        self.processes = processes
 
-        # What reaches each block, in either model. The dense one is only followed where it is
-        # needed.
-        self.sparse = Flow(blocks, batches, folder, "sparse")
-        self.dense = Flow(blocks, batches, folder, "dense")
+        # What reaches each block. The dense model is only followed where its states are needed.
+        self.sparse = Flow(session.blocks, session.batches, session.folder, "sparse")
+        self.dense = Flow(session.blocks, session.batches, session.folder, "dense")
 
     def close(self) -> None:
         """Remove the hidden states."""
         self.sparse.close()
         self.dense.close()
 
-    def run(self, progress: Progress | None) -> tuple[list[LinearRow], list[BlockRow]]:
+    def run(self) -> tuple[list[LinearRow], list[BlockRow]]:
         """Prune block after block, or read those that are finished."""
         for batch, hidden_BTD in enumerate(self.blocks.embed(self.batches)):
             self.sparse.hidden[batch] = hidden_BTD
@@ -167,8 +155,7 @@ class _Walk:
 
             linears += linear_rows
             blocks.append(block_row)
-            if progress:
-                progress("prune", index + 1, self.checkpoint.block_count)
+            self.session.report("prune", index + 1)
 
         return linears, blocks
 
@@ -266,7 +253,9 @@ class _Walk:
     ) -> InputStatistic:
         """Return the statistic of a group's input, over this process's calibration batches."""
         match_dense = self.settings.match_dense
-        statistic = InputStatistic(full[0].shape[1], self.weights_R, full if match_dense else ())
+        statistic = InputStatistic(
+            full[0].shape[1], self.session.weights_R, full if match_dense else ()
+        )
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue

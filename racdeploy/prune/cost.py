@@ -23,10 +23,10 @@ from racdeploy.prune.activations import WINDOW_BYTES
 from racdeploy.prune.batches import TOKENS_PER_BATCH
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.device import choose_device
+from racdeploy.prune.session import Progress
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import read_json, write_atomic
 
-Progress = Callable[[str, int, int], None]
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FILE = "cost.json"
 _FLOAT32, _FLOAT64 = 4, 8

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,45 +14,33 @@ from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.processes import Processes
+from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
 
 Observe = Callable[[torch.Tensor, Hessian, Effect], Observation]
 
 
-def survey(
-    blocks: Blocks,
-    batches: Sequence[Batch],
-    everyones: Sequence[Batch],
-    wanted: Collection[str],
-    weights_R: torch.Tensor,
-    damping: float,
-    observe: Observe,
-    folder: Path,
-    processes: Processes,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Observation]:
+def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[str, Observation]:
     """Return what ``observe`` makes of each linear, from its weights, its Hessian and its effect.
 
+    Effects are measured on the one batch that counts most, the same in each process.
+
     Args:
-        batches: calibration batches of this process.
-        everyones: those of all processes; effects are measured on the one that counts most, the
-            same in each.
+        session: the model and the batches.
+        wanted: names of the linears.
         observe: called for each linear, in forward order.
     """
-    count = blocks.checkpoint.block_count
-    probe = max(everyones, key=lambda batch: float(_weigh_tokens(batch, weights_R).sum()))
+    blocks, batches, weights_R = session.blocks, session.fitted, session.weights_R
+    probe = max(session.everyones, key=lambda batch: float(_weigh_tokens(batch, weights_R).sum()))
     (probe_BTD,) = blocks.embed([probe])
 
-    flow = Flow(blocks, batches, folder, "survey")
     order: list[str] = []
     found: dict[str, Observation] = {}
-
-    try:
+    with closing(Flow(blocks, batches, session.folder, "survey")) as flow:
         for place, hidden_BTD in enumerate(blocks.embed(batches)):
             flow.hidden[place] = hidden_BTD
 
-        for index in range(count):
+        for index in range(blocks.checkpoint.block_count):
             block = blocks.load(index)
             effects = _Effects(blocks, block, probe_BTD, weights_R, probe)
             for group, linears in enumerate(blocks.checkpoint.family.input_groups):
@@ -65,43 +53,37 @@ def survey(
                 statistic = InputStatistic(blocks.widths()[group], weights_R)
                 for place, batch in enumerate(batches):
                     statistic.add(flow.input(block, group, place), None, batch.stream_BT)
-
-                found |= _observe_own(block, names, statistic, damping, observe, effects, processes)
+                found |= _observe_own(session, block, names, statistic, observe, effects)
 
             for place in range(len(batches)):
                 flow.leave(block, place)
-
             probe_BTD = effects.output_BTD
             block.to("meta")
-            if progress:
-                progress("survey", index + 1, count)
-    finally:
-        flow.close()
+            session.report("survey", index + 1)
 
     everything: dict[str, Observation] = {}
-    for part in processes.all(found):
+    for part in session.processes.all(found):
         everything |= part
-
     return {name: everything[name] for name in order}
 
 
 def _observe_own(
+    session: Session,
     block: nn.Module,
     names: Mapping[str, str],
     statistic: InputStatistic,
-    damping: float,
     observe: Observe,
     effects: _Effects,
-    processes: Processes,
 ) -> dict[str, Observation]:
     """Observe those of a group's linears, name → place in the block, that this process owns."""
+    processes = session.processes
     weights = [block.get_parameter(f"{linear}.weight") for linear in names.values()]
     owners = processes.owners([weight_OI.numel() for weight_OI in weights])
     statistic.share(processes, owners)
     if processes.rank not in owners:
         return {}
 
-    hessian = statistic.hessian(damping)
+    hessian = statistic.hessian(session.settings.damping)
     found = {}
     for (name, linear), weight_OI, owner in zip(names.items(), weights, owners, strict=True):
         if owner == processes.rank:

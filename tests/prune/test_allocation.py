@@ -22,6 +22,7 @@ from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import ALONE
+from racdeploy.prune.session import Session
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
@@ -131,9 +132,9 @@ def test_an_effect_is_that_in_the_whole_model(
     }
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
-        found = survey(
-            blocks, batches, batches, names - left_out, weights_R, 0.01, observe, tmp_path, ALONE
-        )
+        settings = Pruning(damping=0.01)
+        session = Session(blocks, batches, batches, weights_R, settings, tmp_path, ALONE)
+        found = survey(session, names - left_out, observe)
         assert found.keys() == names - left_out
         model = load_model(checkpoint)
         for number in range(checkpoint.block_count):

@@ -1,0 +1,49 @@
+"""What the look at the dense model and the walk share: model, batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from racdeploy.prune.batches import Batch
+from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.processes import Processes
+from racdeploy.recipe import Pruning
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's view of a pruning.
+
+    Args:
+        blocks: of the dense model.
+        batches: of this process.
+        everyones: calibration batches of all processes.
+        weights_R: what a token of each stream counts, where the blocks are.
+        folder: for results and scratch files.
+        progress: called with a label, blocks done and blocks in all.
+    """
+
+    blocks: Blocks
+    batches: Sequence[Batch]
+    everyones: Sequence[Batch]
+    weights_R: torch.Tensor
+    settings: Pruning
+    folder: Path
+    processes: Processes
+    progress: Progress | None = None
+
+    @property
+    def fitted(self) -> list[Batch]:
+        """This process's calibration batches."""
+        return [batch for batch in self.batches if not batch.held_out]
+
+    def report(self, label: str, done: int) -> None:
+        """Report blocks that are done."""
+        if self.progress:
+            self.progress(label, done, self.blocks.checkpoint.block_count)
