@@ -1,4 +1,6 @@
-"""A pruned model and held-out traces of the dense one, for the benchmarks that compare exported files with it."""
+"""A pruned model and held-out traces of the dense one, for the benchmarks that compare exported
+files with it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def parser(about: str) -> argparse.ArgumentParser:
 
 
 def prune(arguments: argparse.Namespace) -> tuple[Build, Path, list[Trace]]:
-    """Return the build, the folder of the pruned model, and prompt and completion ids of held-out traces."""
+    """Return the build, the folder of the pruned model, and prompt and completion ids of held-out
+    traces.
+    """
     arguments.out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.combine(
         None,

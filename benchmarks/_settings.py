@@ -35,4 +35,5 @@ def with_settings(options: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
         for part in reversed(path.split(".")):
             nested = {part: nested}
         options = merge(options, nested)
+
     return options

@@ -2,9 +2,10 @@
 
     python -m benchmarks.any_size --out build/any-size --blocks 14 28 --tokens 32768
 
-Writes a Qwen2-shaped bfloat16 checkpoint of the wanted depth (28 blocks are 1.5B parameters), prunes it in a process
-of its own, and prints seconds, peak resident memory, and what was expected: memory from the shapes, as ``--dry-run``
-says it, and seconds after the first block. Nothing is said about accuracy.
+Writes a Qwen2-shaped bfloat16 checkpoint of the wanted depth (28 blocks are 1.5B parameters),
+prunes it in a process of its own, and prints seconds, peak resident memory, and what was expected:
+memory from the shapes, as ``--dry-run`` says it, and seconds after the first block. Nothing is said
+about accuracy.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = with_settings({"prune": {"sparsity": 0.5}}, arguments.set)["prune"]
     rows = []
+
     for blocks in arguments.blocks:
         folder = arguments.out / f"random-{blocks}"
         work = (folder, arguments.tokens, arguments.threads, settings)
@@ -66,11 +68,12 @@ def main() -> None:
         row = {"blocks": blocks, "tokens": arguments.tokens, "predicted_peak_bytes": predicted}
         rows.append(row | found)
         print(
-            f"{blocks} blocks: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of the processor, "
-            f"peak {found['peak_bytes'] / 2**30:.2f} GiB; expected {found['expected_seconds']:.0f} s "
-            f"after the first block, {predicted / 2**30:.2f} GiB",
+            f"{blocks} blocks: {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of the "
+            f"processor, peak {found['peak_bytes'] / 2**30:.2f} GiB; expected "
+            f"{found['expected_seconds']:.0f} s after the first block, {predicted / 2**30:.2f} GiB",
             flush=True,
         )
+
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 
@@ -88,7 +91,9 @@ def predict(folder: Path, tokens: int, settings: Mapping[str, object]) -> int:
 def prune(
     folder: Path, tokens: int, threads: int, settings: Mapping[str, object]
 ) -> dict[str, float]:
-    """Prune one checkpoint in this process; return seconds, processor seconds, and peak resident bytes."""
+    """Prune one checkpoint in this process; return seconds, processor seconds, and peak resident
+    bytes.
+    """
     from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.prune.calibrate import prune_blocks
     from racdeploy.prune.cost import TimeLeft
@@ -116,6 +121,7 @@ def prune(
             threads=threads,
             progress=show,
         )
+
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
@@ -148,6 +154,7 @@ def random_traces(folder: Path, tokens: int) -> list[Trace]:
                 correct=True,
             )
         )
+
     return traces
 
 
@@ -167,13 +174,16 @@ def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> 
     folder.mkdir(parents=True)
     tensors = list(shapes(blocks, shape))
     header, offset = {}, 0
+
     for name, size in tensors:
         stop = offset + 2 * int(np.prod(size))
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [offset, stop]}
         offset = stop
+
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     random = np.random.default_rng(1)
+
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in tensors:
@@ -183,6 +193,7 @@ def write_model(folder: Path, blocks: int, shape: Mapping[str, int] = SHAPE) -> 
                 else random.standard_normal(size, np.float32) * 0.02
             )
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
     config = dict(shape) | {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -202,16 +213,20 @@ def shapes(blocks: int, shape: Mapping[str, int]) -> Iterator[tuple[str, list[in
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     width = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     yield "model.embed_tokens.weight", [shape["vocab_size"], hidden]
+
     for block in range(blocks):
         for name, outputs in (("q", hidden), ("k", width), ("v", width)):
             yield f"model.layers.{block}.self_attn.{name}_proj.weight", [outputs, hidden]
             yield f"model.layers.{block}.self_attn.{name}_proj.bias", [outputs]
+
         yield f"model.layers.{block}.self_attn.o_proj.weight", [hidden, hidden]
         for name in ("gate", "up"):
             yield f"model.layers.{block}.mlp.{name}_proj.weight", [inner, hidden]
+
         yield f"model.layers.{block}.mlp.down_proj.weight", [hidden, inner]
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"model.layers.{block}.{name}.weight", [hidden]
+
     yield "model.norm.weight", [hidden]
 
 

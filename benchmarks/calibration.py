@@ -2,10 +2,11 @@
 
     python -m benchmarks.calibration --out build/calibration
 
-Prunes a model by plain magnitude, and with one method on prompts alone and on prompt and thinking (RAC), the latter
-two on the same number of tokens, and answers the same held-out prompts with each. Writes table.md and results.json
-after every cell. What is finished is kept under --work and not done again, so several calls may share the cells.
-With `--set allocation=error --over allocation=uniform`, each cell is also compared with itself under other settings.
+Prunes a model by plain magnitude, and with one method on prompts alone and on prompt and thinking
+(RAC), the latter two on the same number of tokens, and answers the same held-out prompts with each.
+Writes table.md and results.json after every cell. What is finished is kept under --work and not
+done again, so several calls may share the cells. With `--set allocation=error --over
+allocation=uniform`, each cell is also compared with itself under other settings.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     dense: tuple[Record, ...] | None = None
     cells = []
+
     for row in arguments.rows:
         for column in arguments.columns:
             build = Build(
@@ -97,6 +99,7 @@ def main() -> None:
                 dense = answers(
                     build, build.export(build.job.model.folder, "dense", pruned=False), "dense"
                 )
+
             cell = measure(build, row, column, dense)
             if arguments.over:
                 other = Build(
@@ -105,12 +108,14 @@ def main() -> None:
                 cell = replace(
                     cell, gain=gain(pruned_answers(other, column), pruned_answers(build, column))
                 )
+
             cells.append(cell)
             console.print(cells[-1])
             (arguments.out / "table.md").write_text(table(cells, dense), encoding="utf-8")
             (arguments.out / "results.json").write_text(
                 json.dumps([asdict(cell) for cell in cells], indent=1)
             )
+
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
 
 
@@ -157,7 +162,9 @@ def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
 
 
 def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, float]:
-    """Return how much more often the second arm is right, with the interval over the pairs, and what it rests on."""
+    """Return how much more often the second arm is right, with the interval over the pairs, and
+    what it rests on.
+    """
     pairs = list(zip(before, after, strict=True))
     only_after = sum(b.correct and not a.correct for a, b in pairs)
     only_before = sum(a.correct and not b.correct for a, b in pairs)
@@ -201,18 +208,20 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
 
 
 def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
-    """Return Markdown: patterns down, calibrations across, those that are not there yet left empty."""
+    """Return Markdown: patterns down, calibrations across, missing cells left empty."""
     right = sum(record.correct for record in dense)
     interval = wilson_interval(right, len(dense))
     length = sum(record.thinking_tokens for record in dense) / len(dense)
     columns = [column for column in COLUMNS if any(cell.calibration == column for cell in cells)]
     lines = [
-        f"dense: accuracy {percent(right / len(dense), interval.lower, interval.upper)}, {length:.1f} thinking tokens, "
+        f"dense: accuracy {percent(right / len(dense), interval.lower, interval.upper)}, "
+        f"{length:.1f} thinking tokens, "
         f"{len(dense)} prompts. Cells: accuracy (95 % interval) / length ratio / unclosed.",
         "",
         "| zeros | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
+
     for row in dict.fromkeys(cell.pattern for cell in cells):
         found = {cell.calibration: cell for cell in cells if cell.pattern == row}
         lines.append(
@@ -220,6 +229,7 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
             + " | ".join(shown(found[c]) if c in found else "" for c in columns)
             + " |"
         )
+
     tokens = sorted(
         {
             (cell.calibration, cell.calibration_tokens)
@@ -234,11 +244,16 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
     for cell in cells:
         if cell.gain:
             found = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
-            only = f"{cell.gain['only_after']:.0f} prompts right only so, {cell.gain['only_before']:.0f} only otherwise"
+            only = (
+                f"{cell.gain['only_after']:.0f} prompts right only so, "
+                f"{cell.gain['only_before']:.0f} only otherwise"
+            )
             lines += ["", f"{cell.pattern}, {cell.calibration}: gains {found}; {only}."]
+
     asked: dict[str, list[bool]] = {}
     for record in dense:
         asked.setdefault(record.task, []).append(record.correct)
+
     lines += [
         "",
         "Dense by task: "

@@ -2,9 +2,10 @@
 
     python -m benchmarks.growth --out build/growth
 
-Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits the exponent: 1 is
-proportional. Writes growth.csv, growth.md, and growth.html with the plots. Time is the processor's, over all threads;
-memory is what is above that of a process that prunes next to nothing.
+Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits
+the exponent: 1 is proportional. Writes growth.csv, growth.md, and growth.html with the plots. Time
+is the processor's, over all threads; memory is what is above that of a process that prunes next to
+nothing.
 """
 
 from __future__ import annotations
@@ -61,14 +62,17 @@ def main() -> None:
     chosen = with_settings({"prune": {"sparsity": 0.5}}, arguments.set)["prune"]
     base_mib = measure(arguments, NOTHING, "", chosen).peak_mib
     rows = []
+
     for axis in arguments.axes:
         for value in arguments.tokens if axis == "tokens" else AXES[axis]:
             rows.append(measure(arguments, BASE | {axis: value}, axis, chosen))
             print(rows[-1], flush=True)
+
     with (arguments.out / "growth.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
     (arguments.out / "growth.md").write_text(table(rows, base_mib), encoding="utf-8")
     (arguments.out / "growth.html").write_text(page(rows, base_mib), encoding="utf-8")
     print(table(rows, base_mib))
@@ -87,8 +91,10 @@ def measure(
         }
         sizes = {"hidden_size": width, "intermediate_size": INNER * width, "vocab_size": 4096}
         write_model(folder, blocks, sizes | heads)
+
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
+
     return Row(
         axis, shape["tokens"], width, blocks, found["cpu_seconds"], found["peak_bytes"] / 2**20
     )
@@ -98,7 +104,8 @@ def table(rows: list[Row], base_mib: float) -> str:
     """Return Markdown: every row, and the exponents of each axis."""
     lines = ["| axis | tokens | width | blocks | CPU s | peak MiB |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} | {r.cpu_seconds:.1f} | {r.peak_mib:.0f} |"
+        f"| {r.axis} | {r.tokens} | {r.width} | {r.blocks} "
+        f"| {r.cpu_seconds:.1f} | {r.peak_mib:.0f} |"
         for r in rows
     ]
     lines += ["", f"A process that prunes next to nothing takes {base_mib:.0f} MiB.", ""]
@@ -106,6 +113,7 @@ def table(rows: list[Row], base_mib: float) -> str:
     for axis in dict.fromkeys(row.axis for row in rows):
         slopes = [fit(places(rows, axis, quantity, base_mib))[0] for quantity in QUANTITIES]
         lines.append(f"| {axis} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
+
     return "\n".join(lines) + "\n"
 
 
@@ -132,7 +140,10 @@ def page(rows: list[Row], base_mib: float) -> str:
         for axis in dict.fromkeys(row.axis for row in rows)
         for quantity in QUANTITIES
     ]
-    style = "svg{width:460px;font:12px sans-serif}.grid{stroke:#ddd}.fit{stroke:#888}.point{fill:#2463a8}"
+    style = (
+        "svg{width:460px;font:12px sans-serif}"
+        ".grid{stroke:#ddd}.fit{stroke:#888}.point{fill:#2463a8}"
+    )
     head = (
         f"<!doctype html><meta charset=utf-8><title>How pruning grows</title><style>{style}</style>"
     )
@@ -152,14 +163,18 @@ def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
         plot.axes(
             x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"
         ),
-        f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
+        f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" '
+        f'x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
         plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
     ]
+
     for point, place in zip(points, zip(at, values, strict=True), strict=True):
         shown = plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
         marks.append(
-            f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">{shown}</circle>'
+            f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">'
+            f"{shown}</circle>"
         )
+
     return plot.svg(marks, f"{quantity} against {axis}")
 
 

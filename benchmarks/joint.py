@@ -1,11 +1,13 @@
-"""Is it better to choose the codes while pruning than to round the pruned weights? Measured on the exported file.
+"""Is it better to choose the codes while pruning than to round the pruned weights? Measured on the
+exported file.
 
     python -m benchmarks.joint --out build/joint
     python -m benchmarks.joint --out build/joint-onnx --quant matmulnbits_4
 
-Prunes with and without ``prune.joint``, exports both, and compares each file with the dense model: KL and top-1 on the
-dense model's own held-out traces, teacher-forced on the file's engine against torch, and accuracy on the same prompts,
-with the interval of the gain over the pairs. What is finished is kept under --work and not done again.
+Prunes with and without ``prune.joint``, exports both, and compares each file with the dense model:
+KL and top-1 on the dense model's own held-out traces, teacher-forced on the file's engine against
+torch, and accuracy on the same prompts, with the interval of the gain over the pairs. What is
+finished is kept under --work and not done again.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     arms: list[tuple[Record, ...]] = []
+
     for arm, joint in ARMS.items():
         build = Build(Job(recipe(arguments, joint)), arguments.work, arguments.threads)
         exported = build.export(build.prune().folder, name_artifact(build.job))
@@ -68,6 +71,7 @@ def main() -> None:
             rows[-1] |= accuracy(arms[-1])
         if len(arms) == 2:
             rows.append({"arm": "gain of joint", **gain(*arms)})
+
         print("\n".join(map(json.dumps, rows)), flush=True)
         (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
@@ -96,7 +100,7 @@ def recipe(arguments: argparse.Namespace, joint: bool) -> Recipe:
 
 
 def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
-    """Return KL and top-1 of a file from the dense model on held-out traces, and the number of tokens."""
+    """Return KL and top-1 of a file from the dense model on held-out traces, and their tokens."""
     _, held_out, _ = build.prune_stage.select(build.traces()[1])
     exact = EngineSettings(2048, 1, build.threads, "f32")
     compared = compare_logits(

@@ -1,11 +1,13 @@
-"""Which method, on which calibration, at which pattern? Errors, processor seconds and accuracy of the embedded model.
+"""Which method, on which calibration, at which pattern? Errors, processor seconds and accuracy of
+the embedded model.
 
-    python -m benchmarks.methods --out build/methods                     # errors and seconds, every cell
-    python -m benchmarks.methods --out build/methods --prompts 600       # and accuracy on llama.cpp
+    python -m benchmarks.methods --out build/methods                     # errors and seconds, every
+    cell python -m benchmarks.methods --out build/methods --prompts 600       # and accuracy on
+    llama.cpp
 
-Every method is followed by the same refit and solved for the dense model's output unless ``--set`` says otherwise.
-Writes methods.md and methods.json after every cell; the same command goes on at the first cell that is missing. Errors
-are means over the linears, on held-out traces.
+Every method is followed by the same refit and solved for the dense model's output unless ``--set``
+says otherwise. Writes methods.md and methods.json after every cell; the same command goes on at the
+first cell that is missing. Errors are means over the linears, on held-out traces.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One pruned model; processor seconds are of pruning, None where an earlier run pruned it and then stopped."""
+    """One pruned model; processor seconds are of pruning, None where an earlier run pruned it and
+    then stopped.
+    """
 
     pattern: str
     method: str
@@ -65,6 +69,7 @@ def main() -> None:
     file = arguments.out / "methods.json"
     cells = [Cell(**values) for values in json.loads(file.read_text())] if file.is_file() else []
     done = {(cell.pattern, cell.calibration, cell.method) for cell in cells}
+
     for wanted in itertools.product(arguments.rows, arguments.calibrations, arguments.methods):
         if wanted in done:
             continue
@@ -72,6 +77,7 @@ def main() -> None:
         print(cells[-1], flush=True)
         file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
         (arguments.out / "methods.md").write_text(table(cells), encoding="utf-8")
+
     print(table(cells))
 
 
@@ -98,11 +104,13 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
     ]
     if not errors:
         raise SystemExit("no trace was held out: give more --traces")
+
     accuracy = thinking = None
     if arguments.prompts:
         records = answers(build, build.export(model.folder, name_artifact(build.job)), method)
         accuracy = sum(record.correct for record in records) / len(records)
         thinking = sum(record.thinking_tokens for record in records) / len(records)
+
     return Cell(
         pattern=row,
         method=method,
@@ -118,7 +126,8 @@ def measure(arguments: argparse.Namespace, row: str, calibration: str, method: s
 def table(cells: list[Cell]) -> str:
     """Return Markdown: one line a cell."""
     lines = [
-        "| zeros | calibration | method | held-out error | drift | CPU s | accuracy | thinking tokens |",
+        "| zeros | calibration | method | held-out error | drift | CPU s | accuracy "
+        "| thinking tokens |",
         "|---" * 8 + "|",
     ]
     for c in cells:
@@ -130,6 +139,7 @@ def table(cells: list[Cell]) -> str:
             "–" if c.thinking_tokens is None else f"{c.thinking_tokens:.1f}",
         )
         lines.append(f"| {c.pattern} | {c.calibration} | {c.method} | " + " | ".join(shown) + " |")
+
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,10 @@
-"""Does pruning in steps, on traces of the sparse model itself, beat pruning at once? Measured on llama.cpp.
+"""Does pruning in steps, on traces of the sparse model itself, beat pruning at once? Measured on
+llama.cpp.
 
     python -m benchmarks.schedule --out build/schedule
 
-Prunes tiny-reasoner to the last of the steps at once and step by step, and answers the same held-out prompts with
-dense, one-shot and stepwise. Writes table.md and results.json.
+Prunes tiny-reasoner to the last of the steps at once and step by step, and answers the same
+held-out prompts with dense, one-shot and stepwise. Writes table.md and results.json.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     }
     dense, cells, notes = None, dict[str, Cell](), dict[str, list[str]]()
     seconds = {}
+
     for name, settings in rows.items():
         build = Build(Job(recipe(arguments, settings)), arguments.work, arguments.threads)
         if dense is None:
@@ -48,11 +50,13 @@ def main() -> None:
                 build, build.export(build.job.model.folder, "dense", pruned=False), "dense"
             )
             build.traces()
+
         began = time.perf_counter()
         notes[name] = list(build.prune().notes)
         seconds[name] = time.perf_counter() - began
         cells[name] = measure(build, f"{arguments.steps[-1]:.0%}", name, dense)
         print(cells[name], notes[name], flush=True)
+
     assert dense is not None
     accuracy = sum(record.correct for record in dense) / len(dense)
     text = table(cells, seconds, notes, accuracy)
@@ -79,18 +83,24 @@ def recipe(arguments: argparse.Namespace, settings: dict[str, object]) -> Recipe
 def table(
     cells: dict[str, Cell], seconds: dict[str, float], notes: dict[str, list[str]], accuracy: float
 ) -> str:
-    """Return Markdown: a line each way, and what the steps said. Seconds include traces of the sparse models."""
+    """Return Markdown: a line each way, and what the steps said. Seconds include traces of the
+    sparse models.
+    """
     lines = [
-        f"Dense: accuracy {accuracy:.1%}. The drop is against dense on the same prompts, with its 95 % interval.",
+        f"Dense: accuracy {accuracy:.1%}. The drop is against dense on the same prompts, "
+        "with its 95 % interval.",
         "",
         "| pruned | accuracy | drop | thinking ratio | unclosed | held-out error | drift | s |",
         "|---" * 8 + "|",
     ]
     for name, c in cells.items():
         lines.append(
-            f"| {name} | {c.accuracy:.1%} | {c.drop:.1%} ({c.drop_lower:.1%} to {c.drop_upper:.1%}) "
-            f"| {c.length_ratio:.3f} | {c.unclosed} | {c.held_out_error:.4f} | {c.drift:.4f} | {seconds[name]:.0f} |"
+            f"| {name} | {c.accuracy:.1%} "
+            f"| {c.drop:.1%} ({c.drop_lower:.1%} to {c.drop_upper:.1%}) "
+            f"| {c.length_ratio:.3f} | {c.unclosed} | {c.held_out_error:.4f} | {c.drift:.4f} "
+            f"| {seconds[name]:.0f} |"
         )
+
     lines += ["", *(f"- {name}: {note}" for name, found in notes.items() for note in found)]
     return "\n".join(lines) + "\n"
 

@@ -60,7 +60,9 @@ def test_error_allocation_is_the_optimum_of_the_curves() -> None:
 
 
 def test_error_allocation_spares_what_a_block_feels() -> None:
-    """Of two linears with one error curve, the one that changes its block's output ten times as much loses less."""
+    """Of two linears with one error curve, the one that changes its block's output ten times as
+    much loses less.
+    """
     error = plugins.load("allocations", "error")
     generator = torch.Generator().manual_seed(0)
     weight_OI, x_NI = (
@@ -81,7 +83,9 @@ def test_error_allocation_spares_what_a_block_feels() -> None:
 
 @pytest.mark.parametrize("zeros", [0.6, 1.0])
 def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
-    """A linear that was sparse before, or is nothing but zeros, costs nothing up to there, and is weighed beyond."""
+    """A linear that was sparse before, or is nothing but zeros, costs nothing up to there, and is
+    weighed beyond.
+    """
     error = plugins.load("allocations", "error")
     generator = torch.Generator().manual_seed(0)
     full_OI, x_NI = (
@@ -110,10 +114,11 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
 def test_an_effect_is_that_in_the_whole_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each linear halved, alone: what changes at its block's end, sequence by sequence, under transformers.
+    """Each linear halved, alone: what changes at its block's end, sequence by sequence, under
+    transformers.
 
-    The thinking counts twice, the prompt not at all; sequences are padded together. Of three batches, the second counts
-    most.
+    The thinking counts twice, the prompt not at all; sequences are padded together. Of three
+    batches, the second counts most.
     """
     monkeypatch.setattr(batches_module, "TOKENS_PER_BATCH", 110)
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
@@ -174,7 +179,9 @@ def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> li
 
 
 def test_owl_spares_the_blocks_with_outliers() -> None:
-    """The block with the most keeps 16 points more than the one with the least; linears of a block go together."""
+    """The block with the most keeps 16 points more than the one with the least; linears of a block
+    go together.
+    """
     owl = plugins.load("allocations", "owl")
     names = {f"model.layers.{b}.{n}": b for b in range(3) for n in ("q", "k")}
     observations = {name: {"outliers": 10.0 * block} for name, block in names.items()}
@@ -185,7 +192,9 @@ def test_owl_spares_the_blocks_with_outliers() -> None:
 
 @pytest.mark.parametrize("allocation", ["error", "owl"])
 def test_the_walk_prunes_as_allocated(tmp_path: Path, allocation: str) -> None:
-    """Each linear has the zeros it was given, all together what was asked; a dense linear takes no part."""
+    """Each linear has the zeros it was given, all together what was asked; a dense linear takes no
+    part.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
     blocks = tmp_path / "blocks"
     blocks.mkdir()

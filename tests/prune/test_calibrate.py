@@ -34,7 +34,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 def test_hessians_equal_those_of_a_whole_forward_pass(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """With nothing pruned, block inputs streamed through the walk are those of the unpadded whole model."""
+    """With nothing pruned, block inputs streamed through the walk are those of the unpadded whole
+    model.
+    """
     seen: list[torch.Tensor] = []
     model = load_model(checkpoint)
     last = model.get_submodule(
@@ -64,7 +66,9 @@ def test_hessians_equal_those_of_a_whole_forward_pass(
 
 
 def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Of every linear, over all tokens of an unpadded whole forward pass; it goes with the assembled model."""
+    """Of every linear, over all tokens of an unpadded whole forward pass; it goes with the
+    assembled model.
+    """
     seen: dict[str, list[torch.Tensor]] = {}
     model = load_model(checkpoint)
     linears = [
@@ -86,7 +90,8 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     found = load_file(assemble(checkpoint, folder, tmp_path / "sparse") / IMPORTANCE_FILE)
     assert {*seen, *(f"{name}.tokens" for name in seen)} == set(found)
     for name, inputs in seen.items():
-        # Sums of some hundred float32 squares in another order, of inputs that differ by 1e-6 of the largest.
+        # Sums of some hundred float32 squares in another order, of inputs that differ by 1e-6 of
+        # the largest.
         torch.testing.assert_close(
             found[name], torch.cat(inputs).square().mean(0), rtol=1e-4, atol=1e-6
         )
@@ -94,7 +99,9 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
 
 
 def test_chosen_codes_leave_no_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The exporter must write codes that were chosen while pruning, and choose no scales of its own."""
+    """The exporter must write codes that were chosen while pruning, and choose no scales of its
+    own.
+    """
     prune_blocks(
         checkpoint,
         TRACES,
@@ -132,7 +139,9 @@ def test_streams_count_by_their_weights() -> None:
 
 @pytest.mark.parametrize("outputs", [(2, 3), (5, 4)])
 def test_the_targets_give_the_dense_output_on_the_drifted_input(outputs: tuple[int, ...]) -> None:
-    """They are the ridge solutions of |W x_dense − T x|², by numpy's least squares; with few outputs and with many."""
+    """They are the ridge solutions of |W x_dense − T x|², by numpy's least squares; with few
+    outputs and with many.
+    """
     generator = torch.Generator().manual_seed(0)
     dense_NI, weight_OI = (
         torch.randn(400, 12, generator=generator),
@@ -162,7 +171,7 @@ def test_matching_the_dense_model_lowers_the_drift(checkpoint: Checkpoint, tmp_p
 
 
 def test_held_out_traces_measure_and_do_not_decide(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The weights are the same with and without held-out traces; the error is only there with them."""
+    """The weights are the same with and without held-out traces; the error is only known with."""
     settings = Pruning(sparsity=0.5)
     with_rows, with_blocks = prune_blocks(
         checkpoint, TRACES[:6], TRACES[6:], settings, _empty(tmp_path / "a")
@@ -181,7 +190,9 @@ def test_held_out_traces_measure_and_do_not_decide(checkpoint: Checkpoint, tmp_p
 
 
 def test_held_out_errors_are_those_of_the_whole_pruned_model(tmp_path: Path) -> None:
-    """The drift of the last block is the relative error of the assembled model's hidden states, unpadded."""
+    """The drift of the last block is the relative error of the assembled model's hidden states,
+    unpadded.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     blocks = _empty(tmp_path / "blocks")
     _, rows = prune_blocks(checkpoint, TRACES[:6], TRACES[6:], Pruning(sparsity=0.5), blocks)
@@ -201,7 +212,9 @@ def test_held_out_errors_are_those_of_the_whole_pruned_model(tmp_path: Path) -> 
 
 
 def test_bfloat16_products_prune_nearly_alike(tmp_path: Path) -> None:
-    """The drift differs by less than a tenth, and the masks by less than 0.2, where unrelated ones differ by 0.5."""
+    """The drift differs by less than a tenth, and the masks by less than 0.2, where unrelated ones
+    differ by 0.5.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3"))
     drifts, masks = [], []
     for compute in ("float32", "bfloat16"):
@@ -221,7 +234,9 @@ def test_bfloat16_products_prune_nearly_alike(tmp_path: Path) -> None:
 
 
 def test_hessian_sums_in_slices_are_the_whole_product() -> None:
-    """Half the product, mirrored, is all of it: a width that the slices do not divide, weighted streams."""
+    """Half the product, mirrored, is all of it: a width that the slices do not divide, weighted
+    streams.
+    """
     generator = torch.Generator().manual_seed(0)
     input_NI, stream_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 3
     weights_R = torch.tensor([1.0, 0.5, 2.0])
@@ -251,7 +266,7 @@ def test_hidden_states_beyond_the_window_come_back(tmp_path: Path) -> None:
 
 
 def test_a_dense_linear_stays_as_it_is(tmp_path: Path) -> None:
-    """A name that matches ``dense`` is reported with no zeros asked, in its place among the others."""
+    """A name that matches ``dense`` is reported in its place, with no zeros asked."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama", dtype="float32"))
     rows, _ = prune_blocks(
         checkpoint, TRACES, [], Pruning(dense=("gate_proj$", "o_proj$")), _empty(tmp_path / "b")
@@ -264,7 +279,7 @@ def test_a_dense_linear_stays_as_it_is(tmp_path: Path) -> None:
 def test_an_interrupted_walk_ends_with_the_same_bytes(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """With the first block on disk, the rest comes out byte for byte as without the interruption."""
+    """With the first block on disk, the rest comes out as without interruption, byte for byte."""
     settings, whole, resumed = Pruning(), _empty(tmp_path / "whole"), _empty(tmp_path / "resumed")
     expected = prune_blocks(checkpoint, TRACES, [], settings, whole)
     for file in whole.glob("*-00000.*"):
@@ -276,7 +291,9 @@ def test_an_interrupted_walk_ends_with_the_same_bytes(
 
 
 def test_assemble_replaces_pruned_tensors_only(tmp_path: Path) -> None:
-    """The new folder loads, differs in the linears alone, and keeps dtype, embeddings and tokenizer."""
+    """The new folder loads, differs in the linears alone, and keeps dtype, embeddings and
+    tokenizer.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", sharded=True))
     blocks = _empty(tmp_path / "blocks")
     prune_blocks(checkpoint, TRACES, [], Pruning(pattern="2:4", dense=("down_proj$",)), blocks)
@@ -321,7 +338,7 @@ def _merged(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
-    """A mixture of experts is refused until its experts are named; then attention alone is pruned."""
+    """A mixture of experts is refused until its experts are named; then attention is pruned."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe", dtype="float32"))
     with pytest.raises(UsageError, match=r"mlp\.experts\.\*"):
         prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"))

@@ -26,7 +26,9 @@ def _checkpoint(folder: Path, **config: int) -> Checkpoint:
 
 
 def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
-    """Memory grows with width and window, not with depth; the bytes of statistic and block are among it."""
+    """Memory grows with width and window, not with depth; the bytes of statistic and block are
+    among it.
+    """
     base, deep, wide = (
         _checkpoint(tmp_path / name, **config)
         for name, config in (
@@ -108,7 +110,9 @@ def test_the_time_left_follows_from_the_first_block(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_long_wait_is_announced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first of three blocks, each of a minute; a model that takes seconds is pruned without a word."""
+    """After the first of three blocks, each of a minute; a model that takes seconds is pruned
+    without a word.
+    """
     for block_s, expected in ((60.0, ["pruning: about 2 min left, by its first block"]), (1.0, [])):
         now = [0.0]
         monkeypatch.setattr(cost.time, "perf_counter", lambda now=now: now[0])
@@ -141,7 +145,9 @@ def _build(folder: Path, **prune: object) -> Build:
 
 
 def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
-    """A bound before the traces are there, their tokens afterwards; then what it took beside what was predicted."""
+    """A bound before the traces are there, their tokens afterwards; then what it took beside what
+    was predicted.
+    """
     build = _build(tmp_path)
     before = pruning_plan(build)
     bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most"}
@@ -184,7 +190,9 @@ def test_a_resumed_pruning_says_that_it_was_not_measured(tmp_path: Path) -> None
 def test_a_system_that_does_not_tell_memory_ends_no_pruning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No switch for the peak, a status without it, or no status at all: seconds are told, memory is not."""
+    """No switch for the peak, a status without it, or no status at all: seconds are told, memory is
+    not.
+    """
     status = tmp_path / "status"
     status.write_text("Name:\tpython\nVmRSS:\t  2048 kB\n")
     reset = tmp_path / "clear_refs"

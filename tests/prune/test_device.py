@@ -29,10 +29,11 @@ SETTINGS = [
 ]
 
 ALONE = {"match_dense": False, "refit_steps": 0}
-# Share of a linear's weights that may be zero on one device alone, and relative distance of the drift; masks that have
-# nothing in common differ in 50 %. Noise of 2e-6 on every product and sum of the stand-in moves no weight, 0.7, 5.4 and
-# 4.8 %, and the drift by up to 0, 0.2, 1.1 and 0.7 %: a model this small makes ill-conditioned systems. Noise of 1e-3,
-# as of TF32, is too much for sparsegpt and wanda.
+# Share of a linear's weights that may be zero on one device alone, and relative distance of the
+# drift; masks that have nothing in common differ in 50 %. Noise of 2e-6 on every product and sum of
+# the stand-in moves no weight, 0.7, 5.4 and 4.8 %, and the drift by up to 0, 0.2, 1.1 and 0.7 %: a
+# model this small makes ill-conditioned systems. Noise of 1e-3, as of TF32, is too much for
+# sparsegpt and wanda.
 ON_A_GPU = [
     *(({"method": name, **ALONE}, 0.002, 0.001) for name in ("magnitude", "wanda")),
     ({"method": "sparsegpt", **ALONE}, 0.03, 0.01),
@@ -117,7 +118,7 @@ def test_a_step_goes_on_there_after_an_interruption(tmp_path: Path) -> None:
 def test_a_gpu_prunes_as_the_cpu_does(
     settings: dict[str, object], moved: float, error: float, tmp_path: Path
 ) -> None:
-    """Sums in another order turn few weights on or off, and leave the held-out error where it was."""
+    """Sums in another order turn few weights on or off, and leave the held-out error as it was."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     masks, drifts = [], []
     for where in ("cpu", "cuda"):
@@ -141,7 +142,9 @@ def test_a_gpu_prunes_as_the_cpu_does(
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of one machine take its GPUs in turn; without one, ``auto`` is the CPU and ``cuda`` an error."""
+    """Processes of one machine take its GPUs in turn; without one, ``auto`` is the CPU and ``cuda``
+    an error.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(EnvironmentFailure, match="finds no GPU") as caught:

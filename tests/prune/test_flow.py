@@ -34,7 +34,8 @@ def _batches(*shapes: tuple[int, int]) -> list[Batch]:
 def test_passes_that_start_later_give_the_same(
     family: str, kept_bytes: int, tmp_path: Path
 ) -> None:
-    """In every block, every input and the output, with weights that change on the way as pruning changes them.
+    """In every block, every input and the output, with weights that change on the way as pruning
+    changes them.
 
     With no space, with space for one of the batches, and for all; beyond a sliding window.
     """
@@ -64,7 +65,9 @@ def test_passes_that_start_later_give_the_same(
 def test_half_the_linears_are_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once each, but for those that lead to the residual too: the second group three times, the fourth once."""
+    """Once each, but for those that lead to the residual too: the second group three times, the
+    fourth once.
+    """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32"))
     counts: dict[nn.Module, int] = {}
     original = nn.Linear.forward

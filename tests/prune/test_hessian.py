@@ -25,7 +25,9 @@ def _problem(seed: int, inputs: int = INPUTS) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("inputs", [1, INPUTS, 511, 768])
 def test_the_factor_is_that_of_the_damped_inverse(inputs: int) -> None:
-    """U is upper triangular, and Uᵀ U is numpy's inverse of the damped matrix, in one slab of columns and in more."""
+    """U is upper triangular, and Uᵀ U is numpy's inverse of the damped matrix, in one slab of
+    columns and in more.
+    """
     _, hessian_II = _problem(0, inputs)
     damped = hessian_II.double().numpy() + 0.01 * float(hessian_II.diagonal().mean()) * np.eye(
         inputs

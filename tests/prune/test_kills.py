@@ -1,4 +1,6 @@
-"""kill -9 at twenty random moments of trace collection and pruning, and under a recipe that is changed after it."""
+"""kill -9 at twenty random moments of trace collection and pruning, and under a recipe that is
+changed after it.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> 
 
 
 def test_a_killed_run_whose_recipe_changed_begins_anew_and_says_so(tmp_path: Path) -> None:
-    """The line names what changed; with the change undone, the run goes on with the blocks that it had."""
+    """The line names what changed; with the change undone, the run goes on with the blocks that it
+    had.
+    """
     model = make_checkpoint(tmp_path / "model", "qwen3", num_hidden_layers=2, hidden_size=64)
     recipe, work = tmp_path / "recipe.toml", tmp_path / "work"
     arguments = ("prune", model, "--recipe", recipe, "--work", work, "--threads", 1)

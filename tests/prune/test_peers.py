@@ -61,7 +61,9 @@ def _error(found: np.ndarray, weight_OI: torch.Tensor, input_NI: torch.Tensor) -
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_sparsegpt_finds_the_masks_and_errors_of_its_authors(pattern: Pattern) -> None:
-    """With as many zeros; float32 keeps 7 digits, of which a condition near 100 takes two: 1e-5 of the error."""
+    """With as many zeros; float32 keeps 7 digits, of which a condition near 100 takes two: 1e-5 of
+    the error.
+    """
     weight_OI, input_NI = _problem(0)
     ours = _ours("sparsegpt", weight_OI, input_NI, pattern)
     theirs, gone = _theirs(weight_OI, input_NI, pattern, one_too_many=False)
@@ -72,7 +74,9 @@ def test_sparsegpt_finds_the_masks_and_errors_of_its_authors(pattern: Pattern) -
 
 @pytest.mark.parametrize("pattern", PATTERNS[:2])
 def test_the_authors_prune_one_weight_too_many_in_each_column_block(pattern: Pattern) -> None:
-    """In the first block the masks differ in that weight alone; the count is off by one for each block."""
+    """In the first block the masks differ in that weight alone; the count is off by one for each
+    block.
+    """
     weight_OI, input_NI = _problem(1)
     ours = ~_ours("sparsegpt", weight_OI, input_NI, pattern).keep_OI.numpy()
     _, gone = _theirs(weight_OI, input_NI, pattern, one_too_many=True)

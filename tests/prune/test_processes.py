@@ -1,4 +1,4 @@
-"""Several processes do one job: the same bytes as one, and a clear end where one of them is lost."""
+"""Several processes do one job: the same bytes as one, and a clear end where one is lost."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _contents(work: Path) -> dict[str, str]:
 
 
 def test_work_is_shared_out_evenly_and_once() -> None:
-    """The largest piece first, to whoever has least; more processes than pieces leave some without."""
+    """The largest piece first, to whoever has least; too many processes leave some without."""
     shares = [Processes(rank, 3).mine([5, 1, 9, 4, 4, 1]) for rank in range(3)]
     assert [sorted(share) for share in shares] == [[2], [0, 1, 5], [3, 4]]
     assert [Processes(rank, 3).mine([7]) for rank in range(3)] == [[0], [], []]
@@ -155,7 +155,9 @@ def test_three_processes_leave_the_bytes_of_one(tmp_path: Path, settings: str) -
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> None:
-    """The first one says what happened and what to do; what it finished is used, by any number of processes."""
+    """The first one says what happened and what to do; what it finished is used, by any number of
+    processes.
+    """
     _model(tmp_path, PLAIN, blocks=6)
     processes = _start(tmp_path, "lost", 2)
     deadline = time.monotonic() + 120
@@ -183,7 +185,9 @@ def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_torchrun_tells_of_a_killed_process_in_one_message_and_goes_on(tmp_path: Path) -> None:
-    """Torchrun ends the others, whose message no traceback breaks into; what the killed one left goes with the next."""
+    """Torchrun ends the others, whose message no traceback breaks into; what the killed one left
+    goes with the next.
+    """
     _model(tmp_path, PLAIN, blocks=6)
     work = tmp_path / "work"
     run = [
@@ -244,7 +248,9 @@ def test_another_model_on_one_machine_ends_the_job_with_that_reason(tmp_path: Pa
 
 
 class _Two(Processes):
-    """The first of two processes, of which the other one can read the model or not; this one does its work too."""
+    """The first of two processes, of which the other one can read the model or not; this one does
+    its work too.
+    """
 
     def __init__(self, other_reads_it: bool) -> None:
         super().__init__(0, 2)
@@ -277,7 +283,9 @@ def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
 
 
 def test_another_torch_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of two versions are never in one folder; a server's do not depend on this machine's torch."""
+    """Traces of two versions are never in one folder; a server's do not depend on this machine's
+    torch.
+    """
     model = {"model": str(_model(tmp_path, ""))}
     job, served = (
         Job(Recipe.combine(None, model | traces)) for traces in (RECIPE_OF_TRACES, SERVED)

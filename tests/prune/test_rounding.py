@@ -1,4 +1,4 @@
-"""Codes chosen while pruning: the quant stores them exactly, and they are better than rounded ones."""
+"""Codes chosen while pruning: the quant stores them exactly, and they beat rounded ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def problem() -> Problem:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_quant_stores_them_exactly(problem: Problem, name: str) -> None:
-    """Quantizing what was chosen and reading it back changes no value, and zeros are where they were."""
+    """Quantizing what was chosen and reading it back changes no value, and zeros are where they
+    were.
+    """
     quant = quants.as_grid(name)
     chosen_OI = problem.rounded(quant)
     restored_OI = quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS)
@@ -80,7 +82,9 @@ def test_the_quant_stores_them_exactly(problem: Problem, name: str) -> None:
 def test_weights_too_small_for_a_precise_scale_are_stored_exactly(
     problem: Problem, name: str
 ) -> None:
-    """Scales of rows down to the smallest half-precision number, where rounding them moves the largest code."""
+    """Scales of rows down to the smallest half-precision number, where rounding them moves the
+    largest code.
+    """
     quant = quants.as_grid(name)
     copies = 40
     size_O1 = torch.logspace(-8, 0, copies * OUTPUTS)[:, None]
@@ -113,7 +117,9 @@ def test_a_row_does_not_depend_on_the_others(problem: Problem) -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -> None:
-    """They cost less than three quarters of what rounding the pruned weights costs; with fixed scales it is 77 %."""
+    """They cost less than three quarters of what rounding the pruned weights costs; with fixed
+    scales it is 77 %.
+    """
     quant = quants.as_grid(name)
     plain_OI = torch.from_numpy(
         quant.dequantize(quant.quantize(problem.refitted_OI.numpy()), INPUTS).copy()
@@ -125,7 +131,9 @@ def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -
 
 
 def test_no_single_code_could_be_better(problem: Problem) -> None:
-    """At the end, moving any free weight by one code never lowers the error by more than float32's rounding."""
+    """At the end, moving any free weight by one code never lowers the error by more than float32's
+    rounding.
+    """
     quant = quants.as_grid("q4_0")
     chosen_OI = problem.rounded(quant)
     step_OI = torch.from_numpy(quant.steps(quant.quantize(chosen_OI.numpy()))).repeat_interleave(
@@ -149,7 +157,8 @@ Codes = tuple[np.ndarray, np.ndarray]
 
 
 class Walk:
-    """A tiny model pruned to a grid: its checkpoint, and the codes and scales that were chosen, by linear.
+    """A tiny model pruned to a grid: its checkpoint, and the codes and scales that were chosen, by
+    linear.
 
     They are noted where they are chosen, and not derived from the weights.
     """
@@ -181,7 +190,9 @@ class Walk:
         self.chosen = {n: noted[self.weights[n].tobytes()] for n in self.weights if "_proj" in n}
 
     def check(self, exported: ExportResult, stored: dict[str, Codes]) -> None:
-        """Hold what a file stores, by linear, to what was chosen; at least half is zero, and as much as is reported."""
+        """Hold what a file stores, by linear, to what was chosen; at least half is zero, and as
+        much as is reported.
+        """
         linears = {tensor.source: tensor for tensor in exported.tensors if "_proj" in tensor.source}
         assert linears.keys() == self.chosen.keys() == stored.keys()
         for source, (code_OI, scale_OB) in self.chosen.items():
@@ -194,9 +205,11 @@ class Walk:
 
 
 def read_gguf(file: Path, exported: ExportResult, heads: dict[str, int]) -> dict[str, Codes]:
-    """Return codes and scales in the bytes of a GGUF file, by linear; block layouts are those of ggml-common.h.
+    """Return codes and scales in the bytes of a GGUF file, by linear; block layouts are those of
+    ggml-common.h.
 
-    llama.cpp wants the two halves of every head of Llama's queries and keys interleaved; that is undone.
+    llama.cpp wants the two halves of every head of Llama's queries and keys interleaved; that is
+    undone.
     """
     tensors = {tensor.name: tensor for tensor in gguf_py.GGUFReader(file).tensors}
     found = {}
@@ -232,7 +245,8 @@ def read_gguf(file: Path, exported: ExportResult, heads: dict[str, int]) -> dict
 
 
 def read_onnx(file: Path, exported: ExportResult, bits: int) -> dict[str, Codes]:
-    """Return codes and scales in the arrays that MatMulNBits reads, by linear; without zero points the middle is zero.
+    """Return codes and scales in the arrays that MatMulNBits reads, by linear; without zero points
+    the middle is zero.
 
     Source: com.microsoft.MatMulNBits in docs/ContribOperators.md of onnxruntime.
     """
@@ -262,7 +276,9 @@ def read_onnx(file: Path, exported: ExportResult, bits: int) -> dict[str, Codes]
 def test_a_gguf_file_holds_the_very_codes(
     tmp_path: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through walk, assembly and export: the bytes of the file are the codes and scales that pruning chose."""
+    """Through walk, assembly and export: the bytes of the file are the codes and scales that
+    pruning chose.
+    """
     walk = Walk(tmp_path, architecture, name, monkeypatch)
     exported = gguf.export(
         walk.pruned, tmp_path / "model.gguf", quant=name, packing="plain", metadata={}
@@ -280,7 +296,9 @@ def test_a_gguf_file_holds_the_very_codes(
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
-    """The graph of the tiny model before pruning, which is that of every pruned one; it holds no weights."""
+    """The graph of the tiny model before pruning, which is that of every pruned one; it holds no
+    weights.
+    """
     folder = tmp_path_factory.mktemp("graph")
     checkpoint, genai = (
         Checkpoint(make_checkpoint(folder / "model", "qwen3")),

@@ -1,4 +1,6 @@
-"""A rising schedule: zeros stay, weights are solved anew, traces are mixed, and a step too far is undone."""
+"""A rising schedule: zeros stay, weights are solved anew, traces are mixed, and a step too far is
+undone.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def _build(tmp_path: Path, **prune: object) -> Build:
 
 
 def test_a_step_too_far_is_undone_and_said(tmp_path: Path) -> None:
-    """At 97 % zeros the model answers nothing: the one at 30 % is what comes out, and a rerun finds it finished."""
+    """At 97 % zeros the model answers nothing: the one at 30 % is what comes out, and a rerun finds
+    it finished.
+    """
     model = _build(tmp_path).prune()
     assert all(row.sparsity_reached == pytest.approx(0.3, abs=1e-3) for row in model.linears)
     assert model.notes[0].startswith("schedule, 30%: ")

@@ -48,7 +48,9 @@ def _oracle(
 @pytest.mark.parametrize("column_block", [16, 64])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NOfM(2, 4), NOfM(4, 8)])
 def test_equals_the_textbook_solve(pattern: Pattern, column_block: int) -> None:
-    """Same masks, and weights to 1e-4: float32 keeps 7 digits, a condition near 1e2 and 64 steps cost three."""
+    """Same masks, and weights to 1e-4: float32 keeps 7 digits, a condition near 1e2 and 64 steps
+    cost three.
+    """
     weight_OI, hessian_II = _problem(0)
     settings = Pruning(column_block=column_block)
     result = sparsegpt.prune(

@@ -44,7 +44,9 @@ def test_wanda_equals_its_definition(pattern: Pattern) -> None:
 
 
 def test_admm_finds_nearly_the_best_mask() -> None:
-    """Against every mask of 12 choose 6, each solved exactly: the median of its rows is within 5 % of the best."""
+    """Against every mask of 12 choose 6, each solved exactly: the median of its rows is within 5 %
+    of the best.
+    """
     weight_OI, hessian_II = _problem(16, 12, 1)
     hessian = Hessian(hessian_II, 1e-6)
     pattern = NOfM(6, 12)

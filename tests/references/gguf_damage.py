@@ -1,4 +1,6 @@
-"""Damage a GGUF file in place, as a faulty exporter would have written it; every change keeps the file's size."""
+"""Damage a GGUF file in place, as a faulty exporter would have written it; every change keeps the
+file's size.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def zero_block(file: Path, block: int) -> None:
 
 
 def move_rows(file: Path, ending: str, order: list[int]) -> None:
-    """Put the rows of every head in another order, in all matrices of that name; ``order`` is of one head."""
+    """Put the rows of every head in another order, in all matrices of that name; ``order`` is of
+    one head.
+    """
     size = len(order)
     for tensor in GGUFReader(file, "r+").tensors:
         if tensor.name.endswith(ending):
@@ -52,7 +56,9 @@ def move_rows(file: Path, ending: str, order: list[int]) -> None:
 
 
 def swap_halves(head_size: int) -> list[int]:
-    """Return the order that interleaves both halves of a head: right for Llama's files, wrong for Qwen's."""
+    """Return the order that interleaves both halves of a head: right for Llama's files, wrong for
+    Qwen's.
+    """
     half = head_size // 2
     return [place for pair in range(half) for place in (pair, pair + half)]
 

@@ -1,7 +1,8 @@
-"""SparseGPT and Wanda as their authors' code does them, float64, numpy, written anew from the algorithms.
+"""SparseGPT and Wanda as their authors' code does them, float64, numpy, written anew from the
+algorithms.
 
-Source: arXiv 2301.00774, algorithm 1, and IST-DASLab/sparsegpt, ``fasterprune``; arXiv 2306.11695, section 3, and
-locuslab/wanda, ``prune_wanda``. Masks here are True where a weight goes, as there.
+Source: arXiv 2301.00774, algorithm 1, and IST-DASLab/sparsegpt, ``fasterprune``; arXiv 2306.11695,
+section 3, and locuslab/wanda, ``prune_wanda``. Masks here are True where a weight goes, as there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def sparsegpt(
         pruned_of: n weights go of each m.
         column_block: columns that are updated together.
         percdamp: damping as a share of the mean diagonal.
-        one_too_many: their threshold is itself pruned, one weight more than asked in each column block.
+        one_too_many: their threshold is itself pruned, one weight more than asked in each column
+            block.
     """
     W, H = weight_OI.copy(), hessian_II.copy()
     O, I = W.shape
@@ -65,7 +67,9 @@ def sparsegpt(
 def wanda(
     weight_OI: Array, input_NI: Array, sparsity: float = 0.0, pruned_of: tuple[int, int] = (0, 0)
 ) -> Mask:
-    """Return what goes: the lowest |weight| × root of the mean squared input, per output, or n of each m."""
+    """Return what goes: the lowest |weight| × root of the mean squared input, per output, or n of
+    each m.
+    """
     score = np.abs(weight_OI) * np.sqrt((input_NI**2).mean(0))
     gone = np.zeros(score.shape, dtype=bool)
     count, of = pruned_of

@@ -1,7 +1,8 @@
 """A slow textbook optimal brain surgeon: one explicit inverse per column, float64, numpy.
 
-Pruning column j of a row w changes the columns behind it by -w_j / [H⁻¹]_jj · [H⁻¹]_j: where H is the Hessian of the
-columns not yet fixed (Hassibi and Stork 1993, applied in column order as SparseGPT does).
+Pruning column j of a row w changes the columns behind it by -w_j / [H⁻¹]_jj · [H⁻¹]_j: where H is
+the Hessian of the columns not yet fixed (Hassibi and Stork 1993, applied in column order as
+SparseGPT does).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def prune(
     Args:
         weight_OI: dense weights.
         hessian_II: damped Hessian.
-        choose_keep: from the scores of one group of columns, its first column, and zeros so far, the mask.
+        choose_keep: from the scores of one group of columns, its first column, and zeros so far,
+            the mask.
         group: columns whose mask is chosen together.
     """
     weight_OI = weight_OI.copy()
@@ -45,7 +47,9 @@ def prune(
 def wanda_keep(
     weight_OI: Array, norm_I: Array, sparsity: float | None, kept_of: tuple[int, int] | None
 ) -> NDArray[np.bool_]:
-    """Return Wanda's mask: lowest |weight| times input norm go, per row or per group of M (arXiv 2306.11695)."""
+    """Return Wanda's mask: lowest |weight| times input norm go, per row or per group of M (arXiv
+    2306.11695).
+    """
     score = np.abs(weight_OI) * norm_I
     keep = np.ones(score.shape, dtype=bool)
     for row, values in enumerate(score):

@@ -14,11 +14,12 @@ def required_n(
 ) -> int:
     """Return how many prompts make "pass" as likely as ``target_power``.
 
-    Counts are whole, so power climbs in a saw-tooth; this is a crossing of it, and a few prompts more may fall
-    a little below.
+    Counts are whole, so power climbs in a saw-tooth; this is a crossing of it, and a few prompts
+    more may fall a little below.
 
     Raises:
-        ValueError: the drop is not below the margin, or more than a million prompts would be needed.
+        ValueError: the drop is not below the margin, or more than a million prompts would be
+            needed.
     """
     if not 0 < target_power < 1:
         raise ValueError(f"target_power is {target_power}; it lies between 0 and 1")

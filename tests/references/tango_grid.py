@@ -1,7 +1,9 @@
-"""A slow oracle of Tango's interval: profile the likelihood numerically, invert the score on a fine grid.
+"""A slow oracle of Tango's interval: profile the likelihood numerically, invert the score on a fine
+grid.
 
-Shares no formula with the code under test. The nuisance parameter comes from a bounded scalar search of the
-log-likelihood instead of the root of a quadratic, and the ends from a grid instead of a bisection.
+Shares no formula with the code under test. The nuisance parameter comes from a bounded scalar
+search of the log-likelihood instead of the root of a quadratic, and the ends from a grid instead of
+a bisection.
 """
 
 from __future__ import annotations

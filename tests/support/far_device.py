@@ -1,8 +1,9 @@
 """A device that is not the CPU, on a machine that has nothing else.
 
-Tensors there are CPU tensors in disguise: they say they are on ``FAR``, and the mode refuses every operation that
-mixes them with CPU tensors, where a GPU would. Only what a GPU also takes passes: numbers without dimensions, masks and
-indices on the CPU, and copies. Made for the walk over the blocks: attention comes from torch's math kernel.
+Tensors there are CPU tensors in disguise: they say they are on ``FAR``, and the mode refuses every
+operation that mixes them with CPU tensors, where a GPU would. Only what a GPU also takes passes:
+numbers without dimensions, masks and indices on the CPU, and copies. Made for the walk over the
+blocks: attention comes from torch's math kernel.
 """
 
 from __future__ import annotations

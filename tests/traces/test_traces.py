@@ -45,7 +45,9 @@ def _collect(folder: Path, out: Path, together: int = 1):
 
 
 def test_traces_are_token_ids_with_their_streams(folder: Path, tmp_path: Path) -> None:
-    """Prompt ids are the rendered template, every token has a stream, and the shards read back the same."""
+    """Prompt ids are the rendered template, every token has a stream, and the shards read back the
+    same.
+    """
     traces = _collect(folder, tmp_path / "traces")
     encoder = PromptEncoder.from_folder(folder)
     assert [list(t.prompt_ids) for t in traces] == [encoder.encode(t.question) for t in traces]
@@ -103,7 +105,7 @@ def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) 
 
 
 def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
-    """A cut chain of thought has no end to calibrate on; leaving all out is an error with a remedy."""
+    """A cut chain of thought has no end to calibrate on; leaving out all is an error."""
     cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
     with pytest.raises(UsageError, match="16 truncated"):
         select(cut, Calibration())
