@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def places(width: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+def find_places(width: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     """Return at which bit each piece begins, given the bits of each, and the bits of all."""
     ends = np.empty(width.size + 1, dtype=np.int64)
     ends[0] = 0
@@ -16,8 +16,12 @@ def places(width: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     return ends[:-1], int(ends[-1])
 
 
-def windows(stream: NDArray[np.uint8], kind: np.dtype[Any], step: int) -> NDArray[Any]:
-    """Return the numbers of ``kind``, at most eight bytes, from every ``step`` bytes on; zeros follow the stream."""
+def read_windows(stream: NDArray[np.uint8], kind: np.dtype[Any], step: int) -> NDArray[Any]:
+    """Return the numbers of ``kind``, at most eight bytes, from every ``step`` bytes on.
+
+    The numbers overlap where ``step`` is less than their size; zeros follow the stream.
+    """
     padded = np.zeros(stream.size + 12, dtype=np.uint8)
     padded[: stream.size] = stream
-    return np.ndarray(stream.size // step + 1, kind, padded, 0, (step,))
+    count = stream.size // step + 1
+    return np.ndarray(count, kind, padded, 0, (step,))

@@ -1,14 +1,14 @@
-"""Four-bit codes in words of four: each word is a bucket of 2^n words, then n bits that say which of them.
+"""Four-bit codes in words of four: each word is a bucket of 2^n words, then n bits that name one.
 
-Words are ranked by how likely they are where codes are independent, and cut into 32 buckets that grow with the rank: a
-fixed number of bits tells how many follow, so numpy reads all words at once, and zeros cost as little as their share
-allows. It is a code with extra bits (RFC 1951, section 3.2.5) over ranks. The form of the bytes: docs/racgguf.md.
+Words are ranked by how likely they are where codes are independent, and cut into 32 buckets that
+grow with the rank: a fixed number of bits tells how many follow, so numpy reads all words at once,
+and zeros cost as little as their share allows. It is a code with extra bits (RFC 1951, section
+3.2.5) over ranks. The form of the bytes: docs/racgguf.md.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,21 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.bits import places, windows
+from racdeploy.packing.bits import find_places, read_windows
 
 Bytes = NDArray[np.uint8]
 TABLE_BYTES = 48
-_CODES, _BUCKETS, _WORDS, _WORD_BITS = 16, 32, 1 << 16, 16
+_CODES = 16
+_BUCKETS = 32
+_WORD_BITS = 16
+_WORDS = 1 << _WORD_BITS
 _COST_STEPS = 8  # of a cost for a bit
-# For every byte: its four pairs of bits as bits 8 and 9 of four numbers, looked up as one item
-_QUARTERS = (
-    np.stack([np.arange(256) << 8 >> shift & 768 for shift in (0, 2, 4, 6)], axis=-1)
+# Two bucket numbers of five bits are a pair of ten. The file has the low eight bits of every pair,
+# then the two high ones, four pairs a byte: by that byte, bits 8 and 9 of its four pairs as one item.
+_HIGH_BITS = (
+    np.stack([np.arange(256) << 8 >> shift & 0x300 for shift in (0, 2, 4, 6)], axis=-1)
     .astype(np.uint16)
     .view("V8")
 )
 _UPPER = np.uint32(16)  # where the second of two words begins
-# Arrays of no dimension: numpy takes half as long over them as over its scalars
-_LOWER, _HIGHER = np.array(0xFFFF, dtype=np.uint32), np.array(0xFFFF0000, dtype=np.uint32)
+# Arrays of no dimension: numpy takes half as long over them as over its scalars.
+_LOWER_HALF = np.array(0x0000FFFF, dtype=np.uint32)
+_UPPER_HALF = np.array(0xFFFF0000, dtype=np.uint32)
 _5, _31 = np.array(5), np.array(31)
 _WINDOW = np.dtype("<u8")
 
@@ -51,13 +56,18 @@ class Table:
     @classmethod
     def fit(cls, tally: NDArray[np.int64]) -> Table:
         """Return the table for codes that come up as often as ``tally`` says, one number a code."""
-        share = np.maximum(tally, 0.5) / tally.sum()
-        costs = np.clip(np.rint(-_COST_STEPS * np.log2(share)), 0, 255).astype(np.uint8)
-        words = _ranked(costs.tobytes())
+        share = np.maximum(tally, 0.5) / tally.sum()  # a code that never came up costs a finite sum
+        cost = np.rint(-_COST_STEPS * np.log2(share))
+        costs = np.clip(cost, 0, 255).astype(np.uint8).tobytes()
+
+        # How likely each word is, by its rank.
+        words = _rank_words(costs)
         expected = np.ones(_WORDS)
         for shift in (0, 4, 8, 12):
             expected *= share[words >> shift & 15]
-        return cls(costs.tobytes(), bytes(_cut(np.concatenate([[0.0], np.cumsum(expected)]))))
+
+        expected_before = np.concatenate([[0.0], np.cumsum(expected)])
+        return cls(costs, bytes(_cut(expected_before)))
 
     @classmethod
     @lru_cache(maxsize=8)  # tensors share tables
@@ -68,7 +78,8 @@ class Table:
             ArtifactError: its buckets do not hold every word once.
         """
         costs, widths = stored[:_CODES], stored[_CODES:]
-        if len(widths) != _BUCKETS or sum(1 << width for width in widths) != _WORDS:
+        words = sum(1 << width for width in widths)
+        if len(widths) != _BUCKETS or words != _WORDS:
             raise ArtifactError(f"the buckets {list(widths)} do not hold {_WORDS} words")
         return cls(costs, widths)
 
@@ -78,20 +89,24 @@ class Table:
         return self.costs + self.widths
 
     def encode(self, nibbles: Bytes) -> tuple[Bytes, Bytes]:
-        """Return the numbers of the buckets and the bits that follow; ``nibbles`` are two codes a byte."""
-        ranks = _ranks(self.costs)[nibbles.view("<u2")]
-        width_K = np.frombuffer(self.widths, dtype=np.uint8)
-        start_K = np.cumsum(1 << width_K.astype(np.int64)) - (1 << width_K.astype(np.int64))
-        bucket = np.searchsorted(start_K, ranks, side="right") - 1
-        rest = (ranks - start_K[bucket]).astype("<u2").view(np.uint8).reshape(-1, 2)
-        bits = np.unpackbits(rest, axis=1, bitorder="little")
-        payload = np.packbits(
-            bits[np.arange(_WORD_BITS) < width_K[bucket, None]], bitorder="little"
-        )
-        pairs = bucket[::2] | bucket[1::2] << 5
-        quarters = (pairs >> 8).reshape(-1, 4)
-        high = quarters[:, 0] | quarters[:, 1] << 2 | quarters[:, 2] << 4 | quarters[:, 3] << 6
-        return np.concatenate([pairs.astype(np.uint8), high.astype(np.uint8)]), payload
+        """Return the numbers of the buckets and the bits that follow, of two codes a byte."""
+        ranks = np.empty(_WORDS, dtype=np.int64)
+        ranks[_rank_words(self.costs)] = np.arange(_WORDS)
+        rank = ranks[nibbles.view("<u2")]
+        width, start = _bound_buckets(self.widths)
+        bucket = np.searchsorted(start, rank, side="right") - 1
+
+        # Behind the number of its bucket, a word is its place in it: as many low bits as the width.
+        place = (rank - start[bucket]).astype("<u2").view(np.uint8).reshape(-1, 2)
+        bits = np.unpackbits(place, axis=1, bitorder="little")
+        counts = np.arange(_WORD_BITS) < width[bucket, None]
+        payload = np.packbits(bits[counts], bitorder="little")
+
+        pair = bucket[::2] | bucket[1::2] << 5
+        high = np.zeros(pair.size // 4, dtype=np.int64)
+        for place_in_byte in range(4):
+            high |= (pair[place_in_byte::4] >> 8) << 2 * place_in_byte
+        return np.concatenate([pair.astype(np.uint8), high.astype(np.uint8)]), payload
 
     def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
         """Return the nibbles, two a byte.
@@ -104,36 +119,46 @@ class Table:
         Raises:
             ArtifactError: there are more or fewer bits than the buckets need.
         """
-        pairs = numbers.size // 5 * 4
-        pair = _QUARTERS.take(numbers[pairs:], mode="wrap").view(np.uint16)
-        pair |= numbers[:pairs]
-        pair = pair.astype(np.intp)
-        look = _pairs(
-            self.widths
-        )  # every index below is in range; mode="wrap" is a look-up without its check
-        position, bits = places(look.width.take(pair, mode="wrap"))
+        # Every index below is in range; mode="wrap" is a look-up without its check.
+        low_bytes = numbers.size // 5 * 4
+        pair16 = _HIGH_BITS.take(numbers[low_bytes:], mode="wrap").view(np.uint16)
+        pair16 |= numbers[:low_bytes]
+        pair = pair16.astype(np.intp)
+
+        look = _describe_pairs(self.widths)
+        position, bits = find_places(look.width.take(pair, mode="wrap"))
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(
                 f"{payload.size} bytes of codes where their buckets need {bits} bits"
             )
-        window = windows(payload, _WINDOW, 4).take(position >> _5, mode="wrap")
+
+        # The bits of a pair, 32 at most, begin at any bit: they lie in a window of 64 that begins
+        # at a multiple of 32.
+        window = read_windows(payload, _WINDOW, 4).take(position >> _5, mode="wrap")
         position &= _31
         window >>= position.view(np.uint64)
+
+        # Both words in one number of 32 bits, the second in the upper half.
         first = window.astype(np.uint32)
-        both = first << look.shift.take(pair, mode="wrap")  # the second word in the upper half
-        first &= _LOWER
-        both &= _HIGHER
+        both = first << look.shift.take(pair, mode="wrap")
+        first &= _LOWER_HALF
+        both &= _UPPER_HALF
         both |= first
         both &= look.mask.take(pair, mode="wrap")
+
+        # A place in a bucket and the first rank of it make a rank, and the rank a word.
         both += look.start.take(pair, mode="wrap")
-        words: NDArray[np.uint16] = _ranked(self.costs, zero).take(
-            both.view(np.uint16), mode="wrap"
-        )
+        rank = both.view(np.uint16)
+        words: NDArray[np.uint16] = _rank_words(self.costs, zero).take(rank, mode="wrap")
         return words.view(np.uint8)
 
 
 class _Pairs(NamedTuple):
-    """For every pair of buckets: bits of both, how far those of the second move, which count, and the first ranks."""
+    """For every pair of buckets, by its number of ten bits; both halves of a number are a word's.
+
+    ``width``: bits of both. ``shift``: how far those of the second move. ``mask``: which bits
+    count. ``start``: the first ranks.
+    """
 
     width: NDArray[np.int64]
     shift: NDArray[np.uint32]
@@ -142,50 +167,63 @@ class _Pairs(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _pairs(widths: bytes) -> _Pairs:
-    width_K = np.frombuffer(widths, dtype=np.uint8).astype(np.uint32)
-    size_K = np.uint32(1) << width_K
-    start_K = np.cumsum(size_K, dtype=np.uint32) - size_K
-    first, second = (np.arange(_BUCKETS**2) >> shift & _BUCKETS - 1 for shift in (0, 5))
+def _describe_pairs(widths: bytes) -> _Pairs:
+    width, start = (bounds.astype(np.uint32) for bounds in _bound_buckets(widths))
+    mask = (np.uint32(1) << width) - np.uint32(1)
+    number = np.arange(_BUCKETS**2)
+    first = number % _BUCKETS
+    second = number // _BUCKETS
+
     return _Pairs(
-        (width_K[first] + width_K[second]).astype(np.int64),
-        _UPPER - width_K[first],
-        np.asarray(size_K[first] - 1 | size_K[second] - 1 << _UPPER),
-        np.asarray(start_K[first] | start_K[second] << _UPPER),
+        width=(width[first] + width[second]).astype(np.int64),
+        shift=_UPPER - width[first],
+        mask=np.asarray(mask[first] | mask[second] << _UPPER),
+        start=np.asarray(start[first] | start[second] << _UPPER),
     )
 
 
+def _bound_buckets(widths: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the width and the first rank of every bucket."""
+    width = np.frombuffer(widths, dtype=np.uint8).astype(np.int64)
+    words = 1 << width
+    return width, np.cumsum(words) - words
+
+
 @lru_cache(maxsize=8)
-def _ranked(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
-    """Return all words by rank, each nibble XOR ``zero``: cheap ones first, equal ones by their number."""
+def _rank_words(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
+    """Return all words by rank, cheap ones first, equal ones by number; each nibble XOR ``zero``."""
     cost = np.frombuffer(costs, dtype=np.uint8).astype(np.uint16)
-    for _ in range(2):
+    for _ in range(2):  # of 16 codes to 256 pairs of them to all words
         cost = np.add.outer(cost, cost).reshape(-1)
-    return np.argsort(cost, kind="stable").astype("<u2") ^ np.uint16(0x1111 * zero)
+
+    words = np.argsort(cost, kind="stable").astype("<u2")
+    return words ^ np.uint16(0x1111 * zero)
 
 
-@lru_cache(maxsize=8)
-def _ranks(costs: bytes) -> NDArray[np.int64]:
-    """Return the rank of every word."""
-    ranks = np.empty(_WORDS, dtype=np.int64)
-    ranks[_ranked(costs)] = np.arange(_WORDS)
-    return ranks
+def _cut(expected_before: NDArray[np.float64]) -> list[int]:
+    """Return the widths of the buckets that need fewest bits.
 
+    Halving a bucket saves one bit for each of its words, whatever else is cut, so the fullest is
+    halved next.
 
-def _cut(expected_before: NDArray[np.float64]) -> Sequence[int]:
-    """Return the widths of the buckets that need fewest bits, given the share of words in front of every rank.
-
-    Halving a bucket saves one bit for each of its words, whatever else is cut, so the fullest is halved next.
+    Args:
+        expected_before: share of words in front of every rank, and 1 behind the last.
     """
-    buckets, single = [(-1.0, 0, _WORD_BITS)], list[tuple[float, int, int]]()
-    while len(buckets) + len(single) < _BUCKETS:
-        bucket = heapq.heappop(buckets)
+    waiting = [
+        (-1.0, 0, _WORD_BITS)
+    ]  # negative share, first rank, width: a heap has the least on top
+    single: list[tuple[float, int, int]] = []
+    while len(waiting) + len(single) < _BUCKETS:
+        bucket = heapq.heappop(waiting)
         _, start, width = bucket
         if not width:
             single.append(bucket)
             continue
+
         half = 1 << width - 1
         for first in (start, start + half):
             share = expected_before[first + half] - expected_before[first]
-            heapq.heappush(buckets, (-float(share), first, width - 1))
-    return [width for _, _, width in sorted(buckets + single, key=lambda bucket: bucket[1])]
+            heapq.heappush(waiting, (-float(share), first, width - 1))
+
+    by_rank = sorted(waiting + single, key=lambda bucket: bucket[1])
+    return [width for _, _, width in by_rank]

@@ -1,8 +1,8 @@
 """Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes that are not zero.
 
-Four-bit codes have no mask of their own: words of four are stored, zeros included, as ``_buckets.py`` says. The form is
-that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and depends on no other, so memory stays at one
-chunk in both directions. Knows number formats by ggml's type id and nothing of files.
+Four-bit codes have no mask of their own: words of four are stored, zeros included, as ``buckets.py``
+says. The form is that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and
+depends on no other, so memory stays at one chunk in both directions.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.buckets import TABLE_BYTES, Table
 from racdeploy.packing.fives import deposit
-from racdeploy.packing.layouts import Layout
+from racdeploy.packing.layouts import CHUNK_WEIGHTS, Layout
 
-CHUNK_WEIGHTS = 262144
-LEAST_WORD_WEIGHTS = 4096
-"""Weights of the smallest tensor that is packed in words: a table takes as long to build as 200,000 to unpack."""
-Take = Callable[[int], NDArray[np.uint8]]
+Bytes = NDArray[np.uint8]
+Take = Callable[[int], Bytes]
 """Returns that many further bytes, or raises ArtifactError where there are fewer."""
+LEAST_WORD_WEIGHTS = 4096
+"""Of the smallest tensor packed in words: a table takes as long to build as 200,000 to unpack."""
 
-_DEFLATED = 1 << 31
-# A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in one chunk of eight,
-# which is what a file needs to be smaller than zstd -19 makes it, and costs a quarter of the speed at most. Files of
-# five-bit codes are smaller without.
-_MOST_ENTROPY_BITS, _MOST_IN_SLOW_CHUNK = 6.0, 7.9
+_DEFLATED = 1 << 31  # the bit of a size field that says so
+# A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in
+# one chunk of eight, which is what a file needs to be smaller than zstd -19 makes it, and costs a
+# quarter of the speed at most. Files of five-bit codes are smaller without.
+_MOST_ENTROPY_BITS = 6.0
+_MOST_IN_SLOW_CHUNK = 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
-_MOST_HEAD_BITS = 4.0  # scales are few: inflating them takes longer than their bytes are worth, unless it saves half
+# Scales are few: inflating them takes longer than their bytes are worth, unless it saves half.
+_MOST_HEAD_BITS = 4.0
 
 
 class Taker:
     """A :data:`Take` over bytes in memory; ``left`` counts those not taken yet."""
 
-    def __init__(self, stored: NDArray[np.uint8]) -> None:
+    def __init__(self, stored: Bytes) -> None:
         self._stored = stored
         self.left = stored.size
 
-    def __call__(self, count: int) -> NDArray[np.uint8]:
+    def __call__(self, count: int) -> Bytes:
         if count > self.left:
             raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
         start = self._stored.size - self.left
@@ -49,18 +51,17 @@ class Taker:
         return self._stored[start : start + count]
 
 
-def blocks_of(layout: Layout, plain: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+def cut(layout: Layout, plain: Bytes) -> Iterator[Bytes]:
     """Yield the bytes of a tensor in chunks of whole blocks."""
-    step = CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
-    for start in range(0, plain.size, step):
-        yield plain[start : start + step]
+    for start in range(0, plain.size, layout.chunk_bytes):
+        yield plain[start : start + layout.chunk_bytes]
 
 
-def tally(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return how many codes of a chunk are zero and how many are not; where they are in words, how many are which."""
-    codes = _codes(layout, plain)
+def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
+    """Return how many codes of a chunk are zero and how many not; of words, how many are which."""
+    codes = _split_codes(layout, plain)
     if layout.in_words:
-        pairs = np.bincount(codes, minlength=256).reshape(16, 16)
+        pairs = np.bincount(codes, minlength=256).reshape(16, 16)  # two codes a byte
         return np.asarray(pairs.sum(0) + pairs.sum(1))
     kept = int(np.count_nonzero(codes))
     return np.array([codes.size - kept, kept])
@@ -77,32 +78,43 @@ def read_table(layout: Layout, take: Take) -> Table | None:
     Raises:
         ArtifactError: it is damaged.
     """
-    return Table.read(take(TABLE_BYTES).tobytes()) if layout.in_words else None
+    if not layout.in_words:
+        return None
+    return Table.read(take(TABLE_BYTES).tobytes())
 
 
-def pack_chunk(
-    layout: Layout, plain: NDArray[np.uint8], index: int, table: Table | None = None
-) -> bytes:
-    """Return the record of a chunk, given its place in the tensor, and its table where codes are in words."""
-    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
-    most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
-    blocks_BP = plain.reshape(-1, layout.block_bytes)
-    planes = [np.ascontiguousarray(blocks_BP[:, place]) for place in range(layout.head_bytes)]
-    encoded = [_encode(plane, _MOST_HEAD_BITS) for plane in planes]
-    codes = _codes(layout, plain)
+def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = None) -> bytes:
+    """Return the record of a chunk.
+
+    Args:
+        layout: its number format.
+        plain: its bytes.
+        index: its place in the tensor.
+        table: of the tensor, where its codes are in words.
+    """
+    blocks_GP = plain.reshape(-1, layout.block_bytes)
+    heads = [np.ascontiguousarray(blocks_GP[:, place]) for place in range(layout.head_bytes)]
+    planes = [_encode(head, _MOST_HEAD_BITS) for head in heads]
+
+    codes = _split_codes(layout, plain)
     if table:
         first, payload = table.encode(codes)
-        encoded.append((payload.size, payload.tobytes()))
+        planes.append((payload.size, payload.tobytes()))
     else:
-        first = np.packbits(codes != 0, bitorder="little")
-        encoded += [_encode(plane, most_bits) for plane in _planes(layout, codes[codes != 0])]
-    sizes = np.array([len(blocks_BP), *(size for size, _ in encoded)], dtype="<u4")
-    return b"".join([sizes.tobytes(), first.tobytes(), *(data for _, data in encoded)])
+        keep = codes != 0
+        first = np.packbits(keep, bitorder="little")
+        slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
+        most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
+        planes += [_encode(plane, most_bits) for plane in _split_planes(layout, codes[keep])]
+
+    sizes = [size for size, _ in planes]
+    fields = np.array([len(blocks_GP), *sizes], dtype="<u4")
+    return b"".join([fields.tobytes(), first.tobytes(), *(data for _, data in planes)])
 
 
 def unpack_chunk(
     layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
-) -> NDArray[np.uint8]:
+) -> Bytes:
     """Return the bytes of the next chunk.
 
     Args:
@@ -118,59 +130,64 @@ def unpack_chunk(
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:
         raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
-    first = take(5 * blocks if table else -(-weights // 8))
+
+    first = take(5 * blocks if table else -(-weights // 8))  # buckets, or a mask
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
     if table:
-        body = layout.join(table.decode(first, take(sizes[0]), layout.zero))
+        codes = table.decode(first, take(sizes[0]), layout.zero)
+        body = layout.join(codes)
     elif layout.in_fives:
-        body = layout.join(deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take)))
+        body = deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take))
     else:
-        body = layout.join(_expand(layout, first, weights, sizes, take))
+        body = layout.join(_expand(first, weights, sizes, take))
     if not heads:
         return body[0]
+
+    # Into the fields of a block, each part of a block as one item.
     plain = np.empty(blocks * layout.block_bytes, dtype=np.uint8)
-    plain_B = plain.view(layout.block)
+    plain_G = plain.view(layout.block)
     for (name, kind), part in zip(layout.fields, [*heads, *body], strict=True):
-        plain_B[name] = part.view(kind)
+        plain_G[name] = part.view(kind)
     return plain
 
 
-def _codes(layout: Layout, plain: NDArray[np.uint8]) -> NDArray[Any]:
-    return layout.split(plain.reshape(-1, layout.block_bytes)[:, layout.head_bytes :])
+def _split_codes(layout: Layout, plain: Bytes) -> NDArray[Any]:
+    blocks_GP = plain.reshape(-1, layout.block_bytes)
+    return layout.split(blocks_GP[:, layout.head_bytes :])
 
 
-def _expand(
-    layout: Layout, mask: NDArray[np.uint8], weights: int, sizes: list[int], take: Take
-) -> NDArray[Any]:
-    """Return all codes, of which the bytes of those that are not zero are stored in planes of these sizes."""
+def _expand(mask: Bytes, weights: int, sizes: list[int], take: Take) -> NDArray[Any]:
+    """Return all codes, of which the bytes of those that are not zero are in planes of these sizes."""
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
+
     kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
     planes = [_decode(size, kept.size, take) for size in sizes]
     codes = np.zeros(weights, dtype=f"<u{len(planes)}")
-    codes[kept] = (
-        planes[0] if len(planes) == 1 else np.stack(planes, axis=-1).reshape(-1).view(codes.dtype)
-    )
+    if len(planes) == 1:
+        codes[kept] = planes[0]
+    else:
+        codes[kept] = np.stack(planes, axis=-1).reshape(-1).view(codes.dtype)
     return codes
 
 
-def _planes(layout: Layout, codes: NDArray[Any]) -> list[NDArray[np.uint8]]:
-    """Return the bytes of wide codes apart, low ones first: sign and exponent repeat, the rest does not.
+def _split_planes(layout: Layout, codes: NDArray[Any]) -> list[Bytes]:
+    """Return the bytes of wide codes apart, low ones first: sign and exponent repeat, the rest not.
 
     Of five bits four make a plane, two codes a byte, and the fifth another.
     """
-    if layout.in_fives:
-        low = np.zeros(-(-codes.size // 2) * 2, dtype=np.uint8)
-        low[: codes.size] = codes & 15
-        low[::2] |= low[1::2] << 4
-        return [np.ascontiguousarray(low[::2]), np.packbits(codes >> 4, bitorder="little")]
-    rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
-    return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
+    if not layout.in_fives:
+        rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
+        return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
+
+    nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
+    nibbles[: codes.size] = codes & 15
+    return [nibbles[::2] | nibbles[1::2] << np.uint8(4), np.packbits(codes >> 4, bitorder="little")]
 
 
-def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:
-    """Return the size field and the bytes of a plane, deflated where it has no more entropy than that."""
-    if plane.size and _entropy_bits(plane) <= most_bits:
+def _encode(plane: Bytes, most_bits: float) -> tuple[int, bytes]:
+    """Return the size field and the bytes of a plane, deflated where its entropy is that low."""
+    if plane.size and _measure_entropy(plane) <= most_bits:
         deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
         data = deflate.compress(plane.data) + deflate.flush()
         if len(data) < plane.size:
@@ -178,22 +195,27 @@ def _encode(plane: NDArray[np.uint8], most_bits: float) -> tuple[int, bytes]:
     return plane.size, plane.tobytes()
 
 
-def _entropy_bits(plane: NDArray[np.uint8]) -> float:
+def _measure_entropy(plane: Bytes) -> float:
+    """Return the bits of a byte where bytes are independent."""
     share = np.bincount(plane, minlength=256) / plane.size
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
-def _decode(size: int, plane_bytes: int, take: Take) -> NDArray[np.uint8]:
+def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
+    """Return a plane, whose size field and bytes have to agree."""
     if not size & _DEFLATED:
         if size != plane_bytes:
             raise ArtifactError(f"{size} bytes of codes where the mask keeps {plane_bytes}")
         return take(size)
+
     stored_bytes = size - _DEFLATED
     if stored_bytes >= plane_bytes:
         raise ArtifactError(
             f"{stored_bytes} deflated bytes of codes where {plane_bytes} plain ones are enough"
         )
+
+    # One byte more than there should be is enough to see that there are too many.
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)

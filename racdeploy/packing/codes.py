@@ -1,4 +1,4 @@
-"""What the packings of ONNX graphs leave out: the codes of zero in one array of a linear, whose scales stay plain."""
+"""What packings of ONNX graphs leave out: the codes of zero in one array; scales stay plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from racdeploy import quant as quants
 from racdeploy.packing.layouts import LAYOUTS, Layout
 
 Bytes = NDArray[np.uint8]
-_LEAST_SAVING = 0.03
+_LEAST_SAVING = 0.03  # of the bytes of a tensor
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Codes:
     layout: Layout
 
 
-def _split(body_BP: Bytes) -> Bytes:
-    return (body_BP ^ np.uint8(0x80)).reshape(-1)  # a code of 128 is zero
+def _split(body_GP: Bytes) -> Bytes:
+    return (body_GP ^ np.uint8(0x80)).reshape(-1)  # a code of 128 is zero
 
 
 def _join(codes: Bytes) -> tuple[Bytes]:
@@ -42,7 +42,7 @@ BY_QUANT = {
     "f32": Codes(np.dtype("<u4"), 0, LAYOUTS[0]),
     "f16": Codes(np.dtype("<u2"), 0, LAYOUTS[1]),
     "matmulnbits_8": Codes(
-        np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _split, _join, (1,))
+        np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _split, (1,), join=_join)
     ),
 }
 """Number formats of ONNX whose codes are whole bytes."""
@@ -74,7 +74,7 @@ def refusal(quant: str, zeros_fraction: float) -> str:
 
 
 def split(codes: Codes, flat: NDArray[Any]) -> tuple[Bytes, NDArray[Any]]:
-    """Return the mask, low bits first, and the codes that are not zero; any bits but those of zero are kept."""
+    """Return the mask, low bits first, and the codes that are not zero, a minus zero among them."""
     keep = flat.view(codes.dtype) != codes.zero
     return np.packbits(keep, bitorder="little"), flat[keep]
 
@@ -82,5 +82,6 @@ def split(codes: Codes, flat: NDArray[Any]) -> tuple[Bytes, NDArray[Any]]:
 def join(codes: Codes, mask: Bytes, kept: NDArray[Any], count: int) -> NDArray[Any]:
     """Return the codes again."""
     flat = np.full(count, codes.zero, dtype=codes.dtype).view(kept.dtype)
-    flat[np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)] = kept
+    keep = np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
+    flat[keep] = kept
     return flat

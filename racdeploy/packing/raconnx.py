@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.chunks import Taker, blocks_of, pack_chunk, unpack_chunk
+from racdeploy.packing.chunks import Taker, cut, pack_chunk, unpack_chunk
 from racdeploy.packing.codes import BY_DTYPE, Codes
 
 PLACE = "racdeploy.load_sidecar"
@@ -119,7 +119,7 @@ class Writer:
         codes = BY_DTYPE[values.dtype.str]
         start = self._sink.tell()
         plain = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        for index, chunk in enumerate(blocks_of(codes.layout, plain)):
+        for index, chunk in enumerate(cut(codes.layout, plain)):
             self._sink.write(pack_chunk(codes.layout, chunk, index))
         size_bytes = self._sink.tell() - start
         dtype, shape = values.dtype.str, list(values.shape)

@@ -1,10 +1,11 @@
-"""The sparse matrices of the kernels in numpy: of each row of 256 weights a head, and the codes that are not zero.
+"""The sparse matrices of the kernels in numpy: of each 256 weights of a row a head, and the codes kept.
 
-A head is 8 scales in half precision, where the number format has scales, and a mask of 256 bits, low bits first. With
-scales the bits stand for the weights in chunks: first weights 0 to 7 of each of the 8 blocks of 32, then weights 8 to
-15, and so on. The values of a row follow each other in the order of the bits: codes of 8 or 16 bits as they are; those
-of 4 bits in two streams, chunks 0 and 1 of every group in the low halves of the bytes and chunks 2 and 3 in the high
-ones. ``offsets`` say where each row begins in ``values``; behind the last value are ``SLACK_BYTES`` that kernels may
+A head is 8 scales in half precision, where the number format has scales, and a mask of 256 bits,
+low bits first. With scales the bits stand for the weights in chunks: first weights 0 to 7 of each
+of the 8 blocks of 32, then weights 8 to 15, and so on. The values of a row follow each other in the
+order of the bits: codes of 8 or 16 bits as they are; those of 4 bits in two streams, chunks 0 and 1
+of every group in the low halves of the bytes and chunks 2 and 3 in the high ones. ``offsets`` say
+where each row begins in ``values``; behind the last value are ``SLACK_BYTES`` that kernels may
 read. Little-endian throughout. Source: ``racdeploy/accel/sources/sparse_matrix.h``.
 """
 
@@ -23,8 +24,10 @@ ACCEL_KEY = "racdeploy.accel"
 SLACK_BYTES = 128
 BLOCK = 32
 """Weights that share a scale."""
-_GROUP = 256
-_SLAB_WEIGHTS = 4_194_304
+_GROUP = 256  # weights of a head
+_MASK_BYTES = _GROUP // 8
+_SCALE_BYTES = 2
+_SLAB_WEIGHTS = 4_194_304  # worked on at a time, which bounds the memory
 Bytes = NDArray[np.uint8]
 
 
@@ -47,11 +50,19 @@ class Kind:
     @property
     def head_bytes(self) -> int:
         """Bytes of a group's head."""
-        return _GROUP // 8 + (2 * _GROUP // BLOCK if self.scaled else 0)
+        return _MASK_BYTES + self.scale_bytes(_GROUP)
 
-    def row_bytes(self, I: int) -> int:
-        """Bytes of a packed row of the number format."""
-        return I * self.bits // 8 + (2 * I // BLOCK if self.scaled else 0)
+    def scale_bytes(self, I: int) -> int:
+        """Bytes of the scales of a row."""
+        return I // BLOCK * _SCALE_BYTES if self.scaled else 0
+
+    def code_bytes(self, I: int) -> int:
+        """Bytes of the codes of a row, which scales follow in a packed row."""
+        return I * self.bits // 8
+
+    def row_length(self, row_bytes: int) -> int:
+        """Weights of a packed row."""
+        return row_bytes * BLOCK // (self.code_bytes(BLOCK) + self.scale_bytes(BLOCK))
 
 
 KINDS = {
@@ -63,7 +74,7 @@ KINDS = {
 
 
 class Packed(TypedDict):
-    """What a graph says of its packed weights of one quant: ggml's number, how many, and the fraction of zeros."""
+    """What a graph says of its packed weights of one format: ggml's number, count, zeros' share."""
 
     quant: int
     weights: int
@@ -89,79 +100,70 @@ class SparseMatrix:
     values: Bytes
     offsets: NDArray[np.int64]
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all three."""
-        return self.heads_OP.nbytes + self.values.nbytes + self.offsets.nbytes
-
 
 def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
     """Return the sparse matrix of packed rows of a number format."""
     O, P = packed_OP.shape
-    I = _row_length(kind, P)
-    heads, values, counts = [], [], []
-    for start in range(0, O, step := max(1, _SLAB_WEIGHTS // I)):
-        rows_OP = packed_OP[start : start + step]
-        code_ON = _in_chunks(kind, _codes(kind, rows_OP[:, : I * kind.bits // 8]))
-        keep_ON = code_ON != kind.zero
-        scale_OP = rows_OP[:, I * kind.bits // 8 :]
-        heads.append(_heads(kind, keep_ON, scale_OP))
-        kept, bytes_O = _kept(kind, code_ON, keep_ON)
-        values.append(kept)
-        counts.append(bytes_O)
+    I = kind.row_length(P)
+    code_bytes = kind.code_bytes(I)
+    heads, values = [], []
     offsets = np.zeros(O + 1, dtype=np.int64)
-    np.cumsum(np.concatenate(counts), out=offsets[1:])
-    return SparseMatrix(
-        np.concatenate(heads), np.concatenate([*values, np.zeros(SLACK_BYTES, np.uint8)]), offsets
-    )
+
+    step = max(1, _SLAB_WEIGHTS // I)
+    for start in range(0, O, step):
+        rows_OP = packed_OP[start : start + step]
+        code_OI = _order_by_bits(kind, _read_codes(kind, rows_OP[:, :code_bytes]))
+        keep_OI = code_OI != kind.zero
+        heads.append(_join_heads(kind, keep_OI, rows_OP[:, code_bytes:]))
+
+        place, bytes_O = _find_places(kind, keep_OI)
+        values.append(_write_values(kind, code_OI[keep_OI], place, int(bytes_O.sum())))
+        offsets[start + 1 : start + 1 + step] = bytes_O
+
+    slack = np.zeros(SLACK_BYTES, np.uint8)
+    return SparseMatrix(np.concatenate(heads), np.concatenate([*values, slack]), offsets.cumsum())
 
 
 def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
     """Return the packed rows again.
 
     Raises:
-        ValueError: heads, values and offsets do not fit each other, or not rows of that many weights.
+        ValueError: heads, values and offsets do not fit each other, or not rows of that length.
     """
-    heads_OP, offsets = matrix.heads_OP, matrix.offsets
-    O = len(heads_OP)
     _check(kind, matrix, I)
-    packed_OP = np.empty((O, kind.row_bytes(I)), dtype=np.uint8)
-    for start in range(0, O, step := max(1, _SLAB_WEIGHTS // I)):
+    O, offsets = len(matrix.heads_OP), matrix.offsets
+    code_bytes, scale_bytes = kind.code_bytes(I), kind.scale_bytes(I)
+    packed_OP = np.empty((O, code_bytes + scale_bytes), dtype=np.uint8)
+
+    step = max(1, _SLAB_WEIGHTS // I)
+    for start in range(0, O, step):
         stop = min(start + step, O)
-        head_OGP = heads_OP[start:stop].reshape(stop - start, -1, kind.head_bytes)
-        mask_OP = np.ascontiguousarray(head_OGP[:, :, -_GROUP // 8 :]).reshape(stop - start, -1)
-        keep_ON = np.unpackbits(mask_OP, axis=1, bitorder="little").view(np.bool_)
-        if _in_rows(kind, keep_ON)[:, I:].any():
+        scale_OP, keep_OI = _split_heads(kind, matrix.heads_OP[start:stop])
+        if _order_by_weights(kind, keep_OI)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
-        place, bytes_O = _places(kind, keep_ON)
+        place, bytes_O = _find_places(kind, keep_OI)
         if not np.array_equal(bytes_O, np.diff(offsets[start : stop + 1])):
             raise ValueError("the masks of a row and its values are not equally many")
-        code_ON = np.full(
-            keep_ON.shape, kind.zero, dtype=np.uint16 if kind.bits == 16 else np.uint8
-        )
-        code_ON[keep_ON] = _take(kind, matrix.values[offsets[start] : offsets[stop]], place)
-        packed_OP[start:stop, : I * kind.bits // 8] = _code_bytes(
-            kind, _in_rows(kind, code_ON)[:, :I]
-        )
-        if kind.scaled:
-            scale_OP = np.ascontiguousarray(head_OGP[:, :, : -_GROUP // 8]).reshape(
-                stop - start, -1
-            )
-            packed_OP[start:stop, I * kind.bits // 8 :] = scale_OP[:, : 2 * I // BLOCK]
+
+        code_OI = np.full(keep_OI.shape, kind.zero, np.uint16 if kind.bits == 16 else np.uint8)
+        values = matrix.values[offsets[start] : offsets[stop]]
+        code_OI[keep_OI] = _read_values(kind, values, place)
+
+        code_OI = _order_by_weights(kind, code_OI)[:, :I]
+        packed_OP[start:stop, :code_bytes] = _write_codes(kind, code_OI)
+        packed_OP[start:stop, code_bytes:] = scale_OP[:, :scale_bytes]
     return packed_OP
-
-
-def _row_length(kind: Kind, row_bytes: int) -> int:
-    return row_bytes * BLOCK // kind.row_bytes(BLOCK)
 
 
 def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
     O, P = matrix.heads_OP.shape
     offsets = matrix.offsets
-    if I < 1 or I % BLOCK or -(-I // _GROUP) * kind.head_bytes != P or offsets.shape != (O + 1,):
+    fits = I >= 1 and I % BLOCK == 0 and -(-I // _GROUP) * kind.head_bytes == P
+    if not fits or offsets.shape != (O + 1,):
         raise ValueError(
             f"heads of shape {O} × {P} and {offsets.size} offsets are not of rows of {I} weights"
         )
+
     ascending = bool((offsets[1:] >= offsets[:-1]).all())
     if offsets[0] != 0 or not ascending or offsets[-1] != matrix.values.size - SLACK_BYTES:
         raise ValueError(
@@ -169,79 +171,106 @@ def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
         )
 
 
-def _in_chunks(kind: Kind, code_OI: NDArray[Any]) -> NDArray[Any]:
+def _order_by_bits(kind: Kind, code_OI: NDArray[Any]) -> NDArray[Any]:
     """Return the codes of whole groups in the order of the mask bits."""
-    O, I = code_OI.shape
-    code_OI = np.pad(code_OI, ((0, 0), (0, -I % _GROUP)), constant_values=kind.zero)
-    return code_OI.reshape(O, -1, 8, 4, 8).swapaxes(2, 3).reshape(O, -1) if kind.scaled else code_OI
+    padding = (0, 0), (0, -code_OI.shape[1] % _GROUP)
+    code_OI = np.pad(code_OI, padding, constant_values=kind.zero)
+    if not kind.scaled:
+        return code_OI
+    # Of a group: 8 blocks of 4 chunks of 8 weights become 4 chunks of 8 blocks of 8 weights.
+    return code_OI.reshape(len(code_OI), -1, 8, 4, 8).swapaxes(2, 3).reshape(len(code_OI), -1)
 
 
-def _in_rows(kind: Kind, value_ON: NDArray[Any]) -> NDArray[Any]:
+def _order_by_weights(kind: Kind, value_OI: NDArray[Any]) -> NDArray[Any]:
     """Return what belongs to the mask bits in the order of the weights."""
-    O = len(value_ON)
-    return (
-        value_ON.reshape(O, -1, 4, 8, 8).swapaxes(2, 3).reshape(O, -1) if kind.scaled else value_ON
-    )
+    if not kind.scaled:
+        return value_OI
+    return value_OI.reshape(len(value_OI), -1, 4, 8, 8).swapaxes(2, 3).reshape(len(value_OI), -1)
 
 
-def _codes(kind: Kind, code_OP: Bytes) -> NDArray[Any]:
+def _read_codes(kind: Kind, code_OP: Bytes) -> NDArray[Any]:
     """Return code_OI, one code in each element."""
-    if kind.bits == 4:
-        return np.stack([code_OP & 15, code_OP >> 4], axis=2).reshape(len(code_OP), -1)
-    return np.ascontiguousarray(code_OP).view("<u2") if kind.bits == 16 else code_OP
+    match kind.bits:
+        case 4:
+            halves = code_OP & 15, code_OP >> 4
+            return np.stack(halves, axis=2).reshape(len(code_OP), -1)
+        case 16:
+            return np.ascontiguousarray(code_OP).view("<u2")
+    return code_OP
 
 
-def _code_bytes(kind: Kind, code_OI: NDArray[Any]) -> Bytes:
-    if kind.bits == 4:
-        return np.asarray(code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4))
-    return code_OI.astype("<u2").view(np.uint8) if kind.bits == 16 else code_OI
+def _write_codes(kind: Kind, code_OI: NDArray[Any]) -> Bytes:
+    match kind.bits:
+        case 4:
+            return np.asarray(code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4))
+        case 16:
+            return code_OI.astype("<u2").view(np.uint8)
+    return code_OI
 
 
-def _heads(kind: Kind, keep_ON: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
-    O, N = keep_ON.shape
-    G = N // _GROUP
-    head_OGP = np.zeros((O, G, kind.head_bytes), dtype=np.uint8)
-    head_OGP[:, :, -_GROUP // 8 :] = np.packbits(keep_ON, axis=1, bitorder="little").reshape(
-        O, G, -1
-    )
-    if kind.scaled:
-        scales_OP = np.zeros((O, G * 2 * _GROUP // BLOCK), dtype=np.uint8)
-        scales_OP[:, : scale_OP.shape[1]] = scale_OP
-        head_OGP[:, :, : -_GROUP // 8] = scales_OP.reshape(O, G, -1)
+def _join_heads(kind: Kind, keep_OI: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
+    O, I = keep_OI.shape
+    groups = I // _GROUP
+    head_OGP = np.zeros((O, groups, kind.head_bytes), dtype=np.uint8)
+
+    mask_OP = np.packbits(keep_OI, axis=1, bitorder="little")
+    head_OGP[:, :, -_MASK_BYTES:] = mask_OP.reshape(O, groups, -1)
+
+    # A row may end within a group, whose other scales are zero.
+    padding = (0, 0), (0, kind.scale_bytes(I) - scale_OP.shape[1])
+    head_OGP[:, :, :-_MASK_BYTES] = np.pad(scale_OP, padding).reshape(O, groups, -1)
     return head_OGP.reshape(O, -1)
 
 
-def _kept(
-    kind: Kind, code_ON: NDArray[Any], keep_ON: NDArray[np.bool_]
-) -> tuple[Bytes, NDArray[np.int64]]:
-    """Return the values of the rows, and how many bytes each row has."""
-    kept = code_ON[keep_ON]
-    place, bytes_O = _places(kind, keep_ON)
+def _split_heads(kind: Kind, heads_OP: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:
+    """Return scale_OP and keep_OI of whole groups."""
+    O = len(heads_OP)
+    head_OGP = heads_OP.reshape(O, -1, kind.head_bytes)
+    scale_OP = np.ascontiguousarray(head_OGP[:, :, :-_MASK_BYTES]).reshape(O, -1)
+    mask_OP = np.ascontiguousarray(head_OGP[:, :, -_MASK_BYTES:]).reshape(O, -1)
+    return scale_OP, np.unpackbits(mask_OP, axis=1, bitorder="little").view(np.bool_)
+
+
+def _write_values(
+    kind: Kind, kept: NDArray[Any], place: NDArray[np.int64], size_bytes: int
+) -> Bytes:
     if kind.bits != 4:
-        return kept.view(np.uint8), bytes_O
-    nibbles = np.zeros(2 * int(bytes_O.sum()), dtype=np.uint8)
+        return kept.view(np.uint8)
+    nibbles = np.zeros(2 * size_bytes, dtype=np.uint8)
     nibbles[place] = kept
-    return nibbles[::2] | nibbles[1::2] << np.uint8(4), bytes_O
+    return nibbles[::2] | nibbles[1::2] << np.uint8(4)
 
 
-def _take(kind: Kind, values: Bytes, place: NDArray[np.int64]) -> NDArray[Any]:
+def _read_values(kind: Kind, values: Bytes, place: NDArray[np.int64]) -> NDArray[Any]:
     """Return the kept codes of rows whose values those are."""
-    if kind.bits == 4:
-        return np.asarray(np.stack([values & 15, values >> 4], axis=1).reshape(-1)[place])
-    return np.ascontiguousarray(values).view("<u2") if kind.bits == 16 else values
+    match kind.bits:
+        case 4:
+            nibbles = np.stack([values & 15, values >> 4], axis=1).reshape(-1)
+            return np.asarray(nibbles[place])
+        case 16:
+            return np.ascontiguousarray(values).view("<u2")
+    return values
 
 
-def _places(kind: Kind, keep_ON: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the place of each kept code among half bytes, for codes of 4 bits, and the bytes of each row."""
-    O, N = keep_ON.shape
+def _find_places(
+    kind: Kind, keep_OI: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the place of each kept code among half bytes, for codes of 4 bits, and bytes_O."""
+    O, I = keep_OI.shape
     if kind.bits != 4:
-        return np.empty(0, dtype=np.int64), np.count_nonzero(keep_ON, axis=1).astype(np.int64) * (
-            kind.bits // 8
-        )
-    half = np.arange(N) // (_GROUP // 2) % 2  # of its group, and of its byte
-    rank_ON = np.empty((O, N), dtype=np.int64)
+        bytes_O = np.count_nonzero(keep_OI, axis=1).astype(np.int64) * (kind.bits // 8)
+        return np.empty(0, dtype=np.int64), bytes_O
+
+    # The first half of a group is in the low halves of the bytes, the second in the high ones:
+    # each has its own rank in the row, which is the number of its byte.
+    half = np.arange(I) // (_GROUP // 2) % 2
+    rank_OI = np.empty((O, I), dtype=np.int64)
     for which in (0, 1):
-        rank_ON[:, half == which] = np.cumsum(keep_ON[:, half == which], axis=1)
-    bytes_O = rank_ON[:, [N - 1 - _GROUP // 2, N - 1]].max(axis=1)
+        rank_OI[:, half == which] = np.cumsum(keep_OI[:, half == which], axis=1)
+
+    # The longer stream says how many bytes the row has: its last rank is at the end of that half.
+    last = [I - 1 - _GROUP // 2, I - 1]
+    bytes_O = rank_OI[:, last].max(axis=1)
     start_O = np.cumsum(bytes_O) - bytes_O
-    return (2 * (start_O[:, None] + rank_ON - 1) + half)[keep_ON], bytes_O
+    byte_OI = start_O[:, None] + rank_OI - 1
+    return (2 * byte_OI + half)[keep_OI], bytes_O

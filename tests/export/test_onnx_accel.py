@@ -98,7 +98,7 @@ def test_inspecting_counts_the_weights_beside_a_graph_and_names_the_second_one(
         files=dict(made.files),
         **known,
     )
-    assert inspection._second_graph(tmp_path, entry) == f"m.accel.onnx, {second} bytes"
+    assert inspection._describe_second_graph(tmp_path, entry) == f"m.accel.onnx, {second} bytes"
 
 
 def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from racdeploy import quant as quants
 from racdeploy.packing import racgguf
 from racdeploy.packing.buckets import Table
 from racdeploy.packing.chunks import (
-    CHUNK_WEIGHTS,
     LEAST_WORD_WEIGHTS,
     fit_table,
     pack_chunk,
@@ -26,7 +25,7 @@ from racdeploy.packing.chunks import (
     unpack_chunk,
 )
 from racdeploy.packing.codes import refuse_mask
-from racdeploy.packing.layouts import LAYOUTS
+from racdeploy.packing.layouts import CHUNK_WEIGHTS, LAYOUTS
 from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor, read_pieces
 from racdeploy.storage.gguf_header import Header, TensorInfo
 
@@ -100,10 +99,7 @@ class TensorPacker:
         return np.asarray(np.sum([tally(layout, chunk) for chunk in self._chunks(tensor)], axis=0))
 
     def _chunks(self, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
-        layout = LAYOUTS[tensor.ggml_type]
-        return read_pieces(
-            tensor, self._source, CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
-        )
+        return read_pieces(tensor, self._source, LAYOUTS[tensor.ggml_type].chunk_bytes)
 
 
 def refuse_stored(tensor: StoredTensor) -> str:
@@ -113,7 +109,7 @@ def refuse_stored(tensor: StoredTensor) -> str:
         return f"is packed and of type {tensor.ggml_type}, which cannot be packed"
 
     blocks = tensor.plain_bytes // layout.block_bytes
-    weights = blocks * layout.block_weights
+    weights = layout.count_weights(tensor.plain_bytes)
     least_bytes = 5 * blocks if layout.in_words else weights // 8
     if tensor.stored_bytes < least_bytes:
         return f"is stored in {tensor.stored_bytes} bytes, less than the {least_bytes} of its mask"
@@ -129,11 +125,11 @@ def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.u
         ArtifactError: its table or a chunk is damaged.
     """
     layout = LAYOUTS[tensor.ggml_type]
-    weights = tensor.plain_bytes // layout.block_bytes * layout.block_weights
+    weights = layout.count_weights(tensor.plain_bytes)
     table = read_table(layout, source.take)
     while weights:
         chunk = unpack_chunk(layout, source.take, table, min(weights, CHUNK_WEIGHTS))
-        weights -= chunk.size // layout.block_bytes * layout.block_weights
+        weights -= layout.count_weights(chunk.size)
         yield chunk
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.export.gguf import measure
 from racdeploy.packing import racgguf
-from racdeploy.packing.chunks import CHUNK_WEIGHTS
+from racdeploy.packing.layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_gguf import random_rows, write_gguf

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from racdeploy.packing.chunks import CHUNK_WEIGHTS
+from racdeploy.packing.layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
 from tests.support.tiny_gguf import random_rows, write_gguf
 
