@@ -26,6 +26,7 @@ __all__ = [
     "Format",
     "Progress",
     "check",
+    "check_metadata",
     "format_of",
     "load",
     "measure_sparsity",
@@ -201,6 +202,19 @@ def check(settings: recipe.Export) -> None:
         ):
             raise UsageError(
                 f"format {settings.format!r} has no use for export.{name}", remedy="remove it"
+            )
+
+
+def check_metadata(metadata: Mapping[str, Any], reserved: Collection[str]) -> None:
+    """Refuse metadata keys that are not a caller's to choose.
+
+    Raises:
+        UsageError: one is reserved, or in nobody's namespace; the message names it.
+    """
+    for key in metadata:
+        if key in reserved or not key.startswith(("racdeploy.", "general.")):
+            raise UsageError(
+                f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys"
             )
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportedTensor, ExportResult, Progress
+from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
 from racdeploy.export.onnx.choice import check_exporter, choose
 from racdeploy.export.onnx.layouts import layouts, name_graph
 from racdeploy.export.onnx.measurement import measure
@@ -63,7 +63,6 @@ NEEDS = {
 OPTIONS = ("exporter",)
 
 _VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
-_OWN_KEYS = ("racdeploy.", "general.")
 
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
@@ -112,12 +111,7 @@ def export(
     check_exporter(exporter)
     if out.suffix != ".onnx":
         raise UsageError(f"{out} is no name for an ONNX graph", remedy=f"name it {out.stem}.onnx")
-    if foreign := [
-        key for key in metadata or {} if key == TENSORS_KEY or not key.startswith(_OWN_KEYS)
-    ]:
-        raise UsageError(
-            f"metadata key {foreign[0]!r} is the exporter's; give racdeploy.* or general.* keys"
-        )
+    check_metadata(metadata or {}, (TENSORS_KEY,))
     chosen_packing = packings.load_onnx(packing)
     _check_space(checkpoint, out, quant)
     chosen_packing.GraphPacker.check_size(_count_weights(checkpoint))

@@ -1,0 +1,92 @@
+"""What other programs need to run a GGUF file: a Modelfile for Ollama, and lines of the model card."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from racdeploy import packing as packings
+from racdeploy.export.gguf.ollama import go_template
+from racdeploy.export.gguf.vocabulary import adds_bos
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant import importance as importances
+from racdeploy.runtime.template import PromptEncoder
+
+_LEAST_CONTEXT = 16_384  # a thought takes thousands of tokens
+_OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
+
+
+def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Return an Ollama Modelfile, with the chat template in Ollama's own language where that can express it.
+
+    The context is raised to where a thought fits, and a completion may fill it: Ollama would cut both far earlier.
+    """
+    entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
+    encoder = PromptEncoder.from_folder(checkpoint.folder)
+    bos = encoder.bos_token if adds_bos(checkpoint) else ""
+    template, reason = go_template(encoder.render, bos)
+
+    settings = manifest.generation
+    wanted = max(settings.context_tokens, _LEAST_CONTEXT)
+    tokens = {i: text for text, i in encoder.tokenizer.get_vocab().items()}
+    text = _render(
+        "Modelfile.jinja",
+        is_split=_is_split(entry),
+        file=_name_plain(entry),
+        template=template,
+        reason=reason,
+        sampling={
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            **_read_recommended(checkpoint),
+        },
+        context_tokens=min(checkpoint.integer("max_position_embeddings"), wanted),
+        stops=[tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens],
+    )
+    return {"Modelfile": text}
+
+
+def usage(entry: ArtifactEntry) -> list[str]:
+    """Return how other programs run the file."""
+    text = _render(
+        "usage.jinja",
+        is_split=_is_split(entry),
+        file=_name_plain(entry),
+        context_tokens=_LEAST_CONTEXT,
+    )
+    return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
+
+
+def _render(name: str, **values: object) -> str:
+    environment = Environment(
+        trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    source = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)
+
+
+def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return what else the model's authors recommend for sampling, by Ollama's names."""
+    found = {}
+    for name, ollama_name in _OLLAMA_NAMES.items():
+        value = checkpoint.tokenizer.generation.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[ollama_name] = value
+    return found
+
+
+def _is_split(entry: ArtifactEntry) -> bool:
+    models = [
+        name
+        for name in entry.files
+        if name.endswith(".gguf") and not name.endswith(importances.SUFFIX)
+    ]
+    return len(models) > 1
+
+
+def _name_plain(entry: ArtifactEntry) -> str:
+    """Return the name of the file that llama.cpp and Ollama read: a packed one is unpacked beside itself."""
+    return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path

@@ -1,0 +1,245 @@
+"""Write a checkpoint as a GGUF file: check, plan, write the parts, publish or pack them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.errors import UsageError
+from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
+from racdeploy.export.gguf.body import Body, divide
+from racdeploy.export.gguf.general import FILE_KEYS, general_values
+from racdeploy.export.gguf.header import write_header
+from racdeploy.export.gguf.parameters import check_parameters
+from racdeploy.export.gguf.splits import name_part
+from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
+from racdeploy.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing import racgguf
+from racdeploy.quant import importance as importances
+from racdeploy.quant import presets
+from racdeploy.quant.importance import Importance
+from racdeploy.storage.files import disk_errors, file_sha256, require_space
+
+Metadata = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is decided before the first byte is written.
+
+    Args:
+        tensors: of all files, in their order.
+        parts: tensors of each file.
+        vocabulary: the tokenizer.
+        general: keys that say what the file is.
+        importance: by which scales are chosen, or None.
+        notes: what an engine or a reader should know, in sentences.
+    """
+
+    tensors: list[PlannedTensor]
+    parts: Mapping[Path, list[PlannedTensor]]
+    vocabulary: Vocabulary
+    general: Mapping[str, Any]
+    importance: Importance | None
+    notes: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    quant: str,
+    packing: str = "plain",
+    metadata: Metadata | None = None,
+    pre_tokenizer: str | None = None,
+    tensors: Mapping[str, str] | None = None,
+    importance: str = "",
+    split_bytes: int = 0,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write a checkpoint as one file, or as several.
+
+    Args:
+        checkpoint: the model folder.
+        out: the file to write; replaced if it exists.
+        quant: number format of the linears, or a preset. Vectors are F32; rows that do not divide into the blocks of a
+            format get the next one that they divide into.
+        packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked first.
+        metadata: further keys, ``racdeploy.*`` or ``general.*``.
+        pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
+        tensors: regular expression → number format of the tensors whose names in the file it matches.
+        importance: file of an importance matrix; empty takes the one that pruning left, ``none`` takes none.
+        split_bytes: most bytes of tensors in one file; where there are more, the model becomes several files, of which
+            engines open the first. 0 is never; a packed file is never split.
+        progress: called after every slab.
+
+    Raises:
+        UsageError: an unknown quant or packing, a wrong suffix, or a metadata key of somebody else.
+        ModelError: the checkpoint is damaged or has something that llama.cpp does not compute.
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    _check_request(out, quant, packing, metadata or {})
+    check_parameters(checkpoint)
+    mix = presets.read(quant, tensors)
+    known = importances.find(checkpoint.folder, importance)
+    most_bytes = 0 if _is_container(packing) else split_bytes
+    plan = _make_plan(checkpoint, out, mix, known, pre_tokenizer, metadata or {}, most_bytes)
+    require_space(out.parent, plan.total_bytes, "choose another place with --out")
+
+    with _partial_files(plan) as partials, disk_errors(out):
+        written = _write_parts(checkpoint, plan, partials, progress)
+        result = _publish(plan, partials, written, packing)
+
+    if known and known.is_own:
+        result = _add_importance(result, known, plan, out)
+    return result
+
+
+def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> None:
+    packings.check("gguf", quant, packing)
+    if (out.suffix == racgguf.SUFFIX) != _is_container(packing):
+        suffix = packings.load_gguf(packing).SUFFIX
+        raise UsageError(
+            f"{out} is no name for a file with packing {packing!r}",
+            remedy=f"name it {out.stem}{suffix}",
+        )
+    check_metadata(metadata, FILE_KEYS)
+
+
+def _is_container(packing: str) -> bool:
+    return packings.load_gguf(packing).SUFFIX == racgguf.SUFFIX
+
+
+def _make_plan(
+    checkpoint: Checkpoint,
+    out: Path,
+    mix: presets.Mix,
+    importance: Importance | None,
+    pre_tokenizer: str | None,
+    metadata: Metadata,
+    most_bytes: int,
+) -> _Plan:
+    tensors = plan_tensors(checkpoint, mix)
+    divided = divide(tensors, most_bytes)
+    files = [out]
+    if len(divided) > 1:
+        numbers = range(len(divided))
+        files = [out.with_name(name_part(out.stem, number, len(divided))) for number in numbers]
+
+    vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
+    general = general_values(checkpoint, mix, metadata)
+    vocabulary.check_name(general["general.name"])
+    notes = vocabulary.notes
+    if importance:
+        notes = (*notes, _describe_importance(importance, tensors))
+
+    parts = dict(zip(files, divided, strict=True))
+    return _Plan(tensors, parts, vocabulary, general, importance, notes)
+
+
+def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
+    """Return how many matrices have scales that an importance chose.
+
+    Raises:
+        UsageError: it is of another model.
+    """
+    coded = [tensor for tensor in plan if quants.load(tensor.quant_real).BLOCK > 1]
+    weighed = [t for t in coded if known.of(t.name, t.source, t.shape[-1]) is not None]
+    if coded and not weighed:
+        raise UsageError(
+            f"{known.file} names no tensor of this model", remedy="leave export.importance out"
+        )
+    return (
+        f"scales of {len(weighed)} of {len(coded)} quantized matrices are chosen by the importance"
+        " of their inputs"
+    )
+
+
+@contextmanager
+def _partial_files(plan: _Plan) -> Iterator[dict[Path, Path]]:
+    """Yield file → where it is written until it is whole; what is left of those is removed."""
+    partials = {file: file.with_name(f".{file.name}.plain.partial") for file in plan.parts}
+    try:
+        yield partials
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def _write_parts(
+    checkpoint: Checkpoint, plan: _Plan, partials: Mapping[Path, Path], progress: Progress | None
+) -> tuple[ExportedTensor, ...]:
+    body = Body(checkpoint, plan.importance, plan.total_bytes, progress)
+    written: list[ExportedTensor] = []
+    for number, (file, tensors) in enumerate(plan.parts.items()):
+        is_first = number == 0
+        write_header(
+            checkpoint,
+            partials[file],
+            tensors,
+            vocabulary=plan.vocabulary if is_first else None,
+            general=plan.general if is_first else {},
+            split=(number, len(plan.parts), len(plan.tensors)),
+        )
+        written += body.append(partials[file], tensors)
+    return tuple(written)
+
+
+def _publish(
+    plan: _Plan, partials: Mapping[Path, Path], written: tuple[ExportedTensor, ...], packing: str
+) -> ExportResult:
+    """Give the files their names, packed or as they are."""
+    plain = ExportResult(
+        path=next(iter(partials)),
+        tensors=written,
+        size_bytes=sum(partial.stat().st_size for partial in partials.values()),
+        files={file.name: file_sha256(partial) for file, partial in partials.items()},
+        notes=plan.notes,
+    )
+    packer = packings.load_gguf(packing)
+    rows: tuple[racgguf.PackedTensor, ...] = ()
+    for file, partial in partials.items():
+        rows += packer.pack_file(partial, file)
+    return _describe_packed(plain, packing, rows) if rows else plain
+
+
+def _describe_packed(
+    plain: ExportResult, packing: str, rows: tuple[racgguf.PackedTensor, ...]
+) -> ExportResult:
+    """Return the result of a plain file with what packing made of each tensor."""
+    tensors = tuple(
+        replace(
+            tensor,
+            size_bytes=row.stored_bytes,
+            packing="plain" if row.reason else packing,
+            packing_reason=row.reason,
+        )
+        for tensor, row in zip(plain.tensors, rows, strict=True)
+    )
+    return replace(
+        plain,
+        tensors=tensors,
+        size_bytes=plain.path.stat().st_size,
+        files={plain.path.name: file_sha256(plain.path)},
+        unpacked_sha256=plain.sha256,
+    )
+
+
+def _add_importance(
+    result: ExportResult, known: Importance, plan: _Plan, out: Path
+) -> ExportResult:
+    """Leave the importance beside the model, for those who quantize it again."""
+    matrix = out.with_name(out.stem + importances.SUFFIX)
+    known.write_imatrix(matrix, {tensor.source: tensor.name for tensor in plan.tensors})
+    return replace(result, files={**result.files, matrix.name: file_sha256(matrix)})
