@@ -1,4 +1,4 @@
-"""One measurement of ``accel_llamacpp.py``, in a process that holds llama-cpp-python and little else."""
+"""One measurement of ``accel_llamacpp.py``, in a process of llama-cpp-python and little else."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def measure(
 ) -> dict[str, float]:
     """Load a file as a user does, read a prompt, decode.
 
-    ``state`` is what was before: ``warm``, the system holds it; ``cold``, it is on the disk only; ``new``, its packed
-    weights were never kept, nor its zeros counted.
+    ``state`` is what was before: ``warm``, the system has it cached; ``cold``, it is on the disk
+    only; ``new``, its packed weights were never kept, nor its zeros counted.
     """
     if sparse:
         from racdeploy import accel

@@ -6,9 +6,9 @@
     python benchmarks/accel_agreement.py build/bundle --prompts 200
     python benchmarks/accel_agreement.py build/onnx-bundle --prompts 200
 
-Compares with the engine's own kernels, one sequence at a time: themselves at another number of sequences, on llama.cpp
-with flash attention, which sums in another order too, and the sparse kernels at both numbers.
-"""
+Compares with the engine's own kernels, one sequence at a time: themselves at another number of
+sequences, on llama.cpp with flash attention, which sums in another order too, and the sparse
+kernels at both numbers."""
 
 from __future__ import annotations
 

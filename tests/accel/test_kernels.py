@@ -1,4 +1,4 @@
-"""The sparse kernels: what packing promises, and products held against ggml's own C code."""
+"""The sparse kernels: what packing promises, and products compared with ggml's own C code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chosen(request: pytest.FixtureRequest, kernels: SparseKernels) -> SparseKern
 
 
 def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int = 0) -> np.ndarray:
-    """Return random weights in ggml's blocks, uint8 [rows, row bytes]; bytes, scales and codes are those of gguf-py."""
+    """Return random weights in ggml's blocks, uint8 [rows, row bytes], as gguf-py makes them."""
     generator = np.random.default_rng(seed)
     weight_OI = generator.standard_normal((rows, columns)).astype(np.float32)
     weight_OI[generator.random((rows, columns)) < sparsity] = 0
@@ -111,13 +111,14 @@ def test_two_of_four_is_found_and_restored(chosen: SparseKernels) -> None:
 def test_products_equal_the_weights_times_the_rounded_inputs(
     chosen: SparseKernels, quant: str, tokens: int, sparsity: float
 ) -> None:
-    """Each product is the exact one of the stored weights and ggml's rounded inputs, to 1e-6 of the largest."""
+    """Exact for the stored weights and ggml's rounded inputs, to 1e-6 of the largest."""
     rows, columns = 37, 32 * 27
     blocks = draw_blocks(quant, rows, columns, sparsity, seed=tokens)
     activation_TI = draw_activations(tokens, columns)
     expected_TO = round_inputs(quant, activation_TI) @ dequantize(quant, blocks).T
     output_TO = chosen.multiply(chosen.pack(quant, blocks, columns), activation_TI, cut=11)
-    # 864 float32 additions of partial sums err by less than 864 * 2^-24 of their size; signs cancel most of it
+    # 864 float32 additions of partial sums err by less than 864 * 2^-24 of their size, and signs
+    # cancel most of it.
     np.testing.assert_allclose(
         output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max()
     )
@@ -227,7 +228,7 @@ def round_inputs(quant: str, activation_TI: np.ndarray) -> np.ndarray:
 
 
 def ggml_q8_0(activation_I: np.ndarray) -> np.ndarray:
-    """Return ggml's own Q8_0 blocks of one row of inputs, from the library in the llama-cpp-python wheel."""
+    """Return the Q8_0 blocks that ggml of the llama-cpp-python wheel makes of a row of inputs."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="the oracle is the wheel's libggml-cpu")
     library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-cpu.so"))
     blocks = np.zeros(len(activation_I) // 32 * 34, np.uint8)

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import Proof, ggml_plugin
-from racdeploy.storage.files import file_sha256
+from tests.support.accel_plugin import find_kernels, write_proof
 from tests.support.commands import racdeploy
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plug-in and a verdict that uses it from 40 % zeros on, however fast it is on this machine."""
+    """A folder with the plug-in and a proof that uses it from 40 % zeros on."""
     folder = tmp_path_factory.mktemp("kernels")
-    plugin = ggml_plugin.find_kernels()
-    assert not isinstance(plugin, str), plugin
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(folder))
-        library = plugin.library.build()
-    child = f"from racdeploy.accel.ggml_plugin import Plugin; print(Plugin({str(library)!r}).instruction_set)"
-    found = subprocess.run(
-        [sys.executable, "-c", child], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    verdict = Proof("", file_sha256(library), found, faster_from={"q8_0": 0.4})
-    library.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
+        library = find_kernels().library.build()
+    write_proof(library, {"q8_0": 0.4})
     return folder
 
 
 def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(
     built: Path, kernels: Path, tmp_path: Path
 ) -> None:
-    """Every check passes; the dense answers were made without the kernels, and the report names that."""
+    """Every check passes; the dense answers came without the kernels, and the report names that."""
     arguments = ("verify", built, "--work", tmp_path, "--json")
     stock = racdeploy(*arguments, "--accel", "off")
     sparse = racdeploy(*arguments, "--accel", "require", RACDEPLOY_ACCEL=str(kernels))

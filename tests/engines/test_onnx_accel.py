@@ -1,5 +1,4 @@
-"""The onnxruntime engine with the second graph of packing bitmask_op: when it is taken, and that it
-answers alike."""
+"""The onnxruntime engine with the second graph of packing bitmask_op: when, and answers alike."""
 
 from __future__ import annotations
 
@@ -61,8 +60,7 @@ def write_proof(library: Path, found: Proof) -> None:
 
 
 def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
-    """Differences are those of float32 sums and of inputs that stock kernels round with other
-    scales."""
+    """They differ by float32 sums, and by inputs that stock kernels round with other scales."""
     write_proof(library, Proof("", "", "any", speedups=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
@@ -104,8 +102,7 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
 
 
 def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: Path) -> None:
-    """Never tried, failed, not faster, no second graph: the plain graph, or an error where it is
-    required."""
+    """Never tried, failed, not faster, no second graph: the plain one, or an error if required."""
     cases = {
         "never tried": None,
         "its self-test failed": Proof("its self-test failed", ""),

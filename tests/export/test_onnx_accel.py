@@ -1,4 +1,4 @@
-"""The second graph of packing ``bitmask_op``: the plain one's weights, smaller, and read back bit for bit."""
+"""The second graph of packing ``bitmask_op``: the plain one's weights bit for bit, and smaller."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plain_graph_stays_and_the_second_has_its_weights(
     sparse: Checkpoint, tmp_path: Path, quant: str
 ) -> None:
-    """The main file is the one without packing; tensor by tensor the second has equal zeros and fewer bytes."""
+    """The main file is the plain one; tensor by tensor the second has equal zeros, fewer bytes."""
     (tmp_path / "plain").mkdir()
     plain = export(sparse, tmp_path / "plain" / "m.onnx", quant=quant)
     packed = export(sparse, tmp_path / "m.onnx", quant=quant, packing="bitmask_op")
@@ -67,7 +67,7 @@ def test_the_plain_graph_stays_and_the_second_has_its_weights(
 
 
 def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path) -> None:
-    """Number format, weights and zeros, read without the weights; nothing else in the graph is left over."""
+    """Number format, weights and zeros, read without the weights; nothing else is left over."""
     result = export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
     (said,) = json.loads(read_properties(tmp_path / "m.accel.onnx")[ACCEL_KEY])
     packed = [tensor for tensor in result.tensors if tensor.packing == "bitmask_op"]
@@ -85,7 +85,7 @@ def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path
 def test_inspecting_counts_the_weights_beside_a_graph_and_names_the_second_one(
     sparse: Checkpoint, tmp_path: Path
 ) -> None:
-    """A graph's size is of both its files; a bundle's of its plain graph, and the second one has a line of its own."""
+    """A graph's size is of both its files; in a bundle the second graph has its own line."""
     made = export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")
     second = sum((tmp_path / name).stat().st_size for name in ("m.accel.onnx", "m.accel.onnx_data"))
     assert inspect_path(tmp_path / "m.accel.onnx")["summary"]["size_bytes"] == second
@@ -115,7 +115,7 @@ def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
 def test_another_form_of_matrices_is_not_read_as_this_one(
     sparse: Checkpoint, tmp_path: Path
 ) -> None:
-    """The version of the operator's domain tells a file of an earlier racdeploy from one of this."""
+    """The version of the operator's domain tells a file of an earlier racdeploy from today's."""
     export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
     model = onnx.load(str(tmp_path / "m.accel.onnx"), load_external_data=False)
     (opset,) = (opset for opset in model.opset_import if opset.domain == "racdeploy")
@@ -162,7 +162,7 @@ def test_a_damaged_second_graph_is_an_error(sparse: Checkpoint, tmp_path: Path, 
 
 
 def test_a_rival_in_another_format_may_be_asked_for() -> None:
-    """A build sets the number formats of single tensors back for it: set, and of no use, are two things."""
+    """A build sets single tensors' formats back for it: set, and of no use, are two things."""
     plain = Export(format="onnx", quant="matmulnbits_8").model_copy(
         update={"quant": "k_quant", "tensors": {}}
     )

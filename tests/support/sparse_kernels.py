@@ -1,4 +1,4 @@
-"""The C++ kernels through ctypes, for the tests: no more than the C functions, with numpy arrays."""
+"""The C++ kernels through ctypes, for the tests: the C functions with numpy arrays."""
 
 from __future__ import annotations
 

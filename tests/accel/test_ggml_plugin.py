@@ -1,4 +1,4 @@
-"""The plug-in of llama.cpp: proven in a child before it is used, the same answers, and stock paths where it is not."""
+"""The plug-in for llama.cpp: tried in a child first, the same answers, stock paths without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import Proof, ggml_plugin, ggml_weights, kept_weights, library
+from racdeploy.accel import ggml_plugin, ggml_weights, kept_weights, library
 from racdeploy.accel.library import Library
-from racdeploy.accel.proof import Kernels
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.doctor import examine
@@ -32,8 +31,8 @@ from racdeploy.errors import EngineError, UsageError
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.runtime import load
-from racdeploy.storage.files import file_sha256
 from racdeploy.storage.gguf_header import Header
+from tests.support.accel_plugin import find_kernels, write_proof
 from tests.support.tiny_artifacts import make_bundle
 from tests.support.tiny_models import make_checkpoint
 
@@ -51,16 +50,10 @@ STUB = {
     "int rac_ggml_wanted_pattern()": "return 0;",
     "const char* rac_instruction_set()": 'return "portable";',
     "double rac_ggml_difference()": "return 0;",
-    "void rac_ggml_time(int, long, long, long, double, bool, int, int, double* stock, double* sparse)": (
+    "void rac_ggml_time(int,long,long,long,double,bool,int,int, double* stock, double* sparse)": (
         "*stock = 1; *sparse = 2;"
     ),
 }
-
-
-def find_kernels() -> Kernels:
-    kernels = ggml_plugin.find_kernels()
-    assert not isinstance(kernels, str), kernels
-    return kernels
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +66,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The plug-in with a verdict that uses it from 30 % zeros on, however fast it is on this machine."""
+    """The plug-in with a proof that uses it from 30 % zeros on, however fast it is here."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(home.parent))
-    faster_from = dict.fromkeys(("q8_0", "q4_0", "f16", "bf16", "q8_0 2:4"), 0.3)
-    verdict = Proof("", file_sha256(home), _instruction_set(home), faster_from=faster_from)
-    home.with_suffix(".json").write_text(json.dumps(asdict(verdict)))
+    write_proof(home, dict.fromkeys(("q8_0", "q4_0", "f16", "bf16", "q8_0 2:4"), 0.3))
     return home
 
 
@@ -100,13 +91,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def _instruction_set(library: Path) -> str:
-    """Ask in a child: the plug-in stays in a process that has loaded it."""
-    code = f"from racdeploy.accel.ggml_plugin import Plugin; print(Plugin({str(library)!r}).instruction_set)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def _in_child(code: str) -> list[str]:
     """Run a program in a fresh process; return the lines it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -119,9 +103,8 @@ def _stub(folder: Path, **bodies: str) -> Path:
     lines = []
     for signature, body in STUB.items():
         name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_").removeprefix("rac_")
-        lines.append(
-            f'extern "C" __attribute__((visibility("default"))) {signature} {{ {bodies.get(name, body)} }}'
-        )
+        attribute = '__attribute__((visibility("default")))'
+        lines.append(f'extern "C" {attribute} {signature} {{ {bodies.get(name, body)} }}')
     (folder / "stub.cpp").write_text("\n".join(lines))
     return Library("stub", (str(folder / "stub.cpp"),)).build()
 
@@ -158,7 +141,7 @@ def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Pa
 def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
     bodies: dict[str, str], refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It crashes, miscounts or is slow: this process lives on, and the verdict says why it is not used."""
+    """It crashes, miscounts or is slow: this process lives on, and the proof says why."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     library = _stub(tmp_path, **bodies)
     verdict = find_kernels().prove(library)
@@ -178,7 +161,7 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
 def test_a_spoiled_library_is_not_loaded(
     ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A change after it was proven leaves the model on llama.cpp's own kernels; where required, that is an error."""
+    """Changed since the proof: llama.cpp's own kernels run, or an error where it is required."""
     plain = ready.read_bytes()
     try:
         ready.write_bytes(plain[:-100] + bytes(100))
@@ -223,20 +206,21 @@ def test_without_headers_or_a_compiler_it_says_so(
 def test_logits_are_those_of_the_stock_engine(
     quant: str, ready: Path, files: dict[str, Path]
 ) -> None:
-    """Every number format, in one batch of the whole text; float32 sums in another order are all that differs."""
+    """Every number format, in one batch; float32 sums in another order are all that differs."""
     with LlamaCppEngine(files[quant], SETTINGS) as stock:
         expected_TV = stock.logits(IDS)
         assert stock.about["kernels"] == "llama.cpp's own kernels: sparse ones are switched off"
     with LlamaCppEngine(files[quant], replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
         assert engine.about["sparse_weights"] == 2 * 6  # of each block all linears but down_proj
-    # Rounded activations (bf16: 8 bits) pass a changed last bit on; one step of 2^-9 of them is 0.2 % of a logit.
+    # Rounded activations (bf16: 8 bits) pass a changed last bit on; one step of 2^-9 of them is
+    # 0.2 % of a logit.
     assert np.abs(found_TV - expected_TV).max() <= 2e-3 * np.abs(expected_TV).max()
     assert (found_TV.argmax(1) == expected_TV.argmax(1)).all()
 
 
 def test_greedy_answers_do_not_depend_on_batching(ready: Path, files: dict[str, Path]) -> None:
-    """One token of one sequence and of five take different ways through the kernels, to the same sums."""
+    """One token of one sequence and of five go other ways through the kernels to the same sums."""
     prompts = [[7 + i, 100, 20 * i + 3] for i in range(5)]
     sampling = Sampling(max_new_tokens=24, stop_ids=())
     answers = []
@@ -342,7 +326,8 @@ import sys, llama_cpp, numpy as np
 from racdeploy import accel
 file, use_mmap = sys.argv[1], sys.argv[2] == "True"
 accel.enable(file, "require", threads=1)
-model = llama_cpp.Llama(file, n_ctx=64, n_threads=1, verbose=False, use_mmap=use_mmap, logits_all=True)
+options = dict(n_ctx=64, n_threads=1, verbose=False, use_mmap=use_mmap, logits_all=True)
+model = llama_cpp.Llama(file, **options)
 parts = open("/proc/self/smaps").read().split(file + "\\n")[1:]
 mapped = sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
 model.eval([1, 2, 3])
@@ -362,7 +347,7 @@ print(mapped * 1024, float(np.abs(model.scores[:3]).sum()))
 def test_a_kept_file_gives_what_packing_gives(
     quant: str, ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The load that writes it, one that finds it and one without: the same logits to the last bit, the same answers."""
+    """A load that writes it, one that finds it, one without: the same logits to the last bit."""
     shutil.rmtree(kept_weights.folder(), ignore_errors=True)
     found = []
     for keep in ("0", "1", "1"):
@@ -433,7 +418,7 @@ model.eval([1, 2, 3])
 def test_where_kernels_are_not_built_a_bundle_runs_as_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default and in silence; where required, one error. Other engines have none to switch on."""
+    """By default in silence; where required, one error. Other engines have none to switch on."""
     bundle = make_bundle(tmp_path)
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "none"))
     with load(bundle, threads=1) as model:
@@ -475,7 +460,9 @@ def test_doctor_explains_which_kernels_run(
     assert found == {
         "what": "sparse kernels",
         "state": "unused",
-        "detail": "models run on llama.cpp's own: the sparse kernels are not built: racdeploy accel build",
+        "detail": (
+            "models run on llama.cpp's own: the sparse kernels are not built: racdeploy accel build"
+        ),
     }
 
 
@@ -483,7 +470,7 @@ def test_doctor_explains_which_kernels_run(
     "content", ["", "[]", '{"refusal": ""}', '{"refusal": "", "sha256": "", "more": 1}']
 )
 def test_a_damaged_verdict_is_none(content: str, ready: Path) -> None:
-    """It is made anew by the next build."""
+    """The next build makes it again."""
     ready.with_suffix(".json").write_text(content)
     assert "is damaged: racdeploy accel build" in str(accel.readiness())
 
@@ -491,7 +478,7 @@ def test_a_damaged_verdict_is_none(content: str, ready: Path) -> None:
 def test_the_plugin_is_clean_under_sanitizers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packing, partial writes, reading back, products and kept files, with every read and write checked."""
+    """Packing, partial writes, reading back, products, kept files: every read and write checked."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     plugin = find_kernels().library
     driver = str(Path(__file__).with_name("plugin_driver.cpp"))
@@ -521,7 +508,7 @@ def test_the_plugin_is_clean_under_sanitizers(
 def test_a_file_is_read_ahead_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of it, in order; one that memory could not hold is left to llama.cpp."""
+    """All of it, in order; one too large for memory is left to llama.cpp."""
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(
         os, "posix_fadvise", lambda descriptor, start, length, advice: asked.append((start, length))

@@ -1,4 +1,4 @@
-"""The operator under stock onnxruntime: its products, its threads, its shapes, and matrices that lie."""
+"""The operator under stock onnxruntime: products, threads, shapes, and matrices that lie."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def graph_of(
 
 
 def rounded(quant: str, x_BTI: Array) -> Array:
-    """Return inputs as ggml rounds them: to half precision, or to 8 bits with a scale for each 32 in half precision.
+    """Return inputs as ggml rounds them: to half precision, or to 8 bits with a scale for each 32.
 
-    Inputs that lie within 1e-3 of the middle between two codes are moved off it before, since instruction sets round
+    Inputs within 1e-3 of the middle between two codes were moved off it: instruction sets round
     those differently.
     """
     if quant == "f16":
@@ -88,7 +88,7 @@ def draw_inputs(shape: tuple[int, ...]) -> Array:
 def test_products_are_those_of_the_same_arithmetic(
     kernels: str, library: Path, quant: str, O: int, I: int, sparsity: float
 ) -> None:
-    """Within 1e-6 of the largest: at most 2048 products, summed in float32 by lanes, against sums in float64."""
+    """Within 1e-6 of the largest: at most 2048 products, in float32 by lanes and in float64."""
     packed_OP = draw_rows(quant, O, I, sparsity)
     session = open_session(graph_of(quant, split_rows(quant, packed_OP), O, I), library)
     weight_OI = quants.load(quant).dequantize(packed_OP, I).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Kept files: whole or not there, of this very model and form, and bounded by the models that exist."""
+"""Kept files: whole or absent, of this very model and form, no more than there are models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ["blk.0.attn_q.weight", "blk.0.attn_v.weight"]
 
 
 class Packer:
-    """Packs what a test says in place of the plug-in, and notes which file it was told to use."""
+    """Packs what a test says in place of the plug-in, and notes which file it was to use."""
 
     def __init__(self) -> None:
         self.form: list[int | str] = [1, "portable"]
@@ -35,14 +35,14 @@ class Packer:
         return True
 
     def maps_huge(self, stream: FileIO) -> bool:
-        """Say what was said, of a file as large as one huge page."""
+        """Answer as the test wants, for a file as large as one huge page."""
         assert os.fstat(stream.fileno()).st_size == 2 << 20
         return self.huge
 
     def pack(
         self, path: Path, tensors: Sequence[TensorInfo]
     ) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
-        """Give what was said."""
+        """Give what the test wants."""
         for tensor in tensors:
             yield (8, 0, 4, 32), memoryview(self.packed[tensor.name])
 
@@ -71,7 +71,7 @@ def _signed(table: object) -> bytes:
 
 
 def test_matrices_are_found_where_the_table_says(model: Path, kept: Path) -> None:
-    """Each at a multiple of 64 bytes, and behind the last as many as a row with a damaged mask could reach."""
+    """Each at a multiple of 64 bytes; behind the last, as many as a row of a damaged mask reads."""
     packer = Packer()
     assert kept_weights.use(packer, model, NAMES)
     ((data, places),) = packer.used
@@ -100,7 +100,7 @@ def test_one_that_does_not_fit_is_not_used(model: Path, kept: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 55, 56, 2_000_000, -1])
 def test_a_file_that_is_cut_short_is_not_used(length: int, model: Path, kept: Path) -> None:
-    """However much of it there is; it is written anew."""
+    """However much of it there is; it is written again."""
     whole = kept.read_bytes()
     kept.write_bytes(whole[:length])
     assert not kept_weights.use(Packer(), model, NAMES)
@@ -143,7 +143,7 @@ def test_a_table_of_another_kind_is_not_used(matrices: object, model: Path, kept
 def test_files_of_models_that_are_gone_or_changed_are_deleted(
     tmp_path: Path, model: Path, kept: Path
 ) -> None:
-    """When the next one is written; so is what an interrupted load left, but not what is being written now."""
+    """When the next is written; so is what an interrupted load left, not what is being written."""
     models = [
         Path(shutil.copy(model, tmp_path / f"{name}.gguf")) for name in ("gone", "changed", "same")
     ]
@@ -163,7 +163,7 @@ def test_files_of_models_that_are_gone_or_changed_are_deleted(
 def test_where_it_cannot_be_written_nothing_is_left(
     model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No folder, no place on the disk, a model that changes meanwhile: the weights are packed in memory."""
+    """No folder, no place, a model that changes meanwhile: the weights are packed in memory."""
     file = tmp_path / "file"
     file.touch()
     with monkeypatch.context() as patch:

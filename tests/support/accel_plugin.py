@@ -1,0 +1,35 @@
+"""The plug-in for llama.cpp, for the tests: found, and given a proof however fast it is here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from racdeploy.accel import Proof, ggml_plugin
+from racdeploy.accel.proof import Kernels
+from racdeploy.storage.files import file_sha256
+
+_CHILD = """
+import sys; from pathlib import Path; from racdeploy.accel.ggml_plugin import Plugin
+print(Plugin(Path(sys.argv[1])).instruction_set)
+"""
+
+
+def find_kernels() -> Kernels:
+    """Return the plug-in for the installed ggml, built or not."""
+    kernels = ggml_plugin.find_kernels()
+    assert not isinstance(kernels, str), kernels
+    return kernels
+
+
+def write_proof(library: Path, faster_from: dict[str, float]) -> None:
+    """Keep a proof that uses a library from these shares of zeros on."""
+    # Asked in a child: the plug-in stays in a process that has loaded it.
+    command = [sys.executable, "-c", _CHILD, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    proof = Proof("", file_sha256(library), done.stdout.strip(), faster_from=faster_from)
+    library.with_suffix(".json").write_text(json.dumps(asdict(proof)))
