@@ -77,6 +77,7 @@ class Ggml:
                 f"ggml {self.version} ({self.commit}) is not one that the kernels were made for: "
                 f"{', '.join(known)}"
             )
+
         header = self.include / "ggml-backend.h"
         if not header.is_file():
             return f"llama-cpp-python came without ggml's headers: there is no {header}"
@@ -115,6 +116,7 @@ def find_kernels() -> Kernels | str:
     ggml = find_ggml()
     if isinstance(ggml, str):
         return ggml
+
     library = Library(
         "llamacpp",
         (*KERNELS, "kept_file.cpp", "load_memory.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
@@ -126,23 +128,14 @@ def find_kernels() -> Kernels | str:
 
 
 class Product(NamedTuple):
-    """A random matrix and its activations, for trials; in the order of the C functions' arguments.
-
-    Args:
-        ggml_type: number format of the weights.
-        rows: of the matrix.
-        columns: of the matrix.
-        tokens: that are multiplied.
-        zeros: share of all weights.
-        two_of_four: whether 2 of each 4 weights are zero, in place of that share.
-    """
+    """A random matrix and its activations, for trials, in the order of the C functions."""
 
     ggml_type: int
     rows: int
     columns: int
     tokens: int
     zeros: float
-    two_of_four: bool
+    two_of_four: bool  # 2 of each 4 weights are zero, in place of that share
 
 
 class Plugin:
@@ -165,6 +158,7 @@ class Plugin:
             raise EngineError(
                 f"{file} does not load: {error}", remedy="racdeploy accel build"
             ) from error
+
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.restype = result
@@ -187,7 +181,8 @@ class Plugin:
         Returns:
             False where ggml does not take the plug-in: a model was loaded in this process before.
         """
-        enabled = self._library.rac_ggml_enable(_texts(names), len(names), threads)
+        texts = _texts(names)
+        enabled = self._library.rac_ggml_enable(texts, len(names), threads)
         return bool(enabled)
 
     def keep(self, stream: FileIO, places: Mapping[str, Sequence[int]]) -> bool:
@@ -224,11 +219,12 @@ class Plugin:
         Raises:
             ArtifactError: the file ended early.
         """
-        packed_P = np.empty(max(_most_bytes(tensor) for tensor in tensors), np.uint8)
+        most_bytes = max(_most_bytes(tensor) for tensor in tensors)
+        packed_P = np.empty(most_bytes, np.uint8)
+        memory = packed_P.ctypes.data, packed_P.nbytes
         pattern = ctypes.c_int32()
 
         for tensor, matrix in _read_matrices(path, tensors):
-            memory = packed_P.ctypes.data, packed_P.nbytes
             size_bytes = self._library.rac_ggml_pack(*matrix, *memory, ctypes.byref(pattern))
             if size_bytes < 0:
                 raise MemoryError(tensor.name)
@@ -267,6 +263,7 @@ class Plugin:
         """Return what ggml's own product and the sparse one take over ``count`` equal matrices."""
         stock_ms = _F64()
         sparse_ms = _F64()
+
         results = ctypes.byref(stock_ms), ctypes.byref(sparse_ms)
         self._library.rac_ggml_time(*product, count, runs, *results)
         return stock_ms.value, sparse_ms.value
@@ -277,6 +274,7 @@ class Plugin:
         found = {}
         for tensor, matrix in _read_matrices(path, tensors):
             ggml_type, rows, columns, _ = matrix
+
             stored_bits = 8 * self._library.rac_ggml_stored_bytes(*matrix)
             # Rounded down, a weight's bits are its code's: a scale takes half a bit of each weight.
             code_bits = int(bits_per_weight(ggml_type))
@@ -300,11 +298,14 @@ def _read_matrices(
 
     A map of the file would count as this process's memory.
     """
-    blocks_P = np.empty(max((tensor.size_bytes for tensor in tensors), default=0), np.uint8)
+    most_bytes = max((tensor.size_bytes for tensor in tensors), default=0)
+    blocks_P = np.empty(most_bytes, np.uint8)
+
     with path.open("rb", buffering=0) as stream:
         for tensor in tensors:
             stream.seek(tensor.position)
             _read_into(stream, blocks_P.data[: tensor.size_bytes])
+
             columns, rows = tensor.dimensions
             yield tensor, (tensor.ggml_type, rows, columns, blocks_P.ctypes.data)
 
@@ -315,6 +316,7 @@ def _read_into(stream: FileIO, part: memoryview) -> None:
         count = stream.readinto(part)
         if not count:
             raise ArtifactError(f"{stream.name} ended while it was read", remedy="copy it again")
+
         part = part[count:]
 
 
@@ -332,9 +334,12 @@ def _describe(stream: FileIO) -> tuple[int, int]:
 def _most_bytes(matrix: TensorInfo) -> int:
     """Return two bytes a weight, and heads, offsets and padding: no packed matrix is larger."""
     columns, rows = matrix.dimensions
-    padded = -(-columns // 256) * 256
-    heads = padded // 256 * 48
-    return rows * (2 * padded + heads + 8) + 512
+    groups = -(-columns // 256)  # a last one may be short, and has all of its head
+
+    values_bytes = 2 * 256 * groups
+    head_bytes = 48 * groups
+    offset_bytes = 8
+    return rows * (values_bytes + head_bytes + offset_bytes) + 512
 
 
 def _is_packable(tensor: TensorInfo) -> bool:

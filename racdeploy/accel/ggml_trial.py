@@ -90,14 +90,17 @@ def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, flo
         product = Product(QUANTS[quant], _ROWS, _COLUMNS, 1, zeros, two_of_four)
         speedup = _speedup(plugin, product)
         measured[f"{zeros:g}"] = speedup
+
         if speedup >= LEAST_SPEEDUP:
             faster_from[name] = zeros
     return speedups, faster_from
 
 
 def _speedup(plugin: Plugin, product: Product) -> float:
-    dense_bytes = _ROWS * _COLUMNS * bits_per_weight(product.ggml_type) / 8
+    weight_bytes = bits_per_weight(product.ggml_type) / 8
+    dense_bytes = product.rows * product.columns * weight_bytes
     count = max(1, int(_DENSE_BYTES / dense_bytes))
+
     stock_ms, sparse_ms = plugin.times_ms(product, count, _RUNS)
     return stock_ms / sparse_ms
 

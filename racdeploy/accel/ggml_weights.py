@@ -91,7 +91,8 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
     """Use the model's kept file, after writing it where there is none that fits."""
     if kept_weights.use(plugin, path, names):
         return True
-    return kept_weights.write(plugin, path, names) and kept_weights.use(plugin, path, names)
+    written = kept_weights.write(plugin, path, names)
+    return written and kept_weights.use(plugin, path, names)
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
@@ -109,8 +110,9 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
 
 
 def _zeros_file(path: Path) -> Path:
-    state = json.dumps(kept_weights.model_state(path))
-    digest = hashlib.sha256(state.encode()).hexdigest()
+    state = kept_weights.model_state(path)
+    text = json.dumps(state)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 

@@ -82,8 +82,11 @@ def use(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
     """
     with contextlib.suppress(OSError), locate(path).open("rb", buffering=0) as stream:
         table = _read_table(stream)
-        if table is None or table["model"] != model_state(path) or table["form"] != plugin.form:
+        if table is None:
             return False
+        if table["model"] != model_state(path) or table["form"] != plugin.form:
+            return False
+
         if table["matrices"].keys() >= set(names):
             return plugin.keep(stream, table["matrices"])
     return False
@@ -93,12 +96,7 @@ def write(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
     """Pack a model's weights into its kept file; False where the disk has no place for it.
 
     Nor is it written where the system would map it in small pages, which slows products down by up
-    to a quarter, unless ``RACDEPLOY_ACCEL_KEEP`` is 1.
-
-    Args:
-        plugin: enabled for this model.
-        path: the GGUF file.
-        names: of the tensors that are packed.
+    to a quarter, unless ``RACDEPLOY_ACCEL_KEEP`` is 1. Arguments are those of :func:`use`.
 
     Raises:
         ArtifactError: the file ended early.
@@ -140,8 +138,8 @@ def _write_matrices(
 ) -> list[str | int]:
     """Write a whole kept file; return the state of the model before it was read."""
     state = model_state(path)
-    chosen = set(names)
-    tensors = [tensor for tensor in read_header(path).tensors if tensor.name in chosen]
+    header = read_header(path)
+    tensors = [tensor for tensor in header.tensors if tensor.name in names]
 
     places: dict[str, list[int]] = {}
     pending = bytearray()
@@ -162,9 +160,12 @@ def _write_matrices(
 
     # A row whose mask is damaged is read for as long as a row can be.
     pending += bytes(2 * most_columns + 1024)
-    text = json.dumps({"model": state, "form": plugin.form, "matrices": places}).encode()
+
+    table = {"model": state, "form": plugin.form, "matrices": places}
+    text = json.dumps(table).encode()
+    digest = hashlib.sha256(text).digest()
     pending += text
-    pending += _TRAILER.pack(len(text), hashlib.sha256(text).digest(), _MAGIC)
+    pending += _TRAILER.pack(len(text), digest, _MAGIC)
     _write_all(stream, memoryview(pending))
     return state
 
@@ -190,6 +191,7 @@ def _read_table(stream: FileIO) -> dict[str, Any] | None:
     text = os.pread(descriptor, length, end - length)
     if hashlib.sha256(text).digest() != digest:
         return None
+
     table: dict[str, Any] = json.loads(text)
     return table if _is_table(table) else None
 
@@ -204,6 +206,7 @@ def _is_table(table: Any) -> bool:
 def _is_place(place: Any) -> bool:
     if not isinstance(place, list) or len(place) != _NUMBERS:
         return False
+
     return all(type(number) is int for number in place)
 
 
@@ -215,6 +218,7 @@ def _sweep() -> None:
                 stale = time.time() - file.stat().st_mtime > _FORGOTTEN_S
             else:
                 stale = not _is_current(file)
+
             if stale:
                 file.unlink()
 

@@ -95,8 +95,9 @@ class Library:
 
         objects = []
         for source in self.sources:
-            objects.append(str(made.with_name(f"{Path(source).name}.o")))
-            common = [*compiler, *include, "-c", str(SOURCES / source), "-o", objects[-1]]
+            target = made.with_name(f"{Path(source).name}.o")
+            objects.append(str(target))
+            common = [*compiler, *include, "-c", str(SOURCES / source), "-o", str(target)]
 
             # A compiler without the instruction set compiles it plainly: its kernels never run.
             wanted = _machine_flags(source)
@@ -109,14 +110,16 @@ class Library:
     @property
     def _stem(self) -> str:
         headers = sorted(path.name for path in SOURCES.glob("*.h"))
-        files = {name: file_sha256(SOURCES / name) for name in (*self.sources, *headers)}
+        names = [*self.sources, *headers]
+        files = {name: file_sha256(SOURCES / name) for name in names}
 
         flags = [*_FLAGS, *self.flags, *self.link_flags]
         for source in self.sources:
             flags += _machine_flags(source)
 
         parts = {"files": files, "flags": flags, "key": dict(self.key), "processor": _processor()}
-        return f"{self.name}-{_digest(json.dumps(parts, sort_keys=True))}"
+        text = json.dumps(parts, sort_keys=True)
+        return f"{self.name}-{_digest(text)}"
 
 
 def cache_folder() -> Path:

@@ -45,7 +45,7 @@ def main() -> None:
     onnxruntime.set_default_logger_severity(3)
 
     kernels = _instruction_set(library)
-    difference, refusal = _compare(library)
+    difference, refusal = compare(library)
     speedups = {}
     if not refusal:
         speedups = {ggml_name: _speedups(library, name) for name, ggml_name in QUANTS.items()}
@@ -58,16 +58,19 @@ def make_stock(
     """Return a node of the stock operator for packed rows, and its initializers."""
     quant = quants.load(name)
     if name == "f16":  # as onnxruntime keeps it: float32, inputs first
-        weight_IO = np.ascontiguousarray(quant.dequantize(packed_OP, I).T)
-        arrays = {f"weight{number}": weight_IO}
-        return helper.make_node("MatMul", ["x", *arrays], [f"y{number}"]), arrays
+        weight_OI = quant.dequantize(packed_OP, I)
+        arrays = {f"weight{number}": np.ascontiguousarray(weight_OI.T)}
+        node = helper.make_node("MatMul", ["x", *arrays], [f"y{number}"])
+        return node, arrays
 
     bits = int(quant.BITS)
+    O = len(packed_OP)
     code_OP, scale_OP = np.split(packed_OP, [I * bits // 8], axis=1)
-    code_OGP = np.ascontiguousarray(code_OP).reshape(len(code_OP), I // 32, -1)
-    scale_OG = np.ascontiguousarray(scale_OP).view("<f2").astype(np.float32)
-    arrays = {f"codes{number}": code_OGP, f"scales{number}": scale_OG}
-    attributes = {"K": I, "N": len(code_OP), "bits": bits, "block_size": 32, "accuracy_level": 4}
+    code_OGP = np.ascontiguousarray(code_OP).reshape(O, I // 32, -1)
+    scale_OG = np.ascontiguousarray(scale_OP).view("<f2")
+    arrays = {f"codes{number}": code_OGP, f"scales{number}": scale_OG.astype(np.float32)}
+
+    attributes = {"K": I, "N": O, "bits": bits, "block_size": 32, "accuracy_level": 4}
     node = helper.make_node(
         "MatMulNBits", ["x", *arrays], [f"y{number}"], domain="com.microsoft", **attributes
     )
@@ -109,6 +112,7 @@ def make_model(
         version: of our operator.
     """
     float32 = onnx.TensorProto.FLOAT
+
     x = helper.make_tensor_value_info("x", float32, ["open0", "open1", I])
     outputs = [helper.make_tensor_value_info(node.output[0], float32, None) for node in nodes]
     initializers = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
@@ -131,7 +135,7 @@ def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.I
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def _compare(library: Path) -> tuple[float, str]:
+def compare(library: Path) -> tuple[float, str]:
     """Return the largest difference over the largest output, and what is wrong with it."""
     generator = np.random.default_rng(0)
     largest = 0.0
@@ -194,14 +198,16 @@ def _draw_exact_inputs(generator: np.random.Generator, tokens: int, I: int) -> A
 def _speedups(library: Path, name: str) -> dict[str, float]:
     O, I = _SPEED_SHAPE
     generator = np.random.default_rng(0)
-    feeds = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
+    input_BTI = generator.standard_normal((1, 1, I), dtype=np.float32)
 
     found = {}
     for sparsity in _SPARSITIES:
         # A few random rows over and over: drawing all of them takes longer than the measurement.
-        rows_OP = np.tile(_draw_rows(generator, name, O // 16, I, sparsity), (16, 1))
-        sessions = _open_pair(library, name, rows_OP, I)
-        found[f"{sparsity:.1f}"] = median(_ratio(sessions, feeds) for _ in range(_ROUNDS))
+        few_OP = _draw_rows(generator, name, O // 16, I, sparsity)
+        sessions = _open_pair(library, name, np.tile(few_OP, (16, 1)), I)
+
+        ratios = [_ratio(sessions, {"x": input_BTI}) for _ in range(_ROUNDS)]
+        found[f"{sparsity:.1f}"] = median(ratios)
     return found
 
 

@@ -108,8 +108,8 @@ class Kernels:
 
     def locate_record(self, file: Path) -> Path:
         """Return where the proof of a library is kept."""
-        name = f"{file.stem}-{self.version}" if self.version else file.stem
-        return file.with_name(f"{name}.json")
+        version = f"-{self.version}" if self.version else ""
+        return file.with_name(f"{file.stem}{version}.json")
 
     def readiness(self) -> tuple[Path, Proof] | str:
         """Return the library to load and its proof, or why there is none."""

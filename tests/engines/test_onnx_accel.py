@@ -142,6 +142,18 @@ def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
         choose_graph(tmp_path / "m.onnx", "auto")
 
 
+def test_without_the_onnx_package_the_operator_is_not_tried(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial writes its graphs with it; the refusal names what to install."""
+    monkeypatch.setattr(proof, "is_installed", lambda module: False)
+    kernels = find_kernels()
+    assert not isinstance(kernels, str)
+    refusal = "its self-test needs a package: pip install onnx"
+    assert kernels.prove(library).refusal == refusal
+    assert kernels.readiness() == refusal
+
+
 def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One library for each engine; the proofs are not run here, their outcome is."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
