@@ -12,6 +12,8 @@ constexpr int64_t step_columns = 128;  // lane 0 holds the first 64 of them, lan
 
 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+inline __m256i in_both_lanes(__m128i lane) { return _mm256_broadcastsi128_si256(lane); }
+
 // Bit i set: the code of weight i of a block is not 0.
 inline uint32_t non_zero(const uint8_t* block) {
     const __m256i zero = _mm256_cmpeq_epi8(load_256(block + 2), _mm256_setzero_si256());
@@ -93,20 +95,17 @@ struct Spread {
 inline Spread spread(const uint8_t* mask, const uint8_t* values) {
     // place[i] maps four mask bits to which of the two values is weight i: 0, 1 or none (the top bit set).
     const __m256i place[4] = {
-        _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(-128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0)),
-        _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(-128, -128, 0, 1, -128, -128, 0, 1, -128, -128, 0, 1, -128, -128, 0, 1)),
-        _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(-128, -128, -128, -128, 0, 1, 1, -128, -128, -128, -128, -128, 0, 1, 1, -128)),
-        _mm256_broadcastsi128_si256(
+        in_both_lanes(_mm_setr_epi8(-128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0, -128, 0)),
+        in_both_lanes(_mm_setr_epi8(-128, -128, 0, 1, -128, -128, 0, 1, -128, -128, 0, 1, -128, -128, 0, 1)),
+        in_both_lanes(_mm_setr_epi8(-128, -128, -128, -128, 0, 1, 1, -128, -128, -128, -128, -128, 0, 1, 1, -128)),
+        in_both_lanes(
             _mm_setr_epi8(-128, -128, -128, -128, -128, -128, -128, -128, 0, 1, 1, -128, 1, -128, -128, -128)),
     };
 
-    const __m256i first_values =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
+    const __m256i first_values = in_both_lanes(_mm_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
     const __m256i later_values = _mm256_add_epi8(first_values, _mm256_set1_epi8(8));
 
+    // Four shuffles look up where each of a nibble's weights is; unpacking brings the weights into their order.
     __m256i nibbles = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
     nibbles = _mm256_and_si256(_mm256_or_si256(nibbles, _mm256_slli_epi16(nibbles, 4)), _mm256_set1_epi8(15));
     const __m256i a = _mm256_shuffle_epi8(place[0], nibbles), b = _mm256_shuffle_epi8(place[1], nibbles);

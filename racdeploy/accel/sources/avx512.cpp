@@ -329,6 +329,7 @@ void spread_tile_16(const SparseMatrix& matrix, int64_t row_begin, int64_t rows,
     const int64_t masks_of_row = groups(matrix.columns) * 32;
     const uint8_t* values[tile_rows];
     for (int64_t r = 0; r < rows; r++) values[r] = matrix.values + matrix.offsets[row_begin + r];
+
     for (int64_t column = 0; column < matrix.columns; column += 32) {
         __m512i lines[tile_rows];
         for (int64_t r = 0; r < tile_rows; r++) {

@@ -85,9 +85,10 @@ void pack_chunks(const uint8_t* row, int64_t columns, uint8_t* heads, uint8_t* v
             const __m512i codes = chunk_codes<quant>(row + 8 * group * block_bytes(quant), count, chunk);
             const uint64_t mask = stored_mask<quant>(codes);
             std::memcpy(masks + 8 * chunk, &mask, 8);
+
             const uint64_t first = _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(popcount(mask)));
             __m512i stored = _mm512_maskz_compress_epi8(mask, codes);
-            if (quant == Quant::q4_0) {
+            if (quant == Quant::q4_0) {  // beside the other half's values, which share the bytes
                 if (chunk >= 2) stored = _mm512_slli_epi16(stored, 4);
                 stored = _mm512_or_si512(stored, _mm512_maskz_loadu_epi8(first, values));
             }
@@ -167,11 +168,15 @@ void prepare_quantized(int64_t columns, int64_t tokens, int64_t token, const flo
             codes = _mm256_set_m128i(second, first);
             scale = _cvtsh_ss(_cvtss_sh(largest / 127.0f, 0));
         }
+
+        // Eight codes each go to the block's place in the four chunks.
         int8_t* place = to.codes + place_in_chunks(at);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(place), _mm256_castsi256_si128(codes));
         _mm_storeh_pd(reinterpret_cast<double*>(place + 64), _mm_castsi128_pd(_mm256_castsi256_si128(codes)));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(place + 128), _mm256_extracti128_si256(codes, 1));
         _mm_storeh_pd(reinterpret_cast<double*>(place + 192), _mm_castsi128_pd(_mm256_extracti128_si256(codes, 1)));
+
+        // A lane's 16 codes are 4 of every 8: products with the zero point add up fours, shifts bring together two.
         const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), zeros, codes);
         const __m128i of_16 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         const __m128i offsets = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(of_16, _mm_srli_si128(of_16, 8)));

@@ -240,12 +240,14 @@ struct SparseMatMul : ort::CustomOp {
         };
         get_output_type_count = [](const CustomOp*) { return size_t{1}; };
         get_output_type = [](const CustomOp*, size_t) { return ort::float32; };
+
         get_input_characteristic = get_output_characteristic = [](const CustomOp*, size_t) { return 0; };  // required
         get_input_memory_type = [](const CustomOp*, size_t) { return 0; };                                 // of the CPU
         get_variadic_input_min_arity = get_variadic_output_min_arity = [](const CustomOp*) { return 1; };
         get_variadic_input_homogeneity = get_variadic_output_homogeneity = [](const CustomOp*) { return 0; };
         get_start_version = [](const CustomOp*) { return layout; };
         get_end_version = [](const CustomOp*) { return INT_MAX; };
+
         create_kernel_v2 = create;
         kernel_compute_v2 = compute;
         kernel_destroy = destroy;

@@ -209,11 +209,13 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
         for (int64_t place = 0; place < padded(matrix.columns); place++) {
             const int64_t column = column_at(quant, matrix.pattern, place);
             if (column >= matrix.columns) continue;
+
             const uint8_t* head = matrix.head(r) + place / group_weights * head_bytes(quant);
             if (is_quantized(quant) && column % block_weights == 0) {
                 const int64_t block = column / block_weights;
                 std::memcpy(row + block * block_bytes(quant), head + block % 8 * 2, 2);
             }
+
             const bool stored = mask_bit(mask_of(quant, head), place % group_weights);
             const uint16_t value = stored ? read_value(quant, values, stream.next(place)) : zero_value(quant);
             set_value(quant, row, column, value);
