@@ -176,7 +176,7 @@ void prepare_quantized(int64_t columns, int64_t tokens, int64_t token, const flo
         _mm_storel_epi64(reinterpret_cast<__m128i*>(place + 128), _mm256_extracti128_si256(codes, 1));
         _mm_storeh_pd(reinterpret_cast<double*>(place + 192), _mm_castsi128_pd(_mm256_extracti128_si256(codes, 1)));
 
-        // A lane's 16 codes are 4 of every 8: products with the zero point add up fours, shifts bring together two.
+        // A lane has 4 of every 8 codes: a product sums 4 of them, and two additions the fours of a lane.
         const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), zeros, codes);
         const __m128i of_16 = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         const __m128i offsets = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(of_16, _mm_srli_si128(of_16, 8)));
