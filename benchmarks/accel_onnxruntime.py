@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.accel_llamacpp import bandwidth
 from racdeploy import quant as quants
-from racdeploy.accel import Mode, accel_name, readiness
-from racdeploy.accel.ort_trial import make_model, make_sparse, make_stock, open_session, split_rows
+from racdeploy.accel import Mode, readiness
+from racdeploy.accel.ort_trial import make_model, make_sparse, make_stock, open_session
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.onnxruntime import open_engine
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
@@ -36,6 +36,7 @@ from racdeploy.engines.onnxruntime.graph import DecoderGraph
 from racdeploy.engines.onnxruntime.graph import open_session as open_model
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.sparse_matrix import KINDS, accel_name, split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
@@ -121,7 +122,7 @@ def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
 
 def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     """Return a graph of racdeploy's operator, and the bytes of one matrix."""
-    matrix = split_rows(quant, quants.load(quant).quantize(weight_OI))
+    matrix = split(KINDS[quant], quants.load(quant).quantize(weight_OI))
     return repeat([make_sparse(quant, matrix, I, number) for number in range(COUNT)])
 
 

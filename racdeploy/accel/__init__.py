@@ -19,17 +19,13 @@ from racdeploy.accel.ort_operator import choose_graph
 from racdeploy.accel.proof import Choice, Mode, Proof
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
-from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
 
 __all__ = [
-    "ACCEL_KEY",
     "STOCK",
     "Built",
     "Choice",
     "Mode",
-    "Packed",
     "Proof",
-    "accel_name",
     "build_installed",
     "choose_graph",
     "enable",

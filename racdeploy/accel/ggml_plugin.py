@@ -24,12 +24,13 @@ import numpy as np
 from racdeploy.accel.library import KERNELS, Library
 from racdeploy.accel.proof import Kernels
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.storage.gguf_header import GGML_SIZES, Header, TensorInfo
+from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.storage.gguf_header import Header, TensorInfo
 
-QUANTS = {"q8_0": 8, "q4_0": 2, "f16": 1, "bf16": 30}  # ggml's numbers of what can be packed
+QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
+NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
 # ggml version -> commits of llama.cpp whose private declarations are those of sources/ggml_abi.h
 _KNOWN = {"0.25.3": ("0c1e570",)}
-_NAMES = {number: name for name, number in QUANTS.items()}
 _COLUMNS = 32  # of every matrix a multiple
 
 _BOOL, _I32, _I64, _F64 = ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
@@ -277,18 +278,13 @@ class Plugin:
 
             stored_bits = 8 * self._library.rac_ggml_stored_bytes(*matrix)
             # Rounded down, a weight's bits are its code's: a scale takes half a bit of each weight.
-            code_bits = int(bits_per_weight(ggml_type))
+            name = NAMES[ggml_type]
+            code_bits = int(GGML_TYPES[name].bits)
             zeros = 1.0 - stored_bits / code_bits / (rows * columns)
 
             pattern = " 2:4" if self._library.rac_ggml_wanted_pattern(*matrix) else ""
-            found[tensor.name] = _NAMES[ggml_type] + pattern, zeros
+            found[tensor.name] = name + pattern, zeros
         return found
-
-
-def bits_per_weight(ggml_type: int) -> float:
-    """Return the bits that a weight of a number format takes, its share of scales included."""
-    weights, size_bytes = GGML_SIZES[ggml_type]
-    return 8 * size_bytes / weights
 
 
 def _read_matrices(
@@ -343,6 +339,6 @@ def _most_bytes(matrix: TensorInfo) -> int:
 
 
 def _is_packable(tensor: TensorInfo) -> bool:
-    if tensor.ggml_type not in _NAMES or len(tensor.dimensions) != 2:
+    if tensor.ggml_type not in NAMES or len(tensor.dimensions) != 2:
         return False
     return tensor.dimensions[0] % _COLUMNS == 0

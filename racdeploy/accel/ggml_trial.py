@@ -11,8 +11,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from racdeploy.accel.ggml_plugin import QUANTS, Plugin, Product, bits_per_weight
+from racdeploy.accel.ggml_plugin import NAMES, QUANTS, Plugin, Product
 from racdeploy.accel.proof import LEAST_SPEEDUP, Proof
+from racdeploy.storage.ggml_types import GGML_TYPES
 
 _TOLERANCE = 1e-6  # of the largest output: float32 sums in another order
 _SHAPES = 12
@@ -72,7 +73,8 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
     if two_of_four:
         columns = 128 * rng.randint(1, 20)
         zeros = 0.5
-    return Product(QUANTS[quant], rows, columns, tokens, zeros, two_of_four), 1 + seed % 2
+    number = GGML_TYPES[quant].number
+    return Product(number, rows, columns, tokens, zeros, two_of_four), 1 + seed % 2
 
 
 def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -87,7 +89,8 @@ def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, flo
         if min(measured.values(), default=LEAST_SPEEDUP) < LEAST_SPEEDUP:
             continue  # slower at more zeros already
 
-        product = Product(QUANTS[quant], _ROWS, _COLUMNS, 1, zeros, two_of_four)
+        number = GGML_TYPES[quant].number
+        product = Product(number, _ROWS, _COLUMNS, 1, zeros, two_of_four)
         speedup = _speedup(plugin, product)
         measured[f"{zeros:g}"] = speedup
 
@@ -97,7 +100,7 @@ def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, flo
 
 
 def _speedup(plugin: Plugin, product: Product) -> float:
-    weight_bytes = bits_per_weight(product.ggml_type) / 8
+    weight_bytes = GGML_TYPES[NAMES[product.ggml_type]].bits / 8
     dense_bytes = product.rows * product.columns * weight_bytes
     count = max(1, int(_DENSE_BYTES / dense_bytes))
 

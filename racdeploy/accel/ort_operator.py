@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.accel.ggml_plugin import QUANTS
+from racdeploy.accel.ggml_plugin import NAMES
 from racdeploy.accel.library import KERNELS, Library
 from racdeploy.accel.onnx_properties import read_properties
 from racdeploy.accel.proof import (
@@ -29,11 +29,8 @@ from racdeploy.extras import installed_version
 from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
 
 LIBRARY = Library("onnxruntime", (*KERNELS, "onnxruntime_op.cpp"))
-_NAMES = {number: name for name, number in QUANTS.items()}
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
-_UNMEASURED = (
-    0.5  # speed-up below the zeros that were measured: the operator is the slower one there
-)
+_UNMEASURED = 0.5  # speed-up at fewer zeros than were measured: the operator is slower there
 
 
 def find_kernels() -> Kernels | str:
@@ -97,7 +94,7 @@ def explain_slower(proof: Proof, packed: Sequence[Packed]) -> str:
 
 def _speedup(proof: Proof, entry: Packed) -> float:
     """Return the speed-up that was measured at the most zeros that the model has."""
-    name = _NAMES.get(entry["quant"], "")
+    name = NAMES.get(entry["quant"], "")
     most = entry["zeros"] + _SAME_ZEROS
 
     speedup = _UNMEASURED

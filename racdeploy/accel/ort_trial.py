@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
+from racdeploy.accel.ggml_plugin import NAMES
 from racdeploy.accel.proof import Proof
 from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SparseMatrix, split
 
-# number format of ONNX -> name of the same codes in ggml
-QUANTS = {"matmulnbits_8": "q8_0", "matmulnbits_4": "q4_0", "f16": "f16"}
 _SHAPES = ((64, 256), (100, 576), (7, 1056), (33, 32), (256, 2048))
 _TOKENS = (1, 2, 5, 37)
 _TOLERANCE = 1e-6  # of the largest output: both sum at most 2048 products in float32
@@ -46,9 +45,10 @@ def main() -> None:
 
     kernels = _instruction_set(library)
     difference, refusal = compare(library)
-    speedups = {}
+    speedups: dict[str, dict[str, float]] = {}
     if not refusal:
-        speedups = {ggml_name: _speedups(library, name) for name, ggml_name in QUANTS.items()}
+        for name, kind in KINDS.items():
+            speedups[NAMES[kind.ggml_type]] = _speedups(library, name)
     print(json.dumps(asdict(Proof(refusal, "", kernels, difference, speedups))))
 
 
@@ -94,12 +94,6 @@ def make_sparse(
     return node, arrays
 
 
-def split_rows(name: str, packed_OP: Array) -> SparseMatrix:
-    """Return packed rows of a number format as the operator reads them."""
-    kind = KINDS[name]
-    return split(kind, packed_OP)
-
-
 def make_model(
     nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, Array], I: int, version: int = LAYOUT
 ) -> bytes:
@@ -139,7 +133,7 @@ def compare(library: Path) -> tuple[float, str]:
     """Return the largest difference over the largest output, and what is wrong with it."""
     generator = np.random.default_rng(0)
     largest = 0.0
-    for name in QUANTS:
+    for name in KINDS:
         for O, I in _SHAPES:
             sparsity = generator.choice([0.3, 0.5, 0.7, 1.0])
             stock, ours = _open_pair(library, name, _draw_rows(generator, name, O, I, sparsity), I)
@@ -168,7 +162,7 @@ def _open_pair(
 ) -> list[onnxruntime.InferenceSession]:
     """Return sessions of the stock operator and of ours for the same rows."""
     stock = make_stock(name, packed_OP, I)
-    ours = make_sparse(name, split_rows(name, packed_OP), I)
+    ours = make_sparse(name, split(KINDS[name], packed_OP), I)
 
     sessions = []
     for node, arrays in (stock, ours):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from racdeploy import export, plugins
-from racdeploy.accel import accel_name
 from racdeploy.errors import ArtifactError
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
 
 _WEIGHTS = ("_data", "_packed")  # what an ONNX graph may have beside it

@@ -15,8 +15,8 @@ import pytest
 
 from racdeploy import quant as quants
 from racdeploy.accel.ort_operator import LIBRARY
-from racdeploy.accel.ort_trial import compare, make_model, make_sparse, open_session, split_rows
-from racdeploy.packing.sparse_matrix import LAYOUT, SLACK_BYTES, SparseMatrix
+from racdeploy.accel.ort_trial import compare, make_model, make_sparse, open_session
+from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SLACK_BYTES, SparseMatrix, split
 from tests.support.sparse_kernels import C_API
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
@@ -90,7 +90,7 @@ def test_products_are_those_of_the_same_arithmetic(
 ) -> None:
     """Within 1e-6 of the largest: at most 2048 products, in float32 by lanes and in float64."""
     packed_OP = draw_rows(quant, O, I, sparsity)
-    session = open_session(graph_of(quant, split_rows(quant, packed_OP), O, I), library)
+    session = open_session(graph_of(quant, split(KINDS[quant], packed_OP), O, I), library)
     weight_OI = quants.load(quant).dequantize(packed_OP, I).astype(np.float64)
     for shape in ((1, 1, I), (2, 3, I), (1, 37, I)):
         x_BTI = draw_inputs(shape)
@@ -111,7 +111,7 @@ def test_the_trial_finds_the_operator_right(kernels: str, library: Path) -> None
 def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: str) -> None:
     """One thread and three; all tokens at once, more than one pass holds, and one by one."""
     O, I = 96, 512
-    graph = graph_of(quant, split_rows(quant, draw_rows(quant, O, I, 0.6)), O, I)
+    graph = graph_of(quant, split(KINDS[quant], draw_rows(quant, O, I, 0.6)), O, I)
     one, three = (open_session(graph, library, threads) for threads in (1, 3))
     x_BTI = draw_inputs((1, 1100, I))
     together = one.run(None, {"x": x_BTI})[0]
@@ -125,7 +125,7 @@ def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: s
 
 def test_no_tokens_and_wrong_inputs(library: Path) -> None:
     """Nothing in, nothing out; inputs of another length are an error of onnxruntime."""
-    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 8, 64, 0.5))
+    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
     session = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library)
     assert session.run(None, {"x": np.zeros((1, 0, 64), np.float32)})[0].shape == (1, 0, 8)
     node, parts = make_sparse("matmulnbits_8", matrix, 64)
@@ -136,7 +136,7 @@ def test_no_tokens_and_wrong_inputs(library: Path) -> None:
 
 def test_shapes_are_inferred(library: Path) -> None:
     """A session knows the shape of the output, as it does for its own operators."""
-    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 8, 64, 0.5))
+    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
     (output,) = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library).get_outputs()
     assert output.shape == ["open0", "open1", 8]
 
@@ -196,7 +196,7 @@ def test_a_matrix_that_lies_is_an_error_of_the_session(
     library: Path, quant: str, name: str
 ) -> None:
     """Whatever is wrong with it, no product is ever computed."""
-    matrix = split_rows(quant, draw_rows(quant, 16, 576, 0.5))
+    matrix = split(KINDS[quant], draw_rows(quant, 16, 576, 0.5))
     if name == "another format" and quant == "matmulnbits_4":
         pytest.skip("that is the format of this matrix")
     changed = HOSTILE[name](matrix) if name in HOSTILE else matrix
@@ -207,7 +207,7 @@ def test_a_matrix_that_lies_is_an_error_of_the_session(
 
 def test_a_graph_of_an_earlier_layout_is_refused(library: Path) -> None:
     """Its masks fit as well, and mean other weights."""
-    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 256, 0.5))
+    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 256, 0.5))
     with pytest.raises(Exception, match="SparseMatMul"):
         open_session(graph_of("matmulnbits_8", matrix, 16, 256, version=LAYOUT - 1), library)
 
@@ -219,7 +219,7 @@ def test_the_layout_is_that_of_the_header() -> None:
 
 def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
     """Its parts as inputs of the graph could change from run to run."""
-    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 64, 0.5))
+    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
     inputs = ("x", "x", "values", "offsets")
     node, _ = make_sparse("matmulnbits_8", matrix, 64)
     node.input[:] = inputs
@@ -230,7 +230,7 @@ def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
 
 def test_sessions_without_the_operator_refuse_the_graph() -> None:
     """Nothing else is computed in its place."""
-    matrix = split_rows("matmulnbits_8", draw_rows("matmulnbits_8", 16, 64, 0.5))
+    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
     with pytest.raises(Exception, match="racdeploy"):
         onnxruntime.InferenceSession(
             graph_of("matmulnbits_8", matrix, 16, 64), providers=["CPUExecutionProvider"]

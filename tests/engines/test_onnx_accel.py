@@ -13,7 +13,7 @@ from onnxruntime import GraphOptimizationLevel
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import Proof, accel_name, choose_graph, proof
+from racdeploy.accel import Proof, choose_graph, proof
 from racdeploy.accel.ort_operator import LIBRARY, find_kernels
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
@@ -21,6 +21,7 @@ from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.onnxruntime import native as _onnx_native
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.export.onnx import export
+from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 
-from racdeploy.accel import ACCEL_KEY
 from racdeploy.accel.onnx_properties import read_properties
 from racdeploy.bundles import inspect as inspection
 from racdeploy.bundles.inspect import inspect_path
@@ -19,6 +18,7 @@ from racdeploy.export import check
 from racdeploy.export.onnx import export, measure, unpack
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.sparse_matrix import ACCEL_KEY
 from racdeploy.recipe import Export
 from racdeploy.storage.files import file_sha256
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
