@@ -78,12 +78,13 @@ class Kernels:
         Raises:
             EnvironmentFailure: the proof cannot be written.
         """
+        sha256 = file_sha256(file)
         missing = [package for package in self.packages if not is_installed(package)]
         if missing:
             proof = Proof(f"its self-test needs a package: pip install {' '.join(missing)}", "")
         else:
             proof = _try_in_child(self.trial, file)
-        proof = replace(proof, sha256=file_sha256(file))
+        proof = replace(proof, sha256=sha256)
 
         record = self.locate_record(file)
         with disk_errors(record):
