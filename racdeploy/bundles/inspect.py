@@ -18,7 +18,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
 
-_WEIGHTS = ("_data", "_packed")  # what an ONNX graph may have beside it
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
@@ -43,8 +42,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    metadata, tensors = export.load(export.format_of(path)).measure(path)
-    files = [path, *(path.with_name(path.name + end) for end in _WEIGHTS)]
+    form = export.load(export.format_of(path))
+    metadata, tensors = form.measure(path)
+    files = [path, *(path.with_name(path.name + end) for end in form.WEIGHT_SUFFIXES)]
     summary = {
         "file": str(path),
         "size_bytes": sum(file.stat().st_size for file in files if file.is_file()),

@@ -13,6 +13,8 @@ from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import family_of
 from racdeploy.report.model import TensorRow
 from racdeploy.verify.baseline import Baseline
+from racdeploy.verify.evidence import StopIds
+from racdeploy.verify.measure import read_stop_ids
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class MeasuredArtifact:
 
     Args:
         metadata: of the main file.
+        stop_ids: None where it holds no tokenizer.
         tensors: how each is stored.
         prunable: names of the prunable linears.
         sparsity: share of zeros in those, 0 to 1.
     """
 
     metadata: dict[str, Any]
+    stop_ids: StopIds | None
     tensors: tuple[TensorRow, ...]
     prunable: frozenset[str]
     sparsity: float
@@ -75,7 +79,8 @@ def measure_artifact(own: Baseline, entry: ArtifactEntry) -> MeasuredArtifact:
             )
         )
     sparsity = zeros / weights if weights else 0.0
-    return MeasuredArtifact(metadata, tuple(rows), frozenset(prunable), sparsity)
+    stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, own.manifest.tokenizer.eos_ids)
+    return MeasuredArtifact(metadata, stop_ids, tuple(rows), frozenset(prunable), sparsity)
 
 
 def recorded_files(entry: ArtifactEntry) -> dict[str, str]:

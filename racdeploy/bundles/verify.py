@@ -31,7 +31,7 @@ from racdeploy.verify.baseline import Baseline, differences
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, length_budget
 from racdeploy.verify.gate import Gate
-from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens, read_stop_ids
+from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens
 from racdeploy.verify.plan import expect_as_before, plan
 from racdeploy.verify.probe_strings import probe_strings
 
@@ -123,7 +123,7 @@ class ArtifactAnswerer:
             prompts=probe_prompts(
                 encoder, measured.metadata, {r.question: r.prompt_ids for r in own.dense}
             ),
-            stop_ids=read_stop_ids(measured.metadata, own.manifest.tokenizer.eos_ids),
+            stop_ids=measured.stop_ids,
             packing=main.packing,
             also=tuple(also),
         )

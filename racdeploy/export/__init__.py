@@ -144,6 +144,10 @@ class Format(Protocol):
     NEEDS: Mapping[str, str]
     LIBRARY: str
     OPTIONS: tuple[str, ...]
+    TOKENIZER_PREFIX: str
+    """What its metadata keys on the tokenizer begin with; empty where a file holds none."""
+    WEIGHT_SUFFIXES: tuple[str, ...]
+    """What the names of weight files beside the main one add to its name."""
 
     def artifact_path(self, name: str, quant: str, packing: str) -> PurePosixPath: ...
 

@@ -96,7 +96,8 @@ class Evaluation:
         recipe = self.job.recipe
         rivals = rivals or {}
         arms, traces, notes = self._answer_arms(dense, pruned, rivals)
-        metadata, _ = exports.load(recipe.export.format).measure(pruned.path)
+        form = exports.load(recipe.export.format)
+        metadata, _ = form.measure(pruned.path)
         prunable = set(self.job.prunable_weights)
         evidence = Evidence(
             settings=recipe.verify,
@@ -116,7 +117,7 @@ class Evaluation:
             logits=self._compare_logits(model, pruned, traces),
             also=self._answer_also(also),
             prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
-            stop_ids=read_stop_ids(metadata, self.job.checkpoint.eos_ids),
+            stop_ids=read_stop_ids(form.TOKENIZER_PREFIX, metadata, self.job.checkpoint.eos_ids),
             packing=recipe.export.packing,
         )
 

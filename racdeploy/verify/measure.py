@@ -78,14 +78,16 @@ def probe_prompts(
     return tuple(probes)
 
 
-def read_stop_ids(metadata: Mapping[str, Any], expected: Sequence[int]) -> StopIds | None:
-    """Return the checkpoint's end-of-sequence ids and the one that a GGUF file names.
+def read_stop_ids(
+    prefix: str, metadata: Mapping[str, Any], expected: Sequence[int]
+) -> StopIds | None:
+    """Return the checkpoint's end-of-sequence ids and the one that a file with a tokenizer names.
 
-    None for other files.
+    ``prefix`` is the format's ``TOKENIZER_PREFIX``. None for a file without a tokenizer.
     """
-    if not any(name.startswith("tokenizer.ggml.") for name in metadata):
+    if not prefix or not any(name.startswith(prefix) for name in metadata):
         return None
-    named = metadata.get("tokenizer.ggml.eos_token_id")
+    named = metadata.get(f"{prefix}eos_token_id")
     return StopIds(tuple(expected), named if isinstance(named, int) else None)
 
 

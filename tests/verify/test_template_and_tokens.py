@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from racdeploy import export
 from racdeploy.engines.transformers import chat_ids
 from racdeploy.errors import ArtifactError
 from racdeploy.models.sources import EMBEDDED, resolve
@@ -21,6 +22,8 @@ from tests.support.records import arm_of, record
 from tests.support.tiny_models import edit_json, write_tokenizer
 
 QUESTIONS = ["2 + 2?", "Is <think> a tag?", "日本語 🙂\n\ttabs", ""]
+
+PREFIX = export.load("gguf").TOKENIZER_PREFIX
 
 
 @pytest.fixture
@@ -122,6 +125,7 @@ def test_the_end_of_sequence_is_the_checkpoints(
 ) -> None:
     """A file that names another one, or none, fails; one without a tokenizer has nothing to say."""
     probes = (TokenProbe("a", (1,), (1,)),)
-    found = tokens.check(_evidence(probes=probes, stop_ids=read_stop_ids(metadata, (5, 6))))
+    found = tokens.check(_evidence(probes=probes, stop_ids=read_stop_ids(PREFIX, metadata, (5, 6))))
     assert (found.verdict, said in found.summary) == (verdict, True)
-    assert StopIds((5, 6), 7) == read_stop_ids({"tokenizer.ggml.eos_token_id": 7}, [5, 6])
+    assert StopIds((5, 6), 7) == read_stop_ids(PREFIX, {"tokenizer.ggml.eos_token_id": 7}, [5, 6])
+    assert read_stop_ids("", {"tokenizer.ggml.eos_token_id": 7}, [5, 6]) is None

@@ -24,6 +24,8 @@ __all__ = [
     "LIBRARY",
     "NEEDS",
     "OPTIONS",
+    "TOKENIZER_PREFIX",
+    "WEIGHT_SUFFIXES",
     "artifact_path",
     "companions",
     "export",
@@ -37,6 +39,8 @@ BACKEND = "llamacpp"
 NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
 OPTIONS = ("importance", "pre_tokenizer", "split_bytes", "tensors")
+TOKENIZER_PREFIX = "tokenizer.ggml."
+WEIGHT_SUFFIXES = ()
 
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:

@@ -42,6 +42,8 @@ __all__ = [
     "LIBRARY",
     "NEEDS",
     "OPTIONS",
+    "TOKENIZER_PREFIX",
+    "WEIGHT_SUFFIXES",
     "artifact_path",
     "companions",
     "export",
@@ -61,6 +63,8 @@ NEEDS = {
     "accelerate": "onnx",
 }
 OPTIONS = ("exporter",)
+TOKENIZER_PREFIX = ""
+WEIGHT_SUFFIXES = ("_data", "_packed")
 
 _VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 
