@@ -112,6 +112,7 @@ def bench(
     check_unpacked(bundle, entry)
     if not dense.is_file():
         raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
+
     context_tokens = manifest.generation.context_tokens
     if load.prompt_tokens + load.new_tokens > context_tokens:
         raise UsageError(
@@ -136,6 +137,7 @@ def bench(
             figures, kernels[name] = _measure(entry.backend, file, settings, ids, load.new_tokens)
             rounds[name].append(figures)
         sides.reverse()
+
     if progress:
         progress("bench", loads, loads)
 
@@ -169,6 +171,7 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
         exported = ExportResult.from_json(stage.folder, stage.summary)
         if exported.files == dense.files:
             return exported.path
+
     raise ArtifactError(
         f"no stage in {work} holds the dense {dense.quant} artifact of {manifest.base['name']}",
         remedy=f"{build_again}; or name the build's folder with --work",
@@ -222,6 +225,7 @@ def _measure(
             answers += settings.parallel
             after = _read_stats(engine, backend)
             lasted_s = after["decode_s"] - before["decode_s"]
+
         kernels = str(engine.about.get("kernels", ""))
 
     spent = {name: after[name] - before[name] for name in after}
@@ -232,6 +236,7 @@ def _measure(
         "decode_tokens_per_s": (spent["generated_tokens"] - answers) / spent["decode_s"],
         "peak_rss_bytes": after["peak_rss_bytes"],
     }
+
     return figures, kernels
 
 

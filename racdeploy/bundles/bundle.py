@@ -88,6 +88,7 @@ class Bundle:
                     remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
                     f"which are in the bundle: --gate with tiers.{self.tier}.prompts",
                 )
+
         return drawn
 
     def respondent(self, progress: Progress | None) -> Respondent:

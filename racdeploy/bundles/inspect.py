@@ -50,9 +50,11 @@ def _inspect_file(path: Path) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files if file.is_file()),
         "sha256": file_sha256(path),
     }
+
     for key, value in metadata.items():
         if key.startswith(_SHOWN_KEYS):
             summary[key] = value
+
     return _add_totals(summary, tensors)
 
 
@@ -79,6 +81,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }
+
     return _add_totals(summary, tensors)
 
 
@@ -101,14 +104,17 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "thinking_tags": [manifest.tokenizer.open_tag, manifest.tokenizer.close_tag],
         "verdict": manifest.verdict,
     }
+
     for entry in others:
         summary[f"artifact for {entry.backend}"] = (
             f"{entry.path}, {entry.quant}, {entry.packing}, {entry.size_bytes} bytes, "
             f"SHA-256 {entry.sha256}"
         )
+
     for entry in manifest.artifacts:
         if second := _describe_second_graph(path, entry):
             summary["graph for sparse kernels"] = second
+
     return _add_totals(summary, tensors)
 
 
@@ -144,4 +150,5 @@ def _add_totals(summary: dict[str, Any], tensors: list[dict[str, Any]]) -> dict[
         totals["zeros_of_all_weights"] = round(zeros / counted, 4)
     if unknown:
         totals["tensors_with_unknown_zeros"] = unknown
+
     return {"summary": summary | totals, "tensors": rows}

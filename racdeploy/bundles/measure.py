@@ -78,6 +78,7 @@ def measure_artifact(own: Baseline, entry: ArtifactEntry) -> MeasuredArtifact:
                 packing=tensor["packing"],
             )
         )
+
     sparsity = zeros / weights if weights else 0.0
     stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, own.manifest.tokenizer.eos_ids)
     return MeasuredArtifact(metadata, stop_ids, tuple(rows), frozenset(prunable), sparsity)

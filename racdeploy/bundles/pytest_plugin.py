@@ -99,6 +99,7 @@ class BundleTests(pytest.Collector):
                 self._found = error
         if isinstance(self._found, Exception):
             raise self._found
+
         return self._found
 
 
@@ -116,6 +117,7 @@ class Check(pytest.Item):
         accepted = check.verdict == "inconclusive" and self.parent.accepts_inconclusive
         if check.verdict == "skipped" or accepted:
             pytest.skip(f"{check.verdict}: {check.summary}")
+
         if check.verdict != "pass":
             remedy = check.remedy or "see the report"
             raise CheckFailure(f"{check.name}: {check.verdict}: {check.summary}\n  → {remedy}")

@@ -94,8 +94,10 @@ class ServerAnswerer:
         unseen = dict.fromkeys(plugins.names("checks"), "a server shows no files")
         for check in _SEEN:
             del unseen[check]
+
         if probes is None:
             unseen["tokens"] = "the server has no endpoint that tokenizes"
+
         evidence = Evidence(
             settings=bundle.settings,
             gate=bundle.gate,
@@ -112,6 +114,7 @@ class ServerAnswerer:
         ]
         if self.server.api == "chat":
             served.append("its thinking is counted in tokens of its texts")
+
         return evidence, [*served, *notes, *note_earlier(answers.earlier)]
 
     def forget(self) -> None:
@@ -147,6 +150,7 @@ class ServerAnswerer:
                 close_ids=tags.close_ids,
                 starts_open=prompt_state(first, tags) == "open",
             )
+
         return ChatEngine(server.url, settings, conversation, **names)
 
     def _probe_tokens(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:

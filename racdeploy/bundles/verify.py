@@ -91,6 +91,7 @@ class ArtifactAnswerer:
         pruned, measured, earlier = self._run(main, "pruned")
         ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
         encoder = self.respondent.encoder
+
         with self._open(main, self.bundle.folder / main.path) as engine:
             probes = probe_tokens(engine, encoder, probe_strings())
 
@@ -129,6 +130,7 @@ class ArtifactAnswerer:
         )
         logits = "logits were compared when the bundle was built: "
         logits += "that needs the dense model and torch"
+
         return evidence, [*notes, *ran, *note_earlier(earlier), logits]
 
     def answer(
@@ -140,6 +142,7 @@ class ArtifactAnswerer:
         stage = Stage.open(self.work, "verify", version | inputs)
         self._used.add(stage.folder)
         log = CompletionLog(stage.folder / "completions.jsonl")
+
         return self.respondent.answer(
             lambda: self._open(entry, path), self.bundle.problems, arm, log
         )
@@ -156,6 +159,7 @@ class ArtifactAnswerer:
         known = (entry.size_bytes, entry.quant, measured.sparsity)
         files = recorded_files(entry)
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
+
         return arm, measured, answers.earlier
 
     def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
@@ -202,6 +206,7 @@ class Reverification:
         dense = Arm("dense", bundle.own.dense)
         pruned = Arm("pruned", bundle.own.pruned)
         expected = expect_as_before(dense, pruned, length_budget(settings))
+
         return {
             "bundle": str(bundle.folder),
             "tier": bundle.tier or "as built",
@@ -228,6 +233,7 @@ class Reverification:
         self.local.forget()
         if answerer is not self.local:
             answerer.forget()
+
         return report, records
 
     @property
@@ -273,6 +279,7 @@ class Reverification:
         if changed := differences(source.report.fingerprint, answerer.fingerprint):
             conditions = "; ".join(changed)
             notes.append(f"the dense answers were made under other conditions: {conditions}")
+
         return Arm("dense", self._recorded(), *known, {}, files, recorded.kernels or ""), notes
 
 

@@ -66,6 +66,7 @@ class Evaluation:
             self.job.recipe.verify,
             self.progress,
         )
+
         return answer_prompts(
             Workplace(self.work),
             respondent,
@@ -131,6 +132,7 @@ class Evaluation:
         )
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *held.notes]
         missing = control_notes(recipe.verify, len(rivals))
+
         return conclude(evidence, context, [*built, *notes, *missing])
 
     @property
@@ -159,6 +161,7 @@ class Evaluation:
                     "run on this machine, with the same artifact and settings; "
                     "racdeploy bench measures speed"
                 )
+
         return arms, traces, notes
 
     def _answer_also(self, also: Sequence[ExportResult]) -> tuple[OtherArtifact, ...]:
@@ -170,6 +173,7 @@ class Evaluation:
             answers = sibling.answer(exported, name, self._engine_settings)
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers)
             found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
+
         return tuple(found)
 
     def _make_arm(self, name: str, quant: str, exported: ExportResult, answers: Answers) -> Arm:
@@ -217,4 +221,5 @@ def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
             "the tasks ran out of prompts: whole traces would have been "
             f"{selection['rac_tokens']} tokens"
         )
+
     return notes

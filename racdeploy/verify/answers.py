@@ -86,6 +86,7 @@ class Respondent:
         for problem in problems:
             ids = tuple(self.encoder.encode(problem.question))
             prompts += [ids] * self.settings.samples
+
         missing = [place for place, ids in enumerate(prompts) if log.get(ids, place) is None]
 
         stats: Mapping[str, float] = {}
@@ -144,6 +145,7 @@ class Respondent:
                     f"{completion} and {kept}",
                     remedy="report it, with the engine's version",
                 )
+
         growing.clear()
         report_progress()
 
@@ -157,6 +159,7 @@ class Respondent:
                 max_tokens=settings.max_thinking_tokens,
                 starts_open=prompt_state(prompts[0], self.tags) == "open",
             )
+
         return Sampling(
             max_new_tokens=settings.max_new_tokens,
             stop_ids=self.stop_ids,
@@ -240,6 +243,7 @@ def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None
     budget = sampling.budget
     if budget is None:
         return None
+
     start = 0 if budget.starts_open else _find_end(ids, budget.open_ids, 0)
     if start is None:
         return None
@@ -256,6 +260,7 @@ def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None
     begun = len(budget.close_ids) - 1
     while tail[len(tail) - begun :] != list(budget.close_ids[:begun]):
         begun -= 1
+
     return end - begun
 
 

@@ -69,6 +69,7 @@ class Baseline:
                 f"its report counts {expected}",
                 remedy="copy the bundle again, or build it again",
             )
+
         recipe = validate(Recipe, manifest.recipe, f"{folder}/racdeploy.json")
         return cls(folder, manifest, recipe, report, dense, pruned)
 
@@ -144,6 +145,7 @@ class Baseline:
                 remedy="give the dense artifact with --baseline, a bundle with more prompts, "
                 "or a smaller --tier",
             )
+
         return tuple(found)
 
     def _check_decoding(self, settings: Verification) -> None:
@@ -152,6 +154,7 @@ class Baseline:
             built, asked = getattr(self.recipe.verify, name), getattr(settings, name)
             if built != asked:
                 changed.append(f"{name} {built} and not {asked}")
+
         if changed:
             raise UsageError(
                 f"the dense answers in {self.folder} were made with {', '.join(changed)}",

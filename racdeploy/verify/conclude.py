@@ -80,6 +80,7 @@ def conclude(
     records: list[Record] = []
     for arm in (evidence.dense, evidence.pruned, *evidence.rivals, *also):
         records += arm.records
+
     return report, records
 
 
@@ -124,6 +125,7 @@ def _count_by_task(evidence: Evidence) -> tuple[TaskRow, ...]:
                 pruned_correct=sum(map(is_correct, pruned)),
             )
         )
+
     return tuple(rows)
 
 
@@ -166,6 +168,7 @@ def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
     """Return all dense models against the pruned one; none where there is no rival."""
     if not evidence.rivals:
         return ()
+
     confidence = evidence.gate.confidence
     pruned_right = evidence.pruned.by_prompt(is_correct)
     pruned_lengths = evidence.pruned.by_prompt(thinking_tokens)
@@ -189,4 +192,5 @@ def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
                 length_upper=length.upper,
             )
         )
+
     return tuple(rows)

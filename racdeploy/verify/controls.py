@@ -55,6 +55,7 @@ def same_size_quants(
         fitting = [name for name in bits if rest + weights * bits[name] / 8 <= _ABOUT * size]
         if fitting:
             found.append(max(fitting, key=preference))
+
     return list(dict.fromkeys(found))
 
 
@@ -81,4 +82,5 @@ def _bits_by_quant(settings: Export, row_lengths: set[int]) -> dict[str, float]:
             continue
         if not any(quant.fits(chosen, row) for row in row_lengths):
             bits[name] = chosen.BITS
+
     return bits

@@ -248,6 +248,7 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
                 f"{result.summary}",
                 remedy=result.remedy or f"take [{result.name}] out of the gate file",
             )
+
     return results
 
 

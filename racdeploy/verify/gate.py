@@ -158,6 +158,7 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
     gate = validate(model, merge(below, written), str(file))
     tables = frozenset(written) & frozenset(plugins.names("checks"))
     gate._demanded = tables | frozenset(written.get("checks", ()))
+
     return gate
 
 

@@ -55,6 +55,7 @@ def probe_tokens(
         if found is None:
             return None
         probes.append(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(found)))
+
     return tuple(probes)
 
 
@@ -75,6 +76,7 @@ def probe_prompts(
         rendered = tuple(encoder.encode(question))
         artifact = None if inside is None else tuple(inside.encode(question))
         probes.append(PromptProbe(question, tuple(ids), rendered, artifact, lead))
+
     return tuple(probes)
 
 
@@ -147,6 +149,7 @@ def divergences(
         right_TV = _log_softmax(other_TV[start : start + _ROWS])
         kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
         same.append(left_TV.argmax(1) == right_TV.argmax(1))
+
     return np.concatenate(kl), np.concatenate(same)
 
 
@@ -196,6 +199,7 @@ def average_along(
                 pruning_kl_nats=float(pruning_kl.mean()),
             )
         )
+
     return tuple(rows)
 
 

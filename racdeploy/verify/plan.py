@@ -44,6 +44,7 @@ def expect_as_before(dense: Arm, pruned: Arm, budget: int) -> Expectation:
     deviation = Expectation.deviation
     if len(before) > 1 and _has_thoughts(dense) and _has_thoughts(pruned):
         deviation = lengths.length_deviation(before, after, budget)
+
     return Expectation(discordant, deviation, "as in the bundle's own verification")
 
 

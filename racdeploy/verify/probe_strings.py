@@ -72,12 +72,14 @@ def _strings() -> Iterator[str]:
         yield " " * count + "x"
         yield "x" + " " * count
         yield "\n" * count + " x\t" * count
+
     yield from ("١٢٣٤٥", "१२३४५६", "１２３４", "Ⅳ𝟜𝟝", "৪৫ ৬")
     yield from _contractions()
 
     for left, right in itertools.pairwise(_SPACES):
         yield f"word{left}{right}word{right}{left}"
         yield f"{left}{right}"
+
     yield from (
         "a" * 300,
         "Supercalifragilistic" * 20,
@@ -89,6 +91,7 @@ def _strings() -> Iterator[str]:
 
     for tag in _TAGS:
         yield f"text{tag}text {tag} {tag}\n{tag}{tag}"
+
     yield from _mixtures()
 
 

@@ -58,5 +58,6 @@ def _report_missing(
     if limit is None:
         remedy = "racdeploy bench measures both"
         return make_result(name, "skipped", summary, remedy=remedy)
+
     remedy = "give the dense artifact with --baseline, or build again: both then run"
     return make_result(name, "inconclusive", summary, remedy=remedy)

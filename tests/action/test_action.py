@@ -17,7 +17,7 @@ from tests.support.action_runner import ACTION, Run, run_action, write_program
 
 PULL_REQUEST = {"pull_request": {"number": 12}}
 
-# Writes the reports of a verification that ended as WANTED_CODE says; 2 and 4 end before there are any.
+# Writes the reports of a verification that ended as WANTED_CODE says; 2 and 4 end without any.
 RACDEPLOY = """
 import json, os, pathlib, sys
 code = int(os.environ["WANTED_CODE"])
@@ -99,7 +99,7 @@ def api(comments: Comments) -> Iterator[str]:
 
 @pytest.fixture
 def job(tmp_path: Path, api: str) -> Any:
-    """Return a function that runs the action with a racdeploy that ends as it is told."""
+    """Return a function that runs the action with a racdeploy that ends as asked."""
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     write_program(tmp_path / "bin", "racdeploy", RACDEPLOY)
@@ -147,7 +147,9 @@ def test_the_job_ends_as_the_verification_did(
 def test_without_a_verdict_the_job_fails_whatever_was_asked(
     job: Any, comments: Comments, code: int
 ) -> None:
-    """What racdeploy said is in the summary; a report of an earlier run does not speak for this one."""
+    """What racdeploy said is in the summary; a report of an earlier run does not speak for this
+    one.
+    """
     assert job(0, comment="false").code == 0
     run = job(code, exit_zero="true")
     assert (run.code, run.outputs["verdict"]) == (code, "error")
@@ -180,7 +182,7 @@ def test_the_comment_is_replaced_and_belongs_to_its_bundle(job: Any, comments: C
 def test_a_comment_that_cannot_be_written_is_a_warning(
     job: Any, comments: Comments, status: int
 ) -> None:
-    """The token of a fork may not write: the verdict stands, and the log says what is missing."""
+    """The token of a fork may not write: the verdict counts, and the log says what is missing."""
     comments.status = status
     run = job(0)
     assert run.code == 0

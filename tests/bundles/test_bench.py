@@ -1,4 +1,4 @@
-"""bench: both artifacts in every round, in turn, and the dense one found where the build left it."""
+"""bench: both artifacts in every round, in turn; the dense one found where the build left it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
 
 
 class CountingEngine(Engine):
-    """Takes 10 ms a prompt token and 20 ms a new one, the pruned artifact half of that; grows slower with each load."""
+    """Takes 10 ms a prompt token and 20 ms a new one, the pruned artifact half of that; grows
+    slower with each load.
+    """
 
     opened: list[Path]
 
@@ -161,7 +163,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
 
 
 def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -> None:
-    """The stage whose files the report names; not the pruned one, another model's, or one that never ended."""
+    """The stage whose files the report names; not the pruned one, another model's, or one that
+    never ended.
+    """
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
     manifest = Manifest.read(bundle).model_copy(update={"base": {"name": "tiny"}})
@@ -192,7 +196,9 @@ def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -
 
 
 def test_the_command_measures_a_real_model_against_itself(bundle: Path) -> None:
-    """llama.cpp, twice the same file: every figure is there, and the memory is the same within a tenth."""
+    """llama.cpp, twice the same file: every figure is there, and the memory is the same within a
+    tenth.
+    """
     arguments = ["bench", bundle, "--dense", bundle / "model.gguf", "--rounds", 1, "--threads", 1]
     load = ["--prompt-tokens", 64, "--new-tokens", 16]
     done = CliRunner().invoke(app, [*map(str, [*arguments, *load]), "--json"])

@@ -1,4 +1,6 @@
-"""``pytest --racdeploy-bundle`` as a user runs it, in a process of its own; the verification finds what it is told."""
+"""``pytest --racdeploy-bundle`` as a user runs it, in its own process; the verification finds
+what the test asks for.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ def verified():
     if "error" in wanted:
         raise ArtifactError("the bundle is damaged", remedy="copy it again")
     checks = tuple(
-        CheckResult(name=name, verdict=wanted.get(name, wanted["rest"]), summary=f"what {name} found", remedy="do this",
-                    figures={"number": 0.25})
+        CheckResult(name=name, verdict=wanted.get(name, wanted["rest"]),
+                    summary=f"what {name} found", remedy="do this", figures={"number": 0.25})
         for name in plugins.names("checks")
     )
     return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
@@ -74,7 +76,9 @@ def _pytest(folder: Path, wanted: str, *arguments: str) -> subprocess.CompletedP
 
 
 def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) -> None:
-    """Beside the user's own tests; a skipped check is a skip, and the figures are in the JUnit file."""
+    """Beside the user's own tests; a skipped check is a skip, and the figures are in the JUnit
+    file.
+    """
     (tmp_path / "test_own.py").write_text("def test_own(): pass\n")
     done = _pytest(
         tmp_path,
@@ -127,7 +131,7 @@ def test_only_skips_are_no_success(tmp_path: Path) -> None:
 
 
 def test_an_error_fails_every_check_with_its_remedy(tmp_path: Path) -> None:
-    """A bundle that cannot be verified has passed nothing, and is not tried again for each check."""
+    """A bundle that cannot be verified has passed nothing, and is tried once for all checks."""
     done = _pytest(tmp_path, "error=1,rest=pass", "--racdeploy-bundle", "bundle")
     assert done.returncode == 1
     assert "the bundle is damaged\n  → copy it again" in done.stdout
@@ -153,8 +157,9 @@ def test_a_wrong_gate_is_wrong_usage(
 
 
 def test_without_the_option_nothing_is_loaded(tmp_path: Path) -> None:
-    """Every pytest run of the environment loads the file: it brings neither numpy nor the checks."""
-    code = "import sys, racdeploy.bundles.pytest_plugin; print([m for m in ('numpy', 'pydantic', 'jinja2') if m in sys.modules])"
+    """Every pytest run of the environment loads the file: it brings neither numpy nor checks."""
+    heavy = ("numpy", "pydantic", "jinja2")
+    code = f"import sys, {PLUGIN}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -73,7 +73,8 @@ def test_the_action_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
     write_program(tmp_path / "bin", "racdeploy", call)
     write_program(
         *(tmp_path / "bin", "python"),
-        f"import os, sys\nsys.argv[1:3] == ['-m', 'pip'] or os.execv({sys.executable!r}, ['python', *sys.argv[1:]])",
+        "import os, sys\nsys.argv[1:3] == ['-m', 'pip'] or "
+        f"os.execv({sys.executable!r}, ['python', *sys.argv[1:]])",
     )
     run = run_action(
         *(workspace, {"bundle": str(built), "gate": "gate.toml", "threads": "1"}),
@@ -128,7 +129,9 @@ def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
 
 
 def test_the_dense_artifact_of_a_build_is_found_and_measured(built: Path) -> None:
-    """By what the build left in its work folder; of equal size and speed, since zeros alone change neither."""
+    """By what the build left in its work folder; of equal size and speed, since zeros alone change
+    neither.
+    """
     outcome = racdeploy(
         "bench", built, "--work", built.parent / "work", "--rounds", 1, "--threads", 1, "--json"
     )

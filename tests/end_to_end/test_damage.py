@@ -1,4 +1,6 @@
-"""What verification catches: real damage to a real artifact, and the check that says so. docs/what-it-catches.md."""
+"""What verification catches: real damage to a real artifact, and the check that says so.
+docs/what-it-catches.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``racdeploy verify --server``: what a server says, held against the dense answers of a real bundle."""
+"""``racdeploy verify --server``: what a server says, held against the dense answers of a real
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def _chatting(bundle: Path, engine: Engine, padding: str = "") -> Answer:
 
 
 def test_what_is_served_passes_as_the_bundle_does(built: Path, engine: Engine) -> None:
-    """By what users ask; files and logits are skipped with a reason, and the report names the server."""
+    """By what users ask; files and logits are skipped with a reason, and the report names the
+    server.
+    """
     routes = {"v1/models": models("app"), "v1/chat/completions": _chatting(built, engine)}
     with serving(routes) as url:
         outcome = _verify(built, url, "--json")
@@ -118,7 +122,9 @@ def test_a_real_server_passes_with_the_thinking_in_its_text(built: Path, tmp_pat
 
 
 def test_a_real_server_that_drops_the_tags_is_no_verdict(built: Path) -> None:
-    """The embedded model's tags are control tokens, which llama_cpp.server leaves out: exit code 4 and a way out."""
+    """The embedded model's tags are control tokens, which llama_cpp.server leaves out: exit code 4
+    and a way out.
+    """
     artifact = built / Manifest.read(built).artifacts[0].path
     with running(*llama_cpp_server(artifact)) as (url, _):
         outcome = _verify(built, url)

@@ -1,4 +1,6 @@
-"""``racdeploy verify`` as a CI job uses it: twice, killed, by tiers, with and without the dense model."""
+"""``racdeploy verify`` as a CI job uses it: twice, killed, by tiers, with and without the dense
+model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from racdeploy.manifest import Manifest
 from tests.support.commands import Outcome, command, environment, racdeploy
 from tests.support.tiny_models import edit_json
 
-GATE = '[tiers.smoke]\nprompts = 12\nchecks = ["accuracy", "thinking", "tokens", "template"]\ninconclusive = "pass"\n'
+GATE = """\
+[tiers.smoke]
+prompts = 12
+checks = ["accuracy", "thinking", "tokens", "template"]
+inconclusive = "pass"
+"""
 
 
 def _verify(bundle: Path, work: Path, *more: object) -> Outcome:

@@ -1,4 +1,6 @@
-"""Answering prompts: completions are kept as they end, whatever the kill, and nothing is answered twice."""
+"""Answering prompts: completions are kept as they end, whatever the kill, and nothing is answered
+twice.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Killed(BaseException):
 
 
 class ScriptedEngine:
-    """Streams a completion that depends on the prompt and its random stream; dies after some tokens."""
+    """Streams a completion that depends on the prompt and its random stream; dies after some
+    tokens.
+    """
 
     def __init__(self, dies_after: int = 10**9) -> None:
         self.asked: list[int] = []
@@ -78,7 +82,9 @@ def respondent(tmp_path: Path) -> Respondent:
 def test_a_killed_run_asks_only_what_is_left(
     respondent: Respondent, tmp_path: Path, dies_after: int
 ) -> None:
-    """Streams stay with their prompts and samples, so the answers are those of a run that was never killed."""
+    """Streams stay with their prompts and samples, so the answers are those of a run that was
+    never killed.
+    """
     whole = respondent.answer(lambda: nullcontext(ScriptedEngine()), PROBLEMS, "dense")
     file = tmp_path / "log.jsonl"
     with pytest.raises(Killed):
@@ -188,7 +194,9 @@ def test_the_end_is_read_from_the_tokens_alone(
     max_thinking: int,
     cap: int,
 ) -> None:
-    """Finish reason and forced tag equal those of the sequence that every engine runs, at every step."""
+    """Finish reason and forced tag equal those of the sequence that every engine runs, at every
+    step.
+    """
     budget = ThinkingBudget(tuple(close), tuple(opening), max_thinking, starts_open)
     sampling = Sampling(max_new_tokens=cap, stop_ids=(0,), budget=budget)
     running = Running(0, [4], sampling, context_tokens=100)

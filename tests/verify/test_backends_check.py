@@ -16,7 +16,9 @@ from tests.support.records import arm_of, record
 
 
 def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
-    """Return evidence in which a second engine gets ``wrong`` prompts wrong and thinks ``longer`` on each."""
+    """Return evidence in which a second engine gets ``wrong`` prompts wrong and thinks ``longer``
+    on each.
+    """
     main = arm_of([record(i, extracted=str(i)) for i in range(count)])
     changed = [
         record(
@@ -43,7 +45,9 @@ def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
     ],
 )
 def test_engines_are_equivalent_within_the_limits(evidence: Evidence, verdict: str) -> None:
-    """Equal answers on twelve prompts leave more than five points of doubt; on two hundred they do not."""
+    """Equal answers on twelve prompts leave more than five points of doubt; on two hundred they do
+    not.
+    """
     assert backends.check(evidence).verdict == verdict
 
 

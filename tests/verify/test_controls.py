@@ -42,7 +42,9 @@ def _chosen(
 def test_the_widest_format_that_is_no_larger_is_chosen(
     bits: float, row: int, expected: str
 ) -> None:
-    """And K formats before others of the same width; of a packed artifact the packed size counts, alone."""
+    """And K formats before others of the same width; of a packed artifact the packed size counts,
+    alone.
+    """
     assert _chosen(bits, 0.5, row) == [expected]
 
 

@@ -1,4 +1,4 @@
-"""Two one-sided tests: the same answers as both tests apart, and a level that simulation confirms."""
+"""Two one-sided tests: the answers of both tests apart, and a level that simulation confirms."""
 
 from __future__ import annotations
 

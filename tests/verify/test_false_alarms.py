@@ -1,7 +1,8 @@
-"""Verification does not cry wolf: arms that are alike by construction never fail, over many seeds of the standard tier.
+"""Verification does not cry wolf: arms that are alike by construction never fail, over many seeds
+of the standard tier.
 
-The arms differ as the embedded model does from itself on another engine, and much more; real runs are counted by
-``benchmarks/false_alarms.py``.
+The arms differ as the embedded model does from itself on another engine, and much more; real runs
+are counted by ``benchmarks/false_alarms.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The gate: limits from files, tiers, the schema, and what is refused.
 
-``python -m tests.verify.test_gate`` writes docs/gate.schema.json anew.
+``python -m tests.verify.test_gate`` writes docs/gate.schema.json again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def test_a_gate_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tier_says_how_much_is_run() -> None:
-    """Prompts and samples go into the settings, checks and the meaning of too little data into the gate."""
+    """Prompts and samples go into the settings, checks and the meaning of too little data into the
+    gate.
+    """
     built = {
         "tiers": {"smoke": {"prompts": 9, "samples": 2, "temperature": 0.6, "checks": ["tokens"]}}
     }
@@ -215,7 +217,7 @@ def test_a_tie_is_no_other_token() -> None:
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:
-    """Every check's limits are in it. ``python -m tests.verify.test_gate`` writes it anew."""
+    """Every check's limits are in it. ``python -m tests.verify.test_gate`` writes it again."""
     assert (DOCS / "gate.schema.json").read_text(encoding="utf-8") == _published()
 
 

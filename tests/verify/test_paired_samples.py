@@ -30,7 +30,9 @@ def test_repeated_samples_are_no_new_prompts() -> None:
 
 
 def test_independent_samples_count_for_more() -> None:
-    """Where chance decides each sample, eight of them are worth more than one, and less than eight prompts."""
+    """Where chance decides each sample, eight of them are worth more than one, and less than eight
+    prompts.
+    """
     generator = np.random.default_rng(2)
     dense, pruned = (generator.random((200, 8)) < 0.7 for _ in range(2))
     pairs = paired_counts(dense, pruned)
@@ -48,7 +50,9 @@ def test_the_order_of_the_samples_does_not_matter() -> None:
 def _cells(
     kind: str, n: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the probabilities of a right answer by draw and prompt, whose mean drop is the margin."""
+    """Return the probabilities of a right answer by draw and prompt, whose mean drop is the
+    margin.
+    """
     size = (DRAWS, n)
     if kind == "a fifth of the prompts suffers":
         dense = np.full(size, 0.99)
@@ -90,7 +94,9 @@ def _passes(dense_RNS: NDArray[np.float64], pruned_RNS: NDArray[np.float64]) -> 
     ],
 )
 def test_a_model_at_the_margin_passes_at_most_five_percent(kind: str, n: int, samples: int) -> None:
-    """Type-I error over 20 000 draws, however the samples of a prompt hang together: 5.5 % is three standard errors."""
+    """Type-I error over 20 000 draws, however the samples of a prompt hang together: 5.5 % is
+    three standard errors.
+    """
     generator = np.random.default_rng(1)
     dense, pruned = (
         generator.binomial(samples, part) / samples for part in _cells(kind, n, generator)
@@ -99,7 +105,7 @@ def test_a_model_at_the_margin_passes_at_most_five_percent(kind: str, n: int, sa
 
 
 def test_the_simulated_verdicts_are_the_real_ones() -> None:
-    """The vectorised verdict above equals ``non_inferiority`` on ``paired_counts``, draw by draw."""
+    """The vectorised verdict above is ``non_inferiority`` on ``paired_counts``, draw by draw."""
     generator = np.random.default_rng(9)
     dense, pruned = (generator.binomial(4, p, size=(60, 120)) for p in (0.93, 0.92))
     expected = []

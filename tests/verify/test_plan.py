@@ -13,7 +13,9 @@ from tests.support.records import arm_of, record
 
 
 def test_the_plan_gives_power_and_what_can_be_seen() -> None:
-    """200 prompts, a tenth of them discordant: 6 points are seen with 80 % power, 5 points are not."""
+    """200 prompts, a tenth of them discordant: 6 points are seen with 80 % power, 5 points are
+    not.
+    """
     found = plan(Verification(), read_gate(), Expectation(), 200)
     assert found["accuracy_power"] == pytest.approx(power(200, 0.1, 0.05), abs=5e-4)
     assert found["smallest_detectable_drop"] == pytest.approx(0.058, abs=1e-3)

@@ -10,7 +10,9 @@ from racdeploy.verify.measure import STRETCHES, average_along
 
 @pytest.mark.parametrize("longest", [1, 47, 48, 49, 1000])
 def test_every_token_is_in_one_stretch(longest: int) -> None:
-    """Traces of different lengths: weighted by their tokens, the stretches give the mean over all positions."""
+    """Traces of different lengths: weighted by their tokens, the stretches give the mean over all
+    positions.
+    """
     generator = np.random.default_rng(longest)
     lengths = [longest, max(1, longest // 3), 1]
     export, pruning = ([generator.random(length) for length in lengths] for _ in range(2))
@@ -27,7 +29,7 @@ def test_every_token_is_in_one_stretch(longest: int) -> None:
         assert mean == pytest.approx(np.concatenate(arm).mean(), abs=1e-12)
 
 
-def test_a_jump_stands_where_it_is() -> None:
+def test_a_jump_is_where_it_happened() -> None:
     """Only the tokens after the 60th diverge."""
     kl = np.repeat([0.0, 2.0], [60, 36])
     rows = average_along([kl], [kl])

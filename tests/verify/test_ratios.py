@@ -35,7 +35,9 @@ def _checked(
     ("speed_limit", "memory_limit", "verdict"), [(1.5, 0.75, "pass"), (1.51, 0.74, "fail")]
 )
 def test_a_limit_decides(speed_limit: float, memory_limit: float, verdict: str) -> None:
-    """750 against 500 tokens/s, 300 against 400 MB: a limit that is just kept, and one that is not."""
+    """750 against 500 tokens/s, 300 against 400 MB: a limit that is just kept, and one that is
+    not.
+    """
     found = _checked(DENSE, PRUNED, speed_limit=speed_limit, memory_limit=memory_limit)
     assert [check.verdict for check in found] == [verdict, verdict]
     assert [check.figures[f"{check.name}_ratio"] for check in found] == [1.5, 0.75]
@@ -60,7 +62,9 @@ def test_without_a_limit_the_ratio_is_told_and_decides_nothing() -> None:
 def test_one_side_alone_gives_no_ratio(
     dense: dict[str, float], pruned: dict[str, float], which: str
 ) -> None:
-    """It is skipped with the reason; with a limit it is inconclusive, since missing data never passes."""
+    """It is skipped with the reason; with a limit it is inconclusive, since missing data never
+    passes.
+    """
     for check in _checked(dense, pruned):
         assert (check.verdict, which in check.summary) == ("skipped", True)
     for check in _checked(dense, pruned, speed_limit=1.0, memory_limit=1.0):

@@ -162,7 +162,9 @@ def simulate(
 def test_a_model_at_the_margin_passes_at_most_five_percent(
     n: int, margin: float, rate: float
 ) -> None:
-    """Type-I error by simulation; 20 000 draws have a standard error of 0.15 points: 5.5 % is three."""
+    """Type-I error by simulation; 20 000 draws have a standard error of 0.15 points: 5.5 % is
+    three.
+    """
     assert simulate(n, rate, margin, drop=margin) <= 0.055
 
 
@@ -173,12 +175,16 @@ def test_a_model_at_the_margin_passes_at_most_five_percent(
 def test_a_model_at_the_margin_fails_at_most_five_percent(
     n: int, margin: float, rate: float
 ) -> None:
-    """Nor is a model that is just good enough failed more often; the worst cases of a search are among these."""
+    """Nor is a model that is just good enough failed more often; the worst cases of a search are
+    among these.
+    """
     assert simulate(n, rate, margin, drop=margin, wanted="fail") <= 0.055
 
 
 def exact_rate(n: int, rate: float, margin: float, score_alone: bool = False) -> float:
-    """Return how often a model at the margin fails: scipy's trinomial masses of all tables that are not negligible."""
+    """Return how often a model at the margin fails: scipy's trinomial masses of all tables that
+    are not negligible.
+    """
     p10, p01 = (rate + margin) / 2, (rate - margin) / 2
     tables = [
         (n10, n01)
@@ -210,7 +216,9 @@ def test_without_the_correction_a_model_at_the_margin_would_fail_too_often() -> 
 
 
 def test_the_correction_takes_half_a_flip_off() -> None:
-    """At the corrected end, the score with half a prompt less than was seen is the quantile of the normal."""
+    """At the corrected end, the score with half a prompt less than was seen is the quantile of the
+    normal.
+    """
     n10, n01, n = 30, 4, 100
     lower, upper = drop_interval(n10, n01, n, 0.90)
     assert upper == tango_interval(n10, n01, n, 0.90).upper
@@ -247,12 +255,16 @@ def test_the_exact_type_one_error_stays_near_five_percent(
 def test_a_model_that_only_loses_passes_at_most_five_percent(
     n: int, margin: float, rate_per_margin: float
 ) -> None:
-    """Discordant rate at the margin: n10 is binomial there, where the score test alone passes up to 6.8 %."""
+    """Discordant rate at the margin: n10 is binomial there, where the score test alone passes up
+    to 6.8 %.
+    """
     assert power(n, rate_per_margin * margin, margin, drop=margin) <= 0.055
 
 
 def test_without_the_exact_interval_the_level_would_be_exceeded() -> None:
-    """The spoiled version: of 133 prompts at a margin of 2 points, no loss at all passes Tango's interval."""
+    """The spoiled version: of 133 prompts at a margin of 2 points, no loss at all passes Tango's
+    interval.
+    """
     n, margin = 133, 0.02
     assert tango_interval(0, 0, n, 0.90).upper < margin
     assert (1 - margin) ** n > 0.065  # how often a model at the margin loses none
@@ -261,7 +273,9 @@ def test_without_the_exact_interval_the_level_would_be_exceeded() -> None:
 
 @pytest.mark.parametrize(("count", "n"), [(0, 44), (1, 44), (3, 200), (40, 200), (200, 200)])
 def test_where_one_arm_never_wins_the_interval_holds_the_exact_one(count: int, n: int) -> None:
-    """Clopper and Pearson's interval, as scipy computes it, is inside; and it is the wider end that is taken."""
+    """Clopper and Pearson's interval, as scipy computes it, is inside; and it is the wider end
+    that is taken.
+    """
     exact = binomtest(count, n).proportion_ci(0.90, method="exact")
     score = tango_interval(count, 0, n, 0.90)
     interval = drop_interval(count, 0, n, 0.90)
@@ -304,7 +318,9 @@ def test_power_without_disagreement_is_all_or_nothing() -> None:
 def test_required_n_is_near_the_textbook_formula(
     margin: float, target: float, textbook: int
 ) -> None:
-    """(z_level + z_power)² rate / margin² ignores discreteness and the score variance: allow 8 % more."""
+    """(z_level + z_power)² rate / margin² ignores discreteness and the score variance: allow 8 %
+    more.
+    """
     n = required_n(0.10, margin, target_power=target)
     assert textbook <= n <= 1.08 * textbook
     assert power(n, 0.10, margin) >= target > power(n - 1, 0.10, margin)
@@ -342,7 +358,9 @@ def test_wilson_gives_newcombes_published_interval() -> None:
 @pytest.mark.parametrize("probability", [0.75, 0.9, 0.95, 0.975, 0.9995])
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 31, 200, 1000, 1001, 50_000])
 def test_students_quantile_matches_scipy(probability: float, freedom: int) -> None:
-    """Exact sums up to 1000; above, the dropped term is (5z⁵ + 16z³ + 3z) / 96f², below 3e-5 at f = 1001."""
+    """Exact sums up to 1000; above, the dropped term is (5z⁵ + 16z³ + 3z) / 96f², below 3e-5 at f
+    = 1001.
+    """
     expected = float(student.ppf(probability, freedom))
     tolerance = 1e-9 if freedom <= 1000 else 3e-5
     assert student_quantile(probability, freedom) == pytest.approx(expected, rel=tolerance)
@@ -357,7 +375,9 @@ def test_the_restricted_mean_counts_truncated_runs_at_the_cap() -> None:
 
 
 def test_the_length_ratio_uses_the_pairing() -> None:
-    """Lengths that differ by 10 % prompt by prompt give a tight interval though the prompts vary a lot."""
+    """Lengths that differ by 10 % prompt by prompt give a tight interval though the prompts vary a
+    lot.
+    """
     dense = np.array([100.0, 250, 400, 90, 310, 220])
     estimate = length_ratio(dense, 1.1 * dense, budget=10_000)
     assert estimate == pytest.approx((1.1, 1.1, 1.1, 6), rel=1e-9)
@@ -398,7 +418,9 @@ def test_lengths_that_prove_nothing_give_an_unbounded_interval(
 
 
 def test_the_length_gate_keeps_its_level_at_thirty_prompts() -> None:
-    """A model at the limit passes at most 6.2 % of the time: nominal 5 %, 4000 draws ± 0.35 points."""
+    """A model at the limit passes at most 6.2 % of the time: nominal 5 %, 4000 draws ± 0.35
+    points.
+    """
     generator = np.random.default_rng(11)
     dense = generator.gamma(6, 30, size=(4000, 30))
     pruned = dense * 1.2 * generator.lognormal(-0.02, 0.2, size=(4000, 30))

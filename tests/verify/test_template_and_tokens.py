@@ -1,4 +1,6 @@
-"""Template and tokens: ids that differ, an artifact with a template of its own, and a lost end-of-sequence."""
+"""Template and tokens: ids that differ, an artifact with a template of its own, and a lost
+end-of-sequence.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_prompts_equal_those_of_transformers(folder: Path) -> None:
 
 
 def test_a_foreign_tokenizer_class_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """Else transformers warns that the embedded model names a class of Qwen2; other warnings of it stay on."""
+    """Else transformers warns that the embedded model names a class of Qwen2; other warnings of it
+    stay on.
+    """
     assert chat_ids(resolve(EMBEDDED).folder, ["2 + 2?"])
     assert caplog.messages == []
     PreTrainedTokenizerFast.from_pretrained(resolve(EMBEDDED).folder)

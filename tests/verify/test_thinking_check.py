@@ -1,4 +1,4 @@
-"""The thinking check: longer thoughts, unclosed ones, loops and forced ends, each found by itself."""
+"""The thinking check: longer thoughts, unclosed ones, loops and forced ends, each by itself."""
 
 from __future__ import annotations
 

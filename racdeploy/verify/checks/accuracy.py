@@ -60,4 +60,5 @@ def check(evidence: Evidence) -> CheckResult:
     )
     if answers > prompts:
         summary += f" with {answers // prompts} samples each"
+
     return make_result("accuracy", verdict, summary, figures, _REMEDIES[verdict])

@@ -47,8 +47,10 @@ def check(evidence: Evidence) -> CheckResult:
     verdict = verdicts.worst(result.verdict for result in found)
     summary = "; ".join(result.summary for result in found)
     figures: dict[str, float | str] = {}
+
     for result in found:
         figures |= result.figures
+
     return make_result("backends", verdict, summary, figures, _REMEDIES[verdict])
 
 
@@ -91,6 +93,7 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
     )
     verdict = verdicts.worst([alike, as_long])
     named = {f"{other.backend}_{name}": value for name, value in figures.items()}
+
     return make_result("backends", verdict, summary, named)
 
 

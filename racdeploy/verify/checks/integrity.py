@@ -26,4 +26,5 @@ def check(evidence: Evidence) -> CheckResult:
     if changed:
         remedy = "the artifact changed after it was exported: copy or build it again"
         return make_result("integrity", "fail", "; ".join(changed), figures, remedy)
+
     return make_result("integrity", "pass", f"SHA-256 {main[:16]}…", figures)

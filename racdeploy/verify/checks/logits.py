@@ -51,9 +51,11 @@ def check(evidence: Evidence) -> CheckResult:
     if kl_limit is None:
         named = {row.quant_real for row in evidence.tensors if row.name in evidence.prunable}
         kl_limit = find_kl_limit(named or {evidence.pruned.quant})
+
     share_limit = limits.export_changed
     if share_limit is None:
         share_limit = most_changed(kl_limit)
+
     export = _Side(found.export, kl_limit, share_limit)
     pruning = _Side(found.pruning, limits.pruning_kl_nats, limits.pruning_changed)
 
@@ -78,6 +80,7 @@ def check(evidence: Evidence) -> CheckResult:
         remedy = "choose a wider quant; if it stays, report the model: a tensor is wrong"
     elif not pruning.is_kept:
         remedy = "lower the sparsity, or calibrate on more traces"
+
     summary = (
         f"artifact against torch-pruned: {export.text}; "
         f"torch-pruned against dense: {pruning.text}; {found.tokens} tokens"

@@ -47,6 +47,7 @@ def check(evidence: Evidence) -> CheckResult:
     reached = found >= asked - evidence.gate.limits(Limits).tolerance
     if reached:
         return make_result("sparsity", "pass", text, figures)
+
     remedy = "the export lost zeros: build again, and report it if it stays"
     return make_result("sparsity", "fail", text, figures, remedy)
 

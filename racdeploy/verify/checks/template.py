@@ -38,11 +38,13 @@ def check(evidence: Evidence) -> CheckResult:
     else:
         count, first, where = len(wrong_inside), wrong_inside[0], " by the artifact's own template"
         ids = first.artifact or ()
+
     difference = _describe_difference(first.expected, ids)
     summary = f"{count} of {len(probes)} prompts differ{where}; the first is "
     summary += f"{first.question[:60]!r}: {difference}"
     remedy = "put the model's own chat template back: "
     remedy += "chat_template in tokenizer_config.json, or export again"
+
     return make_result("template", "fail", summary, figures, remedy)
 
 

@@ -63,6 +63,7 @@ def check(evidence: Evidence) -> CheckResult:
         "budget_tokens": evidence.budget_tokens,
     }
     counts: list[str] = []
+
     for fault, has_fault in FAULTS.items():
         limit: float = getattr(limits, fault)
         # Counted as answers, a fault that only the pruned arm has would be a gain: swap the arms.
@@ -85,4 +86,5 @@ def check(evidence: Evidence) -> CheckResult:
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
         f"limit {limits.length_ratio:g}; {', '.join(counts)} of {len(evidence.dense.records)}"
     )
+
     return make_result("thinking", verdict, summary, figures, _REMEDIES[verdict])

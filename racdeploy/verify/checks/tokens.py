@@ -12,10 +12,12 @@ def check(evidence: Evidence) -> CheckResult:
     stop = evidence.stop_ids
     if stop is not None and stop.actual not in stop.expected:
         return _report_wrong_stop(stop)
+
     if probes is None:
         summary = f"{evidence.backend} has no tokenizer: "
         summary += "its token ids come from the checkpoint's tokenizer.json"
         return make_result("tokens", "skipped", summary)
+
     if not probes:
         return make_result("tokens", "inconclusive", "no string was tokenized")
 
@@ -38,4 +40,5 @@ def _report_wrong_stop(stop: StopIds) -> CheckResult:
     summary += f"the checkpoint {list(stop.expected)}"
     remedy = "export again: a program that reads the artifact alone "
     remedy += "would not stop, or stop too early"
+
     return make_result("tokens", "fail", summary, figures, remedy)

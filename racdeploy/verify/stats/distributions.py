@@ -34,6 +34,7 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
             low = middle
         else:
             high = middle
+
     return high
 
 

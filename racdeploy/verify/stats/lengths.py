@@ -53,12 +53,6 @@ def length_ratio(
     Identical arms give a ratio of 1 with a degenerate interval. One prompt, or an arm whose mean
     is zero (the logarithm does not exist), gives the interval from 0 to infinity: such data pass
     no limit.
-
-    Args:
-        dense_lengths: as for :func:`restrict_lengths`.
-        pruned_lengths: the same for the pruned model, prompt by prompt.
-        budget: the cap in tokens, above 0, the same for both.
-        confidence: of the two-sided interval, in (0, 1).
     """
     dense_N = restrict_lengths(dense_lengths, budget)
     pruned_N = restrict_lengths(pruned_lengths, budget)
@@ -66,6 +60,7 @@ def length_ratio(
         raise ValueError(
             f"{len(dense_N)} dense and {len(pruned_N)} pruned lengths: not the same prompts"
         )
+
     check_confidence(confidence)
 
     n = len(dense_N)
@@ -73,6 +68,7 @@ def length_ratio(
     pruned_mean = float(pruned_N.mean())
     if dense_mean == pruned_mean == 0:
         return RatioEstimate(1.0, 0.0, math.inf, n)
+
     ratio = pruned_mean / dense_mean if dense_mean else math.inf
     if n == 1 or dense_mean == 0 or pruned_mean == 0:
         return RatioEstimate(ratio, 0.0, math.inf, n)
@@ -95,12 +91,7 @@ def length_power(
 ) -> float:
     """Return the probability that a length ratio stays below its limit, in normal approximation.
 
-    Args:
-        n: prompts, at least 2.
-        deviation: see :func:`length_deviation`.
-        limit: largest ratio that passes.
-        confidence: of the two-sided interval, in (0, 1).
-        ratio: the true ratio.
+    ``deviation`` is a :func:`length_deviation`, ``ratio`` the true one.
     """
     check_confidence(confidence)
     if n < 2 or limit <= 0 or ratio <= 0 or deviation < 0:
@@ -111,6 +102,7 @@ def length_power(
     room = math.log(limit / ratio)
     if deviation == 0:
         return 1.0 if room > 0 else 0.0
+
     needed = student_quantile((1 + confidence) / 2, n - 1)
     return NormalDist().cdf(room * math.sqrt(n) / deviation - needed)
 

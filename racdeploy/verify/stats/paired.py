@@ -75,11 +75,7 @@ def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
 def tango_interval(n10: int, n01: int, n: int, confidence: float = 0.95) -> Interval:
     """Return the score interval of the paired drop, as published.
 
-    It holds every drop that Tango's score test does not reject. It exists for any table, also
-    without discordant prompts.
-
-    Raises:
-        ValueError: the counts do not fit together.
+    It holds every drop that Tango's score test does not reject, and exists for any table.
     """
     _check_counts(n10, n01, n)
     return _score_interval(n10, n01, n, normal_quantile(confidence))
@@ -104,9 +100,11 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
     if n01 == 0:
         lower = min(lower, distributions.exact_lower(n10, n, tail))
         upper = max(upper, distributions.exact_upper(n10, n, tail))
+
     if n10 == 0:
         lower = min(lower, -distributions.exact_upper(n01, n, tail))
         upper = max(upper, -distributions.exact_lower(n01, n, tail))
+
     return Interval(lower, upper)
 
 
@@ -152,15 +150,9 @@ def power(
 ) -> float:
     """Return the probability that :func:`non_inferiority` says "pass".
 
-    Exact: a sum over the tables that can occur, not an approximation. With ``drop`` equal to
-    ``margin`` it is the type-I error.
-
-    Args:
-        n: prompts, 1 to a million.
-        discordant_rate: share of prompts on which the arms disagree, in [0, 1].
-        margin: largest acceptable drop, in [0, 1).
-        confidence: of the two-sided interval, in (0, 1).
-        drop: the true drop; its size is at most ``discordant_rate``.
+    Exact: a sum over the tables that can occur, not an approximation. ``discordant_rate`` is the
+    share of prompts on which the arms disagree, ``drop`` the true drop, no larger in size. With
+    ``drop`` equal to ``margin`` it is the type-I error.
     """
     _check_counts(0, 0, n)
     _check_margin(margin)
@@ -170,6 +162,7 @@ def power(
         raise ValueError(
             f"a drop of {drop} needs a discordant rate in [{abs(drop)}, 1], not {discordant_rate}"
         )
+
     quantile = normal_quantile(confidence)
     tail = (1 - confidence) / 2
 
@@ -190,6 +183,7 @@ def power(
         counts_L = counts_L[counts_L <= passing]
         masses_L = distributions.binomial_masses(counts_L, int(discordant), dense_wins)
         total += mass * masses_L.sum()
+
     return float(min(total, 1.0))
 
 
@@ -273,6 +267,7 @@ def _most_passing(
         passes_L = (score_L < -quantile) | (middle_L < 0)
         low_L = np.where(passes_L, middle_L, low_L)
         high_L = np.where(passes_L, high_L, middle_L)
+
     return low_L
 
 
