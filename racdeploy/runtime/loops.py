@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TOKENS = 64  # a ruler of dashes or an indented table stays below
-_REPEATS = 4
+_TOKENS = 64  # a line of dashes or an indented table is shorter
+_REPEATS = 4  # what is said three times may still be an argument
 _LONGEST_PERIOD = 1024
 
 
@@ -33,22 +33,31 @@ class Loop:
 
 
 def find_loop(ids: Sequence[int]) -> Loop | None:
-    """Return the longest loop of a completion, or None; of equal ones the shortest period, then the
-    first.
+    """Return the longest loop of a completion, or None.
+
+    Of equal ones that of the shortest period, then the first.
 
     Args:
         ids: token ids, end-of-sequence left out.
     """
     ids_T = np.asarray(ids, dtype=np.int64)
     best: Loop | None = None
+
     for period in range(1, min(len(ids_T) // _REPEATS, _LONGEST_PERIOD) + 1):
+        # Where a token is the one that came a period before it.
         same_T = ids_T[period:] == ids_T[:-period]
         if int(same_T.sum()) < period * (_REPEATS - 1):
             continue
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], same_T, [False]))))
-        starts, stops = edges[::2], edges[1::2]
-        place = int(np.argmax(stops - starts))
-        tokens = int(stops[place] - starts[place]) + period
-        if tokens >= max(_TOKENS, _REPEATS * period) and (best is None or tokens > best.tokens):
+
+        # The longest run of such places, between two edges.
+        fenced = np.concatenate(([False], same_T, [False]))
+        edges = np.flatnonzero(np.diff(fenced))
+        starts = edges[::2]
+        lengths = edges[1::2] - starts
+        place = int(np.argmax(lengths))
+
+        tokens = int(lengths[place]) + period
+        is_longer = best is None or tokens > best.tokens
+        if is_longer and tokens >= max(_TOKENS, _REPEATS * period):
             best = Loop(int(starts[place]), tokens, period)
     return best

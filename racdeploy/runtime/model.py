@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from racdeploy import engines
@@ -53,7 +53,7 @@ class Result:
     state: State
 
 
-class Model:
+class Model(AbstractContextManager["Model"]):
     """A loaded bundle. Use it in a ``with`` block, or close it.
 
     Args:
@@ -84,8 +84,7 @@ class Model:
         """Answer one prompt. What is not given is taken from the bundle.
 
         Args:
-            prompt: a question, or a conversation as a list of messages with ``role`` and
-                ``content``.
+            prompt: a question, or messages with ``role`` and ``content``.
             max_thinking_tokens: the close tag is forced after so many thinking tokens.
             max_new_tokens: cap on thinking and answer together.
             temperature: 0 is greedy.
@@ -100,9 +99,11 @@ class Model:
             EngineError: the prompt does not fit, or the engine failed.
         """
         prompt_ids = self.encoder.encode(prompt)
-        sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
-        sampling = self._budgeted(sampling, max_thinking_tokens, prompt_ids)
+        sampling = self._sampling(
+            prompt_ids, seed, max_thinking_tokens, max_new_tokens, temperature, top_p
+        )
         stream = _TextStream(self, prompt_ids, on_text) if on_text else None
+
         (completion,) = self.engine.generate(
             [prompt_ids],
             sampling,
@@ -124,83 +125,81 @@ class Model:
         seed: int = 0,
         cancel: threading.Event | None = None,
     ) -> list[Result]:
-        """Answer several prompts, as many at a time as the model was loaded for; see
-        :meth:`generate`.
-        """
+        """Answer prompts, as many at a time as the model was loaded for; see :meth:`generate`."""
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
-        sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
-        opened = [self._starts_open(ids) for ids in encoded]
-        if len(set(opened)) > 1:
+        if not encoded:
+            return []
+        if len({self._starts_open(ids) for ids in encoded}) > 1:
             raise UsageError(
                 "some of these prompts end inside the thinking and some do not",
                 remedy="give them to generate_many in two calls",
             )
-        if not encoded:
-            return []
-        sampling = self._budgeted(sampling, max_thinking_tokens, encoded[0])
+
+        sampling = self._sampling(
+            encoded[0], seed, max_thinking_tokens, max_new_tokens, temperature, top_p
+        )
         cancelled = cancel.is_set if cancel else None
         completions = self.engine.generate(encoded, sampling, cancelled=cancelled)
-        return [
-            self._result(ids, completion)
-            for ids, completion in zip(encoded, completions, strict=True)
-        ]
+        return [self._result(*pair) for pair in zip(encoded, completions, strict=True)]
 
     def close(self) -> None:
         """Unload the model; again is harmless."""
         self.engine.close()
 
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _sampling(
-        self, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int
+        self,
+        prompt_ids: Sequence[int],
+        seed: int,
+        max_thinking_tokens: int | None,
+        max_new_tokens: int | None,
+        temperature: float | None,
+        top_p: float | None,
     ) -> Sampling:
-        defaults = self.manifest.generation
-        return Sampling(
-            max_new_tokens=defaults.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop_ids=self.manifest.tokenizer.eos_ids,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_p=defaults.top_p if top_p is None else top_p,
-            seed=seed,
-        )
-
-    def _budgeted(
-        self, sampling: Sampling, asked: int | None, prompt_ids: Sequence[int]
-    ) -> Sampling:
-        """Return the sampling with the thinking budget that was asked for, or the bundle's."""
-        if asked is not None and self.tags is None:
+        """Return the bundle's sampling, with what a call gives in place of its defaults."""
+        if max_thinking_tokens is not None and self.tags is None:
             raise UsageError(
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )
-        limit = self.manifest.generation.max_thinking_tokens if asked is None else asked
-        if limit is None or self.tags is None:
-            return sampling
-        budget = ThinkingBudget(
-            close_ids=self.tags.close_ids,
-            open_ids=self.tags.open_ids,
-            max_tokens=limit,
-            starts_open=self._starts_open(prompt_ids),
+        given = {
+            "max_thinking_tokens": max_thinking_tokens,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = self.manifest.generation.model_copy(update=given)
+
+        budget = None
+        if settings.max_thinking_tokens is not None and self.tags is not None:
+            budget = ThinkingBudget(
+                close_ids=self.tags.close_ids,
+                open_ids=self.tags.open_ids,
+                max_tokens=settings.max_thinking_tokens,
+                starts_open=self._starts_open(prompt_ids),
+            )
+        return Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=self.manifest.tokenizer.eos_ids,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=seed,
+            budget=budget,
         )
-        return replace(sampling, budget=budget)
 
     def _starts_open(self, prompt_ids: Sequence[int]) -> bool:
         return self.tags is not None and prompt_state(prompt_ids, self.tags) == "open"
 
     def _result(self, prompt_ids: Sequence[int], completion: Completion) -> Result:
+        eos_ids = self.manifest.tokenizer.eos_ids
         parts = split(
             prompt_ids,
             completion.ids,
             self.tags,
-            eos_ids=self.manifest.tokenizer.eos_ids,
+            eos_ids=eos_ids,
             forced_at=completion.forced_at,
         )
         return Result(
@@ -217,17 +216,15 @@ class _TextStream:
     """Turns new ids into text as they come: tags left out, characters whole."""
 
     def __init__(self, model: Model, prompt_ids: Sequence[int], on_text: OnText) -> None:
-        tags = model.tags
+        # Ids that never come stand for the tags of a model without.
+        self._tags = model.tags or ThinkingTags((-1,), (-1,))
         self._encoder = model.encoder
         self._eos_ids = model.manifest.tokenizer.eos_ids
         self._on_text = on_text
-        self._scanner = Scanner(
-            prompt_ids, tags or ThinkingTags((-1,), (-1,))
-        )  # ids that never come
-        self._tag_tokens = {True: len(tags.close_ids), False: len(tags.open_ids)} if tags else {}
-        self._prefix = self._read = (
-            0  # ids between them are shown, and give the next ones their context
-        )
+        self._scanner = Scanner(prompt_ids, self._tags)
+        # What is between them is shown already, and is the context that the next ids need.
+        self._prefix = 0
+        self._read = 0
 
     def feed(self, index: int, ids: Sequence[int]) -> None:
         """Take new ids of the only sequence."""
@@ -235,13 +232,18 @@ class _TextStream:
         for token in ids:
             if token in self._eos_ids:
                 continue
-            inside, start = scanner.inside, scanner.start
+            inside = scanner.inside
+            start = scanner.start
             scanner.feed(token)
+
             if scanner.start == start:
-                self._show(len(scanner.ids) - scanner.held(), inside)
+                self._show(len(scanner.ids) - scanner.count_held_back(), inside)
                 continue
+
+            # A tag ended here. Before a close tag alone, everything is shown already.
             if scanner.inside or inside:
-                self._show(len(scanner.ids) - self._tag_tokens[inside], inside, whole=True)
+                tag = self._tags.close_ids if inside else self._tags.open_ids
+                self._show(len(scanner.ids) - len(tag), inside, whole=True)
             self._prefix = self._read = scanner.start
 
     def finish(self) -> None:
@@ -251,9 +253,12 @@ class _TextStream:
     def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
         text = self._encoder.decode(self._scanner.ids[self._prefix : stop])
         shown = self._encoder.decode(self._scanner.ids[self._prefix : self._read])
-        if stop <= self._read or (text.endswith("\ufffd") and not whole):
+        is_cut = text.endswith("\ufffd") and not whole  # in the middle of a character
+        if stop <= self._read or is_cut:
             return
-        self._prefix, self._read = self._read, stop
+
+        self._prefix = self._read
+        self._read = stop
         if len(text) > len(shown):
             self._on_text(text[len(shown) :], "thinking" if inside else "answer")
 
@@ -286,9 +291,10 @@ def load(
     """
     folder = Path(bundle)
     manifest = Manifest.read(folder)
-    artifact = _artifact(manifest, folder, backend)
+    artifact = _choose_artifact(manifest, folder, backend)
     manifest.check_tokenizer(folder)
     check_unpacked(folder, artifact)
+
     encoder = PromptEncoder.from_folder(folder)
     context_tokens = manifest.generation.context_tokens
     settings = EngineSettings(context_tokens, parallel=parallel, threads=threads, accel=accel)
@@ -320,10 +326,11 @@ def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
         )
 
 
-def _artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
+def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
     for entry in manifest.artifacts:
         if backend is None or entry.backend == backend:
             return entry
+
     offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
     raise UsageError(
         f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}"

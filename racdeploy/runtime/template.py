@@ -1,5 +1,4 @@
-"""Turn messages into prompt ids: the model's own chat template, in a sandbox, then its own
-tokenizer.
+"""Turn messages into prompt ids: the model's chat template, in a sandbox, then its tokenizer.
 
 A template is code from a stranger: it runs without access to Python's internals, for a bounded
 time, and every way it can fail is one ArtifactError. Rendering equals transformers'
@@ -36,8 +35,9 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 
 Message = Mapping[str, Any]
 
+# A template of real models renders in milliseconds, to texts of at most megabytes.
 _SECONDS = 5.0
-_LARGEST_NUMBER = 1_000_000
+_LARGEST_NUMBER = 1_000_000  # that a function or filter is called with
 _LARGEST_TEXT = 16_000_000
 _FAILURES = (
     TemplateError,
@@ -84,17 +84,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+        self.filters = {name: _bound(function) for name, function in self.filters.items()}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [_size(left), _size(right)]
+        size = _size(left) + _size(right)
         if operator == "*" and isinstance(left, Sized) != isinstance(right, Sized):
             number = right if isinstance(left, Sized) else left
-            sizes = [sum(sizes) * int(number)]
+            size *= int(number)
         elif operator == "**":
-            sizes = [64 * _size(left) * abs(int(right))]
-        if sum(sizes) > _LARGEST_TEXT:
-            raise SecurityError(f"{operator!r} would make a value of size {sum(sizes)}")
+            # x ** n has n times the bits of x. Bits are counted here, not words: the digits of
+            # such a number take time that grows with their square.
+            size = 64 * _size(left) * abs(int(right))
+
+        if size > _LARGEST_TEXT:
+            raise SecurityError(f"{operator!r} would make a value of size {size}")
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +107,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def join(self, parts: Sequence[Any]) -> str:
         """Return the parts as one text."""
         texts = [str(part) for part in parts]
-        if (length := sum(map(len, texts))) > _LARGEST_TEXT:
+        length = sum(map(len, texts))
+        if length > _LARGEST_TEXT:
             raise SecurityError(f"'~' would make a text of {length} characters")
         return "".join(texts)
 
@@ -126,18 +130,19 @@ class ChatTemplate:
     ) -> None:
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {name: text for name, text in named.items() if text is not None}
+
         environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
-        environment.filters["tojson"] = _bounded(_to_json)
-        environment.globals.pop("lipsum")
+        environment.filters["tojson"] = _bound(_to_json)
+        environment.globals.pop("lipsum")  # writes as much text as it is asked for
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        with _reported():
+        with _template_errors():
             self._template = environment.from_string(source)
 
-    def replaced(self, source: str) -> ChatTemplate:
+    def replace(self, source: str) -> ChatTemplate:
         """Return another template with the same tokens."""
         return ChatTemplate(source, self._tokens.get("bos_token"), self._tokens.get("eos_token"))
 
@@ -155,12 +160,12 @@ class ChatTemplate:
             ArtifactError: the template failed, refused the messages, or took too long.
         """
         values = {"tools": None, "documents": None, **self._tokens, **variables}
-        pieces: list[str] = []
+        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        pieces = []
         length = 0
-        with _reported(), _deadline(_SECONDS):
-            for piece in self._template.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **values
-            ):
+
+        with _template_errors(), _deadline(_SECONDS):
+            for piece in self._template.generate(**values):
                 pieces.append(piece)
                 length += len(piece)
                 if length > _LARGEST_TEXT:
@@ -199,6 +204,7 @@ class PromptEncoder:
             ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+
         self.template = template
         self.template_source = template_source
         self.bos_token = bos_token or ""
@@ -235,7 +241,8 @@ class PromptEncoder:
             ArtifactError: the text is not a template.
         """
         other = copy.copy(self)
-        other.template, other.template_source = self.template.replaced(source), source
+        other.template = self.template.replace(source)
+        other.template_source = source
         return other
 
     def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:
@@ -266,13 +273,15 @@ class PromptEncoder:
 
 
 def _size(value: object) -> int:
-    """Return the items of a container, the 64-bit words of a number."""
+    """Return the items of a container, the 64-bit words of a number, 1 for anything else."""
     if isinstance(value, Sized):
         return len(value)
-    return value.bit_length() // 64 + 1 if isinstance(value, int) else 1
+    if isinstance(value, int):
+        return value.bit_length() // 64 + 1
+    return 1
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a filter that refuses large numbers; what marks it for jinja2 is copied along."""
 
     @functools.wraps(function)
@@ -290,20 +299,21 @@ def _refuse_large_numbers(*values: object) -> None:
 
 
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
+def _template_errors() -> Iterator[None]:
     """Turn whatever a template can raise into an ArtifactError."""
     try:
         yield
     except _FAILURES as error:
         raise ArtifactError(
             f"the chat template failed: {type(error).__name__}: {error}",
-            remedy="compare the messages with the model card; if they are right, correct the template",
+            remedy="compare the messages with the model card; if they are right, correct the "
+            "template",
         ) from error
 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Stop the body's Python code after some time; a template can loop without ever calling us."""
+    """Stop the body's Python code after some time; a template can loop without calling ours."""
     end = time.monotonic() + seconds
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

@@ -96,24 +96,30 @@ class Scanner:
             if self._ends_with(close_ids):
                 self._close(self.start)
         elif self._ends_with(open_ids):
-            self.inside, self.start = True, len(self.ids)
+            self.inside = True
+            self.start = len(self.ids)
             self._begin("emitted")
         elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
             self._begin("implied")
             self._close(0)
 
-    def held(self) -> int:
+    def count_held_back(self) -> int:
         """Return how many of the last tokens may be the beginning of a tag."""
         wanted = self._tags.close_ids if self.inside else self._tags.open_ids
-        return next(n for n in reversed(range(len(wanted))) if self._ends_with(wanted[:n]))
+        count = len(wanted) - 1
+        while not self._ends_with(wanted[:count]):
+            count -= 1
+        return count
 
     def _begin(self, opening: Opening) -> None:
         if self.opening == "none":
             self.opening = opening
 
     def _close(self, start: int) -> None:
-        self.thoughts.append((start, len(self.ids) - len(self._tags.close_ids)))
-        self.inside, self.start = False, len(self.ids)
+        stop = len(self.ids) - len(self._tags.close_ids)
+        self.thoughts.append((start, stop))
+        self.inside = False
+        self.start = len(self.ids)
 
     def _ends_with(self, wanted: Sequence[int]) -> bool:
         first = len(self.ids) - len(wanted)
@@ -143,19 +149,23 @@ def split(
         ids.pop()
     if tags is None:
         return Split((), tuple(ids), "absent")
+
     scanner = Scanner(prompt_ids, tags)
     for token in ids:
         scanner.feed(token)
-    stop = len(ids)
-    if scanner.inside and not scanner.thoughts and forced_at is not None:
-        stop = forced_at  # the cap cut the forced tag short: its tokens are no thinking
-    spans = [*scanner.thoughts, *([(scanner.start, stop)] if scanner.inside else [])]
-    return Split(
-        tuple(token for start, stop in spans for token in ids[start:stop]),
-        () if scanner.inside else tuple(ids[scanner.start if spans else 0 :]),
-        _state(scanner, spans, forced_at),
-        scanner.opening,
-    )
+
+    spans = list(scanner.thoughts)
+    answer_ids = ids[scanner.start :]
+    if scanner.inside:
+        stop = len(ids)
+        if not spans and forced_at is not None:
+            stop = forced_at  # the cap cut the forced tag short: its tokens are no thinking
+        spans.append((scanner.start, stop))
+        answer_ids = []
+
+    thinking_ids = [token for start, stop in spans for token in ids[start:stop]]
+    state = _state(scanner, spans, forced_at)
+    return Split(tuple(thinking_ids), tuple(answer_ids), state, scanner.opening)
 
 
 def _state(scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None) -> State:
@@ -175,14 +185,17 @@ def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
     """
     stop = len(prompt_ids)
     while True:
-        tail = tuple(prompt_ids[max(0, stop - len(tags.open_ids)) : stop])
-        if tail == tags.open_ids:
+        if _ends_at(prompt_ids, stop, tags.open_ids):
             return "open"
-        if tuple(prompt_ids[max(0, stop - len(tags.close_ids)) : stop]) == tags.close_ids:
+        if _ends_at(prompt_ids, stop, tags.close_ids):
             return "closed"
         if stop == 0 or prompt_ids[stop - 1] not in tags.space_ids:
             return "none"
         stop -= 1
+
+
+def _ends_at(ids: Sequence[int], stop: int, wanted: tuple[int, ...]) -> bool:
+    return tuple(ids[max(0, stop - len(wanted)) : stop]) == wanted
 
 
 def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
@@ -198,12 +211,15 @@ def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
 def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
     """Return the texts of a model's tags, see :func:`find_tags`."""
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
-    best, best_rank = None, 0
+    best = None
+    best_rank = 0
     for open_tag, close_tag in TAGS:
-        written = open_tag in encoder.template_source or close_tag in encoder.template_source
-        single = open_tag in vocabulary and close_tag in vocabulary
-        if (rank := 2 * single + written) > best_rank:
-            best, best_rank = (open_tag, close_tag), rank
+        is_written = open_tag in encoder.template_source or close_tag in encoder.template_source
+        are_tokens = open_tag in vocabulary and close_tag in vocabulary
+        rank = 2 * are_tokens + is_written
+        if rank > best_rank:
+            best = (open_tag, close_tag)
+            best_rank = rank
     return best
 
 
@@ -217,16 +233,17 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
         ArtifactError: the tokenizer has no ids for them.
     """
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
-    open_ids, close_ids = (tuple(encoder.encode_text(tag)) for tag in (open_tag, close_tag))
+    open_ids = tuple(encoder.encode_text(open_tag))
+    close_ids = tuple(encoder.encode_text(close_tag))
     if not open_ids or not close_ids or open_ids == close_ids:
         raise ArtifactError(
             f"the tokenizer cannot write the thinking tags {open_tag!r} and {close_tag!r}: "
             f"it gives ids {list(open_ids)} and {list(close_ids)}",
             remedy="use the tokenizer.json that the model was trained with",
         )
-    spaces = (
-        token
-        for text, token in vocabulary.items()
-        if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES)
-    )
-    return ThinkingTags(open_ids, close_ids, frozenset(spaces))
+
+    space_ids = set()
+    for text, token in vocabulary.items():
+        if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES):
+            space_ids.add(token)
+    return ThinkingTags(open_ids, close_ids, frozenset(space_ids))
