@@ -112,23 +112,19 @@ class Kernels:
         version = f"-{self.version}" if self.version else ""
         return file.with_name(f"{file.stem}{version}.json")
 
-    def readiness(self) -> tuple[Path, Proof] | str:
-        """Return the library to load and its proof, or why there is none."""
-        file = self.library.find()
-        if file is None:
-            return f"{self.unbuilt}: racdeploy accel build"
-
-        proof = self.read_proof(file)
-        if isinstance(proof, str):
-            return proof
-        return proof.refusal or (file, proof)
-
 
 def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
     """Return the library to load and its proof, or why there is none: ``kernels`` may say so."""
     if isinstance(kernels, str):
         return kernels
-    return kernels.readiness()
+    file = kernels.library.find()
+    if file is None:
+        return f"{kernels.unbuilt}: racdeploy accel build"
+
+    proof = kernels.read_proof(file)
+    if isinstance(proof, str):
+        return proof
+    return proof.refusal or (file, proof)
 
 
 @dataclass(frozen=True)

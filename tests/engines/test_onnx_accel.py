@@ -152,7 +152,7 @@ def test_without_the_onnx_package_the_operator_is_not_tried(
     assert not isinstance(kernels, str)
     refusal = "its self-test needs a package: pip install onnx"
     assert kernels.prove(library).refusal == refusal
-    assert kernels.readiness() == refusal
+    assert proof.readiness(kernels) == refusal
 
 
 def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,6 @@ int64_t packed_tensors = 0;
 std::atomic<bool> was_loading{false};
 int pack_threads = 1;
 
-int64_t align(int64_t bytes) { return (bytes + alignment - 1) & ~(alignment - 1); }
-
 // One weight: its matrix, in its own memory or in the kept file. Without offsets nothing was written yet: all zeros.
 struct Weight {
     SparseMatrix matrix{};
@@ -297,12 +295,12 @@ struct Workspace {
 
     explicit Workspace(const ggml_tensor* op) {
         const int64_t tokens = ggml_nrows(op->src[1]);
-        bytes = align(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], tokens));
+        bytes = round_up(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], tokens), alignment);
         own = tokens == 1;
     }
     size_t total(int threads) const { return bytes * (own ? threads : 1) + alignment; }
     uint8_t* of(const ggml_compute_params* params) const {
-        auto* first = reinterpret_cast<uint8_t*>(align(reinterpret_cast<int64_t>(params->wdata)));
+        auto* first = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(params->wdata), alignment));
         return first + (own ? bytes * params->ith : 0);
     }
 };
@@ -337,7 +335,7 @@ class MatrixProduct final : public ggml::cpu::tensor_traits {
         }
 
         if (workspace.own) {
-            const int64_t share = (rows + 16 * params->nth - 1) / (16 * params->nth) * 16;
+            const int64_t share = round_up(rows, 16 * params->nth) / params->nth;
             const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
             if (begin < end) kernels().multiply(weight.matrix, 1, activations, {output, rows}, {begin, end});
             return true;

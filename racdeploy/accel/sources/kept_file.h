@@ -17,15 +17,12 @@ struct Parts {
     int64_t heads, values;
 
     Parts(Quant quant, int64_t rows, int64_t columns)
-        : heads(padded_to_64((rows + 1) * static_cast<int64_t>(sizeof(int64_t)))),
-          values(heads + padded_to_64(rows * heads_bytes(quant, columns))) {}
+        : heads(round_up((rows + 1) * static_cast<int64_t>(sizeof(int64_t)), 64)),
+          values(heads + round_up(rows * heads_bytes(quant, columns), 64)) {}
     SparseMatrix matrix(const void* memory, Quant quant, Pattern pattern, int64_t rows, int64_t columns) const {
         const auto* bytes = static_cast<const uint8_t*>(memory);
         return {quant, pattern, rows, columns, bytes + heads, bytes + values, static_cast<const int64_t*>(memory)};
     }
-
-private:
-    static int64_t padded_to_64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
 // One matrix of the file, as its table says it.

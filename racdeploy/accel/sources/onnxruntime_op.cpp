@@ -48,8 +48,6 @@ OrtStatus* refuse(const OrtApi* api, const char* message) {
     return ort::call(api, ort::create_status, ort::invalid_argument, message);
 }
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 struct Shape {
     int64_t dimensions[most_dimensions];
     size_t count;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 
 #include "kernels.h"
 
@@ -51,28 +52,20 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
     return bytes == matrix.offsets[row + 1] - matrix.offsets[row];
 }
 
-class Scratch {
-public:
-    ~Scratch() { std::free(memory_); }
-    void* bytes(int64_t wanted) {
-        if (wanted > size_) {
-            std::free(memory_);
-            memory_ = std::aligned_alloc(64, static_cast<size_t>((wanted + 63) / 64 * 64));
-            size_ = memory_ ? wanted : 0;
-        }
-        return memory_;
-    }
-
-private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
 }  // namespace
 
 void* scratch_of_thread(int64_t bytes) {
-    static thread_local Scratch scratch;
-    return scratch.bytes(bytes);
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    static thread_local std::unique_ptr<void, Free> memory;
+    static thread_local int64_t size = 0;
+    if (bytes <= size) return memory.get();
+
+    memory.reset();  // first: both at once would be twice as much
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+    size = memory ? bytes : 0;
+    return memory.get();
 }
 
 const Kernels& kernels() {

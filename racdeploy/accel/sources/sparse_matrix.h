@@ -37,9 +37,11 @@ constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t slack_bytes = 128;   // readable behind the values
 constexpr int layout = 2;              // changes with this form: files say it
 
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
 constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
-constexpr int64_t padded(int64_t columns) { return groups(columns) * group_weights; }
+constexpr int64_t padded(int64_t columns) { return round_up(columns, group_weights); }
 constexpr int64_t head_bytes(Quant quant) { return is_quantized(quant) ? 48 : 32; }
 constexpr int64_t heads_bytes(Quant quant, int64_t columns) { return groups(columns) * head_bytes(quant); }  // of a row
 
