@@ -1,7 +1,8 @@
 """Write report.md as a comment on the pull request, or replace the one of the last run.
 
-The comment is known by a hidden line that names the bundle, so two bundles have two comments. A token that may not
-write, as that of a fork has, is a warning: the verdict does not hang on a comment.
+The comment is known by a hidden line that names the bundle, so two bundles have two comments. A
+token that may not write, as that of a fork has, is a warning: the verdict does not hang on a
+comment.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _body(marker: str) -> str:
     report = (Path(os.environ["RACDEPLOY_REPORTS"]) / "report.md").read_text(encoding="utf-8")
     server, repository = os.environ["GITHUB_SERVER_URL"], os.environ["GITHUB_REPOSITORY"]
     run = f"{server}/{repository}/actions/runs/{os.environ['GITHUB_RUN_ID']}"
-    return f"{marker}\n{report}\n[report.html and every prompt]({run}) are among the artifacts of this run.\n"
+    link = f"[report.html and every prompt]({run})"
+    return f"{marker}\n{report}\n{link} are among the artifacts of this run.\n"
 
 
 def _find(url: str, marker: str) -> int | None:

@@ -1,7 +1,9 @@
-"""Verify a bundle as a step of a workflow: run racdeploy, then tell the outputs and the job summary.
+"""Verify a bundle as a step of a workflow: run racdeploy, then tell the outputs and the job
+summary.
 
-The exit code is an output, so that the comment and the artifacts follow before the job is failed with it. Settings come
-in the environment, never as text in a shell line: a name of a branch or a file cannot become a command.
+The exit code is an output, so that the comment and the artifacts follow before the job is failed
+with it. Settings come in the environment, never as text in a shell line: a name of a branch or a
+file cannot become a command.
 """
 
 from __future__ import annotations

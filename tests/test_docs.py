@@ -23,7 +23,9 @@ def _name(file: Path) -> str:
 
 
 def _listed_plugins(text: str) -> dict[str, list[str]]:
-    """Return the plugins between the markers: on each line the kind first, then its names, whatever the markup."""
+    """Return the plugins between the markers: on each line the kind first, then its names, whatever
+    the markup.
+    """
     (listing,) = re.findall(r"<!-- plugins -->(.*?)<!-- /plugins -->", text, re.DOTALL)
     lines = [re.findall(r"\w+", line) for line in listing.splitlines()]
     return {words[0]: words[1:] for words in lines if words and words[0] in plugins.KINDS}

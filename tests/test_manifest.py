@@ -57,10 +57,13 @@ def test_a_full_disk_is_an_error_with_a_remedy(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
 def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
-    """One killed while it writes leaves a file; one that still writes, here or on another machine, keeps its own."""
+    """One killed while it writes leaves a file; one that still writes, here or on another machine,
+    keeps its own.
+    """
     file = tmp_path / "m[1].gguf"
     code = (
-        "import sys, time; from pathlib import Path; from racdeploy.storage.files import atomic_file\n"
+        "import sys, time; from pathlib import Path\n"
+        "from racdeploy.storage.files import atomic_file\n"
         "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(file)]

@@ -36,7 +36,9 @@ def test_the_example_recipe_is_the_default_recipe(tmp_path: Path) -> None:
 
 
 def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
-    """Without comment signs its keys are all there are, and its values the defaults where these show what to write."""
+    """Without comment signs its keys are all there are, and its values the defaults where these
+    show what to write.
+    """
     text = re.sub(r"^# (?=\[|\w+ = )", "", EXAMPLE, flags=re.MULTILINE)
     recipe = Recipe.combine(_file(tmp_path, text), {})
     written, default = tomllib.loads(text), Recipe.combine(None, {}).model_dump(mode="json")
@@ -62,7 +64,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
-    """Neither the key's variable nor the concurrency; the address only where the model has no name."""
+    """Neither the key's variable nor the concurrency; the address only where the model has no
+    name.
+    """
     url = "http://127.0.0.1:8000/v1"
     plain, unnamed = Traces().identity, Traces(server=url).identity
     assert unnamed == plain | {"server": url}

@@ -90,16 +90,22 @@ def without(folder: Path, *modules: str) -> str:
     """Return a PYTHONPATH under which those modules are not installed."""
     (folder / "sitecustomize.py").write_text(
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {modules}: raise ModuleNotFoundError(name, name=name)\n"
+        f"        if name.partition('.')[0] in {modules}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
     )
     return os.pathsep.join([str(folder), *sys.path])
 
 
 def test_an_onnx_bundle_runs_on_onnxruntime_alone(tmp_path: Path) -> None:
-    """Neither the app nor the engine's process needs anything beyond onnxruntime, numpy, tokenizers and jinja2."""
+    """Neither the app nor the engine's process needs anything beyond onnxruntime, numpy, tokenizers
+    and jinja2.
+    """
     bundle = make_onnx_bundle(tmp_path)
-    code = f"import racdeploy\nwith racdeploy.load({str(bundle)!r}) as model:\n    print(model.generate('2 + 2?'))"
+    code = (
+        f"import racdeploy\nwith racdeploy.load({str(bundle)!r}) as model:\n"
+        "    print(model.generate('2 + 2?'))"
+    )
     path = without(
         tmp_path, *sorted({*HEAVY, "safetensors", "onnxruntime_genai"} - {"onnxruntime"})
     )
@@ -114,7 +120,9 @@ def test_an_onnx_bundle_runs_on_onnxruntime_alone(tmp_path: Path) -> None:
 
 
 def test_a_base_install_names_the_missing_extra(tmp_path: Path) -> None:
-    """Without torch, build is one sentence with the pip line and exit code 4; listing plugins still works."""
+    """Without torch, build is one sentence with the pip line and exit code 4; listing plugins still
+    works.
+    """
     path = without(tmp_path, "torch")
     code = "import racdeploy.cli; racdeploy.cli.main()"
     for arguments, expected in ((["plugins"], 0), (["build", "--out", str(tmp_path / "out")], 4)):

@@ -1,4 +1,4 @@
-// Asks a racdeploy bundle in the browser. Thinking and answer are told apart by token ids, as racdeploy does.
+// Asks a racdeploy bundle in the browser. Thinking and answer are separated by token ids, as racdeploy does.
 //
 // The bundle is under /bundle/, the npm packages under /npm/; serve.py puts them there. Nothing comes from elsewhere.
 

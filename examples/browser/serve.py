@@ -4,7 +4,8 @@
     racdeploy build tiny-reasoner --target browser --also gguf --out build/browser-bundle
     python examples/browser/serve.py build/browser-bundle
 
-Two headers isolate the page from other sites, which is what browsers ask for before WebAssembly may use threads.
+Two headers isolate the page from other sites, which is what browsers ask for before WebAssembly may
+use threads.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def serve(bundle: Path, npm: Path, port: int) -> ThreadingHTTPServer:
         raise SystemExit(f"{bundle} is not a bundle: give the folder that racdeploy build wrote")
     if missing := [name for name in PACKAGES if not (npm / name).is_dir()]:
         raise SystemExit(
-            f"{npm} has no {', '.join(missing)}\n  → npm install --ignore-scripts --prefix {npm.parent} "
+            f"{npm} has no {', '.join(missing)}\n"
+            f"  → npm install --ignore-scripts --prefix {npm.parent} "
             "@huggingface/transformers@4 @wllama/wllama@3"
         )
     places = {"/bundle/": bundle, "/npm/": npm, "/": Path(__file__).parent}

@@ -1,4 +1,5 @@
-"""Ask a bundle questions from an app of your own: no torch, text as it comes, and Ctrl-C stops one answer.
+"""Ask a bundle questions from an app of your own: no torch, text as it comes, and Ctrl-C stops one
+answer.
 
     python examples/embed/app.py bundle/ "What is 12 times 34?"
 

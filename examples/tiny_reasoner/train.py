@@ -4,7 +4,8 @@ A Qwen3-shaped model learns to spell out every step before it answers. Run on 2 
 
     python examples/tiny_reasoner/train.py --out build/tiny-reasoner
 
-Muon drives the matrices and AdamW the rest; the learning rate warms up, stays, and falls linearly to zero.
+Muon drives the matrices and AdamW the rest; the learning rate warms up, stays, and falls linearly
+to zero.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ PHASES = (  # steps, shares, factor on the learning rates; counting letters is l
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 QWEN2_SPLIT = (  # the regex of llama.cpp's pre-tokenizer "qwen2"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -219,7 +221,8 @@ def train(
         if step % 50 == 0:
             seconds = time.monotonic() - started
             print(
-                f"step {step} loss {running:.4f} {tokens / seconds:.0f} tokens/s {seconds / 60:.1f} min",
+                f"step {step} loss {running:.4f} {tokens / seconds:.0f} tokens/s "
+                f"{seconds / 60:.1f} min",
                 flush=True,
             )
         if step % probe_every == 0 or step == steps:
@@ -227,7 +230,9 @@ def train(
 
 
 def rate(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: 100 warm-up steps, then constant, then linear to 0."""
+    """Return the factor on the learning rate: 100 warm-up steps, then constant, then linear to
+    0.
+    """
     decay_from = 0.3 * steps
     warm = min(1.0, (step + 1) / 100)
     return warm * min(1.0, max(0.0, (steps - step) / (steps - decay_from)))

@@ -1,4 +1,6 @@
-"""The browser example's server: three folders, nothing beside them, and the headers that threads need."""
+"""The browser example's server: three folders, nothing beside them, and the headers that threads
+need.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ def example() -> dict[str, Any]:
 def run(
     example: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Path], None]:
-    """Return a function that fine-tunes a tiny Llama into a folder, with a checkpoint every second step."""
+    """Return a function that fine-tunes a tiny Llama into a folder, with a checkpoint every second
+    step.
+    """
     model = make_checkpoint(tmp_path_factory.mktemp("model"), "llama")
     settings = example["Settings"](str(model), STEPS, TOKENS_PER_STEP, RATE, 0)
     return lambda out: example["finetune"](settings, out, 2)
@@ -48,7 +50,7 @@ def test_a_run_that_is_killed_and_started_again_ends_the_same(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    """Killed within step 4, it goes on from the checkpoint of step 2 to the same bytes."""
+    """Killed within step 4, it resumes at the checkpoint of step 2, to the same bytes."""
     loss, steps = example["completion_loss"], list[int]()
 
     def killed(

@@ -1,8 +1,9 @@
-"""The page in a real browser: nothing runs, nothing is fetched, and everything can be reached by keyboard.
+"""The page in a real browser: nothing runs, nothing is fetched, and everything can be reached by
+keyboard.
 
-Slow because it needs Chromium and chromedriver, which a bare machine does not have:
-``apt-get install chromium chromium-driver``, then ``pytest -m slow tests/report/test_browser.py``. The pictures are
-kept in the folder that ``RACDEPLOY_SCREENSHOTS`` names.
+Slow because it needs Chromium and chromedriver, which a bare machine does not have: ``apt-get
+install chromium chromium-driver``, then ``pytest -m slow tests/report/test_browser.py``. The
+pictures are kept in the folder that ``RACDEPLOY_SCREENSHOTS`` names.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def _requests(window: Browser) -> list[str]:
 def test_hostile_text_runs_nothing_and_fetches_nothing(
     window: Browser, report: Report, records: list[Record], tmp_path: Path
 ) -> None:
-    """Each attack in every place where text comes from outside; the only request is the page itself."""
+    """Each attack in every place where text comes from outside; the only request is the page
+    itself.
+    """
     attack = " ".join(ATTACKS)
     hostile = [
         record.model_copy(
@@ -125,7 +128,9 @@ def test_the_attacks_would_be_seen(window: Browser, tmp_path: Path) -> None:
 def test_the_page_fits_and_is_silent(
     window: Browser, page: Path, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    """No sideways scrolling, no word on the console, the colours of the scheme, and text that can be read."""
+    """No sideways scrolling, no word on the console, the colours of the scheme, and text that can
+    be read.
+    """
     window.resize(width, 900, dark=dark)
     window.log("browser")
     window.open(page)
@@ -143,7 +148,9 @@ def test_the_page_fits_and_is_silent(
 
 
 def test_the_keyboard_reaches_filters_and_thoughts(window: Browser, page: Path) -> None:
-    """Tab to the filter, arrow to the next choice, tab to a prompt, Enter opens it: both thoughts side by side."""
+    """Tab to the filter, arrow to the next choice, tab to a prompt, Enter opens it: both thoughts
+    side by side.
+    """
     window.resize(1280, 900)
     window.open(page)
     window.evaluate("document.getElementById('show-all').focus()")
@@ -158,7 +165,8 @@ def test_the_keyboard_reaches_filters_and_thoughts(window: Browser, page: Path) 
     )
     assert opened == [True] + [False] * 5
     left, right = window.evaluate(
-        "return [...document.querySelectorAll('.found[open] .side')].map(side => side.getBoundingClientRect().top)"
+        "return [...document.querySelectorAll('.found[open] .side')]"
+        ".map(side => side.getBoundingClientRect().top)"
     )
     assert left == right
     window.press(TAB)
@@ -200,8 +208,10 @@ const behind = node => {
 };
 const bad = [];
 for (const node of document.querySelectorAll('body *')) {
-  if (node.closest('svg') || ![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim())) continue;
-  const pair = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((a, b) => b - a);
+  const words = [...node.childNodes].some(c => c.nodeType === 3 && c.data.trim());
+  if (node.closest('svg') || !words) continue;
+  const own = light(parse(getComputedStyle(node).color));
+  const pair = [own, light(behind(node))].sort((a, b) => b - a);
   const ratio = (pair[0] + .05) / (pair[1] + .05);
   if (ratio < 4.5) bad.push(`${node.className || node.tagName}: ${ratio.toFixed(2)}`);
 }

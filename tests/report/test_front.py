@@ -48,8 +48,8 @@ def test_the_sentences_follow_the_intervals(report: Report) -> None:
     assert "dense q2_k wins on size (3.9 MB, pruned 5.31 MB)" in small
     assert "pruned wins on speed (0.91 times that of pruned), accuracy (−7.4 points" in small
     assert (
-        whole
-        == "On the front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, dense q2_k."
+        whole == "On the front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, "
+        "dense q2_k."
     )
 
 

@@ -40,7 +40,9 @@ class Elements(HTMLParser):
 
 
 def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) -> None:
-    """The only elements are the template's own, whoever wrote model name, prompt, arm and linear."""
+    """The only elements are the template's own, whoever wrote model name, prompt, arm and
+    linear.
+    """
     spoiled = report.model_copy(
         update={
             "model": HOSTILE,
@@ -65,7 +67,9 @@ def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) 
 
 
 def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None:
-    """No attribute that loads, no CSS import, no address outside the hostile prompts, and a policy on top."""
+    """No attribute that loads, no CSS import, no address outside the hostile prompts, and a policy
+    on top.
+    """
     page = html.render(report, records)
     loading = {"src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"}
     elements = Elements(page)
@@ -81,7 +85,9 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
 
 
 def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> None:
-    """Three of accuracy, scatter, histogram, two heat maps and the divergence, all with a text for screen readers."""
+    """Three of accuracy, scatter, histogram, two heat maps and the divergence, all with a text for
+    screen readers.
+    """
     elements = Elements(html.render(report, records))
     labels = [
         value for tag, name, value in elements.attributes if (tag, name) == ("svg", "aria-label")
@@ -132,7 +138,9 @@ def test_the_page_follows_light_and_dark(report: Report) -> None:
 
 
 def test_a_large_run_stays_below_two_megabytes(report: Report, records: list[Record]) -> None:
-    """Ten thousand prompts, all discordant, with long thinking made of characters that grow when escaped."""
+    """Ten thousand prompts, all discordant, with long thinking made of characters that grow when
+    escaped.
+    """
     text = "<&>'\"" * 6000
     many = [
         template.model_copy(
@@ -182,7 +190,9 @@ def test_degenerate_charts_render(report: Report, records: list[Record]) -> None
 def test_what_both_thoughts_begin_with_ends_at_a_word(
     report: Report, records: list[Record]
 ) -> None:
-    """The grey part is common to both sides and never cuts a word; equal thoughts are grey as a whole."""
+    """The grey part is common to both sides and never cuts a word; equal thoughts are grey as a
+    whole.
+    """
     dense, pruned = records[2 * 7 : 2 * 7 + 2]
     for texts, shared in (
         (("12+30=42 so", "12+30=43 so"), ""),

@@ -19,7 +19,9 @@ def changed(report: Report, **values: object) -> Report:
 
 
 def test_the_report_matches_the_golden_file(report: Report) -> None:
-    """Every character; ``python -m tests.support.sample_report`` writes it anew for the diff to be read."""
+    """Every character; ``python -m tests.support.sample_report`` writes it again, to read the
+    diff.
+    """
     assert markdown.render(report) == GOLDEN.read_text(encoding="utf-8")
 
 
@@ -43,7 +45,9 @@ def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
 
 
 def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
-    """Linears with one reason are one row, from the lowest to the highest share; without a reason, the old words."""
+    """Linears with one reason are one row, from the lowest to the highest share; without a reason,
+    the old words.
+    """
     rows = [
         LinearRow(
             name=f"model.layers.{i}.o_proj",

@@ -1,6 +1,7 @@
-"""The published schemas: JSON Schema of report.json and records.jsonl kept current, and reports that keep them.
+"""The published schemas: JSON Schema of report.json and records.jsonl kept current, and reports
+that keep them.
 
-``python -m tests.report.test_schema`` writes the files in docs/ anew.
+``python -m tests.report.test_schema`` writes the files in docs/ again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Run action.yml as a GitHub runner does: expressions, conditions, outputs, and a home of its own.
+"""Run action.yml as a GitHub runner does: expressions, conditions, outputs, a home folder.
 
-Only what the action uses is understood; anything else is an error. Steps that use another action are noted, not run.
-Source: GitHub's documentation of composite actions, workflow commands and default environment variables.
+Only what the action uses is understood; anything else is an error. Steps that use another action
+are noted, not run. Source: GitHub's documentation of composite actions, workflow commands and
+default environment variables.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
 
 @dataclass
 class Run:
-    """What a run of the action left: exit code, outputs, job summary, log, and the steps that used other actions."""
+    """What a run of the action left: exit code, outputs, job summary, log, and the steps that used
+    other actions.
+    """
 
     code: int = 0
     outputs: dict[str, str] = field(default_factory=dict)

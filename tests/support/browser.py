@@ -64,7 +64,9 @@ class Browser:
         return base64.b64decode(found["data"])
 
     def log(self, kind: str) -> list[dict[str, Any]]:
-        """Return the entries of ``browser`` (the console) or ``performance`` since the last call."""
+        """Return the entries of ``browser`` (the console) or ``performance`` since the last
+        call.
+        """
         found: list[dict[str, Any]] = self._post("se/log", type=kind)
         return found
 

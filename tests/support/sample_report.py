@@ -1,6 +1,6 @@
 """One report and its records, with hostile text in every place where text comes from outside.
 
-``python -m tests.support.sample_report`` writes tests/golden/report.md anew.
+``python -m tests.support.sample_report`` writes tests/report/golden/report.md again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,15 @@ def arm(name: str, correct: int, **values: object) -> ArmSummary:
 
 def build_report() -> Report:
     """Return a passing report whose names, notes and reasons try to break every output."""
-    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    kinds = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
     linears = [
         LinearRow(
             name=f"model.layers.{block}.{kind}",
@@ -89,52 +96,127 @@ def build_report() -> Report:
         target="gguf",
         recipe={"prune": {"method": "sparsegpt", "sparsity": 0.5}},
         arms=(
-            arm("dense", 252, thinking_tokens_mean=143.7, answer_tokens_mean=9, size_bytes=14_200_000,
-                tokens_per_s=812.4, quant="F16", sparsity=0.0),
-            arm("pruned", 250, thinking_tokens_mean=144.1, answer_tokens_mean=9, unclosed=1, forced=2, cut=1,
-                size_bytes=5_310_000, tokens_per_s=1204.6, quant="Q8_0", sparsity=0.5),
-            arm("dense q4_k", 249, thinking_tokens_mean=150.2, size_bytes=5_300_000, tokens_per_s=1150.0,
-                quant="Q4_K"),
-            arm("dense q2_k", 231, thinking_tokens_mean=158.9, size_bytes=3_900_000, tokens_per_s=1100.0, quant="Q2_K"),
+            arm(
+                "dense",
+                252,
+                thinking_tokens_mean=143.7,
+                answer_tokens_mean=9,
+                size_bytes=14_200_000,
+                tokens_per_s=812.4,
+                quant="F16",
+                sparsity=0.0,
+            ),
+            arm(
+                "pruned",
+                250,
+                thinking_tokens_mean=144.1,
+                answer_tokens_mean=9,
+                unclosed=1,
+                forced=2,
+                cut=1,
+                size_bytes=5_310_000,
+                tokens_per_s=1204.6,
+                quant="Q8_0",
+                sparsity=0.5,
+            ),
+            arm(
+                "dense q4_k",
+                249,
+                thinking_tokens_mean=150.2,
+                size_bytes=5_300_000,
+                tokens_per_s=1150.0,
+                quant="Q4_K",
+            ),
+            arm(
+                "dense q2_k",
+                231,
+                thinking_tokens_mean=158.9,
+                size_bytes=3_900_000,
+                tokens_per_s=1100.0,
+                quant="Q2_K",
+            ),
         ),
         tasks=(
             TaskRow(task="word_problem", prompts=156, dense_correct=154, pruned_correct=153),
             TaskRow(task="jsonl:" + HOSTILE, prompts=100, dense_correct=98, pruned_correct=97),
         ),
         comparison=Comparison(
-            drop=0.0078, drop_lower=-0.0065, drop_upper=0.0262, verdict="pass", margin=0.05,
-            n10=4, n01=2, n=256,
-            length_ratio=1.003, length_lower=0.97, length_upper=1.04, length_verdict="pass", length_limit=1.2,
+            drop=0.0078,
+            drop_lower=-0.0065,
+            drop_upper=0.0262,
+            verdict="pass",
+            margin=0.05,
+            n10=4,
+            n01=2,
+            n=256,
+            length_ratio=1.003,
+            length_lower=0.97,
+            length_upper=1.04,
+            length_verdict="pass",
+            length_limit=1.2,
             length_budget_tokens=512,
         ),
         rivals=(
-            RivalRow(name="dense q4_k", gain=-0.0039, gain_lower=-0.02, gain_upper=0.012,
-                     length_ratio=1.042, length_lower=1.01, length_upper=1.08),
-            RivalRow(name="dense q2_k", gain=-0.0742, gain_lower=-0.11, gain_upper=-0.04,
-                     length_ratio=1.103, length_lower=1.06, length_upper=1.15),
+            RivalRow(
+                name="dense q4_k",
+                gain=-0.0039,
+                gain_lower=-0.02,
+                gain_upper=0.012,
+                length_ratio=1.042,
+                length_lower=1.01,
+                length_upper=1.08,
+            ),
+            RivalRow(
+                name="dense q2_k",
+                gain=-0.0742,
+                gain_lower=-0.11,
+                gain_upper=-0.04,
+                length_ratio=1.103,
+                length_lower=1.06,
+                length_upper=1.15,
+            ),
         ),
         checks=(
-            CheckResult(name="accuracy", verdict="pass", summary="drop 0.8 points, at most 2.6 | margin 5.0",
-                        figures={"drop": 0.0078, "n": 256, "method": "tango"}),
-            CheckResult(name="thinking", verdict="pass", summary="ratio 1.00, at most 1.04; limit 1.20"),
-            CheckResult(name="speed", verdict="skipped", summary="no baseline artifact",
-                        remedy="give --baseline <folder>"),
+            CheckResult(
+                name="accuracy",
+                verdict="pass",
+                summary="drop 0.8 points, at most 2.6 | margin 5.0",
+                figures={"drop": 0.0078, "n": 256, "method": "tango"},
+            ),
+            CheckResult(
+                name="thinking", verdict="pass", summary="ratio 1.00, at most 1.04; limit 1.20"
+            ),
+            CheckResult(
+                name="speed",
+                verdict="skipped",
+                summary="no baseline artifact",
+                remedy="give --baseline <folder>",
+            ),
         ),
         linears=tuple(linears),
         blocks=tuple(
-            BlockRow(block=block, drift=0.001 * block, drift_by_stream={"prompt": 0.001, "thinking": 0.002 * block},
-                     drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02})
+            BlockRow(
+                block=block,
+                drift=0.001 * block,
+                drift_by_stream={"prompt": 0.001, "thinking": 0.002 * block},
+                drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02},
+            )
             for block in range(12)
         ),
         positions=tuple(
-            PositionRow(start_token=start, stop_token=start + 8, tokens=16, export_kl_nats=2e-8 * (1 + start % 24),
-                        pruning_kl_nats=4e-6 * (1 + start) * (9 if start == 96 else 1))
+            PositionRow(
+                start_token=start,
+                stop_token=start + 8,
+                tokens=16,
+                export_kl_nats=2e-8 * (1 + start % 24),
+                pruning_kl_nats=4e-6 * (1 + start) * (9 if start == 96 else 1),
+            )
             for start in range(0, 200, 8)
         ),
         tensors=tuple(tensors),
         notes=("Both arms ran greedily on 2 threads.", HOSTILE),
         fingerprint={"llama_cpp": "0.3.36", "flash_attention": False},
-    )  # fmt: skip
+    )
 
 
 def build_records() -> list[Record]:
@@ -142,6 +224,7 @@ def build_records() -> list[Record]:
     generator = random.Random(4)
     records = []
     for prompt in range(256):
+        hostile = HOSTILE if prompt == 19 else ""
         length = round(min(512, generator.gammavariate(9, 16)))
         for name in ("dense", "pruned"):
             own = (
@@ -153,7 +236,7 @@ def build_records() -> list[Record]:
                 Record(
                     prompt=prompt,
                     task="gcd" if prompt % 10 == 0 else "word_problem",
-                    question=f"Ann has {prompt} apples & gives 3 away. {HOSTILE if prompt == 19 else ''}",
+                    question=f"Ann has {prompt} apples & gives 3 away. {hostile}",
                     gold=str(prompt - 3),
                     arm=name,
                     thinking_tokens=own,
@@ -165,7 +248,7 @@ def build_records() -> list[Record]:
                     answer_text="" if own == 512 else f"The answer is {prompt - 3 + wrong}.",
                     thinking_text=f"Start with {prompt}.\n{prompt}-3: step by step.\n"
                     * (1 + own // 60)
-                    + (HOSTILE if prompt == 19 else ""),
+                    + hostile,
                 )
             )
     return records
