@@ -223,7 +223,8 @@ def test_a_template_without_a_counterpart_is_said_so(checkpoint: Checkpoint) -> 
     ]
     assert "TEMPLATE" not in written
     assert (
-        "# Ollama has no counterpart of the chat template (it writes a message otherwise" in written
+        "# Ollama has no counterpart of the chat template (it writes a message differently"
+        in written
     )
 
 

@@ -1,4 +1,4 @@
-"""Say a chat template in Ollama's language, where that is possible.
+"""Translate a chat template to Ollama's Go template language, where possible.
 
 Ollama does not run the Jinja template that a GGUF file holds: it takes a Go template of its own for those that it
 knows, by edit distance, and the bare text of the question for all others. A Go template is derived here from what the
@@ -9,6 +9,7 @@ Source: ``template/template.go`` of Ollama (``Named``, ``Execute``), and Go's te
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,13 @@ from racdeploy.runtime.template import Message
 
 Render = Callable[[Sequence[Message]], str]
 _ROLES = ("system", "user", "assistant", "user", "assistant", "user")
-_LENGTHS = (
-    (1, 2),
-    (1, 4),
-    (1, 6),
-    (0, 2),
-    (0, 4),
-)  # conversations that must come out alike: slices of the roles
+# Conversations that must come out alike: slices of the roles, with a system message and without
+_LENGTHS = ((1, 2), (1, 4), (1, 6), (0, 2), (0, 4))
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What stands round messages.
+    """What is written round messages.
 
     Args:
         lead: in front of a first message of the user.
@@ -44,21 +40,30 @@ class _Form:
 
     def write(self, messages: Sequence[Message]) -> str:
         """Return the prompt that :meth:`go` makes of messages."""
-        texts = [self.opens[m["role"]] + m["content"] + self.closes[m["role"]] for m in messages]
-        return ("" if messages[0]["role"] == "system" else self.lead) + "".join(texts) + self.turn
+        parts = ["" if messages[0]["role"] == "system" else self.lead]
+        for message in messages:
+            role = message["role"]
+            parts += [self.opens[role], message["content"], self.closes[role]]
+        return "".join(parts) + self.turn
 
     def go(self) -> str:
         """Return the Go template."""
-        parts: list[str] = []
-        for role in self.opens:
-            lead = (
-                f"{{{{ if eq $i 0 }}}}{self.lead}{{{{ end }}}}"
-                if role == "user" and self.lead
-                else ""
-            )
-            test = f'{{{{ {"else if" if parts else "if"} eq $m.Role "{role}" }}}}'
-            parts.append(f"{test}{lead}{self.opens[role]}{{{{ $m.Content }}}}{self.closes[role]}")
-        return "{{ range $i, $m := .Messages }}" + "".join(parts) + "{{ end }}{{ end }}" + self.turn
+        cases = []
+        for number, role in enumerate(self.opens):
+            word = "else if" if number else "if"
+            lead = ""
+            if role == "user" and self.lead:
+                lead = "{{ if eq $i 0 }}" + self.lead + "{{ end }}"
+            text = lead + self.opens[role] + "{{ $m.Content }}" + self.closes[role]
+            cases.append(f'{{{{ {word} eq $m.Role "{role}" }}}}{text}')
+        messages = "{{ range $i, $m := .Messages }}" + "".join(cases) + "{{ end }}{{ end }}"
+        return messages + self.turn
+
+    @property
+    def has_braces(self) -> bool:
+        """Whether Go's templates, or the quotes of a Modelfile, would read a part of the texts."""
+        texts = [self.lead, self.turn, *self.opens.values(), *self.closes.values()]
+        return any(mark in text for text in texts for mark in ("{{", "}}", '"""'))
 
 
 def go_template(render: Render, bos: str) -> tuple[str, str]:
@@ -68,20 +73,23 @@ def go_template(render: Render, bos: str) -> tuple[str, str]:
         render: the prompt text of a conversation, up to where the model's turn begins.
         bos: the text that llama.cpp's tokenizer puts in front by itself; empty where it puts nothing.
     """
+
+    def write(messages: Sequence[Message]) -> str:
+        return render(messages).removeprefix(bos)
+
     try:
-        form = _derive(lambda messages: render(messages).removeprefix(bos))
+        form = _derive(write)
         for start, stop in _LENGTHS:
-            if start == 0 and "system" not in form.opens:
-                continue
-            messages = _conversation(_ROLES[start:stop], "other")
-            if render(messages).removeprefix(bos) != form.write(messages):
-                return "", "it writes a message otherwise in other places of a conversation"
+            roles = _ROLES[start:stop]
+            messages = _converse(roles, "other")
+            if set(roles) <= set(form.opens) and write(messages) != form.write(messages):
+                return "", "it writes a message differently in other places of a conversation"
     except ArtifactError as error:
         return "", f"it fails: {error.message}"
     except ValueError:
         return "", "it changes what messages say"
-    literals = [form.lead, form.turn, *form.opens.values(), *form.closes.values()]
-    if any(mark in text for text in literals for mark in ("{{", "}}", '"""')):
+
+    if form.has_braces:
         return "", "it holds braces that Go's templates would read"
     return form.go(), ""
 
@@ -94,21 +102,24 @@ def _derive(render: Render) -> _Form:
         takes_system = True
     except ArtifactError:  # the template refuses such messages, as the model does
         before, between, takes_system = "", first, False
-    user_close = _common(to_assistant, last)
-    backwards = _common(_common(first[::-1], to_user[::-1]), between[::-1])
-    user_open = backwards[::-1]
-    opens = {"user": user_open, "assistant": to_assistant[len(user_close) :]}
-    closes = {"user": user_close, "assistant": to_user[: len(to_user) - len(user_open)]}
-    lead, system_close = (text[: len(text) - len(user_open)] for text in (first, between))
+
+    # A gap closes one message and opens the next. What opens the user's ends every gap in front of one;
+    # what closes the user's begins both that follow one.
+    user_open = _common_end(_common_end(first, to_user), between)
+    user_close = os.path.commonprefix([to_assistant, last])
+    opens = {"user": user_open, "assistant": to_assistant.removeprefix(user_close)}
+    closes = {"user": user_close, "assistant": to_user.removesuffix(user_open)}
     if takes_system:
-        opens, closes = {"system": before, **opens}, {"system": system_close, **closes}
-    return _Form(lead, opens, closes, last[len(user_close) :])
+        opens = {"system": before, **opens}
+        closes = {"system": between.removesuffix(user_open), **closes}
+    return _Form(first.removesuffix(user_open), opens, closes, last.removeprefix(user_close))
 
 
 def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
     """Return what stands in front of, between and behind the messages of a conversation."""
-    messages = _conversation(roles, "mark")
-    text, gaps = render(messages), []
+    messages = _converse(roles, "mark")
+    text = render(messages)
+    gaps = []
     for message in messages:
         gap, found, text = text.partition(message["content"])
         if not found or message["content"] in text:
@@ -117,16 +128,11 @@ def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
     return [*gaps, text]
 
 
-def _common(left: str, right: str) -> str:
-    """Return the longest text that both begin with."""
-    length = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
-        min(len(left), len(right)),
-    )
-    return left[:length]
+def _common_end(left: str, right: str) -> str:
+    return os.path.commonprefix([left[::-1], right[::-1]])[::-1]
 
 
-def _conversation(roles: Sequence[str], word: str) -> list[Message]:
+def _converse(roles: Sequence[str], word: str) -> list[Message]:
     return [
         {"role": role, "content": f"{word} {number} of {role}."}
         for number, role in enumerate(roles)
