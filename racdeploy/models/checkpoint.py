@@ -1,8 +1,8 @@
 """Read a Hugging Face model folder without torch: config, and tensors one at a time.
 
-``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer classes
-differently and each silently ignores the other's. Tensors are memory-mapped from (sharded) safetensors;
-bfloat16, which numpy lacks, is widened to float32 when read.
+``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer
+classes differently and each silently ignores the other's. Tensors are memory-mapped from (sharded)
+safetensors; bfloat16, which numpy lacks, is widened to float32 when read.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -113,7 +113,7 @@ class Checkpoint:
         return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
 
     def setting(self, name: str) -> Any:
-        """Return a key of ``config.json``, or None; or one of :data:`SETTINGS`, computed from it."""
+        """Return a key of ``config.json``, or None, or one of :data:`SETTINGS`."""
         compute = SETTINGS.get(name)
         return compute(self) if compute else self.config.get(name)
 
@@ -145,9 +145,10 @@ class Checkpoint:
 
     @cached_property
     def rope(self) -> dict[str, Any]:
-        """Rope settings in one form: ``rope_theta`` and, where scaled, ``rope_type`` and its factors.
+        """Rope settings in one form: ``rope_theta``, ``rope_type`` and the factors of scaling.
 
-        transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 ``rope_parameters``.
+        transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5
+        ``rope_parameters``.
         """
         parameters = dict(self.config.get("rope_parameters") or {})
         scaling = parameters or dict(self.config.get("rope_scaling") or {})
@@ -167,7 +168,8 @@ class Checkpoint:
         if "lm_head.weight" not in self.entries:
             if not declared:
                 raise ModelError(
-                    f"{self.folder} has no lm_head.weight and its config does not tie the embeddings",
+                    f"{self.folder} has no lm_head.weight and its config does not tie the"
+                    " embeddings",
                     remedy="set tie_word_embeddings in config.json, or add the missing tensor",
                 )
             return True
@@ -184,7 +186,7 @@ class Checkpoint:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids of generation_config.json, config.json and the tokenizer, without repeats.
+        """End-of-sequence ids that the configs and the tokenizer name, without repeats.
 
         Raises:
             ModelError: none of them names one.
@@ -227,16 +229,17 @@ class Checkpoint:
 
 
 def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
-    """Return what :meth:`Checkpoint.read_raw` gave as float32; not copied where it is that already."""
+    """Return stored values as float32; not copied where they are that already."""
     if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
 
 def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config with what transformers takes for missing keys, and in transformers 4's form.
+    """Return the config with transformers' defaults, and in transformers 4's form.
 
-    transformers 5 keeps rope settings of all kinds in ``rope_parameters``, by kind of attention where there are two.
+    transformers 5 keeps rope settings of all kinds in ``rope_parameters``, by kind of attention
+    where there are two.
     """
     config = {**defaults, **config}
     parameters = config.get("rope_parameters") or {}
@@ -263,4 +266,4 @@ SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "window_or_0": lambda c: c.config.get("sliding_window") or 0,
     "attention_scalar": _attention_scalar,
 }
-"""Values that families name beside the keys of ``config.json``, because they are computed from several."""
+"""Values that families name beside the keys of ``config.json``: computed from several."""

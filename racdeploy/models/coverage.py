@@ -15,7 +15,7 @@ _SHOWN = 8
 
 
 def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
-    """Refuse to prune a model with tensors that its architecture lacks, or matrices that would stay dense unsaid.
+    """Refuse to prune a model with unknown tensors, or with matrices that would stay dense unsaid.
 
     Args:
         checkpoint: the model.
@@ -53,7 +53,7 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
 
 
 def used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
-    """Return the names of the tensors that the model computes with: no leftovers, no second copy of the embedding."""
+    """Return the tensors that the model computes with: no leftovers, no second embedding."""
     unused = {"lm_head.weight"} if checkpoint.tied else set()
     return frozenset(name for name in checkpoint.entries if not name.endswith(IGNORED)) - unused
 
@@ -85,15 +85,15 @@ def check_tensors(
 
 def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelError:
     return ModelError(
-        f"{checkpoint.folder} holds {len(unknown)} tensors that {checkpoint.family.architecture} does not have: "
-        f"{list_names(unknown)}",
-        remedy="merge adapters into the model first, and save it without what the architecture does not use; "
-        "fused or quantized tensors are not supported",
+        f"{checkpoint.folder} holds {len(unknown)} tensors that"
+        f" {checkpoint.family.architecture} does not have: {list_names(unknown)}",
+        remedy="merge adapters into the model first, and save it without what the architecture"
+        " does not use; fused or quantized tensors are not supported",
     )
 
 
 def _split_block(name: str, blocks: str) -> tuple[int | None, str]:
-    """Return the number of a tensor's block, or None, and its name inside the block, or its whole name."""
+    """Return the number of a tensor's block, or None, and its name inside the block."""
     match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
@@ -104,7 +104,7 @@ def _star(name: str) -> str:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Return a few names for a message; those that differ in numbers alone are one, with ``*`` and their count."""
+    """Return a few names for a message; those that differ in numbers alone are one, with ``*``."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_star(name), []).append(name)

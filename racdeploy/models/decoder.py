@@ -8,8 +8,8 @@ from typing import Any, Literal
 Transform = Literal["rotary", "plus_one", "stack"]
 """What the exporter can do to a tensor; one implementation each, in ``export/gguf/values.py``.
 
-- ``rotary``: reorder the rows of each head from half-split rotary pairs to llama.cpp's interleaved ones.
-- ``plus_one``: add 1, for norms that the model stores as the distance from 1.
+- ``rotary``: reorder the rows of each head from half-split rotary pairs to llama.cpp's interleaved
+ones. - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
 - ``stack``: lay the matrices of all experts, whose names differ in ``*``, into one tensor.
 """
 
@@ -55,8 +55,9 @@ MODEL_TENSORS = {
 }
 ALL_LINEARS = tuple(_LINEARS.values())
 
-# D hidden, F feed-forward, V vocabulary, K head size, Q all query heads, KV all key heads, E experts,
-# EF one expert's feed-forward; a sum where matrices are laid into one. What is not here is a vector of D.
+# D hidden, F feed-forward, V vocabulary, K head size, Q all query heads, KV all key heads, E
+# experts, EF one expert's feed-forward; a sum where matrices are laid into one. What is not here is
+# a vector of D.
 SHAPES = {
     "token_embd": ("V", "D"),
     "output": ("V", "D"),

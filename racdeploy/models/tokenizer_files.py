@@ -64,7 +64,8 @@ class TokenizerFiles:
         if not file.is_file():
             raise ModelError(
                 f"{self.folder} has no tokenizer.json",
-                remedy="save the fast tokenizer: AutoTokenizer.from_pretrained(…).save_pretrained(…)",
+                remedy="save the fast tokenizer:"
+                " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
         return file
 
@@ -104,13 +105,13 @@ class TokenizerFiles:
 
 
 def token_text(entry: object) -> str | None:
-    """Return the text of a token as tokenizer_config.json names one: by its text, or by a record with it."""
+    """Return the text of a token that tokenizer_config.json names: plainly, or in a record."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None
 
 
 def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
-    """Return the ids of ``bos``, ``eos``, … that config.json or generation_config.json names: none, one or several."""
+    """Return the ids of ``bos``, ``eos``, … that a config names: none, one or several."""
     value = config.get(f"{kind}_token_id")
     values = value if isinstance(value, list) else [value]
     return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]

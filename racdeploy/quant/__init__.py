@@ -1,8 +1,8 @@
 """Number formats: one file each, numpy in and packed bytes out.
 
-A file holds the members of :class:`Quant`. Packed bytes are exactly what an exported file stores, and
-``PRESERVES_ZERO`` is a promise that the contract test holds against the engine's own code: where it is True, a weight
-that is zero is zero after the round trip, so pruning survives.
+A file holds the members of :class:`Quant`. Packed bytes are exactly what an exported file stores,
+and ``PRESERVES_ZERO`` is a promise that the contract test holds against the engine's own code:
+where it is True, a weight that is zero is zero after the round trip, so pruning survives.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ __all__ = [
 
 
 IMPORTANCE_FILE = "importance.safetensors"
-"""Of a pruned model: the mean squared input of each column, by linear, which scales are chosen by."""
+"""Of a pruned model: the mean squared input of each column, by linear."""
 
 
 class Quant(Protocol):
     """A number format, as a module.
 
-    ``FORMATS`` are the file formats that store it; one of gguf's has ``GGML_TYPE``, ggml's type id, see
-    :class:`GgmlQuant`. ``BITS`` are the bits per weight with scales, ``BLOCK`` how many weights of a
-    row share their scales. ``quantize`` takes finite float32 weight_OI with ``I`` a multiple of ``BLOCK`` and
-    returns packed_OP, ``I * BITS / 8`` bytes a row; ``dequantize`` returns float32 weight_OI.
+    ``FORMATS`` are the file formats that store it; one of gguf's has ``GGML_TYPE``, ggml's type id,
+    see :class:`GgmlQuant`. ``BITS`` are the bits per weight with scales, ``BLOCK`` how many weights
+    of a row share their scales. ``quantize`` takes finite float32 weight_OI with ``I`` a multiple
+    of ``BLOCK`` and returns packed_OP, ``I * BITS / 8`` bytes a row; ``dequantize`` returns float32
+    weight_OI.
     """
 
     FORMATS: tuple[str, ...]
@@ -63,8 +64,8 @@ class Quant(Protocol):
 class GgmlQuant(Quant, Protocol):
     """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id.
 
-    With importance_I, what the squared error of each input counts, above 0, the scales of a block are chosen for the
-    least weighted error; without it the bytes are those that ggml writes.
+    With importance_I, what the squared error of each input counts, above 0, the scales of a block
+    are chosen for the least weighted error; without it the bytes are those that ggml writes.
     """
 
     GGML_TYPE: int
@@ -75,7 +76,7 @@ class GgmlQuant(Quant, Protocol):
 
 
 class OnnxQuant(Quant, Protocol):
-    """A number format of ONNX graphs; ``JS_DTYPE`` is what transformers.js calls it, which names the file."""
+    """A number format of ONNX graphs; ``JS_DTYPE`` is what transformers.js calls it."""
 
     JS_DTYPE: str
 
@@ -83,8 +84,8 @@ class OnnxQuant(Quant, Protocol):
 class BlockQuant(OnnxQuant, Protocol):
     """A number format of MatMulNBits.
 
-    ``CODE_BITS`` are those of a code; ``ZERO_POINTS`` is True where every block has a zero point, and not the middle
-    code. ``blocks`` returns what the operator takes.
+    ``CODE_BITS`` are those of a code; ``ZERO_POINTS`` is True where every block has a zero point,
+    and not the middle code. ``blocks`` returns what the operator takes.
     """
 
     CODE_BITS: int
@@ -96,9 +97,10 @@ class BlockQuant(OnnxQuant, Protocol):
 class Grid(Quant, Protocol):
     """A format whose weights are whole codes times one scale per block; zero has the code 0.
 
-    ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores them; ``steps``
-    returns step_OG, the scale of every block, float32. Without an importance, ``quantize`` takes the scale from the
-    weight of largest magnitude, which gets the code of largest magnitude.
+    ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores
+    them; ``steps`` returns step_OG, the scale of every block, float32. Without an importance,
+    ``quantize`` takes the scale from the weight of largest magnitude, which gets the code of
+    largest magnitude.
     """
 
     CODES: tuple[int, int]
@@ -135,7 +137,7 @@ def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np
 
 
 def pair_nibbles(code_GS: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return four-bit codes two a byte, as ggml pairs them: the first half of a block low, the second half high."""
+    """Return four-bit codes two a byte, as ggml pairs them: a block's first half is low."""
     low, high = np.split(code_GS, 2, axis=-1)
     return low | high << np.uint8(4)
 

@@ -1,8 +1,8 @@
 """Call ggml's own C quantizers through ctypes, in the library that llama-cpp-python ships.
 
-Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h. ggml aborts the whole
-process for a type that needs an importance matrix when none is given, and reads past the end of a row that is
-not whole blocks, so both are refused here first.
+Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h. ggml aborts the
+whole process for a type that needs an importance matrix when none is given, and reads past the end
+of a row that is not whole blocks, so both are refused here first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The importance of every input: what the pruning's statistic leaves, and llama.cpp's file of the same thing.
+"""The importance of every input: as the pruning's statistic leaves it, and in llama.cpp's file.
 
-The importance of a column is its mean squared input, the diagonal of the Hessian. Pruning leaves it in safetensors by
-the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2`` and ``NAME.counts`` in a GGUF file by the names of the
-file. Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama.cpp.
+The importance of a column is its mean squared input, the diagonal of the Hessian. Pruning leaves it
+in safetensors by the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2`` and ``NAME.counts``
+in a GGUF file by the names of the file. Source: ``common/imatrix-loader.cpp`` and
+``tools/imatrix/imatrix.cpp`` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Importance:
 
     Args:
         file: where it was read.
-        means: mean squared input of every column, by the name of the weight in the checkpoint or in the file.
+        means: mean squared input of every column, by the name of the weight in the checkpoint or in
+            the file.
         tokens: on how many tokens it rests, by the same names.
     """
 
@@ -131,7 +133,7 @@ class Importance:
 
 
 def find(folder: Path, asked: str) -> Importance | None:
-    """Return the importance that an export uses: of the file that is asked for, or what pruning left in the folder.
+    """Return the importance that an export uses: what is asked for, or what pruning left.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -169,7 +171,7 @@ def _read_statistic(file: Path) -> _Read:
 
 
 def _read_imatrix(file: Path) -> _Read:
-    """Read llama.cpp's form, of matrices that all tokens see: those of experts have several rows of sums."""
+    """Read llama.cpp's form; several rows of sums are those of experts, and are left out."""
     header = read_header(file)
     if header.values.get("general.type") != "imatrix":
         raise ArtifactError(

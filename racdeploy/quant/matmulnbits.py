@@ -1,8 +1,9 @@
-"""Blocks of onnxruntime's MatMulNBits: 32 weights, unsigned codes, one scale, and a code that means zero.
+"""Blocks of onnxruntime's MatMulNBits: 32 unsigned codes, one scale, and a code that means zero.
 
-A packed row is its codes, then its scales in half precision, then, where they differ from block to block, the zero
-points. The file has the same scales in float32, which the operator takes.
-Source: contrib operator ``com.microsoft.MatMulNBits``, docs/ContribOperators.md of onnxruntime 1.32.
+A packed row is its codes, then its scales in half precision, then, where they differ from block to
+block, the zero points. The file has the same scales in float32, which the operator takes.
+Source: contrib operator ``com.microsoft.MatMulNBits``, docs/ContribOperators.md of onnxruntime
+1.32.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Blocks:
 
 
 def choose_symmetric(weight_OI: NDArray[np.float32], bits: int) -> Blocks:
-    """Return blocks whose weight of largest magnitude has the lowest code, as onnxruntime's quantizer chooses it."""
+    """Return onnxruntime's own blocks: the weight of largest magnitude has the lowest code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK)
     place_OG1 = np.abs(weight_OGS).argmax(axis=2, keepdims=True)
     extreme_OG = np.take_along_axis(weight_OGS, place_OG1, axis=2)[:, :, 0]
@@ -94,7 +95,7 @@ def choose_symmetric(weight_OI: NDArray[np.float32], bits: int) -> Blocks:
 def round_to_codes(
     weight_OI: NDArray[np.float32], scale_OG: NDArray[np.float32], bits: int
 ) -> NDArray[np.uint8]:
-    """Return the nearest codes at those scales; a block of zeros has the scale 0 and the middle code."""
+    """Return the nearest codes; a block of zeros has the scale 0 and the middle code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK)
     code_OGS = weight_OGS * invert(scale_OG)[:, :, None] + _middle(bits)
     most = np.float32((1 << bits) - 1)

@@ -1,4 +1,4 @@
-"""gguf-py's version of ggml's number formats in numpy: bit for bit what the C code writes, without an engine."""
+"""gguf-py's numpy version of ggml's number formats: bit for bit what the C code writes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Choose the scale of every quant block for the weights that matter, not for the largest one alone.
 
-Minimizes Σ w (x − step · code)² over the scale, where w is the importance of the input and x the weight: a weight that
-is zero has the code zero at any scale, so a pruned block is fitted to what pruning kept. A scale is tried for each of
-several spans, fitted to its codes by least squares, and rounded to half precision before the codes are taken; the scale
-that ggml would choose takes part, so no block comes out worse than ggml's.
+Minimizes Σ w (x − step · code)² over the scale, where w is the importance of the input and x the
+weight: a weight that is zero has the code zero at any scale, so a pruned block is fitted to what
+pruning kept. A scale is tried for each of several spans, fitted to its codes by least squares, and
+rounded to half precision before the codes are taken; the scale that ggml would choose takes part,
+so no block comes out worse than ggml's.
 Source: ``make_qx_quants`` in ggml-quants.c, with finer spans, and an exact comparison at the end.
 """
 
@@ -30,9 +31,9 @@ def choose_codes(
         importance_I: what the squared error of an input counts; above 0.
         block: weights that share a scale.
         codes: the lowest and the highest code.
-        spans: the smallest and the largest scale to try, as shares of the one that stores the largest weight at the
-            end of the codes. A smaller one clips that weight; a larger one moves every code, which is what 8 bits gain
-            from.
+        spans: the smallest and the largest scale to try, as shares of the one that stores the
+            largest weight at the end of the codes. A smaller one clips that weight; a larger one
+            moves every code, which is what 8 bits gain from.
         trials: scales to try, evenly over the spans.
     """
     O, I = weight_OI.shape
@@ -42,7 +43,8 @@ def choose_codes(
     code_OGS = np.empty((O, G, block), dtype=np.int8)
     span_N = np.linspace(*spans, trials, dtype=np.float32)
 
-    # Blocks lie side by side: sums over a block then add whole rows of blocks. In a chunk, G counts those of all rows.
+    # Blocks lie side by side: sums over a block then add whole rows of blocks. In a chunk, G counts
+    # those of all rows.
     rows = max(1, _CHUNK_WEIGHTS // I)
     importance_GS = np.tile(importance_I.astype(np.float32).reshape(G, block), (rows, 1))
     importance_SG = np.ascontiguousarray(importance_GS.T)
@@ -86,8 +88,8 @@ def _fit_scales(
 ) -> NDArray[np.float32]:
     """Return the scale of each block that fits best, over the codes that each span gives.
 
-    On fixed codes the best scale is match / energy, with match = Σ w x code and energy = Σ w code²; it takes
-    match² / energy off the error Σ w x² of no codes at all.
+    On fixed codes the best scale is match / energy, with match = Σ w x code and energy = Σ w code²;
+    it takes match² / energy off the error Σ w x² of no codes at all.
     """
     weighted_SG = importance_SG * weight_SG
     code_SG = np.empty_like(weight_SG)
@@ -116,7 +118,7 @@ def _round(
     step_G: NDArray[np.float32],
     codes: tuple[int, int],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float32]]:
-    """Return scales in half precision, the nearest codes at those, and the weighted error of each block."""
+    """Return scales in half precision, their nearest codes, and each block's weighted error."""
     with np.errstate(over="ignore"):  # an infinite scale is refused by whoever writes the file
         half_G = step_G.astype(np.float16)
     rounded_G = half_G.astype(np.float32)

@@ -1,6 +1,7 @@
 """The number formats of ggml: type id, and weights and bytes of a quant block.
 
-Source: ``type_traits`` in ggml.c; a test compares every row with the library that llama-cpp-python ships.
+Source: ``type_traits`` in ggml.c; a test compares every row with the library that llama-cpp-python
+ships.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
     if min(shape, default=1) < 0 or stop - start != expected or start < origin or stop > size_bytes:
         raise ModelError(
-            f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of {size_bytes}",
+            f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
+            f" {size_bytes}",
             remedy="copy or download it again",
         )
     return TensorEntry(file, start, stop, tag, tuple(shape))

@@ -1,4 +1,6 @@
-"""Damaged and hostile GGUF files are errors at once for ``racdeploy inspect``; sound ones of any origin are read."""
+"""Damaged and hostile GGUF files are errors at once for ``racdeploy inspect``; sound ones of any
+origin are read.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def _value(header: Header, key: str) -> int:
 
 
 def _info(data: bytearray, name: bytes) -> int:
-    """Return the position behind a tensor's name: its number of dimensions, then those, its type and its offset."""
+    """Return the position behind a tensor's name: its number of dimensions, then those, its type
+    and its offset.
+    """
     return data.rindex(name) + len(name)
 
 
@@ -95,7 +99,9 @@ ATTACKS: dict[str, Attack] = {
     "array of arrays": lambda d, h: _put(d, _value(h, TOKENS) + 4, "I", 9),
     "array of type 99": lambda d, h: _put(d, _value(h, TOKENS) + 4, "I", 99),
     "array of 2^61 strings": lambda d, h: _put(d, _value(h, TOKENS) + 8, "Q", 2**61),
-    "array of 2^62 floats": lambda d, h: _put(d, _value(h, "tokenizer.ggml.scores") + 8, "Q", 2**62),
+    "array of 2^62 floats": lambda d, h: _put(
+        d, _value(h, "tokenizer.ggml.scores") + 8, "Q", 2**62
+    ),
     "name of 2^63 bytes": lambda d, h: _put(d, h.starts[""], "Q", 2**63),
     "name is not UTF-8": lambda d, h: _put(d, h.starts[""] + 8, "B", 0xFE),
     "name twice": lambda d, h: _swap(d, b"blk.1.weight", b"blk.0.weight"),
@@ -104,11 +110,15 @@ ATTACKS: dict[str, Attack] = {
     "2^32 - 1 dimensions": lambda d, h: _put(d, _info(d, b"blk.0.weight"), "I", 2**32 - 1),
     "a dimension of 0": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 12, "Q", 0),
     "a dimension of 2^64 - 1": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 12, "Q", 2**64 - 1),
-    "dimensions whose product is 2^64": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 4, "QQ", 2**32, 2**32),
+    "dimensions whose product is 2^64": lambda d, h: _put(
+        d, _info(d, b"blk.0.weight") + 4, "QQ", 2**32, 2**32
+    ),
     "a row of half a block": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 4, "Q", 16),
     "one row more": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 12, "Q", 17),
     "type 4, which was removed": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 20, "I", 4),
-    "type 43, which is not there yet": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 20, "I", 43),
+    "type 43, which is not there yet": lambda d, h: _put(
+        d, _info(d, b"blk.0.weight") + 20, "I", 43
+    ),
     "type 2^32 - 1": lambda d, h: _put(d, _info(d, b"blk.0.weight") + 20, "I", 2**32 - 1),
     "offset outside the file": lambda d, h: _put(d, _info(d, b"norm.weight") + 16, "Q", 2**40),
     "offset that overflows": lambda d, h: _put(d, _info(d, b"norm.weight") + 16, "Q", 2**64 - 32),
@@ -292,7 +302,9 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
 
 @pytest.mark.parametrize("ggml_type", sorted(GGML_SIZES))
 def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
-    """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are unknown."""
+    """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are
+    unknown.
+    """
     block_weights, block_bytes = GGML_SIZES[ggml_type]
     library = ggml._library()
     assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (
@@ -328,7 +340,9 @@ def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
 
 
 def test_version_2_and_gaps_in_the_metadata_are_no_damage(intact: Path, tmp_path: Path) -> None:
-    """Version 2 has the same form; the command shows sparsity and bits a weight of the whole file."""
+    """Version 2 has the same form; the command shows sparsity and bits a weight of the whole
+    file.
+    """
     data, file = bytearray(intact.read_bytes()), tmp_path / "m.gguf"
     _put(data, 4, "I", 2)
     file.write_bytes(data)

@@ -50,7 +50,9 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
 def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
     checkpoint: Checkpoint,
 ) -> None:
-    """What ends a part gives as many values as a block passes on, and each part has one such end."""
+    """What ends a part gives as many values as a block passes on, and each part has one such
+    end.
+    """
     family = checkpoint.family
     parts = {linear.partition(".")[0] for linear in family.linears}
     ends = [linears for group, linears in enumerate(family.input_groups) if family.ends_part(group)]
@@ -70,7 +72,8 @@ def test_a_part_may_have_any_number_of_groups() -> None:
         ("mlp.down_proj",),
     )
     family = families.Family("FiveForCausalLM", "five", input_groups=groups)
-    assert [False, False, True, False, True] == [family.ends_part(group) for group in range(5)]
+    ends = [family.ends_part(group) for group in range(5)]
+    assert ends == [False, False, True, False, True]
 
 
 def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
@@ -94,7 +97,8 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
 
 
 def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
-    """Embedding and blocks, run one by one as pruning does, give the hidden states of the whole model.
+    """Embedding and blocks, run one by one as pruning does, give the hidden states of the whole
+    model.
 
     At more tokens than a sliding window has. Both compute in float32 with the same kernels.
     """
@@ -126,7 +130,9 @@ def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
 
 
 def test_what_cannot_be_pruned_is_named(checkpoint: Checkpoint) -> None:
-    """Linears that see only some tokens are refused by name, until the recipe says that they stay dense."""
+    """Linears that see only some tokens are refused by name, until the recipe says that they stay
+    dense.
+    """
     check_covered(checkpoint, ["experts"])
     if checkpoint.family.routed:
         with pytest.raises(

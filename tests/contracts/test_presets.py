@@ -1,4 +1,6 @@
-"""What every preset promises: llama.cpp's types where it has llama.cpp's name, and zeros where it is called sparse."""
+"""What every preset promises: llama.cpp's types where it has llama.cpp's name, and zeros where it
+is called sparse.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def export_types(checkpoint: Checkpoint, out: Path, preset: str) -> dict[str, st
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpoint, Path]]:
-    """Return checkpoints and their F16 files: tied and untied, deep and shallow, and one of narrow rows."""
+    """Return checkpoints and their F16 files: tied and untied, deep and shallow, and one of narrow
+    rows.
+    """
     root = tmp_path_factory.mktemp("presets")
     cases = {
         "deep": ALIGNED | {"num_hidden_layers": 17},
@@ -68,7 +72,8 @@ def test_a_preset_of_llama_cpp_gives_its_types(
 ) -> None:
     """Every tensor has the type that llama_model_quantize gives it.
 
-    Where rows do not divide into blocks of 256, llama.cpp puts Q5_1 for Q5_K; that format is not here, Q8_0 is.
+    Where rows do not divide into blocks of 256, llama.cpp puts Q5_1 for Q5_K; that format is not
+    here, Q8_0 is.
     """
     checkpoint, source = models[model]
     expected = read_types(quantize(source, tmp_path / "llama.gguf", preset.upper()))

@@ -34,12 +34,13 @@ def draw_weights(sparsity: float = 0.0, seed: int = 0) -> np.ndarray:
 def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
     """Return the largest error that rounding can make.
 
-    A float of 32 bits is exact. One of 16 has at least 7 mantissa bits: 2^-8 of each weight, and 2^-25 where
-    half precision is subnormal, with a spacing of 2^-24. A block
-    format codes [-a, a], a the largest magnitude of the block, with at most floor(BITS) bits: one step is
-    a * 2^(1 - floor(BITS)). Rounding costs half a step; the side that the asymmetric code range lacks is clipped
-    by one. Scales in half precision add 2^-11 of a. MXFP4 has a power of two d for a scale, 4 d <= a < 8 d, and no
-    value above 6 d: a is clipped by less than a quarter. Its values from 4 d on are 2 d apart: half of that is as much.
+    A float of 32 bits is exact. One of 16 has at least 7 mantissa bits: 2^-8 of each weight, and
+    2^-25 where half precision is subnormal, with a spacing of 2^-24. A block
+    format codes [-a, a], a the largest magnitude of the block, with at most floor(BITS) bits: one
+    step is a * 2^(1 - floor(BITS)). Rounding costs half a step; the side that the asymmetric code
+    range lacks is clipped by one. Scales in half precision add 2^-11 of a. MXFP4 has a power of two
+    d for a scale, 4 d <= a < 8 d, and no value above 6 d: a is clipped by less than a quarter. Its
+    values from 4 d on are 2 d apart: half of that is as much.
     """
     if quant.BLOCK == 1:
         return np.abs(weight_OI) * 0 if quant.BITS == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
@@ -119,10 +120,11 @@ def weigh_error(
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
 def test_an_importance_lowers_the_weighted_error(name: str, sparsity: float) -> None:
-    """Over all blocks the weighted error is lower than that of ggml's scales; where numpy searches, in every block.
+    """Over all blocks the weighted error is lower than that of ggml's scales; where numpy searches,
+    in every block.
 
-    The search takes the better of its own and ggml's scale, both with the nearest codes; 1e-6 is the rounding of the
-    32 products that are summed.
+    The search takes the better of its own and ggml's scale, both with the nearest codes; 1e-6 is
+    the rounding of the 32 products that are summed.
     """
     weight_OI, importance_I = draw_weights(sparsity), draw_importance()
     ours_OB = weigh_error(name, weight_OI, importance_I, importance_I)
@@ -147,7 +149,9 @@ def test_zeros_survive_with_an_importance(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0"])
 def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
-    """Of what the best of 4000 scales for each block gains over ggml's, the search finds two thirds."""
+    """Of what the best of 4000 scales for each block gains over ggml's, the search finds two
+    thirds.
+    """
     weight_OI, importance_I = draw_weights(0.5)[:4], draw_importance()
     quant = quants.as_grid(name)
     found, ggml = (
@@ -199,7 +203,9 @@ def test_an_importance_reaches_ggml(name: str) -> None:
 @pytest.mark.parametrize("name", NUMPY_FORMATS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_numpy_formats_write_the_bytes_of_ggml(name: str, sparsity: float) -> None:
-    """The numpy quantizers equal ggml's C quantizers bit for bit, over scales, zeros and outliers."""
+    """The numpy quantizers equal ggml's C quantizers bit for bit, over scales, zeros and
+    outliers.
+    """
     quant, weight_OI = quants.load_ggml(name), draw_weights(sparsity, seed=1)
     weight_OI[3, ::32] = 40
     weight_OI[4] = 0

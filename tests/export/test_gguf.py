@@ -147,7 +147,8 @@ def run_torch(
     gates: Sequence[np.ndarray] = (),
     pairs: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> np.ndarray:
-    """Return logits_TV of the checkpoint in float32; given ggml's inputs of GELU, GELU as ggml looks it up for them.
+    """Return logits_TV of the checkpoint in float32; given ggml's inputs of GELU, GELU as ggml
+    looks it up for them.
 
     The table takes numbers of half precision. ``pairs`` is told torch's own inputs and ggml's.
     """
@@ -187,9 +188,10 @@ def change_weights(folder: Path, change: Any) -> None:
 def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     """An F32 file with an F32 cache gives torch's logits.
 
-    Both sum at most 96 float32 products in different orders through 2 blocks: errors near 1e-6. 1e-4 leaves room
-    for other processors, and the smallest structural mistake, a wrong rotary setting, is above 1e-2. ggml looks Gemma's
-    GELU up in a table, and so does torch here, for ggml's own inputs.
+    Both sum at most 96 float32 products in different orders through 2 blocks: errors near 1e-6.
+    1e-4 leaves room for other processors, and the smallest structural mistake, a wrong rotary
+    setting, is above 1e-2. ggml looks Gemma's GELU up in a table, and so does torch here, for
+    ggml's own inputs.
     """
     found = measured[case]
     assert (
@@ -202,8 +204,9 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
 def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], case: str) -> None:
     """Torch's own GELU is no nearer than 1e-4 at nine of ten positions.
 
-    With the table, what is left are a few inputs that the rounding error of a sum sends to the next number of half
-    precision, 2^-11 away: they alone are why logits with a table of torch's own inputs differ by more than 1e-4.
+    With the table, what is left are a few inputs that the rounding error of a sum sends to the next
+    number of half precision, 2^-11 away: they alone are why logits with a table of torch's own
+    inputs differ by more than 1e-4.
     """
     found, pairs = measured[case], list[tuple[np.ndarray, np.ndarray]]()
     error_T = (
@@ -242,7 +245,9 @@ def test_llama_stops_where_the_checkpoint_stops(measured: dict[str, Measured]) -
 
 
 def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
-    """An end id that only generation_config.json names, and llama.cpp does not know by its text, becomes eot."""
+    """An end id that only generation_config.json names, and llama.cpp does not know by its text,
+    becomes eot.
+    """
     folder = make_checkpoint(tmp_path / "model", "qwen2")
     ends = [SPECIAL_TOKENS["<|im_end|>"], SPECIAL_TOKENS["</think>"]]
     edit_json(folder / "generation_config.json", eos_token_id=ends)
@@ -271,7 +276,9 @@ def test_transformers_5_checkpoints_give_the_identical_file(
     "quant", [name for name in plugins.names("quant") if "gguf" in quants.load(name).FORMATS]
 )
 def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
-    """Each number format makes a file that llama.cpp reads exactly as its dequantized weights say."""
+    """Each number format makes a file that llama.cpp reads exactly as its dequantized weights
+    say.
+    """
     folder = make_checkpoint(
         tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1
     )
@@ -300,7 +307,9 @@ def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
 
 
 def test_metadata_is_complete(tmp_path: Path) -> None:
-    """The header holds the caller's keys, the licence of the model card, the template and the file's type."""
+    """The header holds the caller's keys, the licence of the model card, the template and the
+    file's type.
+    """
     folder = make_checkpoint(tmp_path / "model", "qwen3")
     (folder / "README.md").write_text(
         "---\nlanguage: en\nlicense: apache-2.0\ntags: [a]\n---\n# Model\n"
@@ -344,7 +353,9 @@ def test_foreign_metadata_is_refused(checkpoint: Checkpoint, tmp_path: Path, key
 
 
 def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Sizes, hash and real types match the file; progress ends at its size; what differs has a reason."""
+    """Sizes, hash and real types match the file; progress ends at its size; what differs has a
+    reason.
+    """
     seen: list[tuple[int, int]] = []
     result = export(
         checkpoint,
@@ -372,7 +383,9 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path) -
 
 
 def test_tensors_can_be_chosen_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The first pattern of the caller that matches wins over the default, and is what was asked for."""
+    """The first pattern of the caller that matches wins over the default, and is what was asked
+    for.
+    """
     asked = {"token_embd": "q4_0", r"blk\.1\.ffn_down": "f16", "ffn": "q5_0"}
     result = export(checkpoint, tmp_path / "m.gguf", quant="q8_0", tensors=asked)
     found = {t.name: (t.quant_asked, t.quant_real, t.reason) for t in result.tensors}
@@ -391,7 +404,9 @@ def test_a_pattern_that_names_nothing_is_refused(checkpoint: Checkpoint, tmp_pat
 
 
 def test_zeros_are_measured_in_the_file(tmp_path: Path) -> None:
-    """A pruned linear shows its sparsity where the quant keeps zeros, and loses it where it does not."""
+    """A pruned linear shows its sparsity where the quant keeps zeros, and loses it where it does
+    not.
+    """
     folder = make_checkpoint(tmp_path / "model", "qwen2", hidden_size=256, intermediate_size=256)
     name = "model.layers.0.mlp.down_proj.weight"
     change_weights(folder, lambda tensors: tensors[name][:, ::2].zero_())
@@ -651,7 +666,9 @@ def test_a_failure_in_the_middle_leaves_the_old_file(
     failure: BaseException,
     caught: type[BaseException],
 ) -> None:
-    """A disk that fills up, or Ctrl-C, after some tensors: no partial file, and the previous export is intact."""
+    """A disk that fills up, or Ctrl-C, after some tensors: no partial file, and the previous export
+    is intact.
+    """
     out = tmp_path / "m.gguf"
     out.write_bytes(b"previous")
     read_raw, reads = Checkpoint.read_raw, []

@@ -1,4 +1,6 @@
-"""What the Hub, Ollama, LM Studio and llama.cpp expect round a GGUF file: parts, names, metadata, a Modelfile."""
+"""What the Hub, Ollama, LM Studio and llama.cpp expect round a GGUF file: parts, names, metadata, a
+Modelfile.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_parts_load_in_llama_and_compute_the_same(
 
 
 def test_parts_have_the_keys_of_gguf_split(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Number, count and all tensors in every part, with ``gguf-split``'s types; the rest is in the first one."""
+    """Number, count and all tensors in every part, with ``gguf-split``'s types; the rest is in the
+    first one.
+    """
     result = export(checkpoint, tmp_path / "m.gguf", quant="f16", split_bytes=60_000)
     kinds = {"split.no": "UINT16", "split.count": "UINT16", "split.tensors.count": "INT32"}
     held = 0
@@ -114,7 +118,9 @@ def test_sizes_are_named_as_people_name_them(parameters: int, label: str) -> Non
 @pytest.mark.parametrize("model", ["tiny-reasoner", "SmolLM2-135M-Instruct"])
 @pytest.mark.parametrize("quant", ["q8_0", "sparse-q4"])
 def test_file_names_follow_the_rule(tmp_path: Path, model: str, quant: str) -> None:
-    """Base, size, fine-tune, version and encoding are where the specification's own expression finds them."""
+    """Base, size, fine-tune, version and encoding are where the specification's own expression
+    finds them.
+    """
     folder = model if model == "tiny-reasoner" else str(make_checkpoint(tmp_path / model, "llama"))
     job = Job(Recipe.combine(None, {"model": folder, "export": {"quant": quant}}))
     for name in (f"{name_artifact(job)}.gguf", f"{name_artifact(job)}-00001-of-00002.gguf"):
@@ -127,7 +133,9 @@ def test_file_names_follow_the_rule(tmp_path: Path, model: str, quant: str) -> N
 
 
 def test_general_keys_say_what_the_file_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Who made it, what it is for, and the languages of the model card in either of the forms that YAML has."""
+    """Who made it, what it is for, and the languages of the model card in either of the forms that
+    YAML has.
+    """
     for front in ("language: en", "language:\n- en\n- de", "language: [en, de]"):
         (checkpoint.folder / "README.md").write_text(f"---\n{front}\nlicense: mit\n---\n# Model\n")
         asked = {
@@ -183,7 +191,9 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
 
 
 def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
-    """Context and length are the model's own, not those of the verification; the authors' sampling is kept."""
+    """Context and length are the model's own, not those of the verification; the authors' sampling
+    is kept.
+    """
     edit_json(checkpoint.folder / "config.json", max_position_embeddings=131_072)
     edit_json(
         checkpoint.folder / "generation_config.json",

@@ -48,7 +48,9 @@ def read_bytes(file: Path) -> dict[str, bytes]:
 
 
 def test_scales_are_chosen_and_the_result_says_so(folder: Path, tmp_path: Path) -> None:
-    """The linears' bytes differ from an export without it; the embedding, of which nothing is known, is the same."""
+    """The linears' bytes differ from an export without it; the embedding, of which nothing is
+    known, is the same.
+    """
     with_it = export(Checkpoint(folder), tmp_path / "with.gguf", quant="q4_0")
     without = export(Checkpoint(folder), tmp_path / "without.gguf", quant="q4_0", importance="none")
     assert (
@@ -57,13 +59,16 @@ def test_scales_are_chosen_and_the_result_says_so(folder: Path, tmp_path: Path) 
     )
     assert not [note for note in without.notes if "importance" in note]
     first, second = read_bytes(with_it.path), read_bytes(without.path)
-    assert [name for name in first if first[name] != second[name]] == [n for n in first if n.startswith("blk.") and
-                                                                      "norm" not in n]  # fmt: skip
+    changed = [name for name in first if first[name] != second[name]]
+    linears = [name for name in first if name.startswith("blk.") and "norm" not in name]
+    assert changed == linears
 
 
 @pytest.mark.parametrize("preset", ["q4_k_m", "q6_k"])
 def test_bytes_equal_llama_model_quantize(folder: Path, tmp_path: Path, preset: str) -> None:
-    """llama.cpp's own quantization of the same file with the same importance gives the same bytes."""
+    """llama.cpp's own quantization of the same file with the same importance gives the same
+    bytes.
+    """
     checkpoint = Checkpoint(folder)
     ours = export(checkpoint, tmp_path / "ours.gguf", quant=preset)
     source = export(checkpoint, tmp_path / "f32.gguf", quant="f32")
@@ -84,7 +89,9 @@ def test_bytes_equal_llama_model_quantize(folder: Path, tmp_path: Path, preset: 
 
 
 def test_the_file_of_llama_cpp_is_written(folder: Path, tmp_path: Path) -> None:
-    """Names, types, shapes and keys as ``tools/imatrix`` writes them; sums over counts give the means."""
+    """Names, types, shapes and keys as ``tools/imatrix`` writes them; sums over counts give the
+    means.
+    """
     result = export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0")
     assert set(result.files) == {"m.gguf", "m.imatrix.gguf"}
     assert result.size_bytes == result.path.stat().st_size
@@ -116,7 +123,9 @@ def test_the_file_of_llama_cpp_is_written(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_llama_cpp_is_read(folder: Path, tmp_path: Path) -> None:
-    """An imatrix given by path chooses the same scales as the statistic that it was made of, up to its rounding."""
+    """An imatrix given by path chooses the same scales as the statistic that it was made of, up to
+    its rounding.
+    """
     export(Checkpoint(folder), tmp_path / "m.gguf", quant="q4_0")
     (folder / IMPORTANCE_FILE).unlink()
     again = export(

@@ -1,4 +1,6 @@
-"""A chat template in Ollama's language writes what the model's own Jinja template writes, or is refused."""
+"""A chat template in Ollama's language writes what the model's own Jinja template writes, or is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,23 @@ SAME = {
     + TURN,
     "cuts thoughts out of the past": "{{ bos_token }}"
     + LOOP
-    + "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<U>' + m.content }}{% else %}"
-    "{{ '<A>' + m.content.split('</think>')[-1] + '<E>' }}{% endif %}{% endfor %}{{ '<A><think>\\n' }}",
+    + "{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<U>' + m.content }}{% else %}"
+    "{{ '<A>' + m.content.split('</think>')[-1] + '<E>' }}{% endif %}{% endfor %}"
+    "{{ '<A><think>\\n' }}",
     "no system message": "{{ bos_token }}{% if messages[0].role == 'system' %}"
     "{{ raise_exception('no system') }}{% endif %}"
     + LOOP
-    + "{{ '<t>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '</t>\\n' }}{% endfor %}"
+    + "{{ '<t>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim"
+    " + '</t>\\n' }}{% endfor %}"
     "{{ '<t>model\\n' }}",
     "nothing at all": LOOP + "{{ m.content }}{% endfor %}",
 }
 REFUSED = {
-    "system in the last question": LOOP
-    + "{% if m.role == 'user' %}[INST] {{ messages[0].content if loop.last and messages[0].role == 'system' else '' }}"
-    "{{ m.content }} [/INST]{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}",
+    "system in the last question": LOOP + "{% if m.role == 'user' %}[INST] "
+    "{{ messages[0].content if loop.last and messages[0].role == 'system' else '' }}"
+    "{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}",
     "counts the messages": LOOP + "{{ '<' ~ loop.index ~ '>' + m.content }}{% endfor %}" + TURN,
     "capitals": LOOP + "{{ '<' + m.role + '>' + m.content | upper }}{% endfor %}" + TURN,
     "twice": LOOP + "{{ m.content + m.content }}{% endfor %}" + TURN,
@@ -79,7 +85,9 @@ def run_go(source: str, messages: Sequence[Message]) -> str:
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_go_template_writes_the_same_prompt(name: str) -> None:
-    """Conversations of every length, with and without a system message, but for what the tokenizer puts in front."""
+    """Conversations of every length, with and without a system message, but for what the tokenizer
+    puts in front.
+    """
     source = SAME[name]
     found, reason = go_template(lambda messages: _render(source, messages), BOS)
     assert reason == ""

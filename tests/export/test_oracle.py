@@ -1,10 +1,11 @@
 """Every export equals what llama.cpp's own converter makes of the same checkpoint, byte for byte.
 
-The converter comes from the source package of the installed llama-cpp-python. Its table of pre-tokenizer hashes cannot
-know tiny vocabularies, so it is told the name; ``test_pretokenizers.py`` proves the names by tokens. All else is its
-own work. SentencePiece is compared where there is a tokenizer.model: without it the converter gives every piece one
-score, with which llama.cpp joins other pieces than the tokenizer does (``test_sentencepiece.py`` has those). It also
-cuts Gemma's embedding to the tokens there are then, so those cases have no padding.
+The converter comes from the source package of the installed llama-cpp-python. Its table of
+pre-tokenizer hashes cannot know tiny vocabularies, so it is told the name;
+``test_pretokenizers.py`` proves the names by tokens. All else is its own work. SentencePiece is
+compared where there is a tokenizer.model: without it the converter gives every piece one score,
+with which llama.cpp joins other pieces than the tokenizer does (``test_sentencepiece.py`` has
+those). It also cuts Gemma's embedding to the tokens there are then, so those cases have no padding.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ DIFFERENCES = {
         ),
     ),
     "tokenizer.ggml.add_bos_token": Difference(
-        "the converter writes it only where the tokenizer's files say so; absent is false for byte-level BPE",
+        "the converter writes it only where the tokenizer's files say so; absent is false for"
+        " byte-level BPE",
         lambda ours, theirs: ours is False and theirs is None,
     ),
     "tokenizer.ggml.add_eos_token": Difference(
@@ -144,11 +146,13 @@ DIFFERENCES = {
         lambda ours, theirs: ours is False and theirs is None,
     ),
     "tokenizer.ggml.add_space_prefix": Difference(
-        "the converter writes it only where tokenizer_config.json says so; absent is true for SentencePiece",
+        "the converter writes it only where tokenizer_config.json says so; absent is true for"
+        " SentencePiece",
         lambda ours, theirs: ours is True and theirs is None,
     ),
     "qwen2.rope.scaling.yarn_attn_factor": Difference(
-        "the converter copies attention_factor into a key that llama.cpp never reads; the next one is ours",
+        "the converter copies attention_factor into a key that llama.cpp never reads; the next one"
+        " is ours",
         lambda ours, theirs: ours is None,
     ),
     "qwen2.rope.scaling.attn_factor": Difference(

@@ -1,8 +1,9 @@
-"""Every pre-tokenizer name that the exporter can derive is proven by tokens, on a vocabulary that provokes it.
+"""Every pre-tokenizer name that the exporter can derive is proven by tokens, on a vocabulary that
+provokes it.
 
-A vocabulary trained behind a pre-tokenizer has no merge across its boundaries, so a wrong name often changes
-nothing. Here the merges are trained on whole probe strings: whatever a pre-tokenizer fails to split is merged, and
-shows.
+A vocabulary trained behind a pre-tokenizer has no merge across its boundaries, so a wrong name
+often changes nothing. Here the merges are trained on whole probe strings: whatever a pre-tokenizer
+fails to split is merged, and shows.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def test_equivalent_spellings_are_found(merges: dict[str, Any]) -> None:
 
 
 def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -> None:
-    """A regular expression that is not in the table needs a name from the user, who is told where it goes."""
+    """A regular expression that is not in the table needs a name from the user, who is told where
+    it goes.
+    """
     folder = make_checkpoint(tmp_path / "model", "llama")
     file = folder / "tokenizer.json"
     text = file.read_text(encoding="utf-8")
@@ -140,7 +143,9 @@ def test_unknown_expressions_are_refused_and_can_be_overridden(tmp_path: Path) -
 def test_expressions_that_llama_cpp_changes_are_refused(
     tmp_path: Path, merges: dict[str, Any], name: str, regex: str
 ) -> None:
-    """Tekken and o200k are refused by name, and the refusal is right: their own names give other tokens."""
+    """Tekken and o200k are refused by name, and the refusal is right: their own names give other
+    tokens.
+    """
     folder = make_checkpoint(
         tmp_path / "model", "llama", vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1
     )

@@ -1,4 +1,6 @@
-"""Tokenizers in SentencePiece's form: llama.cpp gives the ids of the tokenizers library, or the export is refused."""
+"""Tokenizers in SentencePiece's form: llama.cpp gives the ids of the tokenizers library, or the
+export is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ TEXTS = (*probe_strings(), *mixed_lines(10_000))
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[str]]:
-    """Return the texts that llama.cpp tokenizes otherwise, by form and by whether there is a tokenizer.model."""
+    """Return the texts that llama.cpp tokenizes otherwise, by form and by whether there is a
+    tokenizer.model.
+    """
     root = tmp_path_factory.mktemp("pieces")
     folders = [
         make_checkpoint(
@@ -59,12 +63,16 @@ def folder(tmp_path: Path) -> Path:
 def test_every_text_gets_the_same_ids(
     differences: dict[tuple[str, bool], list[str]], form: str, model: bool
 ) -> None:
-    """The probe strings and 10 000 lines of mixed text, with the scores of tokenizer.model and without them."""
+    """The probe strings and 10 000 lines of mixed text, with the scores of tokenizer.model and
+    without them.
+    """
     assert differences[form, model] == []
 
 
 def test_types_and_special_ids_are_written(folder: Path, tmp_path: Path) -> None:
-    """Bytes, control tokens and the user's own have their types; the space in front is a setting."""
+    """Bytes, control tokens and the user's own have their types; the space in front is a
+    setting.
+    """
     reader = gguf.GGUFReader(export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0").path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -145,7 +153,9 @@ def test_a_damaged_tokenizer_model_is_named(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_name_with_phi3_needs_its_tokens(folder: Path, tmp_path: Path) -> None:
-    """llama.cpp strips spaces after special tokens by the model's name, and fails where it misses one of them."""
+    """llama.cpp strips spaces after special tokens by the model's name, and fails where it misses
+    one of them.
+    """
     (folder / "tokenizer.json").write_text(
         (folder / "tokenizer.json")
         .read_text(encoding="utf-8")
@@ -163,7 +173,9 @@ def test_a_name_with_phi3_needs_its_tokens(folder: Path, tmp_path: Path) -> None
 
 
 def test_interleaved_runs_get_one_score() -> None:
-    """Runs of one character whose merges interleave had equal scores; other pieces are ranked one by one."""
+    """Runs of one character whose merges interleave had equal scores; other pieces are ranked one
+    by one.
+    """
     assert score_by_rank(["ab", "   ", "    ", "   ", "cd", "ef"]) == {
         "ab": 0.0, "   ": -1.0, "    ": -1.0, "cd": -4.0, "ef": -5.0,
     }  # fmt: skip

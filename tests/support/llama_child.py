@@ -1,4 +1,6 @@
-"""Ask the stock llama.cpp for tokens and logits, in a child process: it aborts on files that it dislikes."""
+"""Ask the stock llama.cpp for tokens and logits, in a child process: it aborts on files that it
+dislikes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class LlamaAnswer:
 def ask_llama(
     files: Sequence[Path], ids: Sequence[int], texts: Sequence[str] = ()
 ) -> list[LlamaAnswer]:
-    """Tokenize ``texts`` and run ``ids`` through every file, with a float32 cache and no flash attention.
+    """Tokenize ``texts`` and run ``ids`` through every file, with a float32 cache and no flash
+    attention.
 
     ``gates`` are the inputs of each block's activation, in order, all tokens in a row.
     """
@@ -105,7 +108,9 @@ def _answer(
 
 
 def _watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
-    """Return a callback that copies the input of every block's activation; the graph calls it before and after."""
+    """Return a callback that copies the input of every block's activation; the graph calls it
+    before and after.
+    """
     from llama_cpp._ggml import libggml_base_path
 
     base = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", libggml_base_path)

@@ -1,12 +1,14 @@
-"""llama.cpp's own converter, from the source package of the llama-cpp-python that is installed, in a child process.
+"""llama.cpp's own converter, from the source package of the llama-cpp-python that is installed, in
+a child process.
 
-The source package is fetched once by pip, of the very version that the tests run, and the converter with the gguf-py
-that belongs to it is unpacked under the user's cache. The child has this interpreter's torch and transformers, and the
-unpacked gguf-py before the installed one. Nothing of it is imported here.
+The source package is fetched once by pip, of the very version that the tests run, and the converter
+with the gguf-py that belongs to it is unpacked under the user's cache. The child has this
+interpreter's torch and transformers, and the unpacked gguf-py before the installed one. Nothing of
+it is imported here.
 
-Run as a script it is the child: it takes a list of jobs. A pre-tokenizer that llama.cpp knows by the hash of the probe
-text's ids cannot be recognized for a tiny vocabulary, so its name is given with the job; everything else the converter
-decides itself.
+Run as a script it is the child: it takes a list of jobs. A pre-tokenizer that llama.cpp knows by
+the hash of the probe text's ids cannot be recognized for a tiny vocabulary, so its name is given
+with the job; everything else the converter decides itself.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Job:
         folder: the checkpoint.
         out: the file to write.
         quant: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
-        pre_tokenizer: the name that the converter's table of hashes would give; empty asks the table.
+        pre_tokenizer: the name that the converter's table of hashes would give; empty asks the
+            table.
     """
 
     folder: str
@@ -108,7 +111,8 @@ def _main(jobs: list[dict[str, str]]) -> None:
         "bf16": gguf.LlamaFileType.MOSTLY_BF16,
         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     }
-    # transformers 5 writes this class name for a tokenizer.json without a class of its own; 4.57 does not know it.
+    # transformers 5 writes this class name for a tokenizer.json without a class of its own; 4.57
+    # does not know it.
     transformers.TokenizersBackend = transformers.PreTrainedTokenizerFast
     by_hash = TextModel.get_vocab_base_pre
     for job in jobs:

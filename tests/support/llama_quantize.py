@@ -1,4 +1,6 @@
-"""llama.cpp's own ``llama_model_quantize``, in a child process: what its types and bytes are is what ours must be."""
+"""llama.cpp's own ``llama_model_quantize``, in a child process: what its types and bytes are is
+what ours must be.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tiny random checkpoints with a real tokenizer, in every shape that users bring.
 
-``make_checkpoint`` writes a folder as ``save_pretrained`` would: weights, config, byte-level BPE tokenizer, chat
-template that opens the thinking. The vocabulary is padded beyond the tokenizer, as real ones are. Nothing is
-downloaded; the same arguments give the same bytes.
+``make_checkpoint`` writes a folder as ``save_pretrained`` would: weights, config, byte-level BPE
+tokenizer, chat template that opens the thinking. The vocabulary is padded beyond the tokenizer, as
+real ones are. Nothing is downloaded; the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ SPECIAL_TOKENS = {
     for i, text in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"))
 }
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 _TOKENIZER_CLASSES = {
@@ -80,7 +81,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4},  # the fourth has no rotary embedding
 }
 _QWEN2_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -118,7 +120,8 @@ def make_checkpoint(
         transformers5: config and tokenizer_config as transformers 5 writes them.
         dtype: of the stored weights.
         sharded: three files and an index.
-        pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral`` and ``gemma`` are SentencePiece's.
+        pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral`` and ``gemma`` are
+            SentencePiece's.
         tokenizer_model: whether SentencePiece's own file lies beside.
         tokenizer_class: as tokenizer_config.json names it; the usual one of the form by default.
         seed: of the weights.
@@ -196,7 +199,8 @@ def _model(
         "eos_token_id": SPECIAL_TOKENS["<|im_end|>"],
         "pad_token_id": SPECIAL_TOKENS["<|endoftext|>"],
         "rope_theta": 10_000.0,
-        # Twice the usual deviation: logits far enough apart to compare, weights like a trained model's.
+        # Twice the usual deviation: logits far enough apart to compare, weights like a trained
+        # model's.
         "initializer_range": 0.05,
     }
     if attention_bias:
@@ -213,7 +217,9 @@ def _model(
 
 
 def _rewrite_config(file: Path) -> None:
-    """Write the rope settings as transformers 5 does: all in one place, by kind of attention where there are two."""
+    """Write the rope settings as transformers 5 does: all in one place, by kind of attention where
+    there are two.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
     scaling = config.pop("rope_scaling", None) or {}
     kind = scaling.pop("type", scaling.get("rope_type", "default"))

@@ -1,4 +1,6 @@
-"""Tiny SentencePiece tokenizers: trained by the sentencepiece package, written as transformers' converters do."""
+"""Tiny SentencePiece tokenizers: trained by the sentencepiece package, written as transformers'
+converters do.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _SPECIAL = ("<unk>", "<s>", "</s>")
 
 @cache
 def train_pieces(texts: Iterable[str], size: int, own: tuple[str, ...]) -> bytes:
-    """Return a ``tokenizer.model``: BPE with byte fallback, spaces kept, and tokens of the user's own."""
+    """Return a ``tokenizer.model``: BPE with byte fallback, spaces kept, and tokens of the user's
+    own.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),

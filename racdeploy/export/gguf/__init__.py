@@ -1,8 +1,9 @@
-"""GGUF: the file of llama.cpp, written from safetensors with numpy alone, or the packed container of one.
+"""GGUF: llama.cpp's file, written from safetensors with numpy alone, or the packed container of
+one.
 
-Tensors are read one at a time and quantized in slabs of rows, so memory stays at the largest tensor as the
-checkpoint stores it. The file is whole or absent. Zeros are counted in the bytes that were written, after
-dequantizing them.
+Tensors are read one at a time and quantized in slabs of rows, so memory stays at the largest tensor
+as the checkpoint stores it. The file is whole or absent. Zeros are counted in the bytes that were
+written, after dequantizing them.
 Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -59,7 +60,8 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
 
     Raises:
         ArtifactError: the container is damaged, or no container.
-        UsageError: ``out`` is the container itself, or another file than the one to be written is there.
+        UsageError: ``out`` is the container itself, or another file than the one to be written is
+            there.
     """
     container = racgguf.Container.open(packed)
     plain = out or packed.with_suffix(".gguf")

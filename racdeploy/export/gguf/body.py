@@ -1,7 +1,8 @@
 """Write the tensors of a GGUF file: read, quantized, read back and counted in slabs of rows.
 
-The slabs of a tensor are quantized on every core, which numpy and ggml do without holding the interpreter, and are
-written in order. In memory are one tensor as the checkpoint stores it, and two slabs a core.
+The slabs of a tensor are quantized on every core, which numpy and ggml do without holding the
+interpreter, and are written in order. In memory are one tensor as the checkpoint stores it, and two
+slabs a core.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Body:
         return tensors
 
     def _code(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
-        """Yield the packed rows of a tensor, slab by slab in order, and how many zeros they hold."""
+        """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
         known_I = None
         if self.importance:
@@ -95,7 +96,7 @@ class Body:
 
 
 def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:
-    """Return the tensors in runs of at most so many bytes, or of a single larger one; 0 is one run."""
+    """Return the tensors in runs of at most so many bytes, or of one tensor; 0 is one run."""
     parts: list[list[PlannedTensor]] = [[]]
     size_bytes = 0
     for tensor in plan:
@@ -112,7 +113,7 @@ def _map_ahead(
     code: Callable[[NDArray[np.float32]], Coded],
     slabs: Iterator[NDArray[np.float32]],
 ) -> Iterator[Coded]:
-    """Yield ``code`` of each slab in order, with at most one slab for each worker and one more in memory."""
+    """Yield ``code`` of each slab in order; in memory is one slab for each worker, and one more."""
     pending: deque[Future[Coded]] = deque()
     for slab in slabs:
         pending.append(pool.submit(code, slab))

@@ -66,7 +66,7 @@ def add_value(writer: GGUFWriter, key: str, value: str | int | float | bool | li
 
 
 def _find_file_type(mix: presets.Mix) -> int:
-    """Return llama.cpp's number for a file that is mostly of one type; it is only shown, never decides."""
+    """Return llama.cpp's number for a file that is mostly of one type; it decides nothing."""
     for upper in (mix.name.upper(), mix.quant.upper()):
         for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
             if name in LlamaFileType.__members__:

@@ -1,7 +1,7 @@
-"""Read a GGUF file of any origin, or a packed one, back: metadata, tensors, and the zeros in the stored bytes.
+"""Read any GGUF file, or a packed one, back: metadata, tensors, and the zeros in the stored bytes.
 
-Zeros are counted after dequantizing, a slab of quant blocks at a time. A type that neither racdeploy nor gguf-py
-dequantizes is listed with its size, and its zeros are unknown.
+Zeros are counted after dequantizing, a slab of quant blocks at a time. A type that neither
+racdeploy nor gguf-py dequantizes is listed with its size, and its zeros are unknown.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Translate a chat template to Ollama's Go template language, where possible.
 
-Ollama does not run the Jinja template that a GGUF file holds: it takes a Go template of its own for those that it
-knows, by edit distance, and the bare text of the question for all others. A Go template is derived here from what the
-Jinja template writes round marked messages, and counts only if it gives the same text for other conversations. It knows
-system, user and assistant messages; tools and settings such as ``enable_thinking`` keep the template's defaults.
+Ollama does not run the Jinja template that a GGUF file holds: it takes its own Go template for
+those that it knows, by edit distance, and the bare text of the question for all others. A Go
+template is derived here from what the Jinja template writes round marked messages, and counts only
+if it gives the same text for other conversations. It knows system, user and assistant messages;
+tools and settings such as ``enable_thinking`` keep the template's defaults.
 Source: ``template/template.go`` of Ollama (``Named``, ``Execute``), and Go's text/template.
 """
 
@@ -71,7 +72,8 @@ def go_template(render: Render, bos: str) -> tuple[str, str]:
 
     Args:
         render: the prompt text of a conversation, up to where the model's turn begins.
-        bos: the text that llama.cpp's tokenizer puts in front by itself; empty where it puts nothing.
+        bos: the text that llama.cpp's tokenizer puts in front by itself; empty where it puts
+            nothing.
     """
 
     def write(messages: Sequence[Message]) -> str:
@@ -95,7 +97,7 @@ def go_template(render: Render, bos: str) -> tuple[str, str]:
 
 
 def _derive(render: Render) -> _Form:
-    """Read the form off two conversations; a ValueError says that a message is not there as it was given."""
+    """Read the form off two conversations; a ValueError says that a message was changed."""
     first, to_assistant, to_user, last = _gaps(render, _ROLES[1:4])
     try:
         before, between, _ = _gaps(render, _ROLES[:2])
@@ -103,8 +105,8 @@ def _derive(render: Render) -> _Form:
     except ArtifactError:  # the template refuses such messages, as the model does
         before, between, takes_system = "", first, False
 
-    # A gap closes one message and opens the next. What opens the user's ends every gap in front of one;
-    # what closes the user's begins both that follow one.
+    # A gap closes one message and opens the next. What opens the user's ends every gap in front of
+    # one; what closes the user's begins both that follow one.
     user_open = _common_end(_common_end(first, to_user), between)
     user_close = os.path.commonprefix([to_assistant, last])
     opens = {"user": user_open, "assistant": to_assistant.removeprefix(user_close)}
@@ -116,7 +118,7 @@ def _derive(render: Render) -> _Form:
 
 
 def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
-    """Return what stands in front of, between and behind the messages of a conversation."""
+    """Return what is in front of, between and behind the messages of a conversation."""
     messages = _converse(roles, "mark")
     text = render(messages)
     gaps = []

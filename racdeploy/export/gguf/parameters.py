@@ -1,9 +1,9 @@
 """Write the hyperparameters of a decoder into a GGUF header.
 
-Every setting of config.json that changes what the model computes is either written, equal to what llama.cpp
-does anyway, or refused. What is particular to an architecture is in its family file.
-Source: llama.cpp ``conversion/base.py`` (set_gguf_parameters), ``src/llama-context.cpp`` for YaRN, and
-transformers ``modeling_rope_utils.py``.
+Every setting of config.json that changes what the model computes is either written, equal to what
+llama.cpp does anyway, or refused. What is particular to an architecture is in its family file.
+Source: llama.cpp ``conversion/base.py`` (set_gguf_parameters), ``src/llama-context.cpp`` for YaRN,
+and transformers ``modeling_rope_utils.py``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
 
 
 def rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors that rope scaling adds to a file: divisors of the rotary frequencies, by tensor name."""
+    """Return the tensors that rope scaling adds: divisors of the rotary frequencies, by name."""
     rope = checkpoint.rope
     if rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(checkpoint)}
@@ -103,7 +103,8 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     """Return what Llama 3 scaling divides each rotary frequency by.
 
     Long waves are divided by the whole factor, short ones not at all, those between by a blend.
-    Source: transformers ``_compute_llama3_parameters``; llama.cpp divides each frequency by its factor.
+    Source: transformers ``_compute_llama3_parameters``; llama.cpp divides each frequency by its
+    factor.
     """
     rope = checkpoint.rope
     factor = _number(checkpoint, rope, "factor")
@@ -141,7 +142,7 @@ def _check_windows(checkpoint: Checkpoint) -> None:
 
 
 def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Say which blocks have a sliding window, where that is not what llama.cpp takes for granted."""
+    """Write which blocks have a sliding window, where llama.cpp would take others."""
     period = checkpoint.family.window_period
     sliding = [kind == "sliding_attention" for kind in checkpoint.layer_types]
     if period and sliding != [(block + 1) % period > 0 for block in range(checkpoint.block_count)]:
@@ -160,7 +161,8 @@ def _check_no_rope(checkpoint: Checkpoint) -> None:
     asked = listed or [not interval or block % interval != 0 for block in blocks]
     if list(map(bool, asked)) != [block % period != 0 for block in blocks]:
         raise ModelError(
-            f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this model not"
+            f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this"
+            " model not"
         )
 
 
@@ -199,7 +201,7 @@ def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _longrope_attention_factor(checkpoint: Checkpoint) -> float:
-    """Return what cosines and sines are multiplied by. Source: transformers ``_compute_longrope_parameters``."""
+    """Return what rotary values are multiplied by, as ``_compute_longrope_parameters`` does."""
     if checkpoint.rope.get("attention_factor") is not None:
         return _number(checkpoint, checkpoint.rope, "attention_factor")
 

@@ -1,9 +1,10 @@
 """Which of llama.cpp's built-in pre-tokenizers does what a tokenizer.json says.
 
-llama.cpp knows pre-tokenizers by name and has the regular expressions in its source, so the name is found by
-comparing the expressions and the ``ignore_merges`` flag. A name found here is a claim; token parity proves
-it. ``tekken`` and ``gpt-4o`` are refused with their reason: llama.cpp's versions of these expressions end a word at a
-combining mark and know upper case in ASCII alone, so 355 of 10,000 lines of mixed text get other tokens.
+llama.cpp knows pre-tokenizers by name and has the regular expressions in its source, so the name is
+found by comparing the expressions and the ``ignore_merges`` flag. A name found here is a claim;
+token parity proves it. ``tekken`` and ``gpt-4o`` are refused with their reason: llama.cpp's
+versions of these expressions end a word at a combining mark and know upper case in ASCII alone, so
+355 of 10,000 lines of mixed text get other tokens.
 Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer_pre``.
 """
 
@@ -83,12 +84,13 @@ def normalizer_note(tokenizer: Mapping[str, Any]) -> str:
         return ""
     if kinds == ["NFC"]:
         return (
-            "the tokenizer normalizes text to NFC and llama.cpp does not: text that is not NFC gets other "
-            "tokens when llama.cpp tokenizes it"
+            "the tokenizer normalizes text to NFC and llama.cpp does not: text that is not NFC gets"
+            " other tokens when llama.cpp tokenizes it"
         )
     raise ModelError(
         f"the tokenizer's normalizer {' + '.join(map(str, kinds))} has no counterpart in llama.cpp",
-        remedy="only byte-level BPE tokenizers without a normalizer or with NFC can be exported to GGUF",
+        remedy="only byte-level BPE tokenizers without a normalizer or with NFC can be exported"
+        " to GGUF",
     )
 
 
@@ -98,7 +100,8 @@ def _name_steps(pre_tokenizer: object) -> Iterator[str]:
         match step:
             case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior}:
                 how = (behavior, bool(step.get("invert", False)))
-                # either way every match is a word, and the known expressions leave nothing between two
+                # either way every match is a word, and the known expressions leave nothing between
+                # two
                 covers = how in (("Isolated", False), ("Removed", True))
                 yield f"split {regex}" if covers else f"split by {behavior} {regex}"
             case {"type": "Digits", "individual_digits": True}:

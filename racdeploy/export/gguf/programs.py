@@ -1,4 +1,4 @@
-"""What other programs need to run a GGUF file: a Modelfile for Ollama, and lines of the model card."""
+"""What other programs need to run a GGUF file: Ollama's Modelfile, and lines of the model card."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repe
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Return an Ollama Modelfile, with the chat template in Ollama's own language where that can express it.
+    """Return an Ollama Modelfile, with the chat template in Ollama's language where possible.
 
-    The context is raised to where a thought fits, and a completion may fill it: Ollama would cut both far earlier.
+    The context is raised to where a thought fits, and a completion may fill it: Ollama would cut
+    both far earlier.
     """
     entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
     encoder = PromptEncoder.from_folder(checkpoint.folder)
@@ -88,5 +89,5 @@ def _is_split(entry: ArtifactEntry) -> bool:
 
 
 def _name_plain(entry: ArtifactEntry) -> str:
-    """Return the name of the file that llama.cpp and Ollama read: a packed one is unpacked beside itself."""
+    """Return the name of the file that programs read; a packed one is unpacked beside itself."""
     return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path

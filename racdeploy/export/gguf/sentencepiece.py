@@ -1,10 +1,12 @@
 """Read a tokenizer.json in SentencePiece's form: pieces with scores in place of merges.
 
-llama.cpp's ``llama`` tokenizer joins the neighbours whose joint text is the piece of the highest score. BPE joins the
-pair of the earliest merge. The two agree if every way to cut a piece into pieces is a merge, and if all merges that
-make one piece come before or after all that make another; both are checked. Scores are those of ``tokenizer.model``
-where the model has one, else the order of the merges.
-Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py`` (_create_vocab_sentencepiece).
+llama.cpp's ``llama`` tokenizer joins the neighbours whose joint text is the piece of the highest
+score. BPE joins the pair of the earliest merge. The two agree if every way to cut a piece into
+pieces is a merge, and if all merges that make one piece come before or after all that make another;
+both are checked. Scores are those of ``tokenizer.model`` where the model has one, else the order of
+the merges.
+Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py``
+(_create_vocab_sentencepiece).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _FORMS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
 
 
 def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether a parsed tokenizer.json spells unknown characters in bytes, as SentencePiece does."""
+    """Return whether a tokenizer.json spells unknown characters in bytes, as SentencePiece does."""
     model = tokenizer.get("model")
     return (
         isinstance(model, dict)
@@ -46,7 +48,7 @@ def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether a text gets a space in front, also after a special token: all that llama.cpp knows.
+    """Return whether a text gets a space in front, also after a special token.
 
     Raises:
         ModelError: the tokenizer treats spaces in another way.
@@ -60,8 +62,10 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
     schemes = [step["prepend_scheme"] for step in pre_tokenizer if step.get("type") == "Metaspace"]
     how = f" with prepend_scheme {schemes[0]!r}" if schemes else ""
     raise ModelError(
-        f"llama.cpp has no counterpart for the tokenizer's {' + '.join(steps) or 'lack of a normalizer'}{how}",
-        remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put in front, work",
+        f"llama.cpp has no counterpart for the tokenizer's"
+        f" {' + '.join(steps) or 'lack of a normalizer'}{how}",
+        remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put"
+        " in front, work",
     )
 
 
@@ -88,7 +92,8 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
         content = token["content"]
         if space_first and not token.get("special") and SPACE in content:
             raise ModelError(
-                f"llama.cpp finds the added token {content!r} before it puts a space first, not after"
+                f"llama.cpp finds the added token {content!r} before it puts a space first, not"
+                " after"
             )
 
 
@@ -125,7 +130,7 @@ def read_scores(
 
 
 def split_merge(merge: object) -> tuple[str, str]:
-    """Return the two parts that a merge of tokenizer.json joins; older files write them as one string.
+    """Return the two parts that a merge joins; older files write them as one string.
 
     Raises:
         ModelError: it is no merge.
@@ -140,7 +145,7 @@ def split_merge(merge: object) -> tuple[str, str]:
 
 
 def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str]) -> None:
-    """Refuse pieces that llama.cpp would join from parts that are no merge, or that nothing can make."""
+    """Refuse pieces that llama.cpp would join from parts that are no merge, or could not make."""
     for piece in vocab.keys() - BYTES - added:
         for place in range(1, len(piece)):
             left, right = piece[:place], piece[place:]
@@ -162,8 +167,9 @@ def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: s
 def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     """Return minus the rank of the first merge that makes a piece.
 
-    Pieces whose merges interleave had one score, as Mistral's runs of spaces have, and get one again; for any other
-    pieces that is an order which scores cannot express, and :func:`_check_order` finds it.
+    Pieces whose merges interleave had one score, as Mistral's runs of spaces have, and get one
+    again; for any other pieces that is an order which scores cannot express, and
+    :func:`_check_order` finds it.
     """
     last = {piece: rank for rank, piece in enumerate(made)}
     scores: dict[str, float] = {}
@@ -182,13 +188,15 @@ def score_by_rank(made: Sequence[str]) -> dict[str, float]:
 
 
 def _check_order(made: Sequence[tuple[str, float]], added: set[str]) -> None:
-    """Refuse scores that do not fall along the merges; an added token is found before anything is joined."""
+    """Refuse scores that rise along the merges; added tokens are found before any join."""
     joined = [(piece, score) for piece, score in made if piece not in added]
     for (early, score), (late, next_score) in itertools.pairwise(joined):
         if next_score > score:
             raise ModelError(
-                f"the tokenizer merges to {early!r} before {late!r}, and its scores say the reverse",
-                remedy="tokenizer.model and tokenizer.json belong to different models, or the merges were edited",
+                f"the tokenizer merges to {early!r} before {late!r}, and its scores say the"
+                " reverse",
+                remedy="tokenizer.model and tokenizer.json belong to different models, or the"
+                " merges were edited",
             )
 
 

@@ -18,8 +18,8 @@ from racdeploy.models.tokenizer_files import token_ids, token_text
 
 # Texts that llama.cpp takes for an end of generation by itself.
 _KNOWN_ENDS = {
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]",
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+    "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]",
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _read_ids(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, int]:
 
 
 def _read_adds(checkpoint: Checkpoint, tokens: Tokens, ids: Mapping[str, int]) -> dict[str, bool]:
-    """Return whether encoding adds bos and eos: the post-processor decides, else tokenizer_config.json, else habit."""
+    """Return whether encoding adds bos and eos: by the post-processor, else by the config."""
     tokenizer = tokens.tokenizer
     processors = flatten(tokenizer.get("post_processor"), "processors")
     if not processors:

@@ -1,7 +1,8 @@
 """A GGUF model in several files: how their names and headers hang together.
 
-The first file has all the metadata, every file says which one of how many it is. Names end in ``-00001-of-00003.gguf``;
-they are made from the name of the file at hand and from nothing inside it, so they never lead out of its folder.
+The first file has all the metadata, every file says which one of how many it is. Names end in
+``-00001-of-00003.gguf``; they are made from the name of the file at hand and from nothing inside
+it, so they never lead out of its folder.
 Source: ``llama_split_path`` in llama.cpp and ``gguf-split``.
 """
 
@@ -19,7 +20,7 @@ _NAME = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def name_part(stem: str, number: int, count: int) -> str:
-    """Return the name of one of several files, counted from 0; of a single one it is the plain name."""
+    """Return the name of one of several files, counted from 0; a single one has the plain name."""
     part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
     return f"{stem}{part}.gguf"
 

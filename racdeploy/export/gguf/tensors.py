@@ -1,7 +1,7 @@
 """Plan which tensors a GGUF file holds: name, shape, number format.
 
-The plan is made from headers alone, so every refusal comes before the first byte is written. A checkpoint
-tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
+The plan is made from headers alone, so every refusal comes before the first byte is written. A
+checkpoint tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PlannedTensor:
 
     Args:
         name: in the file.
-        source: in the checkpoint, with ``*`` for the number of an expert; empty where ``computed`` holds the values.
+        source: in the checkpoint, with ``*`` for the number of an expert; empty where ``computed``
+            holds the values.
         shape: as in the checkpoint, experts first where there are any.
         quant_asked: number format asked for.
         quant_real: number format it gets.
@@ -104,7 +105,7 @@ def _plan_tensor(
 
 
 def _list_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return name in the checkpoint → name in the file, for everything this architecture may hold."""
+    """Return name in the checkpoint → name in the file, of all that the architecture may hold."""
     family = checkpoint.family
     names = dict(family.model_tensors)
     if checkpoint.tied:
@@ -129,7 +130,7 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
 
 
 def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
-    """Refuse missing and unknown tensors. Biases are optional, but those of a linear are in all blocks or in none."""
+    """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
     family = checkpoint.family
     biases = {name for name in names if name.endswith(".bias")}
     biased = {_inside(checkpoint, name) for name in biases & used_tensors(checkpoint)}
@@ -161,7 +162,7 @@ def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
 
 
 def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    """Return what the letters of a family's shapes stand for."""
+    """Return what the letters of a family's shapes mean."""
     K = checkpoint.head_size
     sizes = {
         "D": checkpoint.integer("hidden_size"),

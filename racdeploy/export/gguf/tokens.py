@@ -47,7 +47,7 @@ class Tokens:
         return cls(tokenizer, added, texts)
 
     def check_ids(self, checkpoint: Checkpoint) -> None:
-        """Refuse ids that the tokenizers library, which counts added tokens itself, does not follow."""
+        """Refuse ids that the tokenizers library does not follow: it counts added tokens itself."""
         file = checkpoint.tokenizer.file
         try:
             loaded = Tokenizer.from_file(str(file))
@@ -58,7 +58,8 @@ class Tokens:
         for i, text in self.texts.items():
             if assigned.get(text) != i:
                 raise ModelError(
-                    f"{file} gives the token {text!r} the id {i}, but it loads as {assigned.get(text)}",
+                    f"{file} gives the token {text!r} the id {i}, but it loads as"
+                    f" {assigned.get(text)}",
                     remedy="ids of added tokens must follow the vocabulary without a gap",
                 )
 

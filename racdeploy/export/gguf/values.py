@@ -15,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint, widen
 def iterate_slabs(
     checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield a tensor's values in file order, float32, in slabs of rows of about ``slab_weights`` weights."""
+    """Yield a tensor's values in file order, in slabs of rows of about that many weights."""
     _, row_length = tensor.rows
     step = max(1, slab_weights // row_length)
     for raw in _read_arrays(checkpoint, tensor):

@@ -26,7 +26,8 @@ class Vocabulary:
 
     Args:
         model: llama.cpp's name of the kind: ``gpt2`` is byte-level BPE, ``llama`` is SentencePiece.
-        texts: byte-mapped text of every id, as many as the embedding has rows; pieces of SentencePiece as they are.
+        texts: byte-mapped text of every id, as many as the embedding has rows; pieces of
+            SentencePiece as they are.
         types: llama.cpp's token type of every id.
         special: tokens that begin and end a text.
         notes: what llama.cpp will do differently, in sentences.
@@ -95,7 +96,8 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
         pre_tokenizer: overrides the name derived from tokenizer.json.
 
     Raises:
-        ModelError: not a byte-level BPE tokenizer, an unknown pre-tokenizer, or a damaged vocabulary.
+        ModelError: not a byte-level BPE tokenizer, an unknown pre-tokenizer, or a damaged
+            vocabulary.
     """
     tokens = Tokens.read(checkpoint)
     tokens.check_ids(checkpoint)
@@ -117,14 +119,14 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
 
 
 def adds_bos(checkpoint: Checkpoint) -> bool:
-    """Return whether llama.cpp's tokenizer puts the beginning-of-sequence in front of a text by itself."""
+    """Return whether llama.cpp's tokenizer puts the bos token in front of a text by itself."""
     return read_special_tokens(checkpoint, Tokens.read(checkpoint)).adds["bos"]
 
 
 def _read_sentencepiece(
     checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens
 ) -> Vocabulary:
-    """Read a tokenizer in SentencePiece's form; the scores stand for the merges."""
+    """Read a tokenizer in SentencePiece's form; scores take the place of merges."""
     space_first = pieces.puts_space_first(tokens.tokenizer)
     pieces.check_added(tokens.added, space_first)
     model_file = checkpoint.folder / "tokenizer.model"
@@ -191,6 +193,7 @@ def _notes(tokens: Tokens, special: SpecialTokens) -> Iterator[str]:
         if any(token.get(option) for option in strips)
     ]
     if stripping:
-        yield f"llama.cpp strips no white space around {len(stripping)} added tokens, as {stripping[0]!r}"
+        count = len(stripping)
+        yield f"llama.cpp strips no white space around {count} added tokens, as {stripping[0]!r}"
     for text in special.ignored_ends:
         yield f"llama.cpp will not stop at token {text!r}, the checkpoint does"

@@ -73,15 +73,20 @@ def export(
     Args:
         checkpoint: the model folder.
         out: the file to write; replaced if it exists.
-        quant: number format of the linears, or a preset. Vectors are F32; rows that do not divide into the blocks of a
-            format get the next one that they divide into.
-        packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked first.
+        quant: number format of the linears, or a preset. Vectors are F32; rows that do not divide
+            into the blocks of a format get the next one that they divide into.
+        packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked
+            first.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
-        pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from tokenizer.json.
-        tensors: regular expression → number format of the tensors whose names in the file it matches.
-        importance: file of an importance matrix; empty takes the one that pruning left, ``none`` takes none.
-        split_bytes: most bytes of tensors in one file; where there are more, the model becomes several files, of which
-            engines open the first. 0 is never; a packed file is never split.
+        pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from
+            tokenizer.json.
+        tensors: regular expression → number format of the tensors whose names in the file it
+            matches.
+        importance: file of an importance matrix; empty takes the one that pruning left, ``none``
+            takes none.
+        split_bytes: most bytes of tensors in one file; where there are more, the model becomes
+            several files, of which engines open the first. 0 is never; a packed file is never
+            split.
         progress: called after every slab.
 
     Raises:

@@ -1,9 +1,10 @@
 """Model families: one data file per Hugging Face ``model_type``, no torch.
 
-A family file holds ``FAMILY = Family(...)``: where the decoder blocks are, which linears share an input, how
-tensors are called in GGUF, what is done to their values, and which settings of ``config.json`` llama.cpp reads, fixes
-or lacks. Everything is written with the names of the checkpoint's ``state_dict``; ``*`` stands for the number of an
-expert. ``models/decoder.py`` has what most families share.
+A family file holds ``FAMILY = Family(...)``: where the decoder blocks are, which linears share an
+input, how tensors are called in GGUF, what is done to their values, and which settings of
+``config.json`` llama.cpp reads, fixes or lacks. Everything is written with the names of the
+checkpoint's ``state_dict``; ``*`` stands for the number of an expert. ``models/decoder.py`` has
+what most families share.
 """
 
 from __future__ import annotations
@@ -30,25 +31,34 @@ class Family:
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
         blocks: prefix of the decoder blocks.
-        input_groups: prunable linears of one block, grouped by the input they share; one statistic per group.
+        input_groups: prunable linears of one block, grouped by the input they share; one statistic
+            per group.
         kept: linears that are never pruned, as the router of experts.
-        routed: linears that see only some of the tokens. They cannot be pruned; a recipe must say that they stay dense.
-        transforms: parameter name inside a block, or outside the blocks → what is done to its values.
-        shapes: GGUF name without ``.weight`` → its sizes, outputs first, as ``models/decoder.py`` names them.
+        routed: linears that see only some of the tokens. They cannot be pruned; a recipe must say
+            that they stay dense.
+        transforms: parameter name inside a block, or outside the blocks → what is done to its
+            values.
+        shapes: GGUF name without ``.weight`` → its sizes, outputs first, as ``models/decoder.py``
+            names them.
         biases: GGUF names of the linears of which llama.cpp loads a bias.
-        defaults: keys that ``config.json`` may leave out → what transformers takes then, where that is not the usual.
-        fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other is refused.
-            ``=name`` is the value of another setting.
-        integers: GGUF key without the architecture → the setting that it holds. Missing and null ones are left out.
+        defaults: keys that ``config.json`` may leave out → what transformers takes then, where that
+            is not the usual.
+        fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other
+            is refused. ``=name`` is the value of another setting.
+        integers: GGUF key without the architecture → the setting that it holds. Missing and null
+            ones are left out.
         numbers: the same for those that are no integers.
         rope_types: kinds of rope scaling that llama.cpp knows for this architecture.
         rotary: argument of a block's forward pass → module that makes the rotary embedding.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
-        window_period: every n-th block sees all tokens and the others a sliding window; 0: llama.cpp knows no window.
+        window_period: every n-th block sees all tokens and the others a sliding window; 0:
+            llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
-        looked_up: modules of a block, GELU, whose values ggml looks up in a table of half-precision numbers.
+        looked_up: modules of a block, GELU, whose values ggml looks up in a table of half-precision
+            numbers.
 
-    A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are computed from it.
+    A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are
+    computed from it.
     """
 
     architecture: str
@@ -81,7 +91,7 @@ class Family:
         return tuple(linear for group in self.input_groups for linear in group)
 
     def ends_part(self, group: int) -> bool:
-        """Return whether a group of linears is the last of attention, or the last of the feed-forward part."""
+        """Return whether a group of linears ends attention or the feed-forward part."""
         group_and_next = self.input_groups[group : group + 2]
         parts = [linears[0].partition(".")[0] for linears in group_and_next]
         return len(set(parts)) == len(parts)
@@ -97,7 +107,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     supported = plugins.names("families")
     if model_type not in supported:
         raise ModelError(
-            f"unsupported architecture {model_type!r} ({', '.join(config.get('architectures') or [])})",
+            f"unsupported architecture {model_type!r}"
+            f" ({', '.join(config.get('architectures') or [])})",
             remedy=f"supported model types: {', '.join(supported)}",
         )
     family: Family = plugins.load("families", model_type).FAMILY

@@ -1,6 +1,6 @@
-"""Gemma 3 text models: norms stored as the distance from 1, four of them a block, scaled embeddings, tied output.
+"""Gemma 3 text models: four norms a block, stored as the distance from 1, and scaled embeddings.
 
-Five of six blocks see a sliding window and have a rotary base of their own.
+Five of six blocks see a sliding window and have their own rotary base.
 """
 
 from racdeploy.models import decoder

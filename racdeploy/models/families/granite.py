@@ -1,4 +1,4 @@
-"""Granite 3 dense models: Llama with four multipliers, on embeddings, residuals, attention scores and logits."""
+"""Granite 3 dense models: Llama with multipliers of embeddings, residuals, scores and logits."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family

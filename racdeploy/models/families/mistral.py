@@ -1,4 +1,4 @@
-"""Mistral, Ministral 8B and Magistral: Llama's architecture in GGUF. llama.cpp computes no sliding window for it."""
+"""Mistral, Ministral 8B, Magistral: Llama in GGUF, where llama.cpp computes no sliding window."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family

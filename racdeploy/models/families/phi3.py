@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4 (mini, reasoning): q, k and v are one matrix, gate and up another, in GGUF too.
 
-LongRoPE's factors are tensors of their own. llama.cpp takes the long ones when the context is longer than the original
-one, transformers when the sequence is. It computes no sliding window.
+LongRoPE's factors are tensors of their own. llama.cpp takes the long ones when the context is
+longer than the original one, transformers when the sequence is. It computes no sliding window.
 """
 
 from racdeploy.models import decoder

@@ -1,7 +1,7 @@
-"""Qwen3 mixtures of experts: the matrices of a block's experts are one tensor in GGUF, the router stays in F32.
+"""Qwen3 mixtures of experts: a block's experts are one tensor in GGUF, the router stays in F32.
 
-An expert sees only the tokens that are routed to it, and the walk over the blocks gathers no statistic of those: the
-experts stay dense, and a recipe must say so.
+An expert sees only the tokens that are routed to it, and the walk over the blocks gathers no
+statistic of those: the experts stay dense, and a recipe must say so.
 """
 
 from racdeploy.models import decoder

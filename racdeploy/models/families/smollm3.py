@@ -1,4 +1,4 @@
-"""SmolLM3: Llama whose every fourth block has no rotary embedding; llama.cpp permutes its rows all the same."""
+"""SmolLM3: Llama whose every fourth block has no rotary embedding; its rows are permuted too."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family

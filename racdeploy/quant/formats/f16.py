@@ -21,7 +21,7 @@ PRESERVES_ZERO = True
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return the little-endian bytes of every weight in half precision, rounded alone, whatever its importance."""
+    """Return the little-endian bytes of every weight in half precision, whatever its importance."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(weight_OI).astype("<f2").view(np.uint8)
 

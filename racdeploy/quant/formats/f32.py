@@ -18,7 +18,7 @@ PRESERVES_ZERO = True
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return the little-endian bytes of every weight; nothing is rounded, whatever the importance."""
+    """Return the little-endian bytes of every weight; nothing is rounded."""
     return np.ascontiguousarray(weight_OI, dtype="<f4").view(np.uint8)
 
 

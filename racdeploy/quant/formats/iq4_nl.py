@@ -1,4 +1,4 @@
-"""IQ4_NL: 32 codes of a fixed table of 16 uneven values, none of them zero, and a half-precision scale."""
+"""IQ4_NL: 32 codes of 16 uneven values, none of them zero, and a half-precision scale."""
 
 from functools import partial
 

@@ -1,8 +1,10 @@
-"""MatMulNBits with 4 bits, a zero point for each 32 weights, and scales chosen by search, as K-quants do.
+"""MatMulNBits with 4 bits, a zero point for each 32 weights, and scales searched as in K-quants.
 
-Every block tries narrower and wider ranges, solves for the scale on the codes that each gives, and keeps the one with
-the least error, weighted by magnitude. The zero point is a whole code, so zeros stay zeros.
-Source: ``make_qkx2_quants`` in ggml-quants.c, with the minimum of a block as a multiple of its scale.
+Every block tries narrower and wider ranges, solves for the scale on the codes that each gives, and
+keeps the one with the least error, weighted by magnitude. The zero point is a whole code, so zeros
+stay zeros.
+Source: ``make_qkx2_quants`` in ggml-quants.c, with the minimum of a block as a multiple of its
+scale.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ BITS = 4.625
 BLOCK = 2 * matmulnbits.BLOCK  # two zero points share a byte
 PRESERVES_ZERO = True
 _MOST = np.float32(15)
-# A block's range may take from 14 to 16 steps: with 15 the ends of the range have the codes 0 and 15.
+# A block's range may take from 14 to 16 steps: with 15 the ends of the range have the codes 0 and
+# 15.
 _STEPS = 0.1 * np.arange(-10, 11, dtype=np.float32)
 _SLAB_BLOCKS = 65_536  # bounds what the search holds in memory
 
@@ -56,7 +59,7 @@ def _search(
     scale_G = np.zeros(G, dtype=np.float16)
     zero_G = np.zeros(G, dtype=np.float32)
 
-    # The range always includes zero, which must have a code of its own.
+    # The range always includes zero, which must have its own code.
     low_G = np.minimum(weight_GS.min(axis=1), 0)
     width_G = np.maximum(weight_GS.max(axis=1), 0) - low_G
     importance_GS = np.abs(weight_GS) + np.sqrt(np.square(weight_GS).mean(axis=1, keepdims=True))
@@ -102,5 +105,5 @@ def _round(
 
 
 def _clip(level_GS: NDArray[np.float32], zero_G: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return levels between those of the codes 0 and 15; the code is the level above the zero point."""
+    """Return levels within the codes 0 to 15; a code is a level above the zero point."""
     return np.asarray(np.clip(level_GS, -zero_G[:, None], _MOST - zero_G[:, None]))

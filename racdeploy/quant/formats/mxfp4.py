@@ -1,4 +1,4 @@
-"""MXFP4: 32 codes of four-bit floats (E2M1) and a power of two that they share; codes 0 and 8 are zero.
+"""MXFP4: 32 four-bit floats (E2M1) and a power of two that they share; codes 0 and 8 are zero.
 
 Source: OCP Microscaling Formats specification 1.0; ``quantize_row_mxfp4_ref`` in ggml-quants.c.
 """
@@ -21,7 +21,8 @@ PRESERVES_ZERO = True
 _BLOCK_BYTES = GGML_TYPES["mxfp4"].block_bytes
 _CHUNK_WEIGHTS = 32_768  # some arrays of so many floats stay in a core's cache
 _LARGEST = 12.0
-# The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, and 255 where there is none.
+# The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, and 255 where there is
+# none.
 _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 255, 5, 255, 6, 255, 255, 255, 7], dtype=np.uint8)
 
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
@@ -30,10 +31,10 @@ dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed rows: bit for bit what ggml's C code writes, or with the exponents that an importance asks for.
+    """Return packed rows: ggml's, bit for bit, or with exponents that suit an importance.
 
-    ggml's exponent lets the largest weight of a block be clipped by up to a quarter; with an importance the next
-    one up and the next one down are tried as well.
+    ggml's exponent lets the largest weight of a block be clipped by up to a quarter; with an
+    importance the next one up and the next one down are tried as well.
     """
     if importance_I is None:
         return numpy_ggml.quantize(GGML_TYPE, weight_OI)
@@ -83,7 +84,7 @@ def _choose(
 
 
 def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the nearest values of the format; they are 1 half apart up to 4, 2 up to 8, and 4 beyond."""
+    """Return the nearest values of the format: 1 half apart up to 4, 2 up to 8, and 4 beyond."""
     size_GS = np.minimum(np.abs(ratio_GS), _LARGEST)
     spacing_GS = np.select(
         [size_GS < 4, size_GS < 8], [np.float32(1), np.float32(2)], np.float32(4)

@@ -26,7 +26,7 @@ steps = partial(leading_scales, block_bytes=GGML_TYPES["q4_0"].block_bytes)
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed rows: bit for bit what ggml's C code writes, or with the scales that an importance asks for."""
+    """Return packed rows: ggml's, bit for bit, or with scales that suit an importance."""
     if importance_I is None:
         return numpy_ggml.quantize(GGML_TYPE, weight_OI)
 

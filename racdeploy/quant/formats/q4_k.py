@@ -1,4 +1,4 @@
-"""Q4_K: 256 unsigned 4-bit codes, a 6-bit scale and minimum for each 32: the minimum moves zero away."""
+"""Q4_K: 256 unsigned 4-bit codes, a 6-bit scale and minimum for each 32; the minimum moves zero."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Q5_K: 256 unsigned 5-bit codes, a 6-bit scale and minimum for each 32: the minimum moves zero away."""
+"""Q5_K: 256 unsigned 5-bit codes, a 6-bit scale and minimum for each 32; the minimum moves zero."""
 
 from functools import partial
 

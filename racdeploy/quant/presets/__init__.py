@@ -1,8 +1,9 @@
 """Presets: which number format each tensor of a GGUF file gets, one data file per preset.
 
-A preset holds ``WHY``, ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``, of which the first
-that matches decides. :func:`read` makes a :class:`Mix` of a preset, or of a plain number format, and of the patterns
-that a recipe adds. Knows names of tensors and nothing of their bytes.
+A preset has ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``,
+of which the first that matches decides. :func:`read` makes a :class:`Mix` of a preset, or of a
+plain number format, and of the patterns that a recipe adds. Knows names of tensors and nothing of
+their bytes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Rule:
     Args:
         tensors: regular expression, searched for in the name of a tensor in the file.
         quant: their number format.
-        blocks: ``all``; ``first 4`` or ``first 1/8``, a number or a share of the blocks; or ``more``: the first and the
-            last eighth, and of those between every third, which is where llama.cpp's presets spend more bits.
+        blocks: ``all``; ``first 4`` or ``first 1/8``, a number or a share of the blocks; or
+            ``more``: the first and the last eighth, and of those between every third, which is
+                where llama.cpp's presets spend more bits.
         reason: why that is not what was asked for; empty where it was asked for.
     """
 
@@ -42,7 +44,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Choice:
-    """The number format of one tensor: what was asked for, what the rules give, and why the two differ, or empty."""
+    """The number format of a tensor: asked for, given, and why the two differ, or empty."""
 
     asked: str
     quant: str
@@ -125,7 +127,7 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
 
 
 def _holds(which: str, block: int, blocks: int) -> bool:
-    """Return whether a rule for some blocks applies to one. Source: ``use_more_bits`` in llama-quant.cpp."""
+    """Return whether a rule applies to a block. Source: ``use_more_bits`` in llama-quant.cpp."""
     match which.split():
         case ["all"]:
             return True

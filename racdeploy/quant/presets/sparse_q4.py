@@ -1,4 +1,4 @@
-"""4 bits that keep every zero, and 5 where a few linears decide most; embedding and output, which are dense, keep 8."""
+"""4 bits that keep every zero, 5 where a few linears decide most, 8 for embedding and output."""
 
 from racdeploy.quant.presets import Rule
 
