@@ -1,7 +1,8 @@
 """Measure how the code reads: ``python -m tests.support.page [FILE or FOLDER …]`` prints the figures.
 
-A body is what follows a function's docstring, to its last line, blank lines and comments included. Syntax nodes are
-those that ``ast.walk`` visits in the body.
+A body is what follows a function's docstring, to its last line, blank lines and comments included.
+Syntax nodes are those that ``ast.walk`` visits in the body, counted in functions of at least
+``DENSITY_FROM`` lines: a function of one expression is as dense as its expression.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LONG = 15
 """Body lines from which a function needs a blank line between its steps."""
+DENSITY_FROM = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Page:
     @property
     def nodes_per_line(self) -> float:
         """Syntax nodes a body line."""
-        return sum(f.nodes for f in self.functions) / sum(len(f.lines) for f in self.functions)
+        counted = [f for f in self.functions if len(f.lines) >= DENSITY_FROM]
+        return sum(f.nodes for f in counted) / max(1, sum(len(f.lines) for f in counted))
 
 
 def measure(files: list[Path]) -> Page:
