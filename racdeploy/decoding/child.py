@@ -89,12 +89,7 @@ class Child:
         return self._process.pid
 
     def ask(self, op: str, **values: Any) -> Message:
-        """Send a request and return its only answer.
-
-        Raises:
-            ArtifactError: a file is damaged.
-            EngineError: the engine refused, or the process died.
-        """
+        """Send a request and return its only answer; see :meth:`converse`."""
         with contextlib.closing(self.converse(op, **values)) as answers:
             *_, last = filter(None, answers)
         return last

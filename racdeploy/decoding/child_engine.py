@@ -28,7 +28,7 @@ class ChildEngine(Engine):
         worker: dotted name of what the child runs, see :mod:`racdeploy.decoding.worker`.
         name: what error messages call the engine.
         path: the file to load.
-        settings: see :class:`EngineSettings`.
+        settings: how it is loaded.
         options: what else the worker wants to know.
 
     Raises:
@@ -68,11 +68,7 @@ class ChildEngine(Engine):
         on_tokens: Callable[[int, Sequence[int]], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`.
-
-        Raises:
-            EngineError: a prompt or setting that cannot be carried out, or the process died.
-        """
+        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
         check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
         request = {
             "prompts": [[int(token) for token in ids] for ids in prompts],
@@ -100,11 +96,7 @@ class ChildEngine(Engine):
         ]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes.
-
-        Raises:
-            EngineError: too many ids, strange ids, or the process died.
-        """
+        """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes."""
         check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
         logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
         request = {"ids": [int(token) for token in ids]}

@@ -117,7 +117,7 @@ class Engine(Protocol):
 
         Args:
             prompts: token ids of each.
-            sampling: how tokens are chosen.
+            sampling: how the next ones are chosen.
             on_tokens: gets (sequence index, new ids) while it runs.
             cancelled: ends every sequence early once it returns True.
         """

@@ -131,9 +131,6 @@ def choose(
         top_p: smallest probability mass to draw from, in (0, 1].
         random: one number is drawn from it, none if greedy.
 
-    Returns:
-        The token id.
-
     Raises:
         EngineError: a logit is not a number, or all are infinite.
     """

@@ -77,10 +77,6 @@ class _Outbox:
     """Passes on new tokens: at once where one sequence runs or one ends, otherwise in lots.
 
     Each message takes the listener's core for a moment, which the engine may be using.
-
-    Args:
-        sequences: of the call, by index.
-        send: gets (sequence index, new ids) of a lot.
     """
 
     def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:

@@ -235,32 +235,20 @@ class PromptEncoder:
         return self._prefix
 
     def with_template(self, source: str) -> PromptEncoder:
-        """Return an encoder of the same tokenizer with another template.
-
-        Raises:
-            ArtifactError: the text is not a template.
-        """
+        """Return an encoder of the same tokenizer with another template."""
         other = copy.copy(self)
         other.template = self.template.replace(source)
         other.template_source = source
         return other
 
     def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:
-        """Return the prompt text of a conversation; a plain string is one message of the user.
-
-        Raises:
-            ArtifactError: see :meth:`ChatTemplate.render`.
-        """
+        """Return the prompt text of a conversation; a plain string is one message of the user."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = self.template.render(messages, **variables)
         return text if text.startswith(self._prefix) else self._prefix + text
 
     def encode(self, prompt: str | Sequence[Message], **variables: Any) -> list[int]:
-        """Return the prompt ids of a conversation; a plain string is one message of the user.
-
-        Raises:
-            ArtifactError: see :meth:`ChatTemplate.render`.
-        """
+        """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`."""
         return self.encode_text(self.render(prompt, **variables))
 
     def encode_text(self, text: str) -> list[int]:

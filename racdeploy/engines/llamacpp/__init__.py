@@ -26,7 +26,6 @@ class LlamaCppEngine(ChildEngine):
 
     Args:
         path: GGUF file.
-        settings: see :class:`EngineSettings`.
         use_mmap: map the file; False reads it into memory.
 
     Raises:

@@ -70,7 +70,7 @@ class NativeModel:
 
     Args:
         path: GGUF file.
-        settings: see :class:`EngineSettings`.
+        settings: how it is loaded.
         use_mmap: map the file instead of reading it; where weights are packed while they are
             loaded, it is read.
 
@@ -149,18 +149,7 @@ class NativeModel:
 
 
 class _Context:
-    """Caches of some slots of a model, decoded together: a ``batching.Decoder``.
-
-    Args:
-        model: llama.cpp's handle.
-        settings: see :class:`EngineSettings`.
-        slots: sequences of this context.
-        log: what llama.cpp says.
-        vocabulary: of the model.
-
-    Raises:
-        EngineError: llama.cpp refused the context.
-    """
+    """Caches of some slots of a model, decoded together: a ``batching.Decoder``."""
 
     def __init__(
         self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
@@ -185,11 +174,7 @@ class _Context:
         llama_cpp.llama_set_n_threads(self._context, threads, threads)
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Run one batch.
-
-        Raises:
-            EngineError: llama.cpp refused or failed.
-        """
+        """Run one batch."""
         status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
         if status:
             llama_cpp.llama_memory_clear(self._memory, True)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.decoding.messages import Header
-from racdeploy.decoding.worker import serve
-
-if TYPE_CHECKING:
-    from racdeploy.engines.llamacpp.native import NativeModel
+from racdeploy.decoding.worker import LoadedModel, serve
 
 
-def load(request: Header, settings: EngineSettings) -> NativeModel:
+def load(request: Header, settings: EngineSettings) -> LoadedModel:
     """Load the GGUF file of a request."""
     from racdeploy.engines.llamacpp.native import NativeModel
 

@@ -30,7 +30,7 @@ class OnnxModel(LoadedModel):
 
     Args:
         path: ONNX file; external data lies beside it.
-        settings: see :class:`EngineSettings`; the number format of the cache is the graph's.
+        settings: the number format of the cache is not taken from them but from the graph.
 
     Raises:
         EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that
@@ -61,11 +61,7 @@ class OnnxModel(LoadedModel):
         return [self]
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Run the rows: several of one slot as one sequence, single ones of several slots together.
-
-        Raises:
-            EngineError: onnxruntime refused or failed.
-        """
+        """Run the rows: several of a slot as one sequence, single ones of slots together."""
         places_by_slot: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             places_by_slot.setdefault(row.slot, []).append(place)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.decoding.messages import Header
-from racdeploy.decoding.worker import serve
-
-if TYPE_CHECKING:
-    from racdeploy.engines.onnxruntime.native import OnnxModel
+from racdeploy.decoding.worker import LoadedModel, serve
 
 
-def load(request: Header, settings: EngineSettings) -> OnnxModel:
+def load(request: Header, settings: EngineSettings) -> LoadedModel:
     """Load the ONNX file of a request."""
     from racdeploy.engines.onnxruntime.native import OnnxModel
 

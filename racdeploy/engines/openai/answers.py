@@ -48,8 +48,8 @@ class Reader:
         """Return the completion in the body of an answer.
 
         Args:
-            answer: body of the answer.
-            prompt: ids that were sent.
+            answer: what the server sent.
+            prompt: ids that it was sent.
             stop_ids: end-of-sequence ids.
             cap: tokens that were asked for.
 
@@ -105,11 +105,7 @@ class Reader:
 
 
 def count_prompt_tokens(answer: Mapping[str, Any]) -> int:
-    """Return how many prompt tokens the server counted.
-
-    Raises:
-        EngineError: it does not say.
-    """
+    """Return how many prompt tokens the server counted; it is an error if it does not say."""
     return _usage(answer, "prompt_tokens")
 
 

@@ -57,26 +57,16 @@ class Conversation:
 
 
 class ChatEngine(OpenAIEngine):
-    """A model behind ``/chat/completions``; see :class:`OpenAIEngine`.
+    """A model behind ``/chat/completions``; see :class:`OpenAIEngine` for what is not said here.
 
     Args:
-        url: address of the API.
-        settings: ``parallel`` requests are under way together.
         conversation: what is asked, and how answers become ids.
-        model: name of the model to ask; empty takes the only one there is.
-        key_env: environment variable that holds the key; empty sends none.
     """
 
     def __init__(
-        self,
-        url: str,
-        settings: EngineSettings,
-        conversation: Conversation,
-        *,
-        model: str = "",
-        key_env: str = "",
+        self, url: str, settings: EngineSettings, conversation: Conversation, **options: Any
     ) -> None:
-        super().__init__(url, settings, model=model, key_env=key_env)
+        super().__init__(url, settings, **options)
         self._conversation = conversation
         self._silent: list[bool] = []
 

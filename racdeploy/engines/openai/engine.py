@@ -108,12 +108,7 @@ class OpenAIEngine(Engine):
         on_tokens: Callable[[int, Sequence[int]], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Completion]:
-        """Continue every prompt; a completion is passed on whole, when it has ended.
-
-        Raises:
-            UsageError: a thinking budget was asked for.
-            EngineError: the server failed, or exact token ids cannot be had from it.
-        """
+        """Continue every prompt; a completion is passed on whole: see :meth:`complete`."""
         completions = [Completion((), "cancelled")] * len(prompts)
 
         def on_end(index: int, completion: Completion) -> None:
@@ -134,7 +129,7 @@ class OpenAIEngine(Engine):
         """Make every request.
 
         Args:
-            requests: what to ask.
+            requests: what to ask, ``parallel`` of them together.
             on_end: gets the index of a request and its completion, in the order in which they end.
             cancelled: breaks off the requests under way once it returns True.
 

@@ -22,14 +22,7 @@ _LARGEST_ANSWER = 1 << 28
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
-
-    Args:
-        status: HTTP status code.
-        content_type: without parameters, in small letters.
-        retry_after: the header of that name, or an empty string.
-        body: as it was sent.
-    """
+    """What came back: ``content_type`` without parameters, ``retry_after`` empty if not sent."""
 
     status: int
     content_type: str
