@@ -196,11 +196,7 @@ class Model(AbstractContextManager["Model"]):
     def _result(self, prompt_ids: Sequence[int], completion: Completion) -> Result:
         eos_ids = self.manifest.tokenizer.eos_ids
         parts = split(
-            prompt_ids,
-            completion.ids,
-            self.tags,
-            eos_ids=eos_ids,
-            forced_at=completion.forced_at,
+            prompt_ids, completion.ids, self.tags, eos_ids=eos_ids, forced_at=completion.forced_at
         )
         return Result(
             answer=self.encoder.decode(parts.answer_ids).strip(),

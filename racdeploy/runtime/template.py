@@ -2,7 +2,7 @@
 
 A template is code from a stranger: it runs without access to Python's internals, for a bounded
 time, and every way it can fail is one ArtifactError. Rendering equals transformers'
-``apply_chat_template``; the tokenizer adds nothing of its own, so that a prompt has exactly one
+``apply_chat_template``; the tokenizer adds nothing, so that a prompt has exactly one
 beginning-of-sequence token.
 Source: transformers 4.57 ``utils/chat_template_utils.py``.
 """

@@ -52,13 +52,10 @@ class SharedCache(Cache):
 
     def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
         row = self._row(slot)
-        length = self._lengths[row]
-        total = length + len(tokens)
-        self._lengths[row] = total
+        length_11 = np.array([[self._lengths[row]]])
+        self._lengths[row] += len(tokens)
 
-        mask_1X = np.ones((1, total))
-        position_1T = np.arange(length, total)[None]
-        feeds = self._graph.feeds(np.array([tokens]), mask_1X, position_1T, last=last)
+        feeds = self._graph.feeds(np.array([tokens]), length_11, last=last)
         logits_TV: Logits = self._run(row, 1, feeds)[0]
         return logits_TV
 
@@ -72,8 +69,7 @@ class SharedCache(Cache):
             token_B1[row] = tokens[slot]
 
         length_B1 = np.array(self._lengths)[:, None]
-        mask_BX = np.arange(int(length_B1.max()) + 1) <= length_B1
-        feeds = self._graph.feeds(token_B1, mask_BX, length_B1, last=True)
+        feeds = self._graph.feeds(token_B1, length_B1, last=True)
         logits_BTV = self._run(0, B, feeds)
 
         for row in rows.values():
@@ -139,9 +135,7 @@ class AppendedCache(Cache):
             binding.bind_input(cache.past, "cpu", 0, cache.dtype, past, front.ctypes.data)
             binding.bind_output(cache.present, "cpu", 0, cache.dtype, present, back.ctypes.data)
 
-        mask_1X = np.ones((1, total))
-        position_1T = np.arange(length, total)[None]
-        feeds = self._graph.feeds(np.array([tokens]), mask_1X, position_1T, last=last)
+        feeds = self._graph.feeds(np.array([tokens]), np.array([[length]]), last=last)
         logits_TV: Logits = _run_bound(self._graph, binding, feeds)[0]
 
         self._buffers[slot] = (backs, fronts)

@@ -116,17 +116,17 @@ class DecoderGraph:
         self.vocabulary, self.last_only = self._try_two_tokens()
         self.shares_buffer = self._takes_longer_past()
 
-    def feeds(
-        self, token_BT: Array, mask_BX: Array, position_BT: Array, *, last: bool
-    ) -> dict[str, Array]:
+    def feeds(self, token_BT: Array, length_B1: Array, *, last: bool) -> dict[str, Array]:
         """Return the inputs beside the cache, in the number formats of the graph.
 
         Args:
             token_BT: token ids.
-            mask_BX: 1 where the row attends; X are past and new tokens.
-            position_BT: place of each token in its sequence.
+            length_B1: how many tokens are in the past of each row.
             last: only the logits of the last token are wanted, if the graph can leave out others.
         """
+        T = token_BT.shape[1]
+        position_BT = length_B1 + np.arange(T)
+        mask_BX = np.arange(int(length_B1.max()) + T) < length_B1 + T  # X: past and new tokens
         values = {
             _TOKENS: token_BT,
             _MASK: mask_BX,
@@ -189,7 +189,7 @@ class DecoderGraph:
             The vocabulary, and whether the logits of one token came.
         """
         with engine_errors("run the graph on two tokens"):
-            outputs = self._run_plain(tokens=2, past=2, mask=4)
+            outputs = self._run_plain(tokens=2, past=2, length=2)
 
         logits = outputs["logits"]
         rows = logits.shape[1] if logits.ndim == 3 else 0
@@ -207,16 +207,14 @@ class DecoderGraph:
     def _takes_longer_past(self) -> bool:
         """Return whether a past may be longer than what is attended to, and stays that long."""
         try:
-            outputs = self._run_plain(tokens=1, past=4, mask=1)
+            outputs = self._run_plain(tokens=1, past=4, length=0)
         except (states.Fail, states.InvalidArgument, states.RuntimeException):
             return False  # its mask must cover the whole past: a graph that appends
         return bool(outputs[self.caches[0].present].shape[2] == 4)
 
-    def _run_plain(self, *, tokens: int, past: int, mask: int) -> dict[str, Array]:
-        token_1T = np.zeros((1, tokens))
-        mask_1X = np.ones((1, mask))
-        position_1T = np.arange(mask - tokens, mask)[None]
-        feeds = self.feeds(token_1T, mask_1X, position_1T, last=False)
+    def _run_plain(self, *, tokens: int, past: int, length: int) -> dict[str, Array]:
+        """Run zeros behind a past of which ``length`` tokens are attended to."""
+        feeds = self.feeds(np.zeros((1, tokens)), np.array([[length]]), last=False)
         for cache in self.caches:
             shape = (1, cache.heads, past, cache.head_size)
             feeds[cache.past] = np.zeros(shape, dtype=cache.dtype)

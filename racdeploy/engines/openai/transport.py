@@ -47,7 +47,7 @@ class Transport:
         self._tls = ssl.create_default_context()
 
     async def exchange(self, method: str, url: str, body: bytes | None) -> Answer:
-        """Send one request on a connection of its own and read its answer.
+        """Send one request on its own connection and read its answer.
 
         Raises:
             TimeoutError: no answer in time.
