@@ -10,10 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <list>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
@@ -103,23 +101,22 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, S
     const Blocks blocks{quant, pattern, columns, data};
     const int64_t data_bytes = rows * row_bytes(quant, columns);
 
-    auto* offsets = static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t)));
+    const Memory<int64_t> offsets(static_cast<int64_t*>(std::malloc((rows + 1) * sizeof(int64_t))));
     if (!offsets) return false;
     offsets[0] = 0;
     over_rows(rows, data_bytes,
-              [&](int64_t begin, int64_t end) { kernels().count(blocks, offsets + 1, {begin, end}); });
+              [&](int64_t begin, int64_t end) { kernels().count(blocks, &offsets[1], {begin, end}); });
     for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
 
     const Parts parts(quant, rows, columns);
     auto* memory = static_cast<uint8_t*>(memory_of(parts.values + offsets[rows] + slack_bytes));
     if (memory) {
         matrix = parts.matrix(memory, quant, pattern, rows, columns);
-        std::memcpy(memory, offsets, (rows + 1) * sizeof(int64_t));
+        std::memcpy(memory, offsets.get(), (rows + 1) * sizeof(int64_t));
         over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) {
-            kernels().pack(blocks, offsets, memory + parts.heads, memory + parts.values, {begin, end});
+            kernels().pack(blocks, offsets.get(), memory + parts.heads, memory + parts.values, {begin, end});
         });
     }
-    std::free(offsets);
     return memory;
 }
 
@@ -150,30 +147,29 @@ void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
 }
 
 // ggml's blocks of rows [begin, end), to change or to read.
-uint8_t* blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
+Memory<uint8_t> blocks_of(const ggml_tensor* tensor, int64_t begin, int64_t end) {
     const size_t row = ggml_row_size(tensor->type, tensor->ne[0]);
-    auto* blocks = static_cast<uint8_t*>(std::calloc(end - begin, row));
+    Memory<uint8_t> blocks(static_cast<uint8_t*>(std::calloc(end - begin, row)));
     if (!blocks) give_up(tensor->name);
 
     const Weight& weight = *weight_of(tensor);
     if (weight.written())  // unpack addresses rows from the first one
         for (int64_t r = begin; r < end; r++)
-            kernels().unpack(weight.matrix.row(r), blocks + (r - begin) * row, {0, 1});
+            kernels().unpack(weight.matrix.row(r), &blocks[(r - begin) * row], {0, 1});
     return blocks;
 }
 
 // Is this the matrix of these blocks? A few rows tell one model from another.
 bool same_rows(const ggml_tensor* tensor, const SparseMatrix& matrix, const void* blocks) {
     const size_t row = ggml_row_size(tensor->type, matrix.columns);
-    auto* found = static_cast<uint8_t*>(std::malloc(row));
-    bool same = found;
+    const Memory<uint8_t> found(static_cast<uint8_t*>(std::malloc(row)));
+    if (!found) return false;
+
     for (int64_t r : {int64_t{0}, matrix.rows / 2, matrix.rows - 1}) {
-        if (!same) break;
-        kernels().unpack(matrix.row(r), found, {0, 1});
-        same = !std::memcmp(found, static_cast<const uint8_t*>(blocks) + r * row, row);
+        kernels().unpack(matrix.row(r), found.get(), {0, 1});
+        if (std::memcmp(found.get(), static_cast<const uint8_t*>(blocks) + r * row, row)) return false;
     }
-    std::free(found);
-    return same;
+    return true;
 }
 
 // Take a weight from the kept file; false where that has none, or another one.
@@ -207,10 +203,9 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
 // A part is written over the whole, which is then packed again.
 template <typename Change>
 void change(ggml_tensor* tensor, const Change& change_blocks) {
-    uint8_t* blocks = blocks_of(tensor, 0, tensor->ne[1]);
-    change_blocks(blocks);
-    write(*weight_of(tensor), tensor, blocks);
-    std::free(blocks);
+    const Memory<uint8_t> blocks = blocks_of(tensor, 0, tensor->ne[1]);
+    change_blocks(blocks.get());
+    write(*weight_of(tensor), tensor, blocks.get());
 }
 
 void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
@@ -233,9 +228,8 @@ void memset_tensor(ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, si
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
     if (!size) return;
     const size_t row = ggml_row_size(tensor->type, tensor->ne[0]), first = offset / row;
-    uint8_t* blocks = blocks_of(tensor, first, (offset + size + row - 1) / row);
-    std::memcpy(data, blocks + (offset - first * row), size);
-    std::free(blocks);
+    const Memory<uint8_t> blocks = blocks_of(tensor, first, (offset + size + row - 1) / row);
+    std::memcpy(data, &blocks[offset - first * row], size);
 }
 
 void clear(ggml_backend_buffer_t buffer, uint8_t) {  // ggml clears with 0 only
@@ -474,12 +468,11 @@ EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }
 // Bytes of the values that would be stored of a matrix; -1 where memory ended.
 EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks) {
     using namespace racdeploy;
-    auto* counts = static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t)));
+    const Memory<int64_t> counts(static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t))));
     if (!counts) return -1;
-    kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts, {0, rows});
+    kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts.get(), {0, rows});
     int64_t stored = 0;
     for (int64_t r = 0; r < rows; r++) stored += counts[r];
-    std::free(counts);
     return stored;
 }
 

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #include <thread>
 
@@ -190,17 +189,15 @@ OrtStatus* compute(void* data, OrtKernelContext* context) {
     if (!all) return nullptr;
     const int64_t size_bytes = round_up(workspace_bytes(matrix.quant, matrix.columns, together), 64);
 
-    void* workspace = std::aligned_alloc(64, static_cast<size_t>(size_bytes));
+    const Memory<uint8_t> workspace(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(size_bytes))));
     if (!workspace) return refuse(api, "SparseMatMul: out of memory");
 
-    OrtStatus* failed = nullptr;
-    for (int64_t token = 0; token < all && !failed; token += together) {
-        failed = run_pass(kernel, context, static_cast<const float*>(input_TI) + token * matrix.columns,
-                          static_cast<float*>(output_TO) + token * matrix.rows,
-                          all - token < together ? all - token : together, workspace);
+    for (int64_t token = 0; token < all; token += together) {
+        RETURN_IF_FAILED(run_pass(kernel, context, static_cast<const float*>(input_TI) + token * matrix.columns,
+                                  static_cast<float*>(output_TO) + token * matrix.rows, std::min(all - token, together),
+                                  workspace.get()));
     }
-    std::free(workspace);
-    return failed;
+    return nullptr;
 }
 
 // The optimizer of a session wants to know shapes. Those that it knows in part are left open.

@@ -2,9 +2,7 @@
 #include "sparse_matrix.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
 
 #include "kernels.h"
 
@@ -55,15 +53,12 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
 }  // namespace
 
 void* scratch_of_thread(int64_t bytes) {
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    static thread_local std::unique_ptr<void, Free> memory;
+    static thread_local Memory<uint8_t> memory;
     static thread_local int64_t size = 0;
     if (bytes <= size) return memory.get();
 
     memory.reset();  // first: both at once would be twice as much
-    memory.reset(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+    memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64)))));
     size = memory ? bytes : 0;
     return memory.get();
 }

@@ -20,6 +20,8 @@
 // Nothing here throws or starts a thread: callers give the memory and share the rows out.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -36,6 +38,12 @@ constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t slack_bytes = 128;   // readable behind the values
 constexpr int layout = 2;              // changes with this form: files say it
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+template <typename T>
+using Memory = std::unique_ptr<T[], Free>;  // of malloc, which does not throw
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
