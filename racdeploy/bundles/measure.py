@@ -10,7 +10,7 @@ from typing import Any
 from racdeploy import export
 from racdeploy.errors import ArtifactError
 from racdeploy.manifest import ArtifactEntry
-from racdeploy.models.families import family_of
+from racdeploy.models.families import find_family
 from racdeploy.report.model import TensorRow
 from racdeploy.verify.baseline import Baseline
 from racdeploy.verify.evidence import StopIds
@@ -43,7 +43,7 @@ def measure_artifact(own: Baseline, entry: ArtifactEntry) -> MeasuredArtifact:
         ArtifactError: a tensor has a number format that racdeploy cannot read.
     """
     path = own.folder / entry.path
-    family = family_of({"model_type": own.manifest.base.get("model_type")})
+    family = find_family({"model_type": own.manifest.base.get("model_type")})
     form = export.load(entry.format)
     metadata, found = form.measure(path)
     reasons = {row.name: row.reason for row in own.report.tensors}

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models.families import Family, family_of
+from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import (
     TOKENIZER_FILES,
@@ -53,7 +53,7 @@ class Checkpoint:
             )
         self.folder = folder
         written = read_json(folder / "config.json")
-        self.family: Family = family_of(written)
+        self.family: Family = find_family(written)
         self.config: dict[str, Any] = _complete(written, self.family.defaults)
         self.tokenizer = TokenizerFiles(folder)
 

@@ -52,7 +52,7 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
         )
 
 
-def used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+def list_used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     """Return the tensors that the model computes with: no leftovers, no second embedding."""
     unused = {"lm_head.weight"} if checkpoint.tied else set()
     return frozenset(name for name in checkpoint.entries if not name.endswith(IGNORED)) - unused
@@ -71,7 +71,7 @@ def check_tensors(
     Raises:
         ModelError: tensors are unknown or missing; the message names them.
     """
-    found = used_tensors(checkpoint)
+    found = list_used_tensors(checkpoint)
     if unknown := found - expected:
         raise _refuse_unknown(checkpoint, sorted(unknown))
 

@@ -30,7 +30,7 @@ _LINEARS = {
 }
 
 
-def named(linears: Mapping[str, str]) -> dict[str, str]:
+def name_weights(linears: Mapping[str, str]) -> dict[str, str]:
     """Return the names of weights and biases for a table of linears."""
     return {
         f"{hf}.{part}": f"{gguf}.{part}"
@@ -47,7 +47,7 @@ HEAD_NORMS = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
-BLOCK_TENSORS = {**named(_LINEARS), **NORMS}
+BLOCK_TENSORS = {**name_weights(_LINEARS), **NORMS}
 MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

@@ -28,7 +28,7 @@ __all__ = [
     "fits",
     "is_blocks",
     "join_blocks",
-    "leading_scales",
+    "read_leading_scales",
     "load",
     "load_blocks",
     "load_ggml",
@@ -129,7 +129,7 @@ def as_grid(name: str) -> Grid:
     return cast(Grid, quant)
 
 
-def leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np.float32]:
+def read_leading_scales(packed_OP: NDArray[np.uint8], block_bytes: int) -> NDArray[np.float32]:
     """Return step_OG of a format whose blocks begin with a scale in half precision."""
     packed_OGP = packed_OP.reshape(len(packed_OP), -1, block_bytes)
     scale_OG2 = np.ascontiguousarray(packed_OGP[:, :, :2])
@@ -189,8 +189,6 @@ def check_finite(
     """Refuse weights that came out of a number format infinite or as no numbers.
 
     Args:
-        name: of the tensor.
-        quant: the number format.
         weight_OI: before rounding.
         stored_OI: after the round trip.
         wider: number formats for larger weights, for the message.

@@ -32,7 +32,6 @@ def quantize(
     """Return packed_OP of float32 weights.
 
     Args:
-        ggml_type: ggml's number of the format.
         weight_OI: rows of whole blocks.
         importance_I: what the squared error of an input counts, above 0: ggml's importance matrix.
 

@@ -29,8 +29,6 @@ def choose_codes(
     Args:
         weight_OI: rows of whole blocks.
         importance_I: what the squared error of an input counts; above 0.
-        block: weights that share a scale.
-        codes: the lowest and the highest code.
         spans: the smallest and the largest scale to try, as shares of the one that stores the
             largest weight at the end of the codes. A smaller one clips that weight; a larger one
             moves every code, which is what 8 bits gain from.

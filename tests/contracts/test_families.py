@@ -154,5 +154,5 @@ def _general(name: str) -> str:
 def test_an_unsupported_architecture_is_named() -> None:
     """The message says what it is and what would work."""
     with pytest.raises(ModelError, match=r"'mamba' \(MambaForCausalLM\)") as caught:
-        families.family_of({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+        families.find_family({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
     assert "qwen3" in caught.value.remedy

@@ -23,7 +23,7 @@ from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
 from racdeploy.export.gguf import body, export
-from racdeploy.export.gguf.values import rotary_order
+from racdeploy.export.gguf.values import order_rotary
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
@@ -297,7 +297,7 @@ def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
         weight_OI = checkpoint.read(tensor.source)
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             weight_OI = weight_OI[
-                rotary_order(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)
+                order_rotary(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)
             ]
         expected_OI = module.dequantize(module.quantize(weight_OI), weight_OI.shape[1])
         np.testing.assert_array_equal(gguf.dequantize(stored.data, stored.tensor_type), expected_OI)

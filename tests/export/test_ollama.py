@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from racdeploy.export.gguf.ollama import go_template
+from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.runtime.template import ChatTemplate, Message
 
 TURN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -89,7 +89,7 @@ def test_the_go_template_writes_the_same_prompt(name: str) -> None:
     puts in front.
     """
     source = SAME[name]
-    found, reason = go_template(lambda messages: _render(source, messages), BOS)
+    found, reason = make_go_template(lambda messages: _render(source, messages), BOS)
     assert reason == ""
     starts = (1,) if "raise_exception" in source else (0, 1)
     for start in starts:
@@ -101,13 +101,13 @@ def test_the_go_template_writes_the_same_prompt(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_cannot_be_said_is_refused(name: str) -> None:
     """Where messages are moved, changed or counted there is a reason and no template."""
-    found, reason = go_template(lambda messages: _render(REFUSED[name], messages), BOS)
+    found, reason = make_go_template(lambda messages: _render(REFUSED[name], messages), BOS)
     assert (found, bool(reason)) == ("", True)
 
 
 def test_a_beginning_that_the_tokenizer_does_not_add_stays() -> None:
     """It is written out, at the front of the whole prompt alone."""
     source = SAME["cuts thoughts out of the past"]
-    found, _ = go_template(lambda messages: _render(source, messages), "")
+    found, _ = make_go_template(lambda messages: _render(source, messages), "")
     assert run_go(found, LONG[1:4]) == _render(source, LONG[1:4])
     assert run_go(found, LONG[:4]).count(BOS) == 1

@@ -62,8 +62,8 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     """Rows that are not reordered change the logits from the second position on: the first has no rotation."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    order = values.rotary_order
-    monkeypatch.setattr(values, "rotary_order", lambda rows, heads: sorted(order(rows, heads)))
+    order = values.order_rotary
+    monkeypatch.setattr(values, "order_rotary", lambda rows, heads: sorted(order(rows, heads)))
     with pytest.raises(GateError, match="first at position 1: logits differ by"):
         _hold(checkpoint, artifact, settings)
 

@@ -25,7 +25,7 @@ FILE_KEYS = (
 """Keys that say how the file is to be read, and are nobody's to choose."""
 
 
-def general_values(
+def list_general_values(
     checkpoint: Checkpoint, mix: presets.Mix, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the keys in file order; the caller's own win over what the checkpoint says."""

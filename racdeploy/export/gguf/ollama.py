@@ -67,7 +67,7 @@ class _Form:
         return any(mark in text for text in texts for mark in ("{{", "}}", '"""'))
 
 
-def go_template(render: Render, bos: str) -> tuple[str, str]:
+def make_go_template(render: Render, bos: str) -> tuple[str, str]:
     """Return the Go template, and why there is none; one of them is empty.
 
     Args:

@@ -78,7 +78,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
         )
 
 
-def rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     """Return the tensors that rope scaling adds: divisors of the rotary frequencies, by name."""
     rope = checkpoint.rope
     if rope["rope_type"] == "llama3":

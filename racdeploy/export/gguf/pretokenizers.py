@@ -73,7 +73,7 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     return name
 
 
-def normalizer_note(tokenizer: Mapping[str, Any]) -> str:
+def note_normalizer(tokenizer: Mapping[str, Any]) -> str:
     """Return what llama.cpp leaves out of a tokenizer's normalizer, or an empty string.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from racdeploy import packing as packings
-from racdeploy.export.gguf.ollama import go_template
+from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.export.gguf.vocabulary import adds_bos
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
     encoder = PromptEncoder.from_folder(checkpoint.folder)
     bos = encoder.bos_token if adds_bos(checkpoint) else ""
-    template, reason = go_template(encoder.render, bos)
+    template, reason = make_go_template(encoder.render, bos)
 
     settings = manifest.generation
     wanted = max(settings.context_tokens, _LEAST_CONTEXT)

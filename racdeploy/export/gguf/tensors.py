@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.errors import ModelError
-from racdeploy.export.gguf.parameters import rope_factors
+from racdeploy.export.gguf.parameters import make_rope_factors
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import check_tensors, used_tensors
+from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
 from racdeploy.quant.presets import Choice, Mix
 
@@ -78,7 +78,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
 
     plan = [
         PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
-        for name, factors in rope_factors(checkpoint).items()
+        for name, factors in make_rope_factors(checkpoint).items()
     ]
     for source, name in names.items():
         if parts[source][0] in checkpoint.entries:  # biases may be missing
@@ -133,7 +133,7 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
     """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
     family = checkpoint.family
     biases = {name for name in names if name.endswith(".bias")}
-    biased = {_inside(checkpoint, name) for name in biases & used_tensors(checkpoint)}
+    biased = {_inside(checkpoint, name) for name in biases & list_used_tensors(checkpoint)}
     optional = {name for name in biases if _inside(checkpoint, name) not in biased}
     check_tensors(checkpoint, names, optional)
 

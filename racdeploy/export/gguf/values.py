@@ -21,7 +21,7 @@ def iterate_slabs(
     for raw in _read_arrays(checkpoint, tensor):
         raw_OI, order_O = raw.reshape(-1, row_length), None
         if tensor.transform == "rotary":
-            order_O = rotary_order(len(raw), len(raw) // checkpoint.head_size)
+            order_O = order_rotary(len(raw), len(raw) // checkpoint.head_size)
             if raw.ndim == 1:  # a bias is one row
                 raw_OI, order_O = raw_OI[:, order_O], None
 
@@ -33,7 +33,7 @@ def iterate_slabs(
             yield weight_OI
 
 
-def rotary_order(rows: int, heads: int) -> NDArray[np.intp]:
+def order_rotary(rows: int, heads: int) -> NDArray[np.intp]:
     """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones.
 
     Source: llama.cpp ``conversion/llama.py``, ``LlamaModel.permute``.

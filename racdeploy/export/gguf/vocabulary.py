@@ -14,7 +14,7 @@ from gguf import GGUFWriter, TokenType
 
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import sentencepiece as pieces
-from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer, normalizer_note
+from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer, note_normalizer
 from racdeploy.export.gguf.special_tokens import SpecialTokens, read_special_tokens
 from racdeploy.export.gguf.tokens import Tokens
 from racdeploy.models.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
         return _read_sentencepiece(checkpoint, tokens, special)
 
     size = checkpoint.integer("vocab_size")
-    note = normalizer_note(tokens.tokenizer)
+    note = note_normalizer(tokens.tokenizer)
     return Vocabulary(
         model="gpt2",
         texts=_fill_gaps(tokens.texts, size),

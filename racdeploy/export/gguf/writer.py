@@ -13,7 +13,7 @@ from racdeploy import quant as quants
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
 from racdeploy.export.gguf.body import Body, divide
-from racdeploy.export.gguf.general import FILE_KEYS, general_values
+from racdeploy.export.gguf.general import FILE_KEYS, list_general_values
 from racdeploy.export.gguf.header import write_header
 from racdeploy.export.gguf.parameters import check_parameters
 from racdeploy.export.gguf.splits import name_part
@@ -143,7 +143,7 @@ def _make_plan(
         files = [out.with_name(name_part(out.stem, number, len(divided))) for number in numbers]
 
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
-    general = general_values(checkpoint, mix, metadata)
+    general = list_general_values(checkpoint, mix, metadata)
     vocabulary.check_name(general["general.name"])
     notes = vocabulary.notes
     if importance:

@@ -20,7 +20,7 @@ from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import Exporter
 from racdeploy.export.onnx.layouts import fix_head_size
 from racdeploy.models.checkpoint import Checkpoint, widen
-from racdeploy.models.coverage import used_tensors
+from racdeploy.models.coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
 
 _SLAB_WEIGHTS = 4_194_304
@@ -66,7 +66,7 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
     wiring = _Wiring(model, sources, what)
     wiring.rewire()
     used = wiring.linears | wiring.embeddings | wiring.vectors
-    if missing := sorted(used_tensors(checkpoint) - used):
+    if missing := sorted(list_used_tensors(checkpoint) - used):
         raise EngineError(
             f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}"
         )

@@ -18,7 +18,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Transform
 
-__all__ = ["Family", "Transform", "family_of"]
+__all__ = ["Family", "Transform", "find_family"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Family:
         return len(set(parts)) == len(parts)
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def find_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a parsed ``config.json``.
 
     Raises:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant import join_blocks, leading_scales, numpy_ggml, pair_nibbles, search
+from racdeploy.quant import join_blocks, numpy_ggml, pair_nibbles, read_leading_scales, search
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
@@ -20,7 +20,7 @@ _SPANS = (0.95, 1.2)
 _TRIALS = 8
 
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
-steps = partial(leading_scales, block_bytes=GGML_TYPES["q5_0"].block_bytes)
+steps = partial(read_leading_scales, block_bytes=GGML_TYPES["q5_0"].block_bytes)
 
 
 def quantize(

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant import join_blocks, leading_scales, numpy_ggml, search
+from racdeploy.quant import join_blocks, numpy_ggml, read_leading_scales, search
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 FORMATS = ("gguf",)
@@ -20,7 +20,7 @@ _SPANS = (1.0, 1.15)
 _TRIALS = 16
 
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
-steps = partial(leading_scales, block_bytes=GGML_TYPES["q8_0"].block_bytes)
+steps = partial(read_leading_scales, block_bytes=GGML_TYPES["q8_0"].block_bytes)
 
 
 def quantize(

@@ -79,7 +79,7 @@ class Mix:
         match = _BLOCK.match(name)
         block = int(match[1]) if match else 0
         for rule in (*self.own, *self.rules):
-            if any(re.search(rule.tensors, n) for n in names) and _holds(
+            if any(re.search(rule.tensors, n) for n in names) and _applies(
                 rule.blocks, block, blocks
             ):
                 return Choice(self.quant if rule.reason else rule.quant, rule.quant, rule.reason)
@@ -105,7 +105,6 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
     """Return the mix of a preset or a number format.
 
     Args:
-        name: of a preset or a number format.
         tensors: regular expression → number format; they come before the preset's own rules.
 
     Raises:
@@ -126,7 +125,7 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
     return Mix(name, name, own, rules)
 
 
-def _holds(which: str, block: int, blocks: int) -> bool:
+def _applies(which: str, block: int, blocks: int) -> bool:
     """Return whether a rule applies to a block. Source: ``use_more_bits`` in llama-quant.cpp."""
     match which.split():
         case ["all"]:
