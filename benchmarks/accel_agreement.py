@@ -8,7 +8,8 @@
 
 Compares with the engine's own kernels, one sequence at a time: themselves at another number of
 sequences, on llama.cpp with flash attention, which sums in another order too, and the sparse
-kernels at both numbers."""
+kernels at both numbers.
+"""
 
 from __future__ import annotations
 

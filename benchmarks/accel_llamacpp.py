@@ -15,7 +15,8 @@ default, or read (``use_mmap=False``). A map is read when it is first used: what
 seen with the first tokens included. ``new ms`` is that of the first sparse load ever, which counts
 zeros and keeps the packed weights in a file; all others find it, or pack in memory where
 ``RACDEPLOY_ACCEL_KEEP`` is 0. With ``--cold`` the last columns are the same with the files on the
-disk only, as after a restart."""
+disk only, as after a restart.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ model's do. And SmolLM2-135M-Instruct, decoding through racdeploy's engine; the 
 every linear are zero, the embeddings are not. Stock is the plain graph of the same file with
 MatMulNBits in 8 bits; beside it the dense weights in 4 bits. Sides take turns, figures are medians.
 ``byte bound`` is the speed-up if a token cost nothing but reading weights. At the end each graph of
-SmolLM2 is compared with itself with the session's optimizations switched off."""
+SmolLM2 is compared with itself with the session's optimizations switched off.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,7 +101,7 @@ def products(library: Path, threads: int, rounds: int, every_zeros: list[float])
         sizes = {name: size for name, (_, size) in sides.items()}
         del sides
         times = alternate(
-            {name: lambda s=s: s.run(None, x) for name, s in sessions.items()}, rounds
+            {name: partial(session.run, None, x) for name, session in sessions.items()}, rounds
         )
         base, base_bytes = times["MatMulNBits, 8 bits"], sizes["MatMulNBits, 8 bits"]
         for name, ms in times.items():

@@ -199,7 +199,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
         drop_lower=drop["lower"],
         drop_upper=drop["upper"],
         thinking_tokens=float(restrict_lengths(lengths[1], budget).mean()),
-        length_ratio=length_ratio(*lengths, budget).ratio,
+        length_ratio=length_ratio(lengths[0], lengths[1], budget).ratio,
         unclosed=sum(record.state == "open" for record in pruned),
         calibration_tokens=model.selection["calibration_tokens"],
         held_out_error=sum(errors) / len(errors),
@@ -243,12 +243,12 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
     ]
     for cell in cells:
         if cell.gain:
-            found = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
+            gained = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
             only = (
                 f"{cell.gain['only_after']:.0f} prompts right only so, "
                 f"{cell.gain['only_before']:.0f} only otherwise"
             )
-            lines += ["", f"{cell.pattern}, {cell.calibration}: gains {found}; {only}."]
+            lines += ["", f"{cell.pattern}, {cell.calibration}: gains {gained}; {only}."]
 
     asked: dict[str, list[bool]] = {}
     for record in dense:

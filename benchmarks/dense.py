@@ -30,7 +30,7 @@ def main() -> None:
     build = Build(Job(recipe), default_work())
     artifact = build.export(build.job.model.folder, "dense", pruned=False)
     settings = EngineSettings(recipe.verify.context_tokens, recipe.verify.parallel)
-    records = build.answer(artifact, "dense", settings).records
+    records = build.evaluation.answer(artifact, "dense", settings).records
     print("| task | accuracy | mean thinking tokens | longest |\n|---|---|---|---|")
     for task in build.job.tasks.evaluation:
         asked = [record for record in records if record.task == task]

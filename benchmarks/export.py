@@ -1,12 +1,14 @@
-"""How long does an export take, and how much memory, beside llama.cpp's own converter and quantizer?
+"""How long does an export take, and how much memory, beside llama.cpp's own converter and
+quantizer?
 
     python -m benchmarks.export --out build/export
 
-Writes a Qwen2-shaped bfloat16 checkpoint of random weights (28 blocks are 1.5B parameters) and turns it into GGUF both
-ways, in processes of their own and in turn: racdeploy's export, and llama.cpp's converter to F16 followed by
-``llama_model_quantize``, both on every core. A third arm chooses the scales for an importance of every input, as
-exports of pruned models do; llama.cpp is given none. Prints medians of seconds and the highest peak of resident
-memory. The converter comes from the source package of the installed llama-cpp-python.
+Writes a Qwen2-shaped bfloat16 checkpoint of random weights (28 blocks are 1.5B parameters) and
+turns it into GGUF both ways, in processes of their own and in turn: racdeploy's export, and
+llama.cpp's converter to F16 followed by ``llama_model_quantize``, both on every core. A third arm
+chooses the scales for an importance of every input, as exports of pruned models do; llama.cpp is
+given none. Prints medians of seconds and the highest peak of resident memory. The converter comes
+from the source package of the installed llama-cpp-python.
 """
 
 from __future__ import annotations

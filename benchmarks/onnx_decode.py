@@ -6,7 +6,8 @@
 SmolLM2-135M-Instruct in float32, exported by onnxruntime-genai's model builder and by optimum. Four
 ways to decode, in alternating rounds of one run: numpy arrays fed back through ``session.run``,
 optimum's ``ORTModelForCausalLM``, and racdeploy's engine on either graph, all of it included:
-choosing the token, and the pipe to its process."""
+choosing the token, and the pipe to its process.
+"""
 
 from __future__ import annotations
 

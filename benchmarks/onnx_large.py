@@ -5,7 +5,8 @@
 Writes a Qwen2-shaped bfloat16 checkpoint of random weights (each block is 47M parameters, the
 embedding 233M), exports it to ONNX in a process of its own, opens the file with racdeploy's engine
 and lets it generate. Prints sizes, seconds, and the highest peak of resident memory of any process
-that took part."""
+that took part.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def make_model(folder: Path, hidden: int, blocks: int, zeros: float = 0.5) -> Ch
         max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=509,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((embedded / name).read_bytes())
     tensors = load_file(folder / "model.safetensors")

@@ -1,12 +1,13 @@
-"""Which number format of ONNX is worth its bits? KL on a model's own traces, size and speed.
+r"""Which number format of ONNX is worth its bits? KL on a model's own traces, size and speed.
 
     python -m benchmarks.onnx_quants --out build/onnx-quants
-    python -m benchmarks.onnx_quants --out build/onnx-quants-smollm2 --model FOLDER \\
+    python -m benchmarks.onnx_quants --out build/onnx-quants-smollm2 --model FOLDER \
         --task jsonl:FILE --traces 48
 
 Prunes a model, exports it in every number format, and compares each file with the pruned checkpoint
 under torch, teacher-forced on held-out traces that the dense model wrote, prompt left out. Decoding
-is one sequence on one thread, medians of alternating rounds."""
+is one sequence on one thread, medians of alternating rounds.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def main() -> None:
         for name, result in exports.items():
             times[name].append(token_ms(result.path, traces[0][0]))
     print(
-        "| quant | bits a weight of a linear | file MB | KL | top-1 | ms a token | tokens compared |"
+        "| quant | bits a weight of a linear | file MB | KL | top-1 | ms a token "
+        "| tokens compared |"
     )
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -69,7 +71,8 @@ def main() -> None:
             {"quant": name, "kl": kl, "top1": top1, "tokens": tokens, "token_ms": times[name]}
         )
         print(
-            f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} | {tokens} |"
+            f"| {name} | {bits:g} | {size_mb:.2f} | {kl:.2e} | {top1:.2%} | {token:.2f} "
+            f"| {tokens} |"
         )
     (arguments.out / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -5,7 +5,8 @@
 Prints a Markdown table for the linears of the embedded model, pruned by magnitude, and for a larger
 random model. Sizes are shares of the plain file; zstd -19 is measured where the package zstandard
 is installed. Speeds are plain bytes per second of CPU time of one core: decoding alone, and all of
-``racdeploy unpack`` with SHA-256 and writing a new file."""
+``racdeploy unpack`` with SHA-256 and writing a new file.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +123,7 @@ def write(
     plain: Path, weights: Iterator[NDArray[np.float32]], quant_name: str, sparsity: float
 ) -> None:
     """Write a GGUF file of linears, of which the smallest weights are zero."""
-    form = quant.load(quant_name)
+    form = quant.load_ggml(quant_name)
     writer = GGUFWriter(plain, "llama")
     for number, weight_OI in enumerate(weights):
         O, I = weight_OI.shape

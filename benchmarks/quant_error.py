@@ -2,9 +2,10 @@
 
     python -m benchmarks.quant_error --out build/quant-error
 
-Prunes a model, and quantizes it with ggml's scales and with those that the pruning's own statistic chooses. Prints for
-each number format the weighted squared error of the linears, chosen over ggml's, and the KL of the exported file from
-the pruned checkpoint, teacher-forced on held-out traces: torch against llama.cpp, with an interval of the difference.
+Prunes a model, and quantizes it with ggml's scales and with those that the pruning's own statistic
+chooses. Prints for each number format the weighted squared error of the linears, chosen over
+ggml's, and the KL of the exported file from the pruned checkpoint, teacher-forced on held-out
+traces: torch against llama.cpp, with an interval of the difference.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from racdeploy import plugins, quant
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import gguf
-from racdeploy.models.checkpoint import IMPORTANCE_FILE, Checkpoint, Importance
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.quant.importance import Importance
 from racdeploy.verify.measure import divergences, predict_completion
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
@@ -43,7 +46,8 @@ def main() -> None:
         f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces"
     )
     print(
-        "| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | difference | top-1 ggml | chosen |"
+        "| quant | bits | weighted error, chosen / ggml | KL ggml | KL chosen | difference "
+        "| top-1 ggml | chosen |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.quants:
@@ -65,7 +69,8 @@ def main() -> None:
         rows.append(row)
         shown = "–" if row["ratio"] is None else f"{row['ratio']:.3f}"
         print(
-            f"| {name} | {row['bits']:.2f} | {shown} | {row['kl_ggml']:.2e} | {row['kl_chosen']:.2e} |"
+            f"| {name} | {row['bits']:.2f} | {shown} | {row['kl_ggml']:.2e} "
+            f"| {row['kl_chosen']:.2e} |"
             f" {row['difference'][0]:+.1e} to {row['difference'][1]:+.1e} |"
             f" {row['top1_ggml']:.2%} | {row['top1_chosen']:.2%} |",
             flush=True,
@@ -74,7 +79,9 @@ def main() -> None:
 
 
 def ratio(folder: Path, name: str) -> float | None:
-    """Return the weighted squared error of all linears with chosen scales, over that with ggml's."""
+    """Return the weighted squared error of all linears with chosen scales, over that with
+    ggml's.
+    """
     checkpoint, form = Checkpoint(folder), quant.load_ggml(name)
     known = Importance.read(folder / IMPORTANCE_FILE)
     errors = np.zeros(2)
@@ -94,7 +101,9 @@ def ratio(folder: Path, name: str) -> float | None:
 def measure(
     references: list[NDArray[np.float32]], file: Path, traces: Sequence[Trace], threads: int
 ) -> tuple[list[NDArray[np.float64]], float]:
-    """Return the KL at every position of each trace, and the share of equal first choices, of a file against torch."""
+    """Return the KL at every position of each trace, and the share of equal first choices, of a
+    file against torch.
+    """
     with open_engine("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
         found = [
             divergences(r, predict_completion(engine, t))
@@ -108,7 +117,9 @@ def measure(
 def difference(
     ggml: list[NDArray[np.float64]], chosen: list[NDArray[np.float64]]
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the mean KL of chosen scales less that of ggml's, over draws of whole traces."""
+    """Return the 95 % interval of the mean KL of chosen scales less that of ggml's, over draws of
+    whole traces.
+    """
     random, sizes = np.random.default_rng(0), np.array([len(kl_T) for kl_T in ggml])
     sums = np.array([float((b - a).sum()) for a, b in zip(ggml, chosen, strict=True)])
     drawn = random.integers(0, len(sums), (10_000, len(sums)))

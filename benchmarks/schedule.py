@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.calibration import Cell, answers, measure
 from racdeploy.pipeline.build import Build
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    rows = {"at once": {}} | {
+    rows: dict[str, dict[str, Any]] = {"at once": {}} | {
         f"in steps, {share:.0%} dense traces": {"schedule": arguments.steps, "dense_traces": share}
         for share in arguments.dense_traces
     }

@@ -1,12 +1,14 @@
-"""Tokens per second of verification against one prompt at a time through ``Llama.create_completion``, in one run.
+"""Tokens per second of verification against one prompt at a time through
+``Llama.create_completion``, in one run.
 
-Both load the same file with the same context, cache and threads, and answer the same prompts greedily; rounds
-alternate.
+Both load the same file with the same context, cache and threads, and answer the same prompts
+greedily; rounds alternate.
 
     python benchmarks/verify_throughput.py --prompts 64 --rounds 3 --parallel 8 16
 
-AMD EPYC (Zen 5), 2 cores, tiny-reasoner as Q8_0, 2026-11: one at a time 3,842 tokens/s, 8 at once 11,895 (3.10 times),
-16 at once 11,758 (3.06 times), the same text for all 64 prompts. Nine tenths of the time are llama.cpp's own.
+AMD EPYC (Zen 5), 2 cores, tiny-reasoner as Q8_0, 2026-11: one at a time 3,842 tokens/s, 8 at once
+11,895 (3.10 times), 16 at once 11,758 (3.06 times), the same text for all 64 prompts. Nine tenths
+of the time are llama.cpp's own.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def main() -> None:
 
 
 def together(artifact: Path, job: Job, parallel: int, threads: int) -> tuple[float, Answers]:
-    """Answer as a verification does; loading is not counted, handing answers over and scoring them is."""
+    """Answer as a verification does; loading is not counted, handing answers over and scoring them
+    is.
+    """
     settings = job.recipe.verify
     respondent = Respondent(job.encoder, job.tags, job.checkpoint.eos_ids, settings)
     opened = open_engine(
