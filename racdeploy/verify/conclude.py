@@ -19,14 +19,7 @@ from racdeploy.report.model import (
     TaskRow,
 )
 from racdeploy.verify.checks import accuracy, thinking
-from racdeploy.verify.evidence import (
-    FAULTS,
-    Arm,
-    Evidence,
-    is_correct,
-    run_checks,
-    thinking_tokens,
-)
+from racdeploy.verify.evidence import FAULTS, Arm, Evidence, is_correct, run_checks, thinking_tokens
 from racdeploy.verify.stats import lengths, paired
 
 

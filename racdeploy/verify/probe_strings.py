@@ -8,51 +8,16 @@ same everywhere.
 from __future__ import annotations
 
 import itertools
+import json
 import unicodedata
 from collections.abc import Iterator
+from importlib.resources import files
 from random import Random
 
-_WORDS = (
-    "hello", "Hello", "HELLO", "camelCaseWord", "snake_case_word", "kebab-case",
-    "naïve", "Straße", "Ærøskøbing", "Привет", "ΑΒΓ", "αβγδ", "İstanbul", "東京",
-    "北京大学", "한국어", "日本語テキスト", "สวัสดี", "नमस्ते", "مرحبا", "שלום", "გამარჯობა",
-    "አማርኛ", "ខ្មែរ", "தமிழ்", "Việt", "ﬁn", "Ⅷ", "x²", "½", "①", "𝒜𝓁𝓅𝒽𝒶", "ªº",
-    "ʰʷ", "ǅ",
-)  # fmt: skip
-_CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-_SPACES = (
-    " ", "  ", "   ", "\t", "\n", "\r\n", "\n\n", " \n", "\n ", "\t\t", " \t ", "\u00a0", "\u3000",
-    "\u2003", "\v", "\f",
-)  # fmt: skip
-_EMOJI = ("🚀", "😶‍🌫️", "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪🇫🇷", "1️⃣", "✅", "🦙🦙", "☺️")
-_MARKS = ("x̂", "q̃", "ā̤", "e̋̃", "क्षि", "กิ้", "מְ", "بِّ", "Z͑ͫ̓ͪ̂", "🅰️")
-_TAGS = (
-    "<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜User｜>",
-    "<tool_call>", "[INST]",
-)  # fmt: skip
-_LINES = (
-    r"\frac{a}{b} + \sqrt{x^2 + y^2} = \boxed{42}",
-    r"$$\sum_{i=1}^{n} i = \frac{n(n+1)}{2}$$",
-    r"\begin{align} x &= 1 \\ y &\neq 2 \end{align}",
-    "def f(x):\n    return x ** 2  # squared\n\n\nprint(f(3))",
-    "if (a != b && c >= d || !e) { x->y[0]++; }",
-    "for i in range(10):\n\tfoo[i] += 1\n\t\tbar(i)\n",
-    '{"key": [1, 2.5, -3e10], "b": null, "c": "\\u00e9"}',
-    "SELECT * FROM t WHERE a='x' AND b<>3;",
-    "https://example.com/a/b?x=1&y=%20z#frag",
-    "mail.name+tag@sub.example.org",
-    "C:\\Users\\name\\file.txt",
-    "<div class=\"a\">text &amp; more</div><!-- note -->",
-    "3.14159 2,718,281 1e-5 0xDEADBEEF 192.168.0.1 12:34:56 2024-01-31",
-    "Wait, let me re-check... 12*13=156; 156-6=150. So the answer is 150.",
-    "\"quoted\" 'single' `code` “curly” ‘curly’ «guillemets» 「括弧」",
-    "!!!??? ... ---- ==== ____ //// \\\\\\\\ ''''''```````\"\"\"\"",
-    "∀x∈ℝ: ⌈x⌉ ≥ x, ∑∏∫ ≤ ≠ ± ∞ → ⇒ €£¥",
-    "مرحبا بالعالم ١٢٣ 。、！？ ½ ¾ ⅓",
-    "a\u200bb\u200cc\u200dd\ufeffe\u00adf",
-    "\x00\x01\x07\x1b[31mred\x1b[0m\x7f\u0085\u2028\u2029",
-    "\U0010ffff\U000e0001\ue000",
-)  # fmt: skip
+_PARTS: dict[str, list[str]] = json.loads(
+    (files("racdeploy.verify") / "probe_strings.json").read_text(encoding="utf-8")
+)
+_TAGS = _PARTS["tags"]
 
 
 def probe_strings() -> list[str]:
@@ -62,9 +27,9 @@ def probe_strings() -> list[str]:
 
 
 def _strings() -> Iterator[str]:
-    yield from _LINES
+    yield from _PARTS["lines"]
     yield from _TAGS
-    yield from _EMOJI + _MARKS + _WORDS
+    yield from _PARTS["emoji"] + _PARTS["marks"] + _PARTS["words"]
 
     for count in (1, 2, 3, 4, 5, 7, 10, 31):
         yield "1234567890"[:count] * (1 if count <= 10 else 4)
@@ -76,7 +41,7 @@ def _strings() -> Iterator[str]:
     yield from ("١٢٣٤٥", "१२३४५६", "１２３４", "Ⅳ𝟜𝟝", "৪৫ ৬")
     yield from _contractions()
 
-    for left, right in itertools.pairwise(_SPACES):
+    for left, right in itertools.pairwise(_PARTS["spaces"]):
         yield f"word{left}{right}word{right}{left}"
         yield f"{left}{right}"
 
@@ -96,7 +61,7 @@ def _strings() -> Iterator[str]:
 
 
 def _contractions() -> Iterator[str]:
-    for ending in _CONTRACTIONS:
+    for ending in _PARTS["contractions"]:
         yield f"I{ending} you{ending.upper()} We{ending.title()} 5{ending} {ending}x ’{ending[1:]}"
     yield "'ſ 'S'T'RE'vE'Ll it''s o'clock rock'n'roll dogs' 'tis 'D'd"
 
@@ -104,8 +69,11 @@ def _contractions() -> Iterator[str]:
 def _mixtures() -> Iterator[str]:
     """Yield random sequences of everything above."""
     random = Random("racdeploy probe")
-    pieces = [*_WORDS, *_CONTRACTIONS, *_SPACES, *_EMOJI, *_MARKS, *_TAGS[:2]]
-    pieces += ["12", "345", "6789", ".", ",", "(", "—"]
+    pieces = []
+    for name in ("words", "contractions", "spaces", "emoji", "marks"):
+        pieces += _PARTS[name]
+    pieces += [*_TAGS[:2], "12", "345", "6789", ".", ",", "(", "—"]
+
     for _ in range(200):
         count = random.randint(2, 12)
         yield "".join(random.choice(pieces) for _ in range(count))
