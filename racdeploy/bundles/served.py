@@ -161,6 +161,9 @@ class ServerAnswerer:
         encoder = self.local.respondent.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
         probes = probe_tokens(engine, encoder, probe_strings())
-        if not probes or not lead or any(probe.actual[: len(lead)] != lead for probe in probes):
+        if not probes or not lead:
+            return probes
+
+        if any(probe.actual[: len(lead)] != lead for probe in probes):
             return probes
         return tuple(replace(probe, actual=probe.actual[len(lead) :]) for probe in probes)

@@ -156,6 +156,7 @@ class ArtifactAnswerer:
         path = self.bundle.folder / entry.path
         answers = self.answer(entry, path, entry.files, name)
         measured = measure_artifact(self.bundle.own, entry)
+
         known = (entry.size_bytes, entry.quant, measured.sparsity)
         files = recorded_files(entry)
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
@@ -263,6 +264,7 @@ class Reverification:
         recorded = own.dense_arm
         known = (recorded.size_bytes, recorded.quant or "", recorded.sparsity)
         files = recorded.files
+
         if self._fresh is not None:
             entry = own.manifest.artifacts[0]
             answers = self.local.answer(entry, self._fresh, files, "dense")

@@ -169,7 +169,6 @@ class Evidence:
 
     Args:
         pruned: answers of the artifact that is judged.
-        artifact: its main file.
         artifact_files: recorded hash of each of its files, by the path from the main file's folder.
         sparsity_asked: share of zeros asked of the prunable weights, in the last step that was
             kept.

@@ -163,7 +163,8 @@ def _diverge(
 def _average(found: Sequence[tuple[NDArray[Any], ...]]) -> Divergence:
     """Return the means over all positions of all traces."""
     by_figure = zip(*found, strict=True)
-    return Divergence(*(float(np.concatenate(parts).mean()) for parts in by_figure))
+    means = [float(np.concatenate(parts).mean()) for parts in by_figure]
+    return Divergence(*means)
 
 
 def clearly_changed(

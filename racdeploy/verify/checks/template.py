@@ -50,7 +50,8 @@ def check(evidence: Evidence) -> CheckResult:
 
 def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
     """Compare; a beginning-of-sequence that the tokenizer demands may precede."""
-    return tuple(ids) in (probe.expected, (*probe.lead, *probe.expected))
+    with_lead = (*probe.lead, *probe.expected)
+    return tuple(ids) in (probe.expected, with_lead)
 
 
 def _describe_difference(expected: Sequence[int], ids: Sequence[int]) -> str:

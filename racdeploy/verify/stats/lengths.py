@@ -74,7 +74,8 @@ def length_ratio(
         return RatioEstimate(ratio, 0.0, math.inf, n)
 
     deviation = _deviation(dense_N, pruned_N) / math.sqrt(n)
-    half = student_quantile((1 + confidence) / 2, n - 1) * deviation
+    quantile = student_quantile((1 + confidence) / 2, n - 1)
+    half = quantile * deviation
     factor = math.exp(half) if half < _LARGEST_EXPONENT else math.inf
     return RatioEstimate(ratio, ratio / factor, ratio * factor, n)
 

@@ -140,6 +140,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
     center = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+
     lower = 0.0 if successes == 0 else max(0.0, center - half)
     upper = 1.0 if successes == n else min(1.0, center + half)
     return Interval(lower, upper)
@@ -220,10 +221,12 @@ def score(
     b = -n10 - n01 + (2 * n - n10 + n01) * drop
     c = -n01 * drop * (1 - drop)
     root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
+
     divisor = np.where(b > 0, root + b, 1.0)
     p01 = np.where(b > 0, -2 * c / divisor, (root - b) / (4 * n))
 
     variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
+
     difference = n10 - n01 - n * drop
     corrected = np.maximum(np.abs(difference) - continuity, 0.0)
     difference = np.copysign(corrected, difference)
