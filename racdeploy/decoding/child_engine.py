@@ -105,9 +105,11 @@ class ChildEngine(Engine):
             for header, payload in filter(None, answers):
                 self.stats = header.get("stats", self.stats)
                 if header["event"] == "rows":
-                    start, count = header["start"], header["count"]
-                    rows_TV = np.frombuffer(payload, dtype="<f4").reshape(count, self._vocabulary)
-                    logits_TV[start : start + count] = rows_TV
+                    start = header["start"]
+                    stop = start + header["count"]
+                    values_L = np.frombuffer(payload, dtype="<f4")
+                    logits_TV[start:stop] = values_L.reshape(-1, self._vocabulary)
+
         return logits_TV
 
     def close(self) -> None:

@@ -219,7 +219,8 @@ def _find_problem(sampling: Sampling, vocabulary: int) -> str:
 
 
 def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
-    has_tags = bool(budget.close_ids) and (bool(budget.open_ids) or budget.starts_open)
-    tags = budget.close_ids + budget.open_ids
-    are_known = all(0 <= token < vocabulary for token in tags)
-    return budget.max_tokens >= 0 and has_tags and are_known
+    if budget.max_tokens < 0 or not budget.close_ids:
+        return False
+    if not budget.open_ids and not budget.starts_open:
+        return False
+    return all(0 <= token < vocabulary for token in budget.close_ids + budget.open_ids)

@@ -106,7 +106,8 @@ def test_greedy_is_the_largest_logit_of_each_position(
 
 def test_logits_of_a_long_text_equal_those_of_its_parts(logits: Logits) -> None:
     """A text longer than one batch of outputs; float32 sums in another order differ by about 1e-6
-    relative."""
+    relative.
+    """
     ids = [(7 * position) % 480 for position in range(150)]
     whole_TV, part_TV = logits(ids), logits(ids[:30])
     assert whole_TV.shape[0] == 150
@@ -152,7 +153,8 @@ def test_a_budget_forces_the_close_tag(
     forcing: Engine, greedy: list[Completion], close_ids: tuple[int, ...]
 ) -> None:
     """The tag comes after exactly max_tokens of the same thinking, and generation goes on behind
-    it."""
+    it.
+    """
     budget = ThinkingBudget(close_ids, (OPEN_ID,), max_tokens=4, starts_open=True)
     completions = forcing.generate(PROMPTS, replace(GREEDY, budget=budget))
     for free, forced in zip(greedy, completions, strict=True):

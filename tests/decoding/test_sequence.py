@@ -40,7 +40,8 @@ def test_the_close_tag_is_forced_after_the_budget() -> None:
 
 def test_a_close_tag_that_has_begun_is_completed() -> None:
     """The budget ends between the tokens of the tag: only the rest is forced, and no token of it is
-    thinking."""
+    thinking.
+    """
     completion = run([3, 3, 1, 0], replace(SAMPLING, budget=BUDGET)).completion()
     assert (completion.ids, completion.forced_at) == ((3, 3, 1, 2, 0, STOP), 2)
 
@@ -98,7 +99,8 @@ def test_a_budget_and_the_splitter_agree(
     script: list[int], max_tokens: int, cap: int, starts_open: bool, close: tuple[int, ...]
 ) -> None:
     """The first thought is never longer than its budget, and it is forced exactly where the engine
-    says so."""
+    says so.
+    """
     budget = ThinkingBudget(close, OPEN, max_tokens, starts_open)
     completion = run(script, replace(SAMPLING, budget=budget, max_new_tokens=cap)).completion()
     prompt = [0, *OPEN] if starts_open else [0]
@@ -196,7 +198,8 @@ class Recorder:
 
 def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
     """Seven sequences in three slots: positions run on, no batch is too large, every result is
-    right."""
+    right.
+    """
     sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
     prompts = [[40 + i] * (1 + 5 * i) for i in range(7)]
     sequences = [Sequence(i, prompt, sampling, 200) for i, prompt in enumerate(prompts)]
@@ -215,7 +218,8 @@ def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
 
 def test_decoders_share_one_queue_and_each_answers_alike() -> None:
     """Twenty sequences over two decoders: all are told, both worked, and no result depends on which
-    one it was."""
+    one it was.
+    """
     sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
     sequences = [Sequence(i, [20 + i], sampling, 200) for i in range(20)]
     decoders, told = [Recorder(), Recorder()], {i: [] for i in range(20)}

@@ -1,5 +1,6 @@
 """llama.cpp lives in a child: it may die, its parent may die, and neither takes the other along
-silently."""
+silently.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_a_truncated_file_is_an_error(model: Path, tmp_path: Path, share: float)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_corrupted_header_never_kills_the_parent(model: Path, tmp_path: Path, seed: int) -> None:
     """Bytes of the vocabulary and the tensor table are changed: it loads or is refused, and we are
-    still here."""
+    still here.
+    """
     data, random = bytearray(model.read_bytes()), Random(seed)
     for _ in range(30):
         data[random.randrange(24, 12_000)] = random.randrange(256)
@@ -150,7 +152,8 @@ def test_a_corrupted_header_never_kills_the_parent(model: Path, tmp_path: Path, 
 
 def test_an_abort_in_llama_cpp_is_an_error(model: Path, tmp_path: Path) -> None:
     """A byte-level vocabulary that calls itself sentencepiece loads, and throws through C when it
-    is used."""
+    is used.
+    """
     data, start = model.read_bytes(), GGUFReader(model).data_offset
     honest, lying = (struct.pack("<Q", len(name)) + name for name in (b"gpt2", b"llama"))
     assert (data.count(honest), data[start - 1]) == (1, 0), (

@@ -36,7 +36,8 @@ def engine(model: Path) -> Iterator[OnnxRuntimeEngine]:
 
 def test_logits_are_those_of_torch(engine: OnnxRuntimeEngine) -> None:
     """1e-4 of the largest logit: float32 sums of 64 to 96 products over two blocks, in another
-    order."""
+    order.
+    """
     reference = open_engine("transformers", tiny_onnx() / "checkpoint", SETTINGS)
     expected_TV, actual_TV = reference.logits(IDS), engine.logits(IDS)
     limit = 1e-4 * float(np.abs(expected_TV).max())

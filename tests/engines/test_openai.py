@@ -90,7 +90,8 @@ def _engine(completions: Answer, owner: str = "vllm", **more: Any) -> Iterator[O
 
 def test_a_busy_server_is_asked_again_for_the_same() -> None:
     """429, 503, an answer cut short and half a JSON value pass; the request stays the same, seed
-    and all."""
+    and all.
+    """
     asked: list[Json] = []
     busy = Reply({"error": "busy"}, 429, {"Retry-After": "0"})
     cut = Reply(b'{"choices": [', lacking=40)
@@ -215,7 +216,8 @@ def test_text_alone_is_tokenized_again_and_proven(
 
 def test_the_text_of_a_strange_server_proves_nothing(folder: Path) -> None:
     """Whether it counts end-of-sequence is not known: one token too many may be that, or one that
-    was lost."""
+    was lost.
+    """
     usage = {"prompt_tokens": 1, "completion_tokens": 2}
     answer = {"choices": [{"text": "4", "finish_reason": "stop"}], "usage": usage}
     with (
@@ -372,7 +374,8 @@ def _check(folder: Path, routes: dict[str, Answer]) -> None:
 
 def test_a_server_that_agrees_passes(folder: Path) -> None:
     """With an endpoint that tokenizes, or by counts alone, also where one token is put before every
-    text."""
+    text.
+    """
     encoder = PromptEncoder.from_folder(folder)
     llama_server = _agreeing(encoder)
     _check(folder, llama_server)
@@ -449,7 +452,8 @@ def test_several_shards_fill_the_concurrency_and_a_lost_one_keeps_its_completion
     tmp_path: Path,
 ) -> None:
     """Six requests are under way together though a shard holds two; what a server gave before it
-    failed is kept."""
+    failed is kept.
+    """
     folder = make_checkpoint(tmp_path / "model", "qwen3")
     together = threading.Barrier(6)
 
@@ -501,7 +505,8 @@ def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(
     model: Path, tmp_path: Path
 ) -> None:
     """Greedy ids equal llama.cpp's own; a server that dies costs only the completions it had not
-    finished."""
+    finished.
+    """
     with running(*llama_cpp_server(model / "model.gguf")) as (url, process):
 
         def kill(label: str, done: int, total: int) -> None:
@@ -532,7 +537,8 @@ def _expected(file: Path, traces: list[Trace]) -> list[tuple[int, ...]]:
 @pytest.mark.slow
 def test_llama_server_returns_exact_ids(tmp_path: Path) -> None:
     """With control tokens in the completions, which its text leaves out; four requests at a
-    time."""
+    time.
+    """
     if shutil.which("llama-server") is None:
         pytest.skip("llama-server is not on the PATH")
     folder = resolve("tiny-reasoner").folder

@@ -1,5 +1,6 @@
 """Chat completions as an engine: where each kind of server puts the thinking, and servers that lose
-it."""
+it.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def test_the_thinking_is_found_where_the_server_puts_it(
     encoder: PromptEncoder, message: Json, starts_open: bool
 ) -> None:
     """Split off under either name or in the text; with the open tag in the prompt, in the answer,
-    or in both."""
+    or in both.
+    """
     assert _parts(encoder, _message(**message), starts_open=starts_open) == (
         "2 + 2",
         "is 4",
@@ -121,7 +123,8 @@ def test_hidden_thinking_is_no_verdict(
     encoder: PromptEncoder, starts_open: bool, counted: int | None
 ) -> None:
     """Every answer lacks its tags while tokens are missing, or nobody counts: an error, not a short
-    thought."""
+    thought.
+    """
     answer = _message(counted=counted, content="is 4")
     with (
         _engine(encoder, lambda _: answer, starts_open=starts_open) as engine,

@@ -52,17 +52,22 @@ QWEN3 = """
 {%- endif %}
 """
 R1 = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(system_prompt='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.system_prompt}}"
-    "{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<|im_start|>' + message['content']}}"
-    "{%- elif message['role'] == 'assistant' %}{% generation %}{{'<|im_end|>' ~ message['content'] ~ eos_token}}"
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
+    "{% endif %}"
+    "{% set ns = namespace(system_prompt='') %}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
+    "{{bos_token}}{{ns.system_prompt}}{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{'<|im_start|>' + message['content']}}"
+    "{%- elif message['role'] == 'assistant' %}"
+    "{% generation %}{{'<|im_end|>' ~ message['content'] ~ eos_token}}"
     "{% endgeneration %}{%- else %}{% continue %}{%- endif %}{%- endfor %}"
     "{% if add_generation_prompt %}{{'<|im_end|><think>\\n'}}{% endif %}"
 )
 DATED = (
     "{{- bos_token }}\n{% for message in messages %}\n"
-    "    {{ strftime_now('%Y') ~ '/' ~ message.role }}\n{{ message.content | trim | tojson(indent=2) }}\n{% endfor %}"
+    "    {{ strftime_now('%Y') ~ '/' ~ message.role }}\n"
+    "{{ message.content | trim | tojson(indent=2) }}\n{% endfor %}"
 )
 
 
@@ -128,9 +133,18 @@ def test_there_is_one_beginning_of_sequence_at_most(
         "{{ 'x' * 10**12 }}",
         "{{ [0] * 99999999 }}",
         "{{ 2 ** 99999999999 }}",
-        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        (
+            "{% set ns = namespace(x='xxxxxxxx') %}"
+            "{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+        ),
+        (
+            "{% set ns = namespace(x='xxxxxxxx') %}"
+            "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+        ),
+        (
+            "{% set ns = namespace(x=3) %}"
+            "{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+        ),
         "{{ 'x'.ljust(10**10) }}",
         "{{ 'x' | center(9999999999) }}",
         "{{ messages | tojson(indent=9999999999) }}",

@@ -127,7 +127,8 @@ def test_where_a_thought_began_follows_from_ids_alone(
     prompt: list[int], completion: list[int], pair: tuple[list[int], list[int]], forced: bool
 ) -> None:
     """Prefilled, emitted, implied or none, for tags of one or several tokens; no text is involved.
-    0 is a space."""
+    0 is a space.
+    """
     open_ids, close_ids = pair
     known = ThinkingTags(tuple(open_ids), tuple(close_ids), frozenset({0}))
     first_open, first_close = find(completion, open_ids), find(completion, close_ids)

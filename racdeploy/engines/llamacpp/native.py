@@ -126,8 +126,11 @@ class NativeModel:
             context.forget(0)
 
         stop = min(start + _OUTPUT_ROWS, len(ids))
-        context.decode([Row(ids[position], position, 0, True) for position in range(start, stop)])
-        return np.stack([context.logits_V(place) for place in range(stop - start)])
+        places = range(start, stop)
+        context.decode([Row(ids[place], place, 0, True) for place in places])
+
+        rows = [context.logits_V(row) for row in range(len(places))]
+        return np.stack(rows)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are parsed, none are added."""
@@ -212,12 +215,13 @@ class _Batch:
         self._slot_pointers = self._slot.ctypes.data + offsets
 
         integers = ctypes.POINTER(ctypes.c_int32)
+        flags = ctypes.POINTER(ctypes.c_int8)
         self._batch = llama_cpp.llama_batch(
             token=self._token.ctypes.data_as(integers),
             pos=self._position.ctypes.data_as(integers),
             n_seq_id=self._slot_counts.ctypes.data_as(integers),
             seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
-            logits=self._wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            logits=self._wants_logits.ctypes.data_as(flags),
         )
 
     def fill(self, rows: Sequence[Row]) -> Any:

@@ -101,11 +101,13 @@ class SharedCache(Cache):
         if binding is None:
             binding = self._graph.session.io_binding()
             self._bindings[row, count] = binding
+
             for cache, buffer in zip(self._graph.caches, self._buffers, strict=True):
                 shape = (count, *buffer.shape[1:])
                 place = (cache.dtype, shape, buffer[row:].ctypes.data)
                 binding.bind_input(cache.past, "cpu", 0, *place)
                 binding.bind_output(cache.present, "cpu", 0, *place)
+
         return _run_bound(self._graph, binding, feeds)
 
 
@@ -132,6 +134,7 @@ class AppendedCache(Cache):
         for cache, front, back in zip(self._graph.caches, fronts, backs, strict=True):
             past = (1, cache.heads, length, cache.head_size)
             present = (1, cache.heads, total, cache.head_size)
+
             binding.bind_input(cache.past, "cpu", 0, cache.dtype, past, front.ctypes.data)
             binding.bind_output(cache.present, "cpu", 0, cache.dtype, present, back.ctypes.data)
 
@@ -154,9 +157,15 @@ class AppendedCache(Cache):
     def _make_room(self, slot: int, total: int) -> None:
         if total <= self._rooms[slot]:
             return
-        room = min(self._context, max(total, 2 * self._rooms[slot], _FIRST_TOKENS))
-        fronts = [np.zeros(room * c.heads * c.head_size, dtype=c.dtype) for c in self._graph.caches]
-        backs = [np.zeros_like(front) for front in fronts]
+        wanted = max(total, 2 * self._rooms[slot], _FIRST_TOKENS)
+        room = min(self._context, wanted)
+
+        fronts = []
+        backs = []
+        for cache in self._graph.caches:
+            size = room * cache.heads * cache.head_size
+            fronts.append(np.zeros(size, dtype=cache.dtype))
+            backs.append(np.zeros(size, dtype=cache.dtype))
 
         old_fronts, _ = self._buffers[slot]
         for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=bool(old_fronts)):

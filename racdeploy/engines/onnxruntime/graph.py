@@ -106,6 +106,7 @@ class DecoderGraph:
         self.session = session
         self._inputs = {node.name: node for node in session.get_inputs()}
         self._outputs = {node.name: node for node in session.get_outputs()}
+
         pasts = [name for name in self._inputs if _PAST.fullmatch(name)]
         others = [name for name in self._inputs if name not in pasts]
         self._refuse_unknown(pasts, others)

@@ -127,9 +127,9 @@ class ChatEngine(OpenAIEngine):
     def _hides_thinking(self, answer: _Answer, ids: Sequence[int]) -> bool:
         """Return whether tokens are missing in an answer that shows no thinking."""
         close_ids = list(self._conversation.close_ids)
-        stops = range(len(close_ids), len(ids) + 1)
-        if any(list(ids[stop - len(close_ids) : stop]) == close_ids for stop in stops):
-            return False
+        for start in range(len(ids) - len(close_ids) + 1):
+            if list(ids[start : start + len(close_ids)]) == close_ids:
+                return False
 
         ends = 0 if self._takes_text else 1  # llama_cpp.server does not count end-of-sequence
         return answer.counted is None or answer.counted > len(ids) + ends
