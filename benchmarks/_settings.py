@@ -6,7 +6,7 @@ import argparse
 import tomllib
 from typing import Any
 
-from racdeploy.recipe import merge
+from racdeploy.storage.toml import merge
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

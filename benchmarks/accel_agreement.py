@@ -21,8 +21,9 @@ from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.manifest import Manifest
 from racdeploy.pipeline.job import Job
-from racdeploy.recipe import Recipe, validate
+from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.toml import validate
 
 
 def main() -> None:

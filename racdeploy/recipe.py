@@ -1,4 +1,4 @@
-"""What a build shall do: recipe files, deployment targets, and how they combine.
+"""What a build shall do: its parts, and how target, recipe file and options combine.
 
 Precedence, low to high: defaults, target, recipe file, command-line options. A target's limits bind: a recipe
 that contradicts one is an error, not a compromise. Unknown keys are errors that name the nearest known key.
@@ -7,20 +7,20 @@ that contradicts one is an error, not a compromise. Unknown keys are errors that
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from racdeploy import plugins
-from racdeploy.errors import UnknownPluginError, UsageError
+from racdeploy.errors import UsageError
+from racdeploy.storage.toml import merge, read_toml, validate
+from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
-M = TypeVar("M", bound=BaseModel)
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
@@ -337,12 +337,12 @@ class Recipe(_Part):
         target = Target.read(str(asked.get("target", cls.model_fields["target"].default)))
         merged = merge(target.defaults(_names_pattern(asked)), asked)
         recipe = validate(cls, merged, str(file) if file else "the command line")
-        recipe._check_plugins()
-        target.check(recipe)
-        for name in recipe.also:
-            other = recipe.at(name)
-            other._check_plugins()
-            Target.read(name).check(other)
+
+        for each in (recipe, *map(recipe.at, recipe.also)):
+            each._check_plugins()
+            Target.read(each.target).check(
+                each.export.format, each.export.quant, each.verify.context_tokens
+            )
         return recipe
 
     def at(self, target: str) -> Self:
@@ -365,95 +365,6 @@ class Recipe(_Part):
                 raise plugins.unknown(kind, name, known)
 
 
-class Target(_Part):
-    """A place to deploy to: defaults for a recipe, and limits that bind.
-
-    Args:
-        name: file name without ``.toml``.
-        why: one line on the choice.
-        format, quant, packing, pattern, sparsity: defaults.
-        context_tokens: context length the target is meant for.
-        memory_limit_bytes: largest artifact, plus cache, the target holds.
-        allowed_formats: formats its engine can read.
-        allowed_quants: quants that make sense there; empty means all.
-        recipe: further recipe defaults, by part.
-    """
-
-    name: str
-    why: str
-    format: str = "gguf"
-    quant: str = "q8_0"
-    packing: str = "plain"
-    pattern: str = "unstructured"
-    sparsity: float | None = None
-    context_tokens: int = Field(4096, ge=16)
-    memory_limit_bytes: int = Field(ge=1)
-    allowed_formats: tuple[str, ...] = ("gguf",)
-    allowed_quants: tuple[str, ...] = ()
-    recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Names of the targets that ship with racdeploy, sorted."""
-        return tuple(
-            sorted(
-                e.name.removesuffix(".toml")
-                for e in _folder().iterdir()
-                if e.name.endswith(".toml")
-            )
-        )
-
-    @classmethod
-    def read(cls, name: str) -> Self:
-        """Read a shipped target by name, or a user's target by the path of its TOML file.
-
-        Raises:
-            UnknownPluginError: no such target.
-            UsageError: the file is damaged.
-        """
-        if name.endswith(".toml"):
-            path = Path(name)
-            return validate(cls, {"name": path.stem, **read_toml(path)}, name)
-        if name not in cls.names():
-            raise UnknownPluginError(
-                f"unknown target {name!r}{plugins.closest(name, cls.names())}",
-                remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
-            )
-        path = _folder() / f"{name}.toml"
-        return validate(cls, {"name": name, **read_toml(path)}, str(path))
-
-    def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:
-        """Return the recipe values this target proposes."""
-        prune: dict[str, Any] = {} if pattern_is_asked else {"pattern": self.pattern}
-        if self.sparsity is not None and not pattern_is_asked and self.pattern == "unstructured":
-            prune["sparsity"] = self.sparsity
-        export = {"format": self.format, "quant": self.quant, "packing": self.packing}
-        return merge({"prune": prune, "export": export}, self.recipe)
-
-    def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe that this target cannot run.
-
-        Raises:
-            UsageError: naming the value and what the target allows.
-        """
-        if recipe.export.format not in self.allowed_formats:
-            raise UsageError(
-                f"target {self.name!r} cannot run format {recipe.export.format!r}",
-                remedy=f"it runs {', '.join(self.allowed_formats)}; choose another target or format",
-            )
-        if self.allowed_quants and recipe.export.quant not in self.allowed_quants:
-            raise UsageError(
-                f"target {self.name!r} does not take quant {recipe.export.quant!r}: {self.why}",
-                remedy=f"it takes {', '.join(self.allowed_quants)}",
-            )
-        if recipe.verify.context_tokens > self.context_tokens:
-            raise UsageError(
-                f"target {self.name!r} is made for {self.context_tokens} tokens of context, "
-                f"the recipe verifies with {recipe.verify.context_tokens}",
-                remedy="lower verify.context_tokens or choose another target",
-            )
-
-
 def _check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -461,77 +372,16 @@ def _check_regex(pattern: str) -> None:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Validate values into a pydantic model, with the nearest known key in the message."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(model, dict(detail)) for detail in error.errors()]
-        raise UsageError(
-            f"{where}: {'; '.join(lines)}", remedy="correct the value and run again"
-        ) from None
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: it is missing or not TOML.
-    """
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{file} does not exist", remedy="racdeploy init writes a recipe"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UsageError(f"{file} is not valid TOML: {error}") from error
-
-
-def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"]]
-    name = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        known = tuple(_known_keys(model, location[:-1]))
-        return (
-            f"unknown key {name!r}{plugins.closest(location[-1], known)}; known: {', '.join(known)}"
-        )
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    given = detail.get("input")
-    shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""
-    return f"{name or 'value'}: {message}{shown}"
-
-
-def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested tables with the values of the second over those of the first."""
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(below, value) if nested else value  # type: ignore[arg-type]
-    return merged
-
-
 def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in options.items()}
-    return {k: v for k, v in kept.items() if v is not None and v != {}}
+    kept = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            value = _without_none(value) or None
+        if value is not None:
+            kept[key] = value
+    return kept
 
 
 def _names_pattern(asked: Mapping[str, Any]) -> bool:
     prune = asked.get("prune", {})
     return isinstance(prune, Mapping) and ("pattern" in prune or "sparsity" in prune)
-
-
-def _folder() -> Path:
-    """Return the targets folder: beside the package in a checkout, inside it in a wheel."""
-    inside = Path(str(files("racdeploy"))) / "targets"
-    return inside if inside.is_dir() else inside.parent.parent / "targets"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.recipe import EXAMPLE, Recipe, Target, Traces, Verification
+from racdeploy.recipe import EXAMPLE, Recipe, Traces, Verification
+from racdeploy.targets import Target
 
 
 def _file(tmp_path: Path, text: str) -> Path:

@@ -151,7 +151,8 @@ def build(
     from racdeploy.pipeline.job import Job
     from racdeploy.pipeline.planning import pruning_plan
     from racdeploy.pipeline.preflight import check_build
-    from racdeploy.recipe import Recipe, read_toml
+    from racdeploy.recipe import Recipe
+    from racdeploy.storage.toml import read_toml
     from racdeploy.verify.controls import SAME_SIZE
     from racdeploy.verify.gate import read_gate
 
@@ -520,7 +521,7 @@ def unpack(
 @reported
 def targets(json_output: JsonOpt = False) -> None:
     """List the deployment targets."""
-    from racdeploy.recipe import Target
+    from racdeploy.targets import Target
 
     found = [Target.read(name) for name in Target.names()]
     if json_output:

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from racdeploy.accel import STOCK
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import Manifest
-from racdeploy.recipe import Recipe, Verification, validate
+from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.model import ArmSummary, Record, Report
 from racdeploy.storage.files import file_sha256, read_json
+from racdeploy.storage.toml import validate
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import DECODING
 

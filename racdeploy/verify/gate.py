@@ -17,7 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.recipe import Verification, merge, read_toml, validate
+from racdeploy.recipe import Verification
+from racdeploy.storage.toml import merge, read_toml, validate
 
 L = TypeVar("L", bound="Limits")
 Inconclusive = Literal["fail", "pass"]

@@ -1,0 +1,98 @@
+"""TOML that users write: read, merged, and validated with messages that name the nearest known key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{file} does not exist", remedy="racdeploy init writes a recipe"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UsageError(f"{file} is not valid TOML: {error}") from error
+
+
+def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the nested values of assignments from a command line, as ``prune.sparsity=0.6``.
+
+    Raises:
+        UsageError: one is not ``PART.KEY=VALUE`` with a TOML value.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        try:
+            values = merge(values, tomllib.loads(assignment))
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(
+                f"--set {assignment} is not PART.KEY=VALUE in TOML: {error}",
+                remedy="put text in double quotes, as --set 'prune.method=\"admm\"'",
+            ) from error
+    return values
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested tables with the values of the second over those of the first."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
+    """Validate values into a pydantic model.
+
+    Raises:
+        UsageError: what is wrong with each value, and where they are from.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(model, dict(detail)) for detail in error.errors()]
+        raise UsageError(
+            f"{where}: {'; '.join(problems)}", remedy="correct the value and run again"
+        ) from None
+
+
+def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    name = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = tuple(_known_keys(model, location[:-1]))
+        nearest = plugins.closest(location[-1], known)
+        return f"unknown key {name!r}{nearest}; known: {', '.join(known)}"
+
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""
+    return f"{name or 'value'}: {message}{shown}"
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

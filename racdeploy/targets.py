@@ -1,0 +1,117 @@
+"""Deployment targets: places where a model will run, with defaults for a recipe and limits that bind.
+
+A target is data, ``targets/NAME.toml``, or a TOML file of the user's.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from racdeploy import plugins
+from racdeploy.errors import UnknownPluginError, UsageError
+from racdeploy.storage.toml import merge, read_toml, validate
+
+
+class Target(BaseModel):
+    """A place to deploy to.
+
+    Args:
+        name: file name without ``.toml``.
+        why: one line on the choice.
+        format, quant, packing, pattern, sparsity: defaults.
+        context_tokens: context length the target is meant for.
+        memory_limit_bytes: largest artifact, plus cache, that the target can hold.
+        allowed_formats: formats its engine can read.
+        allowed_quants: quants that make sense there; empty means all.
+        recipe: further recipe defaults, by part.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    why: str
+    format: str = "gguf"
+    quant: str = "q8_0"
+    packing: str = "plain"
+    pattern: str = "unstructured"
+    sparsity: float | None = None
+    context_tokens: int = Field(4096, ge=16)
+    memory_limit_bytes: int = Field(ge=1)
+    allowed_formats: tuple[str, ...] = ("gguf",)
+    allowed_quants: tuple[str, ...] = ()
+    recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the targets that ship with racdeploy, sorted."""
+        return tuple(sorted(file.stem for file in _folder().glob("*.toml")))
+
+    @classmethod
+    def read(cls, name: str) -> Self:
+        """Read a shipped target by name, or a user's target by the path of its TOML file.
+
+        Raises:
+            UnknownPluginError: no such target.
+            UsageError: the file is damaged.
+        """
+        if name.endswith(".toml"):
+            path = Path(name)
+        elif name in cls.names():
+            path = _folder() / f"{name}.toml"
+        else:
+            raise UnknownPluginError(
+                f"unknown target {name!r}{plugins.closest(name, cls.names())}",
+                remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
+            )
+        return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
+
+    def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:
+        """Return the recipe values this target proposes."""
+        prune: dict[str, Any] = {}
+        if not pattern_is_asked:
+            prune["pattern"] = self.pattern
+            if self.sparsity is not None and self.pattern == "unstructured":
+                prune["sparsity"] = self.sparsity
+
+        export = {"format": self.format, "quant": self.quant, "packing": self.packing}
+        return merge({"prune": prune, "export": export}, self.recipe)
+
+    def check(self, form: str, quant: str, context_tokens: int) -> None:
+        """Refuse what this target cannot run.
+
+        Args:
+            form: file format of the artifact.
+            quant: its number format.
+            context_tokens: context length that is verified.
+
+        Raises:
+            UsageError: naming the value and what the target allows.
+        """
+        if form not in self.allowed_formats:
+            raise UsageError(
+                f"target {self.name!r} cannot run format {form!r}",
+                remedy=f"it runs {', '.join(self.allowed_formats)}; "
+                "choose another target or format",
+            )
+        if self.allowed_quants and quant not in self.allowed_quants:
+            raise UsageError(
+                f"target {self.name!r} does not take quant {quant!r}: {self.why}",
+                remedy=f"it takes {', '.join(self.allowed_quants)}",
+            )
+        if context_tokens > self.context_tokens:
+            raise UsageError(
+                f"target {self.name!r} is made for {self.context_tokens} tokens of context, "
+                f"the recipe verifies with {context_tokens}",
+                remedy="lower verify.context_tokens or choose another target",
+            )
+
+
+def _folder() -> Path:
+    """Return the targets folder: beside the package in a checkout, inside it in a wheel."""
+    package = Path(str(files("racdeploy")))
+    inside = package / "targets"
+    return inside if inside.is_dir() else package.parent / "targets"
