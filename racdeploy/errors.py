@@ -67,6 +67,18 @@ class InconclusiveError(RacdeployError):
     exit_code = 3
 
 
+def exit_code_of(verdict: str, inconclusive: str) -> int:
+    """Return the exit code of a verdict.
+
+    Args:
+        verdict: ``pass``, ``fail`` or ``inconclusive``.
+        inconclusive: what the gate makes of too little data, ``pass`` or ``fail``.
+    """
+    if verdict == "inconclusive" and inconclusive == "fail":
+        return InconclusiveError.exit_code
+    return GateError.exit_code if verdict == "fail" else 0
+
+
 class EnvironmentFailure(RacdeployError):
     """The machine, an engine or an installation failed."""
 

@@ -12,7 +12,7 @@ import pytest
 import racdeploy
 from racdeploy import accel
 from racdeploy.bundles import served
-from racdeploy.cli import app as cli
+from racdeploy.cli import options, verify
 from tests.support.tiny_artifacts import make_onnx_bundle
 
 HEAVY = (
@@ -67,7 +67,7 @@ def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     """Two options list their choices without importing those who take them."""
-    assert (cli.Kernels, cli.Questions) == (accel.Mode, served.ServerApi)
+    assert (options.Kernels, verify.Questions) == (accel.Mode, served.ServerApi)
 
 
 def test_kernels_in_front_of_another_program_bring_little() -> None:

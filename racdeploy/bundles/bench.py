@@ -21,6 +21,7 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.report.tables import Table
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import finished_stages
@@ -78,6 +79,21 @@ class Benchmark:
         """Return pruned over dense in every round, sorted."""
         rounds = zip(self.dense_rounds, self.pruned_rounds, strict=True)
         return sorted(pruned[name] / dense[name] for dense, pruned in rounds)
+
+    def to_table(self) -> Table:
+        """Return the medians of both, their ratio and its range over the rounds."""
+        dense, pruned = self.medians()
+        rows = []
+        for name, label in FIGURES.items():
+            ratios = self.ratios(name)
+            sides = [_format_figure(name, side[name]) for side in (dense, pruned)]
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            rows.append((label, *sides, f"{median(ratios):.2f}", spread))
+
+        together = self.load.parallel
+        what = f"{together} at once" if together > 1 else "one sequence"
+        columns = (what, "dense", "pruned", "ratio", f"range of {self.load.rounds}")
+        return Table("", columns, tuple(rows))
 
     def to_json(self) -> dict[str, Any]:
         dense, pruned = self.medians()
@@ -178,8 +194,7 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
     )
 
 
-def figure_text(name: str, value: float) -> str:
-    """Return a figure as people read it."""
+def _format_figure(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB"
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

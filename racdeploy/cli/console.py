@@ -6,9 +6,10 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,7 +22,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from racdeploy.errors import EnvironmentFailure, RacdeployError
+from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
+
+if TYPE_CHECKING:
+    from racdeploy.report.model import Report
+    from racdeploy.verify.gate import Gate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,22 +42,63 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+def print_path(path: Path, details: Mapping[str, object], json_output: bool) -> None:
+    """Print where a result is, or everything about it as JSON."""
+    if json_output:
+        print_json(details)
+    else:
+        out.print(path, soft_wrap=True)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print lines beside a result."""
+    for note in notes:
+        err.print(note, markup=False, soft_wrap=True)
+
+
+def print_plan(plan: Mapping[str, object], json_output: bool) -> None:
+    """Print what a run would do."""
+    if json_output:
+        print_json(plan)
+        return
+    for key, value in plan.items():
+        shown = f"{value:,}" if type(value) is int else value
+        out.print(f"{key}: {shown}", markup=False, soft_wrap=True)
+
+
+def finish(
+    report: Report, json_output: bool, last_line: str, gate: Gate, exit_zero: bool = False
+) -> None:
+    """Print a report, and end with the exit code of its verdict, or with 0 where it only reports."""
+    from racdeploy.report.terminal import print_report
+
+    if json_output:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report, out)
+    if last_line:
+        err.print(last_line, markup=False, soft_wrap=True)
+
+    code = exit_code_of(report.verdict, gate.inconclusive)
+    if code and not exit_zero:
+        raise typer.Exit(code)
+
+
 def reported(command: Callable[P, R]) -> Callable[P, R]:
     """Turn our errors and Ctrl-C into a message, a remedy and an exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         as_json = bool(kwargs.get("json_output"))
+
         try:
             return command(*args, **kwargs)
         except RacdeployError as error:
             _fail(error, as_json)
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            _fail(
-                EnvironmentFailure(f"{place}{error.strerror or error}", remedy=_DISK_REMEDY),
-                as_json,
-            )
+            message = f"{place}{error.strerror or error}"
+            _fail(EnvironmentFailure(message, remedy=_DISK_REMEDY), as_json)
         except KeyboardInterrupt:
             again = shlex.join(["racdeploy", *sys.argv[1:]])
             err.print("interrupted; finished work is kept. Resume with:", style="yellow")
@@ -82,6 +128,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
     )
     bars: dict[str, TaskID] = {}
+
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
 
         def advance(label: str, done: int, total: int) -> None:

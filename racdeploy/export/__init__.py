@@ -132,7 +132,7 @@ class Format(Protocol):
     """A file format, as a module.
 
     ``BACKEND`` is the engine that reads it, ``NEEDS`` the packages that both take, with their extras, ``LIBRARY``
-    what the Hub calls it, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and packing that its
+    what the Hub calls it, ``COMPARES_F32`` whether its export compares its float32 form with torch, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and packing that its
     ``export`` takes. ``artifact_path`` is the main file's place in a bundle. ``measure`` returns scalar metadata and
     one row per tensor: name, shape (outputs first), type, zeros (None where they cannot be counted), size_bytes,
     packing; ``is_linear`` says whether a row is a prunable linear. ``unpack`` writes what a packed artifact stands
@@ -143,6 +143,7 @@ class Format(Protocol):
     BACKEND: str
     NEEDS: Mapping[str, str]
     LIBRARY: str
+    COMPARES_F32: bool
     OPTIONS: tuple[str, ...]
     TOKENIZER_PREFIX: str
     """What its metadata keys on the tokenizer begin with; empty where a file holds none."""

@@ -18,7 +18,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import Evaluation
 from racdeploy.pipeline.export_stage import export_model
-from racdeploy.pipeline.gates import Held, hold
+from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import (
     count_parameters,
@@ -83,9 +83,9 @@ class Build:
             for job, name in zip(jobs, names, strict=True)
         ]
 
-        held = self._hold(model, (pruned, *also), traces[0].ids)
+        findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
         report, records = self.evaluation.verify(
-            model, dense, pruned, held, also, self.rivals(model, dense, pruned)
+            model, dense, pruned, findings, also, self.rivals(model, dense, pruned)
         )
 
         job, folder = self.job, out or Path(names[0])
@@ -220,14 +220,14 @@ class Build:
             quant="" if asked else quant,
         )
 
-    def _hold(
+    def _check_artifacts(
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
-    ) -> Held:
+    ) -> Findings:
         """Stop the build at the first artifact that computes something else than the pruned model."""
         checkpoint = Checkpoint(model.folder)
         jobs = (self.job, *self.job.siblings)
         found = [
-            hold(
+            check_artifact(
                 checkpoint, artifact, job.recipe.export, job.backend, job.encoder, ids, self.threads
             )
             for job, artifact in zip(jobs, exported, strict=True)

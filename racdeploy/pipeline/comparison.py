@@ -16,7 +16,7 @@ from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.answer_stage import answer_prompts
-from racdeploy.pipeline.gates import Held
+from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
@@ -85,7 +85,7 @@ class Evaluation:
         model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
-        held: Held,
+        found: Findings,
         also: Sequence[ExportResult] = (),
         rivals: Mapping[str, ExportResult] | None = None,
     ) -> tuple[Report, list[Record]]:
@@ -114,7 +114,7 @@ class Evaluation:
             tensors=list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
-            probes=held.probes,
+            probes=found.probes,
             logits=self._compare_logits(model, pruned, traces),
             also=self._answer_also(also),
             prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
@@ -130,7 +130,7 @@ class Evaluation:
             blocks=model.blocks,
             fingerprint=fingerprint(self._engine_settings),
         )
-        built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *held.notes]
+        built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
         missing = control_notes(recipe.verify, len(rivals))
 
         return conclude(evidence, context, [*built, *notes, *missing])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
+from racdeploy import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.sources import ResolvedModel
 from racdeploy.pipeline.job import Job
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Export, Recipe
 
 _SCALES = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}
 _SIZE = re.compile(r"(?:^|-)(?:\d+x)?\d+(?:\.\d+)?[KMBT](?=-|$)", re.IGNORECASE)
@@ -28,6 +30,14 @@ def name_model(job: Job) -> str:
     base = job.model.name
     size = "" if _SIZE.search(base) else f"-{label_size(count_parameters(job.checkpoint))}"
     return f"{base}{size}-{describe_pruning(job.recipe)}"
+
+
+def place_export(model: str, settings: Export) -> Path:
+    """Return where a model is exported to by default: a file, or a folder for a format of several."""
+    name = f"{model}-{settings.quant}"
+    form = export.load(settings.format)
+    place = Path(form.artifact_path(name, settings.quant, settings.packing))
+    return place if len(place.parts) == 1 else Path(name) / place
 
 
 def describe_pruning(recipe: Recipe) -> str:

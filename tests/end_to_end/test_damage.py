@@ -17,7 +17,7 @@ from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.gates import Held
+from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.prune import PrunedModel
@@ -57,8 +57,8 @@ class Bench:
         """Verify an artifact that got past the gates in front of a build's verification."""
         build = build or self.build
         with open_engine(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
-            held = Held(probe_tokens(engine, build.job.encoder, probe_strings()), ())
-        return build.evaluation.verify(model or self.model, self.dense, pruned, held)
+            findings = Findings(probe_tokens(engine, build.job.encoder, probe_strings()), ())
+        return build.evaluation.verify(model or self.model, self.dense, pruned, findings)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
 from racdeploy.export.gguf import values
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline import gates as parity
-from racdeploy.pipeline.gates import Held, hold
+from racdeploy.pipeline import gates
+from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.recipe import Export
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.tiny_models import edit_json, make_checkpoint
@@ -30,15 +30,15 @@ def _export(checkpoint: Checkpoint, out: Path, settings: Export) -> ExportResult
     return write(checkpoint, out, settings)
 
 
-def _hold(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> Held:
+def _check(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> Findings:
     encoder = PromptEncoder.from_folder(checkpoint.folder)
-    return hold(checkpoint, artifact, settings, "llamacpp", encoder, IDS, threads=1)
+    return check_artifact(checkpoint, artifact, settings, "llamacpp", encoder, IDS, threads=1)
 
 
 def test_a_right_file_passes_and_leaves_its_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The notes hold the F32 error and the artifact's own divergence; the probes go on to the report."""
     settings = Export(quant="q8_0")
-    held = _hold(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
+    held = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
     assert held.probes is not None
     assert len(held.probes) > 300
     assert held.notes[0].startswith("an F32 file differs from torch by")
@@ -51,8 +51,10 @@ def test_the_first_string_that_differs_is_named(checkpoint: Checkpoint, tmp_path
     """A wrong pre-tokenizer stops the build before any logits are computed."""
     settings = Export(quant="q8_0", pre_tokenizer="gpt-2")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    with pytest.raises(GateError, match=r"tokenizes '.+' otherwise than the checkpoint") as caught:
-        _hold(checkpoint, artifact, settings)
+    with pytest.raises(
+        GateError, match=r"tokenizes '.+' differently from the checkpoint"
+    ) as caught:
+        _check(checkpoint, artifact, settings)
     assert caught.value.exit_code == 1
 
 
@@ -65,7 +67,7 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     order = values.order_rotary
     monkeypatch.setattr(values, "order_rotary", lambda rows, heads: sorted(order(rows, heads)))
     with pytest.raises(GateError, match="first at position 1: logits differ by"):
-        _hold(checkpoint, artifact, settings)
+        _check(checkpoint, artifact, settings)
 
 
 def test_an_artifact_of_other_weights_is_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_an_artifact_of_other_weights_is_found(checkpoint: Checkpoint, tmp_path:
     settings = Export(quant="q8_0")
     other = Checkpoint(make_checkpoint(tmp_path / "other", "llama", seed=1))
     with pytest.raises(GateError, match=r"mean KL .* worst at position \d+"):
-        _hold(checkpoint, _export(other, tmp_path / "m.gguf", settings), settings)
+        _check(checkpoint, _export(other, tmp_path / "m.gguf", settings), settings)
 
 
 def test_first_choices_are_held_where_kl_does_not_see_them(
@@ -84,15 +86,15 @@ def test_first_choices_are_held_where_kl_does_not_see_them(
     expected_TV, swapped_TV, tied_TV = (np.zeros((40, 480), np.float32) for _ in range(3))
     expected_TV[:, 3], swapped_TV[:, 4] = 1.0, 1.0
     tied_TV[:, 3], tied_TV[:, 4] = 1.0, 1.001
-    assert "clearly other tokens: 0.0%" in parity._hold_artifact(
+    assert "clearly other tokens: 0.0%" in gates.check_logits(
         checkpoint, artifact, expected_TV, expected_TV
     )
     with pytest.raises(
         GateError, match=r"other tokens .* 100\.0% .*limit 10\.0%.* first at position 0"
     ):
-        parity._hold_artifact(checkpoint, artifact, expected_TV, swapped_TV)
+        gates.check_logits(checkpoint, artifact, expected_TV, swapped_TV)
     expected_TV[:, 4] = 0.5  # not half as likely would be 1 - log 2
-    assert "top-1 0.0%" in parity._hold_artifact(checkpoint, artifact, expected_TV, tied_TV)
+    assert "top-1 0.0%" in gates.check_logits(checkpoint, artifact, expected_TV, tied_TV)
 
 
 def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
@@ -104,23 +106,23 @@ def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
     checkpoint, other = map(Checkpoint, folders)
     settings = Export(quant="f16")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    assert "(limit 0.000976562)" in _hold(checkpoint, artifact, settings).notes[0]
+    assert "(limit 0.000976562)" in _check(checkpoint, artifact, settings).notes[0]
     with monkeypatch.context() as patch:
-        patch.setattr(parity.exports, "write", lambda _, out, settings: write(other, out, settings))
+        patch.setattr(gates.exports, "write", lambda _, out, settings: write(other, out, settings))
         with pytest.raises(
             GateError, match=r"computes something else.* first at position [1-9].*limit 0\.0001"
         ):
-            _hold(checkpoint, artifact, settings)
+            _check(checkpoint, artifact, settings)
     monkeypatch.setattr(torch_model, "_table_gelu", lambda module, inputs, output: output)
     with pytest.raises(GateError, match=r"limit 0\.0001"):
-        _hold(checkpoint, artifact, settings)
+        _check(checkpoint, artifact, settings)
 
 
 def test_a_large_model_says_why_there_was_no_f32_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason is in the report's notes."""
-    monkeypatch.setattr(parity, "F32_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(gates, "F32_LIMIT_BYTES", 1000)
     settings = Export(quant="q8_0")
-    held = _hold(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
+    held = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
     assert "no F32 file was compared with torch: it would take 0.0 GB" in held.notes[0]

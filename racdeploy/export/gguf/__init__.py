@@ -39,6 +39,7 @@ __all__ = [
 BACKEND = "llamacpp"
 NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
+COMPARES_F32 = False
 OPTIONS = ("importance", "pre_tokenizer", "split_bytes", "tensors")
 TOKENIZER_PREFIX = "tokenizer.ggml."
 WEIGHT_SUFFIXES = ()

@@ -55,6 +55,7 @@ __all__ = [
 
 BACKEND = "onnxruntime"
 LIBRARY = "onnx"
+COMPARES_F32 = True
 NEEDS = {
     "onnx": "onnx",
     "onnxruntime": "ort",

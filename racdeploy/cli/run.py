@@ -1,0 +1,104 @@
+"""Commands that run a bundle: ``run`` asks it, ``bench`` measures it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from racdeploy.cli.console import err, out, print_json, progress_bars, reported
+from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOpt
+
+
+@reported
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_thinking_tokens: Annotated[
+        int | None, typer.Option(help="Close the thinking after so many.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the bundle's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
+    show_thinking: Annotated[
+        bool, typer.Option("--show-thinking", help="Print the thinking too.")
+    ] = False,
+    accel: AccelOpt = "auto",
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Ask a bundle one question."""
+    from racdeploy.runtime import load
+
+    with load(bundle, threads=threads, accel=accel) as model:
+        _print_kernels(model.engine.about.get("kernels", ""), accel)
+        result = model.generate(
+            prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed
+        )
+
+    if json_output:
+        print_json(asdict(result))
+        return
+    if show_thinking:
+        err.print(result.thinking, style="dim", markup=False)
+    out.print(result.answer, markup=False, soft_wrap=True)
+    if result.state == "open":
+        unfinished = f"the thinking did not end within {result.thinking_tokens} tokens"
+        err.print(unfinished, style="yellow")
+
+
+@reported
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    dense: Annotated[
+        Path | None,
+        typer.Option(
+            "--dense", help="Dense artifact; default: the one that the build left in --work."
+        ),
+    ] = None,
+    artifact: Annotated[
+        str,
+        typer.Option(
+            "--artifact", help="Path in the bundle of the artifact; default: the first one."
+        ),
+    ] = "",
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Alternating runs of each artifact.")
+    ] = 5,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=8, help="Length of the prompt.")
+    ] = 256,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 128,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, help="Sequences decoded together.")
+    ] = 1,
+    work: WorkOpt = None,
+    accel: AccelOpt = "auto",
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
+    from racdeploy.bundles import bench as benchmark
+    from racdeploy.report.terminal import print_table
+    from racdeploy.storage.caches import default_work
+
+    dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
+    load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
+    with progress_bars() as progress:
+        found = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
+
+    if json_output:
+        print_json(found.to_json())
+        return
+    print_table(found.to_table(), out)
+    err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
+    _print_kernels(found.kernels, accel)
+
+
+def _print_kernels(kernels: str, accel: Kernels) -> None:
+    """Say in one line what ran a model, where sparse kernels were not switched off."""
+    if kernels and accel != "off":
+        err.print(f"kernels: {kernels}", style="dim", markup=False, soft_wrap=True)

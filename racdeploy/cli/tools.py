@@ -1,0 +1,176 @@
+"""Commands that look, list and prepare: inspect, unpack, targets, plugins, init, doctor, accel build."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from racdeploy import plugins
+from racdeploy.cli.console import err, out, print_json, print_path, reported
+from racdeploy.cli.options import JsonOpt
+from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
+
+
+@reported
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An exported file, a model folder, or a bundle.")],
+    json_output: JsonOpt = False,
+) -> None:
+    """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
+    from racdeploy.bundles.inspect import inspect_path
+    from racdeploy.report.tables import Table
+    from racdeploy.report.terminal import print_table
+
+    found = inspect_path(path)
+    if json_output:
+        print_json(found)
+        return
+
+    for key, value in found["summary"].items():
+        out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+    rows = [
+        (
+            row["name"],
+            " × ".join(map(str, row["shape"])),
+            row["type"],
+            f"{row['bits']:.2f}",
+            "unknown" if row["zeros"] is None else f"{row['zeros']:.1%}",
+            row["packing"],
+            f"{row['size_bytes']:,}",
+        )
+        for row in found["tensors"]
+    ]
+    columns = ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
+    print_table(Table("", columns, tuple(rows)), out)
+
+
+@reported
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A packed file, as .racgguf.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="File to write; default: beside it.")
+    ] = None,
+    json_output: JsonOpt = False,
+) -> None:
+    """Write the plain file that a packed one stands for."""
+    from racdeploy import export as exports
+    from racdeploy.storage.files import file_sha256
+
+    if not exports.format_of(file):
+        known = ", ".join(plugins.names("formats"))
+        raise UsageError(
+            f"the name of {file} is of no format",
+            remedy=f"formats are {known}; see racdeploy inspect",
+        )
+    plain = exports.load(exports.format_of(file)).unpack(file, out_file)
+
+    details: dict[str, object] = {"path": str(plain), "size_bytes": plain.stat().st_size}
+    if json_output:  # the hash was compared with the packed file's while it was written
+        details["sha256"] = file_sha256(plain)
+    print_path(plain, details, json_output)
+
+
+@reported
+def targets(json_output: JsonOpt = False) -> None:
+    """List the deployment targets."""
+    from racdeploy.targets import Target
+
+    found = [Target.read(name) for name in Target.names()]
+    if json_output:
+        print_json({target.name: target.model_dump() for target in found})
+        return
+
+    for target in found:
+        pattern = target.pattern if target.sparsity is None else f"{target.sparsity:.0%} zeros"
+        limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
+        line = f"{target.name:<16}{target.format}, {target.quant}, {pattern}, {limits}"
+        out.print(line, soft_wrap=True)
+        out.print(f"{'':<16}{target.why}", style="dim", soft_wrap=True)
+
+
+@reported
+def list_plugins(json_output: JsonOpt = False) -> None:
+    """List every plugin by kind."""
+    found = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
+    if json_output:
+        print_json(found)
+        return
+    for kind, names in found.items():
+        out.print(f"{kind}: {', '.join(names)}", soft_wrap=True)
+
+
+@reported
+def init(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="File to write; default: recipe.toml, or racdeploy-gate.toml."),
+    ] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Write a gate file instead.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented recipe, or a commented gate file."""
+    from racdeploy.recipe import EXAMPLE
+    from racdeploy.storage.files import write_atomic
+    from racdeploy.verify.gate import GATE_EXAMPLE
+
+    file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists", remedy="name another file, or add --force")
+
+    write_atomic(file, GATE_EXAMPLE if gate else EXAMPLE)
+    out.print(file)
+    next_step = f"verify BUNDLE --gate {file}" if gate else f"build --recipe {file}"
+    err.print(f"next: racdeploy {next_step}", markup=False)
+
+
+@reported
+def doctor(json_output: JsonOpt = False) -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    from racdeploy.doctor import examine
+
+    findings = examine()
+    if json_output:
+        print_json({"findings": findings})
+    else:
+        for finding in findings:
+            line = f"{finding['state']:>8}  {finding['what']}: {finding['detail']}"
+            out.print(line, markup=False, soft_wrap=True)
+    if any(finding["state"] == "missing" for finding in findings):
+        raise typer.Exit(EnvironmentFailure.exit_code)
+
+
+@reported
+def build_kernels(json_output: JsonOpt = False) -> None:
+    """Compile the kernels for sparse weights into the user's cache, and prove them on this machine.
+
+    For llama.cpp and for onnxruntime, whichever are installed.
+    """
+    from racdeploy import accel
+
+    built = accel.build_installed()
+    refusals = [f"{engine}: {made.refusal}" for engine, made in built.items() if made.refusal]
+    if json_output:
+        found = {
+            engine: asdict(made) | {"library": str(made.library or "")}
+            for engine, made in built.items()
+        }
+        print_json(found)
+        raise typer.Exit(EngineError.exit_code if refusals else 0)
+
+    for engine, made in built.items():
+        if made.library:
+            out.print(made.library, soft_wrap=True)
+        for quant, speedups in made.speedups.items():
+            cells = ", ".join(
+                f"{speedup:.2f}× at {float(zeros):.0%} zeros" for zeros, speedup in speedups.items()
+            )
+            line = f"{engine}, {quant}: {cells}, one token on one thread"
+            err.print(line, markup=False, soft_wrap=True)
+    if refusals:
+        raise EngineError(
+            f"kernels are not used: {'; '.join(refusals)}",
+            remedy="everything runs without them, too",
+        )

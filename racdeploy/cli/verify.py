@@ -1,0 +1,88 @@
+"""The command that verifies a finished bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from racdeploy.cli.console import finish, print_plan, progress_bars, reported
+from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt
+from racdeploy.errors import UsageError
+
+Questions = Literal["chat", "completions"]  # bundles.served.ServerApi, whose import takes longer
+
+
+@reported
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    gate: GateOpt = None,
+    tier: TierOpt = "",
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Dense artifact to run too, or another bundle of the same dense model."),
+    ] = None,
+    server: Annotated[
+        str,
+        typer.Option(help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1."),
+    ] = "",
+    server_model: Annotated[str, typer.Option(help="Name that the server gives the model.")] = "",
+    server_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the server's key.")
+    ] = "",
+    server_api: Annotated[
+        Questions, typer.Option(help="chat asks as users do; completions sends token ids.")
+    ] = "chat",
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")
+    ] = False,
+    work: WorkOpt = None,
+    accel: AccelOpt = "auto",
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
+    reports: Annotated[
+        Path | None, typer.Option("--reports", help="Folder for the report in every form.")
+    ] = None,
+    exit_zero: Annotated[
+        bool, typer.Option("--exit-zero", help="Report only: a verdict is no exit code.")
+    ] = False,
+    threads: ThreadsOpt = 0,
+    json_output: JsonOpt = False,
+) -> None:
+    """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
+    from racdeploy.bundles.bundle import Bundle
+    from racdeploy.bundles.served import Server, ServerAnswerer
+    from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
+    from racdeploy.report import html, junit
+    from racdeploy.report.files import write_reports
+    from racdeploy.storage.caches import default_work
+    from racdeploy.storage.files import write_atomic
+
+    if not server and (server_model or server_key_env):
+        raise UsageError(
+            "--server-model and --server-key-env belong to --server",
+            remedy="add --server http://…/v1",
+        )
+    for file in (junit_file, html_file):
+        if file and not file.resolve().parent.is_dir():
+            raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
+
+    with progress_bars() as progress:
+        judged = Bundle(bundle, gate, tier)
+        mode = "off" if server else accel
+        local = ArtifactAnswerer(judged, work or default_work(), threads, mode, progress)
+        asked = Server(server, server_model, server_key_env, server_api)
+        again = Reverification(local, ServerAnswerer(local, asked) if server else None, baseline)
+        if show_plan:
+            print_plan(again.plan(), json_output)
+            return
+        report, records = again.run()
+
+    if junit_file:
+        write_atomic(junit_file, junit.render(report))
+    if html_file:
+        write_atomic(html_file, html.render(report, records))
+    if reports:
+        write_reports(reports, report, records)
+    finish(report, json_output, "", again.gate, exit_zero)

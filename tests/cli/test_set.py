@@ -1,0 +1,96 @@
+"""``--set PART.KEY=VALUE``: every key of the recipe, checked like a recipe, before anything heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.cli.app import app
+from racdeploy.cli.options import BuildOptions
+from racdeploy.recipe import Recipe
+from tests.support.commands import environment
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+DEFAULTS = dict(_leaves(Recipe.combine(None, {}).model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if value is not None])
+def test_every_key_of_a_recipe_is_reached(key: str) -> None:
+    """Its own value, written as TOML, gives the same recipe."""
+    value = json.dumps(DEFAULTS[key])
+    asked = BuildOptions(assignments=[f"{key}={value}"]).resolve()
+    assert asked == Recipe.combine(None, {})
+
+
+def test_values_are_set_over_other_options() -> None:
+    """Also where an option, or another ``--set``, says something else; tables are merged."""
+    options = BuildOptions(
+        sparsity=0.3,
+        quant="q8_0",
+        assignments=[
+            "prune.sparsity=0.6",
+            'export.quant="q4_k"',
+            'prune.dense=["down_proj$"]',
+            "gate.accuracy.margin=0.1",
+            "calibration.weights={thinking=2.0}",
+            "prune.refit_steps=30",
+            "prune.refit_steps=40",
+        ],
+    )
+    recipe = options.resolve()
+    assert (recipe.prune.sparsity, recipe.export.quant) == (0.6, "q4_k")
+    assert (recipe.prune.dense, recipe.prune.refit_steps) == (("down_proj$",), 40)
+    assert recipe.gate == {"accuracy": {"margin": 0.1}}
+    assert recipe.calibration.weights.thinking == 2.0
+
+
+@pytest.mark.parametrize("command", ["build", "traces", "prune"])
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("prune.sparsty=0.5", "unknown key 'prune.sparsty' (did you mean 'sparsity'?)"),
+        ("prune.sparsity=1.5", "prune.sparsity: Input should be less than 1 (got 1.5)"),
+        ("prune.sparsity=a lot", "is not PART.KEY=VALUE in TOML"),
+        ("prune.method=admm", "put text in double quotes"),
+        ("prune.sparsity", "is not PART.KEY=VALUE in TOML"),
+        ('prune.method="sparsgpt"', "did you mean 'sparsegpt'"),
+    ],
+)
+def test_a_wrong_value_is_refused_like_a_recipes(
+    command: str, assignment: str, complaint: str
+) -> None:
+    """With the nearest known key, or how a value is written."""
+    done = CliRunner().invoke(app, [command, "--set", assignment, "--json"])
+    assert done.exit_code == 2
+    said = json.loads(done.stdout)
+    assert complaint in f"{said['error']} {said['remedy']}"
+
+
+def test_a_wrong_value_is_refused_before_torch_is_imported() -> None:
+    """In a process of its own, which lists what it has imported."""
+    code = (
+        "import sys\n"
+        "from racdeploy.cli.app import app\n"
+        "try:\n    app(['build', '--set', 'prune.sparsty=0.5'])\n"
+        "finally:\n    print(' '.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2
+    assert "did you mean 'sparsity'" in done.stderr
+    assert {"torch", "transformers"}.isdisjoint(done.stdout.split())
