@@ -46,7 +46,6 @@ class Activations:
                 stream.truncate(spilled)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Return the tensor of a batch; it was set before."""
         if index not in self._offsets:
             return self._kept[index]
         shape, offset = self._shapes[index], self._offsets[index]
@@ -54,7 +53,6 @@ class Activations:
         return torch.from_numpy(values).view(shape)
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
-        """Replace the tensor of a batch."""
         assert hidden.shape == self._shapes[index], f"batch {index} is {self._shapes[index]}"
         hidden = hidden.cpu()
         if index not in self._offsets:

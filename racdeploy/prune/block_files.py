@@ -30,7 +30,6 @@ class BlockFiles:
         self._processes = processes
 
     def is_finished(self, index: int) -> bool:
-        """Return whether an earlier run finished a block."""
         return self._processes.ask_first(self._report(index).is_file)
 
     def weights(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,7 +50,6 @@ class BlockFiles:
         return self._processes.spread(zero_OI)
 
     def rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
-        """Return what is reported of a finished block."""
         found = self._processes.ask_first(lambda: read_json(self._report(index)))
         linears = [LinearRow.model_validate(row) for row in found["linears"]]
         return linears, BlockRow.model_validate(found["block"])
@@ -75,7 +73,6 @@ class BlockFiles:
         write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
 
     def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:
-        """Write what is reported of a block, which finishes it."""
         if self._processes.first:
             values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
             write_atomic(self._report(index), json.dumps(values, indent=1))

@@ -79,7 +79,6 @@ class Blocks:
         return f"{self.checkpoint.family.blocks}.{index}"
 
     def empty(self, index: int) -> nn.Module:
-        """Return a block on the meta device."""
         return self._model.get_submodule(self.prefix(index))
 
     def load(self, index: int) -> nn.Module:
@@ -91,7 +90,6 @@ class Blocks:
         return block
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the CPU where the blocks are."""
         return tensor.to(self.device)
 
     def forward(

@@ -170,7 +170,6 @@ class _Walk:
     def _restore_block(
         self, index: int, dense: nn.Module, sparse: nn.Module
     ) -> tuple[list[LinearRow], BlockRow]:
-        """Read a finished block, and advance the hidden states."""
         prefix = self.blocks.prefix(index)
         for name, weight_OI in self.files.weights(index):
             put(sparse, name.removeprefix(f"{prefix}."), self.blocks.place(weight_OI))

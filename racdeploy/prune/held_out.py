@@ -37,7 +37,6 @@ class RelativeError:
         self._energy_XR.index_put_(place, energy_BT.cpu()[real_BT], accumulate=True)
 
     def share(self, processes: Processes) -> None:
-        """Add up what the processes of a job measured."""
         processes.total(self._lost_XR)
         processes.total(self._energy_XR)
 

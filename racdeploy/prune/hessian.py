@@ -74,8 +74,8 @@ class Hessian:
         )
 
     def solve(self, right_OI: torch.Tensor) -> torch.Tensor:
-        """Return ``right_OI`` H⁻¹."""
-        return right_OI @ self.inverse_factor_II.T @ self.inverse_factor_II
+        factor_II = self.inverse_factor_II
+        return right_OI @ factor_II.T @ factor_II
 
     @cached_property
     def scale_I(self) -> torch.Tensor:

@@ -114,14 +114,14 @@ class Within:
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
         """Return keep_OI of the pattern."""
-        return self.pattern.keep_per_output(score_OI.masked_fill(self.gone_OI, -1.0))
+        score_OI = score_OI.masked_fill(self.gone_OI, -1.0)
+        return self.pattern.keep_per_output(score_OI)
 
     def group(self, column_block: int) -> int:
         """Return the pattern's width."""
         return self.pattern.group(column_block)
 
     def check(self, name: str, inputs: int) -> None:
-        """Refuse what the pattern refuses."""
         self.pattern.check(name, inputs)
 
 

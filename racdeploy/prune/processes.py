@@ -56,8 +56,10 @@ class Processes:
 
     def owners(self, costs: Sequence[int]) -> list[int]:
         """Return a process for each piece of work: the largest first, to whoever has least."""
-        loads, owners = [0] * self.count, [0] * len(costs)
-        for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        loads = [0] * self.count
+        owners = [0] * len(costs)
+        largest_first = sorted(range(len(costs)), key=lambda index: -costs[index])
+        for index in largest_first:
             owner = loads.index(min(loads))
             owners[index] = owner
             loads[owner] += costs[index]
@@ -65,7 +67,8 @@ class Processes:
 
     def mine(self, costs: Sequence[int]) -> list[int]:
         """Return the indices of the pieces of work that this process does."""
-        return [index for index, owner in enumerate(self.owners(costs)) if owner == self.rank]
+        owners = self.owners(costs)
+        return [index for index, owner in enumerate(owners) if owner == self.rank]
 
     def total(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
         """Add up a tensor over all processes, in place, in those that own it.
@@ -217,7 +220,6 @@ def join_processes() -> Iterator[Processes]:
 
 
 def _is_one_of_several() -> bool:
-    """Return what torchrun's variables say."""
     if not all(os.environ.get(name) for name in _ENVIRONMENT):
         return False
     return os.environ["WORLD_SIZE"] != "1"

@@ -44,7 +44,6 @@ class PrunedLinear:
         )
 
     def row(self, name: str, sparsity: float, quant: str) -> LinearRow:
-        """Return what is reported of it."""
         reached = float((self.stored_OI == 0).float().mean())
         rounded = quant and reached > sparsity
         return LinearRow(

@@ -115,7 +115,8 @@ class _Search:
 
     def recompute_pull(self) -> None:
         """Compute the pull on every column from the weights."""
-        torch.matmul(self.target_OI - self.weight_OI, self.H_II, out=self.pull_OI)
+        off_OI = self.target_OI - self.weight_OI
+        torch.matmul(off_OI, self.H_II, out=self.pull_OI)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
         """Move each weight of the columns to its best grid point; return if any moved.
@@ -157,7 +158,6 @@ class _Search:
         return moved
 
     def codes(self) -> torch.Tensor:
-        """Return code_OI."""
         step_OI = _divisor(self.step_OG).repeat_interleave(self.S, dim=1)
         return (self.weight_OI / step_OI).round_()
 

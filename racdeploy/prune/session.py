@@ -44,6 +44,5 @@ class Session:
         return [batch for batch in self.batches if not batch.held_out]
 
     def report(self, label: str, done: int) -> None:
-        """Report blocks that are done."""
         if self.progress:
             self.progress(label, done, self.blocks.checkpoint.block_count)

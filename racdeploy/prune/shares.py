@@ -46,7 +46,6 @@ def _allocate(session: Session) -> dict[str, Mapping[str, object]]:
 
 
 def _count_weights(session: Session) -> dict[str, int]:
-    """Return the number of weights of each linear that is pruned, in forward order."""
     checkpoint, sizes = session.blocks.checkpoint, dict[str, int]()
     for index in range(checkpoint.block_count):
         for linear in checkpoint.family.linears:

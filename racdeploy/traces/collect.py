@@ -131,11 +131,6 @@ def prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[T
             question=problem.question,
             gold=problem.gold,
             prompt_ids=tuple(encoder.encode(problem.question)),
-            completion_ids=(),
-            answer_from=None,
-            thinking_tokens=0,
-            truncated=False,
-            correct=False,
         )
         for index, problem in enumerate(problems)
     ]

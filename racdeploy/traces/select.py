@@ -24,7 +24,6 @@ class Selection:
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens."""
         return sum(len(trace.ids) for trace in self.calibration)
 
 

@@ -35,11 +35,11 @@ class Trace:
     question: str
     gold: str
     prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    answer_from: int | None
-    thinking_tokens: int
-    truncated: bool
-    correct: bool
+    completion_ids: tuple[int, ...] = ()
+    answer_from: int | None = None
+    thinking_tokens: int = 0
+    truncated: bool = False
+    correct: bool = False
 
     def streams(self) -> list[int]:
         """Return, for every token, the index of its stream in ``STREAMS``."""
@@ -50,7 +50,6 @@ class Trace:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Prompt and completion."""
         return self.prompt_ids + self.completion_ids
 
 
@@ -61,7 +60,6 @@ class TraceSet:
     folder: Path
 
     def shard(self, number: int) -> Path:
-        """Path of a shard."""
         return self.folder / f"shard-{number:05d}.jsonl"
 
     def append(self, number: int, traces: Sequence[Trace]) -> None:

@@ -88,9 +88,13 @@ def _interpolate(observation: Observation, grid: np.ndarray) -> np.ndarray:
     never fall, so a curve that flattens is drawn on straight.
     """
     known = np.array([float(text) for text in observation])
-    logs = np.log(np.maximum([*observation.values()], LEAST_ERROR))
-    below = logs[0] + (grid - known[0]) * (logs[1] - logs[0]) / (known[1] - known[0])
-    curve = np.exp(np.where(grid < known[0], below, np.interp(grid, known, logs)))
+    errors = np.maximum([*observation.values()], LEAST_ERROR)
+    logs = np.log(errors)
+
+    rise, run = logs[1] - logs[0], known[1] - known[0]
+    below = logs[0] + (grid - known[0]) * rise / run
+    between = np.interp(grid, known, logs)
+    curve = np.exp(np.where(grid < known[0], below, between))
 
     rises = np.maximum.accumulate(np.maximum(np.diff(curve), 0))
     return np.concatenate([curve[:1], curve[0] + np.cumsum(rises)])
