@@ -18,6 +18,7 @@ def examine() -> list[dict[str, str]]:
     findings += [_examine_package(package) for package in OPTIONAL]
     model = resolve(EMBEDDED).folder / "model.safetensors"
     findings.append(_finding("embedded model", model.is_file(), str(model)))
+
     work = default_work()
     parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
     free_gb = shutil.disk_usage(parent).free / 1e9
@@ -51,6 +52,7 @@ def _kernels() -> dict[str, str]:
             "state": "unused",
             "detail": f"models run on llama.cpp's own: {ready}",
         }
+
     library, verdict = ready
     least = ", ".join(
         f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items()

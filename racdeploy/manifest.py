@@ -104,6 +104,7 @@ class Manifest(_Entry):
                 f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
                 remedy="give the folder that racdeploy build wrote with --out",
             )
+
         try:
             manifest = cls.model_validate(read_json(file))
         except ValidationError as error:
@@ -112,6 +113,7 @@ class Manifest(_Entry):
             raise ArtifactError(
                 f"{file}: {where}: {first['msg']}", remedy="build the bundle again"
             ) from error
+
         for entry in manifest.artifacts:
             for name in (entry.path, *entry.files):
                 _check_inside(bundle, name)

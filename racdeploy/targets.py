@@ -1,4 +1,4 @@
-"""Deployment targets: places where a model will run, with defaults for a recipe and limits that bind.
+"""Deployment targets: where a model will run, defaults for its recipe, and limits that bind.
 
 A target is data, ``targets/NAME.toml``, or a TOML file of the user's.
 """
@@ -97,11 +97,13 @@ class Target(BaseModel):
                 remedy=f"it runs {', '.join(self.allowed_formats)}; "
                 "choose another target or format",
             )
+
         if self.allowed_quants and quant not in self.allowed_quants:
             raise UsageError(
                 f"target {self.name!r} does not take quant {quant!r}: {self.why}",
                 remedy=f"it takes {', '.join(self.allowed_quants)}",
             )
+
         if context_tokens > self.context_tokens:
             raise UsageError(
                 f"target {self.name!r} is made for {self.context_tokens} tokens of context, "

@@ -1,4 +1,4 @@
-"""Commands that make something of a model: ``build``, and its stages ``traces``, ``prune``, ``export``."""
+"""Commands that make something of a model: ``build``, and ``traces``, ``prune``, ``export``."""
 
 from __future__ import annotations
 

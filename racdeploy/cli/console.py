@@ -1,4 +1,4 @@
-"""What the command line shares: where things are printed, progress bars, and how errors end a command."""
+"""What commands share: where things are printed, progress bars, how errors end a command."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def print_plan(plan: Mapping[str, object], json_output: bool) -> None:
 def finish(
     report: Report, json_output: bool, last_line: str, gate: Gate, exit_zero: bool = False
 ) -> None:
-    """Print a report, and end with the exit code of its verdict, or with 0 where it only reports."""
+    """Print a report and end with its verdict's exit code, or with 0 where it only reports."""
     from racdeploy.report.terminal import print_report
 
     if json_output:
@@ -120,7 +120,7 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a progress callback that draws one bar per label on a terminal, and nothing elsewhere."""
+    """Yield a progress callback: it draws a bar per label on a terminal, nothing elsewhere."""
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Commands that look, list and prepare: inspect, unpack, targets, plugins, init, doctor, accel build."""
+"""Commands that look, list and prepare, from ``inspect`` to ``accel build``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The stages in order, and the only place that knows it: traces → prune → export → verify → bundle.
 
-Every stage leaves a folder addressed by the hash of what decides its content, so that a finished one
-is reused and an interrupted one is resumed.
+Every stage leaves a folder addressed by the hash of what decides its content, so that a finished
+one is reused and an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Build:
     def _check_artifacts(
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
     ) -> Findings:
-        """Stop the build at the first artifact that computes something else than the pruned model."""
+        """Stop the build at the first artifact that computes something else than its model."""
         checkpoint = Checkpoint(model.folder)
         jobs = (self.job, *self.job.siblings)
         found = [

@@ -1,6 +1,7 @@
 """Write a bundle: everything a device needs to run the model, and everything that was measured.
 
-Schema version 1 of ``racdeploy.json`` is :class:`racdeploy.manifest.Manifest`. The folder appears whole or not at all.
+Schema version 1 of ``racdeploy.json`` is :class:`racdeploy.manifest.Manifest`. The folder appears
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Artifact:
 class Contents:
     """What goes into a bundle; the first artifact is the one that was compared with the dense model.
 
-    ``sparsity`` is what the model was pruned to, which is less than the recipe's where a step was ``undone``;
+    ``sparsity`` is what the model was pruned to, less than the recipe's where a step was ``undone``;
     ``sparsity_asked`` is the same over all prunable weights, those that stay dense too.
     """
 
@@ -116,8 +117,9 @@ def check_replaceable(out: Path) -> None:
 
 
 def write(out: Path, contents: Contents) -> Manifest:
-    """Write the bundle folder; an older bundle of that name is replaced when the new one is whole."""
+    """Write the bundle folder; an older one of that name is replaced when the new one is whole."""
     out = out.resolve()
+
     with atomic_folder(out) as scratch:
         for artifact in contents.artifacts:
             for name, place in artifact.files.items():
@@ -126,6 +128,7 @@ def write(out: Path, contents: Contents) -> Manifest:
         for name in TOKENIZER_FILES:
             if (contents.checkpoint.folder / name).is_file():
                 shutil.copyfile(contents.checkpoint.folder / name, scratch / name)
+
         manifest = _manifest(scratch, contents)
         texts = {
             MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
@@ -144,6 +147,7 @@ def write(out: Path, contents: Contents) -> Manifest:
                 record.model_dump_json() + "\n" for record in contents.records
             ),
         }
+
         for name, text in texts.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
@@ -156,6 +160,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
     names = find_tag_names(encoder)
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     generation = _own_generation(checkpoint)
+
     return Manifest(
         racdeploy_version=__version__,
         base={
@@ -217,6 +222,7 @@ def _headline(report: Report) -> dict[str, Any]:
         }
         for arm in report.arms
     }
+
     if comparison:
         headline["drop"], headline["length_ratio"] = comparison.drop, comparison.length_ratio
     return headline
@@ -226,6 +232,7 @@ def _card(manifest: Manifest, contents: Contents) -> str:
     """Return a model card with Hub metadata in front of the report."""
     entry, prune = manifest.artifacts[0], contents.recipe.prune
     form = export.load(entry.format)
+    stored = [f"{each.format} {each.quant}" for each in manifest.artifacts]
     license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] else []
     base = manifest.base["model"] if contents.model.on_hub else manifest.base["name"]
     front = [
@@ -239,14 +246,16 @@ def _card(manifest: Manifest, contents: Contents) -> str:
         f"tags: [racdeploy, sparse, reasoning, {entry.format}]",
         "---",
     ]
+
     return "\n".join(
         [
             *front,
             f"# {contents.artifacts[0].name}",
             "",
-            f"{manifest.base['name']}, pruned with {prune.method} to {contents.sparsity:.0%} zeros ({prune.pattern}), "
+            f"{manifest.base['name']}, pruned with {prune.method} "
+            f"to {contents.sparsity:.0%} zeros ({prune.pattern}), "
             f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
-            f"stored as {', and as '.join(f'{entry.format} {entry.quant}' for entry in manifest.artifacts)}.",
+            f"stored as {', and as '.join(stored)}.",
             *(
                 [f"The recipe asked for {prune.sparsity:.0%}: {contents.undone}."]
                 if contents.undone

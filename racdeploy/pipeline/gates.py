@@ -1,8 +1,8 @@
-"""Gates between the export and the long evaluation: a wrong file stops the build, which says where it is wrong.
+"""Gates between the export and the long evaluation: a wrong file stops the build at once.
 
-Token ids of hard strings come first. Then come the logits of the same checkpoint as an F32 file, which
-only the order of sums may tell from torch's, and those of the artifact itself. So a wrong tensor is
-told from a coarse number format. Every engine runs in a child process or is torch.
+Token ids of hard strings come first. Then come the logits of the same checkpoint as an F32 file,
+which only the order of sums may tell from torch's, and those of the artifact itself. So a wrong
+tensor is told from a coarse number format. Every engine runs in a child process or is torch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ F32_LIMIT = 1e-4
 Sums in another order make 1e-6.
 """
 LOOKED_UP_LIMIT = 2**-10
-"""The same where a table is looked up: an input that an error of 1e-7 rounds the other way changes by
-2^-11, and its value is rounded by as much again. Half of the positions keep :data:`F32_LIMIT` there."""
+"""The same where a table is looked up: an input that an error of 1e-7 rounds the other way changes
+by 2^-11, and its value is rounded by as much again. Half of the positions keep :data:`F32_LIMIT`."""
 _WIDER = "choose a wider quant; if it stays, report the model: a tensor is wrong"
 
 

@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(?:^|-)(?:\d+x)?\d+(?:\.\d+)?[KMBT](?=-|$)", re.IGNORECASE)
 
 
 def name_artifact(job: Job) -> str:
-    """Return the file name of the exported artifact, without suffix; the rule is GGUF's for every format."""
+    """Return the artifact's file name without suffix, by GGUF's rule for every format."""
     return f"{name_model(job)}-v1.0-{job.recipe.export.quant.upper()}"
 
 
@@ -33,7 +33,7 @@ def name_model(job: Job) -> str:
 
 
 def place_export(model: str, settings: Export) -> Path:
-    """Return where a model is exported to by default: a file, or a folder for a format of several."""
+    """Return where a model is exported to by default: a file, or a folder of several."""
     name = f"{model}-{settings.quant}"
     form = export.load(settings.format)
     place = Path(form.artifact_path(name, settings.quant, settings.packing))
@@ -41,7 +41,7 @@ def place_export(model: str, settings: Export) -> Path:
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, as a name says it: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
+    """Return what is done to a model, as names have it: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
     prune = recipe.prune
     how = recipe.calibration.source if prune.method == "sparsegpt" else prune.method
     if prune.kept_of:

@@ -1,4 +1,4 @@
-"""What is looked at before any work: whatever would go wrong later, and the plan of power and bytes."""
+"""Checks before any work: whatever would go wrong later, and the plan of power and bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Child processes that run a module of this Python: how they are started, and what is reported of their end.
+"""Child processes that run a module of this Python: how they start, and how they ended.
 
-The command line has ``-P``, so that no file of the current folder is imported in place of a package.
+The command line has ``-P``: no file of the current folder is imported in place of a package.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Outcome:
 
     Args:
         value: the JSON value of the last line of its stdout, or None where it is none.
-        failure: why there is no result, as ``died with SIGSEGV: it wrote nothing``; empty after exit code 0.
+        failure: why there is no result, as ``died with SIGSEGV: it wrote nothing``, or empty.
     """
 
     value: Any
@@ -39,7 +39,7 @@ def command(module: str, *arguments: object) -> list[str]:
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment; a child with it imports what this one can, racdeploy above all."""
+    """Return this process's environment, with which a child imports what this one can."""
     root = str(Path(racdeploy.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, *sys.path]))
     return {**os.environ, "PYTHONPATH": path, **(variables or {})}

@@ -37,7 +37,8 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write {where}: {error.strerror}",
-            remedy=f"free some space or choose another place than {where.parent}, then run the same command",
+            remedy=f"free some space or choose another place than {where.parent}, "
+            "then run the same command",
         ) from error
 
 
@@ -59,16 +60,18 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise EnvironmentFailure(
-            f"{folder} has {free_bytes / 1e6:.0f} MB free and {needed_bytes / 1e6:.0f} MB are needed",
+            f"{folder} has {free_bytes / 1e6:.0f} MB free "
+            f"and {needed_bytes / 1e6:.0f} MB are needed",
             remedy=f"free some space, or {remedy}",
         )
 
 
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[BinaryIO]:
-    """Yield a stream; what was written takes the name ``file`` when the body succeeds, and is on the disk then.
+    """Yield a stream; what was written is on the disk as ``file`` when the body succeeds.
 
-    The partial file has this process's number in its name, so that two processes may write the same file. It is locked.
+    The partial file is locked and has this process's number in its name, so that two processes may
+    write the same file.
     """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with disk_errors(file):
@@ -77,6 +80,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
                 with contextlib.suppress(OSError):  # not every file system has locks
                     _lock(stream)
                 yield stream
+
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(file)
@@ -87,8 +91,8 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
 def remove_leftovers(file: Path) -> None:
     """Remove partial files of :func:`atomic_file` whose processes were killed.
 
-    Those of another machine or container have no process here, so the lock must be free too; where one cannot be told,
-    the file stays.
+    Those of another machine or container have no process here, so the lock must be free too. Where
+    one cannot be told, the file stays.
     """
     for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
         number = partial.name[len(file.name) + 2 : -len(".partial")]
@@ -140,7 +144,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 retired.replace(folder)
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
+
             yield scratch
+
             if folder.exists():
                 folder.replace(retired)
             scratch.replace(folder)

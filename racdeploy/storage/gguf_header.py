@@ -1,7 +1,7 @@
 """Read the header of a GGUF file and trust none of it.
 
-Every count and length is compared with the size of the file before it is used. As strict as ggml: little-endian, no
-arrays of arrays, and tensors exactly where llama.cpp expects them.
+Every count and length is compared with the size of the file before it is used. As strict as ggml:
+little-endian, no arrays of arrays, and tensors exactly where llama.cpp expects them.
 Source: ggml/docs/gguf.md and ``gguf_init_from_file`` in gguf.cpp.
 """
 
@@ -118,10 +118,11 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
         versions: those that are accepted; 2 and 3 differ in nothing that is read here.
 
     Raises:
-        ArtifactError: not a GGUF file that can be read, or a damaged one; the message names the file.
+        ArtifactError: not a GGUF file that can be read, or a damaged one, by name.
     """
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file", remedy="give a .gguf or .racgguf file")
+
     size_bytes = path.stat().st_size
     try:
         if size_bytes < FIXED_BYTES:
@@ -154,9 +155,11 @@ class _Reader:
             self._fail(
                 f"it is of version {version:#x}{turned}; what can be read is little-endian, {asked}"
             )
+
         tensors, keys = self._number("Q"), self._number("Q")
         if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self._size_bytes:
             self._fail(f"{tensors} tensors and {keys} keys do not fit into it")
+
         values: dict[str, Value] = {}
         starts: dict[str, int] = {}
         for _ in range(keys):
@@ -165,6 +168,7 @@ class _Reader:
                 self._fail(f"the key {key[:80]!r} is there twice, or empty")
             starts[key], values[key] = start, self._value(self._number("I"))
         starts[""] = self._at
+
         alignment = values.get("general.alignment", 32)
         if (
             type(alignment) is not int
@@ -172,6 +176,7 @@ class _Reader:
             or alignment & (alignment - 1)
         ):
             self._fail(f"the alignment {alignment!r} is no power of two")
+
         infos = self._infos(tensors)
         data_start = padded(self._at, alignment)
         return Header(
@@ -203,7 +208,8 @@ class _Reader:
             size_bytes = tensor_bytes(shape, ggml_type)
             if offset != expected or data_start + offset + size_bytes > self._size_bytes:
                 self._fail(
-                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}, or outside the file"
+                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}, "
+                    "or outside the file"
                 )
             tensors.append(TensorInfo(name, shape, ggml_type, size_bytes, data_start + offset))
             expected = padded(offset + size_bytes, alignment)

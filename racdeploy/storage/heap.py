@@ -1,7 +1,7 @@
 """Keep glibc from returning freed tensors to the kernel.
 
-PyTorch on CPU allocates each activation anew. With glibc's defaults every large one is mapped, zeroed and
-unmapped again, which makes training and pruning of small models 5 to 10 times slower.
+PyTorch on CPU allocates each activation again. With glibc's defaults every large one is mapped,
+zeroed and unmapped, which makes training and pruning of small models 5 to 10 times slower.
 Source: mallopt(3).
 """
 

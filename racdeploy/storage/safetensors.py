@@ -37,6 +37,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
         raise ModelError(
             f"{file} is missing", remedy="racdeploy reads safetensors; convert .bin files first"
         )
+
     size_bytes = file.stat().st_size
     damaged = ModelError(
         f"{file} is truncated or not a safetensors file", remedy="copy or download it again"
@@ -49,6 +50,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise damaged from error
+
     if not isinstance(header, dict):
         raise damaged
     header.pop("__metadata__", None)

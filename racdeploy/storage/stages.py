@@ -1,4 +1,4 @@
-"""Folders of stages: found by what decides their content, worked in by one process, resumed after a kill.
+"""Folders of stages: found by what decides their content, used by one process, resumed after a kill.
 
 A finished one carries ``stage.json`` and is reused. What a killed run left under other inputs is
 neither resumed nor removed: a line about it is the caller's to print.

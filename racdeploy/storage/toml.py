@@ -1,4 +1,4 @@
-"""TOML that users write: read, merged, and validated with messages that name the nearest known key."""
+"""TOML that users write: read, merged, and validated; messages name the nearest known key."""
 
 from __future__ import annotations
 
