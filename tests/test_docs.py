@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy import plugins
+from tests.support.documents import FILES, rewrite
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
@@ -36,6 +37,13 @@ def test_the_listed_plugins_are_the_installed_ones(file: Path) -> None:
     """A document lists what ``racdeploy plugins`` prints."""
     installed = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
     assert installed == _listed_plugins(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_generated_parts_are_those_of_the_code(file: Path) -> None:
+    """Tree, listing and examples: ``python -m tests.support.documents`` writes them again."""
+    text = file.read_text(encoding="utf-8")
+    assert text == rewrite(text), "run python -m tests.support.documents"
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=_name)

@@ -74,6 +74,7 @@ def _describe(name: str, file: Path, depth: int) -> str:
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(docstring.partition("\n\n")[0].split())
     sentence = re.split(r"(?<=[.?!]) ", paragraph)[0]
+    sentence = re.sub(r":\w+:`[\w.]*?(\w+)`", r"\1", sentence).replace("``", "")
 
     start = f"{'  ' * depth}{name}".ljust(SUMMARY_COLUMN)
     indent = " " * SUMMARY_COLUMN
