@@ -6,6 +6,7 @@ What is in a file is for its format to say; zeros are counted in the dequantized
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,9 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         weight = checkpoint.read_raw(name)
         zeros = 1 - np.count_nonzero(weight) / weight.size
         tensors.append(
-            {
-                "name": name,
-                "shape": list(entry.shape),
-                "type": entry.dtype.lower(),
-                "zeros": float(zeros),
-                "size_bytes": entry.stop - entry.start,
-                "packing": "plain",
-            }
+            export.MeasuredTensor(
+                name, entry.shape, entry.dtype.lower(), float(zeros), entry.stop - entry.start
+            )
         )
 
     summary = {
@@ -127,21 +123,22 @@ def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
     return f"{name}, {sum(file.stat().st_size for file in files)} bytes"
 
 
-def _add_totals(summary: dict[str, Any], tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -> dict[str, Any]:
     """Return summary and rows with bits a weight, and zeros over all tensors that have a count."""
     rows = []
     weights = size_bytes = counted = unknown = 0
     zeros = 0.0
     for row in tensors:
-        count = math.prod(row["shape"])
-        rows.append({**row, "bits": 8 * row["size_bytes"] / count if count else 0.0})
+        count = math.prod(row.shape)
+        bits = 8 * row.size_bytes / count if count else 0.0
+        rows.append({**asdict(row), "shape": list(row.shape), "bits": bits})
         weights += count
-        size_bytes += row["size_bytes"]
-        if row["zeros"] is None:
+        size_bytes += row.size_bytes
+        if row.zeros is None:
             unknown += 1
         else:
             counted += count
-            zeros += row["zeros"] * count
+            zeros += row.zeros * count
 
     totals: dict[str, Any] = {"parameters": weights}
     if weights:

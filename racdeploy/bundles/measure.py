@@ -52,30 +52,30 @@ def measure_artifact(own: Baseline, entry: ArtifactEntry) -> MeasuredArtifact:
     prunable: set[str] = set()
     zeros = weights = 0.0
     for tensor in found:
-        name = tensor["name"]
-        if tensor["zeros"] is None:
+        name = tensor.name
+        if tensor.zeros is None:
             raise ArtifactError(
-                f"{path}: racdeploy cannot read type {tensor['type']} of {name}",
+                f"{path}: racdeploy cannot read type {tensor.type} of {name}",
                 remedy="build the bundle again with a quant of: racdeploy plugins",
             )
 
-        count = math.prod(tensor["shape"])
+        count = math.prod(tensor.shape)
         if form.is_linear(family, name):
             prunable.add(name)
-            zeros += tensor["zeros"] * count
+            zeros += tensor.zeros * count
             weights += count
 
         rows.append(
             TensorRow(
                 name=name,
                 # A tensor that the report does not list is a table of the graph's own.
-                quant_asked=entry.quant if name in reasons else tensor["type"],
-                quant_real=tensor["type"],
-                zeros=tensor["zeros"],
-                size_bytes=tensor["size_bytes"],
-                bits=8 * tensor["size_bytes"] / count,
+                quant_asked=entry.quant if name in reasons else tensor.type,
+                quant_real=tensor.type,
+                zeros=tensor.zeros,
+                size_bytes=tensor.size_bytes,
+                bits=8 * tensor.size_bytes / count,
                 reason=reasons.get(name, ""),
-                packing=tensor["packing"],
+                packing=tensor.packing,
             )
         )
 

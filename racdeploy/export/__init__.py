@@ -24,6 +24,7 @@ __all__ = [
     "ExportResult",
     "ExportedTensor",
     "Format",
+    "MeasuredTensor",
     "Progress",
     "check",
     "check_metadata",
@@ -128,6 +129,27 @@ def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:
     return zeros / sum(math.prod(tensor.shape) for tensor in linears)
 
 
+@dataclass(frozen=True)
+class MeasuredTensor:
+    """One tensor of a file of any origin, as it was found there.
+
+    Args:
+        name: in the file.
+        shape: outputs first.
+        type: its number format.
+        zeros: fraction of zeros, 0 to 1; None where they cannot be counted.
+        size_bytes: as stored.
+        packing: how it is stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    zeros: float | None
+    size_bytes: int
+    packing: str = "plain"
+
+
 class Format(Protocol):
     """A file format, as a module.
 
@@ -164,7 +186,7 @@ class Format(Protocol):
         **options: Any,
     ) -> ExportResult: ...
 
-    def measure(self, path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...
+    def measure(self, path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]: ...
 
     def is_linear(self, family: Family, name: str) -> bool: ...
 

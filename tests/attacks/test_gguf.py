@@ -322,21 +322,19 @@ def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(header + bytes(-len(header) % 32) + data.tobytes())
     _, (row,) = measure(file)
-    assert (row["shape"], row["size_bytes"]) == ([rows, row_length], data.nbytes)
+    assert (row.shape, row.size_bytes) == ((rows, row_length), data.nbytes)
     known = {int(kind): kind.name.lower() for kind in GGMLQuantizationType}
-    assert row["type"] == known.get(ggml_type, f"ggml type {ggml_type}")
+    assert row.type == known.get(ggml_type, f"ggml type {ggml_type}")
     name = f"dequantize_row_{library.ggml_type_name(ggml_type).decode()}"
-    if row["zeros"] is None:
-        assert row["type"].startswith(("ggml type", "q8_1", "q8_k", "q1_0")), (
-            "gguf-py reads this type"
-        )
+    if row.zeros is None:
+        assert row.type.startswith(("ggml type", "q8_1", "q8_k", "q1_0")), "gguf-py reads this type"
         return
     if block_weights > 1 and hasattr(library, name):
         out = np.empty(rows * row_length, np.float32)
         convert = library[name]
         convert.argtypes, convert.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
         convert(data.ctypes.data, out.ctypes.data, out.size)
-        assert row["zeros"] == pytest.approx(np.mean(out == 0))
+        assert row.zeros == pytest.approx(np.mean(out == 0))
 
 
 def test_version_2_and_gaps_in_the_metadata_are_no_damage(intact: Path, tmp_path: Path) -> None:

@@ -161,18 +161,18 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, q
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
     assert all(bool(t.reason) == (t.quant_real != t.quant_asked) for t in result.tensors)
-    rows = {row["name"]: row for row in measure(out)[1]}
+    rows = {row.name: row for row in measure(out)[1]}
     for tensor in result.tensors:
         row = rows[tensor.name]
-        assert (tensor.quant_real, list(tensor.shape)) == (row["type"], row["shape"])
-        assert (tensor.zeros, tensor.size_bytes) == (row["zeros"], row["size_bytes"])
+        assert (tensor.quant_real, tensor.shape) == (row.type, row.shape)
+        assert (tensor.zeros, tensor.size_bytes) == (row.zeros, row.size_bytes)
     assert {t.source for t in result.tensors} == set(checkpoint.entries)
     (pruned,) = (tensor for tensor in result.tensors if tensor.source == PRUNED)
     assert pruned.zeros >= 0.5
     linears = [name for name in rows if is_linear(checkpoint.family, name)]
     assert len(linears) == 7 * checkpoint.block_count
     embedding = rows["model.embed_tokens.weight"]
-    assert embedding["type"] == (quant if quant in ("f32", "f16") else "matmulnbits_8")
+    assert embedding.type == (quant if quant in ("f32", "f16") else "matmulnbits_8")
 
 
 @pytest.mark.usefixtures("chosen")
@@ -453,9 +453,9 @@ def test_a_graph_of_somebody_else_is_shown_as_it_is(built: Path) -> None:
     """Types and zeros of every initializer; nothing is known of number formats."""
     fields, rows = measure(built)
     assert fields["onnx.inputs"] == "input_ids, attention_mask"
-    found = {row["name"]: row for row in rows}
-    assert found["model.layers.0.mlp.gate_proj.MatMul.weight"]["zeros"] >= 0.5
-    assert {row["type"] for row in rows} == {"float"}
+    found = {row.name: row for row in rows}
+    assert found["model.layers.0.mlp.gate_proj.MatMul.weight"].zeros >= 0.5
+    assert {row.type for row in rows} == {"float"}
 
 
 @pytest.mark.slow

@@ -48,20 +48,20 @@ def test_the_plain_graph_stays_and_the_second_has_its_weights(
     assert packed.sha256 == plain.sha256 == file_sha256(tmp_path / "m.onnx")
     assert set(packed.files) == {"m.onnx", "m.accel.onnx", "m.accel.onnx_data"}
     assert packed.size_bytes == plain.size_bytes == (tmp_path / "m.onnx").stat().st_size
-    rows = {row["name"]: row for row in measure(tmp_path / "m.accel.onnx")[1]}
+    rows = {row.name: row for row in measure(tmp_path / "m.accel.onnx")[1]}
     bits = {"f16": 16, "matmulnbits_8": 8, "matmulnbits_4": 4}[quant]
     for tensor in packed.tensors:
         row = rows[tensor.name]
-        assert (row["packing"], row["zeros"]) == (tensor.packing, tensor.zeros)
+        assert (row.packing, row.zeros) == (tensor.packing, tensor.zeros)
         assert bool(tensor.packing_reason) == (tensor.packing == "plain")
         if tensor.packing == "plain":
-            assert row["size_bytes"] == tensor.size_bytes
+            assert row.size_bytes == tensor.size_bytes
             continue
         O, I = tensor.shape
         kept = round((1 - tensor.zeros) * O * I) * bits / 8
         heads = O * -(-I // 256) * (32 if quant == "f16" else 48)
         uneven = O * math.isqrt(I) if bits == 4 else 0  # the longer of two streams counts
-        assert kept + heads <= row["size_bytes"] <= kept + heads + 8 * (O + 1) + 128 + uneven
+        assert kept + heads <= row.size_bytes <= kept + heads + 8 * (O + 1) + 128 + uneven
     assert {tensor.packing for tensor in packed.tensors if "_proj" in tensor.name} == {"bitmask_op"}
     assert any("m.accel.onnx" in note for note in packed.notes)
 

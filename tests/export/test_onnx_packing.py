@@ -89,11 +89,11 @@ def test_packed_files_are_small_answer_alike_and_come_back(
         assert (
             sizes[0] / sizes[1] < ideal + 0.02
         )  # a few bytes a chunk, and the element in front of the values
-        rows = {row["name"]: row for row in measure(packed.path)[1]}
+        rows = {row.name: row for row in measure(packed.path)[1]}
         for before, tensor in zip(plain.tensors, packed.tensors, strict=True):
             row = rows[tensor.name]
-            assert (before.zeros, tensor.zeros) == (tensor.zeros, row["zeros"])
-            assert (tensor.packing, tensor.size_bytes) == (row["packing"], row["size_bytes"])
+            assert (before.zeros, tensor.zeros) == (tensor.zeros, row.zeros)
+            assert (tensor.packing, tensor.size_bytes) == (row.packing, row.size_bytes)
             assert bool(tensor.packing_reason) == (tensor.packing == "plain")
         assert {t.packing for t in packed.tensors if "_proj" in t.name} == {packing}
         restored = unpack(packed.path)

@@ -115,7 +115,7 @@ def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_
     reasons = {tensor.packing_reason for tensor in packed.tensors if tensor.packing == "plain"}
     assert reasons == {"only one of them is mirrored"}
     assert read_header(packed.path).values["racgguf.packing"] == "mirror"
-    measured = {row["name"]: row["packing"] for row in gguf_format.measure(packed.path)[1]}
+    measured = {row.name: row.packing for row in gguf_format.measure(packed.path)[1]}
     assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
 
     container = racgguf.Container.open(packed.path)
@@ -140,7 +140,7 @@ def test_an_onnx_graph_is_packed_named_and_unpacked_by_it(
     found = {tensor.packing: tensor for tensor in packed.tensors}
     assert set(found) == {"plain", "mirror"}
     assert found["plain"].packing_reason == "too few zeros for a mirror"
-    measured = {row["name"]: row["packing"] for row in onnx_format.measure(packed.path)[1]}
+    measured = {row.name: row.packing for row in onnx_format.measure(packed.path)[1]}
     assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
 
     graph = onnx.load(str(packed.path)).graph

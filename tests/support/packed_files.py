@@ -68,7 +68,7 @@ def store_in_gguf(
     if out.suffix == racgguf.SUFFIX:
         restored = folder / "restored.gguf"
         racgguf.Container.open(out).unpack(restored)
-    return row["packing"], row["size_bytes"], expected, restored.read_bytes()
+    return row.packing, row.size_bytes, expected, restored.read_bytes()
 
 
 def store_in_onnx(

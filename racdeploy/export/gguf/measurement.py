@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from racdeploy import plugins, quant
 from racdeploy.errors import ArtifactError, MissingExtraError
+from racdeploy.export import MeasuredTensor
 from racdeploy.export.gguf.splits import read_parts
 from racdeploy.packing import racgguf
 from racdeploy.storage.gguf_header import GGML_SIZES, TensorInfo, Value
@@ -28,7 +30,7 @@ _TYPES = {int(kind): kind for kind in GGMLQuantizationType}
 Bytes = NDArray[np.uint8]
 
 
-def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     """Return scalar metadata and one row per tensor; see :class:`racdeploy.export.Format`.
 
     Of a model in several files the first one is given.
@@ -41,16 +43,18 @@ def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if path.suffix == racgguf.SUFFIX:
         container = racgguf.Container.open(path)
         rows = [
-            _describe(tensor, container.chunks(tensor), names)
-            | {"size_bytes": tensor.stored_bytes, "packing": tensor.packing}
+            replace(
+                _describe(tensor, container.chunks(tensor), names),
+                size_bytes=tensor.stored_bytes,
+                packing=tensor.packing,
+            )
             for tensor in container.tensors
         ]
         return _keep_scalars(container.header.values), rows
 
     parts = read_parts(path)
     rows = [
-        _describe(tensor, _read_pieces(file, tensor), names)
-        | {"size_bytes": tensor.size_bytes, "packing": "plain"}
+        replace(_describe(tensor, _read_pieces(file, tensor), names), size_bytes=tensor.size_bytes)
         for file, header in parts
         for tensor in header.tensors
     ]
@@ -59,18 +63,19 @@ def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _describe(
     tensor: TensorInfo | racgguf.StoredTensor, pieces: Iterable[Bytes], names: Mapping[int, str]
-) -> dict[str, Any]:
+) -> MeasuredTensor:
     """Return what is true of a tensor however it is stored, reading its plain bytes."""
     name = names.get(tensor.ggml_type, "")
     zeros = _count_zeros(pieces, tensor.ggml_type, name)
     known = _TYPES.get(tensor.ggml_type)
     foreign = known.name.lower() if known is not None else f"ggml type {tensor.ggml_type}"
-    return {
-        "name": tensor.name,
-        "shape": list(reversed(tensor.dimensions)),
-        "type": name or foreign,
-        "zeros": None if zeros is None else zeros / math.prod(tensor.dimensions),
-    }
+    return MeasuredTensor(
+        name=tensor.name,
+        shape=tensor.dimensions[::-1],
+        type=name or foreign,
+        zeros=None if zeros is None else zeros / math.prod(tensor.dimensions),
+        size_bytes=0,
+    )
 
 
 def _read_pieces(file: Path, tensor: TensorInfo) -> Iterator[Bytes]:

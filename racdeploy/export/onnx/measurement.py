@@ -10,6 +10,7 @@ import onnx
 
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
+from racdeploy.export import MeasuredTensor
 from racdeploy.packing.onnx.file import array_bytes, load_graph, read_array
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
@@ -20,7 +21,7 @@ from racdeploy.packing.onnx.tensors import (
 )
 
 
-def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     """Return scalar metadata and one row per tensor; see :class:`racdeploy.export.Format`.
 
     Raises:
@@ -29,21 +30,24 @@ def measure(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     model = load_graph(path)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     stored = StoredArrays(model, path)
-    rows = [_row(tensor, stored, path) for tensor in read_tensors(properties, path)]
-    rows += [_foreign_row(tensor, path) for tensor in stored.left.values()]
+    rows = [_measure(tensor, stored, path) for tensor in read_tensors(properties, path)]
+    rows += [_measure_other(tensor, path) for tensor in stored.left.values()]
+
+    names = [value.name for value in model.graph.input]
+    opsets = [f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import]
     scalars = {key: value for key, value in properties.items() if key != TENSORS_KEY}
-    inputs = ", ".join(
-        value.name for value in model.graph.input if not value.name.startswith("past_key_values.")
+    scalars["onnx.opsets"] = ", ".join(opsets)
+    scalars["onnx.inputs"] = ", ".join(
+        name for name in names if not name.startswith("past_key_values.")
     )
-    opsets = ", ".join(
-        f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import
-    )
-    return scalars | {"onnx.opsets": opsets, "onnx.inputs": inputs}, rows
+    return scalars, rows
 
 
-def _row(tensor: GraphTensor, stored: StoredArrays, path: Path) -> dict[str, Any]:
+def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredTensor:
     quant = quants.load(tensor.quant)
-    O, I = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
+    *outputs, I = tensor.shape
+    O = outputs[0] if outputs else 1
+
     arrays, size_bytes = stored.take(tensor)
     try:
         packed_OP = join_arrays(tensor, arrays)
@@ -55,25 +59,19 @@ def _row(tensor: GraphTensor, stored: StoredArrays, path: Path) -> dict[str, Any
         raise ArtifactError(
             f"{path}: {tensor.name!r} is not of shape {list(tensor.shape)} in {tensor.quant}"
         )
-    zeros = O * I - int(np.count_nonzero(quant.dequantize(packed_OP, I)))
-    return {
-        "name": tensor.name,
-        "shape": list(tensor.shape),
-        "type": tensor.quant,
-        "zeros": zeros / (O * I),
-        "size_bytes": size_bytes,
-        "packing": tensor.packing,
-    }
+
+    kept = int(np.count_nonzero(quant.dequantize(packed_OP, I)))
+    zeros = (O * I - kept) / (O * I)
+    return MeasuredTensor(
+        tensor.name, tensor.shape, tensor.quant, zeros, size_bytes, tensor.packing
+    )
 
 
-def _foreign_row(tensor: onnx.TensorProto, path: Path) -> dict[str, Any]:
+def _measure_other(tensor: onnx.TensorProto, path: Path) -> MeasuredTensor:
+    """Measure what an exporter, or another program, put into the graph."""
     values = read_array(tensor, path.parent)
-    counts = np.issubdtype(values.dtype, np.floating) and values.size
-    return {
-        "name": tensor.name,
-        "shape": list(tensor.dims),
-        "type": onnx.TensorProto.DataType.Name(tensor.data_type).lower(),
-        "zeros": 1 - np.count_nonzero(values) / values.size if counts else None,
-        "size_bytes": array_bytes(tensor),
-        "packing": "plain",
-    }
+    zeros = None
+    if np.issubdtype(values.dtype, np.floating) and values.size:
+        zeros = 1 - np.count_nonzero(values) / values.size
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    return MeasuredTensor(tensor.name, tuple(tensor.dims), kind, zeros, array_bytes(tensor))

@@ -138,11 +138,11 @@ def test_a_container_measures_like_its_file(tmp_path: Path) -> None:
     with np.errstate(all="ignore"):
         fields, rows = measure(tmp_path / "m.racgguf")
         plain_fields, expected = measure(plain)
-    assert [(r["name"], r["shape"], r["type"], r["zeros"]) for r in rows] == [
-        (r["name"], r["shape"], r["type"], r["zeros"]) for r in expected
+    assert [(r.name, r.shape, r.type, r.zeros) for r in rows] == [
+        (r.name, r.shape, r.type, r.zeros) for r in expected
     ]
-    assert [row["size_bytes"] for row in rows] == stored
-    assert {row["packing"] for row in rows} == {"bitmask"}
+    assert [row.size_bytes for row in rows] == stored
+    assert {row.packing for row in rows} == {"bitmask"}
     assert fields["general.name"] == plain_fields["general.name"]
 
 
