@@ -90,7 +90,7 @@ def check_artifact(
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
         as_engine_TV = expected_TV
-        if checkpoint.family.looked_up:
+        if checkpoint.family.table_modules:
             as_engine_TV = torch_engine.logits(ids, as_ggml=True)
 
     f32_note = _check_f32(checkpoint, settings, backend, exact, ids, as_engine_TV)
@@ -182,7 +182,7 @@ def _check_f32(
 
     error_T = np.abs(found_TV - expected_TV).max(1) / np.abs(expected_TV).max()
     limit = F32_LIMIT
-    if checkpoint.family.looked_up and np.median(error_T) <= F32_LIMIT:
+    if checkpoint.family.table_modules and np.median(error_T) <= F32_LIMIT:
         limit = LOOKED_UP_LIMIT
     if wrong := np.flatnonzero(~(error_T <= limit)).tolist():
         raise GateError(

@@ -90,7 +90,7 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     family = checkpoint.family
     hooks = []
     for block in range(checkpoint.integer("num_hidden_layers")):
-        for name in family.looked_up:
+        for name in family.table_modules:
             module = model.get_submodule(f"{family.blocks}.{block}.{name}")
             hooks.append(module.register_forward_hook(_table_gelu))
 

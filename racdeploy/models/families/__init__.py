@@ -54,8 +54,8 @@ class Family:
         window_period: every n-th block sees all tokens and the others a sliding window; 0:
             llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
-        looked_up: modules of a block, GELU, whose values ggml looks up in a table of half-precision
-            numbers.
+        table_modules: modules of a block, GELU, whose values ggml looks up in a table of
+            half-precision numbers.
 
     A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are
     computed from it.
@@ -83,7 +83,7 @@ class Family:
     embedding_scale: str = ""
     window_period: int = 0
     no_rope_period: int = 0
-    looked_up: tuple[str, ...] = ()
+    table_modules: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:

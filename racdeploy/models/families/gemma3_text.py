@@ -49,5 +49,5 @@ FAMILY = Family(
     },
     embedding_scale="root_of_hidden_size",
     window_period=6,
-    looked_up=("mlp.act_fn",),
+    table_modules=("mlp.act_fn",),
 )

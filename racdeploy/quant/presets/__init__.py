@@ -8,6 +8,7 @@ their bytes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,26 @@ class Rule:
     quant: str
     blocks: str = "all"
     reason: str = ""
+
+    def applies(self, block: int, blocks: int) -> bool:
+        """Return whether it is for a block. Source: ``use_more_bits`` in llama-quant.cpp."""
+        match self.blocks.split():
+            case ["all"]:
+                return True
+            case ["more"]:
+                eighth = blocks // 8
+                is_end = block < eighth or block >= 7 * blocks // 8
+                return is_end or (block - eighth) % 3 == 2
+            case ["first", number]:
+                share = Fraction(number)
+                is_count = share.denominator == 1
+                return block < (share if is_count else math.floor(blocks * share))
+        raise AssertionError(f"a preset has the rule {self.blocks!r} for blocks")
+
+
+_KEEP_8_BITS = Rule(
+    r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"
+)
 
 
 @dataclass(frozen=True)
@@ -79,10 +100,10 @@ class Mix:
         match = _BLOCK.match(name)
         block = int(match[1]) if match else 0
         for rule in (*self.own, *self.rules):
-            if any(re.search(rule.tensors, n) for n in names) and _applies(
-                rule.blocks, block, blocks
-            ):
-                return Choice(self.quant if rule.reason else rule.quant, rule.quant, rule.reason)
+            is_named = any(re.search(rule.tensors, each) for each in names)
+            if is_named and rule.applies(block, blocks):
+                asked = self.quant if rule.reason else rule.quant
+                return Choice(asked, rule.quant, rule.reason)
         return Choice(self.quant, self.quant, "")
 
     def check(self, names: Iterable[str]) -> None:
@@ -94,10 +115,10 @@ class Mix:
         found = list(names)
         for rule in self.own:
             if not any(re.search(rule.tensors, name) for name in found):
-                shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "0", name) for name in found))
+                kinds = dict.fromkeys(re.sub(r"\d+", "0", name) for name in found)
                 raise UsageError(
                     f"export.tensors: the pattern {rule.tensors!r} names no matrix of the file",
-                    remedy=f"their names are {shown}",
+                    remedy=f"their names are {', '.join(kinds)}",
                 )
 
 
@@ -115,29 +136,6 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
     if name in plugins.names("presets"):
         preset = plugins.load("presets", name)
         return Mix(name, preset.QUANT, own, tuple(preset.RULES))
-    rules: tuple[Rule, ...] = ()
-    if quant.load(name).BITS < _LEAST_EMBEDDING_BITS:
-        rules = (
-            Rule(
-                r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"
-            ),
-        )
-    return Mix(name, name, own, rules)
 
-
-def _applies(which: str, block: int, blocks: int) -> bool:
-    """Return whether a rule applies to a block. Source: ``use_more_bits`` in llama-quant.cpp."""
-    match which.split():
-        case ["all"]:
-            return True
-        case ["more"]:
-            eighth = blocks // 8
-            return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
-        case ["first", number]:
-            share = Fraction(number)
-            return block < (
-                int(number)
-                if share.denominator == 1
-                else blocks * share.numerator // share.denominator
-            )
-    raise AssertionError(f"a preset has the rule {which!r} for blocks")
+    is_narrow = quant.load(name).BITS < _LEAST_EMBEDDING_BITS
+    return Mix(name, name, own, (_KEEP_8_BITS,) if is_narrow else ())
