@@ -1,17 +1,17 @@
 """Continuous batching: keep every slot of the decoders busy until all sequences have ended.
 
-A step decodes one token of every running sequence of a decoder and fills the rest of the batch with
-prompts; a slot that finishes takes the next prompt. Several decoders step independently, each in
-its own thread, and take their prompts from one queue. Knows no engine: a :class:`Decoder` runs the
-batches, with the interpreter's lock released.
+A step decodes one token of every running sequence and fills the rest of the batch with prompts; a
+slot that finishes takes the next prompt. Several decoders step independently, each in its own
+thread, and take their prompts from one queue.
 Source: iteration-level scheduling, Orca (OSDI 2022).
 """
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,10 +20,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.decoding.engine import Cancel
 from racdeploy.decoding.sequence import Sequence
 
 News = list[tuple[int, list[int]]]
 """New ids of a step, by the index of their sequence."""
+OnNews = Callable[[News], None]
 
 
 class Row(NamedTuple):
@@ -36,7 +38,10 @@ class Row(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Runs batches of at most ``batch_tokens`` rows over slots, each with its own cache."""
+    """Runs batches of at most ``batch_tokens`` rows over slots, each with its own cache.
+
+    ``decode`` releases the interpreter's lock.
+    """
 
     slots: int
     batch_tokens: int
@@ -49,29 +54,26 @@ class Decoder(Protocol):
 
 
 class Batcher:
-    """Runs sequences to their end.
+    """Runs sequences to their end, in place, on decoders side by side.
 
     ``prefill_s`` and ``decode_s`` are the time in the decoders, one decoder's on average.
-
-    Args:
-        decoders: run the batches, side by side.
-        sequences: what to run; they are changed in place.
     """
 
     def __init__(self, decoders: SequenceOf[Decoder], sequences: SequenceOf[Sequence]) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
-        waiting = _Queue([s for s in sequences if s.finish_reason is None])
-        self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
         self._forced_first: News = [(s.index, list(s.ids)) for s in sequences if s.ids]
 
-    def run(self, on_news: Callable[[News], None], cancelled: Callable[[], bool]) -> None:
-        """Step until every sequence has ended or ``cancelled`` says so.
+        waiting: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
+        for sequence in sequences:
+            if sequence.finish_reason is None:
+                waiting.put(sequence)
+        self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
 
-        Args:
-            on_news: gets the new ids of each step; from the thread of a decoder where there are
-                several, one call at a time.
-            cancelled: asked before each step.
+    def run(self, on_news: OnNews, cancelled: Cancel) -> None:
+        """Step until every sequence has ended or ``cancelled``, asked before each step, says so.
+
+        Several decoders call ``on_news`` from their threads, one call at a time.
         """
         if self._forced_first:
             on_news(self._forced_first)
@@ -88,7 +90,7 @@ class Batcher:
         self.prefill_s = sum(lane.prefill_s for lane in self._lanes) / len(self._lanes)
         self.decode_s = sum(lane.decode_s for lane in self._lanes) / len(self._lanes)
 
-    def _run_together(self, on_news: Callable[[News], None], cancelled: Callable[[], bool]) -> None:
+    def _run_together(self, on_news: OnNews, cancelled: Cancel) -> None:
         one_at_a_time = threading.Lock()
         failed = threading.Event()
 
@@ -108,27 +110,15 @@ class Batcher:
             run.result()
 
 
-class _Queue:
-    """Sequences that wait for a slot, for the threads of all decoders."""
-
-    def __init__(self, sequences: SequenceOf[Sequence]) -> None:
-        self._waiting = deque(sequences)
-        self._lock = threading.Lock()
-
-    def take(self) -> Sequence | None:
-        with self._lock:
-            return self._waiting.popleft() if self._waiting else None
-
-
 class _Lane:
     """One decoder and what runs in its slots."""
 
-    def __init__(self, decoder: Decoder, queue: _Queue) -> None:
+    def __init__(self, decoder: Decoder, waiting: queue.SimpleQueue[Sequence]) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
         self.slots = decoder.slots
         self._decoder = decoder
-        self._queue = queue
+        self._waiting = waiting
         self._running: dict[int, Sequence] = {}
         self._positions = [0] * decoder.slots
         for slot in range(decoder.slots):  # the last run may have ended in the middle of a sequence
@@ -136,11 +126,13 @@ class _Lane:
 
     def fill(self, slot: int) -> None:
         """Give a slot the next sequence, if both exist."""
-        if slot < self.slots and (sequence := self._queue.take()) is not None:
-            self._running[slot] = sequence
+        if slot >= self.slots:
+            return
+        with contextlib.suppress(queue.Empty):
+            self._running[slot] = self._waiting.get_nowait()
             self._positions[slot] = 0
 
-    def run(self, on_news: Callable[[News], None], cancelled: Callable[[], bool]) -> None:
+    def run(self, on_news: OnNews, cancelled: Cancel) -> None:
         """Step until nothing runs and nothing waits."""
         while self._running and not cancelled():
             news = self._step()
@@ -159,20 +151,20 @@ class _Lane:
         The rows are in the order of their slots: llama.cpp computes neighbours together, and cuts a
         batch where a slot is skipped.
         """
-        taken = self._take_tokens()
         rows: list[Row] = []
-        up_to_date: list[tuple[Sequence, int]] = []
+        up_to_date: dict[int, Sequence] = {}  # by the place of their last row
         decoding = 0
 
-        for slot, tokens in sorted(taken.items()):
+        for slot, tokens in sorted(self._take_tokens().items()):
             sequence = self._running[slot]
-            first = self._positions[slot]
-            self._positions[slot] += len(tokens)
-            rows += [Row(token, first + i, slot, False) for i, token in enumerate(tokens)]
+            for token in tokens:
+                rows.append(Row(token, self._positions[slot], slot, False))
+                self._positions[slot] += 1
 
             if tokens and not sequence.unfed:
-                rows[-1] = rows[-1]._replace(wants_logits=True)
-                up_to_date.append((sequence, len(rows) - 1))
+                last = len(rows) - 1
+                rows[last] = rows[last]._replace(wants_logits=True)
+                up_to_date[last] = sequence
                 decoding += len(tokens) == 1
 
         started = time.perf_counter()
@@ -183,7 +175,12 @@ class _Lane:
         decode_share = decoding / len(rows)
         self.decode_s += elapsed_s * decode_share
         self.prefill_s += elapsed_s * (1.0 - decode_share)
-        return [(s.index, s.step(self._decoder.logits_V(place))) for s, place in up_to_date]
+
+        news = []
+        for place, sequence in up_to_date.items():
+            logits_V = self._decoder.logits_V(place)
+            news.append((sequence.index, sequence.step(logits_V)))
+        return news
 
     def _take_tokens(self) -> dict[int, list[int]]:
         """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""

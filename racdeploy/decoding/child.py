@@ -1,7 +1,7 @@
 """A child process that an engine lives in: requests, answers, and an honest obituary.
 
 Engines in C++ can abort the process they run in. The child gets its own session, so that Ctrl-C
-reaches the parent only; its stderr goes to a file whose tail explains a death. Knows no engine.
+reaches the parent only; its stderr goes to a file whose tail explains a death.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _UNKNOWN_CAUSE = ("see its last words", "report it, with the file that caused it
 
 
 class Child:
-    """A running worker module.
+    """A process that runs :mod:`racdeploy.decoding.worker`.
 
     Args:
-        module: dotted name, run with ``python -m``.
+        module: dotted name of what loads the model there.
         engine: what error messages call it.
     """
 
@@ -67,7 +67,7 @@ class Child:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
 
         self._process = subprocess.Popen(
-            command(module),
+            command("racdeploy.decoding.worker", module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -77,16 +77,12 @@ class Child:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        self.pid = self._process.pid
         self._stdin: BinaryIO = stdin  # type: ignore[assignment]
 
         reader = threading.Thread(target=_read, args=(stdout, self._answers), daemon=True)
         reader.start()
         self._finalizer = weakref.finalize(self, _end, self._process, reader, self._stderr)
-
-    @property
-    def pid(self) -> int:
-        """Process id of the child."""
-        return self._process.pid
 
     def ask(self, op: str, **values: Any) -> Message:
         """Send a request and return its only answer; see :meth:`converse`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.decoding.child import Child
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
+from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
 
@@ -22,21 +22,19 @@ class ChildEngine(Engine):
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
     ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the
-    child's ``peak_rss_bytes``.
+    child's ``peak_rss_bytes``. ``pid`` is the child's.
 
     Args:
-        worker: dotted name of what the child runs, see :mod:`racdeploy.decoding.worker`.
+        module: dotted name of what loads the model, see :mod:`racdeploy.decoding.worker`.
         name: what error messages call the engine.
-        path: the file to load.
-        settings: how it is loaded.
-        options: what else the worker wants to know.
+        options: what else the module wants to know.
 
     Raises:
         EngineError: impossible settings, or the engine refused the file or died of it.
     """
 
     def __init__(
-        self, worker: str, name: str, path: Path, settings: EngineSettings, **options: Any
+        self, module: str, name: str, path: Path, settings: EngineSettings, **options: Any
     ) -> None:
         if settings.context_tokens < 1 or settings.parallel < 1 or settings.threads < 0:
             raise EngineError(
@@ -45,7 +43,8 @@ class ChildEngine(Engine):
             )
         self.stats, self.about = {}, {}
         self._settings = settings
-        self._child = Child(worker, name)
+        self._child = Child(module, name)
+        self.pid = self._child.pid
 
         request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
         try:
@@ -56,17 +55,12 @@ class ChildEngine(Engine):
         self.about = dict(loaded["about"])
         self._vocabulary = int(loaded["vocabulary"])
 
-    @property
-    def pid(self) -> int:
-        """Process id of the child."""
-        return self._child.pid
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
     ) -> list[Completion]:
         """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
         check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
@@ -106,9 +100,9 @@ class ChildEngine(Engine):
                 self.stats = header.get("stats", self.stats)
                 if header["event"] == "rows":
                     start = header["start"]
-                    stop = start + header["count"]
                     values_L = np.frombuffer(payload, dtype="<f4")
-                    logits_TV[start:stop] = values_L.reshape(-1, self._vocabulary)
+                    rows_TV = values_L.reshape(-1, self._vocabulary)
+                    logits_TV[start : start + len(rows_TV)] = rows_TV
 
         return logits_TV
 

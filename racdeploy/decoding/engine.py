@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "cancelled"]
+OnTokens = Callable[[int, Sequence[int]], None]
+"""Gets the index of a sequence and its new ids, while it runs."""
+Cancel = Callable[[], bool]
+"""Asked while something runs; True ends it early."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,11 @@ class EngineSettings:
     Args:
         context_tokens: longest prompt plus completion of one sequence.
         parallel: sequences decoded together.
-        threads: CPU threads; 0 lets the engine use every core.
-        cache_dtype: number format of the key-value cache.
+        threads: 0 lets the engine use every core.
+        cache_dtype: of the key-value cache.
         flash_attention: engines differ in their default and it changes traces, so it is always set.
-        accel: whether llama.cpp and onnxruntime get :mod:`racdeploy.accel`'s kernels for sparse
-            weights: ``off``; ``auto`` where they are built and proven faster; ``require`` fails
-            where they cannot be used.
+        accel: :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``; ``auto`` where they are
+            built and proven faster; ``require`` fails where they cannot be used.
     """
 
     context_tokens: int = 4096
@@ -39,11 +42,8 @@ class EngineSettings:
 class ThinkingBudget:
     """Force the end of thinking after ``max_tokens`` thinking tokens.
 
-    Args:
-        close_ids: token ids of the close tag.
-        open_ids: token ids of the open tag.
-        max_tokens: longest thinking; the close tag is then appended as if it had been generated.
-        starts_open: whether the rendered prompt already ends inside the thinking.
+    The close tag is then appended as if it had been generated. ``starts_open`` says that the
+    rendered prompt already ends inside the thinking.
     """
 
     close_ids: tuple[int, ...]
@@ -61,11 +61,9 @@ class Sampling:
         stop_ids: end-of-sequence ids; the one that stops a completion is kept in it.
         temperature: 0 is greedy.
         top_p: smallest probability mass to sample from, in (0, 1].
-        seed: sequence ``i`` of a call draws from a generator seeded with ``(seed, i)``, whatever
-            the batching.
-        budget: thinking budget, if any.
-        streams: random stream of each sequence of a call, in place of its index; empty takes the
-            index.
+        seed: each sequence draws from a generator seeded with ``(seed, stream)``, whatever the
+            batching.
+        streams: random stream of each sequence of a call; empty takes its index.
     """
 
     max_new_tokens: int
@@ -86,7 +84,6 @@ class Completion:
     """Token ids that followed a prompt, end-of-sequence included.
 
     Args:
-        ids: generated and forced ids.
         finish_reason: ``stop`` at an end-of-sequence id, ``length`` at a cap, ``cancelled``.
         forced_at: index in ``ids`` of the first token of a forced close tag, or None.
     """
@@ -99,8 +96,7 @@ class Completion:
 class Engine(Protocol):
     """A loaded model; the end of a ``with`` block closes it.
 
-    ``stats`` is what the engine counts of its time and memory, ``about`` what it says of itself;
-    both are empty where it says nothing.
+    ``stats`` counts its time and memory, ``about`` is what it says of itself; both may be empty.
     """
 
     stats: dict[str, float]
@@ -110,17 +106,10 @@ class Engine(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
     ) -> list[Completion]:
-        """Continue every prompt.
-
-        Args:
-            prompts: token ids of each.
-            sampling: how the next ones are chosen.
-            on_tokens: gets (sequence index, new ids) while it runs.
-            cancelled: ends every sequence early once it returns True.
-        """
+        """Continue every prompt, given by its token ids."""
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return float32 logits_TV of a teacher-forced pass.

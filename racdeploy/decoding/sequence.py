@@ -1,8 +1,7 @@
 """One sequence being generated: choose a token, force the end of thinking, know when to stop.
 
-Knows nothing of engines: it is fed a row of logits and says which ids to feed back. Every engine
-uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere. The draw of
-a sequence depends on ``(seed, index)`` and its own logits only, never on what is decoded beside it.
+Every engine uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere.
+The draw of a sequence depends on its seed, its stream and its own logits only.
 Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393.
 """
 
@@ -23,13 +22,8 @@ class Sequence:
     """A prompt and the completion that grows behind it.
 
     The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of
-    the last fed token, and stops when ``finish_reason`` is set.
-
-    Args:
-        index: place of the prompt in the call; decides the random stream.
-        prompt_ids: rendered prompt.
-        sampling: how tokens are chosen.
-        context_tokens: longest prompt plus completion; the completion is capped there.
+    the last fed token, and stops when ``finish_reason`` is set. The completion is capped where it
+    and the prompt reach ``context_tokens``; ``index`` is the prompt's place in the call.
     """
 
     def __init__(
@@ -52,9 +46,6 @@ class Sequence:
 
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
         """Append the next token, and a forced close tag where the budget ends; return the new ids.
-
-        Args:
-            logits_V: float32 logits after the last fed token; not kept.
 
         Raises:
             EngineError: the logits are not numbers.
@@ -90,9 +81,9 @@ class Sequence:
         if self._budget is None:
             return
         if self._thinking_from is None:
-            if self._ends_with(self._budget.open_ids, 0):
+            if ends_with(self.ids, self._budget.open_ids):
                 self._thinking_from = len(self.ids)
-        elif self._ends_with(self._budget.close_ids, self._thinking_from):
+        elif ends_with(self.ids, self._budget.close_ids, self._thinking_from):
             self._budget = None
 
     def _force_close(self) -> None:
@@ -103,10 +94,9 @@ class Sequence:
             return
 
         close_ids = self._budget.close_ids
-        begun = len(close_ids) - 1
-        while not self._ends_with(close_ids[:begun], self._thinking_from):
-            begun -= 1
-        forced = close_ids[begun:][: self._cap - len(self.ids)]
+        begun = count_begun(self.ids, close_ids, self._thinking_from)
+        room = self._cap - len(self.ids)
+        forced = close_ids[begun:][:room]
 
         self.forced_at = len(self.ids) - begun if forced else None
         self.ids.extend(forced)
@@ -114,22 +104,29 @@ class Sequence:
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _ends_with(self, wanted: SequenceOf[int], start: int) -> bool:
-        """Return whether the ids from ``start`` on end with ``wanted``."""
-        first = len(self.ids) - len(wanted)
-        return first >= start and self.ids[first:] == list(wanted)
+
+def ends_with(ids: SequenceOf[int], wanted: SequenceOf[int], start: int = 0) -> bool:
+    """Return whether the ids from ``start`` on end with ``wanted``."""
+    first = len(ids) - len(wanted)
+    return first >= start and list(ids[first:]) == list(wanted)
+
+
+def count_begun(ids: SequenceOf[int], wanted: SequenceOf[int], start: int) -> int:
+    """Return how many of the last ids from ``start`` on may be the beginning of ``wanted``."""
+    count = len(wanted) - 1
+    while not ends_with(ids, wanted[:count], start):
+        count -= 1
+    return count
 
 
 def choose(
     logits_V: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator
 ) -> int:
-    """Choose a token: the first largest logit, or a draw from the nucleus in float64.
+    """Choose a token: the first largest logit at temperature 0, or a draw in float64.
 
     Args:
-        logits_V: float32 logits.
-        temperature: 0 is greedy.
         top_p: smallest probability mass to draw from, in (0, 1].
-        random: one number is drawn from it, none if greedy.
+        random: one number is drawn from it, none at temperature 0.
 
     Raises:
         EngineError: a logit is not a number, or all are infinite.

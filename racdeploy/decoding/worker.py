@@ -1,13 +1,14 @@
-"""The child process that holds an engine's model; knows no engine.
+"""The child process that holds a model: ``python -m racdeploy.decoding.worker MODULE``.
 
 Reads requests from stdin, answers on what was stdout, and ends when stdin ends, also in the middle
-of a computation: a dead parent leaves no child. An engine's own worker module calls :func:`serve`
-with what loads a model.
+of a computation: a dead parent leaves no child. ``MODULE`` has ``load(request, settings)``, which
+returns a :class:`LoadedModel`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import queue
 import signal
@@ -46,10 +47,6 @@ class LoadedModel(Protocol):
     def tokenize(self, text: str) -> list[int] | None:
         """Return the ids of a text, None without a tokenizer."""
         return None
-
-
-Load = Callable[[Header, EngineSettings], LoadedModel]
-"""Loads the model that a ``load`` request asks for."""
 
 
 class _Inbox:
@@ -106,8 +103,8 @@ class _Outbox:
 class _Worker:
     """Carries out the requests, one at a time."""
 
-    def __init__(self, load: Load, inbox: _Inbox, out: BinaryIO) -> None:
-        self._load_model = load
+    def __init__(self, module: str, inbox: _Inbox, out: BinaryIO) -> None:
+        self._module = module
         self._inbox = inbox
         self._out = out
         self._call = -1
@@ -143,7 +140,8 @@ class _Worker:
     def _load(self, request: Header) -> dict[str, Any]:
         started = time.perf_counter()
         settings = EngineSettings(**request["settings"])
-        self._model = self._load_model(request, settings)
+        # Imported only now: what the engine prints must not land between two frames.
+        self._model = importlib.import_module(self._module).load(request, settings)
         self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
         return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
@@ -155,7 +153,7 @@ class _Worker:
         start = 0
         while start < len(ids):
             logits_TV = self._model.teacher_forced(ids, start)
-            self._send("rows", logits_TV.astype("<f4").tobytes(), start=start, count=len(logits_TV))
+            self._send("rows", logits_TV.astype("<f4").tobytes(), start=start)
             start += len(logits_TV)
         return {}
 
@@ -172,16 +170,17 @@ class _Worker:
             lambda: self._inbox.cancelled_call == self._call,
         )
         outbox.flush()
-        for sequence in sequences:
-            sequence.cancel()
 
         self._stats["prefill_s"] += batcher.prefill_s
         self._stats["decode_s"] += batcher.decode_s
         self._stats["prompt_tokens"] += sum(map(len, prompts))
-        self._stats["generated_tokens"] += sum(len(sequence.ids) for sequence in sequences)
 
-        completions = [sequence.completion() for sequence in sequences]
-        return {"completions": [(c.ids, c.finish_reason, c.forced_at) for c in completions]}
+        completions = []
+        for sequence in sequences:
+            sequence.cancel()
+            self._stats["generated_tokens"] += len(sequence.ids)
+            completions.append((sequence.ids, sequence.finish_reason, sequence.forced_at))
+        return {"completions": completions}
 
     def _send(self, event: str, payload: bytes = b"", **values: Any) -> None:
         header = {"call": self._call, "event": event, **values}
@@ -189,12 +188,9 @@ class _Worker:
 
 
 def _read_sampling(values: Header) -> Sampling:
-    """Rebuild a :class:`Sampling` from its JSON form."""
+    """Rebuild a :class:`Sampling` from JSON, which has lists for its tuples: both do here."""
     budget = values["budget"]
-    if budget is not None:
-        tags = {key: tuple(budget[key]) for key in ("close_ids", "open_ids")}
-        budget = ThinkingBudget(**{**budget, **tags})
-    return Sampling(**{**values, "stop_ids": tuple(values["stop_ids"]), "budget": budget})
+    return Sampling(**{**values, "budget": ThinkingBudget(**budget) if budget else None})
 
 
 def _peak_rss_bytes() -> int:
@@ -215,12 +211,8 @@ def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def serve(load: Load) -> None:
-    """Keep the pipes for messages alone, then answer requests until the process ends.
-
-    Args:
-        load: imports the engine only when it is called: stdout is out of its reach by then.
-    """
+def main() -> None:
+    """Keep the pipes for messages alone, then answer requests until the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         import resource
@@ -233,6 +225,10 @@ def serve(load: Load) -> None:
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
     os.close(nowhere)
-    os.dup2(2, 1)  # whatever the engine prints must not land between two frames
+    os.dup2(2, 1)
 
-    _Worker(load, _Inbox(inbox), out).serve()
+    _Worker(sys.argv[1], _Inbox(inbox), out).serve()
+
+
+if __name__ == "__main__":
+    main()

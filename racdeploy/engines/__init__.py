@@ -1,8 +1,7 @@
 """Inference engines: one package per engine, all with the same small contract.
 
 An engine has ``open_engine(path, settings) -> Engine`` and says with ``ACCEL`` whether it takes
-:mod:`racdeploy.accel`'s sparse kernels. Engines take and give token ids only: rendering the chat
-template and splitting the thinking from the answer happen in ``racdeploy.runtime``.
+:mod:`racdeploy.accel`'s sparse kernels. Engines take and give token ids only.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from pathlib import Path
 from racdeploy import plugins
 from racdeploy.decoding.engine import Engine, EngineSettings
 from racdeploy.errors import UsageError
-
-__all__ = ["open_engine"]
 
 
 def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
 from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.storage.files import read_json
 
@@ -115,3 +117,20 @@ def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
     value = config.get(f"{kind}_token_id")
     values = value if isinstance(value, list) else [value]
     return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a ``tokenizer.json``, without the limits of length that some files carry.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ArtifactError(
+            f"{file} is not a tokenizer: {error}", remedy="copy the file again from its source"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

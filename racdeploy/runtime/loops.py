@@ -1,8 +1,7 @@
 """Find where a completion repeats itself, by token ids.
 
 A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last
-time perhaps cut off. A model that repeats itself with other numbers each time is not found. Knows
-no text and no engine.
+time perhaps cut off. A model that repeats itself with other numbers each time is not found.
 """
 
 from __future__ import annotations
@@ -19,13 +18,7 @@ _LONGEST_PERIOD = 1024
 
 @dataclass(frozen=True)
 class Loop:
-    """A stretch of tokens that repeats.
-
-    Args:
-        start: index of its first token.
-        tokens: its length, the first time included.
-        period: length of what is repeated.
-    """
+    """A stretch of tokens that repeats; ``tokens`` counts the first time too."""
 
     start: int
     tokens: int
@@ -33,12 +26,9 @@ class Loop:
 
 
 def find_loop(ids: Sequence[int]) -> Loop | None:
-    """Return the longest loop of a completion, or None.
+    """Return the longest loop of a completion without its end-of-sequence, or None.
 
     Of equal ones that of the shortest period, then the first.
-
-    Args:
-        ids: token ids, end-of-sequence left out.
     """
     ids_T = np.asarray(ids, dtype=np.int64)
     best: Loop | None = None

@@ -15,14 +15,7 @@ from typing import Literal
 
 from racdeploy import engines
 from racdeploy.accel import Mode
-from racdeploy.decoding.engine import (
-    Completion,
-    Engine,
-    EngineSettings,
-    FinishReason,
-    Sampling,
-    ThinkingBudget,
-)
+from racdeploy.decoding import engine as decoding
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.packing import racgguf
@@ -30,6 +23,7 @@ from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
 
 Prompt = str | Sequence[Message]
+_CHOICES = ("max_thinking_tokens", "max_new_tokens", "temperature", "top_p")
 OnText = Callable[[str, Literal["thinking", "answer"]], None]
 
 
@@ -40,8 +34,6 @@ class Result:
     Args:
         answer: text after the thinking, stripped; empty where the thinking never ended.
         thinking: text between the tags, stripped.
-        thinking_tokens, answer_tokens: their lengths.
-        finish_reason: ``stop``, ``length`` or ``cancelled``.
         state: how the thinking ended, see :class:`racdeploy.runtime.thinking.Split`.
     """
 
@@ -49,20 +41,14 @@ class Result:
     thinking: str
     thinking_tokens: int
     answer_tokens: int
-    finish_reason: FinishReason
+    finish_reason: decoding.FinishReason
     state: State
 
 
 class Model(AbstractContextManager["Model"]):
-    """A loaded bundle. Use it in a ``with`` block, or close it.
+    """A loaded bundle. Use it in a ``with`` block, or close it, which closes its engine."""
 
-    Args:
-        manifest: the bundle's manifest.
-        encoder: its tokenizer and template.
-        engine: its artifact, loaded; closed with the model.
-    """
-
-    def __init__(self, manifest: Manifest, encoder: PromptEncoder, engine: Engine) -> None:
+    def __init__(self, manifest: Manifest, encoder: PromptEncoder, engine: decoding.Engine) -> None:
         self.manifest = manifest
         self.encoder = encoder
         self.engine = engine
@@ -89,7 +75,6 @@ class Model(AbstractContextManager["Model"]):
             max_new_tokens: cap on thinking and answer together.
             temperature: 0 is greedy.
             top_p: probability mass to sample from.
-            seed: same seed, same answer.
             on_text: gets each piece of text as it comes, and whether it is thinking or answer.
             cancel: set it from another thread to stop early.
 
@@ -150,50 +135,39 @@ class Model(AbstractContextManager["Model"]):
         self.close()
 
     def _sampling(
-        self,
-        prompt_ids: Sequence[int],
-        seed: int,
-        max_thinking_tokens: int | None,
-        max_new_tokens: int | None,
-        temperature: float | None,
-        top_p: float | None,
-    ) -> Sampling:
-        """Return the bundle's sampling, with what a call gives in place of its defaults."""
-        if max_thinking_tokens is not None and self.tags is None:
+        self, prompt_ids: Sequence[int], seed: int, *choices: float | None
+    ) -> decoding.Sampling:
+        """Return the bundle's sampling, with what a call gives of :data:`_CHOICES` in its place."""
+        named = zip(_CHOICES, choices, strict=True)
+        given = {name: value for name, value in named if value is not None}
+        if "max_thinking_tokens" in given and self.tags is None:
             raise UsageError(
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )
-        given = {
-            "max_thinking_tokens": max_thinking_tokens,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
         settings = self.manifest.generation.model_copy(update=given)
 
         budget = None
         if settings.max_thinking_tokens is not None and self.tags is not None:
-            budget = ThinkingBudget(
+            budget = decoding.ThinkingBudget(
                 close_ids=self.tags.close_ids,
                 open_ids=self.tags.open_ids,
                 max_tokens=settings.max_thinking_tokens,
                 starts_open=self._starts_open(prompt_ids),
             )
-        return Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=self.manifest.tokenizer.eos_ids,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
-            budget=budget,
+        return decoding.Sampling(
+            settings.max_new_tokens,
+            self.manifest.tokenizer.eos_ids,
+            settings.temperature,
+            settings.top_p,
+            seed,
+            budget,
         )
 
     def _starts_open(self, prompt_ids: Sequence[int]) -> bool:
         return self.tags is not None and prompt_state(prompt_ids, self.tags) == "open"
 
-    def _result(self, prompt_ids: Sequence[int], completion: Completion) -> Result:
+    def _result(self, prompt_ids: Sequence[int], completion: decoding.Completion) -> Result:
         eos_ids = self.manifest.tokenizer.eos_ids
         parts = split(
             prompt_ids, completion.ids, self.tags, eos_ids=eos_ids, forced_at=completion.forced_at
@@ -271,9 +245,8 @@ def load(
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
-        backend: engine to use where the bundle has artifacts for several; the first one's
-            otherwise.
-        threads: CPU threads; 0 uses every core.
+        backend: engine to use where the bundle has artifacts for several; None takes the first.
+        threads: 0 uses every core.
         parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a
             context.
         accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; ``auto`` uses them
@@ -293,7 +266,9 @@ def load(
 
     encoder = PromptEncoder.from_folder(folder)
     context_tokens = manifest.generation.context_tokens
-    settings = EngineSettings(context_tokens, parallel=parallel, threads=threads, accel=accel)
+    settings = decoding.EngineSettings(
+        context_tokens, parallel=parallel, threads=threads, accel=accel
+    )
     engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
     try:
         return Model(manifest, encoder, engine)

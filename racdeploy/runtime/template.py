@@ -2,8 +2,7 @@
 
 A template is code from a stranger: it runs without access to Python's internals, for a bounded
 time, and every way it can fail is one ArtifactError. Rendering equals transformers'
-``apply_chat_template``; the tokenizer adds nothing, so that a prompt has exactly one
-beginning-of-sequence token.
+``apply_chat_template``; the tokenizer adds nothing.
 Source: transformers 4.57 ``utils/chat_template_utils.py``.
 """
 
@@ -28,10 +27,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.errors import ArtifactError
-from racdeploy.models.tokenizer_files import TokenizerFiles
+from racdeploy.models.tokenizer_files import TokenizerFiles, read_tokenizer
 
 Message = Mapping[str, Any]
 
@@ -54,9 +52,7 @@ _FAILURES = (
 
 
 class _Generation(Extension):
-    """Render the body of ``{% generation %}`` … ``{% endgeneration %}``, which marks text for
-    training.
-    """
+    """Render the body of ``{% generation %}``, which marks text for training."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 
@@ -117,9 +113,7 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: Jinja text.
-        bos_token, eos_token: what the template's variables of that name hold; None leaves them
-            undefined.
+        bos_token, eos_token: the template's variables of that name; None leaves them undefined.
 
     Raises:
         ArtifactError: the text is not a template.
@@ -149,12 +143,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Return the prompt text.
-
-        Args:
-            messages: each with ``role`` and ``content``.
-            add_generation_prompt: end where the model's turn begins.
-            variables: what this template understands, as ``enable_thinking``.
+        """Return the prompt text; ``variables`` are the template's own, as ``enable_thinking``.
 
         Raises:
             ArtifactError: the template failed, refused the messages, or took too long.
@@ -174,11 +163,9 @@ class ChatTemplate:
 
 
 class PromptEncoder:
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template; ``lead`` is what every prompt must begin with.
 
     Args:
-        tokenizer_file: ``tokenizer.json``.
-        template: the chat template.
         bos_token: text of the beginning-of-sequence token, if the model has one.
         add_bos: whether a prompt must begin with it, also where the template does not write it.
 
@@ -195,20 +182,11 @@ class PromptEncoder:
         add_bos: bool = False,
         template_source: str = "",
     ) -> None:
-        try:
-            self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ArtifactError(
-                f"{tokenizer_file} is not a tokenizer: {error}",
-                remedy="copy the file again from its source",
-            ) from error
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-
+        self.tokenizer = read_tokenizer(tokenizer_file)
         self.template = template
         self.template_source = template_source
         self.bos_token = bos_token or ""
-        self._prefix = self.bos_token if add_bos else ""
+        self.lead = self.bos_token if add_bos else ""
 
     @classmethod
     def from_folder(cls, folder: Path) -> PromptEncoder:
@@ -229,11 +207,6 @@ class PromptEncoder:
             template_source=source,
         )
 
-    @property
-    def lead(self) -> str:
-        """The beginning-of-sequence that a prompt must begin with, or an empty string."""
-        return self._prefix
-
     def with_template(self, source: str) -> PromptEncoder:
         """Return an encoder of the same tokenizer with another template."""
         other = copy.copy(self)
@@ -245,7 +218,7 @@ class PromptEncoder:
         """Return the prompt text of a conversation; a plain string is one message of the user."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = self.template.render(messages, **variables)
-        return text if text.startswith(self._prefix) else self._prefix + text
+        return text if text.startswith(self.lead) else self.lead + text
 
     def encode(self, prompt: str | Sequence[Message], **variables: Any) -> list[int]:
         """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`."""

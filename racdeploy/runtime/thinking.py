@@ -2,7 +2,7 @@
 
 R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking turned off it
 is in the prompt already closed; looking for both tags in the output text misses the first case and
-scores a thought that was cut as an answer. Knows no engine and no text beyond the tags.
+scores a thought that was cut as an answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from racdeploy.decoding.sequence import count_begun, ends_with
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import PromptEncoder
 
@@ -35,11 +36,9 @@ _SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
 
 @dataclass(frozen=True)
 class ThinkingTags:
-    """The tags round a thought.
+    """The token ids of the tags round a thought, and of white space.
 
-    Args:
-        open_ids, close_ids: one or more token ids each.
-        space_ids: ids of white space, which may stand between a tag and the end of the prompt.
+    White space may come between a tag and the end of the prompt.
     """
 
     open_ids: tuple[int, ...]
@@ -56,8 +55,8 @@ class Split:
         answer_ids: after the last close tag, without end-of-sequence; empty while a thought is
             open.
         state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought,
-            the first or a later one; ``absent``: no thought at all, the whole completion is the
-            answer; ``reopened``: more than one thought, or one although the prompt had closed it.
+            the first or a later one; ``absent``: the whole completion is the answer;
+            ``reopened``: more than one thought, or one although the prompt had closed it.
         opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the
             model, ``implied`` by a close tag alone, or ``none``.
     """
@@ -73,10 +72,6 @@ class Scanner:
 
     Where neither the prompt nor the completion has opened a thought and a close tag comes all the
     same, the model left out the open tag: everything before it was the thought.
-
-    Args:
-        prompt_ids: rendered prompt.
-        tags: the model's tags.
     """
 
     def __init__(self, prompt_ids: Sequence[int], tags: ThinkingTags) -> None:
@@ -106,10 +101,7 @@ class Scanner:
     def count_held_back(self) -> int:
         """Return how many of the last tokens may be the beginning of a tag."""
         wanted = self._tags.close_ids if self.inside else self._tags.open_ids
-        count = len(wanted) - 1
-        while not self._ends_with(wanted[:count]):
-            count -= 1
-        return count
+        return count_begun(self.ids, wanted, self.start)
 
     def _begin(self, opening: Opening) -> None:
         if self.opening == "none":
@@ -122,8 +114,7 @@ class Scanner:
         self.start = len(self.ids)
 
     def _ends_with(self, wanted: Sequence[int]) -> bool:
-        first = len(self.ids) - len(wanted)
-        return first >= self.start and self.ids[first:] == list(wanted)
+        return ends_with(self.ids, wanted, self.start)
 
 
 def split(
@@ -137,12 +128,9 @@ def split(
     """Split a completion into thinking and answer.
 
     Args:
-        prompt_ids: rendered prompt.
-        completion_ids: what followed it.
-        tags: the model's tags, None for a model that does not think.
+        tags: None for a model that does not think.
         eos_ids: end-of-sequence ids, stripped from the end.
-        forced_at: index of the first token of a close tag that the budget forced, see
-            ``Completion``.
+        forced_at: see :class:`racdeploy.decoding.engine.Completion`.
     """
     ids = list(completion_ids)
     while ids and ids[-1] in eos_ids:
@@ -183,44 +171,37 @@ def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
 
     Only the tail decides: a user may write tags in a question.
     """
-    stop = len(prompt_ids)
+    ids = list(prompt_ids)
     while True:
-        if _ends_at(prompt_ids, stop, tags.open_ids):
+        if ends_with(ids, tags.open_ids):
             return "open"
-        if _ends_at(prompt_ids, stop, tags.close_ids):
+        if ends_with(ids, tags.close_ids):
             return "closed"
-        if stop == 0 or prompt_ids[stop - 1] not in tags.space_ids:
+        if not ids or ids.pop() not in tags.space_ids:
             return "none"
-        stop -= 1
-
-
-def _ends_at(ids: Sequence[int], stop: int, wanted: tuple[int, ...]) -> bool:
-    return tuple(ids[max(0, stop - len(wanted)) : stop]) == wanted
 
 
 def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
-    """Return the tags of a model, or None where it does not think.
-
-    A known pair counts if the chat template writes it, or if both tags are tokens of their own; a
-    pair for which both hold comes first.
-    """
+    """Return the tags of a model, or None where it does not think; see :func:`find_tag_names`."""
     names = find_tag_names(encoder)
     return tags_of(encoder, *names) if names else None
 
 
 def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
-    """Return the texts of a model's tags, see :func:`find_tags`."""
+    """Return the texts of a model's tags.
+
+    A known pair counts if the chat template writes it, or if both tags are single tokens; a pair
+    for which both are true comes first.
+    """
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
-    best = None
-    best_rank = 0
-    for open_tag, close_tag in TAGS:
-        is_written = open_tag in encoder.template_source or close_tag in encoder.template_source
-        are_tokens = open_tag in vocabulary and close_tag in vocabulary
-        rank = 2 * are_tokens + is_written
-        if rank > best_rank:
-            best = (open_tag, close_tag)
-            best_rank = rank
-    return best
+
+    def rank(tags: tuple[str, str]) -> int:
+        is_written = any(tag in encoder.template_source for tag in tags)
+        are_tokens = all(tag in vocabulary for tag in tags)
+        return 2 * are_tokens + is_written
+
+    best = max(TAGS, key=rank)  # the first of equal ones
+    return best if rank(best) else None
 
 
 def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:

@@ -157,9 +157,9 @@ def test_the_question_is_asked_and_not_the_prompt(encoder: PromptEncoder) -> Non
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({}, "holds no message"),
+        ({}, "holds no choice"),
         ({"choices": [{"finish_reason": "stop"}]}, "holds no message"),
-        (_message("tool_calls", content="x"), "ended an answer with 'tool_calls'"),
+        (_message("tool_calls", content="x"), "ended a completion with 'tool_calls'"),
         (_message(content=[{"type": "text"}]), "in place of texts"),
         (_message("length", 9, content="x"), "stopped after 9 of 64 tokens"),
     ],

@@ -80,7 +80,7 @@ def test_a_stage_reaches_what_decides_its_content() -> None:
 
 def test_no_stage_reaches_what_comes_after_it() -> None:
     """Reports, checks, the job and the order may change without a stage being run again."""
-    assert "engines/llamacpp/worker.py" in _reached("answers")
+    assert "engines/llamacpp/native.py" in _reached("answers")
     later = ("pipeline/build.py", "pipeline/job.py", "pipeline/preflight.py", "report/html.py")
     later += ("report/tables.py", "verify/checks/", "bundles/", "cli/", "doctor.py")
     for stage in STAGES:

@@ -15,18 +15,12 @@ from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.packing import racgguf
 from racdeploy.plugins import require
 
-__all__ = ["ACCEL", "LlamaCppEngine", "open_engine"]
-
 ACCEL = True
 _LOG = logging.getLogger("racdeploy.accel")
 
 
 class LlamaCppEngine(ChildEngine):
-    """A GGUF file, loaded by llama.cpp in a child process.
-
-    Args:
-        path: GGUF file.
-        use_mmap: map the file; False reads it into memory.
+    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -39,8 +33,8 @@ class LlamaCppEngine(ChildEngine):
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
 
-        worker = "racdeploy.engines.llamacpp.worker"
-        super().__init__(worker, "llama.cpp", path, settings, use_mmap=use_mmap)
+        native = "racdeploy.engines.llamacpp.native"
+        super().__init__(native, "llama.cpp", path, settings, use_mmap=use_mmap)
         if settings.accel != "off":
             _LOG.info(self.about["kernels"])
 

@@ -1,8 +1,7 @@
-"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the worker only.
+"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the child only.
 
-Knows rows of a batch and sequence numbers, nothing of sampling or messages. Every sequence has its
-own stream of the key-value cache (``kv_unified`` off): it attends to its own cells only, whatever
-runs beside it, and the promised context is there for each.
+Every sequence has its own stream of the key-value cache (``kv_unified`` off): it attends to its own
+cells only, whatever runs beside it, and the promised context is there for each.
 Source: llama.h of llama-cpp-python 0.3.36.
 """
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from racdeploy import accel
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.messages import Header
 from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
 
@@ -33,6 +33,11 @@ _SMALL_BYTES = 128 * 2**20
 _LOG_WARN = 3
 _LOG_ERROR = 4
 _LOG_CONTINUED = 5
+
+
+def load(request: Header, settings: EngineSettings) -> NativeModel:
+    """Load the GGUF file of a request."""
+    return NativeModel(Path(request["path"]), settings, use_mmap=request["use_mmap"])
 
 
 class _Log:
@@ -68,11 +73,7 @@ class NativeModel:
     work, so there every thread has its own context and decodes its share of the slots alone; a
     large model is read from memory once for all slots, by all threads.
 
-    Args:
-        path: GGUF file.
-        settings: how it is loaded.
-        use_mmap: map the file instead of reading it; where weights are packed while they are
-            loaded, it is read.
+    The file is never mapped where weights are packed while they are loaded.
 
     Raises:
         EngineError: llama.cpp refused the file or the context, or has no use for kernels that are
@@ -108,7 +109,8 @@ class NativeModel:
         contexts = []
         for place in range(count):
             slots = len(range(place, settings.parallel, count))
-            contexts.append(_Context(self._model, settings, slots, self._log, self.vocabulary))
+            context = _Context(self._model, settings, slots, self._log, self.vocabulary)
+            contexts.append(context)
         return contexts
 
     def decoders(self, sequences: int) -> list[_Context]:
@@ -125,12 +127,9 @@ class NativeModel:
         if start == 0:
             context.forget(0)
 
-        stop = min(start + _OUTPUT_ROWS, len(ids))
-        places = range(start, stop)
-        context.decode([Row(ids[place], place, 0, True) for place in places])
-
-        rows = [context.logits_V(row) for row in range(len(places))]
-        return np.stack(rows)
+        tokens = ids[start : start + _OUTPUT_ROWS]
+        context.decode([Row(token, place, 0, True) for place, token in enumerate(tokens, start)])
+        return np.stack([context.logits_V(row) for row in range(len(tokens))])
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are parsed, none are added."""
@@ -204,37 +203,29 @@ class _Batch:
     """A ``llama_batch`` over numpy arrays, which are filled by the column."""
 
     def __init__(self) -> None:
-        self._token = np.zeros(_BATCH_TOKENS, dtype=np.int32)
-        self._position = np.zeros(_BATCH_TOKENS, dtype=np.int32)
-        self._slot = np.zeros(_BATCH_TOKENS, dtype=np.int32)
-        self._wants_logits = np.zeros(_BATCH_TOKENS, dtype=np.int8)
+        dtypes = (np.int32, np.int32, np.int32, np.int8)
+        self._columns = [np.zeros(_BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
+        token, position, slot, wants_logits = self._columns
 
         # Every row is in one sequence; llama.cpp wants a pointer to the numbers of each.
         self._slot_counts = np.ones(_BATCH_TOKENS, dtype=np.int32)
-        offsets = self._slot.itemsize * np.arange(_BATCH_TOKENS, dtype=np.uintp)
-        self._slot_pointers = self._slot.ctypes.data + offsets
+        offsets = slot.itemsize * np.arange(_BATCH_TOKENS, dtype=np.uintp)
+        self._slot_pointers = slot.ctypes.data + offsets
 
         integers = ctypes.POINTER(ctypes.c_int32)
-        flags = ctypes.POINTER(ctypes.c_int8)
         self._batch = llama_cpp.llama_batch(
-            token=self._token.ctypes.data_as(integers),
-            pos=self._position.ctypes.data_as(integers),
+            token=token.ctypes.data_as(integers),
+            pos=position.ctypes.data_as(integers),
             n_seq_id=self._slot_counts.ctypes.data_as(integers),
             seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
-            logits=self._wants_logits.ctypes.data_as(flags),
+            logits=wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
     def fill(self, rows: Sequence[Row]) -> Any:
         """Return the batch with these rows in it."""
         count = len(rows)
         columns = np.array(rows, dtype=np.int32).T
-        places: tuple[NDArray[Any], ...] = (
-            self._token,
-            self._position,
-            self._slot,
-            self._wants_logits,
-        )
-        for place, column in zip(places, columns, strict=True):
+        for place, column in zip(self._columns, columns, strict=True):
             place[:count] = column
         self._batch.n_tokens = count
         return self._batch

@@ -1,8 +1,7 @@
 """ONNX decoders on plain onnxruntime, in a child process: no torch and no onnxruntime-genai.
 
-onnxruntime raises exceptions where llama.cpp aborts, but a lack of memory ends a process all the
-same: the child dies then, and the parent raises EngineError. Its peak memory is the engine's alone.
-The parent never imports onnxruntime. The number format of the cache is the graph's.
+A lack of memory ends a process: the child dies then, and the parent raises EngineError. Its peak
+memory is the engine's alone. The parent never imports onnxruntime.
 """
 
 from __future__ import annotations
@@ -14,17 +13,13 @@ from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError
 from racdeploy.plugins import require
 
-__all__ = ["ACCEL", "OnnxRuntimeEngine", "open_engine"]
-
 ACCEL = True
 
 
 class OnnxRuntimeEngine(ChildEngine):
     """An ONNX file, loaded by onnxruntime in a child process.
 
-    Args:
-        path: ONNX file; external data lies beside it.
-        settings: ``cache_dtype`` and ``flash_attention`` do not apply: the graph decides.
+    ``cache_dtype`` and ``flash_attention`` do not apply: the graph decides.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -37,7 +32,7 @@ class OnnxRuntimeEngine(ChildEngine):
         require("onnxruntime")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
-        super().__init__("racdeploy.engines.onnxruntime.worker", "onnxruntime", path, settings)
+        super().__init__("racdeploy.engines.onnxruntime.native", "onnxruntime", path, settings)
 
 
 def open_engine(path: Path, settings: EngineSettings) -> OnnxRuntimeEngine:

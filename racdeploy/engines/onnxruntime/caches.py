@@ -7,7 +7,7 @@ than their past: each slot has two buffers that take turns, and is decoded alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,10 +42,7 @@ class SharedCache(Cache):
 
     def __init__(self, graph: DecoderGraph, slots: int, context_tokens: int) -> None:
         self._graph = graph
-        self._buffers = [
-            np.zeros((slots, c.heads, context_tokens, c.head_size), dtype=c.dtype)
-            for c in graph.caches
-        ]
+        self._buffers = [cache.zeros(slots, context_tokens) for cache in graph.caches]
         self._slots: list[int] = []  # slot of each row in use
         self._lengths: list[int] = []
         self._bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
@@ -56,8 +53,8 @@ class SharedCache(Cache):
         self._lengths[row] += len(tokens)
 
         feeds = self._graph.feeds(np.array([tokens]), length_11, last=last)
-        logits_TV: Logits = self._run(row, 1, feeds)[0]
-        return logits_TV
+        logits_BTV = self._run(row, 1, feeds)
+        return np.squeeze(logits_BTV, axis=0)
 
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
         rows = {slot: self._row(slot) for slot in tokens}
@@ -80,15 +77,15 @@ class SharedCache(Cache):
         if slot not in self._slots:
             return
         row = self._slots.index(slot)
-        end = len(self._slots) - 1
-
-        if row < end:
-            length = self._lengths[end]
-            for buffer in self._buffers:
-                buffer[row, :, :length] = buffer[end, :, :length]
-            self._slots[row] = self._slots[end]
-            self._lengths[row] = length
-        del self._slots[end], self._lengths[end]
+        # The last row takes the place of the freed one.
+        last = self._slots.pop()
+        length = self._lengths.pop()
+        if last == slot:
+            return
+        self._slots[row] = last
+        self._lengths[row] = length
+        for buffer in self._buffers:
+            buffer[row, :, :length] = buffer[len(self._slots), :, :length]
 
     def _row(self, slot: int) -> int:
         if slot not in self._slots:
@@ -103,10 +100,9 @@ class SharedCache(Cache):
             self._bindings[row, count] = binding
 
             for cache, buffer in zip(self._graph.caches, self._buffers, strict=True):
-                shape = (count, *buffer.shape[1:])
-                place = (cache.dtype, shape, buffer[row:].ctypes.data)
-                binding.bind_input(cache.past, "cpu", 0, *place)
-                binding.bind_output(cache.present, "cpu", 0, *place)
+                rows = buffer[row : row + count]
+                _bind(binding.bind_input, cache.past, rows)
+                _bind(binding.bind_output, cache.present, rows)
 
         return _run_bound(self._graph, binding, feeds)
 
@@ -122,7 +118,7 @@ class AppendedCache(Cache):
         self._context = context_tokens
         self._lengths = [0] * slots
         self._rooms = [0] * slots
-        self._buffers: list[tuple[list[Array], list[Array]]] = [([], []) for _ in range(slots)]
+        self._buffers = [(self._flat(0), self._flat(0))] * slots
 
     def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
         length = self._lengths[slot]
@@ -132,18 +128,15 @@ class AppendedCache(Cache):
         binding = self._graph.session.io_binding()
         fronts, backs = self._buffers[slot]
         for cache, front, back in zip(self._graph.caches, fronts, backs, strict=True):
-            past = (1, cache.heads, length, cache.head_size)
-            present = (1, cache.heads, total, cache.head_size)
-
-            binding.bind_input(cache.past, "cpu", 0, cache.dtype, past, front.ctypes.data)
-            binding.bind_output(cache.present, "cpu", 0, cache.dtype, present, back.ctypes.data)
+            _bind(binding.bind_input, cache.past, cache.view(front, length))
+            _bind(binding.bind_output, cache.present, cache.view(back, total))
 
         feeds = self._graph.feeds(np.array([tokens]), np.array([[length]]), last=last)
-        logits_TV: Logits = _run_bound(self._graph, binding, feeds)[0]
+        logits_BTV = _run_bound(self._graph, binding, feeds)
 
         self._buffers[slot] = (backs, fronts)
         self._lengths[slot] = total
-        return logits_TV
+        return np.squeeze(logits_BTV, axis=0)
 
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
         logits = {}
@@ -160,20 +153,21 @@ class AppendedCache(Cache):
         wanted = max(total, 2 * self._rooms[slot], _FIRST_TOKENS)
         room = min(self._context, wanted)
 
-        fronts = []
-        backs = []
-        for cache in self._graph.caches:
-            size = room * cache.heads * cache.head_size
-            fronts.append(np.zeros(size, dtype=cache.dtype))
-            backs.append(np.zeros(size, dtype=cache.dtype))
-
         old_fronts, _ = self._buffers[slot]
-        for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=bool(old_fronts)):
-            used = self._lengths[slot] * cache.heads * cache.head_size
-            new[:used] = old[:used]
+        fronts = self._flat(room)
+        for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=True):
+            length = self._lengths[slot]
+            cache.view(new, length)[:] = cache.view(old, length)
 
-        self._buffers[slot] = (fronts, backs)
+        self._buffers[slot] = (fronts, self._flat(room))
         self._rooms[slot] = room
+
+    def _flat(self, room: int) -> list[Array]:
+        return [cache.zeros(1, room).ravel() for cache in self._graph.caches]
+
+
+def _bind(bind: Callable[..., None], name: str, value: Array) -> None:
+    bind(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
 
 
 def _run_bound(
@@ -186,8 +180,8 @@ def _run_bound(
     logits_BTV = np.empty(shape, dtype=graph.logits_dtype)
 
     for name, value in feeds.items():
-        binding.bind_input(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
-    binding.bind_output("logits", "cpu", 0, graph.logits_dtype, shape, logits_BTV.ctypes.data)
+        _bind(binding.bind_input, name, value)
+    _bind(binding.bind_output, "logits", logits_BTV)
 
     with engine_errors(
         f"run {T} tokens of {B} sequences behind a past of {past}",

@@ -1,8 +1,7 @@
 """What a decoder graph looks like from outside: inputs, outputs, number formats, kind of cache.
 
 Names and shapes are read from the session; what they leave open is found by running the graph on
-two tokens. A graph that wants an input which is not known here, or gives other shapes than a
-decoder, is refused by name.
+two tokens.
 Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator
 GroupQueryAttention, onnxruntime/docs/ContribOperators.md 1.32.
 """
@@ -86,6 +85,15 @@ class CacheTensor:
     head_size: int
     dtype: type[np.generic]
 
+    def zeros(self, rows: int, length: int) -> Array:
+        """Return a cache of some sequences."""
+        return np.zeros((rows, self.heads, length, self.head_size), dtype=self.dtype)
+
+    def view(self, buffer_L: Array, length: int) -> Array:
+        """Return the beginning of a flat buffer as the cache of one sequence."""
+        size = self.heads * length * self.head_size
+        return buffer_L[:size].reshape(1, self.heads, length, self.head_size)
+
 
 class DecoderGraph:
     """A session whose graph is a decoder with a key-value cache.
@@ -95,7 +103,6 @@ class DecoderGraph:
     ``last_only`` says that the graph gives the logits of the last token alone.
 
     Args:
-        session: the loaded graph.
         folder: where its configuration is, for a head size that the graph leaves open.
 
     Raises:
@@ -121,7 +128,6 @@ class DecoderGraph:
         """Return the inputs beside the cache, in the number formats of the graph.
 
         Args:
-            token_BT: token ids.
             length_B1: how many tokens are in the past of each row.
             last: only the logits of the last token are wanted, if the graph can leave out others.
         """
@@ -184,11 +190,7 @@ class DecoderGraph:
         return CacheTensor(name, present, heads, size, dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
-        """Run two tokens behind two empty ones.
-
-        Returns:
-            The vocabulary, and whether the logits of one token came.
-        """
+        """Run two tokens behind two empty ones; return the vocabulary and ``last_only``."""
         with engine_errors("run the graph on two tokens"):
             outputs = self._run_plain(tokens=2, past=2, length=2)
 
@@ -217,8 +219,7 @@ class DecoderGraph:
         """Run zeros behind a past of which ``length`` tokens are attended to."""
         feeds = self.feeds(np.zeros((1, tokens)), np.array([[length]]), last=False)
         for cache in self.caches:
-            shape = (1, cache.heads, past, cache.head_size)
-            feeds[cache.past] = np.zeros(shape, dtype=cache.dtype)
+            feeds[cache.past] = cache.zeros(1, past)
 
         names = list(self._outputs)
         return dict(zip(names, self.session.run(names, feeds), strict=True))

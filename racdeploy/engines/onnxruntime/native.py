@@ -1,7 +1,4 @@
-"""An ONNX decoder under onnxruntime, as much of it as one process that decodes needs.
-
-Imported by the worker only. Knows rows of a batch and slots, nothing of sampling or messages.
-"""
+"""An ONNX decoder under onnxruntime, as one process that decodes needs it: the child imports it."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from numpy.typing import NDArray
 from racdeploy.accel import choose_graph
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.messages import Header
 from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, Cache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
@@ -27,10 +25,6 @@ _LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches o
 
 class OnnxModel(LoadedModel):
     """A loaded graph and the caches of its slots.
-
-    Args:
-        path: ONNX file; external data lies beside it.
-        settings: the number format of the cache is not taken from them but from the graph.
 
     Raises:
         EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that
@@ -48,10 +42,11 @@ class OnnxModel(LoadedModel):
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary
         self.slots = settings.parallel
+
         fitting = _LOGITS_BYTES // (4 * graph.vocabulary)
         self.batch_tokens = max(self.slots, min(_BATCH_TOKENS, fitting))
-
         self._output_rows = 1 if graph.last_only else self.batch_tokens
+
         kind = SharedCache if graph.shares_buffer else AppendedCache
         self._cache: Cache = kind(graph, self.slots, self.context_tokens)
         self._logits: dict[int, NDArray[np.float32]] = {}
@@ -62,25 +57,24 @@ class OnnxModel(LoadedModel):
 
     def decode(self, rows: Sequence[Row]) -> None:
         """Run the rows: several of a slot as one sequence, single ones of slots together."""
-        places_by_slot: dict[int, list[int]] = {}
+        tokens_by_slot: dict[int, list[int]] = {}
+        last_places: dict[int, int] = {}
         for place, row in enumerate(rows):
-            places_by_slot.setdefault(row.slot, []).append(place)
+            tokens_by_slot.setdefault(row.slot, []).append(row.token)
+            last_places[row.slot] = place
         self._logits = {}
 
         single: dict[int, int] = {}
-        for slot, places in places_by_slot.items():
-            if len(places) == 1:
-                single[slot] = places[0]
+        for slot, tokens in tokens_by_slot.items():
+            if len(tokens) == 1:
+                single[slot] = tokens[0]
                 continue
-            tokens = [rows[place].token for place in places]
             logits_TV = self._cache.feed(slot, tokens, last=True)
-            self._logits[places[-1]] = logits_TV[-1].copy()
+            self._logits[last_places[slot]] = logits_TV[-1].copy()
 
         if single:
-            tokens_by_slot = {slot: rows[place].token for slot, place in single.items()}
-            logits = self._cache.feed_together(tokens_by_slot)
-            for slot, place in single.items():
-                self._logits[place] = logits[slot][-1]
+            for slot, logits_TV in self._cache.feed_together(single).items():
+                self._logits[last_places[slot]] = logits_TV[-1]
 
     def logits_V(self, place: int) -> NDArray[np.float32]:
         """Return the logits of a row of the last batch that asked for them."""
@@ -95,6 +89,11 @@ class OnnxModel(LoadedModel):
         if start == 0:
             self.forget(0)
         return self._cache.feed(0, ids[start : start + self._output_rows], last=False)
+
+
+def load(request: Header, settings: EngineSettings) -> OnnxModel:
+    """Load the ONNX file of a request."""
+    return OnnxModel(Path(request["path"]), settings)
 
 
 def make_options(settings: EngineSettings) -> onnxruntime.SessionOptions:

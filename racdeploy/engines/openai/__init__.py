@@ -1,7 +1,6 @@
 """Any server with OpenAI's API: vLLM, SGLang, llama-server, llama_cpp.server.
 
-``path`` is the address of the API. Importing this package imports no HTTP client; opening an engine
-does.
+Importing this package imports no HTTP client; opening an engine does.
 """
 
 from __future__ import annotations
@@ -17,7 +16,5 @@ ACCEL = False
 
 
 def open_engine(path: Path | str, settings: EngineSettings) -> OpenAIEngine:
-    """Reach a server that returns token ids and needs no key; see :class:`OpenAIEngine` for
-    others.
-    """
+    """Reach a server that returns token ids and needs no key."""
     return OpenAIEngine(str(path), settings)

@@ -2,8 +2,7 @@
 
 Ids come from the server where it returns them: ``token_ids`` of a choice (vLLM, SGLang) or
 ``tokens`` under ``__verbose`` (llama-server). Otherwise the text is tokenized again, and that
-counts only if the ids give the same text and are as many as the server generated; a special token
-that is missing in the text shows in the count.
+counts only if the ids give the same text and are as many as the server generated.
 Source: vLLM 0.10.2 and SGLang 0.5.9 ``return_token_ids``; llama.cpp tools/server server-task.cpp
 and llama_cpp/llama.py of llama-cpp-python 0.3.36.
 """
@@ -31,11 +30,9 @@ class Reader:
 
     Args:
         tokenizer: the model's own, or None: then the server must return ids.
-        vocabulary: number of the model's token ids.
-        counts_end: whether the server counts the end-of-sequence id among the generated tokens;
+        counts_end: whether the server counts the end-of-sequence id among the generated tokens.
             None if that is not known: then a text proves nothing, since a lost token would look
-                like an end
-            that was not counted.
+            like an end that was not counted.
     """
 
     tokenizer: Tokenizer | None
@@ -45,18 +42,12 @@ class Reader:
     def read(
         self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
     ) -> Completion:
-        """Return the completion in the body of an answer.
-
-        Args:
-            answer: what the server sent.
-            prompt: ids that it was sent.
-            stop_ids: end-of-sequence ids.
-            cap: tokens that were asked for.
+        """Return the completion in the body of an answer; ``cap`` tokens were asked for.
 
         Raises:
             EngineError: the ids cannot be had, or contradict what the server says beside them.
         """
-        choice = _choice(answer)
+        choice = read_choice(answer)
         _check_prompt(answer, choice, prompt)
 
         ids = _returned_ids(answer, choice, self.vocabulary)
@@ -86,7 +77,8 @@ class Reader:
         self, answer: Mapping[str, Any], choice: Mapping[str, Any], stop_ids: Sequence[int]
     ) -> list[int]:
         """Tokenize the text of a completion again, and prove it as far as the server lets us."""
-        text, ended = choice.get("text"), choice["finish_reason"] == "stop"
+        text = choice.get("text")
+        ended = choice["finish_reason"] == "stop"
         if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
             raise EngineError("the server returns no token ids", remedy=_EXACT)
 
@@ -94,6 +86,7 @@ class Reader:
         generated = _usage(answer, "completion_tokens") - (ended and self.counts_end)
         is_whole = "\ufffd" not in text
         gives_same_text = self.tokenizer.decode(ids, skip_special_tokens=False) == text
+
         if len(ids) != generated or not is_whole or not gives_same_text:
             raise EngineError(
                 f"the server returns no token ids, and its text gives {len(ids)} where it "
@@ -136,23 +129,31 @@ def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
     return stop_ids[0]
 
 
-def _usage(answer: Mapping[str, Any], key: str) -> int:
+def find_usage(answer: Mapping[str, Any], key: str) -> int | None:
+    """Return what the server counted, or None."""
     usage = answer.get("usage")
     count = usage.get(key) if isinstance(usage, dict) else None
-    if type(count) is not int:
+    return count if type(count) is int else None
+
+
+def _usage(answer: Mapping[str, Any], key: str) -> int:
+    count = find_usage(answer, key)
+    if count is None:
         raise EngineError(f"the server's answer has no usage.{key}", remedy=ODD)
     return count
 
 
-def _choice(answer: Mapping[str, Any]) -> dict[str, Any]:
+def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the only choice of an answer, which ended in a way that is known."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise EngineError("the server's answer holds no choice, or more than one", remedy=ODD)
 
-    reason = choices[0].get("finish_reason")
+    choice: dict[str, Any] = choices[0]
+    reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise EngineError(f"the server ended a completion with {reason!r}", remedy=ODD)
-    return choices[0]
+    return choice
 
 
 def _returned_ids(

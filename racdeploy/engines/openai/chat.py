@@ -1,11 +1,9 @@
-"""``/chat/completions`` as an engine: what users of a server read, turned back into the model's
-tokens.
+"""``/chat/completions`` as an engine: what users of a server read, turned back into tokens.
 
 The server renders its own template, so what is asked is the question behind the prompt ids. It may
 split the thinking off, as ``reasoning_content`` (vLLM, SGLang, llama-server) or ``reasoning``
 (Ollama, newer vLLM); otherwise the thinking is in the text, between the model's tags. Texts are
-tokenized here: the ids are those of the texts, tags put back, and not proven to be the ones that
-were generated.
+tokenized here, tags put back: the ids are not proven to be the ones that were generated.
 Source: the servers' documentation; llama_cpp/server/app.py of llama-cpp-python 0.3.36.
 """
 
@@ -15,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
-from racdeploy.engines.openai.engine import OpenAIEngine, Request, derive_seed
+from racdeploy.decoding.engine import Cancel, Completion, EngineSettings
+from racdeploy.engines.openai.answers import find_usage, read_choice
+from racdeploy.engines.openai.engine import OnEnd, OpenAIEngine, Request, derive_seed
 from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
 
@@ -57,11 +56,7 @@ class Conversation:
 
 
 class ChatEngine(OpenAIEngine):
-    """A model behind ``/chat/completions``; see :class:`OpenAIEngine` for what is not said here.
-
-    Args:
-        conversation: what is asked, and how answers become ids.
-    """
+    """A model behind ``/chat/completions``; see :class:`OpenAIEngine` for what is not said here."""
 
     def __init__(
         self, url: str, settings: EngineSettings, conversation: Conversation, **options: Any
@@ -70,21 +65,17 @@ class ChatEngine(OpenAIEngine):
         self._conversation = conversation
         self._silent: list[bool] = []
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> list[Completion]:
-        """Ask every question; see :meth:`OpenAIEngine.generate`.
+    def complete(
+        self, requests: Sequence[Request], on_end: OnEnd, cancelled: Cancel | None = None
+    ) -> None:
+        """Ask every question; see :meth:`OpenAIEngine.complete`.
 
         Raises:
             EngineError: no answer shows its thinking, although the server generated more than the
                 texts hold.
         """
         self._silent = []
-        completions = super().generate(prompts, sampling, on_tokens, cancelled)
+        super().complete(requests, on_end, cancelled)
         if self._silent and all(self._silent):
             raise EngineError(
                 f"none of {len(self._silent)} answers tells where its thinking ends, and the "
@@ -93,7 +84,6 @@ class ChatEngine(OpenAIEngine):
                 remedy="start it so that it returns reasoning_content or shows special tokens, or "
                 "ask its completions: --server-api completions",
             )
-        return completions
 
     async def _complete(self, request: Request) -> Completion:
         ids, sampling, stream = request
@@ -149,20 +139,10 @@ class _Answer:
 
 
 def _read(body: Mapping[str, Any]) -> _Answer:
-    """Read the body of an answer.
-
-    Raises:
-        EngineError: it is not what OpenAI's API answers.
-    """
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise EngineError("the server's answer holds no message, or more than one", remedy=ODD)
-
-    reason = choice.get("finish_reason")
-    if reason not in ("stop", "length"):
-        raise EngineError(f"the server ended an answer with {reason!r}", remedy=ODD)
+    choice = read_choice(body)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise EngineError("the server's answer holds no message", remedy=ODD)
 
     text = message.get("content") or ""
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
@@ -171,6 +151,5 @@ def _read(body: Mapping[str, Any]) -> _Answer:
             f"the server answers with {str(message)[:80]} in place of texts", remedy=ODD
         )
 
-    usage = body.get("usage")
-    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return _Answer(text, thinking, reason, counted if type(counted) is int else None)
+    counted = find_usage(body, "completion_tokens")
+    return _Answer(text, thinking, choice["finish_reason"], counted)

@@ -1,9 +1,8 @@
 """``/v1/completions`` of a server as an engine.
 
 Prompts go out as token ids, so that the model's own template decides; only llama_cpp.server takes
-no ids, and gets text that it was seen to tokenize to them. A request carries its own seed, hence
-asking again gives the same completion on a server whose sampling is reproducible. OpenAI's client
-package would hide the fields that hold the ids.
+no ids, and gets text that it was seen to tokenize to them. A request carries its own seed. OpenAI's
+client package would hide the fields that hold the ids.
 Source: the servers' documentation and code; see :mod:`racdeploy.engines.openai.answers`.
 """
 
@@ -19,16 +18,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
+from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
 from racdeploy.engines.openai.answers import Reader, count_prompt_tokens
 from racdeploy.engines.openai.http import Client, RefusedError
 from racdeploy.errors import EngineError, UsageError
+from racdeploy.models.tokenizer_files import read_tokenizer
 
 Request = tuple[Sequence[int], Sampling, int]
 """A prompt, how its completion is sampled, and its random stream."""
+OnEnd = Callable[[int, Completion], None]
 
 _POLL_S = 0.05
 _TEXT_TOKENIZER = "../extras/tokenize"  # llama_cpp.server's
@@ -61,7 +61,7 @@ class OpenAIEngine(Engine):
         settings: ``parallel`` requests are under way together; ``context_tokens`` caps a sequence.
         tokenizer: the model's ``tokenizer.json``, for servers that return text alone.
         vocabulary: number of the model's token ids; 0 takes what the server reports, or no limit.
-        model: name of the model to ask; empty takes the only one there is.
+        model: empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.
         timeout_s: longest wait for one completion.
 
@@ -82,13 +82,15 @@ class OpenAIEngine(Engine):
         key_env: str = "",
         timeout_s: float = 1800.0,
     ) -> None:
-        self.stats, self.about = {}, {}
+        self.stats = {}
+        self.about = {}
         self._settings = settings
         self._client = Client(url, key_env, timeout_s)
+        self._own = read_tokenizer(tokenizer) if tokenizer else None
+
         card = self._choose_model(model)
         self.model = str(card["id"])
         self._vocabulary = vocabulary or _vocabulary(card)
-        self._own = _read_tokenizer(tokenizer) if tokenizer else None
 
         self._tokenizer_path = self._find_tokenizer()
         self._takes_text = self._tokenizer_path == _TEXT_TOKENIZER
@@ -105,8 +107,8 @@ class OpenAIEngine(Engine):
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
     ) -> list[Completion]:
         """Continue every prompt; a completion is passed on whole: see :meth:`complete`."""
         completions = [Completion((), "cancelled")] * len(prompts)
@@ -121,17 +123,12 @@ class OpenAIEngine(Engine):
         return completions
 
     def complete(
-        self,
-        requests: Sequence[Request],
-        on_end: Callable[[int, Completion], None],
-        cancelled: Callable[[], bool] | None = None,
+        self, requests: Sequence[Request], on_end: OnEnd, cancelled: Cancel | None = None
     ) -> None:
-        """Make every request.
+        """Make every request, ``parallel`` of them together; ``cancelled`` breaks them off.
 
         Args:
-            requests: what to ask, ``parallel`` of them together.
             on_end: gets the index of a request and its completion, in the order in which they end.
-            cancelled: breaks off the requests under way once it returns True.
 
         Raises:
             UsageError: a thinking budget was asked for.
@@ -296,14 +293,6 @@ def derive_seed(seed: int, stream: int) -> int:
     """Return the seed of one sequence: 31 bits, which every server takes."""
     digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
-
-
-def _read_tokenizer(file: Path) -> Tokenizer:
-    """Read a tokenizer, without the limits that some files carry."""
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _vocabulary(card: Mapping[str, Any]) -> int:

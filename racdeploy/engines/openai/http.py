@@ -19,7 +19,9 @@ from racdeploy.errors import EngineError, UsageError
 from racdeploy.plugins import require
 
 if TYPE_CHECKING:
-    from racdeploy.engines.openai.transport import Answer, BlockingPortal
+    from anyio.from_thread import BlockingPortal
+
+    from racdeploy.engines.openai.transport import Answer
 
 Value = TypeVar("Value")
 
@@ -45,12 +47,7 @@ class _PassingError(Exception):
 
 
 class Client:
-    """What talks to one server.
-
-    Args:
-        url: address of the API, as ``http://127.0.0.1:8000/v1``.
-        key_env: environment variable that holds the key; empty sends none.
-        timeout_s: longest wait for an answer.
+    """What talks to one server; see :class:`racdeploy.engines.openai.engine.OpenAIEngine`.
 
     Raises:
         UsageError: the address or the variable cannot be used.
@@ -66,7 +63,9 @@ class Client:
         self._reached = False  # a server that never answered is not waited for
 
         require("httpx")
-        from racdeploy.engines.openai.transport import Transport, start_blocking_portal
+        from anyio.from_thread import start_blocking_portal
+
+        from racdeploy.engines.openai.transport import Transport
 
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:

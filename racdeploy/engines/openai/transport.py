@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-
-__all__ = ["Answer", "BlockingPortal", "Transport", "start_blocking_portal"]
 
 _CONNECT_S = 10.0
 _LARGEST_ANSWER = 1 << 28

@@ -1,7 +1,4 @@
-"""PyTorch through transformers: what exports are compared with, and the source of traces.
-
-``path`` is a Hugging Face folder.
-"""
+"""PyTorch through transformers: what exports are compared with, and the source of traces."""
 
 from __future__ import annotations
 

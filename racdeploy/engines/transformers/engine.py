@@ -7,7 +7,7 @@ batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,32 +15,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
+from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import Sequence, check_ids, check_request
 from racdeploy.engines.transformers.torch_model import load_model, round_as_ggml
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.heap import keep_heap
 
-OnTokens = Callable[[int, SequenceOf[int]], None]
-
 
 class TransformersEngine(Engine):
-    """A checkpoint in float32 under transformers.
-
-    Args:
-        folder: Hugging Face folder.
-        settings: ``cache_dtype`` and ``flash_attention`` do not apply: the cache is float32.
-    """
+    """A checkpoint in float32; ``cache_dtype`` and ``flash_attention`` do not apply."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         keep_heap()
         if settings.threads:
             torch.set_num_threads(settings.threads)
 
-        self.stats, self.about = {}, {}
+        self.stats = {}
+        self.about = {}
         self._settings = settings
         self._checkpoint = Checkpoint(folder)
         self._vocabulary = self._checkpoint.integer("vocab_size")
@@ -52,7 +47,7 @@ class TransformersEngine(Engine):
         prompts: SequenceOf[SequenceOf[int]],
         sampling: Sampling,
         on_tokens: OnTokens | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancel | None = None,
     ) -> list[Completion]:
         """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
         context_tokens = self._settings.context_tokens
@@ -72,12 +67,7 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
-        """Return logits_TV of a teacher-forced pass.
-
-        Args:
-            ids: the text.
-            as_ggml: round what ggml looks up in tables as they do.
-        """
+        """Return logits_TV of a teacher-forced pass, rounded as by ggml's tables if asked."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
         rounding = round_as_ggml(self._model, self._checkpoint) if as_ggml else nullcontext()
         with rounding:
@@ -94,7 +84,7 @@ class TransformersEngine(Engine):
         self,
         sequences: list[Sequence],
         on_tokens: OnTokens | None,
-        cancelled: Callable[[], bool] | None,
+        cancelled: Cancel | None,
     ) -> None:
         """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
         cache = DynamicCache()
@@ -159,11 +149,9 @@ def _errors_only() -> Iterator[None]:
 
 def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids_BT and a mask_BT that is 1 on real tokens."""
-    B, T = len(rows), max(map(len, rows))
-    ids_BT = torch.zeros((B, T), dtype=torch.long)
-    mask_BT = torch.zeros((B, T), dtype=torch.long)
+    tensors = [torch.tensor(ids) for ids in rows]
 
-    for row, ids in enumerate(rows):
-        ids_BT[row, T - len(ids) :] = torch.tensor(ids)
-        mask_BT[row, T - len(ids) :] = 1
-    return ids_BT, mask_BT
+    def pad(values: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(values, batch_first=True, padding_side="left")
+
+    return pad(tensors), pad([torch.ones_like(ids_T) for ids_T in tensors])

@@ -61,7 +61,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     """Return the whole model in float32.
 
     Raises:
-        ModelError: tensors are missing, or the file holds tensors the architecture does not have.
+        ModelError: the file holds other tensors than the architecture.
     """
     model = skeleton(checkpoint)
     expected = dict(model.named_parameters())
