@@ -12,8 +12,10 @@ import queue
 import subprocess
 import tempfile
 import threading
+import tomllib
 import weakref
 from collections.abc import Generator, Mapping
+from importlib import resources
 from typing import Any, BinaryIO
 
 from racdeploy.decoding.messages import Header, read_message, write_message
@@ -25,30 +27,8 @@ Message = tuple[Header, bytes]
 _TAIL_BYTES = 2000
 _GRACE_S = 10.0
 _POLL_S = 0.05
-# What each death mostly means, and the remedy.
-_CAUSES = {
-    "SIGABRT": (
-        "the engine gave up on this file",
-        "export the model again, and check the file with inspect",
-    ),
-    "SIGKILL": (
-        "out of memory, or someone killed it",
-        "free memory, or lower context_tokens or parallel",
-    ),
-    "SIGSEGV": (
-        "a damaged file, or a fault of the engine",
-        "copy the file again, and update the engine",
-    ),
-    "SIGBUS": (
-        "the file shrank while it was mapped",
-        "copy the file again, and leave it alone while in use",
-    ),
-    "SIGILL": (
-        "the engine was compiled for another CPU",
-        "install it again from source on this machine",
-    ),
-}
-_UNKNOWN_CAUSE = ("see its last words", "report it, with the file that caused it")
+_DEATHS = resources.files("racdeploy.decoding") / "deaths.toml"
+_UNKNOWN = {"cause": "see its last words", "remedy": "report it, with the file that caused it"}
 
 
 class Child:
@@ -160,14 +140,16 @@ class Child:
             self._process.kill()
             code = self._process.wait()
         end = describe_exit(code)
-        cause, remedy = _CAUSES.get(end, _UNKNOWN_CAUSE)
+        known = tomllib.loads(_DEATHS.read_text(encoding="utf-8"))
+        death = known.get(end, _UNKNOWN)
 
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _TAIL_BYTES))
         words = self._stderr.read().decode("utf-8", "replace").strip() or "nothing"
         return EngineError(
-            f"the {self._engine} process died with {end} ({cause}); its last words: {words}",
-            remedy=remedy,
+            f"the {self._engine} process died with {end} ({death['cause']}); "
+            f"its last words: {words}",
+            remedy=death["remedy"],
         )
 
 

@@ -109,27 +109,17 @@ class _Worker:
         self._out = out
         self._call = -1
         self._model: LoadedModel
-        self._stats = {
-            "load_ms": 0.0,
-            "prefill_s": 0.0,
-            "decode_s": 0.0,
-            "prompt_tokens": 0,
-            "generated_tokens": 0,
-        }
+        counted = ("load_ms", "prefill_s", "decode_s", "prompt_tokens", "generated_tokens")
+        self._stats: dict[str, float] = dict.fromkeys(counted, 0)
 
     def serve(self) -> None:
         """Answer requests until the process ends."""
-        operations = {
-            "load": self._load,
-            "generate": self._generate,
-            "logits": self._logits,
-            "tokenize": self._tokenize,
-        }
         while True:
             request = self._inbox.requests.get()
             self._call = request["call"]
+            carry_out = getattr(self, f"_{request['op']}")  # as _load and those below it
             try:
-                answer = operations[request["op"]](request)
+                answer = carry_out(request)
             except RacdeployError as error:
                 damaged = isinstance(error, ArtifactError)
                 self._send("error", message=error.message, remedy=error.remedy, damaged=damaged)

@@ -184,7 +184,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=TokenizerEntry(
             files={name: file_sha256(folder / name) for name in present},
-            template_sha256=hashlib.sha256(encoder.template_source.encode()).hexdigest(),
+            template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
             open_tag=names[0] if names else None,
             close_tag=names[1] if names else None,
             eos_ids=checkpoint.eos_ids,

@@ -37,18 +37,8 @@ Message = Mapping[str, Any]
 _SECONDS = 5.0
 _LARGEST_NUMBER = 1_000_000  # that a function or filter is called with
 _LARGEST_TEXT = 16_000_000
-_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TimeoutError,
-    TypeError,
-    ValueError,
-)
+_MISTAKES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+_FAILURES = (TemplateError, MemoryError, RecursionError, TimeoutError, *_MISTAKES)
 
 
 class _Generation(Extension):
@@ -122,8 +112,9 @@ class ChatTemplate:
     def __init__(
         self, source: str, bos_token: str | None = None, eos_token: str | None = None
     ) -> None:
+        self.source = source
         named = {"bos_token": bos_token, "eos_token": eos_token}
-        self._tokens = {name: text for name, text in named.items() if text is not None}
+        self.tokens = {name: text for name, text in named.items() if text is not None}
 
         environment = _Sandbox(
             trim_blocks=True,
@@ -136,10 +127,6 @@ class ChatTemplate:
         with _template_errors():
             self._template = environment.from_string(source)
 
-    def replace(self, source: str) -> ChatTemplate:
-        """Return another template with the same tokens."""
-        return ChatTemplate(source, self._tokens.get("bos_token"), self._tokens.get("eos_token"))
-
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
@@ -148,7 +135,7 @@ class ChatTemplate:
         Raises:
             ArtifactError: the template failed, refused the messages, or took too long.
         """
-        values = {"tools": None, "documents": None, **self._tokens, **variables}
+        values = {"tools": None, "documents": None, **self.tokens, **variables}
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         pieces = []
         length = 0
@@ -163,29 +150,21 @@ class ChatTemplate:
 
 
 class PromptEncoder:
-    """A tokenizer with its chat template; ``lead`` is what every prompt must begin with.
+    """A tokenizer with its chat template.
 
-    Args:
-        bos_token: text of the beginning-of-sequence token, if the model has one.
-        add_bos: whether a prompt must begin with it, also where the template does not write it.
+    ``lead`` is what every prompt begins with, also where the template does not write it: the
+    beginning-of-sequence token, or nothing.
 
     Raises:
         ArtifactError: the tokenizer file is damaged.
     """
 
     def __init__(
-        self,
-        tokenizer_file: Path,
-        template: ChatTemplate,
-        *,
-        bos_token: str | None = None,
-        add_bos: bool = False,
-        template_source: str = "",
+        self, tokenizer_file: Path, template: ChatTemplate, *, add_bos: bool = False
     ) -> None:
         self.tokenizer = read_tokenizer(tokenizer_file)
         self.template = template
-        self.template_source = template_source
-        self.bos_token = bos_token or ""
+        self.bos_token = template.tokens.get("bos_token", "")
         self.lead = self.bos_token if add_bos else ""
 
     @classmethod
@@ -198,20 +177,14 @@ class PromptEncoder:
         """
         files = TokenizerFiles(folder)
         bos_token = files.special_token("bos_token")
-        source = files.chat_template
-        return cls(
-            files.file,
-            ChatTemplate(source, bos_token, files.special_token("eos_token")),
-            bos_token=bos_token,
-            add_bos=files.config.get("add_bos_token") is True,
-            template_source=source,
-        )
+        eos_token = files.special_token("eos_token")
+        template = ChatTemplate(files.chat_template, bos_token, eos_token)
+        return cls(files.file, template, add_bos=files.config.get("add_bos_token") is True)
 
     def with_template(self, source: str) -> PromptEncoder:
         """Return an encoder of the same tokenizer with another template."""
         other = copy.copy(self)
-        other.template = self.template.replace(source)
-        other.template_source = source
+        other.template = ChatTemplate(source, **self.template.tokens)
         return other
 
     def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:

@@ -196,7 +196,7 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
 
     def rank(tags: tuple[str, str]) -> int:
-        is_written = any(tag in encoder.template_source for tag in tags)
+        is_written = any(tag in encoder.template.source for tag in tags)
         are_tokens = all(tag in vocabulary for tag in tags)
         return 2 * are_tokens + is_written
 

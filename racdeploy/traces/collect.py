@@ -145,7 +145,7 @@ def trace_counts(
     """Return the manifest of a trace set: hashes, sampling, and what the traces hold."""
     return {
         "model_sha256": checkpoint.sha256,
-        "template_sha256": hashlib.sha256(encoder.template_source.encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "sampling": dict(sampling),
         "traces": len(traces),
         "prompt_tokens": sum(len(t.prompt_ids) for t in traces),

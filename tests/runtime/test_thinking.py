@@ -213,9 +213,7 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
 
 def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
     source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
-    plain = PromptEncoder(
-        tokenizer_folder / "tokenizer.json", ChatTemplate(source), template_source=source
-    )
+    plain = PromptEncoder(tokenizer_folder / "tokenizer.json", ChatTemplate(source))
     found = tags_of(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
     assert prompt_state(plain.encode("hello"), found) == "open"
@@ -225,7 +223,7 @@ def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None
     file = tokenizer_folder / "tokenizer.json"
     edit_json(file, added_tokens=[])
     source = "{{ messages[0]['content'] }}"
-    assert find_tag_names(PromptEncoder(file, ChatTemplate(source), template_source=source)) is None
+    assert find_tag_names(PromptEncoder(file, ChatTemplate(source))) is None
 
 
 def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:

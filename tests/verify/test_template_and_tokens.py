@@ -79,7 +79,7 @@ def test_a_beginning_that_the_tokenizer_demands_may_stand_in_front(folder: Path)
 def test_a_changed_template_is_shown_with_its_first_difference(folder: Path) -> None:
     """The question, the place and the ids."""
     expected = _expected(folder)
-    source = PromptEncoder.from_folder(folder).template_source
+    source = PromptEncoder.from_folder(folder).template.source
     edit_json(folder / "tokenizer_config.json", chat_template=source.replace("<think>", ""))
     found = _checked(folder, {}, expected)
     assert (found.verdict, found.figures["different"]) == ("fail", 4)
@@ -89,7 +89,7 @@ def test_a_changed_template_is_shown_with_its_first_difference(folder: Path) -> 
 def test_the_template_inside_the_artifact_is_rendered_too(folder: Path) -> None:
     """llama.cpp's server and Ollama see only that one."""
     expected = _expected(folder)
-    source = PromptEncoder.from_folder(folder).template_source
+    source = PromptEncoder.from_folder(folder).template.source
     assert (
         "the artifact's own template too"
         in _checked(folder, {"tokenizer.chat_template": source}, expected).summary

@@ -250,37 +250,35 @@ def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
 def _model_params(use_mmap: bool) -> Any:
     mapped, read = llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_NONE
     params = llama_cpp.llama_model_default_params()
-    _set(params, "load_mode", mapped if use_mmap else read)
-    return params
+    return _fill(params, load_mode=mapped if use_mmap else read)
 
 
 def _context_params(settings: EngineSettings, slots: int) -> Any:
     cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
     cache_type = cache_types[settings.cache_dtype]
     flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
-    values = {
-        "n_ctx": settings.context_tokens * slots,
-        "n_seq_max": slots,
-        "n_batch": _BATCH_TOKENS,
-        "n_ubatch": _BATCH_TOKENS,
-        "n_outputs_max": max(_OUTPUT_ROWS, slots),
-        "type_k": cache_type,
-        "type_v": cache_type,
-        "flash_attn_type": flash[settings.flash_attention],
-        "kv_unified": False,
-    }
+    return _fill(
+        llama_cpp.llama_context_default_params(),
+        n_ctx=settings.context_tokens * slots,
+        n_seq_max=slots,
+        n_batch=_BATCH_TOKENS,
+        n_ubatch=_BATCH_TOKENS,
+        n_outputs_max=max(_OUTPUT_ROWS, slots),
+        type_k=cache_type,
+        type_v=cache_type,
+        flash_attn_type=flash[settings.flash_attention],
+        kv_unified=False,
+    )
 
-    params = llama_cpp.llama_context_default_params()
+
+def _fill(params: Any, **values: int) -> Any:
+    """Set fields of a ctypes structure, which would take any other name without a word."""
+    known = {field[0] for field in params._fields_}
     for name, value in values.items():
-        _set(params, name, value)
+        if name not in known:
+            raise EngineError(
+                f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
+                remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
+            )
+        setattr(params, name, value)
     return params
-
-
-def _set(params: Any, name: str, value: int) -> None:
-    """Set a field of a ctypes structure, which would take any other name without a word."""
-    if name not in {field[0] for field in params._fields_}:
-        raise EngineError(
-            f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
-            remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
-        )
-    setattr(params, name, value)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from racdeploy.decoding.engine import Cancel, Completion, EngineSettings
 from racdeploy.engines.openai.answers import find_usage, read_choice
-from racdeploy.engines.openai.engine import OnEnd, OpenAIEngine, Request, derive_seed
+from racdeploy.engines.openai.engine import OnEnd, OpenAIEngine, Request
 from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
 
@@ -86,17 +86,11 @@ class ChatEngine(OpenAIEngine):
             )
 
     async def _complete(self, request: Request) -> Completion:
-        ids, sampling, stream = request
-        cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
+        ids, sampling, _ = request
         question = self._conversation.questions[tuple(ids)]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": cap,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": derive_seed(sampling.seed, stream),
-        }
+        body = self._write_request(request)
+        body["messages"] = [{"role": "user", "content": question}]
+        cap = body["max_tokens"]
 
         answer = _read(await self._client.request("chat/completions", body))
         is_full = answer.counted is None or answer.counted >= cap

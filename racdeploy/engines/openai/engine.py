@@ -197,26 +197,31 @@ class OpenAIEngine(Engine):
         return None
 
     async def _complete(self, request: Request) -> Completion:
-        ids, sampling, stream = request
-        cap = min(sampling.max_new_tokens, self._settings.context_tokens - len(ids))
-        prompt = await self._write_text(ids) if self._takes_text else list(ids)
+        ids, sampling, _ = request
         body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": cap,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **self._write_request(request),
+            "prompt": await self._write_text(ids) if self._takes_text else list(ids),
             # No limit: llama_cpp.server refuses -1, older vLLM 0.
             "top_k": 0 if self._takes_text else -1,
             "stop_token_ids": list(sampling.stop_ids),
-            "seed": derive_seed(sampling.seed, stream),
             # In the words of every server at once; they pass over what they do not know.
             **_PLAIN_SAMPLING,
             **_EXACT_IDS,
         }
 
         answer = await self._client.request("completions", body)
-        return self._reader.read(answer, ids, sampling.stop_ids, cap)
+        return self._reader.read(answer, ids, sampling.stop_ids, body["max_tokens"])
+
+    def _write_request(self, request: Request) -> dict[str, Any]:
+        """Return what every endpoint is asked for."""
+        ids, sampling, stream = request
+        return {
+            "model": self.model,
+            "max_tokens": min(sampling.max_new_tokens, self._settings.context_tokens - len(ids)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": derive_seed(sampling.seed, stream),
+        }
 
     async def _write_text(self, ids: Sequence[int]) -> str:
         """Return a text that the server tokenizes to these ids; it may add the first one itself."""

@@ -6,10 +6,8 @@ batch.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +123,13 @@ class TransformersEngine(Engine):
 
 def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
     """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
-    with _errors_only():
+    # Silence the warning that the model names its own tokenizer class, with other rules maybe.
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    finally:
+        transformers_logging.set_verbosity(before)
 
     prompts = []
     for question in questions:
@@ -134,17 +137,6 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         prompts.append(list(ids))
     return prompts
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence the warning that the model names its own tokenizer class, with other rules maybe."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:
