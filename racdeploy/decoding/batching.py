@@ -148,8 +148,7 @@ class _Lane:
     def _step(self) -> News:
         """Decode one batch; every sequence that is fed up to date takes its step.
 
-        The rows are in the order of their slots: llama.cpp computes neighbours together, and cuts a
-        batch where a slot is skipped.
+        Rows are in the order of their slots: llama.cpp cuts a batch where a slot is skipped.
         """
         rows: list[Row] = []
         up_to_date: dict[int, Sequence] = {}  # by the place of their last row

@@ -18,19 +18,16 @@ from racdeploy.errors import EngineError
 
 
 class ChildEngine(Engine):
-    """A model, loaded by an engine in a child process.
+    """A model, loaded by an engine in a child process whose process id is ``pid``.
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
     ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the
-    child's ``peak_rss_bytes``. ``pid`` is the child's.
+    child's ``peak_rss_bytes``.
 
     Args:
         module: dotted name of what loads the model, see :mod:`racdeploy.decoding.worker`.
         name: what error messages call the engine.
         options: what else the module wants to know.
-
-    Raises:
-        EngineError: impossible settings, or the engine refused the file or died of it.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from racdeploy.storage.files import disk_errors
 class CompletionLog:
     """One completion a line, appended as it ends; a line that a kill tore off is dropped.
 
-    The file is made with the first line; None keeps nothing on disk.
+    Without a file nothing is kept on disk.
     """
 
     def __init__(self, file: Path | None) -> None:

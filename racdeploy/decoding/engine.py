@@ -40,10 +40,9 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """Force the end of thinking after ``max_tokens`` thinking tokens.
+    """Force the close tag after ``max_tokens`` thinking tokens, as if it had been generated.
 
-    The close tag is then appended as if it had been generated. ``starts_open`` says that the
-    rendered prompt already ends inside the thinking.
+    ``starts_open`` says that the rendered prompt already ends inside the thinking.
     """
 
     close_ids: tuple[int, ...]
@@ -112,11 +111,7 @@ class Engine(Protocol):
         """Continue every prompt, given by its token ids."""
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Return float32 logits_TV of a teacher-forced pass.
-
-        Raises:
-            UsageError: the engine keeps its logits to itself.
-        """
+        """Return float32 logits_TV of a teacher-forced pass; UsageError from a server."""
 
     def tokenize(self, text: str) -> list[int] | None:
         """Return the ids of a text, special tokens parsed, none added; None without a tokenizer."""

@@ -16,11 +16,7 @@ Header = dict[str, Any]
 
 
 def write_message(stream: BinaryIO, header: Mapping[str, Any], payload: bytes = b"") -> None:
-    """Write one frame and flush it.
-
-    Raises:
-        BrokenPipeError: nobody reads any more.
-    """
+    """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
     text = json.dumps(header, separators=(",", ":")).encode()
     stream.write(_LENGTHS.pack(len(text), len(payload)) + text)
     if payload:

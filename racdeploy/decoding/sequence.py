@@ -45,11 +45,8 @@ class Sequence:
         self.unfed.extend(self.ids)
 
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
-        """Append the next token, and a forced close tag where the budget ends; return the new ids.
-
-        Raises:
-            EngineError: the logits are not numbers.
-        """
+        """Append the next token, and a forced close tag where the budget ends; return what is
+        new."""
         assert self.finish_reason is None, "a finished sequence takes no step"
         length = len(self.ids)
         token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
@@ -127,9 +124,6 @@ def choose(
     Args:
         top_p: smallest probability mass to draw from, in (0, 1].
         random: one number is drawn from it, none at temperature 0.
-
-    Raises:
-        EngineError: a logit is not a number, or all are infinite.
     """
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):
@@ -168,11 +162,7 @@ def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], draw: float) -> 
 def check_request(
     prompts: SequenceOf[SequenceOf[int]], sampling: Sampling, context_tokens: int, vocabulary: int
 ) -> None:
-    """Refuse what no engine could carry out; nothing is ever clipped.
-
-    Raises:
-        EngineError: an empty or too long prompt, a strange id, or an impossible setting.
-    """
+    """Refuse what no engine could carry out; nothing is ever clipped."""
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
     if problem := _find_problem(sampling, vocabulary):
@@ -180,11 +170,7 @@ def check_request(
 
 
 def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
-    """Refuse token ids that are none, too many, or outside the vocabulary.
-
-    Raises:
-        EngineError: naming ``what``, the lengths or the id.
-    """
+    """Refuse token ids that are none, too many, or outside the vocabulary."""
     if not ids:
         raise EngineError(f"{what} has no tokens", remedy="render the chat template first")
     if len(ids) > limit:

@@ -14,11 +14,7 @@ from racdeploy.errors import UsageError
 
 
 def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine:
-    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address.
-
-    Raises:
-        UsageError: sparse kernels are required of an engine that has none to switch on.
-    """
+    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address."""
     plugin = plugins.load("engines", name)
 
     if settings.accel == "require" and not plugin.ACCEL:

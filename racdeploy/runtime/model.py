@@ -1,8 +1,4 @@
-"""A bundle, ready to run: render, generate, split, decode. No torch behind it.
-
-The manifest says which engine, which settings and which tags; a call can override how tokens are
-chosen.
-"""
+"""A bundle, ready to run: render, generate, split, decode. No torch behind it."""
 
 from __future__ import annotations
 
@@ -249,8 +245,7 @@ def load(
         threads: 0 uses every core.
         parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a
             context.
-        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; ``auto`` uses them
-            where they are built and proven, on llama.cpp.
+        accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
 
     Raises:
         ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
@@ -278,11 +273,7 @@ def load(
 
 
 def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare what a packed artifact stands for with the manifest; a container says it of itself.
-
-    Raises:
-        ArtifactError: it is another file, or damaged.
-    """
+    """Compare what a packed artifact holds with the manifest; a container says it of itself."""
     if artifact.packing == "plain":
         return
     if not artifact.path.endswith(racgguf.SUFFIX):

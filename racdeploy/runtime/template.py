@@ -100,14 +100,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template.
-
-    Args:
-        bos_token, eos_token: the template's variables of that name; None leaves them undefined.
-
-    Raises:
-        ArtifactError: the text is not a template.
-    """
+    """A compiled chat template; a token that is None is undefined in it."""
 
     def __init__(
         self, source: str, bos_token: str | None = None, eos_token: str | None = None
@@ -130,11 +123,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Return the prompt text; ``variables`` are the template's own, as ``enable_thinking``.
-
-        Raises:
-            ArtifactError: the template failed, refused the messages, or took too long.
-        """
+        """Return the prompt text; ``variables`` are the template's own, as ``enable_thinking``."""
         values = {"tools": None, "documents": None, **self.tokens, **variables}
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         pieces = []
@@ -154,9 +143,6 @@ class PromptEncoder:
 
     ``lead`` is what every prompt begins with, also where the template does not write it: the
     beginning-of-sequence token, or nothing.
-
-    Raises:
-        ArtifactError: the tokenizer file is damaged.
     """
 
     def __init__(
@@ -169,12 +155,7 @@ class PromptEncoder:
 
     @classmethod
     def from_folder(cls, folder: Path) -> PromptEncoder:
-        """Read the tokenizer and the template of a model folder or a bundle.
-
-        Raises:
-            ModelError: no tokenizer or no template.
-            ArtifactError: one of them is damaged.
-        """
+        """Read the tokenizer and the template of a model folder or a bundle."""
         files = TokenizerFiles(folder)
         bos_token = files.special_token("bos_token")
         eos_token = files.special_token("eos_token")

@@ -36,10 +36,7 @@ _SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
 
 @dataclass(frozen=True)
 class ThinkingTags:
-    """The token ids of the tags round a thought, and of white space.
-
-    White space may come between a tag and the end of the prompt.
-    """
+    """Token ids of the tags round a thought, and of white space behind a tag in a prompt."""
 
     open_ids: tuple[int, ...]
     close_ids: tuple[int, ...]
@@ -55,8 +52,8 @@ class Split:
         answer_ids: after the last close tag, without end-of-sequence; empty while a thought is
             open.
         state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought,
-            the first or a later one; ``absent``: the whole completion is the answer;
-            ``reopened``: more than one thought, or one although the prompt had closed it.
+            the first or a later one; ``absent``: the whole completion is the answer; ``reopened``:
+            more than one thought, or one although the prompt had closed it.
         opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the
             model, ``implied`` by a close tag alone, or ``none``.
     """
@@ -125,11 +122,10 @@ def split(
     eos_ids: Collection[int],
     forced_at: int | None = None,
 ) -> Split:
-    """Split a completion into thinking and answer.
+    """Split a completion into thinking and answer; ``eos_ids`` are stripped from its end.
 
     Args:
         tags: None for a model that does not think.
-        eos_ids: end-of-sequence ids, stripped from the end.
         forced_at: see :class:`racdeploy.decoding.engine.Completion`.
     """
     ids = list(completion_ids)
@@ -205,13 +201,10 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
 
 
 def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
-    """Return the ids of two tags and of white space.
+    """Return the ids of two tags and of white space; it is an error if a tag has none.
 
     A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with
     its neighbours hides it.
-
-    Raises:
-        ArtifactError: the tokenizer has no ids for them.
     """
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
     open_ids = tuple(encoder.encode_text(open_tag))

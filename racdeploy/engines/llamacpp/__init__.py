@@ -20,13 +20,7 @@ _LOG = logging.getLogger("racdeploy.accel")
 
 
 class LlamaCppEngine(ChildEngine):
-    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-        ArtifactError: there is no such file.
-        EngineError: llama.cpp refused the file or died of it.
-    """
+    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory."""
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool = True) -> None:
         require("llama_cpp")
@@ -39,11 +33,7 @@ class LlamaCppEngine(ChildEngine):
             _LOG.info(self.about["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids by llama.cpp's own tokenizer; special tokens are parsed, none is added.
-
-        Raises:
-            EngineError: the text is not Unicode, or llama.cpp aborted on a damaged vocabulary.
-        """
+        """Return the ids by llama.cpp's own tokenizer; special tokens are parsed, none is added."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

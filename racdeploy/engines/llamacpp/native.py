@@ -72,12 +72,6 @@ class NativeModel:
     llama.cpp's threads meet after every operation. On a small model they wait longer than they
     work, so there every thread has its own context and decodes its share of the slots alone; a
     large model is read from memory once for all slots, by all threads.
-
-    The file is never mapped where weights are packed while they are loaded.
-
-    Raises:
-        EngineError: llama.cpp refused the file or the context, or has no use for kernels that are
-            required.
     """
 
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:

@@ -1,7 +1,7 @@
 """ONNX decoders on plain onnxruntime, in a child process: no torch and no onnxruntime-genai.
 
-A lack of memory ends a process: the child dies then, and the parent raises EngineError. Its peak
-memory is the engine's alone. The parent never imports onnxruntime.
+A lack of memory ends a process: the child dies then, and the parent raises EngineError. The parent
+never imports onnxruntime.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ ACCEL = True
 
 
 class OnnxRuntimeEngine(ChildEngine):
-    """An ONNX file, loaded by onnxruntime in a child process.
-
-    ``cache_dtype`` and ``flash_attention`` do not apply: the graph decides.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        ArtifactError: there is no such file.
-        EngineError: onnxruntime refused the file or died of it, or its graph is not a decoder with
-            a cache.
-    """
+    """An ONNX file; its graph decides in place of ``cache_dtype`` and ``flash_attention``."""
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         require("onnxruntime")

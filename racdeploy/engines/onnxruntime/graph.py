@@ -55,13 +55,7 @@ def engine_errors(what: str, remedy: str = _REMEDY) -> Iterator[None]:
 
 
 def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Load a graph for the CPU; weights that are packed beside it are joined first.
-
-    Raises:
-        ArtifactError: the packed weights are damaged.
-        EngineError: the file is damaged, or external data is missing, too short or outside its
-            folder.
-    """
+    """Load a graph for the CPU; weights that are packed beside it are joined first."""
     packed = load_sidecar(path)
     with engine_errors(f"load {path}"):
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in packed.values()]
@@ -96,17 +90,12 @@ class CacheTensor:
 
 
 class DecoderGraph:
-    """A session whose graph is a decoder with a key-value cache.
+    """A session whose graph is a decoder with a key-value cache; another graph is refused.
 
     ``shares_buffer`` says that past and present may be one buffer of the largest length
     (GroupQueryAttention); other graphs append to the past, so that the present is a longer tensor.
-    ``last_only`` says that the graph gives the logits of the last token alone.
-
-    Args:
-        folder: where its configuration is, for a head size that the graph leaves open.
-
-    Raises:
-        EngineError: the graph is not a decoder that this engine knows.
+    ``last_only`` says that the graph gives the logits of the last token alone. ``folder`` is where
+    a configuration has the head size that a graph may leave open.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, folder: Path) -> None:
@@ -129,7 +118,7 @@ class DecoderGraph:
 
         Args:
             length_B1: how many tokens are in the past of each row.
-            last: only the logits of the last token are wanted, if the graph can leave out others.
+            last: ask for the logits of the last token alone, where the graph can leave out others.
         """
         T = token_BT.shape[1]
         position_BT = length_B1 + np.arange(T)

@@ -24,12 +24,7 @@ _LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches o
 
 
 class OnnxModel(LoadedModel):
-    """A loaded graph and the caches of its slots.
-
-    Raises:
-        EngineError: onnxruntime refused the file, its graph is not a decoder, or an operator that
-            is required is of no use to it.
-    """
+    """A loaded graph and the caches of its slots."""
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         chosen = choose_graph(path, settings.accel)

@@ -31,8 +31,7 @@ class Reader:
     Args:
         tokenizer: the model's own, or None: then the server must return ids.
         counts_end: whether the server counts the end-of-sequence id among the generated tokens.
-            None if that is not known: then a text proves nothing, since a lost token would look
-            like an end that was not counted.
+            None: not known, and a text proves nothing, since a lost token would look like that id.
     """
 
     tokenizer: Tokenizer | None
@@ -42,11 +41,7 @@ class Reader:
     def read(
         self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
     ) -> Completion:
-        """Return the completion in the body of an answer; ``cap`` tokens were asked for.
-
-        Raises:
-            EngineError: the ids cannot be had, or contradict what the server says beside them.
-        """
+        """Return the completion in an answer; it is an error if its ids cannot be had exactly."""
         choice = read_choice(answer)
         _check_prompt(answer, choice, prompt)
 

@@ -68,12 +68,7 @@ class ChatEngine(OpenAIEngine):
     def complete(
         self, requests: Sequence[Request], on_end: OnEnd, cancelled: Cancel | None = None
     ) -> None:
-        """Ask every question; see :meth:`OpenAIEngine.complete`.
-
-        Raises:
-            EngineError: no answer shows its thinking, although the server generated more than the
-                texts hold.
-        """
+        """Ask every question; refuse answers that all leave out their thinking."""
         self._silent = []
         super().complete(requests, on_end, cancelled)
         if self._silent and all(self._silent):
@@ -121,10 +116,7 @@ class ChatEngine(OpenAIEngine):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a server says: the text that a user sees, and what it split off before.
-
-    ``counted`` are the tokens that the server counts for both, if it does.
-    """
+    """The text that a user sees, the thinking split off before, and the tokens counted for both."""
 
     text: str
     thinking: str

@@ -54,21 +54,18 @@ _EXACT_IDS = {
 class OpenAIEngine(Engine):
     """A model behind an address. It gives no logits and takes no thinking budget.
 
-    ``model`` is the name that requests carry.
-
     Args:
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
         settings: ``parallel`` requests are under way together; ``context_tokens`` caps a sequence.
         tokenizer: the model's ``tokenizer.json``, for servers that return text alone.
         vocabulary: number of the model's token ids; 0 takes what the server reports, or no limit.
-        model: empty takes the only one there is.
+        model: name of the model to ask; empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.
         timeout_s: longest wait for one completion.
 
     Raises:
         UsageError: wrong address, key or model name.
         EngineError: the server cannot be reached.
-        MissingExtraError: httpx is not installed.
     """
 
     def __init__(
@@ -131,7 +128,6 @@ class OpenAIEngine(Engine):
             on_end: gets the index of a request and its completion, in the order in which they end.
 
         Raises:
-            UsageError: a thinking budget was asked for.
             EngineError: the server failed, or exact token ids cannot be had from it; what had ended
                 is given first.
         """
@@ -172,9 +168,6 @@ class OpenAIEngine(Engine):
         """Return the server's ids of a text, None where no endpoint gives them.
 
         Special tokens are parsed; llama_cpp.server adds its own.
-
-        Raises:
-            EngineError: the endpoint answers with something else.
         """
         path = self._tokenizer_path
         return None if path is None else self._client.run(self._ask_ids, path, text)

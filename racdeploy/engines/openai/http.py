@@ -47,12 +47,7 @@ class _PassingError(Exception):
 
 
 class Client:
-    """What talks to one server; see :class:`racdeploy.engines.openai.engine.OpenAIEngine`.
-
-    Raises:
-        UsageError: the address or the variable cannot be used.
-        MissingExtraError: httpx is not installed.
-    """
+    """What talks to one server; see :class:`racdeploy.engines.openai.engine.OpenAIEngine`."""
 
     def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
         self.url = url.rstrip("/")
@@ -89,9 +84,8 @@ class Client:
     async def request(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Send a JSON object, or ask for a path without one; return the object that comes back.
 
-        Args:
-            path: relative to the address, as ``completions`` or ``../tokenize``.
-            body: what to send; sent again after a failure that may pass.
+        A failure that may pass is tried again. ``path`` is relative to the address, as
+        ``../tokenize``.
 
         Raises:
             UsageError: the server refuses the key.

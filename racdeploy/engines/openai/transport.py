@@ -28,13 +28,9 @@ class Answer:
 
 
 class Transport:
-    """Sends requests to one server.
+    """Sends requests to one server, each with ``headers``.
 
     Proxies and ``.netrc`` of the environment are ignored: a key goes where it is meant to go.
-
-    Args:
-        headers: of every request.
-        timeout_s: longest silence while an answer is awaited.
     """
 
     def __init__(self, headers: Mapping[str, str], timeout_s: float) -> None:

@@ -58,11 +58,7 @@ def embedding_scale(checkpoint: Checkpoint) -> float:
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
-    """Return the whole model in float32.
-
-    Raises:
-        ModelError: the file holds other tensors than the architecture.
-    """
+    """Return the whole model in float32; the file must hold exactly its tensors."""
     model = skeleton(checkpoint)
     expected = dict(model.named_parameters())
     if checkpoint.tied:
