@@ -45,8 +45,7 @@ class Sequence:
         self.unfed.extend(self.ids)
 
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
-        """Append the next token, and a forced close tag where the budget ends; return what is
-        new."""
+        """Append the next token, and a close tag where the budget ends; return the new ids."""
         assert self.finish_reason is None, "a finished sequence takes no step"
         length = len(self.ids)
         token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
