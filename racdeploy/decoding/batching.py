@@ -1,8 +1,7 @@
 """Continuous batching: keep every slot of the decoders busy until all sequences have ended.
 
-A step decodes one token of every running sequence and fills the rest of the batch with prompts; a
-slot that finishes takes the next prompt. Several decoders step independently, each in its own
-thread, and take their prompts from one queue.
+A step decodes one token of every running sequence and fills the rest of the batch with prompts.
+Several decoders step independently, each in its own thread, and take prompts from one queue.
 Source: iteration-level scheduling, Orca (OSDI 2022).
 """
 
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -87,25 +86,26 @@ class Batcher:
             self._lanes[0].run(on_news, cancelled)
         else:
             self._run_together(on_news, cancelled)
+
         self.prefill_s = sum(lane.prefill_s for lane in self._lanes) / len(self._lanes)
         self.decode_s = sum(lane.decode_s for lane in self._lanes) / len(self._lanes)
 
     def _run_together(self, on_news: OnNews, cancelled: Cancel) -> None:
         one_at_a_time = threading.Lock()
-        failed = threading.Event()
+        over = threading.Event()
 
         def pass_on(news: News) -> None:
             with one_at_a_time:
                 on_news(news)
 
         def ended_early() -> bool:
-            return failed.is_set() or cancelled()
+            return over.is_set() or cancelled()
 
         with ThreadPoolExecutor(len(self._lanes)) as pool:
             runs = [pool.submit(lane.run, pass_on, ended_early) for lane in self._lanes]
-            for run in as_completed(runs):
-                if run.exception() is not None:
-                    failed.set()
+            wait(runs, return_when=FIRST_EXCEPTION)
+            over.set()  # where one failed, the others need not continue
+
         for run in runs:
             run.result()
 
@@ -121,6 +121,7 @@ class _Lane:
         self._waiting = waiting
         self._running: dict[int, Sequence] = {}
         self._positions = [0] * decoder.slots
+
         for slot in range(decoder.slots):  # the last run may have ended in the middle of a sequence
             decoder.forget(slot)
 
@@ -185,6 +186,7 @@ class _Lane:
         """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""
         room = self._decoder.batch_tokens
         taken = {}
+
         for slot, sequence in sorted(self._running.items(), key=lambda s: len(s[1].unfed) > 1):
             taken[slot] = sequence.unfed[:room]
             sequence.unfed = sequence.unfed[room:]

@@ -18,9 +18,9 @@ Header = dict[str, Any]
 def write_message(stream: BinaryIO, header: Mapping[str, Any], payload: bytes = b"") -> None:
     """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
     text = json.dumps(header, separators=(",", ":")).encode()
-    stream.write(_LENGTHS.pack(len(text), len(payload)) + text)
-    if payload:
-        stream.write(payload)
+    stream.write(_LENGTHS.pack(len(text), len(payload)))
+    stream.write(text)
+    stream.write(payload)
     stream.flush()
 
 
@@ -33,6 +33,7 @@ def read_message(stream: BinaryIO) -> tuple[Header, bytes] | None:
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
     text = stream.read(header_bytes)
     payload = stream.read(payload_bytes)
+
     if len(text) < header_bytes or len(payload) < payload_bytes:
         return None
     return json.loads(text), payload

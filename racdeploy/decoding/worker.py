@@ -28,6 +28,9 @@ from racdeploy.decoding.messages import Header, read_message, write_message
 from racdeploy.decoding.sequence import Sequence
 from racdeploy.errors import ArtifactError, RacdeployError
 
+if sys.platform != "win32":
+    import resource
+
 _SEND_EVERY_S = 0.05  # a reader sees no difference
 
 
@@ -141,9 +144,11 @@ class _Worker:
     def _logits(self, request: Header) -> dict[str, Any]:
         ids = request["ids"]
         start = 0
+
         while start < len(ids):
             logits_TV = self._model.teacher_forced(ids, start)
-            self._send("rows", logits_TV.astype("<f4").tobytes(), start=start)
+            payload = logits_TV.astype("<f4").tobytes()
+            self._send("rows", payload, start=start)
             start += len(logits_TV)
         return {}
 
@@ -153,12 +158,13 @@ class _Worker:
         context_tokens = self._model.context_tokens
         sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
 
-        outbox = _Outbox(sequences, lambda news: self._send("tokens", news=news))
+        def send(news: News) -> None:
+            if request["stream"]:
+                self._send("tokens", news=news)
+
+        outbox = _Outbox(sequences, send)
         batcher = Batcher(self._model.decoders(len(sequences)), sequences)
-        batcher.run(
-            outbox.add if request["stream"] else lambda news: None,
-            lambda: self._inbox.cancelled_call == self._call,
-        )
+        batcher.run(outbox.add, lambda: self._inbox.cancelled_call == self._call)
         outbox.flush()
 
         self._stats["prefill_s"] += batcher.prefill_s
@@ -195,8 +201,6 @@ def _peak_rss_bytes() -> int:
     if sys.platform == "win32":
         return 0
 
-    import resource  # not on Windows, here and below
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -205,8 +209,6 @@ def main() -> None:
     """Keep the pipes for messages alone, then answer requests until the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
-        import resource
-
         # An abort is expected; its core file helps nobody.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

@@ -188,6 +188,7 @@ class _TextStream:
         self._eos_ids = model.manifest.tokenizer.eos_ids
         self._on_text = on_text
         self._scanner = Scanner(prompt_ids, self._tags)
+
         # What is between them is shown already, and is the context that the next ids need.
         self._prefix = 0
         self._read = 0
@@ -217,16 +218,18 @@ class _TextStream:
         self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
 
     def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
-        text = self._encoder.decode(self._scanner.ids[self._prefix : stop])
-        shown = self._encoder.decode(self._scanner.ids[self._prefix : self._read])
+        ids = self._scanner.ids
+        text = self._encoder.decode(ids[self._prefix : stop])
+        shown = self._encoder.decode(ids[self._prefix : self._read])
+
         is_cut = text.endswith("\ufffd") and not whole  # in the middle of a character
         if stop <= self._read or is_cut:
             return
 
         self._prefix = self._read
         self._read = stop
-        if len(text) > len(shown):
-            self._on_text(text[len(shown) :], "thinking" if inside else "answer")
+        if new_text := text[len(shown) :]:
+            self._on_text(new_text, "thinking" if inside else "answer")
 
 
 def load(

@@ -1,8 +1,7 @@
 """Turn messages into prompt ids: the model's chat template, in a sandbox, then its tokenizer.
 
 A template is code from a stranger: it runs without access to Python's internals, for a bounded
-time, and every way it can fail is one ArtifactError. Rendering equals transformers'
-``apply_chat_template``; the tokenizer adds nothing.
+time. Rendering equals transformers' ``apply_chat_template``; the tokenizer adds nothing.
 Source: transformers 4.57 ``utils/chat_template_utils.py``.
 """
 

@@ -67,8 +67,8 @@ class Split:
 class Scanner:
     """Follow a completion token by token.
 
-    Where neither the prompt nor the completion has opened a thought and a close tag comes all the
-    same, the model left out the open tag: everything before it was the thought.
+    A close tag without any open tag before it means that the model left out the open tag:
+    everything before it was the thought.
     """
 
     def __init__(self, prompt_ids: Sequence[int], tags: ThinkingTags) -> None:
@@ -83,11 +83,12 @@ class Scanner:
     def feed(self, token: int) -> None:
         """Take the next token."""
         self.ids.append(token)
-        open_ids, close_ids = self._tags.open_ids, self._tags.close_ids
+        close_ids = self._tags.close_ids
+
         if self.inside:
             if self._ends_with(close_ids):
                 self._close(self.start)
-        elif self._ends_with(open_ids):
+        elif self._ends_with(self._tags.open_ids):
             self.inside = True
             self.start = len(self.ids)
             self._begin("emitted")

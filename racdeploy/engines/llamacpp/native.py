@@ -80,7 +80,10 @@ class NativeModel:
         kernels = accel.enable(path, settings.accel, threads=self._threads)
 
         llama_cpp.llama_backend_init()
-        params = _model_params(use_mmap and (kernels.kept or not kernels.tensors))
+        # Weights that are packed while they are loaded are read.
+        is_mapped = use_mmap and (kernels.kept or not kernels.tensors)
+        mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if is_mapped else llama_cpp.LLAMA_LOAD_MODE_NONE
+        params = _fill(llama_cpp.llama_model_default_params(), load_mode=mode)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise EngineError(
@@ -121,9 +124,12 @@ class NativeModel:
         if start == 0:
             context.forget(0)
 
-        tokens = ids[start : start + _OUTPUT_ROWS]
-        context.decode([Row(token, place, 0, True) for place, token in enumerate(tokens, start)])
-        return np.stack([context.logits_V(row) for row in range(len(tokens))])
+        rows = []
+        for place, token in enumerate(ids[start : start + _OUTPUT_ROWS], start):
+            rows.append(Row(token, place, 0, True))
+
+        context.decode(rows)
+        return np.stack([context.logits_V(row) for row in range(len(rows))])
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are parsed, none are added."""
@@ -239,12 +245,6 @@ def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
     if required:
         raise EngineError(said, remedy="leave out --accel require")
     return {"kernels": said, "sparse_weights": packed}
-
-
-def _model_params(use_mmap: bool) -> Any:
-    mapped, read = llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_NONE
-    params = llama_cpp.llama_model_default_params()
-    return _fill(params, load_mode=mapped if use_mmap else read)
 
 
 def _context_params(settings: EngineSettings, slots: int) -> Any:

@@ -26,6 +26,4 @@ class OnnxRuntimeEngine(ChildEngine):
         super().__init__("racdeploy.engines.onnxruntime.native", "onnxruntime", path, settings)
 
 
-def open_engine(path: Path, settings: EngineSettings) -> OnnxRuntimeEngine:
-    """Load an ONNX file."""
-    return OnnxRuntimeEngine(path, settings)
+open_engine = OnnxRuntimeEngine

@@ -1,14 +1,8 @@
-"""Key-value caches that onnxruntime reads and writes in place: none is copied for a token.
-
-``SharedCache`` has one buffer for all slots in which past and present are the same memory; slots at
-any length are decoded together. ``AppendedCache`` serves graphs whose present is a longer tensor
-than their past: each slot has two buffers that take turns, and is decoded alone.
-"""
+"""Key-value caches that onnxruntime reads and writes in place: none is copied for a token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -20,21 +14,8 @@ Logits = NDArray[np.float32]
 _FIRST_TOKENS = 256  # room of an appended cache at first
 
 
-class Cache(Protocol):
-    """The caches of all slots, and the graph that fills them."""
-
-    def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
-        """Run tokens of one slot behind its past; return logits_TV, of the last token if asked."""
-
-    def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
-        """Run one token of each slot; return its logits_TV."""
-
-    def forget(self, slot: int) -> None:
-        """Empty the cache of a slot."""
-
-
-class SharedCache(Cache):
-    """One buffer of ``slots`` × ``context_tokens`` for each key and value.
+class SharedCache:
+    """One buffer of ``slots`` × ``context_tokens`` for each key and value: past and present alike.
 
     The memory of a token comes with its use. Rows in use are the first ones, so that they are one
     contiguous batch: a row that is freed takes in the last one.
@@ -48,15 +29,17 @@ class SharedCache(Cache):
         self._bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
 
     def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
+        """Run tokens of one slot behind its past; return logits_TV, of the last token if asked."""
         row = self._row(slot)
-        length_11 = np.array([[self._lengths[row]]])
-        self._lengths[row] += len(tokens)
+        length = self._lengths[row]
+        self._lengths[row] = length + len(tokens)
 
-        feeds = self._graph.feeds(np.array([tokens]), length_11, last=last)
+        feeds = self._graph.feeds([tokens], [[length]], last=last)
         logits_BTV = self._run(row, 1, feeds)
         return np.squeeze(logits_BTV, axis=0)
 
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
+        """Run one token of each slot; return its logits_TV."""
         rows = {slot: self._row(slot) for slot in tokens}
         B = len(self._slots)
 
@@ -65,7 +48,7 @@ class SharedCache(Cache):
         for slot, row in rows.items():
             token_B1[row] = tokens[slot]
 
-        length_B1 = np.array(self._lengths)[:, None]
+        length_B1 = [[length] for length in self._lengths]
         feeds = self._graph.feeds(token_B1, length_B1, last=True)
         logits_BTV = self._run(0, B, feeds)
 
@@ -74,14 +57,17 @@ class SharedCache(Cache):
         return {slot: logits_BTV[row] for slot, row in rows.items()}
 
     def forget(self, slot: int) -> None:
+        """Empty the cache of a slot."""
         if slot not in self._slots:
             return
         row = self._slots.index(slot)
+
         # The last row takes the place of the freed one.
         last = self._slots.pop()
         length = self._lengths.pop()
         if last == slot:
             return
+
         self._slots[row] = last
         self._lengths[row] = length
         for buffer in self._buffers:
@@ -107,10 +93,11 @@ class SharedCache(Cache):
         return _run_bound(self._graph, binding, feeds)
 
 
-class AppendedCache(Cache):
+class AppendedCache:
     """Two flat buffers for each key and value of each slot: one is the past, one gets the present.
 
-    They grow by doubling, up to ``context_tokens``.
+    For graphs whose present is a longer tensor than their past. The buffers take turns, and grow by
+    doubling; slots are decoded one at a time.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, context_tokens: int) -> None:
@@ -131,7 +118,7 @@ class AppendedCache(Cache):
             _bind(binding.bind_input, cache.past, cache.view(front, length))
             _bind(binding.bind_output, cache.present, cache.view(back, total))
 
-        feeds = self._graph.feeds(np.array([tokens]), np.array([[length]]), last=last)
+        feeds = self._graph.feeds([tokens], [[length]], last=last)
         logits_BTV = _run_bound(self._graph, binding, feeds)
 
         self._buffers[slot] = (backs, fronts)
@@ -150,13 +137,14 @@ class AppendedCache(Cache):
     def _make_room(self, slot: int, total: int) -> None:
         if total <= self._rooms[slot]:
             return
+
         wanted = max(total, 2 * self._rooms[slot], _FIRST_TOKENS)
         room = min(self._context, wanted)
 
         old_fronts, _ = self._buffers[slot]
         fronts = self._flat(room)
+        length = self._lengths[slot]
         for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=True):
-            length = self._lengths[slot]
             cache.view(new, length)[:] = cache.view(old, length)
 
         self._buffers[slot] = (fronts, self._flat(room))

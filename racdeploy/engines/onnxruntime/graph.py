@@ -1,7 +1,5 @@
 """What a decoder graph looks like from outside: inputs, outputs, number formats, kind of cache.
 
-Names and shapes are read from the session; what they leave open is found by running the graph on
-two tokens.
 Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator
 GroupQueryAttention, onnxruntime/docs/ContribOperators.md 1.32.
 """
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from racdeploy.errors import EngineError
@@ -113,20 +111,23 @@ class DecoderGraph:
         self.vocabulary, self.last_only = self._try_two_tokens()
         self.shares_buffer = self._takes_longer_past()
 
-    def feeds(self, token_BT: Array, length_B1: Array, *, last: bool) -> dict[str, Array]:
+    def feeds(self, tokens: ArrayLike, lengths: ArrayLike, *, last: bool) -> dict[str, Array]:
         """Return the inputs beside the cache, in the number formats of the graph.
 
         Args:
-            length_B1: how many tokens are in the past of each row.
+            tokens: token_BT.
+            lengths: length_B1: how many tokens are in the past of each row.
             last: ask for the logits of the last token alone, where the graph can leave out others.
         """
+        token_BT = np.asarray(tokens)
+        length_B1 = np.asarray(lengths)
         T = token_BT.shape[1]
-        position_BT = length_B1 + np.arange(T)
-        mask_BX = np.arange(int(length_B1.max()) + T) < length_B1 + T  # X: past and new tokens
+        total_B1 = length_B1 + T  # past and new tokens
+
         values = {
             _TOKENS: token_BT,
-            _MASK: mask_BX,
-            _POSITIONS: position_BT,
+            _MASK: np.arange(total_B1.max()) < total_B1,
+            _POSITIONS: length_B1 + np.arange(T),
             _KEPT: np.array(int(last)),
         }
         return {
@@ -206,7 +207,7 @@ class DecoderGraph:
 
     def _run_plain(self, *, tokens: int, past: int, length: int) -> dict[str, Array]:
         """Run zeros behind a past of which ``length`` tokens are attended to."""
-        feeds = self.feeds(np.zeros((1, tokens)), np.array([[length]]), last=False)
+        feeds = self.feeds([[0] * tokens], [[length]], last=False)
         for cache in self.caches:
             feeds[cache.past] = cache.zeros(1, past)
 

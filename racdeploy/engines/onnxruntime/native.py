@@ -15,7 +15,7 @@ from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.decoding.messages import Header
 from racdeploy.decoding.worker import LoadedModel
-from racdeploy.engines.onnxruntime.caches import AppendedCache, Cache, SharedCache
+from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.storage.cores import available_cores
 
@@ -43,7 +43,7 @@ class OnnxModel(LoadedModel):
         self._output_rows = 1 if graph.last_only else self.batch_tokens
 
         kind = SharedCache if graph.shares_buffer else AppendedCache
-        self._cache: Cache = kind(graph, self.slots, self.context_tokens)
+        self._cache = kind(graph, self.slots, self.context_tokens)
         self._logits: dict[int, NDArray[np.float32]] = {}
 
     def decoders(self, sequences: int) -> list[OnnxModel]:

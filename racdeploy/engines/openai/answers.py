@@ -1,8 +1,7 @@
 """From the answer of ``/completions`` to token ids, exactly or not at all.
 
-Ids come from the server where it returns them: ``token_ids`` of a choice (vLLM, SGLang) or
-``tokens`` under ``__verbose`` (llama-server). Otherwise the text is tokenized again, and that
-counts only if the ids give the same text and are as many as the server generated.
+Where the server returns none, the text is tokenized again, and that counts only if the ids give
+the same text and are as many as the server generated.
 Source: vLLM 0.10.2 and SGLang 0.5.9 ``return_token_ids``; llama.cpp tools/server server-task.cpp
 and llama_cpp/llama.py of llama-cpp-python 0.3.36.
 """
@@ -78,7 +77,7 @@ class Reader:
             raise EngineError("the server returns no token ids", remedy=_EXACT)
 
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        generated = _usage(answer, "completion_tokens") - (ended and self.counts_end)
+        generated = read_usage(answer, "completion_tokens") - (ended and self.counts_end)
         is_whole = "\ufffd" not in text
         gives_same_text = self.tokenizer.decode(ids, skip_special_tokens=False) == text
 
@@ -92,16 +91,11 @@ class Reader:
         return [*ids, _end_id(choice, stop_ids)] if ended else ids
 
 
-def count_prompt_tokens(answer: Mapping[str, Any]) -> int:
-    """Return how many prompt tokens the server counted; it is an error if it does not say."""
-    return _usage(answer, "prompt_tokens")
-
-
 def _check_prompt(
     answer: Mapping[str, Any], choice: Mapping[str, Any], prompt: Sequence[int]
 ) -> None:
     """Refuse an answer to another prompt; vLLM returns the ids that it read."""
-    count = count_prompt_tokens(answer)
+    count = read_usage(answer, "prompt_tokens")
     read = choice.get("prompt_token_ids")
     if count != len(prompt) or (read is not None and read != list(prompt)):
         raise EngineError(
@@ -131,7 +125,8 @@ def find_usage(answer: Mapping[str, Any], key: str) -> int | None:
     return count if type(count) is int else None
 
 
-def _usage(answer: Mapping[str, Any], key: str) -> int:
+def read_usage(answer: Mapping[str, Any], key: str) -> int:
+    """Return what the server counted; it is an error if it does not say."""
     count = find_usage(answer, key)
     if count is None:
         raise EngineError(f"the server's answer has no usage.{key}", remedy=ODD)
@@ -170,7 +165,7 @@ def _returned_ids(
             remedy=ODD,
         )
 
-    counted = _usage(answer, "completion_tokens")
+    counted = read_usage(answer, "completion_tokens")
     if len(ids) != counted:
         raise EngineError(
             f"the server returns {len(ids)} token ids and counts {counted}", remedy=ODD

@@ -1,9 +1,7 @@
 """``/chat/completions`` as an engine: what users of a server read, turned back into tokens.
 
-The server renders its own template, so what is asked is the question behind the prompt ids. It may
-split the thinking off, as ``reasoning_content`` (vLLM, SGLang, llama-server) or ``reasoning``
-(Ollama, newer vLLM); otherwise the thinking is in the text, between the model's tags. Texts are
-tokenized here, tags put back: the ids are not proven to be the ones that were generated.
+The server renders its own template, so what is asked is the question behind the prompt ids. Texts
+are tokenized here, tags put back: the ids are not proven to be the ones that were generated.
 Source: the servers' documentation; llama_cpp/server/app.py of llama-cpp-python 0.3.36.
 """
 

@@ -1,8 +1,7 @@
 """``/v1/completions`` of a server as an engine.
 
-Prompts go out as token ids, so that the model's own template decides; only llama_cpp.server takes
-no ids, and gets text that it was seen to tokenize to them. A request carries its own seed. OpenAI's
-client package would hide the fields that hold the ids.
+Prompts go out as token ids, so that the model's own template decides. OpenAI's client package would
+hide the fields that hold the ids.
 Source: the servers' documentation and code; see :mod:`racdeploy.engines.openai.answers`.
 """
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
-from racdeploy.engines.openai.answers import Reader, count_prompt_tokens
+from racdeploy.engines.openai.answers import Reader, read_usage
 from racdeploy.engines.openai.http import Client, RefusedError
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.models.tokenizer_files import read_tokenizer
@@ -70,7 +69,7 @@ class OpenAIEngine(Engine):
 
     def __init__(
         self,
-        url: str,
+        url: Path | str,
         settings: EngineSettings,
         *,
         tokenizer: Path | None = None,
@@ -82,7 +81,7 @@ class OpenAIEngine(Engine):
         self.stats = {}
         self.about = {}
         self._settings = settings
-        self._client = Client(url, key_env, timeout_s)
+        self._client = Client(str(url), key_env, timeout_s)
         self._own = read_tokenizer(tokenizer) if tokenizer else None
 
         card = self._choose_model(model)
@@ -175,7 +174,7 @@ class OpenAIEngine(Engine):
     def count(self, text: str) -> int:
         """Return how many prompt tokens the server makes of a text, with those that it adds."""
         body = {"model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0}
-        return count_prompt_tokens(self._client.ask("completions", body))
+        return read_usage(self._client.ask("completions", body), "prompt_tokens")
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | list[int] | None:
         """Return the prompt of the server's own template: text or ids, None if it does not say."""

@@ -1,7 +1,6 @@
 """JSON over HTTP for one server: retries with doubling delays, and errors that name the cause.
 
-Requests must be safe to repeat: a lost answer is asked for again. The key is read from an
-environment variable and goes into one header; it is blanked out of whatever a server says.
+Requests must be safe to repeat. The key is blanked out of whatever a server says.
 Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens).
 """
 

@@ -1,7 +1,6 @@
 """HTTP requests that run side by side and can be broken off: the one module that imports httpx.
 
-Requests are tasks of an event loop in a thread. To cancel a task closes its connection, whatever it
-waits for: a connection, an answer, or the pause before another attempt.
+To cancel a task of the event loop closes its connection, whatever it waits for.
 Source: https://www.python-httpx.org; anyio's blocking portals.
 """
 
