@@ -126,7 +126,6 @@ class _Lane:
             decoder.forget(slot)
 
     def fill(self, slot: int) -> None:
-        """Give a slot the next sequence, if both exist."""
         if slot >= self.slots:
             return
         with contextlib.suppress(queue.Empty):
@@ -134,7 +133,6 @@ class _Lane:
             self._positions[slot] = 0
 
     def run(self, on_news: OnNews, cancelled: Cancel) -> None:
-        """Step until nothing runs and nothing waits."""
         while self._running and not cancelled():
             news = self._step()
             if news:
@@ -188,7 +186,7 @@ class _Lane:
         taken = {}
 
         for slot, sequence in sorted(self._running.items(), key=lambda s: len(s[1].unfed) > 1):
-            taken[slot] = sequence.unfed[:room]
+            tokens = taken[slot] = sequence.unfed[:room]
             sequence.unfed = sequence.unfed[room:]
-            room -= len(taken[slot])
+            room -= len(tokens)
         return taken

@@ -64,12 +64,6 @@ class Child:
         reader.start()
         self._finalizer = weakref.finalize(self, _end, self._process, reader, self._stderr)
 
-    def ask(self, op: str, **values: Any) -> Message:
-        """Send a request and return its only answer; see :meth:`converse`."""
-        with contextlib.closing(self.converse(op, **values)) as answers:
-            *_, last = filter(None, answers)
-        return last
-
     def converse(self, op: str, **values: Any) -> Generator[Message | None, None, None]:
         """Send a request and yield its answers up to ``done``, and None while there is none.
 
@@ -133,7 +127,6 @@ class Child:
         return EngineError(f"the {self._engine} engine is closed", remedy="open it again")
 
     def _obituary(self) -> EngineError:
-        """Say how the process died: its signal, the likely cause, and the last words."""
         try:
             code = self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:

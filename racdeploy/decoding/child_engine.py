@@ -89,12 +89,13 @@ class ChildEngine(Engine):
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes."""
         check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
-        logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
         request = {"ids": [int(token) for token in ids]}
+        logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
 
         with contextlib.closing(self._child.converse("logits", **request)) as answers:
             for header, payload in filter(None, answers):
                 self.stats = header.get("stats", self.stats)
+
                 if header["event"] == "rows":
                     start = header["start"]
                     values_L = np.frombuffer(payload, dtype="<f4")
@@ -108,6 +109,7 @@ class ChildEngine(Engine):
         self._child.close()
 
     def _ask(self, op: str, **values: Any) -> dict[str, Any]:
-        header, _ = self._child.ask(op, **values)
+        with contextlib.closing(self._child.converse(op, **values)) as answers:
+            *_, (header, _) = filter(None, answers)
         self.stats = header["stats"]
         return header

@@ -33,9 +33,9 @@ class CompletionLog:
         if self.file is None:
             return
 
-        line = json.dumps([*key, asdict(completion)], separators=(",", ":")) + "\n"
-        with disk_errors(self.file), self.file.open("ab") as out:
-            out.write(line.encode())
+        line = json.dumps([*key, asdict(completion)], separators=(",", ":"))
+        with disk_errors(self.file), self.file.open("a", encoding="ascii", newline="") as out:
+            out.write(line + "\n")
 
     def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
         """Return what was kept, or None."""

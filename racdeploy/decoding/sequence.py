@@ -37,7 +37,10 @@ class Sequence:
 
         self._sampling = sampling
         self._cap = min(sampling.max_new_tokens, context_tokens - len(prompt_ids))
-        self._random = np.random.Generator(np.random.PCG64([sampling.seed, sampling.stream(index)]))
+
+        seeds = [sampling.seed, sampling.stream(index)]
+        self._random = np.random.Generator(np.random.PCG64(seeds))
+
         self._budget = sampling.budget
         self._thinking_from = 0 if self._budget and self._budget.starts_open else None
 
@@ -93,10 +96,10 @@ class Sequence:
         begun = count_begun(self.ids, close_ids, self._thinking_from)
         room = self._cap - len(self.ids)
         forced = close_ids[begun:][:room]
-
         self.forced_at = len(self.ids) - begun if forced else None
         self.ids.extend(forced)
         self._budget = None
+
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
@@ -130,6 +133,7 @@ def choose(
             f"the model's logits are not finite (token {best}: {logits_V[best]})",
             remedy="the weights are damaged or overflow; export again, or with another quant",
         )
+
     if temperature == 0.0:
         return best
 
@@ -186,7 +190,6 @@ def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> N
 
 
 def _find_problem(sampling: Sampling, vocabulary: int) -> str:
-    """Return what is impossible about the settings, or an empty string."""
     if sampling.max_new_tokens < 1:
         return f"max_new_tokens is {sampling.max_new_tokens}, must be at least 1"
     if not 0.0 <= sampling.temperature < np.inf:

@@ -86,7 +86,6 @@ class _Outbox:
         self._sent_at = float("-inf")
 
     def add(self, news: News) -> None:
-        """Take the new tokens of a step."""
         for index, ids in news:
             self._waiting.setdefault(index, []).extend(ids)
 
@@ -96,7 +95,6 @@ class _Outbox:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits."""
         if self._waiting:
             self._send(list(self._waiting.items()))
             self._waiting = {}
@@ -104,8 +102,6 @@ class _Outbox:
 
 
 class _Worker:
-    """Carries out the requests, one at a time."""
-
     def __init__(self, module: str, inbox: _Inbox, out: BinaryIO) -> None:
         self._module = module
         self._inbox = inbox
@@ -116,7 +112,6 @@ class _Worker:
         self._stats: dict[str, float] = dict.fromkeys(counted, 0)
 
     def serve(self) -> None:
-        """Answer requests until the process ends."""
         while True:
             request = self._inbox.requests.get()
             self._call = request["call"]

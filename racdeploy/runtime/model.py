@@ -194,7 +194,6 @@ class _TextStream:
         self._read = 0
 
     def feed(self, index: int, ids: Sequence[int]) -> None:
-        """Take new ids of the only sequence."""
         scanner = self._scanner
         for token in ids:
             if token in self._eos_ids:

@@ -73,6 +73,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         size = _size(left) + _size(right)
+
         if operator == "*" and isinstance(left, Sized) != isinstance(right, Sized):
             number = right if isinstance(left, Sized) else left
             size *= int(number)
@@ -90,7 +91,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def join(self, parts: Sequence[Any]) -> str:
-        """Return the parts as one text."""
         texts = [str(part) for part in parts]
         length = sum(map(len, texts))
         if length > _LARGEST_TEXT:
@@ -214,7 +214,6 @@ def _refuse_large_numbers(*values: object) -> None:
 
 @contextlib.contextmanager
 def _template_errors() -> Iterator[None]:
-    """Turn whatever a template can raise into an ArtifactError."""
     try:
         yield
     except _FAILURES as error:

@@ -62,7 +62,6 @@ class _Log:
             self.lines.append(line.strip())
 
     def tail(self) -> str:
-        """Return the last errors in one line."""
         return " | ".join(self.lines) or "no message"
 
 
@@ -94,12 +93,12 @@ class NativeModel:
 
         self.about = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
+
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._contexts = self._open_contexts(settings)
 
     def _open_contexts(self, settings: EngineSettings) -> list[_Context]:
-        """Share the slots out among as many contexts as pay."""
         is_small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
         count = min(self._threads, settings.parallel) if is_small else 1
 
@@ -172,11 +171,9 @@ class _Context:
         self._batch = _Batch()
 
     def use_threads(self, threads: int) -> None:
-        """Set how many threads decode."""
         llama_cpp.llama_set_n_threads(self._context, threads, threads)
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Run one batch."""
         status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
         if status:
             llama_cpp.llama_memory_clear(self._memory, True)
@@ -194,7 +191,6 @@ class _Context:
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
     def forget(self, slot: int) -> None:
-        """Empty the cache of one sequence."""
         first, last = -1, -1  # all positions
         llama_cpp.llama_memory_seq_rm(self._memory, slot, first, last)
 
@@ -222,7 +218,6 @@ class _Batch:
         )
 
     def fill(self, rows: Sequence[Row]) -> Any:
-        """Return the batch with these rows in it."""
         count = len(rows)
         columns = np.array(rows, dtype=np.int32).T
         for place, column in zip(self._columns, columns, strict=True):
@@ -251,6 +246,7 @@ def _context_params(settings: EngineSettings, slots: int) -> Any:
     cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
     cache_type = cache_types[settings.cache_dtype]
     flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
     return _fill(
         llama_cpp.llama_context_default_params(),
         n_ctx=settings.context_tokens * slots,

@@ -101,8 +101,8 @@ class DecoderGraph:
         self._inputs = {node.name: node for node in session.get_inputs()}
         self._outputs = {node.name: node for node in session.get_outputs()}
 
-        pasts = [name for name in self._inputs if _PAST.fullmatch(name)]
-        others = [name for name in self._inputs if name not in pasts]
+        pasts = list(filter(_PAST.fullmatch, self._inputs))
+        others = self._inputs.keys() - pasts
         self._refuse_unknown(pasts, others)
 
         self._dtypes = {name: _dtype(self._inputs[name]) for name in others}
@@ -140,8 +140,8 @@ class DecoderGraph:
         keeps_last = _KEPT in feeds and feeds[_KEPT] == 1
         return 1 if self.last_only or keeps_last else feeds[_TOKENS].shape[1]
 
-    def _refuse_unknown(self, pasts: list[str], others: list[str]) -> None:
-        unknown = sorted({*others} - {_TOKENS, _MASK, _POSITIONS, _KEPT})
+    def _refuse_unknown(self, pasts: list[str], others: set[str]) -> None:
+        unknown = sorted(others - {_TOKENS, _MASK, _POSITIONS, _KEPT})
         if unknown:
             raise EngineError(
                 f"the graph wants inputs that racdeploy does not know: {', '.join(unknown)}",
@@ -177,6 +177,7 @@ class DecoderGraph:
         _, heads, _, size = node.shape
         if not isinstance(size, int):
             size = _read_head_size(folder, name)
+
         return CacheTensor(name, present, heads, size, dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
@@ -186,9 +187,12 @@ class DecoderGraph:
 
         logits = outputs["logits"]
         rows = logits.shape[1] if logits.ndim == 3 else 0
+
         wrong = 0
         for cache in self.caches:
-            wrong += outputs[cache.present].shape != (1, cache.heads, 4, cache.head_size)
+            expected = (1, cache.heads, 4, cache.head_size)
+            wrong += outputs[cache.present].shape != expected
+
         if logits.shape[0] != 1 or rows not in (1, 2) or wrong:
             raise EngineError(
                 "the graph is not a decoder: two tokens behind two give logits of shape "

@@ -149,7 +149,6 @@ def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
 def _returned_ids(
     answer: Mapping[str, Any], choice: Mapping[str, Any], vocabulary: int
 ) -> list[int] | None:
-    """Return the ids in an answer, or None if the server gives none."""
     verbose = answer.get("__verbose")
     beside = verbose.get("tokens") if isinstance(verbose, dict) else None
     ids = choice.get("token_ids", beside)

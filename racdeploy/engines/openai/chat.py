@@ -97,6 +97,7 @@ class ChatEngine(OpenAIEngine):
         found = self._conversation.ids(answer)
         if answer.finish_reason == "length":
             return Completion(tuple(found), "length")
+
         if self._conversation.close_ids:
             self._silent.append(self._hides_thinking(answer, found))
         return Completion((*found, *sampling.stop_ids[:1]), "stop")

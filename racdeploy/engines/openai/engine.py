@@ -205,7 +205,6 @@ class OpenAIEngine(Engine):
         return self._reader.read(answer, ids, sampling.stop_ids, body["max_tokens"])
 
     def _write_request(self, request: Request) -> dict[str, Any]:
-        """Return what every endpoint is asked for."""
         ids, sampling, stream = request
         return {
             "model": self.model,
@@ -234,7 +233,6 @@ class OpenAIEngine(Engine):
         )
 
     def _choose_model(self, name: str) -> dict[str, Any]:
-        """Return what the server says about the model to ask."""
         try:
             found = self._client.ask("models").get("data")
         except RefusedError as error:
@@ -244,6 +242,7 @@ class OpenAIEngine(Engine):
 
         listed = found if isinstance(found, list) else []
         cards = [card for card in listed if isinstance(card, dict) and "id" in card]
+
         chosen = [card for card in cards if name in ("", card["id"])]
         if len(chosen) == 1:
             return chosen[0]

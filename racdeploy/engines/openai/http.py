@@ -11,15 +11,12 @@ import json
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.plugins import require
 
 if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
-
     from racdeploy.engines.openai.transport import Answer
 
 Value = TypeVar("Value")
@@ -65,11 +62,8 @@ class Client:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         self._transport = Transport(headers, timeout_s)
-        self._start_loop = start_blocking_portal
-
-    def loop(self) -> AbstractContextManager[BlockingPortal]:
-        """Return an event loop in a thread; an error in its ``with`` block cancels its tasks."""
-        return self._start_loop()
+        # An event loop in a thread; an error in its `with` block cancels its tasks.
+        self.loop = start_blocking_portal
 
     def run(self, function: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
         """Run one coroutine function to its end."""
@@ -110,7 +104,6 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     async def _exchange(self, path: str, data: bytes | None) -> Answer:
-        """Make one attempt."""
         url = urllib.parse.urljoin(self._base, path)
         method = "GET" if data is None else "POST"
 
@@ -135,7 +128,6 @@ class Client:
         return answer
 
     def _object(self, answer: Answer, path: str) -> dict[str, Any]:
-        """Return the JSON object in an answer, or say why there is none."""
         if answer.status in _RETRIED:
             # A date in place of seconds is not worth a parser.
             pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
@@ -178,7 +170,6 @@ class Client:
 
 
 def _read_address(url: str) -> str:
-    """Return the address that paths are relative to."""
     try:
         parts = urllib.parse.urlsplit(url)
         _ = parts.port  # read here, since it raises where it is no port

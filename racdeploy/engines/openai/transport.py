@@ -62,7 +62,6 @@ class Transport:
 
 
 async def _read(response: httpx.Response) -> Answer:
-    """Read the answer whose headers have come."""
     received = bytearray()
     promised = response.headers.get("Content-Length", "")
 

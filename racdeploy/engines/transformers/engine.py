@@ -52,13 +52,13 @@ class TransformersEngine(Engine):
         check_request(prompts, sampling, context_tokens, self._vocabulary)
         sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
 
-        if on_tokens:
-            for sequence in sequences:
-                if sequence.ids:  # a budget of nothing has forced them
-                    on_tokens(sequence.index, sequence.ids)
+        for sequence in sequences:
+            if on_tokens and sequence.ids:  # a budget of nothing has forced them
+                on_tokens(sequence.index, sequence.ids)
 
-        for start in range(0, len(sequences), self._settings.parallel):
-            group = sequences[start : start + self._settings.parallel]
+        parallel = self._settings.parallel
+        for start in range(0, len(sequences), parallel):
+            group = sequences[start : start + parallel]
             running = [s for s in group if s.finish_reason is None]
             self._run(running, on_tokens, cancelled)
         return [sequence.completion() for sequence in sequences]
@@ -125,7 +125,7 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
     """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
     # Silence the warning that the model names its own tokenizer class, with other rules maybe.
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(transformers_logging.ERROR)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     finally:

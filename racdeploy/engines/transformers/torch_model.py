@@ -100,7 +100,6 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
 def _table_gelu(
     _: nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor
 ) -> torch.Tensor:
-    """Replace the output of a GELU module by what the table gives for its input."""
     (x,) = arguments
     rounded = x.half().float()
     value = nn.functional.gelu(rounded, approximate="tanh").half().float()
@@ -115,11 +114,12 @@ def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
 
-    expected = tuple(module.get_parameter(leaf).shape)
-    if expected != tuple(value.shape):
+    expected = module.get_parameter(leaf).shape
+    if expected != value.shape:
         raise ModelError(
-            f"{name} is {tuple(value.shape)} in the file and {expected} by config.json"
+            f"{name} is {tuple(value.shape)} in the file and {tuple(expected)} by config.json"
         )
+
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
