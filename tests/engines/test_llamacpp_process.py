@@ -105,7 +105,12 @@ def test_an_engine_that_is_dropped_leaves_no_child(model: Path) -> None:
 
 
 def test_the_worker_ends_when_its_input_ends() -> None:
-    worker = [sys.executable, "-m", "racdeploy.decoding.worker", "racdeploy.engines.llamacpp.native"]
+    worker = [
+        sys.executable,
+        "-m",
+        "racdeploy.decoding.worker",
+        "racdeploy.engines.llamacpp.native",
+    ]
     ended = subprocess.run(worker, input=b"", capture_output=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout) == (0, b"")
 

@@ -6,6 +6,7 @@ batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from pathlib import Path
@@ -125,7 +126,7 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
     """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
     # Silence the warning that the model names its own tokenizer class, with other rules maybe.
     before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     finally:
