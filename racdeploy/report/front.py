@@ -9,27 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from racdeploy.report import tables
 from racdeploy.report.model import ArmSummary, Report, RivalRow
-from racdeploy.report.tables import plain, points, readable_bytes
 
 _SIZE_EVEN, _SPEED_EVEN = 1.02, 1.05
+_LESS_IS_BETTER = {
+    "size_bytes": True,
+    "tokens_per_s": False,
+    "accuracy": False,
+    "thinking_tokens_mean": True,
+}
 
 
 def front(arms: Sequence[ArmSummary]) -> frozenset[str]:
     """Return the names of the arms that no other arm equals in everything and beats anywhere."""
-    columns = (
-        [_negate(arm.size_bytes) for arm in arms],
-        [arm.tokens_per_s for arm in arms],
-        [arm.accuracy for arm in arms],
-        [_negate(arm.thinking_tokens_mean) for arm in arms],
-    )
-    measured = [[value for value in column if value is not None] for column in columns]
-    rows = list(zip(*(column for column in measured if len(column) == len(arms)), strict=True))
+    qualities: list[list[float]] = [[] for _ in arms]
+    for field, less_is_better in _LESS_IS_BETTER.items():
+        values = [getattr(arm, field) for arm in arms]
+        if None in values:
+            continue
+        for own, value in zip(qualities, values, strict=True):
+            own.append(-value if less_is_better else value)
 
     names = set()
-    for arm, own in zip(arms, rows, strict=True):
-        better = (row for row in rows if row != own)
-        if not any(all(a >= b for a, b in zip(row, own, strict=True)) for row in better):
+    for arm, own in zip(arms, qualities, strict=True):
+        if not any(_beats(rival, own) for rival in qualities):
             names.add(arm.name)
     return frozenset(names)
 
@@ -41,15 +45,17 @@ def who_wins(report: Report) -> list[str]:
     if pruned is None or not report.rivals:
         return []
 
-    rows = [row for row in report.rivals if row.name in by_name]
-    sentences = [_compare(by_name[row.name], pruned, row) for row in rows]
+    sentences = []
+    for row in report.rivals:
+        if row.name in by_name:
+            sentences.append(_compare(by_name[row.name], pruned, row))
 
     best = front(report.arms)
-    on = ", ".join(arm.name for arm in report.arms if arm.name in best)
-    off = ", ".join(arm.name for arm in report.arms if arm.name not in best)
+    on = ", ".join(name for name in by_name if name in best)
+    off = ", ".join(name for name in by_name if name not in best)
     rest = f"; beaten or equalled in everything: {off}" if off else ""
     sentences.append(f"On the front of size, speed, accuracy and thinking: {on}{rest}.")
-    return [plain(sentence) for sentence in sentences]
+    return [tables.plain(sentence) for sentence in sentences]
 
 
 def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
@@ -57,22 +63,25 @@ def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
 
     if rival.size_bytes and pruned.size_bytes:
         ratio = rival.size_bytes / pruned.size_bytes
-        sizes = f"{readable_bytes(rival.size_bytes)}, pruned {readable_bytes(pruned.size_bytes)}"
+        own = tables.readable_bytes(rival.size_bytes)
+        other = tables.readable_bytes(pruned.size_bytes)
         winner = _winner(rival, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN)
-        wins[winner].append(f"size ({sizes})")
+        wins[winner].append(f"size ({own}, pruned {other})")
 
     if rival.tokens_per_s and pruned.tokens_per_s:
         ratio = rival.tokens_per_s / pruned.tokens_per_s
-        winner = _winner(rival, 1 / ratio < 1 / _SPEED_EVEN, 1 / ratio > _SPEED_EVEN)
+        winner = _winner(rival, ratio > _SPEED_EVEN, ratio < 1 / _SPEED_EVEN)
         wins[winner].append(f"speed ({ratio:.2f} times that of pruned)")
 
     winner = _winner(rival, row.gain_lower > 0, row.gain_upper < 0)
-    interval = f"{points(row.gain_lower)} to {points(row.gain_upper)}"
-    wins[winner].append(f"accuracy ({points(row.gain)} points, {interval})")
+    gain = tables.points(row.gain)
+    interval = tables.points_interval(row.gain_lower, row.gain_upper)
+    wins[winner].append(f"accuracy ({gain} points, {interval})")
 
     winner = _winner(rival, row.length_upper < 1, row.length_lower > 1)
-    interval = f"{row.length_lower:.2f} to {row.length_upper:.2f}"
-    wins[winner].append(f"thinking ({row.length_ratio:.2f} times as long, {interval})")
+    ratio_words = tables.ratio_text(row.length_ratio)
+    interval = tables.ratio_interval(row.length_lower, row.length_upper)
+    wins[winner].append(f"thinking ({ratio_words} times as long, {interval})")
 
     even = wins.pop("even")
     parts = [f"{name} wins on {_enumerate(what)}" for name, what in wins.items() if what]
@@ -87,9 +96,9 @@ def _winner(rival: ArmSummary, wins: bool, loses: bool) -> str:
     return "pruned" if loses else "even"
 
 
-def _negate(value: float | None) -> float | None:
-    """Return a quality of which less is better as one of which more is."""
-    return None if value is None else -value
+def _beats(rival: Sequence[float], own: Sequence[float]) -> bool:
+    at_least_equal = all(theirs >= ours for theirs, ours in zip(rival, own, strict=True))
+    return at_least_equal and rival != own
 
 
 def _enumerate(items: Sequence[str]) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from racdeploy.report import tables
 from racdeploy.report.model import CheckVerdict, Comparison, Report
-from racdeploy.report.tables import points, ratio_text, readable_bytes
+
+# Name, field of an arm, how it is written, and the check that decides on it.
+_QUALITIES = (
+    ("Accuracy", "accuracy", "{:.1%}".format, "accuracy"),
+    ("Thinking tokens", "thinking_tokens_mean", "{:.1f}".format, "thinking"),
+    ("Size", "size_bytes", tables.readable_bytes, ""),
+    ("Tokens/s", "tokens_per_s", "{:,.0f}".format, "speed"),
+)
 
 
 @dataclass(frozen=True)
 class Highlight:
-    """A number of both arms.
-
-    Args:
-        dense, pruned: as text, with the unit.
-        note: the comparison in a few words.
-        verdict: of the check that decides on it.
-    """
+    """A number of both arms as text, with the comparison in a few words."""
 
     name: str
     dense: str
@@ -28,42 +30,43 @@ class Highlight:
 def highlights(report: Report) -> list[Highlight]:
     """Return accuracy, thinking, size and speed, as far as they were measured."""
     arms = {arm.name: arm for arm in report.arms}
-    if "dense" not in arms or "pruned" not in arms:
+    dense, pruned = arms.get("dense"), arms.get("pruned")
+    if dense is None or pruned is None:
         return []
 
-    dense, pruned, comparison = arms["dense"], arms["pruned"], report.comparison
     verdicts = {check.name: check.verdict for check in report.checks}
-    shares = f"{dense.accuracy:.1%}", f"{pruned.accuracy:.1%}"
-    found = [Highlight("Accuracy", *shares, _drop(comparison), verdicts.get("accuracy"))]
+    notes = {
+        "Accuracy": _drop(report.comparison),
+        "Thinking tokens": _length(report.comparison),
+        "Size": _times(dense.size_bytes, pruned.size_bytes, "the dense file"),
+        "Tokens/s": _times(dense.tokens_per_s, pruned.tokens_per_s, "dense"),
+    }
 
-    if dense.thinking_tokens_mean is not None and pruned.thinking_tokens_mean is not None:
-        lengths = f"{dense.thinking_tokens_mean:.1f}", f"{pruned.thinking_tokens_mean:.1f}"
-        verdict = verdicts.get("thinking")
-        found.append(Highlight("Thinking tokens", *lengths, _length(comparison), verdict))
-
-    if dense.size_bytes and pruned.size_bytes:
-        sizes = readable_bytes(dense.size_bytes), readable_bytes(pruned.size_bytes)
-        note = f"{pruned.size_bytes / dense.size_bytes:.2f} times the dense file"
-        found.append(Highlight("Size", *sizes, note))
-
-    if dense.tokens_per_s and pruned.tokens_per_s:
-        speeds = f"{dense.tokens_per_s:,.0f}", f"{pruned.tokens_per_s:,.0f}"
-        note = f"{pruned.tokens_per_s / dense.tokens_per_s:.2f} times dense"
-        found.append(Highlight("Tokens/s", *speeds, note, verdicts.get("speed")))
+    found = []
+    for name, field, text, check in _QUALITIES:
+        before, after, note = getattr(dense, field), getattr(pruned, field), notes[name]
+        if before is None or after is None or note is None:
+            continue
+        found.append(Highlight(name, text(before), text(after), note, verdicts.get(check)))
     return found
 
 
 def _drop(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
-    interval = f"{points(comparison.drop_lower)} to {points(comparison.drop_upper)}"
-    margin = points(comparison.margin)
-    return f"drop {points(comparison.drop)} points ({interval}), margin {margin}"
+    drop, margin = tables.points(comparison.drop), tables.points(comparison.margin)
+    interval = tables.points_interval(comparison.drop_lower, comparison.drop_upper)
+    return f"drop {drop} points ({interval}), margin {margin}"
 
 
 def _length(comparison: Comparison | None) -> str:
     if comparison is None or comparison.length_ratio is None:
         return ""
+    ratio = tables.ratio_text(comparison.length_ratio)
+    interval = tables.ratio_interval(comparison.length_lower, comparison.length_upper)
     limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
-    interval = f"{ratio_text(comparison.length_lower)} to {ratio_text(comparison.length_upper)}"
-    return f"{ratio_text(comparison.length_ratio)} times as long ({interval}){limit}"
+    return f"{ratio} times as long ({interval}){limit}"
+
+
+def _times(dense: float | None, pruned: float | None, of_what: str) -> str | None:
+    return f"{pruned / dense:.2f} times {of_what}" if dense and pruned else None

@@ -1,10 +1,8 @@
 """A report as one HTML file: no network, no script, light and dark, usable with the keyboard alone.
 
-The page has all tables, the charts, and the prompts on which the arms disagree with their thinking
-side by side. It stays below 2 MB: long thinking is cut, late prompts are left to
-``records.jsonl``, and it says so. Prompts and answers are hostile text: the template escapes
-everything, and a content security policy forbids scripts should anything slip through. So the
-filters are radio buttons and style rules, which also work where a CI server blocks scripts.
+It stays below 2 MB: long thinking is cut and late prompts are left to ``records.jsonl``; it says so.
+Prompts and answers are hostile text: the template escapes everything, and a content security policy
+forbids scripts should anything slip through. So the filters are radio buttons and style rules.
 """
 
 from __future__ import annotations
@@ -14,21 +12,27 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from operator import attrgetter
 
-import jinja2
 from markupsafe import Markup
 
 from racdeploy.report import charts
+from racdeploy.report.axis import load_templates
 from racdeploy.report.front import front, who_wins
 from racdeploy.report.highlights import highlights
 from racdeploy.report.model import Record, Report
-from racdeploy.report.tables import explanation, plain, tables, visible
+from racdeploy.report.tables import explanation, tables, visible
 
 _TEXT_BUDGET_BYTES = 1_200_000
 _TEXT_CHARACTERS = 24_000
 _ROWS = 200
 _TASKS = 12
+_QUANTILES = {
+    "shortest": 0.0,
+    "half are at most": 0.5,
+    "nine of ten are at most": 0.9,
+    "longest": 1.0,
+}
 
 Pair = tuple[Record, Record]
 """Dense and pruned on one prompt."""
@@ -53,7 +57,8 @@ class _Disagreement:
     @property
     def shared(self) -> int:
         """Characters with which both thoughts begin, up to the end of a word."""
-        dense, pruned = _cut(self.dense.thinking_text), _cut(self.pruned.thinking_text)
+        dense = _cut(self.dense.thinking_text)
+        pruned = _cut(self.pruned.thinking_text)
         if dense == pruned:
             return len(dense)
 
@@ -65,42 +70,37 @@ class _Disagreement:
 
 def render(report: Report, records: Sequence[Record] = ()) -> str:
     """Return the page; of the records only those of the arms ``dense`` and ``pruned`` are drawn."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(cut=_cut, plain=plain)
-    folder = files("racdeploy.report")
-    source = folder.joinpath("report.html.jinja").read_text(encoding="utf-8")
-    style = Markup(folder.joinpath("report.css").read_text(encoding="utf-8"))
-
     paired = _pair(records)
     different = [pair for pair in paired if pair[0].correct != pair[1].correct]
     shown = _within_budget([_Disagreement(*pair) for pair in different])
 
-    return environment.from_string(source).render(
-        _draw_charts(report, paired),
-        style=style,
-        report=report,
-        explanation=explanation(report),
-        highlights=highlights(report),
-        tables={table.title: table for table in tables(report)},
-        row_limit=_ROWS,
-        winners=who_wins(report),
-        quantiles=_length_quantiles(paired),
-        pairs=len(paired),
-        disagreements=shown,
-        disagreement_count=len(different),
-        task_filters=_task_filters(shown),
-        recipe=_readable(report.recipe),
-        fingerprint=_readable(report.fingerprint),
+    return (
+        load_templates()
+        .get_template("report.html.jinja")
+        .render(
+            _draw_charts(report, paired),
+            cut=_cut,
+            report=report,
+            explanation=explanation(report),
+            highlights=highlights(report),
+            tables={table.title: table for table in tables(report)},
+            row_limit=_ROWS,
+            winners=who_wins(report),
+            quantiles=_length_quantiles(paired),
+            pairs=len(paired),
+            disagreements=shown,
+            disagreement_count=len(different),
+            task_filters=_task_filters(shown),
+            recipe=_readable(report.recipe),
+            fingerprint=_readable(report.fingerprint),
+        )
     )
 
 
 def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
     arms, linears, best = report.arms, report.linears, front(report.arms)
     cap = report.comparison.length_budget_tokens if report.comparison else None
-    dense = [record.thinking_tokens for record, _ in paired]
-    pruned = [record.thinking_tokens for _, record in paired]
+    dense, pruned = _lengths(paired)
 
     return {
         "accuracy_chart": charts.accuracy_against_length(arms),
@@ -110,10 +110,10 @@ def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
         "scatter_chart": charts.paired_lengths(paired, cap),
         "histogram_chart": charts.length_histogram(dense, pruned, cap),
         "sparsity_chart": charts.heat_map(
-            linears, lambda row: row.sparsity_reached, "Sparsity by linear"
+            "Sparsity by linear", linears, attrgetter("sparsity_reached")
         ),
         "error_chart": charts.heat_map(
-            linears, lambda row: row.held_out_error, "Held-out error by linear"
+            "Held-out error by linear", linears, attrgetter("held_out_error")
         ),
     }
 
@@ -133,15 +133,21 @@ def _length_quantiles(paired: Sequence[Pair]) -> list[tuple[str, int, int]]:
     """Return name, dense and pruned value of the thinking lengths' quantiles."""
     if not paired:
         return []
-    dense = sorted(record.thinking_tokens for record, _ in paired)
-    pruned = sorted(record.thinking_tokens for _, record in paired)
+    dense, pruned = _lengths(paired)
+    dense.sort()
+    pruned.sort()
 
     found = []
-    names = ("shortest", "half are at most", "nine of ten are at most", "longest")
-    for name, share in zip(names, (0.0, 0.5, 0.9, 1.0), strict=True):
+    for name, share in _QUANTILES.items():
         place = max(math.ceil(share * len(paired)) - 1, 0)
         found.append((name, dense[place], pruned[place]))
     return found
+
+
+def _lengths(paired: Sequence[Pair]) -> tuple[list[int], list[int]]:
+    dense = [record.thinking_tokens for record, _ in paired]
+    pruned = [record.thinking_tokens for _, record in paired]
+    return dense, pruned
 
 
 def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:

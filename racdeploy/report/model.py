@@ -1,8 +1,7 @@
 """The report and the records: what a verification found, as data.
 
-Filled in by the checks, read by everything that prints. Knows nothing of Markdown or HTML, and
-nothing of how a number was measured. The verdict is never stored on its own: it follows from the
-checks in :func:`overall_verdict`, and a file with another verdict is refused.
+The verdict is never stored on its own: it follows from the checks in :func:`overall_verdict`, and a
+file with another verdict is refused.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class ArmSummary(_Part):
     Args:
         name: ``dense`` and ``pruned`` are the two that are compared.
         prompts: prompts answered, the denominator of ``accuracy``.
-        accuracy_lower: lower end of the 95 % Wilson interval.
-        accuracy_upper: upper end of it.
+        accuracy_lower, accuracy_upper: the 95 % Wilson interval.
         unclosed: completions that ended inside the thinking; they count as wrong.
         forced: completions whose thinking was closed by the budget.
         cut: completions that hit the token cap after the thinking.
@@ -98,12 +96,8 @@ class Comparison(_Part):
 
     Args:
         drop: accuracy lost by pruning, as a fraction; negative where pruning won.
-        drop_lower: lower end of its interval.
-        drop_upper: upper end of its interval.
-        verdict: non-inferiority of the accuracy.
-        margin: largest drop that passes.
-        n10: answers that dense gets right and pruned does not, over all samples.
-        n01: answers that pruned gets right and dense does not.
+        margin: largest drop that passes; ``verdict`` is non-inferiority within it.
+        n10, n01: answers, over all samples, that only dense and that only pruned gets right.
         n: prompts answered by both arms.
         length_ratio: restricted mean thinking length, pruned over dense; None if not measured.
         length_limit: largest ratio that passes.
@@ -133,8 +127,7 @@ class CheckResult(_Part):
 
     Args:
         name: the check's plugin name.
-        summary: one sentence with the numbers that decided.
-        figures: the numbers, by name, with the unit in the name.
+        summary: one sentence with the numbers that decided; ``figures`` has units in the names.
         remedy: the next thing to do where it did not pass.
     """
 
@@ -168,9 +161,8 @@ class BlockRow(_Part):
     """How far the hidden states after one block are from the dense model's, on held-out traces.
 
     Args:
-        drift: relative error, Σ |sparse − dense|² / Σ |dense|².
-        drift_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
-        drift_by_task: the same for each task.
+        drift: relative error, Σ |sparse − dense|² / Σ |dense|²; by stream: ``prompt``,
+            ``thinking`` and ``answer`` tokens.
     """
 
     block: int = Field(ge=0)
@@ -183,8 +175,7 @@ class PositionRow(_Part):
     """Mean divergence over a stretch of the dense model's completions, teacher-forced.
 
     Args:
-        start_token: first token of the stretch, counted from the end of the prompt.
-        stop_token: the token after its last one.
+        start_token, stop_token: the half-open stretch, counted from the end of the prompt.
         tokens: positions of all traces in it.
         export_kl_nats: mean KL(torch-pruned ‖ artifact).
         pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
@@ -201,13 +192,8 @@ class RivalRow(_Part):
     """A dense model against the pruned one, over the same prompts.
 
     Args:
-        name: of its arm.
         gain: accuracy of the rival less that of the pruned model, as a fraction.
-        gain_lower: lower end of its interval.
-        gain_upper: upper end of its interval.
         length_ratio: restricted mean thinking length, rival over pruned.
-        length_lower: lower end of its interval.
-        length_upper: upper end of its interval.
     """
 
     name: str
@@ -226,9 +212,7 @@ class TensorRow(_Part):
         zeros: exact zeros in the exported tensor, as a fraction of its weights.
         size_bytes: as stored.
         bits: of a weight, as stored; None in reports that were written before it was kept.
-        reason: why it is not as asked; empty where it is.
-        packing: how it is stored.
-        packing_reason: why it is not packed as asked; empty where it is.
+        reason, packing_reason: why it is not as asked; empty where it is.
     """
 
     name: str
@@ -248,8 +232,7 @@ class Record(_Part):
     Args:
         prompt: index of the prompt; both arms share it.
         prompt_ids: the rendered prompt; empty in records of older versions.
-        opening: where the first thought began: in the prompt, in the completion, before its first
-            token, or nowhere.
+        opening: the first thought began in the prompt, the completion, before it, or nowhere.
         loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
         scorer: what decided, see :mod:`racdeploy.scorers`; empty is its default.
         extracted: the answer that was scored, None if none was found.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report, TensorRow
+from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
 _UNPRINTABLE = re.compile(
@@ -24,7 +24,7 @@ _NONE = "–"
 _SPARSITY_TOLERANCE = 5e-4
 
 Row = tuple[str, ...]
-_Named = TypeVar("_Named", LinearRow, TensorRow)
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,23 @@ def ratio_text(value: float | None) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}"
 
 
+def points_interval(lower: float, upper: float) -> str:
+    """Return an interval of fractions in points of a hundred."""
+    return f"{points(lower)} to {points(upper)}"
+
+
+def ratio_interval(lower: float | None, upper: float | None) -> str:
+    """Return an interval of ratios."""
+    return f"{ratio_text(lower)} to {ratio_text(upper)}"
+
+
 def _compare(comparison: Comparison) -> str:
-    """Return the sentence with the drop and, where measured, the length ratio and limits."""
     difference = "as many as"
     if comparison.drop:
         direction = "fewer" if comparison.drop > 0 else "more"
         difference = f"{points(abs(comparison.drop))} points {direction} than"
 
-    interval = f"{points(comparison.drop_lower)} to {points(comparison.drop_upper)}"
+    interval = points_interval(comparison.drop_lower, comparison.drop_upper)
     text = (
         f"Pruned answers {difference} dense ({comparison.confidence:.0%} interval of the drop "
         f"{interval}, margin {points(comparison.margin)}, n = {comparison.n})"
@@ -127,32 +136,34 @@ def _compare(comparison: Comparison) -> str:
     if comparison.length_ratio is None:
         return f"{text}."
 
-    limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
-    interval = f"{ratio_text(comparison.length_lower)} to {ratio_text(comparison.length_upper)}"
     ratio = ratio_text(comparison.length_ratio)
+    interval = ratio_interval(comparison.length_lower, comparison.length_upper)
+    limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
     return f"{text} and thinks {ratio} times as long ({interval}{limit})."
 
 
 def _arm(arm: ArmSummary) -> Row:
+    interval = f"{arm.accuracy_lower:.1%} to {arm.accuracy_upper:.1%}"
     return (
         arm.name,
-        f"{arm.accuracy:.1%} ({arm.accuracy_lower:.1%} to {arm.accuracy_upper:.1%})",
-        _NONE if arm.thinking_tokens_mean is None else f"{arm.thinking_tokens_mean:.1f}",
+        f"{arm.accuracy:.1%} ({interval})",
+        _show(arm.thinking_tokens_mean, "{:.1f}".format),
         f"{arm.unclosed} of {arm.prompts}",
         str(arm.forced),
         str(arm.cut),
-        _NONE if arm.size_bytes is None else readable_bytes(arm.size_bytes),
-        _NONE if arm.tokens_per_s is None else f"{arm.tokens_per_s:.1f}",
+        _show(arm.size_bytes, readable_bytes),
+        _show(arm.tokens_per_s, "{:.1f}".format),
         arm.quant or _NONE,
-        _NONE if arm.sparsity is None else f"{arm.sparsity:.1%}",
+        _show(arm.sparsity, "{:.1%}".format),
     )
 
 
 def _tasks(report: Report) -> list[Row]:
     rows: list[Row] = []
-    for row in report.tasks:
-        shares = (_share(row.dense_correct, row.prompts), _share(row.pruned_correct, row.prompts))
-        rows.append((row.task, str(row.prompts), *shares))
+    for task in report.tasks:
+        dense = _share(task.dense_correct, task.prompts)
+        pruned = _share(task.pruned_correct, task.prompts)
+        rows.append((task.task, str(task.prompts), dense, pruned))
     return rows
 
 
@@ -178,59 +189,51 @@ def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
 
 def _deviations(report: Report) -> list[Row]:
     """Return what was not pruned or not exported as asked, alike ones together."""
-    return [*_unpruned(report.linears), *_unlike(report.tensors), *_unpacked(report.tensors)]
+    rows = _unpruned(report.linears)
+    quants: dict[Row, list[str]] = defaultdict(list)
+    packings: dict[Row, list[str]] = defaultdict(list)
 
+    for tensor in report.tensors:
+        if tensor.reason or tensor.quant_asked != tensor.quant_real:
+            reason = tensor.reason or "no reason was recorded"
+            quants["quant", tensor.quant_asked, tensor.quant_real, reason].append(tensor.name)
+        if tensor.packing_reason:
+            reason = tensor.packing_reason
+            packings["packing", "packed", tensor.packing, reason].append(tensor.name)
 
-def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
-    missed = [
-        row
-        for row in linears
-        if abs(row.sparsity_asked - row.sparsity_reached) > _SPARSITY_TOLERANCE
-    ]
-    default = "the method reached another sparsity than it was asked for"
-    groups = _group(missed, lambda row: (f"{row.sparsity_asked:.1%}", row.reason or default))
-
-    rows: list[Row] = []
-    for (asked, reason), alike in groups.items():
-        reached = [row.sparsity_reached for row in alike]
-        ends = dict.fromkeys((f"{min(reached):.1%}", f"{max(reached):.1%}"))
-        rows.append(("sparsity", asked, " to ".join(ends), _where(alike), reason))
+    for (what, asked, real, reason), names in (*quants.items(), *packings.items()):
+        rows.append((what, asked, real, _where(names), reason))
     return rows
 
 
-def _unlike(tensors: Iterable[TensorRow]) -> list[Row]:
-    changed = [row for row in tensors if row.reason or row.quant_asked != row.quant_real]
-    default = "no reason was recorded"
-    groups = _group(changed, lambda row: (row.quant_asked, row.quant_real, row.reason or default))
-    return [
-        ("quant", asked, real, _where(alike), reason)
-        for (asked, real, reason), alike in groups.items()
-    ]
+def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
+    groups: dict[Row, list[LinearRow]] = defaultdict(list)
+    for linear in linears:
+        if abs(linear.sparsity_asked - linear.sparsity_reached) > _SPARSITY_TOLERANCE:
+            reason = linear.reason or "the method reached another sparsity than it was asked for"
+            groups[f"{linear.sparsity_asked:.1%}", reason].append(linear)
+
+    rows: list[Row] = []
+    for (asked, reason), alike in groups.items():
+        reached = sorted(linear.sparsity_reached for linear in alike)
+        ends = dict.fromkeys(f"{share:.1%}" for share in (reached[0], reached[-1]))
+        where = _where([linear.name for linear in alike])
+        rows.append(("sparsity", asked, " to ".join(ends), where, reason))
+    return rows
 
 
-def _unpacked(tensors: Iterable[TensorRow]) -> list[Row]:
-    plain_ones = [row for row in tensors if row.packing_reason]
-    groups = _group(plain_ones, lambda row: (row.packing, row.packing_reason))
-    return [
-        ("packing", "packed", real, _where(alike), reason)
-        for (real, reason), alike in groups.items()
-    ]
-
-
-def _group(rows: Iterable[_Named], key: Callable[[_Named], Row]) -> dict[Row, list[_Named]]:
-    groups: dict[Row, list[_Named]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return groups
-
-
-def _where(rows: Sequence[LinearRow] | Sequence[TensorRow]) -> str:
+def _where(names: Sequence[str]) -> str:
     """Return one name, or how many there are of each kind, numbers in the names left out."""
-    names = [row.name for row in rows]
     if len(names) == 1:
         return names[0]
+
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
-    return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items())
+    parts = [f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()]
+    return ", ".join(parts)
+
+
+def _show(value: _Number | None, text: Callable[[_Number], str]) -> str:
+    return _NONE if value is None else text(value)
 
 
 def _share(correct: int, prompts: int) -> str:
