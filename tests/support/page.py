@@ -1,4 +1,4 @@
-"""Measure how the code reads: ``python -m tests.support.page [FILE or FOLDER …]`` prints the figures.
+"""Measure how the code reads: ``python -m tests.support.page [PLACE …]`` prints the figures.
 
 A body is what follows a function's docstring, to its last line, blank lines and comments included.
 Syntax nodes are those that ``ast.walk`` visits in the body, counted in functions of at least
