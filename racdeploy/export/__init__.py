@@ -1,7 +1,8 @@
 """Write a checkpoint into the file format of an engine: one file per format.
 
-A format file holds the members of :class:`Format`. What could not be stored as asked is in the result with a reason;
-nothing is dropped. An artifact is one main file, which an engine opens, and the files it refers to.
+A format file holds the members of :class:`Format`. What could not be stored as asked is in the
+result with a reason; nothing is dropped. An artifact is one main file, which an engine opens, and
+the files it refers to.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class ExportResult:
         path: its main file.
         tensors: in file order.
         size_bytes: of the files that every engine reads.
-        files: SHA-256 of every file, the main one included, by its path from the folder of the main one.
+        files: SHA-256 of every file, the main one included, by its path from the folder of the main
+            one.
         notes: what the engine will do differently from the checkpoint, in sentences.
         unpacked_sha256: of the file that a packed one stands for; empty where nothing is packed.
     """
@@ -153,13 +155,16 @@ class MeasuredTensor:
 class Format(Protocol):
     """A file format, as a module.
 
-    ``BACKEND`` is the engine that reads it, ``NEEDS`` the packages that both take, with their extras, ``LIBRARY``
-    what the Hub calls it, ``COMPARES_F32`` whether its export compares its float32 form with torch, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and packing that its
-    ``export`` takes. ``artifact_path`` is the main file's place in a bundle. ``measure`` returns scalar metadata and
-    one row per tensor: name, shape (outputs first), type, zeros (None where they cannot be counted), size_bytes,
-    packing; ``is_linear`` says whether a row is a prunable linear. ``unpack`` writes what a packed artifact stands
-    for, beside it unless told otherwise. ``companions`` are the texts of further files that programs want in the
-    bundle, by their path, and ``usage`` the lines of the model card that say how to run it.
+    ``BACKEND`` is the engine that reads it, ``NEEDS`` the packages that both take, with their
+    extras, ``LIBRARY`` what the Hub calls it, ``COMPARES_F32`` whether its export compares its
+    float32 form with torch, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and
+    packing that its ``export`` takes. ``artifact_path`` is the main file's place in a bundle.
+    ``measure`` returns scalar metadata and
+    one row per tensor: name, shape (outputs first), type, zeros (None where they cannot be
+    counted), size_bytes, packing; ``is_linear`` says whether a row is a prunable linear. ``unpack``
+    writes what a packed artifact stands for, beside it unless told otherwise. ``companions`` are
+    the texts of further files that programs want in the bundle, by their path, and ``usage`` the
+    lines of the model card that say how to run it.
     """
 
     BACKEND: str
@@ -210,7 +215,7 @@ def load(name: str) -> Format:
 
 
 def format_of(path: Path) -> str:
-    """Return the format that a file's suffix names, with ``rac`` in front where it is packed, or an empty string."""
+    """Return the format that a file's suffix names, packed or not, or an empty string."""
     name = path.suffix.removeprefix(".").removeprefix("rac")
     return name if name in plugins.names("formats") else ""
 
@@ -219,7 +224,8 @@ def check(settings: recipe.Export) -> None:
     """Refuse what the format cannot write, before any work.
 
     Raises:
-        UsageError: a quant, a packing or an option that is not the format's, or two that do not go together.
+        UsageError: a quant, a packing or an option that is not the format's, or two that do not go
+            together.
     """
     packings.check(settings.format, settings.quant, settings.packing)
     taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}

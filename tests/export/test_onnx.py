@@ -26,9 +26,9 @@ from racdeploy.errors import (
     ModelError,
     UsageError,
 )
-from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import choice, export, is_linear, measure
 from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen, choose
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def built(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 def chosen(checkpoint: Checkpoint, built: Path, monkeypatch: pytest.MonkeyPatch) -> Chosen:
     """The same graph for every export of this file."""
     found = Chosen(adopt(built, checkpoint, onnx_exporters.load("genai"), "genai"), "built once")
-    monkeypatch.setattr(onnx_format, "choose", lambda checkpoint, exporter: found)
+    monkeypatch.setattr(onnx_writer, "choose", lambda checkpoint, exporter: found)
     return found
 
 

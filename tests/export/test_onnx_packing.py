@@ -20,6 +20,7 @@ from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import export, measure, unpack
 from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.manifest import ArtifactEntry
@@ -56,7 +57,7 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
     )
     monkeypatch.setattr(
-        onnx_format, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
+        onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )
 
 

@@ -19,6 +19,7 @@ from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult, gguf
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
@@ -313,7 +314,7 @@ def test_an_onnx_file_holds_the_very_codes(
     tmp_path: Path, graph: Chosen, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arrays that MatMulNBits reads are the codes and scales that pruning chose."""
-    monkeypatch.setattr(onnx_format, "choose", lambda checkpoint, exporter: graph)
+    monkeypatch.setattr(onnx_writer, "choose", lambda checkpoint, exporter: graph)
     walk = Walk(tmp_path, "qwen3", f"matmulnbits_{bits}", monkeypatch)
     exported = onnx_format.export(walk.pruned, tmp_path / "model.onnx", quant=f"matmulnbits_{bits}")
     stored = read_onnx(exported.path, exported, bits)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
@@ -34,5 +34,5 @@ def use_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
     )
     monkeypatch.setattr(
-        onnx_format, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
+        onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )

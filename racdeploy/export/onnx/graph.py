@@ -1,7 +1,8 @@
-"""Take an exporter's float32 graph apart: which checkpoint tensor each node uses, compared value by value.
+"""Take an exporter's float32 graph apart: which checkpoint tensor each node uses, value by value.
 
-What comes out is the graph without weights: linears, embedding and vectors are named as in the checkpoint, whatever
-the exporter called them and whichever way it laid them out. Knows no number format.
+What comes out is the graph without weights: linears, embedding and vectors are named as in the
+checkpoint, whatever the exporter called them and whichever way it laid them out. Knows no number
+format.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from racdeploy.models.coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
 
 _SLAB_WEIGHTS = 4_194_304
-# An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a source are refused,
-# unless they are the rotary tables, which parity compares with torch row by row.
+# An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a
+# source are refused, unless they are the rotary tables, which parity compares with torch.
 _MOST_CONSTANT_WEIGHTS = 4096
+_TURNS = ("Transpose",)
 ROTARY_TABLES = ("cos_cache", "sin_cache")
 
 
@@ -59,21 +61,24 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
         what: the exporter's name, for messages.
 
     Raises:
-        EngineError: a weight differs, is missing, is unknown, or is used in a way that is not known.
+        EngineError: a weight differs, is missing, is unknown, or is used in a way that is not
+            known.
     """
     model = onnx.load(str(file), load_external_data=False)
     sources = _match_weights(model, file, checkpoint, exporter, what)
     wiring = _Wiring(model, sources, what)
     wiring.rewire()
+
     used = wiring.linears | wiring.embeddings | wiring.vectors
     if missing := sorted(list_used_tensors(checkpoint) - used):
         raise EngineError(
-            f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}"
+            f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, "
+            f"first {missing[0]!r}"
         )
+
     fix_head_size(model, checkpoint.head_size)
-    constants = {
-        tensor.name: np.array(read_array(tensor, file.parent)) for tensor in model.graph.initializer
-    }
+    initializers = model.graph.initializer
+    constants = {each.name: np.array(read_array(each, file.parent)) for each in initializers}
     del model.graph.initializer[:]
     return Graph(
         model,
@@ -99,6 +104,7 @@ def _match_weights(
     for node in model.graph.node:
         for name in node.input:
             consumers[name].append(node.name)
+
     weights = {}
     for initializer in model.graph.initializer:
         source = exporter.source_of(initializer.name, consumers[initializer.name])
@@ -112,13 +118,10 @@ def _match_weights(
                 f"{what} stored {source!r} as type {initializer.data_type}, not in float32"
             )
         weights[initializer.name] = _compare(initializer, file, checkpoint, source, what)
-    repeated = [
-        name
-        for name, count in Counter(weight.source for weight in weights.values()).items()
-        if count > 1
-    ]
-    if repeated:
-        raise EngineError(f"the graph of {what} stores {sorted(repeated)[0]!r} more than once")
+
+    uses = Counter(weight.source for weight in weights.values())
+    if repeated := sorted(source for source, count in uses.items() if count > 1):
+        raise EngineError(f"the graph of {what} stores {repeated[0]!r} more than once")
     return weights
 
 
@@ -126,7 +129,8 @@ def _check_constant(initializer: onnx.TensorProto, source: str, what: str) -> No
     count = int(np.prod(list(initializer.dims)))
     if source or (count > _MOST_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
         raise EngineError(
-            f"the graph of {what} holds a tensor {initializer.name!r} of {count} values that the checkpoint lacks"
+            f"the graph of {what} holds a tensor {initializer.name!r} of {count} values "
+            "that the checkpoint lacks"
         )
 
 
@@ -134,14 +138,17 @@ def _compare(
     initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str, what: str
 ) -> _Weight:
     """Return which way round the tensor is stored; every value must be the checkpoint's."""
-    found, expected = read_array(initializer, file.parent), checkpoint.read_raw(source)
+    found = read_array(initializer, file.parent)
+    expected = checkpoint.read_raw(source)
+
     for transposed in (False, True) if found.ndim == 2 else (False,):
         turned = found.T if transposed else found
         if turned.shape == expected.shape and _equal(turned, expected):
             return _Weight(source, transposed)
+
     raise EngineError(
-        f"{what} changed {source!r}: shape {list(found.shape)} with values that are not the checkpoint's "
-        f"{list(expected.shape)}"
+        f"{what} changed {source!r}: shape {list(found.shape)} with values that are not the "
+        f"checkpoint's {list(expected.shape)}"
     )
 
 
@@ -149,7 +156,8 @@ def _equal(found: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
     """Compare with a tensor as the checkpoint stores it, in slabs of rows."""
     rows = max(1, _SLAB_WEIGHTS // max(1, found[0].size))
     for start in range(0, len(found), rows):
-        if not np.array_equal(found[start : start + rows], widen(expected[start : start + rows])):
+        slab = slice(start, start + rows)
+        if not np.array_equal(found[slab], widen(expected[slab])):
             return False
     return True
 
@@ -172,30 +180,36 @@ class _Wiring:
             for place, name in enumerate(node.input):
                 if found := self._resolve(name):
                     node.input[place] = self._classify(node, place, found)
-        unused = [init for init in self._graph.initializer if init.name in self._sources]
-        for initializer in unused:
-            self._graph.initializer.remove(initializer)
-        taken = {name for node in self._graph.node for name in node.input} | {
-            v.name for v in self._graph.output
-        }
-        turned = [n for n in self._graph.node if n.op_type in _TURNS and not taken & set(n.output)]
+
+        turned = self._list_unread_turns()
         for node in turned:
             self._graph.node.remove(node)
+
         gone = {name for node in turned for name in node.output} | set(self._sources)
-        for value in [v for v in self._graph.value_info if v.name in gone]:
-            self._graph.value_info.remove(value)
+        for values in (self._graph.initializer, self._graph.value_info):
+            for value in [value for value in values if value.name in gone]:
+                values.remove(value)
+
+    def _list_unread_turns(self) -> list[onnx.NodeProto]:
+        """Return the transpositions whose outputs nobody reads any more."""
+        read = {name for node in self._graph.node for name in node.input}
+        read |= {value.name for value in self._graph.output}
+
+        turns = [node for node in self._graph.node if node.op_type in _TURNS]
+        return [node for node in turns if not read & set(node.output)]
 
     def _resolve(self, name: str) -> _Weight | None:
         """Return the weight behind a value, through transpositions of two axes."""
         if name in self._sources:
             return self._sources[name]
+
         node = self._made_by.get(name)
-        if (
-            node is None
-            or node.op_type not in _TURNS
-            or not (found := self._resolve(node.input[0]))
-        ):
+        if node is None or node.op_type not in _TURNS:
             return None
+        found = self._resolve(node.input[0])
+        if found is None:
+            return None
+
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
         if order not in ([1, 0], [0, 1]):
             raise EngineError(f"{self._what} transposes {found.source!r} by {order}")
@@ -213,9 +227,7 @@ class _Wiring:
                 self.vectors.add(weight.source)
             case _:
                 raise EngineError(
-                    f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, which is not known"
+                    f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, "
+                    "which is not known"
                 )
         return weight.source
-
-
-_TURNS = ("Transpose",)

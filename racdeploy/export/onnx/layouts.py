@@ -1,9 +1,10 @@
-"""Files that make a bundle readable to programs that load ONNX language models by their own conventions.
+"""Files for programs that load ONNX language models by their own conventions.
 
-``config.json`` tells optimum and transformers.js about the model; for transformers.js it also names number format and
-external data. ``genai_config.json`` describes the graph to onnxruntime-genai: its inputs, and whether past
-and present may be one buffer.
-Source: transformers.js 4.3 (``getSession``, ``dtypes.js``), onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
+``config.json`` tells optimum and transformers.js about the model; for transformers.js it also names
+number format and external data. ``genai_config.json`` describes the graph to onnxruntime-genai: its
+inputs, and whether past and present may be one buffer.
+Source: transformers.js 4.3 (``getSession``, ``dtypes.js``), onnxruntime-genai 0.15
+(``make_genai_config`` of its model builder).
 """
 
 from __future__ import annotations
@@ -30,23 +31,25 @@ _NAME_ENDS = {
     "bnb4": "_bnb4",
 }
 _SHARED_CACHE = "GroupQueryAttention"
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def name_graph(quant: str) -> str:
     """Return the name under which transformers.js looks for a graph in a number format."""
-    return f"model{_NAME_ENDS[quants.load_onnx(quant).JS_DTYPE]}.onnx"
+    dtype = quants.load_onnx(quant).JS_DTYPE
+    return f"model{_NAME_ENDS[dtype]}.onnx"
 
 
 def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
-    """Write the head size into the shapes of caches that leave it open; transformers.js takes an open one for 0."""
+    """Write the head size into caches that leave it open; transformers.js takes an open one for 0."""
     for value in (*model.graph.input, *model.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         if len(dimensions) == 4 and dimensions[3].dim_param:
             dimensions[3].dim_value = head_size
 
 
-def layouts(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Return the text of each file by its name in the bundle.
+def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Return config.json and genai_config.json, which other programs read.
 
     Args:
         manifest: of the bundle.
@@ -55,32 +58,40 @@ def layouts(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[st
     """
     (entry,) = (entry for entry in manifest.artifacts if entry.format == "onnx")
     model = onnx.load(str(folder / entry.path), load_external_data=False)
-    files = {
-        "config.json": checkpoint.config | {"transformers.js_config": _transformers_js(entry)},
-        "genai_config.json": _genai(model, entry, manifest, checkpoint),
-    }
+    described = {"transformers.js_config": _describe_to_transformers_js(entry)}
+
     return {
-        name: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        for name, value in files.items()
+        "config.json": _to_json(checkpoint.config | described),
+        "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint)),
     }
 
 
-def _transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
+def _to_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _describe_to_transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
     main = PurePosixPath(entry.path).name
-    external = any(name.endswith(f"{main}_data") for name in entry.files)
-    return {"dtype": quants.load_onnx(entry.quant).JS_DTYPE} | (
-        {"use_external_data_format": {main: 1}} if external else {}
-    )
+    described: dict[str, Any] = {"dtype": quants.load_onnx(entry.quant).JS_DTYPE}
+    if any(name.endswith(f"{main}_data") for name in entry.files):
+        described["use_external_data_format"] = {main: 1}
+    return described
 
 
-def _genai(
+def _describe_to_genai(
     model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    inputs = {value.name for value in model.graph.input}
-    names = {
-        name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs
+    taken = {value.name for value in model.graph.input}
+    inputs = {name: name for name in _INPUTS if name in taken}
+    inputs |= {
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
     }
-    generation, eos_ids = manifest.generation, list(manifest.tokenizer.eos_ids)
+
+    generation = manifest.generation
+    eos_ids = list(manifest.tokenizer.eos_ids)
+    shares_cache = any(node.op_type == _SHARED_CACHE for node in model.graph.node)
+
     return {
         "model": {
             "bos_token_id": checkpoint.config.get("bos_token_id") or eos_ids[0],
@@ -90,11 +101,7 @@ def _genai(
                 "filename": entry.path,
                 "head_size": checkpoint.head_size,
                 "hidden_size": checkpoint.integer("hidden_size"),
-                "inputs": names
-                | {
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
+                "inputs": inputs,
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
@@ -113,9 +120,7 @@ def _genai(
             "do_sample": generation.temperature > 0,
             "max_length": generation.context_tokens,
             "num_beams": 1,
-            "past_present_share_buffer": any(
-                node.op_type == _SHARED_CACHE for node in model.graph.node
-            ),
+            "past_present_share_buffer": shares_cache,
             "temperature": generation.temperature or 1.0,
             "top_p": generation.top_p,
         },

@@ -1,8 +1,9 @@
 """Compare a float32 graph on plain onnxruntime with transformers under torch: MODEL_FOLDER GRAPH.
 
-Prints one JSON object of relative differences, largest absolute difference over largest absolute value: ``prefill`` of
-all tokens at once, ``decode`` of further tokens one by one on the graph's own cache, and ``rotary`` of every row of a
-rotary table, where the graph holds one. torch is done before onnxruntime begins, so only one model is in memory.
+Prints one JSON object of relative differences, largest absolute difference over largest absolute
+value: ``prefill`` of all tokens at once, ``decode`` of further tokens one by one on the graph's own
+cache, and ``rotary`` of every row of a rotary table, where the graph holds one. torch is done
+before onnxruntime begins, so only one model is in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.export.onnx.graph import ROTARY_TABLES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import read_array
 
@@ -27,13 +29,16 @@ _PREFILL, _DECODE = 24, 8
 
 def main() -> None:
     """Compare one graph."""
-    checkpoint, file = Checkpoint(Path(sys.argv[1])), Path(sys.argv[2])
-    ids = np.random.default_rng(0).integers(0, checkpoint.integer("vocab_size"), _PREFILL + _DECODE)
+    checkpoint = Checkpoint(Path(sys.argv[1]))
+    file = Path(sys.argv[2])
+    V = checkpoint.integer("vocab_size")
+    ids = np.random.default_rng(0).integers(0, V, _PREFILL + _DECODE)
+
     expected_TV, rotary = _run_torch(checkpoint, ids, file)
     prefill_TV, decode_TV = _run_graph(checkpoint, ids, file)
     found = {
-        "prefill": _difference(expected_TV[:_PREFILL], prefill_TV),
-        "decode": _difference(expected_TV[_PREFILL:], decode_TV),
+        "prefill": _compare(expected_TV[:_PREFILL], prefill_TV),
+        "decode": _compare(expected_TV[_PREFILL:], decode_TV),
     }
     print(json.dumps(found | rotary))
 
@@ -44,18 +49,22 @@ def _run_torch(
 ) -> tuple[NDArray[np.float32], Any]:
     model = load_model(checkpoint)
     logits_TV = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
-    tables = {t.name: t for t in onnx.load(str(file), load_external_data=False).graph.initializer}
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    tables = {tensor.name: tensor for tensor in graph.initializer}
     if "cos_cache" not in tables:
         return logits_TV, {}
-    cos_TK, sin_TK = (read_array(tables[name], file.parent) for name in ("cos_cache", "sin_cache"))
-    T, K = cos_TK.shape
-    positions = torch.arange(T)[None]
-    wide = model.get_submodule("model.rotary_emb")(torch.zeros(1), positions)
-    pairs = zip(wide, (cos_TK, sin_TK), strict=True)
-    worst = max(
-        float(np.abs(table[0, :, :K].float().numpy() - found).max()) for table, found in pairs
-    )
-    return logits_TV, {"rotary": worst}
+
+    found = [read_array(tables[name], file.parent) for name in ROTARY_TABLES]
+    T, K = found[0].shape
+    rotary = model.get_submodule("model.rotary_emb")
+    expected = rotary(torch.zeros(1), torch.arange(T)[None])
+
+    differences = []
+    for table_BTK, found_TK in zip(expected, found, strict=True):
+        expected_TK = table_BTK[0, :, :K].float().numpy()
+        differences.append(float(np.abs(expected_TK - found_TK).max()))
+    return logits_TV, {"rotary": max(differences)}
 
 
 def _run_graph(
@@ -66,10 +75,11 @@ def _run_graph(
     shape = (1, checkpoint.key_value_heads, 0, checkpoint.head_size)
     wanted = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
-    cache = {
-        name: np.zeros(shape, np.float32) for name in wanted if name.startswith("past_key_values.")
-    }
-    rows, past = [], 0
+    pasts = [name for name in wanted if name.startswith("past_key_values.")]
+    cache = {name: np.zeros(shape, np.float32) for name in pasts}
+
+    logits = []
+    past = 0
     for chunk in (ids[:_PREFILL], *ids[_PREFILL:, None]):
         total = past + len(chunk)
         offered = {
@@ -78,15 +88,19 @@ def _run_graph(
             "position_ids": np.arange(past, total)[None],
         }
         inputs = {name: offered[name] for name in wanted if name in offered}
-        found = dict(zip(outputs, session.run(None, inputs | cache), strict=True))
+        results = session.run(None, inputs | cache)
+
+        found = dict(zip(outputs, results, strict=True))
         cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
-        rows.append(found["logits"][0])
+        logits.append(found["logits"][0])
         past = total
-    return rows[0], np.concatenate(rows[1:])
+
+    return logits[0], np.concatenate(logits[1:])
 
 
-def _difference(expected_TV: NDArray[np.float32], found_TV: NDArray[np.float32]) -> float:
-    return float(np.abs(expected_TV - found_TV).max() / np.abs(expected_TV).max())
+def _compare(expected_TV: NDArray[np.float32], found_TV: NDArray[np.float32]) -> float:
+    largest = np.abs(expected_TV).max()
+    return float(np.abs(expected_TV - found_TV).max() / largest)
 
 
 if __name__ == "__main__":

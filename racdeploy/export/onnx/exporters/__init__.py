@@ -1,8 +1,8 @@
-"""Programs that write a checkpoint as an ONNX graph in float32: one file each, none of them trusted.
+"""Programs that write a checkpoint as an ONNX graph in float32: one file each, none trusted.
 
-A file holds the members of :class:`Exporter`. The programs run in child processes, on a folder whose ``config.json``
-says the same thing to every version of transformers. What comes back counts only after its weights were compared
-with the checkpoint and its logits with torch.
+A file holds the members of :class:`Exporter`. The programs run in child processes, on a folder
+whose ``config.json`` says the same thing to every version of transformers. What comes back counts
+only after its weights were compared with the checkpoint and its logits with torch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-_FIXED_CONFIG = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}
+_DROPPED = {"rope_parameters", "quantization_config", "transformers_version"}
 
 
 class Exporter(Protocol):
     """An exporter, as a module.
 
-    ``refusal`` returns why it cannot export a checkpoint, or an empty string. ``build`` writes the graph of a folder
-    that :func:`prepare` made and returns its path. ``source_of`` gives the checkpoint's name of an initializer, from
-    its own name and those of the nodes that take it, or an empty string for what the exporter computed.
+    ``refusal`` returns why it cannot export a checkpoint, or an empty string. ``build`` writes the
+    graph of a folder that :func:`prepare` made and returns its path. ``source_of`` gives the
+    checkpoint's name of an initializer, from its own name and those of the nodes that take it, or
+    an empty string for what the exporter computed.
     """
 
     def refusal(self, checkpoint: Checkpoint) -> str: ...
@@ -53,36 +54,48 @@ def load(name: str) -> Exporter:
 
 
 def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Make a folder that transformers 4 reads as the checkpoint is meant, weights by reference; return it.
+    """Make a folder that transformers 4 reads as the checkpoint is meant; return it.
 
-    transformers 4.57 ignores the rope settings that transformers 5 writes, and would load another model.
+    transformers 4.57 ignores the rope settings that transformers 5 writes, and would load another
+    model. Weights are linked.
     """
     folder.mkdir(parents=True)
-    rope = checkpoint.rope
-    scaling = (
-        None
-        if rope["rope_type"] == "default"
-        else {k: v for k, v in rope.items() if k != "rope_theta"}
-    )
-    dropped = {"rope_parameters", "quantization_config", "transformers_version"}
-    config = {k: v for k, v in checkpoint.config.items() if k not in dropped}
-    config |= _FIXED_CONFIG | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    config["architectures"] = [checkpoint.family.architecture]
-    config["tie_word_embeddings"] = checkpoint.tied
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8"
-    )
+    config = json.dumps(_translate_config(checkpoint))
+    (folder / "config.json").write_text(config, encoding="utf-8")
+
+    tokenizer_class = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    (folder / "tokenizer_config.json").write_text(tokenizer_class, encoding="utf-8")
     (folder / "tokenizer.json").symlink_to(checkpoint.tokenizer.file.resolve())
+
     files = {entry.file for entry in checkpoint.entries.values()}
     index = checkpoint.folder / "model.safetensors.index.json"
-    for file in sorted(files | ({index} if index.is_file() else set())):
+    if index.is_file():
+        files.add(index)
+    for file in sorted(files):
         (folder / file.name).symlink_to(file.resolve())
+
     return folder
 
 
+def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    rope = checkpoint.rope
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_plain = rope["rope_type"] == "default"
+
+    kept = {key: value for key, value in checkpoint.config.items() if key not in _DROPPED}
+    return kept | {
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if is_plain else scaling,
+        "architectures": [checkpoint.family.architecture],
+        "tie_word_embeddings": checkpoint.tied,
+    }
+
+
 def run_module(module: str, arguments: Sequence[str], what: str) -> Any:
-    """Run a module in a process of its own; return the JSON value of its last line, or None where it is none.
+    """Run a module in its own process; return the JSON value of its last line, if it is one.
 
     Raises:
         EngineError: it failed or died; the message holds the last line that it wrote.

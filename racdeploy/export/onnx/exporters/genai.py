@@ -1,7 +1,8 @@
-"""The model builder of onnxruntime-genai: one GroupQueryAttention node a block, the fastest graph onnxruntime runs.
+"""The model builder of onnxruntime-genai: one GroupQueryAttention node a block, the fastest graph.
 
-Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, version 0.15.2. The builder ignores options it
-does not know and may exit 0 with a wrong graph, so it is given fixed options and its result is compared elsewhere.
+Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, version 0.15.2. The
+builder ignores options it does not know and may exit 0 with a wrong graph, so it is given fixed
+options and its result is compared elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from racdeploy.errors import EngineError, MissingExtraError
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.models.checkpoint import Checkpoint
 
-# Architectures whose builder classes compute what transformers computes, with weights as the checkpoint has them.
+# Architectures whose builder classes compute what transformers computes, with weights as the
+# checkpoint has them.
 _ARCHITECTURES = frozenset(
     f"{name}ForCausalLM" for name in ("Granite", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 )
@@ -51,19 +53,10 @@ def build(prepared: Path, out: Path) -> Path:
     """
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise MissingExtraError("onnxruntime-genai", "onnx")
-    arguments = [
-        "-m",
-        prepared.name,
-        "-i",
-        str(prepared),
-        "-o",
-        str(out),
-        "-p",
-        "fp32",
-        "-e",
-        "cpu",
-    ]
-    arguments += ["-c", str(out / "cache"), "--extra_options", *_OPTIONS]
+    options = {"-m": prepared.name, "-i": prepared, "-o": out, "-p": "fp32", "-e": "cpu"}
+    options["-c"] = out / "cache"
+    arguments = [str(word) for option in options.items() for word in option]
+    arguments += ["--extra_options", *_OPTIONS]
     run_module("onnxruntime_genai.models.builder", arguments, "onnxruntime-genai's model builder")
     graph = out / "model.onnx"
     if not graph.is_file():
@@ -74,7 +67,7 @@ def build(prepared: Path, out: Path) -> Path:
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:
-    """Return the checkpoint's name of an initializer, or an empty string for what the builder computed."""
+    """Return the checkpoint's name of an initializer; empty for what the builder computed."""
     if initializer in _COMPUTED:
         return ""
     for pattern, replacement in _RULES:

@@ -1,7 +1,7 @@
 """optimum's ONNX export: a trace of transformers' own model, for nearly every architecture.
 
-Source: ``optimum/exporters/onnx`` of optimum-onnx 0.1.0. Its own validation only warns; its linears are transposed and
-renamed, so they are known by the node that takes them.
+Source: ``optimum/exporters/onnx`` of optimum-onnx 0.1.0. Its own validation only warns; its linears
+are transposed and renamed, so they are known by the node that takes them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32.
 
     Raises:
-        MissingExtraError: optimum-onnx is not installed, or accelerate, without which tied weights are stored twice.
+        MissingExtraError: optimum-onnx is not installed, or accelerate, without which tied weights
+            are stored twice.
         EngineError: optimum failed, or left no graph.
     """
     for module, package in (("optimum", "optimum-onnx"), ("accelerate", "accelerate")):
@@ -47,7 +48,7 @@ def build(prepared: Path, out: Path) -> Path:
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:
-    """Return the checkpoint's name of an initializer, or an empty string for what the trace computed."""
+    """Return the checkpoint's name of an initializer; empty for what the trace computed."""
     if not _RENAMED.match(initializer):
         return initializer if initializer.endswith((".weight", ".bias")) else ""
     node = consumers[0] if len(consumers) == 1 else ""
