@@ -41,7 +41,7 @@ def name_graph(quant: str) -> str:
 
 
 def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
-    """Write the head size into caches that leave it open; transformers.js takes an open one for 0."""
+    """Write the head size where caches leave it open; transformers.js takes an open one for 0."""
     for value in (*model.graph.input, *model.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         if len(dimensions) == 4 and dimensions[3].dim_param:
