@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import _plot
 from benchmarks._settings import add_settings, with_settings
 from benchmarks.any_size import prune, write_model
-from racdeploy.report import plot
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
 QUANTITIES = ("CPU s", "MiB above that")
@@ -156,26 +156,26 @@ def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
     slope, start = fit(points)
     fitted = start + slope * at
     x, y = (
-        plot.x_scale(at.min(), at.max()),
-        plot.y_scale(min(*values, *fitted), max(*values, *fitted)),
+        _plot.x_scale(at.min(), at.max()),
+        _plot.y_scale(min(*values, *fitted), max(*values, *fitted)),
     )
     marks = [
-        plot.axes(
+        _plot.axes(
             x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"
         ),
         f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" '
         f'x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
-        plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
+        _plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
     ]
 
     for point, place in zip(points, zip(at, values, strict=True), strict=True):
-        shown = plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
+        shown = _plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
         marks.append(
             f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">'
             f"{shown}</circle>"
         )
 
-    return plot.svg(marks, f"{quantity} against {axis}")
+    return _plot.svg(marks, f"{quantity} against {axis}")
 
 
 if __name__ == "__main__":
