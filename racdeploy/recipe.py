@@ -1,7 +1,7 @@
 """What a build shall do: its parts, and how target, recipe file and options combine.
 
-Precedence, low to high: defaults, target, recipe file, command-line options. A target's limits bind: a recipe
-that contradicts one is an error, not a compromise. Unknown keys are errors that name the nearest known key.
+Precedence, low to high: defaults, target, recipe file, command-line options. A target's limits
+bind: a recipe that contradicts one is an error. ``recipe.toml`` explains every key.
 """
 
 from __future__ import annotations
@@ -30,28 +30,13 @@ class _Part(BaseModel):
 
 
 class Traces(_Part):
-    """How the model's own chains of thought are collected.
-
-    Args:
-        count: prompts, one completion each.
-        temperature: 0 is greedy.
-        top_p: probability mass to sample from.
-        max_new_tokens: cap on one completion.
-        batch: sequences decoded together; one shard on disk each.
-        seed: decides prompts and sampling.
-        server: address of an OpenAI-compatible API that serves the model, as ``http://127.0.0.1:8000/v1``; empty
-            runs it here under transformers.
-        server_model: name that the server gives the model; empty takes the only one there is.
-        server_key_env: environment variable that holds the server's key; empty sends none.
-        server_concurrency: requests under way together, over as many shards as that takes.
-        server_timeout_s: longest wait for one completion.
-    """
+    """How the model's own chains of thought are collected."""
 
     count: int = Field(256, ge=1)
     temperature: float = Field(0.6, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1)
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1)  # one shard on disk each
     seed: int = 0
     server: str = ""
     server_model: str = ""
@@ -59,30 +44,31 @@ class Traces(_Part):
     server_concurrency: int = Field(16, ge=1)
     server_timeout_s: float = Field(1800.0, gt=0)
 
-    @model_validator(
-        mode="after"
-    )  # not of the field: the message would show an address with a key in it
+    # Not of the field: the message would show an address with a key in it.
+    @model_validator(mode="after")
     def _check_server(self) -> Self:
         if self.server and not _ADDRESS.match(self.server):
             raise ValueError(
-                "server is not http://HOST:PORT/v1, with http or https; no name, key or query belongs in it"
+                "server is not http://HOST:PORT/v1, with http or https; "
+                "no name, key or query belongs in it"
             )
-        fields = type(self).model_fields
-        unused = [
-            n for n in fields if n.startswith("server_") and getattr(self, n) != fields[n].default
-        ]
+        changed = [n for n, f in type(self).model_fields.items() if getattr(self, n) != f.default]
+        unused = [name for name in changed if name.startswith("server_")]
         if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
         return self
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the traces: whose model and how it is sampled, and not how a server is reached.
+        """What decides the traces: the model and its sampling, and not how a server is reached.
 
-        A server whose model is named may move to another address; otherwise the address stands for the model.
+        A server whose model is named may move; otherwise its address stands for the model.
         """
-        sampling = {k: v for k, v in self.model_dump().items() if not k.startswith("server")}
-        return sampling | ({"server": self.server_model or self.server} if self.server else {})
+        values = self.model_dump()
+        sampling = {key: value for key, value in values.items() if not key.startswith("server")}
+        if self.server:
+            sampling["server"] = self.server_model or self.server
+        return sampling
 
 
 class StreamWeights(_Part):
@@ -94,16 +80,7 @@ class StreamWeights(_Part):
 
 
 class Calibration(_Part):
-    """Which trace tokens the statistics see.
-
-    Args:
-        source: ``rac`` uses prompt and completion, ``prompt`` the prompt alone.
-        max_tokens: token budget; 0 takes every selected trace.
-        only_correct: leave out traces with a wrong answer.
-        keep_truncated: use traces that hit the cap.
-        held_out_share: share of the traces kept for the held-out error, never used to prune.
-        weights: what a token of each stream counts.
-    """
+    """Which trace tokens the statistics see."""
 
     source: Literal["rac", "prompt"] = "rac"
     max_tokens: int = Field(0, ge=0)
@@ -116,25 +93,8 @@ class Calibration(_Part):
 class Pruning(_Part):
     """How weights are chosen and compensated.
 
-    Args:
-        method: a plugin of kind ``methods``.
-        sparsity: fraction of zeros over the pruned linears; the pattern decides it where there is one.
-        pattern: ``unstructured`` or ``N:M``: N kept of each M consecutive inputs.
-        allocation: a plugin of kind ``allocations``: how the sparsity is shared out among the linears.
-        match_dense: solve for the dense model's output, not for that of the partly pruned one.
-        refit_steps: conjugate-gradient steps on the mask that the method chose; 0 keeps the method's own weights.
-        schedule: rising sparsities up to ``sparsity``. After each one the sparse model answers the calibration prompts
-            itself, and the next one is solved from the dense weights on its traces, with every zero kept.
-        dense_traces: share of the prompts whose dense traces stay in the calibration of the later steps.
-        probe_drop: accuracy that a step may lose on the calibration prompts; beyond it the step is undone.
-        probe_length: largest ratio of thinking tokens of a step to the dense model's.
-        joint: choose the codes of the export's quant while pruning; the exporter writes those very codes.
-        damping: added to the diagonal of the Hessian, as a share of its mean.
-        column_block: columns whose mask is chosen together; a narrow one prunes better (60 % zeros, embedded model:
-            held-out error 0.0245 at 16, 0.0314 at 128).
-        compute: number format of the products in forward passes; ``bfloat16`` is twice as fast on CPUs that have it.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one. It holds one block and its statistic.
-        dense: linears to leave alone, as regular expressions over their full name.
+    After each step of a schedule the sparse model answers the calibration prompts itself; the next
+    one is solved from the dense weights on its traces, with every zero kept.
     """
 
     method: str = "sparsegpt"
@@ -149,6 +109,7 @@ class Pruning(_Part):
     probe_length: float = Field(1.3, gt=1)
     joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
+    # 60 % zeros, embedded model: held-out error 0.0245 at 16 columns, 0.0314 at 128.
     column_block: int = Field(16, ge=1)
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -177,10 +138,12 @@ class Pruning(_Part):
             self._check_schedule()
         if self.kept_of is None:
             return self
+
         if self.allocation != "uniform":
             raise ValueError(
                 f"pattern {self.pattern} leaves nothing to allocate; use allocation = 'uniform'"
             )
+
         kept, of = self.kept_of
         implied = 1 - kept / of
         if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
@@ -206,11 +169,7 @@ class Pruning(_Part):
         return (int(match[1]), int(match[2])) if match else None
 
     def check_width(self, name: str, inputs: int) -> None:
-        """Refuse a linear whose inputs an N:M pattern does not divide.
-
-        Raises:
-            UsageError: naming the linear and its width.
-        """
+        """Refuse a linear whose inputs an N:M pattern does not divide."""
         if self.kept_of and inputs % self.kept_of[1]:
             raise UsageError(
                 f"pattern {self.pattern} does not divide the {inputs} inputs of {name}",
@@ -222,17 +181,11 @@ class Export(_Part):
     """The exported file.
 
     Args:
-        format: a plugin of kind ``formats``.
-        quant: a plugin of kind ``quant`` or ``presets``; ``sparse-q4`` and ``Q4_K_M`` are read as ``sparse_q4`` and
-            ``q4_k_m``.
-        tensors: number formats of some tensors, by regular expressions over their names in the file; the first that
+        quant: a plugin of kind ``quant`` or ``presets``; ``sparse-q4`` is read as ``sparse_q4``.
+        tensors: number formats by regular expressions over names in the file; the first that
             matches decides, before the preset does.
-        importance: file of an importance matrix, as the pruning leaves it or in llama.cpp's GGUF form, by which scales
-            are chosen; empty takes that of the pruned model, ``none`` takes none.
-        split_bytes: a larger model becomes several files, as the Hub wants them below 50 GB; 0 never splits.
-        packing: a plugin of kind ``packing``.
-        pre_tokenizer: with gguf, overrides the name derived from tokenizer.json.
-        exporter: with onnx, a plugin of kind ``onnx_exporters``; ``auto`` takes the fastest graph that passes.
+        importance: file of an importance matrix, as the pruning leaves it or in llama.cpp's GGUF
+            form; empty takes that of the pruned model, ``none`` takes none.
     """
 
     format: str = "gguf"
@@ -264,17 +217,8 @@ class Verification(_Part):
     """How the artifact is compared with the dense model.
 
     Args:
-        count: evaluation prompts; both arms answer the same ones.
-        samples: completions of each prompt; more than one needs a temperature.
-        max_new_tokens: cap on one completion.
-        max_thinking_tokens: thinking budget with forced close; 0 for none.
-        temperature: 0 is greedy.
-        logit_traces: dense traces for the teacher-forced comparison with torch.
-        controls: quants of dense models that answer the prompts too; ``same-size`` chooses those whose files are about
-            as large as the artifact, with and without its zeros.
-        parallel: sequences decoded together.
-        context_tokens: context per sequence.
-        seed: decides prompts.
+        controls: quants of dense models that answer the prompts too; ``same-size`` chooses those
+            whose files are about as large as the artifact, with and without its zeros.
     """
 
     count: int = Field(200, ge=1)
@@ -298,16 +242,7 @@ class Verification(_Part):
 
 
 class Recipe(_Part):
-    """One build, complete.
-
-    Args:
-        model: local folder, Hub id, or ``tiny-reasoner``.
-        target: name of a deployment target.
-        also: further targets, for other engines; the bundle gets an artifact for each, and the engines are compared.
-        tasks: what is asked of the model when it is verified.
-        calibration_tasks: what it is asked when traces are collected; empty means ``tasks``.
-        gate: limits of the checks, as in a gate file; see :class:`racdeploy.verify.gate.Gate`.
-    """
+    """One build, complete; ``gate`` is read by :mod:`racdeploy.verify.gate`."""
 
     model: str = "tiny-reasoner"
     target: str = "gguf"
@@ -323,14 +258,13 @@ class Recipe(_Part):
 
     @classmethod
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
-        """Build a recipe from its target, a recipe file and nested options, checked for contradictions.
+        """Build a recipe from its target, a recipe file and nested options, checked.
 
         Args:
-            file: a TOML recipe, or None.
             options: nested values that win over the file; None values are ignored.
 
         Raises:
-            UsageError: unknown keys, bad values, unknown plugins, or a target that forbids the result.
+            UsageError: unknown keys, bad values, unknown plugins, or a target that forbids it.
         """
         written = read_toml(file) if file else {}
         asked = merge(written, _without_none(options))
@@ -340,9 +274,8 @@ class Recipe(_Part):
 
         for each in (recipe, *map(recipe.at, recipe.also)):
             each._check_plugins()
-            Target.read(each.target).check(
-                each.export.format, each.export.quant, each.verify.context_tokens
-            )
+            export, context_tokens = each.export, each.verify.context_tokens
+            Target.read(each.target).check(export.format, export.quant, context_tokens)
         return recipe
 
     def at(self, target: str) -> Self:

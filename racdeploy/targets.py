@@ -17,17 +17,12 @@ from racdeploy.storage.toml import merge, read_toml, validate
 
 
 class Target(BaseModel):
-    """A place to deploy to.
+    """A place to deploy to; what it names beside its limits are defaults of a recipe.
 
     Args:
-        name: file name without ``.toml``.
         why: one line on the choice.
-        format, quant, packing, pattern, sparsity: defaults.
-        context_tokens: context length the target is meant for.
         memory_limit_bytes: largest artifact, plus cache, that the target can hold.
-        allowed_formats: formats its engine can read.
         allowed_quants: quants that make sense there; empty means all.
-        recipe: further recipe defaults, by part.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,12 +47,7 @@ class Target(BaseModel):
 
     @classmethod
     def read(cls, name: str) -> Self:
-        """Read a shipped target by name, or a user's target by the path of its TOML file.
-
-        Raises:
-            UnknownPluginError: no such target.
-            UsageError: the file is damaged.
-        """
+        """Read a shipped target by name, or a user's by the path of its TOML file."""
         if name.endswith(".toml"):
             path = Path(name)
         elif name in cls.names():
@@ -81,16 +71,7 @@ class Target(BaseModel):
         return merge({"prune": prune, "export": export}, self.recipe)
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
-        """Refuse what this target cannot run.
-
-        Args:
-            form: file format of the artifact.
-            quant: its number format.
-            context_tokens: context length that is verified.
-
-        Raises:
-            UsageError: naming the value and what the target allows.
-        """
+        """Refuse a format, a number format or a verified context that this target cannot run."""
         if form not in self.allowed_formats:
             raise UsageError(
                 f"target {self.name!r} cannot run format {form!r}",

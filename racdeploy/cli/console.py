@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
 
@@ -122,18 +115,18 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Yield a progress callback: it draws a bar per label on a terminal, nothing elsewhere."""
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        bars.TextColumn("{task.description:<16}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
     )
-    bars: dict[str, TaskID] = {}
+    shown: dict[str, bars.TaskID] = {}
 
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    with bars.Progress(*columns, console=err, disable=not err.is_terminal) as progress:
 
         def advance(label: str, done: int, total: int) -> None:
-            if label not in bars:
-                bars[label] = progress.add_task(label, total=total)
-            progress.update(bars[label], completed=done, total=total)
+            if label not in shown:
+                shown[label] = progress.add_task(label, total=total)
+            progress.update(shown[label], completed=done, total=total)
 
         yield advance

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
@@ -16,70 +15,49 @@ if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
 
 O = TypeVar("O")
-Kernels = Literal[
-    "auto", "off", "require"
-]  # accel.Mode, whose import takes as long as all of --help
+Kernels = Literal["auto", "off", "require"]
+"""As accel.Mode, whose import takes as long as all of --help."""
 
-TargetOpt = Annotated[
-    str | None, typer.Option("--target", help="Where it will run; see: racdeploy targets.")
-]
-QuantOpt = Annotated[str | None, typer.Option("--quant", help="Number format of the linears.")]
-PackingOpt = Annotated[str | None, typer.Option("--packing", help="How zeros are left out.")]
-GateOpt = Annotated[
-    Path | None, typer.Option("--gate", help="TOML file with limits; see docs/gate.md.")
-]
-TierOpt = Annotated[
-    str, typer.Option("--tier", help="How much is verified: smoke, standard or release.")
-]
-WorkOpt = Annotated[
-    Path | None, typer.Option("--work", help="Folder of stage results; default: user cache.")
-]
-ThreadsOpt = Annotated[int, typer.Option("--threads", help="CPU threads; 0 uses every core.")]
+TargetOpt = Annotated[str | None, typer.Option(help="Where it will run; see: racdeploy targets.")]
+QuantOpt = Annotated[str | None, typer.Option(help="Number format of the linears.")]
+PackingOpt = Annotated[str | None, typer.Option(help="How zeros are left out.")]
+GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see docs/gate.md.")]
+TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
+WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
+ThreadsOpt = Annotated[int, typer.Option(help="CPU threads; 0 uses every core.")]
 AccelOpt = Annotated[
-    Kernels, typer.Option("--accel", help="Kernels for sparse weights; see: racdeploy accel build.")
+    Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
+_Texts = list[str] | None
+_KIND = Parameter.KEYWORD_ONLY
+
+
+def _option(default: Any, *names: str, **settings: Any) -> Any:
+    """Return a field that is an option of a command too."""
+    return field(default=default, metadata={"typer": typer.Option(*names, **settings)})
 
 
 @dataclass(frozen=True)
 class TraceOptions:
     """Options of the commands that ask a model: ``traces``, ``prune`` and ``build``."""
 
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Local folder, Hub id, or tiny-reasoner, the default.", show_default=False
-        ),
-    ] = None
+    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)] = None
     target: TargetOpt = None
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="TOML recipe; see: racdeploy init.")
-    ] = None
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PART.KEY=VALUE",
-            help="A key of the recipe with a TOML value; repeatable, wins over other options.",
-        ),
-    ] = None
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="Task to verify on: a name or jsonl:FILE; repeatable."),
-    ] = None
-    calibration_task: Annotated[
-        list[str] | None,
-        typer.Option("--calibration-task", help="Task for the traces; default: --task."),
-    ] = None
-    trace_prompts: Annotated[
-        int | None, typer.Option("--trace-prompts", help="Calibration prompts.")
-    ] = None
-    trace_server: Annotated[
-        str | None,
-        typer.Option(
-            "--trace-server", help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
-        ),
-    ] = None
+    recipe: Path | None = _option(None, help="TOML recipe; see: racdeploy init.")
+    assignments: _Texts = _option(
+        None,
+        "--set",
+        metavar="PART.KEY=VALUE",
+        help="A key of the recipe with a TOML value; repeatable, wins over other options.",
+    )
+    task: _Texts = _option(None, help="Task to verify on: a name or jsonl:FILE; repeatable.")
+    calibration_task: _Texts = _option(None, help="Task for the traces; default: --task.")
+    trace_prompts: int | None = _option(None, help="Calibration prompts.")
+    trace_server: str | None = _option(
+        None, help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
+    )
     work: WorkOpt = None
     threads: ThreadsOpt = 0
     json_output: JsonOpt = False
@@ -96,8 +74,8 @@ class TraceOptions:
         return {
             "model": self.model,
             "target": self.target,
-            "tasks": tuple(self.task) if self.task else None,
-            "calibration_tasks": tuple(self.calibration_task) if self.calibration_task else None,
+            "tasks": self.task or None,
+            "calibration_tasks": self.calibration_task or None,
             "traces": {"count": self.trace_prompts, "server": self.trace_server},
         }
 
@@ -106,20 +84,13 @@ class TraceOptions:
 class PruneOptions(TraceOptions):
     """Options of the commands that prune."""
 
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", help="Fraction of zeros, 0 to 1.")
-    ] = None
-    pattern: Annotated[
-        str | None, typer.Option("--pattern", help="unstructured, or N:M with N kept of M.")
-    ] = None
-    method: Annotated[str | None, typer.Option("--method", help="Pruning method.")] = None
-    calibration: Annotated[
-        str | None,
-        typer.Option("--calibration", help="rac (prompt and thinking) or prompt."),
-    ] = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")
-    ] = False
+    sparsity: float | None = _option(None, help="Fraction of zeros, 0 to 1.")
+    pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
+    method: str | None = _option(None, help="Pruning method.")
+    calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
+    dry_run: bool = _option(
+        False, "--dry-run", help="Check everything, print the plan, do nothing."
+    )
 
     def _values(self) -> dict[str, Any]:
         prune = {"sparsity": self.sparsity, "pattern": self.pattern, "method": self.method}
@@ -130,52 +101,52 @@ class PruneOptions(TraceOptions):
 class BuildOptions(PruneOptions):
     """Options of the command that makes a bundle."""
 
-    also: Annotated[
-        list[str] | None,
-        typer.Option("--also", help="A further target, for another engine; repeatable."),
-    ] = None
+    also: _Texts = _option(None, help="A further target, for another engine; repeatable.")
     quant: QuantOpt = None
     packing: PackingOpt = None
-    prompts: Annotated[int | None, typer.Option("--prompts", help="Evaluation prompts.")] = None
-    out_folder: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None
+    prompts: int | None = _option(None, help="Evaluation prompts.")
+    out_folder: Path | None = _option(None, "--out", help="Folder to write.")
     gate: GateOpt = None
     tier: TierOpt = ""
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls", help="Let dense models of about the artifact's size answer too."
-        ),
-    ] = False
+    controls: bool = _option(
+        False, "--controls", help="Let dense models of about the artifact's size answer too."
+    )
 
     def _values(self) -> dict[str, Any]:
         from racdeploy.storage.toml import read_toml
         from racdeploy.verify.controls import SAME_SIZE
 
-        controls = (SAME_SIZE,) if self.controls else None
+        controls = [SAME_SIZE] if self.controls else None
         return super()._values() | {
-            "also": tuple(self.also) if self.also else None,
+            "also": self.also or None,
             "export": {"quant": self.quant, "packing": self.packing},
             "verify": {"count": self.prompts, "controls": controls},
             "gate": read_toml(self.gate) if self.gate else None,
         }
 
 
-def takes(options: type[O]) -> Callable[[Callable[[O], None]], Callable[..., None]]:
-    """Give a command the fields of a dataclass as parameters, which typer reads and fills.
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of the command that exports a model folder as it is."""
 
-    Args:
-        options: a dataclass; each field is annotated as typer wants a parameter.
-    """
+    model: Annotated[str, typer.Argument(help="Model folder, dense or pruned.")]
+    target: TargetOpt = None
+    quant: QuantOpt = None
+    packing: PackingOpt = None
+    out_file: Path | None = _option(None, "--out", help="File to write.")
+    json_output: JsonOpt = False
+
+
+def takes(options: type[O]) -> Callable[[Callable[[O], None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass as parameters, which typer reads and fills."""
     hints = get_type_hints(options, include_extras=True)
-    parameters = [
-        Parameter(
-            field.name,
-            Parameter.POSITIONAL_OR_KEYWORD,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in dataclasses.fields(options)  # type: ignore[arg-type]
-    ]
+    parameters = []
+    for each in fields(options):  # type: ignore[arg-type]
+        hint = hints[each.name]
+        if "typer" in each.metadata:
+            hint = hints[each.name] = Annotated[hint, each.metadata["typer"]]
+        default = Parameter.empty if each.default is MISSING else each.default
+        parameters.append(Parameter(each.name, _KIND, default=default, annotation=hint))
 
     def decorate(command: Callable[[O], None]) -> Callable[..., None]:
         @functools.wraps(command)

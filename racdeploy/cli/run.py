@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -14,18 +13,12 @@ from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOp
 
 @reported
 def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_thinking_tokens: Annotated[
-        int | None, typer.Option(help="Close the thinking after so many.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; default: the bundle's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
-    show_thinking: Annotated[
-        bool, typer.Option("--show-thinking", help="Print the thinking too.")
-    ] = False,
+    bundle: Path = typer.Argument(help="Bundle folder."),
+    prompt: str = typer.Argument(help="What to ask."),
+    max_thinking_tokens: int | None = typer.Option(None, help="Close the thinking after so many."),
+    temperature: float | None = typer.Option(None, help="0 is greedy; default: the bundle's."),
+    seed: int = typer.Option(0, help="Same seed, same answer."),
+    show_thinking: bool = typer.Option(False, "--show-thinking", help="Print the thinking too."),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
@@ -52,29 +45,17 @@ def run(
 
 @reported
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    dense: Annotated[
-        Path | None,
-        typer.Option(
-            "--dense", help="Dense artifact; default: the one that the build left in --work."
-        ),
-    ] = None,
-    artifact: Annotated[
-        str,
-        typer.Option(
-            "--artifact", help="Path in the bundle of the artifact; default: the first one."
-        ),
-    ] = "",
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Alternating runs of each artifact.")
-    ] = 5,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=8, help="Length of the prompt.")
-    ] = 256,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 128,
-    parallel: Annotated[
-        int, typer.Option("--parallel", min=1, help="Sequences decoded together.")
-    ] = 1,
+    bundle: Path = typer.Argument(help="Bundle folder."),
+    dense: Path | None = typer.Option(
+        None, help="Dense artifact; default: the one that the build left in --work."
+    ),
+    artifact: str = typer.Option(
+        "", help="Path in the bundle of the artifact; default: the first one."
+    ),
+    rounds: int = typer.Option(5, min=1, help="Alternating runs of each artifact."),
+    prompt_tokens: int = typer.Option(256, min=8, help="Length of the prompt."),
+    new_tokens: int = typer.Option(128, min=2, help="Tokens to decode."),
+    parallel: int = typer.Option(1, min=1, help="Sequences decoded together."),
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -16,7 +15,7 @@ from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
 
 @reported
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An exported file, a model folder, or a bundle.")],
+    path: Path = typer.Argument(help="An exported file, a model folder, or a bundle."),
     json_output: JsonOpt = False,
 ) -> None:
     """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
@@ -49,10 +48,8 @@ def inspect(
 
 @reported
 def unpack(
-    file: Annotated[Path, typer.Argument(help="A packed file, as .racgguf.")],
-    out_file: Annotated[
-        Path | None, typer.Option("--out", help="File to write; default: beside it.")
-    ] = None,
+    file: Path = typer.Argument(help="A packed file, as .racgguf."),
+    out_file: Path | None = typer.Option(None, "--out", help="File to write; default: beside it."),
     json_output: JsonOpt = False,
 ) -> None:
     """Write the plain file that a packed one stands for."""
@@ -104,12 +101,11 @@ def list_plugins(json_output: JsonOpt = False) -> None:
 
 @reported
 def init(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="File to write; default: recipe.toml, or racdeploy-gate.toml."),
-    ] = None,
-    gate: Annotated[bool, typer.Option("--gate", help="Write a gate file instead.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    file: Path | None = typer.Argument(
+        None, help="File to write; default: recipe.toml, or racdeploy-gate.toml."
+    ),
+    gate: bool = typer.Option(False, "--gate", help="Write a gate file instead."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing file."),
 ) -> None:
     """Write a commented recipe, or a commented gate file."""
     from racdeploy.recipe import EXAMPLE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
@@ -16,37 +16,33 @@ Questions = Literal["chat", "completions"]  # bundles.served.ServerApi, whose im
 
 @reported
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    bundle: Path = typer.Argument(help="Bundle folder."),
     gate: GateOpt = None,
     tier: TierOpt = "",
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="Dense artifact to run too, or another bundle of the same dense model."),
-    ] = None,
-    server: Annotated[
-        str,
-        typer.Option(help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1."),
-    ] = "",
-    server_model: Annotated[str, typer.Option(help="Name that the server gives the model.")] = "",
-    server_key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the server's key.")
-    ] = "",
-    server_api: Annotated[
-        Questions, typer.Option(help="chat asks as users do; completions sends token ids.")
-    ] = "chat",
-    show_plan: Annotated[
-        bool, typer.Option("--plan", help="Print what the run can show, and do nothing.")
-    ] = False,
+    baseline: Path | None = typer.Option(
+        None, help="Dense artifact to run too, or another bundle of the same dense model."
+    ),
+    server: str = typer.Option(
+        "", help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1."
+    ),
+    server_model: str = typer.Option("", help="Name that the server gives the model."),
+    server_key_env: str = typer.Option(
+        "", help="Environment variable that holds the server's key."
+    ),
+    server_api: Questions = typer.Option(
+        "chat", help="chat asks as users do; completions sends token ids."
+    ),
+    show_plan: bool = typer.Option(
+        False, "--plan", help="Print what the run can show, and do nothing."
+    ),
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
-    junit_file: Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="HTML report to write.")] = None,
-    reports: Annotated[
-        Path | None, typer.Option("--reports", help="Folder for the report in every form.")
-    ] = None,
-    exit_zero: Annotated[
-        bool, typer.Option("--exit-zero", help="Report only: a verdict is no exit code.")
-    ] = False,
+    junit_file: Path | None = typer.Option(None, "--junit", help="JUnit XML to write."),
+    html_file: Path | None = typer.Option(None, "--html", help="HTML report to write."),
+    reports: Path | None = typer.Option(None, help="Folder for the report in every form."),
+    exit_zero: bool = typer.Option(
+        False, "--exit-zero", help="Report only: a verdict is no exit code."
+    ),
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:

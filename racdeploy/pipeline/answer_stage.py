@@ -32,14 +32,8 @@ def answer_prompts(
     """Answer the evaluation prompts with one artifact; what an interrupted run answered counts.
 
     Args:
-        place: where it is run.
-        respondent: renders prompts and reads answers.
-        problems: what to ask.
         arm: what the artifact is called in the records.
-        artifact: its main file.
-        files: SHA-256 of each of its files, by name.
-        backend: the engine that runs it.
-        settings: of the engine.
+        artifact: its main file; ``files`` has the SHA-256 of each by name.
         machine: what else decides the answers, as the processor.
         again: whether a finished run is repeated, because its speed counts.
     """

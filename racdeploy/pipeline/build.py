@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from racdeploy import __version__
 from racdeploy import export as exports
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
@@ -20,20 +19,15 @@ from racdeploy.pipeline.comparison import Evaluation
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.naming import (
-    count_parameters,
-    describe_origin,
-    label_size,
-    name_artifact,
-    name_model,
-)
+from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
-from racdeploy.pipeline.prune_stage import PruneStage
+from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.workplace import Progress, Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.report.model import Report
+from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.verify.controls import SAME_SIZE, same_size_quants
@@ -44,7 +38,6 @@ class Build:
     """A job on its way to a bundle.
 
     Args:
-        job: what to do.
         work: where stage folders go.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, units done and units in all.
@@ -59,13 +52,10 @@ class Build:
     processes: Processes = ALONE
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
-        """Do everything and write the bundle.
+        """Do everything; return the bundle's folder and its report.
 
         Args:
             out: its folder; None names it as the artifact, in the current folder.
-
-        Returns:
-            The bundle's folder, and its report.
 
         Raises:
             RacdeployError: the first thing that went wrong; no bundle is left then.
@@ -76,36 +66,25 @@ class Build:
 
         # A step of a schedule may have been undone: names say what was reached.
         jobs = [job.at_sparsity(model.sparsity) for job in (self.job, *self.job.siblings)]
-        names = [name_artifact(job) for job in jobs]
         dense = self._export_dense(self.job.recipe.export.quant, model)
-        pruned, *also = [
-            replace(self, job=job).export(model.folder, name)
-            for job, name in zip(jobs, names, strict=True)
-        ]
+        artifacts = []
+        for job in jobs:
+            name = name_artifact(job)
+            exported = replace(self, job=job).export(model.folder, name)
+            artifacts.append(bundling.Artifact(name, job.recipe.export, exported))
 
+        pruned, *also = [artifact.result for artifact in artifacts]
         findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
         report, records = self.evaluation.verify(
             model, dense, pruned, findings, also, self.rivals(model, dense, pruned)
         )
 
-        job, folder = self.job, out or Path(names[0])
+        job = self.job
         counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         trace_set = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
-        contents = bundling.Contents(
-            artifacts=[
-                bundling.Artifact(name, job.recipe.export, exported)
-                for name, job, exported in zip(names, jobs, (pruned, *also), strict=True)
-            ],
-            model=job.model,
-            checkpoint=job.checkpoint,
-            recipe=job.recipe,
-            traces=counts | trace_set,
-            sparsity=model.sparsity,
-            sparsity_asked=job.weigh_sparsity_asked(model.linears),
-            undone=model.undone,
-            report=report,
-            records=records,
-        )
+        contents = bundling.Contents(artifacts, job, model, counts | trace_set, report, records)
+
+        folder = out or Path(artifacts[0].name)
         bundling.write(folder, contents)
         return folder, report
 
@@ -118,10 +97,7 @@ class Build:
         stages: dict[str, TraceStage | PruneStage]
         stages = {"traces": self.trace_stage, "prune": self.prune_stage}
         for name, given in self.processes.jobs(lambda name: stages[name].describe_code()):
-            if name == "prune":
-                self.prune_stage.share(given)
-            else:
-                self.trace_stage.serve(**given)
+            stages[name].share(given)
 
     def traces(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
         """Collect a model's traces, or read them back; None asks the dense model."""
@@ -143,7 +119,6 @@ class Build:
         """Export a model folder, or find it exported.
 
         Args:
-            folder: Hugging Face folder, dense or pruned.
             name: of the artifact, without suffix.
             pruned: whether packing applies; the dense model is always plain.
             importance: a pruned model whose statistic chooses the scales of this one too, so that
@@ -156,7 +131,7 @@ class Build:
         if not pruned:
             settings = settings.model_copy(update={"packing": "plain"})
 
-        metadata = self._metadata() if pruned else {}
+        metadata = describe_model(self.job) if pruned else {}
         return export_model(self.place, folder, name, settings, metadata, importance)
 
     def rivals(
@@ -174,6 +149,45 @@ class Build:
                 names.append(asked)
 
         return {name: self._export_dense(name, model, asked=False) for name in dict.fromkeys(names)}
+
+    def plan_pruning(self) -> dict[str, Any]:
+        """Return calibration tokens and peak memory of pruning, and what is known about its time.
+
+        They are of the traces where these were collected, and otherwise of the longest traces that
+        there can be. Where a model has yet to answer here, which a server does for the dense one
+        alone, the memory of that comes first.
+        """
+        from racdeploy.prune.cost import peak_bytes, trace_bytes
+
+        job, settings = self.job, self.job.recipe
+        checkpoint = job.checkpoint
+        prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
+        cap = settings.traces.max_new_tokens
+        plan: dict[str, Any] = {}
+
+        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
+        if stage.finished:
+            calibration, held_out, _ = self.prune_stage.select(TraceSet(stage.folder).read())
+            tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
+            bound = ""
+        else:
+            longest = [prompt + cap for prompt in prompts]
+            held_out_count = round(settings.calibration.held_out_share * len(longest))
+            tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
+            bound = "_at_most"
+
+        if settings.prune.schedule or not (stage.finished or settings.traces.server):
+            together, prompt = min(settings.traces.batch, len(prompts)), max(prompts)
+            memory = trace_bytes(checkpoint, together, prompt, prompt + cap)
+            plan["trace_memory_bytes_at_most"] = memory
+
+        grid = job.joint_quant if settings.prune.joint else ""
+        memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid)
+        return plan | {
+            f"prune_tokens{bound}": tokens,
+            f"prune_memory_bytes{bound}": memory,
+            "prune_time": "known after the first block; the time left is printed then",
+        }
 
     @property
     def place(self) -> Workplace:
@@ -233,18 +247,3 @@ class Build:
             for job, artifact in zip(jobs, exported, strict=True)
         ]
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))
-
-    def _metadata(self) -> dict[str, Any]:
-        """Return the keys of a pruned file that say what it is and how it was made."""
-        job, recipe = self.job, self.job.recipe
-        return {
-            **describe_origin(job.model, recipe),
-            "general.name": name_model(job),
-            "general.size_label": label_size(count_parameters(job.checkpoint)),
-            "racdeploy.version": __version__,
-            "racdeploy.base_model": recipe.model,
-            "racdeploy.method": recipe.prune.method,
-            "racdeploy.pattern": recipe.prune.pattern,
-            "racdeploy.sparsity": float(recipe.prune.sparsity),
-            "racdeploy.calibration": recipe.calibration.source,
-        }

@@ -12,28 +12,25 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from racdeploy import __version__, export
+from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
-from racdeploy.manifest import (
-    MANIFEST_NAME,
-    ArtifactEntry,
-    GenerationSettings,
-    Manifest,
-    TokenizerEntry,
-)
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import ResolvedModel
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
-from racdeploy.recipe import Export, Recipe
+from racdeploy.pipeline.job import Job
+from racdeploy.prune import PrunedModel
+from racdeploy.recipe import Export
 from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256
+from racdeploy.storage.templates import render_text
 
 _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
@@ -56,12 +53,13 @@ class Artifact:
     @property
     def files(self) -> dict[str, str]:
         """Path in the bundle of every file, by its path from the folder of the main one."""
-        return {name: (self.path.parent / name).as_posix() for name in self.result.files}
+        folder = self.path.parent
+        return {name: (folder / name).as_posix() for name in self.result.files}
 
     @property
-    def entry(self) -> ArtifactEntry:
+    def entry(self) -> manifests.ArtifactEntry:
         """The manifest's entry."""
-        return ArtifactEntry(
+        return manifests.ArtifactEntry(
             path=self.path.as_posix(),
             format=self.settings.format,
             quant=self.settings.quant,
@@ -76,30 +74,21 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle; the first artifact is the one that was compared with the dense model.
+    """What goes into a bundle; the first artifact was compared with the dense model.
 
-    ``sparsity`` is what the model was pruned to, less than the recipe's where a step was ``undone``;
-    ``sparsity_asked`` is the same over all prunable weights, those that stay dense too.
+    ``model`` may have less than the recipe's sparsity, where a step was undone.
     """
 
     artifacts: Sequence[Artifact]
-    model: ResolvedModel
-    checkpoint: Checkpoint
-    recipe: Recipe
+    job: Job
+    model: PrunedModel
     traces: Mapping[str, Any]
-    sparsity: float
-    sparsity_asked: float
-    undone: str
     report: Report
     records: Sequence[Record]
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse to write over something that is not a bundle.
-
-    Raises:
-        UsageError: ``out`` is a file, or a folder with other things in it.
-    """
+    """Refuse to write over something that is not a bundle."""
     if out.is_mount() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(
             f"{out} cannot be replaced as a whole: it is a mount point or holds the current folder",
@@ -110,13 +99,13 @@ def check_replaceable(out: Path) -> None:
         raise UsageError(f"{parent} is not writable", remedy="choose another folder with --out")
     if not out.exists():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST_NAME).is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / manifests.MANIFEST_NAME).is_file()):
         raise UsageError(
             f"{out} exists and is not a bundle", remedy="choose another folder with --out"
         )
 
 
-def write(out: Path, contents: Contents) -> Manifest:
+def write(out: Path, contents: Contents) -> manifests.Manifest:
     """Write the bundle folder; an older one of that name is replaced when the new one is whole."""
     out = out.resolve()
 
@@ -125,28 +114,24 @@ def write(out: Path, contents: Contents) -> Manifest:
             for name, place in artifact.files.items():
                 (scratch / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(artifact.result.path.parent / name, scratch / place)
+        checkpoint = contents.job.checkpoint
         for name in TOKENIZER_FILES:
-            if (contents.checkpoint.folder / name).is_file():
-                shutil.copyfile(contents.checkpoint.folder / name, scratch / name)
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, scratch / name)
 
         manifest = _manifest(scratch, contents)
+        records = [record.model_dump_json() + "\n" for record in contents.records]
         texts = {
-            MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
+            manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
             "README.md": _card(manifest, contents),
-            **{
-                name: text
-                for entry in manifest.artifacts
-                for name, text in export.load(entry.format)
-                .companions(manifest, contents.checkpoint, scratch)
-                .items()
-            },
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": markdown.render(contents.report),
             "report.html": html.render(contents.report, contents.records),
-            "records.jsonl": "".join(
-                record.model_dump_json() + "\n" for record in contents.records
-            ),
+            "records.jsonl": "".join(records),
         }
+        for entry in manifest.artifacts:
+            form = export.load(entry.format)
+            texts |= form.companions(manifest, checkpoint, scratch)
 
         for name, text in texts.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,19 +139,20 @@ def write(out: Path, contents: Contents) -> Manifest:
     return manifest
 
 
-def _manifest(folder: Path, contents: Contents) -> Manifest:
-    recipe, checkpoint, report = contents.recipe, contents.checkpoint, contents.report
+def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
+    job, report = contents.job, contents.report
+    recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
     encoder = PromptEncoder.from_folder(folder)
     names = find_tag_names(encoder)
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     generation = _own_generation(checkpoint)
 
-    return Manifest(
+    return manifests.Manifest(
         racdeploy_version=__version__,
         base={
-            "model": contents.model.origin,
-            "name": contents.model.name,
-            "revision": contents.model.revision,
+            "model": model.origin,
+            "name": model.name,
+            "revision": model.revision,
             "license": checkpoint.license,
             "architecture": checkpoint.family.architecture,
             "model_type": checkpoint.config["model_type"],
@@ -177,19 +163,19 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
         pruning={
             "method": recipe.prune.method,
             "pattern": recipe.prune.pattern,
-            "sparsity": contents.sparsity,
-            "sparsity_asked": contents.sparsity_asked,
+            "sparsity": contents.model.sparsity,
+            "sparsity_asked": job.weigh_sparsity_asked(contents.model.linears),
             "linears": [row.model_dump() for row in report.linears],
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
-        tokenizer=TokenizerEntry(
+        tokenizer=manifests.TokenizerEntry(
             files={name: file_sha256(folder / name) for name in present},
             template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
             open_tag=names[0] if names else None,
             close_tag=names[1] if names else None,
             eos_ids=checkpoint.eos_ids,
         ),
-        generation=GenerationSettings(
+        generation=manifests.GenerationSettings(
             temperature=float(generation.get("temperature", recipe.traces.temperature)),
             top_p=float(generation.get("top_p", recipe.traces.top_p)),
             max_new_tokens=recipe.verify.max_new_tokens,
@@ -204,9 +190,7 @@ def _manifest(folder: Path, contents: Contents) -> Manifest:
 def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the sampling settings that the model's authors recommend, where they name numbers."""
     values = checkpoint.tokenizer.generation
-    return {
-        k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)
-    }
+    return {key: value for key, value in values.items() if type(value) in (int, float)}
 
 
 def _headline(report: Report) -> dict[str, Any]:
@@ -228,53 +212,23 @@ def _headline(report: Report) -> dict[str, Any]:
     return headline
 
 
-def _card(manifest: Manifest, contents: Contents) -> str:
+def _card(manifest: manifests.Manifest, contents: Contents) -> str:
     """Return a model card with Hub metadata in front of the report."""
-    entry, prune = manifest.artifacts[0], contents.recipe.prune
-    form = export.load(entry.format)
-    stored = [f"{each.format} {each.quant}" for each in manifest.artifacts]
-    license_line = [f"license: {manifest.base['license']}"] if manifest.base["license"] else []
-    base = manifest.base["model"] if contents.model.on_hub else manifest.base["name"]
-    front = [
-        "---",
-        *license_line,
-        f"base_model: {json.dumps(base)}",
-        "base_model_relation: quantized",
-        f"library_name: {form.LIBRARY}",
-        "pipeline_tag: text-generation",
-        "quantized_by: racdeploy",
-        f"tags: [racdeploy, sparse, reasoning, {entry.format}]",
-        "---",
-    ]
+    base, entries = manifest.base, manifest.artifacts
+    forms = [export.load(entry.format) for entry in entries]
+    usages = [form.usage(entry) for form, entry in zip(forms, entries, strict=True)]
 
-    return "\n".join(
-        [
-            *front,
-            f"# {contents.artifacts[0].name}",
-            "",
-            f"{manifest.base['name']}, pruned with {prune.method} "
-            f"to {contents.sparsity:.0%} zeros ({prune.pattern}), "
-            f"calibrated on {_SOURCES[contents.recipe.calibration.source]}, "
-            f"stored as {', and as '.join(stored)}.",
-            *(
-                [f"The recipe asked for {prune.sparsity:.0%}: {contents.undone}."]
-                if contents.undone
-                else []
-            ),
-            "",
-            "```python",
-            "import racdeploy",
-            "",
-            'model = racdeploy.load(".")',
-            'print(model.generate("What is 12 times 34?").answer)',
-            "```",
-            "",
-            *(
-                line
-                for entry in manifest.artifacts
-                for line in export.load(entry.format).usage(entry)
-            ),
-            "",
-            markdown.render(contents.report),
-        ]
+    front = render_text(
+        "racdeploy.pipeline",
+        "card.jinja",
+        base=base,
+        base_model=json.dumps(base["model"] if contents.job.model.on_hub else base["name"]),
+        library=forms[0].LIBRARY,
+        title=contents.artifacts[0].name,
+        model=contents.model,
+        prune=contents.job.recipe.prune,
+        calibrated_on=_SOURCES[contents.job.recipe.calibration.source],
+        entries=entries,
+        usage=chain.from_iterable(usages),
     )
+    return front + "\n" + markdown.render(contents.report)

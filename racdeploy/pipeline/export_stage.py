@@ -29,10 +29,7 @@ def export_model(
     """Export a model folder, or find it exported.
 
     Args:
-        place: where it is run.
-        folder: Hugging Face folder.
         name: of the artifact, without suffix.
-        settings: format, quant, packing and the format's own options.
         metadata: further keys of the file.
         importance: folder of the model whose statistic chooses the scales; None takes this one's.
     """

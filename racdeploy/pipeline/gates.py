@@ -1,8 +1,8 @@
 """Gates between the export and the long evaluation: a wrong file stops the build at once.
 
-Token ids of hard strings come first. Then come the logits of the same checkpoint as an F32 file,
-which only the order of sums may tell from torch's, and those of the artifact itself. So a wrong
-tensor is told from a coarse number format. Every engine runs in a child process or is torch.
+First token ids of hard strings, then logits of the same checkpoint as an F32 file, which only the
+order of sums may tell from torch's, then those of the artifact: so a wrong tensor is told from a
+coarse number format. Every engine runs in a child process or is torch.
 """
 
 from __future__ import annotations
@@ -38,18 +38,13 @@ Sums in another order make 1e-6.
 """
 LOOKED_UP_LIMIT = 2**-10
 """The same where a table is looked up: an input that an error of 1e-7 rounds the other way changes
-by 2^-11, and its value is rounded by as much again. Half of the positions keep :data:`F32_LIMIT`."""
+by 2^-11, and its value is rounded by as much again. Half of the positions keep F32_LIMIT."""
 _WIDER = "choose a wider quant; if it stays, report the model: a tensor is wrong"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the gates found.
-
-    Args:
-        probes: ids of the hard strings, as :func:`probe_tokens` returns them.
-        notes: what was measured and what was left out, in sentences for the report.
-    """
+    """What the gates found: ids of the hard strings, and sentences for the report."""
 
     probes: tuple[TokenProbe, ...] | None
     notes: tuple[str, ...]
@@ -67,10 +62,6 @@ def check_artifact(
     """Compare an exported artifact with its checkpoint under torch.
 
     Args:
-        checkpoint: the pruned model.
-        artifact: its export.
-        settings: as it was exported.
-        backend: the engine that reads it.
         encoder: the checkpoint's own tokenizer.
         ids: what the logits are compared on; the first :data:`TOKENS` of them.
         threads: CPU threads; 0 uses every core.
@@ -133,14 +124,14 @@ def check_logits(
     share, most = len(changed) / len(kl_T), most_changed(kl_limit)
     if share > most:
         raise GateError(
-            f"the artifact chooses other tokens than its checkpoint: at {share:.1%} of the positions "
-            "one that the checkpoint gives less than half the probability of its own "
+            f"the artifact chooses other tokens than its checkpoint: at {share:.1%} of the "
+            "positions one that the checkpoint gives less than half the probability of its own "
             f"(limit {most:.1%}), first at position {changed[0]}",
             remedy=_WIDER,
         )
     return (
-        f"KL {kl:.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, from the prompt's first; "
-        f"clearly other tokens: {share:.1%} (limit {most:.1%})"
+        f"KL {kl:.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, "
+        f"from the prompt's first; clearly other tokens: {share:.1%} (limit {most:.1%})"
     )
 
 
@@ -162,9 +153,9 @@ def _check_f32(
     ids: Sequence[int],
     expected_TV: NDArray[np.float32],
 ) -> str:
-    """Compare an F32 file of the checkpoint with torch; return the figures, or why there are none.
+    """Return how an F32 file of the checkpoint differs from torch, or why none was compared.
 
-    Nothing, where the format compares its float32 form itself and its notes say so.
+    Nothing, where the format compares its float32 form itself.
     """
     form = exports.load(settings.format)
     if form.COMPARES_F32:

@@ -26,10 +26,8 @@ class Job:
     """What a recipe means on this machine; each part is looked up when it is first asked for.
 
     Args:
-        recipe: what to do.
         tier: of the gate; empty runs what the recipe says.
-        resolved: the dense model, where it was found before. A model on the Hub may be another one
-            by now, so it is resolved once and passed on.
+        resolved: the dense model, where it was found before: one on the Hub may change meanwhile.
     """
 
     recipe: Recipe
@@ -38,11 +36,7 @@ class Job:
 
     @classmethod
     def at_tier(cls, recipe: Recipe, tier: str) -> Job:
-        """Return the job of a recipe, with the prompts and samples of a tier of its gate.
-
-        Raises:
-            UsageError: an unknown tier, or a bad gate.
-        """
+        """Return the job of a recipe, with the prompts and samples of a tier of its gate."""
         gate = read_gate(built=recipe.gate).at(tier)
         if not tier:
             return cls(recipe)
@@ -63,11 +57,7 @@ class Job:
 
     @cached_property
     def siblings(self) -> tuple[Job, ...]:
-        """The same job for each of the recipe's further targets, each for an engine of its own.
-
-        Raises:
-            UsageError: two targets are for one engine.
-        """
+        """The same job for each of the recipe's further targets, each for another engine."""
         jobs = tuple(replace(self, recipe=self.recipe.at(name)) for name in self.recipe.also)
         backends = [job.backend for job in (self, *jobs)]
 
@@ -144,10 +134,9 @@ class Job:
     def weigh_sparsity_asked(self, linears: Sequence[LinearRow]) -> float:
         """Return the fraction of zeros asked of the linears, over all prunable weights."""
         entries = self.checkpoint.entries
-        zeros = sum(
-            row.sparsity_asked * math.prod(entries[f"{row.name}.weight"].shape) for row in linears
-        )
-        return zeros / sum(math.prod(entries[name].shape) for name in self.prunable_weights)
+        sizes = {name: math.prod(entries[name].shape) for name in self.prunable_weights}
+        zeros = sum(row.sparsity_asked * sizes[f"{row.name}.weight"] for row in linears)
+        return zeros / sum(sizes.values())
 
     @cached_property
     def quant_rules(self) -> presets.Mix:
@@ -167,7 +156,7 @@ class Job:
         """The number format whose codes are chosen while pruning, with ``prune.joint``.
 
         Raises:
-            UsageError: the linears have several, or one that is no grid, or does not divide a linear.
+            UsageError: the linears have several, or one that is no grid or does not fit a linear.
         """
         named = sorted({self.quant_of(name) for name in self.weights_to_prune})
         if len(named) > 1:

@@ -9,9 +9,8 @@ import math
 import re
 from pathlib import Path
 
-from racdeploy import export
+from racdeploy import __version__, export
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import ResolvedModel
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Export, Recipe
 
@@ -41,7 +40,7 @@ def place_export(model: str, settings: Export) -> Path:
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, as names have it: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
+    """Return what is done to a model, as in names: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
     prune = recipe.prune
     how = recipe.calibration.source if prune.method == "sparsegpt" else prune.method
     if prune.kept_of:
@@ -56,21 +55,31 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 
 def label_size(parameters: int) -> str:
     """Return how many parameters there are as a name says it, as ``1.5B`` or ``135M``."""
-    letter = next((letter for letter, scale in _SCALES.items() if parameters >= scale), "K")
+    reached = (letter for letter, scale in _SCALES.items() if parameters >= scale)
+    letter = next(reached, "K")
     number = parameters / _SCALES[letter]
     if number >= 10:
         return f"{number:.0f}{letter}"
     return f"{number:.1f}".removesuffix(".0") + letter
 
 
-def describe_origin(model: ResolvedModel, recipe: Recipe) -> dict[str, str | int | float | bool]:
-    """Return the ``general.*`` keys that say which model a pruned one was made of."""
+def describe_model(job: Job) -> dict[str, str | int | float | bool]:
+    """Return the keys of a pruned file that say which model it was made of, and how."""
+    recipe, model = job.recipe, job.model
     values: dict[str, str | int | float | bool] = {
         "general.basename": model.name,
         "general.finetune": describe_pruning(recipe),
         "general.version": "v1.0",
         "general.base_model.count": 1,
         "general.base_model.0.name": model.name,
+        "general.name": name_model(job),
+        "general.size_label": label_size(count_parameters(job.checkpoint)),
+        "racdeploy.version": __version__,
+        "racdeploy.base_model": recipe.model,
+        "racdeploy.method": recipe.prune.method,
+        "racdeploy.pattern": recipe.prune.pattern,
+        "racdeploy.sparsity": float(recipe.prune.sparsity),
+        "racdeploy.calibration": recipe.calibration.source,
     }
     if model.on_hub:
         values["general.base_model.0.organization"] = model.origin.partition("/")[0]

@@ -53,11 +53,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
 
 
 def check_model(job: Job) -> None:
-    """Look at what traces and pruning need: the model's parts, the pattern, and the problems.
-
-    Raises:
-        RacdeployError: the first thing that would go wrong later.
-    """
+    """Look at what traces and pruning need: the model's parts, the pattern, and the problems."""
     _require(_NEEDS)
     checkpoint, settings = job.checkpoint, job.recipe.prune
     _ = job.gate
@@ -162,11 +158,8 @@ def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
 def _check_dense(job: Job) -> None:
     """Refuse patterns of ``prune.dense`` that name no linear, or together name every one."""
     prunable = [name.removesuffix(".weight") for name in job.prunable_weights]
-    linears = [
-        name.removesuffix(".weight")
-        for name, entry in job.checkpoint.entries.items()
-        if len(entry.shape) > 1
-    ]
+    entries = job.checkpoint.entries.items()
+    linears = [name.removesuffix(".weight") for name, entry in entries if len(entry.shape) > 1]
     for pattern in job.recipe.prune.dense:
         if not any(re.search(pattern, name) for name in linears):
             raise UsageError(

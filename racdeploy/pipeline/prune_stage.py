@@ -37,13 +37,7 @@ class PruneStage:
     """A dense model on its way to a sparse one.
 
     Args:
-        place: where it is run.
-        dense: the dense model.
-        encoder: its template and tokenizer.
-        tasks: where calibration prompts come from.
-        trace_seed: decides those.
-        calibration: which traces count.
-        settings: how weights are chosen.
+        trace_seed: decides the calibration prompts that are drawn.
         quant: number format whose codes are chosen while pruning, or empty.
         name_model: gives the name of the model of a sparsity.
     """
@@ -61,7 +55,7 @@ class PruneStage:
     def run(self, collect: CollectTraces) -> PrunedModel:
         """Prune the model on its traces, or find it pruned.
 
-        Under a schedule, a step whose model answers the calibration prompts too badly or too long is
+        A step of a schedule whose model answers the calibration prompts too badly or too long is
         undone, and the notes of the model before it say so.
         """
         dense_folder, dense = collect(None)
@@ -78,10 +72,9 @@ class PruneStage:
             probe = Probe.of(own, dense)
             if reason := probe.reason(self.settings):
                 return _undo(model, sparsity, reason)
-            step = (
-                f"schedule, {sparsity:.0%}: {probe.accuracy:.1%} of the calibration prompts right"
-            )
-            notes = (*(model.notes if model else ()), step, *found.notes)
+            right = f"{probe.accuracy:.1%} of the calibration prompts right"
+            earlier = model.notes if model else ()
+            notes = (*earlier, f"schedule, {sparsity:.0%}: {right}", *found.notes)
             model = replace(found, notes=tuple(dict.fromkeys(notes)))
 
             traces = mix(own, dense, self.settings.dense_traces)
@@ -105,7 +98,7 @@ class PruneStage:
         counts = {
             "source": self.calibration.source,
             "calibration_traces": len(chosen),
-            "calibration_tokens": sum(len(trace.ids) for trace in chosen),
+            "calibration_tokens": count_tokens(chosen),
             "rac_tokens": selection.tokens,
             "held_out_traces": len(selection.held_out),
             "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
@@ -135,19 +128,15 @@ class PruneStage:
 
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"sparsity": sparsity, "device": device})
-        stage = self.place.open(
-            "prune",
-            address(__name__, COMPUTING)
-            | {
-                "traces_sha256": traces_sha256,
-                "model": self.dense.sha256,
-                "tasks": self.tasks.identify_calibration(),
-                "calibration": self.calibration.model_dump(),
-                "prune": settings.model_dump(),
-                "quant": self.quant,
-                "within": Checkpoint(before.folder).sha256 if before else "",
-            },
-        )
+        inputs = self.describe_code() | {
+            "traces_sha256": traces_sha256,
+            "tasks": self.tasks.identify_calibration(),
+            "calibration": self.calibration.model_dump(),
+            "prune": settings.model_dump(),
+            "quant": self.quant,
+            "within": Checkpoint(before.folder).sha256 if before else "",
+        }
+        stage = self.place.open("prune", inputs)
 
         folder = stage.folder / self.name_model(sparsity)
         if not stage.finished:
@@ -168,7 +157,6 @@ class PruneStage:
     def _walk(
         self, folder: Path, settings: Pruning, traces: Sequence[Trace], within: Path | None
     ) -> dict[str, Any]:
-        """Prune every block and put the model together in ``folder``; return the stage's summary."""
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.cost import measured_cost, peak_bytes
 
@@ -181,10 +169,8 @@ class PruneStage:
             "quant": self.quant,
             "within": within,
         }
-        tokens, held_out_tokens = (
-            sum(len(trace.ids) for trace in part) for part in (calibration, held_out)
-        )
-        expected_bytes = peak_bytes(self.dense, settings, tokens, held_out_tokens, self.quant)
+        token_counts = (count_tokens(calibration), count_tokens(held_out))
+        expected_bytes = peak_bytes(self.dense, settings, *token_counts, self.quant)
         place, blocks_folder = self.place, folder.parent
         measured = measured_cost(
             blocks_folder, expected_bytes, place.processes.count, place.progress, print_notice
@@ -217,7 +203,7 @@ class PruneStage:
     def _draw_prompts(
         self, traces: Sequence[Trace], tokens: int, held_out: set[str]
     ) -> list[Trace]:
-        """Return prompts alone of so many tokens, without the questions that are held out."""
+        """Return prompts of about so many tokens, without the questions that are held out."""
         mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
         count = math.ceil(_SPARE_PROMPTS * tokens / mean)
         drawn = self.tasks.draw("calibration", self.trace_seed, count)
@@ -234,6 +220,11 @@ def _undo(model: PrunedModel | None, sparsity: float, reason: str) -> PrunedMode
         )
     undone = f"schedule, {sparsity:.0%} was undone: {reason}"
     return replace(model, notes=(*model.notes, undone), undone=undone)
+
+
+def count_tokens(traces: Sequence[Trace]) -> int:
+    """Return the tokens of whole traces."""
+    return sum(len(trace.ids) for trace in traces)
 
 
 def note_held_out(selection: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ What this module imports decides the stage's address, so it knows neither the jo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,16 +28,7 @@ from racdeploy.traces.trace import Trace, TraceSet
 
 @dataclass(frozen=True)
 class TraceStage:
-    """Traces of the dense model, or of a sparse one on the way of a schedule.
-
-    Args:
-        place: where it is run.
-        dense: the dense model.
-        encoder: its template and tokenizer.
-        tags: its thinking tags, or None.
-        tasks: what is asked.
-        settings: how.
-    """
+    """Traces of the dense model, or of a sparse one on the way of a schedule."""
 
     place: Workplace
     dense: Checkpoint
@@ -55,13 +46,10 @@ class TraceStage:
         }
 
     def run(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
-        """Collect a model's traces, or read them back.
+        """Collect a model's traces, or read them back; return the stage folder and the traces.
 
         Args:
             sparse: folder of a model to ask in place of the dense one.
-
-        Returns:
-            The stage folder, and the traces in order.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
         stage = self.place.open("traces", self.inputs(checkpoint))
@@ -78,16 +66,10 @@ class TraceStage:
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
         context_tokens = longest + self.settings.max_new_tokens + 1
 
+        eos_ids, progress = self.dense.eos_ids, self.place.progress
         with self._answering(context_tokens, stage.folder, checkpoint) as answering:
             traces = collect(
-                answering,
-                self.encoder,
-                self.tags,
-                self.dense.eos_ids,
-                problems,
-                self.settings,
-                out,
-                self.place.progress,
+                answering, self.encoder, self.tags, eos_ids, problems, self.settings, out, progress
             )
 
         counts = trace_counts(traces, checkpoint, self.encoder, self.settings.identity)
@@ -98,18 +80,18 @@ class TraceStage:
         """Return what all processes that answer together must have in common."""
         return address(__name__, COMPUTING) | {"model": self.dense.sha256}
 
-    def serve(self, settings: EngineSettings, folder: Path, sha256: str) -> None:
-        """Answer the share of a process that follows the first one, where all have the model.
+    def share(self, given: Mapping[str, Any]) -> None:
+        """Answer the share of a process that follows the first one.
 
-        Where any has not, the first one answers everything.
+        Where any lacks the model, the first one answers everything.
         """
-        if sha256 == self.dense.sha256:
-            folder = self.dense.folder
+        sha256 = given["sha256"]
+        folder = self.dense.folder if sha256 == self.dense.sha256 else given["folder"]
 
         processes = self.place.processes
         has_it = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
         if all(processes.all(has_it)):
-            with _open(folder, settings) as engine:
+            with _open(folder, given["settings"]) as engine:
                 processes.serve(partial(_answer, engine))
 
     @contextmanager
@@ -132,7 +114,7 @@ class TraceStage:
         with _open(model, settings) as engine:
             answer = partial(_answer, engine)
 
-            # A process that cannot read a sparse model, which the first one wrote, leaves all to it.
+            # A process that cannot read a sparse model, which the first wrote, leaves all to it.
             with processes.job("traces", self.describe_code(), given):
                 together = all(processes.all(True))
                 if together:

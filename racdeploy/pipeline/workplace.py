@@ -21,13 +21,11 @@ COMPUTING = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where stages are run.
+    """Where stages are run: the folder of theirs, and who share traces and pruning.
 
     Args:
-        work: where stage folders go.
         threads: CPU threads; 0 uses every core.
         progress: called with a label, units done and units in all.
-        processes: who share traces and pruning.
     """
 
     work: Path
@@ -44,7 +42,7 @@ class Workplace:
 
 
 def address(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return what decides a stage beside its data: the code that its module reaches, and libraries."""
+    """Return what decides a stage beside its data: code that its module reaches, and libraries."""
     versions = {name: installed_version(name) for name in libraries}
     return {"version": __version__, "code": code_hash(module)} | versions
 

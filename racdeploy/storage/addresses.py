@@ -1,9 +1,9 @@
 """The address of a stage: a hash of its code, found from imports and not from a list kept by hand.
 
-A stage is the module that runs it. What that module reaches decides what the stage writes: modules
-that it imports, inside functions too, those that these import, plugins that one of them loads, and
-modules that child processes run. A package that is only the way to a module counts, and what it
-imports does not.
+What the module of a stage reaches decides what the stage writes: modules that it imports, inside
+functions too, those that these import, plugins that one of them loads, modules that child processes
+run, and data files that one of them names and that lie beside it. A package that is only the way to
+a module counts, and what it imports does not.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 from racdeploy import plugins
 
 _PACKAGE = "racdeploy"
+_DATA_SUFFIXES = {".toml", ".json", ".jinja", ".txt", ".css"}
 
 
 def code_hash(*modules: str, root: Path | None = None) -> str:
-    """Return a hash over the code that some modules reach.
+    """Return a hash over the code that some modules, by dotted name, reach.
 
     Args:
-        modules: dotted names, as ``racdeploy.traces.collect``.
+        modules: as ``racdeploy.traces.collect``.
         root: folder of the package; this one where None.
     """
     root = root or _root()
@@ -38,12 +39,7 @@ def code_hash(*modules: str, root: Path | None = None) -> str:
 
 
 def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path]:
-    """Return the files of racdeploy that some modules reach, sorted.
-
-    Args:
-        modules: dotted names.
-        root: folder of the package; this one where None.
-    """
+    """Return the files of racdeploy that some modules, by dotted name, reach, sorted."""
     root = root or _root()
     waiting, seen = list(modules), set[str]()
     reached: set[Path] = set()
@@ -53,9 +49,11 @@ def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path
         file = _file_of(name, root)
         if name in seen or file is None:
             continue
+
         seen.add(name)
-        reached |= {file, *_packages_of(file, root)}
-        waiting += _names_in(file.read_bytes())
+        source = file.read_bytes()
+        reached |= {file, *_packages_of(file, root), *_data_of(file, source)}
+        waiting += _names_in(source)
 
     return sorted(reached)
 
@@ -82,12 +80,19 @@ def _packages_of(file: Path, root: Path) -> Iterator[Path]:
             yield root / folder / "__init__.py"
 
 
+def _data_of(file: Path, source: bytes) -> Iterator[Path]:
+    """Yield the data files beside a module that a string in it names."""
+    for data in file.parent.iterdir():
+        if data.suffix in _DATA_SUFFIXES and f'"{data.name}"'.encode() in source:
+            yield data
+
+
 @cache
 def _names_in(source: bytes) -> tuple[str, ...]:
     """Return the dotted names that a module imports, loads as plugins, or runs in a child process.
 
-    A name of ``from module import name`` may be a module as well, so it is looked for too. A string
-    counts where it names a module: packages are named in strings for other reasons.
+    A name of ``from module import name`` may be a module too. A string counts where it names a
+    module: packages are named in strings for other reasons.
     """
     names: list[str] = []
 

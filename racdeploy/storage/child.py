@@ -51,11 +51,9 @@ def run_module(
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run a module in a process of its own, to its end.
+    """Run a module in its own process, to its end.
 
     Args:
-        module: dotted name.
-        arguments: of its command line.
         timeout_s: after which it is killed; None waits for ever.
         variables: further environment variables.
     """

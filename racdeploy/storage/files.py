@@ -1,7 +1,4 @@
-"""Files on disk: written whole or not at all, hashed, read as JSON.
-
-Every file is written under a temporary name and renamed.
-"""
+"""Files on disk: written under a temporary name and renamed, so whole or not at all; hashed."""
 
 from __future__ import annotations
 
@@ -18,9 +15,8 @@ from typing import Any, BinaryIO
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 
-_WRITE_BYTES = (
-    1 << 20
-)  # the kernel takes one large piece in two thirds of the time of many small ones
+# The kernel takes one large piece in two thirds of the time of many small ones.
+_WRITE_BYTES = 1 << 20
 
 
 def canonical_hash(value: object) -> str:
@@ -46,8 +42,6 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
     """Ask the disk of a folder for space, before any work.
 
     Args:
-        folder: where files will be written.
-        needed_bytes: how much they take.
         remedy: what a user can do beside freeing some space, as an option to name.
 
     Raises:
@@ -158,11 +152,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def refuse_another(path: Path, sha256: str) -> None:
-    """Refuse to write where another file than the one to be written lies.
-
-    Raises:
-        UsageError: there is one.
-    """
+    """Refuse to write where another file than the one to be written lies."""
     if path.exists() and not (path.is_file() and file_sha256(path) == sha256):
         raise UsageError(
             f"{path} is there and is not that file",
@@ -171,11 +161,7 @@ def refuse_another(path: Path, sha256: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        ArtifactError: it is not JSON, or not an object.
-    """
+    """Return the JSON object in a file; anything else is an ArtifactError."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -21,22 +21,11 @@ from racdeploy.errors import ArtifactError
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 Value = str | int | float | bool | NDArray[np.uint64] | None
+_Infos = dict[str, tuple[tuple[int, ...], int, int]]  # dimensions, type and offset by name
 FIXED_BYTES = 24
 GGML_SIZES = {kind.number: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()}
 """Type id → weights and bytes of a quant block."""
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _U64 = 8, 9, 10
 _LEAST_KEY_BYTES, _LEAST_INFO_BYTES = 13, 32
 _MOST_DIMENSIONS = 4
@@ -49,9 +38,7 @@ class TensorInfo:
     """One tensor of a file.
 
     Args:
-        name: in the file.
         dimensions: as in the file, row length first.
-        ggml_type: its number format.
         size_bytes: without padding.
         position: of its first byte in the file.
     """
@@ -71,7 +58,6 @@ class Header:
         values: metadata; an array of u64 as numbers, other arrays as None.
         starts: position of each key, and of the end of the metadata under the empty key.
         tensors: in file order.
-        alignment: of tensors.
         data_start: position of the first tensor.
         size_bytes: of the file.
     """
@@ -90,11 +76,7 @@ def padded(size_bytes: int, alignment: int) -> int:
 
 
 def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
-    """Return the size of a tensor.
-
-    Raises:
-        ArtifactError: an unknown type, or a shape that it cannot have.
-    """
+    """Return the size of a tensor; an ArtifactError where it cannot have that type or shape."""
     if ggml_type not in GGML_SIZES:
         raise ArtifactError(f"tensor type {ggml_type} is unknown")
     block_weights, block_bytes = GGML_SIZES[ggml_type]
@@ -179,17 +161,11 @@ class _Reader:
 
         infos = self._infos(tensors)
         data_start = padded(self._at, alignment)
-        return Header(
-            values,
-            starts,
-            self._place(infos, data_start, alignment),
-            alignment,
-            data_start,
-            self._size_bytes,
-        )
+        placed = self._place(infos, data_start, alignment)
+        return Header(values, starts, placed, alignment, data_start, self._size_bytes)
 
-    def _infos(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    def _infos(self, count: int) -> _Infos:
+        infos: _Infos = {}
         for _ in range(count):
             name, dimensions = self._text(), self._number("I")
             if name in infos or not 1 <= dimensions <= _MOST_DIMENSIONS:
@@ -200,9 +176,7 @@ class _Reader:
             infos[name] = shape, self._number("I"), self._number("Q")
         return infos
 
-    def _place(
-        self, infos: dict[str, tuple[tuple[int, ...], int, int]], data_start: int, alignment: int
-    ) -> tuple[TensorInfo, ...]:
+    def _place(self, infos: _Infos, data_start: int, alignment: int) -> tuple[TensorInfo, ...]:
         tensors, expected = [], 0
         for name, (shape, ggml_type, offset) in infos.items():
             size_bytes = tensor_bytes(shape, ggml_type)

@@ -16,11 +16,7 @@ _locks: dict[Path, FileLock] = {}  # kept until they are released, or the proces
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder for this process.
-
-    Raises:
-        UsageError: another process works in it.
-    """
+    """Lock a folder for this process; a UsageError where another one works in it."""
     if folder in _locks:
         return
 

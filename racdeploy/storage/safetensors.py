@@ -63,9 +63,9 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     if not isinstance(value, dict):
         value = {}
     shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
-    if not (_is_integers(shape) and _is_integers(offsets) and len(offsets) == 2):
+    if not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)):
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
-    if not isinstance(tag, str):
+    if len(offsets) != 2:
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
 
     if tag not in DTYPES:

@@ -1,4 +1,4 @@
-"""Folders of stages: found by what decides their content, used by one process, resumed after a kill.
+"""Folders of stages: addressed by what decides them, used by one process, resumable.
 
 A finished one carries ``stage.json`` and is reused. What a killed run left under other inputs is
 neither resumed nor removed: a line about it is the caller's to print.
@@ -32,8 +32,7 @@ class Stage:
     Args:
         folder: ``WORK/NAME-HASH``.
         inputs: what was hashed; kept in the folder so that a mismatch can be named.
-        notice: what a user should know when the stage starts from scratch beside one that was left
-            unfinished, or empty.
+        notice: what a user should know where one was left unfinished beside it, or empty.
     """
 
     folder: Path
@@ -50,8 +49,7 @@ class Stage:
         """Return the stage folder, made if need be, with its inputs recorded.
 
         Raises:
-            ArtifactError: the folder holds other inputs, or another version of racdeploy left the stage
-                half done.
+            ArtifactError: it holds other inputs, or another version of racdeploy left it half done.
             UsageError: another process works in the folder.
             EnvironmentFailure: the disk is full or not writable.
         """
@@ -101,8 +99,8 @@ def finished_stages(work: Path, name: str) -> list[Stage]:
 def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
     """Yield an empty folder for one process of a job, gone with the body.
 
-    What killed processes left goes first. A folder takes its name when it is locked, so that one that
-    is just being made does not look left behind.
+    What killed processes left goes first. A folder takes its name when it is locked, so that one
+    that is just being made does not look left behind.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -167,10 +165,11 @@ def _left_unfinished(stage: Stage, name: str) -> str:
         return ""
 
     (changed, folder), *others = sorted(found, key=lambda pair: len(pair[0]))
-    also = ", ".join(other.name for _, other in others)
+    names = ", ".join(other.name for _, other in others)
+    also = f" (also unfinished: {names})" if names else ""
     return (
-        f"{folder} was left unfinished, with other inputs: {', '.join(changed)}"
-        f"{f' (also unfinished: {also})' if also else ''}; {stage.folder.name} starts from scratch\n"
+        f"{folder} was left unfinished, with other inputs: {', '.join(changed)}{also}; "
+        f"{stage.folder.name} starts from scratch\n"
         f"  → to resume the old one, undo the change; to remove it: rm -r {folder}"
     )
 

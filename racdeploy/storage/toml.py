@@ -16,11 +16,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: it is missing or not TOML.
-    """
+    """Read a TOML file; a UsageError where it is missing or not TOML."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -32,11 +28,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the nested values of assignments from a command line, as ``prune.sparsity=0.6``.
-
-    Raises:
-        UsageError: one is not ``PART.KEY=VALUE`` with a TOML value.
-    """
+    """Return the nested values of assignments from a command line, as ``prune.sparsity=0.6``."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         try:
@@ -61,10 +53,10 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Validate values into a pydantic model.
+    """Validate values into a pydantic model; the UsageError says what is wrong with each value.
 
-    Raises:
-        UsageError: what is wrong with each value, and where they are from.
+    Args:
+        where: where the values are from, for messages.
     """
     try:
         return model.model_validate(values)

@@ -12,7 +12,6 @@ import pytest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.planning import pruning_plan
 from racdeploy.pipeline.prune_stage import note_held_out
 from racdeploy.prune import cost
 from racdeploy.prune.cost import TimeLeft, cost_note, measured_cost, peak_bytes, trace_bytes
@@ -71,7 +70,7 @@ def test_a_server_takes_the_traces_elsewhere(
     traces = recipe.traces.model_copy(update={"server": "http://127.0.0.1:9/v1"})
     prune = recipe.prune.model_copy(update={"schedule": schedule})
     recipe = recipe.model_copy(update={"traces": traces, "prune": prune})
-    plan = pruning_plan(Build(Job(recipe), tmp_path / "work", threads=1))
+    plan = Build(Job(recipe), tmp_path / "work", threads=1).plan_pruning()
     assert ("trace_memory_bytes_at_most" in plan) == planned
 
 
@@ -149,13 +148,13 @@ def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
     was predicted.
     """
     build = _build(tmp_path)
-    before = pruning_plan(build)
+    before = build.plan_pruning()
     bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most"}
     assert set(before) == {"trace_memory_bytes_at_most", "prune_time", *bounds}
     assert "after the first block" in before["prune_time"]
     assert not (tmp_path / "work").exists(), "a plan leaves nothing behind"
     build.traces()
-    after = pruning_plan(build)
+    after = build.plan_pruning()
     assert set(after) == {"prune_tokens", "prune_time", "prune_memory_bytes"}
     model = build.prune()
     assert (

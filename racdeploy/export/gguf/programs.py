@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
 
 from racdeploy import packing as packings
 from racdeploy.export.gguf.ollama import make_go_template
@@ -14,6 +11,7 @@ from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import importance as importances
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.templates import render_text
 
 _LEAST_CONTEXT = 16_384  # a thought takes thousands of tokens
 _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
@@ -33,7 +31,8 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     settings = manifest.generation
     wanted = max(settings.context_tokens, _LEAST_CONTEXT)
     tokens = {i: text for text, i in encoder.tokenizer.get_vocab().items()}
-    text = _render(
+    text = render_text(
+        "racdeploy.export.gguf",
         "Modelfile.jinja",
         is_split=_is_split(entry),
         file=_name_plain(entry),
@@ -52,21 +51,14 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the file."""
-    text = _render(
+    text = render_text(
+        "racdeploy.export.gguf",
         "usage.jinja",
         is_split=_is_split(entry),
         file=_name_plain(entry),
         context_tokens=_LEAST_CONTEXT,
     )
     return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
-
-
-def _render(name: str, **values: object) -> str:
-    environment = Environment(
-        trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    source = files(__package__).joinpath(name).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**values)
 
 
 def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
