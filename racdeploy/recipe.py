@@ -52,8 +52,10 @@ class Traces(_Part):
                 "server is not http://HOST:PORT/v1, with http or https; "
                 "no name, key or query belongs in it"
             )
+
         changed = [n for n, f in type(self).model_fields.items() if getattr(self, n) != f.default]
         unused = [name for name in changed if name.startswith("server_")]
+
         if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
         return self
@@ -268,14 +270,20 @@ class Recipe(_Part):
         """
         written = read_toml(file) if file else {}
         asked = merge(written, _without_none(options))
-        target = Target.read(str(asked.get("target", cls.model_fields["target"].default)))
-        merged = merge(target.defaults(_names_pattern(asked)), asked)
+        name = asked.get("target", cls.model_fields["target"].default)
+        target = Target.read(str(name))
+
+        prune = asked.get("prune", {})
+        has_pattern = isinstance(prune, Mapping) and bool({"pattern", "sparsity"} & prune.keys())
+
+        merged = merge(target.defaults(has_pattern), asked)
         recipe = validate(cls, merged, str(file) if file else "the command line")
 
         for each in (recipe, *map(recipe.at, recipe.also)):
             each._check_plugins()
             export, context_tokens = each.export, each.verify.context_tokens
             Target.read(each.target).check(export.format, export.quant, context_tokens)
+
         return recipe
 
     def at(self, target: str) -> Self:
@@ -313,8 +321,3 @@ def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             kept[key] = value
     return kept
-
-
-def _names_pattern(asked: Mapping[str, Any]) -> bool:
-    prune = asked.get("prune", {})
-    return isinstance(prune, Mapping) and ("pattern" in prune or "sparsity" in prune)

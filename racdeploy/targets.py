@@ -57,6 +57,7 @@ class Target(BaseModel):
                 f"unknown target {name!r}{plugins.closest(name, cls.names())}",
                 remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
             )
+
         return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
 
     def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:

@@ -32,8 +32,8 @@ for command in (build.build, build.traces, build.prune, build.export, verify.ver
 for command in (run.run, run.bench, tools.inspect, tools.unpack, tools.targets):
     app.command()(command)
 app.command(name="plugins")(tools.list_plugins)
-for command in (tools.init, tools.doctor):
-    app.command()(command)
+app.command()(tools.init)
+app.command()(tools.doctor)
 accel_app.command(name="build")(tools.build_kernels)
 
 

@@ -66,7 +66,8 @@ class Build:
 
         # A step of a schedule may have been undone: names say what was reached.
         jobs = [job.at_sparsity(model.sparsity) for job in (self.job, *self.job.siblings)]
-        dense = self._export_dense(self.job.recipe.export.quant, model)
+        dense = self._export_dense(model)
+
         artifacts = []
         for job in jobs:
             name = name_artifact(job)
@@ -75,6 +76,7 @@ class Build:
 
         pruned, *also = [artifact.result for artifact in artifacts]
         findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
+
         report, records = self.evaluation.verify(
             model, dense, pruned, findings, also, self.rivals(model, dense, pruned)
         )
@@ -104,7 +106,6 @@ class Build:
         return self.trace_stage.run(sparse)
 
     def prune(self) -> PrunedModel:
-        """Prune the model on its traces, or find it pruned."""
         return self.prune_stage.run(self.traces)
 
     def export(
@@ -148,7 +149,7 @@ class Build:
             else:
                 names.append(asked)
 
-        return {name: self._export_dense(name, model, asked=False) for name in dict.fromkeys(names)}
+        return {name: self._export_dense(model, name) for name in dict.fromkeys(names)}
 
     def plan_pruning(self) -> dict[str, Any]:
         """Return calibration tokens and peak memory of pruning, and what is known about its time.
@@ -191,12 +192,10 @@ class Build:
 
     @property
     def place(self) -> Workplace:
-        """Where the stages are run."""
         return Workplace(self.work, self.threads, self.progress, self.processes)
 
     @property
     def trace_stage(self) -> TraceStage:
-        """What collects the traces."""
         job = self.job
         return TraceStage(
             self.place, job.checkpoint, job.encoder, job.tags, job.tasks, job.recipe.traces
@@ -204,7 +203,6 @@ class Build:
 
     @property
     def prune_stage(self) -> PruneStage:
-        """What prunes."""
         job, recipe = self.job, self.job.recipe
         return PruneStage(
             self.place,
@@ -220,19 +218,12 @@ class Build:
 
     @property
     def evaluation(self) -> Evaluation:
-        """The comparison of what was built."""
         return Evaluation(self.job, self.work, self.threads, self.progress)
 
-    def _export_dense(self, quant: str, model: PrunedModel, asked: bool = True) -> ExportResult:
-        """Export the dense model; ``asked`` keeps the recipe's choices for single tensors."""
-        dense = self.job.model
-        return self.export(
-            dense.folder,
-            f"{dense.name}-dense-{quant}",
-            pruned=False,
-            importance=model.folder,
-            quant="" if asked else quant,
-        )
+    def _export_dense(self, model: PrunedModel, quant: str = "") -> ExportResult:
+        dense, own_quant = self.job.model, self.job.recipe.export.quant
+        name = f"{dense.name}-dense-{quant or own_quant}"
+        return self.export(dense.folder, name, pruned=False, importance=model.folder, quant=quant)
 
     def _check_artifacts(
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
@@ -246,4 +237,5 @@ class Build:
             )
             for job, artifact in zip(jobs, exported, strict=True)
         ]
+
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))

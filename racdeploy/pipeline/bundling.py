@@ -58,7 +58,6 @@ class Artifact:
 
     @property
     def entry(self) -> manifests.ArtifactEntry:
-        """The manifest's entry."""
         return manifests.ArtifactEntry(
             path=self.path.as_posix(),
             format=self.settings.format,
@@ -94,12 +93,15 @@ def check_replaceable(out: Path) -> None:
             f"{out} cannot be replaced as a whole: it is a mount point or holds the current folder",
             remedy="name a folder inside it with --out",
         )
+
     parent = next(folder for folder in out.resolve().parents if folder.is_dir())
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{parent} is not writable", remedy="choose another folder with --out")
     if not out.exists():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / manifests.MANIFEST_NAME).is_file()):
+
+    is_bundle = (out / manifests.MANIFEST_NAME).is_file()
+    if not out.is_dir() or (any(out.iterdir()) and not is_bundle):
         raise UsageError(
             f"{out} exists and is not a bundle", remedy="choose another folder with --out"
         )
@@ -114,6 +116,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             for name, place in artifact.files.items():
                 (scratch / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(artifact.result.path.parent / name, scratch / place)
+
         checkpoint = contents.job.checkpoint
         for name in TOKENIZER_FILES:
             if (checkpoint.folder / name).is_file():
@@ -129,6 +132,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             "report.html": html.render(contents.report, contents.records),
             "records.jsonl": "".join(records),
         }
+
         for entry in manifest.artifacts:
             form = export.load(entry.format)
             texts |= form.companions(manifest, checkpoint, scratch)
@@ -136,6 +140,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
         for name, text in texts.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
+
     return manifest
 
 

@@ -53,6 +53,7 @@ class Job:
         steps = tuple(step for step in prune.schedule if step <= sparsity)
         reached = prune.model_copy(update={"sparsity": sparsity, "schedule": steps})
         recipe = self.recipe.model_copy(update={"prune": reached})
+
         return replace(self, recipe=recipe, resolved=self.model)
 
     @cached_property
@@ -68,36 +69,31 @@ class Job:
                 "a bundle holds one artifact for each engine",
                 remedy="leave one of them out; build a second bundle for another number format",
             )
+
         return jobs
 
     @cached_property
     def gate(self) -> Gate:
-        """Limits of the checks."""
         return read_gate(built=self.recipe.gate).at(self.tier)
 
     @property
     def backend(self) -> str:
-        """The engine that runs the artifact."""
         return export.load(self.recipe.export.format).BACKEND
 
     @cached_property
     def model(self) -> ResolvedModel:
-        """The dense model's folder."""
         return self.resolved or resolve(self.recipe.model)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The dense model, opened."""
         return Checkpoint(self.model.folder)
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """Template and tokenizer of the dense model."""
         return PromptEncoder.from_folder(self.model.folder)
 
     @cached_property
     def tags(self) -> ThinkingTags | None:
-        """Thinking tags, or None for a model that does not think."""
         return find_tags(self.encoder)
 
     @cached_property
@@ -140,7 +136,6 @@ class Job:
 
     @cached_property
     def quant_rules(self) -> presets.Mix:
-        """Which number format each tensor gets."""
         return presets.read(self.recipe.export.quant, self.recipe.export.tensors)
 
     def quant_of(self, weight: str) -> str:

@@ -80,11 +80,13 @@ def plan_build(job: Job) -> dict[str, Any]:
     """Return what a build will ask of the model and of the machine."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
     parameters, prunable = count_parameters(checkpoint), set(job.prunable_weights)
+
     sizes = {name: math.prod(checkpoint.entries[name].shape) for name in prunable}
     pruned = len(job.weights_to_prune)
 
     # What is no linear keeps at least 8 bits, whatever the quant.
-    linear_bits = sum(size * quant.load(job.quant_of(name)).BITS for name, size in sizes.items())
+    bits = {name: quant.load(job.quant_of(name)).BITS for name in prunable}
+    linear_bits = sum(size * bits[name] for name, size in sizes.items())
     other_bits = max(quant.load(job.quant_rules.quant).BITS, _LEAST_EMBEDDING_BITS)
     artifact_bits = linear_bits + (parameters - sum(sizes.values())) * other_bits
 
@@ -94,7 +96,8 @@ def plan_build(job: Job) -> dict[str, Any]:
 
     # "same-size" stands for two models.
     models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
-    prompts, trace_prompts = len(job.problems("evaluation")), len(job.problems("calibration"))
+    prompts = len(job.problems("evaluation"))
+    trace_prompts = len(job.problems("calibration"))
 
     return {
         "model": recipe.model,
@@ -118,7 +121,7 @@ def plan_build(job: Job) -> dict[str, Any]:
 
 
 def _possible_folders(job: Job) -> list[Path]:
-    """Return the bundle's folder by each step of a schedule: the last ones may be undone."""
+    # The last steps of a schedule may be undone.
     steps = job.recipe.prune.schedule or (job.recipe.prune.sparsity,)
     return [Path(name_artifact(job.at_sparsity(step))) for step in steps]
 
@@ -134,6 +137,7 @@ def _check_context(job: Job) -> None:
     settings = job.recipe.verify
     prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
     longest = max(map(len, prompts))
+
     if longest + settings.max_new_tokens > settings.context_tokens:
         raise UsageError(
             f"the longest prompt has {longest} tokens; with verify.max_new_tokens "
@@ -146,6 +150,7 @@ def _check_context(job: Job) -> None:
 def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
     target = Target.read(job.recipe.target)
     artifact_bytes, cache_bytes = planned["artifact_bytes"], planned["cache_bytes"]
+
     if artifact_bytes + cache_bytes > target.memory_limit_bytes:
         raise UsageError(
             f"the artifact takes {artifact_bytes / 1e9:.2f} GB and the cache of one sequence "
@@ -160,6 +165,7 @@ def _check_dense(job: Job) -> None:
     prunable = [name.removesuffix(".weight") for name in job.prunable_weights]
     entries = job.checkpoint.entries.items()
     linears = [name.removesuffix(".weight") for name, entry in entries if len(entry.shape) > 1]
+
     for pattern in job.recipe.prune.dense:
         if not any(re.search(pattern, name) for name in linears):
             raise UsageError(

@@ -63,7 +63,8 @@ class PruneStage:
         if not self.settings.schedule:
             return self._prune_to(self.settings.sparsity, dense, dense_sha256, None)
 
-        traces, sha256 = dense, dense_sha256
+        traces = dense
+        sha256 = dense_sha256
         model: PrunedModel | None = None
         for sparsity in self.settings.schedule:
             found = self._prune_to(sparsity, traces, sha256, model)
@@ -72,6 +73,7 @@ class PruneStage:
             probe = Probe.of(own, dense)
             if reason := probe.reason(self.settings):
                 return _undo(model, sparsity, reason)
+
             right = f"{probe.accuracy:.1%} of the calibration prompts right"
             earlier = model.notes if model else ()
             notes = (*earlier, f"schedule, {sparsity:.0%}: {right}", *found.notes)

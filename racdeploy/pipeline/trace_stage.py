@@ -54,12 +54,14 @@ class TraceStage:
         checkpoint = Checkpoint(sparse) if sparse else self.dense
         stage = self.place.open("traces", self.inputs(checkpoint))
         out = TraceSet(stage.folder)
+
         if stage.finished:
             if out.sha256 != stage.summary["traces_sha256"]:
                 raise ArtifactError(
                     f"the traces in {stage.folder} are not the ones that were collected",
                     remedy=f"remove {stage.folder} and run the command again",
                 )
+
             return stage.folder, out.read()
 
         problems = self.tasks.draw("calibration", self.settings.seed, self.settings.count)
@@ -90,6 +92,7 @@ class TraceStage:
 
         processes = self.place.processes
         has_it = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+
         if all(processes.all(has_it)):
             with _open(folder, given["settings"]) as engine:
                 processes.serve(partial(_answer, engine))
@@ -124,7 +127,6 @@ class TraceStage:
                 yield Answering(lambda asked: [answer(each) for each in asked])
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
-        """Return whether a server answers for a model: it has the dense one only."""
         return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
 
 

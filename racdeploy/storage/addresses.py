@@ -74,14 +74,12 @@ def _file_of(name: str, root: Path) -> Path | None:
 
 
 def _packages_of(file: Path, root: Path) -> Iterator[Path]:
-    """Yield the files of the packages that a module lies in; racdeploy's only forwards names."""
     for folder in file.relative_to(root).parents:
-        if folder.parts:
+        if folder.parts:  # racdeploy's own file only forwards names
             yield root / folder / "__init__.py"
 
 
 def _data_of(file: Path, source: bytes) -> Iterator[Path]:
-    """Yield the data files beside a module that a string in it names."""
     for data in file.parent.iterdir():
         if data.suffix in _DATA_SUFFIXES and f'"{data.name}"'.encode() in source:
             yield data
@@ -111,7 +109,7 @@ def _names_in(source: bytes) -> tuple[str, ...]:
 
 
 def _loaded(call: ast.Call) -> list[str]:
-    """Return what ``plugins.load(kind, name)`` may load: what is not written out may be any."""
+    # What is not written out may be any.
     match call.args:
         case [ast.Constant(value=str(kind)), ast.Constant(value=str(name))]:
             return [f"{plugins.KINDS[kind]}.{name}"]
@@ -119,6 +117,7 @@ def _loaded(call: ast.Call) -> list[str]:
             kinds = [kind]
         case _:
             kinds = list(plugins.KINDS)
+
     return [f"{plugins.KINDS[kind]}.{name}" for kind in kinds for name in plugins.names(kind)]
 
 

@@ -97,10 +97,7 @@ def remove_leftovers(file: Path) -> None:
 
 
 def _lock(stream: BinaryIO) -> None:
-    """Lock an open file; OSError where another process has it, or there are no such locks.
-
-    Not by filelock, whose older versions empty the file that they lock.
-    """
+    # Not by filelock, whose older versions empty the file that they lock.
     try:
         import fcntl
     except ImportError as error:

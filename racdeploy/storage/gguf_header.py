@@ -129,6 +129,7 @@ class _Reader:
 
     def header(self) -> Header:
         magic, version = self._take(4), self._number("I")
+
         if magic != b"GGUF":
             self._fail("it does not begin with GGUF")
         if version not in self._versions:
@@ -145,10 +146,12 @@ class _Reader:
         values: dict[str, Value] = {}
         starts: dict[str, int] = {}
         for _ in range(keys):
-            start, key = self._at, self._text()
+            start = self._at
+            key = self._text()
             if key in values or not key:
                 self._fail(f"the key {key[:80]!r} is there twice, or empty")
-            starts[key], values[key] = start, self._value(self._number("I"))
+            starts[key] = start
+            values[key] = self._value(self._number("I"))
         starts[""] = self._at
 
         alignment = values.get("general.alignment", 32)
@@ -172,21 +175,26 @@ class _Reader:
                 self._fail(
                     f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions"
                 )
+
             shape = tuple(self._number("Q") for _ in range(dimensions))
             infos[name] = shape, self._number("I"), self._number("Q")
+
         return infos
 
     def _place(self, infos: _Infos, data_start: int, alignment: int) -> tuple[TensorInfo, ...]:
         tensors, expected = [], 0
         for name, (shape, ggml_type, offset) in infos.items():
             size_bytes = tensor_bytes(shape, ggml_type)
-            if offset != expected or data_start + offset + size_bytes > self._size_bytes:
+            stop = data_start + offset + size_bytes
+            if offset != expected or stop > self._size_bytes:
                 self._fail(
                     f"the tensor {name[:80]!r} lies at {offset} and not at {expected}, "
                     "or outside the file"
                 )
+
             tensors.append(TensorInfo(name, shape, ggml_type, size_bytes, data_start + offset))
             expected = padded(offset + size_bytes, alignment)
+
         return tuple(tensors)
 
     def _value(self, kind: int) -> Value:
@@ -205,6 +213,7 @@ class _Reader:
             for _ in range(count):
                 self._take(self._number("Q"))
             return None
+
         if kind not in _SCALARS:
             self._fail(f"an array of metadata type {kind}")
         data = self._take(count * struct.calcsize(_SCALARS[kind]))

@@ -62,6 +62,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
     if not isinstance(value, dict):
         value = {}
+
     shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
     if not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)):
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
@@ -76,12 +77,14 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
 
     start, stop = origin + offsets[0], origin + offsets[1]
     expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
-    if min(shape, default=1) < 0 or stop - start != expected or start < origin or stop > size_bytes:
+    is_inside = origin <= start and stop <= size_bytes
+    if not is_inside or stop - start != expected or min(shape, default=1) < 0:
         raise ModelError(
             f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
             f" {size_bytes}",
             remedy="copy or download it again",
         )
+
     return TensorEntry(file, start, stop, tag, tuple(shape))
 
 

@@ -54,6 +54,7 @@ class Stage:
             EnvironmentFailure: the disk is full or not writable.
         """
         stage = cls.at(work, name, inputs)
+
         _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
             stage.folder.mkdir(parents=True, exist_ok=True)
@@ -64,16 +65,15 @@ class Stage:
         if record.is_file():
             stage._check(read_json(record))
             return stage
+
         write_atomic(record, json.dumps(inputs, indent=1, sort_keys=True))
         return replace(stage, notice=_left_unfinished(stage, name))
 
     @property
     def finished(self) -> bool:
-        """Whether the stage ended and may be reused."""
         return (self.folder / "stage.json").is_file()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Mark the stage as ended."""
         write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
 
     @property
@@ -137,6 +137,7 @@ def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> N
     wanted = without_version(_as_json(inputs))
     for folder, recorded in _unfinished(work, name):
         left, here = recorded.get("version"), inputs.get("version")
+
         if left != here and without_version(recorded) == wanted:
             raise ArtifactError(
                 f"{folder} was left half done by racdeploy {left}; "
@@ -158,9 +159,11 @@ def _left_unfinished(stage: Stage, name: str) -> str:
     for folder, recorded in _unfinished(stage.folder.parent, name):
         if folder == stage.folder or is_folder_in_use(folder):
             continue
+
         different = {key for key in {*recorded, *given} if recorded.get(key) != given.get(key)}
         if not different & {"model", "name"} or different <= {"model", "traces_sha256"}:
             found.append((_differences(recorded, given), folder))
+
     if not found:
         return ""
 
@@ -175,7 +178,6 @@ def _left_unfinished(stage: Stage, name: str) -> str:
 
 
 def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folders of stages of that name that did not end, with their recorded inputs."""
     for record in sorted(work.glob(f"{name}-*/inputs.json")):
         if not (record.parent / "stage.json").is_file():
             yield record.parent, read_json(record)
@@ -184,6 +186,7 @@ def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any], within: str = "") -> list[str]:
     """Return what differs, as ``part.key before -> after``; hashes and long values are left out."""
     found: list[str] = []
+
     for key in sorted({*left, *right}):
         before, after = left.get(key), right.get(key)
         if before == after:
@@ -197,6 +200,7 @@ def _differences(left: Mapping[str, Any], right: Mapping[str, Any], within: str 
         texts = [json.dumps(value, ensure_ascii=False).strip('"') for value in (before, after)]
         change = f" {texts[0]} -> {texts[1]}" if all(map(_is_short, texts)) else ""
         found.append(f"{within}{key}{change}")
+
     return found
 
 

@@ -70,6 +70,7 @@ def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     location = [str(part) for part in detail["loc"]]
     name = ".".join(location)
+
     if detail["type"] == "extra_forbidden":
         known = tuple(_known_keys(model, location[:-1]))
         nearest = plugins.closest(location[-1], known)
@@ -78,6 +79,7 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
     shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""
+
     return f"{name or 'value'}: {message}{shown}"
 
 
