@@ -186,8 +186,8 @@ class Export(_Part):
         quant: a plugin of kind ``quant`` or ``presets``; ``sparse-q4`` is read as ``sparse_q4``.
         tensors: number formats by regular expressions over names in the file; the first that
             matches decides, before the preset does.
-        importance: file of an importance matrix, as the pruning leaves it or in llama.cpp's GGUF
-            form; empty takes that of the pruned model, ``none`` takes none.
+        importance: a file of this project's or llama.cpp's; empty takes that of the pruned model,
+            ``none`` takes none.
     """
 
     format: str = "gguf"
@@ -216,12 +216,7 @@ class Export(_Part):
 
 
 class Verification(_Part):
-    """How the artifact is compared with the dense model.
-
-    Args:
-        controls: quants of dense models that answer the prompts too; ``same-size`` chooses those
-            whose files are about as large as the artifact, with and without its zeros.
-    """
+    """How the artifact is compared with the dense model."""
 
     count: int = Field(200, ge=1)
     samples: int = Field(1, ge=1)
@@ -262,11 +257,7 @@ class Recipe(_Part):
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
         """Build a recipe from its target, a recipe file and nested options, checked.
 
-        Args:
-            options: nested values that win over the file; None values are ignored.
-
-        Raises:
-            UsageError: unknown keys, bad values, unknown plugins, or a target that forbids it.
+        Options win over the file; those that are None are ignored.
         """
         written = read_toml(file) if file else {}
         asked = merge(written, _without_none(options))

@@ -17,27 +17,21 @@ from racdeploy.storage.toml import merge, read_toml, validate
 
 
 class Target(BaseModel):
-    """A place to deploy to; what it names beside its limits are defaults of a recipe.
-
-    Args:
-        why: one line on the choice.
-        memory_limit_bytes: largest artifact, plus cache, that the target can hold.
-        allowed_quants: quants that make sense there; empty means all.
-    """
+    """A place to deploy to; what it names beside its limits are defaults of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    why: str
+    why: str  # one line on the choice
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
     pattern: str = "unstructured"
     sparsity: float | None = None
     context_tokens: int = Field(4096, ge=16)
-    memory_limit_bytes: int = Field(ge=1)
+    memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_formats: tuple[str, ...] = ("gguf",)
-    allowed_quants: tuple[str, ...] = ()
+    allowed_quants: tuple[str, ...] = ()  # empty means all
     recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @classmethod

@@ -35,14 +35,10 @@ from racdeploy.verify.controls import SAME_SIZE, same_size_quants
 
 @dataclass(frozen=True)
 class Build:
-    """A job on its way to a bundle.
+    """A job on its way to a bundle, with its stage folders in ``work``.
 
-    Args:
-        work: where stage folders go.
-        threads: CPU threads; 0 uses every core.
-        progress: called with a label, units done and units in all.
-        processes: who share traces and pruning; only the first one runs the stages, the others
-            :meth:`follow` it.
+    Only the first of the processes that share traces and pruning runs the stages; the others
+    :meth:`follow` it. ``progress`` is called with a label, units done and units in all.
     """
 
     job: Job
@@ -55,10 +51,7 @@ class Build:
         """Do everything; return the bundle's folder and its report.
 
         Args:
-            out: its folder; None names it as the artifact, in the current folder.
-
-        Raises:
-            RacdeployError: the first thing that went wrong; no bundle is left then.
+            out: the folder; None names it as the artifact, in the current folder.
         """
         check_build(self.job, out)
         trace_folder, traces = self.traces()
@@ -91,11 +84,7 @@ class Build:
         return folder, report
 
     def follow(self) -> None:
-        """Do this process's share of what the first one asks for, until it needs no more.
-
-        Raises:
-            ArtifactError: this process has another model, version or code.
-        """
+        """Do this process's share of what the first one asks for, until it needs no more."""
         stages: dict[str, TraceStage | PruneStage]
         stages = {"traces": self.trace_stage, "prune": self.prune_stage}
         for name, given in self.processes.jobs(lambda name: stages[name].describe_code()):
@@ -120,7 +109,6 @@ class Build:
         """Export a model folder, or find it exported.
 
         Args:
-            name: of the artifact, without suffix.
             pruned: whether packing applies; the dense model is always plain.
             importance: a pruned model whose statistic chooses the scales of this one too, so that
                 both arms are quantized alike.
@@ -140,30 +128,31 @@ class Build:
     ) -> dict[str, ExportResult]:
         """Export the dense model in the quants that ``verify.controls`` asks for, in that order."""
         names: list[str] = []
-        for asked in self.job.recipe.verify.controls:
-            if asked == SAME_SIZE:
-                entries = self.job.checkpoint.entries
-                shapes = {name: entries[name].shape for name in self.job.prunable_weights}
-                sparsity = exports.measure_sparsity(pruned, shapes)
-                names += same_size_quants(self.job.recipe.export, dense, pruned, shapes, sparsity)
-            else:
+        job = self.job
+        for asked in job.recipe.verify.controls:
+            if asked != SAME_SIZE:
                 names.append(asked)
+                continue
+
+            entries = job.checkpoint.entries
+            shapes = {name: entries[name].shape for name in job.prunable_weights}
+            sparsity = exports.measure_sparsity(pruned, shapes)
+            names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
         return {name: self._export_dense(model, name) for name in dict.fromkeys(names)}
 
     def plan_pruning(self) -> dict[str, Any]:
         """Return calibration tokens and peak memory of pruning, and what is known about its time.
 
-        They are of the traces where these were collected, and otherwise of the longest traces that
-        there can be. Where a model has yet to answer here, which a server does for the dense one
-        alone, the memory of that comes first.
+        They are of the traces, or of the longest that there can be. Where a model has yet to answer
+        here, which a server does for the dense one alone, the memory of that comes first.
         """
         from racdeploy.prune.cost import peak_bytes, trace_bytes
 
         job, settings = self.job, self.job.recipe
         checkpoint = job.checkpoint
         prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
-        cap = settings.traces.max_new_tokens
+        longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
         plan: dict[str, Any] = {}
 
         stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
@@ -172,15 +161,14 @@ class Build:
             tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
             bound = ""
         else:
-            longest = [prompt + cap for prompt in prompts]
             held_out_count = round(settings.calibration.held_out_share * len(longest))
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
             bound = "_at_most"
 
         if settings.prune.schedule or not (stage.finished or settings.traces.server):
-            together, prompt = min(settings.traces.batch, len(prompts)), max(prompts)
-            memory = trace_bytes(checkpoint, together, prompt, prompt + cap)
-            plan["trace_memory_bytes_at_most"] = memory
+            together = min(settings.traces.batch, len(prompts))
+            most = trace_bytes(checkpoint, together, max(prompts), max(longest))
+            plan["trace_memory_bytes_at_most"] = most
 
         grid = job.joint_quant if settings.prune.joint else ""
         memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid)

@@ -73,10 +73,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle; the first artifact was compared with the dense model.
-
-    ``model`` may have less than the recipe's sparsity, where a step was undone.
-    """
+    """What goes into a bundle; the first artifact was compared with the dense model."""
 
     artifacts: Sequence[Artifact]
     job: Job

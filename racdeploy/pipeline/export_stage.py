@@ -6,6 +6,7 @@ What this module imports decides the stage's address, so it knows neither the jo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ def export_model(
         importance: folder of the model whose statistic chooses the scales; None takes this one's.
     """
     checkpoint, form = Checkpoint(folder), exports.load(settings.format)
-    matrix = (importance or folder) / IMPORTANCE_FILE
-    if settings.importance:
-        matrix = Path(settings.importance)
+    own = (importance or folder) / IMPORTANCE_FILE
+    matrix = Path(settings.importance) if settings.importance else own
     if importance and matrix.is_file() and "importance" in form.OPTIONS:
         settings = settings.model_copy(update={"importance": str(matrix)})
 
+    sha256 = file_sha256(matrix) if matrix.is_file() else settings.importance
     inputs = address(__name__) | {
         "model": checkpoint.sha256,
         "export": settings.model_dump(exclude={"importance"}),
-        "importance": file_sha256(matrix) if matrix.is_file() else settings.importance,
+        "importance": sha256,
         "name": name,
         "metadata": metadata,
     }
@@ -51,10 +52,7 @@ def export_model(
     if stage.finished:
         return ExportResult.from_json(stage.folder, stage.summary)
 
-    def report(done: int, total: int) -> None:
-        if place.progress:
-            place.progress("export", done, total)
-
+    report = partial(place.progress, "export") if place.progress else None
     path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
     result = exports.write(checkpoint, path, settings, metadata=metadata, progress=report)
     stage.finish(result.to_json(stage.folder))

@@ -64,7 +64,6 @@ def check_artifact(
     Args:
         encoder: the checkpoint's own tokenizer.
         ids: what the logits are compared on; the first :data:`TOKENS` of them.
-        threads: CPU threads; 0 uses every core.
 
     Raises:
         GateError: the first string or position that differs.
@@ -98,7 +97,7 @@ def check_logits(
     expected_TV: NDArray[np.float32],
     found_TV: NDArray[np.float32],
 ) -> str:
-    """Compare the artifact's logits with its checkpoint's; return the figures in a phrase.
+    """Return in a phrase how the artifact's logits compare with its checkpoint's.
 
     Raises:
         GateError: they differ by more than the narrowest number format explains.
@@ -153,10 +152,7 @@ def _check_f32(
     ids: Sequence[int],
     expected_TV: NDArray[np.float32],
 ) -> str:
-    """Return how an F32 file of the checkpoint differs from torch, or why none was compared.
-
-    Nothing, where the format compares its float32 form itself.
-    """
+    """Return how an F32 file of the checkpoint differs from torch, or why none was compared."""
     form = exports.load(settings.format)
     if form.COMPARES_F32:
         return ""

@@ -37,7 +37,6 @@ class PruneStage:
     """A dense model on its way to a sparse one.
 
     Args:
-        trace_seed: decides the calibration prompts that are drawn.
         quant: number format whose codes are chosen while pruning, or empty.
         name_model: gives the name of the model of a sparsity.
     """
@@ -46,7 +45,7 @@ class PruneStage:
     dense: Checkpoint
     encoder: PromptEncoder
     tasks: TaskSet
-    trace_seed: int
+    trace_seed: int  # decides the calibration prompts that are drawn
     calibration: Calibration
     settings: Pruning
     quant: str

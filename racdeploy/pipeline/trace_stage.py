@@ -46,11 +46,7 @@ class TraceStage:
         }
 
     def run(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
-        """Collect a model's traces, or read them back; return the stage folder and the traces.
-
-        Args:
-            sparse: folder of a model to ask in place of the dense one.
-        """
+        """Return the stage folder and the traces of the dense model, or of a sparse one's."""
         checkpoint = Checkpoint(sparse) if sparse else self.dense
         stage = self.place.open("traces", self.inputs(checkpoint))
         out = TraceSet(stage.folder)
@@ -83,10 +79,7 @@ class TraceStage:
         return address(__name__, COMPUTING) | {"model": self.dense.sha256}
 
     def share(self, given: Mapping[str, Any]) -> None:
-        """Answer the share of a process that follows the first one.
-
-        Where any lacks the model, the first one answers everything.
-        """
+        """Answer this process's share; where any lacks the model, the first one answers all."""
         sha256 = given["sha256"]
         folder = self.dense.folder if sha256 == self.dense.sha256 else given["folder"]
 

@@ -15,18 +15,14 @@ from racdeploy.storage.addresses import code_hash
 from racdeploy.storage.stages import Stage
 
 Progress = Callable[[str, int, int], None]
+"""Called with a label, units done and units in all."""
 COMPUTING = ("torch", "transformers")
 """Libraries that compute traces and sparse weights: another version rounds differently."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where stages are run: the folder of theirs, and who share traces and pruning.
-
-    Args:
-        threads: CPU threads; 0 uses every core.
-        progress: called with a label, units done and units in all.
-    """
+    """Where stages are run, and by whom; 0 threads are every core."""
 
     work: Path
     threads: int = 0

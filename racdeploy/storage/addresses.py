@@ -25,7 +25,6 @@ def code_hash(*modules: str, root: Path | None = None) -> str:
     """Return a hash over the code that some modules, by dotted name, reach.
 
     Args:
-        modules: as ``racdeploy.traces.collect``.
         root: folder of the package; this one where None.
     """
     root = root or _root()

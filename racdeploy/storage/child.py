@@ -22,11 +22,9 @@ _SAID_CHARACTERS = 1500  # of what a child wrote last, in a message
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended.
+    """How a child ended: the JSON value of its stdout's last line, or None where it is none.
 
-    Args:
-        value: the JSON value of the last line of its stdout, or None where it is none.
-        failure: why there is no result, as ``died with SIGSEGV: it wrote nothing``, or empty.
+    ``failure`` says why there is no result, as ``died with SIGSEGV: it wrote nothing``; or empty.
     """
 
     value: Any
@@ -51,12 +49,7 @@ def run_module(
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run a module in its own process, to its end.
-
-    Args:
-        timeout_s: after which it is killed; None waits for ever.
-        variables: further environment variables.
-    """
+    """Run a module in its own process, to its end or for ``timeout_s``; then it is killed."""
     try:
         done = subprocess.run(
             command(module, *arguments),

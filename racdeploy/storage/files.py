@@ -43,10 +43,6 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
 
     Args:
         remedy: what a user can do beside freeing some space, as an option to name.
-
-    Raises:
-        UsageError: there is no such folder.
-        EnvironmentFailure: its disk has less.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", remedy=f"mkdir -p {folder}")

@@ -12,13 +12,7 @@ from typing import NamedTuple
 
 
 class GgmlType(NamedTuple):
-    """One number format.
-
-    Args:
-        number: its id in a GGUF file.
-        block_weights: of a quant block; 1 where a weight stands alone.
-        block_bytes: of a quant block, its scales included.
-    """
+    """One number format: its id in a GGUF file, weights and bytes of a quant block."""
 
     number: int
     block_weights: int

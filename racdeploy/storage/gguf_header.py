@@ -35,13 +35,7 @@ _LARGEST_ALIGNMENT = 1 << 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file.
-
-    Args:
-        dimensions: as in the file, row length first.
-        size_bytes: without padding.
-        position: of its first byte in the file.
-    """
+    """One tensor of a file: its dimensions, row length first, and its bytes without padding."""
 
     name: str
     dimensions: tuple[int, ...]
@@ -52,14 +46,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a GGUF file.
+    """The header of a GGUF file, with its tensors in file order.
 
     Args:
         values: metadata; an array of u64 as numbers, other arrays as None.
         starts: position of each key, and of the end of the metadata under the empty key.
-        tensors: in file order.
         data_start: position of the first tensor.
-        size_bytes: of the file.
     """
 
     values: dict[str, Value]
@@ -96,7 +88,6 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
     """Read and check the header of a file; tensors lie inside it, in order and without gaps.
 
     Args:
-        path: the file.
         versions: those that are accepted; 2 and 3 differ in nothing that is read here.
 
     Raises:

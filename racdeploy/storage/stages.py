@@ -27,10 +27,9 @@ _SCRATCH = "scratch-of-process-"
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's folder, addressed by the hash of everything that decides its content.
+    """A stage's folder, ``WORK/NAME-HASH``, addressed by everything that decides its content.
 
     Args:
-        folder: ``WORK/NAME-HASH``.
         inputs: what was hashed; kept in the folder so that a mismatch can be named.
         notice: what a user should know where one was left unfinished beside it, or empty.
     """

@@ -53,11 +53,7 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Validate values into a pydantic model; the UsageError says what is wrong with each value.
-
-    Args:
-        where: where the values are from, for messages.
-    """
+    """Validate values, which are from ``where``, into a model, or say what is wrong with each."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -78,7 +74,7 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
 
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
-    shown = f" (got {given!r})" if isinstance(given, int | float | str | bool) else ""
+    shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
 
     return f"{name or 'value'}: {message}{shown}"
 
