@@ -1,4 +1,4 @@
-"""``--set PART.KEY=VALUE``: every key of the recipe, checked like a recipe, before anything heavy."""
+"""``--set PART.KEY=VALUE``: every key of the recipe, checked like a recipe, before heavy work."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.support.commands import racdeploy
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A bundle of the embedded model, small but whole, its work folder beside it; pytest-xdist's workers share it."""
+    """A bundle of the embedded model, its work folder beside it; xdist's workers share it."""
     own = tmp_path_factory.getbasetemp()
     folder = (own if worker_id == "master" else own.parent) / "embedded"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Bad input: an exit code, one line that says what, one that says what to do, and nothing half-written."""
+"""Bad input: an exit code, one line on what is wrong, one on what to do, nothing half-written."""
 
 from __future__ import annotations
 
@@ -131,14 +131,15 @@ def _fused(folder: Path) -> None:
         ),
         (
             _fused,
-            "2 tensors that Qwen2ForCausalLM does not have: model.layers.*.self_attn.qkv_proj.weight (2)",
+            "2 tensors that Qwen2ForCausalLM does not have: "
+            "model.layers.*.self_attn.qkv_proj.weight (2)",
         ),
     ],
 )
 def test_tensors_that_the_architecture_lacks_are_named(
     model: Path, tmp_path: Path, change: Change, named: str, dense: list[str]
 ) -> None:
-    """All of them, briefly, before any work; and no pattern of the recipe makes an engine compute with them."""
+    """All of them, briefly, before any work; no pattern of the recipe makes an engine use them."""
     change(model)
     (tmp_path / "recipe.toml").write_text(f"[prune]\ndense = {json.dumps(dense)}\n")
     for command in (["prune"], ["build", "--out", tmp_path / "bundle"]):
@@ -234,7 +235,7 @@ def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: P
 
 
 def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> None:
-    """Calibration and evaluation never see the same question, also when the user names two files."""
+    """Calibration and evaluation never see the same question, also where a user names two files."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
     tasks = [

@@ -64,7 +64,7 @@ def _build(model: Path, folder: Path, *more: object) -> Outcome:
 def test_a_model_nobody_here_trained_goes_through(
     family: str, transformers5: bool, tmp_path: Path
 ) -> None:
-    """Any folder with a template and a jsonl task becomes a bundle; random weights answer nothing, so exit 3."""
+    """Any folder with a template and a jsonl task becomes a bundle; random weights give exit 3."""
     model = make_checkpoint(
         tmp_path / "model", family, transformers5=transformers5, tied=transformers5
     )
@@ -80,7 +80,7 @@ def test_a_model_nobody_here_trained_goes_through(
 
 
 def test_dense_models_of_the_same_size_answer_too(tmp_path: Path) -> None:
-    """Their quants fit the rows, their files are no larger, they are in records and report, and decide nothing."""
+    """Their quants fit the rows, their files are no larger; they are shown and decide nothing."""
     model = make_checkpoint(tmp_path / "model", "qwen3")
     outcome = _build(model, tmp_path, "--controls", "--json")
     assert outcome.code == 3, outcome.err
@@ -106,11 +106,12 @@ def test_the_embedded_model_passes_and_answers(built: Path) -> None:
 
 
 def test_a_bundle_runs_without_torch(built: Path, tmp_path: Path) -> None:
-    """With llama-cpp-python alone, a bundle loads and answers: torch, transformers and gguf are blocked."""
+    """With llama-cpp-python alone, a bundle loads and answers: torch and the rest are blocked."""
     blocked = "torch", "transformers", "safetensors", "gguf", "optimum"
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {blocked}: raise ModuleNotFoundError(name, name=name)\n"
+        f"        if name.partition('.')[0] in {blocked}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])

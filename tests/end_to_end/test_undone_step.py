@@ -1,4 +1,4 @@
-"""A schedule whose last step is undone: whatever names the model says what it is, and the report what was asked."""
+"""A schedule whose last step is undone: names say what the model is, the report what was asked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REASON = "schedule, 97% was undone: accuracy"
 
 
 def test_nothing_is_named_by_a_step_that_was_undone(tmp_path: Path) -> None:
-    """Folder, files, card, manifest and metadata say 30 %; prune, checks and report say that 97 % were asked."""
+    """Folder, files, card, manifest and metadata say 30 %; the report says that 97 % were asked."""
     (tmp_path / "recipe.toml").write_text(RECIPE)
     common = ("--recipe", "recipe.toml", "--task", "gcd", "--work", "work", "--threads", 1)
 

@@ -1,4 +1,4 @@
-"""The gates between the export and the evaluation: a right file passes, each kind of wrong one is named."""
+"""The gates between export and evaluation: a right file passes, each kind of wrong one is named."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _check(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> 
 
 
 def test_a_right_file_passes_and_leaves_its_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The notes hold the F32 error and the artifact's own divergence; the probes go on to the report."""
+    """The notes hold the F32 error and the artifact's divergence; the report gets the probes."""
     settings = Export(quant="q8_0")
     held = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
     assert held.probes is not None
@@ -61,7 +61,7 @@ def test_the_first_string_that_differs_is_named(checkpoint: Checkpoint, tmp_path
 def test_a_wrong_tensor_is_found_in_the_f32_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that are not reordered change the logits from the second position on: the first has no rotation."""
+    """Rows in a wrong order change logits from the second position: the first is not rotated."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
     order = values.order_rotary
@@ -81,7 +81,7 @@ def test_an_artifact_of_other_weights_is_found(checkpoint: Checkpoint, tmp_path:
 def test_first_choices_are_held_where_kl_does_not_see_them(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Among 480 tokens one that is e times as likely as the others is cheap to swap: 0.0035 nats, and every choice."""
+    """Of 480 tokens one e times as likely as the others is cheap to swap: 0.0035 nats."""
     artifact = _export(checkpoint, tmp_path / "m.gguf", Export(quant="q8_0"))
     expected_TV, swapped_TV, tied_TV = (np.zeros((40, 480), np.float32) for _ in range(3))
     expected_TV[:, 3], swapped_TV[:, 4] = 1.0, 1.0
@@ -100,7 +100,7 @@ def test_first_choices_are_held_where_kl_does_not_see_them(
 def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the positions keep 1e-4, which they do not without the table; a wrong rotary base is still found."""
+    """Half of the positions keep 1e-4, not so without the table; a wrong rotary base is found."""
     folders = [make_checkpoint(tmp_path / name, "gemma3_text") for name in ("model", "other")]
     edit_json(folders[1] / "config.json", rope_local_base_freq=500.0)
     checkpoint, other = map(Checkpoint, folders)

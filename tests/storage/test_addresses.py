@@ -66,13 +66,14 @@ def test_a_file_that_a_stage_does_not_reach_is_not_in_its_address(copy: Path, st
 
 
 def test_a_stage_reaches_what_decides_its_content() -> None:
-    """Scorers say which traces are right, raconnx what a packed graph holds; the rest are plugins."""
+    """Scorers judge traces, raconnx packs a graph; the rest are plugins, and data they read."""
     assert {"scorers/boxed.py", "scorers/math/worker.py", "tasks/gcd.py"} <= _reached("traces")
     assert {"engines/transformers/torch_model.py", "engines/openai/chat.py"} & _reached("traces")
     assert {"prune/methods/admm.py", "prune/allocations/owl.py", "traces/mix.py"} <= _reached(
         "prune"
     )
     assert {"packing/raconnx.py", "packing/packers/bitmask.py"} <= _reached("export")
+    assert {"recipe.toml", "storage/ggml_types.toml"} <= _reached("export")
     assert {"export/gguf/__init__.py", "quant/formats/q4_k.py"} <= _reached("export")
     assert "export/onnx/exporters/optimum/child.py" in _reached("export")
     assert "export/onnx/parity.py" in _reached("export")

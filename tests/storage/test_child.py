@@ -28,7 +28,7 @@ from racdeploy.storage.child import Outcome, run_module
 def test_a_child_gives_a_value_or_the_reason_why_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, outcome: Outcome
 ) -> None:
-    """It imports racdeploy and what its parent can; json.py in its folder is not the json that it imports."""
+    """It imports racdeploy and what its parent can, and not json.py of its folder as json."""
     (tmp_path / "child_of_a_test.py").write_text(code)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/json.py").write_text("raise SystemExit('shadowed')")

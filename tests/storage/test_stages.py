@@ -47,7 +47,7 @@ def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize("key", ["model", "prune", "traces_sha256", "code"])
 def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: str) -> None:
-    """A folder whose record of model, recipe, traces or code is not what is asked is not resumed."""
+    """A folder whose record of model, recipe, traces or code is another one is not resumed."""
     record = Stage.open(tmp_path, "prune", INPUTS).folder / "inputs.json"
     changed = json.loads(record.read_text())
     changed[key] = {"damping": 0.1, "method": "sparsegpt"} if key == "prune" else "d" * 16
@@ -90,7 +90,7 @@ def test_a_stage_that_starts_from_scratch_names_what_was_left_unfinished(
 
 
 def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:
-    """Finished stages, other kinds, another model and recipe, stages that another process works in."""
+    """Finished stages, other kinds, another model and recipe, stages that another process uses."""
     Stage.open(tmp_path, "prune", INPUTS).finish({})
     Stage.open(tmp_path, "traces", INPUTS)
     Stage.open(tmp_path, "prune", _other(model="d" * 64, prune={"damping": 0.5}))
