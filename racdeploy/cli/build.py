@@ -41,7 +41,7 @@ def traces(options: TraceOptions) -> None:
     """Collect the model's chains of thought and print where they are."""
     with _open_checked(options) as builder:
         folder, _ = builder.traces()
-    console.print_path(folder, {"folder": str(folder)}, options.json_output)
+    console.print_result({"folder": str(folder)}, [folder], options.json_output)
 
 
 @console.reported
@@ -54,12 +54,11 @@ def prune(options: PruneOptions) -> None:
             return
         pruned = builder.prune()
 
-    if options.json_output:
-        folder = str(pruned.folder)
-        console.print_json({"folder": folder, "sparsity": pruned.sparsity, "notes": pruned.notes})
-        return
-    console.out.print(pruned.folder, soft_wrap=True)
-    console.print_notes(pruned.notes)
+    folder = str(pruned.folder)
+    found = {"folder": folder, "sparsity": pruned.sparsity, "notes": pruned.notes}
+    console.print_result(found, [folder], options.json_output)
+    if not options.json_output:
+        console.print_notes(pruned.notes)
 
 
 @console.reported
@@ -82,7 +81,7 @@ def export(options: ExportOptions) -> None:
 
     files = dict(result.files)
     details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": files}
-    console.print_path(result.path, details, options.json_output)
+    console.print_result(details, [result.path], options.json_output)
     console.print_notes(result.notes)
 
 

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -35,12 +34,13 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def print_path(path: Path, details: Mapping[str, object], json_output: bool) -> None:
-    """Print where a result is, or everything about it as JSON."""
+def print_result(value: object, lines: Iterable[object], json_output: bool) -> None:
+    """Print one JSON object, or lines that say the same."""
     if json_output:
-        print_json(details)
-    else:
-        out.print(path, soft_wrap=True)
+        print_json(value)
+        return
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -51,12 +51,8 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def print_plan(plan: Mapping[str, object], json_output: bool) -> None:
     """Print what a run would do."""
-    if json_output:
-        print_json(plan)
-        return
-    for key, value in plan.items():
-        shown = f"{value:,}" if type(value) is int else value
-        out.print(f"{key}: {shown}", markup=False, soft_wrap=True)
+    shown = {key: f"{value:,}" if type(value) is int else value for key, value in plan.items()}
+    print_result(plan, (f"{key}: {value}" for key, value in shown.items()), json_output)
 
 
 def finish(

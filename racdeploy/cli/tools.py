@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from racdeploy import plugins
-from racdeploy.cli.console import err, out, print_json, print_path, reported
+from racdeploy.cli.console import err, out, print_json, print_result, reported
 from racdeploy.cli.options import JsonOpt
 from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
 
@@ -67,7 +67,7 @@ def unpack(
     details: dict[str, object] = {"path": str(plain), "size_bytes": plain.stat().st_size}
     if json_output:  # the hash was compared with the packed file's while it was written
         details["sha256"] = file_sha256(plain)
-    print_path(plain, details, json_output)
+    print_result(details, [plain], json_output)
 
 
 @reported
@@ -84,6 +84,7 @@ def targets(json_output: JsonOpt = False) -> None:
         pattern = target.pattern if target.sparsity is None else f"{target.sparsity:.0%} zeros"
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
         line = f"{target.name:<16}{target.format}, {target.quant}, {pattern}, {limits}"
+
         out.print(line, soft_wrap=True)
         out.print(f"{'':<16}{target.why}", style="dim", soft_wrap=True)
 
@@ -92,11 +93,8 @@ def targets(json_output: JsonOpt = False) -> None:
 def list_plugins(json_output: JsonOpt = False) -> None:
     """List every plugin by kind."""
     found = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
-    if json_output:
-        print_json(found)
-        return
-    for kind, names in found.items():
-        out.print(f"{kind}: {', '.join(names)}", soft_wrap=True)
+    lines = (f"{kind}: {', '.join(names)}" for kind, names in found.items())
+    print_result(found, lines, json_output)
 
 
 @reported
@@ -128,12 +126,8 @@ def doctor(json_output: JsonOpt = False) -> None:
     from racdeploy.doctor import examine
 
     findings = examine()
-    if json_output:
-        print_json({"findings": findings})
-    else:
-        for finding in findings:
-            line = f"{finding['state']:>8}  {finding['what']}: {finding['detail']}"
-            out.print(line, markup=False, soft_wrap=True)
+    lines = (f"{each['state']:>8}  {each['what']}: {each['detail']}" for each in findings)
+    print_result({"findings": findings}, lines, json_output)
     if any(finding["state"] == "missing" for finding in findings):
         raise typer.Exit(EnvironmentFailure.exit_code)
 
