@@ -220,9 +220,7 @@ class Build:
         checkpoint = Checkpoint(model.folder)
         jobs = (self.job, *self.job.siblings)
         found = [
-            check_artifact(
-                checkpoint, artifact, job.recipe.export, job.backend, job.encoder, ids, self.threads
-            )
+            check_artifact(job, checkpoint, artifact, ids, self.threads)
             for job, artifact in zip(jobs, exported, strict=True)
         ]
 

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import export as exports
-from racdeploy import plugins, recipe
+from racdeploy import plugins
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
-from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.checks.logits import find_kl_limit, most_changed
 from racdeploy.verify.evidence import TokenProbe
 from racdeploy.verify.measure import clearly_changed, divergences, probe_tokens
@@ -51,18 +51,11 @@ class Findings:
 
 
 def check_artifact(
-    checkpoint: Checkpoint,
-    artifact: ExportResult,
-    settings: recipe.Export,
-    backend: str,
-    encoder: PromptEncoder,
-    ids: Sequence[int],
-    threads: int = 0,
+    job: Job, checkpoint: Checkpoint, artifact: ExportResult, ids: Sequence[int], threads: int
 ) -> Findings:
-    """Compare an exported artifact with its checkpoint under torch.
+    """Compare the artifact of a job's pruned checkpoint with that under torch.
 
     Args:
-        encoder: the checkpoint's own tokenizer.
         ids: what the logits are compared on; the first :data:`TOKENS` of them.
 
     Raises:
@@ -71,8 +64,8 @@ def check_artifact(
     ids = ids[:TOKENS]
     exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
 
-    with open_engine(backend, artifact.path, exact) as engine:
-        probes = probe_tokens(engine, encoder, probe_strings())
+    with open_engine(job.backend, artifact.path, exact) as engine:
+        probes = probe_tokens(engine, job.encoder, probe_strings())
         _check_tokens(probes or ())
         artifact_TV = engine.logits(ids)
 
@@ -83,11 +76,11 @@ def check_artifact(
         if checkpoint.family.table_modules:
             as_engine_TV = torch_engine.logits(ids, as_ggml=True)
 
-    f32_note = _check_f32(checkpoint, settings, backend, exact, ids, as_engine_TV)
+    f32_note = _check_f32(job, checkpoint, exact, ids, as_engine_TV)
     divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
 
     strings = f"{len(probes)} strings tokenize alike, " if probes else ""
-    note = f"before the evaluation, {backend}: {strings}{divergence}"
+    note = f"before the evaluation, {job.backend}: {strings}{divergence}"
     return Findings(probes, tuple(filter(None, (f32_note, note))))
 
 
@@ -111,6 +104,7 @@ def check_logits(
     kl_limit = find_kl_limit(quants)
     kl_T, same_T = divergences(expected_TV, found_TV)
     kl = kl_T.mean()
+
     if not kl <= kl_limit:  # not a number keeps no limit
         worst = int(np.nanargmax(kl_T)) if np.isfinite(kl_T).any() else 0
         raise GateError(
@@ -128,6 +122,7 @@ def check_logits(
             f"(limit {most:.1%}), first at position {changed[0]}",
             remedy=_WIDER,
         )
+
     return (
         f"KL {kl:.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, "
         f"from the prompt's first; clearly other tokens: {share:.1%} (limit {most:.1%})"
@@ -145,17 +140,18 @@ def _check_tokens(probes: Sequence[TokenProbe]) -> None:
 
 
 def _check_f32(
+    job: Job,
     checkpoint: Checkpoint,
-    settings: recipe.Export,
-    backend: str,
     exact: EngineSettings,
     ids: Sequence[int],
     expected_TV: NDArray[np.float32],
 ) -> str:
     """Return how an F32 file of the checkpoint differs from torch, or why none was compared."""
+    settings = job.recipe.export
     form = exports.load(settings.format)
     if form.COMPARES_F32:
         return ""
+
     size_bytes = 4 * count_parameters(checkpoint)
     if size_bytes > F32_LIMIT_BYTES:
         return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
@@ -164,7 +160,7 @@ def _check_f32(
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / form.artifact_path("f32", "f32", "plain")
         file = exports.write(checkpoint, place, settings.model_copy(update=plain)).path
-        with open_engine(backend, file, exact) as engine:
+        with open_engine(job.backend, file, exact) as engine:
             found_TV = engine.logits(ids)
 
     error_T = np.abs(found_TV - expected_TV).max(1) / np.abs(expected_TV).max()
@@ -178,6 +174,7 @@ def _check_f32(
             f"of the largest (limit {limit:g})",
             remedy="report the model: a tensor or a setting was exported wrongly",
         )
+
     return (
         f"an F32 file differs from torch by {error_T.max():.1e} of the largest logit "
         f"(limit {limit:g})"

@@ -14,8 +14,8 @@ from racdeploy.export.gguf import values
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import gates
 from racdeploy.pipeline.gates import Findings, check_artifact
-from racdeploy.recipe import Export
-from racdeploy.runtime.template import PromptEncoder
+from racdeploy.pipeline.job import Job
+from racdeploy.recipe import Export, Recipe
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 IDS = [int(i * 37 % 480) for i in range(40)]
@@ -31,8 +31,8 @@ def _export(checkpoint: Checkpoint, out: Path, settings: Export) -> ExportResult
 
 
 def _check(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> Findings:
-    encoder = PromptEncoder.from_folder(checkpoint.folder)
-    return check_artifact(checkpoint, artifact, settings, "llamacpp", encoder, IDS, threads=1)
+    job = Job(Recipe(model=str(checkpoint.folder), export=settings))
+    return check_artifact(job, checkpoint, artifact, IDS, threads=1)
 
 
 def test_a_right_file_passes_and_leaves_its_figures(checkpoint: Checkpoint, tmp_path: Path) -> None:
