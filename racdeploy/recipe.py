@@ -261,6 +261,7 @@ class Recipe(_Part):
         """
         written = read_toml(file) if file else {}
         asked = merge(written, _without_none(options))
+
         name = asked.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 

@@ -57,6 +57,7 @@ class Target(BaseModel):
     def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:
         """Return the recipe values this target proposes."""
         prune: dict[str, Any] = {}
+
         if not pattern_is_asked:
             prune["pattern"] = self.pattern
             if self.sparsity is not None and self.pattern == "unstructured":

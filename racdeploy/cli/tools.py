@@ -153,12 +153,14 @@ def build_kernels(json_output: JsonOpt = False) -> None:
     for engine, made in built.items():
         if made.library:
             out.print(made.library, soft_wrap=True)
+
         for quant, speedups in made.speedups.items():
             cells = ", ".join(
                 f"{speedup:.2f}× at {float(zeros):.0%} zeros" for zeros, speedup in speedups.items()
             )
             line = f"{engine}, {quant}: {cells}, one token on one thread"
             err.print(line, markup=False, soft_wrap=True)
+
     if refusals:
         raise EngineError(
             f"kernels are not used: {'; '.join(refusals)}",

@@ -68,6 +68,7 @@ class Build:
             artifacts.append(bundling.Artifact(name, job.recipe.export, exported))
 
         pruned, *also = [artifact.result for artifact in artifacts]
+
         findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
 
         report, records = self.evaluation.verify(
@@ -76,8 +77,8 @@ class Build:
 
         job = self.job
         counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
-        trace_set = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
-        contents = bundling.Contents(artifacts, job, model, counts | trace_set, report, records)
+        origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
+        contents = bundling.Contents(artifacts, job, model, counts | origin, report, records)
 
         folder = out or Path(artifacts[0].name)
         bundling.write(folder, contents)
@@ -127,8 +128,9 @@ class Build:
         self, model: PrunedModel, dense: ExportResult, pruned: ExportResult
     ) -> dict[str, ExportResult]:
         """Export the dense model in the quants that ``verify.controls`` asks for, in that order."""
-        names: list[str] = []
         job = self.job
+        names: list[str] = []
+
         for asked in job.recipe.verify.controls:
             if asked != SAME_SIZE:
                 names.append(asked)
@@ -151,6 +153,7 @@ class Build:
 
         job, settings = self.job, self.job.recipe
         checkpoint = job.checkpoint
+
         prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
         longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
         plan: dict[str, Any] = {}
@@ -172,6 +175,7 @@ class Build:
 
         grid = job.joint_quant if settings.prune.joint else ""
         memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid)
+
         return plan | {
             f"prune_tokens{bound}": tokens,
             f"prune_memory_bytes{bound}": memory,
@@ -192,6 +196,8 @@ class Build:
     @property
     def prune_stage(self) -> PruneStage:
         job, recipe = self.job, self.job.recipe
+        quant = job.joint_quant if recipe.prune.joint else ""
+
         return PruneStage(
             self.place,
             job.checkpoint,
@@ -200,7 +206,7 @@ class Build:
             recipe.traces.seed,
             recipe.calibration,
             recipe.prune,
-            job.joint_quant if recipe.prune.joint else "",
+            quant,
             lambda sparsity: name_model(job.at_sparsity(sparsity)),
         )
 
@@ -219,6 +225,7 @@ class Build:
         """Stop the build at the first artifact that computes something else than its model."""
         checkpoint = Checkpoint(model.folder)
         jobs = (self.job, *self.job.siblings)
+
         found = [
             check_artifact(job, checkpoint, artifact, ids, self.threads)
             for job, artifact in zip(jobs, exported, strict=True)

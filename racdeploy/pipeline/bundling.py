@@ -216,7 +216,9 @@ def _headline(report: Report) -> dict[str, Any]:
 
 def _card(manifest: manifests.Manifest, contents: Contents) -> str:
     """Return a model card with Hub metadata in front of the report."""
-    base, entries = manifest.base, manifest.artifacts
+    recipe, base, entries = contents.job.recipe, manifest.base, manifest.artifacts
+    own_name = base["model"] if contents.job.model.on_hub else base["name"]
+
     forms = [export.load(entry.format) for entry in entries]
     usages = [form.usage(entry) for form, entry in zip(forms, entries, strict=True)]
 
@@ -224,12 +226,12 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         "racdeploy.pipeline",
         "card.jinja",
         base=base,
-        base_model=json.dumps(base["model"] if contents.job.model.on_hub else base["name"]),
+        base_model=json.dumps(own_name),
         library=forms[0].LIBRARY,
         title=contents.artifacts[0].name,
         model=contents.model,
-        prune=contents.job.recipe.prune,
-        calibrated_on=_SOURCES[contents.job.recipe.calibration.source],
+        prune=recipe.prune,
+        calibrated_on=_SOURCES[recipe.calibration.source],
         entries=entries,
         usage=chain.from_iterable(usages),
     )

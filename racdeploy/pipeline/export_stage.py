@@ -34,9 +34,12 @@ def export_model(
         metadata: further keys of the file.
         importance: folder of the model whose statistic chooses the scales; None takes this one's.
     """
-    checkpoint, form = Checkpoint(folder), exports.load(settings.format)
+    checkpoint = Checkpoint(folder)
+    form = exports.load(settings.format)
+
     own = (importance or folder) / IMPORTANCE_FILE
     matrix = Path(settings.importance) if settings.importance else own
+
     if importance and matrix.is_file() and "importance" in form.OPTIONS:
         settings = settings.model_copy(update={"importance": str(matrix)})
 
@@ -55,5 +58,6 @@ def export_model(
     report = partial(place.progress, "export") if place.progress else None
     path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
     result = exports.write(checkpoint, path, settings, metadata=metadata, progress=report)
+
     stage.finish(result.to_json(stage.folder))
     return result

@@ -81,6 +81,7 @@ def check_artifact(
 
     strings = f"{len(probes)} strings tokenize alike, " if probes else ""
     note = f"before the evaluation, {job.backend}: {strings}{divergence}"
+
     return Findings(probes, tuple(filter(None, (f32_note, note))))
 
 

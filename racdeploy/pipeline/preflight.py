@@ -77,7 +77,8 @@ def plan_build(job: Job) -> dict[str, Any]:
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
     parameters, prunable = count_parameters(checkpoint), set(job.prunable_weights)
 
-    sizes = {name: math.prod(checkpoint.entries[name].shape) for name in prunable}
+    entries = checkpoint.entries
+    sizes = {name: math.prod(entries[name].shape) for name in prunable}
     pruned = len(job.weights_to_prune)
 
     # What is no linear keeps at least 8 bits, whatever the quant.

@@ -60,17 +60,18 @@ class TraceStage:
 
             return stage.folder, out.read()
 
-        problems = self.tasks.draw("calibration", self.settings.seed, self.settings.count)
+        settings = self.settings
+        problems = self.tasks.draw("calibration", settings.seed, settings.count)
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
-        context_tokens = longest + self.settings.max_new_tokens + 1
+        context_tokens = longest + settings.max_new_tokens + 1
 
         eos_ids, progress = self.dense.eos_ids, self.place.progress
         with self._answering(context_tokens, stage.folder, checkpoint) as answering:
             traces = collect(
-                answering, self.encoder, self.tags, eos_ids, problems, self.settings, out, progress
+                answering, self.encoder, self.tags, eos_ids, problems, settings, out, progress
             )
 
-        counts = trace_counts(traces, checkpoint, self.encoder, self.settings.identity)
+        counts = trace_counts(traces, checkpoint, self.encoder, settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
@@ -81,7 +82,8 @@ class TraceStage:
     def share(self, given: Mapping[str, Any]) -> None:
         """Answer this process's share; where any lacks the model, the first one answers all."""
         sha256 = given["sha256"]
-        folder = self.dense.folder if sha256 == self.dense.sha256 else given["folder"]
+        is_dense = sha256 == self.dense.sha256
+        folder = self.dense.folder if is_dense else given["folder"]
 
         processes = self.place.processes
         has_it = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256

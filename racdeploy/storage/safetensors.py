@@ -77,6 +77,7 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
 
     start, stop = origin + offsets[0], origin + offsets[1]
     expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
+
     is_inside = origin <= start and stop <= size_bytes
     if not is_inside or stop - start != expected or min(shape, default=1) < 0:
         raise ModelError(
