@@ -180,15 +180,7 @@ class Pruning(_Part):
 
 
 class Export(_Part):
-    """The exported file.
-
-    Args:
-        quant: a plugin of kind ``quant`` or ``presets``; ``sparse-q4`` is read as ``sparse_q4``.
-        tensors: number formats by regular expressions over names in the file; the first that
-            matches decides, before the preset does.
-        importance: a file of this project's or llama.cpp's; empty takes that of the pruned model,
-            ``none`` takes none.
-    """
+    """The exported file; of ``tensors`` the first pattern that matches overrides the preset."""
 
     format: str = "gguf"
     quant: str = "q8_0"

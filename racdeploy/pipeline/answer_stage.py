@@ -1,7 +1,4 @@
-"""The answer stage: an artifact answers the evaluation prompts on its engine.
-
-What this module imports decides the stage's address, so it knows neither the job nor the checks.
-"""
+"""The answer stage: an artifact answers the evaluation prompts on its engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The export stage: a model folder is written as an artifact, dense or pruned.
-
-What this module imports decides the stage's address, so it knows neither the job nor other stages.
-"""
+"""The export stage: a model folder is written as an artifact, dense or pruned."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The prune stage: the dense model is pruned on its traces, in one walk or along a schedule.
 
-What this module imports decides the stage's address, so it knows neither the job nor other stages.
 torch is imported when it is needed: a command that only looks at a model does without.
 """
 

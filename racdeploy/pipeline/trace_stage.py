@@ -1,7 +1,4 @@
-"""The trace stage: a model answers the calibration prompts, here or on a server.
-
-What this module imports decides the stage's address, so it knows neither the job nor later stages.
-"""
+"""The trace stage: a model answers the calibration prompts, here or on a server."""
 
 from __future__ import annotations
 

@@ -38,7 +38,10 @@ class Workplace:
 
 
 def address(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return what decides a stage beside its data: code that its module reaches, and libraries."""
+    """Return what decides a stage beside its data: code that its module reaches, and libraries.
+
+    So the module of a stage knows neither the job nor other stages.
+    """
     versions = {name: installed_version(name) for name in libraries}
     return {"version": __version__, "code": code_hash(module)} | versions
 
