@@ -307,6 +307,20 @@ def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_t
         choose(checkpoint, "auto")
 
 
+@pytest.mark.parametrize(
+    ("preference", "order"), [(3, "genai: no; optimum: no"), (0, "optimum: no; genai: no")]
+)
+def test_auto_asks_the_exporters_by_their_preference(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, preference: int, order: str
+) -> None:
+    """The smallest number first; the order is in the exporters' files and in no list."""
+    for name in ("genai", "optimum"):
+        monkeypatch.setattr(onnx_exporters.load(name), "refusal", lambda checkpoint: "no")
+    monkeypatch.setattr(onnx_exporters.load("optimum"), "PREFERENCE", preference)
+    with pytest.raises(ModelError, match=order):
+        choose(checkpoint, "auto")
+
+
 def test_a_dead_child_is_reported_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ from racdeploy.models.checkpoint import Checkpoint
 
 PARITY_LIMIT = 1e-4
 _ROTARY_LIMIT = 1e-3  # of values up to 1: an angle of 10^5 has 2^-7 of rounding in float32
-_ORDER = ("genai", "optimum")  # fastest graph first
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
         MissingExtraError: one of them is not installed.
     """
     check_exporter(exporter)
-    names = _ORDER if exporter == "auto" else (exporter,)
+    names = _rank_exporters() if exporter == "auto" else [exporter]
     reasons = []
     for name in names:
         if refusal := onnx_exporters.load(name).refusal(checkpoint):
@@ -74,6 +73,12 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
         f"no ONNX exporter can export {checkpoint.folder}: {'; '.join(reasons)}",
         remedy="export it as gguf, or report the model with this message",
     )
+
+
+def _rank_exporters() -> list[str]:
+    """Return every exporter by its preference, those with the same one by name."""
+    names = plugins.names("onnx_exporters")
+    return sorted(names, key=lambda name: (onnx_exporters.load(name).PREFERENCE, name))
 
 
 def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]]:

@@ -16,6 +16,7 @@ from racdeploy.errors import EngineError, MissingExtraError
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.models.checkpoint import Checkpoint
 
+PREFERENCE = 1
 # Architectures whose builder classes compute what transformers computes, with weights as the
 # checkpoint has them.
 _ARCHITECTURES = frozenset(

@@ -6,7 +6,9 @@ from racdeploy.export.onnx.exporters import genai
 from racdeploy.export.onnx.exporters.genai import build, source_of
 from racdeploy.models.checkpoint import Checkpoint
 
-__all__ = ["build", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
+
+PREFERENCE = 0
 
 
 def refusal(checkpoint: Checkpoint) -> str:

@@ -15,8 +15,9 @@ from racdeploy.errors import EngineError, MissingExtraError
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.models.checkpoint import Checkpoint
 
-__all__ = ["build", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
 
+PREFERENCE = 2
 _RENAMED = re.compile(r"^onnx::MatMul_\d+$")
 
 
