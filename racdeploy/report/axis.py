@@ -12,8 +12,7 @@ from markupsafe import Markup
 
 from racdeploy.report.tables import plain
 
-WIDTH, HEIGHT = 460.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 16.0, 16.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 444.0, 16.0, 254.0  # of 460 by 300 pixels
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 TickText = Callable[[float], str]
@@ -34,15 +33,19 @@ class Axis:
         share = (value - first) / (last - first)
         return self.start + share * (self.stop - self.start)
 
+    def log10(self, value: float) -> float:
+        """Return the place of a value on an axis of decimal logarithms."""
+        return self(math.log10(value))
+
 
 def across(label: str, low: float, high: float, tick_text: TickText = "{:g}".format) -> Axis:
     """Return an axis from left to right."""
-    return Axis(label, _round_ticks(low, high, most=5), _LEFT, WIDTH - _RIGHT, tick_text)
+    return Axis(label, _round_ticks(low, high, most=5), _LEFT, _RIGHT, tick_text)
 
 
 def upward(label: str, low: float, high: float) -> Axis:
     """Return an axis from the bottom up."""
-    return Axis(label, _round_ticks(low, high, most=4), HEIGHT - _BOTTOM, _TOP)
+    return Axis(label, _round_ticks(low, high, most=4), _BOTTOM, _TOP)
 
 
 def upward_share(label: str, low: float, high: float) -> Axis:
@@ -50,7 +53,7 @@ def upward_share(label: str, low: float, high: float) -> Axis:
     ticks = _round_ticks(low, high, most=4)
     digits = 0 if ticks[1] - ticks[0] >= 0.0099 else 1
     tick_text = f"{{:.{digits}%}}".format
-    return Axis(label, ticks, HEIGHT - _BOTTOM, _TOP, tick_text)
+    return Axis(label, ticks, _BOTTOM, _TOP, tick_text)
 
 
 def upward_decades(label: str, low: float, high: float) -> Axis:
@@ -59,7 +62,7 @@ def upward_decades(label: str, low: float, high: float) -> Axis:
     last = max(math.ceil(math.log10(high)), first + 1)
     step = max(1, math.ceil((last - first) / 6))
     ticks = range(first, last + step, step)
-    return Axis(label, ticks, HEIGHT - _BOTTOM, _TOP, _power_text)
+    return Axis(label, ticks, _BOTTOM, _TOP, _power_text)
 
 
 def draw(chart: str, **values: object) -> Markup:

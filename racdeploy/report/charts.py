@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -26,34 +25,8 @@ _NOTHING = Markup("")
 Cell = tuple[str, int]
 """Kind of a linear and its block."""
 ArmValue = tuple[ArmSummary, float]
-
-
-@dataclass(frozen=True)
-class _ArmMark:
-    """One model in a chart of accuracies; ``place`` is x + iy in pixels."""
-
-    arm: ArmSummary
-    place: complex
-    label_height: float
-    found: str
-    hollow: bool
-
-
-@dataclass(frozen=True)
-class _Dot:
-    """A stretch of the completion in the chart of divergences; ``place`` is x + iy in pixels."""
-
-    row: PositionRow
-    kl_nats: float
-    place: complex
-
-
-@dataclass(frozen=True)
-class _Arrow:
-    """A line as x1, y1, x2, y2, and the corners of its head, if it has one."""
-
-    line: tuple[float, float, float, float]
-    head: tuple[complex, ...] = ()
+_Arrow = tuple[complex, complex, tuple[complex, ...]]
+"""Both ends of the line, and the corners of the head, each x + iy in pixels."""
 
 
 def accuracy_against_length(arms: Sequence[ArmSummary]) -> Markup:
@@ -103,7 +76,8 @@ def length_histogram(dense: Sequence[int], pruned: Sequence[int], cap: int | Non
     x = axis.across("thinking tokens", 0, max([*dense, *pruned, cap or 0, 1]))
     bin_tokens = x.ticks[-1] / _BINS
     counts = {"dense": _count(dense, bin_tokens), "pruned": _count(pruned, bin_tokens)}
-    y = axis.upward("prompts", 0, max(1, *counts["dense"], *counts["pruned"]))
+    most = max(counts["dense"] + counts["pruned"])
+    y = axis.upward("prompts", 0, most)
     return axis.draw("histogram", x=x, y=y, counts=counts, bin_tokens=bin_tokens, cap=cap)
 
 
@@ -112,21 +86,13 @@ def divergence_along(rows: Sequence[PositionRow]) -> Markup:
     if not rows:
         return _NOTHING
 
-    values = {
-        "pruning": [max(row.pruning_kl_nats, _FLOOR) for row in rows],
-        "export": [max(row.export_kl_nats, _FLOOR) for row in rows],
-    }
-    every = values["pruning"] + values["export"]
+    pruning = [max(row.pruning_kl_nats, _FLOOR) for row in rows]
+    export = [max(row.export_kl_nats, _FLOOR) for row in rows]
+    least, most = min(pruning + export), max(pruning + export)
     x = axis.across("completion tokens after the prompt", 0, rows[-1].stop_token)
-    y = axis.upward_decades("KL in nats", min(every), max(every))
-
-    series: dict[str, list[_Dot]] = {"pruning": [], "export": []}
-    for name, dots in series.items():
-        for row, value in zip(rows, values[name], strict=True):
-            middle = (row.start_token + row.stop_token) / 2
-            place = complex(x(middle), y(math.log10(value)))
-            dots.append(_Dot(row, value, place))
-    return axis.draw("divergence", x=x, y=y, series=series)
+    y = axis.upward_decades("KL in nats", least, most)
+    values = {"pruning": pruning, "export": export}
+    return axis.draw("divergence", x=x, y=y, rows=rows, values=values)
 
 
 def heat_map(
@@ -144,10 +110,7 @@ def heat_map(
     means = {cell: sum(numbers) / len(numbers) for cell, numbers in cells.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in means))
     blocks = sorted({block for _, block in means})
-    low, high = min(means.values()), max(means.values())
-    return axis.draw(
-        "heat", label=label, means=means, kinds=kinds, blocks=blocks, low=low, high=high
-    )
+    return axis.draw("heat", label=label, means=means, kinds=kinds, blocks=blocks)
 
 
 def _accuracy_chart(
@@ -162,26 +125,21 @@ def _accuracy_chart(
         return _NOTHING
 
     arms = [arm for arm, _ in values]
-    least, most = min(value for _, value in values), max(value for _, value in values)
+    amounts = [value for _, value in values]
     low = min(arm.accuracy_lower for arm in arms) - 0.02
     high = max(arm.accuracy_upper for arm in arms) + 0.02
-    x = axis.across(x_label, least * 0.9, most * 1.1, tick_text)
+    x = axis.across(x_label, min(amounts) * 0.9, max(amounts) * 1.1, tick_text)
     y = axis.upward_share("accuracy", max(0.0, low), min(1.0, high))
 
     places = [complex(x(value), y(arm.accuracy)) for arm, value in values]
     heights = _label_heights(places)
-    marks = []
-    for (arm, value), place, height in zip(values, places, heights, strict=True):
-        hollow = front is not None and arm.name not in front
-        found = f"{arm.name}: {arm.accuracy:.1%}, {value_text(value)}"
-        marks.append(_ArmMark(arm, place, height, found, hollow))
-
-    by_name = {mark.arm.name: mark.place for mark in marks}
-    dense, pruned = by_name.get("dense"), by_name.get("pruned")
     arrow = None
-    if front is None and dense is not None and pruned is not None and dense != pruned:
-        arrow = _arrow(dense, pruned)
-    return axis.draw("accuracy", label=label, x=x, y=y, arms=marks, arrow=arrow)
+    if front is None:
+        by_name = {arm.name: place for arm, place in zip(arms, places, strict=True)}
+        arrow = _arrow(by_name.get("dense"), by_name.get("pruned"))
+
+    marks = list(zip(arms, places, heights, map(value_text, amounts), strict=True))
+    return axis.draw("accuracy", label=label, x=x, y=y, marks=marks, arrow=arrow, front=front)
 
 
 def _label_heights(places: Sequence[complex]) -> list[float]:
@@ -202,19 +160,19 @@ def _label_heights(places: Sequence[complex]) -> list[float]:
     return heights
 
 
-def _arrow(start: complex, stop: complex) -> _Arrow:
-    """Return an arrow that ends short of both circles; without a head where there is no room."""
+def _arrow(start: complex | None, stop: complex | None) -> _Arrow | None:
+    """Return an arrow short of both circles; without a head where there is no room."""
+    if start is None or stop is None or start == stop:
+        return None
     length = abs(stop - start)
     if length < 22:
-        return _Arrow((start.real, start.imag, stop.real, stop.imag))
+        return start, stop, ()
 
     along = (stop - start) / length
-    tail = start + 7 * along
     tip = stop - 7 * along
     base = tip - 8 * along
     half_width = 4.5j * along
-    line = (tail.real, tail.imag, base.real, base.imag)
-    return _Arrow(line, (tip, base + half_width, base - half_width))
+    return start + 7 * along, base, (tip, base + half_width, base - half_width)
 
 
 def _cell(name: str) -> Cell:

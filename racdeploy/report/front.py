@@ -13,23 +13,19 @@ from racdeploy.report import tables
 from racdeploy.report.model import ArmSummary, Report, RivalRow
 
 _SIZE_EVEN, _SPEED_EVEN = 1.02, 1.05
-_LESS_IS_BETTER = {
-    "size_bytes": True,
-    "tokens_per_s": False,
-    "accuracy": False,
-    "thinking_tokens_mean": True,
-}
+# -1: less is better.
+_SIGNS = {"size_bytes": -1, "tokens_per_s": 1, "accuracy": 1, "thinking_tokens_mean": -1}
 
 
 def front(arms: Sequence[ArmSummary]) -> frozenset[str]:
     """Return the names of the arms that no other arm equals in everything and beats anywhere."""
     qualities: list[list[float]] = [[] for _ in arms]
-    for field, less_is_better in _LESS_IS_BETTER.items():
+    for field, sign in _SIGNS.items():
         values = [getattr(arm, field) for arm in arms]
         if None in values:
             continue
         for own, value in zip(qualities, values, strict=True):
-            own.append(-value if less_is_better else value)
+            own.append(sign * value)
 
     names = set()
     for arm, own in zip(arms, qualities, strict=True):
@@ -45,10 +41,8 @@ def who_wins(report: Report) -> list[str]:
     if pruned is None or not report.rivals:
         return []
 
-    sentences = []
-    for row in report.rivals:
-        if row.name in by_name:
-            sentences.append(_compare(by_name[row.name], pruned, row))
+    rows = [row for row in report.rivals if row.name in by_name]
+    sentences = [_compare(by_name[row.name], pruned, row) for row in rows]
 
     best = front(report.arms)
     on = ", ".join(name for name in by_name if name in best)

@@ -1,6 +1,6 @@
 """A report as one HTML file: no network, no script, light and dark, usable with the keyboard alone.
 
-It stays below 2 MB: long thinking is cut and late prompts are left to ``records.jsonl``; it says so.
+Below 2 MB: long thinking is cut and late prompts are left to ``records.jsonl``; the page says so.
 Prompts and answers are hostile text: the template escapes everything, and a content security policy
 forbids scripts should anything slip through. So the filters are radio buttons and style rules.
 """
@@ -27,12 +27,7 @@ _TEXT_BUDGET_BYTES = 1_200_000
 _TEXT_CHARACTERS = 24_000
 _ROWS = 200
 _TASKS = 12
-_QUANTILES = {
-    "shortest": 0.0,
-    "half are at most": 0.5,
-    "nine of ten are at most": 0.9,
-    "longest": 1.0,
-}
+_QUANTILES = {"shortest": 0, "half are at most": 0.5, "nine of ten are at most": 0.9, "longest": 1}
 
 Pair = tuple[Record, Record]
 """Dense and pruned on one prompt."""

@@ -1,7 +1,6 @@
-"""A report as Markdown that fits a pull-request comment.
+"""A report as Markdown that fits a pull-request comment, of which GitHub takes 65 536 characters.
 
-GitHub refuses comments above 65 536 characters. Long tables and cells are cut with a sentence that
-says so; nothing is left out silently.
+Long tables and cells are cut with a sentence that says so.
 """
 
 from __future__ import annotations

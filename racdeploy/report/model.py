@@ -296,7 +296,6 @@ class Report(_Part):
     @model_validator(mode="wrap")
     @classmethod
     def _check_verdict(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Accept a stored verdict only where the checks say the same."""
         if not isinstance(data, Mapping) or "verdict" not in data:
             return handler(data)
         report = handler({key: value for key, value in data.items() if key != "verdict"})

@@ -1,7 +1,6 @@
 """The words of a report: a headline, its explanation and tables of plain text, for every output.
 
-Knows no markup: each output escapes for itself. Cells are single lines without control characters,
-so a prompt or a tensor name cannot move a cursor or break a row.
+Each output escapes for itself. Cells are single lines without control characters.
 """
 
 from __future__ import annotations
@@ -216,9 +215,10 @@ def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
     rows: list[Row] = []
     for (asked, reason), alike in groups.items():
         reached = sorted(linear.sparsity_reached for linear in alike)
-        ends = dict.fromkeys(f"{share:.1%}" for share in (reached[0], reached[-1]))
+        low, high = f"{reached[0]:.1%}", f"{reached[-1]:.1%}"
+        real = low if low == high else f"{low} to {high}"
         where = _where([linear.name for linear in alike])
-        rows.append(("sparsity", asked, " to ".join(ends), where, reason))
+        rows.append(("sparsity", asked, real, where, reason))
     return rows
 
 
