@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from racdeploy.report import tables
 from racdeploy.report.model import ArmSummary, Report, RivalRow
+from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, say
 
 _SIZE_EVEN, _SPEED_EVEN = 1.02, 1.05
+_SIZE = "size ({:bytes}, pruned {:bytes})"
+_GAIN = "accuracy ({0.gain:points} points, {0.gain_lower:points} to {0.gain_upper:points})"
 # -1: less is better.
 _SIGNS = {"size_bytes": -1, "tokens_per_s": 1, "accuracy": 1, "thinking_tokens_mean": -1}
 
@@ -49,7 +51,7 @@ def who_wins(report: Report) -> list[str]:
     off = ", ".join(name for name in by_name if name not in best)
     rest = f"; beaten or equalled in everything: {off}" if off else ""
     sentences.append(f"On the front of size, speed, accuracy and thinking: {on}{rest}.")
-    return [tables.plain(sentence) for sentence in sentences]
+    return [plain(sentence) for sentence in sentences]
 
 
 def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
@@ -57,10 +59,8 @@ def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
 
     if rival.size_bytes and pruned.size_bytes:
         ratio = rival.size_bytes / pruned.size_bytes
-        own = tables.readable_bytes(rival.size_bytes)
-        other = tables.readable_bytes(pruned.size_bytes)
         winner = _winner(rival, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN)
-        wins[winner].append(f"size ({own}, pruned {other})")
+        wins[winner].append(say(_SIZE, rival.size_bytes, pruned.size_bytes))
 
     if rival.tokens_per_s and pruned.tokens_per_s:
         ratio = rival.tokens_per_s / pruned.tokens_per_s
@@ -68,14 +68,10 @@ def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
         wins[winner].append(f"speed ({ratio:.2f} times that of pruned)")
 
     winner = _winner(rival, row.gain_lower > 0, row.gain_upper < 0)
-    gain = tables.points(row.gain)
-    interval = tables.points_interval(row.gain_lower, row.gain_upper)
-    wins[winner].append(f"accuracy ({gain} points, {interval})")
+    wins[winner].append(say(_GAIN, row))
 
     winner = _winner(rival, row.length_upper < 1, row.length_lower > 1)
-    ratio_words = tables.ratio_text(row.length_ratio)
-    interval = tables.ratio_interval(row.length_lower, row.length_upper)
-    wins[winner].append(f"thinking ({ratio_words} times as long, {interval})")
+    wins[winner].append(say(f"thinking ({LENGTH}, {LENGTH_INTERVAL})", row))
 
     even = wins.pop("even")
     parts = [f"{name} wins on {_enumerate(what)}" for name, what in wins.items() if what]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from racdeploy.report import tables
 from racdeploy.report.model import CheckVerdict, Comparison, Report
+from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, LIMIT, say
 
-# Name, field of an arm, how it is written, and the check that decides on it.
-_QUALITIES = (
-    ("Accuracy", "accuracy", "{:.1%}".format, "accuracy"),
-    ("Thinking tokens", "thinking_tokens_mean", "{:.1f}".format, "thinking"),
-    ("Size", "size_bytes", tables.readable_bytes, ""),
-    ("Tokens/s", "tokens_per_s", "{:,.0f}".format, "speed"),
+# Name, how a value is written, and the check that decides on it, by the field of an arm.
+_QUALITIES = {
+    "accuracy": ("Accuracy", "{:.1%}", "accuracy"),
+    "thinking_tokens_mean": ("Thinking tokens", "{:.1f}", "thinking"),
+    "size_bytes": ("Size", "{:bytes}", ""),
+    "tokens_per_s": ("Tokens/s", "{:,.0f}", "speed"),
+}
+_DROP = (
+    "drop {0.drop:points} points ({0.drop_lower:points} to {0.drop_upper:points}), "
+    "margin {0.margin:points}"
 )
 
 
@@ -35,37 +39,30 @@ def highlights(report: Report) -> list[Highlight]:
         return []
 
     verdicts = {check.name: check.verdict for check in report.checks}
+    comparison = report.comparison
     notes = {
-        "Accuracy": _drop(report.comparison),
-        "Thinking tokens": _length(report.comparison),
-        "Size": _times(dense.size_bytes, pruned.size_bytes, "the dense file"),
-        "Tokens/s": _times(dense.tokens_per_s, pruned.tokens_per_s, "dense"),
+        "accuracy": say(_DROP, comparison) if comparison else "",
+        "thinking_tokens_mean": _compare_lengths(comparison),
+        "size_bytes": _times(dense.size_bytes, pruned.size_bytes, "the dense file"),
+        "tokens_per_s": _times(dense.tokens_per_s, pruned.tokens_per_s, "dense"),
     }
 
     found = []
-    for name, field, text, check in _QUALITIES:
-        before, after, note = getattr(dense, field), getattr(pruned, field), notes[name]
+    for field, (name, text, check) in _QUALITIES.items():
+        before, after = getattr(dense, field), getattr(pruned, field)
+        note = notes[field]
         if before is None or after is None or note is None:
             continue
-        found.append(Highlight(name, text(before), text(after), note, verdicts.get(check)))
+        verdict = verdicts.get(check)
+        found.append(Highlight(name, say(text, before), say(text, after), note, verdict))
     return found
 
 
-def _drop(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return ""
-    drop, margin = tables.points(comparison.drop), tables.points(comparison.margin)
-    interval = tables.points_interval(comparison.drop_lower, comparison.drop_upper)
-    return f"drop {drop} points ({interval}), margin {margin}"
-
-
-def _length(comparison: Comparison | None) -> str:
+def _compare_lengths(comparison: Comparison | None) -> str:
     if comparison is None or comparison.length_ratio is None:
         return ""
-    ratio = tables.ratio_text(comparison.length_ratio)
-    interval = tables.ratio_interval(comparison.length_lower, comparison.length_upper)
-    limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
-    return f"{ratio} times as long ({interval}){limit}"
+    limit = say(LIMIT, comparison) if comparison.length_limit else ""
+    return say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
 
 
 def _times(dense: float | None, pruned: float | None, of_what: str) -> str | None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report
 
@@ -23,7 +24,25 @@ _NONE = "–"
 _SPARSITY_TOLERANCE = 5e-4
 
 Row = tuple[str, ...]
-_Number = TypeVar("_Number", int, float)
+_ARM = {
+    "model": "{0.name}",
+    "accuracy (95 %)": "{0.accuracy:.1%} ({0.accuracy_lower:.1%} to {0.accuracy_upper:.1%})",
+    "thinking tokens": "{0.thinking_tokens_mean:.1f}",
+    "unclosed": "{0.unclosed} of {0.prompts}",
+    "forced": "{0.forced}",
+    "cut": "{0.cut}",
+    "size": "{0.size_bytes:bytes}",
+    "tokens/s": "{0.tokens_per_s:.1f}",
+    "quant": "{0.quant}",
+    "sparsity": "{0.sparsity:.1%}",
+}
+_DROP = (
+    "Pruned answers {1} dense ({0.confidence:.0%} interval of the drop {0.drop_lower:points} to "
+    "{0.drop_upper:points}, margin {0.margin:points}, n = {0.n})"
+)
+LENGTH = "{0.length_ratio:ratio} times as long"
+LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
+LIMIT = ", limit {0.length_limit:.2f}"
 
 
 @dataclass(frozen=True)
@@ -59,10 +78,9 @@ def explanation(report: Report) -> str:
 
 def tables(report: Report) -> list[Table]:
     """Return every table that has a row, in reading order."""
-    arms = "model|accuracy (95 %)|thinking tokens|unclosed|forced|cut|size|tokens/s|quant|sparsity"
     drift = "Drift from the dense model, worst first"
     candidates = {
-        ("Dense and pruned", arms): [_arm(arm) for arm in report.arms],
+        ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         ("Checks", "check|verdict|found|next step"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
@@ -111,50 +129,40 @@ def ratio_text(value: float | None) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}"
 
 
-def points_interval(lower: float, upper: float) -> str:
-    """Return an interval of fractions in points of a hundred."""
-    return f"{points(lower)} to {points(upper)}"
+class _Units(string.Formatter):
+    """Formats numbers in a report's units: ``bytes``, ``points`` and ``ratio``; None is a dash."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "ratio":
+            return ratio_text(value)
+        if value is None:
+            return _NONE
+
+        unit = {"bytes": readable_bytes, "points": points}.get(format_spec)
+        return unit(value) if unit else str(super().format_field(value, format_spec))
 
 
-def ratio_interval(lower: float | None, upper: float | None) -> str:
-    """Return an interval of ratios."""
-    return f"{ratio_text(lower)} to {ratio_text(upper)}"
+def say(template: str, *values: object) -> str:
+    """Return a text of :meth:`str.format` with the units of a report."""
+    return _Units().format(template, *values)
 
 
 def _compare(comparison: Comparison) -> str:
     difference = "as many as"
     if comparison.drop:
         direction = "fewer" if comparison.drop > 0 else "more"
-        difference = f"{points(abs(comparison.drop))} points {direction} than"
+        difference = say("{:points} points {} than", abs(comparison.drop), direction)
 
-    interval = points_interval(comparison.drop_lower, comparison.drop_upper)
-    text = (
-        f"Pruned answers {difference} dense ({comparison.confidence:.0%} interval of the drop "
-        f"{interval}, margin {points(comparison.margin)}, n = {comparison.n})"
-    )
-    if comparison.length_ratio is None:
-        return f"{text}."
-
-    ratio = ratio_text(comparison.length_ratio)
-    interval = ratio_interval(comparison.length_lower, comparison.length_upper)
-    limit = f", limit {comparison.length_limit:.2f}" if comparison.length_limit else ""
-    return f"{text} and thinks {ratio} times as long ({interval}{limit})."
+    text = say(_DROP, comparison, difference)
+    if comparison.length_ratio is not None:
+        limit = say(LIMIT, comparison) if comparison.length_limit else ""
+        text += say(f" and thinks {LENGTH} ({LENGTH_INTERVAL}{limit})", comparison)
+    return f"{text}."
 
 
 def _arm(arm: ArmSummary) -> Row:
-    interval = f"{arm.accuracy_lower:.1%} to {arm.accuracy_upper:.1%}"
-    return (
-        arm.name,
-        f"{arm.accuracy:.1%} ({interval})",
-        _show(arm.thinking_tokens_mean, "{:.1f}".format),
-        f"{arm.unclosed} of {arm.prompts}",
-        str(arm.forced),
-        str(arm.cut),
-        _show(arm.size_bytes, readable_bytes),
-        _show(arm.tokens_per_s, "{:.1f}".format),
-        arm.quant or _NONE,
-        _show(arm.sparsity, "{:.1%}".format),
-    )
+    shown = arm.model_copy(update={"quant": arm.quant or None})
+    return tuple(say(cell, shown) for cell in _ARM.values())
 
 
 def _tasks(report: Report) -> list[Row]:
@@ -230,10 +238,6 @@ def _where(names: Sequence[str]) -> str:
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
     parts = [f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()]
     return ", ".join(parts)
-
-
-def _show(value: _Number | None, text: Callable[[_Number], str]) -> str:
-    return _NONE if value is None else text(value)
 
 
 def _share(correct: int, prompts: int) -> str:
