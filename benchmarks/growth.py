@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _plot
 from benchmarks._settings import add_settings, with_settings
 from benchmarks.any_size import prune, write_model
+from racdeploy.report import axis as axes
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
 QUANTITIES = ("CPU s", "MiB above that")
@@ -150,32 +150,42 @@ def page(rows: list[Row], base_mib: float) -> str:
     return f"{head}<h1>How pruning grows</h1>{''.join(charts)}<pre>{table(rows, base_mib)}</pre>\n"
 
 
+_CHART = """\
+{% from "charts.svg.jinja" import svg, axes, text, title %}
+{% call svg(quantity ~ " against " ~ axis) %}
+{{ axes(x, y) }}
+<line class="fit" x1="{{ ends[0] }}" y1="{{ ends[1] }}" x2="{{ ends[2] }}" y2="{{ ends[3] }}"/>
+{{ text(ends[0] + 60, y.stop + 12, "exponent %.2f" | format(slope)) }}
+{% for (size, value), (across, up) in points %}
+<circle class="point" cx="{{ across | px }}" cy="{{ up | px }}" r="4">
+{{ title("%g %s: %.1f %s" | format(size, axis, value, quantity)) }}
+</circle>
+{% endfor %}
+{% endcall %}
+"""
+
+
 def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
     """Draw one quantity along one axis."""
     at, values = np.log2(np.array(points)).T
     slope, start = fit(points)
     fitted = start + slope * at
-    x, y = (
-        _plot.x_scale(at.min(), at.max()),
-        _plot.y_scale(min(*values, *fitted), max(*values, *fitted)),
+    low, high = min(*values, *fitted), max(*values, *fitted)
+    x = axes.across(axis, at.min(), at.max(), lambda tick: f"{2**tick:.0f}")
+    y = axes.upward(quantity, low, high, lambda tick: f"{2**tick:.3g}")
+
+    template = axes.load_templates().from_string(_CHART)
+    places = [(x(along), y(value)) for along, value in zip(at, values, strict=True)]
+    ends = (x(at[0]), y(fitted[0]), x(at[-1]), y(fitted[-1]))
+    return template.render(
+        x=x,
+        y=y,
+        axis=axis,
+        quantity=quantity,
+        slope=slope,
+        ends=ends,
+        points=zip(points, places, strict=True),
     )
-    marks = [
-        _plot.axes(
-            x, y, axis, quantity, lambda tick: f"{2**tick:.3g}", lambda tick: f"{2**tick:.0f}"
-        ),
-        f'<line class="fit" x1="{x(at[0])}" y1="{y(fitted[0])}" '
-        f'x2="{x(at[-1])}" y2="{y(fitted[-1])}"/>',
-        _plot.text(x(at[0]) + 60, y.stop + 12, f"exponent {slope:.2f}"),
-    ]
-
-    for point, place in zip(points, zip(at, values, strict=True), strict=True):
-        shown = _plot.title(f"{point[0]:g} {axis}: {point[1]:.1f} {quantity}")
-        marks.append(
-            f'<circle class="point" cx="{x(place[0]):.1f}" cy="{y(place[1]):.1f}" r="4">'
-            f"{shown}</circle>"
-        )
-
-    return _plot.svg(marks, f"{quantity} against {axis}")
 
 
 if __name__ == "__main__":

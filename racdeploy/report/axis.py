@@ -43,17 +43,16 @@ def across(label: str, low: float, high: float, tick_text: TickText = "{:g}".for
     return Axis(label, _round_ticks(low, high, most=5), _LEFT, _RIGHT, tick_text)
 
 
-def upward(label: str, low: float, high: float) -> Axis:
+def upward(label: str, low: float, high: float, tick_text: TickText = "{:g}".format) -> Axis:
     """Return an axis from the bottom up."""
-    return Axis(label, _round_ticks(low, high, most=4), _BOTTOM, _TOP)
+    return Axis(label, _round_ticks(low, high, most=4), _BOTTOM, _TOP, tick_text)
 
 
 def upward_share(label: str, low: float, high: float) -> Axis:
     """Return an upward axis of percentages with as many digits as tell the ticks apart."""
     ticks = _round_ticks(low, high, most=4)
     digits = 0 if ticks[1] - ticks[0] >= 0.0099 else 1
-    tick_text = f"{{:.{digits}%}}".format
-    return Axis(label, ticks, _BOTTOM, _TOP, tick_text)
+    return Axis(label, ticks, _BOTTOM, _TOP, f"{{:.{digits}%}}".format)
 
 
 def upward_decades(label: str, low: float, high: float) -> Axis:
