@@ -17,8 +17,7 @@ def add(left: int, right: int) -> str:
         total = a + b + carry
         steps.append(f"{a}+{b}+{carry}={total}")
         carry = total // 10
-
-    return f"{left}+{right}:{','.join(steps)},{left + right}"
+    return _join(f"{left}+{right}", steps, left + right)
 
 
 def subtract(left: int, right: int) -> str:
@@ -26,14 +25,12 @@ def subtract(left: int, right: int) -> str:
     assert left >= right, "column subtraction needs a non-negative result"
     steps = []
     borrow = 0
-
     for a, b in _columns(left, right):
         lent = 10 if a < b + borrow else 0
-        a += lent
-        steps.append(f"{a}-{b}-{borrow}={a - b - borrow}")
+        rest = a + lent - b - borrow
+        steps.append(f"{a + lent}-{b}-{borrow}={rest}")
         borrow = lent // 10
-
-    return f"{left}-{right}:{','.join(steps)},{left - right}"
+    return _join(f"{left}-{right}", steps, left - right)
 
 
 def times_digit(left: int, digit: int) -> str:
@@ -44,8 +41,7 @@ def times_digit(left: int, digit: int) -> str:
         total = a * digit + carry
         steps.append(f"{a}*{digit}+{carry}={total}")
         carry = total // 10
-
-    return f"{left}*{digit}:{','.join(steps)},{left * digit}"
+    return _join(f"{left}*{digit}", steps, left * digit)
 
 
 def divide_digit(left: int, digit: int) -> str:
@@ -56,11 +52,15 @@ def divide_digit(left: int, digit: int) -> str:
         value = rest * 10 + int(figure)
         quotient, rest = divmod(value, digit)
         steps.append(f"{value}/{digit}={quotient}r{rest}")
+    return _join(f"{left}/{digit}", steps, f"{left // digit}r{rest}")
 
-    return f"{left}/{digit}:{','.join(steps)},{left // digit}r{rest}"
+
+def _join(asked: str, steps: list[str], result: object) -> str:
+    return f"{asked}:{','.join(steps)},{result}"
 
 
 def _columns(left: int, right: int = 0) -> list[tuple[int, int]]:
     """Return the digits of both numbers, least significant first, zeros where one has no more."""
-    pairs = itertools.zip_longest(reversed(str(left)), reversed(str(right)), fillvalue="0")
+    backwards = (str(left)[::-1], str(right)[::-1])
+    pairs = itertools.zip_longest(*backwards, fillvalue="0")
     return [(int(a), int(b)) for a, b in pairs]

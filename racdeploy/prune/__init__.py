@@ -16,8 +16,7 @@ class PrunedModel:
     """What the pruning stage leaves.
 
     Args:
-        sparsity: fraction of zeros that it was pruned to: of a schedule, in the last step that was
-            kept.
+        sparsity: fraction of zeros it was pruned to: of a schedule, in the last step that was kept.
         blocks: how far each block drifted from the dense model.
         notes: what the report must say about how it came about.
         undone: which step of a schedule was undone, and why; empty where none was.
@@ -36,8 +35,8 @@ class PrunedModel:
         if not self.undone:
             return self.linears
 
+        rows = []
         changed = {"sparsity_asked": asked, "reason": self.undone}
-        rows = (
-            row.model_copy(update=changed) if row.sparsity_asked else row for row in self.linears
-        )
+        for row in self.linears:
+            rows.append(row.model_copy(update=changed) if row.sparsity_asked else row)
         return tuple(rows)

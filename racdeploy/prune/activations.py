@@ -18,11 +18,11 @@ WINDOW_BYTES = 64 << 20
 
 
 class Activations:
-    """One float32 tensor for each batch. The first ones stay in memory, the rest are in ``file``.
+    """One float32 tensor for each batch.
 
     Args:
         shapes: of each batch, as (B, T, D).
-        file: scratch file for what does not fit; made only then.
+        file: scratch file for what does not fit into the window; made only then.
     """
 
     def __init__(
@@ -48,8 +48,10 @@ class Activations:
     def __getitem__(self, index: int) -> torch.Tensor:
         if index not in self._offsets:
             return self._kept[index]
-        shape, offset = self._shapes[index], self._offsets[index]
-        values = np.fromfile(self._file, np.float32, math.prod(shape), offset=offset)
+
+        shape = self._shapes[index]
+        count, offset = math.prod(shape), self._offsets[index]
+        values = np.fromfile(self._file, np.float32, count, offset=offset)
         return torch.from_numpy(values).view(shape)
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:

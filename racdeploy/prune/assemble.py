@@ -28,15 +28,9 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     Args:
         blocks: folder of ``block-*`` and ``importance-*.safetensors`` from the pruning walk.
     """
-    pruned: dict[str, TensorEntry] = {}
-    for file in sorted(blocks.glob("block-*.safetensors")):
-        pruned.update(read_tensor_entries(file))
-
+    pruned = _read_entries(blocks, "block")
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
-
-    importance: dict[str, TensorEntry] = {}
-    for file in sorted(blocks.glob("importance-*.safetensors")):
-        importance.update(read_tensor_entries(file))
+    importance = _read_entries(blocks, "importance")
 
     with atomic_folder(out) as scratch:
         _write(entries, scratch / "model.safetensors")
@@ -47,6 +41,13 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
 
     return out
+
+
+def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(blocks.glob(f"{kind}-*.safetensors")):
+        entries |= read_tensor_entries(file)
+    return entries
 
 
 def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:

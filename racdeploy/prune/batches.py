@@ -36,25 +36,25 @@ class Batch:
 
 def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: bool) -> list[Batch]:
     """Sort traces by length and group them into batches of at most ``TOKENS_PER_BATCH`` tokens."""
-    groups: list[list[Trace]] = [[]]
+    groups: list[list[Trace]] = []
     for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
-        padded_tokens = (len(groups[-1]) + 1) * len(trace.ids)  # it is the longest so far
-        if groups[-1] and padded_tokens > TOKENS_PER_BATCH:
+        length = len(trace.ids)  # the longest so far: the others are padded to it
+        if not groups or (len(groups[-1]) + 1) * length > TOKENS_PER_BATCH:
             groups.append([])
         groups[-1].append(trace)
-    return [_pad(group, tasks, held_out) for group in groups if group]
+
+    return [_pad(group, tasks, held_out) for group in groups]
 
 
 def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:
-    B = len(traces)
-    T = max(len(trace.ids) for trace in traces)
+    B, T = len(traces), max(len(trace.ids) for trace in traces)
     ids_BT = torch.zeros(B, T, dtype=torch.long)
     stream_BT = torch.full((B, T), PAD)
 
-    for row, trace in enumerate(traces):
+    for trace, ids_T, stream_T in zip(traces, ids_BT, stream_BT, strict=True):
         length = len(trace.ids)
-        ids_BT[row, :length] = torch.tensor(trace.ids)
-        stream_BT[row, :length] = torch.tensor(trace.streams())
+        ids_T[:length] = torch.tensor(trace.ids)
+        stream_T[:length] = torch.tensor(trace.streams())
 
     task_B = torch.tensor([tasks.index(trace.task) for trace in traces])
     return Batch(ids_BT, stream_BT, task_B, held_out)

@@ -50,7 +50,8 @@ class BlockFiles:
         return self._processes.spread(zero_OI)
 
     def rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
-        found = self._processes.ask_first(lambda: read_json(self._report(index)))
+        report = self._report(index)
+        found = self._processes.ask_first(lambda: read_json(report))
         linears = [LinearRow.model_validate(row) for row in found["linears"]]
         return linears, BlockRow.model_validate(found["block"])
 
@@ -69,12 +70,12 @@ class BlockFiles:
         for name, linear in pruned.items():
             tensors[name] = linear.importance_I.cpu().clone()  # linears of a group share it
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
-
         write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
 
     def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:
         if self._processes.first:
-            values = {"linears": [row.model_dump() for row in linears], "block": block.model_dump()}
+            rows = [row.model_dump() for row in linears]
+            values = {"linears": rows, "block": block.model_dump()}
             write_atomic(self._report(index), json.dumps(values, indent=1))
 
     def _weights(self, index: int) -> Path:

@@ -14,11 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.torch_model import (
-    embedding_scale,
-    fill_parameter,
-    skeleton,
-)
+from racdeploy.engines.transformers.torch_model import embedding_scale, fill_parameter, skeleton
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 from racdeploy.prune.batches import Batch
@@ -49,17 +45,17 @@ class Blocks:
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
-        """Return the shape of each batch's hidden states, (B, T, D)."""
+        """Return (B, T, D) of each batch."""
         D = self.checkpoint.entries[_EMBEDDING].shape[1]
         return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def widths(self) -> list[int]:
         """Return the number of inputs of each group of linears."""
-        entries, prefix = self.checkpoint.entries, self.prefix(0)
-        return [
-            entries[f"{prefix}.{group[0]}.weight"].shape[1]
-            for group in self.checkpoint.family.input_groups
-        ]
+        widths = []
+        for first, *_ in self.checkpoint.family.input_groups:
+            entry = self.checkpoint.entries[f"{self.prefix(0)}.{first}.weight"]
+            widths.append(entry.shape[1])
+        return widths
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Yield what enters the first block, (B, T, D)."""
@@ -105,21 +101,17 @@ class Blocks:
                 end attention or the feed-forward part; that part then computes the linear alone.
         """
         hidden_BTD = self.place(hidden_BTD)
-        position_1T = self.place(torch.arange(hidden_BTD.shape[1]))[None]
-        rotary = {
-            argument: self._model.get_submodule(name)(hidden_BTD, position_1T)
-            for argument, name in self.checkpoint.family.rotary.items()
-        }
+        length = hidden_BTD.shape[1]
+        position_1T = self.place(torch.arange(length))[None]
+        given: dict[str, Any] = {"position_ids": position_1T}
+        given["attention_mask"] = self._mask(block, length)
+        for argument, name in self.checkpoint.family.rotary.items():
+            given[argument] = self._model.get_submodule(name)(hidden_BTD, position_1T)
+
         bfloat16 = self._compute == "bfloat16"
         compute = torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
-
         with compute, self._shortcuts(block, known or {}):
-            output = block(
-                hidden_BTD,
-                attention_mask=self._mask(block, hidden_BTD.shape[1]),
-                position_ids=position_1T,
-                **rotary,
-            )
+            output = block(hidden_BTD, **given)
 
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -128,8 +120,7 @@ class Blocks:
         """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
         config: Any = self._model.config
         window = getattr(config, "sliding_window", None)
-        # transformers gives every block the window where blocks have no kind of attention of their
-        # own
+        # Where blocks have no own kind of attention, transformers gives every one the window.
         slides = getattr(block, "attention_type", "sliding_attention") == "sliding_attention"
         if not slides or not window or length <= window:
             return None
@@ -149,13 +140,12 @@ class Blocks:
         changed = []
         for group, input_BTI in known.items():
             (name,) = self.checkpoint.family.input_groups[group]
-            linear = block.get_submodule(name)
             part_name = name.rpartition(".")[0]
             part = block.get_submodule(part_name)
-
-            is_attention = part_name == _ATTENTION
-            part.forward = partial(_run_last, linear, self.place(input_BTI), is_attention)
             changed.append(part)
+
+            run_last = _run_attention if part_name == _ATTENTION else _run_last
+            part.forward = partial(run_last, block.get_submodule(name), self.place(input_BTI))
 
         try:
             yield
@@ -187,13 +177,12 @@ class Blocks:
         return seen[0]
 
 
-def _run_last(
-    linear: nn.Module, input_BTI: torch.Tensor, is_attention: bool, *_: Any, **__: Any
-) -> Any:
-    """Return what attention or the feed-forward part returns, from what reaches its last linear."""
-    output_BTD = linear(input_BTI)
-    attention_weights = None  # sdpa gives none
-    return (output_BTD, attention_weights) if is_attention else output_BTD
+def _run_last(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return linear(input_BTI)
+
+
+def _run_attention(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return linear(input_BTI), None  # sdpa gives no attention weights
 
 
 class _Reached(Exception):
@@ -203,4 +192,5 @@ class _Reached(Exception):
 def put(block: nn.Module, name: str, value: torch.Tensor) -> None:
     """Put a tensor in place of the parameter of that name."""
     owner, _, leaf = name.rpartition(".")
-    block.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    parameter = nn.Parameter(value, requires_grad=False)
+    block.get_submodule(owner).register_parameter(leaf, parameter)

@@ -1,9 +1,8 @@
 """The walk over the blocks: gather statistics, prune, write, and pass the sparse block's output on.
 
-One block's weights are in memory at a time, twice: dense and partly pruned. Linears that share an
-input are pruned together, and the next ones see what they leave. A finished block is a file, so an
-interrupted walk resumes with the first block that has none; the result is byte for byte the same.
-Several processes share the batches and the linears (:mod:`racdeploy.prune.processes`).
+One block is in memory at a time, dense and partly pruned. Linears that share an input are pruned
+together, and the next ones see what they leave. A finished block is a file, so an interrupted walk
+resumes with the first block that has none; the result is byte for byte the same.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.session import Progress, Session
-from racdeploy.prune.shares import decide_shares
+from racdeploy.prune.survey import decide_shares
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, StreamWeights
@@ -60,12 +59,10 @@ def prune_blocks(
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
     Args:
-        calibration: traces that decide the pruning.
-        held_out: traces that only measure it.
+        calibration: traces that decide the pruning; those ``held_out`` only measure it.
         folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
         weights: what a token of each stream counts; None is 1 for all.
-        quant: number format whose codes are chosen while pruning; empty leaves rounding to the
-            export.
+        quant: number format whose codes are chosen while pruning; empty leaves that to the export.
         within: folder of an earlier walk whose zeros stay zeros; weights start from the dense ones.
         threads: CPU threads; 0 leaves torch's choice. Every process uses as many as the first.
         processes: who share the work; each calls this with the same arguments and its own folder.
@@ -78,9 +75,8 @@ def prune_blocks(
             nobody prunes.
     """
     if not calibration:
-        raise UsageError(
-            "no calibration traces are left after selection", remedy="collect more traces"
-        )
+        reason = "no calibration traces are left after selection"
+        raise UsageError(reason, remedy="collect more traces")
 
     check_covered(checkpoint, settings.dense)
     keep_heap()
@@ -89,7 +85,8 @@ def prune_blocks(
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     fitted = make_batches(calibration, tasks, held_out=False)
     batches = fitted + make_batches(held_out, tasks, held_out=True)
-    own = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
+    mine = processes.mine([batch.ids_BT.numel() for batch in batches])
+    own = [batches[index] for index in mine]
 
     blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
     counts = weights or StreamWeights()
@@ -122,11 +119,9 @@ class _Walk:
         self.session, self.settings, self.processes = session, session.settings, session.processes
         self.blocks, self.batches = session.blocks, session.batches
         self.checkpoint = session.blocks.checkpoint
-        self.tasks, self.shares = tasks, shares
+        self.tasks, self.shares, self.quant, self.earlier = tasks, shares, quant, earlier
         self.method = plugins.load("methods", session.settings.method)
-        self.quant = quant
         self.files = BlockFiles(session.folder, self.checkpoint, session.processes)
-        self.earlier = earlier
 
         # What reaches each block. The dense model is only followed where its states are needed.
         self.sparse = Flow(session.blocks, session.batches, session.folder, "sparse")
@@ -180,8 +175,8 @@ class _Walk:
         self, index: int, dense: nn.Module, sparse: nn.Module
     ) -> tuple[list[LinearRow], BlockRow]:
         """Prune a block group by group, write it, and advance the hidden states."""
-        prefix = self.blocks.prefix(index)
         pruned: dict[str, PrunedLinear] = {}
+        prefix = self.blocks.prefix(index)
         for group, linears in enumerate(self.checkpoint.family.input_groups):
             wanted = [linear for linear in linears if f"{prefix}.{linear}" in self.shares]
             if wanted:
@@ -197,12 +192,8 @@ class _Walk:
             error.share(self.processes)
 
         linear_rows = self._linear_rows(prefix, pruned)
-        block_row = BlockRow(
-            block=index,
-            drift=drift.total,
-            drift_by_stream=drift.by_stream,
-            drift_by_task=drift.by_task,
-        )
+        parts = {"drift_by_stream": drift.by_stream, "drift_by_task": drift.by_task}
+        block_row = BlockRow(block=index, drift=drift.total, **parts)
         self.files.write_rows(index, linear_rows, block_row)
         return linear_rows, block_row
 
@@ -212,10 +203,7 @@ class _Walk:
         """Prune linears that share an input: each in the process that owns it, then everywhere."""
         names = [f"{self.blocks.prefix(index)}.{linear}" for linear in linears]
         full = [dense.get_parameter(f"{linear}.weight") for linear in linears]
-        patterns = [
-            self._pattern(index, name, weight_OI.shape[1])
-            for name, weight_OI in zip(names, full, strict=True)
-        ]
+        patterns = [self._pattern(index, name) for name in names]
         owners = self.processes.owners([weight_OI.numel() for weight_OI in full])
         own = [place for place, owner in enumerate(owners) if owner == self.processes.rank]
 
@@ -226,10 +214,10 @@ class _Walk:
 
         pruned = {}
         for place, linear in enumerate(linears):
-            # Codes times a scale need more digits than bfloat16 has.
-            stored = (
-                "F32" if self.quant else self.checkpoint.entries[f"{names[place]}.weight"].dtype
-            )
+            stored = self.checkpoint.entries[f"{names[place]}.weight"].dtype
+            if self.quant:  # codes times a scale need more digits than bfloat16 has
+                stored = "F32"
+
             # What another process solved is of the shape of the dense weights.
             weight_OI, target_OI, damping = solved.get(place, (full[place], full[place], 0.0))
             solution = PrunedLinear(
@@ -240,9 +228,8 @@ class _Walk:
                 importance_I,
                 tokens,
             )
-            pruned[linear] = solution.spread(
-                self.processes, owners[place], target=self.settings.match_dense
-            )
+            match_dense = self.settings.match_dense
+            pruned[linear] = solution.spread(self.processes, owners[place], target=match_dense)
             put(sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
 
         return pruned
@@ -251,15 +238,13 @@ class _Walk:
         self, dense: nn.Module, sparse: nn.Module, group: int, full: Sequence[torch.Tensor]
     ) -> InputStatistic:
         """Return the statistic of a group's input, over this process's calibration batches."""
-        match_dense = self.settings.match_dense
-        statistic = InputStatistic(
-            full[0].shape[1], self.session.weights_R, full if match_dense else ()
-        )
+        match = full if self.settings.match_dense else ()
+        statistic = InputStatistic(full[0].shape[1], self.session.weights_R, match)
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
             sparse_BTI = self.sparse.input(sparse, group, index)
-            dense_BTI = self.dense.input(dense, group, index) if match_dense else None
+            dense_BTI = self.dense.input(dense, group, index) if match else None
             statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
 
         return statistic
@@ -291,18 +276,17 @@ class _Walk:
         pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
         if not self.quant:
             return pruned.weight_OI
+        return round_to_grid(pruned, live_OI, hessian, as_grid(self.quant))
 
-        grid = as_grid(self.quant)
-        return round_to_grid(pruned.weight_OI, pruned.keep_OI, live_OI, hessian, grid)
-
-    def _pattern(self, index: int, name: str, inputs: int) -> Pattern:
+    def _pattern(self, index: int, name: str) -> Pattern:
         """Return the zeros that a linear shall have: at least those of the earlier walk."""
+        weight = f"{name}.weight"
+        self.settings.check_width(name, self.checkpoint.entries[weight].shape[1])
         pattern = make_pattern(self.shares[name], self.settings.kept_of)
-        pattern.check(name, inputs)
         if not self.earlier:
             return pattern
 
-        gone_OI = self.earlier.zeros(index, f"{name}.weight")
+        gone_OI = self.earlier.zeros(index, weight)
         return Within(pattern, self.blocks.place(gone_OI))
 
     def _advance(

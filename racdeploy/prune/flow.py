@@ -24,8 +24,7 @@ class Flow:
     """Batches between and within the blocks of one model.
 
     Args:
-        kept_bytes: disk space for inputs within a block; batches beyond it compute them in every
-            pass.
+        kept_bytes: disk space for inputs within a block; later batches compute them in every pass.
     """
 
     def __init__(
@@ -37,25 +36,27 @@ class Flow:
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._blocks = blocks
-        self._groups = blocks.checkpoint.family.input_groups
-        shapes = blocks.shapes(batches)
-        self.hidden = Activations(shapes, folder / f"hidden-{name}.bin")
+        self._family = blocks.checkpoint.family
+        self.hidden = Activations(blocks.shapes(batches), folder / f"hidden-{name}.bin")
 
-        ends_part = blocks.checkpoint.family.ends_part
+        ends_part = self._family.ends_part
         widths = {group: I for group, I in enumerate(blocks.widths()) if ends_part(group)}
-        kept = _choose_kept(batches, shapes, sum(widths.values()), kept_bytes)
+        kept = _choose_kept(batches, sum(widths.values()), kept_bytes)
+
         self._inputs: dict[int, Activations] = {}
         for group, I in widths.items():
             file = folder / f"input-{name}-{group}.bin"
-            self._inputs[group] = Activations([(B, T, I) for B, T in kept], file, window_bytes=0)
+            shapes = [(*batch.ids_BT.shape, I) for batch in kept]
+            self._inputs[group] = Activations(shapes, file, window_bytes=0)
 
         self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
     def input(self, block: nn.Module, group: int, index: int) -> torch.Tensor:
         """Return what reaches a group of linears; groups are asked for in their order."""
-        linear = self._groups[group][0]
+        linear = self._family.input_groups[group][0]
         known = self._inputs_of(index)
         found_BTI = self._blocks.input(block, linear, self.hidden[index], known)
+
         if group in self._inputs and index < len(self._known):
             self._inputs[group][index] = found_BTI.float()
             self._known[index].add(group)
@@ -76,21 +77,17 @@ class Flow:
             activations.close()
 
     def _inputs_of(self, index: int) -> dict[int, torch.Tensor]:
-        if index >= len(self._known):
-            return {}
-        return {group: self._inputs[group][index] for group in self._known[index]}
+        known = self._known[index] if index < len(self._known) else ()
+        return {group: self._inputs[group][index] for group in known}
 
 
-def _choose_kept(
-    batches: Sequence[Batch], shapes: Sequence[tuple[int, ...]], width: int, kept_bytes: int
-) -> list[tuple[int, int]]:
-    """Return (B, T) of the first calibration batches whose inputs, ``width`` together, fit."""
-    kept: list[tuple[int, int]] = []
+def _choose_kept(batches: Sequence[Batch], width: int, kept_bytes: int) -> list[Batch]:
+    """Return the first calibration batches whose inputs, ``width`` together, fit."""
+    kept = []
     size_bytes = 0
-    for batch, (B, T, _) in zip(batches, shapes, strict=True):
-        size_bytes += 4 * B * T * width
+    for batch in batches:
+        size_bytes += 4 * batch.ids_BT.numel() * width
         if batch.held_out or size_bytes > kept_bytes:
             break
-        kept.append((B, T))
-
+        kept.append(batch)
     return kept

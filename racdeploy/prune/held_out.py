@@ -15,26 +15,25 @@ from racdeploy.traces.trace import STREAMS
 class RelativeError:
     """Σ |found − wanted|² / Σ |wanted|² over tokens.
 
-    Args:
-        tasks: names, in the order of ``Batch.task_B``.
+    ``tasks`` are names, in the order of ``Batch.task_B``.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        self._tasks = list(tasks)
+        self._tasks = tasks
         # X: tasks.
         self._lost_XR = torch.zeros(len(tasks), len(STREAMS), dtype=torch.float64)
         self._energy_XR = torch.zeros_like(self._lost_XR)
 
     def add(self, found_BTO: torch.Tensor, wanted_BTO: torch.Tensor, batch: Batch) -> None:
         """Add a batch; padding does not count."""
-        lost_BT = (found_BTO - wanted_BTO).square().sum(-1, dtype=torch.float64)
-        energy_BT = wanted_BTO.square().sum(-1, dtype=torch.float64)
-
         real_BT = batch.stream_BT != PAD
         task_BT = batch.task_B[:, None].expand_as(real_BT)
         place = (task_BT[real_BT], batch.stream_BT[real_BT])
-        self._lost_XR.index_put_(place, lost_BT.cpu()[real_BT], accumulate=True)
-        self._energy_XR.index_put_(place, energy_BT.cpu()[real_BT], accumulate=True)
+
+        lost_BTO = found_BTO - wanted_BTO
+        for sum_XR, value_BTO in ((self._lost_XR, lost_BTO), (self._energy_XR, wanted_BTO)):
+            square_BT = value_BTO.square().sum(-1, dtype=torch.float64)
+            sum_XR.index_put_(place, square_BT.cpu()[real_BT], accumulate=True)
 
     def share(self, processes: Processes) -> None:
         processes.total(self._lost_XR)
@@ -43,20 +42,18 @@ class RelativeError:
     @property
     def total(self) -> float | None:
         """Error over all tokens; None where there were none."""
-        lost, energy = self._lost_XR.sum(), self._energy_XR.sum()
-        return float(lost / energy) if energy > 0 else None
+        everything = _ratios([""], self._lost_XR.sum()[None], self._energy_XR.sum()[None])
+        return everything.get("")
 
     @property
     def by_stream(self) -> dict[str, float]:
         """Error of each stream that had tokens."""
-        lost_R, energy_R = self._lost_XR.sum(0), self._energy_XR.sum(0)
-        return _ratios(STREAMS, lost_R, energy_R)
+        return _ratios(STREAMS, self._lost_XR.sum(0), self._energy_XR.sum(0))
 
     @property
     def by_task(self) -> dict[str, float]:
         """Error of each task that had tokens."""
-        lost_X, energy_X = self._lost_XR.sum(1), self._energy_XR.sum(1)
-        return _ratios(self._tasks, lost_X, energy_X)
+        return _ratios(self._tasks, self._lost_XR.sum(1), self._energy_XR.sum(1))
 
 
 def _ratios(names: Sequence[str], lost_X: torch.Tensor, energy_X: torch.Tensor) -> dict[str, float]:

@@ -25,10 +25,6 @@ class Hessian:
     Args:
         matrix_II: float32, symmetric, contiguous; becomes the damped one.
         damping: share of the mean diagonal to add.
-
-    Raises:
-        EnvironmentFailure: on first use of a factor, where the matrix does not factor even with
-            1000 times the damping.
     """
 
     def __init__(self, matrix_II: torch.Tensor, damping: float) -> None:
@@ -48,6 +44,9 @@ class Hessian:
         With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never
         formed, and one matrix is all that is needed beside H. Where H does not factor, ``damping``
         is raised step by step.
+
+        Raises:
+            EnvironmentFailure: it does not factor even with 1000 times the damping.
         """
         for step in range(DAMPING_STEPS + 1):
             if step:
@@ -85,8 +84,7 @@ class Hessian:
     @cached_property
     def scaled_II(self) -> torch.Tensor:
         """The damped matrix with unit diagonal."""
-        scale_I = self.scale_I
-        return self.matrix_II / scale_I[:, None] / scale_I
+        return self.matrix_II / self.scale_I[:, None] / self.scale_I
 
     @cached_property
     def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +93,8 @@ class Hessian:
         return values_I, vectors_II
 
     def _damp(self, share: float) -> None:
-        self.matrix_II.diagonal().add_(share * self._mean)
+        diagonal_I = self.matrix_II.diagonal()
+        diagonal_I += share * self._mean
 
 
 def _invert_lower(lower_II: torch.Tensor) -> None:
@@ -106,16 +105,17 @@ def _invert_lower(lower_II: torch.Tensor) -> None:
     I = len(lower_II)
     for start in reversed(range(0, I, _SLAB_COLUMNS)):
         stop = min(start + _SLAB_COLUMNS, I)
-        own_CC = lower_II[start:stop, start:stop]
-        one_CC = torch.eye(stop - start, dtype=own_CC.dtype, device=own_CC.device)
+        slab_XC = lower_II[:, start:stop]
+        own_CC = slab_XC[start:stop]
+        one_CC = torch.ones_like(own_CC[0]).diag()
         own_CC.copy_(torch.linalg.solve_triangular(own_CC, one_CC, upper=False))
 
         # Below: −(inverse below and to the right, which is there already) × slab × own inverse.
-        slab_XC = lower_II[stop:, start:stop] @ own_CC
+        below_XC = slab_XC[stop:] @ own_CC
         for row in range(stop, I, _SLAB_COLUMNS):
             end = min(row + _SLAB_COLUMNS, I)
             inverse_CX = lower_II[row:end, stop:end]
-            lower_II[row:end, start:stop] = -(inverse_CX @ slab_XC[: end - stop])
+            slab_XC[row:end] = -(inverse_CX @ below_XC[: end - stop])
 
 
 def _reverse(values_L: torch.Tensor) -> None:
@@ -123,8 +123,8 @@ def _reverse(values_L: torch.Tensor) -> None:
     count = len(values_L)
     for start in range(0, count // 2, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, count // 2)
-        front = slice(start, stop)
-        back = slice(count - stop, count - start)
-        reversed_back_L = values_L[back].flip(0)
-        values_L[back] = values_L[front].flip(0)
-        values_L[front] = reversed_back_L
+        front_L, back_L = values_L[start:stop], values_L[count - stop : count - start]
+
+        reversed_back_L = back_L.flip(0)
+        back_L.copy_(front_L.flip(0))
+        front_L.copy_(reversed_back_L)

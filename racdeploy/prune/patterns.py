@@ -1,12 +1,13 @@
-"""Which weights stay: exact counts for unstructured sparsity, N kept of M for semi-structured."""
+"""Which weights stay: exact counts for unstructured sparsity, N kept of M for semi-structured.
+
+Every pattern has the three functions that :class:`Unstructured` explains.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-
-from racdeploy.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Unstructured:
         """
         O, C = score_OC.shape
         target = round(self.sparsity * O * (column + C))
-        count = min(max(target - pruned_before, 0), score_OC.numel())
+        count = min(max(target - pruned_before, 0), O * C)
         if not count:
             return torch.ones_like(score_OC, dtype=torch.bool)
 
@@ -53,9 +54,6 @@ class Unstructured:
         """Return the width of the column slices for which masks are chosen together."""
         return column_block
 
-    def check(self, name: str, inputs: int) -> None:
-        """Every width fits."""
-
 
 @dataclass(frozen=True)
 class NOfM:
@@ -70,28 +68,15 @@ class NOfM:
         score_OGS = score_OC.view(O, C // self.of, self.of)
         order_OGS = torch.argsort(score_OGS, dim=-1, descending=True, stable=True)
         keep_OGS = torch.zeros_like(score_OGS, dtype=torch.bool)
-        keep_OGS.scatter_(-1, order_OGS[..., : self.kept], True)
+        best_OGX = order_OGS[..., : self.kept]
+        keep_OGS.scatter_(-1, best_OGX, True)
         return keep_OGS.view(O, C)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        """Return keep_OI; groups never reach beyond one row anyway."""
-        return self.keep(score_OI)
+        return self.keep(score_OI)  # groups never reach beyond one row anyway
 
     def group(self, column_block: int) -> int:
-        """Return the width of one group: masks are chosen group by group."""
         return self.of
-
-    def check(self, name: str, inputs: int) -> None:
-        """Refuse a width that groups of M do not divide.
-
-        Raises:
-            UsageError: naming the linear and the widths.
-        """
-        if inputs % self.of:
-            raise UsageError(
-                f"pattern {self.kept}:{self.of} does not divide the {inputs} inputs of {name}",
-                remedy=f"choose an M that divides {inputs}, or --pattern unstructured",
-            )
 
 
 @dataclass(frozen=True)
@@ -107,22 +92,16 @@ class Within:
     gone_OI: torch.Tensor
 
     def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
-        """Return keep_OC of the pattern."""
         gone_OC = self.gone_OI[:, column : column + score_OC.shape[1]]
         score_OC = score_OC.masked_fill(gone_OC, -1.0)
         return self.pattern.keep(score_OC, column, pruned_before)
 
     def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        """Return keep_OI of the pattern."""
         score_OI = score_OI.masked_fill(self.gone_OI, -1.0)
         return self.pattern.keep_per_output(score_OI)
 
     def group(self, column_block: int) -> int:
-        """Return the pattern's width."""
         return self.pattern.group(column_block)
-
-    def check(self, name: str, inputs: int) -> None:
-        self.pattern.check(name, inputs)
 
 
 Pattern = Unstructured | NOfM | Within

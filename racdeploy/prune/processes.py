@@ -8,7 +8,6 @@ result is that of one process, bit for bit. Messages go through gloo.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure, MissingExtraError
+from racdeploy import plugins
+from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +36,7 @@ _REMEDY = (
 
 
 class Processes:
-    """All processes of a job, seen from one of them. One process alone sends nothing.
-
-    Args:
-        rank: number of this process; 0 runs the command and writes the results.
-    """
+    """All processes of a job, seen from the one of number ``rank``. One alone sends nothing."""
 
     def __init__(
         self, rank: int = 0, count: int = 1, group: Any = None, members: Any = None
@@ -56,8 +52,7 @@ class Processes:
 
     def owners(self, costs: Sequence[int]) -> list[int]:
         """Return a process for each piece of work: the largest first, to whoever has least."""
-        loads = [0] * self.count
-        owners = [0] * len(costs)
+        loads, owners = [0] * self.count, [0] * len(costs)
         largest_first = sorted(range(len(costs)), key=lambda index: -costs[index])
         for index in largest_first:
             owner = loads.index(min(loads))
@@ -67,8 +62,7 @@ class Processes:
 
     def mine(self, costs: Sequence[int]) -> list[int]:
         """Return the indices of the pieces of work that this process does."""
-        owners = self.owners(costs)
-        return [index for index, owner in enumerate(owners) if owner == self.rank]
+        return [index for index, owner in enumerate(self.owners(costs)) if owner == self.rank]
 
     def total(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
         """Add up a tensor over all processes, in place, in those that own it.
@@ -129,10 +123,9 @@ class Processes:
 
     @contextmanager
     def job(self, name: str, same: Mapping[str, str], given: Mapping[str, Any]) -> Iterator[None]:
-        """While the body runs, the other processes do the same job; for the first process.
+        """While the body runs, the others do the same job; for the first process.
 
-        Args:
-            same: what all processes must have in common.
+        All must have in common what ``same`` says.
         """
         self._waiting = False
         self.tell((name, same, given))
@@ -151,19 +144,17 @@ class Processes:
             name, wanted, given = found
             different = [key for key, value in same(name).items() if value != wanted[key]]
             if different:
+                names = ", ".join(different)
                 raise ArtifactError(
-                    f"process {self.rank} is not like the first one; "
-                    f"they differ in {', '.join(different)}",
+                    f"process {self.rank} is not like the first one; they differ in {names}",
                     remedy="give every machine the same model folder, "
                     "and the same racdeploy, torch and transformers",
                 )
+
             yield name, given
 
     def each(self, do: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return what the processes make of one item each; for the first process.
-
-        Fewer items than processes leave some idle.
-        """
+        """Return what the processes make of one item each, some idle; for the first process."""
         self.tell(items)
         return self.all(do(items[0]))[: len(items)]
 
@@ -189,12 +180,12 @@ def join_processes() -> Iterator[Processes]:
     Raises:
         EngineError: the others do not come, or one of them is gone.
     """
-    if not _is_one_of_several():
+    is_set = all(os.environ.get(name) for name in _ENVIRONMENT)
+    if not is_set or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError("torch", "prune")
 
+    plugins.require("torch")
     import torch.distributed as group
 
     before = signal.signal(signal.SIGTERM, _on_terminate)
@@ -217,12 +208,6 @@ def join_processes() -> Iterator[Processes]:
             processes._members = members = None
 
     signal.signal(signal.SIGTERM, before)
-
-
-def _is_one_of_several() -> bool:
-    if not all(os.environ.get(name) for name in _ENVIRONMENT):
-        return False
-    return os.environ["WORLD_SIZE"] != "1"
 
 
 @contextmanager

@@ -24,30 +24,19 @@ def prune_and_refit(
 ) -> Pruned:
     """Return what a method leaves of a linear, solved again on its mask if the recipe asks for it.
 
-    ``method`` is a plugin of kind ``methods``; ``weight_OI``, before pruning, is not changed.
+    ``weight_OI``, before pruning, is not changed.
     """
     pruned: Pruned = method.prune(weight_OI.clone(), hessian, pattern, settings)
     if not settings.refit_steps:
         return pruned
-    found_OI = refit(pruned.weight_OI, pruned.keep_OI, weight_OI, hessian, settings.refit_steps)
-    return Pruned(found_OI, pruned.keep_OI)
+    return Pruned(refit(pruned, weight_OI, hessian, settings.refit_steps), pruned.keep_OI)
 
 
-def refit(
-    weight_OI: torch.Tensor,
-    keep_OI: torch.Tensor,
-    target_OI: torch.Tensor,
-    hessian: Hessian,
-    steps: int,
-) -> torch.Tensor:
-    """Return weights on the same mask with at most the error of ``weight_OI``.
-
-    Args:
-        weight_OI: where to start; only its kept weights count.
-    """
-    weight_OI = weight_OI * keep_OI
+def refit(pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, steps: int) -> torch.Tensor:
+    """Return weights on the mask of a pruned linear, with at most its error."""
+    weight_OI = pruned.weight_OI * pruned.keep_OI
     pull_OI = (target_OI - weight_OI) @ hessian.matrix_II
-    descend(weight_OI, pull_OI, keep_OI, hessian.matrix_II, steps)
+    descend(weight_OI, pull_OI, pruned.keep_OI, hessian.matrix_II, steps)
     return weight_OI
 
 

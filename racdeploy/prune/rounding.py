@@ -5,8 +5,7 @@ rounding did. Then every column is visited in turn, again and again, and the err
 falls with every step: each weight moves to the grid point that is best while all others stay, and
 each quant block's scale to the one that is best for its codes. The weight of largest magnitude of a
 quant block keeps the code of largest magnitude at any scale: quantizing the result again gives the
-same scale and codes. Knows of a format what :class:`racdeploy.quant.Grid` says, and no file's
-layout.
+same scale and codes.
 Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 2210.17323), with
 scales that move.
 """
@@ -18,6 +17,7 @@ import math
 import torch
 
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.methods import Pruned
 from racdeploy.prune.refit import descend
 from racdeploy.quant import Grid
 
@@ -30,35 +30,23 @@ _CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of 1 MB st
 
 
 def round_to_grid(
-    weight_OI: torch.Tensor,
-    keep_OI: torch.Tensor,
-    target_OI: torch.Tensor,
-    hessian: Hessian,
-    quant: Grid,
+    pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> torch.Tensor:
     """Return weights that ``quant`` stores exactly, zero off the mask.
 
-    Args:
-        target_OI: weights before pruning.
-        quant: a number format whose codes are whole multiples of a block's scale.
+    ``target_OI`` are the weights before pruning.
     """
-    code_OI, step_OG = find_codes(weight_OI, keep_OI, target_OI, hessian, quant)
-    return code_OI.mul_(step_OG.repeat_interleave(quant.BLOCK, dim=1))
+    code_OI, step_OG = find_codes(pruned, target_OI, hessian, quant)
+    step_OI = step_OG.repeat_interleave(quant.BLOCK, dim=1)
+    return code_OI.mul_(step_OI)
 
 
 def find_codes(
-    weight_OI: torch.Tensor,
-    keep_OI: torch.Tensor,
-    target_OI: torch.Tensor,
-    hessian: Hessian,
-    quant: Grid,
+    pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, whole numbers in float32, and step_OG, scales that half precision has.
-
-    The arguments are those of :func:`round_to_grid`.
-    """
-    search = _Search(weight_OI * keep_OI, keep_OI, target_OI, hessian.matrix_II, quant)
-    I = weight_OI.shape[1]
+    """Return code_OI, whole numbers in float32, and step_OG, scales that half precision has."""
+    search = _Search(pruned, target_OI, hessian.matrix_II, quant)
+    I = target_OI.shape[1]
     width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
 
     for start in range(0, I, width):
@@ -71,30 +59,28 @@ def find_codes(
         search.visit(0, I, scales=True)
 
     for _ in range(CODE_SWEEPS):
-        if not search.visit(0, I, scales=False):
+        moved = search.visit(0, I, scales=False)
+        if not moved:
             break
 
-    return search.codes(), search.step_OG
+    step_OI = _divisor(search.step_OG).repeat_interleave(quant.BLOCK, dim=1)
+    code_OI = (search.weight_OI / step_OI).round_()
+    return code_OI, search.step_OG
 
 
 class _Search:
     """Weights on their way to the grid, and the pull on each: minus half the slope of the error."""
 
     def __init__(
-        self,
-        weight_OI: torch.Tensor,
-        keep_OI: torch.Tensor,
-        target_OI: torch.Tensor,
-        H_II: torch.Tensor,
-        quant: Grid,
+        self, pruned: Pruned, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
     ) -> None:
         self.H_II, self.target_OI = H_II, target_OI
-        self.S = quant.BLOCK
-        self.low, self.high = quant.CODES
+        self.S, self.codes = quant.BLOCK, quant.CODES
+        weight_OI = pruned.weight_OI * pruned.keep_OI
         self.step_OG, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
 
         has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
-        self.free_OI = keep_OI & has_scale_OI & (pinned_OI == 0)
+        self.free_OI = pruned.keep_OI & has_scale_OI & (pinned_OI == 0)
         pinned_OI *= self.step_OG.repeat_interleave(self.S, dim=1)
         self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
         self.pull_OI = (target_OI - self.weight_OI) @ H_II
@@ -104,29 +90,23 @@ class _Search:
 
         The pull on the columns before is wrong afterwards.
         """
-        own = slice(start, None)
-        descend(
-            self.weight_OI[:, own],
-            self.pull_OI[:, own],
-            self.free_OI[:, own],
-            self.H_II[own, own],
-            DESCENT_STEPS,
-        )
+        weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
+        H_CC = self.H_II[start:, start:]
+        descend(weight_OC, pull_OC, self.free_OI[:, start:], H_CC, DESCENT_STEPS)
 
     def recompute_pull(self) -> None:
-        """Compute the pull on every column from the weights."""
         off_OI = self.target_OI - self.weight_OI
         torch.matmul(off_OI, self.H_II, out=self.pull_OI)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
         """Move each weight of the columns to its best grid point; return if any moved.
 
-        Args:
-            scales: whether each scale moves to its best value, too.
+        With ``scales``, each scale moves to its best value, too.
         """
         moved = False
         for first in range(start, stop, CHUNK_COLUMNS):
-            chunk = slice(first, min(first + CHUNK_COLUMNS, stop))
+            last = min(first + CHUNK_COLUMNS, stop)
+            chunk = slice(first, last)
 
             # Work on whole columns: transpose once, so that a column is contiguous.
             weight_CO = _transpose(self.weight_OI[:, chunk])
@@ -135,19 +115,19 @@ class _Search:
             before_CO = weight_CO.clone()
             H_CC = self.H_II[chunk, chunk]
 
-            steps_OX = self.step_OG[
-                :, first // self.S : chunk.stop // self.S
-            ]  # X: blocks of the chunk
+            steps_OX = self.step_OG[:, first // self.S : last // self.S]  # X: blocks of the chunk
             for index, step_O in enumerate(steps_OX.unbind(1)):
-                block = slice(index * self.S, (index + 1) * self.S)
-                weight_SO, pull_SO = weight_CO[block], pull_CO[block].clone()
+                begin = index * self.S
+                block = slice(begin, begin + self.S)
                 H_SS = H_CC[block, block]
+                weight_SO, pull_SO = weight_CO[block], pull_CO[block].clone()
                 self._move(weight_SO, pull_SO, free_CO[block], H_SS, _divisor(step_O))
                 if scales:
                     _fit_scales(weight_SO, pull_SO, H_SS, step_O)
 
                 # The other columns of the chunk feel this block's moves at once …
-                pull_CO.addmm_(H_CC[:, block], weight_SO - before_CO[block], alpha=-1)
+                change_SO = weight_SO - before_CO[block]
+                pull_CO.addmm_(H_CC[:, block], change_SO, alpha=-1)
 
             # … and the rest of the row feels the chunk's.
             change_CO = weight_CO - before_CO
@@ -156,10 +136,6 @@ class _Search:
             moved |= bool(change_CO.any())
 
         return moved
-
-    def codes(self) -> torch.Tensor:
-        step_OI = _divisor(self.step_OG).repeat_interleave(self.S, dim=1)
-        return (self.weight_OI / step_OI).round_()
 
     def _move(
         self,
@@ -170,13 +146,18 @@ class _Search:
         step_O: torch.Tensor,
     ) -> None:
         """Move a block's weights in place, one column after the other, and the pull on them."""
-        columns = zip(weight_SO, pull_SO, free_SO, H_SS, H_SS.diagonal(), strict=True)
+        curve_S = H_SS.diagonal()
+        columns = zip(weight_SO, pull_SO, free_SO, H_SS, curve_S, strict=True)
         for weight_O, pull_O, free_O, H_S, curve in columns:
-            best_O = weight_O + pull_O / curve
-            code_O = best_O.div_(step_O).round_().clamp_(self.low, self.high)
-            change_O = code_O.mul_(step_O).sub_(weight_O).mul_(free_O)
-            weight_O += change_O
-            pull_SO.addr_(H_S, change_O, alpha=-1)
+            move_O = pull_O / curve
+            move_O += weight_O
+            move_O.div_(step_O).round_()
+            move_O.clamp_(*self.codes).mul_(step_O)
+            move_O -= weight_O
+            move_O *= free_O
+
+            weight_O += move_O
+            pull_SO.addr_(H_S, move_O, alpha=-1)
 
 
 def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
@@ -186,10 +167,7 @@ def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
 def _fit_scales(
     weight_SO: torch.Tensor, pull_SO: torch.Tensor, H_SS: torch.Tensor, step_O: torch.Tensor
 ) -> None:
-    """Move a block's scales, in place, to the best ones for its codes.
-
-    A scale stays where half precision has no better one.
-    """
+    """Move a block's scales, in place, to the best ones that half precision has for its codes."""
     code_SO = (weight_SO / _divisor(step_O)).round_()
     pull_O = (code_SO * pull_SO).sum(0)
     curve_O = ((H_SS @ code_SO) * code_SO).sum(0)
@@ -216,8 +194,8 @@ def _start_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return step_OG and pinned_OI: the code of each block's largest weight, 0 elsewhere.
 
-    Of the scales that are SPANS of what the format would choose, a block takes that of the least
-    squared error, each weighted with the energy of its input.
+    Of the scales to try, a block takes that of the least squared error, weighted with the energy of
+    the inputs.
     """
     own_OG, pinned_OI = _choose_pinned(weight_OI, quant)
     energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
@@ -233,10 +211,13 @@ def _start_scales(
         least_OG = torch.full_like(format_OG, torch.inf)
         for span in SPANS:
             tried_OG = (format_OG * span).half().float()
-            code_OGS = (weight_OGS / _divisor(tried_OG)[:, :, None]).round_()
-            code_OGS = torch.where(pinned_OGS == 0, code_OGS.clamp_(*quant.CODES), pinned_OGS)
-            square_OGS = code_OGS.mul_(tried_OG[:, :, None]).sub_(weight_OGS).square_()
-            error_OG = square_OGS.mul_(energy_1GS).sum(2)
+            code_OGS = weight_OGS / _divisor(tried_OG)[:, :, None]
+            code_OGS.round_().clamp_(*quant.CODES)
+            code_OGS = torch.where(pinned_OGS == 0, code_OGS, pinned_OGS)
+
+            lost_OGS = code_OGS.mul_(tried_OG[:, :, None])
+            lost_OGS -= weight_OGS
+            error_OG = lost_OGS.square_().mul_(energy_1GS).sum(2)
 
             better_OG = error_OG < least_OG
             least_OG = torch.where(better_OG, error_OG, least_OG)
@@ -249,16 +230,19 @@ def _choose_pinned(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, 
     """Return step_OG, the scales that the format would choose, and pinned_OI, their codes.
 
     The pinned code is the one of largest magnitude, also where half precision has too few digits
-    for
-    the scale to give the weight that very code: with another one the format would choose another
-    scale next time.
+    for the scale to give the weight that very code: with another one the format would choose
+    another scale next time.
     """
     stored = quant.quantize(weight_OI.cpu().numpy())
-    step_OG = torch.from_numpy(quant.steps(stored).copy()).to(weight_OI.device)
+    steps = quant.steps(stored).copy()
+    step_OG = torch.from_numpy(steps).to(weight_OI.device)
 
-    weight_OGS = weight_OI.view(len(weight_OI), -1, quant.BLOCK)
+    weight_OGS = weight_OI.view(*step_OG.shape, quant.BLOCK)
     place_OG1 = weight_OGS.abs().argmax(2, keepdim=True)
-    sign_OG1 = weight_OGS.gather(2, place_OG1).sign() * step_OG.sign()[:, :, None]
+    code_OG1 = weight_OGS.gather(2, place_OG1).sign()
+    code_OG1 *= step_OG.sign()[:, :, None]
+    code_OG1 *= max(map(abs, quant.CODES))
+
     pinned_OGS = torch.zeros_like(weight_OGS)
-    pinned_OGS.scatter_(2, place_OG1, sign_OG1 * max(map(abs, quant.CODES)))
+    pinned_OGS.scatter_(2, place_OG1, code_OG1)
     return step_OG, pinned_OGS.view_as(weight_OI)

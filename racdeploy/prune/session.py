@@ -21,7 +21,6 @@ class Session:
     """One process's view of a pruning.
 
     Args:
-        blocks: of the dense model.
         batches: of this process.
         everyones: calibration batches of all processes.
         weights_R: what a token of each stream counts, where the blocks are.

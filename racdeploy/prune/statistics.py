@@ -10,7 +10,6 @@ GPTAQ (arXiv 2504.02692).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,14 +30,13 @@ SLICES, LEAST_SLICE = 8, 256
 class InputStatistic:
     """Sums over the calibration tokens of one input.
 
-    Args:
-        weights_R: weight of a token of each stream, on the device where the sums are kept.
-        match: dense weights of the linears that are solved for the dense model's output; none
-            gathers no drift.
-
     After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared
     input of each column. The drift is gathered as W D, one row per output, where that is smaller
     than D.
+
+    Args:
+        weights_R: weight of a token of each stream, on the device where the sums are kept.
+        match: dense weights of the linears that are solved for the dense model's output.
     """
 
     width: int
@@ -52,23 +50,21 @@ class InputStatistic:
 
     def __post_init__(self) -> None:
         I = self.width
-        outputs = sum(len(weight_OI) for weight_OI in self.match)
+        outputs = sum(map(len, self.match))
         self._projected = 2 * outputs <= I  # W D then takes less time, too
         rows = outputs if self._projected else I
 
         zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
-        self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
-        self._drift = zeros(rows, I) if self.match else zeros(0, 0)
         self._weight = zeros(())
+        self._drift = zeros(rows if self.match else 0, I)
+        self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
 
     def add(
         self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor
     ) -> None:
-        """Add a batch; positions whose stream is ``PAD`` do not count.
+        """Add the input of a batch; where the drift is gathered, in the dense model too.
 
-        Args:
-            sparse_BTI: the input in the partly pruned model.
-            dense_BTI: the input in the dense model, where the drift is gathered.
+        Positions whose stream is ``PAD`` do not count.
         """
         stream_BT = stream_BT.to(self.weights_R.device)
         real_BT = stream_BT != PAD
@@ -78,26 +74,29 @@ class InputStatistic:
         # The root of the weight goes into both factors of the product.
         root_N1 = weight_N.sqrt()[:, None]
         x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
+
         for (start, stop), sum_CX in zip(_slices(self.width), self._sums, strict=True):
-            sum_CX += x_NI[:, start:stop].T @ x_NI[:, start:]
+            rows_CN = x_NI[:, start:stop].T
+            sum_CX += rows_CN @ x_NI[:, start:]
 
         if not self.match:
             return
 
         assert dense_BTI is not None, "the drift needs the dense input"
-        delta_NX = dense_BTI[real_BT].float().mul_(root_N1).sub_(x_NI)
+        delta_NX = dense_BTI[real_BT].float().mul_(root_N1)
+        delta_NX -= x_NI
         if self._projected:
             delta_NX = torch.cat([delta_NX @ weight_OI.T for weight_OI in self.match], 1)
 
         for start, stop in _slices(delta_NX.shape[1]):
-            self._drift[start:stop] += delta_NX[:, start:stop].T @ x_NI
+            rows_CN = delta_NX[:, start:stop].T
+            self._drift[start:stop] += rows_CN @ x_NI
 
     def share(self, processes: Processes, owners: Sequence[int]) -> None:
         """Add up what the processes of a job gathered; only owners of a linear keep the sums."""
         energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._drift):
             processes.total(part, owners)
-
         for part in (energy_I, self._weight):
             processes.total(part)
 
@@ -121,8 +120,10 @@ class InputStatistic:
 
         matrix_II = self.weights_R.new_empty(self.width, self.width, dtype=torch.float32)
         for start, stop in _slices(self.width):
-            matrix_II[start:stop, start:] = self._sums.pop(0).div_(self._weight)
+            sum_CX = self._sums.pop(0)
+            matrix_II[start:stop, start:] = sum_CX.div_(self._weight)
             matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
+            del sum_CX  # before the next slice, for the sake of memory
 
         return Hessian(matrix_II, damping)
 
@@ -134,15 +135,13 @@ class InputStatistic:
         """
         drift_XI = self._drift.div_(self._weight).float()
         del self._drift
-        starts = list(itertools.accumulate((len(weight_OI) for weight_OI in self.match), initial=0))
+        outputs = [len(weight_OI) for weight_OI in self.match]
+        parts = drift_XI.split(outputs) if self._projected else ()
 
         found = {}
         for index in indices:
             weight_OI = self.match[index]
-            if self._projected:
-                part_OI = drift_XI[starts[index] : starts[index + 1]]
-            else:
-                part_OI = weight_OI @ drift_XI
+            part_OI = parts[index] if self._projected else weight_OI @ drift_XI
             found[index] = weight_OI + hessian.solve(part_OI)
 
         return found

@@ -1,113 +1,147 @@
-"""Look at every linear of the dense model once, before anything is pruned."""
+"""The sparsity of every pruned linear, decided once, before the walk.
+
+An allocation that asks for it surveys the dense model first: it looks at every linear once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
 import torch
 from torch import nn
 
-from racdeploy.prune.allocations import Effect, Observation
+from racdeploy import plugins
+from racdeploy.prune.allocations import Effect, Observation, Shares
 from racdeploy.prune.batches import Batch
-from racdeploy.prune.blocks import Blocks, put
+from racdeploy.prune.blocks import put
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
+from racdeploy.storage.files import read_json, write_atomic
 
 Observe = Callable[[torch.Tensor, Hessian, Effect], Observation]
 
 
+def decide_shares(session: Session) -> Shares:
+    """Return the sparsity of each linear that is pruned, or read what an earlier run decided."""
+    file = session.folder / "allocation.json"
+    processes, settings = session.processes, session.settings
+
+    if not processes.ask_first(file.is_file):
+        plugin = plugins.load("allocations", settings.allocation)
+
+        def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
+            found: Observation = plugin.observe(weight_OI, hessian, effect, settings)
+            return found
+
+        sizes = _count_weights(session)
+        observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
+        shares = plugin.allocate(observations, sizes, settings.sparsity)
+        if processes.first:
+            values = {"shares": shares, "observations": observations}
+            write_atomic(file, json.dumps(values, indent=1))
+
+    decided: Shares = processes.ask_first(lambda: read_json(file)["shares"])
+    return decided
+
+
+def _count_weights(session: Session) -> dict[str, int]:
+    blocks = session.blocks
+    sizes = {}
+    for index in range(blocks.checkpoint.block_count):
+        for linear in blocks.checkpoint.family.linears:
+            name = f"{blocks.prefix(index)}.{linear}"
+            if any(re.search(pattern, name) for pattern in session.settings.dense):
+                continue
+            sizes[name] = math.prod(blocks.checkpoint.entries[f"{name}.weight"].shape)
+
+    return sizes
+
+
 def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[str, Observation]:
-    """Return what ``observe`` makes of each linear, from its weights, its Hessian and its effect.
+    """Return what ``observe`` makes of each linear of these names.
 
     Effects are measured on the one batch that counts most, the same in each process.
-
-    Args:
-        session: the model and the batches.
-        wanted: names of the linears.
-        observe: called for each linear, in forward order.
     """
-    blocks, batches, weights_R = session.blocks, session.fitted, session.weights_R
-    probe = max(session.everyones, key=lambda batch: float(_weigh_tokens(batch, weights_R).sum()))
+    blocks = session.blocks
+    totals = [float(_weigh_tokens(batch, session).sum()) for batch in session.everyones]
+    probe = session.everyones[totals.index(max(totals))]
     (probe_BTD,) = blocks.embed([probe])
 
-    order: list[str] = []
     found: dict[str, Observation] = {}
-    with closing(Flow(blocks, batches, session.folder, "survey")) as flow:
-        for place, hidden_BTD in enumerate(blocks.embed(batches)):
+    with closing(Flow(blocks, session.fitted, session.folder, "survey")) as flow:
+        for place, hidden_BTD in enumerate(blocks.embed(session.fitted)):
             flow.hidden[place] = hidden_BTD
 
         for index in range(blocks.checkpoint.block_count):
-            block = blocks.load(index)
-            effects = _Effects(blocks, block, probe_BTD, weights_R, probe)
-            for group, linears in enumerate(blocks.checkpoint.family.input_groups):
-                names = {f"{blocks.prefix(index)}.{linear}": linear for linear in linears}
-                names = {name: linear for name, linear in names.items() if name in wanted}
-                if not names:
-                    continue
+            block, prefix = blocks.load(index), f"{blocks.prefix(index)}."
+            own = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+            effects = _Effects(session, block, probe_BTD, probe)
+            for linear, observation in _observe_block(session, flow, block, own, observe, effects):
+                found[prefix + linear] = observation
 
-                order += names
-                statistic = InputStatistic(blocks.widths()[group], weights_R)
-                for place, batch in enumerate(batches):
-                    statistic.add(flow.input(block, group, place), None, batch.stream_BT)
-                found |= _observe_own(session, block, names, statistic, observe, effects)
-
-            for place in range(len(batches)):
+            for place in range(len(session.fitted)):
                 flow.leave(block, place)
             probe_BTD = effects.output_BTD
             block.to("meta")
             session.report("survey", index + 1)
 
-    everything: dict[str, Observation] = {}
+    everyones: dict[str, Observation] = {}
     for part in session.processes.all(found):
-        everything |= part
-    return {name: everything[name] for name in order}
+        everyones |= part
+    return {name: everyones[name] for name in wanted}
 
 
-def _observe_own(
+def _observe_block(
     session: Session,
+    flow: Flow,
     block: nn.Module,
-    names: Mapping[str, str],
-    statistic: InputStatistic,
+    wanted: Sequence[str],
     observe: Observe,
     effects: _Effects,
-) -> dict[str, Observation]:
-    """Observe those of a group's linears, name → place in the block, that this process owns."""
+) -> Iterator[tuple[str, Observation]]:
+    """Yield those of a block's wanted linears that this process owns, and what is seen of them."""
     processes = session.processes
-    weights = [block.get_parameter(f"{linear}.weight") for linear in names.values()]
-    owners = processes.owners([weight_OI.numel() for weight_OI in weights])
-    statistic.share(processes, owners)
-    if processes.rank not in owners:
-        return {}
+    widths = session.blocks.widths()
+    for group, linears in enumerate(session.blocks.checkpoint.family.input_groups):
+        names = [linear for linear in linears if linear in wanted]
+        if not names:
+            continue
 
-    hessian = statistic.hessian(session.settings.damping)
-    found = {}
-    for (name, linear), weight_OI, owner in zip(names.items(), weights, owners, strict=True):
-        if owner == processes.rank:
-            live_OI = weight_OI * ~hessian.dead_I
-            found[name] = observe(live_OI, hessian, partial(effects.measure, linear))
+        statistic = InputStatistic(widths[group], session.weights_R)
+        for place, batch in enumerate(session.fitted):
+            input_BTI = flow.input(block, group, place)
+            statistic.add(input_BTI, None, batch.stream_BT)
 
-    return found
+        weights = [block.get_parameter(f"{name}.weight") for name in names]
+        owners = processes.owners([weight_OI.numel() for weight_OI in weights])
+        statistic.share(processes, owners)
+        if processes.rank not in owners:
+            continue
+
+        hessian = statistic.hessian(session.settings.damping)
+        for name, weight_OI, owner in zip(names, weights, owners, strict=True):
+            if owner == processes.rank:
+                live_OI = weight_OI * ~hessian.dead_I
+                yield name, observe(live_OI, hessian, partial(effects.measure, name))
 
 
 class _Effects:
     """What a change of one linear does to the output of its block."""
 
     def __init__(
-        self,
-        blocks: Blocks,
-        block: nn.Module,
-        hidden_BTD: torch.Tensor,
-        weights_R: torch.Tensor,
-        batch: Batch,
+        self, session: Session, block: nn.Module, hidden_BTD: torch.Tensor, batch: Batch
     ) -> None:
-        self._blocks, self._block, self._hidden_BTD = blocks, block, hidden_BTD
-        self.output_BTD = blocks.forward(block, hidden_BTD)
-        self._real_BT = blocks.place(batch.stream_BT != PAD)
-        self._weight_N = _weigh_tokens(batch, weights_R)
+        self._blocks, self._block, self._hidden_BTD = session.blocks, block, hidden_BTD
+        self.output_BTD = self._blocks.forward(block, hidden_BTD)
+        self._real_BT = self._blocks.place(batch.stream_BT != PAD)
+        self._weight_N = _weigh_tokens(batch, session)
 
     def measure(self, linear: str, weight_OI: torch.Tensor) -> float:
         """Return the mean over tokens of |change|² / |output|² with these weights in the linear."""
@@ -118,12 +152,16 @@ class _Effects:
         put(self._block, parameter, dense_OI)
 
         output_ND = self.output_BTD[self._real_BT]
-        change_N = (changed_BTD[self._real_BT] - output_ND).square().sum(-1)
-        share_N = torch.where(change_N > 0, change_N / output_ND.square().sum(-1), 0)
-        return float(share_N @ self._weight_N / self._weight_N.sum())
+        change_ND = changed_BTD[self._real_BT] - output_ND
+        change_N = change_ND.square().sum(-1)
+        energy_N = output_ND.square().sum(-1)
+
+        weight_N = self._weight_N
+        share_N = torch.where(change_N > 0, change_N / energy_N, 0)
+        return float(share_N @ weight_N / weight_N.sum())
 
 
-def _weigh_tokens(batch: Batch, weights_R: torch.Tensor) -> torch.Tensor:
+def _weigh_tokens(batch: Batch, session: Session) -> torch.Tensor:
     """Return what each token of a batch counts; padding is left out."""
     stream_N = batch.stream_BT[batch.stream_BT != PAD]
-    return weights_R[stream_N.to(weights_R.device)]
+    return session.weights_R[stream_N.to(session.weights_R.device)]

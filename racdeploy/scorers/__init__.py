@@ -1,9 +1,8 @@
 """Whether an answer is right: one file per scorer.
 
 A scorer has ``score(answer, gold, argument) -> Scored`` and, where it takes an argument or needs a
-package, ``check(argument)``. ``answer`` is the text after the thinking: the caller has split the
-thinking off first, because a truncated thought often mentions the right number. What was found, and
-how, is part of the result. None runs code that a model wrote.
+package, ``check(argument)``. ``answer`` is the text after the thinking, because a truncated thought
+often mentions the right number. None runs code that a model wrote.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Scored:
     """A scored answer.
 
     Args:
-        correct: whether it is right.
         extracted: what was compared with the gold answer, or None.
         how: where it was found, or why nothing was.
     """
@@ -34,10 +32,7 @@ class Scored:
 
 
 def check(spec: str) -> None:
-    """Look at a scorer before any work.
-
-    Args:
-        spec: name of a scorer, or ``NAME:ARGUMENT``; empty is the default.
+    """Look at a scorer, ``NAME`` or ``NAME:ARGUMENT``, before any work; empty is the default.
 
     Raises:
         UsageError: no such scorer, or a bad or needless argument.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
-from racdeploy.problems.extract import (
-    as_number,
-    equal_answers,
-    extract_boxed,
-    extract_hash_mark,
-    extract_last_number,
-)
+from racdeploy.problems import extract
 from racdeploy.scorers import Scored
+
+_EXTRACTORS = {
+    "boxed": extract.extract_boxed,
+    "after ####": extract.extract_hash_mark,
+    "last number": extract.extract_last_number,
+}
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:
     """Compare what is found first; a gold answer in words also counts as the last words."""
     found, how = _find(answer)
-    if found is not None and equal_answers(found, gold):
+    if found is not None and extract.equal_answers(found, gold):
         return Scored(True, found, how)
 
-    if as_number(gold) is None and how != "boxed":
+    if extract.as_number(gold) is None and how != "boxed":
         lines = answer.strip().splitlines() or [""]
         said = re.findall(r"\w+", lines[-1].casefold())
         words = re.findall(r"\w+", gold.casefold())
@@ -31,13 +31,8 @@ def score(answer: str, gold: str, argument: str) -> Scored:
 
 
 def _find(answer: str) -> tuple[str | None, str]:
-    extractors = {
-        "boxed": extract_boxed,
-        "after ####": extract_hash_mark,
-        "last number": extract_last_number,
-    }
-    for how, extract in extractors.items():
-        found = extract(answer)
+    for how, find in _EXTRACTORS.items():
+        found = find(answer)
         if found is not None:
             return found, how
 

@@ -10,17 +10,12 @@ from racdeploy.scorers import Scored
 
 
 def check(argument: str) -> None:
-    """Refuse an expression that is none.
-
-    Raises:
-        UsageError: it is empty or does not compile.
-    """
+    """Refuse an expression that does not compile, or that an empty answer matches."""
     try:
         compiled = re.compile(argument)
     except re.error as error:
-        raise UsageError(
-            f"scorer regex: {argument!r} is not a regular expression: {error}"
-        ) from error
+        reason = f"scorer regex: {argument!r} is not a regular expression: {error}"
+        raise UsageError(reason) from error
 
     if not argument or compiled.match(""):
         raise UsageError(

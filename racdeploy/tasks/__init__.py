@@ -1,9 +1,8 @@
 """What is asked of a model: one file per task.
 
 A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
-list[Problem]``. Each problem may name its scorer (``racdeploy.scorers``). Which split a
-question belongs to is decided by a hash of its text, so training, calibration and evaluation never
-share one, whatever the seeds.
+list[Problem]``. Which split a question belongs to is decided by a hash of its text, so training,
+calibration and evaluation never share one, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class Problem:
         gold: the right answer, as its scorer expects it.
         thinking: a worked solution, where the task can write one (training only).
         task: the task's specification, filled in by :func:`problems_of`.
-        scorer: what decides whether an answer is right, see :mod:`racdeploy.scorers`; empty is its
-            default.
+        scorer: of :mod:`racdeploy.scorers`; empty is its default.
     """
 
     question: str
@@ -81,15 +79,13 @@ class Task:
 
     def serving(self, split: Split, *, whole: bool) -> Task:
         """Return the task for one split; with ``whole``, a file gives that split all it has."""
-        if self.draw is not None or not whole:
+        if self.draw or not whole:
             return self
         return replace(self, shares={split: (0.0, 1.0)})
 
     def available(self, split: Split) -> int | None:
         """Return how many problems a split of a file holds, or None where they are drawn."""
-        if self.draw is not None:
-            return None
-        return len(self._members(split))
+        return None if self.draw else len(self._members(split))
 
     def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return ``count`` distinct problems of a split, the same ones for the same seed.
@@ -98,20 +94,31 @@ class Task:
             UsageError: the task holds fewer problems in that split.
         """
         random = Random(f"{self.spec.partition(':')[0]}/{split}/{seed}")
-        if self.draw is None:
-            members = self._members(split)
-            random.shuffle(members)
-            return self._label(members[:count], split, count)
+        if self.draw:
+            found = self._draw_distinct(self.draw, random, split, count)
+        else:
+            found = self._members(split)
+            random.shuffle(found)
 
+        if len(found) < count:
+            raise UsageError(
+                f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
+                remedy="ask for fewer prompts in the recipe, or give a task with more of them",
+            )
+        return [replace(problem, task=self.spec) for problem in found[:count]]
+
+    def _draw_distinct(
+        self, draw: Callable[[Random], Problem], random: Random, split: Split, count: int
+    ) -> list[Problem]:
         found: dict[str, Problem] = {}
         for _ in range(count * _DRAWS_PER_PROBLEM):
             if len(found) == count:
                 break
-            problem = self.draw(random)
+            problem = draw(random)
             if self._serves(split, problem):
                 found.setdefault(problem.question, problem)
 
-        return self._label(list(found.values()), split, count)
+        return [*found.values()]
 
     def _members(self, split: Split) -> list[Problem]:
         return [problem for problem in self.pool if self._serves(split, problem)]
@@ -120,22 +127,10 @@ class Task:
         low, high = self.shares[split]
         return low <= split_share(problem.question) < high
 
-    def _label(self, found: list[Problem], split: Split, count: int) -> list[Problem]:
-        if len(found) < count:
-            raise UsageError(
-                f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
-                remedy="ask for fewer prompts in the recipe, or give a task with more of them",
-            )
-        return [replace(problem, task=self.spec) for problem in found]
-
 
 @dataclass(frozen=True)
 class TaskSet:
-    """What a model is asked: when it is verified, and when its traces are collected.
-
-    Args:
-        evaluation, calibration: the tasks of either, by specification; a file may serve both.
-    """
+    """What a model is asked, by specification: when it is verified, and when it is calibrated."""
 
     evaluation: Mapping[str, Task]
     calibration: Mapping[str, Task]
@@ -155,36 +150,34 @@ class TaskSet:
         calibration = tuple(calibration) or evaluation
         for specs in (evaluation, calibration):
             if len(set(specs)) < len(specs):
-                raise UsageError(
-                    f"a task is named twice: {', '.join(specs)}", remedy="name each task once"
-                )
+                twice = f"a task is named twice: {', '.join(specs)}"
+                raise UsageError(twice, remedy="name each task once")
 
-        loaded = {spec: load(spec) for spec in dict.fromkeys(evaluation + calibration)}
-        return cls(
-            {spec: loaded[spec] for spec in evaluation},
-            {spec: loaded[spec] for spec in calibration},
-        )
+        asked = {spec: load(spec) for spec in evaluation}
+        others = {spec: asked.get(spec) or load(spec) for spec in calibration}
+        return cls(asked, others)
 
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return up to ``count`` problems of a split, shared evenly among its tasks.
 
-        A file that serves both splits is shared out; one that serves a single split gives all it
-        has.
+        A file that serves a single split gives all it has.
 
         Raises:
             UsageError: a task has none.
         """
         asked = self.calibration if split == "calibration" else self.evaluation
-        alone = not set(self.evaluation) & set(self.calibration)
+        alone = self.evaluation.keys().isdisjoint(self.calibration)
         chosen = [task.serving(split, whole=alone) for task in asked.values()]
 
-        for available in [task.available(split) for task in chosen]:
+        for task in chosen:
+            available = task.available(split)
             if available is not None:
                 count = min(count, len(chosen) * available)
 
         if not count:
+            names = ", ".join(asked)
             raise UsageError(
-                f"task {', '.join(asked)} holds no {split} problem",
+                f"task {names} holds no {split} problem",
                 remedy="give a file with more problems, or another --calibration-task",
             )
 
@@ -192,12 +185,13 @@ class TaskSet:
 
     def identify_calibration(self) -> list[dict[str, str]]:
         """Return what decides the calibration prompts: names of tasks, hashes of their files."""
-        return [_identify(spec, task) for spec, task in self.calibration.items()]
-
-
-def _identify(spec: str, task: Task) -> dict[str, str]:
-    pool = "\n".join(f"{p.question}\0{p.gold}\0{p.scorer}" for p in task.pool)
-    return {"name": spec.partition(":")[0], "pool": hashlib.sha256(pool.encode()).hexdigest()}
+        identities = []
+        for spec, task in self.calibration.items():
+            name, _, _ = spec.partition(":")
+            lines = [f"{each.question}\0{each.gold}\0{each.scorer}" for each in task.pool]
+            pool = "\n".join(lines).encode()
+            identities.append({"name": name, "pool": hashlib.sha256(pool).hexdigest()})
+        return identities
 
 
 def load(spec: str) -> Task:
@@ -209,15 +203,14 @@ def load(spec: str) -> Task:
     name, colon, argument = spec.partition(":")
     module = plugins.load("tasks", name)
 
-    reads_file = hasattr(module, "read")
-    if reads_file and not argument:
-        raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
-    if not reads_file and colon:
+    if hasattr(module, "read"):
+        if not argument:
+            raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
+        pool = tuple(module.read(Path(argument)))
+        return Task(spec, None, pool, FILE_SHARES)
+
+    if colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
-
-    if reads_file:
-        return Task(spec, None, tuple(module.read(Path(argument))), FILE_SHARES)
-
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
 

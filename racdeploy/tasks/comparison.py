@@ -39,11 +39,10 @@ def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
     """Return the better number and the line that compares digit by digit."""
     relations = []
     for a, b in zip(str(number), str(best), strict=True):
-        if a == b:
-            relations.append(f"{a}={b}")
-            continue
-        relations.append(f"{a}>{b}" if a > b else f"{a}<{b}")
-        break
+        if a != b:
+            relations.append(f"{a}>{b}" if a > b else f"{a}<{b}")
+            break
+        relations.append(f"{a}={b}")
 
     better = max(number, best) if largest else min(number, best)
     return better, f"{number} and {best}:{','.join(relations)}, keep {better}."

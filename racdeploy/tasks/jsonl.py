@@ -24,47 +24,44 @@ def read(path: Path) -> list[Problem]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read {path}: {error}", remedy="give a UTF-8 .jsonl file"
-        ) from error
+        reason = f"cannot read {path}: {error}"
+        raise UsageError(reason, remedy="give a UTF-8 .jsonl file") from error
 
-    problems: dict[str, Problem] = {}
+    problems = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
-            problem = _parse(path, number, line)
+            problem = _parse(f"{path}:{number}", line)
             problems[problem.question] = problem
 
     if not problems:
-        raise UsageError(
-            f"{path} holds no problems", remedy='write {"question": …, "answer": …} lines'
-        )
-
-    return list(problems.values())
+        remedy = 'write {"question": …, "answer": …} lines'
+        raise UsageError(f"{path} holds no problems", remedy=remedy)
+    return [*problems.values()]
 
 
-def _parse(path: Path, number: int, line: str) -> Problem:
+def _parse(place: str, line: str) -> Problem:
     remedy = 'each line is {"question": "…", "answer": "…"}'
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}:{number} is not JSON: {error}", remedy=remedy) from error
+        raise UsageError(f"{place} is not JSON: {error}", remedy=remedy) from error
 
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
-        raise UsageError(f"{path}:{number} has no question", remedy=remedy)
+        raise UsageError(f"{place} has no question", remedy=remedy)
 
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UsageError(f"{path}:{number} has no answer", remedy=remedy)
+        raise UsageError(f"{place} has no answer", remedy=remedy)
 
     scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
-        raise UsageError(f"{path}:{number} has a scorer that is no name", remedy=remedy)
+        raise UsageError(f"{place} has a scorer that is no name", remedy=remedy)
 
     try:
         scorers.check(scorer)
     except UsageError as error:
-        raise UsageError(f"{path}:{number}: {error.message}", remedy=error.remedy) from error
+        raise UsageError(f"{place}: {error.message}", remedy=error.remedy) from error
 
     text = str(answer)
     return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)

@@ -12,7 +12,8 @@ WORDS_MIN, WORDS_MAX = 6, 9
 
 def draw(random: Random) -> Problem:
     """Draw six to nine different words of two or three syllables."""
-    words = dict.fromkeys(_word(random) for _ in range(random.randint(WORDS_MIN, WORDS_MAX)))
+    count = random.randint(WORDS_MIN, WORDS_MAX)
+    words = dict.fromkeys(_word(random) for _ in range(count))
     wanted = random.choice("".join(words) + VOWELS)
 
     seen = 0

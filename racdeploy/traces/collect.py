@@ -29,12 +29,7 @@ Asked = tuple[list[list[int]], Sampling]
 
 @dataclass(frozen=True)
 class Answering:
-    """What answers the prompts of whole shards.
-
-    Args:
-        answer: from prompts and sampling of up to ``together`` shards, the completions of each.
-        together: shards that are answered at the same time.
-    """
+    """Gives, for prompts and sampling of up to ``together`` shards, the completions of each."""
 
     answer: Callable[[Sequence[Asked]], list[list[Completion]]]
     together: int = 1
@@ -52,6 +47,7 @@ class _Reader:
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
         answer = self.encoder.decode(parts.answer_ids)
         ended = done.finish_reason == "stop"
+
         answer_from, correct = None, False
         if parts.state != "open":
             answer_from = len(done.ids) - ended - len(parts.answer_ids)
@@ -81,17 +77,16 @@ def collect(
     out: TraceSet,
     progress: Progress | None = None,
 ) -> list[Trace]:
-    """Answer every problem and append the traces, shard by shard; finished shards are read back.
-
-    Args:
-        tags: thinking tags, or None for a model that does not think.
-    """
+    """Answer every problem and append the traces, shard by shard; finished shards are read back."""
     reader = _Reader(encoder, tags, stop_ids)
     batch = settings.batch
     shards = [problems[start : start + batch] for start in range(0, len(problems), batch)]
-    files = [out.shard(number) for number in range(len(shards))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    done = sum(len(out.read_shard(file)) for file in files if file.is_file())
+    done, missing = 0, []
+    for number in range(len(shards)):
+        if out.shard(number).is_file():
+            done += len(out.read_shard(out.shard(number)))
+        else:
+            missing.append(number)
 
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
@@ -124,16 +119,11 @@ def _sampling(settings: Traces, stop_ids: tuple[int, ...], shard: int) -> Sampli
 
 def prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[Trace]:
     """Return traces without a completion: what calibration on prompts alone sees."""
-    return [
-        Trace(
-            index=index,
-            task=problem.task,
-            question=problem.question,
-            gold=problem.gold,
-            prompt_ids=tuple(encoder.encode(problem.question)),
-        )
-        for index, problem in enumerate(problems)
-    ]
+    traces = []
+    for index, problem in enumerate(problems):
+        ids = tuple(encoder.encode(problem.question))
+        traces.append(Trace(index, problem.task, problem.question, problem.gold, ids))
+    return traces
 
 
 def trace_counts(

@@ -37,15 +37,11 @@ class Probe:
     def reason(self, settings: Pruning) -> str:
         """Return why the step goes too far, or an empty string."""
         if self.dense_accuracy - self.accuracy > settings.probe_drop:
-            return (
-                f"accuracy {self.accuracy:.1%} against {self.dense_accuracy:.1%}, "
-                f"more than {settings.probe_drop:.0%} below"
-            )
-
+            both = f"accuracy {self.accuracy:.1%} against {self.dense_accuracy:.1%}"
+            return f"{both}, more than {settings.probe_drop:.0%} below"
         if self.length_ratio > settings.probe_length:
             limit = settings.probe_length
             return f"thinking {self.length_ratio:.2f} times as long, limit {limit:g}"
-
         return ""
 
 
@@ -61,7 +57,3 @@ def mix(own: Sequence[Trace], dense: Sequence[Trace], dense_share: float) -> lis
         chosen = theirs if turn or mine.truncated or not mine.correct else mine
         mixed.append(replace(chosen, index=index))
     return mixed
-
-
-def _accuracy(traces: Sequence[Trace]) -> float:
-    return sum(trace.correct for trace in traces) / len(traces)

@@ -12,11 +12,7 @@ from racdeploy.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Selection:
-    """Traces by purpose, and why the others were left out.
-
-    Args:
-        left_out: reason → number of traces.
-    """
+    """Traces by purpose, and how many others were left out for what reason."""
 
     calibration: list[Trace]
     held_out: list[Trace]

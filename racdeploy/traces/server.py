@@ -49,14 +49,12 @@ def answering(
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
     Args:
-        folder: of the trace stage; the server's model is recorded there, and each completion until
-            all are in shards.
+        folder: of the trace stage; records the server's model, and completions until all are there.
 
     Raises:
         UsageError: another tokenizer or template, or a wrong address, key or model name.
         ArtifactError: the shards in the folder came from another model.
-        EngineError: the server failed; completions that had ended are kept, and the message says
-            so.
+        EngineError: the server failed; completions that had ended are kept.
     """
     file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)

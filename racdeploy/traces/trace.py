@@ -24,9 +24,8 @@ class Trace:
         index: place in the trace set.
         task: specification of the task that asked.
         completion_ids: sampled ids, end-of-sequence included.
-        answer_from: index in ``completion_ids`` of the first token after the close tag, or None if
-            never closed.
-        thinking_tokens: tokens strictly between the tags.
+        answer_from: index in ``completion_ids`` of the first token after the close tag, if any.
+        thinking_tokens: strictly between the tags.
         truncated: the completion hit a cap.
     """
 
@@ -45,8 +44,7 @@ class Trace:
         """Return, for every token, the index of its stream in ``STREAMS``."""
         completion = len(self.completion_ids)
         thinking = completion if self.answer_from is None else self.answer_from
-        counts = (len(self.prompt_ids), thinking, completion - thinking)
-        return [stream for stream, count in enumerate(counts) for _ in range(count)]
+        return [0] * len(self.prompt_ids) + [1] * thinking + [2] * (completion - thinking)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -64,24 +62,21 @@ class TraceSet:
 
     def append(self, number: int, traces: Sequence[Trace]) -> None:
         """Write one shard, whole or not at all."""
-        lines = [json.dumps(asdict(trace), separators=(",", ":")) for trace in traces]
-        write_atomic(self.shard(number), "".join(f"{line}\n" for line in lines))
+        lines = [json.dumps(asdict(trace), separators=(",", ":")) + "\n" for trace in traces]
+        write_atomic(self.shard(number), "".join(lines))
 
     @property
     def sha256(self) -> str:
         """Hash over the contents of every shard, in order."""
-        digest = hashlib.sha256()
-        for file in self._shards():
-            digest.update(file_sha256(file).encode())
-        return digest.hexdigest()
+        hashes = "".join(file_sha256(file) for file in self._shards())
+        return hashlib.sha256(hashes.encode()).hexdigest()
 
     def read(self) -> list[Trace]:
-        """Return every trace in order.
-
-        Raises:
-            ArtifactError: a shard is damaged.
-        """
-        return [trace for file in self._shards() for trace in self.read_shard(file)]
+        """Return every trace in order; :meth:`read_shard` says what it refuses."""
+        traces = []
+        for file in self._shards():
+            traces += self.read_shard(file)
+        return traces
 
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))

@@ -8,7 +8,7 @@ import torch
 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.methods import sparsegpt
+from racdeploy.prune.methods import Pruned, sparsegpt
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
 from racdeploy.recipe import Pruning
@@ -63,7 +63,7 @@ def test_refit_is_the_exact_solution_on_the_mask() -> None:
     hessian = Hessian(hessian_II, 0.01)
     keep_OI = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(5)) > 0.6
     keep_OI[3] = False  # a row with nothing left is no division by zero
-    found_OI = refit(weight_OI, keep_OI, weight_OI, hessian, 4 * INPUTS)
+    found_OI = refit(Pruned(weight_OI, keep_OI), weight_OI, hessian, 4 * INPUTS)
     H = hessian.matrix_II.double().numpy()
     for row in range(OUTPUTS):
         kept = keep_OI[row].numpy()
@@ -84,5 +84,5 @@ def test_every_step_of_refit_lowers_the_error(steps: int) -> None:
         delta_OI = found_OI - weight_OI
         return float(((delta_OI @ hessian.matrix_II) * delta_OI).sum())
 
-    found_OI = refit(pruned.weight_OI, pruned.keep_OI, weight_OI, hessian, steps)
+    found_OI = refit(pruned, weight_OI, hessian, steps)
     assert error(found_OI) < error(pruned.weight_OI) * (1 - 1e-4)

@@ -28,7 +28,7 @@ from racdeploy.prune import rounding
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.methods import sparsegpt
+from racdeploy.prune.methods import Pruned, sparsegpt
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
 from racdeploy.prune.rounding import find_codes, round_to_grid
@@ -52,14 +52,16 @@ class Problem:
         self.target_OI[:, :32] = 0  # blocks without a scale
         pruned = sparsegpt.prune(self.target_OI.clone(), self.hessian, Unstructured(0.5), Pruning())
         self.keep_OI = pruned.keep_OI
-        self.refitted_OI = refit(pruned.weight_OI, pruned.keep_OI, self.target_OI, self.hessian, 20)
+        self.refitted_OI = refit(pruned, self.target_OI, self.hessian, 20)
 
     def error(self, found_OI: torch.Tensor, rows: slice = slice(None)) -> float:
         delta_OI = found_OI - self.target_OI[rows]
         return float(((delta_OI @ self.hessian.matrix_II) * delta_OI).sum())
 
     def rounded(self, quant: quants.Grid) -> torch.Tensor:
-        return round_to_grid(self.refitted_OI, self.keep_OI, self.target_OI, self.hessian, quant)
+        return round_to_grid(
+            Pruned(self.refitted_OI, self.keep_OI), self.target_OI, self.hessian, quant
+        )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_weights_too_small_for_a_precise_scale_are_stored_exactly(
         size_O1 * w_OI.repeat(copies, 1) for w_OI in (problem.refitted_OI, problem.target_OI)
     )
     keep_OI = problem.keep_OI.repeat(copies, 1)
-    chosen_OI = round_to_grid(refitted_OI, keep_OI, target_OI, problem.hessian, quant)
+    chosen_OI = round_to_grid(Pruned(refitted_OI, keep_OI), target_OI, problem.hessian, quant)
     assert np.array_equal(
         quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS), chosen_OI.numpy()
     )
@@ -105,8 +107,7 @@ def test_a_row_does_not_depend_on_the_others(problem: Problem) -> None:
     quant = quants.as_grid("q4_0")
     row = slice(5, 6)
     alone_OI = round_to_grid(
-        problem.refitted_OI[row],
-        problem.keep_OI[row],
+        Pruned(problem.refitted_OI[row], problem.keep_OI[row]),
         problem.target_OI[row],
         problem.hessian,
         quant,
@@ -170,11 +171,9 @@ class Walk:
         checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture))
         noted: dict[bytes, Codes] = {}
 
-        def note(
-            weight_OI: torch.Tensor, keep_OI: torch.Tensor, *given: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            code_OI, step_OG = find_codes(weight_OI, keep_OI, *given)
-            assert not code_OI[~keep_OI].any()
+        def note(pruned: Pruned, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            code_OI, step_OG = find_codes(pruned, *given)
+            assert not code_OI[~pruned.keep_OI].any()
             key = (code_OI * step_OG.repeat_interleave(32, dim=1)).numpy().tobytes()
             noted[key] = code_OI.numpy().astype(np.int16), step_OG.numpy().copy()
             return code_OI, step_OG

@@ -51,7 +51,7 @@ def test_admm_finds_nearly_the_best_mask() -> None:
     hessian = Hessian(hessian_II, 1e-6)
     pattern = NOfM(6, 12)
     result = plugins.load("methods", "admm").prune(weight_OI.clone(), hessian, pattern, Pruning())
-    found_OI = refit(result.weight_OI, result.keep_OI, weight_OI, hessian, 60)
+    found_OI = refit(result, weight_OI, hessian, 60)
     H, best = hessian.matrix_II.double().numpy(), np.full(16, np.inf)
     for kept in itertools.combinations(range(12), 6):
         index = np.array(kept)

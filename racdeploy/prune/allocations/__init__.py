@@ -1,10 +1,10 @@
 """Allocations: how a global sparsity is shared out among the linears, one file per way.
 
-An allocation file has ``SURVEYS``, whether it must look at the dense model first;
-``observe(weight_OI, hessian, effect, settings) -> Observation``, called once for each linear of the
-dense model if it must; and ``allocate(observations, sizes, sparsity) -> Shares``. The mean of the
-shares over all weights is the global sparsity. ``effect(weight_OI)`` returns what other weights do
-in place of the linear's: the mean over tokens of |change|² / |output|² at the end of its block.
+An allocation file has ``allocate(observations, sizes, sparsity) -> Shares``, whose mean over all
+weights is the global sparsity, and ``SURVEYS``, whether it must look at the dense model first. Then
+``observe(weight_OI, hessian, effect, settings) -> Observation`` is called once for each linear.
+``effect(weight_OI)`` returns what other weights do in place of the linear's: the mean over tokens
+of |change|² / |output|² at the end of its block.
 """
 
 from __future__ import annotations

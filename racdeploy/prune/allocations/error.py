@@ -38,7 +38,8 @@ def observe(
 
     errors: dict[float, float] = {}
     gain = 0.0
-    for sparsity in sorted(SPARSITIES, key=lambda sparsity: abs(sparsity - settings.sparsity)):
+    nearest_first = sorted(SPARSITIES, key=lambda sparsity: abs(sparsity - settings.sparsity))
+    for sparsity in nearest_first:
         pruned = prune_and_refit(method, weight_OI, hessian, Unstructured(sparsity), settings)
         error = _output_energy(pruned.weight_OI - weight_OI, hessian) / energy
         errors[sparsity] = error
@@ -57,21 +58,23 @@ def allocate(
     prices = {}
     for name, observation in observations.items():
         steps = np.diff(_interpolate(observation, grid))
-        prices[name] = [float(step) / sizes[name] for step in steps]
+        prices[name] = (steps / sizes[name]).tolist()
 
     heap = [(price[0], name) for name, price in prices.items()]
     heapq.heapify(heap)
 
-    place = dict.fromkeys(prices, 0)
+    taken = dict.fromkeys(prices, 0)
     left = sparsity * sum(sizes[name] for name in prices)
     while heap and left > 0:
         _, name = heapq.heappop(heap)
         left -= STEP * sizes[name]
-        place[name] += 1
-        if place[name] < len(prices[name]):
-            heapq.heappush(heap, (prices[name][place[name]], name))
+        taken[name] += 1
 
-    wanted = {name: float(grid[index]) for name, index in place.items()}
+        still = prices[name][taken[name] :]
+        if still:
+            heapq.heappush(heap, (still[0], name))
+
+    wanted = {name: float(grid[count]) for name, count in taken.items()}
     return shift_shares(wanted, sizes, sparsity)
 
 
@@ -88,13 +91,16 @@ def _interpolate(observation: Observation, grid: np.ndarray) -> np.ndarray:
     never fall, so a curve that flattens is drawn on straight.
     """
     known = np.array([float(text) for text in observation])
-    errors = np.maximum([*observation.values()], LEAST_ERROR)
-    logs = np.log(errors)
+    errors = [*observation.values()]
+    logs = np.log(np.maximum(errors, LEAST_ERROR))
 
-    rise, run = logs[1] - logs[0], known[1] - known[0]
-    below = logs[0] + (grid - known[0]) * rise / run
+    first, second = known[:2]
+    rise = logs[1] - logs[0]
+    below = logs[0] + (grid - first) * rise / (second - first)
     between = np.interp(grid, known, logs)
-    curve = np.exp(np.where(grid < known[0], below, between))
+    curve = np.exp(np.where(grid < first, below, between))
 
-    rises = np.maximum.accumulate(np.maximum(np.diff(curve), 0))
-    return np.concatenate([curve[:1], curve[0] + np.cumsum(rises)])
+    rises = np.diff(curve)
+    rises = np.maximum.accumulate(rises.clip(0))
+    straight = curve[0] + np.cumsum(rises)
+    return np.insert(straight, 0, curve[0])

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from racdeploy.prune.allocations import Effect, Observation, Shares
-from racdeploy.prune.hessian import Hessian
-from racdeploy.recipe import Pruning
+from racdeploy.prune.allocations import Observation, Shares
 
 SURVEYS = False
-
-
-def observe(
-    weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning
-) -> Observation:
-    """Nothing has to be known."""
-    return {}
 
 
 def allocate(

@@ -2,8 +2,8 @@
 
 Minimizes tr((W − T) H (W − T)ᵀ) subject to W = D, D with the wanted zeros. H is scaled to a unit
 diagonal; its eigenvectors turn each W step into two products. The penalty grows as the mask
-settles, and the search ends when it no longer changes. Source: ALPS (arXiv 2406.07831), algorithm
-1.
+settles, and the search ends when it no longer changes.
+Source: ALPS (arXiv 2406.07831), algorithm 1.
 """
 
 from __future__ import annotations

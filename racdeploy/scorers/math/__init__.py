@@ -1,15 +1,13 @@
 r"""Mathematical equality by Hugging Face's Math-Verify: \frac{1}{2} is 0.5, {1, 2} is {2, 1}.
 
 Math-Verify bounds its time with a signal, which needs the main thread, and its parser can hang all
-the same. It therefore runs in a child process that is ended after ten seconds; the answer then
-counts as wrong, and says so.
+the same. It therefore runs in a child process; where that is ended, the answer counts as wrong.
 Source: math-verify 0.8.
 """
 
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import json
 import queue
 import subprocess
@@ -17,6 +15,7 @@ import sys
 import threading
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, UsageError
+from racdeploy.extras import is_installed
 from racdeploy.scorers import Scored
 from racdeploy.storage import child
 
@@ -26,15 +25,10 @@ _WORKER = "racdeploy.scorers.math.worker"
 
 
 def check(argument: str) -> None:
-    """Refuse an argument, and a machine without Math-Verify.
-
-    Raises:
-        UsageError: there is an argument.
-        MissingExtraError: math-verify is not installed.
-    """
+    """Refuse an argument, and a machine without Math-Verify."""
     if argument:
         raise UsageError("scorer 'math' takes no argument", remedy="write math")
-    if importlib.util.find_spec("math_verify") is None:
+    if not is_installed("math_verify"):
         raise MissingExtraError("math-verify", "math")
 
 
@@ -52,7 +46,7 @@ class Worker:
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def ask(self, answer: str, gold: str, seconds: float = SECONDS) -> Scored:
-        """Return the child's verdict, or a wrong answer with the reason why there is none."""
+        """Return the child's verdict, or "wrong" with the reason why there is none."""
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None
@@ -82,11 +76,7 @@ class Worker:
                 pipe.close()
 
     def _start(self) -> subprocess.Popen[str]:
-        """Start the child and wait until it has imported what it needs.
-
-        Raises:
-            EnvironmentFailure: it did not start.
-        """
+        """Start the child and wait until it has imported what it needs."""
         check("")
         process = subprocess.Popen(
             child.command(_WORKER),
