@@ -34,8 +34,8 @@ from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.session import Progress, Session
-from racdeploy.prune.survey import decide_shares
 from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.survey import decide_shares
 from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.report.model import BlockRow, LinearRow
@@ -243,9 +243,11 @@ class _Walk:
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
-            sparse_BTI = self.sparse.input(sparse, group, index)
-            dense_BTI = self.dense.input(dense, group, index) if match else None
-            statistic.add(sparse_BTI, dense_BTI, batch.stream_BT)
+            statistic.add(  # no names: a batch's inputs are gone before the next one's are made
+                self.sparse.input(sparse, group, index),
+                self.dense.input(dense, group, index) if match else None,
+                batch.stream_BT,
+            )
 
         return statistic
 

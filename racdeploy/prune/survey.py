@@ -116,8 +116,7 @@ def _observe_block(
 
         statistic = InputStatistic(widths[group], session.weights_R)
         for place, batch in enumerate(session.fitted):
-            input_BTI = flow.input(block, group, place)
-            statistic.add(input_BTI, None, batch.stream_BT)
+            statistic.add(flow.input(block, group, place), None, batch.stream_BT)
 
         weights = [block.get_parameter(f"{name}.weight") for name in names]
         owners = processes.owners([weight_OI.numel() for weight_OI in weights])
