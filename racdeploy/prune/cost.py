@@ -33,6 +33,15 @@ _FLOAT32, _FLOAT64 = 4, 8
 # The statistic sums the upper triangle of the Hessian in 8 slabs of rows, each from its first
 # column on: 36 of 64 squares.
 _TRIANGLE = 0.56
+# In float32, while a linear is solved: Hessian and factor, and for the largest linear of a group its
+# weights twice, the method's result, and what the refit keeps (weights, pull, steps, products). What
+# a mask takes, scores with the flat copy and the 64-bit places of ``kthvalue``, is less. A method
+# that takes more says so.
+_MATRICES, _COPIES = 2, 9
+_STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
+# The C library keeps what is freed (racdeploy.storage.heap), and what comes later does not fill
+# every hole: 1.1 to 1.4 times as much as is in use, over prunings of three shapes.
+_HOLES = 1.4
 _WORTH_A_LINE_S = 60.0  # a shorter wait is over before the line is read
 
 
@@ -70,48 +79,50 @@ def peak_bytes(
 ) -> int:
     """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take at most in memory.
 
-    That is the process as it is with transformers loaded, two copies of a block, the window of
-    hidden states, and the most expensive moment of the most expensive group of linears.
-
-    Args:
-        quant: number format whose codes are chosen while pruning; empty leaves rounding to the
-            export.
+    That is the process with transformers loaded, the window of hidden states, and the most
+    expensive moment of the most expensive group of linears. ``quant`` is the number format whose
+    codes are chosen while pruning, if any.
     """
-    groups = _group_shapes(checkpoint)
+    # Making the blocks loads what is loaded before pruning, so that it is among what is resident.
     width = Blocks(checkpoint, settings.compute, choose_device(settings.device)).widths()[0]
-    streams = 2 if settings.match_dense else 1  # of hidden states: sparse, and dense beside it
+    groups = _group_shapes(checkpoint)
     block = sum(O * I for shapes in groups for O, I in shapes)
+    streams = 2 if settings.match_dense else 1  # of hidden states: sparse, and dense beside it
 
     tokens = calibration_tokens + held_out_tokens
     dense_tokens = tokens if settings.match_dense else held_out_tokens
     window = sum(min(_FLOAT32 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
 
     # A token of a batch: six values of the hidden width in attention, two of the feed-forward
-    # width, and two more for each stream whose input of a linear is weighted and summed.
+    # width, and the input of a linear in each stream, which is weighted and summed.
     inner = max(I for shapes in groups for _, I in shapes)
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
-    passing = _FLOAT32 * batch_tokens * (6 * width + (2 + 2 * streams) * inner)
+    passing = _FLOAT32 * batch_tokens * (6 * width + (2 + streams) * inner)
 
+    method = plugins.load("methods", settings.method)
+    matrices = getattr(method, "MATRICES", _MATRICES)
+    copies = getattr(method, "COPIES", _COPIES) + (2 if quant else 0)  # weights and pull of codes
     surveys = plugins.load("allocations", settings.allocation).SURVEYS
-    worst = 0
+
+    worst = before = 0  # before: weights of the block's groups that were pruned already
     for shapes in groups:
         I, rows = shapes[0][1], sum(O for O, _ in shapes)
-        hessian_and_factor = _FLOAT32 * 2 * I * I
+        largest = max(O for O, _ in shapes)
         drift = 0
         if settings.match_dense:  # of the outputs where these are few, see InputStatistic
             drift = rows if 2 * rows <= I else I
 
+        # The dense block; of what is pruned, float32 to compute with, 16 bits to write, the target.
+        kept = _FLOAT32 * block + before * (_FLOAT32 * streams + 2)
         gather = round(_FLOAT64 * _TRIANGLE * I * I) + _FLOAT64 * drift * I + passing
-        factor = hessian_and_factor + _FLOAT32 * drift * I
-        # Weights and targets of the group; for the largest linear, what the method and the refit
-        # keep (masks, scores, steps, slopes), and weights and pull of the search for codes.
-        copies = 10 if quant else 8
-        largest = max(O for O, _ in shapes)
-        solve = hessian_and_factor + _FLOAT32 * I * (2 * rows + copies * largest)
-        effect = hessian_and_factor + passing if surveys else 0
-        worst = max(worst, gather, factor, solve, effect)
+        targets = rows if settings.match_dense else 0
+        solve = _FLOAT32 * I * (matrices * I + targets + copies * largest)
+        effect = _FLOAT32 * _MATRICES * I * I + passing if surveys else 0
 
-    return _resident() + 2 * _FLOAT32 * block + window + worst
+        worst = max(worst, kept + max(gather, solve, effect))
+        before += rows * I
+
+    return _resident() + _STARTED_BYTES + round(_HOLES * (window + worst))
 
 
 def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.prune_stage import note_held_out
 from racdeploy.prune import cost
+from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.cost import TimeLeft, cost_note, measured_cost, peak_bytes, trace_bytes
 from racdeploy.recipe import Pruning, Recipe
 from tests.support.tiny_models import make_checkpoint
@@ -40,6 +42,43 @@ def test_the_prediction_follows_the_shapes(tmp_path: Path) -> None:
     page = 8 << 20  # the process itself grows a little between two calls
     assert abs(costs[1] - costs[0]) < page
     assert costs[2] - costs[0] > 3 * 4 * 3072**2 - page
+
+
+def _prune_measured(folder: Path, settings: Pruning, quant: str) -> tuple[int, int]:
+    """Return predicted and taken bytes of a pruning; for a process that did nothing else."""
+    checkpoint = _checkpoint(
+        folder / "model",
+        num_hidden_layers=2,
+        hidden_size=512,
+        intermediate_size=2560,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    traces = [replace(TRACES[0], index=i, completion_ids=(7,) * 240) for i in range(8)]
+    tokens = sum(len(trace.ids) for trace in traces)
+    predicted = peak_bytes(checkpoint, settings, tokens, len(traces[0].ids), quant)
+
+    with measured_cost(folder, predicted, processes=1):
+        prune_blocks(checkpoint, traces, traces[:1], settings, folder, quant=quant, threads=1)
+    return predicted, json.loads((folder / "cost.json").read_text())["measured"]["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "quant"),
+    [
+        ({"method": "magnitude", "match_dense": False, "refit_steps": 0}, ""),
+        ({"method": "wanda", "refit_steps": 3}, "q4_0"),
+    ],
+)
+def test_the_prediction_is_a_little_more_than_a_pruning_takes(
+    tmp_path: Path, settings: dict[str, object], quant: str
+) -> None:
+    """By at most a quarter, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        given = (tmp_path, Pruning.model_validate(settings), quant)
+        predicted, taken = pool.apply(_prune_measured, given)
+    assert taken <= predicted <= 1.25 * taken
 
 
 def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> None:

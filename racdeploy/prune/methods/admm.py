@@ -15,6 +15,9 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
+# Hessian, its factor, both scaled and decomposed, and what LAPACK works in; 7 copies of the linear
+# beside those of the walk.
+MATRICES, COPIES = 6, 14
 ROUNDS, LOOK_EVERY, FIRST_PENALTY = 300, 3, 0.1
 # Share of the mask that changed, at least → factor on the penalty.
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
