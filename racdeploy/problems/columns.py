@@ -1,7 +1,6 @@
 """Column arithmetic spelled out digit by digit, least significant digit first.
 
-The procedural tasks share these lines, so that a small model learns one skill once. Every step is a
-lookup over single digits and a carry.
+The procedural tasks share these lines, so that a small model learns one skill once.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ def subtract(left: int, right: int) -> str:
     assert left >= right, "column subtraction needs a non-negative result"
     steps = []
     borrow = 0
+
     for a, b in _columns(left, right):
         lent = 10 if a < b + borrow else 0
         rest = a + lent - b - borrow
         steps.append(f"{a + lent}-{b}-{borrow}={rest}")
         borrow = lent // 10
+
     return _join(f"{left}-{right}", steps, left - right)
 
 

@@ -1,8 +1,4 @@
-"""Find an answer in the text after the thinking, and compare it with the gold answer.
-
-The extractors look only at the answer: the caller has split the thinking off first, because a
-truncated thought often mentions the right number.
-"""
+"""Find an answer in the text after the thinking, and compare it with the gold answer."""
 
 from __future__ import annotations
 
@@ -63,6 +59,7 @@ def as_number(text: str) -> Decimal | None:
     bare = bare.replace(",", "").replace("$", "")
 
     numerator, slash, denominator = bare.partition("/")
+
     try:
         value = Decimal(numerator)
         if slash:

@@ -17,7 +17,6 @@ class PrunedModel:
 
     Args:
         sparsity: fraction of zeros it was pruned to: of a schedule, in the last step that was kept.
-        blocks: how far each block drifted from the dense model.
         notes: what the report must say about how it came about.
         undone: which step of a schedule was undone, and why; empty where none was.
     """
@@ -39,4 +38,5 @@ class PrunedModel:
         changed = {"sparsity_asked": asked, "reason": self.undone}
         for row in self.linears:
             rows.append(row.model_copy(update=changed) if row.sparsity_asked else row)
+
         return tuple(rows)

@@ -1,7 +1,4 @@
-"""Hidden states of the calibration batches between blocks: a window in memory, the rest in a file.
-
-They are on the CPU, wherever the blocks are computed.
-"""
+"""Hidden states on the CPU between blocks: a window in memory, the rest in a file."""
 
 from __future__ import annotations
 
@@ -18,12 +15,7 @@ WINDOW_BYTES = 64 << 20
 
 
 class Activations:
-    """One float32 tensor for each batch.
-
-    Args:
-        shapes: of each batch, as (B, T, D).
-        file: scratch file for what does not fit into the window; made only then.
-    """
+    """One float32 tensor for each shape; what the window does not hold is in ``file``."""
 
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES
@@ -57,6 +49,7 @@ class Activations:
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
         assert hidden.shape == self._shapes[index], f"batch {index} is {self._shapes[index]}"
         hidden = hidden.cpu()
+
         if index not in self._offsets:
             self._kept[index] = hidden
             return

@@ -1,7 +1,6 @@
 """Put pruned blocks and untouched tensors together into one Hugging Face folder.
 
-The weights file is written in one pass: header first, then the bytes of each tensor from wherever
-it is, so that no more than one piece of a tensor is in memory.
+The bytes of each tensor come from wherever it is, one piece of a tensor at a time in memory.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ _COPY_BYTES = 1 << 24
 def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
     """Write ``out`` with the config, tokenizer and template of the checkpoint, and pruned weights.
 
-    The mean squared inputs of the linears, where the walk left them, go into a file of their own.
-
-    Args:
-        blocks: folder of ``block-*`` and ``importance-*.safetensors`` from the pruning walk.
+    The mean squared inputs of the linears, where the walk left them in ``blocks``, get a file too.
     """
     pruned = _read_entries(blocks, "block")
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
@@ -53,6 +49,7 @@ def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
 def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
+
     for name, entry in entries.items():
         stop = offset + entry.stop - entry.start
         shape = list(entry.shape)
@@ -68,6 +65,7 @@ def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
             with entry.file.open("rb") as source:
                 source.seek(entry.start)
                 left = entry.stop - entry.start
+
                 while left:
                     piece = source.read(min(left, _COPY_BYTES))
                     assert piece, f"{entry.file} shrank while it was read"

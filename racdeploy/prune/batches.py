@@ -1,7 +1,6 @@
 """Calibration batches: sequences of like length together, right-padded, positions from zero.
 
-With a causal mask, right padding cannot reach a real token; padded positions only have to be left
-out of the statistics.
+With a causal mask, right padding cannot reach a real token; statistics leave it out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Batch:
     Args:
         ids_BT: token ids, 0 where padded.
         stream_BT: index into ``STREAMS``, ``PAD`` where padded.
-        task_B: index of the task in the list the batches were made with.
+        task_B: index into the tasks that the batches were made with.
         held_out: whether the batch only measures the error.
     """
 
@@ -41,6 +40,7 @@ def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: boo
         length = len(trace.ids)  # the longest so far: the others are padded to it
         if not groups or (len(groups[-1]) + 1) * length > TOKENS_PER_BATCH:
             groups.append([])
+
         groups[-1].append(trace)
 
     return [_pad(group, tasks, held_out) for group in groups]

@@ -1,7 +1,6 @@
 """Files of finished blocks: weights, mean squared inputs, and what is reported of them.
 
-A block is finished once its report is there, which is written last. The first process of a job has
-the files; what it reads, all processes get.
+A block is finished once its report is there. The first process has the files; it tells the others.
 """
 
 from __future__ import annotations
@@ -70,6 +69,7 @@ class BlockFiles:
         for name, linear in pruned.items():
             tensors[name] = linear.importance_I.cpu().clone()  # linears of a group share it
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
+
         write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
 
     def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:

@@ -1,7 +1,6 @@
 """The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear.
 
-Weights and hidden states go to the device here and nowhere else; what a block returns is on the
-device.
+Weights and hidden states go to the device here and nowhere else; what a block returns is there.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ _ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 class Blocks:
     """A model on the meta device whose blocks are filled when they are asked for.
 
-    Args:
-        compute: number format of the products in a forward pass; hidden states stay in float32.
-
-    Raises:
-        ModelError: the checkpoint's tensors are not exactly the architecture's.
+    ``compute`` is the number format of the products; hidden states stay in float32.
     """
 
     def __init__(
@@ -71,7 +66,6 @@ class Blocks:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
 
     def prefix(self, index: int) -> str:
-        """Return the name of a block, as ``model.layers.3``."""
         return f"{self.checkpoint.family.blocks}.{index}"
 
     def empty(self, index: int) -> nn.Module:
@@ -97,8 +91,8 @@ class Blocks:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
         Args:
-            known: group → input of its one linear, where an earlier pass found it. The linear must
-                end attention or the feed-forward part; that part then computes the linear alone.
+            known: group → input of its one linear, as an earlier pass found it. The linear ends
+                attention or the feed-forward part; that part then computes the linear alone.
         """
         hidden_BTD = self.place(hidden_BTD)
         length = hidden_BTD.shape[1]
@@ -134,8 +128,7 @@ class Blocks:
     def _shortcuts(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
         """While the body runs, a part whose last input is known computes its last linear alone.
 
-        This replaces ``forward`` of the part on the instance (monkey-patching), for a hook cannot
-        leave the work out: a pre-hook changes arguments and a hook results, but ``forward`` runs.
+        This replaces the part's ``forward`` (monkey-patching): with hooks, it would run anyway.
         """
         changed = []
         for group, input_BTI in known.items():

@@ -60,7 +60,7 @@ def prune_blocks(
 
     Args:
         calibration: traces that decide the pruning; those ``held_out`` only measure it.
-        folder: receives ``block-00000.safetensors`` and ``.json``; finished ones are reused.
+        folder: finished blocks in it are reused.
         weights: what a token of each stream counts; None is 1 for all.
         quant: number format whose codes are chosen while pruning; empty leaves that to the export.
         within: folder of an earlier walk whose zeros stay zeros; weights start from the dense ones.
@@ -69,10 +69,6 @@ def prune_blocks(
 
     Returns:
         One row per linear, in forward order, and one per block.
-
-    Raises:
-        UsageError: no calibration tokens, a pattern that does not divide a linear, or a matrix that
-            nobody prunes.
     """
     if not calibration:
         reason = "no calibration traces are left after selection"
@@ -101,12 +97,7 @@ def prune_blocks(
 
 
 class _Walk:
-    """The dense and the partly pruned model, side by side, on their way through the blocks.
-
-    Args:
-        shares: sparsity of each linear that is pruned.
-        earlier: walk whose zeros stay zeros.
-    """
+    """The dense and the partly pruned model, side by side, on their way through the blocks."""
 
     def __init__(
         self,
@@ -141,6 +132,7 @@ class _Walk:
 
         linears: list[LinearRow] = []
         blocks: list[BlockRow] = []
+
         for index in range(self.checkpoint.block_count):
             dense, sparse = self._load(index)
             finished = self.files.is_finished(index)
@@ -177,6 +169,7 @@ class _Walk:
         """Prune a block group by group, write it, and advance the hidden states."""
         pruned: dict[str, PrunedLinear] = {}
         prefix = self.blocks.prefix(index)
+
         for group, linears in enumerate(self.checkpoint.family.input_groups):
             wanted = [linear for linear in linears if f"{prefix}.{linear}" in self.shares]
             if wanted:
@@ -213,6 +206,7 @@ class _Walk:
         solved = self._solve(own, full, patterns, statistic) if own else {}
 
         pruned = {}
+
         for place, linear in enumerate(linears):
             stored = self.checkpoint.entries[f"{names[place]}.weight"].dtype
             if self.quant:  # codes times a scale need more digits than bfloat16 has
@@ -240,9 +234,11 @@ class _Walk:
         """Return the statistic of a group's input, over this process's calibration batches."""
         match = full if self.settings.match_dense else ()
         statistic = InputStatistic(full[0].shape[1], self.session.weights_R, match)
+
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
+
             statistic.add(  # no names: a batch's inputs are gone before the next one's are made
                 self.sparse.input(sparse, group, index),
                 self.dense.input(dense, group, index) if match else None,

@@ -1,8 +1,7 @@
 """What pruning takes: peak memory from the shapes, time from the first block, and both as measured.
 
-Memory is that of the process and, where there is a GPU, of its tensors there. Copies to a GPU and
-back are not counted. How long a block takes depends on the machine, so nobody says before the first
-one is pruned; the blocks of a model are alike.
+Memory is that of the process and, where there is a GPU, of its tensors there. How long a block
+takes depends on the machine, so nobody says before the first one is pruned.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _FLOAT32, _FLOAT64 = 4, 8
 # The statistic sums the upper triangle of the Hessian in 8 slabs of rows, each from its first
 # column on: 36 of 64 squares.
 _TRIANGLE = 0.56
-# In float32, while a linear is solved: Hessian and factor, and for the largest linear of a group its
-# weights twice, the method's result, and what the refit keeps (weights, pull, steps, products). What
-# a mask takes, scores with the flat copy and the 64-bit places of ``kthvalue``, is less. A method
+# In float32, while a linear is solved: Hessian and factor; of the largest linear of a group, its
+# weights twice, the method's result, and what the refit keeps (weights, pull, steps, products).
+# Choosing a mask takes less: scores, and for ``kthvalue`` a flat copy with 64-bit places. A method
 # that takes more says so.
 _MATRICES, _COPIES = 2, 9
 _STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
@@ -46,14 +45,10 @@ _WORTH_A_LINE_S = 60.0  # a shorter wait is over before the line is read
 
 
 def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: int) -> int:
-    """Return what collecting traces here takes at most in memory, in bytes.
+    """Return what collecting traces here takes at most in memory, ``sequences`` at a time.
 
     That is the process as it is, every weight in float32, keys and values (one block's twice, while
     they are appended to), and what passes through a block and its head.
-
-    Args:
-        checkpoint: the model that answers; transformers keeps all of it in memory.
-        sequences: decoded together.
     """
     entries = checkpoint.entries
     width = checkpoint.integer("hidden_size")
@@ -105,6 +100,7 @@ def peak_bytes(
     surveys = plugins.load("allocations", settings.allocation).SURVEYS
 
     worst = before = 0  # before: weights of the block's groups that were pruned already
+
     for shapes in groups:
         I, rows = shapes[0][1], sum(O for O, _ in shapes)
         largest = max(O for O, _ in shapes)
@@ -135,11 +131,7 @@ def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:
 
 
 class TimeLeft:
-    """Estimates the seconds of pruning from the first block that this run prunes.
-
-    Args:
-        finished: blocks that an earlier run pruned; reading them back says nothing.
-    """
+    """Estimates the seconds of pruning from the first block after those that were finished."""
 
     def __init__(self, finished: int = 0) -> None:
         self._finished = finished
@@ -167,12 +159,9 @@ def measured_cost(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Iterator[Progress]:
-    """While the body prunes, measure it; then leave what was found in ``folder``.
+    """While the body prunes, measure it, unless an earlier run began; leave that in ``folder``.
 
-    Yields the callback for the body's progress. A walk that an earlier run began is not measured.
-
-    Args:
-        notify: is called once with a line on the time left, where that is long.
+    Yields the callback for the body's progress. ``notify`` gets a line on the time left, if long.
     """
     finished = len([*folder.glob("block-*.json")])
     reset = _reset_peak()
@@ -195,6 +184,7 @@ def measured_cost(
 
     values: dict[str, Any] = {"processes": processes, "gpu": _on_gpu(), "measured": None}
     values["predicted"] = {"seconds": estimate.total_s, "peak_bytes": predicted_bytes}
+
     if not finished:
         resident = _resident("VmHWM") if reset else 0
         on_gpu = torch.cuda.max_memory_allocated() if _on_gpu() else 0

@@ -1,8 +1,7 @@
 """Where blocks are computed: the CPU, or a GPU with one block at a time.
 
-Weights, batches and hidden states stay in main memory; what a block computes with goes to the
-device and its results come back. Products are float32 on either (torch leaves TF32 off), so they
-differ by the order of sums.
+Only what a block computes with goes to the device, and its results come back. Products are float32
+on either (torch leaves TF32 off), so they differ by the order of sums.
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ def choose_device(asked: str) -> torch.device:
     """Return the device that a recipe's ``prune.device`` means here.
 
     Processes of one machine take its GPUs in turn, by torchrun's ``LOCAL_RANK``.
-
-    Args:
-        asked: ``cpu``, ``cuda``, or ``auto``: a GPU where torch finds one.
-
-    Raises:
-        EnvironmentFailure: a GPU is asked for and torch finds none.
     """
-    if asked == "cpu":
-        return CPU
-    if torch.cuda.is_available():
+    if asked != "cpu" and torch.cuda.is_available():
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", rank % torch.cuda.device_count())
-    if asked == "auto":
+
+    if asked in {"cpu", "auto"}:
         return CPU
 
     raise EnvironmentFailure(

@@ -2,7 +2,7 @@
 
 A block is passed several times, up to the input of each group of linears and to its end. The inputs
 of the linears that end attention and the feed-forward part are kept on disk: later passes start
-there and leave out what comes before. The results are the same; about half as much is computed.
+there, with the same results. About half as much is computed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ KEPT_BYTES = 2 << 30
 class Flow:
     """Batches between and within the blocks of one model.
 
-    Args:
-        kept_bytes: disk space for inputs within a block; later batches compute them in every pass.
+    Inputs within a block take up to ``kept_bytes`` on disk; later batches compute theirs each time.
     """
 
     def __init__(
@@ -44,6 +43,7 @@ class Flow:
         kept = _choose_kept(batches, sum(widths.values()), kept_bytes)
 
         self._inputs: dict[int, Activations] = {}
+
         for group, I in widths.items():
             file = folder / f"input-{name}-{group}.bin"
             shapes = [(*batch.ids_BT.shape, I) for batch in kept]
@@ -85,9 +85,12 @@ def _choose_kept(batches: Sequence[Batch], width: int, kept_bytes: int) -> list[
     """Return the first calibration batches whose inputs, ``width`` together, fit."""
     kept = []
     size_bytes = 0
+
     for batch in batches:
         size_bytes += 4 * batch.ids_BT.numel() * width
         if batch.held_out or size_bytes > kept_bytes:
             break
+
         kept.append(batch)
+
     return kept

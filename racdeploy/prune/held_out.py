@@ -13,7 +13,7 @@ from racdeploy.traces.trace import STREAMS
 
 
 class RelativeError:
-    """Σ |found − wanted|² / Σ |wanted|² over tokens.
+    """Σ |found − wanted|² / Σ |wanted|² over tokens, where there were any.
 
     ``tasks`` are names, in the order of ``Batch.task_B``.
     """
@@ -31,6 +31,7 @@ class RelativeError:
         place = (task_BT[real_BT], batch.stream_BT[real_BT])
 
         lost_BTO = found_BTO - wanted_BTO
+
         for sum_XR, value_BTO in ((self._lost_XR, lost_BTO), (self._energy_XR, wanted_BTO)):
             square_BT = value_BTO.square().sum(-1, dtype=torch.float64)
             sum_XR.index_put_(place, square_BT.cpu()[real_BT], accumulate=True)
@@ -41,18 +42,15 @@ class RelativeError:
 
     @property
     def total(self) -> float | None:
-        """Error over all tokens; None where there were none."""
         everything = _ratios([""], self._lost_XR.sum()[None], self._energy_XR.sum()[None])
         return everything.get("")
 
     @property
     def by_stream(self) -> dict[str, float]:
-        """Error of each stream that had tokens."""
         return _ratios(STREAMS, self._lost_XR.sum(0), self._energy_XR.sum(0))
 
     @property
     def by_task(self) -> dict[str, float]:
-        """Error of each task that had tokens."""
         return _ratios(self._tasks, self._lost_XR.sum(1), self._energy_XR.sum(1))
 
 

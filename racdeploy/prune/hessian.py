@@ -43,10 +43,7 @@ class Hessian:
 
         With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never
         formed, and one matrix is all that is needed beside H. Where H does not factor, ``damping``
-        is raised step by step.
-
-        Raises:
-            EnvironmentFailure: it does not factor even with 1000 times the damping.
+        is raised step by step, to 1000 times.
         """
         for step in range(DAMPING_STEPS + 1):
             if step:
@@ -60,6 +57,7 @@ class Hessian:
             by_columns_II = factor_II.mT
             failed = torch.empty((), dtype=torch.int32, device=factor_II.device)
             torch.linalg.cholesky_ex(by_columns_II, upper=True, out=(by_columns_II, failed))
+
             if not failed:
                 _invert_lower(factor_II)
                 _reverse(factor_II.view(-1))
@@ -83,7 +81,6 @@ class Hessian:
 
     @cached_property
     def scaled_II(self) -> torch.Tensor:
-        """The damped matrix with unit diagonal."""
         return self.matrix_II / self.scale_I[:, None] / self.scale_I
 
     @cached_property
@@ -112,6 +109,7 @@ def _invert_lower(lower_II: torch.Tensor) -> None:
 
         # Below: −(inverse below and to the right, which is there already) × slab × own inverse.
         below_XC = slab_XC[stop:] @ own_CC
+
         for row in range(stop, I, _SLAB_COLUMNS):
             end = min(row + _SLAB_COLUMNS, I)
             inverse_CX = lower_II[row:end, stop:end]

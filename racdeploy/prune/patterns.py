@@ -17,11 +17,9 @@ class Unstructured:
     sparsity: float
 
     def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
-        """Return keep_OC so that the whole linear ends with exactly the asked number of zeros.
+        """Return keep_OC, of the highest scores, so that the linear ends with the asked zeros.
 
-        Args:
-            score_OC: importance; the lowest are pruned.
-            pruned_before: zeros already placed in earlier columns.
+        ``pruned_before`` zeros are in earlier columns already.
         """
         O, C = score_OC.shape
         target = round(self.sparsity * O * (column + C))
@@ -83,9 +81,8 @@ class NOfM:
 class Within:
     """A pattern under which weights that are gone stay gone.
 
-    Args:
-        pattern: how many zeros there shall be; no fewer than there are, in any slice.
-        gone_OI: True where a weight was pruned before; it is pruned first, as the least important.
+    Where ``gone_OI`` is True, weights are pruned first. In no slice are there more of them than
+    ``pattern`` has zeros.
     """
 
     pattern: Unstructured | NOfM

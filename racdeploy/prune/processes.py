@@ -1,9 +1,8 @@
 """The processes of one job: who does what, sums, and results to all.
 
-torchrun starts them, as the environment shows. The first process runs the command and has the
-files; the others do their share of whatever it asks for. Whole batches are shared out, never cut or
-regrouped, and their products are summed in float64: on like processors and with as many threads the
-result is that of one process, bit for bit. Messages go through gloo.
+torchrun starts them. The first one runs the command and has the files; the others do their share of
+whatever it asks for. Whole batches are shared out and their products summed in float64: on like
+processors and with as many threads the result is that of one process, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process runs the command and writes the results."""
+        """Whether this process runs the command and has the files."""
         return self.rank == 0
 
     def owners(self, costs: Sequence[int]) -> list[int]:
@@ -65,10 +64,7 @@ class Processes:
         return [index for index, owner in enumerate(self.owners(costs)) if owner == self.rank]
 
     def total(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
-        """Add up a tensor over all processes, in place, in those that own it.
-
-        Without owners that is all of them. In the others the tensor is lost.
-        """
+        """Add up a tensor in place, in its owners or all processes; in others it is lost."""
         if self.count == 1:
             return
 
@@ -123,10 +119,7 @@ class Processes:
 
     @contextmanager
     def job(self, name: str, same: Mapping[str, str], given: Mapping[str, Any]) -> Iterator[None]:
-        """While the body runs, the others do the same job; for the first process.
-
-        All must have in common what ``same`` says.
-        """
+        """While the body runs, the others do the same job, if ``same`` is the same there too."""
         self._waiting = False
         self.tell((name, same, given))
         yield
@@ -135,14 +128,11 @@ class Processes:
     def jobs(
         self, same: Callable[[str], Mapping[str, str]]
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield name and data of the first process's jobs until it has no more; for the others.
-
-        Raises:
-            ArtifactError: not what the first process has.
-        """
+        """Yield name and data of the first process's jobs until it has no more; for the others."""
         while (found := self.tell(_NO_JOB))[0]:
             name, wanted, given = found
             different = [key for key, value in same(name).items() if value != wanted[key]]
+
             if different:
                 names = ", ".join(different)
                 raise ArtifactError(
@@ -175,11 +165,7 @@ ALONE = Processes()
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Yield the processes that torchrun started, or :data:`ALONE`.
-
-    Raises:
-        EngineError: the others do not come, or one of them is gone.
-    """
+    """Yield the processes that torchrun started, or :data:`ALONE`."""
     is_set = all(os.environ.get(name) for name in _ENVIRONMENT)
     if not is_set or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
@@ -189,6 +175,7 @@ def join_processes() -> Iterator[Processes]:
     import torch.distributed as group
 
     before = signal.signal(signal.SIGTERM, _on_terminate)
+
     with _talking():
         group.init_process_group("gloo", timeout=_MEETING)
         members = group.new_group(timeout=_PATIENCE)

@@ -1,7 +1,6 @@
 """Back-solve: the best values on a fixed mask, by conjugate gradients. Usable after any method.
 
-Minimizes tr((W − T) H (W − T)ᵀ) over the kept weights of each row, all rows at once, preconditioned
-with the diagonal.
+Minimizes tr((W − T) H (W − T)ᵀ) over the kept weights, preconditioned with the diagonal.
 Source: ALPS (arXiv 2406.07831), section 3.2.
 """
 

@@ -52,6 +52,7 @@ def find_codes(
     for start in range(0, I, width):
         if start:
             search.solve_from(start)
+
         search.visit(start, min(start + width, I), scales=True)
 
     search.recompute_pull()
@@ -116,6 +117,7 @@ class _Search:
             H_CC = self.H_II[chunk, chunk]
 
             steps_OX = self.step_OG[:, first // self.S : last // self.S]  # X: blocks of the chunk
+
             for index, step_O in enumerate(steps_OX.unbind(1)):
                 begin = index * self.S
                 block = slice(begin, begin + self.S)
@@ -148,6 +150,7 @@ class _Search:
         """Move a block's weights in place, one column after the other, and the pull on them."""
         curve_S = H_SS.diagonal()
         columns = zip(weight_SO, pull_SO, free_SO, H_SS, curve_S, strict=True)
+
         for weight_O, pull_O, free_O, H_S, curve in columns:
             move_O = pull_O / curve
             move_O += weight_O
@@ -194,8 +197,7 @@ def _start_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return step_OG and pinned_OI: the code of each block's largest weight, 0 elsewhere.
 
-    Of the scales to try, a block takes that of the least squared error, weighted with the energy of
-    the inputs.
+    A block takes the scale of the least squared error, weighted with the energy of the inputs.
     """
     own_OG, pinned_OI = _choose_pinned(weight_OI, quant)
     energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
@@ -209,6 +211,7 @@ def _start_scales(
         pinned_OGS = pinned_OI[chunk].view_as(weight_OGS)
 
         least_OG = torch.full_like(format_OG, torch.inf)
+
         for span in SPANS:
             tried_OG = (format_OG * span).half().float()
             code_OGS = weight_OGS / _divisor(tried_OG)[:, :, None]

@@ -22,9 +22,8 @@ class Session:
 
     Args:
         batches: of this process.
-        everyones: calibration batches of all processes.
+        everyones: calibration batches of all.
         weights_R: what a token of each stream counts, where the blocks are.
-        folder: for results and scratch files.
         progress: called with a label, blocks done and blocks in all.
     """
 
@@ -39,7 +38,6 @@ class Session:
 
     @property
     def fitted(self) -> list[Batch]:
-        """This process's calibration batches."""
         return [batch for batch in self.batches if not batch.held_out]
 
     def report(self, label: str, done: int) -> None:

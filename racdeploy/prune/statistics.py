@@ -102,16 +102,13 @@ class InputStatistic:
 
         self.weight = float(self._weight)
         self.importance_I = (energy_I / self._weight).float()
+
         if processes.rank not in owners:
             self._sums.clear()
             self._drift = self._drift.new_empty(0, 0)
 
     def hessian(self, damping: float) -> Hessian:
-        """Return the damped mean Hessian; the sum is freed on the way.
-
-        Raises:
-            UsageError: no token counted.
-        """
+        """Return the damped mean Hessian; the sum is freed on the way."""
         if self._weight <= 0:
             raise UsageError(
                 "no calibration token counts: the weight of every stream that the traces have is 0",
@@ -136,9 +133,10 @@ class InputStatistic:
         drift_XI = self._drift.div_(self._weight).float()
         del self._drift
         outputs = [len(weight_OI) for weight_OI in self.match]
-        parts = drift_XI.split(outputs) if self._projected else ()
+        parts = torch.split(drift_XI, outputs) if self._projected else ()
 
         found = {}
+
         for index in indices:
             weight_OI = self.match[index]
             part_OI = parts[index] if self._projected else weight_OI @ drift_XI
@@ -148,7 +146,6 @@ class InputStatistic:
 
 
 def _slices(rows: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of each slice of rows."""
     step = max(rows // SLICES, LEAST_SLICE)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

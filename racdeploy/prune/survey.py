@@ -43,6 +43,7 @@ def decide_shares(session: Session) -> Shares:
         sizes = _count_weights(session)
         observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
         shares = plugin.allocate(observations, sizes, settings.sparsity)
+
         if processes.first:
             values = {"shares": shares, "observations": observations}
             write_atomic(file, json.dumps(values, indent=1))
@@ -54,11 +55,13 @@ def decide_shares(session: Session) -> Shares:
 def _count_weights(session: Session) -> dict[str, int]:
     blocks = session.blocks
     sizes = {}
+
     for index in range(blocks.checkpoint.block_count):
         for linear in blocks.checkpoint.family.linears:
             name = f"{blocks.prefix(index)}.{linear}"
             if any(re.search(pattern, name) for pattern in session.settings.dense):
                 continue
+
             sizes[name] = math.prod(blocks.checkpoint.entries[f"{name}.weight"].shape)
 
     return sizes
@@ -75,6 +78,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
     (probe_BTD,) = blocks.embed([probe])
 
     found: dict[str, Observation] = {}
+
     with closing(Flow(blocks, session.fitted, session.folder, "survey")) as flow:
         for place, hidden_BTD in enumerate(blocks.embed(session.fitted)):
             flow.hidden[place] = hidden_BTD
@@ -88,6 +92,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
 
             for place in range(len(session.fitted)):
                 flow.leave(block, place)
+
             probe_BTD = effects.output_BTD
             block.to("meta")
             session.report("survey", index + 1)
@@ -95,6 +100,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
     everyones: dict[str, Observation] = {}
     for part in session.processes.all(found):
         everyones |= part
+
     return {name: everyones[name] for name in wanted}
 
 
@@ -109,6 +115,7 @@ def _observe_block(
     """Yield those of a block's wanted linears that this process owns, and what is seen of them."""
     processes = session.processes
     widths = session.blocks.widths()
+
     for group, linears in enumerate(session.blocks.checkpoint.family.input_groups):
         names = [linear for linear in linears if linear in wanted]
         if not names:

@@ -21,9 +21,7 @@ DEFAULT = "auto"
 class Scored:
     """A scored answer.
 
-    Args:
-        extracted: what was compared with the gold answer, or None.
-        how: where it was found, or why nothing was.
+    ``extracted`` was compared with the gold answer; ``how`` says where it was, or why it is None.
     """
 
     correct: bool
@@ -32,12 +30,7 @@ class Scored:
 
 
 def check(spec: str) -> None:
-    """Look at a scorer, ``NAME`` or ``NAME:ARGUMENT``, before any work; empty is the default.
-
-    Raises:
-        UsageError: no such scorer, or a bad or needless argument.
-        MissingExtraError: it needs a package that is not installed.
-    """
+    """Refuse what is no scorer, ``NAME`` or ``NAME:ARGUMENT``, or cannot run here."""
     name, colon, argument = (spec or DEFAULT).partition(":")
     module = plugins.load("scorers", name)
     if hasattr(module, "check"):

@@ -88,11 +88,7 @@ class Task:
         return None if self.draw else len(self._members(split))
 
     def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
-        """Return ``count`` distinct problems of a split, the same ones for the same seed.
-
-        Raises:
-            UsageError: the task holds fewer problems in that split.
-        """
+        """Return ``count`` distinct problems of a split, or fail; the same ones for a seed."""
         random = Random(f"{self.spec.partition(':')[0]}/{split}/{seed}")
         if self.draw:
             found = self._draw_distinct(self.draw, random, split, count)
@@ -105,6 +101,7 @@ class Task:
                 f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
                 remedy="ask for fewer prompts in the recipe, or give a task with more of them",
             )
+
         return [replace(problem, task=self.spec) for problem in found[:count]]
 
     def _draw_distinct(
@@ -114,6 +111,7 @@ class Task:
         for _ in range(count * _DRAWS_PER_PROBLEM):
             if len(found) == count:
                 break
+
             problem = draw(random)
             if self._serves(split, problem):
                 found.setdefault(problem.question, problem)
@@ -137,17 +135,10 @@ class TaskSet:
 
     @classmethod
     def load(cls, evaluation: Sequence[str], calibration: Sequence[str]) -> TaskSet:
-        """Load tasks by specification.
-
-        Args:
-            evaluation: empty means every procedural task.
-            calibration: empty means those of the evaluation.
-
-        Raises:
-            UsageError: a task is named twice, or one that :func:`load` refuses.
-        """
+        """Load tasks: by default all procedural ones, and for calibration those of evaluation."""
         evaluation = tuple(evaluation) or procedural_names()
         calibration = tuple(calibration) or evaluation
+
         for specs in (evaluation, calibration):
             if len(set(specs)) < len(specs):
                 twice = f"a task is named twice: {', '.join(specs)}"
@@ -161,9 +152,6 @@ class TaskSet:
         """Return up to ``count`` problems of a split, shared evenly among its tasks.
 
         A file that serves a single split gives all it has.
-
-        Raises:
-            UsageError: a task has none.
         """
         asked = self.calibration if split == "calibration" else self.evaluation
         alone = self.evaluation.keys().isdisjoint(self.calibration)
@@ -195,22 +183,20 @@ class TaskSet:
 
 
 def load(spec: str) -> Task:
-    """Load a task by name, or by ``name:argument`` where it reads a file.
-
-    Raises:
-        UsageError: unknown task, a missing or needless argument, or an unreadable file.
-    """
+    """Load a task by name, or by ``name:argument`` where it reads a file."""
     name, colon, argument = spec.partition(":")
     module = plugins.load("tasks", name)
 
     if hasattr(module, "read"):
         if not argument:
             raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
+
         pool = tuple(module.read(Path(argument)))
         return Task(spec, None, pool, FILE_SHARES)
 
     if colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
+
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
 
@@ -224,6 +210,7 @@ def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> l
     """Share ``count`` problems evenly among tasks and interleave them."""
     share, rest = divmod(count, len(tasks))
     columns = []
+
     for place, task in enumerate(tasks):
         own = share + 1 if place < rest else share
         columns.append(task.problems(split, seed, own))

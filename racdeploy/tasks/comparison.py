@@ -23,6 +23,7 @@ def draw(random: Random) -> Problem:
     largest = random.random() < 0.5
     best = numbers[0]
     steps = [f"Start with {best}."]
+
     for number in numbers[1:]:
         best, line = _compare(number, best, largest)
         steps.append(line)
@@ -42,6 +43,7 @@ def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
         if a != b:
             relations.append(f"{a}>{b}" if a > b else f"{a}<{b}")
             break
+
         relations.append(f"{a}={b}")
 
     better = max(number, best) if largest else min(number, best)

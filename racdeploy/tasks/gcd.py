@@ -18,6 +18,7 @@ def draw(random: Random) -> Problem:
         left = divisor * random.randint(1, limit)
         right = divisor * random.randint(1, limit)
         steps, gold = _euclid(left, right)
+
         if STEPS_MIN <= len(steps) - 1 <= STEPS_MAX:
             question = f"What is the greatest common divisor of {left} and {right}?"
             return Problem(question, gold=str(gold), thinking="\n".join(steps))
@@ -27,6 +28,7 @@ def _euclid(left: int, right: int) -> tuple[list[str], int]:
     """Return the spelled steps, the last one being the equal pair, and the divisor."""
     steps = []
     high, low = max(left, right), min(left, right)
+
     while high != low:
         steps.append(f"{columns.subtract(high, low)}.")
         difference = high - low

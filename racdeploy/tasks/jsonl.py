@@ -1,7 +1,6 @@
 """Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
 
-An answer that ends in ``#### 42``, as GSM8K writes them, counts by what follows the mark. A line
-may name its ``scorer``.
+An answer that ends in ``#### 42``, as in GSM8K, is what follows. A line may name its ``scorer``.
 """
 
 from __future__ import annotations
@@ -16,11 +15,7 @@ from racdeploy.tasks import Problem
 
 
 def read(path: Path) -> list[Problem]:
-    """Read every problem of a file; repeated questions count once.
-
-    Raises:
-        UsageError: no such file, or a line that is not a problem, with its number.
-    """
+    """Read every problem of a file; repeated questions count once, bad lines are refused."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -36,6 +31,7 @@ def read(path: Path) -> list[Problem]:
     if not problems:
         remedy = 'write {"question": …, "answer": …} lines'
         raise UsageError(f"{path} holds no problems", remedy=remedy)
+
     return [*problems.values()]
 
 

@@ -18,11 +18,13 @@ def draw(random: Random) -> Problem:
 
     seen = 0
     steps = []
+
     for word in words:
         spelled = []
         for letter in word:
             seen += letter == wanted
             spelled.append(f"{letter}{seen}")
+
         steps.append(f"{word}: {' '.join(spelled)}.")
 
     return Problem(

@@ -49,6 +49,7 @@ class _Reader:
         ended = done.finish_reason == "stop"
 
         answer_from, correct = None, False
+
         if parts.state != "open":
             answer_from = len(done.ids) - ended - len(parts.answer_ids)
             correct = scorers.score(problem.scorer, answer, problem.gold).correct
@@ -82,6 +83,7 @@ def collect(
     batch = settings.batch
     shards = [problems[start : start + batch] for start in range(0, len(problems), batch)]
     done, missing = 0, []
+
     for number in range(len(shards)):
         if out.shard(number).is_file():
             done += len(out.read_shard(out.shard(number)))
@@ -91,6 +93,7 @@ def collect(
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
         asked: list[Asked] = []
+
         for number in numbers:
             prompts = [encoder.encode(problem.question) for problem in shards[number]]
             asked.append((prompts, _sampling(settings, stop_ids, number)))

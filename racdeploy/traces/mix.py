@@ -13,9 +13,7 @@ from racdeploy.traces.trace import Trace
 class Probe:
     """How a sparse model answered the calibration prompts, beside the dense model.
 
-    Args:
-        accuracy, dense_accuracy: share of correct answers.
-        length_ratio: thinking tokens of all its answers, to those of the dense model.
+    ``length_ratio`` is that of the thinking tokens of all answers, to the dense model's.
     """
 
     accuracy: float

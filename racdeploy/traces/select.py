@@ -24,13 +24,10 @@ class Selection:
 
 
 def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
-    """Leave out unwanted traces, hold a share out evenly, and keep to the token budget.
-
-    Raises:
-        UsageError: nothing is left.
-    """
+    """Leave out unwanted traces, hold a share out evenly, and keep to the token budget."""
     reasons = {"truncated": 0, "wrong answer": 0, "over the token budget": 0}
     wanted = []
+
     for trace in traces:
         if trace.truncated and not settings.keep_truncated:
             reasons["truncated"] += 1
@@ -65,6 +62,7 @@ def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
     for trace in traces:
         if tokens + len(trace.ids) > max_tokens:
             break
+
         chosen.append(trace)
         tokens += len(trace.ids)
 
@@ -77,6 +75,7 @@ def _choose_held_out(traces: Sequence[Trace], share: float) -> set[int]:
     for task in dict.fromkeys(trace.task for trace in traces):
         indices = [trace.index for trace in traces if trace.task == task]
         count = round(share * len(indices))
+
         for part in range(count):  # the middle of each of ``count`` equal parts
             middle = (2 * part + 1) * len(indices) // (2 * count)
             chosen.add(indices[middle])

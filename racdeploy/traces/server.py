@@ -52,12 +52,12 @@ def answering(
         folder: of the trace stage; records the server's model, and completions until all are there.
 
     Raises:
-        UsageError: another tokenizer or template, or a wrong address, key or model name.
         ArtifactError: the shards in the folder came from another model.
         EngineError: the server failed; completions that had ended are kept.
     """
     file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
+
     try:
         with OpenAIEngine(
             settings.server,
@@ -103,6 +103,7 @@ def _answer(
 
     engine.complete(missing, keep)
     answers = []
+
     for shard in shards:
         found = [_find_kept(log, request) for request in shard]
         answers.append([completion for completion in found if completion])
@@ -116,11 +117,7 @@ def _find_kept(log: CompletionLog, request: Request) -> Completion | None:
 
 
 def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
-    """Compare the server's tokenizer and template with the model's.
-
-    Raises:
-        UsageError: naming the first text on which they differ.
-    """
+    """Refuse a server whose tokenizer or template differ from the model's, naming the text."""
     prompt = encoder.render(_QUESTION)
     bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
     lead = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
@@ -144,6 +141,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
     # llama-server leaves the beginning-of-sequence token to its tokenizer.
     without_bos = prompt.removeprefix(encoder.bos_token)
     rendered = engine.render([{"role": "user", "content": _QUESTION}])
+
     if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):
         raise UsageError(
             "the server's chat template is not the model's: "

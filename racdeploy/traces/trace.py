@@ -83,11 +83,7 @@ class TraceSet:
 
     @staticmethod
     def read_shard(file: Path) -> list[Trace]:
-        """Return the traces of one shard.
-
-        Raises:
-            ArtifactError: the shard is damaged.
-        """
+        """Return the traces of one shard, or raise ArtifactError where it is damaged."""
         traces = []
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:

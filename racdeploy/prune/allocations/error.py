@@ -39,6 +39,7 @@ def observe(
     errors: dict[float, float] = {}
     gain = 0.0
     nearest_first = sorted(SPARSITIES, key=lambda sparsity: abs(sparsity - settings.sparsity))
+
     for sparsity in nearest_first:
         pruned = prune_and_refit(method, weight_OI, hessian, Unstructured(sparsity), settings)
         error = _output_energy(pruned.weight_OI - weight_OI, hessian) / energy
@@ -56,6 +57,7 @@ def allocate(
     grid = np.arange(0.0, HIGHEST + STEP / 2, STEP)
     # What a weight of each linear costs, step by step; the cheapest step is taken first.
     prices = {}
+
     for name, observation in observations.items():
         steps = np.diff(_interpolate(observation, grid))
         prices[name] = (steps / sizes[name]).tolist()
@@ -65,6 +67,7 @@ def allocate(
 
     taken = dict.fromkeys(prices, 0)
     left = sparsity * sum(sizes[name] for name in prices)
+
     while heap and left > 0:
         _, name = heapq.heappop(heap)
         left -= STEP * sizes[name]

@@ -35,6 +35,7 @@ def allocate(
     """Return one sparsity per block, falling linearly with its share of outliers."""
     found: dict[str, float] = defaultdict(float)
     weights: dict[str, int] = defaultdict(int)
+
     for name, observation in observations.items():
         block = _name_block(name)
         found[block] += observation["outliers"]
@@ -44,6 +45,7 @@ def allocate(
     lowest = min(share.values())
     width = (max(share.values()) - lowest) or 1.0
     wanted = {}
+
     for name in observations:
         place = (share[_name_block(name)] - lowest) / width  # 0 to 1
         wanted[name] = sparsity + SPREAD * (1 - 2 * place)

@@ -17,12 +17,7 @@ __all__ = ["Pruned"]
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned linear.
-
-    Args:
-        weight_OI: float32, zeros where ``keep_OI`` is False.
-        keep_OI: True where the weight stays.
-    """
+    """A pruned linear: float32, with zeros where ``keep_OI`` is False."""
 
     weight_OI: torch.Tensor
     keep_OI: torch.Tensor

@@ -50,6 +50,7 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
             changed = float((keep_OI != seen_OI).sum() / keep_OI.sum().clamp_min(1))
             if changed == 0:
                 break
+
             seen_OI = keep_OI
             penalty *= next(factor for share, factor in GROWTH if changed > share)
 

@@ -23,6 +23,7 @@ def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings:
     # Masks are chosen for whole groups: the slice is as many of them as fit into the column block.
     group = pattern.group(settings.column_block)
     width = min(max(settings.column_block // group, 1) * group, I)
+
     for start in range(0, I, width):
         stop = min(start + width, I)
         error_OC = _prune_slice(weight_OI, keep_OI, factor_II, pattern, group, start, stop)

@@ -1,7 +1,6 @@
 """Wanda: each output loses the weights with the least |weight| × root of the input's energy.
 
-Source: arXiv 2306.11695, section 3. Nothing is compensated; ``prune.refit_steps`` does that
-afterwards.
+Source: arXiv 2306.11695, section 3. Nothing is compensated; that is for ``prune.refit_steps``.
 """
 
 from __future__ import annotations

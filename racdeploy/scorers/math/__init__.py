@@ -50,6 +50,7 @@ class Worker:
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None
+
             try:
                 process.stdin.write(json.dumps([answer, gold]) + "\n")
                 process.stdin.flush()

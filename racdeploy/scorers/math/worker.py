@@ -1,7 +1,5 @@
-"""The child process that runs Math-Verify: ``python -m racdeploy.scorers.math.worker``.
-
-Reads one ``[answer, gold]`` a line, answers ``[correct, extracted, how]``, and ends when stdin
-ends.
+"""The child process that runs Math-Verify: it reads one ``[answer, gold]`` a line, answers
+``[correct, extracted, how]``, and ends when stdin ends.
 """
 
 from __future__ import annotations
