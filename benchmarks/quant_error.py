@@ -109,8 +109,8 @@ def measure(
             divergences(r, predict_completion(engine, t))
             for r, t in zip(references, traces, strict=True)
         ]
-    return [kl_T for kl_T, _ in found], float(
-        np.concatenate([same_T for _, same_T in found]).mean()
+    return [kl_T for kl_T, *_ in found], float(
+        np.concatenate([same_T for _, same_T, _ in found]).mean()
     )
 
 

@@ -1,9 +1,7 @@
 """Speed and memory of a bundle's artifact beside the dense one: alternating rounds in one run.
 
 Each round loads both artifacts, each in its own process, the one that comes first changing from
-round to round: a machine that grows slower meets both. The ratio is the median of the rounds'
-ratios. Every load finds the file in the page cache, since a round that is not counted comes first.
-Knows no format: the engine is the manifest's.
+round to round: a machine that grows slower meets both. The ratio is the median of the rounds'.
 """
 
 from __future__ import annotations
@@ -44,12 +42,8 @@ FIGURES = {
 class Load:
     """What every round does.
 
-    Args:
-        rounds: how often each artifact is loaded and measured.
-        parallel: sequences decoded together; the figures count the tokens of all of them.
-        threads: CPU threads; 0 uses every core.
-        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`; the dense artifact
-            has none to give them.
+    ``parallel`` sequences are decoded together, and their tokens counted together; 0 ``threads``
+    use every core. ``accel`` is for the pruned artifact, see :func:`racdeploy.accel.enable`.
     """
 
     rounds: int = 5
@@ -75,31 +69,34 @@ class Benchmark:
         """Return those of the dense and of the pruned artifact."""
         return _take_medians(self.dense_rounds), _take_medians(self.pruned_rounds)
 
-    def ratios(self, name: str) -> list[float]:
-        """Return pruned over dense in every round, sorted."""
-        rounds = zip(self.dense_rounds, self.pruned_rounds, strict=True)
-        return sorted(pruned[name] / dense[name] for dense, pruned in rounds)
+    def ratios(self) -> dict[str, list[float]]:
+        """Return pruned over dense in every round, sorted, by the name of the figure."""
+        rounds = list(zip(self.dense_rounds, self.pruned_rounds, strict=True))
+        return {
+            name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
+        }
 
     def to_table(self) -> Table:
         """Return the medians of both, their ratio and its range over the rounds."""
-        dense, pruned = self.medians()
+        medians = self.medians()
         rows = []
-        for name, label in FIGURES.items():
-            ratios = self.ratios(name)
-            sides = [_format_figure(name, side[name]) for side in (dense, pruned)]
+        for name, ratios in self.ratios().items():
+            sides = [_format_figure(name, side[name]) for side in medians]
             spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-            rows.append((label, *sides, f"{median(ratios):.2f}", spread))
+            rows.append((FIGURES[name], *sides, f"{median(ratios):.2f}", spread))
 
         together = self.load.parallel
         what = f"{together} at once" if together > 1 else "one sequence"
         columns = (what, "dense", "pruned", "ratio", f"range of {self.load.rounds}")
+
         return Table("", columns, tuple(rows))
 
     def to_json(self) -> dict[str, Any]:
         dense, pruned = self.medians()
         load = asdict(self.load)
         del load["accel"]
-        ratios = {name: self.ratios(name) for name in FIGURES}
+
+        ratios = self.ratios()
         return {
             "dense": {"path": str(self.dense), **dense},
             "pruned": {"path": str(self.pruned), **pruned},
@@ -113,15 +110,9 @@ class Benchmark:
 def bench(
     bundle: Path, dense: Path, load: Load, progress: Progress | None = None, *, artifact: str = ""
 ) -> Benchmark:
-    """Measure an artifact of a bundle beside the dense one, which is for the same engine.
+    """Measure an artifact of a bundle, by its path or the first, beside a dense one.
 
-    ``artifact`` is a path in the bundle, empty for the first; ``progress`` gets a label, loads done
-    and loads in all.
-
-    Raises:
-        ArtifactError: the bundle is damaged, or there is no dense artifact.
-        UsageError: the context does not hold prompt and completion, or there is no such artifact.
-        EngineError: the engine cannot run one of them.
+    ``progress`` gets a label, loads done and loads in all.
     """
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
@@ -139,38 +130,34 @@ def bench(
 
     vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
+
     stock = EngineSettings(context_tokens, load.parallel, load.threads)
     pruned = bundle / entry.path
     sides = [("dense", dense, stock), ("pruned", pruned, replace(stock, accel=load.accel))]
 
+    progress = progress or (lambda label, done, loads: None)
     loads = 2 * (load.rounds + 1)
     rounds: dict[str, list[Round]] = {"dense": [], "pruned": []}
     kernels: dict[str, str] = {}
     for number in range(loads // 2):
         for place, (name, file, settings) in enumerate(sides):
-            if progress:
-                progress("bench", 2 * number + place, loads)
+            progress("bench", 2 * number + place, loads)
             figures, kernels[name] = _measure(entry.backend, file, settings, ids, load.new_tokens)
             rounds[name].append(figures)
+
         sides.reverse()
 
-    if progress:
-        progress("bench", loads, loads)
+    progress("bench", loads, loads)
 
     # The first round only fills the page cache.
     dense_rounds = tuple(rounds["dense"][1:])
     pruned_rounds = tuple(rounds["pruned"][1:])
+
     return Benchmark(load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
 
 
 def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
-    """Return the dense artifact that the build of a bundle left in its work folder.
-
-    It is for an artifact of that path in the bundle; a build makes one for the first alone.
-
-    Raises:
-        ArtifactError: there is none.
-    """
+    """Return the dense artifact that the build left in ``work``; it has one for the first alone."""
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
     build_again = (
@@ -178,9 +165,8 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
         "then give the file with --dense"
     )
     if entry != manifest.artifacts[0]:
-        raise ArtifactError(
-            f"a build makes no dense artifact beside {entry.path}", remedy=build_again
-        )
+        missing = f"a build makes no dense artifact beside {entry.path}"
+        raise ArtifactError(missing, remedy=build_again)
 
     dense = find_dense_arm(read_report(bundle))
     for stage in finished_stages(work, "export"):
@@ -201,7 +187,6 @@ def _format_figure(name: str, value: float) -> str:
 
 
 def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry:
-    """Return an artifact by its path, the first one where none is given."""
     for entry in manifest.artifacts:
         if not path or entry.path == path:
             return entry
@@ -217,26 +202,24 @@ def _take_medians(rounds: Sequence[Round]) -> Round:
 def _measure(
     backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
 ) -> tuple[Round, str]:
-    """Load an artifact, read prompts and decode after them; a few tokens before that warm the
-    caches.
+    """Return the figures of one load, and what the engine says of its kernels.
 
     Small models answer in milliseconds; they get further prompts until the decoding has lasted.
-
-    Returns:
-        The figures, and what the engine says of its kernels.
     """
     sampling = Sampling(max_new_tokens=new_tokens, stop_ids=())
     most_answers = _MOST_ANSWERS * settings.parallel
     answers = 0
     with open_engine(backend, file, settings) as engine:
-        engine.generate([ids[:8]], replace(sampling, max_new_tokens=2))
+        engine.generate([ids[:8]], replace(sampling, max_new_tokens=2))  # warms the caches
         before = _read_stats(engine, backend)
 
         lasted_s = 0.0
         while not answers or (answers < most_answers and lasted_s < _LEAST_DECODE_S):
             # Every prompt is turned further: no engine has it in its cache.
             turns = [place % len(ids) for place in range(answers, answers + settings.parallel)]
-            engine.generate([[*ids[turn:], *ids[:turn]] for turn in turns], sampling)
+            prompts = [[*ids[turn:], *ids[:turn]] for turn in turns]
+            engine.generate(prompts, sampling)
+
             answers += settings.parallel
             after = _read_stats(engine, backend)
             lasted_s = after["decode_s"] - before["decode_s"]

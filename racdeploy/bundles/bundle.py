@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
@@ -16,19 +14,12 @@ from racdeploy.runtime.thinking import tags_of
 from racdeploy.tasks import Problem, TaskSet
 from racdeploy.verify.answers import Progress, Respondent
 from racdeploy.verify.baseline import Baseline
-from racdeploy.verify.conclude import Context
 from racdeploy.verify.gate import Gate, read_gate
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle and how it is judged.
-
-    Args:
-        folder: folder that ``racdeploy build`` wrote.
-        gate_file: limits that go over the bundle's own, or None.
-        tier: of the gate; empty asks what the build asked.
-    """
+    """A bundle, the limits that go over its own, and a tier; empty asks what the build asked."""
 
     folder: Path
     gate_file: Path | None = None
@@ -36,11 +27,7 @@ class Bundle:
 
     @cached_property
     def own(self) -> Baseline:
-        """The bundle with its records, its files checked.
-
-        Raises:
-            ArtifactError: the bundle is damaged.
-        """
+        """The bundle with its records, its files checked."""
         found = Baseline.read(self.folder)
         found.manifest.check_tokenizer(self.folder)
         check_unpacked(self.folder, found.manifest.artifacts[0])
@@ -48,11 +35,7 @@ class Bundle:
 
     @cached_property
     def gate(self) -> Gate:
-        """The limits of the file over those of the bundle, for the tier.
-
-        Raises:
-            UsageError: unknown keys, bad values, or an unknown tier.
-        """
+        """The limits of the file over those of the bundle, for the tier."""
         # A wrong file or tier is reported before the bundle is read.
         read_gate(self.gate_file).at(self.tier)
         return read_gate(self.gate_file, self.own.recipe.gate).at(self.tier)
@@ -67,11 +50,7 @@ class Bundle:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """What is asked: a part of what the build asked, or its tasks' further problems after it.
-
-        Raises:
-            UsageError: the tasks are not on this machine, or no longer the same.
-        """
+        """A part of what the build asked, or all of it and its tasks' further problems."""
         recorded = self.own.problems
         if not self.tier:
             return recorded
@@ -98,15 +77,3 @@ class Bundle:
         if tokenizer.open_tag and tokenizer.close_tag:
             tags = tags_of(encoder, tokenizer.open_tag, tokenizer.close_tag)
         return Respondent(encoder, tags, tokenizer.eos_ids, self.settings, progress)
-
-    def context(self, fingerprint: Mapping[str, Any]) -> Context:
-        """Return what a report of this bundle says beside its evidence."""
-        report = self.own.report
-        return Context(
-            model=report.model,
-            target=report.target,
-            recipe=self.own.recipe.model_dump(mode="json"),
-            linears=report.linears,
-            blocks=report.blocks,
-            fingerprint=fingerprint,
-        )

@@ -23,11 +23,7 @@ _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "toke
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """Return ``summary`` and ``tensors`` of a file or folder.
-
-    Raises:
-        ArtifactError: it is nothing that racdeploy knows, or damaged.
-    """
+    """Return ``summary`` and ``tensors`` of a file or folder."""
     if (path / MANIFEST_NAME).is_file():
         return _inspect_bundle(path)
     if path.is_dir():
@@ -46,17 +42,15 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     form = export.load(export.format_of(path))
     metadata, tensors = form.measure(path)
     files = [path, *(path.with_name(path.name + end) for end in form.WEIGHT_SUFFIXES)]
+
     summary = {
         "file": str(path),
         "size_bytes": sum(file.stat().st_size for file in files if file.is_file()),
         "sha256": file_sha256(path),
     }
 
-    for key, value in metadata.items():
-        if key.startswith(_SHOWN_KEYS):
-            summary[key] = value
-
-    return _add_totals(summary, tensors)
+    shown = {key: value for key, value in metadata.items() if key.startswith(_SHOWN_KEYS)}
+    return _add_totals(summary | shown, tensors)
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -132,6 +126,7 @@ def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -
         count = math.prod(row.shape)
         bits = 8 * row.size_bytes / count if count else 0.0
         rows.append({**asdict(row), "shape": list(row.shape), "bits": bits})
+
         weights += count
         size_bytes += row.size_bytes
         if row.zeros is None:

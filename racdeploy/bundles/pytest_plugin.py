@@ -1,9 +1,7 @@
-"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test of its own, and its
-verdict as one more.
+"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test, and its verdict as one.
 
 pytest loads this file in every run of an environment that holds racdeploy, so it imports nothing
-before it is asked for. The bundle is verified once, when its first test runs. What is skipped is
-skipped; what is inconclusive fails, unless the gate says ``inconclusive = "pass"``.
+before it is asked for. What is inconclusive fails, unless the gate says ``inconclusive = "pass"``.
 """
 
 from __future__ import annotations
@@ -29,13 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("racdeploy", "verification of a racdeploy bundle")
     group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
     group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
-    group.addoption(
-        "--racdeploy-threads",
-        type=int,
-        default=0,
-        metavar="N",
-        help="CPU threads; 0 uses every core",
-    )
+    threads = "CPU threads; 0 uses every core"
+    group.addoption("--racdeploy-threads", type=int, default=0, metavar="N", help=threads)
 
 
 def pytest_collection_modifyitems(
@@ -71,25 +64,19 @@ class BundleTests(pytest.Collector):
     """A bundle: verified when its first test runs, once."""
 
     def prepare(self, folder: Path, again: Reverification, accepts_inconclusive: bool) -> None:
-        """Say which bundle it is, and whether too little data is accepted."""
         self.folder = folder
         self.accepts_inconclusive = accepts_inconclusive
         self._again = again
         self._found: Report | Exception | None = None
 
     def collect(self) -> list[pytest.Item]:
-        """Return a test for each check, and one for the verdict."""
         from racdeploy import plugins
 
         names = [*plugins.names("checks"), _VERDICT]
         return [Check.from_parent(self, name=name) for name in names]
 
     def report(self) -> Report:
-        """Return the report; an error is the same for every test.
-
-        Raises:
-            RacdeployError: the bundle or its engine failed.
-        """
+        """Return the report; an error is the same for every test."""
         from racdeploy.errors import RacdeployError
 
         if self._found is None:
@@ -109,10 +96,9 @@ class Check(pytest.Item):
     parent: BundleTests
 
     def runtest(self) -> None:
-        """Skip, pass or fail as the check did; its figures become properties of the test."""
         check = self._result(self.parent.report())
-        for name, value in check.figures.items():
-            self.user_properties.append((f"{check.name}.{name}", value))
+        properties = {f"{check.name}.{name}": value for name, value in check.figures.items()}
+        self.user_properties += properties.items()
 
         accepted = check.verdict == "inconclusive" and self.parent.accepts_inconclusive
         if check.verdict == "skipped" or accepted:
@@ -131,7 +117,6 @@ class Check(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """Name the test by its bundle and check."""
         folder = self.parent.folder
         return folder, None, f"{folder}::{self.name}"
 

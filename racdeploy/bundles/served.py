@@ -1,8 +1,8 @@
 """Ask a server in the place of a bundle's artifact: what it really serves is judged.
 
 By default its users' endpoint is asked, ``/chat/completions``, so its template and what it does
-with the thinking are part of what is verified; ``completions`` sends the prompts' token ids
-instead. Nobody sees the weights behind an address: checks of files and logits are skipped.
+with the thinking are verified too. Nobody sees the weights behind an address: checks of files and
+logits are skipped.
 """
 
 from __future__ import annotations
@@ -30,50 +30,32 @@ from racdeploy.verify.probe_strings import probe_strings
 ServerApi = Literal["chat", "completions"]
 
 _JUDGED = ("accuracy", "thinking")
-_SEEN = (*_JUDGED, "tokens")
 
 
 @dataclass(frozen=True)
-class Server:
-    """Whom to ask, and how.
+class ServerAnswerer:
+    """A server in the place of a bundle's artifacts.
 
     Args:
+        local: says how prompts are asked.
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
         model: name that the server gives the model; empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.
         api: ``chat`` asks questions as users do, ``completions`` sends token ids.
     """
 
+    local: ArtifactAnswerer
     url: str
     model: str = ""
     key_env: str = ""
     api: ServerApi = "chat"
 
-
-@dataclass(frozen=True)
-class ServerAnswerer:
-    """A server that is said to serve a bundle's model.
-
-    Args:
-        local: the bundle, its prompts and how they are asked.
-        server: takes the place of its artifacts.
-    """
-
-    local: ArtifactAnswerer
-    server: Server
-
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        server = {"url": self.server.url, "api": self.server.api}
-        return self.local.fingerprint | {"server": server}
+        return self.local.fingerprint | {"server": {"url": self.url, "api": self.api}}
 
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
-        """Ask every prompt.
-
-        Raises:
-            UsageError: the gate asks for nothing that can be seen from outside, or a wrong address.
-            EngineError: the server failed, or does not tell what is needed.
-        """
+        """Ask every prompt."""
         bundle = self.local.bundle
         respondent = self.local.respondent
         if not all(map(bundle.gate.runs, _JUDGED)):
@@ -91,10 +73,8 @@ class ServerAnswerer:
             )
             probes = self._probe_tokens(engine)
 
-        unseen = dict.fromkeys(plugins.names("checks"), "a server shows no files")
-        for check in _SEEN:
-            del unseen[check]
-
+        hidden = set(plugins.names("checks")) - {*_JUDGED, "tokens"}
+        unseen = dict.fromkeys(hidden, "a server shows no files")
         if probes is None:
             unseen["tokens"] = "the server has no endpoint that tokenizes"
 
@@ -109,10 +89,10 @@ class ServerAnswerer:
         )
 
         served = [
-            f"the pruned arm is what {self.server.url} serves as {name!r}; "
+            f"the pruned arm is what {self.url} serves as {name!r}; "
             "which weights that are, nobody can see"
         ]
-        if self.server.api == "chat":
+        if self.api == "chat":
             served.append("its thinking is counted in tokens of its texts")
 
         return evidence, [*served, *notes, *note_earlier(answers.earlier)]
@@ -123,23 +103,21 @@ class ServerAnswerer:
     @cached_property
     def _stage(self) -> Stage:
         local = self.local
-        who = {"server": f"{self.server.url} {self.server.model} {self.server.api}"}
+        who = {"server": f"{self.url} {self.model} {self.api}"}
         inputs = identity(who, local.bundle.settings, local.engine_settings, self.fingerprint)
         return Stage.open(local.work, "verify-served", {"version": __version__, **inputs})
 
     def _reach(self) -> OpenAIEngine:
-        server = self.server
         bundle = self.local.bundle
         settings = self.local.engine_settings
-        names: dict[str, Any] = {"model": server.model, "key_env": server.key_env}
-        if server.api == "completions":
+        names: dict[str, Any] = {"model": self.model, "key_env": self.key_env}
+        if self.api == "completions":
             tokenizer = TokenizerFiles(bundle.folder).file
-            return OpenAIEngine(server.url, settings, tokenizer=tokenizer, **names)
+            return OpenAIEngine(self.url, settings, tokenizer=tokenizer, **names)
 
         encoder = self.local.respondent.encoder
-        questions = {
-            tuple(encoder.encode(each.question)): each.question for each in bundle.problems
-        }
+        asked = [problem.question for problem in bundle.problems]
+        questions = {tuple(encoder.encode(question)): question for question in asked}
         conversation = Conversation(questions, encoder.encode_text)
         tags = self.local.respondent.tags
         if tags is not None:
@@ -151,7 +129,7 @@ class ServerAnswerer:
                 starts_open=prompt_state(first, tags) == "open",
             )
 
-        return ChatEngine(server.url, settings, conversation, **names)
+        return ChatEngine(self.url, settings, conversation, **names)
 
     def _probe_tokens(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
         """Compare tokenizers, where the server has an endpoint for it.
@@ -166,4 +144,5 @@ class ServerAnswerer:
 
         if any(probe.actual[: len(lead)] != lead for probe in probes):
             return probes
+
         return tuple(replace(probe, actual=probe.actual[len(lead) :]) for probe in probes)

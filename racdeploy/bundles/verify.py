@@ -1,47 +1,56 @@
 """Verify a finished bundle again: rerun its prompts, compare with dense answers, decide.
 
 The dense answers are those that the bundle carries, those of another bundle of the same dense
-model, or new ones of the dense artifact; they are never mixed. The report says which, and what
-differs between the machines. The answers that are judged come from the bundle's artifact or from a
-server.
+model, or new ones of the dense artifact; they are never mixed.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from racdeploy import __version__
+from racdeploy import __version__, export
 from racdeploy.accel import STOCK, Mode, kernels
 from racdeploy.bundles.bundle import Bundle
-from racdeploy.bundles.measure import MeasuredArtifact, measure_artifact, recorded_files
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import Engine, EngineSettings
 from racdeploy.engines import open_engine
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
-from racdeploy.report.model import Record, Report
+from racdeploy.models.families import find_family
+from racdeploy.report.model import Record, Report, TensorRow
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Progress, Respondent, identity
-from racdeploy.verify.baseline import Baseline, differences
+from racdeploy.verify.baseline import Baseline, differences, find_dense_arm
 from racdeploy.verify.conclude import conclude
-from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, length_budget
+from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, StopIds, length_budget
 from racdeploy.verify.gate import Gate
-from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens
+from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens, read_stop_ids
 from racdeploy.verify.plan import expect_as_before, plan
 from racdeploy.verify.probe_strings import probe_strings
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is in an artifact's files; ``sparsity`` is that of the prunable linears."""
+
+    metadata: dict[str, Any]
+    stop_ids: StopIds | None
+    tensors: tuple[TensorRow, ...]
+    prunable: frozenset[str]
+    sparsity: float
 
 
 class Answerer(Protocol):
     """Who gives the answers that are judged.
 
-    ``fingerprint`` holds what the answers depend on. ``gather`` answers, and returns what the
-    checks look at beside the dense arm, and the notes on that arm with its own. ``forget`` removes
-    the answers of a finished run, so that the next one verifies from scratch.
+    ``fingerprint`` holds what they depend on. ``gather`` answers, and returns what the checks look
+    at and the notes on both arms. ``forget`` removes the answers of a finished run.
     """
 
     @property
@@ -56,10 +65,7 @@ class Answerer(Protocol):
 class ArtifactAnswerer:
     """The bundle's own artifacts, run here; what an interrupted run answered waits in ``work``.
 
-    Args:
-        threads: CPU threads; 0 uses every core.
-        accel: kernels for sparse weights, see :func:`racdeploy.accel.enable`.
-        progress: called with a label, prompts done and prompts in all.
+    ``threads`` 0 uses every core; for ``accel`` see :func:`racdeploy.accel.enable`.
     """
 
     bundle: Bundle
@@ -98,15 +104,18 @@ class ArtifactAnswerer:
         also = []
         for entry in others:
             arm, _, again = self._run(entry, f"pruned, {entry.backend}")
-            files = recorded_files(entry)
-            also.append(OtherArtifact(arm, entry.backend, self.bundle.folder / entry.path, files))
+            path = self.bundle.folder / entry.path
+            also.append(OtherArtifact(arm, entry.backend, path, _list_files(entry)))
+
             earlier += again
             if arm.kernels:
                 ran.append(f"the one for {entry.backend} ran on {arm.kernels}")
 
         asked = own.recipe.prune.sparsity
         reached = float(own.manifest.pruning.get("sparsity", asked))
-        linears = own.report.linears
+        kept_dense = [row.name for row in own.report.linears if row.sparsity_asked == 0]
+        asked_ids = {record.question: record.prompt_ids for record in own.dense}
+
         evidence = Evidence(
             settings=self.bundle.settings,
             gate=self.bundle.gate,
@@ -114,20 +123,19 @@ class ArtifactAnswerer:
             pruned=pruned,
             backend=main.backend,
             artifact=self.bundle.folder / main.path,
-            artifact_files=recorded_files(main),
+            artifact_files=_list_files(main),
             sparsity_asked=float(own.manifest.pruning.get("sparsity_asked", asked)),
             sparsity_recipe=asked if reached < asked else None,
-            dense_linears=frozenset(row.name for row in linears if row.sparsity_asked == 0),
+            dense_linears=frozenset(kept_dense),
             tensors=measured.tensors,
             prunable=measured.prunable,
             probes=probes,
-            prompts=probe_prompts(
-                encoder, measured.metadata, {r.question: r.prompt_ids for r in own.dense}
-            ),
+            prompts=probe_prompts(encoder, measured.metadata, asked_ids),
             stop_ids=measured.stop_ids,
             packing=main.packing,
             also=tuple(also),
         )
+
         logits = "logits were compared when the bundle was built: "
         logits += "that needs the dense model and torch"
 
@@ -141,24 +149,23 @@ class ArtifactAnswerer:
         version = {"version": __version__, "backend": entry.backend}
         stage = Stage.open(self.work, "verify", version | inputs)
         self._used.add(stage.folder)
-        log = CompletionLog(stage.folder / "completions.jsonl")
 
-        return self.respondent.answer(
-            lambda: self._open(entry, path), self.bundle.problems, arm, log
-        )
+        log = CompletionLog(stage.folder / "completions.jsonl")
+        problems = self.bundle.problems
+        return self.respondent.answer(lambda: self._open(entry, path), problems, arm, log)
 
     def forget(self) -> None:
         for folder in self._used:
             shutil.rmtree(folder)
 
-    def _run(self, entry: ArtifactEntry, name: str) -> tuple[Arm, MeasuredArtifact, int]:
+    def _run(self, entry: ArtifactEntry, name: str) -> tuple[Arm, _Measured, int]:
         """Answer with an artifact, look into its file, and count what was answered before."""
         path = self.bundle.folder / entry.path
         answers = self.answer(entry, path, entry.files, name)
-        measured = measure_artifact(self.bundle.own, entry)
+        measured = _measure_artifact(self.bundle.own, entry)
 
         known = (entry.size_bytes, entry.quant, measured.sparsity)
-        files = recorded_files(entry)
+        files = _list_files(entry)
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
 
         return arm, measured, answers.earlier
@@ -174,8 +181,7 @@ class Reverification:
     Args:
         local: runs artifacts here, the dense one among them.
         answerer: gives the answers that are judged; None takes ``local``.
-        baseline: dense artifact, or another bundle of the same dense model; None takes the
-            bundle's own records.
+        baseline: dense artifact, or another bundle of the same dense model; None takes the own one.
     """
 
     local: ArtifactAnswerer
@@ -204,6 +210,7 @@ class Reverification:
         settings = bundle.settings
         prompts = len(bundle.problems)
         answers = prompts * settings.samples * (1 if fresh is None else 2)
+
         dense = Arm("dense", bundle.own.dense)
         pruned = Arm("pruned", bundle.own.pruned)
         expected = expect_as_before(dense, pruned, length_budget(settings))
@@ -217,25 +224,28 @@ class Reverification:
         }
 
     def run(self) -> tuple[Report, list[Record]]:
-        """Answer, compare and decide.
-
-        Raises:
-            UsageError: the gate, the baseline or the server's address does not fit.
-            ArtifactError: the bundle is damaged.
-            EngineError: the engine cannot run the artifact, or the server failed.
-        """
+        """Answer, compare and decide."""
         self.plan()  # whatever is wrong is reported before any work
         answerer = self.answerer or self.local
         dense, notes = self._answer_dense(answerer)
         evidence, notes = answerer.gather(dense, notes)
 
-        context = self.local.bundle.context(answerer.fingerprint)
-        report, records = conclude(evidence, context, notes)
+        own = self.local.bundle.own
+        found = conclude(
+            evidence,
+            notes,
+            model=own.report.model,
+            target=own.report.target,
+            recipe=own.recipe,
+            linears=own.report.linears,
+            blocks=own.report.blocks,
+            fingerprint=answerer.fingerprint,
+        )
         self.local.forget()
         if answerer is not self.local:
             answerer.forget()
 
-        return report, records
+        return found
 
     @property
     def _fresh(self) -> Path | None:
@@ -261,7 +271,7 @@ class Reverification:
     def _answer_dense(self, answerer: Answerer) -> tuple[Arm, list[str]]:
         """Return the dense arm, and where it comes from."""
         own = self.local.bundle.own
-        recorded = own.dense_arm
+        recorded = find_dense_arm(own.report)
         known = (recorded.size_bytes, recorded.quant or "", recorded.sparsity)
         files = recorded.files
 
@@ -274,10 +284,12 @@ class Reverification:
         source = self._source
         other = "" if source is own else f", from {source.folder.name}"
         created = source.report.created
+
         notes = [
             f"the dense arm was not rerun: its records are of {created:%Y-%m-%d %H:%M} UTC{other}, "
             "and its speed is not shown beside one measured now"
         ]
+
         if changed := differences(source.report.fingerprint, answerer.fingerprint):
             conditions = "; ".join(changed)
             notes.append(f"the dense answers were made under other conditions: {conditions}")
@@ -288,3 +300,56 @@ class Reverification:
 def note_earlier(earlier: int) -> list[str]:
     """Return what a reader must know of answers that an interrupted run left."""
     return [f"{earlier} answers are of an earlier run that was interrupted"] if earlier else []
+
+
+def _measure_artifact(own: Baseline, entry: ArtifactEntry) -> _Measured:
+    """Measure one artifact of a bundle."""
+    path = own.folder / entry.path
+    family = find_family({"model_type": own.manifest.base.get("model_type")})
+    form = export.load(entry.format)
+    metadata, found = form.measure(path)
+    reasons = {row.name: row.reason for row in own.report.tensors}
+
+    rows: list[TensorRow] = []
+    prunable: set[str] = set()
+    zeros = weights = 0.0
+    for tensor in found:
+        name = tensor.name
+        if tensor.zeros is None:
+            raise ArtifactError(
+                f"{path}: racdeploy cannot read type {tensor.type} of {name}",
+                remedy="build the bundle again with a quant of: racdeploy plugins",
+            )
+
+        count = math.prod(tensor.shape)
+        if form.is_linear(family, name):
+            prunable.add(name)
+            zeros += tensor.zeros * count
+            weights += count
+
+        rows.append(
+            TensorRow(
+                name=name,
+                # A tensor that the report does not list is a table of the graph's own.
+                quant_asked=entry.quant if name in reasons else tensor.type,
+                quant_real=tensor.type,
+                zeros=tensor.zeros,
+                size_bytes=tensor.size_bytes,
+                bits=8 * tensor.size_bytes / count,
+                reason=reasons.get(name, ""),
+                packing=tensor.packing,
+            )
+        )
+
+    sparsity = zeros / weights if weights else 0.0
+    stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, own.manifest.tokenizer.eos_ids)
+    return _Measured(metadata, stop_ids, tuple(rows), frozenset(prunable), sparsity)
+
+
+def _list_files(entry: ArtifactEntry) -> dict[str, str]:
+    """Return the hash of each file by its path from the folder of the main one."""
+    folder = PurePosixPath(entry.path).parent
+    return {
+        PurePosixPath(name).relative_to(folder).as_posix(): sha256
+        for name, sha256 in entry.files.items()
+    }

@@ -48,7 +48,7 @@ def verify(
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.bundles.bundle import Bundle
-    from racdeploy.bundles.served import Server, ServerAnswerer
+    from racdeploy.bundles.served import ServerAnswerer
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
@@ -68,8 +68,8 @@ def verify(
         judged = Bundle(bundle, gate, tier)
         mode = "off" if server else accel
         local = ArtifactAnswerer(judged, work or default_work(), threads, mode, progress)
-        asked = Server(server, server_model, server_key_env, server_api)
-        again = Reverification(local, ServerAnswerer(local, asked) if server else None, baseline)
+        asked = ServerAnswerer(local, server, server_model, server_key_env, server_api)
+        again = Reverification(local, asked if server else None, baseline)
         if show_plan:
             print_plan(again.plan(), json_output)
             return

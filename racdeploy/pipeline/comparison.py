@@ -1,8 +1,4 @@
-"""The verification of a build: all artifacts answer the same prompts, are measured, and judged.
-
-Answers are kept as they come, under the hash of what decides them, so that an interrupted
-verification resumes.
-"""
+"""The verification of a build: all artifacts answer the same prompts, are measured, and judged."""
 
 from __future__ import annotations
 
@@ -21,32 +17,19 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.report.model import Record, Report
+from racdeploy.verify import measure
 from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent
 from racdeploy.verify.checks import memory, speed
-from racdeploy.verify.conclude import Context, conclude
+from racdeploy.verify.conclude import conclude
 from racdeploy.verify.controls import control_notes
 from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact
-from racdeploy.verify.measure import (
-    compare_logits,
-    fingerprint,
-    list_tensors,
-    probe_prompts,
-    read_stop_ids,
-)
 
 _NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A job whose artifacts are to be compared.
-
-    Args:
-        job: what was built.
-        work: where answers go.
-        threads: CPU threads; 0 uses every core.
-        progress: called with a label, prompts done and prompts in all.
-    """
+    """A job whose artifacts are compared; ``work`` keeps answers, 0 threads are every core."""
 
     job: Job
     work: Path
@@ -56,27 +39,22 @@ class Evaluation:
     def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
         """Answer the evaluation prompts with one artifact on its engine.
 
-        Answers of an earlier run count, and an interrupted one resumes; where speed or memory have
-        a limit, both arms answer in one run.
+        Earlier answers count, unless speed or memory have a limit: then both arms run again.
         """
-        respondent = Respondent(
-            self.job.encoder,
-            self.job.tags,
-            self.job.checkpoint.eos_ids,
-            self.job.recipe.verify,
-            self.progress,
-        )
+        job = self.job
+        stop_ids = job.checkpoint.eos_ids
+        respondent = Respondent(job.encoder, job.tags, stop_ids, job.recipe.verify, self.progress)
 
         return answer_prompts(
             Workplace(self.work),
             respondent,
-            self.job.problems("evaluation"),
+            job.problems("evaluation"),
             arm,
             exported.path,
             exported.files,
-            self.job.backend,
+            job.backend,
             settings,
-            fingerprint(settings),
+            measure.fingerprint(settings),
             again=self._timed(),
         )
 
@@ -100,6 +78,9 @@ class Evaluation:
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
         prunable = set(self.job.prunable_weights)
+        kept_dense = [row.name for row in model.linears if row.sparsity_asked == 0]
+        eos_ids = self.job.checkpoint.eos_ids
+
         evidence = Evidence(
             settings=recipe.verify,
             gate=self.job.gate,
@@ -111,29 +92,30 @@ class Evaluation:
             artifact_files=pruned.files,
             sparsity_asked=self.job.weigh_sparsity_asked(model.linears),
             sparsity_recipe=recipe.prune.sparsity if model.undone else None,
-            tensors=list_tensors(pruned.tensors),
+            tensors=measure.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
-            dense_linears=frozenset(row.name for row in model.linears if row.sparsity_asked == 0),
+            dense_linears=frozenset(kept_dense),
             probes=found.probes,
             logits=self._compare_logits(model, pruned, traces),
             also=self._answer_also(also),
-            prompts=probe_prompts(self.job.encoder, metadata, self._chat_ids()),
-            stop_ids=read_stop_ids(form.TOKENIZER_PREFIX, metadata, self.job.checkpoint.eos_ids),
+            prompts=measure.probe_prompts(self.job.encoder, metadata, self._chat_ids()),
+            stop_ids=measure.read_stop_ids(form.TOKENIZER_PREFIX, metadata, eos_ids),
             packing=recipe.export.packing,
         )
 
-        context = Context(
-            model=recipe.model,
-            target=recipe.target,
-            recipe=recipe.model_dump(mode="json"),
-            linears=model.linears_beside(recipe.prune.sparsity),
-            blocks=model.blocks,
-            fingerprint=fingerprint(self._engine_settings),
-        )
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
         missing = control_notes(recipe.verify, len(rivals))
 
-        return conclude(evidence, context, [*built, *notes, *missing])
+        return conclude(
+            evidence,
+            [*built, *notes, *missing],
+            model=recipe.model,
+            target=recipe.target,
+            recipe=recipe,
+            linears=model.linears_beside(recipe.prune.sparsity),
+            blocks=model.blocks,
+            fingerprint=measure.fingerprint(self._engine_settings),
+        )
 
     @property
     def _engine_settings(self) -> EngineSettings:
@@ -171,6 +153,7 @@ class Evaluation:
             sibling = replace(self, job=job)
             name = f"pruned, {job.backend}"
             answers = sibling.answer(exported, name, self._engine_settings)
+
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers)
             found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
 
@@ -186,7 +169,7 @@ class Evaluation:
     ) -> LogitComparison | None:
         """Compare both checkpoints under torch and the artifact on the dense model's traces."""
         exact = replace(self._engine_settings, parallel=1, cache_dtype="f32")
-        return compare_logits(
+        return measure.compare_logits(
             lambda: open_engine("transformers", model.folder, exact),
             lambda: open_engine("transformers", self.job.model.folder, exact),
             lambda: open_engine(self.job.backend, pruned.path, exact),
@@ -204,7 +187,7 @@ class Evaluation:
         """Return whether speed or memory of both arms have to come from one run."""
         gate = self.job.gate
         limits = (gate.limits(speed.Limits).ratio, gate.limits(memory.Limits).ratio)
-        return any(limit is not None for limit in limits)
+        return limits != (None, None)
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
 from racdeploy.verify.checks.logits import find_kl_limit, most_changed
 from racdeploy.verify.evidence import TokenProbe
-from racdeploy.verify.measure import clearly_changed, divergences, probe_tokens
+from racdeploy.verify.measure import divergences, probe_tokens
 from racdeploy.verify.probe_strings import probe_strings
 
 F32_LIMIT_BYTES = 2 << 30
@@ -103,7 +103,7 @@ def check_logits(
         if tensor.source.startswith(prefix) and len(tensor.shape) > 1
     }
     kl_limit = find_kl_limit(quants)
-    kl_T, same_T = divergences(expected_TV, found_TV)
+    kl_T, same_T, changed_T = divergences(expected_TV, found_TV)
     kl = kl_T.mean()
 
     if not kl <= kl_limit:  # not a number keeps no limit
@@ -114,7 +114,7 @@ def check_logits(
             remedy=_WIDER,
         )
 
-    changed = np.flatnonzero(clearly_changed(expected_TV, found_TV))
+    changed = np.flatnonzero(changed_T)
     share, most = len(changed) / len(kl_T), most_changed(kl_limit)
     if share > most:
         raise GateError(

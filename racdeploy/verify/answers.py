@@ -1,7 +1,6 @@
 """Answer prompts with an engine, and keep each completion the moment it ends.
 
-A killed run resumes where it was, and a longer one of the same artifact and settings reuses what a
-shorter one left. What decides the place of the log is the caller's business; see :func:`identity`.
+A killed run resumes, and a longer one reuses what a shorter one left; see :func:`identity`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
 from racdeploy.tasks import Problem
 
 Opener = Callable[[], AbstractContextManager[Engine]]
+Prompts = Sequence[tuple[int, ...]]
 Progress = Callable[[str, int, int], None]
 IdPair = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt ids and completion ids."""
@@ -36,9 +36,8 @@ class Answers:
 
     Args:
         records: one per problem and sample, in that order.
-        stats: what the engine counted; empty where answers were read back, since a speed of two
-            runs is none.
-        earlier: answers that an earlier run left.
+        stats: what the engine counted; empty where answers were read back.
+        earlier: how many an earlier run left.
         kernels: what ran, in the engine's words; empty where it was not opened.
     """
 
@@ -51,15 +50,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Respondent:
-    """Who answers, and how: everything but the prompts and the artifact.
-
-    Args:
-        encoder: template and tokenizer.
-        tags: of the thinking, or None.
-        stop_ids: end-of-sequence ids.
-        settings: how many tokens, at what temperature, how often.
-        progress: called with a label, prompts done and prompts in all.
-    """
+    """Who answers, and how; ``progress`` gets a label, prompts done and prompts in all."""
 
     encoder: PromptEncoder
     tags: ThinkingTags | None
@@ -77,9 +68,6 @@ class Respondent:
         """Answer every problem; the engine is opened only if something is left to answer.
 
         ``arm`` is the name in the records, ``log`` the place of earlier and new completions.
-
-        Raises:
-            EngineError: the engine failed.
         """
         log = log or CompletionLog(None)
         prompts: list[tuple[int, ...]] = []
@@ -101,23 +89,22 @@ class Respondent:
         traces = []
         for place, prompt in enumerate(prompts):
             done = log.completions[make_key(prompt, place)]
-            records.append(self._record(place, problems, prompt, arm, done))
+
+            problem = problems[place // self.settings.samples]
+            records.append(self._record(arm, problem, place, prompt, done))
             traces.append((prompt, done.ids))
 
         earlier = len(prompts) - len(missing)
-        return Answers(tuple(records), tuple(traces), {} if earlier else stats, earlier, kernels)
+        if earlier:
+            stats = {}  # a speed of two runs is none
+
+        return Answers(tuple(records), tuple(traces), stats, earlier, kernels)
 
     def _generate(
-        self,
-        engine: Engine,
-        prompts: Sequence[tuple[int, ...]],
-        missing: Sequence[int],
-        arm: str,
-        log: CompletionLog,
+        self, engine: Engine, prompts: Prompts, missing: Sequence[int], arm: str, log: CompletionLog
     ) -> None:
         sampling = replace(self.sampling(prompts), streams=tuple(missing))
         growing: dict[int, list[int]] = {place: [] for place in missing}
-        context_tokens = self.settings.context_tokens
         total = len(prompts)
 
         def report_progress() -> None:
@@ -128,7 +115,9 @@ class Respondent:
             place = missing[index]
             prompt = prompts[place]
             growing[place].extend(ids)
+            context_tokens = self.settings.context_tokens
             done = end_completion(growing[place], len(prompt), sampling, context_tokens)
+
             if done is not None:
                 log.append(prompt, place, done)
                 del growing[place]
@@ -169,21 +158,16 @@ class Respondent:
         )
 
     def _record(
-        self,
-        place: int,
-        problems: Sequence[Problem],
-        prompt: Sequence[int],
-        arm: str,
-        done: Completion,
+        self, arm: str, problem: Problem, place: int, prompt: Sequence[int], done: Completion
     ) -> Record:
         index, sample = divmod(place, self.settings.samples)
-        problem = problems[index]
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
         loop = find_loop([token for token in done.ids if token not in self.stop_ids])
 
         answer = self.encoder.decode(parts.answer_ids)
         scored = scorers.score(problem.scorer, answer, problem.gold)
         closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
+
         return Record(
             prompt=index,
             task=problem.task,
@@ -215,8 +199,7 @@ def identity(
 ) -> dict[str, Any]:
     """Return what decides the completion of a prompt: the artifact, how it decodes, and on what.
 
-    How many prompts there are does not matter. ``files`` are the hashes of the artifact's files,
-    ``machine`` is a :func:`racdeploy.verify.measure.fingerprint`.
+    ``files`` are hashes by name, ``machine`` is a :func:`racdeploy.verify.measure.fingerprint`.
     """
     return {
         "files": sorted(files.values()),
@@ -231,11 +214,12 @@ def end_completion(
 ) -> Completion | None:
     """Return the completion if these ids are all of one, else None."""
     cap = min(sampling.max_new_tokens, context_tokens - prompt_tokens)
-    if ids and ids[-1] in sampling.stop_ids:
-        return Completion(tuple(ids), "stop", _find_forced(ids, cap, sampling))
-    if len(ids) < cap:
+    stopped = bool(ids) and ids[-1] in sampling.stop_ids
+    if not stopped and len(ids) < cap:
         return None
-    return Completion(tuple(ids), "length", _find_forced(ids, cap, sampling))
+
+    forced_at = _find_forced(ids, cap, sampling)
+    return Completion(tuple(ids), "stop" if stopped else "length", forced_at)
 
 
 def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None:
@@ -256,9 +240,8 @@ def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None
         return None
 
     # The model may have begun the tag itself; what was forced is the rest of it.
-    tail = list(ids[start:end])
-    begun = len(budget.close_ids) - 1
-    while tail[len(tail) - begun :] != list(budget.close_ids[:begun]):
+    begun = min(len(budget.close_ids) - 1, budget.max_tokens)
+    while list(ids[end - begun : end]) != list(budget.close_ids[:begun]):
         begun -= 1
 
     return end - begun

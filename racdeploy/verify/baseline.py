@@ -1,9 +1,6 @@
-"""Dense answers that were recorded when a bundle was built, and whether answers of now may be
-compared.
+"""Dense answers that a bundle recorded, and whether answers of now may be compared with them.
 
-A baseline is a bundle: its manifest names the dense model's files and how it decoded, its records
-hold the answers. What cannot be compared is refused; what only may differ, as a version, is
-reported.
+What cannot be compared is refused; what only may differ, as a version, is reported.
 """
 
 from __future__ import annotations
@@ -31,13 +28,7 @@ _NO_MATTER = frozenset({"engine", "torch", "transformers", "gguf", "python", "nu
 
 @dataclass(frozen=True)
 class Baseline:
-    """A bundle with the answers in it.
-
-    Args:
-        report: of its own verification.
-        dense: dense records, in prompt order.
-        pruned: pruned records, in prompt order.
-    """
+    """A bundle with its report and the records of both arms, in prompt order."""
 
     folder: Path
     manifest: Manifest
@@ -63,6 +54,7 @@ class Baseline:
         report = read_report(folder)
         dense = tuple(record for record in records if record.arm == "dense")
         pruned = tuple(record for record in records if record.arm == "pruned")
+
         expected = sum(arm.prompts for arm in report.arms if arm.name == "dense")
         if not dense or len(dense) != expected:
             raise ArtifactError(
@@ -75,10 +67,6 @@ class Baseline:
         return cls(folder, manifest, recipe, report, dense, pruned)
 
     @property
-    def dense_arm(self) -> ArmSummary:
-        return find_dense_arm(self.report)
-
-    @property
     def problems(self) -> list[Problem]:
         """Those that were asked, in order."""
         first = {record.prompt: record for record in self.dense}
@@ -88,11 +76,7 @@ class Baseline:
         ]
 
     def check_model(self, manifest: Manifest) -> None:
-        """Refuse answers of another model.
-
-        Raises:
-            ArtifactError: the dense models differ, naming the files.
-        """
+        """Refuse answers of another dense model, naming the files."""
         ours = manifest.base.get("files", {})
         theirs = self.manifest.base.get("files", {})
         changed = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
@@ -105,12 +89,8 @@ class Baseline:
             )
 
     def check_artifact(self, path: Path) -> None:
-        """Refuse a dense artifact that is not the one of this bundle's build.
-
-        Raises:
-            ArtifactError: another hash.
-        """
-        known = self.dense_arm.files.values()
+        """Refuse a dense artifact that is not the one of this bundle's build."""
+        known = find_dense_arm(self.report).files.values()
         found = file_sha256(path)
         if found not in known:
             recorded = ", ".join(f"{sha256[:16]}…" for sha256 in known) or "none"
@@ -123,14 +103,9 @@ class Baseline:
             )
 
     def answers(self, problems: Sequence[Problem], settings: Verification) -> tuple[Record, ...]:
-        """Return the dense records of these problems, numbered by them.
-
-        Raises:
-            UsageError: they decoded differently, or some were never answered.
-        """
+        """Return the dense records of these problems, numbered by them."""
         self._check_decoding(settings)
         known = {(r.question, r.gold, r.sample): r for r in self.dense}
-
         found = []
         for index, problem in enumerate(problems):
             for sample in range(settings.samples):
@@ -164,11 +139,7 @@ class Baseline:
 
 
 def read_report(folder: Path) -> Report:
-    """Read the report of a bundle.
-
-    Raises:
-        ArtifactError: there is none, or it is damaged.
-    """
+    """Read the report of a bundle."""
     try:
         return Report.model_validate(read_json(folder / "report.json"))
     except (ValidationError, OSError) as error:
@@ -181,30 +152,18 @@ def find_dense_arm(report: Report) -> ArmSummary:
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints and may change answers.
-
-    Each is written as ``name VALUE, now VALUE``.
-    """
+    """Return what differs between two fingerprints and may change answers, as ``A 1, now 2``."""
     # Older reports name kernels only where sparse ones ran.
-    before = {"kernels": STOCK, **recorded}
-    after = {"kernels": STOCK, **now}
-    names = sorted({*before, *after} - _NO_MATTER)
-    found = _describe_changes(names, before, after)
+    machines = {"kernels": STOCK, **recorded}, {"kernels": STOCK, **now}
+    engines = recorded.get("engine", {}), now.get("engine", {})
 
-    engine_before = recorded.get("engine", {})
-    engine_after = now.get("engine", {})
-    names = sorted({*engine_before, *engine_after})
-    return found + _describe_changes(names, engine_before, engine_after)
+    found = []
+    for before, after in (machines, engines):
+        for name in sorted({*before, *after} - _NO_MATTER):
+            if before.get(name) != after.get(name):
+                found.append(f"{name} {before.get(name)}, now {after.get(name)}")
 
-
-def _describe_changes(
-    names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
-) -> list[str]:
-    return [
-        f"{name} {before.get(name)}, now {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
+    return found
 
 
 def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:

@@ -2,89 +2,65 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
-from racdeploy.report.model import (
-    ArmSummary,
-    BlockRow,
-    CheckResult,
-    Comparison,
-    LinearRow,
-    Record,
-    Report,
-    RivalRow,
-    TaskRow,
-)
+from racdeploy.recipe import Recipe
+from racdeploy.report import model as reports
 from racdeploy.verify.checks import accuracy, thinking
 from racdeploy.verify.evidence import FAULTS, Arm, Evidence, is_correct, run_checks, thinking_tokens
 from racdeploy.verify.stats import lengths, paired
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a report says beside its evidence.
-
-    Args:
-        model: what the user named.
-        recipe: the resolved one.
-        fingerprint: versions and settings the numbers depend on.
-    """
-
-    model: str
-    target: str
-    recipe: Mapping[str, Any]
-    linears: Sequence[LinearRow]
-    blocks: Sequence[BlockRow]
-    fingerprint: Mapping[str, Any]
-
-
 def conclude(
-    evidence: Evidence, context: Context, notes: Sequence[str]
-) -> tuple[Report, list[Record]]:
-    """Decide, and return the report with the records of all arms; ``notes`` are for the reader.
-
-    Raises:
-        UsageError: the gate names a check for which nothing was measured.
-    """
+    evidence: Evidence,
+    notes: Sequence[str],
+    *,
+    model: str,
+    target: str,
+    recipe: Recipe,
+    linears: Sequence[reports.LinearRow],
+    blocks: Sequence[reports.BlockRow],
+    fingerprint: Mapping[str, Any],
+) -> tuple[reports.Report, list[reports.Record]]:
+    """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
     checks = run_checks(evidence)
     also = [other.arm for other in evidence.also]
     arms = (evidence.dense, evidence.pruned, *also, *evidence.rivals)
-    report = Report(
+
+    report = reports.Report(
         created=datetime.now(UTC),
-        model=context.model,
-        target=context.target,
-        recipe=dict(context.recipe),
+        model=model,
+        target=target,
+        recipe=recipe.model_dump(mode="json"),
         arms=tuple(map(_summarize_arm, arms)),
         tasks=_count_by_task(evidence),
         comparison=_compare_arms(evidence, {check.name: check for check in checks}),
         rivals=_compare_rivals(evidence),
         checks=tuple(checks),
-        linears=tuple(context.linears),
-        blocks=tuple(context.blocks),
+        linears=tuple(linears),
+        blocks=tuple(blocks),
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
         notes=tuple(notes),
-        fingerprint=dict(context.fingerprint),
+        fingerprint=dict(fingerprint),
     )
 
-    records: list[Record] = []
-    for arm in (evidence.dense, evidence.pruned, *evidence.rivals, *also):
-        records += arm.records
-
-    return report, records
+    in_order = (evidence.dense, evidence.pruned, *evidence.rivals, *also)
+    return report, list(chain.from_iterable(arm.records for arm in in_order))
 
 
-def _summarize_arm(arm: Arm) -> ArmSummary:
+def _summarize_arm(arm: Arm) -> reports.ArmSummary:
     """Return counts, means and the 95 % Wilson interval of one arm."""
     count = len(arm.records)
     correct = arm.count(is_correct)
     interval = paired.wilson_interval(correct, count)
     peak_rss_bytes = arm.stats.get("peak_rss_bytes")
 
-    return ArmSummary(
+    return reports.ArmSummary(
         name=arm.name,
         prompts=count,
         correct=correct,
@@ -105,32 +81,29 @@ def _summarize_arm(arm: Arm) -> ArmSummary:
     )
 
 
-def _count_by_task(evidence: Evidence) -> tuple[TaskRow, ...]:
+def _count_by_task(evidence: Evidence) -> tuple[reports.TaskRow, ...]:
+    asked = Counter(record.task for record in evidence.dense.records)
+    dense = Counter(record.task for record in evidence.dense.records if record.correct)
+    pruned = Counter(record.task for record in evidence.pruned.records if record.correct)
+
     rows = []
-    for task in dict.fromkeys(record.task for record in evidence.dense.records):
-        asked = [record for record in evidence.dense.records if record.task == task]
-        pruned = [record for record in evidence.pruned.records if record.task == task]
-        rows.append(
-            TaskRow(
-                task=task,
-                prompts=len(asked),
-                dense_correct=sum(map(is_correct, asked)),
-                pruned_correct=sum(map(is_correct, pruned)),
-            )
-        )
+    for task, prompts in asked.items():
+        right = {"dense_correct": dense[task], "pruned_correct": pruned[task]}
+        rows.append(reports.TaskRow(task=task, prompts=prompts, **right))
 
     return tuple(rows)
 
 
-def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:
+def _compare_arms(
+    evidence: Evidence, checks: Mapping[str, reports.CheckResult]
+) -> reports.Comparison:
     """Return the comparison; its numbers are those on which the checks decided."""
-    dense_only = pruned_only = 0
-    for dense, pruned in zip(evidence.dense.records, evidence.pruned.records, strict=True):
-        dense_only += dense.correct and not pruned.correct
-        pruned_only += pruned.correct and not dense.correct
+    records = zip(evidence.dense.records, evidence.pruned.records, strict=True)
+    outcomes = Counter((dense.correct, pruned.correct) for dense, pruned in records)
 
     pairs = evidence.disagreements(is_correct)
     interval = paired.drop_interval(*pairs, evidence.gate.confidence)
+
     verdict = checks["accuracy"].verdict
     length_verdict = checks["thinking"].verdict
     length = checks["thinking"].figures
@@ -138,14 +111,14 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
     def length_figure(name: str) -> float | None:
         return float(length[name]) if name in length else None
 
-    return Comparison(
-        drop=(pairs.n10 - pairs.n01) / pairs.n,
+    return reports.Comparison(
+        drop=pairs.drop,
         drop_lower=interval.lower,
         drop_upper=interval.upper,
         verdict="inconclusive" if verdict == "skipped" else verdict,
         margin=evidence.gate.limits(accuracy.Limits).margin,
-        n10=dense_only,
-        n01=pruned_only,
+        n10=outcomes[True, False],
+        n01=outcomes[False, True],
         n=evidence.prompt_count,
         length_ratio=length_figure("length_ratio"),
         length_lower=length_figure("length_lower"),
@@ -157,7 +130,7 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
     )
 
 
-def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
+def _compare_rivals(evidence: Evidence) -> tuple[reports.RivalRow, ...]:
     """Return all dense models against the pruned one; none where there is no rival."""
     if not evidence.rivals:
         return ()
@@ -170,14 +143,14 @@ def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
     for arm in (evidence.dense, *evidence.rivals):
         pairs = paired.paired_counts(arm.by_prompt(is_correct), pruned_right)
         gain = paired.drop_interval(*pairs, confidence)
+
         arm_lengths = arm.by_prompt(thinking_tokens)
-        length = lengths.length_ratio(
-            pruned_lengths, arm_lengths, evidence.budget_tokens, confidence
-        )
+        budget = evidence.budget_tokens
+        length = lengths.length_ratio(pruned_lengths, arm_lengths, budget, confidence)
         rows.append(
-            RivalRow(
+            reports.RivalRow(
                 name=arm.name,
-                gain=(pairs.n10 - pairs.n01) / pairs.n,
+                gain=pairs.drop,
                 gain_lower=gain.lower,
                 gain_upper=gain.upper,
                 length_ratio=length.ratio,

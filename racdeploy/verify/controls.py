@@ -1,12 +1,11 @@
 """Which dense models to set beside a sparse artifact: plain quantization at about its size.
 
-A lower-bit dense model is what somebody would ship who does not prune. Two sizes are asked for:
-that of the artifact as it is, and that of the artifact without its zeros, which is what packing or
-sparse kernels make of it.
+A lower-bit dense model is what somebody would ship who does not prune.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from racdeploy import packing as packings
@@ -25,25 +24,26 @@ def same_size_quants(
     shapes: Mapping[str, tuple[int, ...]],
     sparsity: float,
 ) -> list[str]:
-    """Return, for each size, the widest quant that a dense model of about that size or less can
-    have.
+    """Return the widest quants of which a dense model is about as large as the artifact at most.
+
+    Two sizes count: the artifact's, and its size without zeros, which packing or sparse kernels
+    make of it.
 
     Args:
         settings: of the export; its own quant is that of the dense arm, and no rival.
-        dense: the dense artifact.
-        pruned: the pruned one.
         shapes: of the prunable weights, by their name in the checkpoint.
         sparsity: zeros in the pruned file, over them.
     """
-    weights = sum(rows * row for rows, row in shapes.values())
+    weights = sum(map(math.prod, shapes.values()))
     sizes: list[float] = [pruned.size_bytes]
     packing = packings.load(settings.packing)
     if packing.BESIDE_PLAIN or not packing.REQUIRES_ZEROS:
         mask_bytes = weights / 8  # a bit a weight says where the zeros were
         zero_bytes = _linear_bytes(pruned, shapes) * sparsity
+
         sizes.append(pruned.size_bytes - zero_bytes + mask_bytes)
 
-    rest = dense.size_bytes - _linear_bytes(dense, shapes)
+    rest_bytes = dense.size_bytes - _linear_bytes(dense, shapes)
     bits = _bits_by_quant(settings, {row for _, row in shapes.values()})
 
     def preference(name: str) -> tuple[float, bool, str]:
@@ -52,7 +52,9 @@ def same_size_quants(
 
     found = []
     for size in sizes:
-        fitting = [name for name in bits if rest + weights * bits[name] / 8 <= _ABOUT * size]
+        most_bytes = _ABOUT * size
+        fitting = [name for name in bits if rest_bytes + weights * bits[name] / 8 <= most_bytes]
+
         if fitting:
             found.append(max(fitting, key=preference))
 
@@ -70,7 +72,8 @@ def control_notes(settings: Verification, rivals: int) -> list[str]:
 
 
 def _linear_bytes(exported: ExportResult, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(tensor.size_bytes for tensor in exported.tensors if tensor.source in shapes)
+    linears = [tensor for tensor in exported.tensors if tensor.source in shapes]
+    return sum(tensor.size_bytes for tensor in linears)
 
 
 def _bits_by_quant(settings: Export, row_lengths: set[int]) -> dict[str, float]:

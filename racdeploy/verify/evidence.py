@@ -1,15 +1,14 @@
 """What a verification has measured, and the checks that decide on it.
 
-A check is a file of ``checks/`` with ``check(evidence) -> CheckResult``: it reads what was
-measured and decides; ``measure.py`` measures, ``stats`` decides between figures. One with limits
-has a class ``Limits``, its table in the gate. ``run_checks`` runs every file, so a new check takes
-part by existing.
+A check is a file of ``checks/`` with ``check(evidence) -> CheckResult`` and, if it has limits, a
+class ``Limits``, its table in the gate. ``run_checks`` runs every file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,23 +20,8 @@ from racdeploy.verify.gate import Gate
 from racdeploy.verify.stats import paired
 
 T = TypeVar("T")
-
-
-def is_correct(record: Record) -> bool:
-    """Return whether the answer is right."""
-    return record.correct
-
-
-def thinking_tokens(record: Record) -> int:
-    """Return the length of the thinking."""
-    return record.thinking_tokens
-
-
-def completion_tokens(record: Record) -> int:
-    """Return the length of thinking and answer together."""
-    return record.thinking_tokens + record.answer_tokens
-
-
+is_correct: Callable[[Record], bool] = attrgetter("correct")
+thinking_tokens: Callable[[Record], int] = attrgetter("thinking_tokens")
 FAULTS: dict[str, Callable[[Record], bool]] = {
     "unclosed": lambda record: record.state == "open",
     "loops": lambda record: record.loop_tokens > 0,
@@ -47,6 +31,11 @@ FAULTS: dict[str, Callable[[Record], bool]] = {
 """What may go wrong with a completion."""
 
 
+def completion_tokens(record: Record) -> int:
+    """Return the length of thinking and answer together."""
+    return record.thinking_tokens + record.answer_tokens
+
+
 @dataclass(frozen=True)
 class Arm:
     """One model's answers.
@@ -54,11 +43,10 @@ class Arm:
     Args:
         records: one per prompt and sample, in that order.
         size_bytes: of the artifact; None where nobody sees it, as behind a server.
-        quant: its number format; empty where nobody sees it.
-        sparsity: zeros over the prunable weights in the file, 0 to 1, or None.
+        sparsity: zeros over the prunable weights in the file, 0 to 1.
         stats: what the engine counted: ``load_ms``, ``generated_tokens``, ``decode_s``, …
         files: SHA-256 of each file.
-        kernels: what ran it, in the engine's words; empty where nothing is known.
+        kernels: what ran it, in the engine's words.
     """
 
     name: str
@@ -109,13 +97,10 @@ class TokenProbe:
 
 @dataclass(frozen=True)
 class PromptProbe:
-    """A question, rendered and tokenized in several places.
+    """A question, tokenized by transformers (or as the bundle recorded), bundle and artifact.
 
-    Args:
-        expected: by transformers, or as recorded when the bundle was built.
-        rendered: by the bundle's template and tokenizer.
-        artifact: by the template inside the artifact; None where it has none.
-        lead: the beginning-of-sequence that the tokenizer demands and templates may leave out.
+    ``artifact`` is None where it has no template; ``lead`` is the beginning-of-sequence that the
+    tokenizer demands and templates may leave out.
     """
 
     question: str
@@ -134,11 +119,10 @@ class StopIds:
 
 
 class Divergence(NamedTuple):
-    """How far one model's logits are from a reference, over many positions.
+    """Mean KL(reference ‖ other) in nats, and shares of positions.
 
-    ``kl`` is the mean KL(reference ‖ other) in nats, ``top1`` the share of positions with the same
-    most likely token, ``changed`` the share at which the other's is less than half as likely to
-    the reference as the reference's own: no tie.
+    Of positions with the same most likely token, and of those where the other's is less than half
+    as likely to the reference as its own.
     """
 
     kl: float
@@ -150,11 +134,8 @@ class Divergence(NamedTuple):
 class LogitComparison:
     """Teacher-forced comparison on the dense model's own traces, over completion tokens.
 
-    Args:
-        tokens: positions compared.
-        export: of the artifact from the pruned checkpoint under torch.
-        pruning: of the pruned checkpoint from the dense one, both under torch.
-        along: the same divergences by distance from the end of the prompt.
+    ``export`` is of the artifact from the pruned checkpoint under torch, ``pruning`` of that from
+    the dense one, ``along`` both by distance from the end of the prompt.
     """
 
     tokens: int
@@ -168,11 +149,9 @@ class Evidence:
     """Everything the checks may look at; what was not measured is None, and a check says so.
 
     Args:
-        pruned: answers of the artifact that is judged.
         artifact_files: recorded hash of each of its files, by the path from the main file's folder.
-        sparsity_asked: share of zeros asked of the prunable weights, in the last step that was
-            kept.
-        prunable: names of its prunable tensors.
+        sparsity_asked: of the prunable weights, in the last step that was kept.
+        prunable: names of the artifact's prunable tensors.
         probes: None where the engine has no tokenizer of its own.
         rivals: dense models in other quants; no check looks at them.
         stop_ids: None where the artifact holds no tokenizer.

@@ -1,8 +1,7 @@
 """The gate: which checks run, their limits, how many prompts, and what too little data means.
 
-A check that can be limited has a class ``Limits`` in its file; the gate has a table of the check's
-name for it, so a new check brings its own limits. Read from ``racdeploy-gate.toml`` or from the
-recipe's ``[gate]``; docs/gate.md describes it, docs/gate.schema.json is made from it.
+A check that can be limited has a class ``Limits`` in its file, and the gate a table of its name.
+docs/gate.md describes it, docs/gate.schema.json is made from it.
 """
 
 from __future__ import annotations
@@ -66,16 +65,9 @@ class Tier(_Table):
     inconclusive: Inconclusive | None = None
 
     def apply(self, settings: Verification) -> Verification:
-        """Return verification settings of this tier's size.
-
-        Raises:
-            UsageError: samples without a temperature.
-        """
-        chosen = settings.model_dump() | {"count": self.prompts}
-        if self.samples is not None:
-            chosen["samples"] = self.samples
-        if self.temperature is not None:
-            chosen["temperature"] = self.temperature
+        """Return verification settings of this tier's size."""
+        asked = self.model_dump(include={"samples", "temperature"}, exclude_none=True)
+        chosen = settings.model_dump() | asked | {"count": self.prompts}
         return validate(Verification, chosen, "the tier")
 
 
@@ -120,11 +112,7 @@ class Gate(_Table):
         return not self.checks or check in self.checks
 
     def at(self, tier: str) -> Self:
-        """Return the gate of a tier; an empty name leaves it as it is.
-
-        Raises:
-            UsageError: no such tier.
-        """
+        """Return the gate of a tier; an empty name leaves it as it is."""
         if not tier:
             return self
         if tier not in TIERS:
@@ -134,12 +122,9 @@ class Gate(_Table):
             )
 
         chosen: Tier = getattr(self.tiers, tier)
-        return self.model_copy(
-            update={
-                "checks": chosen.checks or self.checks,
-                "inconclusive": chosen.inconclusive or self.inconclusive,
-            }
-        )
+        inconclusive = chosen.inconclusive or self.inconclusive
+        changes = {"checks": chosen.checks or self.checks, "inconclusive": inconclusive}
+        return self.model_copy(update=changes)
 
 
 def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:

@@ -8,8 +8,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,38 +22,30 @@ from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.report.model import PositionRow, TensorRow
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.answers import IdPair
+from racdeploy.verify.answers import IdPair, Opener
 from racdeploy.verify.evidence import Divergence, LogitComparison, PromptProbe, StopIds, TokenProbe
 
-Opener = Callable[[], AbstractContextManager[Engine]]
+Logits = NDArray[np.float32]
+Floats = NDArray[np.float64]
 STRETCHES = 48
 """Points of a curve along the completions, at most."""
 _ROWS = 64  # of logits that are compared at once: float64 copies of more would cost memory
 _PROMPTS = 64  # that are rendered again
-_PACKAGES = (
-    "racdeploy",
-    "torch",
-    "transformers",
-    "llama-cpp-python",
-    "onnxruntime",
-    "gguf",
-    "numpy",
-)
+_ENGINES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")
+_PACKAGES = ("racdeploy", *_ENGINES, "gguf", "numpy")
 
 
 def probe_tokens(
     engine: Engine, encoder: PromptEncoder, texts: Sequence[str]
 ) -> tuple[TokenProbe, ...] | None:
-    """Tokenize hard texts with the engine and the checkpoint's own tokenizer.
-
-    None if the engine has no tokenizer.
-    """
+    """Tokenize texts with the checkpoint's tokenizer and the engine's; None if that has none."""
     probes = []
     for text in texts:
         found = engine.tokenize(text)
         if found is None:
             return None
-        probes.append(TokenProbe(text, tuple(encoder.encode_text(text)), tuple(found)))
+        expected = tuple(encoder.encode_text(text))
+        probes.append(TokenProbe(text, expected, tuple(found)))
 
     return tuple(probes)
 
@@ -64,8 +55,7 @@ def probe_prompts(
 ) -> tuple[PromptProbe, ...]:
     """Render questions with the bundle's template and, where the artifact holds one, with its own.
 
-    ``metadata`` is the artifact's; ``expected`` are prompt ids by question, of which a few are
-    looked at.
+    ``expected`` are prompt ids by question, of which a few are looked at.
     """
     source = metadata.get("tokenizer.chat_template")
     inside = encoder.with_template(source) if isinstance(source, str) else None
@@ -74,6 +64,7 @@ def probe_prompts(
     probes = []
     for question, ids in itertools.islice(expected.items(), _PROMPTS):
         rendered = tuple(encoder.encode(question))
+
         artifact = None if inside is None else tuple(inside.encode(question))
         probes.append(PromptProbe(question, tuple(ids), rendered, artifact, lead))
 
@@ -83,9 +74,9 @@ def probe_prompts(
 def read_stop_ids(
     prefix: str, metadata: Mapping[str, Any], expected: Sequence[int]
 ) -> StopIds | None:
-    """Return the checkpoint's end-of-sequence ids and the one that a file with a tokenizer names.
+    """Return the expected end-of-sequence ids and the file's; None without a tokenizer in it.
 
-    ``prefix`` is the format's ``TOKENIZER_PREFIX``. None for a file without a tokenizer.
+    ``prefix`` is the format's ``TOKENIZER_PREFIX``.
     """
     if not prefix or not any(name.startswith(prefix) for name in metadata):
         return None
@@ -103,19 +94,14 @@ def compare_logits(
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None where there are no traces.
 
-    One model is in memory at a time; the logits of the pruned one wait on disk.
-
-    Args:
-        pruned: opens the pruned checkpoint under torch.
-        dense: opens the dense checkpoint under torch.
-        artifact: opens the exported file on its engine.
-        traces: of the dense model.
+    ``pruned`` and ``dense`` open the checkpoints under torch, ``artifact`` the file on its engine.
     """
     if not traces:
         return None
 
     pruning = []
     export = []
+    # One model is in memory at a time; the logits of the pruned one wait on disk.
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / f"{index}.npy" for index in range(len(traces))]
         with pruned() as engine:
@@ -124,40 +110,39 @@ def compare_logits(
 
         with dense() as engine:
             for file, trace in zip(files, traces, strict=True):
-                pruning.append(_diverge(predict_completion(engine, trace), np.load(file)))
+                pruning.append(divergences(predict_completion(engine, trace), np.load(file)))
 
         with artifact() as engine:
             for file, trace in zip(files, traces, strict=True):
-                export.append(_diverge(np.load(file), predict_completion(engine, trace)))
+                export.append(divergences(np.load(file), predict_completion(engine, trace)))
+
+    export_kl = [kl_T for kl_T, *_ in export]
+    pruning_kl = [kl_T for kl_T, *_ in pruning]
 
     return LogitComparison(
-        tokens=sum(len(kl_T) for kl_T, *_ in export),
+        tokens=sum(map(len, export_kl)),
         export=_average(export),
         pruning=_average(pruning),
-        along=average_along([kl_T for kl_T, *_ in export], [kl_T for kl_T, *_ in pruning]),
+        along=average_along(export_kl, pruning_kl),
     )
 
 
 def divergences(
-    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return KL(reference ‖ other) in nats and top-1 agreement at every position."""
+    reference_TV: Logits, other_TV: Logits
+) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return KL(reference ‖ other) in nats, top-1 agreement and clear changes by position."""
     kl = []
     same = []
     for start in range(0, len(reference_TV), _ROWS):
-        left_TV = _log_softmax(reference_TV[start : start + _ROWS])
-        right_TV = _log_softmax(other_TV[start : start + _ROWS])
+        rows = slice(start, start + _ROWS)
+        left_TV = _log_softmax(reference_TV[rows])
+        right_TV = _log_softmax(other_TV[rows])
+
         kl.append((np.exp(left_TV) * (left_TV - right_TV)).sum(1))
         same.append(left_TV.argmax(1) == right_TV.argmax(1))
 
-    return np.concatenate(kl), np.concatenate(same)
-
-
-def _diverge(
-    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
-) -> tuple[NDArray[Any], ...]:
-    """Return KL, agreement and clear changes of a trace, by position."""
-    return *divergences(reference_TV, other_TV), clearly_changed(reference_TV, other_TV)
+    changed_T = clearly_changed(reference_TV, other_TV)
+    return np.concatenate(kl), np.concatenate(same), changed_T
 
 
 def _average(found: Sequence[tuple[NDArray[Any], ...]]) -> Divergence:
@@ -167,34 +152,27 @@ def _average(found: Sequence[tuple[NDArray[Any], ...]]) -> Divergence:
     return Divergence(*means)
 
 
-def clearly_changed(
-    reference_TV: NDArray[np.float32], other_TV: NDArray[np.float32]
-) -> NDArray[np.bool_]:
-    """Return where the other's first choice is less than half as likely as the reference's.
-
-    A tie that falls the other way is no change.
-    """
+def clearly_changed(reference_TV: Logits, other_TV: Logits) -> NDArray[np.bool_]:
+    """Return where the other's first choice is less than half as likely as the reference's."""
     choice_T1 = other_TV.argmax(1)[:, None]
     chosen_T = np.take_along_axis(reference_TV, choice_T1, axis=1)[:, 0]
     return np.asarray(reference_TV.max(1) - chosen_T > math.log(2))
 
 
-def average_along(
-    export: Sequence[NDArray[np.float64]], pruning: Sequence[NDArray[np.float64]]
-) -> tuple[PositionRow, ...]:
+def average_along(export: Sequence[Floats], pruning: Sequence[Floats]) -> tuple[PositionRow, ...]:
     """Average the divergences of all traces over equal stretches from the prompt's end."""
     longest = max(map(len, export))
     width = math.ceil(longest / STRETCHES)
 
     rows = []
     for start in range(0, longest, width):
-        stretch = slice(start, start + width)
-        export_kl = np.concatenate([kl[stretch] for kl in export])
-        pruning_kl = np.concatenate([kl[stretch] for kl in pruning])
+        stop = min(start + width, longest)
+        export_kl = np.concatenate([kl_T[start:stop] for kl_T in export])
+        pruning_kl = np.concatenate([kl_T[start:stop] for kl_T in pruning])
         rows.append(
             PositionRow(
                 start_token=start,
-                stop_token=min(start + width, longest),
+                stop_token=stop,
                 tokens=len(export_kl),
                 export_kl_nats=float(export_kl.mean()),
                 pruning_kl_nats=float(pruning_kl.mean()),
@@ -220,21 +198,21 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name, as far as the system knows it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+
     return platform.processor()
 
 
-def predict_completion(engine: Engine, trace: IdPair) -> NDArray[np.float32]:
+def predict_completion(engine: Engine, trace: IdPair) -> Logits:
     """Return logits_TV that predict the completion's tokens."""
     prompt, completion = trace
     return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
 
 
-def _log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
+def _log_softmax(logits_TV: Logits) -> Floats:
     shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(1, keepdims=True)
     sum_T1 = np.exp(shifted_TV).sum(1, keepdims=True)
     return np.asarray(shifted_TV - np.log(sum_T1))

@@ -1,8 +1,6 @@
 """What a verification can decide, before it runs: power, the smallest drop and ratio it can see.
 
-The share of prompts on which the arms will disagree and how much lengths vary are taken from an
-earlier verification of the same bundle, or assumed. Samples of a prompt add certainty that is not
-counted here.
+Samples of a prompt add certainty that is not counted here.
 """
 
 from __future__ import annotations
@@ -21,12 +19,11 @@ _TARGET_POWER = 0.8
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the arms are expected to do.
+    """What the arms are expected to do, and where that comes from.
 
     Args:
         discordant: share of prompts on which one arm is right and the other wrong.
         deviation: of the lengths, see :func:`racdeploy.verify.stats.lengths.length_deviation`.
-        source: where both come from.
     """
 
     discordant: float = 0.10
@@ -41,8 +38,10 @@ def expect_as_before(dense: Arm, pruned: Arm, budget: int) -> Expectation:
 
     before = dense.by_prompt(thinking_tokens)
     after = pruned.by_prompt(thinking_tokens)
+    both_think = all(any(map(thinking_tokens, arm.records)) for arm in (dense, pruned))
+
     deviation = Expectation.deviation
-    if len(before) > 1 and _has_thoughts(dense) and _has_thoughts(pruned):
+    if len(before) > 1 and both_think:
         deviation = lengths.length_deviation(before, after, budget)
 
     return Expectation(discordant, deviation, "as in the bundle's own verification")
@@ -53,6 +52,7 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
     confidence = gate.confidence
     margin = gate.limits(accuracy.Limits).margin
     discordant = expected.discordant
+
     accuracy_power = paired.power(prompts, discordant, margin, confidence)
     drop = paired.smallest_detectable_drop(prompts, discordant, confidence, _TARGET_POWER)
 
@@ -78,7 +78,3 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
         "length_power": round(length_power, 3),
         "smallest_detectable_ratio": ratio,
     }
-
-
-def _has_thoughts(arm: Arm) -> bool:
-    return any(map(thinking_tokens, arm.records))

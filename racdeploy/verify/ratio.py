@@ -22,17 +22,14 @@ def compare_figures(
     Args:
         name: of the check; its figures are ``NAME_ratio``, ``NAME_dense`` and ``NAME_pruned``.
         show: writes a figure with its unit.
-        dense: the dense artifact's figure; None where it was not measured in this run.
-        pruned: the same of the pruned one.
-        limit: of the ratio, or None.
-        keeps: whether a ratio keeps a limit.
-        remedy: what to do where it does not.
+        keeps: whether a ratio (the first argument) keeps a limit.
     """
     if not dense or not pruned:
         return _report_missing(name, dense, pruned, limit)
 
     ratio = pruned / dense
     figures = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
+
     text = f"{show(pruned)}, dense {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
         return make_result(name, "skipped", f"{text}; no limit is set", figures)
@@ -41,6 +38,7 @@ def compare_figures(
     text += f", limit {limit:g}"
     if keeps(ratio, limit):
         return make_result(name, "pass", text, figures)
+
     return make_result(name, "fail", text, figures, remedy)
 
 

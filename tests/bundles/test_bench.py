@@ -89,7 +89,7 @@ def test_the_artifacts_take_turns_and_the_first_round_does_not_count(
         "prefill_tokens_per_s": 2,
         "decode_tokens_per_s": 2,
     }.items():
-        assert found.ratios(name) == pytest.approx([expected] * 3, rel=0.01)
+        assert found.ratios()[name] == pytest.approx([expected] * 3, rel=0.01)
     assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(50, rel=0.1)
     assert set(found.to_json()["ratio"]) == set(FIGURES)
 

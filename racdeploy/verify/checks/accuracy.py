@@ -33,12 +33,10 @@ def check(evidence: Evidence) -> CheckResult:
     dense_correct = evidence.dense.count(is_correct)
     prompts = evidence.prompt_count
     answers = len(evidence.dense.records)
-
     pairs = evidence.disagreements(is_correct)
-    drop = (pairs.n10 - pairs.n01) / pairs.n
     interval = paired.drop_interval(*pairs, confidence)
     figures = {
-        "drop": drop,
+        "drop": pairs.drop,
         "drop_lower": interval.lower,
         "drop_upper": interval.upper,
         "margin": margin,
@@ -55,7 +53,7 @@ def check(evidence: Evidence) -> CheckResult:
 
     verdict = verdicts.judge(interval, margin)
     summary = (
-        f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
+        f"drop {pairs.drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
         f"{interval.upper:+.1%}, limit {margin:.1%}, {prompts} prompts"
     )
     if answers > prompts:

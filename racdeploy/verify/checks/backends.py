@@ -6,14 +6,7 @@ from pydantic import Field
 
 from racdeploy.report.model import CheckResult
 from racdeploy.verify import gate
-from racdeploy.verify.evidence import (
-    Arm,
-    Evidence,
-    OtherArtifact,
-    completion_tokens,
-    is_correct,
-    make_result,
-)
+from racdeploy.verify.evidence import Arm, Evidence, completion_tokens, is_correct, make_result
 from racdeploy.verify.stats import lengths, paired, verdicts
 
 _REMEDIES = {
@@ -43,25 +36,23 @@ def check(evidence: Evidence) -> CheckResult:
         remedy = "build it with a second target: --also TARGET"
         return make_result("backends", "skipped", summary, remedy=remedy)
 
-    found = [_compare(evidence, other) for other in evidence.also]
+    found = [_compare(evidence, other.arm, other.backend) for other in evidence.also]
     verdict = verdicts.worst(result.verdict for result in found)
     summary = "; ".join(result.summary for result in found)
-    figures: dict[str, float | str] = {}
 
+    figures: dict[str, float | str] = {}
     for result in found:
         figures |= result.figures
 
     return make_result("backends", verdict, summary, figures, _REMEDIES[verdict])
 
 
-def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
+def _compare(evidence: Evidence, arm: Arm, backend: str) -> CheckResult:
     main = evidence.pruned
-    arm = other.arm
     limits = evidence.gate.limits(Limits)
     confidence = evidence.gate.confidence
 
     pairs = paired.paired_counts(main.by_prompt(is_correct), arm.by_prompt(is_correct))
-    drop = (pairs.n10 - pairs.n01) / pairs.n
     interval = paired.drop_interval(*pairs, confidence)
 
     main_tokens = main.by_prompt(completion_tokens)
@@ -71,8 +62,9 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
     alike = paired.equivalence(*pairs, limits.margin, confidence)
     as_long = verdicts.judge_within(ratio, 1 / limits.length_ratio, limits.length_ratio)
     same_answer, same_text = _share_same(main, arm)
+
     figures = {
-        "difference": drop,
+        "difference": pairs.drop,
         "difference_lower": interval.lower,
         "difference_upper": interval.upper,
         "margin": limits.margin,
@@ -83,16 +75,18 @@ def _compare(evidence: Evidence, other: OtherArtifact) -> CheckResult:
         "length_upper": ratio.upper,
         "length_limit": limits.length_ratio,
     }
+
     summary = (
-        f"{other.backend} {arm.quant} against {evidence.backend} {main.quant}: "
-        f"drop {drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
+        f"{backend} {arm.quant} against {evidence.backend} {main.quant}: "
+        f"drop {pairs.drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
         f"{interval.upper:+.1%}, limit ±{limits.margin:.1%}; "
         f"same answer to {same_answer:.1%} of the prompts, same text to {same_text:.1%}; "
         f"length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "
         f"limit {limits.length_ratio:g} either way"
     )
+
     verdict = verdicts.worst([alike, as_long])
-    named = {f"{other.backend}_{name}": value for name, value in figures.items()}
+    named = {f"{backend}_{name}": value for name, value in figures.items()}
 
     return make_result("backends", verdict, summary, named)
 
@@ -102,6 +96,7 @@ def _share_same(main: Arm, arm: Arm) -> tuple[float, float]:
     answers = texts = 0
     for ours, theirs in zip(main.records, arm.records, strict=True):
         answers += ours.extracted is not None and ours.extracted == theirs.extracted
+
         same_thinking = ours.thinking_text == theirs.thinking_text
         texts += same_thinking and ours.answer_text == theirs.answer_text
 

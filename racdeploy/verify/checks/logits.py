@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from pydantic import Field
 
@@ -56,9 +55,9 @@ def check(evidence: Evidence) -> CheckResult:
     if share_limit is None:
         share_limit = most_changed(kl_limit)
 
-    export = _Side(found.export, kl_limit, share_limit)
-    pruning = _Side(found.pruning, limits.pruning_kl_nats, limits.pruning_changed)
-
+    pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
+    export_kept, export_text = _judge(found.export, kl_limit, share_limit)
+    pruning_kept, pruning_text = _judge(found.pruning, *pruning_limits)
     figures: dict[str, float | str] = {
         "export_kl_nats": found.export.kl,
         "export_top1": found.export.top1,
@@ -70,20 +69,19 @@ def check(evidence: Evidence) -> CheckResult:
         "pruning_changed": found.pruning.changed,
         "tokens": found.tokens,
     }
-    if pruning.kl_limit is not None:
-        figures["pruning_kl_limit_nats"] = pruning.kl_limit
-    if pruning.changed_limit is not None:
-        figures["pruning_changed_limit"] = pruning.changed_limit
+    for name, limit in zip(("kl_limit_nats", "changed_limit"), pruning_limits, strict=True):
+        if limit is not None:
+            figures[f"pruning_{name}"] = limit
 
     remedy = ""
-    if not export.is_kept:
+    if not export_kept:
         remedy = "choose a wider quant; if it stays, report the model: a tensor is wrong"
-    elif not pruning.is_kept:
+    elif not pruning_kept:
         remedy = "lower the sparsity, or calibrate on more traces"
 
     summary = (
-        f"artifact against torch-pruned: {export.text}; "
-        f"torch-pruned against dense: {pruning.text}; {found.tokens} tokens"
+        f"artifact against torch-pruned: {export_text}; "
+        f"torch-pruned against dense: {pruning_text}; {found.tokens} tokens"
     )
     return make_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 
@@ -95,34 +93,24 @@ def find_kl_limit(quants: Iterable[str]) -> float:
 
 
 def most_changed(kl_limit: float) -> float:
-    """Return the largest share of positions at which an artifact may choose clearly other tokens.
-
-    Two models whose mean KL is k draw different tokens with a probability of at most sqrt(k / 2),
-    by Pinsker's inequality and Jensen's; one that keeps to k but swaps the first choices of flat
-    distributions does not stay below.
-    """
+    """Return the largest share of positions where an artifact may choose clearly other tokens."""
+    # Two models whose mean KL is k draw different tokens with a probability of at most sqrt(k / 2),
+    # by Pinsker's inequality and Jensen's.
     return math.sqrt(kl_limit / 2)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """A divergence and its limits, where it has any; a KL that is not a number keeps none."""
+def _judge(
+    found: Divergence, kl_limit: float | None, changed_limit: float | None
+) -> tuple[bool, str]:
+    """Return whether the limits that there are are kept, which no NaN does, and the figures."""
+    kl_kept = kl_limit is None or found.kl <= kl_limit
+    changed_kept = changed_limit is None or found.changed <= changed_limit
 
-    found: Divergence
-    kl_limit: float | None
-    changed_limit: float | None
+    kl_text = "" if kl_limit is None else f" (limit {kl_limit:g})"
+    changed_text = "" if changed_limit is None else f" (limit {changed_limit:.1%})"
+    text = (
+        f"KL {found.kl:.2g}{kl_text}, top-1 {found.top1:.2%}, "
+        f"clearly other tokens {found.changed:.2%}{changed_text}"
+    )
 
-    @property
-    def is_kept(self) -> bool:
-        kl_kept = self.kl_limit is None or self.found.kl <= self.kl_limit
-        changed_kept = self.changed_limit is None or self.found.changed <= self.changed_limit
-        return kl_kept and changed_kept
-
-    @property
-    def text(self) -> str:
-        kl_limit = "" if self.kl_limit is None else f" (limit {self.kl_limit:g})"
-        changed_limit = "" if self.changed_limit is None else f" (limit {self.changed_limit:.1%})"
-        return (
-            f"KL {self.found.kl:.2g}{kl_limit}, top-1 {self.found.top1:.2%}, "
-            f"clearly other tokens {self.found.changed:.2%}{changed_limit}"
-        )
+    return kl_kept and changed_kept, text

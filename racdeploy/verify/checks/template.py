@@ -1,12 +1,12 @@
 """Template: prompts are rendered to the ids that the model was trained on, in bundle and artifact.
 
-When a bundle is built, the ids are compared with transformers' ``apply_chat_template``; later with
-those recorded then. Programs that read the artifact alone, as llama.cpp's server and Ollama do,
-render the template inside it.
+Programs that read the artifact alone, as llama.cpp's server and Ollama do, render the template
+inside it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from racdeploy.report.model import CheckResult
@@ -22,25 +22,25 @@ def check(evidence: Evidence) -> CheckResult:
     inside = [probe for probe in probes if probe.artifact is not None]
     wrong = [probe for probe in probes if not _is_same(probe, probe.rendered)]
     wrong_inside = [probe for probe in inside if not _is_same(probe, probe.artifact or ())]
+
     figures = {
         "prompts": len(probes),
         "different": len(wrong),
         "prompts_artifact": len(inside),
         "different_artifact": len(wrong_inside),
     }
+
     if not wrong and not wrong_inside:
         where = ", by the artifact's own template too" if inside else ""
         summary = f"{len(probes)} prompts, equal ids{where}"
         return make_result("template", "pass", summary, figures)
 
-    if wrong:
-        count, first, ids, where = len(wrong), wrong[0], wrong[0].rendered, ""
-    else:
-        count, first, where = len(wrong_inside), wrong_inside[0], " by the artifact's own template"
-        ids = first.artifact or ()
+    where = "" if wrong else " by the artifact's own template"
+    first, *others = wrong or wrong_inside
+    ids = first.rendered if wrong else first.artifact or ()
 
     difference = _describe_difference(first.expected, ids)
-    summary = f"{count} of {len(probes)} prompts differ{where}; the first is "
+    summary = f"{len(others) + 1} of {len(probes)} prompts differ{where}; the first is "
     summary += f"{first.question[:60]!r}: {difference}"
     remedy = "put the model's own chat template back: "
     remedy += "chat_template in tokenizer_config.json, or export again"
@@ -56,12 +56,8 @@ def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
 
 def _describe_difference(expected: Sequence[int], ids: Sequence[int]) -> str:
     """Say where two lists part, with the ids from there on."""
-    place = min(len(expected), len(ids))
-    for index, (left, right) in enumerate(zip(expected, ids, strict=False)):
-        if left != right:
-            place = index
-            break
-
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, ids, strict=False))
+    place = len(list(same))
     wanted = list(expected[place : place + 6]) or "the end"
     found = list(ids[place : place + 6]) or "the end"
     return f"at token {place}, {wanted} expected, {found} found"

@@ -50,11 +50,12 @@ def check(evidence: Evidence) -> CheckResult:
     confidence = evidence.gate.confidence
     thinks = any(map(thinking_tokens, evidence.dense.records))
     length = thinking_tokens if thinks else completion_tokens
+
     dense = evidence.dense.by_prompt(length)
     pruned = evidence.pruned.by_prompt(length)
     ratio = lengths.length_ratio(dense, pruned, evidence.budget_tokens, confidence)
-
     found = {"length": verdicts.judge(ratio, limits.length_ratio)}
+
     figures: dict[str, float | str] = {
         "length_ratio": ratio.ratio,
         "length_lower": ratio.lower,
@@ -62,10 +63,11 @@ def check(evidence: Evidence) -> CheckResult:
         "length_limit": limits.length_ratio,
         "budget_tokens": evidence.budget_tokens,
     }
-    counts: list[str] = []
 
+    counts: list[str] = []
     for fault, has_fault in FAULTS.items():
         limit: float = getattr(limits, fault)
+
         # Counted as answers, a fault that only the pruned arm has would be a gain: swap the arms.
         fewer, more, prompts = evidence.disagreements(has_fault)
         found[fault] = paired.non_inferiority(more, fewer, prompts, limit, confidence)
@@ -75,12 +77,14 @@ def check(evidence: Evidence) -> CheckResult:
         figures[f"{fault}_dense"] = before
         figures[f"{fault}_pruned"] = after
         figures[f"{fault}_limit"] = limit
+
         counts.append(f"{fault} {before} → {after}")
 
     verdict = verdicts.worst(found.values())
-    causes = ", ".join(name for name, each in found.items() if each == verdict)
-    because = "" if verdict == "pass" else f"{causes}: "
+    causes = [name for name, each in found.items() if each == verdict]
+    because = "" if verdict == "pass" else f"{', '.join(causes)}: "
     what = "thinking" if thinks else "completion"
+
     summary = (
         f"{because}{what} length ratio {ratio.ratio:.3f}, "
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "

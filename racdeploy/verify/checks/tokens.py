@@ -30,6 +30,7 @@ def check(evidence: Evidence) -> CheckResult:
     summary = f"{len(wrong)} of {len(probes)} strings differ; the first is {first.text[:60]!r}: "
     summary += f"{list(first.expected[:8])} expected, {list(first.actual[:8])} found"
     remedy = "name the right pre-tokenizer: export.pre_tokenizer in the recipe"
+
     return make_result("tokens", "fail", summary, figures, remedy)
 
 

@@ -24,10 +24,7 @@ _TINY = 1e-300  # in place of the logarithm of 0
 
 
 def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: int = 60) -> float:
-    """Return where ``is_below`` ceases to hold, from above.
-
-    60 halvings of an interval of length 2 are below the spacing of floats near 1.
-    """
+    """Return where ``is_below`` ceases to hold; 60 halvings reach the spacing of floats near 1."""
     for _ in range(steps):
         middle = (low + high) / 2
         if is_below(middle):
@@ -47,10 +44,9 @@ def normal_quantile(confidence: float) -> float:
 def student_quantile(probability: float, freedom: int) -> float:
     """Return Student's quantile for a probability of at least one half.
 
-    Bisects the angle of Abramowitz and Stegun 26.7.3 and 26.7.4, whose sums are finite for whole
-    degrees of freedom; above 1000 the first term of 26.7.5 is within 1e-6.
+    Bisects the angle of Abramowitz and Stegun 26.7.3 and 26.7.4, whose sums are finite.
     """
-    if freedom > 1000:
+    if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
         normal = NormalDist().inv_cdf(probability)
         return normal + (normal**3 + normal) / (4 * freedom)
 
@@ -59,11 +55,14 @@ def student_quantile(probability: float, freedom: int) -> float:
     factors = (2 * steps - 1 + odd) / (2 * steps + odd)
 
     def is_below(angle: float) -> bool:
-        powers = np.cumprod(factors * math.cos(angle) ** 2)
+        cosine = math.cos(angle)
+        powers = np.cumprod(factors * cosine**2)
         series = 1 + powers.sum() if freedom > 1 else 0.0
+
         inside = math.sin(angle) * series
         if odd:
-            inside = 2 / math.pi * (angle + math.cos(angle) * inside)
+            inside = 2 / math.pi * (angle + cosine * inside)
+
         return bool(inside < 2 * probability - 1)
 
     return math.sqrt(freedom) * math.tan(bisect(is_below, 0.0, math.pi / 2))
@@ -84,10 +83,11 @@ def binomial_masses(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray
     log_rate = math.log(max(rate, _TINY))
     log_rest = math.log(max(1 - rate, _TINY))
 
+    rest_L = n - counts_L
     log_factorials = _log_factorials(n.bit_length())
-    log_choose_L = log_factorials[n] - log_factorials[counts_L] - log_factorials[n - counts_L]
-    masses_L = np.exp(log_choose_L + counts_L * log_rate + (n - counts_L) * log_rest)
-    return np.asarray(masses_L)
+    log_choose_L = log_factorials[n] - log_factorials[counts_L] - log_factorials[rest_L]
+
+    return np.asarray(np.exp(log_choose_L + counts_L * log_rate + rest_L * log_rest))
 
 
 def binomial_cdf(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray[np.float64]:
@@ -98,10 +98,7 @@ def binomial_cdf(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray[np
 
 
 def exact_upper(count: float, n: float, tail: float) -> float:
-    """Return Clopper and Pearson's upper bound of a share.
-
-    Counts that are not whole are rounded to the safe side.
-    """
+    """Return Clopper and Pearson's upper bound; counts are rounded to the safe side."""
     whole_count = math.ceil(count - ROUNDING)
     whole_n = math.floor(n + ROUNDING)
     if whole_count >= whole_n:
@@ -115,16 +112,13 @@ def exact_upper(count: float, n: float, tail: float) -> float:
 
 def exact_lower(count: float, n: float, tail: float) -> float:
     """Return Clopper and Pearson's lower bound of a share."""
+    whole_count = math.floor(count + ROUNDING)
     whole_n = math.ceil(n - ROUNDING)
-    return 1 - exact_upper(whole_n - math.floor(count + ROUNDING), whole_n, tail)
+    return 1 - exact_upper(whole_n - whole_count, whole_n, tail)
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse a level that is no share.
-
-    Raises:
-        ValueError: it is not between 0 and 1.
-    """
+    """Refuse a level that is not between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
 

@@ -20,18 +20,15 @@ _LARGEST_EXPONENT = 700.0  # e to this is still a float64
 def restrict_lengths(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
     """Return min(length, budget) by prompt, averaged over its samples.
 
-    A truncated run belongs in ``lengths`` with the tokens it reached: it counts as the budget,
-    which is what it cost. Leaving it out would reward a model for never stopping.
-
-    Args:
-        lengths: lengths_N in tokens, or lengths_NX with X samples of each prompt; zeros allowed.
-        budget: the cap in tokens, above 0, the same for every arm.
+    A truncated run belongs in ``lengths`` (lengths_N, or lengths_NX with X samples of each prompt)
+    with the tokens it reached: leaving it out would reward a model for never stopping.
     """
     raw = np.asarray(lengths, dtype=np.float64)
     if raw.ndim not in (1, 2) or raw.size == 0:
         raise ValueError(
             f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}"
         )
+
     if not np.isfinite(raw).all() or (raw < 0).any():
         raise ValueError("a length is negative or not finite")
     if not (math.isfinite(budget) and budget > 0):
@@ -47,12 +44,8 @@ def length_ratio(
     """Return the ratio of restricted mean lengths, pruned over dense, over the same prompts.
 
     With x and y the restricted lengths of a prompt, the delta method on log(mean y / mean x) gives
-    the variance var(y / mean y - x / mean x) / n, which holds the paired covariance. The interval
-    uses Student's quantile with n - 1 degrees of freedom.
-
-    Identical arms give a ratio of 1 with a degenerate interval. One prompt, or an arm whose mean
-    is zero (the logarithm does not exist), gives the interval from 0 to infinity: such data pass
-    no limit.
+    the variance var(y / mean y - x / mean x) / n, which holds the paired covariance. One prompt, or
+    an arm whose mean is zero (no logarithm), gives an interval up to infinity: it passes no limit.
     """
     dense_N = restrict_lengths(dense_lengths, budget)
     pruned_N = restrict_lengths(pruned_lengths, budget)
@@ -62,8 +55,8 @@ def length_ratio(
         )
 
     check_confidence(confidence)
-
     n = len(dense_N)
+
     dense_mean = float(dense_N.mean())
     pruned_mean = float(pruned_N.mean())
     if dense_mean == pruned_mean == 0:
@@ -73,27 +66,24 @@ def length_ratio(
     if n == 1 or dense_mean == 0 or pruned_mean == 0:
         return RatioEstimate(ratio, 0.0, math.inf, n)
 
-    deviation = _deviation(dense_N, pruned_N) / math.sqrt(n)
     quantile = student_quantile((1 + confidence) / 2, n - 1)
-    half = quantile * deviation
+    deviation = _deviation(dense_N, pruned_N)
+    half = quantile * (deviation / math.sqrt(n))
     factor = math.exp(half) if half < _LARGEST_EXPONENT else math.inf
+
     return RatioEstimate(ratio, ratio / factor, ratio * factor, n)
 
 
 def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget: float) -> float:
     """Return the deviation by prompt that decides the width of :func:`length_ratio`'s interval."""
-    return _deviation(
-        restrict_lengths(dense_lengths, budget), restrict_lengths(pruned_lengths, budget)
-    )
+    dense_N = restrict_lengths(dense_lengths, budget)
+    return _deviation(dense_N, restrict_lengths(pruned_lengths, budget))
 
 
 def length_power(
     n: int, deviation: float, limit: float, confidence: float = 0.90, ratio: float = 1.0
 ) -> float:
-    """Return the probability that a length ratio stays below its limit, in normal approximation.
-
-    ``deviation`` is a :func:`length_deviation`, ``ratio`` the true one.
-    """
+    """Return the probability that a true ``ratio`` passes its limit, in normal approximation."""
     check_confidence(confidence)
     if n < 2 or limit <= 0 or ratio <= 0 or deviation < 0:
         raise ValueError(

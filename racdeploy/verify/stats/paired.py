@@ -1,19 +1,16 @@
 """The paired accuracy drop d = (n10 - n01) / n, its interval, its verdicts and their power.
 
-n10 counts prompts that only the first (dense) arm answers right, n01 those that only the second
-does.
+n10 counts prompts that only the first (dense) arm answers right, n01 those of the second alone.
 
 Tango's score test alone does not hold its level. Where one arm never wins it passes up to 6.8 %
 (n10 is then binomial, and skewed), so :func:`drop_interval` also takes the exact binomial interval
-of the other count. And it fails up to 7.5 %, since few flips jump over the quantile: the end that
-can make a verdict "fail", which is the one between no drop and the observed one, is solved with a
-continuity correction of half a prompt. The other end, and with it the power to pass, stays as it
-is.
+of the other count. And it fails up to 7.5 %, since few flips jump over the quantile: the end
+between no drop and the observed one, which can make a verdict "fail", is solved with a continuity
+correction of half a prompt.
 
 Several samples of a prompt are no independent prompts. :func:`paired_counts` counts each prompt's
 net difference and scales the number of prompts by how large those differences are, after adding
-one prompt that flips wholly: with one sample nothing changes, with many the prompt stays the unit
-(Rao and Scott's correction, made to lean to the safe side).
+one prompt that flips wholly: Rao and Scott's correction, made to lean to the safe side.
 
 Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, for the paired drop; F. Yates,
 Supplement to JRSS 1 (1934) 217-235, for the correction; J. N. K. Rao and A. J. Scott, Biometrics
@@ -41,22 +38,21 @@ _TO_A_MILLIONTH = 20  # halvings
 
 
 class Pairs(NamedTuple):
-    """Disagreements of two arms, in prompts; not whole where prompts have several samples.
-
-    ``n10`` only the first arm is right, ``n01`` only the second, ``n`` prompts in all, at least 1.
-    """
+    """Disagreements of two arms, in prompts; not whole where prompts have several samples."""
 
     n10: float
     n01: float
     n: float
 
+    @property
+    def drop(self) -> float:
+        return (self.n10 - self.n01) / self.n
+
 
 def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
     """Count the disagreements of two arms over the same prompts.
 
-    Args:
-        first_right: right_N, or right_NX with X samples of each prompt, 0 or 1 each.
-        second_right: the same for the other arm; the order of the samples does not matter.
+    Both are right_N, or right_NX with X samples of each prompt in any order, 0 or 1 each.
     """
     first_N = _mean_right(first_right)
     second_N = _mean_right(second_right)
@@ -66,36 +62,34 @@ def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
     net_N = first_N - second_N
     more = float(np.maximum(net_N, 0).sum())
     fewer = float(np.maximum(-net_N, 0).sum())
+    squares = float((net_N**2).sum())
 
     # Mean size of a difference, one whole flip added: 1 with one sample, so that counts stay whole.
-    scale = (float((net_N**2).sum()) + 1) / (more + fewer + 1)
+    scale = (squares + 1) / (more + fewer + 1)
+
     return Pairs(more / scale, fewer / scale, len(net_N) / scale)
 
 
 def tango_interval(n10: int, n01: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return the score interval of the paired drop, as published.
-
-    It holds every drop that Tango's score test does not reject, and exists for any table.
-    """
+    """Return the published score interval: every drop that Tango's score test does not reject."""
     _check_counts(n10, n01, n)
     return _score_interval(n10, n01, n, normal_quantile(confidence))
 
 
 def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> Interval:
-    """Return the interval of the paired drop on which verdicts are based, for :class:`Pairs`.
-
-    Tango's score interval, widened by the exact binomial one of the other count where one arm never
-    wins. Where it does not hold zero, its end nearer zero is continuity-corrected.
-    """
+    """Return the interval of the paired drop on which verdicts are based, for :class:`Pairs`."""
     _check_pairs(n10, n01, n)
     quantile = normal_quantile(confidence)
     tail = (1 - confidence) / 2
 
     lower, upper = _score_interval(n10, n01, n, quantile)
     if lower > 0:
-        lower = max(_score_interval(n10, n01, n, quantile, _HALF_A_PROMPT).lower, 0.0)
+        corrected = _score_interval(n10, n01, n, quantile, _HALF_A_PROMPT)
+        lower = max(corrected.lower, 0.0)
+
     if upper < 0:
-        upper = min(_score_interval(n10, n01, n, quantile, _HALF_A_PROMPT).upper, 0.0)
+        corrected = _score_interval(n10, n01, n, quantile, _HALF_A_PROMPT)
+        upper = min(corrected.upper, 0.0)
 
     if n01 == 0:
         lower = min(lower, distributions.exact_lower(n10, n, tail))
@@ -111,11 +105,7 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
 def non_inferiority(
     n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
 ) -> Verdict:
-    """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1).
-
-    "pass" if the whole interval is below the margin, "fail" if it is above, else "inconclusive";
-    a confidence of 0.90 makes "pass" a one-sided 5 % test.
-    """
+    """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1)."""
     _check_margin(margin)
     return judge(drop_interval(n10, n01, n, confidence), margin)
 
@@ -123,10 +113,7 @@ def non_inferiority(
 def equivalence(
     n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
 ) -> Verdict:
-    """Judge by two one-sided tests whether two arms are equally accurate within ``margin``.
-
-    "pass" if the whole interval is within ±margin, "fail" if it is outside, else "inconclusive".
-    """
+    """Judge by two one-sided tests whether two arms are equally accurate within ``margin``."""
     _check_margin(margin)
     return judge_within(drop_interval(n10, n01, n, confidence), -margin, margin)
 
@@ -135,25 +122,26 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     """Return the score interval of a single accuracy."""
     _check_counts(successes, 0, n)
     quantile = normal_quantile(confidence)
-    share = successes / n
     spread = quantile**2 / n
 
+    share = successes / n
+    variance = share * (1 - share)
     center = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    half = math.sqrt(spread * (variance + spread / 4)) / (1 + spread)
 
     lower = 0.0 if successes == 0 else max(0.0, center - half)
     upper = 1.0 if successes == n else min(1.0, center + half)
+
     return Interval(lower, upper)
 
 
 def power(
     n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0
 ) -> float:
-    """Return the probability that :func:`non_inferiority` says "pass".
+    """Return the probability that :func:`non_inferiority` says "pass", summed over all tables.
 
-    Exact: a sum over the tables that can occur, not an approximation. ``discordant_rate`` is the
-    share of prompts on which the arms disagree, ``drop`` the true drop, no larger in size. With
-    ``drop`` equal to ``margin`` it is the type-I error.
+    ``discordant_rate`` is the share of prompts on which the arms disagree, ``drop`` the true drop,
+    no larger in size. With ``drop`` equal to ``margin`` it is the type-I error.
     """
     _check_counts(0, 0, n)
     _check_margin(margin)
@@ -177,12 +165,16 @@ def power(
     passing_L = np.where(only_losses_L & lenient_L, discordant_L - 1, passing_L)
 
     # Of the discordant prompts, the share that the dense model wins.
-    dense_wins = 0.5 if discordant_rate == 0 else (discordant_rate + drop) / (2 * discordant_rate)
+    dense_wins = 0.5
+    if discordant_rate:
+        dense_wins = (discordant_rate + drop) / (2 * discordant_rate)
+
     total = 0.0
-    for discordant, mass, passing in zip(discordant_L, mass_L, passing_L, strict=True):
-        counts_L = distributions.likely_counts(int(discordant), dense_wins)
+    rows = zip(discordant_L.tolist(), mass_L, passing_L, strict=True)
+    for discordant, mass, passing in rows:
+        counts_L = distributions.likely_counts(discordant, dense_wins)
         counts_L = counts_L[counts_L <= passing]
-        masses_L = distributions.binomial_masses(counts_L, int(discordant), dense_wins)
+        masses_L = distributions.binomial_masses(counts_L, discordant, dense_wins)
         total += mass * masses_L.sum()
 
     return float(min(total, 1.0))
@@ -191,11 +183,7 @@ def power(
 def smallest_detectable_drop(
     n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = 0.8
 ) -> float:
-    """Return the smallest margin that a model without any drop passes with ``target_power``.
-
-    A gate with a smaller margin mostly answers "inconclusive". 1.0 means that no margin is small
-    enough.
-    """
+    """Return the smallest margin that a model without any drop passes with ``target_power``."""
     if not 0 < target_power < 1:
         raise ValueError(f"target_power is {target_power}; it lies between 0 and 1")
 
@@ -208,10 +196,7 @@ def smallest_detectable_drop(
 def score(
     n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
 ) -> NDArray[np.float64]:
-    """Return Tango's score statistic for the hypothesis that the true drop is ``drop``.
-
-    ``continuity`` is how many flips are taken off the difference that is tested.
-    """
+    """Return Tango's score of a hypothetical drop, ``continuity`` flips off the difference."""
     n10 = np.asarray(n10, dtype=np.float64)
     n01 = np.asarray(n01, dtype=np.float64)
     n = np.asarray(n, dtype=np.float64)
@@ -220,10 +205,12 @@ def score(
     # written so that nothing cancels.
     b = -n10 - n01 + (2 * n - n10 + n01) * drop
     c = -n01 * drop * (1 - drop)
+
     root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
 
     divisor = np.where(b > 0, root + b, 1.0)
-    p01 = np.where(b > 0, -2 * c / divisor, (root - b) / (4 * n))
+    larger = (root - b) / (4 * n)
+    p01 = np.where(b > 0, -2 * c / divisor, larger)
 
     variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
 
@@ -233,8 +220,10 @@ def score(
 
     # Without variance any difference is infinitely surprising, and none is no surprise.
     surprise = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
-    deviation = np.sqrt(np.where(variance > 0, variance, 1.0))
-    return np.where(variance > 0, difference / deviation, surprise)
+    varies = variance > 0
+    deviation = np.sqrt(np.where(varies, variance, 1.0))
+
+    return np.where(varies, difference / deviation, surprise)
 
 
 def _score_interval(
@@ -268,6 +257,7 @@ def _most_passing(
         middle_L = (low_L + high_L) // 2
         score_L = score(middle_L, discordant_L - middle_L, n, margin)
         passes_L = (score_L < -quantile) | (middle_L < 0)
+
         low_L = np.where(passes_L, middle_L, low_L)
         high_L = np.where(passes_L, high_L, middle_L)
 
@@ -291,7 +281,8 @@ def _check_counts(n10: int, n01: int, n: int) -> None:
 
 
 def _check_pairs(n10: float, n01: float, n: float) -> None:
-    if not (math.isfinite(n) and n >= 1 and n10 >= 0 and n01 >= 0 and n10 + n01 <= n + ROUNDING):
+    fits = min(n10, n01) >= 0 and n10 + n01 <= n + ROUNDING
+    if not (fits and 1 <= n < math.inf):
         raise ValueError(f"counts {n10} and {n01} do not fit into {n} prompts")
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from racdeploy.report.model import Verdict
 
+_SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
+
 
 class Interval(NamedTuple):
     """A two-sided confidence interval."""
@@ -30,10 +32,7 @@ class RatioEstimate(NamedTuple):
 
 
 def judge(estimate: Interval | RatioEstimate, limit: float) -> Verdict:
-    """Return "pass" if the interval is below ``limit``, "fail" if above, else "inconclusive".
-
-    The same rule for a drop with its margin and for a length ratio with its limit.
-    """
+    """Return "pass" if the interval is below ``limit``, "fail" if above, else "inconclusive"."""
     if not math.isfinite(limit):
         raise ValueError(f"the limit is {limit}; a limit that is not a number gates nothing")
     if estimate.upper < limit:
@@ -54,7 +53,4 @@ def judge_within(estimate: Interval | RatioEstimate, lowest: float, highest: flo
 
 def worst(verdicts: Iterable[str]) -> Verdict:
     """Return "fail" if one failed, else "inconclusive" if one is, else "pass"."""
-    found = set(verdicts)
-    if "fail" in found:
-        return "fail"
-    return "inconclusive" if "inconclusive" in found else "pass"
+    return _SEVERITY[max(map(_SEVERITY.index, verdicts), default=0)]
