@@ -97,16 +97,17 @@ class Check(pytest.Item):
 
     def runtest(self) -> None:
         check = self._result(self.parent.report())
-        properties = {f"{check.name}.{name}": value for name, value in check.figures.items()}
-        self.user_properties += properties.items()
+        for name, value in check.figures.items():
+            self.user_properties.append((f"{check.name}.{name}", value))
 
         accepted = check.verdict == "inconclusive" and self.parent.accepts_inconclusive
         if check.verdict == "skipped" or accepted:
             pytest.skip(f"{check.verdict}: {check.summary}")
 
         if check.verdict != "pass":
+            found = f"{check.name}: {check.verdict}: {check.summary}"
             remedy = check.remedy or "see the report"
-            raise CheckFailure(f"{check.name}: {check.verdict}: {check.summary}\n  → {remedy}")
+            raise CheckFailure(f"{found}\n  → {remedy}")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show what a check or racdeploy says; a traceback is for everything else."""

@@ -34,10 +34,9 @@ _JUDGED = ("accuracy", "thinking")
 
 @dataclass(frozen=True)
 class ServerAnswerer:
-    """A server in the place of a bundle's artifacts.
+    """A server in the place of a bundle's artifacts; ``local`` says how prompts are asked.
 
     Args:
-        local: says how prompts are asked.
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
         model: name that the server gives the model; empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.

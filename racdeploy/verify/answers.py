@@ -32,13 +32,10 @@ DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
 
 @dataclass(frozen=True)
 class Answers:
-    """What one artifact answered.
+    """What one artifact answered: a record and trace for each problem and sample, in that order.
 
-    Args:
-        records: one per problem and sample, in that order.
-        stats: what the engine counted; empty where answers were read back.
-        earlier: how many an earlier run left.
-        kernels: what ran, in the engine's words; empty where it was not opened.
+    ``stats`` is what the engine counted, empty where an ``earlier`` run left some of the answers;
+    ``kernels`` what ran, in the engine's words.
     """
 
     records: tuple[Record, ...]

@@ -26,13 +26,9 @@ def same_size_quants(
 ) -> list[str]:
     """Return the widest quants of which a dense model is about as large as the artifact at most.
 
-    Two sizes count: the artifact's, and its size without zeros, which packing or sparse kernels
-    make of it.
-
-    Args:
-        settings: of the export; its own quant is that of the dense arm, and no rival.
-        shapes: of the prunable weights, by their name in the checkpoint.
-        sparsity: zeros in the pruned file, over them.
+    Its size without zeros counts too: packing or sparse kernels make it of the artifact. The quant
+    of the export is that of the dense arm, and no rival. ``shapes`` are those of the prunable
+    weights, by their name in the checkpoint; ``sparsity`` is the share of zeros in them.
     """
     weights = sum(map(math.prod, shapes.values()))
     sizes: list[float] = [pruned.size_bytes]

@@ -21,9 +21,8 @@ _TARGET_POWER = 0.8
 class Expectation:
     """What the arms are expected to do, and where that comes from.
 
-    Args:
-        discordant: share of prompts on which one arm is right and the other wrong.
-        deviation: of the lengths, see :func:`racdeploy.verify.stats.lengths.length_deviation`.
+    ``discordant`` is the share of prompts on which one arm is right and the other wrong,
+    ``deviation`` a :func:`racdeploy.verify.stats.lengths.length_deviation`.
     """
 
     discordant: float = 0.10

@@ -45,12 +45,9 @@ def compare_figures(
 def _report_missing(
     name: str, dense: float | None, pruned: float | None, limit: float | None
 ) -> CheckResult:
-    if dense:
-        measured = "the dense artifact alone"
-    elif pruned:
-        measured = "the pruned artifact alone"
-    else:
-        measured = "neither artifact"
+    measured = "neither artifact"
+    if dense or pruned:
+        measured = f"the {'dense' if dense else 'pruned'} artifact alone"
 
     summary = f"{measured} was measured in this run"
     if limit is None:
