@@ -1,8 +1,7 @@
 """Read a Hugging Face model folder without torch: config, and tensors one at a time.
 
-``config.json`` is read directly, because transformers 4 and 5 write rope settings and tokenizer
-classes differently and each silently ignores the other's. Tensors are memory-mapped from (sharded)
-safetensors; bfloat16, which numpy lacks, is widened to float32 when read.
+``config.json`` is read directly, because transformers 4 and 5 write rope settings differently and
+each silently ignores the other's. bfloat16, which numpy lacks, is widened to float32 when read.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -21,21 +20,13 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
-from racdeploy.models.tokenizer_files import (
-    TOKENIZER_FILES,
-    TokenizerFiles,
-    token_ids,
-    token_text,
-)
+from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
 from racdeploy.storage.files import file_sha256, read_json
 from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor_entries
 
 
 class Checkpoint:
     """A model folder, opened and checked but not loaded.
-
-    Args:
-        folder: holds ``config.json``, safetensors and tokenizer files.
 
     Raises:
         ModelError: not a model folder, an unsupported architecture, or damaged weights.
@@ -46,12 +37,15 @@ class Checkpoint:
             raise ModelError(
                 f"{folder} is not a folder", remedy="give a local model folder or a Hub id"
             )
+
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{folder} is not a model folder: it has no config.json",
                 remedy="give the folder that save_pretrained wrote",
             )
+
         self.folder = folder
+
         written = read_json(folder / "config.json")
         self.family: Family = find_family(written)
         self.config: dict[str, Any] = _complete(written, self.family.defaults)
@@ -66,6 +60,7 @@ class Checkpoint:
 
         weight_map = read_json(index).get("weight_map", {})
         entries: dict[str, TensorEntry] = {}
+
         for name in sorted({str(name) for name in weight_map.values()}):
             if Path(name).name != name:
                 raise ModelError(f"{index} names a file outside the folder: {name!r}")
@@ -73,6 +68,7 @@ class Checkpoint:
 
         if missing := sorted(set(weight_map) - set(entries)):
             raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
+
         return entries
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -82,8 +78,7 @@ class Checkpoint:
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return some rows of a tensor as float32; the others are never in memory."""
         entry = self.entries[name]
-        dtype = np.dtype(DTYPES[entry.dtype])
-        stored = np.memmap(entry.file, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
+        stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
         return widen(stored[rows])
 
     def read_raw(self, name: str) -> NDArray[Any]:
@@ -91,7 +86,7 @@ class Checkpoint:
         entry = self.entries[name]
         dtype = np.dtype(DTYPES[entry.dtype])
         count = (entry.stop - entry.start) // dtype.itemsize
-        flat = np.fromfile(entry.file, dtype=dtype, count=count, offset=entry.start)
+        flat = np.fromfile(entry.file, dtype, count, offset=entry.start)
         return flat.reshape(entry.shape)
 
     @property
@@ -102,8 +97,7 @@ class Checkpoint:
     @property
     def head_size(self) -> int:
         """Width of one attention head; ``head_dim`` where the config has it."""
-        explicit = self.config.get("head_dim")
-        if explicit:
+        if explicit := self.config.get("head_dim"):
             return int(explicit)
         return self.integer("hidden_size") // self.integer("num_attention_heads")
 
@@ -118,11 +112,7 @@ class Checkpoint:
         return compute(self) if compute else self.config.get(name)
 
     def integer(self, key: str) -> int:
-        """Return a setting that is a whole number.
-
-        Raises:
-            ModelError: it is missing or not a whole number.
-        """
+        """Return a setting that is a whole number; a ModelError says that it is none."""
         value = self.setting(key)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
@@ -136,20 +126,13 @@ class Checkpoint:
             return tuple(map(str, listed))
 
         period = self.config.get("sliding_window_pattern") or self.family.window_period
-        kinds = ["full_attention"] * self.block_count
-        if period:
-            for block in range(self.block_count):
-                if (block + 1) % period:
-                    kinds[block] = "sliding_attention"
-        return tuple(kinds)
+        is_sliding = [period and block % period for block in range(1, self.block_count + 1)]
+        return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
 
     @cached_property
     def rope(self) -> dict[str, Any]:
-        """Rope settings in one form: ``rope_theta``, ``rope_type`` and the factors of scaling.
-
-        transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5
-        ``rope_parameters``.
-        """
+        """Rope settings in one form: ``rope_theta``, ``rope_type`` and the factors of scaling."""
+        # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
         parameters = dict(self.config.get("rope_parameters") or {})
         scaling = parameters or dict(self.config.get("rope_scaling") or {})
         theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
@@ -159,11 +142,7 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output projection is the embedding, by what the file holds.
-
-        Raises:
-            ModelError: the config ties them and the file holds a different ``lm_head.weight``.
-        """
+        """Whether the output projection is the embedding, by what the file holds."""
         declared = bool(self.config.get("tie_word_embeddings", False))
         if "lm_head.weight" not in self.entries:
             if not declared:
@@ -182,21 +161,19 @@ class Checkpoint:
                     remedy="set tie_word_embeddings to false in config.json if the head is meant to"
                     " differ",
                 )
+
         return declared
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids that the configs and the tokenizer name, without repeats.
-
-        Raises:
-            ModelError: none of them names one.
-        """
+        """End-of-sequence ids that the configs and the tokenizer name, without repeats."""
         tokenizer = self.tokenizer
-        ids = [*token_ids(tokenizer.generation, "eos"), *token_ids(self.config, "eos")]
+        ids = token_ids(tokenizer.generation, "eos") + token_ids(self.config, "eos")
 
         content = token_text(tokenizer.config.get("eos_token"))
-        added = tokenizer.parsed.get("added_tokens") or []
-        ids += [entry["id"] for entry in added if entry.get("content") == content]
+        for entry in tokenizer.parsed.get("added_tokens") or []:
+            if entry.get("content") == content:
+                ids.append(entry["id"])
 
         found = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
         if not found:
@@ -204,6 +181,7 @@ class Checkpoint:
                 f"{self.folder} names no end-of-sequence token",
                 remedy="set eos_token_id in generation_config.json",
             )
+
         return found
 
     @property
@@ -236,14 +214,10 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config with transformers' defaults, and in transformers 4's form.
-
-    transformers 5 keeps rope settings of all kinds in ``rope_parameters``, by kind of attention
-    where there are two.
-    """
+    """Return the config with transformers' defaults, and in transformers 4's form."""
     config = {**defaults, **config}
     parameters = config.get("rope_parameters") or {}
-    if "full_attention" in parameters:
+    if "full_attention" in parameters:  # transformers 5, where there are two kinds of attention
         local = parameters.get("sliding_attention", {})
         parameters = parameters["full_attention"]
         config["rope_parameters"] = parameters
@@ -254,7 +228,6 @@ def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
 
 
 def _attention_scalar(checkpoint: Checkpoint) -> float:
-    """Return the square of the divisor of Gemma 3's attention scores."""
     if checkpoint.block_count == 62:  # by which llama.cpp knows the 27B model
         return checkpoint.integer("hidden_size") // checkpoint.integer("num_attention_heads")
     return checkpoint.head_size

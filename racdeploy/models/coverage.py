@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 
 from racdeploy.errors import ModelError, UsageError
@@ -15,35 +16,31 @@ _SHOWN = 8
 
 
 def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
-    """Refuse to prune a model with unknown tensors, or with matrices that would stay dense unsaid.
-
-    Args:
-        checkpoint: the model.
-        dense: regular expressions of what stays dense.
-
-    Raises:
-        ModelError: tensors that neither torch nor an engine would compute with.
-        UsageError: matrices that cannot be pruned, and what to write into the recipe.
-    """
+    """Refuse unknown tensors, and matrices that stay dense without a regular expression for it."""
     family = checkpoint.family
     unknown, uncovered = list[str](), list[str]()
+
     for name in checkpoint.entries:
         index, inside = _split_block(name, family.blocks)
+
         kind = _star(inside)
-        known = kind in (family.model_tensors if index is None else family.block_tensors)
-        known = known and (index or 0) < checkpoint.block_count
+        tensors = family.model_tensors if index is None else family.block_tensors
+        is_known = kind in tensors and (index or 0) < checkpoint.block_count
+        if not is_known and not name.endswith(IGNORED):
+            unknown.append(name)
+            continue
 
         linear = name.removesuffix(".weight")
         stays_dense = any(re.search(pattern, linear) for pattern in dense)
-        if not known and not name.endswith(IGNORED):
-            unknown.append(name)
-        elif kind.removesuffix(".weight") in family.routed and not stays_dense:
+        if kind.removesuffix(".weight") in family.routed and not stays_dense:
             uncovered.append(linear)
 
     if unknown:
         raise _refuse_unknown(checkpoint, unknown)
+
     if uncovered:
         kinds = [_star(_split_block(name, family.blocks)[1]) for name in uncovered]
+
         patterns = [*dense, *sorted({kind.partition(".*")[0] for kind in kinds})]
         raise UsageError(
             f"{len(uncovered)} matrices of {family.architecture} cannot be pruned:"
@@ -61,16 +58,7 @@ def list_used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
 def check_tensors(
     checkpoint: Checkpoint, expected: Set[str], optional: Set[str] = frozenset()
 ) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of its architecture.
-
-    Args:
-        checkpoint: the model.
-        expected: names of all tensors that the architecture has.
-        optional: those of them that may be missing.
-
-    Raises:
-        ModelError: tensors are unknown or missing; the message names them.
-    """
+    """Refuse a checkpoint whose tensors are not the expected ones; optional ones may be missing."""
     found = list_used_tensors(checkpoint)
     if unknown := found - expected:
         raise _refuse_unknown(checkpoint, sorted(unknown))
@@ -105,13 +93,15 @@ def _star(name: str) -> str:
 
 def list_names(names: Iterable[str]) -> str:
     """Return a few names for a message; those that differ in numbers alone are one, with ``*``."""
-    alike: dict[str, list[str]] = {}
+    alike = defaultdict[str, list[str]](list)
     for name in names:
-        alike.setdefault(_star(name), []).append(name)
+        alike[_star(name)].append(name)
 
     shown = []
-    for kind, found in alike.items():
-        shown.append(f"{kind} ({len(found)})" if len(found) > 1 else found[0])
+    for kind, (first, *others) in alike.items():
+        shown.append(f"{kind} ({1 + len(others)})" if others else first)
+
     if len(shown) > _SHOWN:
         shown[_SHOWN:] = [f"and {len(shown) - _SHOWN} more"]
+
     return ", ".join(shown)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 Transform = Literal["rotary", "plus_one", "stack"]
-"""What the exporter can do to a tensor; one implementation each, in ``export/gguf/values.py``.
+"""What the exporter can do to a tensor; one implementation each, in ``export/gguf/body.py``.
 
-- ``rotary``: reorder the rows of each head from half-split rotary pairs to llama.cpp's interleaved
-ones. - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
+- ``rotary``: reorder each head's rows from half-split rotary pairs to llama.cpp's interleaved ones.
+- ``plus_one``: add 1, for norms that the model stores as the distance from 1.
 - ``stack``: lay the matrices of all experts, whose names differ in ``*``, into one tensor.
 """
 
@@ -30,15 +29,6 @@ _LINEARS = {
 }
 
 
-def name_weights(linears: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of weights and biases for a table of linears."""
-    return {
-        f"{hf}.{part}": f"{gguf}.{part}"
-        for hf, gguf in linears.items()
-        for part in ("weight", "bias")
-    }
-
-
 NORMS = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -47,7 +37,11 @@ HEAD_NORMS = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
-BLOCK_TENSORS = {**name_weights(_LINEARS), **NORMS}
+BLOCK_TENSORS = {
+    f"{linear}.{part}": f"{name}.{part}"
+    for linear, name in _LINEARS.items()
+    for part in ("weight", "bias")
+} | NORMS
 MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

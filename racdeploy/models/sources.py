@@ -11,27 +11,14 @@ from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
 
 EMBEDDED = "tiny-reasoner"
 _WANTED = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.txt",
-    "tokenizer.model",
-    "LICENSE*",
-    "README.md",
-]
+    "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md",
+]  # fmt: skip
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A local model folder.
-
-    Args:
-        name: short name for files and reports.
-        folder: where it is.
-        origin: what the user typed.
-        revision: commit on the Hub, or empty.
-    """
+    """A local model folder; ``origin`` is what the user typed, ``revision`` the Hub's commit."""
 
     name: str
     folder: Path
@@ -45,18 +32,14 @@ class ResolvedModel:
 
 
 def resolve(model: str) -> ResolvedModel:
-    """Find a model without loading it.
-
-    Raises:
-        ModelError: neither a folder nor something that can be a Hub id.
-        EnvironmentFailure: the Hub cannot be reached, or does not have it.
-    """
+    """Find a model without loading it: the embedded one, a folder, or a Hub id."""
     if model == EMBEDDED:
         return ResolvedModel(EMBEDDED, Path(str(files(__package__))) / "tiny_reasoner", EMBEDDED)
 
     folder = Path(model).expanduser()
     if folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder, model)
+
     if folder.is_file():
         raise ModelError(
             f"{model} is a file, not a model folder",
@@ -69,6 +52,7 @@ def resolve(model: str) -> ResolvedModel:
         raise ModelError(
             f"there is no folder {model}", remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}"
         )
+
     return _download(model)
 
 
@@ -78,18 +62,14 @@ def _download(model: str) -> ResolvedModel:
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "prune") from error
 
-    unreachable = (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        OSError,
-    )
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     try:
         folder = Path(snapshot_download(model, allow_patterns=_WANTED))
-    except unreachable as error:
+    except (errors.HfHubHTTPError, *offline, OSError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EnvironmentFailure(
             f"cannot get {model} from the Hub: {first}",
             remedy="check the name and the network, or give a local folder",
         ) from error
+
     return ResolvedModel(model.partition("/")[2], folder, model, folder.name)

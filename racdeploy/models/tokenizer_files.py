@@ -14,25 +14,14 @@ from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.storage.files import read_json
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The tokenizer and template files of a model folder or a bundle.
-
-    Args:
-        folder: holds ``tokenizer.json`` and, as the model came, the files beside it.
-    """
+    """A folder with ``tokenizer.json`` and, as the model came, the files beside it."""
 
     folder: Path
 
@@ -57,11 +46,7 @@ class TokenizerFiles:
 
     @cached_property
     def file(self) -> Path:
-        """Path of ``tokenizer.json``.
-
-        Raises:
-            ModelError: there is none.
-        """
+        """Path of ``tokenizer.json``; a ModelError says that there is none."""
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise ModelError(
@@ -69,16 +54,12 @@ class TokenizerFiles:
                 remedy="save the fast tokenizer:"
                 " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
+
         return file
 
     @cached_property
     def chat_template(self) -> str:
-        """The Jinja chat template.
-
-        Raises:
-            ModelError: there is none.
-            ArtifactError: it is not text.
-        """
+        """The Jinja chat template; a ModelError says that there is none."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
             try:
@@ -96,6 +77,7 @@ class TokenizerFiles:
                 f"{self.folder} has no chat template",
                 remedy="add chat_template.jinja; reasoning prompts cannot be rendered without it",
             )
+
         return template
 
     def special_token(self, role: str) -> str | None:
@@ -120,17 +102,14 @@ def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, without the limits of length that some files carry.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
+    """Read a ``tokenizer.json``, without the limits of length that some files carry."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ArtifactError(
             f"{file} is not a tokenizer: {error}", remedy="copy the file again from its source"
         ) from error
+
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

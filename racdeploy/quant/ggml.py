@@ -1,8 +1,8 @@
 """Call ggml's own C quantizers through ctypes, in the library that llama-cpp-python ships.
 
-Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h. ggml aborts the
-whole process for a type that needs an importance matrix when none is given, and reads past the end
-of a row that is not whole blocks, so both are refused here first.
+ggml aborts the process for a type that needs an importance matrix, and reads past the end of a row
+that is not whole blocks, so both are refused here first.
+Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,17 @@ _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "li
 def quantize(
     ggml_type: int, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed_OP of float32 weights.
+    """Return packed_OP of float32 weights, rows of whole blocks.
 
-    Args:
-        weight_OI: rows of whole blocks.
-        importance_I: what the squared error of an input counts, above 0: ggml's importance matrix.
-
-    Raises:
-        EngineError: the library is missing, or does not write what it says.
+    importance_I, ggml's importance matrix, is what the squared error of an input counts, above 0.
     """
     library = _library()
     needs_matrix = library.ggml_quantize_requires_imatrix(ggml_type)
     assert not needs_matrix, "this type aborts without a matrix"
+
     O, I = weight_OI.shape
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
-    packed_OP = np.empty((O, row_bytes(ggml_type, I)), dtype=np.uint8)
+    packed_OP = np.empty((O, _count_row_bytes(ggml_type, I)), dtype=np.uint8)
 
     matrix = None
     if importance_I is not None:
@@ -57,26 +53,33 @@ def quantize(
     )
     if written != packed_OP.nbytes:
         raise EngineError(f"ggml wrote {written} bytes of {packed_OP.nbytes} in type {ggml_type}")
+
     return packed_OP
 
 
 def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
     """Return float32 weight_OI of packed rows of a block format."""
     O, P = packed_OP.shape
-    assert row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
+    assert _count_row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
     packed_OP = np.ascontiguousarray(packed_OP)
     weight_OI = np.empty((O, I), dtype=np.float32)
 
     library = _library()
-    convert = library[f"dequantize_row_{library.ggml_type_name(ggml_type).decode()}"]
+    type_name = library.ggml_type_name(ggml_type).decode()
+    convert = library[f"dequantize_row_{type_name}"]
+
     convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
     return weight_OI
 
 
-def row_bytes(ggml_type: int, row_length: int) -> int:
-    """Return the packed size of a row of whole blocks."""
+def make_codec(ggml_type: int) -> tuple[partial[NDArray[np.uint8]], partial[NDArray[np.float32]]]:
+    """Return :func:`quantize` and :func:`dequantize` of one type."""
+    return partial(quantize, ggml_type), partial(dequantize, ggml_type)
+
+
+def _count_row_bytes(ggml_type: int, row_length: int) -> int:
     library = _library()
     block_weights = int(library.ggml_blck_size(ggml_type))
     assert row_length % block_weights == 0, f"{row_length} weights are no blocks of {block_weights}"
@@ -94,18 +97,17 @@ def _library() -> ctypes.CDLL:
         ) from error
 
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    signatures: dict[str, tuple[tuple[Any, ...], Any]] = {
-        "ggml_quantize_chunk": (
-            (number, pointer, pointer, size, size, size, pointer),
-            ctypes.c_size_t,
-        ),
-        "ggml_quantize_requires_imatrix": ((number,), ctypes.c_bool),
-        "ggml_blck_size": ((number,), size),
-        "ggml_type_size": ((number,), ctypes.c_size_t),
-        "ggml_type_name": ((number,), ctypes.c_char_p),
+    signatures: dict[str, tuple[Any, ...]] = {
+        "ggml_quantize_requires_imatrix": (ctypes.c_bool, number),
+        "ggml_blck_size": (size, number),
+        "ggml_type_size": (ctypes.c_size_t, number),
+        "ggml_type_name": (ctypes.c_char_p, number),
     }
-    for name, (arguments, result) in signatures.items():
+    chunk = (number, pointer, pointer, size, size, size, pointer)
+    signatures["ggml_quantize_chunk"] = (ctypes.c_size_t, *chunk)
+
+    for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
-        function.argtypes = arguments
-        function.restype = result
+        function.restype, function.argtypes = result, arguments
+
     return library

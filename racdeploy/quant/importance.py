@@ -1,9 +1,8 @@
-"""The importance of every input: as the pruning's statistic leaves it, and in llama.cpp's file.
+"""The importance of every input: its mean squared value, the diagonal of the Hessian.
 
-The importance of a column is its mean squared input, the diagonal of the Hessian. Pruning leaves it
-in safetensors by the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2`` and ``NAME.counts``
-in a GGUF file by the names of the file. Source: ``common/imatrix-loader.cpp`` and
-``tools/imatrix/imatrix.cpp`` of llama.cpp.
+Pruning leaves it in safetensors by the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2``
+and ``NAME.counts`` in a GGUF file by the names of the file.
+Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -27,19 +26,11 @@ SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
 # Inputs that were never active would have no weight at all, and whole blocks of them no scale.
 _FLOOR = 1e-4
-_F32 = GGML_TYPES["f32"].number
 
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance of inputs.
-
-    Args:
-        file: where it was read.
-        means: mean squared input of every column, by the name of the weight in the checkpoint or in
-            the file.
-        tokens: on how many tokens it rests, by the same names.
-    """
+    """Mean squares of inputs and the tokens behind them, by weight of checkpoint or file."""
 
     file: Path
     means: Mapping[str, NDArray[np.float32]]
@@ -47,69 +38,51 @@ class Importance:
 
     @classmethod
     def read(cls, file: Path) -> Importance:
-        """Read a file of either form.
-
-        Raises:
-            ArtifactError: it is damaged, of another form, or holds no importance.
-            UsageError: it does not exist.
-        """
+        """Read a file of either form, or refuse a damaged or empty one."""
         if not file.is_file():
             raise UsageError(
                 f"{file} is not a file",
                 remedy="give the path of an importance matrix in export.importance",
             )
+
         means, tokens = _read_imatrix(file) if file.suffix == ".gguf" else _read_statistic(file)
 
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():
-                raise _refusal(
-                    file, f"the importance of {name!r} is negative, infinite or not a number"
-                )
+                what = f"the importance of {name!r} is negative, infinite or not a number"
+                raise _refusal(file, what)
 
         if not means:
             raise ArtifactError(
                 f"{file} holds no importance", remedy="give what llama-imatrix or the pruning wrote"
             )
+
         return cls(file, means, tokens)
 
-    @property
-    def is_own(self) -> bool:
-        """Whether the pruning left it, and not somebody's own file."""
-        return self.file.name == IMPORTANCE_FILE
-
     def of(self, name: str, source: str, columns: int) -> NDArray[np.float32] | None:
-        """Return the importance of a weight's columns, all above 0, or None where nothing is known.
-
-        Args:
-            name: in the exported file.
-            source: in the checkpoint.
-            columns: how many there are.
-
-        Raises:
-            ArtifactError: there are others.
-        """
+        """Return the importance of a weight's columns, all above 0, or None if nothing is known."""
         mean_I = self.means.get(name, self.means.get(source))
         if mean_I is None or not mean_I.any():
             return None
+
         if mean_I.shape != (columns,):
             raise ArtifactError(
                 f"{self.file}: {name!r} has {columns} inputs and importances for {mean_I.size}",
                 remedy="it was made for another model; leave export.importance out",
             )
+
         scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
         return np.maximum(scaled_I, np.float32(_FLOOR))
 
     def write_imatrix(self, file: Path, names: Mapping[str, str]) -> None:
-        """Write llama.cpp's file, for ``llama-quantize --imatrix``.
-
-        Args:
-            file: replaced if it exists.
-            names: name in the checkpoint → name in the exported file.
-        """
+        """Write llama.cpp's file; ``names`` are those of the exported file by the checkpoint's."""
         partial = file.with_name(f".{file.name}.partial")
         sources = {names[source]: source for source in self.means if source in names}
+
         most_tokens = max(self.tokens[source] for source in sources.values())
+
         writer = GGUFWriter(partial, arch="")
+
         try:
             with disk_errors(file):
                 writer.add_type("imatrix")
@@ -125,6 +98,7 @@ class Importance:
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
+
                 writer.close()
                 partial.replace(file)
         finally:
@@ -133,12 +107,7 @@ class Importance:
 
 
 def find(folder: Path, asked: str) -> Importance | None:
-    """Return the importance that an export uses: what is asked for, or what pruning left.
-
-    Raises:
-        ArtifactError: the file is damaged.
-        UsageError: it does not exist.
-    """
+    """Return the importance that an export uses: what is asked for, or what pruning left."""
     if asked == "none":
         return None
     if asked:
@@ -154,19 +123,21 @@ def _read_statistic(file: Path) -> _Read:
     """Read what pruning left: a row of means and a number of tokens for each linear."""
     entries = read_tensor_entries(file)
     means, tokens = {}, {}
+
     for name, entry in entries.items():
         if name.endswith(_TOKENS):
             continue
 
         count = entries.get(name + _TOKENS)
         is_row = entry.dtype == "F32" and len(entry.shape) == 1
-        is_counted = count is not None and (count.dtype, count.shape) == ("F64", (1,))
-        if count is None or not (is_row and is_counted):
+        if not is_row or count is None or (count.dtype, count.shape) != ("F64", (1,)):
             raise _refusal(file, f"{name!r} is no importance of one row with its number of tokens")
 
         means[name] = np.fromfile(file, "<f4", entry.shape[0], offset=entry.start)
+
         (counted,) = np.fromfile(file, "<f8", 1, offset=count.start)
         tokens[name] = _read_count(file, name, float(counted))
+
     return means, tokens
 
 
@@ -174,29 +145,35 @@ def _read_imatrix(file: Path) -> _Read:
     """Read llama.cpp's form; several rows of sums are those of experts, and are left out."""
     header = read_header(file)
     if header.values.get("general.type") != "imatrix":
-        raise ArtifactError(
-            f"{file} is a GGUF file and no importance matrix",
-            remedy="give what llama-imatrix wrote",
-        )
+        message = f"{file} is a GGUF file and no importance matrix"
+        raise ArtifactError(message, remedy="give what llama-imatrix wrote")
 
     tensors = {tensor.name: tensor for tensor in header.tensors}
     means, tokens = {}, {}
-    for name in [n.removesuffix(_SUMS) for n in tensors if n.endswith(_SUMS)]:
+
+    for sums in tensors:
+        name, end, rest = sums.rpartition(_SUMS)
+        if not end or rest:
+            continue
+
         if name + _COUNTS not in tensors:
             raise _refusal(file, f"{name!r} has sums and no counts")
+
         sum_EI = _read_matrix(file, tensors[name + _SUMS])
         count_E1 = _read_matrix(file, tensors[name + _COUNTS])
-        if len(sum_EI) != len(count_E1) or count_E1.shape[1] != 1:
-            raise _refusal(file, f"{name!r} has {len(sum_EI)} sums and {len(count_E1)} counts")
+        E = len(sum_EI)
+        if count_E1.shape != (E, 1):
+            raise _refusal(file, f"{name!r} has {E} sums and {len(count_E1)} counts")
 
-        if len(sum_EI) == 1 and count_E1[0, 0] != 0:
-            tokens[name] = _read_count(file, name, float(count_E1[0, 0]))
+        if E == 1 and (count := float(count_E1[0, 0])):
+            tokens[name] = _read_count(file, name, count)
             means[name] = (sum_EI / count_E1)[0]
+
     return means, tokens
 
 
 def _read_matrix(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
-    if tensor.ggml_type != _F32 or len(tensor.dimensions) > 2:
+    if tensor.ggml_type != GGML_TYPES["f32"].number or len(tensor.dimensions) > 2:
         raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
     values = np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position)
     return values.reshape(-1, tensor.dimensions[0])

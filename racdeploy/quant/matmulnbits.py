@@ -1,9 +1,8 @@
 """Blocks of onnxruntime's MatMulNBits: 32 unsigned codes, one scale, and a code that means zero.
 
-A packed row is its codes, then its scales in half precision, then, where they differ from block to
-block, the zero points. The file has the same scales in float32, which the operator takes.
-Source: contrib operator ``com.microsoft.MatMulNBits``, docs/ContribOperators.md of onnxruntime
-1.32.
+A packed row is its codes, then its scales in half precision, then the zero points where blocks have
+them. The file has the same scales in float32, which the operator takes.
+Source: contrib operator ``com.microsoft.MatMulNBits``, onnxruntime 1.32.
 """
 
 from __future__ import annotations
@@ -18,14 +17,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of blocks.
-
-    Args:
-        bits: of a code, 4 or 8.
-        code_OI: uint8.
-        scale_OG: float16, one for each block.
-        zero_OG: uint8, the code that means zero; None where that is the middle of the range.
-    """
+    """Rows of blocks, 4 or 8 bits a code; without zero_OG the middle of the range means zero."""
 
     bits: int
     code_OI: NDArray[np.uint8]
@@ -62,14 +54,16 @@ class Blocks:
         G = I // BLOCK
         code_end = I * bits // 8
         scale_end = code_end + 2 * G
-        zero_bytes = -(-G * bits // 8) if zero_points else 0
-        row_bytes = scale_end + zero_bytes
-        assert packed_OP.shape[1] == row_bytes, "packed rows do not match the row length"
 
-        code_OP = packed_OP[:, :code_end]
+        zero_bytes = -(-G * bits // 8) if zero_points else 0
+        row_bytes = packed_OP.shape[1]
+        assert row_bytes == scale_end + zero_bytes, "packed rows do not match the row length"
+
+        code_OP, scale_OP, zero_OP = np.split(packed_OP, [code_end, scale_end], axis=1)
         code_OI = code_OP if bits == 8 else split_neighbours(code_OP, I)
-        scale_OG = np.ascontiguousarray(packed_OP[:, code_end:scale_end]).view("<f2")
-        zero_OG = split_neighbours(packed_OP[:, scale_end:], G) if zero_points else None
+
+        scale_OG = np.ascontiguousarray(scale_OP).view("<f2")
+        zero_OG = split_neighbours(zero_OP, G) if zero_points else None
         return cls(bits, code_OI, scale_OG, zero_OG)
 
     def weights(self) -> NDArray[np.float32]:
@@ -81,6 +75,16 @@ class Blocks:
             code_OGS -= self.zero_OG[:, :, None]
         weight_OGS = code_OGS * self.scale_OG.astype(np.float32)[:, :, None]
         return weight_OGS.reshape(self.code_OI.shape)
+
+
+def quantize(weight_OI: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    """Return packed rows: at each scale the codes of onnxruntime's own quantizer."""
+    return choose_symmetric(weight_OI, bits).pack()
+
+
+def dequantize(packed_OP: NDArray[np.uint8], I: int, bits: int) -> NDArray[np.float32]:
+    """Return float32 weights of packed rows without zero points."""
+    return Blocks.read(packed_OP, I, bits).weights()
 
 
 def choose_symmetric(weight_OI: NDArray[np.float32], bits: int) -> Blocks:
@@ -120,7 +124,6 @@ def _middle(bits: int) -> np.float32:
 
 
 def _pair_neighbours(code_OI: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return four-bit codes two a byte, as onnxruntime pairs them."""
     return code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4)
 
 

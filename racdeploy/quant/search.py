@@ -1,10 +1,9 @@
 """Choose the scale of every quant block for the weights that matter, not for the largest one alone.
 
 Minimizes Σ w (x − step · code)² over the scale, where w is the importance of the input and x the
-weight: a weight that is zero has the code zero at any scale, so a pruned block is fitted to what
-pruning kept. A scale is tried for each of several spans, fitted to its codes by least squares, and
-rounded to half precision before the codes are taken; the scale that ggml would choose takes part,
-so no block comes out worse than ggml's.
+weight. A scale is tried for each of several spans, fitted to its codes by least squares, and
+rounded to half precision before the codes are taken; ggml's own scale takes part, so no block comes
+out worse than ggml's.
 Source: ``make_qx_quants`` in ggml-quants.c, with finer spans, and an exact comparison at the end.
 """
 
@@ -27,33 +26,32 @@ def choose_codes(
     """Return the scale of every block, step_OG, and the code of every weight, code_OGS.
 
     Args:
-        weight_OI: rows of whole blocks.
         importance_I: what the squared error of an input counts; above 0.
         spans: the smallest and the largest scale to try, as shares of the one that stores the
             largest weight at the end of the codes. A smaller one clips that weight; a larger one
-            moves every code, which is what 8 bits gain from.
-        trials: scales to try, evenly over the spans.
+            moves every code, which is what 8 bits gain from. ``trials`` are taken evenly.
     """
     O, I = weight_OI.shape
     G = I // block
     assert (importance_I > 0).all(), "importance must be above zero"
-    step_OG = np.empty((O, G), dtype=np.float16)
-    code_OGS = np.empty((O, G, block), dtype=np.int8)
+
     span_N = np.linspace(*spans, trials, dtype=np.float32)
 
-    # Blocks lie side by side: sums over a block then add whole rows of blocks. In a chunk, G counts
-    # those of all rows.
+    # Blocks lie side by side, so that sums over a block add whole rows; G counts a chunk's.
     rows = max(1, _CHUNK_WEIGHTS // I)
     importance_GS = np.tile(importance_I.astype(np.float32).reshape(G, block), (rows, 1))
     importance_SG = np.ascontiguousarray(importance_GS.T)
 
+    steps, code_chunks = [], []
     for start in range(0, O, rows):
-        chunk = slice(start, start + rows)
-        weight_SG = np.ascontiguousarray(weight_OI[chunk].reshape(-1, block).T)
+        weight_SG = np.ascontiguousarray(weight_OI[start : start + rows].reshape(-1, block).T)
         step_G, code_SG = _search(weight_SG, importance_SG[:, : weight_SG.shape[1]], codes, span_N)
-        step_OG[chunk] = step_G.reshape(-1, G)
-        code_OGS[chunk] = code_SG.T.reshape(-1, G, block)
-    return step_OG, code_OGS
+
+        steps.append(step_G)
+        code_chunks.append(code_SG.T.astype(np.int8))
+
+    code_GS = np.concatenate(code_chunks)
+    return np.concatenate(steps).reshape(O, G), code_GS.reshape(O, G, block)
 
 
 def _search(
@@ -62,18 +60,20 @@ def _search(
     codes: tuple[int, int],
     span_N: NDArray[np.float32],
 ) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Return the best scale of each block, and its codes."""
     place_1G = np.abs(weight_SG).argmax(0)[None]
     extreme_G = np.take_along_axis(weight_SG, place_1G, 0)[0]
     widest_G: NDArray[np.float32] = extreme_G / np.float32(codes[0])  # ggml's scale
+
     step_G = _fit_scales(weight_SG, importance_SG, widest_G, codes, span_N)
 
     # Rounding to half precision may have made it worse than ggml's scale.
     found_G, found_SG, error_G = _round(weight_SG, importance_SG, step_G, codes)
     plain_G, plain_SG, plain_error_G = _round(weight_SG, importance_SG, widest_G, codes)
+
     worse_G = ~(error_G <= plain_error_G)
     np.copyto(found_G, plain_G, where=worse_G)
     np.copyto(found_SG, plain_SG, where=worse_G)
+
     return found_G, found_SG
 
 
@@ -92,11 +92,13 @@ def _fit_scales(
     weighted_SG = importance_SG * weight_SG
     code_SG = np.empty_like(weight_SG)
     product_SG = np.empty_like(weight_SG)
+
     best_G = np.zeros_like(widest_G)
     step_G = widest_G.copy()
 
     for span in span_N:
         _round_to_codes(weight_SG, widest_G * span, codes, code_SG)
+
         match_G = np.multiply(code_SG, weighted_SG, out=product_SG).sum(0)
         np.multiply(code_SG, code_SG, out=product_SG)
         energy_G = np.multiply(product_SG, importance_SG, out=product_SG).sum(0)
@@ -107,6 +109,7 @@ def _fit_scales(
         better_G = gain_G > best_G
         np.copyto(best_G, gain_G, where=better_G)
         np.copyto(step_G, fitted_G, where=better_G)
+
     return step_G
 
 
@@ -119,6 +122,7 @@ def _round(
     """Return scales in half precision, their nearest codes, and each block's weighted error."""
     with np.errstate(over="ignore"):  # an infinite scale is refused by whoever writes the file
         half_G = step_G.astype(np.float16)
+
     rounded_G = half_G.astype(np.float32)
     code_SG = _round_to_codes(weight_SG, rounded_G, codes, np.empty_like(weight_SG))
 
@@ -126,6 +130,7 @@ def _round(
         error_SG = weight_SG - code_SG * rounded_G
         error_SG *= error_SG
         error_SG *= importance_SG
+
     return half_G, code_SG, error_SG.sum(0)
 
 

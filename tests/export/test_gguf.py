@@ -23,7 +23,7 @@ from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
 from racdeploy.export.gguf import body, export
-from racdeploy.export.gguf.values import order_rotary
+from racdeploy.export.gguf.body import order_rotary
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings

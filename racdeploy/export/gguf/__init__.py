@@ -1,9 +1,7 @@
 """GGUF: llama.cpp's file, written from safetensors with numpy alone, or the packed container of
 one.
 
-Tensors are read one at a time and quantized in slabs of rows, so memory stays at the largest tensor
-as the checkpoint stores it. The file is whole or absent. Zeros are counted in the bytes that were
-written, after dequantizing them.
+The file is whole or absent. Memory stays at the largest tensor as the checkpoint stores it.
 Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -13,28 +11,13 @@ from pathlib import Path, PurePosixPath
 
 from racdeploy import packing as packings
 from racdeploy.errors import UsageError
-from racdeploy.export.gguf.measurement import measure
-from racdeploy.export.gguf.programs import companions, usage
-from racdeploy.export.gguf.writer import export
+from racdeploy.export.gguf.measurement import measure as measure
+from racdeploy.export.gguf.programs import companions as companions
+from racdeploy.export.gguf.programs import usage as usage
+from racdeploy.export.gguf.writer import export as export
 from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
 from racdeploy.storage.files import refuse_another
-
-__all__ = [
-    "BACKEND",
-    "LIBRARY",
-    "NEEDS",
-    "OPTIONS",
-    "TOKENIZER_PREFIX",
-    "WEIGHT_SUFFIXES",
-    "artifact_path",
-    "companions",
-    "export",
-    "is_linear",
-    "measure",
-    "unpack",
-    "usage",
-]
 
 BACKEND = "llamacpp"
 NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
@@ -57,19 +40,14 @@ def is_linear(family: Family, name: str) -> bool:
 
 
 def unpack(packed: Path, out: Path | None = None) -> Path:
-    """Write the GGUF file that a container stands for, byte for byte; beside it by default.
-
-    Raises:
-        ArtifactError: the container is damaged, or no container.
-        UsageError: ``out`` is the container itself, or another file than the one to be written is
-            there.
-    """
+    """Write the GGUF file that a container stands for, byte for byte; beside it by default."""
     container = racgguf.Container.open(packed)
     plain = out or packed.with_suffix(".gguf")
     if plain.resolve() == packed.resolve():
         raise UsageError(
             f"{plain} would replace the packed file", remedy="name another file with --out"
         )
+
     refuse_another(plain, container.sha256)
     container.unpack(plain)
     return plain

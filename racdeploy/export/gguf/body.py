@@ -1,8 +1,7 @@
 """Write the tensors of a GGUF file: read, quantized, read back and counted in slabs of rows.
 
-The slabs of a tensor are quantized on every core, which numpy and ggml do without holding the
-interpreter, and are written in order. In memory are one tensor as the checkpoint stores it, and two
-slabs a core.
+The slabs are quantized on every core, without holding the interpreter, and are written in order. In
+memory are one tensor as the checkpoint stores it, and two slabs a core.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.export import ExportedTensor, Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
-from racdeploy.export.gguf.values import iterate_slabs
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.checkpoint import Checkpoint, widen
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.cores import available_cores
 
@@ -35,14 +33,7 @@ Coded = tuple[NDArray[np.uint8], int]
 
 @dataclass
 class Body:
-    """What all parts of a model share while their tensors are written.
-
-    Args:
-        checkpoint: where the values are.
-        importance: what the inputs count, where that is known.
-        total_bytes: of all tensors.
-        progress: called after every slab.
-    """
+    """What all parts of a model share while their tensors, of ``total_bytes``, are written."""
 
     checkpoint: Checkpoint
     importance: Importance | None
@@ -51,11 +42,7 @@ class Body:
     _done_bytes: int = field(default=0, init=False)
 
     def append(self, file: Path, plan: Iterable[PlannedTensor]) -> list[ExportedTensor]:
-        """Write tensors behind the header of a file, and return what became of them.
-
-        Raises:
-            ModelError: a weight is not finite, or too large for its number format.
-        """
+        """Write tensors behind the header of a file, and return what became of them."""
         tensors = []
         with file.open("ab") as stream, ThreadPoolExecutor(_count_workers()) as pool:
             _pad(stream)
@@ -65,29 +52,31 @@ class Body:
                     zeros += slab_zeros
                     stream.write(packed_OP.data)
                     self._report(packed_OP.nbytes)
+
                 _pad(stream)
                 tensors.append(_describe(tensor, zeros))
 
             stream.flush()
             os.fsync(stream.fileno())
+
         return tensors
 
     def _code(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
         """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
-        known_I = None
-        if self.importance:
-            known_I = self.importance.of(tensor.name, tensor.source, tensor.shape[-1])
+        known = self.importance
+        known_I = known.of(tensor.name, tensor.source, tensor.shape[-1]) if known else None
 
         def code(weight_OI: NDArray[np.float32]) -> Coded:
             packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
+
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
             quants.check_finite(
                 tensor.source, tensor.quant_real, weight_OI, stored_OI, wider="bf16 or f32"
             )
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
-        return _map_ahead(pool, code, iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+        return _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
 
     def _report(self, written_bytes: int) -> None:
         self._done_bytes += written_bytes
@@ -99,13 +88,47 @@ def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTenso
     """Return the tensors in runs of at most so many bytes, or of one tensor; 0 is one run."""
     parts: list[list[PlannedTensor]] = [[]]
     size_bytes = 0
+
     for tensor in plan:
         size_bytes += tensor.size_bytes
         if part_bytes and parts[-1] and size_bytes > part_bytes:
             parts.append([])
             size_bytes = tensor.size_bytes
         parts[-1].append(tensor)
+
     return parts
+
+
+def _iterate_slabs(
+    checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int
+) -> Iterator[NDArray[np.float32]]:
+    """Yield a tensor's values in llama.cpp's order, in slabs of rows of about so many weights."""
+    row_length = tensor.shape[-1]
+
+    step = max(1, slab_weights // row_length)
+
+    for raw in tensor.read(checkpoint):
+        raw_OI, order_O = raw.reshape(-1, row_length), None
+        if tensor.transform == "rotary":
+            order_O = order_rotary(len(raw), len(raw) // checkpoint.head_size)
+            if raw.ndim == 1:  # a bias is one row
+                raw_OI, order_O = raw_OI[:, order_O], None
+
+        for start in range(0, len(raw_OI), step):
+            rows = slice(start, start + step)
+            weight_OI = widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            if tensor.transform == "plus_one":
+                weight_OI = weight_OI + np.float32(1)
+            yield weight_OI
+
+
+def order_rotary(rows: int, heads: int) -> NDArray[np.intp]:
+    """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones.
+
+    Source: llama.cpp ``conversion/llama.py``, ``LlamaModel.permute``.
+    """
+    order_H2X = np.arange(rows).reshape(heads, 2, rows // heads // 2)
+    return order_H2X.swapaxes(1, 2).reshape(-1)
 
 
 def _map_ahead(

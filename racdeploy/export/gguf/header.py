@@ -1,4 +1,7 @@
-"""Write the header of a GGUF file, and of each file of a model in several."""
+"""Write the header of a GGUF file: what it is, how the model computes, its tokens, its tensors.
+
+Source: ggml/docs/gguf.md, "General metadata", and the naming convention there.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
 
+from racdeploy import __version__
 from racdeploy import quant as quants
-from racdeploy.export.gguf.general import add_value
+from racdeploy.export.gguf import splits
 from racdeploy.export.gguf.parameters import write_parameters
-from racdeploy.export.gguf.splits import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.export.gguf.vocabulary import Vocabulary
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.model_card import read_languages
+from racdeploy.quant import presets
+
+_OWN_KEYS = ("architecture", "alignment", "file_type", "quantization_version")
+FILE_KEYS = tuple(f"general.{key}" for key in _OWN_KEYS)
+"""Keys that say how the file is to be read, and are nobody's to choose."""
+
+
+def list_general_values(
+    checkpoint: Checkpoint, mix: presets.Mix, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keys in file order; the caller's own win over what the checkpoint says."""
+    values: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": checkpoint.folder.resolve().name,
+        "general.quantized_by": f"racdeploy {__version__}",
+    }
+    if checkpoint.license:
+        values["general.license"] = checkpoint.license
+
+    if languages := read_languages(checkpoint.folder):
+        values["general.languages"] = languages
+
+    values["general.tags"] = ["text-generation", "racdeploy"]
+    if metadata.get("racdeploy.sparsity"):
+        values["general.tags"].append("sparse")
+
+    values |= metadata
+    values["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+    values["general.file_type"] = _find_file_type(mix)
+    return values
 
 
 def write_header(
@@ -29,30 +63,26 @@ def write_header(
 ) -> None:
     """Write the header of a file: of the first with all metadata, of a later one with its number.
 
-    Args:
-        checkpoint: the model folder.
-        file: replaced if it exists.
-        tensors: of this file.
-        vocabulary: None in a later file.
-        general: keys that say what the file is.
-        split: which file of how many it is, and how many tensors they have together.
+    ``split`` is which file of how many it is, and how many tensors they have together.
     """
-    writer = GGUFWriter(file, checkpoint.family.gguf_arch)
+    writer = gguf.GGUFWriter(file, checkpoint.family.gguf_arch)
     try:
         for key, value in general.items():
-            add_value(writer, key, value)
+            _add_value(writer, key, value)
         if vocabulary:
             write_parameters(writer, checkpoint)
             vocabulary.write(writer, checkpoint.tokenizer.chat_template)
 
         number, files, all_tensors = split
         if files > 1:
-            writer.add_uint16(NUMBER_KEY, number)
-            writer.add_uint16(COUNT_KEY, files)
-            writer.add_int32(TENSORS_KEY, all_tensors)
+            writer.add_uint16(splits.NUMBER_KEY, number)
+            writer.add_uint16(splits.COUNT_KEY, files)
+            writer.add_int32(splits.TENSORS_KEY, all_tensors)
 
         for tensor in tensors:
-            _add_tensor(writer, tensor)
+            kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.quant_real).GGML_TYPE)
+            values = np.dtype(np.float32)  # whatever the type in the file
+            writer.add_tensor_info(tensor.name, tensor.shape, values, tensor.size_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -60,7 +90,29 @@ def write_header(
         writer.close()
 
 
-def _add_tensor(writer: GGUFWriter, tensor: PlannedTensor) -> None:
-    ggml_type = GGMLQuantizationType(quants.load_ggml(tensor.quant_real).GGML_TYPE)
-    dtype = np.dtype(np.float32)  # of the values, whatever the type in the file
-    writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size_bytes, raw_dtype=ggml_type)
+def _add_value(
+    writer: gguf.GGUFWriter, key: str, value: str | int | float | bool | list[str]
+) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int() if 0 <= value < 2**32:
+            writer.add_uint32(key, value)
+        case int():
+            writer.add_int64(key, value)
+        case float():
+            writer.add_float64(key, value)
+        case str():  # add_string drops empty ones
+            writer.add_key_value(key, value, gguf.GGUFValueType.STRING)
+        case list():
+            writer.add_array(key, value)
+
+
+def _find_file_type(mix: presets.Mix) -> int:
+    """Return llama.cpp's number for a file that is mostly of one type."""
+    known = gguf.LlamaFileType.__members__
+    for upper in (mix.name.upper(), mix.quant.upper()):
+        for name in (f"ALL_{upper}", f"MOSTLY_{upper}", f"MOSTLY_{upper}_S"):
+            if name in known:
+                return int(known[name])
+    return int(gguf.LlamaFileType.GUESSED)

@@ -1,16 +1,15 @@
 """Translate a chat template to Ollama's Go template language, where possible.
 
-Ollama does not run the Jinja template that a GGUF file holds: it takes its own Go template for
-those that it knows, by edit distance, and the bare text of the question for all others. A Go
-template is derived here from what the Jinja template writes round marked messages, and counts only
-if it gives the same text for other conversations. It knows system, user and assistant messages;
-tools and settings such as ``enable_thinking`` keep the template's defaults.
+Ollama does not run Jinja: it has Go templates for those that it knows, and takes the bare question
+for all others. One is derived here from what the Jinja template writes round marked messages, and
+counts only if it gives the same text for other conversations.
 Source: ``template/template.go`` of Ollama (``Named``, ``Execute``), and Go's text/template.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,13 +24,9 @@ _LENGTHS = ((1, 2), (1, 4), (1, 6), (0, 2), (0, 4))
 
 @dataclass(frozen=True)
 class _Form:
-    """What is written round messages.
+    """What is written round messages: in front of and behind each, by role, and round them all.
 
-    Args:
-        lead: in front of a first message of the user.
-        opens: in front of each message, by role.
-        closes: behind each message, by role.
-        turn: where the model's turn begins.
+    ``lead`` is in front of a first message of the user, ``turn`` where the model's turn begins.
     """
 
     lead: str
@@ -50,21 +45,20 @@ class _Form:
     def go(self) -> str:
         """Return the Go template."""
         cases = []
-        for number, role in enumerate(self.opens):
-            word = "else if" if number else "if"
-            lead = ""
+        for role in self.opens:
+            case = f'if eq $m.Role "{role}" }}}}'
             if role == "user" and self.lead:
-                lead = "{{ if eq $i 0 }}" + self.lead + "{{ end }}"
-            text = lead + self.opens[role] + "{{ $m.Content }}" + self.closes[role]
-            cases.append(f'{{{{ {word} eq $m.Role "{role}" }}}}{text}')
-        messages = "{{ range $i, $m := .Messages }}" + "".join(cases) + "{{ end }}{{ end }}"
-        return messages + self.turn
+                case += "{{ if eq $i 0 }}" + self.lead + "{{ end }}"
+            cases.append(case + self.opens[role] + "{{ $m.Content }}" + self.closes[role])
+
+        messages = "{{ range $i, $m := .Messages }}{{ " + "{{ else ".join(cases)
+        return messages + "{{ end }}{{ end }}" + self.turn
 
     @property
     def has_braces(self) -> bool:
         """Whether Go's templates, or the quotes of a Modelfile, would read a part of the texts."""
         texts = [self.lead, self.turn, *self.opens.values(), *self.closes.values()]
-        return any(mark in text for text in texts for mark in ("{{", "}}", '"""'))
+        return any(re.search(r'{{|}}|"""', text) for text in texts)
 
 
 def make_go_template(render: Render, bos: str) -> tuple[str, str]:
@@ -72,8 +66,7 @@ def make_go_template(render: Render, bos: str) -> tuple[str, str]:
 
     Args:
         render: the prompt text of a conversation, up to where the model's turn begins.
-        bos: the text that llama.cpp's tokenizer puts in front by itself; empty where it puts
-            nothing.
+        bos: the text that llama.cpp's tokenizer puts in front by itself, or empty.
     """
 
     def write(messages: Sequence[Message]) -> str:
@@ -93,6 +86,7 @@ def make_go_template(render: Render, bos: str) -> tuple[str, str]:
 
     if form.has_braces:
         return "", "it holds braces that Go's templates would read"
+
     return form.go(), ""
 
 
@@ -114,19 +108,21 @@ def _derive(render: Render) -> _Form:
     if takes_system:
         opens = {"system": before, **opens}
         closes = {"system": between.removesuffix(user_open), **closes}
+
     return _Form(first.removesuffix(user_open), opens, closes, last.removeprefix(user_close))
 
 
 def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
-    """Return what is in front of, between and behind the messages of a conversation."""
     messages = _converse(roles, "mark")
     text = render(messages)
     gaps = []
+
     for message in messages:
         gap, found, text = text.partition(message["content"])
         if not found or message["content"] in text:
             raise ValueError(message["content"])
         gaps.append(gap)
+
     return [*gaps, text]
 
 

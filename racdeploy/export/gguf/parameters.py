@@ -1,6 +1,6 @@
 """Write the hyperparameters of a decoder into a GGUF header.
 
-Every setting of config.json that changes what the model computes is either written, equal to what
+Every setting of config.json that changes what the model computes is written, equal to what
 llama.cpp does anyway, or refused. What is particular to an architecture is in its family file.
 Source: llama.cpp ``conversion/base.py`` (set_gguf_parameters), ``src/llama-context.cpp`` for YaRN,
 and transformers ``modeling_rope_utils.py``.
@@ -23,17 +23,15 @@ _FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 
 
 def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Add the architecture's keys to a GGUF header, after :func:`check_parameters`.
-
-    Raises:
-        ModelError: a number is missing from config.json.
-    """
+    """Add the architecture's keys to a GGUF header, after :func:`check_parameters`."""
     writer.add_block_count(checkpoint.block_count)
     writer.add_context_length(checkpoint.integer("max_position_embeddings"))
+
     writer.add_embedding_length(checkpoint.integer("hidden_size"))
     writer.add_feed_forward_length(checkpoint.integer("intermediate_size"))
     writer.add_head_count(checkpoint.integer("num_attention_heads"))
     writer.add_head_count_kv(checkpoint.key_value_heads)
+
     writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
     if checkpoint.config.get("head_dim") is not None:
         writer.add_key_length(checkpoint.head_size)
@@ -47,6 +45,7 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     for key, setting in family.integers.items():
         if checkpoint.setting(setting) is not None:
             writer.add_uint32(f"{family.gguf_arch}.{key}", checkpoint.integer(setting))
+
     for key, setting in family.numbers.items():
         if checkpoint.setting(setting) is not None:
             number = _number(checkpoint, checkpoint.config, setting)
@@ -54,13 +53,10 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
-    """Refuse settings that llama.cpp would ignore.
-
-    Raises:
-        ModelError: the setting, its value and the values that work.
-    """
+    """Refuse settings that llama.cpp would ignore."""
     for key, allowed in checkpoint.family.fixed.items():
         value = checkpoint.config.get(key)
+
         fine = [checkpoint.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
         if value is not None and value not in fine:
             computes = f"computes only {fine[0]!r}" if fine else "has no such thing"
@@ -83,11 +79,13 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     rope = checkpoint.rope
     if rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(checkpoint)}
+
     if rope["rope_type"] != "longrope":
         return {}
 
     width = checkpoint.setting("rotary_width") // 2
     factors = {}
+
     for name in ("long", "short"):
         values = rope.get(f"{name}_factor")
         given = values if isinstance(values, list) else []
@@ -95,7 +93,9 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
             raise ModelError(
                 f"{checkpoint.folder}/config.json: {name}_factor is not a list of {width} numbers"
             )
+
         factors[f"rope_factors_{name}.weight"] = np.array(given, dtype=np.float32)
+
     return factors
 
 
@@ -103,8 +103,7 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     """Return what Llama 3 scaling divides each rotary frequency by.
 
     Long waves are divided by the whole factor, short ones not at all, those between by a blend.
-    Source: transformers ``_compute_llama3_parameters``; llama.cpp divides each frequency by its
-    factor.
+    Source: transformers ``_compute_llama3_parameters``.
     """
     rope = checkpoint.rope
     factor = _number(checkpoint, rope, "factor")
@@ -113,19 +112,22 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     context = _number(checkpoint, rope, "original_max_position_embeddings")
 
     K = checkpoint.head_size
-    period_K = rope["rope_theta"] ** (np.arange(0, K, 2, dtype=np.float64) / K)
-    wavelength_K = 2 * math.pi * period_K
-    smooth_K = (context / wavelength_K - low) / (high - low)
-    blended_K = 1 / ((1 - smooth_K) / factor + smooth_K)
+    exponent_K = np.arange(0, K, 2, dtype=np.float64) / K
 
-    is_long_K, is_short_K = wavelength_K > context / low, wavelength_K < context / high
-    return np.select([is_short_K, is_long_K], [1.0, factor], blended_K).astype(np.float32)
+    wavelength_K = 2 * math.pi * rope["rope_theta"] ** exponent_K
+
+    smooth_K = (context / wavelength_K - low) / (high - low)
+    factor_K: NDArray[np.float64] = 1 / ((1 - smooth_K) / factor + smooth_K)
+
+    factor_K[wavelength_K > context / low] = factor
+    factor_K[wavelength_K < context / high] = 1
+    return factor_K.astype(np.float32)
 
 
 def _check_windows(checkpoint: Checkpoint) -> None:
-    """Refuse a sliding window that llama.cpp would not compute."""
     if checkpoint.family.window_period:
         return
+
     if other := set(checkpoint.layer_types) - {"full_attention"}:
         raise ModelError(
             f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF"
@@ -150,7 +152,6 @@ def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _check_no_rope(checkpoint: Checkpoint) -> None:
-    """Refuse blocks without rotary embedding where llama.cpp has one, and the reverse."""
     period = checkpoint.family.no_rope_period
     if not period:
         return
@@ -188,6 +189,7 @@ def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     factor = _number(checkpoint, rope, "factor")
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_type(RopeScalingType.YARN)
+
     context = rope.get("original_max_position_embeddings")
     writer.add_rope_scaling_orig_ctx_len(
         int(context or checkpoint.integer("max_position_embeddings"))
@@ -218,6 +220,7 @@ def _attention_factor(checkpoint: Checkpoint, factor: float) -> float:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         magnitude = _magnitude(factor, _number(checkpoint, rope, "mscale"))
         return magnitude / _magnitude(factor, _number(checkpoint, rope, "mscale_all_dim"))
+
     return _magnitude(factor, 1.0)
 
 

@@ -1,10 +1,8 @@
 """Which of llama.cpp's built-in pre-tokenizers does what a tokenizer.json says.
 
-llama.cpp knows pre-tokenizers by name and has the regular expressions in its source, so the name is
-found by comparing the expressions and the ``ignore_merges`` flag. A name found here is a claim;
-token parity proves it. ``tekken`` and ``gpt-4o`` are refused with their reason: llama.cpp's
-versions of these expressions end a word at a combining mark and know upper case in ASCII alone, so
-355 of 10,000 lines of mixed text get other tokens.
+The name is found by comparing regular expressions and ``ignore_merges``; token parity proves it.
+``tekken`` and ``gpt-4o`` are refused: llama.cpp's versions end a word at a combining mark and know
+upper case in ASCII alone, so 355 of 10,000 lines of mixed text get other tokens.
 Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer_pre``.
 """
 
@@ -46,11 +44,7 @@ TABLE: dict[tuple[tuple[str, ...], bool], str] = {
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json.
-
-    Raises:
-        ModelError: llama.cpp has no such pre-tokenizer, as far as this table knows.
-    """
+    """Return llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json."""
     steps = tuple(_name_steps(tokenizer.get("pre_tokenizer")))
     for step in steps:
         if unequal := UNEQUAL.get(step.removeprefix("split ")):
@@ -70,23 +64,22 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
             remedy="look it up in llama.cpp's src/llama-vocab.cpp and set export.pre_tokenizer in"
             " the recipe",
         )
+
     return name
 
 
 def note_normalizer(tokenizer: Mapping[str, Any]) -> str:
-    """Return what llama.cpp leaves out of a tokenizer's normalizer, or an empty string.
-
-    Raises:
-        ModelError: the normalizer changes ordinary text, so the tokens would differ everywhere.
-    """
+    """Return what llama.cpp leaves out of a tokenizer's normalizer, or an empty string."""
     kinds = [step.get("type") for step in flatten(tokenizer.get("normalizer"), "normalizers")]
     if not kinds:
         return ""
+
     if kinds == ["NFC"]:
         return (
             "the tokenizer normalizes text to NFC and llama.cpp does not: text that is not NFC gets"
             " other tokens when llama.cpp tokenizes it"
         )
+
     raise ModelError(
         f"the tokenizer's normalizer {' + '.join(map(str, kinds))} has no counterpart in llama.cpp",
         remedy="only byte-level BPE tokenizers without a normalizer or with NFC can be exported"
@@ -100,8 +93,7 @@ def _name_steps(pre_tokenizer: object) -> Iterator[str]:
         match step:
             case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior}:
                 how = (behavior, bool(step.get("invert", False)))
-                # either way every match is a word, and the known expressions leave nothing between
-                # two
+                # either way every match is a word; the known expressions leave nothing between two
                 covers = how in (("Isolated", False), ("Removed", True))
                 yield f"split {regex}" if covers else f"split by {behavior} {regex}"
             case {"type": "Digits", "individual_digits": True}:
@@ -116,11 +108,10 @@ def flatten(step: object, key: str) -> list[dict[str, Any]]:
     """Return the leaves of nested ``Sequence`` steps, whose parts are under ``key``."""
     if not isinstance(step, dict):
         return []
+
     if step.get("type") != "Sequence":
         return [step]
 
     parts = step.get(key)
-    leaves = []
-    for part in parts if isinstance(parts, list) else []:
-        leaves += flatten(part, key)
-    return leaves
+    nested = parts if isinstance(parts, list) else []
+    return [leaf for part in nested for leaf in flatten(part, key)]

@@ -29,20 +29,15 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     template, reason = make_go_template(encoder.render, bos)
 
     settings = manifest.generation
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     wanted = max(settings.context_tokens, _LEAST_CONTEXT)
     tokens = {i: text for text, i in encoder.tokenizer.get_vocab().items()}
-    text = render_text(
-        "racdeploy.export.gguf",
+    text = _render(
         "Modelfile.jinja",
-        is_split=_is_split(entry),
-        file=_name_plain(entry),
+        entry,
         template=template,
         reason=reason,
-        sampling={
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            **_read_recommended(checkpoint),
-        },
+        sampling=sampling | _read_recommended(checkpoint),
         context_tokens=min(checkpoint.integer("max_position_embeddings"), wanted),
         stops=[tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens],
     )
@@ -51,14 +46,18 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the file."""
-    text = render_text(
-        "racdeploy.export.gguf",
-        "usage.jinja",
-        is_split=_is_split(entry),
-        file=_name_plain(entry),
-        context_tokens=_LEAST_CONTEXT,
-    )
+    text = _render("usage.jinja", entry, context_tokens=_LEAST_CONTEXT)
     return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
+
+
+def _render(name: str, entry: ArtifactEntry, **values: object) -> str:
+    models = {name for name in entry.files if name.endswith(".gguf")}
+    beside = {name for name in models if name.endswith(importances.SUFFIX)}
+    is_split = len(models - beside) > 1
+
+    # A packed file is unpacked beside itself, under the name that programs read.
+    file = f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path
+    return render_text("racdeploy.export.gguf", name, file=file, is_split=is_split, **values)
 
 
 def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
@@ -69,17 +68,3 @@ def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             found[ollama_name] = value
     return found
-
-
-def _is_split(entry: ArtifactEntry) -> bool:
-    models = [
-        name
-        for name in entry.files
-        if name.endswith(".gguf") and not name.endswith(importances.SUFFIX)
-    ]
-    return len(models) > 1
-
-
-def _name_plain(entry: ArtifactEntry) -> str:
-    """Return the name of the file that programs read; a packed one is unpacked beside itself."""
-    return f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path

@@ -1,10 +1,8 @@
 """Read a tokenizer.json in SentencePiece's form: pieces with scores in place of merges.
 
-llama.cpp's ``llama`` tokenizer joins the neighbours whose joint text is the piece of the highest
-score. BPE joins the pair of the earliest merge. The two agree if every way to cut a piece into
-pieces is a merge, and if all merges that make one piece come before or after all that make another;
-both are checked. Scores are those of ``tokenizer.model`` where the model has one, else the order of
-the merges.
+llama.cpp's ``llama`` tokenizer joins the neighbours whose text is the piece of the highest score,
+BPE the pair of the earliest merge. The two agree if every cut of a piece into pieces is a merge,
+and all merges that make one piece come before or after all that make another: both are checked.
 Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py``
 (_create_vocab_sentencepiece).
 """
@@ -25,11 +23,8 @@ ADDED_SCORE, UNUSED_SCORE = -1000.0, -10_000.0
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT_SPACES = {
-    "type": "Split",
-    "pattern": {"String": " "},
-    "behavior": "MergedWithPrevious",
-    "invert": False,
-}
+    "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+}  # fmt: skip
 _FORMS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
     ([_PREPEND, _REPLACE], [], True),
     ([_REPLACE], [], False),
@@ -48,16 +43,14 @@ def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether a text gets a space in front, also after a special token.
-
-    Raises:
-        ModelError: the tokenizer treats spaces in another way.
-    """
+    """Return whether a text gets a space in front, also after a special token."""
     normalizer = flatten(tokenizer.get("normalizer"), "normalizers")
     pre_tokenizer = flatten(tokenizer.get("pre_tokenizer"), "pretokenizers")
+
     for normalizers, pre_tokenizers, first in _FORMS:
         if (normalizer, pre_tokenizer) == (normalizers, pre_tokenizers):
             return first
+
     steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
     schemes = [step["prepend_scheme"] for step in pre_tokenizer if step.get("type") == "Metaspace"]
     how = f" with prepend_scheme {schemes[0]!r}" if schemes else ""
@@ -70,15 +63,7 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> None:
-    """Refuse added tokens that llama.cpp would look for in another text.
-
-    Args:
-        added: tokens by id.
-        space_first: whether a text gets a space in front.
-
-    Raises:
-        ModelError: names the token.
-    """
+    """Refuse added tokens that llama.cpp would look for in another text."""
     for token in added.values():
         content = token["content"]
         if token.get("normalized") and (space_first or " " in content):
@@ -100,23 +85,18 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
 def read_scores(
     tokenizer: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], model: Path
 ) -> dict[str, float]:
-    """Return the score of every piece of the vocabulary.
+    """Return the score of every piece, and refuse if llama.cpp would join other pieces with them.
 
-    Args:
-        tokenizer: parsed tokenizer.json.
-        added: its added tokens by id.
-        model: ``tokenizer.model``, which need not exist.
-
-    Raises:
-        ModelError: llama.cpp would join other pieces, or the two files belong to different models.
-        MissingExtraError: tokenizer.model cannot be read without the sentencepiece package.
+    Scores come from ``tokenizer.model``, else from the order of the merges.
     """
     vocab = tokenizer["model"]["vocab"]
+
     merges = [split_merge(merge) for merge in tokenizer["model"]["merges"]]
     if missing := sorted(BYTES - vocab.keys()):
         raise ModelError(
             f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
         )
+
     texts = {str(token["content"]) for token in added.values()}
     _check_cuts(vocab, set(merges), texts)
 
@@ -125,16 +105,13 @@ def read_scores(
         scores = _read_stored_scores(model, vocab, added)
     else:
         scores = dict.fromkeys(vocab, 0.0) | score_by_rank(made)
+
     _check_order([(piece, scores[piece]) for piece in made], texts)
     return scores
 
 
 def split_merge(merge: object) -> tuple[str, str]:
-    """Return the two parts that a merge joins; older files write them as one string.
-
-    Raises:
-        ModelError: it is no merge.
-    """
+    """Return the two parts that a merge joins; older files write them as one string."""
     match merge:
         case str() if merge.count(" ") == 1:
             left, right = merge.split(" ")
@@ -174,6 +151,7 @@ def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     last = {piece: rank for rank, piece in enumerate(made)}
     scores: dict[str, float] = {}
     start, stop = 0, -1  # ranks of the interleaving merges at hand
+
     for rank, piece in enumerate(made):
         if piece in scores:
             continue
@@ -183,7 +161,9 @@ def score_by_rank(made: Sequence[str]) -> dict[str, float]:
             start, stop = rank, last[piece]
         else:
             stop = max(stop, last[piece])
+
         scores[piece] = -float(start)
+
     return scores
 
 
@@ -208,6 +188,7 @@ def _read_stored_scores(
         from sentencepiece import SentencePieceProcessor  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as error:
         raise MissingExtraError("sentencepiece", "gguf") from error
+
     try:
         processor = SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
@@ -219,11 +200,14 @@ def _read_stored_scores(
     for piece, i in vocab.items():
         if i >= processor.get_piece_size() or i in added:
             continue
+
         stored = processor.id_to_piece(i)
         if stored != piece:
             raise ModelError(
                 f"{model} has the piece {stored!r} where tokenizer.json has {piece!r}",
                 remedy="the files belong to different models",
             )
+
         scores[piece] = float(processor.get_score(i))
+
     return scores

@@ -1,8 +1,7 @@
 """A GGUF model in several files: how their names and headers hang together.
 
-The first file has all the metadata, every file says which one of how many it is. Names end in
-``-00001-of-00003.gguf``; they are made from the name of the file at hand and from nothing inside
-it, so they never lead out of its folder.
+Names are made from the name of the file at hand and nothing inside it, so they never lead out of
+its folder.
 Source: ``llama_split_path`` in llama.cpp and ``gguf-split``.
 """
 
@@ -26,12 +25,7 @@ def name_part(stem: str, number: int, count: int) -> str:
 
 
 def read_parts(path: Path) -> list[tuple[Path, Header]]:
-    """Return every file of a model, given the first one, with its checked header.
-
-    Raises:
-        ArtifactError: a file is missing, damaged, or part of something else.
-        UsageError: ``path`` is not the first one.
-    """
+    """Return every file of a model, given the first one, with its checked header."""
     header = read_header(path)
     count = _read_number(header, COUNT_KEY, 1)
     if count in (0, 1):
@@ -43,6 +37,7 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
             f"{path} says that it is one of {count!r} files, and its name does not",
             remedy="give the files their names back, as in model-00001-of-00003.gguf",
         )
+
     if _read_number(header, NUMBER_KEY) != 0:
         first = path.with_name(name_part(match[1], 0, count))
         raise UsageError(f"{path} is not the first of {count} files", remedy=f"give {first}")
@@ -51,6 +46,7 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
     for number in range(1, count):
         file = path.with_name(name_part(match[1], number, count))
         parts.append((file, _read_part(file, path, number, count)))
+
     _check_tensors(path, parts)
     return parts
 
@@ -60,14 +56,17 @@ def _read_part(file: Path, first: Path, number: int, count: int) -> Header:
         raise ArtifactError(
             f"{file} is missing: {first.name} is one of {count} files", remedy="copy it again"
         )
+
     header = read_header(file)
     if (_read_number(header, NUMBER_KEY), _read_number(header, COUNT_KEY)) != (number, count):
         raise ArtifactError(f"{file} is another part, or of another model", remedy="copy it again")
+
     return header
 
 
 def _check_tensors(path: Path, parts: list[tuple[Path, Header]]) -> None:
     names = [tensor.name for _, header in parts for tensor in header.tensors]
+
     expected = _read_number(parts[0][1], TENSORS_KEY, len(names))
     if len(names) != expected or len(set(names)) < len(names):
         raise ArtifactError(

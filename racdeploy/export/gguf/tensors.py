@@ -1,14 +1,15 @@
 """Plan which tensors a GGUF file holds: name, shape, number format.
 
-The plan is made from headers alone, so every refusal comes before the first byte is written. A
-checkpoint tensor that no rule covers is an error, and so is a missing one: llama.cpp refuses both.
+The plan is made from headers alone, so every refusal comes before the first byte is written.
+Unknown and missing tensors are errors, as in llama.cpp.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,23 +24,15 @@ from racdeploy.quant.presets import Choice, Mix
 
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
-_ROUTER = ".ffn_gate_inp.weight"
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor to write.
+    """One tensor to write; see :class:`racdeploy.export.ExportedTensor` for what the two share.
 
     Args:
-        name: in the file.
-        source: in the checkpoint, with ``*`` for the number of an expert; empty where ``computed``
-            holds the values.
         shape: as in the checkpoint, experts first where there are any.
-        quant_asked: number format asked for.
-        quant_real: number format it gets.
-        reason: why the two differ, or empty.
-        parts: names in the checkpoint: one, or one for each expert.
-        transform: what is done to the values.
+        parts: names in the checkpoint: one, or one for each expert, whose source has a ``*``.
         computed: the values of a tensor that the checkpoint does not hold.
     """
 
@@ -53,27 +46,24 @@ class PlannedTensor:
     transform: Transform | None = None
     computed: NDArray[np.float32] | None = None
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Number of rows and their length; a vector is one row."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
+    def read(self, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
+        """Yield the arrays that the tensor is made of, one in memory at a time."""
+        if self.computed is not None:
+            yield self.computed
+        yield from map(checkpoint.read_raw, self.parts)
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the file, without padding."""
-        rows, row_length = self.rows
-        bits = quants.load(self.quant_real).BITS
-        return rows * round(row_length * bits / 8)
+        row_bytes = round(self.shape[-1] * quants.load(self.quant_real).BITS / 8)
+        return math.prod(self.shape[:-1]) * row_bytes
 
 
 def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
-    """Plan every tensor of the file, in file order.
-
-    Raises:
-        ModelError: a tensor is missing, unknown, of a wrong shape, or unknown to llama.cpp.
-    """
+    """Plan every tensor of the file, in file order."""
     names = _list_names(checkpoint)
     parts = {source: _list_parts(checkpoint, source) for source in names}
+
     _check_complete(checkpoint, {name for each in parts.values() for name in each})
 
     plan = [
@@ -98,6 +88,7 @@ def _plan_tensor(
     transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
     if transform == "stack":
         shape = (len(parts), *shape)
+
     choice = _choose(name, shape, mix, checkpoint)
     return PlannedTensor(
         name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform
@@ -107,12 +98,15 @@ def _plan_tensor(
 def _list_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Return name in the checkpoint → name in the file, of all that the architecture may hold."""
     family = checkpoint.family
+
     names = dict(family.model_tensors)
     if checkpoint.tied:
         names.pop("lm_head.weight", None)
+
     for block in range(checkpoint.block_count):
         for source, name in family.block_tensors.items():
             names[f"{family.blocks}.{block}.{source}"] = f"blk.{block}.{name}"
+
     return names
 
 
@@ -132,9 +126,11 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
 def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
     """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
     family = checkpoint.family
-    biases = {name for name in names if name.endswith(".bias")}
-    biased = {_inside(checkpoint, name) for name in biases & list_used_tensors(checkpoint)}
-    optional = {name for name in biases if _inside(checkpoint, name) not in biased}
+    biases = {name: _inside(checkpoint, name) for name in names if name.endswith(".bias")}
+
+    biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
+    optional = {name for name, inside in biases.items() if inside not in biased}
+
     check_tensors(checkpoint, names, optional)
 
     for name in sorted(biased):
@@ -145,24 +141,25 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
 
 
 def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
-    part, _, kind = name.rpartition(".")
-    symbols = checkpoint.family.shapes.get(part.rpartition(".")[2], ("D",))
+    *_, part, kind = name.split(".")
     sizes = _read_sizes(checkpoint)
-    expected = tuple(sum(sizes[symbol] for symbol in each.split("+")) for each in symbols)
-    if kind == "bias":
-        expected = expected[:1]
+    expected = []
 
-    shape = checkpoint.entries[source].shape
+    for symbols in checkpoint.family.shapes.get(part, ("D",)):
+        expected.append(sum(sizes[symbol] for symbol in symbols.split("+")))
+
+    if kind == "bias":
+        del expected[1:]
+
+    shape = list(checkpoint.entries[source].shape)
     if shape != expected:
         raise ModelError(
-            f"{checkpoint.folder}: {source!r} has shape {list(shape)}, its config.json means"
-            f" {list(expected)}",
+            f"{checkpoint.folder}: {source!r} has shape {shape}, its config.json means {expected}",
             remedy="the weights and the config belong to different models",
         )
 
 
 def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    """Return what the letters of a family's shapes mean."""
     K = checkpoint.head_size
     sizes = {
         "D": checkpoint.integer("hidden_size"),
@@ -175,24 +172,22 @@ def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
     if checkpoint.family.routed:
         sizes["E"] = checkpoint.integer("num_experts")
         sizes["EF"] = checkpoint.integer("moe_intermediate_size")
+
     return sizes
 
 
 def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
-    """Return the number format of a tensor, and why it is not the one asked for."""
-    if len(shape) == 1:
-        return _choose_f32(mix, "vectors are stored in f32")
-    if name.endswith(_ROUTER):
-        return _choose_f32(mix, "the router of experts is stored in f32")
+    is_router = name.endswith(".ffn_gate_inp.weight")
+    if len(shape) == 1 or is_router:
+        which = "the router of experts is" if is_router else "vectors are"
+        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else f"{which} stored in f32")
 
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
-    chosen, reasons = choice.quant, [choice.reason]
+    chosen = choice.quant
+    reasons = {choice.reason: None}  # in order, each once
+
     while why := quants.fits(quants.load(chosen), shape[-1]):
         chosen = _FALLBACKS.get(chosen, "f16")
-        reasons.append(why)
-    reason = "; ".join(dict.fromkeys(filter(None, reasons)))
-    return Choice(choice.asked, chosen, reason)
+        reasons[why] = None
 
-
-def _choose_f32(mix: Mix, reason: str) -> Choice:
-    return Choice(mix.quant, "f32", "" if mix.quant == "f32" else reason)
+    return Choice(choice.asked, chosen, "; ".join(filter(None, reasons)))

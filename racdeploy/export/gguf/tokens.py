@@ -1,7 +1,8 @@
-"""The tokens of a tokenizer.json, checked: the text, the id and llama.cpp's type of each.
+"""The tokens of a tokenizer.json, checked, and those that begin and end a text.
 
 ``tokenizer.json`` is the truth: tokenizer classes of transformers 4 and 5 replace parts of it.
-Source: llama.cpp ``conversion/base.py`` (get_vocab_base).
+Source: llama.cpp ``conversion/base.py`` (get_vocab_base) and ``gguf-py/gguf/vocab.py``
+(SpecialVocab).
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from gguf import TokenType
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.errors import ModelError
+from racdeploy.export.gguf.pretokenizers import flatten
 from racdeploy.export.gguf.sentencepiece import is_sentencepiece
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.tokenizer_files import token_ids, token_text
+
+# Texts that llama.cpp takes for an end of generation by itself.
+_KNOWN_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+    "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a tokenizer.json.
-
-    Args:
-        tokenizer: the parsed file.
-        added: its added tokens by id.
-        texts: of all tokens, by id.
-    """
+    """A parsed tokenizer.json, its added tokens by id, and the texts of all tokens by id."""
 
     tokenizer: Mapping[str, Any]
     added: Mapping[int, Mapping[str, Any]]
@@ -34,11 +37,7 @@ class Tokens:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Tokens:
-        """Read the tokens of a checkpoint.
-
-        Raises:
-            ModelError: llama.cpp has no counterpart of the tokenizer, or its file is damaged.
-        """
+        """Read the tokens of a checkpoint, or refuse what llama.cpp has no counterpart of."""
         tokenizer = checkpoint.tokenizer.parsed
         _check_kind(tokenizer)
         added = _read_added(tokenizer)
@@ -88,7 +87,7 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
         raise ModelError("tokenizer.json is damaged: it has no model")
 
     kind = model.get("type", "BPE")
-    maps_bytes = '"ByteLevel"' in str(tokenizer.get("pre_tokenizer")).replace("'", '"')
+    maps_bytes = "'ByteLevel'" in str(tokenizer.get("pre_tokenizer"))
     if not is_sentencepiece(tokenizer) and (kind != "BPE" or not maps_bytes):
         raise ModelError(
             f"a tokenizer of type {kind} without byte-level pre-tokenization or byte fallback has"
@@ -100,6 +99,7 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     lacking = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
     if model.get("byte_fallback"):
         lacking.append("ignore_merges")
+
     if unusual := [key for key in lacking if model.get(key)]:
         raise ModelError(f"llama.cpp has no counterpart for the tokenizer's {', '.join(unusual)}")
 
@@ -125,10 +125,12 @@ def _read_vocabulary(vocab: Mapping[str, Any]) -> dict[int, str]:
     for text, i in vocab.items():
         if not isinstance(i, int) or isinstance(i, bool) or i < 0:
             raise ModelError(f"tokenizer.json is damaged: token {text!r} has id {i!r}")
+
         if texts.setdefault(i, text) != text:
             raise ModelError(
                 f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}"
             )
+
     return texts
 
 
@@ -138,3 +140,87 @@ def _looks_special(text: str) -> bool:
         return True
     pairs = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return any(text.startswith(start) and text.endswith(end) for start, end in pairs)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids by ``bos``, ``eos``, ``pad``, ``unk``, ``eot``, and whether encoding adds bos and eos.
+
+    At ``ignored_ends`` the checkpoint stops and llama.cpp will not.
+    """
+
+    ids: Mapping[str, int]
+    adds: Mapping[str, bool]
+    ignored_ends: tuple[str, ...]
+
+
+def read_special_tokens(checkpoint: Checkpoint, tokens: Tokens) -> SpecialTokens:
+    """Read them from tokenizer_config.json, then config.json and generation_config.json."""
+    ids = _read_ids(checkpoint, tokens)
+    if "eos" not in ids:
+        raise ModelError(
+            f"{checkpoint.folder} names no end-of-sequence token; llama.cpp would stop at an"
+            " arbitrary one",
+            remedy="set eos_token in tokenizer_config.json",
+        )
+
+    # A file can name one end that llama.cpp does not know by its text; it stops at no others.
+    generation = checkpoint.tokenizer.generation
+    ends = token_ids(generation, "eos") + token_ids(checkpoint.config, "eos")
+    ignored = []
+
+    for i in dict.fromkeys(ends):
+        text = tokens.texts.get(i)
+        if text is None or i == ids["eos"] or text in _KNOWN_ENDS:
+            continue
+        if ids.setdefault("eot", i) != i:
+            ignored.append(text)
+
+    return SpecialTokens(ids, _read_adds(checkpoint, tokens, ids), tuple(ignored))
+
+
+def _read_ids(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, int]:
+    files = checkpoint.tokenizer
+
+    to_id: dict[str | None, int] = {text: i for i, text in tokens.texts.items()}
+    found: dict[str, int] = {}
+
+    for kind in ("bos", "eos", "pad", "unk"):
+        named = to_id.get(token_text(files.config.get(f"{kind}_token")))
+        numbered = token_ids(checkpoint.config, kind) + token_ids(files.generation, kind)
+        for i in (named, *numbered):
+            if i is not None and i in tokens.texts:
+                found.setdefault(kind, i)
+
+    return found
+
+
+def _read_adds(checkpoint: Checkpoint, tokens: Tokens, ids: Mapping[str, int]) -> dict[str, bool]:
+    """Return whether encoding adds bos and eos: by the post-processor, else by the config."""
+    tokenizer = tokens.tokenizer
+    processors = flatten(tokenizer.get("post_processor"), "processors")
+    if not processors:
+        config = checkpoint.tokenizer.config
+        usual = {"bos": is_sentencepiece(tokenizer), "eos": False}
+        asked = {kind: config.get(f"add_{kind}_token", usual[kind]) for kind in usual}
+        return {kind: adds is True and kind in ids for kind, adds in asked.items()}
+
+    adds = {"bos": False, "eos": False}
+    for processor in processors:
+        match processor:
+            case {"type": "TemplateProcessing", "single": [first, *_, last]}:
+                adds = {
+                    "bos": "bos" in ids and _adds_token(first, tokens.texts[ids["bos"]]),
+                    "eos": _adds_token(last, tokens.texts[ids["eos"]]),
+                }
+            case {"type": "TemplateProcessing", "single": list()}:
+                adds = {"bos": False, "eos": False}
+
+    return adds
+
+
+def _adds_token(part: object, text: str) -> bool:
+    match part:
+        case {"SpecialToken": {"id": str(added)}}:
+            return added == text
+    return False

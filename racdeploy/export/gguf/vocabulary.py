@@ -1,11 +1,11 @@
 """The tokenizer's part of a GGUF file, of byte-level BPE or of BPE in SentencePiece's form.
 
-Merges follow llama.cpp's own converter.
 Source: llama.cpp ``conversion/base.py`` (get_vocab_base) and ``gguf-py/gguf/vocab.py``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +15,16 @@ from gguf import GGUFWriter, TokenType
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import sentencepiece as pieces
 from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer, note_normalizer
-from racdeploy.export.gguf.special_tokens import SpecialTokens, read_special_tokens
-from racdeploy.export.gguf.tokens import Tokens
+from racdeploy.export.gguf.tokens import SpecialTokens, Tokens, read_special_tokens
 from racdeploy.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What ``tokenizer.ggml.*`` holds.
+    """What ``tokenizer.ggml.*`` holds, of ``gpt2``, byte-level BPE, or ``llama``, SentencePiece.
 
-    Args:
-        model: llama.cpp's name of the kind: ``gpt2`` is byte-level BPE, ``llama`` is SentencePiece.
-        texts: byte-mapped text of every id, as many as the embedding has rows; pieces of
-            SentencePiece as they are.
-        types: llama.cpp's token type of every id.
-        special: tokens that begin and end a text.
-        notes: what llama.cpp will do differently, in sentences.
-        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
-        merges: ``left right``, best first; empty for SentencePiece.
-        scores: of every id; empty for byte-level BPE.
-        space_first: whether a text gets a space in front; None for byte-level BPE.
+    Byte-level BPE has merges, ``left right``, best first, and byte-mapped texts; SentencePiece has
+    scores, and puts a space first or not. Texts are as many as the embedding has rows.
     """
 
     model: str
@@ -59,15 +49,9 @@ class Vocabulary:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.space_first)
 
-        add_id = {
-            "bos": writer.add_bos_token_id,
-            "eos": writer.add_eos_token_id,
-            "pad": writer.add_pad_token_id,
-            "unk": writer.add_unk_token_id,
-            "eot": writer.add_eot_token_id,
-        }
         for kind, i in self.special.ids.items():
-            add_id[kind](i)
+            getattr(writer, f"add_{kind}_token_id")(i)
+
         writer.add_add_bos_token(self.special.adds["bos"])
         writer.add_add_eos_token(self.special.adds["eos"])
         writer.add_chat_template(chat_template)
@@ -77,28 +61,19 @@ class Vocabulary:
 
         Source: llama.cpp ``src/llama-vocab.cpp``, attributes set by the model's name.
         """
-        asks = next((part for part in ("phi-3", "phi3") if part in name.lower()), None)
+        asks = re.search("phi-?3", name.lower())
         wanted = ("</s>", "<unk>", "<s>", "<|endoftext|>")
         missing = [text for text in wanted if text not in self.texts]
         if asks and missing:
             raise ModelError(
-                f"the name {name!r} holds {asks!r}, so llama.cpp asks for a token {missing[0]!r}"
+                f"the name {name!r} holds {asks[0]!r}, so llama.cpp asks for a token {missing[0]!r}"
                 " and fails without it",
                 remedy="rename the model's folder",
             )
 
 
 def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> Vocabulary:
-    """Read the tokenizer of a checkpoint.
-
-    Args:
-        checkpoint: the model folder.
-        pre_tokenizer: overrides the name derived from tokenizer.json.
-
-    Raises:
-        ModelError: not a byte-level BPE tokenizer, an unknown pre-tokenizer, or a damaged
-            vocabulary.
-    """
+    """Read the tokenizer of a checkpoint; a pre-tokenizer overrides what tokenizer.json says."""
     tokens = Tokens.read(checkpoint)
     tokens.check_ids(checkpoint)
     special = read_special_tokens(checkpoint, tokens)
@@ -126,7 +101,6 @@ def adds_bos(checkpoint: Checkpoint) -> bool:
 def _read_sentencepiece(
     checkpoint: Checkpoint, tokens: Tokens, special: SpecialTokens
 ) -> Vocabulary:
-    """Read a tokenizer in SentencePiece's form; scores take the place of merges."""
     space_first = pieces.puts_space_first(tokens.tokenizer)
     pieces.check_added(tokens.added, space_first)
     model_file = checkpoint.folder / "tokenizer.model"
@@ -136,9 +110,10 @@ def _read_sentencepiece(
     types = tuple(_piece_type(tokens, i) for i in range(size))
     # llama.cpp looks for these in the text before spaces are replaced
     texts = dict(tokens.texts)
-    for i, text in tokens.texts.items():
+
+    for i in texts:
         if types[i] == TokenType.USER_DEFINED:
-            texts[i] = text.replace(pieces.SPACE, " ")
+            texts[i] = texts[i].replace(pieces.SPACE, " ")
 
     return Vocabulary(
         model="llama",
@@ -185,15 +160,14 @@ def _merges(merges: list[Any]) -> Iterator[str]:
 
 
 def _notes(tokens: Tokens, special: SpecialTokens) -> Iterator[str]:
-    """Yield what llama.cpp will do differently."""
-    strips = ("lstrip", "rstrip", "single_word")
-    stripping = [
-        token["content"]
-        for token in tokens.added.values()
-        if any(token.get(option) for option in strips)
-    ]
+    stripping = []
+    for token in tokens.added.values():
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            stripping.append(token["content"])
+
     if stripping:
         count = len(stripping)
         yield f"llama.cpp strips no white space around {count} added tokens, as {stripping[0]!r}"
+
     for text in special.ignored_ends:
         yield f"llama.cpp will not stop at token {text!r}, the checkpoint does"

@@ -13,8 +13,7 @@ from racdeploy import quant as quants
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
 from racdeploy.export.gguf.body import Body, divide
-from racdeploy.export.gguf.general import FILE_KEYS, list_general_values
-from racdeploy.export.gguf.header import write_header
+from racdeploy.export.gguf.header import FILE_KEYS, list_general_values, write_header
 from racdeploy.export.gguf.parameters import check_parameters
 from racdeploy.export.gguf.splits import name_part
 from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
@@ -31,16 +30,7 @@ Metadata = Mapping[str, str | int | float | bool]
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is decided before the first byte is written.
-
-    Args:
-        tensors: of all files, in their order.
-        parts: tensors of each file.
-        vocabulary: the tokenizer.
-        general: keys that say what the file is.
-        importance: by which scales are chosen, or None.
-        notes: what an engine or a reader should know, in sentences.
-    """
+    """What is decided before the first byte is written: among others the tensors of each file."""
 
     tensors: list[PlannedTensor]
     parts: Mapping[Path, list[PlannedTensor]]
@@ -71,34 +61,25 @@ def export(
     """Write a checkpoint as one file, or as several.
 
     Args:
-        checkpoint: the model folder.
         out: the file to write; replaced if it exists.
         quant: number format of the linears, or a preset. Vectors are F32; rows that do not divide
             into the blocks of a format get the next one that they divide into.
-        packing: ``plain`` is what llama.cpp reads; any other makes a container that is unpacked
-            first.
+        packing: ``plain`` is what llama.cpp reads; any other is a container, unpacked first.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
-        pre_tokenizer: llama.cpp's pre-tokenizer name, where it cannot be derived from
-            tokenizer.json.
-        tensors: regular expression → number format of the tensors whose names in the file it
-            matches.
+        pre_tokenizer: llama.cpp's name, where it cannot be derived from tokenizer.json.
+        tensors: regular expression, of names in the file → number format.
         importance: file of an importance matrix; empty takes the one that pruning left, ``none``
             takes none.
         split_bytes: most bytes of tensors in one file; where there are more, the model becomes
-            several files, of which engines open the first. 0 is never; a packed file is never
-            split.
-        progress: called after every slab.
-
-    Raises:
-        UsageError: an unknown quant or packing, a wrong suffix, or a metadata key of somebody else.
-        ModelError: the checkpoint is damaged or has something that llama.cpp does not compute.
-        EnvironmentFailure: the disk is full or not writable.
+            several files, of which engines open the first. 0, and a packed file: never.
     """
     _check_request(out, quant, packing, metadata or {})
     check_parameters(checkpoint)
+
     mix = presets.read(quant, tensors)
     known = importances.find(checkpoint.folder, importance)
-    most_bytes = 0 if _is_container(packing) else split_bytes
+    most_bytes = 0 if out.suffix == racgguf.SUFFIX else split_bytes
+
     plan = _make_plan(checkpoint, out, mix, known, pre_tokenizer, metadata or {}, most_bytes)
     require_space(out.parent, plan.total_bytes, "choose another place with --out")
 
@@ -106,24 +87,22 @@ def export(
         written = _write_parts(checkpoint, plan, partials, progress)
         result = _publish(plan, partials, written, packing)
 
-    if known and known.is_own:
+    if known and known.file.name == quants.IMPORTANCE_FILE:  # not somebody's own file
         result = _add_importance(result, known, plan, out)
+
     return result
 
 
 def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> None:
     packings.check("gguf", quant, packing)
-    if (out.suffix == racgguf.SUFFIX) != _is_container(packing):
-        suffix = packings.load_gguf(packing).SUFFIX
+    suffix = packings.load_gguf(packing).SUFFIX
+    if (out.suffix == racgguf.SUFFIX) != (suffix == racgguf.SUFFIX):
         raise UsageError(
             f"{out} is no name for a file with packing {packing!r}",
             remedy=f"name it {out.stem}{suffix}",
         )
+
     check_metadata(metadata, FILE_KEYS)
-
-
-def _is_container(packing: str) -> bool:
-    return packings.load_gguf(packing).SUFFIX == racgguf.SUFFIX
 
 
 def _make_plan(
@@ -137,34 +116,31 @@ def _make_plan(
 ) -> _Plan:
     tensors = plan_tensors(checkpoint, mix)
     divided = divide(tensors, most_bytes)
-    files = [out]
+    parts = {out: tensors}
     if len(divided) > 1:
-        numbers = range(len(divided))
-        files = [out.with_name(name_part(out.stem, number, len(divided))) for number in numbers]
+        names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))
+        parts = dict(zip(map(out.with_name, names), divided, strict=True))
 
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
+
     general = list_general_values(checkpoint, mix, metadata)
     vocabulary.check_name(general["general.name"])
+
     notes = vocabulary.notes
     if importance:
         notes = (*notes, _describe_importance(importance, tensors))
-
-    parts = dict(zip(files, divided, strict=True))
     return _Plan(tensors, parts, vocabulary, general, importance, notes)
 
 
 def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
-    """Return how many matrices have scales that an importance chose.
-
-    Raises:
-        UsageError: it is of another model.
-    """
+    """Return how many matrices have scales that an importance chose, or refuse another model's."""
     coded = [tensor for tensor in plan if quants.load(tensor.quant_real).BLOCK > 1]
     weighed = [t for t in coded if known.of(t.name, t.source, t.shape[-1]) is not None]
     if coded and not weighed:
         raise UsageError(
             f"{known.file} names no tensor of this model", remedy="leave export.importance out"
         )
+
     return (
         f"scales of {len(weighed)} of {len(coded)} quantized matrices are chosen by the importance"
         " of their inputs"
@@ -187,6 +163,7 @@ def _write_parts(
 ) -> tuple[ExportedTensor, ...]:
     body = Body(checkpoint, plan.importance, plan.total_bytes, progress)
     written: list[ExportedTensor] = []
+
     for number, (file, tensors) in enumerate(plan.parts.items()):
         is_first = number == 0
         write_header(
@@ -198,13 +175,13 @@ def _write_parts(
             split=(number, len(plan.parts), len(plan.tensors)),
         )
         written += body.append(partials[file], tensors)
+
     return tuple(written)
 
 
 def _publish(
     plan: _Plan, partials: Mapping[Path, Path], written: tuple[ExportedTensor, ...], packing: str
 ) -> ExportResult:
-    """Give the files their names, packed or as they are."""
     plain = ExportResult(
         path=next(iter(partials)),
         tensors=written,
@@ -214,27 +191,25 @@ def _publish(
     )
     packer = packings.load_gguf(packing)
     rows: tuple[racgguf.PackedTensor, ...] = ()
+
     for file, partial in partials.items():
         rows += packer.pack_file(partial, file)
+
     return _describe_packed(plain, packing, rows) if rows else plain
 
 
 def _describe_packed(
     plain: ExportResult, packing: str, rows: tuple[racgguf.PackedTensor, ...]
 ) -> ExportResult:
-    """Return the result of a plain file with what packing made of each tensor."""
-    tensors = tuple(
-        replace(
-            tensor,
-            size_bytes=row.stored_bytes,
-            packing="plain" if row.reason else packing,
-            packing_reason=row.reason,
-        )
-        for tensor, row in zip(plain.tensors, rows, strict=True)
-    )
+    tensors = []
+    for tensor, row in zip(plain.tensors, rows, strict=True):
+        real = "plain" if row.reason else packing
+        packed = replace(tensor, size_bytes=row.stored_bytes, packing=real)
+        tensors.append(replace(packed, packing_reason=row.reason))
+
     return replace(
         plain,
-        tensors=tensors,
+        tensors=tuple(tensors),
         size_bytes=plain.path.stat().st_size,
         files={plain.path.name: file_sha256(plain.path)},
         unpacked_sha256=plain.sha256,

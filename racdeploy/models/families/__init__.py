@@ -1,10 +1,8 @@
 """Model families: one data file per Hugging Face ``model_type``, no torch.
 
-A family file holds ``FAMILY = Family(...)``: where the decoder blocks are, which linears share an
-input, how tensors are called in GGUF, what is done to their values, and which settings of
-``config.json`` llama.cpp reads, fixes or lacks. Everything is written with the names of the
-checkpoint's ``state_dict``; ``*`` stands for the number of an expert. ``models/decoder.py`` has
-what most families share.
+A family file holds ``FAMILY = Family(...)``, written with the names of the checkpoint's
+``state_dict``; ``*`` stands for the number of an expert. ``models/decoder.py`` has what most
+families share.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Transform
 
-__all__ = ["Family", "Transform", "find_family"]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -27,38 +23,27 @@ class Family:
 
     Args:
         architecture: the class name in ``config.json``, as ``Qwen3ForCausalLM``.
-        gguf_arch: llama.cpp's architecture name.
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
-        blocks: prefix of the decoder blocks.
-        input_groups: prunable linears of one block, grouped by the input they share; one statistic
-            per group.
+        input_groups: prunable linears of one block by the input they share; one statistic each.
         kept: linears that are never pruned, as the router of experts.
-        routed: linears that see only some of the tokens. They cannot be pruned; a recipe must say
-            that they stay dense.
-        transforms: parameter name inside a block, or outside the blocks → what is done to its
-            values.
-        shapes: GGUF name without ``.weight`` → its sizes, outputs first, as ``models/decoder.py``
-            names them.
+        routed: linears that see only some tokens; a recipe must say that they stay dense.
+        transforms: parameter name, as above → what is done to its values.
+        shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
         biases: GGUF names of the linears of which llama.cpp loads a bias.
-        defaults: keys that ``config.json`` may leave out → what transformers takes then, where that
-            is not the usual.
+        defaults: keys that ``config.json`` may leave out → what transformers takes then.
         fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other
             is refused. ``=name`` is the value of another setting.
-        integers: GGUF key without the architecture → the setting that it holds. Missing and null
-            ones are left out.
-        numbers: the same for those that are no integers.
-        rope_types: kinds of rope scaling that llama.cpp knows for this architecture.
+        integers, numbers: GGUF key without the architecture → the setting that it holds, where the
+            model has one.
+        rope_types: kinds of rope scaling that llama.cpp knows.
         rotary: argument of a block's forward pass → module that makes the rotary embedding.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
-        window_period: every n-th block sees all tokens and the others a sliding window; 0:
-            llama.cpp knows no window.
+        window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
-        table_modules: modules of a block, GELU, whose values ggml looks up in a table of
-            half-precision numbers.
+        table_modules: modules of a block whose values ggml looks up in a half-precision table.
 
-    A setting is a key of ``config.json``, or one of the names in ``checkpoint.SETTINGS`` that are
-    computed from it.
+    A setting is a key of ``config.json``, or one of ``checkpoint.SETTINGS``.
     """
 
     architecture: str
@@ -98,18 +83,15 @@ class Family:
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """Return the family of a parsed ``config.json``.
-
-    Raises:
-        ModelError: the architecture is not supported; the message names it and the supported ones.
-    """
+    """Return the family of a parsed ``config.json``; a ModelError says that none supports it."""
     model_type = config.get("model_type")
     supported = plugins.names("families")
     if model_type not in supported:
+        classes = ", ".join(config.get("architectures") or [])
         raise ModelError(
-            f"unsupported architecture {model_type!r}"
-            f" ({', '.join(config.get('architectures') or [])})",
+            f"unsupported architecture {model_type!r} ({classes})",
             remedy=f"supported model types: {', '.join(supported)}",
         )
+
     family: Family = plugins.load("families", model_type).FAMILY
     return family

@@ -1,28 +1,23 @@
 """Phi-3 and Phi-4 (mini, reasoning): q, k and v are one matrix, gate and up another, in GGUF too.
 
-LongRoPE's factors are tensors of their own. llama.cpp takes the long ones when the context is
-longer than the original one, transformers when the sequence is. It computes no sliding window.
+llama.cpp takes LongRoPE's long factors when the context is longer than the original one,
+transformers when the sequence is. It computes no sliding window.
 """
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
+_LINEARS = {
+    "self_attn.qkv_proj.weight": "attn_qkv.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "mlp.gate_up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
     gguf_arch="phi3",
-    input_groups=(
-        ("self_attn.qkv_proj",),
-        ("self_attn.o_proj",),
-        ("mlp.gate_up_proj",),
-        ("mlp.down_proj",),
-    ),
-    block_tensors={
-        "self_attn.qkv_proj.weight": "attn_qkv.weight",
-        "self_attn.o_proj.weight": "attn_output.weight",
-        "mlp.gate_up_proj.weight": "ffn_up.weight",
-        "mlp.down_proj.weight": "ffn_down.weight",
-        **decoder.NORMS,
-    },
+    input_groups=tuple((linear.removesuffix(".weight"),) for linear in _LINEARS),
+    block_tensors={**_LINEARS, **decoder.NORMS},
     shapes={**decoder.SHAPES, "attn_qkv": ("Q+KV+KV", "D"), "ffn_up": ("F+F", "D")},
     biases=(),
     defaults={

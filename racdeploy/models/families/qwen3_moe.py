@@ -1,27 +1,21 @@
 """Qwen3 mixtures of experts: a block's experts are one tensor in GGUF, the router stays in F32.
 
-An expert sees only the tokens that are routed to it, and the walk over the blocks gathers no
-statistic of those: the experts stay dense, and a recipe must say so.
+Pruning gathers no statistic of the tokens routed to an expert: a recipe must keep them dense.
 """
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
 _EXPERTS = {
-    "mlp.experts.*.gate_proj.weight": "ffn_gate_exps.weight",
-    "mlp.experts.*.up_proj.weight": "ffn_up_exps.weight",
-    "mlp.experts.*.down_proj.weight": "ffn_down_exps.weight",
+    f"mlp.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight"
+    for part in ("gate", "up", "down")
 }
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     gguf_arch="qwen3moe",
     input_groups=decoder.INPUT_GROUPS[:2],
     block_tensors={
-        **{
-            name: gguf
-            for name, gguf in decoder.BLOCK_TENSORS.items()
-            if not name.startswith("mlp.")
-        },
+        **{k: v for k, v in decoder.BLOCK_TENSORS.items() if not k.startswith("mlp.")},
         **decoder.HEAD_NORMS,
         "mlp.gate.weight": "ffn_gate_inp.weight",
         **_EXPERTS,

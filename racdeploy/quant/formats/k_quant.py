@@ -1,10 +1,8 @@
 """MatMulNBits with 4 bits, a zero point for each 32 weights, and scales searched as in K-quants.
 
-Every block tries narrower and wider ranges, solves for the scale on the codes that each gives, and
-keeps the one with the least error, weighted by magnitude. The zero point is a whole code, so zeros
-stay zeros.
-Source: ``make_qkx2_quants`` in ggml-quants.c, with the minimum of a block as a multiple of its
-scale.
+Every block tries several ranges, solves for the scale on the codes that each gives, and keeps the
+one with the least error, weighted by magnitude. The zero point is a code, so zeros stay zeros.
+Source: ``make_qkx2_quants`` in ggml-quants.c; the minimum of a block is a multiple of its scale.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ BITS = 4.625
 BLOCK = 2 * matmulnbits.BLOCK  # two zero points share a byte
 PRESERVES_ZERO = True
 _MOST = np.float32(15)
-# A block's range may take from 14 to 16 steps: with 15 the ends of the range have the codes 0 and
-# 15.
+# A block's range may take 14 to 16 steps; with 15 the ends of the range have the codes 0 and 15.
 _STEPS = 0.1 * np.arange(-10, 11, dtype=np.float32)
 _SLAB_BLOCKS = 65_536  # bounds what the search holds in memory
 
@@ -37,12 +34,11 @@ def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return packed rows."""
     O, I = weight_OI.shape
     weight_GS = weight_OI.reshape(-1, matmulnbits.BLOCK)
-    chosen = [
-        _search(weight_GS[start : start + _SLAB_BLOCKS])
-        for start in range(0, len(weight_GS), _SLAB_BLOCKS)
-    ]
-    code_GS, scale_G, zero_G = (np.concatenate(part) for part in zip(*chosen, strict=True))
-    return Blocks(4, code_GS.reshape(O, I), scale_G.reshape(O, -1), zero_G.reshape(O, -1)).pack()
+    slabs = np.split(weight_GS, range(_SLAB_BLOCKS, len(weight_GS), _SLAB_BLOCKS))
+    chosen = zip(*map(_search, slabs), strict=True)
+    code_GS, scale_G, zero_G = map(np.concatenate, chosen)
+    scale_OG, zero_OG = scale_G.reshape(O, -1), zero_G.reshape(O, -1)
+    return Blocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
 
 
 def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
@@ -53,7 +49,6 @@ def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
 def _search(
     weight_GS: NDArray[np.float32],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
-    """Return code_GS, scale_G and zero_G of blocks."""
     G = len(weight_GS)
     best_G = np.full(G, np.inf, dtype=np.float32)
     scale_G = np.zeros(G, dtype=np.float16)
@@ -62,7 +57,8 @@ def _search(
     # The range always includes zero, which must have its own code.
     low_G = np.minimum(weight_GS.min(axis=1), 0)
     width_G = np.maximum(weight_GS.max(axis=1), 0) - low_G
-    importance_GS = np.abs(weight_GS) + np.sqrt(np.square(weight_GS).mean(axis=1, keepdims=True))
+    square_G1 = np.square(weight_GS).mean(axis=1, keepdims=True)
+    importance_GS = np.abs(weight_GS) + np.sqrt(square_G1)
 
     for step in _STEPS:
         inverse_G = np.divide(_MOST + step, width_G, out=np.zeros_like(width_G), where=width_G > 0)
@@ -72,6 +68,7 @@ def _search(
         # The scale that is best on these codes, and the codes that are nearest at that scale
         tried_scale_G = _fit(weight_GS, level_GS, importance_GS)
         level_GS = _round(weight_GS, tried_scale_G, tried_zero_G)
+
         error_GS = weight_GS - level_GS * tried_scale_G.astype(np.float32)[:, None]
         error_G = np.einsum("gs,gs,gs->g", error_GS, error_GS, importance_GS)
 

@@ -1,14 +1,8 @@
 """MatMulNBits with 4 bits: 32 weights share a scale; the middle code, 8, is zero."""
 
-from __future__ import annotations
-
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.quant import matmulnbits
-from racdeploy.quant.matmulnbits import Blocks
 
 FORMATS = ("onnx",)
 BLOCK = matmulnbits.BLOCK
@@ -19,15 +13,7 @@ BITS = 4.5
 CODES = (-8, 7)
 PRESERVES_ZERO = True
 
-blocks = partial(Blocks.read, bits=4)
-steps = partial(matmulnbits.read_scales, bits=4)
-
-
-def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return packed rows: at each scale the codes of onnxruntime's own quantizer."""
-    return matmulnbits.choose_symmetric(weight_OI, 4).pack()
-
-
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights."""
-    return blocks(packed_OP, I).weights()
+blocks = partial(matmulnbits.Blocks.read, bits=CODE_BITS)
+steps = partial(matmulnbits.read_scales, bits=CODE_BITS)
+quantize = partial(matmulnbits.quantize, bits=CODE_BITS)
+dequantize = partial(matmulnbits.dequantize, bits=CODE_BITS)

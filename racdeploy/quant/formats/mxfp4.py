@@ -10,19 +10,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant import numpy_ggml, pair_nibbles
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.quant import numpy_ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE = GGML_TYPES["mxfp4"].number
-BITS = GGML_TYPES["mxfp4"].bits
-BLOCK = GGML_TYPES["mxfp4"].block_weights
+GGML_TYPE, BITS, BLOCK = read_ggml_type("mxfp4")
 PRESERVES_ZERO = True
-_BLOCK_BYTES = GGML_TYPES["mxfp4"].block_bytes
 _CHUNK_WEIGHTS = 32_768  # some arrays of so many floats stay in a core's cache
 _LARGEST = 12.0
-# The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, and 255 where there is
-# none.
+# The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, 255 where there is none.
 _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 255, 5, 255, 6, 255, 255, 255, 7], dtype=np.uint8)
 
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
@@ -31,27 +26,22 @@ dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed rows: ggml's, bit for bit, or with exponents that suit an importance.
-
-    ggml's exponent lets the largest weight of a block be clipped by up to a quarter; with an
-    importance the next one up and the next one down are tried as well.
-    """
+    """Return packed rows: ggml's, bit for bit, or with exponents that suit an importance."""
     if importance_I is None:
         return numpy_ggml.quantize(GGML_TYPE, weight_OI)
 
     assert (importance_I > 0).all(), "importance must be above zero"
     O, I = weight_OI.shape
-    row_bytes = I // BLOCK * _BLOCK_BYTES
-    packed_OP = np.empty((O, row_bytes), dtype=np.uint8)
     rows = max(1, _CHUNK_WEIGHTS // I)
+
     importance_GS = np.tile(importance_I.astype(np.float32).reshape(-1, BLOCK), (rows, 1))
 
+    chunks = []
     for start in range(0, O, rows):
-        chunk = slice(start, start + rows)
-        weight_GS = np.ascontiguousarray(weight_OI[chunk]).reshape(-1, BLOCK)
-        packed_GP = _choose(weight_GS, importance_GS[: len(weight_GS)])
-        packed_OP[chunk] = packed_GP.reshape(-1, row_bytes)
-    return packed_OP
+        weight_GS = np.ascontiguousarray(weight_OI[start : start + rows]).reshape(-1, BLOCK)
+        chunks.append(_choose(weight_GS, importance_GS[: len(weight_GS)]))
+
+    return np.concatenate(chunks).reshape(O, -1)
 
 
 def _choose(
@@ -64,12 +54,15 @@ def _choose(
     halves_GS = np.zeros_like(weight_GS)
 
     _, above_G = np.frexp(np.abs(weight_GS).max(1))  # the largest is below 2**above
+    # ggml's exponent may clip the largest weight by up to a quarter, so its neighbours are tried.
     for shift in (0, 1, -1):
         # byte e means 2**(e - 128) for one half; ggml takes e = above - 3 + 127
         tried_G = np.clip(above_G - 3 + 127 + shift, 0, 254).astype(np.int32)
+
         half_G1 = np.ldexp(np.float32(1), tried_G - 128)[:, None]
 
         found_GS = _round_to_halves(weight_GS / half_G1)
+
         error_GS = weight_GS - found_GS * half_G1
         error_G = np.einsum("gs,gs,gs->g", error_GS, error_GS, importance_GS)
 
@@ -80,7 +73,9 @@ def _choose(
 
     magnitude_GS = _CODE_OF_HALVES[np.abs(halves_GS).astype(np.intp)]
     sign_GS = (halves_GS < 0).view(np.uint8) << np.uint8(3)
-    return np.concatenate([exponent_G[:, None], pair_nibbles(magnitude_GS | sign_GS)], axis=1)
+
+    code_GP = numpy_ggml.pair_nibbles(magnitude_GS | sign_GS)
+    return np.concatenate([exponent_G[:, None], code_GP], axis=1)
 
 
 def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,15 +1,9 @@
 """Q3_K: 256 signed 3-bit codes, a 6-bit scale for each 16 of them, one half-precision scale."""
 
-from functools import partial
-
-from racdeploy.quant import ggml
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.quant import ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE = GGML_TYPES["q3_k"].number
-BITS = GGML_TYPES["q3_k"].bits
-BLOCK = GGML_TYPES["q3_k"].block_weights
+GGML_TYPE, BITS, BLOCK = read_ggml_type("q3_k")
 PRESERVES_ZERO = True
 
-quantize = partial(ggml.quantize, GGML_TYPE)
-dequantize = partial(ggml.dequantize, GGML_TYPE)
+quantize, dequantize = ggml.make_codec(GGML_TYPE)

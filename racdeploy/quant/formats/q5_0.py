@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant import join_blocks, numpy_ggml, pair_nibbles, read_leading_scales, search
-from racdeploy.storage.ggml_types import GGML_TYPES
-
-FORMATS = ("gguf",)
-GGML_TYPE = GGML_TYPES["q5_0"].number
-BITS = GGML_TYPES["q5_0"].bits
-BLOCK = GGML_TYPES["q5_0"].block_weights
-CODES = (-16, 15)
-PRESERVES_ZERO = True
-_SPANS = (0.95, 1.2)
-_TRIALS = 8
-
-dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
-steps = partial(read_leading_scales, block_bytes=GGML_TYPES["q5_0"].block_bytes)
+from racdeploy.quant import numpy_ggml, read_ggml_type
 
 
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """Return packed rows: ggml's, bit for bit, or with scales that suit an importance."""
-    if importance_I is None:
-        return numpy_ggml.quantize(GGML_TYPE, weight_OI)
-
-    step_OG, code_OGS = search.choose_codes(weight_OI, importance_I, BLOCK, CODES, _SPANS, _TRIALS)
+def _pack(code_OGS: NDArray[np.int8]) -> NDArray[np.uint8]:
     stored_OGS = (code_OGS + 16).view(np.uint8)
     high_OG4 = np.packbits(stored_OGS >> np.uint8(4), axis=-1, bitorder="little")
-    return join_blocks(step_OG, high_OG4, pair_nibbles(stored_OGS & np.uint8(15)))
+    low_OGP = numpy_ggml.pair_nibbles(stored_OGS & np.uint8(15))
+    return np.concatenate([high_OG4, low_OGP], axis=-1)
+
+
+FORMATS = ("gguf",)
+GGML_TYPE, BITS, BLOCK = read_ggml_type("q5_0")
+CODES = (-16, 15)
+PRESERVES_ZERO = True
+_blocks = numpy_ggml.ScaledCodes("q5_0", CODES, _pack, spans=(0.95, 1.2), trials=8)
+
+quantize, dequantize, steps = _blocks.quantize, _blocks.dequantize, _blocks.steps

@@ -1,15 +1,9 @@
 """Q5_K: 256 unsigned 5-bit codes, a 6-bit scale and minimum for each 32; the minimum moves zero."""
 
-from functools import partial
-
-from racdeploy.quant import ggml
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.quant import ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE = GGML_TYPES["q5_k"].number
-BITS = GGML_TYPES["q5_k"].bits
-BLOCK = GGML_TYPES["q5_k"].block_weights
+GGML_TYPE, BITS, BLOCK = read_ggml_type("q5_k")
 PRESERVES_ZERO = False
 
-quantize = partial(ggml.quantize, GGML_TYPE)
-dequantize = partial(ggml.dequantize, GGML_TYPE)
+quantize, dequantize = ggml.make_codec(GGML_TYPE)

@@ -1,9 +1,7 @@
 """Presets: which number format each tensor of a GGUF file gets, one data file per preset.
 
-A preset has ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``,
-of which the first that matches decides. :func:`read` makes a :class:`Mix` of a preset, or of a
-plain number format, and of the patterns that a recipe adds. Knows names of tensors and nothing of
-their bytes.
+A preset has ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``, of which the
+first that matches decides. Knows names of tensors and nothing of their bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from fractions import Fraction
 
 from racdeploy import plugins, quant
 from racdeploy.errors import UsageError
-
-__all__ = ["Choice", "Mix", "Rule", "read"]
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
@@ -32,8 +28,8 @@ class Rule:
         tensors: regular expression, searched for in the name of a tensor in the file.
         quant: their number format.
         blocks: ``all``; ``first 4`` or ``first 1/8``, a number or a share of the blocks; or
-            ``more``: the first and the last eighth, and of those between every third, which is
-                where llama.cpp's presets spend more bits.
+            ``more``, where llama.cpp's presets spend more bits: the first and the last eighth, and
+            every third between.
         reason: why that is not what was asked for; empty where it was asked for.
     """
 
@@ -55,6 +51,7 @@ class Rule:
                 share = Fraction(number)
                 is_count = share.denominator == 1
                 return block < (share if is_count else math.floor(blocks * share))
+
         raise AssertionError(f"a preset has the rule {self.blocks!r} for blocks")
 
 
@@ -79,8 +76,7 @@ class Mix:
     Args:
         name: what the user asked for: a preset or a number format.
         quant: of matrices that no rule names.
-        own: patterns of the recipe, which come first.
-        rules: of the preset.
+        own: patterns of the recipe, which come before the preset's rules.
     """
 
     name: str
@@ -89,29 +85,26 @@ class Mix:
     rules: tuple[Rule, ...]
 
     def choose(self, name: str, blocks: int, tied: bool) -> Choice:
-        """Return the number format of a tensor of the file.
+        """Return the number format of a tensor of the file; ``blocks`` is how many there are.
 
-        Args:
-            name: in the file.
-            blocks: decoder blocks of the model.
-            tied: whether the embedding is the output too; rules for the output then apply to it.
+        Rules for the output apply to the embedding too where it is tied.
         """
         names = (name, _OUTPUT) if tied and name == _EMBEDDING else (name,)
         match = _BLOCK.match(name)
+
         block = int(match[1]) if match else 0
+
         for rule in (*self.own, *self.rules):
-            is_named = any(re.search(rule.tensors, each) for each in names)
-            if is_named and rule.applies(block, blocks):
+            if not rule.applies(block, blocks):
+                continue
+            if any(re.search(rule.tensors, each) for each in names):
                 asked = self.quant if rule.reason else rule.quant
                 return Choice(asked, rule.quant, rule.reason)
+
         return Choice(self.quant, self.quant, "")
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse a pattern of the recipe that names no matrix of the file.
-
-        Raises:
-            UsageError: with some of the names there are.
-        """
+        """Refuse a pattern of the recipe that names no matrix of the file."""
         found = list(names)
         for rule in self.own:
             if not any(re.search(rule.tensors, name) for name in found):
@@ -123,15 +116,7 @@ class Mix:
 
 
 def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
-    """Return the mix of a preset or a number format.
-
-    Args:
-        tensors: regular expression → number format; they come before the preset's own rules.
-
-    Raises:
-        UnknownPluginError: there is neither a preset nor a number format of that name.
-        MissingExtraError: a number format needs an optional dependency.
-    """
+    """Return the mix of a preset or a number format, and of a recipe's patterns → formats."""
     own = tuple(Rule(pattern, chosen) for pattern, chosen in (tensors or {}).items())
     if name in plugins.names("presets"):
         preset = plugins.load("presets", name)
