@@ -36,10 +36,10 @@ OPTIONAL = (
     Package("onnx", "onnx", "onnx", "ONNX export"),
     Package("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
     Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
+    Package("math_verify", "math-verify", "math", "scoring formulas"),
     Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )
-EXTRAS = {package.module: package.extra for package in OPTIONAL}
-"""The extra that brings a module."""
+PACKAGES = {package.module: package for package in OPTIONAL}
 
 
 def is_installed(module: str) -> bool:

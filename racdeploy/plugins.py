@@ -14,7 +14,7 @@ from functools import cache
 from types import ModuleType
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
-from racdeploy.extras import EXTRAS, is_installed
+from racdeploy.extras import PACKAGES, is_installed
 
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks",
@@ -56,8 +56,8 @@ def load(kind: str, name: str) -> ModuleType:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            raise MissingExtraError(package, EXTRAS[package]) from error
+        if package in PACKAGES:
+            raise _missing(package) from error
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
@@ -70,7 +70,12 @@ def require(module: str) -> None:
         MissingExtraError: it is not installed.
     """
     if not is_installed(module):
-        raise MissingExtraError(module, EXTRAS[module])
+        raise _missing(module)
+
+
+def _missing(module: str) -> MissingExtraError:
+    package = PACKAGES[module]
+    return MissingExtraError(package.name, package.extra)
 
 
 def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from racdeploy import export, quant
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
-from racdeploy.extras import EXTRAS, is_installed
+from racdeploy.extras import PACKAGES, is_installed
 from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
@@ -19,7 +19,7 @@ from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
 
-_NEEDS = {module: EXTRAS[module] for module in ("torch", "transformers", "safetensors")}
+_NEEDS = {module: PACKAGES[module].extra for module in ("torch", "transformers", "safetensors")}
 _LEAST_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 

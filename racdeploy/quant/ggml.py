@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.errors import EngineError, MissingExtraError
+from racdeploy.errors import EngineError
+from racdeploy.plugins import require
 
 _NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+require("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
-if _SPEC is None or _SPEC.origin is None:
-    raise MissingExtraError("llama-cpp-python", "llamacpp")
+assert _SPEC and _SPEC.origin, "llama_cpp is a package with a file"
 _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "libggml-base.so")
 
 

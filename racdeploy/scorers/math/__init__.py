@@ -14,8 +14,8 @@ import subprocess
 import sys
 import threading
 
-from racdeploy.errors import EnvironmentFailure, MissingExtraError, UsageError
-from racdeploy.extras import is_installed
+from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.plugins import require
 from racdeploy.scorers import Scored
 from racdeploy.storage import child
 
@@ -28,8 +28,7 @@ def check(argument: str) -> None:
     """Refuse an argument, and a machine without Math-Verify."""
     if argument:
         raise UsageError("scorer 'math' takes no argument", remedy="write math")
-    if not is_installed("math_verify"):
-        raise MissingExtraError("math-verify", "math")
+    require("math_verify")
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

@@ -7,14 +7,14 @@ options and its result is compared elsewhere.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError, MissingExtraError
+from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.plugins import require
 
 PREFERENCE = 1
 # Architectures whose builder classes compute what transformers computes, with weights as the
@@ -52,8 +52,7 @@ def build(prepared: Path, out: Path) -> Path:
         MissingExtraError: onnxruntime-genai is not installed.
         EngineError: the builder failed, or left no graph.
     """
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise MissingExtraError("onnxruntime-genai", "onnx")
+    require("onnxruntime_genai")
     options = {"-m": prepared.name, "-i": prepared, "-o": out, "-p": "fp32", "-e": "cpu"}
     options["-c"] = out / "cache"
     arguments = [str(word) for option in options.items() for word in option]

@@ -6,14 +6,14 @@ are transposed and renamed, so they are known by the node that takes them.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError, MissingExtraError
+from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.plugins import require
 
 __all__ = ["PREFERENCE", "build", "refusal", "source_of"]
 
@@ -34,9 +34,8 @@ def build(prepared: Path, out: Path) -> Path:
             are stored twice.
         EngineError: optimum failed, or left no graph.
     """
-    for module, package in (("optimum", "optimum-onnx"), ("accelerate", "accelerate")):
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(package, "onnx")
+    require("optimum")
+    require("accelerate")
     run_module(
         "racdeploy.export.onnx.exporters.optimum.child",
         [str(prepared), str(out)],
