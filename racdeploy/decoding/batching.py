@@ -111,8 +111,6 @@ class Batcher:
 
 
 class _Lane:
-    """One decoder and what runs in its slots."""
-
     def __init__(self, decoder: Decoder, waiting: queue.SimpleQueue[Sequence]) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
@@ -154,11 +152,11 @@ class _Lane:
         decoding = 0
 
         for slot, tokens in sorted(self._take_tokens().items()):
-            sequence = self._running[slot]
             for token in tokens:
                 rows.append(Row(token, self._positions[slot], slot, False))
                 self._positions[slot] += 1
 
+            sequence = self._running[slot]
             if tokens and not sequence.unfed:
                 last = len(rows) - 1
                 rows[last] = rows[last]._replace(wants_logits=True)

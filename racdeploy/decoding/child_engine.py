@@ -59,7 +59,6 @@ class ChildEngine(Engine):
         on_tokens: OnTokens | None = None,
         cancelled: Cancel | None = None,
     ) -> list[Completion]:
-        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
         check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
         request = {
             "prompts": [[int(token) for token in ids] for ids in prompts],
@@ -105,7 +104,6 @@ class ChildEngine(Engine):
         return logits_TV
 
     def close(self) -> None:
-        """End the child process; again is harmless."""
         self._child.close()
 
     def _ask(self, op: str, **values: Any) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Sequence:
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
         """Append the next token, and a close tag where the budget ends; return the new ids."""
         assert self.finish_reason is None, "a finished sequence takes no step"
+
         length = len(self.ids)
         token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
         self.ids.append(token)
@@ -140,6 +141,7 @@ def choose(
     scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
     weight_V = np.exp(scaled_V)
     draw = random.random()
+
     if top_p == 1.0:
         return _draw(np.arange(weight_V.size), weight_V, draw)
 
@@ -176,11 +178,13 @@ def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> N
     """Refuse token ids that are none, too many, or outside the vocabulary."""
     if not ids:
         raise EngineError(f"{what} has no tokens", remedy="render the chat template first")
+
     if len(ids) > limit:
         raise EngineError(
             f"{what} has {len(ids)} tokens, the context takes at most {limit}",
             remedy="raise context_tokens, or shorten the text; racdeploy never clips one",
         )
+
     if min(ids) < 0 or max(ids) >= vocabulary:
         strange = next(token for token in ids if not 0 <= token < vocabulary)
         raise EngineError(

@@ -116,6 +116,7 @@ class _Worker:
             request = self._inbox.requests.get()
             self._call = request["call"]
             carry_out = getattr(self, f"_{request['op']}")  # as _load and those below it
+
             try:
                 answer = carry_out(request)
             except RacdeployError as error:
@@ -171,6 +172,7 @@ class _Worker:
             sequence.cancel()
             self._stats["generated_tokens"] += len(sequence.ids)
             completions.append((sequence.ids, sequence.finish_reason, sequence.forced_at))
+
         return {"completions": completions}
 
     def _send(self, event: str, payload: bytes = b"", **values: Any) -> None:
@@ -193,6 +195,7 @@ def _peak_rss_bytes() -> int:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+
     if sys.platform == "win32":
         return 0
 

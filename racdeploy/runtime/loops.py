@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 _TOKENS = 64  # a line of dashes or an indented table is shorter
 _REPEATS = 4  # what is said three times may still be an argument
@@ -39,15 +40,19 @@ def find_loop(ids: Sequence[int]) -> Loop | None:
         if int(same_T.sum()) < period * (_REPEATS - 1):
             continue
 
-        # The longest run of such places, between two edges.
-        fenced = np.concatenate(([False], same_T, [False]))
-        edges = np.flatnonzero(np.diff(fenced))
-        starts = edges[::2]
-        lengths = edges[1::2] - starts
-        place = int(np.argmax(lengths))
-
-        tokens = int(lengths[place]) + period
+        start, length = _longest_run(same_T)
+        tokens = length + period
         is_longer = best is None or tokens > best.tokens
+
         if is_longer and tokens >= max(_TOKENS, _REPEATS * period):
-            best = Loop(int(starts[place]), tokens, period)
+            best = Loop(start, tokens, period)
     return best
+
+
+def _longest_run(is_in_T: NDArray[np.bool_]) -> tuple[int, int]:
+    fenced = np.concatenate(([False], is_in_T, [False]))
+    edges = np.flatnonzero(np.diff(fenced))  # a run is between two of them
+    starts = edges[::2]
+    lengths = edges[1::2] - starts
+    place = np.argmax(lengths)
+    return int(starts[place]), int(lengths[place])

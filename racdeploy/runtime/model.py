@@ -281,6 +281,7 @@ def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
     if not artifact.path.endswith(racgguf.SUFFIX):
         artifact.check(folder)
         return
+
     found = racgguf.Container.open(folder / artifact.path).sha256
     if found != artifact.unpacked_sha256:
         raise ArtifactError(

@@ -81,7 +81,6 @@ class Scanner:
         self._tags = tags
 
     def feed(self, token: int) -> None:
-        """Take the next token."""
         self.ids.append(token)
         close_ids = self._tags.close_ids
 
@@ -210,6 +209,7 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
     vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
     open_ids = tuple(encoder.encode_text(open_tag))
     close_ids = tuple(encoder.encode_text(close_tag))
+
     if not open_ids or not close_ids or open_ids == close_ids:
         raise ArtifactError(
             f"the tokenizer cannot write the thinking tags {open_tag!r} and {close_tag!r}: "

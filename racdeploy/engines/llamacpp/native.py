@@ -53,6 +53,7 @@ class _Log:
     def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level != _LOG_CONTINUED:
             self._matters = level in (_LOG_WARN, _LOG_ERROR)
+
         line = text.decode("utf-8", "replace")
         if not self._matters or not line.strip():
             return
@@ -117,7 +118,6 @@ class NativeModel:
         return used
 
     def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
-        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
         context = self._contexts[0]
         context.use_threads(self._threads)
         if start == 0:
@@ -271,4 +271,5 @@ def _fill(params: Any, **values: int) -> Any:
                 remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
             )
         setattr(params, name, value)
+
     return params

@@ -54,6 +54,7 @@ class SharedCache:
 
         for row in rows.values():
             self._lengths[row] += 1
+
         return {slot: logits_BTV[row] for slot, row in rows.items()}
 
     def forget(self, slot: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -31,9 +30,10 @@ class OnnxModel(LoadedModel):
         options = make_options(settings)
         if chosen.library is not None:
             options.register_custom_ops_library(str(chosen.library))
+
         graph = DecoderGraph(open_session(chosen.path, options), path.parent)
 
-        self.about: Mapping[str, Any] = {"kernels": str(chosen), "sparse_weights": chosen.packed()}
+        self.about = {"kernels": str(chosen), "sparse_weights": chosen.packed()}
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary
         self.slots = settings.parallel
@@ -57,13 +57,14 @@ class OnnxModel(LoadedModel):
         for place, row in enumerate(rows):
             tokens_by_slot.setdefault(row.slot, []).append(row.token)
             last_places[row.slot] = place
-        self._logits = {}
 
+        self._logits = {}
         single: dict[int, int] = {}
         for slot, tokens in tokens_by_slot.items():
             if len(tokens) == 1:
                 single[slot] = tokens[0]
                 continue
+
             logits_TV = self._cache.feed(slot, tokens, last=True)
             self._logits[last_places[slot]] = logits_TV[-1].copy()
 
@@ -76,11 +77,9 @@ class OnnxModel(LoadedModel):
         return self._logits[place]
 
     def forget(self, slot: int) -> None:
-        """Empty the cache of one sequence."""
         self._cache.forget(slot)
 
     def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
-        """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
         if start == 0:
             self.forget(0)
         return self._cache.feed(0, ids[start : start + self._output_rows], last=False)

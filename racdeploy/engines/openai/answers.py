@@ -73,6 +73,7 @@ class Reader:
         """Tokenize the text of a completion again, and prove it as far as the server lets us."""
         text = choice.get("text")
         ended = choice["finish_reason"] == "stop"
+
         if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
             raise EngineError("the server returns no token ids", remedy=_EXACT)
 
@@ -88,6 +89,7 @@ class Reader:
                 f"{text[-40:]!r}, or was tokenized another way",
                 remedy=_EXACT,
             )
+
         return [*ids, _end_id(choice, stop_ids)] if ended else ids
 
 
@@ -110,6 +112,7 @@ def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
     named = choice.get("stop_reason", choice.get("matched_stop"))
     if type(named) is int and named in stop_ids:
         return named
+
     if len(stop_ids) != 1:
         ids = ", ".join(map(str, stop_ids))
         raise EngineError(

@@ -86,6 +86,7 @@ class ChatEngine(OpenAIEngine):
         cap = body["max_tokens"]
 
         answer = _read(await self._client.request("chat/completions", body))
+
         is_full = answer.counted is None or answer.counted >= cap
         if answer.finish_reason == "length" and not is_full:
             raise EngineError(

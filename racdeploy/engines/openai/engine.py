@@ -90,6 +90,7 @@ class OpenAIEngine(Engine):
 
         self._tokenizer_path = self._find_tokenizer()
         self._takes_text = self._tokenizer_path == _TEXT_TOKENIZER
+
         # Whether the server counts end-of-sequence among the generated tokens; None: not known.
         counts_end = False if self._takes_text else card.get("owned_by") in _COUNT_END or None
         self._reader = Reader(self._own, self._vocabulary, counts_end)
@@ -132,6 +133,7 @@ class OpenAIEngine(Engine):
         """
         for index, (ids, sampling, _) in enumerate(requests):
             self._check(f"prompt {index}", ids, sampling)
+
         together = asyncio.Semaphore(self._settings.parallel)
 
         async def complete(request: Request) -> Completion:
@@ -179,11 +181,13 @@ class OpenAIEngine(Engine):
     def render(self, messages: Sequence[Mapping[str, str]]) -> str | list[int] | None:
         """Return the prompt of the server's own template: text or ids, None if it does not say."""
         body = {"model": self.model, "messages": list(messages), "add_generation_prompt": True}
+
         for path, key in (("../apply-template", "prompt"), ("../tokenize", "tokens")):
             try:
                 prompt = self._client.ask(path, body).get(key)
             except RefusedError:
                 continue
+
             if prompt and isinstance(prompt, str | list):
                 return prompt
         return None

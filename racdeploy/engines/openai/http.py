@@ -66,12 +66,10 @@ class Client:
         self.loop = start_blocking_portal
 
     def run(self, function: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
-        """Run one coroutine function to its end."""
         with self.loop() as portal:
             return portal.call(function, *arguments)
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Make one request and wait for it; see :meth:`request`."""
         return self.run(self.request, path, body)
 
     async def request(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -192,6 +190,7 @@ def _read_key(name: str) -> str:
             f"traces.server_key_env names {name}, which is not set",
             remedy=f"export {name}=…, or leave server_key_env out for a server without a key",
         )
+
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key in {name} holds white space or letters outside ASCII",

@@ -49,6 +49,7 @@ class Transport:
         client = httpx.AsyncClient(
             headers=self._headers, timeout=self._timeout, verify=self._tls, trust_env=False
         )
+
         try:
             async with client, client.stream(method, url, content=body) as response:
                 return await _read(response)

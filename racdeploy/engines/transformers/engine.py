@@ -48,7 +48,6 @@ class TransformersEngine(Engine):
         on_tokens: OnTokens | None = None,
         cancelled: Cancel | None = None,
     ) -> list[Completion]:
-        """Continue every prompt; see :class:`racdeploy.decoding.engine.Engine`."""
         context_tokens = self._settings.context_tokens
         check_request(prompts, sampling, context_tokens, self._vocabulary)
         sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
@@ -62,6 +61,7 @@ class TransformersEngine(Engine):
             group = sequences[start : start + parallel]
             running = [s for s in group if s.finish_reason is None]
             self._run(running, on_tokens, cancelled)
+
         return [sequence.completion() for sequence in sequences]
 
     @torch.inference_mode()
@@ -76,7 +76,6 @@ class TransformersEngine(Engine):
         return logits_TV
 
     def close(self) -> None:
-        """Free the weights."""
         self._model = torch.nn.Module()
 
     def _run(

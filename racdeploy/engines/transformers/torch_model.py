@@ -128,6 +128,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.folder
     rope = checkpoint.rope
     rope_type = rope["rope_type"]
+
     if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
         raise ModelError(f"unknown rope type {rope_type!r} in {folder}/config.json")
     if checkpoint.config.get("use_sliding_window"):
@@ -141,6 +142,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     values = dict(checkpoint.config)
     for key in ("rope_parameters", "quantization_config", "transformers_version"):
         values.pop(key, None)
+
     values["rope_theta"] = rope["rope_theta"]
     values["rope_scaling"] = None if rope_type == "default" else scaling
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
