@@ -1,7 +1,6 @@
 """Packings: how zeros are left out of a file, one plugin in ``packers/`` for each way.
 
-The exporters ask the plugin, and a file that was written names its packing, so reading asks the same plugin again.
-One that leaves zeros out works only with a number format that keeps them; :func:`check` says so before any work starts.
+The exporters ask the plugin; a file names its packing, so reading asks the same plugin again.
 """
 
 from __future__ import annotations
@@ -20,25 +19,15 @@ if TYPE_CHECKING:
     from racdeploy.packing.onnx.packer import Packer
     from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor
 
-__all__ = [
-    "GgufPacking",
-    "OnnxPacking",
-    "Packing",
-    "check",
-    "load",
-    "load_gguf",
-    "load_onnx",
-    "names",
-]
-
 
 class Packing(Protocol):
     """A packing, as a module; importable without any extra.
 
-    ``FORMATS`` are the file formats that store it: with gguf it is a :class:`GgufPacking`, with onnx an
-    :class:`OnnxPacking`. ``REQUIRES_ZEROS`` is True where zeros are left out, ``BESIDE_PLAIN`` where the artifact stays
-    plain and the packed form is a further file. ``fits`` returns why a tensor of a quant is better stored plain, or an
-    empty string; ``usage`` the lines of the model card that say what other programs must do with the file at ``path``.
+    ``FORMATS`` store it: with gguf it is a :class:`GgufPacking`, with onnx an :class:`OnnxPacking`.
+    ``REQUIRES_ZEROS`` is True where zeros are left out, ``BESIDE_PLAIN`` where the artifact stays
+    plain and the packed form is a further file. ``fits`` returns why a tensor is better stored
+    plain, or an empty string; ``usage`` the lines of the model card that say what other programs
+    must do with the file at ``path``.
     """
 
     FORMATS: tuple[str, ...]
@@ -53,10 +42,10 @@ class Packing(Protocol):
 class GgufPacking(Packing, Protocol):
     """A packing of GGUF files.
 
-    ``SUFFIX`` is that of the file it makes. ``pack_file`` turns a finished plain file into ``out``, which unpacks to it
-    byte for byte, and returns how each tensor is stored; nothing where the file stays as it is. The other two read a
-    container: ``refuse_stored`` returns why a tensor cannot be one of this packing, or an empty string, and
-    ``unpack_tensor`` yields its plain bytes.
+    ``SUFFIX`` is that of the file it makes. ``pack_file`` turns a finished plain file into ``out``,
+    which unpacks to it byte for byte, and returns how each tensor is stored; nothing where the file
+    stays as it is. The other two read a container: ``refuse_stored`` returns why a tensor cannot be
+    one of this packing, or an empty string, and ``unpack_tensor`` yields its plain bytes.
     """
 
     SUFFIX: str
@@ -71,17 +60,13 @@ class GgufPacking(Packing, Protocol):
 
 
 class OnnxPacking(Packing, Protocol):
-    """A packing of ONNX graphs: ``GraphPacker`` stores the tensors of one graph, and reads them back."""
+    """A packing of ONNX graphs: ``GraphPacker`` stores and reads the tensors of one graph."""
 
     GraphPacker: type[Packer]
 
 
 def load(name: str) -> Packing:
-    """Import the packing of that name.
-
-    Raises:
-        UnknownPluginError: there is no such packing.
-    """
+    """Import the packing of that name."""
     return cast(Packing, plugins.load("packing", name))
 
 
@@ -101,29 +86,33 @@ def names(format_name: str) -> list[str]:
 
 
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
-    """Refuse a number format or a packing that the file format cannot store, or two that do not go together.
+    """Refuse a quant or a packing that the file format does not store, or a pair that does not go.
 
-    A packing does not go with a number format that loses zeros, or that it cannot pack even where all are zero. Of a
-    preset that is asked of the number format that most of its tensors have.
+    A packing does not go with a quant that loses zeros, or that it cannot pack even where all are
+    zero. A preset is judged by the quant of most of its tensors.
 
     Raises:
         UsageError: naming what would do instead.
     """
     preset = quant_name in plugins.names("presets")
-    for kind, name in (("presets" if preset else "quant", quant_name), ("packing", packing_name)):
-        if format_name not in _load(kind, name).FORMATS:
-            raise UsageError(
-                f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
-                remedy=f"it stores {', '.join(_stored(format_name, kind))}",
-            )
+    _check_stored(format_name, "presets" if preset else "quant", quant_name)
+    _check_stored(format_name, "packing", packing_name)
 
     most = plugins.load("presets", quant_name).QUANT if preset else quant_name
     if reason := _refuse_pair(packing_name, most):
-        quants = _stored(format_name, "quant")
+        quants = _list_stored(format_name, "quant")
         others = [name for name in quants if not _refuse_pair(packing_name, name)]
         raise UsageError(
             f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
             remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
+        )
+
+
+def _check_stored(format_name: str, kind: str, name: str) -> None:
+    if format_name not in _load(kind, name).FORMATS:
+        raise UsageError(
+            f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
+            remedy=f"it stores {', '.join(_list_stored(format_name, kind))}",
         )
 
 
@@ -143,7 +132,7 @@ def _load(kind: str, name: str) -> Any:
     return load(name)
 
 
-def _stored(format_name: str, kind: str) -> list[str]:
+def _list_stored(format_name: str, kind: str) -> list[str]:
     """Return the plugins of a kind that a file format stores and that this machine can import."""
     stored = []
     for name in plugins.names(kind):

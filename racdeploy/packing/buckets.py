@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.bits import find_places, read_windows
+from racdeploy.packing.bits import Bytes, find_places, read_windows
 
-Bytes = NDArray[np.uint8]
 TABLE_BYTES = 48
 _CODES = 16
 _BUCKETS = 32
@@ -27,12 +26,10 @@ _WORD_BITS = 16
 _WORDS = 1 << _WORD_BITS
 _COST_STEPS = 8  # of a cost for a bit
 # Two bucket numbers of five bits are a pair of ten. The file has the low eight bits of every pair,
-# then the two high ones, four pairs a byte: by that byte, bits 8 and 9 of its four pairs as one item.
-_HIGH_BITS = (
-    np.stack([np.arange(256) << 8 >> shift & 0x300 for shift in (0, 2, 4, 6)], axis=-1)
-    .astype(np.uint16)
-    .view("V8")
-)
+# then the two high ones, four pairs a byte.
+_SHIFTS = np.arange(0, 8, 2)
+# By that byte, bits 8 and 9 of its four pairs as one item.
+_HIGH_BITS = (np.arange(256)[:, None] << 8 >> _SHIFTS & 0x300).astype(np.uint16).view("V8")
 _UPPER = np.uint32(16)  # where the second of two words begins
 # Arrays of no dimension: numpy takes half as long over them as over its scalars.
 _LOWER_HALF = np.array(0x0000FFFF, dtype=np.uint32)
@@ -93,28 +90,23 @@ class Table:
         ranks = np.empty(_WORDS, dtype=np.int64)
         ranks[_rank_words(self.costs)] = np.arange(_WORDS)
         rank = ranks[nibbles.view("<u2")]
+
         width, start = _bound_buckets(self.widths)
         bucket = np.searchsorted(start, rank, side="right") - 1
 
         # Behind the number of its bucket, a word is its place in it: as many low bits as the width.
-        place = (rank - start[bucket]).astype("<u2").view(np.uint8).reshape(-1, 2)
-        bits = np.unpackbits(place, axis=1, bitorder="little")
+        place = (rank - start[bucket]).astype("<u2")
+        place_bytes = place.view(np.uint8).reshape(-1, 2)
+        bits = np.unpackbits(place_bytes, axis=1, bitorder="little")
         counts = np.arange(_WORD_BITS) < width[bucket, None]
         payload = np.packbits(bits[counts], bitorder="little")
 
         pair = bucket[::2] | bucket[1::2] << 5
-        high = np.zeros(pair.size // 4, dtype=np.int64)
-        for place_in_byte in range(4):
-            high |= (pair[place_in_byte::4] >> 8) << 2 * place_in_byte
-        return np.concatenate([pair.astype(np.uint8), high.astype(np.uint8)]), payload
+        high = (pair >> 8).reshape(-1, 4) @ (1 << _SHIFTS)
+        return np.concatenate([pair, high]).astype(np.uint8), payload
 
     def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
-        """Return the nibbles, two a byte.
-
-        Args:
-            numbers: of buckets; five bytes for 32 codes.
-            payload: the bits that follow.
-            zero: what every nibble is XORed with.
+        """Return the nibbles, two a byte, each XOR ``zero``: the way back of :meth:`encode`.
 
         Raises:
             ArtifactError: there are more or fewer bits than the buckets need.
@@ -154,26 +146,20 @@ class Table:
 
 
 class _Pairs(NamedTuple):
-    """For every pair of buckets, by its number of ten bits; both halves of a number are a word's.
+    """For every pair of buckets, by its ten bits; both halves of a number are a word's."""
 
-    ``width``: bits of both. ``shift``: how far those of the second move. ``mask``: which bits
-    count. ``start``: the first ranks.
-    """
-
-    width: NDArray[np.int64]
-    shift: NDArray[np.uint32]
-    mask: NDArray[np.uint32]
-    start: NDArray[np.uint32]
+    width: NDArray[np.int64]  # bits of both
+    shift: NDArray[np.uint32]  # how far those of the second move
+    mask: NDArray[np.uint32]  # which bits count
+    start: NDArray[np.uint32]  # the first ranks
 
 
 @lru_cache(maxsize=8)
 def _describe_pairs(widths: bytes) -> _Pairs:
     width, start = (bounds.astype(np.uint32) for bounds in _bound_buckets(widths))
     mask = (np.uint32(1) << width) - np.uint32(1)
-    number = np.arange(_BUCKETS**2)
-    first = number % _BUCKETS
-    second = number // _BUCKETS
 
+    second, first = np.divmod(np.arange(_BUCKETS**2), _BUCKETS)
     return _Pairs(
         width=(width[first] + width[second]).astype(np.int64),
         shift=_UPPER - width[first],
@@ -191,7 +177,7 @@ def _bound_buckets(widths: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @lru_cache(maxsize=8)
 def _rank_words(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
-    """Return all words by rank, cheap ones first, equal ones by number; each nibble XOR ``zero``."""
+    """Return all words, cheap ones first, equal ones by number; each nibble XOR ``zero``."""
     cost = np.frombuffer(costs, dtype=np.uint8).astype(np.uint16)
     for _ in range(2):  # of 16 codes to 256 pairs of them to all words
         cost = np.add.outer(cost, cost).reshape(-1)
@@ -204,14 +190,10 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
     """Return the widths of the buckets that need fewest bits.
 
     Halving a bucket saves one bit for each of its words, whatever else is cut, so the fullest is
-    halved next.
-
-    Args:
-        expected_before: share of words in front of every rank, and 1 behind the last.
+    halved next. ``expected_before``: share of words in front of every rank, and 1 behind the last.
     """
-    waiting = [
-        (-1.0, 0, _WORD_BITS)
-    ]  # negative share, first rank, width: a heap has the least on top
+    # Negative share, first rank, width: a heap has the least on top.
+    waiting = [(-1.0, 0, _WORD_BITS)]
     single: list[tuple[float, int, int]] = []
     while len(waiting) + len(single) < _BUCKETS:
         bucket = heapq.heappop(waiting)

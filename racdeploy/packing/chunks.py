@@ -1,25 +1,24 @@
-"""Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes that are not zero.
+"""Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes not zero.
 
-Four-bit codes have no mask of their own: words of four are stored, zeros included, as ``buckets.py``
-says. The form is that of docs/racgguf.md. A chunk holds at most ``CHUNK_WEIGHTS`` weights and
-depends on no other, so memory stays at one chunk in both directions.
+Four-bit codes have no mask: words of four are stored, zeros included, as ``buckets.py`` says. A
+chunk depends on no other, so memory stays at one chunk. The form: docs/racgguf.md.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.buckets import TABLE_BYTES, Table
+from racdeploy.packing.bits import Bytes
+from racdeploy.packing.buckets import Table
 from racdeploy.packing.fives import deposit
 from racdeploy.packing.layouts import CHUNK_WEIGHTS, Layout
 
-Bytes = NDArray[np.uint8]
 Take = Callable[[int], Bytes]
 """Returns that many further bytes, or raises ArtifactError where there are fewer."""
 LEAST_WORD_WEIGHTS = 4096
@@ -51,12 +50,6 @@ class Taker:
         return self._stored[start : start + count]
 
 
-def cut(layout: Layout, plain: Bytes) -> Iterator[Bytes]:
-    """Yield the bytes of a tensor in chunks of whole blocks."""
-    for start in range(0, plain.size, layout.chunk_bytes):
-        yield plain[start : start + layout.chunk_bytes]
-
-
 def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
     """Return how many codes of a chunk are zero and how many not; of words, how many are which."""
     codes = _split_codes(layout, plain)
@@ -67,33 +60,10 @@ def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
     return np.array([codes.size - kept, kept])
 
 
-def fit_table(layout: Layout, tallied: NDArray[np.int64]) -> Table | None:
-    """Return the table in front of a tensor with these codes, if its number format has one."""
-    return Table.fit(tallied) if layout.in_words else None
-
-
-def read_table(layout: Layout, take: Take) -> Table | None:
-    """Return the table in front of a tensor, if its number format has one.
-
-    Raises:
-        ArtifactError: it is damaged.
-    """
-    if not layout.in_words:
-        return None
-    return Table.read(take(TABLE_BYTES).tobytes())
-
-
 def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = None) -> bytes:
-    """Return the record of a chunk.
-
-    Args:
-        layout: its number format.
-        plain: its bytes.
-        index: its place in the tensor.
-        table: of the tensor, where its codes are in words.
-    """
+    """Return the record of a chunk, the ``index``-th of its tensor; words have a table."""
     blocks_GP = plain.reshape(-1, layout.block_bytes)
-    heads = [np.ascontiguousarray(blocks_GP[:, place]) for place in range(layout.head_bytes)]
+    heads = _split_columns(blocks_GP[:, : layout.head_bytes])
     planes = [_encode(head, _MOST_HEAD_BITS) for head in heads]
 
     codes = _split_codes(layout, plain)
@@ -103,6 +73,7 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
     else:
         keep = codes != 0
         first = np.packbits(keep, bitorder="little")
+
         slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
         most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
         planes += [_encode(plane, most_bits) for plane in _split_planes(layout, codes[keep])]
@@ -115,13 +86,7 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
 def unpack_chunk(
     layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
 ) -> Bytes:
-    """Return the bytes of the next chunk.
-
-    Args:
-        layout: its number format.
-        take: gives the record, piece by piece.
-        table: of the tensor, where its codes are in words.
-        most_weights: a chunk with more is refused before anything is allocated.
+    """Return the bytes of the next chunk; one of more weights is refused before it is allocated.
 
     Raises:
         ArtifactError: the record contradicts itself or ends early.
@@ -131,7 +96,8 @@ def unpack_chunk(
     if not 0 < weights <= most_weights:
         raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
 
-    first = take(5 * blocks if table else -(-weights // 8))  # buckets, or a mask
+    # Numbers of buckets or a mask, then planes: those of heads, then those of codes.
+    first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
     if table:
         codes = table.decode(first, take(sizes[0]), layout.zero)
@@ -157,12 +123,12 @@ def _split_codes(layout: Layout, plain: Bytes) -> NDArray[Any]:
 
 
 def _expand(mask: Bytes, weights: int, sizes: list[int], take: Take) -> NDArray[Any]:
-    """Return all codes, of which the bytes of those that are not zero are in planes of these sizes."""
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
 
     kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
     planes = [_decode(size, kept.size, take) for size in sizes]
+
     codes = np.zeros(weights, dtype=f"<u{len(planes)}")
     if len(planes) == 1:
         codes[kept] = planes[0]
@@ -177,12 +143,15 @@ def _split_planes(layout: Layout, codes: NDArray[Any]) -> list[Bytes]:
     Of five bits four make a plane, two codes a byte, and the fifth another.
     """
     if not layout.in_fives:
-        rows = codes.view(np.uint8).reshape(-1, codes.itemsize)
-        return [np.ascontiguousarray(rows[:, place]) for place in range(codes.itemsize)]
+        return _split_columns(codes.view(np.uint8).reshape(-1, codes.itemsize))
 
     nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
     nibbles[: codes.size] = codes & 15
     return [nibbles[::2] | nibbles[1::2] << np.uint8(4), np.packbits(codes >> 4, bitorder="little")]
+
+
+def _split_columns(rows: Bytes) -> list[Bytes]:
+    return list(np.ascontiguousarray(rows.T))
 
 
 def _encode(plane: Bytes, most_bits: float) -> tuple[int, bytes]:

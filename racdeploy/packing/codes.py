@@ -9,23 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
+from racdeploy.packing.bits import Bytes
 from racdeploy.packing.layouts import LAYOUTS, Layout
 
-Bytes = NDArray[np.uint8]
 _LEAST_SAVING = 0.03  # of the bytes of a tensor
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of one number format.
+    """Codes of one number format; ``zero`` is the one that is left out."""
 
-    Args:
-        dtype: unsigned, as wide as a code.
-        zero: the code that is left out.
-        layout: how the chunks of the container hold them.
-    """
-
-    dtype: np.dtype[Any]
+    dtype: np.dtype[Any]  # unsigned, as wide as a code
     zero: int
     layout: Layout
 
@@ -53,10 +47,7 @@ BY_DTYPE = {"<f4": BY_QUANT["f32"], "<f2": BY_QUANT["f16"], "|u1": BY_QUANT["mat
 def refuse_mask(zeros_fraction: float, code_bits: float, bits: float) -> str:
     """Return why a mask does not pay, or an empty string.
 
-    Args:
-        zeros_fraction: of the tensor, 0 to 1.
-        code_bits: bits of a code, which each zero saves.
-        bits: of a weight, scales included.
+    A zero saves the ``code_bits`` of its code; a weight has ``bits``, scales included.
     """
     saved_bits = zeros_fraction * code_bits - 1
     if saved_bits >= _LEAST_SAVING * bits:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.packing.bits import find_places, read_windows
+from racdeploy.packing.bits import Bytes, find_places, read_windows
 
-Bytes = NDArray[np.uint8]
 _WORD, _EIGHT = np.dtype("<u8"), np.dtype("<u2")
 # Arrays of no dimension: numpy takes half as long over them as over its scalars.
 _5, _31 = np.array(5), np.array(31)
@@ -94,20 +93,16 @@ def _spread(nibbles: NDArray[np.uint32], look: _Look, byte: NDArray[np.intp]) ->
 class _Look(NamedTuple):
     """What to do for each byte of a mask.
 
-    Args:
-        width: bits of its nibbles.
-        word, half: factors that move the nibbles behind those of the lower half, of a word and of
-            its halves, to the upper half.
-        stay, move: the nibbles that are in their places then, and those that move by four bits.
-        fifths: for each quarter of a block, by the byte and the bits behind it: the fifth bits.
+    ``word`` and ``half`` are factors that move the nibbles behind those of the lower half, of a
+    word and of its halves, to the upper half.
     """
 
-    width: NDArray[np.int64]
+    width: NDArray[np.int64]  # bits of its nibbles
     word: NDArray[np.uint32]
     half: NDArray[np.uint32]
-    stay: NDArray[np.uint32]
-    move: NDArray[np.uint32]
-    fifths: list[NDArray[np.uint32]]
+    stay: NDArray[np.uint32]  # the nibbles that are in their places then
+    move: NDArray[np.uint32]  # and those that move by four bits
+    fifths: list[NDArray[np.uint32]]  # of each quarter, by the byte and the bits behind it
 
 
 @cache
@@ -141,6 +136,7 @@ def _place_fifths(keep_X8: NDArray[np.int64]) -> NDArray[np.uint32]:
     before_X8 = np.cumsum(keep_X8, axis=1) - keep_X8
     eight = np.arange(256)[:, None]
     fifths = np.zeros((256, 256), dtype=np.uint32)
+
     for weight in range(8):
         bit = eight >> before_X8[:, weight] & keep_X8[:, weight]
         place = weight // 2 + weight % 2 * 16
@@ -151,10 +147,7 @@ def _place_fifths(keep_X8: NDArray[np.int64]) -> NDArray[np.uint32]:
 def _find_factors(keep_X8: NDArray[np.int64], half: int, kind: str) -> NDArray[np.uint32]:
     """Return, by mask, the power of 16 that moves the nibbles of each lane's upper half into it.
 
-    Args:
-        keep_X8: the masks.
-        half: weights of half a lane.
-        kind: of a lane.
+    ``half``: weights of half a lane; ``kind``: the type of a lane.
     """
     lower = keep_X8.reshape(256, -1, 2, half)[:, :, 0].sum(-1)
     factors: NDArray[np.uint32] = (16 ** (half - lower)).astype(kind).view(np.uint32)

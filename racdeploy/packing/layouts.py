@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.packing.bits import Bytes
 from racdeploy.storage.ggml_types import GGML_TYPES
 
-Bytes = NDArray[np.uint8]
 CHUNK_WEIGHTS = 262144
 """Most weights of a chunk."""
 
@@ -32,10 +32,7 @@ class Layout:
     """One number format.
 
     Args:
-        name: of the quant.
-        block_weights: weights of a block.
-        block_bytes: its size in the file.
-        head_bytes: its bytes that belong to no single weight, in front.
+        head_bytes: bytes of a block that belong to no single weight, in front.
         widths: bits of each field of a code, low ones first.
         split: from the bytes of blocks behind their heads to codes, an unsigned number each; two a
             byte, low bits first, where they have four bits.

@@ -1,8 +1,9 @@
 """Packed weights beside an ONNX graph: ``MODEL.onnx_packed``, joined when the graph is loaded.
 
-The graph names each such tensor as external data in ``PLACE``, a file that is never there, so that a program which
-does not join it fails instead of reading something else. The form: eight bytes ``RACONNX1``, the length of a JSON
-header in eight bytes, the header, and the chunks of each tensor, as in a .racgguf file. Needs numpy alone.
+The graph names each such tensor as external data in ``PLACE``, a file that is never there, so that
+a program which does not join it fails instead of reading something else. The form: eight bytes
+``RACONNX1``, the length of a JSON header in eight bytes, the header, and the chunks of each tensor,
+as in a .racgguf file. Needs numpy alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.chunks import Taker, cut, pack_chunk, unpack_chunk
+from racdeploy.packing.chunks import Taker, pack_chunk, unpack_chunk
 from racdeploy.packing.codes import BY_DTYPE, Codes
 
 PLACE = "racdeploy.load_sidecar"
@@ -39,9 +41,10 @@ def has_sidecar(model: Path) -> bool:
 
 
 def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
-    """Return the tensors packed beside a graph, by their names in it; none where there is no such file.
+    """Return the tensors packed beside a graph, by their names in it; none without such a file.
 
-    Give them to ``onnxruntime.SessionOptions.add_external_initializers``, and keep them as long as the session.
+    Give them to ``onnxruntime.SessionOptions.add_external_initializers``, and keep them as long as
+    the session.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -57,7 +60,6 @@ class Sidecar:
     """An open file of packed weights.
 
     Args:
-        file: where it is.
         header: dtype, shape, start and size_bytes of each tensor, by its name in the graph.
         origin: where the chunks begin.
     """
@@ -88,25 +90,17 @@ class Sidecar:
             ArtifactError: it is not there, or damaged.
         """
         if name not in self.header:
-            raise ArtifactError(
-                f"{self.file} lacks {name!r}", remedy="copy the model and this file together"
-            )
+            remedy = "copy the model and this file together"
+            raise ArtifactError(f"{self.file} lacks {name!r}", remedy=remedy)
+
         entry = self.header[name]
-        stored = np.fromfile(
-            self.file,
-            dtype=np.uint8,
-            count=entry["size_bytes"],
-            offset=self.origin + entry["start"],
-        )
+        start = self.origin + entry["start"]
+        stored = np.fromfile(self.file, np.uint8, count=entry["size_bytes"], offset=start)
         return _join(Taker(stored), entry, BY_DTYPE[entry["dtype"]])
 
 
 class Writer:
-    """Writes packed tensors one after another, and the file when it is closed.
-
-    Args:
-        file: where to.
-    """
+    """Writes packed tensors one after another, and the file when it is closed."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -116,19 +110,17 @@ class Writer:
 
     def add(self, name: str, values: NDArray[Any]) -> int:
         """Pack one tensor; return the bytes that it takes."""
-        codes = BY_DTYPE[values.dtype.str]
+        layout = BY_DTYPE[values.dtype.str].layout
         start = self._sink.tell()
         plain = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        for index, chunk in enumerate(cut(codes.layout, plain)):
-            self._sink.write(pack_chunk(codes.layout, chunk, index))
+
+        for index, first in enumerate(range(0, plain.size, layout.chunk_bytes)):
+            chunk = plain[first : first + layout.chunk_bytes]
+            self._sink.write(pack_chunk(layout, chunk, index))
+
         size_bytes = self._sink.tell() - start
-        dtype, shape = values.dtype.str, list(values.shape)
-        self._header[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "start": start,
-            "size_bytes": size_bytes,
-        }
+        entry = {"dtype": values.dtype.str, "shape": list(values.shape), "start": start}
+        self._header[name] = {**entry, "size_bytes": size_bytes}
         return size_bytes
 
     def close(self) -> None:
@@ -136,50 +128,48 @@ class Writer:
         self._sink.close()
         if self._header:
             header = json.dumps(self._header, sort_keys=True).encode()
+
             with self._file.open("wb") as out, self._data.open("rb") as chunks:
-                out.write(_MAGIC + struct.pack("<Q", len(header)) + header)
-                while piece := chunks.read(1 << 20):
-                    out.write(piece)
+                out.write(_MAGIC + struct.pack("<Q", len(header)))
+                out.write(header)
+                shutil.copyfileobj(chunks, out, 1 << 20)
                 out.flush()
                 os.fsync(out.fileno())
+
         self._data.unlink()
 
 
 def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return what is in the file, by name, and where its chunks begin; each tensor lies in it and can be that large."""
-    size_bytes = file.stat().st_size
+    """Return the checked entries of the file, and where its chunks begin."""
+    again = "copy it again"
     with file.open("rb") as stream:
         start = stream.read(16)
         length = int.from_bytes(start[8:], "little")
-        if (
-            start[:8] != _MAGIC
-            or len(start) < 16
-            or length > min(size_bytes - 16, _MOST_HEADER_BYTES)
-        ):
-            raise ArtifactError(f"{file} holds no packed weights", remedy="copy it again")
+        data_bytes = file.stat().st_size - 16 - length
+        whole = len(start) == 16 and data_bytes >= 0 and length <= _MOST_HEADER_BYTES
+        if start[:8] != _MAGIC or not whole:
+            raise ArtifactError(f"{file} holds no packed weights", remedy=again)
+
         try:
             header = json.loads(stream.read(length))
             for name, entry in header.items():
-                _check(name, entry, size_bytes - 16 - length)
+                _check(name, entry, data_bytes)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ArtifactError(
-                f"{file} has a damaged header: {error}", remedy="copy it again"
-            ) from error
+            raise ArtifactError(f"{file} has a damaged header: {error}", remedy=again) from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{file} describes its weights wrongly: {error}", remedy="copy it again"
-            ) from error
+            message = f"{file} describes its weights wrongly: {error}"
+            raise ArtifactError(message, remedy=again) from error
+
     return header, 16 + length
 
 
 def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
     shape, start, stored = entry["shape"], entry["start"], entry["size_bytes"]
     numbers = [*shape, start, stored]
-    if (
-        not all(type(number) is int and number >= 0 for number in numbers)
-        or entry["dtype"] not in BY_DTYPE
-    ):
+    counts = all(type(number) is int and number >= 0 for number in numbers)
+    if not counts or entry["dtype"] not in BY_DTYPE:
         raise ValueError(f"{name!r} is {entry}")
+
     if start + stored > data_bytes or math.prod(shape) > _MOST_PACKED * stored:
         raise ValueError(
             f"{name!r} lies outside the file, or is larger than its {stored} bytes can be"
@@ -188,17 +178,16 @@ def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
 
 def _join(take: Taker, entry: dict[str, Any], codes: Codes) -> NDArray[Any]:
     plain = np.empty(math.prod(entry["shape"]) * codes.dtype.itemsize, dtype=np.uint8)
+    again = "copy the file again"
+
     done = 0
     while take.left:
         chunk = unpack_chunk(codes.layout, take)
         if done + chunk.size > plain.size:
-            raise ArtifactError(
-                "packed weights are more than their shape says", remedy="copy the file again"
-            )
+            raise ArtifactError("packed weights are more than their shape says", remedy=again)
         plain[done : done + chunk.size] = chunk
         done += chunk.size
+
     if done != plain.size:
-        raise ArtifactError(
-            "packed weights are fewer than their shape says", remedy="copy the file again"
-        )
+        raise ArtifactError("packed weights are fewer than their shape says", remedy=again)
     return np.asarray(plain.view(entry["dtype"]).reshape(entry["shape"]))

@@ -1,4 +1,4 @@
-"""The sparse matrices of the kernels in numpy: of each 256 weights of a row a head, and the codes kept.
+"""The sparse matrices of the kernels: of each 256 weights of a row a head, and the codes kept.
 
 A head is 8 scales in half precision, where the number format has scales, and a mask of 256 bits,
 low bits first. With scales the bits stand for the weights in chunks: first weights 0 to 7 of each
@@ -33,7 +33,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Kind:
-    """One number format.
+    """One number format; a packed row has its codes, then its scales.
 
     Args:
         ggml_type: ggml's number of the format that has the same codes and scales.
@@ -49,19 +49,15 @@ class Kind:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of a group's head."""
         return _MASK_BYTES + self.scale_bytes(_GROUP)
 
     def scale_bytes(self, I: int) -> int:
-        """Bytes of the scales of a row."""
         return I // BLOCK * _SCALE_BYTES if self.scaled else 0
 
     def code_bytes(self, I: int) -> int:
-        """Bytes of the codes of a row, which scales follow in a packed row."""
         return I * self.bits // 8
 
     def row_length(self, row_bytes: int) -> int:
-        """Weights of a packed row."""
         return row_bytes * BLOCK // (self.code_bytes(BLOCK) + self.scale_bytes(BLOCK))
 
 
@@ -88,17 +84,11 @@ def accel_name(model: str) -> str:
 
 @dataclass(frozen=True)
 class SparseMatrix:
-    """A matrix of O rows, as the kernels read it.
-
-    Args:
-        heads_OP: uint8.
-        values: uint8, with the slack behind them.
-        offsets: int64, O + 1 of them.
-    """
+    """A matrix of O rows, as the kernels read it."""
 
     heads_OP: Bytes
-    values: Bytes
-    offsets: NDArray[np.int64]
+    values: Bytes  # the slack behind them
+    offsets: NDArray[np.int64]  # O + 1 of them
 
 
 def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
@@ -112,12 +102,15 @@ def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
     step = max(1, _SLAB_WEIGHTS // I)
     for start in range(0, O, step):
         rows_OP = packed_OP[start : start + step]
-        code_OI = _order_by_bits(kind, _read_codes(kind, rows_OP[:, :code_bytes]))
+        code_OI = _unpack_codes(kind, rows_OP[:, :code_bytes])
+        code_OI = _order_by_bits(kind, code_OI)
         keep_OI = code_OI != kind.zero
         heads.append(_join_heads(kind, keep_OI, rows_OP[:, code_bytes:]))
 
         place, bytes_O = _find_places(kind, keep_OI)
-        values.append(_write_values(kind, code_OI[keep_OI], place, int(bytes_O.sum())))
+        slots = np.zeros(int(bytes_O.sum()) * 8 // kind.bits, dtype=code_OI.dtype)
+        slots[place] = code_OI[keep_OI]
+        values.append(_pack_codes(kind, slots))
         offsets[start + 1 : start + 1 + step] = bytes_O
 
     slack = np.zeros(SLACK_BYTES, np.uint8)
@@ -131,41 +124,53 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
         ValueError: heads, values and offsets do not fit each other, or not rows of that length.
     """
     _check(kind, matrix, I)
-    O, offsets = len(matrix.heads_OP), matrix.offsets
+    O = len(matrix.heads_OP)
     code_bytes, scale_bytes = kind.code_bytes(I), kind.scale_bytes(I)
     packed_OP = np.empty((O, code_bytes + scale_bytes), dtype=np.uint8)
 
     step = max(1, _SLAB_WEIGHTS // I)
     for start in range(0, O, step):
-        stop = min(start + step, O)
-        scale_OP, keep_OI = _split_heads(kind, matrix.heads_OP[start:stop])
+        rows = slice(start, start + step)
+        scale_OP, keep_OI = _split_heads(kind, matrix.heads_OP[rows])
+        code_OI = _order_by_weights(kind, _restore_codes(kind, matrix, start, keep_OI))
         if _order_by_weights(kind, keep_OI)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
-        place, bytes_O = _find_places(kind, keep_OI)
-        if not np.array_equal(bytes_O, np.diff(offsets[start : stop + 1])):
-            raise ValueError("the masks of a row and its values are not equally many")
 
-        code_OI = np.full(keep_OI.shape, kind.zero, np.uint16 if kind.bits == 16 else np.uint8)
-        values = matrix.values[offsets[start] : offsets[stop]]
-        code_OI[keep_OI] = _read_values(kind, values, place)
+        packed_OP[rows, :code_bytes] = _pack_codes(kind, code_OI[:, :I])
+        packed_OP[rows, code_bytes:] = scale_OP[:, :scale_bytes]
 
-        code_OI = _order_by_weights(kind, code_OI)[:, :I]
-        packed_OP[start:stop, :code_bytes] = _write_codes(kind, code_OI)
-        packed_OP[start:stop, code_bytes:] = scale_OP[:, :scale_bytes]
     return packed_OP
+
+
+def _restore_codes(
+    kind: Kind, matrix: SparseMatrix, start: int, keep_OI: NDArray[np.bool_]
+) -> NDArray[Any]:
+    """Return the codes of rows from ``start`` on, in the order of their mask bits."""
+    place, bytes_O = _find_places(kind, keep_OI)
+    offsets = matrix.offsets[start : start + len(keep_OI) + 1]
+    if not np.array_equal(bytes_O, np.diff(offsets)):
+        raise ValueError("the masks of a row and its values are not equally many")
+
+    slots = _unpack_codes(kind, matrix.values[offsets[0] : offsets[-1]])
+    code_OI = np.full(keep_OI.shape, kind.zero, slots.dtype)
+    code_OI[keep_OI] = slots[place]
+    return code_OI
 
 
 def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
     O, P = matrix.heads_OP.shape
     offsets = matrix.offsets
-    fits = I >= 1 and I % BLOCK == 0 and -(-I // _GROUP) * kind.head_bytes == P
+
+    groups = -(-I // _GROUP)
+    fits = I >= 1 and I % BLOCK == 0 and groups * kind.head_bytes == P
     if not fits or offsets.shape != (O + 1,):
         raise ValueError(
             f"heads of shape {O} × {P} and {offsets.size} offsets are not of rows of {I} weights"
         )
 
-    ascending = bool((offsets[1:] >= offsets[:-1]).all())
-    if offsets[0] != 0 or not ascending or offsets[-1] != matrix.values.size - SLACK_BYTES:
+    ascending = bool((np.diff(offsets) >= 0).all())
+    end = matrix.values.size - SLACK_BYTES
+    if offsets[0] != 0 or not ascending or offsets[-1] != end:
         raise ValueError(
             f"the offsets do not end where the {matrix.values.size} bytes of values do"
         )
@@ -188,38 +193,34 @@ def _order_by_weights(kind: Kind, value_OI: NDArray[Any]) -> NDArray[Any]:
     return value_OI.reshape(len(value_OI), -1, 4, 8, 8).swapaxes(2, 3).reshape(len(value_OI), -1)
 
 
-def _read_codes(kind: Kind, code_OP: Bytes) -> NDArray[Any]:
-    """Return code_OI, one code in each element."""
+def _unpack_codes(kind: Kind, stored: Bytes) -> NDArray[Any]:
+    """Return one code in each element; of an array of rows, rows."""
     match kind.bits:
         case 4:
-            halves = code_OP & 15, code_OP >> 4
-            return np.stack(halves, axis=2).reshape(len(code_OP), -1)
+            halves = stored & 15, stored >> 4
+            return np.stack(halves, axis=-1).reshape(*stored.shape[:-1], -1)
         case 16:
-            return np.ascontiguousarray(code_OP).view("<u2")
-    return code_OP
+            return np.ascontiguousarray(stored).view("<u2")
+    return stored
 
 
-def _write_codes(kind: Kind, code_OI: NDArray[Any]) -> Bytes:
+def _pack_codes(kind: Kind, codes: NDArray[Any]) -> Bytes:
     match kind.bits:
         case 4:
-            return np.asarray(code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4))
+            return np.asarray(codes[..., ::2] | codes[..., 1::2] << np.uint8(4))
         case 16:
-            return code_OI.astype("<u2").view(np.uint8)
-    return code_OI
+            return codes.astype("<u2").view(np.uint8)
+    return codes
 
 
 def _join_heads(kind: Kind, keep_OI: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
     O, I = keep_OI.shape
-    groups = I // _GROUP
-    head_OGP = np.zeros((O, groups, kind.head_bytes), dtype=np.uint8)
-
-    mask_OP = np.packbits(keep_OI, axis=1, bitorder="little")
-    head_OGP[:, :, -_MASK_BYTES:] = mask_OP.reshape(O, groups, -1)
-
     # A row may end within a group, whose other scales are zero.
     padding = (0, 0), (0, kind.scale_bytes(I) - scale_OP.shape[1])
-    head_OGP[:, :, :-_MASK_BYTES] = np.pad(scale_OP, padding).reshape(O, groups, -1)
-    return head_OGP.reshape(O, -1)
+    scale_OGP = np.pad(scale_OP, padding).reshape(O, I // _GROUP, -1)
+    mask_OP = np.packbits(keep_OI, axis=1, bitorder="little")
+    mask_OGP = mask_OP.reshape(O, I // _GROUP, -1)
+    return np.concatenate([scale_OGP, mask_OGP], axis=2).reshape(O, -1)
 
 
 def _split_heads(kind: Kind, heads_OP: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:
@@ -231,42 +232,21 @@ def _split_heads(kind: Kind, heads_OP: Bytes) -> tuple[Bytes, NDArray[np.bool_]]
     return scale_OP, np.unpackbits(mask_OP, axis=1, bitorder="little").view(np.bool_)
 
 
-def _write_values(
-    kind: Kind, kept: NDArray[Any], place: NDArray[np.int64], size_bytes: int
-) -> Bytes:
-    if kind.bits != 4:
-        return kept.view(np.uint8)
-    nibbles = np.zeros(2 * size_bytes, dtype=np.uint8)
-    nibbles[place] = kept
-    return nibbles[::2] | nibbles[1::2] << np.uint8(4)
-
-
-def _read_values(kind: Kind, values: Bytes, place: NDArray[np.int64]) -> NDArray[Any]:
-    """Return the kept codes of rows whose values those are."""
-    match kind.bits:
-        case 4:
-            nibbles = np.stack([values & 15, values >> 4], axis=1).reshape(-1)
-            return np.asarray(nibbles[place])
-        case 16:
-            return np.ascontiguousarray(values).view("<u2")
-    return values
-
-
 def _find_places(
     kind: Kind, keep_OI: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the place of each kept code among half bytes, for codes of 4 bits, and bytes_O."""
+) -> tuple[NDArray[np.int64] | slice, NDArray[np.int64]]:
+    """Return the place of each kept code in the values of its rows, and bytes_O."""
     O, I = keep_OI.shape
     if kind.bits != 4:
-        bytes_O = np.count_nonzero(keep_OI, axis=1).astype(np.int64) * (kind.bits // 8)
-        return np.empty(0, dtype=np.int64), bytes_O
+        kept_O = np.count_nonzero(keep_OI, axis=1).astype(np.int64)
+        return slice(None), kept_O * (kind.bits // 8)
 
     # The first half of a group is in the low halves of the bytes, the second in the high ones:
     # each has its own rank in the row, which is the number of its byte.
     half = np.arange(I) // (_GROUP // 2) % 2
     rank_OI = np.empty((O, I), dtype=np.int64)
-    for which in (0, 1):
-        rank_OI[:, half == which] = np.cumsum(keep_OI[:, half == which], axis=1)
+    for columns in (half == 0, half == 1):
+        rank_OI[:, columns] = np.cumsum(keep_OI[:, columns], axis=1)
 
     # The longer stream says how many bytes the row has: its last rank is at the end of that half.
     last = [I - 1 - _GROUP // 2, I - 1]

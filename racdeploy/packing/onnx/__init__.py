@@ -1,1 +1,1 @@
-"""ONNX graphs on the disk: their files, the arrays of each tensor, and what packings put in their place."""
+"""ONNX graphs on the disk: their files, the arrays of each tensor, and their packings."""

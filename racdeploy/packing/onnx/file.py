@@ -1,7 +1,7 @@
-"""ONNX files: weights read one at a time, and written one at a time, beside the graph where they are many.
+"""ONNX files: weights are read and written one at a time.
 
-A graph of more than ``INLINE_BYTES`` keeps its weights in one file beside it, ``NAME.onnx_data``, which is a real file
-and the name that transformers.js expects. Paths that leave the folder are refused.
+A graph of more than ``INLINE_BYTES`` keeps its weights in one file beside it, ``NAME.onnx_data``,
+the name that transformers.js expects. Paths that leave the folder are refused.
 Source: ``onnx.proto``, ``TensorProto.external_data``.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -36,9 +36,8 @@ def load_graph(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{file} is not a readable ONNX file: {error}", remedy="copy or export it again"
-        ) from error
+        message = f"{file} is not a readable ONNX file: {error}"
+        raise ArtifactError(message, remedy="copy or export it again") from error
     if not model.HasField("graph") or not model.opset_import:
         raise ArtifactError(f"{file} holds no ONNX graph", remedy="copy or export it again")
     return model
@@ -48,19 +47,25 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     """Return the values of an initializer; those in another file are mapped, not read.
 
     Raises:
-        ArtifactError: its file is missing, shorter than it says, or outside the folder; or its bytes are too few.
+        ArtifactError: its file is missing, too short, or outside the folder; or its bytes are.
     """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         try:
             return np.asarray(numpy_helper.to_array(tensor))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"the values of {tensor.name!r} are damaged: {error}") from error
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    dtype, dims = (
-        np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)),
-        tuple(tensor.dims),
-    )
+
     size_bytes = array_bytes(tensor)
+    file, start = _locate(tensor, folder, size_bytes)
+    dtype, dims = _dtype(tensor), tuple(tensor.dims)
+    if not size_bytes:
+        return np.zeros(dims, dtype=dtype)
+    return np.memmap(file, dtype=dtype, mode="r", offset=start, shape=dims)
+
+
+def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Path, int]:
+    """Return the file that has so many bytes of an initializer, and where they begin in it."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
     file = (folder / location).resolve()
     if not location or not file.is_relative_to(folder.resolve()):
@@ -68,29 +73,31 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
             f"the values of {tensor.name!r} lie outside the folder of the model, in {location!r}"
         )
     if not file.is_file():
-        raise ArtifactError(
-            f"{file} is missing; it holds {tensor.name!r}", remedy="copy the whole folder"
-        )
+        message = f"{file} is missing; it holds {tensor.name!r}"
+        raise ArtifactError(message, remedy="copy the whole folder")
+
     try:
-        start, length = int(where.get("offset", 0)), int(where.get("length", size_bytes))
+        start = int(where.get("offset", 0))
+        length = int(where.get("length", size_bytes))
     except ValueError as error:
-        raise ArtifactError(
-            f"the place of {tensor.name!r} in {file} is no number: {where}"
-        ) from error
+        message = f"the place of {tensor.name!r} in {file} is no number: {where}"
+        raise ArtifactError(message) from error
+
     if start < 0 or length != size_bytes or start + length > file.stat().st_size:
         raise ArtifactError(
             f"{file} is shorter than the model says, or {tensor.name!r} has another size",
             remedy="copy it again",
         )
-    if not size_bytes:
-        return np.zeros(dims, dtype=dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=start, shape=dims)
+    return file, start
 
 
 def array_bytes(tensor: onnx.TensorProto) -> int:
     """Return how many bytes an initializer's values take."""
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return int(math.prod(tensor.dims)) * int(dtype.itemsize)
+    return int(math.prod(tensor.dims)) * _dtype(tensor).itemsize
+
+
+def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
 def write_model(
@@ -107,10 +114,8 @@ def write_model(
     Args:
         model: the graph; its initializers so far stay in front.
         arrays: name and values of each further initializer.
-        folder: where to.
-        name: of the graph's file.
         metadata: called when all arrays are written; replaces the graph's metadata properties.
-        inline_bytes: up to so many, the weights go into the graph's own file; INLINE_BYTES if not given.
+        inline_bytes: up to so many, INLINE_BYTES if not given, weights go into the graph's file.
     """
     data = folder / data_name(name)
     with data.open("wb") as sink:
@@ -118,14 +123,14 @@ def write_model(
             _add(model, key, values, sink, data.name)
         sink.flush()
         os.fsync(sink.fileno())
+
     if data.stat().st_size <= (INLINE_BYTES if inline_bytes is None else inline_bytes):
         for tensor in model.graph.initializer:
-            if any(
-                entry.key == "location" and entry.value == data.name
-                for entry in tensor.external_data
-            ):
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if data.name in locations:
                 _inline(tensor, folder)
         data.unlink()
+
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata()))
     with (folder / name).open("wb") as stream:
@@ -134,29 +139,25 @@ def write_model(
         os.fsync(stream.fileno())
 
 
-def _add(model: onnx.ModelProto, key: str, values: NDArray[Any], sink: Any, location: str) -> None:
-    tensor = model.graph.initializer.add()
-    tensor.name = key
+def _add(
+    model: onnx.ModelProto, key: str, values: NDArray[Any], sink: BinaryIO, location: str
+) -> None:
+    tensor = model.graph.initializer.add(name=key, dims=values.shape)
     tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    tensor.dims.extend(values.shape)
     if values.nbytes < _LEAST_EXTERNAL_BYTES:
         tensor.raw_data = values.tobytes()
         return
-    start = -(-sink.tell() // _ALIGNMENT) * _ALIGNMENT
-    sink.write(bytes(start - sink.tell()))
+
+    sink.write(bytes(-sink.tell() % _ALIGNMENT))
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for entry, value in (("location", location), ("offset", start), ("length", values.nbytes)):
-        tensor.external_data.add(key=entry, value=str(value))
-    for piece in _pieces(values):
-        sink.write(piece)
-
-
-def _pieces(values: NDArray[Any]) -> Iterator[memoryview]:
-    yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    tensor.external_data.add(key="location", value=location)
+    tensor.external_data.add(key="offset", value=str(sink.tell()))
+    tensor.external_data.add(key="length", value=str(values.nbytes))
+    sink.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def _inline(tensor: onnx.TensorProto, folder: Path) -> None:
-    raw = np.ascontiguousarray(read_array(tensor, folder)).tobytes()
+    raw = read_array(tensor, folder).tobytes()
     del tensor.external_data[:]
     tensor.data_location = onnx.TensorProto.DEFAULT
     tensor.raw_data = raw

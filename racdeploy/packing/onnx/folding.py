@@ -1,9 +1,8 @@
 """Nodes that join mask and codes inside an ONNX graph, and the proof that onnxruntime folds them.
 
-Mask bytes, BitwiseAnd with 1, 2, …, 128, Cast to one truth a weight, CumSum to the place of each kept code, times the
-truth so that a zero takes place 0, Gather, Reshape. Every node of it is a constant, so a session folds all of them when
-it loads; that is proved for each file with a real session, whose optimized graph must hold the plain weights and none
-of these nodes. NonZero and ScatterElements are never folded and would run for every token.
+Every node is a constant, so a session folds all of them when it loads; that is proved for each file
+with a real session, whose optimized graph must hold the plain weights and none of these nodes.
+NonZero and ScatterElements are never folded and would run for every token.
 """
 
 from __future__ import annotations
@@ -25,7 +24,20 @@ from racdeploy.packing.onnx.file import load_graph, read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX
 from racdeploy.storage import child
 
-_BITS, _FLAT, _AXIS = f"{PACKING_PREFIX}bits", f"{PACKING_PREFIX}flat", f"{PACKING_PREFIX}axis"
+_BITS = f"{PACKING_PREFIX}bits"
+_FLAT = f"{PACKING_PREFIX}flat"
+_AXIS = f"{PACKING_PREFIX}axis"
+# Operator, inputs, output and type of a Cast; ``~`` is the tensor: one truth a weight,
+# then the place of each kept code, times the truth so that a zero takes place 0.
+_NODES = (
+    ("BitwiseAnd", ("~.mask", _BITS), "~.bits", None),
+    ("Cast", ("~.bits",), "~.truths", TensorProto.BOOL),
+    ("Cast", ("~.truths",), "~.ones", TensorProto.INT32),
+    ("Reshape", ("~.ones", _FLAT), "~.keep", None),
+    ("CumSum", ("~.keep", _AXIS), "~.ranks", None),
+    ("Mul", ("~.ranks", "~.keep"), "~.places", None),
+    ("Gather", ("~.values", "~.places"), "~.flat", None),
+)
 
 
 def shared_arrays() -> list[tuple[str, NDArray[Any]]]:
@@ -39,27 +51,24 @@ def shared_arrays() -> list[tuple[str, NDArray[Any]]]:
 
 def join_nodes(name: str, shape: tuple[int, ...]) -> Iterator[onnx.NodeProto]:
     """Yield the nodes that make a tensor of that shape from ``NAME.mask`` and ``NAME.values``."""
+    for op, inputs, output, to in _NODES:
+        named = [key.replace("~", name) for key in inputs]
+        yield _make_node(op, named, output.replace("~", name), to=to)
 
-    def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
-        return helper.make_node(op, inputs, [output], PACKING_PREFIX + output, **attributes)
-
-    yield node("BitwiseAnd", [f"{name}.mask", _BITS], f"{name}.bits")
-    yield node("Cast", [f"{name}.bits"], f"{name}.truths", to=TensorProto.BOOL)
-    yield node("Cast", [f"{name}.truths"], f"{name}.ones", to=TensorProto.INT32)
-    yield node("Reshape", [f"{name}.ones", _FLAT], f"{name}.keep")
-    yield node("CumSum", [f"{name}.keep", _AXIS], f"{name}.ranks")
-    yield node("Mul", [f"{name}.ranks", f"{name}.keep"], f"{name}.places")
-    yield node("Gather", [f"{name}.values", f"{name}.places"], f"{name}.flat")
     extents = helper.make_tensor("shape", TensorProto.INT64, [len(shape)], list(shape))
-    yield node("Constant", [], f"{name}.shape", value=extents)
-    yield node("Reshape", [f"{name}.flat", f"{name}.shape"], name)
+    yield _make_node("Constant", [], f"{name}.shape", value=extents)
+    yield _make_node("Reshape", [f"{name}.flat", f"{name}.shape"], name)
+
+
+def _make_node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    """Make a node; an attribute that is None is left out."""
+    return helper.make_node(op, inputs, [output], PACKING_PREFIX + output, **attributes)
 
 
 def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
     """Load a packed graph in a real session, and look at what onnxruntime made of it.
 
     Args:
-        file: the graph.
         expected: SHA-256 of the values that each initializer must be folded into, by its name.
 
     Raises:
@@ -73,7 +82,8 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
         left = [node.name for node in model.graph.node if node.name.startswith(PACKING_PREFIX)]
         if left:
             raise EngineError(
-                f"onnxruntime does not fold the packed weights: it keeps {len(left)} nodes, {left[0]!r}"
+                "onnxruntime does not fold the packed weights: "
+                f"it keeps {len(left)} nodes, {left[0]!r}"
             )
 
         found = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -86,7 +96,7 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
 
 
 def _run_session(graph: Path, optimized: Path) -> None:
-    """Save the graph as a session optimizes it, in a child: it takes the memory of a whole model."""
+    """Save the graph as a session optimizes it, in a child: it takes a whole model's memory."""
     outcome = child.run_module(__name__, graph, optimized)
     if outcome.failure:
         raise EngineError(
@@ -96,7 +106,7 @@ def _run_session(graph: Path, optimized: Path) -> None:
 
 
 def main() -> None:
-    """Load a graph in a session and save what it optimized, its weights in a file beside it: GRAPH OPTIMIZED."""
+    """Load GRAPH in a session and save it as OPTIMIZED, its weights in a file beside it."""
     import onnxruntime
 
     graph, optimized = sys.argv[1:]

@@ -1,6 +1,6 @@
-"""Store the tensors of one ONNX graph, and read them back: as they are, where a packing does not say otherwise.
+"""Store the tensors of one ONNX graph as they are, and read them back; a packing overrides it.
 
-Importable without the ``onnx`` package, as every packing is: a recipe is checked on machines that export nothing.
+Importable without the ``onnx`` package: a recipe is checked on machines that export nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 NODE_PREFIX = "racdeploy/"
 """Begins the names of nodes that no exporter made."""
 PACKING_PREFIX = f"{NODE_PREFIX}unpack/"
-"""Begins the names of nodes and initializers that only a packing needs: the plain graph is without them."""
+"""Begins the names of nodes and initializers that only a packing needs."""
 
 
 def data_name(model: str) -> str:
@@ -32,12 +32,8 @@ def data_name(model: str) -> str:
 class Packer:
     """Stores every array of a graph as it is; a packing overrides what it does in another way.
 
-    ``PARTS`` end the names of the arrays that it stores of a tensor. ``sizes`` are the bytes of each tensor that was
-    stored, wherever they lie.
-
-    Args:
-        model: the graph, to be written or just read.
-        file: its place.
+    ``PARTS`` end the names of the arrays that it stores of a tensor. ``sizes`` are the bytes of
+    each tensor that was stored, wherever they lie.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ("", ".scales", ".zero_points")
@@ -49,19 +45,15 @@ class Packer:
 
     @classmethod
     def files_beside(cls, name: str) -> tuple[str, ...]:
-        """Return the names of the files that may lie beside a graph of that name, its plain weights apart."""
+        """Return the files that may lie beside a graph of that name, its plain weights apart."""
         return ()
 
     @classmethod
     def check_size(cls, weights: int) -> None:
-        """Refuse a model that is too large for the packing.
-
-        Raises:
-            UsageError: saying what would do instead.
-        """
+        """Refuse a model that is too large for the packing, with a UsageError."""
 
     def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        """Return why a tensor with that fraction of zeros is better stored plain, or an empty string."""
+        """Return why a tensor with that fraction of zeros stays plain, or an empty string."""
         return ""
 
     def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
@@ -83,7 +75,7 @@ class Packer:
     def read(
         self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
     ) -> tuple[Arrays, int]:
-        """Return the arrays of a tensor as they were given to :meth:`store`, and the bytes that they take.
+        """Return the arrays of a tensor as :meth:`store` got them, and the bytes that they take.
 
         Raises:
             ArtifactError: they are damaged.

@@ -1,14 +1,15 @@
-"""The second graph of packing ``bitmask_op``: linears as racdeploy's operator reads them, on packed initializers.
+"""The second graph of packing ``bitmask_op``: linears as racdeploy's operator reads them.
 
-Made from the finished plain graph, whose nodes it copies but for the products of packed linears. Its weights lie in
-``NAME.accel.onnx_data`` whatever their size, since onnxruntime maps that file and the operator reads it in place.
-What is written is read back and compared with the plain rows.
+Made from the finished plain graph, whose nodes it copies but for the products of packed linears.
+Its weights lie in ``NAME.accel.onnx_data`` whatever their size: onnxruntime maps that file and the
+operator reads it in place. What is written is read back and compared with the plain rows.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -49,15 +50,13 @@ _PARTS = (".heads", ".values", ".offsets")
 
 
 def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
-    """Write the second graph beside a plain one, whose weights it has.
+    """Write the second graph beside a plain one, and return a sentence about it.
+
+    It is not written where no tensor is packed.
 
     Args:
-        plain: a graph that was just written.
         packing: the plugin that reads the second one.
         zeros: fraction of zeros of each tensor to pack.
-
-    Returns:
-        What it is, in a sentence; it is not written where no tensor is packed.
 
     Raises:
         EngineError: what was written is not what was to be written.
@@ -75,23 +74,16 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
     properties[ACCEL_KEY] = json.dumps(_summarize(packed, zeros))
 
     stored = StoredArrays(model, plain)
-    constants = stored.constants(before)
+    arrays = chain(stored.constants(before), _convert(before, packed, stored))
     _rewire(model, packed)
-    write_model(
-        model,
-        chain(constants, _convert(before, packed, stored)),
-        plain.parent,
-        name,
-        lambda: properties,
-        inline_bytes=0,
-    )
+    write_model(model, arrays, plain.parent, name, lambda: properties, inline_bytes=0)
     _compare(plain, plain.with_name(name), packed)
 
     files = [file for file in plain.parent.iterdir() if file.name.startswith(name)]
     size_bytes = sum(file.stat().st_size for file in files)
     return (
-        f"{name} ({size_bytes / 1e6:,.1f} MB) has the same weights for racdeploy's operator, which multiplies "
-        f"{len(packed)} tensors as they are packed"
+        f"{name} ({size_bytes / 1e6:,.1f} MB) has the same weights for racdeploy's operator, "
+        f"which multiplies {len(packed)} tensors as they are packed"
     )
 
 
@@ -120,11 +112,11 @@ def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
     if kind is None or len(tensor.shape) != 2:
         raise ValueError(f"the operator knows no {tensor.quant} of shape {list(tensor.shape)}")
 
-    heads_OP, values, offsets = (
-        np.ascontiguousarray(arrays[tensor.name + part]) for part in _PARTS
-    )
+    parts = [np.ascontiguousarray(arrays[tensor.name + part]) for part in _PARTS]
+    heads_OP, values, offsets = parts
+
     shapes = heads_OP.ndim, len(heads_OP), values.ndim, offsets.ndim
-    types = heads_OP.dtype.name, values.dtype.name, offsets.dtype.name
+    types = tuple(part.dtype.name for part in parts)
     if shapes != (2, tensor.shape[0], 1, 1) or types != ("uint8", "uint8", "int64"):
         raise ValueError(f"heads, values and offsets are {types} with {shapes} dimensions and rows")
     return join(kind, SparseMatrix(heads_OP, values, offsets), tensor.shape[1])
@@ -136,12 +128,13 @@ def _convert(
     """Yield the arrays of the second graph, one tensor at a time."""
     for tensor in tensors:
         arrays, _ = stored.take(tensor)
-        if tensor.name not in packed:
-            yield from arrays.items()
-            continue
-        matrix = split(KINDS[tensor.quant], join_arrays(tensor, arrays))
-        parts = matrix.heads_OP, matrix.values, matrix.offsets
-        yield from zip((tensor.name + part for part in _PARTS), parts, strict=True)
+        if tensor.name in packed:
+            matrix = split(KINDS[tensor.quant], join_arrays(tensor, arrays))
+            parts = matrix.heads_OP, matrix.values, matrix.offsets
+            names = [tensor.name + part for part in _PARTS]
+            arrays = dict(zip(names, parts, strict=True))
+
+        yield from arrays.items()
 
 
 def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
@@ -153,15 +146,14 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
             node = _make_product(node, packed[widened[node.input[1]]])
         nodes.append(node)
 
-    read = {name for node in nodes for name in node.input}
-    read |= {value.name for value in model.graph.output}
-    left = [
-        node
-        for node in nodes
-        if not node.name.startswith(NODE_PREFIX) or read.intersection(node.output)
-    ]
     del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(left)
+    read = {value.name for value in model.graph.output}
+    for node in nodes:
+        read.update(node.input)
+
+    for node in nodes:
+        if not node.name.startswith(NODE_PREFIX) or read.intersection(node.output):
+            model.graph.node.append(node)
     model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, LAYOUT))
 
 
@@ -175,14 +167,14 @@ def _make_product(node: onnx.NodeProto, tensor: GraphTensor) -> onnx.NodeProto:
 
 
 def _summarize(packed: Mapping[str, GraphTensor], zeros: Mapping[str, float]) -> list[Packed]:
-    """Return for each number format how many weights are packed, and the fraction of zeros among them."""
-    weights: dict[int, int] = {}
-    zero_counts: dict[int, float] = {}
+    """Return how many weights of each number format are packed, and the zeros among them."""
+    weights: Counter[int] = Counter()
+    zero_counts: defaultdict[int, float] = defaultdict(float)
     for name, tensor in packed.items():
         ggml_type = KINDS[tensor.quant].ggml_type
         count = math.prod(tensor.shape)
-        weights[ggml_type] = weights.get(ggml_type, 0) + count
-        zero_counts[ggml_type] = zero_counts.get(ggml_type, 0.0) + count * zeros[name]
+        weights[ggml_type] += count
+        zero_counts[ggml_type] += count * zeros[name]
 
     return [
         {"quant": ggml_type, "weights": count, "zeros": zero_counts[ggml_type] / count}
@@ -192,7 +184,9 @@ def _summarize(packed: Mapping[str, GraphTensor], zeros: Mapping[str, float]) ->
 
 def _compare(plain: Path, accel: Path, packed: Mapping[str, GraphTensor]) -> None:
     """Read the packed tensors back from the disk and compare them with the plain ones."""
-    before, after = (StoredArrays(load_graph(file), file) for file in (plain, accel))
+    before = StoredArrays(load_graph(plain), plain)
+    after = StoredArrays(load_graph(accel), accel)
+
     for tensor in packed.values():
         expected, _ = before.take(replace(tensor, packing="plain"))
         found, _ = after.take(tensor)

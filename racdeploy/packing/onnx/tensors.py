@@ -1,8 +1,8 @@
-"""The tensors of an ONNX graph that racdeploy wrote: what the graph says of them, and the arrays of each.
+"""The tensors of an ONNX graph that racdeploy wrote: what it says of them, and the arrays of each.
 
-A linear in f32 or f16 is stored inputs first, as MatMul takes it. In a block format it has three axes, and an embedding
-looks its rows up in the same codes. The array that zeros are counted in, and that a packing packs, has the tensor's own
-name. A graph names the packing of each tensor, and that packing reads it back.
+A linear in f32 or f16 is stored inputs first, as MatMul takes it. In a block format it has three
+axes, and an embedding looks its rows up in the same codes. The array that zeros are counted in, and
+that a packing packs, has the tensor's own name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class GraphTensor:
     Args:
         name: in the checkpoint and in the file.
         shape: as in the checkpoint, outputs first.
-        quant: its number format.
         looked_up: whether a Gather reads it, so that rows stay together.
-        packing: how it is stored.
     """
 
     name: str
@@ -44,16 +42,6 @@ class GraphTensor:
     quant: str
     looked_up: bool
     packing: str = "plain"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a reader of the file must know."""
-        values = {
-            "name": self.name,
-            "shape": self.shape,
-            "quant": self.quant,
-            "looked_up": self.looked_up,
-        }
-        return values | ({} if self.packing == "plain" else {"packing": self.packing})
 
     @property
     def is_blocks(self) -> bool:
@@ -67,7 +55,7 @@ class GraphTensor:
 
 
 def read_tensors(properties: dict[str, str], path: Path) -> list[GraphTensor]:
-    """Return what a graph says of its tensors; a graph that racdeploy did not write says nothing.
+    """Return what a graph says of its tensors; nothing where racdeploy did not write it.
 
     Raises:
         ArtifactError: what it says is damaged.
@@ -75,9 +63,8 @@ def read_tensors(properties: dict[str, str], path: Path) -> list[GraphTensor]:
     try:
         return [_read_tensor(**values) for values in json.loads(properties.get(TENSORS_KEY, "[]"))]
     except (json.JSONDecodeError, RecursionError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: its list of tensors is damaged: {error}", remedy="export it again"
-        ) from error
+        message = f"{path}: its list of tensors is damaged: {error}"
+        raise ArtifactError(message, remedy="export it again") from error
 
 
 def _read_tensor(
@@ -92,7 +79,11 @@ def _read_tensor(
 
 def list_tensors(tensors: list[GraphTensor]) -> str:
     """Return the property under :data:`TENSORS_KEY` that :func:`read_tensors` reads."""
-    return json.dumps([tensor.to_json() for tensor in tensors])
+    listed = [vars(tensor).copy() for tensor in tensors]
+    for values in listed:
+        if values["packing"] == "plain":
+            del values["packing"]
+    return json.dumps(listed)
 
 
 def split_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
@@ -107,8 +98,10 @@ def split_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
 def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
     """Return the arrays of blocks as MatMulNBits takes them, or a lookup."""
     O, I = tensor.shape
-    code_OP = blocks.code_OP
-    codes = code_OP if tensor.looked_up else code_OP.reshape(O, I // BLOCK, -1)
+    codes = blocks.code_OP
+    if not tensor.looked_up:
+        codes = codes.reshape(O, I // BLOCK, -1)
+
     arrays: Arrays = {
         tensor.name: np.ascontiguousarray(codes),
         f"{tensor.name}.scales": blocks.scale_OG.astype(np.float32),
@@ -130,7 +123,7 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
         values = np.ascontiguousarray(main.T if tensor.turned else main)
         return values.reshape(1 if values.ndim == 1 else len(values), -1).view(np.uint8)
 
-    # The file has scales in float32, which the operator takes; the rows have them as they were computed.
+    # The file has scales in float32, which the operator takes; the rows in half precision.
     scale_OG = arrays[f"{tensor.name}.scales"]
     with np.errstate(over="ignore"):
         half_OG = scale_OG.astype("<f2")
@@ -144,12 +137,7 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
 
 
 class StoredArrays:
-    """The arrays of a graph, tensor by tensor; ``left`` are the initializers that nobody asked for.
-
-    Args:
-        model: the graph.
-        path: its file.
-    """
+    """The arrays of a graph, tensor by tensor; ``left`` are those that nobody asked for."""
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
         self.left = {

@@ -1,7 +1,7 @@
-"""Bitmask: one bit a weight says which codes are not zero, and only those are stored; four-bit codes go in words.
+"""Bitmask: a bit a weight says which codes are not zero and stored; four-bit codes go in words.
 
-The form of the bytes is in docs/racgguf.md, the number formats in ``packing/layouts.py``. What is unpacked is the same
-bytes for any input: negative zeros, scales of blocks of zeros and codes of any value.
+The form of the bytes: docs/racgguf.md. What is unpacked is the same bytes for any input: negative
+zeros, scales of blocks of zeros and codes of any value.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.packing import racgguf
-from racdeploy.packing.buckets import Table
-from racdeploy.packing.chunks import (
-    LEAST_WORD_WEIGHTS,
-    fit_table,
-    pack_chunk,
-    read_table,
-    tally,
-    unpack_chunk,
-)
+from racdeploy.packing.buckets import TABLE_BYTES, Table
+from racdeploy.packing.chunks import LEAST_WORD_WEIGHTS, pack_chunk, tally, unpack_chunk
 from racdeploy.packing.codes import refuse_mask
 from racdeploy.packing.layouts import CHUNK_WEIGHTS, LAYOUTS
 from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor, read_pieces
@@ -38,7 +31,7 @@ _K_QUANTS = range(10, 16)
 
 
 def fits(quant: str, zeros_fraction: float) -> str:
-    """Return why a tensor of that number format and share of zeros is better stored plain, or an empty string."""
+    """Return why such a tensor is better stored plain, or an empty string."""
     return _refuse(quants.load_ggml(quant).GGML_TYPE, zeros_fraction)
 
 
@@ -55,29 +48,32 @@ def pack_file(plain: Path, out: Path) -> tuple[PackedTensor, ...]:
 class TensorPacker:
     """Packs the tensors of a file, after it has counted the codes of all of them.
 
-    Tensors of one number format with about as many zeros share a table: it is built once to unpack them, and a tensor
-    of its own has hardly a better one.
+    Tensors of one number format with about as many zeros share a table: it is built once to unpack
+    them, and its own would hardly be better.
     """
 
     def __init__(self, header: Header, source: BinaryIO) -> None:
         self._source = source
         self._tallies: dict[str, NDArray[np.int64]] = {}
-        self._tables: dict[str, Table | None] = {}
+        self._tables: dict[str, Table] = {}
 
         alike: dict[tuple[int, int], list[str]] = {}
         for tensor in header.tensors:
-            if tensor.ggml_type in LAYOUTS:
-                tallied = self._tally(tensor)
-                self._tallies[tensor.name] = tallied
+            layout = LAYOUTS.get(tensor.ggml_type)
+            if layout is None:
+                continue
+            tallied = self._tally(tensor)
+            self._tallies[tensor.name] = tallied
+
+            if layout.in_words:
                 kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
                 alike.setdefault(kind, []).append(tensor.name)
 
-        for (ggml_type, _), names in alike.items():
+        for names in alike.values():
             together = np.sum([self._tallies[name] for name in names], axis=0)
-            self._tables |= dict.fromkeys(names, fit_table(LAYOUTS[ggml_type], together))
+            self._tables |= dict.fromkeys(names, Table.fit(together))
 
     def refusal(self, tensor: TensorInfo) -> str:
-        """Return why a tensor is better stored plain, or an empty string."""
         tallied = self._tallies.get(tensor.name)
         if tallied is None:
             return _refuse(tensor.ggml_type, 0.0)
@@ -88,7 +84,7 @@ class TensorPacker:
 
     def pack(self, tensor: TensorInfo) -> Iterator[bytes]:
         """Yield the table, where the number format has one, and the records of all chunks."""
-        table = self._tables[tensor.name]
+        table = self._tables.get(tensor.name)
         if table:
             yield table.stored
         for index, chunk in enumerate(self._chunks(tensor)):
@@ -96,14 +92,15 @@ class TensorPacker:
 
     def _tally(self, tensor: TensorInfo) -> NDArray[np.int64]:
         layout = LAYOUTS[tensor.ggml_type]
-        return np.asarray(np.sum([tally(layout, chunk) for chunk in self._chunks(tensor)], axis=0))
+        tallies = [tally(layout, chunk) for chunk in self._chunks(tensor)]
+        return np.asarray(np.sum(tallies, axis=0))
 
     def _chunks(self, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
         return read_pieces(tensor, self._source, LAYOUTS[tensor.ggml_type].chunk_bytes)
 
 
 def refuse_stored(tensor: StoredTensor) -> str:
-    """Return why a tensor cannot be a packed one; so the work of unpacking is bounded by the size of the file."""
+    """Return why a tensor cannot be a packed one; this bounds the work by the size of the file."""
     layout = LAYOUTS.get(tensor.ggml_type)
     if layout is None:
         return f"is packed and of type {tensor.ggml_type}, which cannot be packed"
@@ -126,7 +123,7 @@ def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.u
     """
     layout = LAYOUTS[tensor.ggml_type]
     weights = layout.count_weights(tensor.plain_bytes)
-    table = read_table(layout, source.take)
+    table = Table.read(source.take(TABLE_BYTES).tobytes()) if layout.in_words else None
     while weights:
         chunk = unpack_chunk(layout, source.take, table, min(weights, CHUNK_WEIGHTS))
         weights -= layout.count_weights(chunk.size)

@@ -1,7 +1,7 @@
-"""Bitmask inside an ONNX graph: a mask and the other codes, joined by nodes that onnxruntime folds when it loads.
+"""Bitmask inside an ONNX graph: mask and kept codes, joined by nodes that onnxruntime folds.
 
-Any program with onnxruntime reads the file; the price is passing memory while it loads, so it is for small models.
-The nodes, and the proof that a session folds them: ``packing/onnx/folding.py``.
+Any program with onnxruntime reads the file; the price is memory while it loads, so it is for small
+models. The nodes, and the proof that a session folds them: ``packing/onnx/folding.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 FORMATS = ("onnx",)
 REQUIRES_ZEROS = True
 BESIDE_PLAIN = False
-# While a session folds, every weight passes as a number of 32 bits and a few more: measured, 280 MB for 10M weights.
-# It also keeps every node's output below the 1 GiB above which onnxruntime folds nothing and says nothing.
+# While a session folds, every weight passes as a number of 32 bits and a few more: measured, 280 MB
+# for 10M weights. It also keeps every node's output below the 1 GiB above which onnxruntime folds
+# nothing and says nothing.
 MOST_WEIGHTS = 200_000_000
 _FOLDED_BYTES = 28  # that a weight takes while a session folds
 fits = codes.refusal
@@ -42,7 +43,7 @@ def usage(path: str) -> list[str]:
 class GraphPacker(Packer):
     """Stores mask and kept codes, and the nodes that join them.
 
-    ``expected`` has the SHA-256 of what each of them must be folded into, by the name that it has then.
+    ``expected`` has the SHA-256 of what each must be folded into, by the name that it has then.
     """
 
     PARTS = (".mask", ".values", ".scales", ".zero_points")
@@ -57,13 +58,13 @@ class GraphPacker(Packer):
         """Refuse a graph that would take too much memory to load."""
         if weights > MOST_WEIGHTS:
             raise UsageError(
-                f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, this model has "
-                f"{weights / 1e6:.0f}M: onnxruntime would pass {_FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",
+                f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, "
+                f"this model has {weights / 1e6:.0f}M: onnxruntime would pass "
+                f"{_FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",
                 remedy="use packing 'bitmask_sidecar', or 'plain'",
             )
 
     def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        """Return why a tensor stays plain, or an empty string."""
         if tensor.looked_up:
             return "a lookup reads single rows of it"
         if math.prod(tensor.shape) % 8:
@@ -78,17 +79,18 @@ class GraphPacker(Packer):
             yield from folding.shared_arrays()  # what all tensors share counts to none of them
         self._nodes += folding.join_nodes(tensor.name, arrays[tensor.name].shape)
 
-        values = arrays[tensor.name]
+        scales = dict(arrays)
+        values = scales.pop(tensor.name)
+        self._expect(tensor, values)
+
         code = codes.BY_DTYPE[values.dtype.str]
         mask, kept = codes.split(code, values.reshape(-1))
         zero = np.full(1, code.zero, dtype=code.dtype).view(values.dtype)
         stored = {
             f"{tensor.name}.mask": mask.reshape(-1, 1),
             f"{tensor.name}.values": np.concatenate([zero, kept]),
-            **{name: scales for name, scales in arrays.items() if name != tensor.name},
         }
-        self._expect(tensor, values)
-        yield from super().store(tensor, stored, zeros)
+        yield from super().store(tensor, stored | scales, zeros)
 
     def finish(self) -> None:
         """Put the nodes in front of all others."""
@@ -108,10 +110,12 @@ class GraphPacker(Packer):
     ) -> tuple[Arrays, int]:
         """Return the codes joined again, and the scales."""
         arrays, size_bytes = super().read(tensor, stored)
-        mask, values = (arrays.pop(f"{tensor.name}{part}") for part in (".mask", ".values"))
+        mask = np.ascontiguousarray(arrays.pop(f"{tensor.name}.mask"))
+        values = arrays.pop(f"{tensor.name}.values")
+
         code = codes.BY_DTYPE[values.dtype.str]
-        flat_mask = np.ascontiguousarray(mask).reshape(-1)
-        flat = codes.join(code, flat_mask, values[1:], math.prod(tensor.shape))
+        weights = math.prod(tensor.shape)
+        flat = codes.join(code, mask.reshape(-1), values[1:], weights)
 
         shape = tensor.shape
         if tensor.is_blocks:

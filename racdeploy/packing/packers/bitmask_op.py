@@ -1,8 +1,8 @@
-"""Bitmask for an operator of racdeploy's own: a second ONNX graph whose linears are multiplied as they are packed.
+"""Bitmask for racdeploy's operator: a second ONNX graph, whose linears are multiplied as packed.
 
-The plain graph stays what every other program reads. The second one is smaller in the file and in memory, and faster
-where racdeploy's operator is built and the processor has the instructions for it; see docs/accel.md. How it is made:
-``packing/onnx/second_graph.py``.
+The plain graph stays what every other program reads. The second one is smaller in the file and in
+memory, and faster where the operator is built and the processor has the instructions for it; see
+docs/accel.md. How it is made: ``packing/onnx/second_graph.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = __name__.rpartition(".")[2]
 
 
 def fits(quant: str, zeros_fraction: float) -> str:
-    """Return why a tensor of that number format and share of zeros is better stored plain, or an empty string."""
+    """Return why such a tensor is better stored plain, or an empty string."""
     kind = KINDS.get(quant)
     if kind is None:
         return "the operator knows f16, matmulnbits_8 and matmulnbits_4"
@@ -56,7 +56,6 @@ class GraphPacker(Packer):
         return accel, data_name(accel)
 
     def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        """Return why a tensor stays plain in the second graph, or an empty string."""
         if tensor.looked_up:
             return "a lookup reads single rows of it"
         if len(tensor.shape) == 1:

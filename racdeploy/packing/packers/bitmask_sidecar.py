@@ -1,6 +1,6 @@
-"""Bitmask beside an ONNX graph: chunks as in a .racgguf file, which the runtime joins and hands to onnxruntime.
+"""Bitmask beside an ONNX graph: chunks as in a .racgguf file, which the runtime joins.
 
-Smaller than the graph's own packing, and without its price in memory; programs other than racdeploy unpack it first.
+Smaller than ``bitmask_graph``, without its price in memory; other programs unpack it first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def usage(path: str) -> list[str]:
     """Return how other programs come to the plain graph."""
     name = PurePosixPath(path).name
     return [
-        f"Other programs read the plain graph: `racdeploy unpack {path}`; give what it writes the name {name} "
-        f"in a copy of this folder, without {raconnx.sidecar_name(name)}.",
+        f"Other programs read the plain graph: `racdeploy unpack {path}`; give what it writes "
+        f"the name {name} in a copy of this folder, without {raconnx.sidecar_name(name)}.",
         "",
     ]
 
 
 class GraphPacker(Packer):
-    """Stores codes and scales in a file beside the graph, and in the graph that they are elsewhere."""
+    """Stores codes and scales in a file beside the graph, which says that they are elsewhere."""
 
     @classmethod
     def files_beside(cls, name: str) -> tuple[str, ...]:
@@ -43,7 +43,6 @@ class GraphPacker(Packer):
         return (raconnx.sidecar_name(name),)
 
     def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        """Return why a tensor stays plain, or an empty string."""
         return fits(tensor.quant, zeros)
 
     def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
@@ -52,10 +51,10 @@ class GraphPacker(Packer):
 
         sizes = [self._writer.add(key, values) for key, values in arrays.items()]
         self.sizes[tensor.name] = sum(sizes)
+
         for key, values in arrays.items():
-            entry = self.model.graph.initializer.add(name=key)
+            entry = self.model.graph.initializer.add(name=key, dims=values.shape)
             entry.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-            entry.dims.extend(values.shape)
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value=raconnx.PLACE)
         yield from ()

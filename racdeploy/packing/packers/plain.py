@@ -22,7 +22,7 @@ class GraphPacker(Packer):
 
 
 def fits(quant: str, zeros_fraction: float) -> str:
-    """Return an empty string: any tensor can be stored plain."""
+    """Return an empty string."""
     return ""
 
 

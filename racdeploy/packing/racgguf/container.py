@@ -1,7 +1,7 @@
 """Open a .racgguf file, and give the bytes of the plain file that it stands for.
 
-Everything that can be known from the header is checked when the file is opened; the chunks are checked as they are
-unpacked, and the SHA-256 of the whole at the end. What is written is whole or absent.
+What the header tells is checked when the file is opened, the chunks as they are unpacked, and the
+SHA-256 of the whole at the end. What is written is whole or absent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.files import atomic_file, remove_leftovers, require_space
+from racdeploy.storage.caches import cache_folder
+from racdeploy.storage.files import (
+    atomic_file,
+    disk_errors,
+    file_sha256,
+    remove_leftovers,
+    require_space,
+)
 from racdeploy.storage.gguf_header import (
     FIXED_BYTES,
     Header,
@@ -42,6 +49,7 @@ KEYS = (
 )
 PACKED_TYPE = 24  # I8, which no tensor of a model has: other readers list the packed bytes under it
 PLAIN = "plain"
+_COPY_AGAIN = "copy it again, or pack it again"
 READ_BYTES = 1 << 18
 _HEAP_BYTES = 16 << 20
 
@@ -51,12 +59,9 @@ class StoredTensor:
     """One tensor, plain and as it is stored.
 
     Args:
-        name: in both files.
         dimensions: in the plain file, row length first.
         ggml_type: in the plain file.
         packing: how it is stored, ``plain`` or the container's.
-        plain_bytes: size in the plain file.
-        stored_bytes: size in the container.
         position: of its first stored byte.
     """
 
@@ -74,12 +79,9 @@ class Container:
     """A checked container.
 
     Args:
-        path: the file.
-        header: its own header.
+        header: its own.
         packing: of the tensors that are not plain.
-        tensors: in file order.
-        size_bytes: of the plain file.
-        sha256: of the plain file.
+        size_bytes: of the plain file, as is the SHA-256.
     """
 
     path: Path
@@ -100,7 +102,7 @@ class Container:
         try:
             return _check(path, header)
         except ArtifactError as error:
-            remedy = error.remedy or "copy it again, or pack it again"
+            remedy = error.remedy or _COPY_AGAIN
             raise ArtifactError(f"{path}: {error.message}", remedy=remedy) from error
 
     @property
@@ -123,25 +125,29 @@ class Container:
         Raises:
             ArtifactError: a chunk is damaged.
         """
-        # glibc keeps as much freed memory as twice the largest block it has freed. Without this one, whose pages are
-        # never touched, every chunk faults its pages in again, at half the speed.
+        # glibc keeps as much freed memory as twice the largest block it has freed. Without this
+        # one, whose pages are never touched, every chunk faults its pages in again, at half the
+        # speed.
         np.empty(_HEAP_BYTES, dtype=np.uint8)
-        header, alignment = self._plain_header, self.header.alignment
-        yield memoryview(header)
-        written = len(header)
+
+        yield memoryview(self._plain_header)
+        written = len(self._plain_header)
+
         with self.path.open("rb", buffering=0) as stream:
             stored = Source(stream)
             for tensor in self.tensors:
-                if gap := padded(written, alignment) - written:
-                    yield memoryview(bytes(gap))
+                start = padded(written, self.header.alignment)
+                if start > written:
+                    yield memoryview(bytes(start - written))
+
                 try:
-                    yield from (chunk.data for chunk in unpack_stored(tensor, stored))
+                    for chunk in unpack_stored(tensor, stored):
+                        yield chunk.data
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
-                    raise ArtifactError(
-                        message, remedy="copy it again, or pack it again"
-                    ) from error
-                written += gap + tensor.plain_bytes
+                    raise ArtifactError(message, remedy=_COPY_AGAIN) from error
+                written = start + tensor.plain_bytes
+
         yield memoryview(bytes(self.size_bytes - written))
 
     def check_sha256(self) -> None:
@@ -170,62 +176,76 @@ class Container:
             digest.update(piece)
             if stream is not None:
                 stream.write(piece)
-        if digest.hexdigest() != self.sha256:
+
+        found = digest.hexdigest()
+        if found != self.sha256:
             raise ArtifactError(
-                f"{self.path} unpacks to a file with SHA-256 {digest.hexdigest()[:16]}…, not {self.sha256[:16]}…",
-                remedy="copy it again, or pack it again",
+                f"{self.path} unpacks to a file with SHA-256 {found[:16]}…, "
+                f"not {self.sha256[:16]}…",
+                remedy=_COPY_AGAIN,
             )
 
     @cached_property
     def _plain_header(self) -> bytes:
-        start, stop = FIXED_BYTES, self.header.starts[KEYS[0]]
         with self.path.open("rb") as stream:
-            stream.seek(start)
-            metadata = stream.read(stop - start)
-        count = len(self.header.values) - len(KEYS)
-        fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), count)
-        tensors = [(t.name, t.dimensions, t.ggml_type, t.plain_bytes) for t in self.tensors]
-        return fixed + metadata + tensor_infos(tensors, self.header.alignment)
+            stream.seek(FIXED_BYTES)
+            metadata = stream.read(self.header.starts[KEYS[0]] - FIXED_BYTES)
+
+        keys = len(self.header.values) - len(KEYS)
+        fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), keys)
+
+        infos = []
+        for tensor in self.tensors:
+            infos.append((tensor.name, tensor.dimensions, tensor.ggml_type, tensor.plain_bytes))
+        return fixed + metadata + tensor_infos(infos, self.header.alignment)
+
+
+def unpacked(path: Path) -> Path:
+    """Return the plain GGUF file of a container, unpacked into the user's cache on first use.
+
+    It lies there under its SHA-256, which is checked on every use, so containers of the same model
+    share it, and may be removed at any time.
+
+    Raises:
+        ArtifactError: the container is damaged.
+        EnvironmentFailure: the cache is full or not writable.
+    """
+    container = Container.open(path)
+    file = cache_folder("unpacked") / f"{container.sha256}.gguf"
+    if not file.is_file() or file_sha256(file) != container.sha256:
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        container.unpack(file)
+    return file
 
 
 def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> bytes:
     """Return the infos of tensors (name, dimensions, type, size) that lie one after another."""
-    infos, offset = bytearray(), 0
+    infos, offset = b"", 0
     for name, dimensions, ggml_type, size_bytes in tensors:
-        encoded, count = name.encode(), len(dimensions)
-        infos += struct.pack(
-            f"<Q{len(encoded)}sI{count}Q", len(encoded), encoded, count, *dimensions
-        )
+        count = len(dimensions)
+        infos += pack_text(name) + struct.pack(f"<I{count}Q", count, *dimensions)
         infos += struct.pack("<IQ", ggml_type, offset)
         offset = padded(offset + size_bytes, alignment)
-    return bytes(infos)
+    return infos
+
+
+def pack_text(value: str) -> bytes:
+    """Return a string as GGUF has it."""
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
 def _check(path: Path, header: Header) -> Container:
-    values = header.values
-    own = [key for key in values if key.startswith("racgguf.")]
-    if not own:
-        raise ArtifactError(
-            "it is a plain GGUF file, no .racgguf container", remedy="use it as it is"
-        )
-
-    version = values.get(KEYS[0])
-    if isinstance(version, int) and version != VERSION:
-        remedy = "update racdeploy, or pack the plain file again with this one"
-        raise ArtifactError(f"container version {version!r}; known is {VERSION}", remedy=remedy)
-    if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
-        raise ArtifactError(
-            "it is no .racgguf container: its five keys are not at the end of the metadata"
-        )
-
-    version, packing, size_bytes, sha256, recorded = (values[key] for key in KEYS)
+    _check_keys(header.values)
+    version, packing, size_bytes, sha256, recorded = (header.values[key] for key in KEYS)
     known = [name for name in packings.names("gguf") if packings.load_gguf(name).SUFFIX == SUFFIX]
     if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
             f"container version {version!r} with packing {packing!r}; "
             f"known is {VERSION} with {', '.join(map(repr, known))}"
         )
-    if type(size_bytes) is not int or not _is_sha256(sha256):
+    if type(size_bytes) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
         raise ArtifactError("its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
         raise ArtifactError("racgguf.tensors is no array of u64")
@@ -236,8 +256,21 @@ def _check(path: Path, header: Header) -> Container:
     return container
 
 
-def _is_sha256(value: Value) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+def _check_keys(values: dict[str, Value]) -> None:
+    own = [key for key in values if key.startswith("racgguf.")]
+    if not own:
+        message = "it is a plain GGUF file, no .racgguf container"
+        raise ArtifactError(message, remedy="use it as it is")
+
+    version = values.get(KEYS[0])
+    if isinstance(version, int) and version != VERSION:
+        remedy = "update racdeploy, or pack the plain file again with this one"
+        raise ArtifactError(f"container version {version!r}; known is {VERSION}", remedy=remedy)
+
+    if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
+        raise ArtifactError(
+            "it is no .racgguf container: its five keys are not at the end of the metadata"
+        )
 
 
 def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[StoredTensor, ...]:
@@ -330,10 +363,11 @@ class Source:
             raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
         if self._taken + count > self._ahead.size:
             self._read(count)
-        piece = self._ahead[self._taken : self._taken + count]
+
+        start = self._taken
         self._taken += count
         self.left -= count
-        return piece
+        return self._ahead[start : self._taken]
 
     def _read(self, count: int) -> None:
         rest = self._ahead[self._taken :]

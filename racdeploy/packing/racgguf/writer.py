@@ -1,7 +1,7 @@
 """Pack a finished GGUF file into a .racgguf container, tensor by tensor.
 
-A tensor is unpacked again as soon as it is packed, and one that would come back as other bytes stays plain; the
-finished container is unpacked as a whole before it takes its name. How tensors are packed is the packing's affair.
+A tensor is unpacked again as soon as it is packed, and one that would come back as other bytes
+stays plain; the finished container is unpacked as a whole before it takes its name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from racdeploy.packing.racgguf.container import (
     Container,
     Source,
     StoredTensor,
+    pack_text,
     tensor_infos,
     unpack_stored,
 )
@@ -37,14 +38,7 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """How one tensor is stored.
-
-    Args:
-        name: in the file.
-        plain_bytes: size in the plain file.
-        stored_bytes: size in the container.
-        reason: why it is stored plain; empty where it is packed.
-    """
+    """How one tensor is stored; ``reason`` says why it is plain, empty where it is packed."""
 
     name: str
     plain_bytes: int
@@ -55,7 +49,8 @@ class PackedTensor:
 class TensorPacker(Protocol):
     """What a packing makes of the tensors of one file, which it may read beforehand.
 
-    ``refusal`` returns why a tensor is better stored plain, or an empty string; ``pack`` yields its packed bytes.
+    ``refusal`` returns why a tensor is better stored plain, or an empty string; ``pack`` yields its
+    packed bytes.
     """
 
     def __init__(self, header: Header, source: BinaryIO) -> None: ...
@@ -68,13 +63,10 @@ class TensorPacker(Protocol):
 def pack(
     plain: Path, out: Path, packing: str, packer: type[TensorPacker]
 ) -> tuple[PackedTensor, ...]:
-    """Write a container that unpacks to ``plain``, byte for byte.
+    """Write a container that unpacks to ``plain``, byte for byte; an older file is replaced.
 
     Args:
-        plain: a GGUF file.
-        out: the file to write, ``*.racgguf``; replaced if it exists.
         packing: the plugin that unpacks what ``packer`` makes.
-        packer: packs single tensors.
 
     Raises:
         ArtifactError: ``plain`` is damaged, or is laid out as no writer known here does it.
@@ -85,6 +77,7 @@ def pack(
         raise UsageError(
             f"{out} is not a {SUFFIX} file in a folder that is there", remedy=f"name it *{SUFFIX}"
         )
+
     header = read_header(plain, (3,))
     if any(key.startswith("racgguf.") for key in header.values):
         raise ArtifactError(f"{plain} is a container already")
@@ -96,7 +89,13 @@ def pack(
                 store = _Store(packing, source, sink, header.alignment)
                 chosen = packer(header, source)
                 rows = [store.add(tensor, chosen) for tensor in header.tensors]
-            _assemble(plain, header, packing, rows, data, partial)
+            with data.open("rb") as packed, partial.open("wb") as sink:
+                sink.write(_make_header(plain, header, packing, rows))
+                shutil.copyfileobj(packed, sink, _COPY_BYTES)
+                sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
+                sink.flush()
+                os.fsync(sink.fileno())
+
             _check(plain, partial)
             partial.replace(out)
         finally:
@@ -114,9 +113,8 @@ def read_pieces(
     while left:
         piece = np.fromfile(source, dtype=np.uint8, count=min(left, piece_bytes))
         if not piece.size:
-            raise ArtifactError(
-                "the file became shorter while it was read", remedy="export it again"
-            )
+            message = "the file became shorter while it was read"
+            raise ArtifactError(message, remedy="export it again")
         left -= piece.size
         yield piece
 
@@ -131,9 +129,10 @@ class _Store:
     alignment: int
 
     def add(self, tensor: TensorInfo, packer: TensorPacker) -> PackedTensor:
-        """Write one tensor at the next aligned place, packed where no reason is against it and it pays."""
-        self.sink.write(bytes(padded(self.sink.tell(), self.alignment) - self.sink.tell()))
-        start = self.sink.tell()
+        """Write one tensor at the next aligned place, packed where nothing is against it."""
+        end = self.sink.tell()
+        start = padded(end, self.alignment)
+        self.sink.write(bytes(start - end))
 
         reason = packer.refusal(tensor)
         if not reason:
@@ -148,7 +147,7 @@ class _Store:
         return PackedTensor(tensor.name, tensor.size_bytes, self.sink.tell() - start, reason)
 
     def _refuse(self, tensor: TensorInfo, start: int) -> str:
-        """Return why the tensor that was packed behind ``start`` is better stored plain, or an empty string."""
+        """Return why the tensor packed from ``start`` on is better stored plain, or nothing."""
         stored = StoredTensor(
             tensor.name,
             tensor.dimensions,
@@ -165,7 +164,7 @@ class _Store:
         return "its packed form is not smaller" if stored.stored_bytes >= tensor.size_bytes else ""
 
     def _unpacks(self, stored: StoredTensor, position: int) -> bool:
-        """Return whether what lies in the sink unpacks to the bytes at ``position`` of the plain file."""
+        """Return whether the sink unpacks to the bytes at ``position`` of the plain file."""
         self.source.seek(position)
         done = 0
         try:
@@ -179,45 +178,37 @@ class _Store:
         return done == stored.plain_bytes
 
 
-def _assemble(
-    plain: Path,
-    header: Header,
-    packing: str,
-    rows: list[PackedTensor],
-    data: Path,
-    partial: Path,
-) -> None:
-    """Write the container's header and, behind it, its tensors."""
-    recorded, infos = [], []
+def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTensor]) -> bytes:
+    """Return what is in front of the tensors: the plain file's metadata, five keys, and infos."""
+    recorded: list[int] = []
+    infos = []
     for tensor, row in zip(header.tensors, rows, strict=True):
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]
-        kept = tensor.dimensions, tensor.ggml_type
-        shape, ggml_type = kept if row.reason else ((row.stored_bytes,), PACKED_TYPE)
+        shape, ggml_type = tensor.dimensions, tensor.ggml_type
+        if not row.reason:
+            shape, ggml_type = (row.stored_bytes,), PACKED_TYPE
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
-    own = [
-        (4, struct.pack("<I", VERSION)),
-        (8, _text(packing)),
-        (10, struct.pack("<Q", header.size_bytes)),
-        (8, _text(file_sha256(plain))),
-        (9, struct.pack(f"<IQ{len(recorded)}Q", 10, len(recorded), *recorded)),
-    ]
-    with plain.open("rb") as source, partial.open("wb") as sink:
+
+    # A value of each of KEYS, behind its metadata type: u32, string, u64 or array.
+    values = (
+        struct.pack("<II", 4, VERSION),
+        struct.pack("<I", 8) + pack_text(packing),
+        struct.pack("<IQ", 10, header.size_bytes),
+        struct.pack("<I", 8) + pack_text(file_sha256(plain)),
+        struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
+    )
+    keys = len(header.values) + len(KEYS)
+    fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(rows), keys)
+
+    with plain.open("rb") as source:
         source.seek(FIXED_BYTES)
-        sink.write(struct.pack("<4sIQQ", b"GGUF", 3, len(rows), len(header.values) + len(KEYS)))
-        sink.write(source.read(header.starts[""] - FIXED_BYTES))
-        for key, (kind, value) in zip(KEYS, own, strict=True):
-            sink.write(_text(key) + struct.pack("<I", kind) + value)
-        sink.write(tensor_infos(infos, header.alignment))
-        sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
-        with data.open("rb") as packed:
-            shutil.copyfileobj(packed, sink, _COPY_BYTES)
-        sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
-        sink.flush()
-        os.fsync(sink.fileno())
+        metadata = source.read(header.starts[""] - FIXED_BYTES)
 
+    for key, value in zip(KEYS, values, strict=True):
+        metadata += pack_text(key) + value
 
-def _text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
+    made = fixed + metadata + tensor_infos(infos, header.alignment)
+    return made.ljust(padded(len(made), header.alignment), b"\0")
 
 
 def _check(plain: Path, partial: Path) -> None:
@@ -225,6 +216,7 @@ def _check(plain: Path, partial: Path) -> None:
         Container.open(partial).check_sha256()
     except ArtifactError as error:
         raise ArtifactError(
-            f"{plain} cannot be packed: bytes between its tensors or behind the last one are not zero",
+            f"{plain} cannot be packed: bytes between its tensors "
+            "or behind the last one are not zero",
             remedy="write it again with racdeploy export or llama.cpp",
         ) from error
