@@ -1,4 +1,7 @@
-"""Graphs that lie, bundles that do not fit: an error that says what, and an engine's process that outlives it."""
+"""Graphs that lie, bundles that do not fit.
+
+An error that says what, and an engine's process that outlives it.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +188,9 @@ def test_a_bundle_whose_graph_is_gone_or_a_link_outwards_is_refused(tmp_path: Pa
 
 
 def test_packed_files_of_another_bundle_are_refused(tmp_path: Path) -> None:
-    """Weights that are packed apart from their graph are compared with the manifest before they are joined."""
+    """Weights that are packed apart from their graph are compared with the manifest before they are
+    joined.
+    """
     bundle = make_onnx_bundle(tmp_path)
     edit_json(bundle / "racdeploy.json", artifacts=_with_packing(bundle, "bitmask_sidecar"))
     load(bundle).close()

@@ -81,7 +81,10 @@ def _swap_bytes(data: bytearray, one: int, other: int) -> None:
 
 
 def _numbers(container: racgguf.Container) -> int:
-    """Return the position of the numbers of buckets: behind the table, the number of blocks and three sizes."""
+    """Return the position of the numbers of buckets.
+
+    Behind the table, the number of blocks and three sizes.
+    """
     return _chunk(container, 3) + 48 + 16
 
 
@@ -206,7 +209,9 @@ ATTACKS = HEADER | OWN_KEYS | CHUNKS | WORDS
 
 
 def _is_refused(file: Path) -> None:
-    """The file is an ArtifactError for unpacking and for the cache, quickly, in little memory, without leftovers."""
+    """The file is an ArtifactError for unpacking and for the cache, quickly, in little memory,
+    without leftovers.
+    """
     before = sorted(file.parent.iterdir())
     tracemalloc.start()
     start = time.process_time()
@@ -232,7 +237,7 @@ def test_a_damaged_container_is_refused(intact: Path, tmp_path: Path, attack: st
 
 
 def test_a_truncated_container_is_refused_wherever_it_ends(intact: Path, tmp_path: Path) -> None:
-    """Nothing, half of the fixed part, before and inside every key, info, tensor, mask and plane."""
+    """Nothing, half of the fixed part, before and in every key, info, tensor, mask and plane."""
     container, data = racgguf.Container.open(intact), intact.read_bytes()
     places = {0, 3, 4, 8, 16, 24, container.header.data_start, container.header.data_start - 1}
     for start in container.header.starts.values():
@@ -306,7 +311,10 @@ def test_planes_that_inflate_to_something_else_are_refused(tmp_path: Path, case:
 
 
 def test_a_bomb_is_never_larger_than_its_masks_allow(tmp_path: Path) -> None:
-    """All weights zero is the highest ratio there is: 4 bytes from one bit; the record itself is intact."""
+    """All weights zero is the highest ratio there is: 4 bytes from one bit.
+
+    The record itself is intact.
+    """
     weights = 262_144
     record = struct.pack("<5I", weights, 0, 0, 0, 0) + bytes(weights // 8)
     assert not unpack_chunk(LAYOUTS[0], Taker(np.frombuffer(record, np.uint8))).any()
@@ -331,7 +339,10 @@ def test_the_command_line_names_the_file(intact: Path, tmp_path: Path) -> None:
 
 
 def test_unpack_writes_the_plain_file(intact: Path, tmp_path: Path) -> None:
-    """The default name is that of the container with .gguf; the container itself is never replaced."""
+    """The default name is that of the container with .gguf.
+
+    The container itself is never replaced.
+    """
     out = tmp_path / "out.gguf"
     assert CliRunner().invoke(app, ["unpack", str(intact), "--out", str(out)]).exit_code == 0
     assert out.read_bytes() == intact.with_suffix(".gguf").read_bytes()
@@ -358,7 +369,10 @@ def test_another_file_is_never_replaced(intact: Path, tmp_path: Path) -> None:
 def test_an_intact_file_of_another_kind_has_its_own_remedy(
     intact: Path, tmp_path: Path, case: str, remedy: str
 ) -> None:
-    """A later version, whose keys may be others, and a GGUF file that is not packed: neither is copied again."""
+    """A later version, whose keys may be others, and a GGUF file that is not packed.
+
+    Neither is copied again.
+    """
     file = tmp_path / "m.racgguf"
     data = bytearray(
         intact.read_bytes() if case == "newer" else intact.with_suffix(".gguf").read_bytes()
@@ -374,7 +388,10 @@ def test_an_intact_file_of_another_kind_has_its_own_remedy(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of resources")
 def test_a_disk_that_fills_up_leaves_nothing(intact: Path, tmp_path: Path) -> None:
-    """Writing fails behind the check of free space: one error with a remedy, exit code 4, no partial file."""
+    """Writing fails behind the check of free space.
+
+    One error with a remedy, exit code 4, no partial file.
+    """
     code = (
         "import resource, sys; from racdeploy.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

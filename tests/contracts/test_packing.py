@@ -53,7 +53,9 @@ def refuse_pair(packing_name: str, quant_name: str, zeros: float) -> bool:
 def test_what_is_stored_is_read_back(
     packing_name: str, quant_name: str, sparsity: float, tmp_path: Path
 ) -> None:
-    """Every byte returns through the calls of exporter and reader, and the file names the packing wherever it fits."""
+    """Every byte returns through the calls of exporter and reader, and the file names the packing
+    wherever it fits.
+    """
     shared = shared_formats(packing_name, quant_name)
     if not shared:
         return  # refused with a reason: the tests below
@@ -74,7 +76,10 @@ def test_what_is_stored_is_read_back(
 def test_a_quant_is_refused_before_any_work_or_packs_zeros(
     packing_name: str, quant_name: str
 ) -> None:
-    """What is not refused fits where half is zero; one that leaves zeros out never fits a dense tensor."""
+    """What is not refused fits where half is zero.
+
+    One that leaves zeros out never fits a dense tensor.
+    """
     packing = packings.load(packing_name)
     formats = shared_formats(packing_name, quant_name)
     if formats and refuse_pair(packing_name, quant_name, 1.0):

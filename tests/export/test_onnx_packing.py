@@ -1,4 +1,7 @@
-"""Zeros left out of ONNX files: smaller, the same answers, restored byte for byte, and folded by a real session."""
+"""Zeros left out of ONNX files.
+
+Smaller, the same answers, restored byte for byte, and folded by a real session.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every export of this file takes optimum's graph of the tiny model, whose weights it replaces."""
+    """Every export here takes optimum's graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     graph = adopt(
         tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
@@ -73,7 +76,9 @@ def logits_of(file: Path) -> np.ndarray:
 def test_packed_files_are_small_answer_alike_and_come_back(
     sparse: Checkpoint, tmp_path: Path, quant: str
 ) -> None:
-    """Equal logits bit for bit, equal files after unpacking, zeros and sizes as measured in the file."""
+    """Equal logits bit for bit, equal files after unpacking, zeros and sizes as measured in the
+    file.
+    """
     (tmp_path / "plain").mkdir()
     plain = export(sparse, tmp_path / "plain" / "m.onnx", quant=quant)
     expected_TV = logits_of(plain.path)
@@ -102,7 +107,9 @@ def test_packed_files_are_small_answer_alike_and_come_back(
 
 
 def test_half_precision_meets_the_bar(sparse: Checkpoint, tmp_path: Path) -> None:
-    """At 50 % zeros the linears take at most 0.60 of the dense file's in half precision, in either packing."""
+    """At 50 % zeros the linears take at most 0.60 of the dense file's in half precision, in either
+    packing.
+    """
     for packing in PACKINGS:
         result = export(sparse, tmp_path / "m.onnx", quant="f16", packing=packing)
         linears = [tensor for tensor in result.tensors if "_proj" in tensor.name]
@@ -113,7 +120,9 @@ def test_half_precision_meets_the_bar(sparse: Checkpoint, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_folding_is_proved_by_looking(sparse: Checkpoint, tmp_path: Path, quant: str) -> None:
-    """A graph whose mask is an input is not folded, and one whose mask was changed folds into other weights."""
+    """A graph whose mask is an input is not folded, and one whose mask was changed folds into other
+    weights.
+    """
     export(sparse, tmp_path / "m.onnx", quant=quant, packing="bitmask_graph")
     packer = bitmask_graph.GraphPacker(onnx.ModelProto(), tmp_path / "m.onnx")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -135,7 +144,9 @@ def test_folding_is_proved_by_looking(sparse: Checkpoint, tmp_path: Path, quant:
 def test_plain_onnxruntime_reads_the_graph_and_refuses_the_sidecar(
     sparse: Checkpoint, tmp_path: Path
 ) -> None:
-    """Any onnxruntime loads ``bitmask_graph``; ``bitmask_sidecar`` fails without its join, and never reads on."""
+    """Any onnxruntime loads ``bitmask_graph``; ``bitmask_sidecar`` fails without its join, and
+    never reads on.
+    """
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
     onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_sidecar")
@@ -147,7 +158,10 @@ def test_plain_onnxruntime_reads_the_graph_and_refuses_the_sidecar(
 
 
 def test_the_card_says_what_other_programs_need() -> None:
-    """A graph with its weights beside it is unpacked first; one that unfolds itself is read as it is."""
+    """A graph with its weights beside it is unpacked first.
+
+    One that unfolds itself is read as it is.
+    """
     for packing, unpacks in (("bitmask_sidecar", True), ("bitmask_graph", False)):
         path = "onnx/model_fp16.onnx"
         values = {

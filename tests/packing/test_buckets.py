@@ -1,4 +1,6 @@
-"""Words of four codes come back whatever the table was made for, and the buckets are the best there are."""
+"""Words of four codes come back whatever the table was made for, and the buckets are the best there
+are.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ def _nibbles(share: np.ndarray, words: int) -> np.ndarray:
 
 
 def _shares(zeros: float, spread: float) -> np.ndarray:
-    """Return a share for each code: some are zero, the others like a normal distribution of signed numbers."""
+    """Return a share for each code.
+
+    Some are zero, the others like a normal distribution of signed numbers.
+    """
     signed = np.where(np.arange(16) < 8, np.arange(16), np.arange(16) - 16)
     share = np.exp(-0.5 * (signed / spread) ** 2)
     share[0] = 0
@@ -42,7 +47,9 @@ def test_any_codes_come_back_from_any_table(tally: list[int], nibbles: bytes) ->
 @pytest.mark.parametrize("zeros", [0.0, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("spread", [1.5, 3.0, 100.0])
 def test_no_other_cut_needs_fewer_bits(zeros: float, spread: float) -> None:
-    """Every way to halve ranges of ranks into 32 buckets is compared, by dynamic programming over the halves."""
+    """Every way to halve ranges of ranks into 32 buckets is compared, by dynamic programming over
+    the halves.
+    """
     share = _shares(zeros, spread)
     tally = np.rint(1e6 * share).astype(np.int64)
     table = Table.fit(tally)
@@ -61,7 +68,9 @@ def test_no_other_cut_needs_fewer_bits(zeros: float, spread: float) -> None:
 
 
 def _ranked_slowly(costs: bytes) -> list[int]:
-    """Return all words by the sum of their costs, equal ones by their number, as docs/racgguf.md has it."""
+    """Return all words by the sum of their costs, equal ones by their number, as docs/racgguf.md
+    has it.
+    """
     return sorted(
         range(1 << 16),
         key=lambda word: (sum(costs[word >> shift & 15] for shift in (0, 4, 8, 12)), word),
@@ -69,7 +78,9 @@ def _ranked_slowly(costs: bytes) -> list[int]:
 
 
 def _fewest_bits(probability: np.ndarray) -> float:
-    """Return the fewest expected bits behind the number of a bucket, where buckets are halves of halves."""
+    """Return the fewest expected bits behind the number of a bucket, where buckets are halves of
+    halves.
+    """
     total = probability.reshape(-1, 1)
     best = np.zeros((len(total), 1))  # by node and number of buckets, from 1
     for width in range(1, 17):
@@ -88,7 +99,10 @@ def _fewest_bits(probability: np.ndarray) -> float:
 
 @pytest.mark.parametrize("zeros", [0.5, 0.7])
 def test_words_cost_little_more_than_their_entropy(zeros: float) -> None:
-    """No code of four bits is shorter than the entropy; this one is less than a tenth longer, which zstd is not."""
+    """No code of four bits is shorter than the entropy.
+
+    This one is less than a tenth longer, which zstd is not.
+    """
     share = _shares(zeros, 2.5)
     nibbles = _nibbles(share, 1 << 16)
     numbers, payload = Table.fit(np.rint(1e6 * share).astype(np.int64)).encode(nibbles)

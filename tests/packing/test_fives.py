@@ -15,7 +15,10 @@ BLOCK_BYTES = 22
 
 
 def _slowly(keep: np.ndarray, codes: list[int]) -> bytes:
-    """Return the bodies of blocks as ggml has them, weight by weight: code 16 is zero, weight 16 comes behind 0."""
+    """Return the bodies of blocks as ggml has them, weight by weight.
+
+    Code 16 is zero, weight 16 comes behind 0.
+    """
     bodies, rest = bytearray(), iter(codes)
     for keep_32 in keep.reshape(-1, 32).tolist():
         fifths, nibbles = 0, [0] * 16
@@ -53,7 +56,9 @@ def _deposited(keep: np.ndarray, codes: list[int], spare: int = 0) -> bytes:
 
 @pytest.mark.parametrize("quarter", range(4))
 def test_every_byte_of_a_mask_moves_its_codes(quarter: int) -> None:
-    """Each of 256 masks, in each quarter of a block and behind any number of codes, and bits that belong to nothing."""
+    """Each of 256 masks, in each quarter of a block and behind any number of codes, and bits that
+    belong to nothing.
+    """
     generator = np.random.default_rng(quarter)
     bytes_ = generator.integers(0, 256, (256, 4)).astype(np.uint8)
     bytes_[:, quarter] = generator.permutation(256)
@@ -72,7 +77,9 @@ def test_masks_of_any_density(share: float) -> None:
 
 
 def test_planes_of_another_size_are_refused() -> None:
-    """Low bits or fifth bits that are more or fewer than the mask keeps, and a plane that is missing."""
+    """Low bits or fifth bits that are more or fewer than the mask keeps, and a plane that is
+    missing.
+    """
     plain = np.random.default_rng(2).integers(0, 256, 8 * BLOCK_BYTES).astype(np.uint8)
     record = np.frombuffer(pack_chunk(Q5_0, plain, 0), dtype=np.uint8)
     assert plain.tobytes() == unpack_chunk(Q5_0, Taker(record)).tobytes()

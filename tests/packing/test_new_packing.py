@@ -1,4 +1,7 @@
-"""A packing is one file in the folder: its code packs what is shipped, and its name stands in the artifact."""
+"""A packing is one file in the folder.
+
+Its code packs what is shipped, and its name stands in the artifact.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ def sparse(tmp_path: Path) -> Checkpoint:
 
 
 def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_path: Path) -> None:
-    """One tensor of each block is a mirror image; the container says so, and gives the plain file back."""
+    """One tensor of each block is a mirror image.
+
+    The container says so, and gives the plain file back.
+    """
     plain = gguf_format.export(sparse, tmp_path / "m.gguf", quant="f32")
     packed = gguf_format.export(sparse, tmp_path / "m.racgguf", quant="f32", packing="mirror")
 
@@ -132,7 +138,10 @@ def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_
 def test_an_onnx_graph_is_packed_named_and_unpacked_by_it(
     sparse: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sparse tensors are mirror images in the graph, which says so; unpacking makes the plain graph of it."""
+    """Sparse tensors are mirror images in the graph, which says so.
+
+    Unpacking makes the plain graph of it.
+    """
     use_one_graph(monkeypatch)
     plain = onnx_format.export(sparse, tmp_path / "plain.onnx", quant="f32")
     packed = onnx_format.export(sparse, tmp_path / "m.onnx", quant="f32", packing="mirror")

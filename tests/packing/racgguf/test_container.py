@@ -1,4 +1,6 @@
-"""A container gives back its GGUF file byte for byte, whatever is in it, and lists like any GGUF file."""
+"""A container gives back its GGUF file byte for byte, whatever is in it, and lists like any GGUF
+file.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def test_what_does_not_pay_stays_plain_with_a_reason(tmp_path: Path) -> None:
 def test_a_tensor_that_would_come_back_changed_stays_plain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tensor is unpacked as soon as it is packed, so a mistake in the codec costs size and nothing else."""
+    """Every tensor is unpacked as soon as it is packed, so a mistake in the codec costs size and
+    nothing else.
+    """
     unpack_chunk = bitmask.unpack_chunk
     monkeypatch.setattr(
         bitmask,
@@ -218,8 +222,10 @@ def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
     tensors = {f"w{number}": ("f16", rows) for number in range(8)}
     plain = write_gguf(tmp_path / "m.gguf", tensors)
     code = (
-        "import re, sys; from pathlib import Path; from racdeploy.packing import racgguf; from racdeploy.packing.packers import bitmask\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "import re, sys; from pathlib import Path\n"
+        "from racdeploy.packing import racgguf; from racdeploy.packing.packers import bitmask\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', status.read_text())[1])\n"
         "plain, before = Path(sys.argv[1]), peak()\n"
         "bitmask.pack_file(plain, plain.with_suffix('.racgguf'))\n"
         "racgguf.Container.open(plain.with_suffix('.racgguf')).unpack(plain.with_suffix('.out'))\n"

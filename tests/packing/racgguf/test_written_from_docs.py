@@ -1,4 +1,7 @@
-"""A reader written from docs/racgguf.md alone restores every file: the page says all that is needed."""
+"""A reader written from docs/racgguf.md alone restores every file.
+
+The page says all that is needed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from racdeploy.packing.layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
 from tests.support.tiny_gguf import random_rows, write_gguf
 
-# ggml type: weights and bytes of a block, bytes of scales, bits of the planes of codes, bits of zero
+# ggml type: weights, bytes of a block, bytes of scales, bits of the planes of codes, bits of zero
 FORMS = {
     0: (1, 4, 0, (8, 8, 8, 8), 0),
     1: (1, 2, 0, (8, 8), 0),
@@ -131,7 +134,10 @@ def block_of(kind: int, codes: list[int]) -> bytes:
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4"])
 def test_the_page_is_enough_to_restore_a_file(tmp_path: Path, kind: str) -> None:
-    """Two chunks, a tensor of one chunk, one that is not packed; the stranger's bytes are the plain file's."""
+    """Two chunks, a tensor of one chunk, one that is not packed.
+
+    The stranger's bytes are the plain file's.
+    """
     tensors = {
         "long": (kind, random_rows(kind, 1, CHUNK_WEIGHTS + 4096, 0.6)),
         "norm": ("f32", random_rows("f32", 1, 7, 0.0)),
