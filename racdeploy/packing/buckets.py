@@ -60,6 +60,7 @@ class Table:
         # How likely each word is, by its rank.
         words = _rank_words(costs)
         expected = np.ones(_WORDS)
+
         for shift in (0, 4, 8, 12):
             expected *= share[words >> shift & 15]
 
@@ -96,14 +97,16 @@ class Table:
 
         # Behind the number of its bucket, a word is its place in it: as many low bits as the width.
         place = (rank - start[bucket]).astype("<u2")
-        place_bytes = place.view(np.uint8).reshape(-1, 2)
-        bits = np.unpackbits(place_bytes, axis=1, bitorder="little")
+        bits = np.unpackbits(place.view(np.uint8), bitorder="little").reshape(-1, _WORD_BITS)
         counts = np.arange(_WORD_BITS) < width[bucket, None]
         payload = np.packbits(bits[counts], bitorder="little")
 
+        # The low byte of every pair, then the high bits of four pairs a byte.
         pair = bucket[::2] | bucket[1::2] << 5
         high = (pair >> 8).reshape(-1, 4) @ (1 << _SHIFTS)
-        return np.concatenate([pair, high]).astype(np.uint8), payload
+
+        numbers = np.concatenate([pair, high]).astype(np.uint8)
+        return numbers, payload
 
     def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
         """Return the nibbles, two a byte, each XOR ``zero``: the way back of :meth:`encode`.
@@ -159,7 +162,9 @@ def _describe_pairs(widths: bytes) -> _Pairs:
     width, start = (bounds.astype(np.uint32) for bounds in _bound_buckets(widths))
     mask = (np.uint32(1) << width) - np.uint32(1)
 
-    second, first = np.divmod(np.arange(_BUCKETS**2), _BUCKETS)
+    pairs = np.arange(_BUCKETS**2)
+    second, first = np.divmod(pairs, _BUCKETS)
+
     return _Pairs(
         width=(width[first] + width[second]).astype(np.int64),
         shift=_UPPER - width[first],
@@ -203,6 +208,7 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
             continue
 
         half = 1 << width - 1
+
         for first in (start, start + half):
             share = expected_before[first + half] - expected_before[first]
             heapq.heappush(waiting, (-float(share), first, width - 1))

@@ -67,6 +67,7 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
     planes = [_encode(head, _MOST_HEAD_BITS) for head in heads]
 
     codes = _split_codes(layout, plain)
+
     if table:
         first, payload = table.encode(codes)
         planes.append((payload.size, payload.tobytes()))
@@ -76,11 +77,13 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
 
         slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
         most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
+
         planes += [_encode(plane, most_bits) for plane in _split_planes(layout, codes[keep])]
 
     sizes = [size for size, _ in planes]
     fields = np.array([len(blocks_GP), *sizes], dtype="<u4")
-    return b"".join([fields.tobytes(), first.tobytes(), *(data for _, data in planes)])
+    stored = [data for _, data in planes]
+    return fields.tobytes() + first.tobytes() + b"".join(stored)
 
 
 def unpack_chunk(
@@ -99,6 +102,7 @@ def unpack_chunk(
     # Numbers of buckets or a mask, then planes: those of heads, then those of codes.
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
+
     if table:
         codes = table.decode(first, take(sizes[0]), layout.zero)
         body = layout.join(codes)
@@ -106,6 +110,7 @@ def unpack_chunk(
         body = deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take))
     else:
         body = layout.join(_expand(first, weights, sizes, take))
+
     if not heads:
         return body[0]
 
@@ -130,10 +135,13 @@ def _expand(mask: Bytes, weights: int, sizes: list[int], take: Take) -> NDArray[
     planes = [_decode(size, kept.size, take) for size in sizes]
 
     codes = np.zeros(weights, dtype=f"<u{len(planes)}")
+
     if len(planes) == 1:
         codes[kept] = planes[0]
     else:
-        codes[kept] = np.stack(planes, axis=-1).reshape(-1).view(codes.dtype)
+        joined = np.stack(planes, axis=-1).reshape(-1)
+        codes[kept] = joined.view(codes.dtype)
+
     return codes
 
 

@@ -140,7 +140,9 @@ def _place_fifths(keep_X8: NDArray[np.int64]) -> NDArray[np.uint32]:
     for weight in range(8):
         bit = eight >> before_X8[:, weight] & keep_X8[:, weight]
         place = weight // 2 + weight % 2 * 16
-        fifths |= (1 - bit).astype(np.uint32) << np.uint32(place)
+        other = (1 - bit).astype(np.uint32)
+        fifths |= other << np.uint32(place)
+
     return fifths
 
 

@@ -53,11 +53,9 @@ class Layout:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk of as many whole blocks as it may have."""
         return CHUNK_WEIGHTS // self.block_weights * self.block_bytes
 
     def count_weights(self, plain_bytes: int) -> int:
-        """Return the weights of blocks with that many bytes."""
         return plain_bytes // self.block_bytes * self.block_weights
 
     @property
@@ -82,7 +80,6 @@ class Layout:
 
     @cached_property
     def block(self) -> np.dtype[Any]:
-        """A block of the file."""
         return np.dtype(self.fields)
 
     @cached_property
@@ -107,6 +104,7 @@ def _split_q5_0(body_GP: Bytes) -> Bytes:
 
     nibbles_GP = body_GP[:, 4:]
     code_GS = np.empty_like(high_GS)
+
     code_GS[:, ::2] = nibbles_GP & 15 | high_GS[:, :16]
     code_GS[:, 1::2] = nibbles_GP >> 4 | high_GS[:, 16:]
     return code_GS.reshape(-1)

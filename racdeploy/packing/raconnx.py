@@ -70,11 +70,7 @@ class Sidecar:
 
     @classmethod
     def open(cls, model: Path) -> Sidecar:
-        """Read the header of the file beside a graph.
-
-        Raises:
-            ArtifactError: there is none, or it is damaged.
-        """
+        """Read the header of the file beside a graph."""
         file = model.with_name(sidecar_name(model.name))
         if not file.is_file():
             raise ArtifactError(
@@ -84,11 +80,7 @@ class Sidecar:
         return cls(file, *_read_header(file))
 
     def read(self, name: str) -> NDArray[Any]:
-        """Return one tensor.
-
-        Raises:
-            ArtifactError: it is not there, or damaged.
-        """
+        """Return one tensor; an ArtifactError says that it is not there, or damaged."""
         if name not in self.header:
             remedy = "copy the model and this file together"
             raise ArtifactError(f"{self.file} lacks {name!r}", remedy=remedy)
@@ -164,7 +156,10 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
-    shape, start, stored = entry["shape"], entry["start"], entry["size_bytes"]
+    shape = entry["shape"]
+    start = entry["start"]
+    stored = entry["size_bytes"]
+
     numbers = [*shape, start, stored]
     counts = all(type(number) is int and number >= 0 for number in numbers)
     if not counts or entry["dtype"] not in BY_DTYPE:

@@ -94,27 +94,29 @@ class SparseMatrix:
 def split(kind: Kind, packed_OP: Bytes) -> SparseMatrix:
     """Return the sparse matrix of packed rows of a number format."""
     O, P = packed_OP.shape
-    I = kind.row_length(P)
-    code_bytes = kind.code_bytes(I)
-    heads, values = [], []
-    offsets = np.zeros(O + 1, dtype=np.int64)
+    step = max(1, _SLAB_WEIGHTS // kind.row_length(P))
+    starts = range(0, O, step)
+    slabs = [_split_rows(kind, packed_OP[start : start + step]) for start in starts]
 
-    step = max(1, _SLAB_WEIGHTS // I)
-    for start in range(0, O, step):
-        rows_OP = packed_OP[start : start + step]
-        code_OI = _unpack_codes(kind, rows_OP[:, :code_bytes])
-        code_OI = _order_by_bits(kind, code_OI)
-        keep_OI = code_OI != kind.zero
-        heads.append(_join_heads(kind, keep_OI, rows_OP[:, code_bytes:]))
-
-        place, bytes_O = _find_places(kind, keep_OI)
-        slots = np.zeros(int(bytes_O.sum()) * 8 // kind.bits, dtype=code_OI.dtype)
-        slots[place] = code_OI[keep_OI]
-        values.append(_pack_codes(kind, slots))
-        offsets[start + 1 : start + 1 + step] = bytes_O
-
+    heads, values, sizes = zip(*slabs, strict=True)
     slack = np.zeros(SLACK_BYTES, np.uint8)
-    return SparseMatrix(np.concatenate(heads), np.concatenate([*values, slack]), offsets.cumsum())
+    offsets = np.concatenate([np.zeros(1, np.int64), *sizes]).cumsum()
+    return SparseMatrix(np.concatenate(heads), np.concatenate([*values, slack]), offsets)
+
+
+def _split_rows(kind: Kind, packed_OP: Bytes) -> tuple[Bytes, Bytes, NDArray[np.int64]]:
+    """Return heads_OP, values and bytes_O of rows."""
+    code_bytes = kind.code_bytes(kind.row_length(packed_OP.shape[1]))
+    code_OI = _unpack_codes(kind, packed_OP[:, :code_bytes])
+    code_OI = _order_by_bits(kind, code_OI)
+    keep_OI = code_OI != kind.zero
+
+    place, bytes_O = _find_places(kind, keep_OI)
+    slots = np.zeros(int(bytes_O.sum()) * 8 // kind.bits, dtype=code_OI.dtype)
+    slots[place] = code_OI[keep_OI]
+
+    heads_OP = _join_heads(kind, keep_OI, packed_OP[:, code_bytes:])
+    return heads_OP, _pack_codes(kind, slots), bytes_O
 
 
 def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
@@ -125,14 +127,16 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
     """
     _check(kind, matrix, I)
     O = len(matrix.heads_OP)
-    code_bytes, scale_bytes = kind.code_bytes(I), kind.scale_bytes(I)
+    code_bytes = kind.code_bytes(I)
+    scale_bytes = kind.scale_bytes(I)
     packed_OP = np.empty((O, code_bytes + scale_bytes), dtype=np.uint8)
 
     step = max(1, _SLAB_WEIGHTS // I)
     for start in range(0, O, step):
         rows = slice(start, start + step)
         scale_OP, keep_OI = _split_heads(kind, matrix.heads_OP[rows])
-        code_OI = _order_by_weights(kind, _restore_codes(kind, matrix, start, keep_OI))
+        code_OI = _restore_codes(kind, matrix, start, keep_OI)
+        code_OI = _order_by_weights(kind, code_OI)
         if _order_by_weights(kind, keep_OI)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
 

@@ -133,6 +133,7 @@ def write_model(
 
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata()))
+
     with (folder / name).open("wb") as stream:
         stream.write(model.SerializeToString(deterministic=True))
         stream.flush()
@@ -144,15 +145,17 @@ def _add(
 ) -> None:
     tensor = model.graph.initializer.add(name=key, dims=values.shape)
     tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+
     if values.nbytes < _LEAST_EXTERNAL_BYTES:
         tensor.raw_data = values.tobytes()
         return
 
     sink.write(bytes(-sink.tell() % _ALIGNMENT))
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=location)
-    tensor.external_data.add(key="offset", value=str(sink.tell()))
-    tensor.external_data.add(key="length", value=str(values.nbytes))
+    place = {"location": location, "offset": sink.tell(), "length": values.nbytes}
+    for entry, value in place.items():
+        tensor.external_data.add(key=entry, value=str(value))
+
     sink.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 

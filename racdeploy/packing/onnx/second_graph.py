@@ -68,15 +68,18 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
     model = load_graph(plain)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     before = read_tensors(properties, plain)
-    after = [replace(t, packing=packing) if t.name in zeros else t for t in before]
-    packed = {tensor.name: tensor for tensor in after if tensor.name in zeros}
+
+    packed = {t.name: replace(t, packing=packing) for t in before if t.name in zeros}
+    after = [packed.get(tensor.name, tensor) for tensor in before]
     properties[TENSORS_KEY] = list_tensors(after)
     properties[ACCEL_KEY] = json.dumps(_summarize(packed, zeros))
 
     stored = StoredArrays(model, plain)
-    arrays = chain(stored.constants(before), _convert(before, packed, stored))
+    constants = stored.constants(before)
+    arrays = chain(constants, _convert(before, packed, stored))
     _rewire(model, packed)
     write_model(model, arrays, plain.parent, name, lambda: properties, inline_bytes=0)
+
     _compare(plain, plain.with_name(name), packed)
 
     files = [file for file in plain.parent.iterdir() if file.name.startswith(name)]
@@ -128,6 +131,7 @@ def _convert(
     """Yield the arrays of the second graph, one tensor at a time."""
     for tensor in tensors:
         arrays, _ = stored.take(tensor)
+
         if tensor.name in packed:
             matrix = split(KINDS[tensor.quant], join_arrays(tensor, arrays))
             parts = matrix.heads_OP, matrix.values, matrix.offsets
@@ -141,6 +145,7 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
     """Replace the products of packed tensors, and drop what only they read."""
     widened = {f"{name}{part}": name for name in packed for part in ("", ".f32")}
     nodes = []
+
     for node in model.graph.node:
         if node.op_type in _PRODUCTS and node.input[1] in widened:
             node = _make_product(node, packed[widened[node.input[1]]])
@@ -173,6 +178,7 @@ def _summarize(packed: Mapping[str, GraphTensor], zeros: Mapping[str, float]) ->
     for name, tensor in packed.items():
         ggml_type = KINDS[tensor.quant].ggml_type
         count = math.prod(tensor.shape)
+
         weights[ggml_type] += count
         zero_counts[ggml_type] += count * zeros[name]
 
@@ -190,6 +196,7 @@ def _compare(plain: Path, accel: Path, packed: Mapping[str, GraphTensor]) -> Non
     for tensor in packed.values():
         expected, _ = before.take(replace(tensor, packing="plain"))
         found, _ = after.take(tensor)
+
         if not np.array_equal(join_arrays(tensor, expected), join_arrays(tensor, found)):
             raise EngineError(
                 f"{accel} does not hold the weights of {tensor.name!r}",

@@ -45,7 +45,6 @@ class GraphTensor:
 
     @property
     def is_blocks(self) -> bool:
-        """Whether its number format is one of MatMulNBits."""
         return quants.is_blocks(self.quant)
 
     @property
@@ -125,14 +124,17 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
 
     # The file has scales in float32, which the operator takes; the rows in half precision.
     scale_OG = arrays[f"{tensor.name}.scales"]
+
     with np.errstate(over="ignore"):
         half_OG = scale_OG.astype("<f2")
     if not np.array_equal(half_OG.astype(np.float32), scale_OG, equal_nan=True):
         raise ValueError("a scale is no number of half precision")
 
     parts = [main.reshape(len(main), -1), np.ascontiguousarray(half_OG).view(np.uint8)]
-    if (zero_OP := arrays.get(f"{tensor.name}.zero_points")) is not None:
+    zero_OP = arrays.get(f"{tensor.name}.zero_points")
+    if zero_OP is not None:
         parts.append(zero_OP)
+
     return np.concatenate(parts, axis=1)
 
 

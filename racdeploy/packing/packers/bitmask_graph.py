@@ -55,7 +55,6 @@ class GraphPacker(Packer):
 
     @classmethod
     def check_size(cls, weights: int) -> None:
-        """Refuse a graph that would take too much memory to load."""
         if weights > MOST_WEIGHTS:
             raise UsageError(
                 f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, "
@@ -72,7 +71,6 @@ class GraphPacker(Packer):
         return fits(tensor.quant, zeros)
 
     def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
-        """Yield mask and codes, a zero in front of them, and the scales as they are."""
         from racdeploy.packing.onnx import folding
 
         if not self._nodes:
@@ -99,7 +97,6 @@ class GraphPacker(Packer):
         self.model.graph.node.extend([*self._nodes, *others])
 
     def complete(self) -> list[str]:
-        """Prove that a session folds every packed tensor into the plain weights."""
         from racdeploy.packing.onnx.folding import prove_folding
 
         prove_folding(self.file, self.expected)
@@ -108,7 +105,6 @@ class GraphPacker(Packer):
     def read(
         self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
     ) -> tuple[Arrays, int]:
-        """Return the codes joined again, and the scales."""
         arrays, size_bytes = super().read(tensor, stored)
         mask = np.ascontiguousarray(arrays.pop(f"{tensor.name}.mask"))
         values = arrays.pop(f"{tensor.name}.values")

@@ -51,7 +51,6 @@ class GraphPacker(Packer):
 
     @classmethod
     def files_beside(cls, name: str) -> tuple[str, ...]:
-        """Return the names of the second graph and its weights."""
         accel = accel_name(name)
         return accel, data_name(accel)
 
@@ -65,7 +64,6 @@ class GraphPacker(Packer):
         return fits(tensor.quant, zeros)
 
     def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
-        """Yield the plain arrays, and remember the tensor for the second graph."""
         self._zeros[tensor.name] = zeros
         yield from super().store(tensor, arrays, zeros)
 
@@ -78,7 +76,6 @@ class GraphPacker(Packer):
     def read(
         self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
     ) -> tuple[Arrays, int]:
-        """Return the plain arrays of a matrix."""
         from racdeploy.packing.onnx.second_graph import check_form, join_matrix
         from racdeploy.packing.onnx.tensors import split_arrays
 

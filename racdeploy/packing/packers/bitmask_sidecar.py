@@ -39,7 +39,6 @@ class GraphPacker(Packer):
 
     @classmethod
     def files_beside(cls, name: str) -> tuple[str, ...]:
-        """Return the name of the file that holds the packed weights."""
         return (raconnx.sidecar_name(name),)
 
     def refusal(self, tensor: GraphTensor, zeros: float) -> str:
@@ -60,13 +59,11 @@ class GraphPacker(Packer):
         yield from ()
 
     def finish(self) -> None:
-        """Write the file."""
         self._writer.close()
 
     def read(
         self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
     ) -> tuple[Arrays, int]:
-        """Return the arrays from the file beside the graph."""
         arrays = {name: self._sidecar.read(name) for name in stored}
         return arrays, sum(self._sidecar.header[name]["size_bytes"] for name in stored)
 

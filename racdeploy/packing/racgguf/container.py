@@ -111,20 +111,12 @@ class Container:
         return {key: value for key, value in self.header.values.items() if key not in KEYS}
 
     def chunks(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
-        """Yield the plain bytes of a tensor, whole blocks at a time where it is packed.
-
-        Raises:
-            ArtifactError: its chunks are damaged.
-        """
+        """Yield the plain bytes of a tensor, whole blocks at a time where it is packed."""
         with self.path.open("rb", buffering=0) as stream:
             yield from unpack_stored(tensor, Source(stream))
 
     def plain(self) -> Iterator[memoryview]:
-        """Yield the bytes of the plain file, without checking their SHA-256.
-
-        Raises:
-            ArtifactError: a chunk is damaged.
-        """
+        """Yield the bytes of the plain file, without checking their SHA-256."""
         # glibc keeps as much freed memory as twice the largest block it has freed. Without this
         # one, whose pages are never touched, every chunk faults its pages in again, at half the
         # speed.
@@ -151,11 +143,7 @@ class Container:
         yield memoryview(bytes(self.size_bytes - written))
 
     def check_sha256(self) -> None:
-        """Unpack to nowhere.
-
-        Raises:
-            ArtifactError: the plain file would be another one.
-        """
+        """Unpack to nowhere; an ArtifactError says that the plain file would be another one."""
         self._write(None)
 
     def unpack(self, out: Path) -> None:
@@ -222,11 +210,13 @@ def unpacked(path: Path) -> Path:
 def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> bytes:
     """Return the infos of tensors (name, dimensions, type, size) that lie one after another."""
     infos, offset = b"", 0
+
     for name, dimensions, ggml_type, size_bytes in tensors:
         count = len(dimensions)
         infos += pack_text(name) + struct.pack(f"<I{count}Q", count, *dimensions)
         infos += struct.pack("<IQ", ggml_type, offset)
         offset = padded(offset + size_bytes, alignment)
+
     return infos
 
 
@@ -326,11 +316,7 @@ def _check_size(container: Container) -> None:
 
 
 def unpack_stored(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
-    """Yield the plain bytes of a tensor, as its packing restores them.
-
-    Raises:
-        ArtifactError: what is stored is damaged.
-    """
+    """Yield the plain bytes of a tensor, as its packing restores them."""
     source.start(tensor.position, tensor.stored_bytes)
     yield from packings.load_gguf(tensor.packing).unpack_tensor(tensor, source)
     if source.left:
@@ -354,11 +340,7 @@ class Source:
         self.left = size_bytes
 
     def take(self, count: int) -> NDArray[np.uint8]:
-        """Return that many further bytes.
-
-        Raises:
-            ArtifactError: there are fewer.
-        """
+        """Return that many further bytes; an ArtifactError says that there are fewer."""
         if count > self.left:
             raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
         if self._taken + count > self._ahead.size:

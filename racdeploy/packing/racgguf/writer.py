@@ -82,13 +82,15 @@ def pack(
     if any(key.startswith("racgguf.") for key in header.values):
         raise ArtifactError(f"{plain} is a container already")
 
-    data, partial = (out.with_name(f".{out.name}.{kind}") for kind in ("data", "partial"))
+    data = out.with_name(f".{out.name}.data")
+    partial = out.with_name(f".{out.name}.partial")
     with disk_errors(out):
         try:
             with plain.open("rb") as source, data.open("w+b") as sink:
                 store = _Store(packing, source, sink, header.alignment)
                 chosen = packer(header, source)
                 rows = [store.add(tensor, chosen) for tensor in header.tensors]
+
             with data.open("rb") as packed, partial.open("wb") as sink:
                 sink.write(_make_header(plain, header, packing, rows))
                 shutil.copyfileobj(packed, sink, _COPY_BYTES)
@@ -182,11 +184,13 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
     """Return what is in front of the tensors: the plain file's metadata, five keys, and infos."""
     recorded: list[int] = []
     infos = []
+
     for tensor, row in zip(header.tensors, rows, strict=True):
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]
         shape, ggml_type = tensor.dimensions, tensor.ggml_type
         if not row.reason:
             shape, ggml_type = (row.stored_bytes,), PACKED_TYPE
+
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 
     # A value of each of KEYS, behind its metadata type: u32, string, u64 or array.
