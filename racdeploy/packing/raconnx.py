@@ -35,11 +35,6 @@ def sidecar_name(model: str) -> str:
     return f"{model}_packed"
 
 
-def has_sidecar(model: Path) -> bool:
-    """Return whether packed weights lie beside a graph."""
-    return model.with_name(sidecar_name(model.name)).is_file()
-
-
 def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
     """Return the tensors packed beside a graph, by their names in it; none without such a file.
 
@@ -49,7 +44,7 @@ def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
     Raises:
         ArtifactError: the file is damaged.
     """
-    if not has_sidecar(model):
+    if not model.with_name(sidecar_name(model.name)).is_file():
         return {}
     sidecar = Sidecar.open(model)
     return {name: sidecar.read(name) for name in sidecar.header}

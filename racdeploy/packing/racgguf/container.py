@@ -20,14 +20,8 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError
+from racdeploy.storage import files
 from racdeploy.storage.caches import cache_folder
-from racdeploy.storage.files import (
-    atomic_file,
-    disk_errors,
-    file_sha256,
-    remove_leftovers,
-    require_space,
-)
 from racdeploy.storage.gguf_header import (
     FIXED_BYTES,
     Header,
@@ -153,9 +147,9 @@ class Container:
             ArtifactError: a chunk is damaged, or the plain file is not the recorded one.
             EnvironmentFailure: the disk is full or not writable.
         """
-        remove_leftovers(out)
-        require_space(out.parent, self.size_bytes, "choose another place")
-        with atomic_file(out) as stream:
+        files.remove_leftovers(out)
+        files.require_space(out.parent, self.size_bytes, "choose another place")
+        with files.atomic_file(out) as stream:
             self._write(stream)
 
     def _write(self, stream: BinaryIO | None) -> None:
@@ -200,8 +194,8 @@ def unpacked(path: Path) -> Path:
     """
     container = Container.open(path)
     file = cache_folder("unpacked") / f"{container.sha256}.gguf"
-    if not file.is_file() or file_sha256(file) != container.sha256:
-        with disk_errors(file):
+    if not file.is_file() or files.file_sha256(file) != container.sha256:
+        with files.disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         container.unpack(file)
     return file

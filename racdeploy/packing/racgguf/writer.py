@@ -18,18 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.packing.racgguf.container import (
-    KEYS,
-    PACKED_TYPE,
-    SUFFIX,
-    VERSION,
-    Container,
-    Source,
-    StoredTensor,
-    pack_text,
-    tensor_infos,
-    unpack_stored,
-)
+from racdeploy.packing.racgguf import container
 from racdeploy.storage.files import disk_errors, file_sha256
 from racdeploy.storage.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
 
@@ -73,9 +62,10 @@ def pack(
         UsageError: ``out`` has another suffix, or its folder is missing.
         EnvironmentFailure: the disk is full or not writable.
     """
-    if out.suffix != SUFFIX or not out.parent.is_dir():
+    if out.suffix != container.SUFFIX or not out.parent.is_dir():
         raise UsageError(
-            f"{out} is not a {SUFFIX} file in a folder that is there", remedy=f"name it *{SUFFIX}"
+            f"{out} is not a {container.SUFFIX} file in a folder that is there",
+            remedy=f"name it *{container.SUFFIX}",
         )
 
     header = read_header(plain, (3,))
@@ -150,7 +140,7 @@ class _Store:
 
     def _refuse(self, tensor: TensorInfo, start: int) -> str:
         """Return why the tensor packed from ``start`` on is better stored plain, or nothing."""
-        stored = StoredTensor(
+        stored = container.StoredTensor(
             tensor.name,
             tensor.dimensions,
             tensor.ggml_type,
@@ -165,12 +155,12 @@ class _Store:
             return "its packed form would unpack to other bytes"
         return "its packed form is not smaller" if stored.stored_bytes >= tensor.size_bytes else ""
 
-    def _unpacks(self, stored: StoredTensor, position: int) -> bool:
+    def _unpacks(self, stored: container.StoredTensor, position: int) -> bool:
         """Return whether the sink unpacks to the bytes at ``position`` of the plain file."""
         self.source.seek(position)
         done = 0
         try:
-            for chunk in unpack_stored(stored, Source(self.sink)):
+            for chunk in container.unpack_stored(stored, container.Source(self.sink)):
                 plain = np.fromfile(self.source, dtype=np.uint8, count=chunk.size)
                 if not np.array_equal(chunk, plain):
                     return False
@@ -189,35 +179,35 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]
         shape, ggml_type = tensor.dimensions, tensor.ggml_type
         if not row.reason:
-            shape, ggml_type = (row.stored_bytes,), PACKED_TYPE
+            shape, ggml_type = (row.stored_bytes,), container.PACKED_TYPE
 
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 
-    # A value of each of KEYS, behind its metadata type: u32, string, u64 or array.
+    # A value of each of container.KEYS, behind its type: u32, string, u64 or array.
     values = (
-        struct.pack("<II", 4, VERSION),
-        struct.pack("<I", 8) + pack_text(packing),
+        struct.pack("<II", 4, container.VERSION),
+        struct.pack("<I", 8) + container.pack_text(packing),
         struct.pack("<IQ", 10, header.size_bytes),
-        struct.pack("<I", 8) + pack_text(file_sha256(plain)),
+        struct.pack("<I", 8) + container.pack_text(file_sha256(plain)),
         struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
     )
-    keys = len(header.values) + len(KEYS)
+    keys = len(header.values) + len(container.KEYS)
     fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(rows), keys)
 
     with plain.open("rb") as source:
         source.seek(FIXED_BYTES)
         metadata = source.read(header.starts[""] - FIXED_BYTES)
 
-    for key, value in zip(KEYS, values, strict=True):
-        metadata += pack_text(key) + value
+    for key, value in zip(container.KEYS, values, strict=True):
+        metadata += container.pack_text(key) + value
 
-    made = fixed + metadata + tensor_infos(infos, header.alignment)
+    made = fixed + metadata + container.tensor_infos(infos, header.alignment)
     return made.ljust(padded(len(made), header.alignment), b"\0")
 
 
 def _check(plain: Path, partial: Path) -> None:
     try:
-        Container.open(partial).check_sha256()
+        container.Container.open(partial).check_sha256()
     except ArtifactError as error:
         raise ArtifactError(
             f"{plain} cannot be packed: bytes between its tensors "
