@@ -1,6 +1,7 @@
 """Packings: how zeros are left out of a file, one plugin in ``packers/`` for each way.
 
 The exporters ask the plugin; a file names its packing, so reading asks the same plugin again.
+Whatever is read and damaged, or missing, is an ArtifactError.
 """
 
 from __future__ import annotations

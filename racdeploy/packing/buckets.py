@@ -70,11 +70,7 @@ class Table:
     @classmethod
     @lru_cache(maxsize=8)  # tensors share tables
     def read(cls, stored: bytes) -> Table:
-        """Read a table.
-
-        Raises:
-            ArtifactError: its buckets do not hold every word once.
-        """
+        """Read a table."""
         costs, widths = stored[:_CODES], stored[_CODES:]
         words = sum(1 << width for width in widths)
         if len(widths) != _BUCKETS or words != _WORDS:
@@ -109,11 +105,7 @@ class Table:
         return numbers, payload
 
     def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
-        """Return the nibbles, two a byte, each XOR ``zero``: the way back of :meth:`encode`.
-
-        Raises:
-            ArtifactError: there are more or fewer bits than the buckets need.
-        """
+        """Return the nibbles, two a byte, each XOR ``zero``: the way back of :meth:`encode`."""
         # Every index below is in range; mode="wrap" is a look-up without its check.
         low_bytes = numbers.size // 5 * 4
         pair16 = _HIGH_BITS.take(numbers[low_bytes:], mode="wrap").view(np.uint16)

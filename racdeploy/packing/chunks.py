@@ -89,11 +89,7 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
 def unpack_chunk(
     layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
 ) -> Bytes:
-    """Return the bytes of the next chunk; one of more weights is refused before it is allocated.
-
-    Raises:
-        ArtifactError: the record contradicts itself or ends early.
-    """
+    """Return the bytes of the next chunk; one of more weights is refused before it is allocated."""
     blocks, *sizes = take(4 * (1 + layout.planes)).view("<u4").tolist()
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:

@@ -40,9 +40,6 @@ def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
 
     Give them to ``onnxruntime.SessionOptions.add_external_initializers``, and keep them as long as
     the session.
-
-    Raises:
-        ArtifactError: the file is damaged.
     """
     if not model.with_name(sidecar_name(model.name)).is_file():
         return {}
@@ -52,26 +49,19 @@ def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """An open file of packed weights.
-
-    Args:
-        header: dtype, shape, start and size_bytes of each tensor, by its name in the graph.
-        origin: where the chunks begin.
-    """
+    """An open file of packed weights."""
 
     file: Path
-    header: dict[str, dict[str, Any]]
-    origin: int
+    header: dict[str, dict[str, Any]]  # dtype, shape, start and size_bytes, by name in the graph
+    origin: int  # where the chunks begin
 
     @classmethod
     def open(cls, model: Path) -> Sidecar:
         """Read the header of the file beside a graph."""
         file = model.with_name(sidecar_name(model.name))
         if not file.is_file():
-            raise ArtifactError(
-                f"{file} is missing; it holds weights of {model.name}",
-                remedy="copy the whole folder",
-            )
+            message = f"{file} is missing; it holds weights of {model.name}"
+            raise ArtifactError(message, remedy="copy the whole folder")
         return cls(file, *_read_header(file))
 
     def read(self, name: str) -> NDArray[Any]:

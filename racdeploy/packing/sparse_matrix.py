@@ -33,19 +33,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Kind:
-    """One number format; a packed row has its codes, then its scales.
+    """One number format; a packed row has its codes, then its scales."""
 
-    Args:
-        ggml_type: ggml's number of the format that has the same codes and scales.
-        bits: of a code.
-        zero: the code that is left out.
-        scaled: whether 32 weights share a scale.
-    """
-
-    ggml_type: int
-    bits: int
-    zero: int
-    scaled: bool
+    ggml_type: int  # of the format that has the same codes and scales
+    bits: int  # of a code
+    zero: int  # the code that is left out
+    scaled: bool  # whether 32 weights share a scale
 
     @property
     def head_bytes(self) -> int:
@@ -168,16 +161,14 @@ def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
     groups = -(-I // _GROUP)
     fits = I >= 1 and I % BLOCK == 0 and groups * kind.head_bytes == P
     if not fits or offsets.shape != (O + 1,):
-        raise ValueError(
-            f"heads of shape {O} × {P} and {offsets.size} offsets are not of rows of {I} weights"
-        )
+        what = f"heads of shape {O} × {P} and {offsets.size} offsets"
+        raise ValueError(f"{what} are not of rows of {I} weights")
 
     ascending = bool((np.diff(offsets) >= 0).all())
     end = matrix.values.size - SLACK_BYTES
     if offsets[0] != 0 or not ascending or offsets[-1] != end:
-        raise ValueError(
-            f"the offsets do not end where the {matrix.values.size} bytes of values do"
-        )
+        size_bytes = matrix.values.size
+        raise ValueError(f"the offsets do not end where the {size_bytes} bytes of values do")
 
 
 def _order_by_bits(kind: Kind, code_OI: NDArray[Any]) -> NDArray[Any]:

@@ -28,11 +28,7 @@ _LEAST_EXTERNAL_BYTES = 1024
 
 
 def load_graph(file: Path) -> onnx.ModelProto:
-    """Read a graph; weights in other files stay there.
-
-    Raises:
-        ArtifactError: it is no ONNX file, or damaged.
-    """
+    """Read a graph; weights in other files stay there."""
     try:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:

@@ -57,9 +57,6 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
     Args:
         packing: the plugin that reads the second one.
         zeros: fraction of zeros of each tensor to pack.
-
-    Raises:
-        EngineError: what was written is not what was to be written.
     """
     name = accel_name(plain.name)
     if not zeros:
@@ -91,17 +88,12 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
 
 
 def check_form(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse a graph whose matrices another racdeploy packed, in another form.
-
-    Raises:
-        ArtifactError: naming both forms.
-    """
+    """Refuse a graph whose matrices another racdeploy packed, in another form."""
     for opset in model.opset_import:
         if opset.domain == OPERATOR_DOMAIN and opset.version != LAYOUT:
-            raise ArtifactError(
-                f"{path} packs its matrices in form {opset.version}; known is {LAYOUT}",
-                remedy="export it again, or use the racdeploy that made it",
-            )
+            message = f"{path} packs its matrices in form {opset.version}; known is {LAYOUT}"
+            remedy = "export it again, or use the racdeploy that made it"
+            raise ArtifactError(message, remedy=remedy)
 
 
 def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
@@ -198,7 +190,5 @@ def _compare(plain: Path, accel: Path, packed: Mapping[str, GraphTensor]) -> Non
         found, _ = after.take(tensor)
 
         if not np.array_equal(join_arrays(tensor, expected), join_arrays(tensor, found)):
-            raise EngineError(
-                f"{accel} does not hold the weights of {tensor.name!r}",
-                remedy="check disk and memory",
-            )
+            message = f"{accel} does not hold the weights of {tensor.name!r}"
+            raise EngineError(message, remedy="check disk and memory")

@@ -29,18 +29,12 @@ TENSORS_KEY = "racdeploy.tensors"
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """One tensor of a graph.
+    """One tensor of a graph."""
 
-    Args:
-        name: in the checkpoint and in the file.
-        shape: as in the checkpoint, outputs first.
-        looked_up: whether a Gather reads it, so that rows stay together.
-    """
-
-    name: str
-    shape: tuple[int, ...]
+    name: str  # in the checkpoint and in the file
+    shape: tuple[int, ...]  # as in the checkpoint, outputs first
     quant: str
-    looked_up: bool
+    looked_up: bool  # whether a Gather reads it, so that rows stay together
     packing: str = "plain"
 
     @property
@@ -54,11 +48,7 @@ class GraphTensor:
 
 
 def read_tensors(properties: dict[str, str], path: Path) -> list[GraphTensor]:
-    """Return what a graph says of its tensors; nothing where racdeploy did not write it.
-
-    Raises:
-        ArtifactError: what it says is damaged.
-    """
+    """Return what a graph says of its tensors; nothing where racdeploy did not write it."""
     try:
         return [_read_tensor(**values) for values in json.loads(properties.get(TENSORS_KEY, "[]"))]
     except (json.JSONDecodeError, RecursionError, TypeError, ValueError) as error:
@@ -152,11 +142,7 @@ class StoredArrays:
         self._packers: dict[str, Packer] = {}
 
     def take(self, tensor: GraphTensor) -> tuple[Arrays, int]:
-        """Return the arrays of a tensor, unpacked, and the bytes that they take in the file.
-
-        Raises:
-            ArtifactError: one of them is missing, damaged or of another shape.
-        """
+        """Return the arrays of a tensor, unpacked, and the bytes that they take in the file."""
         packer = self._packer(tensor.packing)
         names = [tensor.name + part for part in packer.PARTS]
         stored = {name: self.left.pop(name) for name in names if name in self.left}

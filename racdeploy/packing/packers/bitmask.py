@@ -116,11 +116,7 @@ def refuse_stored(tensor: StoredTensor) -> str:
 
 
 def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
-    """Yield the bytes of a tensor, whole blocks at a time.
-
-    Raises:
-        ArtifactError: its table or a chunk is damaged.
-    """
+    """Yield the bytes of a tensor, whole blocks at a time."""
     layout = LAYOUTS[tensor.ggml_type]
     weights = layout.count_weights(tensor.plain_bytes)
     table = Table.read(source.take(TABLE_BYTES).tobytes()) if layout.in_words else None

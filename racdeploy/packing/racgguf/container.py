@@ -50,48 +50,31 @@ _HEAP_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, plain and as it is stored.
-
-    Args:
-        dimensions: in the plain file, row length first.
-        ggml_type: in the plain file.
-        packing: how it is stored, ``plain`` or the container's.
-        position: of its first stored byte.
-    """
+    """One tensor, plain and as it is stored; dimensions and type are those of the plain file."""
 
     name: str
-    dimensions: tuple[int, ...]
+    dimensions: tuple[int, ...]  # row length first
     ggml_type: int
-    packing: str
+    packing: str  # ``plain`` or the container's
     plain_bytes: int
     stored_bytes: int
-    position: int
+    position: int  # of its first stored byte
 
 
 @dataclass(frozen=True)
 class Container:
-    """A checked container.
-
-    Args:
-        header: its own.
-        packing: of the tensors that are not plain.
-        size_bytes: of the plain file, as is the SHA-256.
-    """
+    """A checked container; size and SHA-256 are those of the plain file."""
 
     path: Path
     header: Header
-    packing: str
+    packing: str  # of the tensors that are not plain
     tensors: tuple[StoredTensor, ...]
     size_bytes: int
     sha256: str
 
     @classmethod
     def open(cls, path: Path) -> Container:
-        """Open a container and check everything but its chunks.
-
-        Raises:
-            ArtifactError: it is no container of this version, or a damaged one.
-        """
+        """Open a container and check everything but its chunks."""
         header = read_header(path, (3,))
         try:
             return _check(path, header)
@@ -141,12 +124,7 @@ class Container:
         self._write(None)
 
     def unpack(self, out: Path) -> None:
-        """Write the plain file, whole or not at all; what killed processes left of it is removed.
-
-        Raises:
-            ArtifactError: a chunk is damaged, or the plain file is not the recorded one.
-            EnvironmentFailure: the disk is full or not writable.
-        """
+        """Write the plain file, whole or not at all; what killed processes left is removed."""
         files.remove_leftovers(out)
         files.require_space(out.parent, self.size_bytes, "choose another place")
         with files.atomic_file(out) as stream:
@@ -187,10 +165,6 @@ def unpacked(path: Path) -> Path:
 
     It lies there under its SHA-256, which is checked on every use, so containers of the same model
     share it, and may be removed at any time.
-
-    Raises:
-        ArtifactError: the container is damaged.
-        EnvironmentFailure: the cache is full or not writable.
     """
     container = Container.open(path)
     file = cache_folder("unpacked") / f"{container.sha256}.gguf"
@@ -223,7 +197,9 @@ def pack_text(value: str) -> bytes:
 def _check(path: Path, header: Header) -> Container:
     _check_keys(header.values)
     version, packing, size_bytes, sha256, recorded = (header.values[key] for key in KEYS)
-    known = [name for name in packings.names("gguf") if packings.load_gguf(name).SUFFIX == SUFFIX]
+
+    stored = packings.names("gguf")
+    known = [name for name in stored if packings.load_gguf(name).SUFFIX == SUFFIX]
     if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
             f"container version {version!r} with packing {packing!r}; "
@@ -286,13 +262,11 @@ def _describe(
     if info.ggml_type == ggml_type:
         packing = PLAIN
     elif info.ggml_type != PACKED_TYPE:
-        raise ArtifactError(
-            f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
-        )
+        message = f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
+        raise ArtifactError(message)
 
-    tensor = StoredTensor(
-        info.name, dimensions, ggml_type, packing, plain_bytes, info.size_bytes, info.position
-    )
+    stored = info.size_bytes, info.position
+    tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
     if reason := packings.load_gguf(packing).refuse_stored(tensor):
         raise ArtifactError(f"{info.name!r} {reason}")
     return tensor

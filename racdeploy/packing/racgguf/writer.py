@@ -60,7 +60,6 @@ def pack(
     Raises:
         ArtifactError: ``plain`` is damaged, or is laid out as no writer known here does it.
         UsageError: ``out`` has another suffix, or its folder is missing.
-        EnvironmentFailure: the disk is full or not writable.
     """
     if out.suffix != container.SUFFIX or not out.parent.is_dir():
         raise UsageError(
@@ -140,15 +139,9 @@ class _Store:
 
     def _refuse(self, tensor: TensorInfo, start: int) -> str:
         """Return why the tensor packed from ``start`` on is better stored plain, or nothing."""
-        stored = container.StoredTensor(
-            tensor.name,
-            tensor.dimensions,
-            tensor.ggml_type,
-            self.packing,
-            tensor.size_bytes,
-            self.sink.tell() - start,
-            start,
-        )
+        sizes = tensor.size_bytes, self.sink.tell() - start
+        kind = tensor.dimensions, tensor.ggml_type
+        stored = container.StoredTensor(tensor.name, *kind, self.packing, *sizes, start)
         comes_back = self._unpacks(stored, tensor.position)
         self.sink.seek(0, os.SEEK_END)
         if not comes_back:
