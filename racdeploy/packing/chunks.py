@@ -100,8 +100,7 @@ def unpack_chunk(
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
     if table:
-        codes = table.decode(first, take(sizes[0]), layout.zero)
-        body = layout.join(codes)
+        body = layout.join(table.decode(first, take(sizes[0]), layout.zero))
     elif layout.in_fives:
         body = deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take))
     else:

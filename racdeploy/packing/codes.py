@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.packing.bits import Bytes
@@ -62,17 +61,3 @@ def refusal(quant: str, zeros_fraction: float) -> str:
         known = "f32, f16 and matmulnbits_8 are"
         return f"codes of {bits:g} bits a weight are no whole bytes; {known}"
     return refuse_mask(zeros_fraction, 8 * codes.dtype.itemsize, bits)
-
-
-def split(codes: Codes, flat: NDArray[Any]) -> tuple[Bytes, NDArray[Any]]:
-    """Return the mask, low bits first, and the codes that are not zero, a minus zero among them."""
-    keep = flat.view(codes.dtype) != codes.zero
-    return np.packbits(keep, bitorder="little"), flat[keep]
-
-
-def join(codes: Codes, mask: Bytes, kept: NDArray[Any], count: int) -> NDArray[Any]:
-    """Return the codes again."""
-    flat = np.full(count, codes.zero, dtype=codes.dtype).view(kept.dtype)
-    keep = np.unpackbits(mask, count=count, bitorder="little").view(np.bool_)
-    flat[keep] = kept
-    return flat

@@ -80,7 +80,7 @@ class SparseMatrix:
     """A matrix of O rows, as the kernels read it."""
 
     heads_OP: Bytes
-    values: Bytes  # the slack behind them
+    values: Bytes  # with the slack behind them
     offsets: NDArray[np.int64]  # O + 1 of them
 
 
@@ -128,11 +128,11 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
     for start in range(0, O, step):
         rows = slice(start, start + step)
         scale_OP, keep_OI = _split_heads(kind, matrix.heads_OP[rows])
-        code_OI = _restore_codes(kind, matrix, start, keep_OI)
-        code_OI = _order_by_weights(kind, code_OI)
         if _order_by_weights(kind, keep_OI)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
 
+        code_OI = _restore_codes(kind, matrix, start, keep_OI)
+        code_OI = _order_by_weights(kind, code_OI)
         packed_OP[rows, :code_bytes] = _pack_codes(kind, code_OI[:, :I])
         packed_OP[rows, code_bytes:] = scale_OP[:, :scale_bytes]
 
@@ -164,7 +164,8 @@ def _check(kind: Kind, matrix: SparseMatrix, I: int) -> None:
         what = f"heads of shape {O} × {P} and {offsets.size} offsets"
         raise ValueError(f"{what} are not of rows of {I} weights")
 
-    ascending = bool((np.diff(offsets) >= 0).all())
+    # Compared, not subtracted: differences of hostile offsets may overflow.
+    ascending = bool((offsets[1:] >= offsets[:-1]).all())
     end = matrix.values.size - SLACK_BYTES
     if offsets[0] != 0 or not ascending or offsets[-1] != end:
         size_bytes = matrix.values.size
@@ -175,17 +176,19 @@ def _order_by_bits(kind: Kind, code_OI: NDArray[Any]) -> NDArray[Any]:
     """Return the codes of whole groups in the order of the mask bits."""
     padding = (0, 0), (0, -code_OI.shape[1] % _GROUP)
     code_OI = np.pad(code_OI, padding, constant_values=kind.zero)
-    if not kind.scaled:
-        return code_OI
     # Of a group: 8 blocks of 4 chunks of 8 weights become 4 chunks of 8 blocks of 8 weights.
-    return code_OI.reshape(len(code_OI), -1, 8, 4, 8).swapaxes(2, 3).reshape(len(code_OI), -1)
+    return _swap_chunks(code_OI, 8, 4) if kind.scaled else code_OI
 
 
 def _order_by_weights(kind: Kind, value_OI: NDArray[Any]) -> NDArray[Any]:
     """Return what belongs to the mask bits in the order of the weights."""
-    if not kind.scaled:
-        return value_OI
-    return value_OI.reshape(len(value_OI), -1, 4, 8, 8).swapaxes(2, 3).reshape(len(value_OI), -1)
+    return _swap_chunks(value_OI, 4, 8) if kind.scaled else value_OI
+
+
+def _swap_chunks(value_OI: NDArray[Any], outer: int, inner: int) -> NDArray[Any]:
+    O, I = value_OI.shape
+    chunks = value_OI.reshape(O, -1, outer, inner, 8)
+    return chunks.swapaxes(2, 3).reshape(O, I)
 
 
 def _unpack_codes(kind: Kind, stored: Bytes) -> NDArray[Any]:

@@ -47,6 +47,8 @@ from racdeploy.packing.sparse_matrix import (
 _OPERATOR = "SparseMatMul"
 _PRODUCTS = ("MatMul", "MatMulNBits")
 _PARTS = (".heads", ".values", ".offsets")
+_FORMS = [("uint8", 2), ("uint8", 1), ("int64", 1)]
+"""Type and dimensions of these arrays."""
 
 
 def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
@@ -107,14 +109,13 @@ def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
     if kind is None or len(tensor.shape) != 2:
         raise ValueError(f"the operator knows no {tensor.quant} of shape {list(tensor.shape)}")
 
+    O, I = tensor.shape
     parts = [np.ascontiguousarray(arrays[tensor.name + part]) for part in _PARTS]
-    heads_OP, values, offsets = parts
+    forms = [(part.dtype.name, part.ndim) for part in parts]
+    if forms != _FORMS or len(parts[0]) != O:
+        raise ValueError(f"heads, values and offsets are {forms}, with {len(parts[0])} rows")
 
-    shapes = heads_OP.ndim, len(heads_OP), values.ndim, offsets.ndim
-    types = tuple(part.dtype.name for part in parts)
-    if shapes != (2, tensor.shape[0], 1, 1) or types != ("uint8", "uint8", "int64"):
-        raise ValueError(f"heads, values and offsets are {types} with {shapes} dimensions and rows")
-    return join(kind, SparseMatrix(heads_OP, values, offsets), tensor.shape[1])
+    return join(kind, SparseMatrix(*parts), I)
 
 
 def _convert(

@@ -62,6 +62,7 @@ class TensorPacker:
             layout = LAYOUTS.get(tensor.ggml_type)
             if layout is None:
                 continue
+
             tallied = self._tally(tensor)
             self._tallies[tensor.name] = tallied
 
@@ -77,6 +78,7 @@ class TensorPacker:
         tallied = self._tallies.get(tensor.name)
         if tallied is None:
             return _refuse(tensor.ggml_type, 0.0)
+
         weights = int(tallied.sum())
         if LAYOUTS[tensor.ggml_type].in_words and weights < LEAST_WORD_WEIGHTS:
             return f"its {weights} weights do not pay for a table"

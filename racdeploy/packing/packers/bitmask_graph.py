@@ -81,12 +81,16 @@ class GraphPacker(Packer):
         values = scales.pop(tensor.name)
         self._expect(tensor, values)
 
+        # By its codes, a minus zero is no zero.
         code = codes.BY_DTYPE[values.dtype.str]
-        mask, kept = codes.split(code, values.reshape(-1))
+        flat = values.reshape(-1)
+        keep = flat.view(code.dtype) != code.zero
+
+        mask = np.packbits(keep, bitorder="little")
         zero = np.full(1, code.zero, dtype=code.dtype).view(values.dtype)
         stored = {
             f"{tensor.name}.mask": mask.reshape(-1, 1),
-            f"{tensor.name}.values": np.concatenate([zero, kept]),
+            f"{tensor.name}.values": np.concatenate([zero, flat[keep]]),
         }
         yield from super().store(tensor, stored | scales, zeros)
 
@@ -111,7 +115,9 @@ class GraphPacker(Packer):
 
         code = codes.BY_DTYPE[values.dtype.str]
         weights = math.prod(tensor.shape)
-        flat = codes.join(code, mask.reshape(-1), values[1:], weights)
+        flat = np.full(weights, code.zero, dtype=code.dtype).view(values.dtype)
+        keep = np.unpackbits(mask.reshape(-1), count=weights, bitorder="little")
+        flat[keep.view(np.bool_)] = values[1:]
 
         shape = tensor.shape
         if tensor.is_blocks:
