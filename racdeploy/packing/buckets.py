@@ -192,6 +192,7 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
     # Negative share, first rank, width: a heap has the least on top.
     waiting = [(-1.0, 0, _WORD_BITS)]
     single: list[tuple[float, int, int]] = []
+
     while len(waiting) + len(single) < _BUCKETS:
         bucket = heapq.heappop(waiting)
         _, start, width = bucket
@@ -200,7 +201,6 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
             continue
 
         half = 1 << width - 1
-
         for first in (start, start + half):
             share = expected_before[first + half] - expected_before[first]
             heapq.heappush(waiting, (-float(share), first, width - 1))

@@ -67,18 +67,13 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
     planes = [_encode(head, _MOST_HEAD_BITS) for head in heads]
 
     codes = _split_codes(layout, plain)
-
     if table:
         first, payload = table.encode(codes)
         planes.append((payload.size, payload.tobytes()))
     else:
         keep = codes != 0
         first = np.packbits(keep, bitorder="little")
-
-        slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
-        most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
-
-        planes += [_encode(plane, most_bits) for plane in _split_planes(layout, codes[keep])]
+        planes += _encode_codes(layout, codes[keep], index)
 
     sizes = [size for size, _ in planes]
     fields = np.array([len(blocks_GP), *sizes], dtype="<u4")
@@ -106,13 +101,14 @@ def unpack_chunk(
     else:
         body = layout.join(_expand(first, weights, sizes, take))
 
-    if not heads:
-        return body[0]
+    return _join_blocks(layout, [*heads, *body]) if heads else body[0]
 
-    # Into the fields of a block, each part of a block as one item.
-    plain = np.empty(blocks * layout.block_bytes, dtype=np.uint8)
+
+def _join_blocks(layout: Layout, parts: list[Bytes]) -> Bytes:
+    """Return blocks, each field of them an item; the first part has a byte for each block."""
+    plain = np.empty(parts[0].size * layout.block_bytes, dtype=np.uint8)
     plain_G = plain.view(layout.block)
-    for (name, kind), part in zip(layout.fields, [*heads, *body], strict=True):
+    for (name, kind), part in zip(layout.fields, parts, strict=True):
         plain_G[name] = part.view(kind)
     return plain
 
@@ -151,6 +147,12 @@ def _split_planes(layout: Layout, codes: NDArray[Any]) -> list[Bytes]:
     nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
     nibbles[: codes.size] = codes & 15
     return [nibbles[::2] | nibbles[1::2] << np.uint8(4), np.packbits(codes >> 4, bitorder="little")]
+
+
+def _encode_codes(layout: Layout, kept: NDArray[Any], index: int) -> list[tuple[int, bytes]]:
+    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
+    most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
+    return [_encode(plane, most_bits) for plane in _split_planes(layout, kept)]
 
 
 def _split_columns(rows: Bytes) -> list[Bytes]:

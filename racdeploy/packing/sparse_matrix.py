@@ -119,6 +119,7 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
         ValueError: heads, values and offsets do not fit each other, or not rows of that length.
     """
     _check(kind, matrix, I)
+
     O = len(matrix.heads_OP)
     code_bytes = kind.code_bytes(I)
     scale_bytes = kind.scale_bytes(I)

@@ -142,6 +142,7 @@ class _Store:
         sizes = tensor.size_bytes, self.sink.tell() - start
         kind = tensor.dimensions, tensor.ggml_type
         stored = container.StoredTensor(tensor.name, *kind, self.packing, *sizes, start)
+
         comes_back = self._unpacks(stored, tensor.position)
         self.sink.seek(0, os.SEEK_END)
         if not comes_back:
@@ -176,26 +177,29 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
 
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 
-    # A value of each of container.KEYS, behind its type: u32, string, u64 or array.
-    values = (
-        struct.pack("<II", 4, container.VERSION),
-        struct.pack("<I", 8) + container.pack_text(packing),
-        struct.pack("<IQ", 10, header.size_bytes),
-        struct.pack("<I", 8) + container.pack_text(file_sha256(plain)),
-        struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
-    )
     keys = len(header.values) + len(container.KEYS)
     fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(rows), keys)
 
     with plain.open("rb") as source:
         source.seek(FIXED_BYTES)
         metadata = source.read(header.starts[""] - FIXED_BYTES)
-
-    for key, value in zip(container.KEYS, values, strict=True):
-        metadata += container.pack_text(key) + value
+    metadata += _pack_keys(packing, header.size_bytes, file_sha256(plain), recorded)
 
     made = fixed + metadata + container.tensor_infos(infos, header.alignment)
     return made.ljust(padded(len(made), header.alignment), b"\0")
+
+
+def _pack_keys(packing: str, size_bytes: int, sha256: str, recorded: list[int]) -> bytes:
+    """Return the container's own metadata; a value is behind its type: u32, string, u64, array."""
+    values = (
+        struct.pack("<II", 4, container.VERSION),
+        struct.pack("<I", 8) + container.pack_text(packing),
+        struct.pack("<IQ", 10, size_bytes),
+        struct.pack("<I", 8) + container.pack_text(sha256),
+        struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
+    )
+    pairs = zip(container.KEYS, values, strict=True)
+    return b"".join(container.pack_text(key) + value for key, value in pairs)
 
 
 def _check(plain: Path, partial: Path) -> None:
