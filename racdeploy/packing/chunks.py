@@ -94,12 +94,13 @@ def unpack_chunk(
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
+    body: tuple[Bytes, ...]
     if table:
-        body = layout.join(table.decode(first, take(sizes[0]), layout.zero))
+        body = (table.decode(first, take(sizes[0]), layout.flip & 15),)
     elif layout.in_fives:
         body = deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take))
     else:
-        body = layout.join(_expand(first, weights, sizes, take))
+        body = (layout.join(_expand(first, weights, sizes, take)),)
 
     return _join_blocks(layout, [*heads, *body]) if heads else body[0]
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from racdeploy import quant as quants
-from racdeploy.packing.bits import Bytes
 from racdeploy.packing.layouts import LAYOUTS, Layout
 
 _LEAST_SAVING = 0.03  # of the bytes of a tensor
@@ -23,20 +22,11 @@ class Codes:
     layout: Layout
 
 
-def _split(body_GP: Bytes) -> Bytes:
-    return (body_GP ^ np.uint8(0x80)).reshape(-1)  # a code of 128 is zero
-
-
-def _join(codes: Bytes) -> tuple[Bytes]:
-    return (codes ^ np.uint8(0x80),)
-
-
+_MATMULNBITS_8 = Layout("matmulnbits_8", 1, 1, 0, (8,), "u1", (1,), flip=128)
 BY_QUANT = {
     "f32": Codes(np.dtype("<u4"), 0, LAYOUTS[0]),
     "f16": Codes(np.dtype("<u2"), 0, LAYOUTS[1]),
-    "matmulnbits_8": Codes(
-        np.dtype("u1"), 128, Layout("matmulnbits_8", 1, 1, 0, (8,), _split, (1,), join=_join)
-    ),
+    "matmulnbits_8": Codes(np.dtype("u1"), 128, _MATMULNBITS_8),
 }
 """Number formats of ONNX whose codes are whole bytes."""
 BY_DTYPE = {"<f4": BY_QUANT["f32"], "<f2": BY_QUANT["f16"], "|u1": BY_QUANT["matmulnbits_8"]}

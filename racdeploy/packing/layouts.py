@@ -7,7 +7,6 @@ them. Source: ggml-common.h, ``block_q4_0`` and following.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +21,6 @@ CHUNK_WEIGHTS = 262144
 """Most weights of a chunk."""
 
 
-def join_numbers(codes: NDArray[Any]) -> tuple[Bytes, ...]:
-    """Return the only part of a body whose codes are as the file has them."""
-    return (codes.view(np.uint8),)
-
-
 @dataclass(frozen=True)
 class Layout:
     """One number format.
@@ -34,11 +28,9 @@ class Layout:
     Args:
         head_bytes: bytes of a block that belong to no single weight, in front.
         widths: bits of each field of a code, low ones first.
-        split: from the bytes of blocks behind their heads to codes, an unsigned number each; two a
-            byte, low bits first, where they have four bits.
+        kind: unsigned type of a code; of four bits, two a byte, low bits first.
         parts: bytes of each part of a body.
-        zero: what words of codes are XORed with, nibble by nibble, before they are joined.
-        join: the other way, to the parts of a body, where codes do not have five bits.
+        flip: what every byte of a body is XORed with, so that the code of zero becomes 0.
     """
 
     name: str
@@ -46,10 +38,9 @@ class Layout:
     block_bytes: int
     head_bytes: int
     widths: tuple[int, ...]
-    split: Callable[[Bytes], NDArray[Any]]
+    kind: str
     parts: tuple[int, ...]
-    zero: int = 0
-    join: Callable[[NDArray[Any]], tuple[Bytes, ...]] = join_numbers
+    flip: int = 0
 
     @property
     def chunk_bytes(self) -> int:
@@ -63,7 +54,7 @@ class Layout:
         """Whether four codes are stored as a word (``buckets.py``), without a mask."""
         return self.widths == (4,)
 
-    @cached_property
+    @property
     def in_fives(self) -> bool:
         """Whether codes have five bits, which ``fives.py`` puts in their places."""
         return self.widths == (4, 1)
@@ -87,14 +78,18 @@ class Layout:
         """Planes of a chunk: one for each byte of a head and of a code, and each narrower field."""
         return self.head_bytes + sum(max(1, bits // 8) for bits in self.widths)
 
+    def split(self, body_GP: Bytes) -> NDArray[Any]:
+        """Return the codes of blocks, given what is behind their heads."""
+        if self.in_fives:
+            return _split_q5_0(body_GP)
+        return self._flip(np.ascontiguousarray(body_GP).reshape(-1)).view(self.kind)
 
-def _split_numbers(kind: str) -> Callable[[Bytes], NDArray[Any]]:
-    return lambda body_GP: np.ascontiguousarray(body_GP).reshape(-1).view(kind)
+    def join(self, codes: NDArray[Any]) -> Bytes:
+        """Return the body of blocks whose codes do not have five bits."""
+        return self._flip(codes.view(np.uint8))
 
-
-def _split_q4_0(body_GP: Bytes) -> Bytes:
-    middle = np.uint8(0x88)  # a nibble of 8 is zero
-    return (body_GP ^ middle).reshape(-1)
+    def _flip(self, body: Bytes) -> Bytes:
+        return body ^ np.uint8(self.flip) if self.flip else body
 
 
 def _split_q5_0(body_GP: Bytes) -> Bytes:
@@ -110,26 +105,21 @@ def _split_q5_0(body_GP: Bytes) -> Bytes:
     return code_GS.reshape(-1)
 
 
-def _describe(
-    name: str, widths: tuple[int, ...], split: Callable[[Bytes], NDArray[Any]], zero: int = 0
-) -> Layout:
+def _describe(name: str, widths: tuple[int, ...], kind: str, flip: int = 0) -> Layout:
     """Return the layout of a format in which the head of a block is in front of its codes."""
     _, weights, size_bytes = GGML_TYPES[name]
-    body_bytes = weights * sum(widths) // 8
     parts = tuple(weights * bits // 8 for bits in reversed(widths))  # fifth bits are in front
-    return Layout(
-        name, weights, size_bytes, size_bytes - body_bytes, widths, split, parts=parts, zero=zero
-    )
+    return Layout(name, weights, size_bytes, size_bytes - sum(parts), widths, kind, parts, flip)
 
 
 _KNOWN = (
-    _describe("f32", (32,), _split_numbers("<u4")),
-    _describe("f16", (16,), _split_numbers("<u2")),
-    _describe("q4_0", (4,), _split_q4_0, zero=8),
-    _describe("q5_0", (4, 1), _split_q5_0),
-    _describe("q8_0", (8,), _split_numbers("u1")),
-    _describe("bf16", (16,), _split_numbers("<u2")),
-    _describe("mxfp4", (4,), _split_numbers("u1")),
+    _describe("f32", (32,), "<u4"),
+    _describe("f16", (16,), "<u2"),
+    _describe("q4_0", (4,), "u1", flip=0x88),  # a nibble of 8 is zero
+    _describe("q5_0", (4, 1), "u1"),
+    _describe("q8_0", (8,), "u1"),
+    _describe("bf16", (16,), "<u2"),
+    _describe("mxfp4", (4,), "u1"),
 )
 LAYOUTS = {GGML_TYPES[layout.name].number: layout for layout in _KNOWN}
 """By ggml's type id."""
