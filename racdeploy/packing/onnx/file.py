@@ -93,7 +93,8 @@ def array_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return dtype
 
 
 def write_model(
