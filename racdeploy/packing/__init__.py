@@ -125,12 +125,9 @@ def _refuse_pair(packing_name: str, quant_name: str) -> str:
 
 
 def _load(kind: str, name: str) -> Any:
-    match kind:
-        case "presets":
-            return plugins.load("presets", name)
-        case "quant":
-            return plugins.load("quant", name)
-    return load(name)
+    if kind == "presets":
+        return plugins.load("presets", name)
+    return plugins.load("quant", name) if kind == "quant" else load(name)
 
 
 def _list_stored(format_name: str, kind: str) -> list[str]:

@@ -40,15 +40,10 @@ _WINDOW = np.dtype("<u8")
 
 @dataclass(frozen=True)
 class Table:
-    """What a tensor's buckets hold.
+    """What a tensor's buckets hold."""
 
-    Args:
-        costs: of each code, in eighths of a bit.
-        widths: for each bucket, the binary logarithm of the number of its words.
-    """
-
-    costs: bytes
-    widths: bytes
+    costs: bytes  # of each code, in eighths of a bit
+    widths: bytes  # for each bucket, the binary logarithm of the number of its words
 
     @classmethod
     def fit(cls, tally: NDArray[np.int64]) -> Table:

@@ -91,13 +91,10 @@ def _spread(nibbles: NDArray[np.uint32], look: _Look, byte: NDArray[np.intp]) ->
 
 
 class _Look(NamedTuple):
-    """What to do for each byte of a mask.
-
-    ``word`` and ``half`` are factors that move the nibbles behind those of the lower half, of a
-    word and of its halves, to the upper half.
-    """
+    """What to do for each byte of a mask."""
 
     width: NDArray[np.int64]  # bits of its nibbles
+    # Factors that move the nibbles behind those of the lower half, of a word or half, to the upper.
     word: NDArray[np.uint32]
     half: NDArray[np.uint32]
     stay: NDArray[np.uint32]  # the nibbles that are in their places then
@@ -147,10 +144,7 @@ def _place_fifths(keep_X8: NDArray[np.int64]) -> NDArray[np.uint32]:
 
 
 def _find_factors(keep_X8: NDArray[np.int64], half: int, kind: str) -> NDArray[np.uint32]:
-    """Return, by mask, the power of 16 that moves the nibbles of each lane's upper half into it.
-
-    ``half``: weights of half a lane; ``kind``: the type of a lane.
-    """
+    """Return, by mask, the power of 16 that moves the nibbles of each lane's upper half into it."""
     lower = keep_X8.reshape(256, -1, 2, half)[:, :, 0].sum(-1)
     factors: NDArray[np.uint32] = (16 ** (half - lower)).astype(kind).view(np.uint32)
     return factors.reshape(-1)

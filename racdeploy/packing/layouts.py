@@ -23,24 +23,16 @@ CHUNK_WEIGHTS = 262144
 
 @dataclass(frozen=True)
 class Layout:
-    """One number format.
-
-    Args:
-        head_bytes: bytes of a block that belong to no single weight, in front.
-        widths: bits of each field of a code, low ones first.
-        kind: unsigned type of a code; of four bits, two a byte, low bits first.
-        parts: bytes of each part of a body.
-        flip: what every byte of a body is XORed with, so that the code of zero becomes 0.
-    """
+    """One number format."""
 
     name: str
     block_weights: int
     block_bytes: int
-    head_bytes: int
-    widths: tuple[int, ...]
-    kind: str
-    parts: tuple[int, ...]
-    flip: int = 0
+    head_bytes: int  # of a block, in front, that belong to no single weight
+    widths: tuple[int, ...]  # bits of each field of a code, low ones first
+    kind: str  # unsigned type of a code; of four bits, two a byte, low bits first
+    parts: tuple[int, ...]  # bytes of each part of a body
+    flip: int = 0  # what every byte of a body is XORed with, so that the code of zero becomes 0
 
     @property
     def chunk_bytes(self) -> int:

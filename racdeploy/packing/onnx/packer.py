@@ -65,11 +65,7 @@ class Packer:
         """Complete the graph, when all tensors are stored and before it is written."""
 
     def complete(self) -> list[str]:
-        """Prove or add what needs the written graph; return sentences about it for the report.
-
-        Raises:
-            EngineError: what was written is not what was to be written.
-        """
+        """Prove or add what needs the written graph; return sentences about it for the report."""
         return []
 
     def read(

@@ -99,12 +99,7 @@ def check_form(model: onnx.ModelProto, path: Path) -> None:
 
 
 def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
-    """Return the packed rows of a tensor that racdeploy's operator reads.
-
-    Raises:
-        KeyError: a part is missing.
-        ValueError: the parts do not fit each other or the tensor.
-    """
+    """Return the packed rows of a tensor that racdeploy's operator reads; errors as by ``read``."""
     kind = KINDS.get(tensor.quant)
     if kind is None or len(tensor.shape) != 2:
         raise ValueError(f"the operator knows no {tensor.quant} of shape {list(tensor.shape)}")

@@ -105,7 +105,7 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
 
     Raises:
         KeyError: an array is missing.
-        ValueError: they do not fit each other, or a scale is no number of half precision.
+        ValueError: they do not fit each other.
     """
     main = arrays[tensor.name]
     if not tensor.is_blocks:
