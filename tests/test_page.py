@@ -28,7 +28,7 @@ def test_steps_are_parted(page: Page) -> None:
 def test_no_body_is_longer_than_a_screen(page: Page) -> None:
     """What is longer has more than one thing to do."""
     long = [each.place for each in page.functions if len(each.lines) > MOST_LINES_OF_A_BODY]
-    assert [] == long
+    assert long == []
 
 
 def test_the_page_gets_no_denser_and_the_house_no_larger(page: Page) -> None:
