@@ -65,6 +65,7 @@ def finish(
         print_json(report.model_dump(mode="json"))
     else:
         print_report(report, out)
+
     if last_line:
         err.print(last_line, markup=False, soft_wrap=True)
 

@@ -142,6 +142,7 @@ class Job:
         """Return the number format of a prunable weight, given its name in the checkpoint."""
         checkpoint = self.checkpoint
         family = checkpoint.family
+
         block, _, linear = weight.removeprefix(f"{family.blocks}.").partition(".")
         stored = f"blk.{block}.{family.block_tensors[linear]}"
         return self.quant_rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant

@@ -31,6 +31,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
             step of a schedule.
     """
     jobs = (job, *job.siblings)
+
     for each in jobs:
         _require({**_NEEDS, **export.load(each.recipe.export.format).NEEDS})
     export.check(job.recipe.export)

@@ -145,6 +145,7 @@ class PruneStage:
 
         summary = stage.summary
         notes = (note_held_out(summary["selection"]), cost_note(stage.folder))
+
         return PrunedModel(
             folder,
             sparsity,
@@ -171,6 +172,7 @@ class PruneStage:
         }
         token_counts = (count_tokens(calibration), count_tokens(held_out))
         expected_bytes = peak_bytes(self.dense, settings, *token_counts, self.quant)
+
         place, blocks_folder = self.place, folder.parent
         measured = measured_cost(
             blocks_folder, expected_bytes, place.processes.count, place.progress, print_notice
@@ -207,6 +209,7 @@ class PruneStage:
         mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
         count = math.ceil(_SPARE_PROMPTS * tokens / mean)
         drawn = self.tasks.draw("calibration", self.trace_seed, count)
+
         fresh = [problem for problem in drawn if problem.question not in held_out]
         return within_budget(prompt_traces(self.encoder, fresh), tokens)
 

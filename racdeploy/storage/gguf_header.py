@@ -136,11 +136,13 @@ class _Reader:
 
         values: dict[str, Value] = {}
         starts: dict[str, int] = {}
+
         for _ in range(keys):
             start = self._at
             key = self._text()
             if key in values or not key:
                 self._fail(f"the key {key[:80]!r} is there twice, or empty")
+
             starts[key] = start
             values[key] = self._value(self._number("I"))
         starts[""] = self._at
@@ -174,6 +176,7 @@ class _Reader:
 
     def _place(self, infos: _Infos, data_start: int, alignment: int) -> tuple[TensorInfo, ...]:
         tensors, expected = [], 0
+
         for name, (shape, ggml_type, offset) in infos.items():
             size_bytes = tensor_bytes(shape, ggml_type)
             stop = data_start + offset + size_bytes
