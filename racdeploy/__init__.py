@@ -1,7 +1,7 @@
 """Prune a reasoning model, ship it to the edge, prove that it still reasons.
 
-``racdeploy.load("bundle/")`` gives a model to run. What it needs is imported on first use, so that importing
-racdeploy costs nothing, and no torch ever comes with it.
+``racdeploy.load("bundle/")`` gives a model to run. What it needs is imported on first use, so that
+importing racdeploy costs nothing, and no torch ever comes with it.
 """
 
 from __future__ import annotations

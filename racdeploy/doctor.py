@@ -13,7 +13,7 @@ from racdeploy.storage.caches import default_work
 
 
 def examine() -> list[dict[str, str]]:
-    """Return findings: ``what``, ``state`` (ok, missing, or unused for what nothing needs), ``detail``."""
+    """Return findings: ``what``, ``state`` (ok, missing, or unused), ``detail``."""
     findings = [_finding("python", True, sys.version.split()[0])]
     findings += [_examine_package(package) for package in OPTIONAL]
     model = resolve(EMBEDDED).folder / "model.safetensors"

@@ -18,7 +18,8 @@ settings.load_profile("repeatable")
 def pytest_configure() -> None:
     """Give each of pytest-xdist's workers a core of its own, where there are enough.
 
-    llama.cpp's threads wait for each other in a loop; two that share a core are fifty times slower than one.
+    llama.cpp's threads wait for each other in a loop; two that share a core are fifty times slower
+    than one.
     """
     worker = re.fullmatch(r"gw(\d+)", os.environ.get("PYTEST_XDIST_WORKER", ""))
     if worker is None or not hasattr(os, "sched_setaffinity"):
@@ -30,7 +31,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the kernels that this machine's user has built away from tests that do not ask for any."""
+    """Keep the kernels that this machine's user has built away from tests that ask for none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
         yield

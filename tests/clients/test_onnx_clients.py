@@ -1,6 +1,7 @@
-"""A bundle in the hands of the programs that others use: each gives the tokens that racdeploy's engine gives.
+"""A bundle in the hands of other programs: each gives the tokens that racdeploy's engine gives.
 
-onnxruntime-genai, optimum, transformers.js under Node, and transformers.js and wllama in a real browser.
+onnxruntime-genai, optimum, transformers.js under Node, and transformers.js and wllama in a real
+browser.
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ from optimum.onnxruntime import ORTModelForCausalLM
 folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 model = ORTModelForCausalLM.from_pretrained(folder)
 ids = torch.tensor([ids])
-found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+mask = torch.ones_like(ids)
+found = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
 print(json.dumps(found[0].tolist()))
 """
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model at 50 %, for browsers and as GGUF; few prompts, since answers are compared one by one here."""
+    """The embedded model at 50 %, for browsers and as GGUF.
+
+    Few prompts, since answers are compared one by one here.
+    """
     root = tmp_path_factory.mktemp("clients")
     outcome = command(
         *(
@@ -166,7 +171,10 @@ def test_transformers_js_generates_the_same_tokens_in_node(
 def test_the_page_thinks_and_answers_in_chromium(
     bundle: Path, npm: Path, address: str, tmp_path: Path, engine: str
 ) -> None:
-    """Thinking and answer apart as they stream, as racdeploy tells them apart; nothing is asked from elsewhere."""
+    """Thinking and answer apart as they stream, as racdeploy tells them apart.
+
+    Nothing is asked from elsewhere.
+    """
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")

@@ -68,7 +68,10 @@ def quantize_with_onnxruntime(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_those_of_onnxruntime_at_its_scales(bits: int) -> None:
-    """Bit for bit; scales rounded to half precision cost at most their rounding, 2^-11 of each weight."""
+    """Bit for bit.
+
+    Scales rounded to half precision cost at most their rounding, 2^-11 of each weight.
+    """
     weight_OI = draw_weights()
     theirs = quantize_with_onnxruntime(weight_OI, bits)
     own_OI = matmulnbits.round_to_codes(weight_OI, theirs.scale_OG.astype(np.float32), bits)
@@ -85,7 +88,7 @@ def test_codes_are_those_of_onnxruntime_at_its_scales(bits: int) -> None:
 
 
 def test_k_quant_is_no_worse_than_onnxruntimes() -> None:
-    """Squared error, plain and by magnitude, against its own search, which keeps scales in single precision."""
+    """Squared error, plain and by magnitude, against its own search with float32 scales."""
     weight_OI = draw_weights()
     quant = quants.load("k_quant")
     own_OI = quant.dequantize(quant.quantize(weight_OI), I)

@@ -1,4 +1,4 @@
-"""ONNX export: graphs that compute what torch computes, weights as the checkpoint has them, nothing trusted."""
+"""ONNX export: graphs that compute what torch computes, with the checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ PRUNED = "model.layers.0.mlp.gate_proj.weight"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A tied model with half of one linear zero; its MLP width divides into blocks, as its hidden size does."""
+    """A tied model with half of one linear zero.
+
+    Its MLP width divides into blocks, as its hidden size does.
+    """
     folder = make_checkpoint(tmp_path_factory.mktemp("onnx") / "model", "qwen3")
     from safetensors.torch import load_file, save_file
 
@@ -70,7 +73,7 @@ def chosen(checkpoint: Checkpoint, built: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def run_graph(file: Path | bytes, checkpoint: Checkpoint, *, optimized: bool = True) -> np.ndarray:
-    """Return logits_TV of one pass on plain onnxruntime, with its default optimizations or with none."""
+    """Return logits_TV of one pass on plain onnxruntime, with default optimizations or none."""
     options = onnxruntime.SessionOptions()
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -105,9 +108,10 @@ def relative(expected: np.ndarray, found: np.ndarray) -> float:
 def test_the_file_computes_what_its_weights_say(
     checkpoint: Checkpoint, tmp_path: Path, quant: str
 ) -> None:
-    """The file on onnxruntime equals torch on the dequantized weights, within float32's rounding of sums.
+    """The file on onnxruntime equals torch on the dequantized weights, within float32's rounding.
 
-    accuracy_level 4 lets the kernel round activations; without the attribute it computes in float32.
+    accuracy_level 4 lets the kernel round activations; without the attribute it computes in
+    float32.
     """
     result = export(checkpoint, tmp_path / "m.onnx", quant=quant)
     real = {tensor.name: quants.load(tensor.quant_real) for tensor in result.tensors}
@@ -137,7 +141,10 @@ def test_the_file_computes_what_its_weights_say(
 def test_the_file_computes_the_same_without_optimizations(
     checkpoint: Checkpoint, tmp_path: Path, quant: str, packing: str
 ) -> None:
-    """No scale waits for a Cast to be folded, which onnxruntime 1.32 gets wrong; blocks round activations or not."""
+    """No scale waits for a Cast to be folded, which onnxruntime 1.32 gets wrong.
+
+    Blocks round activations or not.
+    """
     export(checkpoint, tmp_path / "m.onnx", quant=quant, packing=packing)
     folded_TV, unfolded_TV = (
         run_graph(tmp_path / "m.onnx", checkpoint, optimized=o) for o in (True, False)
@@ -148,7 +155,10 @@ def test_the_file_computes_the_same_without_optimizations(
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.usefixtures("chosen")
 def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, quant: str) -> None:
-    """Sizes, hashes, real formats and zeros are those in the file; what differs from the asked has a reason."""
+    """Sizes, hashes, real formats and zeros are those in the file.
+
+    What differs from the asked has a reason.
+    """
     seen: list[tuple[int, int]] = []
     out = tmp_path / "m.onnx"
     result = export(
@@ -195,7 +205,10 @@ def test_rows_that_are_no_blocks_stay_in_half_precision(
 def test_many_weights_go_to_a_real_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above the limit they lie beside the graph under the name of transformers.js; a smaller export removes them."""
+    """Above the limit they lie beside the graph under the name of transformers.js.
+
+    A smaller export removes them.
+    """
     whole = export(checkpoint, tmp_path / "m.onnx", quant="f16")
     expected_TV = run_graph(tmp_path / "m.onnx", checkpoint)
     monkeypatch.setattr(onnx_file, "INLINE_BYTES", 1000)
@@ -294,7 +307,10 @@ def test_a_graph_that_differs_from_the_checkpoint_is_refused(
 def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_taken(
     checkpoint: Checkpoint, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two linears of one shape change places: every value is right, the logits are not; the note says so."""
+    """Two linears of one shape change places: every value is right, the logits are not.
+
+    The note says so.
+    """
     swapped = _spoil(built, tmp_path / "spoiled", _swap)
     genai, optimum = onnx_exporters.load("genai"), onnx_exporters.load("optimum")
     monkeypatch.setattr(genai, "build", lambda prepared, out: swapped)
@@ -324,7 +340,10 @@ def test_auto_asks_the_exporters_by_their_preference(
 def test_a_dead_child_is_reported_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal and an exit code are named; a builder that ends well without a graph is an error too."""
+    """A signal and an exit code are named.
+
+    A builder that ends well without a graph is an error too.
+    """
     (tmp_path / "dying.py").write_text(
         "import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos.abort()\n"
     )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_weights_above_two_gigabytes_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
-    """The graph stays small, and the engine opens and runs what was exported and compared with torch."""
+    """The graph stays small, and the engine runs what was exported and compared with torch."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.onnx_large", "--out", str(tmp_path / "large")],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""One tensor in a file of each format, stored and read back by the calls that the exporters make."""
+"""One tensor in a file of each format, stored and read by the calls that exporters make."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = ("gguf", "onnx")
 
 
 def draw_rows(quant: str, rows: int, sparsity: float) -> tuple[np.ndarray, float]:
-    """Return packed rows of 512 weights, and the fraction of zeros that they have when they are read."""
+    """Return packed rows of 512 weights, and the fraction of zeros that are read from them."""
     generator = np.random.default_rng(0)
     weight_OI = generator.standard_normal((rows, 512)).astype(np.float32)
     weight_OI[generator.random(weight_OI.shape) < sparsity] = 0
@@ -55,7 +55,8 @@ def store_in_gguf(
     """Pack a file and unpack it.
 
     Returns:
-        The packing that the file names for its tensor, its bytes there, the plain file and the unpacked one.
+        The packing that the file names for its tensor, its bytes there, the plain file and the
+        unpacked one.
     """
     plain = write_plain_gguf(folder / "plain.gguf", quant, packed_OP)
     expected = plain.read_bytes()

@@ -14,7 +14,10 @@ TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q6_k": 14, "bf16"
 
 
 def random_rows(kind: str, rows: int, row_length: int, zeros: float, seed: int = 0) -> np.ndarray:
-    """Return the bytes of random weights, a row of bytes for each row; whole blocks are zero in places."""
+    """Return the bytes of random weights, a row of bytes for each row.
+
+    Whole blocks are zero in places.
+    """
     generator = np.random.default_rng(seed)
     block_weights, block_bytes = GGML_SIZES[TYPES[kind]]
     plain = generator.integers(

@@ -1,4 +1,4 @@
-"""Choose who writes the ONNX graph: the first whose graph holds the checkpoint and computes what torch computes."""
+"""Choose who writes the ONNX graph: the first whose graph computes what torch computes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
         except EngineError as error:
             reasons.append(f"{name}: {error.message}")
             continue
-        note = f"ONNX graph by {name}, from torch by {found['prefill']:.1e} in prefill, {found['decode']:.1e} in decode"
+        distance = f"{found['prefill']:.1e} in prefill, {found['decode']:.1e} in decode"
+        note = f"ONNX graph by {name}, from torch by {distance}"
         return Chosen(graph, "; ".join([note, *(f"not by {reason}" for reason in reasons)]))
     raise ModelError(
         f"no ONNX exporter can export {checkpoint.folder}: {'; '.join(reasons)}",
