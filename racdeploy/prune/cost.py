@@ -33,10 +33,10 @@ _FLOAT32, _FLOAT64 = 4, 8
 # column on: 36 of 64 squares.
 _TRIANGLE = 0.56
 # In float32, while a linear is solved: Hessian and factor; of the largest linear of a group, its
-# weights twice, the method's result, and what the refit keeps (weights, pull, steps, products).
-# Choosing a mask takes less: scores, and for ``kthvalue`` a flat copy with 64-bit places. A method
-# that takes more says so.
-_MATRICES, _COPIES = 2, 9
+# weights twice, and the method's scores and result, with a flat copy and 64-bit places for
+# ``kthvalue``; or more than that, what the refit keeps (weights, pull, steps, products). A method
+# that takes something else says so.
+_MATRICES, _COPIES, _REFIT_COPIES = 2, 7, 9
 _STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
 # The C library keeps what is freed (racdeploy.storage.heap), and what comes later does not fill
 # every hole: 1.1 to 1.4 times as much as is in use, over prunings of three shapes.
@@ -96,7 +96,13 @@ def peak_bytes(
 
     method = plugins.load("methods", settings.method)
     matrices = getattr(method, "MATRICES", _MATRICES)
-    copies = getattr(method, "COPIES", _COPIES) + (2 if quant else 0)  # weights and pull of codes
+    copies = getattr(method, "COPIES", _COPIES)
+    if settings.match_dense:  # targets need the factor
+        matrices = max(matrices, _MATRICES)
+    if settings.refit_steps:
+        copies = max(copies, _REFIT_COPIES)
+    if quant:  # weights and pull of the search for codes
+        copies += 2
     surveys = plugins.load("allocations", settings.allocation).SURVEYS
 
     worst = before = 0  # before: weights of the block's groups that were pruned already

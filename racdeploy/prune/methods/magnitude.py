@@ -9,6 +9,8 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
+MATRICES = 1  # no factor
+
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
     """Zero the smallest weights of one linear."""

@@ -12,6 +12,8 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
+MATRICES, COPIES = 1, 9  # no factor; two sorts with 64-bit places
+
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:
     """Zero the least important weights of every output."""
