@@ -8,10 +8,10 @@ Source: ``template/template.go`` of Ollama (``Named``, ``Execute``), and Go's te
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import Message
@@ -102,7 +102,7 @@ def _derive(render: Render) -> _Form:
     # A gap closes one message and opens the next. What opens the user's ends every gap in front of
     # one; what closes the user's begins both that follow one.
     user_open = _common_end(_common_end(first, to_user), between)
-    user_close = os.path.commonprefix([to_assistant, last])
+    user_close = _common_start(to_assistant, last)
     opens = {"user": user_open, "assistant": to_assistant.removeprefix(user_close)}
     closes = {"user": user_close, "assistant": to_user.removesuffix(user_open)}
     if takes_system:
@@ -126,8 +126,13 @@ def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
     return [*gaps, text]
 
 
+def _common_start(left: str, right: str) -> str:
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    return "".join(character for character, _ in alike)
+
+
 def _common_end(left: str, right: str) -> str:
-    return os.path.commonprefix([left[::-1], right[::-1]])[::-1]
+    return _common_start(left[::-1], right[::-1])[::-1]
 
 
 def _converse(roles: Sequence[str], word: str) -> list[Message]:
