@@ -13,25 +13,16 @@ from racdeploy.storage.caches import default_work
 
 
 def examine() -> list[dict[str, str]]:
-    """Return findings: ``what``, ``state`` (ok, missing, or unused), ``detail``."""
-    findings = [_finding("python", True, sys.version.split()[0])]
-    findings += [_examine_package(package) for package in OPTIONAL]
-    model = resolve(EMBEDDED).folder / "model.safetensors"
-    findings.append(_finding("embedded model", model.is_file(), str(model)))
-
-    work = default_work()
-    parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
-    free_gb = shutil.disk_usage(parent).free / 1e9
-    findings.append(
-        _finding(
-            "work folder",
-            os.access(parent, os.W_OK),
-            f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it",
-        )
-    )
-    findings.append(_finding("cpu", True, f"{os.cpu_count()} cores"))
-    findings += [_kernels(), _operator()]
-    return findings
+    """Return findings: ``what``, ``state`` (ok, missing, or unused: not needed), ``detail``."""
+    return [
+        _finding("python", True, sys.version.split()[0]),
+        *(_examine_package(package) for package in OPTIONAL),
+        _examine_model(),
+        _examine_work(),
+        _finding("cpu", True, f"{os.cpu_count()} cores"),
+        _examine_kernels("sparse kernels", "llama.cpp"),
+        _examine_kernels("sparse operator", "onnxruntime"),
+    ]
 
 
 def _examine_package(package: Package) -> dict[str, str]:
@@ -43,42 +34,40 @@ def _examine_package(package: Package) -> dict[str, str]:
     return _finding(package.name, False, f"needed for {package.purpose}: {install}")
 
 
-def _kernels() -> dict[str, str]:
-    """Say whether sparse weights run on kernels of their own, and from how many zeros on."""
-    ready = accel.readiness()
+def _examine_model() -> dict[str, str]:
+    model = resolve(EMBEDDED).folder / "model.safetensors"
+    return _finding("embedded model", model.is_file(), str(model))
+
+
+def _examine_work() -> dict[str, str]:
+    work = default_work()
+    parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
+    free_gb = shutil.disk_usage(parent).free / 1e9
+    detail = f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it"
+    return _finding("work folder", os.access(parent, os.W_OK), detail)
+
+
+def _examine_kernels(what: str, engine: str) -> dict[str, str]:
+    """Say whether an engine's sparse weights run on our kernels, and which weights these are."""
+    ready = accel.readiness(engine)
     if isinstance(ready, str):
-        return {
-            "what": "sparse kernels",
-            "state": "unused",
-            "detail": f"models run on llama.cpp's own: {ready}",
-        }
+        detail = f"models run on {engine}'s own: {ready}"
+        return {"what": what, "state": "unused", "detail": detail}
 
-    library, verdict = ready
-    least = ", ".join(
-        f"{quant} from {zeros:.0%} zeros on" for quant, zeros in verdict.faster_from.items()
-    )
-    detail = f"{verdict.instruction_set}, for {least}: {library}"
-    if kept := accel.kept_files():
-        size_mb = sum(file.stat().st_size for file in kept) / 1e6
-        detail += f"; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
-    return _finding("sparse kernels", True, detail)
-
-
-def _operator() -> dict[str, str]:
-    """Say whether the second graph of packing bitmask_op is used."""
-    ready = accel.readiness("onnxruntime")
-    if isinstance(ready, str):
-        return {
-            "what": "sparse operator",
-            "state": "unused",
-            "detail": f"models run on onnxruntime's own: {ready}",
-        }
     library, proof = ready
-    return _finding(
-        "sparse operator",
-        True,
-        f"{proof.instruction_set}, for graphs of packing bitmask_op: {library}",
-    )
+    formats = [f"{quant} from {zeros:.0%} zeros on" for quant, zeros in proof.faster_from.items()]
+    served = ", ".join(formats) or "graphs of packing bitmask_op"
+    kept = _describe_kept() if engine == "llama.cpp" else ""
+    return _finding(what, True, f"{proof.instruction_set}, for {served}: {library}{kept}")
+
+
+def _describe_kept() -> str:
+    kept = accel.kept_files()
+    if not kept:
+        return ""
+
+    size_mb = sum(file.stat().st_size for file in kept) / 1e6
+    return f"; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
 
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:

@@ -19,12 +19,7 @@ from __future__ import annotations
 
 
 class RacdeployError(Exception):
-    """What is wrong, with its values, and the next thing to do.
-
-    Args:
-        message: one sentence with the values that matter.
-        remedy: the next step, as a command where there is one.
-    """
+    """What is wrong, with its values; the remedy is the next step, as a command if there is one."""
 
     exit_code = 4
 

@@ -9,14 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 @dataclass(frozen=True)
 class Package:
-    """A package of an extra.
-
-    Args:
-        module: what is imported.
-        name: what pip installs.
-        extra: of racdeploy.
-        purpose: what does not work without it.
-    """
+    """A package of an extra: what is imported, what pip installs, what does not work without."""
 
     module: str
     name: str

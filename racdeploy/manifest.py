@@ -1,4 +1,4 @@
-"""The manifest of a bundle, ``racdeploy.json``: everything a device needs, and what was measured."""
+"""The manifest of a bundle, ``racdeploy.json``: all that a device needs, and what was measured."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class _Entry(BaseModel):
 class ArtifactEntry(_Entry):
     """One exported artifact of a bundle; ``path`` is its main file, relative to the bundle.
 
-    ``files`` are the hashes of all its files by their path in the bundle; a manifest that was written before artifacts
-    could be several files has none, and means the main file. ``size_bytes`` is of those that every engine
-    opens: not of the second graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one
-    stands for, empty where nothing is packed.
+    ``files`` are the hashes of all its files by their path in the bundle; an old manifest has none,
+    and means the main file. ``size_bytes`` is of those that every engine opens: not of the second
+    graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one is
+    made from, empty where nothing is packed.
     """
 
     path: str
@@ -44,11 +44,7 @@ class ArtifactEntry(_Entry):
         return self
 
     def check(self, bundle: Path) -> None:
-        """Compare every file of the artifact with its hash.
-
-        Raises:
-            ArtifactError: naming the first file that differs.
-        """
+        """Raise ArtifactError for the first file of the artifact that differs from its hash."""
         _check_hashes(bundle, self.files)
 
 
@@ -63,7 +59,7 @@ class TokenizerEntry(_Entry):
 
 
 class GenerationSettings(_Entry):
-    """How to run the model: the sampling its authors recommend, and the limits it was verified with."""
+    """How to run the model: its authors' sampling, and the limits it was verified with."""
 
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
@@ -75,8 +71,8 @@ class GenerationSettings(_Entry):
 class Manifest(_Entry):
     """``racdeploy.json``: everything a device needs to run a bundle, and what was measured.
 
-    ``base`` holds model, revision, licence and file hashes; ``recipe`` the resolved recipe; ``traces`` hash and
-    counts; ``pruning`` the headline sparsity and error; ``verdict`` and ``headline`` the result of the verification.
+    ``base`` has model, revision, licence and file hashes; ``traces`` hash and counts; ``pruning``
+    the sparsity and error; ``verdict`` and ``headline`` are the result of the verification.
     """
 
     schema_version: Literal[1] = 1
@@ -93,7 +89,7 @@ class Manifest(_Entry):
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
-        """Read and check the manifest of a bundle; its paths stay inside the bundle and exist.
+        """Read and check the manifest of a bundle; its paths are inside the bundle and exist.
 
         Raises:
             ArtifactError: not a bundle, a damaged manifest, or a path that escapes.
@@ -104,7 +100,6 @@ class Manifest(_Entry):
                 f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
                 remedy="give the folder that racdeploy build wrote with --out",
             )
-
         try:
             manifest = cls.model_validate(read_json(file))
         except ValidationError as error:
@@ -121,27 +116,20 @@ class Manifest(_Entry):
                 raise ArtifactError(
                     f"{file}: the files of {entry.path!r} lack it, or have another hash for it"
                 )
+
         for name in manifest.tokenizer.files:
             _check_inside(bundle, name)
         return manifest
 
     def check_tokenizer(self, bundle: Path) -> None:
-        """Compare tokenizer and template files with their hashes.
-
-        Raises:
-            ArtifactError: naming the first file that differs.
-        """
+        """Raise ArtifactError for the first tokenizer file that differs from its hash."""
         _check_hashes(bundle, self.tokenizer.files)
 
     def check_files(self, bundle: Path) -> None:
-        """Compare every listed file with its hash.
-
-        Raises:
-            ArtifactError: naming the first file that differs.
-        """
+        """Raise ArtifactError for the first listed file that differs from its hash."""
         for entry in self.artifacts:
             entry.check(bundle)
-        _check_hashes(bundle, self.tokenizer.files)
+        self.check_tokenizer(bundle)
 
 
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Find plugins by file name: a file or a package in a plugin folder is its registration.
 
-A plugin folder holds plugins and nothing else. "Unknown name" and "this file is broken" are different errors: the
-folder is listed before anything is imported.
+A plugin folder has plugins and nothing else, and is listed before anything is imported: an unknown
+name and a broken file are different errors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def load(kind: str, name: str) -> ModuleType:
     """Import the plugin of that name.
 
     Raises:
-        UnknownPluginError: no such file; the message names the nearest one.
         MissingExtraError: the plugin needs an optional dependency.
         BrokenPluginError: the file is there and does not import.
     """
@@ -54,21 +53,17 @@ def load(kind: str, name: str) -> ModuleType:
         raise unknown(kind, name, names(kind))
     try:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in PACKAGES:
-            raise _missing(package) from error
-        raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            package = str(error.name).partition(".")[0]
+            if package in PACKAGES:
+                raise _missing(package) from error
+
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
 
 
 def require(module: str) -> None:
-    """Refuse to continue without a package of :data:`racdeploy.extras.OPTIONAL`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Raise MissingExtraError without a package of :data:`racdeploy.extras.OPTIONAL`."""
     if not is_installed(module):
         raise _missing(module)
 
@@ -79,16 +74,14 @@ def _missing(module: str) -> MissingExtraError:
 
 
 def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
-    """Return the error for a name that is not known; a kind's ``REFUSED`` has reasons for names that people try."""
-    remedy = f"known: {', '.join(known)}"
+    """Return the error for a name; a kind's ``REFUSED`` has reasons for names that people try."""
+    wanted = f"{_singular(kind)} {name!r}"
+    message = f"unknown {wanted}{closest(name, known)}"
+
     reasons = getattr(importlib.import_module(KINDS[kind]), "REFUSED", {})
     if name in reasons:
-        return UnknownPluginError(
-            f"{_singular(kind)} {name!r} is not offered: {reasons[name]}", remedy=remedy
-        )
-    return UnknownPluginError(
-        f"unknown {_singular(kind)} {name!r}{closest(name, known)}", remedy=remedy
-    )
+        message = f"{wanted} is not offered: {reasons[name]}"
+    return UnknownPluginError(message, remedy=f"known: {', '.join(known)}")
 
 
 def closest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -1,9 +1,8 @@
 """Sparse kernels for stock engines, compiled on demand and used where they are proven and faster.
 
 ``racdeploy accel build`` compiles them for the installed engines and tries them in a child process.
-From then on :func:`enable` gives llama.cpp's the weights of a file that have enough zeros, and
-:func:`choose_graph` takes the second graph of packing bitmask_op. If they are not used, one line
-says why, and the file is the same either way. Knows nothing of bundles.
+:func:`enable` then gives llama.cpp's the weights that have enough zeros, and :func:`choose_graph`
+takes the second graph of packing bitmask_op. If they are not used, one line says why.
 """
 
 from __future__ import annotations
@@ -36,19 +35,15 @@ __all__ = [
 ]
 
 STOCK = "the engine's own"
-_FINDERS = {"llama.cpp": ggml_plugin.find_kernels, "onnxruntime": ort_operator.find_kernels}
-_PACKAGES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
+_ENGINES = {
+    "llama.cpp": ("llama_cpp", ggml_plugin.find_kernels),
+    "onnxruntime": ("onnxruntime", ort_operator.find_kernels),
+}
 
 
 @dataclass(frozen=True)
 class Built:
-    """What ``racdeploy accel build`` made for one engine.
-
-    Args:
-        library: None where there is none to be made.
-        refusal: why it is not used; empty where it is.
-        speedups: of one token on one thread, by number format and share of zeros.
-    """
+    """What ``racdeploy accel build`` made for one engine, if anything; see :class:`Proof`."""
 
     library: Path | None
     refusal: str
@@ -56,22 +51,18 @@ class Built:
 
 
 def build_installed() -> dict[str, Built]:
-    """Compile and try the kernels for every engine that is installed; by its name.
-
-    Raises:
-        EnvironmentFailure: there is no compiler, or it failed.
-        EngineError: neither engine is installed.
-    """
+    """Compile and try the kernels for every engine that is installed; by its name."""
     built: dict[str, Built] = {}
-    for engine, find_kernels in _FINDERS.items():
-        if not is_installed(_PACKAGES[engine]):
+    for engine, (package, find_kernels) in _ENGINES.items():
+        if not is_installed(package):
             continue
 
         found = find_kernels()
         if isinstance(found, str):
             built[engine] = Built(None, found)
         else:
-            library, tried = found.build()
+            library = found.library.build()
+            tried = found.prove(library)
             built[engine] = Built(library, tried.refusal, tried.speedups)
 
     if not built:
@@ -84,7 +75,8 @@ def build_installed() -> dict[str, Built]:
 
 def readiness(engine: str = "llama.cpp") -> tuple[Path, Proof] | str:
     """Return the library that is used with an engine and its proof, or why there is none."""
-    return proof.readiness(_FINDERS[engine]())
+    _, find_kernels = _ENGINES[engine]
+    return proof.readiness(find_kernels())
 
 
 def kernels(mode: Mode) -> str:
@@ -93,7 +85,7 @@ def kernels(mode: Mode) -> str:
         return STOCK
 
     used = []
-    for engine in _FINDERS:
+    for engine in _ENGINES:
         ready = readiness(engine)
         if not isinstance(ready, str):
             library, tried = ready

@@ -1,8 +1,7 @@
 """The plug-in for llama.cpp: which ggml it fits, how it is built, and its C functions.
 
-An extra buffer type of ggml's CPU backend, as CPU_REPACK is one: its products run inside ggml's own
-threads. It leans on declarations that ggml does not promise, so it is used only with versions whose
-declarations were compared with ours.
+An extra buffer type of ggml's CPU backend, as CPU_REPACK is one. It is used only with versions of
+ggml whose private declarations were compared with ours.
 Source: llama-cpp-python 0.3.36, ggml/src/ggml-cpu/traits.h and ggml-backend-impl.h.
 """
 
@@ -15,9 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -32,22 +30,22 @@ NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
 # ggml version -> commits of llama.cpp whose private declarations are those of sources/ggml_abi.h
 _KNOWN = {"0.25.3": ("0c1e570",)}
 _COLUMNS = 32  # of every matrix a multiple
+Zeros = dict[str, tuple[str, float]]
 
 _BOOL, _I32, _I64, _F64 = ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 _TEXT, _DATA = ctypes.c_char_p, ctypes.c_void_p
-_TEXTS, _I64S = ctypes.POINTER(_TEXT), ctypes.POINTER(_I64)
+_TEXTS, _TABLE = ctypes.POINTER(_TEXT), np.ctypeslib.ndpointer(np.int64)
 _MATRIX = (_I32, _I64, _I64, _DATA)  # number format, rows, columns, ggml's blocks
 _PRODUCT = (_I32, _I64, _I64, _I64, _F64, _BOOL)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
     "rac_instruction_set": (_TEXT,),
     "rac_ggml_enable": (_BOOL, _TEXTS, _I64, _I32),
-    "rac_ggml_keep": (_BOOL, _I32, _I64, _TEXTS, _I64S, _I64),
+    "rac_ggml_keep": (_BOOL, _I32, _I64, _TEXTS, _TABLE, _I64),
     "rac_ggml_maps_huge": (_BOOL, _I32, _I64),
     "rac_ggml_layout": (_I32,),
     "rac_ggml_pack": (_I64, *_MATRIX, _DATA, _I64, ctypes.POINTER(_I32)),
     "rac_ggml_packed": (_I64,),
-    "rac_ggml_stored_bytes": (_I64, *_MATRIX),
-    "rac_ggml_wanted_pattern": (_I32, *_MATRIX),
+    "rac_ggml_stored_bytes": (_I64, *_MATRIX, ctypes.POINTER(_I32)),
     "rac_ggml_difference": (_F64, *_PRODUCT, _I32, ctypes.c_uint64),
     "rac_ggml_time": (None, *_PRODUCT, _I32, _I32, ctypes.POINTER(_F64), ctypes.POINTER(_F64)),
 }
@@ -55,13 +53,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
 
 @dataclass(frozen=True)
 class Ggml:
-    """The ggml of the installed llama-cpp-python.
+    """The ggml of the installed llama-cpp-python: its folders, and what it says of itself.
 
     Args:
-        libraries: folder of its shared libraries.
-        include: folder of its public headers.
-        version: as ggml says it.
-        commit: of llama.cpp, as ggml says it; that of a build by pip ends with ``-dirty``.
+        commit: of llama.cpp; that of a build by pip ends with ``-dirty``.
     """
 
     libraries: Path
@@ -72,12 +67,11 @@ class Ggml:
     @property
     def refusal(self) -> str:
         """Why the plug-in is not for it; empty where it is."""
-        if self.commit.partition("-")[0] not in _KNOWN.get(self.version, ()):
-            known = [f"{version} ({', '.join(commits)})" for version, commits in _KNOWN.items()]
-            return (
-                f"ggml {self.version} ({self.commit}) is not one that the kernels were made for: "
-                f"{', '.join(known)}"
-            )
+        commit = self.commit.partition("-")[0]
+        if commit not in _KNOWN.get(self.version, ()):
+            found = f"ggml {self.version} ({self.commit})"
+            known = [f"{version} ({', '.join(each)})" for version, each in _KNOWN.items()]
+            return f"{found} is not one that the kernels were made for: {', '.join(known)}"
 
         header = self.include / "ggml-backend.h"
         if not header.is_file():
@@ -120,12 +114,21 @@ def find_kernels() -> Kernels | str:
 
     library = Library(
         "llamacpp",
-        (*KERNELS, "kept_file.cpp", "load_memory.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
+        (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
         include=(ggml.include,),
         links=(ggml.libraries / "libggml-cpu.so.0", ggml.libraries / "libggml-base.so.0"),
         key={"ggml": ggml.version, "commit": ggml.commit},
     )
     return Kernels(library, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
+
+
+class Matrix(NamedTuple):
+    """A matrix in ggml's blocks at an address, in the order of the C functions."""
+
+    ggml_type: int
+    rows: int
+    columns: int
+    address: int
 
 
 class Product(NamedTuple):
@@ -140,14 +143,7 @@ class Product(NamedTuple):
 
 
 class Plugin:
-    """The plug-in, loaded into this process beside llama.cpp's libraries; it cannot be unloaded.
-
-    Args:
-        file: the built library.
-
-    Raises:
-        EngineError: it does not load.
-    """
+    """The plug-in, loaded into this process beside llama.cpp's libraries; it cannot be unloaded."""
 
     def __init__(self, file: Path) -> None:
         # ggml's libraries have to be here first: the plug-in only names them.
@@ -173,41 +169,30 @@ class Plugin:
     @property
     def form(self) -> list[int | str]:
         """What decides how matrices are packed: a file of another form is not read."""
-        layout = int(self._library.rac_ggml_layout())
-        return [layout, self.instruction_set]
+        return [self._library.rac_ggml_layout(), self.instruction_set]
 
     def enable(self, names: Sequence[str], threads: int) -> bool:
         """Have the weights of these names packed when the next model is loaded.
 
-        Returns:
-            False where ggml does not take the plug-in: a model was loaded in this process before.
+        False where ggml does not take the plug-in: a model was loaded in this process before.
         """
         texts = _texts(names)
-        enabled = self._library.rac_ggml_enable(texts, len(names), threads)
-        return bool(enabled)
+        return bool(self._library.rac_ggml_enable(texts, len(names), threads))
 
-    def keep(self, stream: FileIO, places: Mapping[str, Sequence[int]]) -> bool:
-        """Have the enabled weights taken from a file in which they are packed.
+    def keep(self, stream: IO[bytes], places: Mapping[str, Sequence[int]]) -> bool:
+        """Have the enabled weights taken from a file in which they are packed, if it can be mapped.
 
         Args:
             stream: the file; it may be closed then.
             places: of each matrix by its tensor's name: number format, pattern, rows, columns,
                 first byte and bytes.
-
-        Returns:
-            False where the file cannot be mapped.
         """
-        numbers: list[int] = []
-        for place in places.values():
-            numbers += place
-        table = (_I64 * len(numbers))(*numbers)
-
         file = _describe(stream)
         names = _texts(list(places))
-        mapped = self._library.rac_ggml_keep(*file, names, table, len(places))
-        return bool(mapped)
+        table = np.array(list(places.values()), np.int64)
+        return bool(self._library.rac_ggml_keep(*file, names, table, len(places)))
 
-    def maps_huge(self, stream: FileIO) -> bool:
+    def maps_huge(self, stream: IO[bytes]) -> bool:
         """Return whether the system maps this file in huge pages."""
         file = _describe(stream)
         return bool(self._library.rac_ggml_maps_huge(*file))
@@ -215,41 +200,36 @@ class Plugin:
     def pack(
         self, path: Path, tensors: Sequence[TensorInfo]
     ) -> Iterator[tuple[tuple[int, int, int, int], memoryview]]:
-        """Yield number format, pattern, rows, columns of each matrix, and it packed, by turns.
-
-        Raises:
-            ArtifactError: the file ended early.
-        """
+        """Yield number format, pattern, rows, columns of each matrix, and it packed, by turns."""
         most_bytes = max(_most_bytes(tensor) for tensor in tensors)
         packed_P = np.empty(most_bytes, np.uint8)
-        memory = packed_P.ctypes.data, packed_P.nbytes
-        pattern = ctypes.c_int32()
+        address = packed_P.ctypes.data
+        pattern = _I32()
 
-        for tensor, matrix in _read_matrices(path, tensors):
-            size_bytes = self._library.rac_ggml_pack(*matrix, *memory, ctypes.byref(pattern))
+        for name, matrix in _read_matrices(path, tensors):
+            size_bytes = self._library.rac_ggml_pack(*matrix, address, most_bytes, pattern)
             if size_bytes < 0:
-                raise MemoryError(tensor.name)
+                raise MemoryError(name)
 
-            ggml_type, rows, columns, _ = matrix
-            yield (ggml_type, pattern.value, rows, columns), packed_P.data[:size_bytes]
+            form = matrix.ggml_type, pattern.value, matrix.rows, matrix.columns
+            yield form, packed_P.data[:size_bytes]
 
     def packed(self) -> int:
         """Return how many weights were packed since :meth:`enable`."""
         return int(self._library.rac_ggml_packed())
 
-    def zeros(self, path: Path, header: Header, threads: int) -> dict[str, tuple[str, float]]:
-        """Return format and share of zeros of each matrix to pack; ``FORMAT 2:4`` for that pattern.
-
-        Raises:
-            ArtifactError: the file ended early.
-        """
+    def zeros(self, path: Path, header: Header, threads: int) -> Zeros:
+        """Return format, or ``FORMAT 2:4``, and share of zeros of each matrix to pack."""
         matrices = [tensor for tensor in header.tensors if _is_packable(tensor)]
-        shares = [matrices[start::threads] for start in range(threads)]
 
-        found: dict[str, tuple[str, float]] = {}
+        def count_share(start: int) -> Zeros:
+            share = _read_matrices(path, matrices[start::threads])
+            return {name: self._count_zeros(matrix) for name, matrix in share}
+
+        found: Zeros = {}
         with ThreadPoolExecutor(threads) as pool:
-            for part in pool.map(lambda share: self._count_zeros(path, share), shares):
-                found.update(part)
+            for share in pool.map(count_share, range(threads)):
+                found.update(share)
         return found
 
     def difference(self, product: Product, threads: int, seed: int) -> float:
@@ -257,63 +237,40 @@ class Plugin:
 
         It is -1 where the weights are not given back as they were written.
         """
-        difference = self._library.rac_ggml_difference(*product, threads, seed)
-        return float(difference)
+        return float(self._library.rac_ggml_difference(*product, threads, seed))
 
     def times_ms(self, product: Product, count: int, runs: int) -> tuple[float, float]:
         """Return what ggml's own product and the sparse one take over ``count`` equal matrices."""
         stock_ms = _F64()
         sparse_ms = _F64()
-
-        results = ctypes.byref(stock_ms), ctypes.byref(sparse_ms)
-        self._library.rac_ggml_time(*product, count, runs, *results)
+        self._library.rac_ggml_time(*product, count, runs, stock_ms, sparse_ms)
         return stock_ms.value, sparse_ms.value
 
-    def _count_zeros(
-        self, path: Path, tensors: Sequence[TensorInfo]
-    ) -> dict[str, tuple[str, float]]:
-        found = {}
-        for tensor, matrix in _read_matrices(path, tensors):
-            ggml_type, rows, columns, _ = matrix
+    def _count_zeros(self, matrix: Matrix) -> tuple[str, float]:
+        name = NAMES[matrix.ggml_type]
+        pattern = _I32()
+        stored_bits = 8 * self._library.rac_ggml_stored_bytes(*matrix, pattern)
+        # Rounded down, a weight's bits are its code's: a scale takes half a bit of each weight.
+        code_bits = int(GGML_TYPES[name].bits)
 
-            stored_bits = 8 * self._library.rac_ggml_stored_bytes(*matrix)
-            # Rounded down, a weight's bits are its code's: a scale takes half a bit of each weight.
-            name = NAMES[ggml_type]
-            code_bits = int(GGML_TYPES[name].bits)
-            zeros = 1.0 - stored_bits / code_bits / (rows * columns)
-
-            pattern = " 2:4" if self._library.rac_ggml_wanted_pattern(*matrix) else ""
-            found[tensor.name] = name + pattern, zeros
-        return found
+        zeros = 1.0 - stored_bits / code_bits / (matrix.rows * matrix.columns)
+        return name + (" 2:4" if pattern.value else ""), zeros
 
 
-def _read_matrices(
-    path: Path, tensors: Sequence[TensorInfo]
-) -> Iterator[tuple[TensorInfo, tuple[int, int, int, int]]]:
-    """Yield number format, rows, columns and address of each matrix, into one place by turns.
-
-    A map of the file would count as this process's memory.
-    """
+def _read_matrices(path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, Matrix]]:
+    """Read matrices into one place by turns: a map of the file would count as our memory."""
     most_bytes = max((tensor.size_bytes for tensor in tensors), default=0)
     blocks_P = np.empty(most_bytes, np.uint8)
 
-    with path.open("rb", buffering=0) as stream:
+    with path.open("rb") as stream:
         for tensor in tensors:
+            part = blocks_P.data[: tensor.size_bytes]
             stream.seek(tensor.position)
-            _read_into(stream, blocks_P.data[: tensor.size_bytes])
+            if stream.readinto(part) < tensor.size_bytes:
+                raise ArtifactError(f"{path} ended while it was read", remedy="copy it again")
 
             columns, rows = tensor.dimensions
-            yield tensor, (tensor.ggml_type, rows, columns, blocks_P.ctypes.data)
-
-
-def _read_into(stream: FileIO, part: memoryview) -> None:
-    """Fill the part from the file, which the header says is long enough."""
-    while part:
-        count = stream.readinto(part)
-        if not count:
-            raise ArtifactError(f"{stream.name} ended while it was read", remedy="copy it again")
-
-        part = part[count:]
+            yield tensor.name, Matrix(tensor.ggml_type, rows, columns, blocks_P.ctypes.data)
 
 
 def _texts(names: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
@@ -321,8 +278,7 @@ def _texts(names: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
     return (_TEXT * len(encoded))(*encoded)
 
 
-def _describe(stream: FileIO) -> tuple[int, int]:
-    """Return descriptor and bytes of an open file."""
+def _describe(stream: IO[bytes]) -> tuple[int, int]:
     descriptor = stream.fileno()
     return descriptor, os.fstat(descriptor).st_size
 
@@ -331,14 +287,10 @@ def _most_bytes(matrix: TensorInfo) -> int:
     """Return two bytes a weight, and heads, offsets and padding: no packed matrix is larger."""
     columns, rows = matrix.dimensions
     groups = -(-columns // 256)  # a last one may be short, and has all of its head
-
-    values_bytes = 2 * 256 * groups
-    head_bytes = 48 * groups
-    offset_bytes = 8
-    return rows * (values_bytes + head_bytes + offset_bytes) + 512
+    group_bytes = 2 * 256 + 48
+    return rows * (groups * group_bytes + 8) + 512
 
 
 def _is_packable(tensor: TensorInfo) -> bool:
-    if tensor.ggml_type not in NAMES or len(tensor.dimensions) != 2:
-        return False
-    return tensor.dimensions[0] % _COLUMNS == 0
+    is_matrix = len(tensor.dimensions) == 2
+    return tensor.ggml_type in NAMES and is_matrix and tensor.dimensions[0] % _COLUMNS == 0

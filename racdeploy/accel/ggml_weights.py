@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import threading
@@ -17,7 +16,7 @@ from racdeploy.accel.library import cache_folder
 from racdeploy.accel.proof import Choice, Mode, choose_by_mode, readiness
 from racdeploy.errors import ArtifactError
 from racdeploy.storage.cores import available_cores
-from racdeploy.storage.files import write_atomic
+from racdeploy.storage.files import canonical_hash, write_atomic
 from racdeploy.storage.gguf_header import read_header
 
 _READ_AHEAD_BYTES = 16 << 20
@@ -31,7 +30,6 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
     is loaded. Models that are loaded later without it run as ever.
 
     Args:
-        path: the GGUF file.
         mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not
             faster; ``require`` makes that an error; ``off`` does nothing.
         threads: that read and pack the file; 0 uses every core.
@@ -44,9 +42,8 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
         ArtifactError: the file is not a GGUF file, or damaged.
     """
     file = Path(path)
-    return choose_by_mode(
-        file, mode, "llama.cpp's own kernels", lambda: _enable(file, threads, keep)
-    )
+    find = functools.partial(_enable, file, threads, keep)
+    return choose_by_mode(file, mode, "llama.cpp's own kernels", find)
 
 
 def forget(path: str | Path) -> None:
@@ -70,11 +67,11 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
     threads = threads or available_cores()
-    names = [
-        name
-        for name, (quant, zeros) in _zeros(plugin, path, threads).items()
-        if zeros >= proof.faster_from.get(quant, _NEVER)
-    ]
+    names = []
+    for name, (quant, zeros) in _zeros(plugin, path, threads).items():
+        if zeros >= proof.faster_from.get(quant, _NEVER):
+            names.append(name)
+
     if not plugin.enable(names, threads):
         return "a model was loaded in this process before; call racdeploy.accel.enable first"
     if not names:
@@ -89,20 +86,19 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
 
 def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
     """Use the model's kept file, after writing it where there is none that fits."""
-    if kept_weights.use(plugin, path, names):
-        return True
-    written = kept_weights.write(plugin, path, names)
-    return written and kept_weights.use(plugin, path, names)
+    use = functools.partial(kept_weights.use, plugin, path, names)
+    return use() or (kept_weights.write(plugin, path, names) and use())
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
-    """Return format and zeros of each matrix, counted once for each state of a file."""
     file = _zeros_file(path)
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         counted = json.loads(file.read_text())
         return {name: (quant, float(zeros)) for name, (quant, zeros) in counted.items()}
 
-    zeros = plugin.zeros(path, read_header(path), threads)
+    header = read_header(path)
+    zeros = plugin.zeros(path, header, threads)
+
     with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(zeros))
@@ -110,9 +106,7 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
 
 
 def _zeros_file(path: Path) -> Path:
-    state = kept_weights.model_state(path)
-    text = json.dumps(state)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = canonical_hash(kept_weights.model_state(path))
     return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 
@@ -131,7 +125,4 @@ def _read_ahead(path: Path) -> None:
             os.posix_fadvise(stream.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-@functools.cache
-def _load(library: Path) -> Plugin:
-    """Load the plug-in once: it stays in the process."""
-    return Plugin(library)
+_load = functools.cache(Plugin)  # it stays in the process

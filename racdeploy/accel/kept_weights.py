@@ -1,10 +1,8 @@
 """Packed matrices of a model in one file of the user's cache: written once, mapped ever after.
 
-New memory is slow to get, and packing fills as much as the packed model takes; a file that the
-system has cached is there already. ``kept/HASH.packed`` is the matrices one behind the other, then
-zeros, a table in JSON, and a trailer with the table's size and SHA-256. It is written under another
-name, synchronized and renamed, so that a file is whole or absent; ``kept_file.cpp`` checks what
-kernels would follow. Writing one deletes those whose model is gone or has changed.
+New memory is slow to get; a file that the system has cached is there already. ``kept/HASH.packed``
+is the matrices one behind the other, then zeros, a table in JSON, and a trailer with the table's
+size and SHA-256. It is whole or absent, and ``file_maps.cpp`` checks what kernels would follow.
 Imports nothing heavy: every load passes here.
 """
 
@@ -19,9 +17,8 @@ import struct
 import tempfile
 import time
 from collections.abc import Collection
-from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from racdeploy.accel.library import cache_folder
 from racdeploy.storage.gguf_header import read_header
@@ -29,10 +26,8 @@ from racdeploy.storage.gguf_header import read_header
 if TYPE_CHECKING:
     from racdeploy.accel.ggml_plugin import Plugin
 
-
 _TRAILER = struct.Struct("<Q32s16s")  # bytes of the table, its SHA-256, magic
 _MAGIC = b"racdeploy kept 1"
-_NUMBERS = 6  # of each matrix: number format, pattern, rows, columns, first byte, bytes
 _MOST_TABLE_BYTES = 1 << 28
 # Written at once: the system caches each in one huge page, where its file system can.
 _CHUNK_BYTES = 2 << 20
@@ -63,11 +58,7 @@ def locate(path: Path) -> Path:
 
 
 def model_state(path: Path) -> list[str | int]:
-    """Return what tells a file from a changed one.
-
-    Raises:
-        OSError: there is none.
-    """
+    """Return what tells a file from a changed one; ``OSError`` where there is none."""
     state = path.stat()
     return [str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino]
 
@@ -77,18 +68,14 @@ def use(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
 
     Args:
         plugin: enabled for this model.
-        path: the GGUF file.
         names: of the tensors that are packed.
     """
-    with contextlib.suppress(OSError), locate(path).open("rb", buffering=0) as stream:
+    with contextlib.suppress(OSError), locate(path).open("rb") as stream:
         table = _read_table(stream)
-        if table is None:
+        if not table or table["model"] != model_state(path) or table["form"] != plugin.form:
             return False
-        if table["model"] != model_state(path) or table["form"] != plugin.form:
-            return False
-
-        if table["matrices"].keys() >= set(names):
-            return plugin.keep(stream, table["matrices"])
+        matrices = table["matrices"]
+        return matrices.keys() >= set(names) and plugin.keep(stream, matrices)
     return False
 
 
@@ -97,9 +84,6 @@ def write(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
 
     Nor is it written where the system would map it in small pages, which slows products down by up
     to a quarter, unless ``RACDEPLOY_ACCEL_KEEP`` is 1. Arguments are those of :func:`use`.
-
-    Raises:
-        ArtifactError: the file ended early.
     """
     scratch = None
     try:
@@ -111,8 +95,9 @@ def write(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
             return False
 
         descriptor, scratch = tempfile.mkstemp(dir=folder(), prefix=".")
-        with open(descriptor, "wb", buffering=0) as stream:
+        with open(descriptor, "wb") as stream:
             state = _write_matrices(plugin, path, names, stream)
+            stream.flush()
             os.fsync(descriptor)
 
         if state != model_state(path):
@@ -128,18 +113,18 @@ def write(plugin: Plugin, path: Path, names: Collection[str]) -> bool:
 
 def _maps_huge(plugin: Plugin) -> bool:
     """Try with a file of one chunk: it depends on the system and on the file system."""
-    with tempfile.TemporaryFile(dir=folder(), buffering=0) as stream:
-        _write_all(stream, memoryview(bytes(_CHUNK_BYTES)))
+    with tempfile.TemporaryFile(dir=folder()) as stream:
+        stream.write(bytes(_CHUNK_BYTES))
+        stream.flush()
         return plugin.maps_huge(stream)
 
 
 def _write_matrices(
-    plugin: Plugin, path: Path, names: Collection[str], stream: FileIO
+    plugin: Plugin, path: Path, names: Collection[str], stream: IO[bytes]
 ) -> list[str | int]:
     """Write a whole kept file; return the state of the model before it was read."""
     state = model_state(path)
-    header = read_header(path)
-    tensors = [tensor for tensor in header.tensors if tensor.name in names]
+    tensors = [tensor for tensor in read_header(path).tensors if tensor.name in names]
 
     places: dict[str, list[int]] = {}
     pending = bytearray()
@@ -147,36 +132,32 @@ def _write_matrices(
     most_columns = 0
     for tensor, (matrix, packed) in zip(tensors, plugin.pack(path, tensors), strict=True):
         places[tensor.name] = [*matrix, end, len(packed)]
-        most_columns = max(most_columns, matrix[3])
+        most_columns = max(most_columns, tensor.dimensions[0])
 
-        padding = -len(packed) % _ALIGNMENT
+        padding = bytes(-len(packed) % _ALIGNMENT)
         pending += packed
-        pending += bytes(padding)
-        end += len(packed) + padding
+        pending += padding
+        end += len(packed) + len(padding)
 
         whole = len(pending) // _CHUNK_BYTES * _CHUNK_BYTES
-        _write_all(stream, memoryview(pending)[:whole])
+        stream.write(memoryview(pending)[:whole])
         del pending[:whole]
 
     # A row whose mask is damaged is read for as long as a row can be.
-    pending += bytes(2 * most_columns + 1024)
+    slack = bytes(2 * most_columns + 1024)
 
     table = {"model": state, "form": plugin.form, "matrices": places}
-    text = json.dumps(table).encode()
-    digest = hashlib.sha256(text).digest()
-    pending += text
-    pending += _TRAILER.pack(len(text), digest, _MAGIC)
-    _write_all(stream, memoryview(pending))
+    stream.write(pending + slack + _encode_table(table))
     return state
 
 
-def _write_all(stream: FileIO, data: memoryview) -> None:
-    while data:
-        written = stream.write(data)
-        data = data[written:]
+def _encode_table(table: dict[str, Any]) -> bytes:
+    text = json.dumps(table).encode()
+    digest = hashlib.sha256(text).digest()
+    return text + _TRAILER.pack(len(text), digest, _MAGIC)
 
 
-def _read_table(stream: FileIO) -> dict[str, Any] | None:
+def _read_table(stream: IO[bytes]) -> dict[str, Any] | None:
     """Return the table of a kept file; None where it is not whole."""
     descriptor = stream.fileno()
     end = os.fstat(descriptor).st_size - _TRAILER.size
@@ -204,10 +185,10 @@ def _is_table(table: Any) -> bool:
 
 
 def _is_place(place: Any) -> bool:
-    if not isinstance(place, list) or len(place) != _NUMBERS:
-        return False
-
-    return all(type(number) is int for number in place)
+    match place:  # number format, pattern, rows, columns, first byte, bytes
+        case [int(), int(), int(), int(), int(), int()]:
+            return True
+    return False
 
 
 def _sweep() -> None:
@@ -224,11 +205,9 @@ def _sweep() -> None:
 
 
 def _is_current(file: Path) -> bool:
-    with file.open("rb", buffering=0) as stream:
+    with file.open("rb") as stream:
         table = _read_table(stream)
-    if table is None:
-        return False
 
     with contextlib.suppress(OSError):
-        return bool(table["model"] == model_state(Path(table["model"][0])))
+        return table is not None and table["model"] == model_state(Path(table["model"][0]))
     return False

@@ -1,27 +1,24 @@
 """Compile C++ sources of this package into the user's cache, on demand.
 
 A library is named by a hash of its sources, flags and processor, and of the compiler that made it.
-It is found without a compiler, and compiled again where anything but the compiler differs. Knows no
-engine.
+It is found without a compiler, and compiled again where anything but the compiler differs.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.storage import caches
-from racdeploy.storage.files import file_sha256
+from racdeploy.storage.files import canonical_hash, file_sha256
 
 SOURCES = Path(__file__).parent / "sources"
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
@@ -31,6 +28,7 @@ _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2
 # Each file is compiled for its own instruction set; when it runs, it asks the processor for it.
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}"}
 _COMPILE_S = 300.0
+_Command = Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,9 @@ class Library:
     """A shared library, built or not.
 
     Args:
-        name: begins the file's name.
         sources: files in ``sources/``; its headers are all part of the key.
         include: folders of further headers.
-        links: libraries that it needs.
-        flags: more for the compiler, behind the usual ones.
-        link_flags: what the linker is to make of it.
+        flags: more for the compiler.
         key: what else decides whether a built library may be used, as the version of the engine.
     """
 
@@ -61,11 +56,7 @@ class Library:
         return max(found, key=os.path.getmtime, default=None)
 
     def build(self) -> Path:
-        """Compile it, unless this compiler has done so before; return the file.
-
-        Raises:
-            EnvironmentFailure: there is no compiler, it failed, or the cache is not writable.
-        """
+        """Compile it, unless this compiler has done so before; return the file."""
         command = find_compiler()
         if command is None:
             raise EnvironmentFailure(
@@ -90,36 +81,36 @@ class Library:
         return file
 
     def _compile(self, command: str, made: Path) -> None:
-        compiler = [command, *_FLAGS, *self.flags]
-        include = [f"-I{folder}" for folder in (SOURCES, *self.include)]
+        compiler: list[str | Path] = [command, *_FLAGS, *self.flags]
+        compiler += [f"-I{folder}" for folder in (SOURCES, *self.include)]
 
         objects = []
         for source in self.sources:
-            target = made.with_name(f"{Path(source).name}.o")
-            objects.append(str(target))
-            common = [*compiler, *include, "-c", str(SOURCES / source), "-o", str(target)]
+            file = SOURCES / source
+            target = made.with_name(f"{file.name}.o")
+            objects.append(target)
+            common = [*compiler, "-c", file, "-o", target]
 
             # A compiler without the instruction set compiles it plainly: its kernels never run.
             wanted = _machine_flags(source)
             if not wanted or _run([*common, *wanted]):
                 _require(common)
 
-        links = [str(file) for file in self.links]
-        _require([*compiler, *self.link_flags, *objects, *links, "-o", str(made)])
+        _require([*compiler, *self.link_flags, *objects, *self.links, "-o", made])
 
     @property
     def _stem(self) -> str:
-        headers = sorted(path.name for path in SOURCES.glob("*.h"))
-        names = [*self.sources, *headers]
-        files = {name: file_sha256(SOURCES / name) for name in names}
+        files = sorted(SOURCES.glob("*.h"))
+        files += [SOURCES / name for name in self.sources]
 
-        flags = [*_FLAGS, *self.flags, *self.link_flags]
-        for source in self.sources:
-            flags += _machine_flags(source)
-
-        parts = {"files": files, "flags": flags, "key": dict(self.key), "processor": _processor()}
-        text = json.dumps(parts, sort_keys=True)
-        return f"{self.name}-{_digest(text)}"
+        parts = {
+            "files": {file.name: file_sha256(file) for file in files},
+            "flags": [*_FLAGS, *self.flags, *self.link_flags],
+            "machine_flags": _X86_FLAGS,
+            "key": self.key,
+            "processor": _processor(),
+        }
+        return f"{self.name}-{_digest(parts)}"
 
 
 def cache_folder() -> Path:
@@ -149,33 +140,29 @@ def _processor() -> str:
     return f"{platform.machine()}-{_digest(flags)}"
 
 
-@functools.cache
 def _version(command: str) -> str:
-    found = subprocess.run(
-        [command, "--version"], capture_output=True, text=True, check=False, timeout=_COMPILE_S
-    )
-    return f"{command} {found.stdout}"
+    return f"{command} {_call([command, '--version']).stdout}"
 
 
 def _machine_flags(source: str) -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
 
-    flags = _X86_FLAGS.get(source, "")
-    return flags.split()
+    return _X86_FLAGS.get(source, "").split()
 
 
-def _digest(text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    return digest.hexdigest()[:16]
+def _digest(value: object) -> str:
+    return canonical_hash(value)[:16]
 
 
-def _run(command: list[str]) -> str:
+def _call(command: _Command) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMPILE_S)
+
+
+def _run(command: _Command) -> str:
     """Run the compiler; return what it complains about, empty where it succeeded."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_COMPILE_S
-        )
+        done = _call(command)
     except subprocess.TimeoutExpired:
         return f"{command[0]} took more than {_COMPILE_S:.0f} s"
 
@@ -184,9 +171,8 @@ def _run(command: list[str]) -> str:
     return done.stderr.strip() or f"exit code {done.returncode}"
 
 
-def _require(command: list[str]) -> None:
-    complaint = _run(command)
-    if complaint:
+def _require(command: _Command) -> None:
+    if complaint := _run(command):
         first_lines = complaint.splitlines()[:6]
         raise EnvironmentFailure(
             f"{command[0]} failed: {' | '.join(first_lines)}",

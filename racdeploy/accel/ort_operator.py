@@ -1,9 +1,8 @@
 """The operator for stock onnxruntime: whether it is built, right, and faster for a model.
 
 A graph ``NAME.accel.onnx`` beside a plain one has the same weights, packed for the operator. It is
-used where the operator was built for this processor, computed the same as stock onnxruntime in its
-own process, and was measured faster at the zeros of the model; everywhere else the plain graph is.
-Does not import onnxruntime.
+used where the operator was built for this processor, computed the same as stock onnxruntime, and
+was measured faster at the zeros of the model. Does not import onnxruntime.
 """
 
 from __future__ import annotations
@@ -12,18 +11,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from racdeploy.accel import proof as proofs
 from racdeploy.accel.ggml_plugin import NAMES
 from racdeploy.accel.library import KERNELS, Library
 from racdeploy.accel.onnx_properties import read_properties
-from racdeploy.accel.proof import (
-    LEAST_SPEEDUP,
-    Choice,
-    Kernels,
-    Mode,
-    Proof,
-    choose_by_mode,
-    readiness,
-)
 from racdeploy.errors import ArtifactError
 from racdeploy.extras import installed_version
 from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
@@ -33,35 +24,34 @@ _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
 _UNMEASURED = 0.5  # speed-up at fewer zeros than were measured: the operator is slower there
 
 
-def find_kernels() -> Kernels | str:
+def find_kernels() -> proofs.Kernels | str:
     """Return the operator for the installed onnxruntime, or why there is none for it."""
     version = installed_version("onnxruntime")
     if not version:
         return "onnxruntime is not installed"
     trial = "racdeploy.accel.ort_trial"
-    return Kernels(LIBRARY, trial, "the operator is not built", version, ("onnx",))
+    return proofs.Kernels(LIBRARY, trial, "the operator is not built", version, ("onnx",))
 
 
-def choose_graph(model: Path, mode: Mode) -> Choice:
+def choose_graph(model: Path, mode: proofs.Mode) -> proofs.Choice:
     """Return the graph to load for a model: the second one where it is there, proven and faster.
 
     Args:
-        model: the plain graph.
         mode: ``off`` takes the plain graph; ``require`` makes it an error not to take the second.
 
     Raises:
         EngineError: the operator is required, and not ready or of no use to this model.
         ArtifactError: the second graph is damaged.
     """
-    return choose_by_mode(model, mode, "onnxruntime's own operators", lambda: _choose(model))
+    return proofs.choose_by_mode(model, mode, "onnxruntime's own operators", lambda: _choose(model))
 
 
-def _choose(model: Path) -> Choice | str:
+def _choose(model: Path) -> proofs.Choice | str:
     accel = model.with_name(accel_name(model.name))
     if not accel.is_file():
         return f"there is no {accel.name}; packing 'bitmask_op' writes one"
 
-    ready = readiness(find_kernels())
+    ready = proofs.readiness(find_kernels())
     if isinstance(ready, str):
         return ready
 
@@ -72,17 +62,17 @@ def _choose(model: Path) -> Choice | str:
 
     weights = sum(entry["weights"] for entry in packed)
     summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
-    return Choice(accel, summary, library=library, packed=lambda: weights)
+    return proofs.Choice(accel, summary, library=library, packed=lambda: weights)
 
 
-def explain_slower(proof: Proof, packed: Sequence[Packed]) -> str:
+def explain_slower(proof: proofs.Proof, packed: Sequence[Packed]) -> str:
     """Return why a model is not faster with the operator, or an empty string."""
     if not packed:
         return "the graph does not say what is packed in it"
 
     before = sum(entry["weights"] for entry in packed)
     after = sum(entry["weights"] / _speedup(proof, entry) for entry in packed)
-    if before >= LEAST_SPEEDUP * after:
+    if before >= proofs.LEAST_SPEEDUP * after:
         return ""
 
     zeros = sum(entry["weights"] * entry["zeros"] for entry in packed) / before
@@ -92,8 +82,7 @@ def explain_slower(proof: Proof, packed: Sequence[Packed]) -> str:
     )
 
 
-def _speedup(proof: Proof, entry: Packed) -> float:
-    """Return the speed-up that was measured at the most zeros that the model has."""
+def _speedup(proof: proofs.Proof, entry: Packed) -> float:
     name = NAMES.get(entry["quant"], "")
     most = entry["zeros"] + _SAME_ZEROS
 

@@ -1,8 +1,7 @@
 """Whether built kernels may be used, and whether they run the next model.
 
-A child process compares every kernel with the engine's own on random matrices, measures both side
-by side, and prints a :class:`Proof` as JSON, which is kept beside the library. A library that
-changed since is not the one that was tried.
+A child process compares every kernel with the engine's own on random matrices, measures both, and
+prints a :class:`Proof` as JSON, which is kept beside the library.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class Proof:
     Args:
         refusal: why it may not be used; empty where it may.
         sha256: of the library.
-        instruction_set: of the kernels that this processor gets.
         difference: largest one from the engine's own kernels, over the largest output.
         speedups: of one token on one thread, by ggml's name of the format and share of zeros.
         faster_from: least share of zeros at which it is faster, by format; only those that are.
@@ -50,7 +48,6 @@ class Kernels:
     """The sparse kernels of one engine.
 
     Args:
-        library: built or not.
         trial: module that a child process runs with the path of a library; it prints the proof.
         unbuilt: what is missing where there is no library.
         version: of the engine, where the proof is for one version and the library for all.
@@ -63,21 +60,8 @@ class Kernels:
     version: str = ""
     packages: tuple[str, ...] = ()
 
-    def build(self) -> tuple[Path, Proof]:
-        """Compile the library, unless that was done, and try it.
-
-        Raises:
-            EnvironmentFailure: there is no compiler, it failed, or the cache cannot be written.
-        """
-        file = self.library.build()
-        return file, self.prove(file)
-
     def prove(self, file: Path) -> Proof:
-        """Try a library in a child process, and keep the proof beside it.
-
-        Raises:
-            EnvironmentFailure: the proof cannot be written.
-        """
+        """Try a library in a child process, and keep the proof beside it."""
         sha256 = file_sha256(file)
         missing = [package for package in self.packages if not is_installed(package)]
         if missing:
@@ -135,7 +119,7 @@ class Choice:
         path: the file to load.
         summary: what runs it, in one line.
         reason: why it is the engine's own alone; empty where sparse kernels take part.
-        library: that the engine has to load first, if any.
+        library: that the engine has to load first.
         tensors: names of the weights that the kernels ask for, where that is decided by weight.
         kept: whether these come packed from a file that an earlier load kept.
         packed: returns how many weights the kernels have; for llama.cpp, tensors by now.
@@ -172,7 +156,6 @@ def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice
 
 
 def _try_in_child(module: str, file: Path) -> Proof:
-    """Return the proof that a module prints, or a refusal because it prints none."""
     variables = {"GGML_NO_BACKTRACE": "1"}  # a trap is reported here; gdb would only take its time
     outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
 

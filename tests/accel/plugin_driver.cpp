@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "file_maps.h"
 #include "ggml_plugin.h"
-#include "kept_file.h"
 
 using namespace racdeploy;
 

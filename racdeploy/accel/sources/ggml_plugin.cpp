@@ -5,8 +5,6 @@
 // Nothing throws across ggml's C interface.
 #include "ggml_plugin.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -14,14 +12,14 @@
 #include <list>
 #include <mutex>
 #include <new>
+#include <numeric>
+#include <set>
 #include <string>
 #include <system_error>
 #include <thread>
-#include <unordered_set>
 #include <utility>
 
-#include "kept_file.h"
-#include "load_memory.h"
+#include "file_maps.h"
 
 namespace racdeploy {
 namespace {
@@ -30,8 +28,8 @@ constexpr int64_t alignment = 64, serial_bytes = 1 << 18;
 constexpr int most_threads = 64;
 
 std::mutex wanted_mutex;
-std::unordered_set<std::string> wanted;  // names of the next model's weights
-std::shared_ptr<KeptFile> kept;          // which has them packed, where there is one
+std::set<std::string, std::less<>> wanted;  // names of the next model's weights
+std::shared_ptr<KeptFile> kept;             // which has them packed, where there is one
 int64_t packed_tensors = 0;
 std::atomic<bool> was_loading{false};
 int pack_threads = 1;
@@ -39,25 +37,13 @@ int pack_threads = 1;
 // One weight: its matrix, in its own memory or in the kept file. Without offsets nothing was written yet: all zeros.
 struct Weight {
     SparseMatrix matrix{};
-    void* memory = nullptr;
-    int64_t bytes = 0;
+    Mapped memory{};
 
-    Weight() = default;
-    Weight(const Weight&) = delete;
-    Weight& operator=(const Weight&) = delete;
-    ~Weight() { release(); }
     bool written() const { return matrix.offsets; }
-    void release() {
-        if (memory) munmap(memory, bytes);
-        matrix = {};
-        memory = nullptr;
-        bytes = 0;
-    }
 };
 
 struct Buffer {
-    void* addresses;  // reserved, never touched: ggml wants every tensor to have one
-    size_t size;
+    Mapped addresses;  // reserved, never touched: ggml wants every tensor to have one
     std::list<Weight> weights{};
     std::shared_ptr<KeptFile> kept = nullptr;
     FileMap mapped{};  // where the model's file was when it was last looked up
@@ -120,30 +106,24 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, S
     return memory;
 }
 
-void take(Weight& weight, const SparseMatrix& matrix, void* memory, int64_t bytes) {
+void take(Weight& weight, const SparseMatrix& matrix, Mapped memory) {
     if (!weight.written()) packed_tensors++;
-    weight.release();
-    weight.matrix = matrix;
-    weight.memory = memory;
-    weight.bytes = bytes;
+    weight = {matrix, std::move(memory)};
 }
 
 void write(Weight& weight, const ggml_tensor* tensor, const void* blocks) {
-    void* memory = nullptr;
-    int64_t size = 0;
-    const auto new_memory = [&](int64_t bytes) -> void* {
-        void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (made == MAP_FAILED) return nullptr;
+    Mapped memory;
+    const auto new_memory = [&](int64_t bytes) {
+        memory = map_memory(bytes, PROT_READ | PROT_WRITE);
         // A token walks through all of it: with pages of 4 KB up to a fifth of the time goes to finding them.
-        madvise(made, bytes, MADV_HUGEPAGE);
-        size = bytes;
-        return memory = made;
+        if (memory) madvise(memory.get(), bytes, MADV_HUGEPAGE);
+        return memory.get();
     };
 
     SparseMatrix matrix;
     const auto quant = static_cast<Quant>(tensor->type);
     if (!pack_matrix(quant, tensor->ne[1], tensor->ne[0], blocks, matrix, new_memory)) give_up(tensor->name);
-    take(weight, matrix, memory, size);
+    take(weight, matrix, std::move(memory));
 }
 
 // ggml's blocks of rows [begin, end), to change or to read.
@@ -178,22 +158,18 @@ bool take_kept(Weight& weight, const ggml_tensor* tensor, const KeptFile* file, 
     const auto quant = static_cast<Quant>(tensor->type);
     if (!file || !file->find(tensor->name, quant, tensor->ne[1], tensor->ne[0], matrix)) return false;
     if (!same_rows(tensor, matrix, blocks)) return false;
-    take(weight, matrix, nullptr, 0);
+    take(weight, matrix, nullptr);
     return true;
 }
 
-void free_buffer(ggml_backend_buffer_t buffer) {
-    auto* ours = static_cast<Buffer*>(buffer->context);
-    munmap(ours->addresses, ours->size);
-    delete ours;
-}
-
-void* get_base(ggml_backend_buffer_t buffer) { return static_cast<Buffer*>(buffer->context)->addresses; }
+Buffer& buffer_of(ggml_backend_buffer_t buffer) { return *static_cast<Buffer*>(buffer->context); }
+void free_buffer(ggml_backend_buffer_t buffer) { delete &buffer_of(buffer); }
+void* get_base(ggml_backend_buffer_t buffer) { return buffer_of(buffer).addresses.get(); }
 
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
     if (tensor->view_src) return GGML_STATUS_SUCCESS;  // reads what it views through it
     try {
-        tensor->extra = &static_cast<Buffer*>(buffer->context)->weights.emplace_back();
+        tensor->extra = &buffer_of(buffer).weights.emplace_back();
     } catch (const std::bad_alloc&) {
         return GGML_STATUS_ALLOC_FAILED;
     }
@@ -210,12 +186,12 @@ void change(ggml_tensor* tensor, const Change& change_blocks) {
 
 void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
     if (offset == 0 && size == ggml_nbytes(tensor)) {
-        auto* ours = static_cast<Buffer*>(buffer->context);
+        Buffer& ours = buffer_of(buffer);
         Weight& weight = *weight_of(tensor);
         const bool first_time = !weight.written();  // which is when the model is loaded: later data may be other data
         was_loading = true;
-        if (!first_time || !take_kept(weight, tensor, ours->kept.get(), data)) write(weight, tensor, data);
-        forget_mapped(ours->mapped, data, size, first_time);
+        if (!first_time || !take_kept(weight, tensor, ours.kept.get(), data)) write(weight, tensor, data);
+        forget_mapped(ours.mapped, data, size, first_time);
     } else {
         change(tensor, [&](uint8_t* blocks) { std::memcpy(blocks + offset, data, size); });
     }
@@ -233,21 +209,16 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, si
 }
 
 void clear(ggml_backend_buffer_t buffer, uint8_t) {  // ggml clears with 0 only
-    for (Weight& weight : static_cast<Buffer*>(buffer->context)->weights) weight.release();
+    for (Weight& weight : buffer_of(buffer).weights) weight = {};
 }
 
 const char* type_name(ggml_backend_buffer_type_t) { return "CPU_SPARSE"; }
 size_t type_alignment(ggml_backend_buffer_type_t) { return alignment; }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
-    auto* ours = new (std::nothrow) Buffer;
+    Mapped addresses = map_memory(std::max<size_t>(size, 4096), PROT_NONE);
+    auto* ours = addresses ? new (std::nothrow) Buffer{std::move(addresses)} : nullptr;
     if (!ours) return nullptr;
-    ours->size = std::max<size_t>(size, 4096);
-    ours->addresses = mmap(nullptr, ours->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (ours->addresses == MAP_FAILED) {
-        delete ours;
-        return nullptr;
-    }
 
     if (size) {  // a model's weights; an empty buffer only asks what would go here
         std::lock_guard<std::mutex> lock(wanted_mutex);
@@ -255,24 +226,14 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
         ours->kept = std::move(kept);
     }
 
-    ggml_backend_buffer_i functions{};
-    functions.free_buffer = free_buffer;
-    functions.get_base = get_base;
-    functions.init_tensor = init_tensor;
-    functions.memset_tensor = memset_tensor;
-    functions.set_tensor = set_tensor;
-    functions.get_tensor = get_tensor;
-    functions.clear = clear;
+    const ggml_backend_buffer_i functions{free_buffer, get_base, init_tensor, memset_tensor, set_tensor, get_tensor,
+                                          nullptr,     nullptr,  nullptr,     clear,         nullptr};
     return ggml_backend_buffer_init(type, functions, ours, size);
 }
 
 bool is_wanted(const ggml_tensor* weight) {
     std::lock_guard<std::mutex> lock(wanted_mutex);
-    try {
-        return wanted.count(weight->name) > 0;
-    } catch (const std::bad_alloc&) {
-        return false;
-    }
+    return wanted.find(weight->name) != wanted.end();
 }
 
 bool is_packable(const ggml_tensor* weight) {
@@ -413,7 +374,7 @@ EXPORT bool rac_ggml_enable(const char* const* names, int64_t count, int threads
 
     std::lock_guard<std::mutex> lock(wanted_mutex);
     try {
-        wanted = std::unordered_set<std::string>(names, names + count);
+        wanted = {names, names + count};
     } catch (const std::bad_alloc&) {
         wanted.clear();
         return false;
@@ -465,17 +426,12 @@ EXPORT int rac_ggml_layout() { return racdeploy::layout; }
 // Tensors packed since the last rac_ggml_enable.
 EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }
 
-// Bytes of the values that would be stored of a matrix; -1 where memory ended.
-EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks) {
+// Bytes of the values that would be stored of a matrix, -1 where memory ended; and the pattern that it would have.
+EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks, int* pattern) {
     using namespace racdeploy;
+    *pattern = kernels().prefers_two_of_four(Quant(quant), rows, columns, blocks);
     const Memory<int64_t> counts(static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t))));
     if (!counts) return -1;
     kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts.get(), {0, rows});
-    int64_t stored = 0;
-    for (int64_t r = 0; r < rows; r++) stored += counts[r];
-    return stored;
-}
-
-EXPORT int rac_ggml_wanted_pattern(int quant, int64_t rows, int64_t columns, const void* blocks) {
-    return racdeploy::kernels().prefers_two_of_four(racdeploy::Quant(quant), rows, columns, blocks);
+    return std::accumulate(&counts[0], &counts[rows], int64_t{0});
 }

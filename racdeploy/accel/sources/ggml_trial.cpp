@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "ggml-cpp.h"
@@ -21,9 +22,16 @@ double now_ms() {  // of this thread's processor time, which other programs' wor
     return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
 }
 
-// ggml's blocks of a random matrix: 2 zeros of every 4 weights, or a share of all of them.
-std::vector<uint8_t> random_blocks(ggml_type type, int64_t rows, int64_t columns, double zeros, bool two_of_four,
-                                   std::mt19937_64& random) {
+struct Case {
+    ggml_type type;
+    int64_t rows, columns, tokens;
+    std::vector<uint8_t> blocks;
+    std::vector<float> activations;
+};
+
+// A random product: 2 zeros of every 4 weights, or a share of all of them.
+Case draw(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four,
+          std::mt19937_64& random) {
     std::vector<float> weights(rows * columns);
     std::normal_distribution<float> normal(0, 0.05f);
     std::uniform_real_distribution<double> uniform(0, 1);
@@ -35,40 +43,38 @@ std::vector<uint8_t> random_blocks(ggml_type type, int64_t rows, int64_t columns
             weights[i + first] = weights[i + second] = 0;
         }
 
+    const auto type = static_cast<ggml_type>(quant);
     std::vector<uint8_t> blocks(rows * ggml_row_size(type, columns));
     ggml_quantize_chunk(type, weights.data(), blocks.data(), 0, rows, columns, nullptr);
-    return blocks;
-}
 
-std::vector<float> random_activations(int64_t count, std::mt19937_64& random) {
-    std::vector<float> values(count);
-    std::normal_distribution<float> normal(0, 1);
-    for (float& value : values) value = normal(random);
-    return values;
+    std::vector<float> activations(columns * tokens);
+    std::normal_distribution<float> standard(0, 1);
+    for (float& value : activations) value = standard(random);
+    return {type, rows, columns, tokens, std::move(blocks), std::move(activations)};
 }
 
 // Several equal products in one graph, with weights in a buffer of one type.
 class Products {
 public:
-    Products(ggml_backend_buffer_type_t type, ggml_type quant, int64_t rows, int64_t columns, int64_t tokens, int count,
-             int threads, const std::vector<uint8_t>& blocks, const std::vector<float>& activations)
+    Products(ggml_backend_buffer_type_t buffer_type, const Case& given, int count, int threads)
         : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
           graph_context_(ggml_init({ggml_tensor_overhead() * (count + 1) + ggml_graph_overhead(), nullptr, true})),
           backend_(ggml_backend_cpu_init()) {
         ggml_backend_cpu_set_n_threads(backend_.get(), threads);
-        for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), quant, columns, rows);
-        weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), type));
+        for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), given.type, given.columns, given.rows);
+        weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), buffer_type));
 
-        ggml_tensor* activation = ggml_new_tensor_2d(graph_context_.get(), GGML_TYPE_F32, columns, tokens);
-        graph_ = ggml_new_graph(graph_context_.get());
+        ggml_context* context = graph_context_.get();
+        ggml_tensor* activation = ggml_new_tensor_2d(context, GGML_TYPE_F32, given.columns, given.tokens);
+        graph_ = ggml_new_graph(context);
         for (ggml_tensor* w = first(); w; w = ggml_get_next_tensor(weights_.get(), w)) {
-            ggml_backend_tensor_set(w, blocks.data(), 0, blocks.size());
-            outputs_.push_back(ggml_mul_mat(graph_context_.get(), w, activation));
+            ggml_backend_tensor_set(w, given.blocks.data(), 0, given.blocks.size());
+            outputs_.push_back(ggml_mul_mat(context, w, activation));
             ggml_build_forward_expand(graph_, outputs_.back());
         }
 
-        buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(graph_context_.get(), ggml_backend_cpu_buffer_type()));
-        ggml_backend_tensor_set(activation, activations.data(), 0, activations.size() * sizeof(float));
+        buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context, ggml_backend_cpu_buffer_type()));
+        ggml_backend_tensor_set(activation, given.activations.data(), 0, given.activations.size() * sizeof(float));
     }
 
     ggml_tensor* first() const { return ggml_get_first_tensor(weights_.get()); }
@@ -122,10 +128,10 @@ bool restores(ggml_tensor* weight, std::vector<uint8_t> blocks, std::mt19937_64&
 }
 
 // The buffer type that stock llama.cpp would choose for such a weight.
-ggml_backend_buffer_type_t stock_buffer_type(ggml_type quant, int64_t rows, int64_t columns) {
+ggml_backend_buffer_type_t stock_buffer_type(const Case& given) {
     ggml_context_ptr context(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}));
-    ggml_tensor* weight = ggml_new_tensor_2d(context.get(), quant, columns, rows);
-    ggml_tensor* activation = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, columns, 512);
+    ggml_tensor* weight = ggml_new_tensor_2d(context.get(), given.type, given.columns, given.rows);
+    ggml_tensor* activation = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, given.columns, 512);
     ggml_tensor* product = ggml_mul_mat(context.get(), weight, activation);
 
     ggml_backend_dev_t cpu = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
@@ -147,16 +153,13 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
                                   bool two_of_four, int threads, uint64_t seed) {
     using namespace racdeploy;
     std::mt19937_64 random(seed);
-    const auto type = static_cast<ggml_type>(quant);
-    const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
-    const auto activations = random_activations(columns * tokens, random);
-
-    Products stock(ggml_backend_cpu_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
-    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, 1, threads, blocks, activations);
+    const Case drawn = draw(quant, rows, columns, tokens, zeros, two_of_four, random);
+    Products stock(ggml_backend_cpu_buffer_type(), drawn, 1, threads);
+    Products sparse(sparse_buffer_type(), drawn, 1, threads);
     stock.run_ms();
     sparse.run_ms();
     const double found = difference(stock.output(), sparse.output());
-    return restores(sparse.first(), blocks, random) ? found : -1;
+    return restores(sparse.first(), drawn.blocks, random) ? found : -1;
 }
 
 // Milliseconds of ggml's own product and of the sparse one over `count` equal matrices on this thread: the fastest of
@@ -165,13 +168,9 @@ EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t toke
                           int count, int repeats, double* stock_ms, double* sparse_ms) {
     using namespace racdeploy;
     std::mt19937_64 random(1);
-    const auto type = static_cast<ggml_type>(quant);
-    const auto blocks = random_blocks(type, rows, columns, zeros, two_of_four, random);
-    const auto activations = random_activations(columns * tokens, random);
-
-    ggml_backend_buffer_type_t own = stock_buffer_type(type, rows, columns);
-    Products stock(own, type, rows, columns, tokens, count, 1, blocks, activations);
-    Products sparse(sparse_buffer_type(), type, rows, columns, tokens, count, 1, blocks, activations);
+    const Case drawn = draw(quant, rows, columns, tokens, zeros, two_of_four, random);
+    Products stock(stock_buffer_type(drawn), drawn, count, 1);
+    Products sparse(sparse_buffer_type(), drawn, count, 1);
 
     *stock_ms = *sparse_ms = INFINITY;
     for (int i = 0; i < repeats; i++) {

@@ -31,17 +31,9 @@ struct Kernel {
     SparseMatrix matrix;
 };
 
-struct Pass {  // what the parts of one pass share
-    const SparseMatrix* matrix;
-    const float* input_TI;
-    float* output_TO;
-    int64_t tokens;
-    int64_t part_rows;
-    void* workspace;
-};
-
 #define RETURN_IF_FAILED(expression) \
     if (OrtStatus* failed = (expression)) return failed
+#define CALL_OR_RETURN(...) RETURN_IF_FAILED(ort::call(api, __VA_ARGS__))
 
 OrtStatus* refuse(const OrtApi* api, const char* message) {
     return ort::call(api, ort::create_status, ort::invalid_argument, message);
@@ -55,7 +47,7 @@ struct Shape {
 
 OrtStatus* read_shape(const OrtApi* api, const OrtValue* value, Shape* shape) {
     OrtTensorTypeAndShapeInfo* info = nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_tensor_type_and_shape, value, &info));
+    CALL_OR_RETURN(ort::get_tensor_type_and_shape, value, &info);
 
     size_t elements = 0;
     OrtStatus* failed = ort::call(api, ort::get_tensor_shape_element_count, info, &elements);
@@ -72,13 +64,13 @@ OrtStatus* read_constant(const OrtApi* api, const OrtKernelInfo* info, size_t in
                          int64_t* count) {
     int constant = 0;
     const OrtValue* value = nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_constant_input, info, index, &constant, &value));
+    CALL_OR_RETURN(ort::get_constant_input, info, index, &constant, &value);
     if (!constant || !value) return refuse(api, "SparseMatMul: heads, values and offsets must be constant");
 
     Shape shape;
     RETURN_IF_FAILED(read_shape(api, value, &shape));
     void* raw = nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, const_cast<OrtValue*>(value), &raw));
+    CALL_OR_RETURN(ort::get_tensor_mutable_data, const_cast<OrtValue*>(value), &raw);
 
     if (reinterpret_cast<uintptr_t>(raw) % alignof(Element))
         return refuse(api, "SparseMatMul: offsets are not aligned");
@@ -89,34 +81,26 @@ OrtStatus* read_constant(const OrtApi* api, const OrtKernelInfo* info, size_t in
 
 OrtStatus* read_matrix(const OrtApi* api, const OrtKernelInfo* info, SparseMatrix* matrix) {
     int64_t quant = 0;
-    RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "I", &matrix->columns));
-    RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "O", &matrix->rows));
-    RETURN_IF_FAILED(ort::call(api, ort::get_attribute_int64, info, "quant", &quant));
+    CALL_OR_RETURN(ort::get_attribute_int64, info, "I", &matrix->columns);
+    CALL_OR_RETURN(ort::get_attribute_int64, info, "O", &matrix->rows);
+    CALL_OR_RETURN(ort::get_attribute_int64, info, "quant", &quant);
 
     matrix->quant = static_cast<Quant>(quant);
     matrix->pattern = Pattern::unstructured;
-    switch (matrix->quant) {
-        case Quant::q8_0:
-        case Quant::q4_0:
-        case Quant::f16:
-            break;
-        default:
-            return refuse(api, "SparseMatMul: quant is none of Q8_0, Q4_0 and F16");
-    }
+    if (!is_quantized(matrix->quant) && matrix->quant != Quant::f16)
+        return refuse(api, "SparseMatMul: quant is none of Q8_0, Q4_0 and F16");
 
     const int64_t rows = matrix->rows, columns = matrix->columns;
-    if (rows < 1 || rows > most_rows || columns < 32 || columns > most_columns || columns % 32) {
+    if (rows < 1 || rows > most_rows || columns < 32 || columns > most_columns || columns % 32)
         return refuse(api, "SparseMatMul: I must be a multiple of 32, and I and O in bounds");
-    }
 
     int64_t head_count = 0, value_count = 0, offset_count = 0;
     RETURN_IF_FAILED(read_constant(api, info, 1, &matrix->heads, &head_count));
     RETURN_IF_FAILED(read_constant(api, info, 2, &matrix->values, &value_count));
     RETURN_IF_FAILED(read_constant(api, info, 3, &matrix->offsets, &offset_count));
     if (head_count != rows * heads_bytes(matrix->quant, columns) || offset_count != rows + 1 ||
-        value_count < slack_bytes || !valid(*matrix, value_count - slack_bytes)) {
+        value_count < slack_bytes || !valid(*matrix, value_count - slack_bytes))
         return refuse(api, "SparseMatMul: heads, values and offsets do not fit each other");
-    }
     return nullptr;
 }
 
@@ -129,19 +113,11 @@ OrtStatus* create(const ort::CustomOp*, const OrtApi* api, const OrtKernelInfo* 
 
 void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-void prepare_token(void* data, size_t token) {
-    const Pass& pass = *static_cast<Pass*>(data);
-    const SparseMatrix& matrix = *pass.matrix;
-    const auto place = static_cast<int64_t>(token);
-    kernels().prepare(matrix.quant, matrix.columns, pass.tokens, place, pass.input_TI + place * matrix.columns,
-                      pass.workspace);
-}
-
-void multiply_part(void* data, size_t part) {
-    const Pass& pass = *static_cast<Pass*>(data);
-    const int64_t rows = pass.matrix->rows, begin = static_cast<int64_t>(part) * pass.part_rows;
-    const int64_t end = begin + pass.part_rows < rows ? begin + pass.part_rows : rows;
-    kernels().multiply(*pass.matrix, pass.tokens, pass.workspace, {pass.output_TO, rows}, {begin, end});
+// Calls work(i) for every i below `count`, on onnxruntime's threads.
+template <typename Work>
+OrtStatus* share_out(const Kernel& kernel, OrtKernelContext* context, int64_t count, Work& work) {
+    const auto run = [](void* data, size_t i) { (*static_cast<Work*>(data))(static_cast<int64_t>(i)); };
+    return ort::call(kernel.api, ort::parallel_for, context, run, static_cast<size_t>(count), size_t{0}, &work);
 }
 
 int64_t rows_of_a_part(const SparseMatrix& matrix, int64_t tokens) {
@@ -154,15 +130,21 @@ int64_t rows_of_a_part(const SparseMatrix& matrix, int64_t tokens) {
 OrtStatus* run_pass(const Kernel& kernel, OrtKernelContext* context, const float* input_TI, float* output_TO,
                     int64_t tokens, void* workspace) {
     const SparseMatrix& matrix = kernel.matrix;
-    Pass pass{&matrix, input_TI, output_TO, tokens, rows_of_a_part(matrix, tokens), workspace};
-    if (tokens == 1) {
-        prepare_token(&pass, 0);
-    } else {
-        RETURN_IF_FAILED(ort::call(kernel.api, ort::parallel_for, context, prepare_token, static_cast<size_t>(tokens),
-                                   size_t{0}, &pass));
-    }
-    const auto parts = static_cast<size_t>((matrix.rows + pass.part_rows - 1) / pass.part_rows);
-    return ort::call(kernel.api, ort::parallel_for, context, multiply_part, parts, size_t{0}, &pass);
+    auto prepare = [&](int64_t token) {
+        const float* input_I = input_TI + token * matrix.columns;
+        kernels().prepare(matrix.quant, matrix.columns, tokens, token, input_I, workspace);
+    };
+    if (tokens == 1)
+        prepare(0);
+    else
+        RETURN_IF_FAILED(share_out(kernel, context, tokens, prepare));
+
+    const int64_t rows = matrix.rows, part_rows = rows_of_a_part(matrix, tokens);
+    auto multiply = [&](int64_t part) {
+        const int64_t begin = part * part_rows, end = std::min(begin + part_rows, rows);
+        kernels().multiply(matrix, tokens, workspace, {output_TO, rows}, {begin, end});
+    };
+    return share_out(kernel, context, (rows + part_rows - 1) / part_rows, multiply);
 }
 
 OrtStatus* compute(void* data, OrtKernelContext* context) {
@@ -171,18 +153,17 @@ OrtStatus* compute(void* data, OrtKernelContext* context) {
     const OrtApi* api = kernel.api;
     const OrtValue* input = nullptr;
     Shape shape;
-    RETURN_IF_FAILED(ort::call(api, ort::get_input, context, size_t{0}, &input));
+    CALL_OR_RETURN(ort::get_input, context, size_t{0}, &input);
     RETURN_IF_FAILED(read_shape(api, input, &shape));
-    if (!shape.count || shape.dimensions[shape.count - 1] != matrix.columns) {
+    if (!shape.count || shape.dimensions[shape.count - 1] != matrix.columns)
         return refuse(api, "SparseMatMul: the last dimension of X is not I");
-    }
     shape.dimensions[shape.count - 1] = matrix.rows;
 
     OrtValue* output = nullptr;
     void *input_TI = nullptr, *output_TO = nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_output, context, size_t{0}, shape.dimensions, shape.count, &output));
-    RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, const_cast<OrtValue*>(input), &input_TI));
-    RETURN_IF_FAILED(ort::call(api, ort::get_tensor_mutable_data, output, &output_TO));
+    CALL_OR_RETURN(ort::get_output, context, size_t{0}, shape.dimensions, shape.count, &output);
+    CALL_OR_RETURN(ort::get_tensor_mutable_data, const_cast<OrtValue*>(input), &input_TI);
+    CALL_OR_RETURN(ort::get_tensor_mutable_data, output, &output_TO);
 
     const int64_t all = shape.elements / matrix.columns;
     const int64_t together = all < most_tokens ? all : most_tokens;
@@ -205,22 +186,19 @@ OrtStatus* infer_known_shape(const OrtApi* api, OrtShapeInferContext* context, O
     int64_t dimensions[most_dimensions], rows = 0;
     const char* names[most_dimensions] = {};
     size_t count = 0, read_bytes = 0;
-    RETURN_IF_FAILED(ort::call(api, ort::get_dimensions_count, info, &count));
+    CALL_OR_RETURN(ort::get_dimensions_count, info, &count);
     if (!count || count > most_dimensions) return nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_dimensions, info, dimensions, count));
-    RETURN_IF_FAILED(ort::call(api, ort::get_symbolic_dimensions, info, names, count));
-    for (size_t i = 0; i + 1 < count; ++i) {
+    CALL_OR_RETURN(ort::get_dimensions, info, dimensions, count);
+    CALL_OR_RETURN(ort::get_symbolic_dimensions, info, names, count);
+    for (size_t i = 0; i + 1 < count; ++i)
         if (dimensions[i] < 0 && (!names[i] || !*names[i])) return nullptr;
-    }
-
     if (names[count - 1] && *names[count - 1]) return nullptr;
 
     const OrtOpAttr* attribute = nullptr;
-    RETURN_IF_FAILED(ort::call(api, ort::get_inferred_attribute, context, "O", &attribute));
-    RETURN_IF_FAILED(
-        ort::call(api, ort::read_op_attribute, attribute, ort::attribute_int, &rows, sizeof(rows), &read_bytes));
+    CALL_OR_RETURN(ort::get_inferred_attribute, context, "O", &attribute);
+    CALL_OR_RETURN(ort::read_op_attribute, attribute, ort::attribute_int, &rows, sizeof(rows), &read_bytes);
     dimensions[count - 1] = rows;
-    RETURN_IF_FAILED(ort::call(api, ort::set_dimensions, info, dimensions, count));
+    CALL_OR_RETURN(ort::set_dimensions, info, dimensions, count);
     return ort::call(api, ort::set_output_type_shape, context, size_t{0}, info);
 }
 
@@ -266,7 +244,7 @@ EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ort::ApiBa
 
     static const SparseMatMul op(api);
     OrtCustomOpDomain* domain = nullptr;  // for good: sessions refer to it, and nothing tells when the last one ends
-    RETURN_IF_FAILED(ort::call(api, ort::create_custom_op_domain, "racdeploy", &domain));
-    RETURN_IF_FAILED(ort::call(api, ort::custom_op_domain_add, domain, &op));
+    CALL_OR_RETURN(ort::create_custom_op_domain, "racdeploy", &domain);
+    CALL_OR_RETURN(ort::custom_op_domain_add, domain, &op);
     return ort::call(api, ort::add_custom_op_domain, options, domain);
 }

@@ -8,24 +8,21 @@ namespace racdeploy {
 namespace {
 
 // One row of ggml blocks, weight by weight.
-class BlockRow {
-public:
-    BlockRow(const Blocks& blocks, int64_t row) : quant_(blocks.quant), row_(blocks.row(row)) {}
-    uint16_t scale(int64_t block) const { return load<uint16_t>(row_ + block * block_bytes(quant_)); }
+struct BlockRow {
+    Quant quant;
+    const uint8_t* row;
+
+    uint16_t scale(int64_t block) const { return load<uint16_t>(row + block * block_bytes(quant)); }
 
     // The value as it is stored: code + 128, nibble, or the two bytes of a float.
     uint16_t value(int64_t column) const {
-        if (!is_quantized(quant_)) return load<uint16_t>(row_ + 2 * column);
-        const uint8_t* codes = row_ + column / block_weights * block_bytes(quant_) + 2;
+        if (!is_quantized(quant)) return load<uint16_t>(row + 2 * column);
+        const uint8_t* codes = row + column / block_weights * block_bytes(quant) + 2;
         const int64_t index = column % block_weights;
-        if (quant_ == Quant::q8_0) return codes[index] ^ 0x80;
+        if (quant == Quant::q8_0) return codes[index] ^ 0x80;
         return index < 16 ? codes[index] & 15 : codes[index - 16] >> 4;
     }
-    bool is_zero(int64_t column) const { return value(column) == zero_value(quant_); }
-
-private:
-    Quant quant_;
-    const uint8_t* row_;
+    bool is_zero(int64_t column) const { return value(column) == zero_value(quant); }
 };
 
 void set_value(Quant quant, uint8_t* row, int64_t column, uint16_t value) {
@@ -50,22 +47,19 @@ int64_t column_at(Quant quant, Pattern pattern, int64_t place) {
 }
 
 // Where the n-th stored value of a row is, in values from the row's first (Q4_0: in nibbles).
-class Stream {
-public:
-    Stream(Quant quant, Pattern pattern) : quant_(quant), pattern_(pattern) {}
+struct Stream {
+    Quant quant;
+    Pattern pattern;
+    int64_t stored[2] = {0, 0};
+
     int64_t next(int64_t place) {
-        const int64_t half = quant_ == Quant::q4_0 ? place / 128 % 2 : 0;
-        const int64_t position = stored_[half]++;
-        if (quant_ == Quant::q4_0) return 2 * position + half;
-        if (pattern_ == Pattern::unstructured) return position;
+        const int64_t half = quant == Quant::q4_0 ? place / 128 % 2 : 0;
+        const int64_t position = stored[half]++;
+        if (quant == Quant::q4_0) return 2 * position + half;
+        if (pattern == Pattern::unstructured) return position;
         return position / 64 * 64 + place_of_run[position / 16 % 4] * 16 + position % 16;
     }
-    int64_t bytes() const { return values_bytes(quant_, stored_[0], stored_[1]); }
-
-private:
-    Quant quant_;
-    Pattern pattern_;
-    int64_t stored_[2] = {0, 0};
+    int64_t bytes() const { return values_bytes(quant, stored[0], stored[1]); }
 };
 
 uint16_t read_value(Quant quant, const uint8_t* values, int64_t position) {
@@ -130,7 +124,7 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
     const int64_t at = token * padded(matrix.columns);
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     const uint8_t* values = matrix.values + matrix.offsets[row];
-    Stream stream(quant, matrix.pattern);
+    Stream stream{quant, matrix.pattern};
 
     double total = 0;
     for (int64_t start = 0; start < matrix.columns; start += group_weights) {
@@ -165,8 +159,8 @@ namespace portable {
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        const BlockRow row(blocks, r);
-        Stream stream(blocks.quant, blocks.pattern);
+        const BlockRow row{blocks.quant, blocks.row(r)};
+        Stream stream{blocks.quant, blocks.pattern};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
             const int64_t column = column_at(blocks.quant, blocks.pattern, place);
             if (column < blocks.columns && is_stored(blocks.pattern, row, column)) stream.next(place);
@@ -179,12 +173,12 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
     const Quant quant = blocks.quant;
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        const BlockRow row(blocks, r);
+        const BlockRow row{blocks.quant, blocks.row(r)};
         uint8_t* head = heads + r * row_heads;
         std::memset(head, 0, static_cast<size_t>(row_heads));
         std::memset(values + offsets[r], 0, static_cast<size_t>(offsets[r + 1] - offsets[r]));
 
-        Stream stream(quant, blocks.pattern);
+        Stream stream{quant, blocks.pattern};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
             const int64_t column = column_at(quant, blocks.pattern, place), bit = place % group_weights;
             if (column >= blocks.columns) continue;
@@ -205,7 +199,7 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
     for (int64_t r = rows.begin; r < rows.end; r++) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         const uint8_t* values = matrix.values + matrix.offsets[r];
-        Stream stream(quant, matrix.pattern);
+        Stream stream{quant, matrix.pattern};
         for (int64_t place = 0; place < padded(matrix.columns); place++) {
             const int64_t column = column_at(quant, matrix.pattern, place);
             if (column >= matrix.columns) continue;
