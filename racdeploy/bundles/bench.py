@@ -1,8 +1,4 @@
-"""Speed and memory of a bundle's artifact beside the dense one: alternating rounds in one run.
-
-Each round loads both artifacts, each in its own process, the one that comes first changing from
-round to round: a machine that grows slower meets both. The ratio is the median of the rounds'.
-"""
+"""Speed and memory of a bundle's artifact beside the dense one: medians of alternating rounds."""
 
 from __future__ import annotations
 
@@ -110,10 +106,7 @@ class Benchmark:
 def bench(
     bundle: Path, dense: Path, load: Load, progress: Progress | None = None, *, artifact: str = ""
 ) -> Benchmark:
-    """Measure an artifact of a bundle, by its path or the first, beside a dense one.
-
-    ``progress`` gets a label, loads done and loads in all.
-    """
+    """Measure an artifact, by its path or the first; ``progress`` gets label, loads done, loads."""
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
     check_unpacked(bundle, entry)
@@ -202,10 +195,7 @@ def _take_medians(rounds: Sequence[Round]) -> Round:
 def _measure(
     backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
 ) -> tuple[Round, str]:
-    """Return the figures of one load, and what the engine says of its kernels.
-
-    Small models answer in milliseconds; they get further prompts until the decoding has lasted.
-    """
+    """Return the figures of one load, long enough to be measured, and the engine's kernels."""
     sampling = Sampling(max_new_tokens=new_tokens, stop_ids=())
     most_answers = _MOST_ANSWERS * settings.parallel
     answers = 0

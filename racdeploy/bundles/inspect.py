@@ -1,7 +1,4 @@
-"""Look into an exported file, a model folder or a bundle: tensors, types, zeros, hashes, template.
-
-What is in a file is for its format to say; zeros are counted in the dequantized stored bytes.
-"""
+"""Look into an exported file, a model folder or a bundle: tensors, types, zeros, hashes."""
 
 from __future__ import annotations
 

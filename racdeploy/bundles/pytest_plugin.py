@@ -1,8 +1,4 @@
-"""``pytest --racdeploy-bundle BUNDLE``: each check of a bundle as a test, and its verdict as one.
-
-pytest loads this file in every run of an environment that holds racdeploy, so it imports nothing
-before it is asked for. What is inconclusive fails, unless the gate says ``inconclusive = "pass"``.
-"""
+"""``pytest --racdeploy-bundle BUNDLE``: each check as a test; imports nothing unless asked."""
 
 from __future__ import annotations
 

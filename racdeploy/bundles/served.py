@@ -1,8 +1,6 @@
-"""Ask a server in the place of a bundle's artifact: what it really serves is judged.
+"""Ask a server, by default through ``/chat/completions``, in the place of a bundle's artifact.
 
-By default its users' endpoint is asked, ``/chat/completions``, so its template and what it does
-with the thinking are verified too. Nobody sees the weights behind an address: checks of files and
-logits are skipped.
+Nobody sees the weights behind an address: checks of files and logits are skipped.
 """
 
 from __future__ import annotations
@@ -131,10 +129,7 @@ class ServerAnswerer:
         return ChatEngine(self.url, settings, conversation, **names)
 
     def _probe_tokens(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
-        """Compare tokenizers, where the server has an endpoint for it.
-
-        llama_cpp.server puts the beginning-of-sequence before every text.
-        """
+        """Compare tokenizers if there is an endpoint; llama_cpp.server puts a BOS before a text."""
         encoder = self.local.respondent.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
         probes = probe_tokens(engine, encoder, probe_strings())

@@ -1,8 +1,4 @@
-"""Verify a finished bundle again: rerun its prompts, compare with dense answers, decide.
-
-The dense answers are those that the bundle carries, those of another bundle of the same dense
-model, or new ones of the dense artifact; they are never mixed.
-"""
+"""Verify a bundle again: rerun its prompts, compare with its dense answers or others, decide."""
 
 from __future__ import annotations
 
@@ -47,10 +43,9 @@ class _Measured:
 
 
 class Answerer(Protocol):
-    """Who gives the answers that are judged.
+    """Who gives the answers that are judged; ``fingerprint`` holds what they depend on.
 
-    ``fingerprint`` holds what they depend on. ``gather`` answers, and returns what the checks look
-    at and the notes on both arms. ``forget`` removes the answers of a finished run.
+    ``gather`` returns what the checks look at and notes on both arms; ``forget`` removes answers.
     """
 
     @property
@@ -63,10 +58,7 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True)
 class ArtifactAnswerer:
-    """The bundle's own artifacts, run here; what an interrupted run answered waits in ``work``.
-
-    ``threads`` 0 uses every core; for ``accel`` see :func:`racdeploy.accel.enable`.
-    """
+    """The bundle's own artifacts, run here, resumed in ``work``; 0 ``threads`` use every core."""
 
     bundle: Bundle
     work: Path

@@ -1,7 +1,7 @@
 """Read a Hugging Face model folder without torch: config, and tensors one at a time.
 
-``config.json`` is read directly, because transformers 4 and 5 write rope settings differently and
-each silently ignores the other's. bfloat16, which numpy lacks, is widened to float32 when read.
+``config.json`` is read directly: transformers 4 and 5 each ignore the other's rope settings.
+bfloat16, which numpy lacks, is widened to float32 when read.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -26,11 +26,7 @@ from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor_entri
 
 
 class Checkpoint:
-    """A model folder, opened and checked but not loaded.
-
-    Raises:
-        ModelError: not a model folder, an unsupported architecture, or damaged weights.
-    """
+    """A model folder, opened and checked but not loaded; ModelError if damaged or unsupported."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():

@@ -28,11 +28,7 @@ def answer_prompts(
 ) -> Answers:
     """Answer the evaluation prompts with one artifact; what an interrupted run answered counts.
 
-    Args:
-        arm: what the artifact is called in the records.
-        artifact: its main file; ``files`` has the SHA-256 of each by name.
-        machine: what else decides the answers, as the processor.
-        again: whether a finished run is repeated, because its speed counts.
+    ``files`` are hashes by name; ``again`` repeats a finished run, because its speed counts.
     """
     inputs = identity(files, respondent.settings, settings, machine)
     stage = place.open("answers", address(__name__) | inputs)

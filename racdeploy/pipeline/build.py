@@ -1,8 +1,4 @@
-"""The stages in order, and the only place that knows it: traces → prune → export → verify → bundle.
-
-Every stage leaves a folder addressed by the hash of what decides its content, so that a finished
-one is reused and an interrupted one is resumed.
-"""
+"""The only place that knows the stages' order: traces → prune → export → verify → bundle."""
 
 from __future__ import annotations
 
@@ -48,11 +44,7 @@ class Build:
     processes: Processes = ALONE
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
-        """Do everything; return the bundle's folder and its report.
-
-        Args:
-            out: the folder; None names it as the artifact, in the current folder.
-        """
+        """Do everything; return the bundle's folder, by default the artifact's name, and report."""
         check_build(self.job, out)
         trace_folder, traces = self.traces()
         model = self.prune()
@@ -146,8 +138,7 @@ class Build:
     def plan_pruning(self) -> dict[str, Any]:
         """Return calibration tokens and peak memory of pruning, and what is known about its time.
 
-        They are of the traces, or of the longest that there can be. Where a model has yet to answer
-        here, which a server does for the dense one alone, the memory of that comes first.
+        They are of the traces, or of the longest there can be; without any, answering counts too.
         """
         from racdeploy.prune.cost import peak_bytes, trace_bytes
 

@@ -1,8 +1,4 @@
-"""Write a bundle: everything a device needs to run the model, and everything that was measured.
-
-Schema version 1 of ``racdeploy.json`` is :class:`racdeploy.manifest.Manifest`. The folder appears
-whole or not at all.
-"""
+"""Write a bundle, whole or not at all: all that a device needs, and all that was measured."""
 
 from __future__ import annotations
 

@@ -37,10 +37,7 @@ class Evaluation:
     progress: Progress | None = None
 
     def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
-        """Answer the evaluation prompts with one artifact on its engine.
-
-        Earlier answers count, unless speed or memory have a limit: then both arms run again.
-        """
+        """Answer the prompts with one artifact, anew where speed or memory have a limit."""
         job = self.job
         stop_ids = job.checkpoint.eos_ids
         respondent = Respondent(job.encoder, job.tags, stop_ids, job.recipe.verify, self.progress)
@@ -69,8 +66,8 @@ class Evaluation:
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on every artifact, compare, and decide.
 
-        ``pruned`` is the artifact for the recipe's target, ``also`` those for the other targets, in
-        their order. ``rivals`` are dense artifacts in other quants: they answer and decide nothing.
+        ``pruned`` is for the recipe's target, ``also`` for others in order; ``rivals`` decide
+        nothing.
         """
         recipe = self.job.recipe
         rivals = rivals or {}

@@ -24,12 +24,9 @@ def export_model(
     metadata: Mapping[str, Any],
     importance: Path | None = None,
 ) -> ExportResult:
-    """Export a model folder, or find it exported.
+    """Export a model folder, or find it exported, under a name without suffix.
 
-    Args:
-        name: of the artifact, without suffix.
-        metadata: further keys of the file.
-        importance: folder of the model whose statistic chooses the scales; None takes this one's.
+    ``importance`` is the model whose statistic chooses the scales; None takes this one's.
     """
     checkpoint = Checkpoint(folder)
     form = exports.load(settings.format)

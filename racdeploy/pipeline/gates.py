@@ -1,8 +1,7 @@
 """Gates between the export and the long evaluation: a wrong file stops the build at once.
 
-First token ids of hard strings, then logits of the same checkpoint as an F32 file, which only the
-order of sums may tell from torch's, then those of the artifact: so a wrong tensor is told from a
-coarse number format. Every engine runs in a child process or is torch.
+Logits of an F32 file, as torch's up to the order of sums, come before those of the artifact: so a
+wrong tensor is told from a coarse number format. Engines run in a child process, or are torch.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ from racdeploy.verify.probe_strings import probe_strings
 F32_LIMIT_BYTES = 2 << 30
 TOKENS = 128
 F32_LIMIT = 1e-4
-"""How far logits of an F32 file may be from torch's, as a share of the largest.
-
-Sums in another order make 1e-6.
-"""
+"""How far logits of an F32 file may be from torch's, over the largest; sums' order makes 1e-6."""
 LOOKED_UP_LIMIT = 2**-10
 """The same where a table is looked up: an input that an error of 1e-7 rounds the other way changes
 by 2^-11, and its value is rounded by as much again. Half of the positions keep F32_LIMIT."""
@@ -55,11 +51,7 @@ def check_artifact(
 ) -> Findings:
     """Compare the artifact of a job's pruned checkpoint with that under torch.
 
-    Args:
-        ids: what the logits are compared on; the first :data:`TOKENS` of them.
-
-    Raises:
-        GateError: the first string or position that differs.
+    Logits are of the first :data:`TOKENS` of ``ids``; the first difference is a GateError.
     """
     ids = ids[:TOKENS]
     exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
@@ -91,11 +83,7 @@ def check_logits(
     expected_TV: NDArray[np.float32],
     found_TV: NDArray[np.float32],
 ) -> str:
-    """Return in a phrase how the artifact's logits compare with its checkpoint's.
-
-    Raises:
-        GateError: they differ by more than the narrowest number format explains.
-    """
+    """Return how the artifact's logits compare; GateError beyond what number formats explain."""
     prefix = checkpoint.family.blocks
     quants = {
         tensor.quant_real

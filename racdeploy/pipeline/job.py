@@ -25,9 +25,7 @@ from racdeploy.verify.gate import Gate, read_gate
 class Job:
     """What a recipe means on this machine; each part is looked up when it is first asked for.
 
-    Args:
-        tier: of the gate; empty runs what the recipe says.
-        resolved: the dense model, where it was found before: one on the Hub may change meanwhile.
+    Without a ``tier``, what the recipe says; ``resolved`` is the dense model where found before.
     """
 
     recipe: Recipe
@@ -149,11 +147,7 @@ class Job:
 
     @property
     def joint_quant(self) -> str:
-        """The number format whose codes are chosen while pruning, with ``prune.joint``.
-
-        Raises:
-            UsageError: the linears have several, or one that is no grid or does not fit a linear.
-        """
+        """The format whose codes are chosen while pruning; UsageError if several or no grid."""
         named = sorted({self.quant_of(name) for name in self.weights_to_prune})
         if len(named) > 1:
             raise UsageError(

@@ -24,12 +24,7 @@ _LEAST_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
 def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
-    """Look for the first thing that would go wrong later, raise it, or return the plan.
-
-    Args:
-        out: where the bundle will go; None is a folder named as the artifact, which may be of any
-            step of a schedule.
-    """
+    """Look for the first thing that would go wrong later, raise it, or return the plan."""
     jobs = (job, *job.siblings)
 
     for each in jobs:

@@ -1,7 +1,4 @@
-"""The prune stage: the dense model is pruned on its traces, in one walk or along a schedule.
-
-torch is imported when it is needed: a command that only looks at a model does without.
-"""
+"""The prune stage: on traces, in one walk or along a schedule; torch is imported when needed."""
 
 from __future__ import annotations
 
@@ -33,12 +30,7 @@ _SPARE_PROMPTS = 1.1  # prompts differ in length, so a few more are drawn than t
 
 @dataclass(frozen=True)
 class PruneStage:
-    """A dense model on its way to a sparse one.
-
-    Args:
-        quant: number format whose codes are chosen while pruning, or empty.
-        name_model: gives the name of the model of a sparsity.
-    """
+    """A dense model on its way to a sparse one, for the number format ``quant`` where joint."""
 
     place: Workplace
     dense: Checkpoint
@@ -51,11 +43,7 @@ class PruneStage:
     name_model: Callable[[float], str]
 
     def run(self, collect: CollectTraces) -> PrunedModel:
-        """Prune the model on its traces, or find it pruned.
-
-        A step of a schedule whose model answers the calibration prompts too badly or too long is
-        undone, and the notes of the model before it say so.
-        """
+        """Prune the model on its traces, or find it pruned; bad steps of a schedule are undone."""
         dense_folder, dense = collect(None)
         dense_sha256 = TraceSet(dense_folder).sha256
         if not self.settings.schedule:
@@ -84,10 +72,7 @@ class PruneStage:
         return model
 
     def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
-        """Return calibration and held-out traces, and counts of both and of what was left out.
-
-        Prompts alone get as many tokens as whole traces would.
-        """
+        """Return calibration and held-out traces, and counts of both and of what was left out."""
         selection = select(traces, self.calibration)
         chosen = selection.calibration
         if self.calibration.source == "prompt":

@@ -38,10 +38,7 @@ class Workplace:
 
 
 def address(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return what decides a stage beside its data: code that its module reaches, and libraries.
-
-    So the module of a stage knows neither the job nor other stages.
-    """
+    """Return what decides a stage beside its data: code that its module reaches, and libraries."""
     versions = {name: installed_version(name) for name in libraries}
     return {"version": __version__, "code": code_hash(module)} | versions
 

@@ -1,9 +1,7 @@
 """The address of a stage: a hash of its code, found from imports and not from a list kept by hand.
 
-What the module of a stage reaches decides what the stage writes: modules that it imports, inside
-functions too, those that these import, plugins that one of them loads, modules that child processes
-run, and data files that one of them names and that lie beside it. A package that is only the way to
-a module counts, and what it imports does not.
+What its module reaches: modules imported, inside functions too, and run in child processes, plugins
+loaded, and data files named and lying beside it; not the imports of packages on the way.
 """
 
 from __future__ import annotations
@@ -22,11 +20,7 @@ _DATA_SUFFIXES = {".toml", ".json", ".jinja", ".txt", ".css"}
 
 
 def code_hash(*modules: str, root: Path | None = None) -> str:
-    """Return a hash over the code that some modules, by dotted name, reach.
-
-    Args:
-        root: folder of the package; this one where None.
-    """
+    """Return a hash over the code that modules reach; ``root`` None is this package's folder."""
     root = root or _root()
     digest = hashlib.sha256()
 
@@ -88,8 +82,7 @@ def _data_of(file: Path, source: bytes) -> Iterator[Path]:
 def _names_in(source: bytes) -> tuple[str, ...]:
     """Return the dotted names that a module imports, loads as plugins, or runs in a child process.
 
-    A name of ``from module import name`` may be a module too. A string counts where it names a
-    module: packages are named in strings for other reasons.
+    A name of ``from module import name`` may be a module too; a string counts where it names one.
     """
     names: list[str] = []
 

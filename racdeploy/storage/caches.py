@@ -9,12 +9,7 @@ import platformdirs
 
 
 def cache_folder(part: str = "", variable: str = "") -> Path:
-    """Return a folder under the user's cache, ``~/.cache/racdeploy`` on Linux; it is not made.
-
-    Args:
-        part: its name there; empty is the whole cache.
-        variable: environment variable that moves it.
-    """
+    """Return folder ``part`` (empty: all) of the user's cache, not made; ``variable`` moves it."""
     moved = os.environ.get(variable) if variable else None
     return Path(moved) if moved else platformdirs.user_cache_path("racdeploy", False) / part
 

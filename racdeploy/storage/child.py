@@ -1,7 +1,4 @@
-"""Child processes that run a module of this Python: how they start, and how they ended.
-
-The command line has ``-P``: no file of the current folder is imported in place of a package.
-"""
+"""Child processes of this Python; ``-P`` keeps the current folder's files out of imports."""
 
 from __future__ import annotations
 

@@ -60,8 +60,7 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
 def atomic_file(file: Path) -> Iterator[BinaryIO]:
     """Yield a stream; what was written is on the disk as ``file`` when the body succeeds.
 
-    The partial file is locked and has this process's number in its name, so that two processes may
-    write the same file.
+    The partial file is locked and named by process: two processes may write the same file.
     """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with disk_errors(file):
@@ -81,8 +80,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
 def remove_leftovers(file: Path) -> None:
     """Remove partial files of :func:`atomic_file` whose processes were killed.
 
-    Those of another machine or container have no process here, so the lock must be free too. Where
-    one cannot be told, the file stays.
+    A process elsewhere is none here, so the lock must be free too; in doubt the file stays.
     """
     for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
         number = partial.name[len(file.name) + 2 : -len(".partial")]
@@ -119,10 +117,7 @@ def write_atomic(file: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder that takes the name ``folder`` when the body succeeds.
-
-    An older folder of that name is replaced only then, so the name never holds half a result.
-    """
+    """Yield a scratch folder that takes the name ``folder``, replacing it, if the body succeeds."""
     scratch = folder.with_name(f".{folder.name}.partial")
     retired = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder):

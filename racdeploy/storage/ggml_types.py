@@ -1,7 +1,6 @@
 """The number formats of ggml: type id, and weights and bytes of a quant block.
 
-Source: ``type_traits`` in ggml.c; a test compares every row of ``ggml_types.toml`` with the library
-that llama-cpp-python ships.
+Source: ``type_traits`` in ggml.c, which a test compares with ``ggml_types.toml``.
 """
 
 from __future__ import annotations

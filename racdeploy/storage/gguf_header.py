@@ -1,7 +1,5 @@
-"""Read the header of a GGUF file and trust none of it.
+"""Read the header of a GGUF file, trust none of it, and be as strict as ggml.
 
-Every count and length is compared with the size of the file before it is used. As strict as ggml:
-little-endian, no arrays of arrays, and tensors exactly where llama.cpp expects them.
 Source: ggml/docs/gguf.md and ``gguf_init_from_file`` in gguf.cpp.
 """
 
@@ -85,13 +83,9 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
 
 
 def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
-    """Read and check the header of a file; tensors lie inside it, in order and without gaps.
+    """Read the header of a file; ArtifactError unless its tensors lie inside it, in order.
 
-    Args:
-        versions: those that are accepted; 2 and 3 differ in nothing that is read here.
-
-    Raises:
-        ArtifactError: not a GGUF file that can be read, or a damaged one, by name.
+    ``versions`` are those accepted; 2 and 3 differ in nothing that is read here.
     """
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file", remedy="give a .gguf or .racgguf file")

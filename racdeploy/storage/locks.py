@@ -1,7 +1,4 @@
-"""Locks of folders: who works where, also across machines that share a disk.
-
-A lock ends with its process, however that ends.
-"""
+"""Locks of folders, also across machines that share a disk; each ends with its process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Folders of stages: addressed by what decides them, used by one process, resumable.
 
-A finished one carries ``stage.json`` and is reused. What a killed run left under other inputs is
-neither resumed nor removed: a line about it is the caller's to print.
+A finished one has ``stage.json`` and is reused; under other inputs it is left as it is.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ def finished_stages(work: Path, name: str) -> list[Stage]:
 def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
     """Yield an empty folder for one process of a job, gone with the body.
 
-    What killed processes left goes first. A folder takes its name when it is locked, so that one
-    that is just being made does not look left behind.
+    It takes its name when it is locked, so one just being made does not look left behind.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -146,10 +144,7 @@ def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> N
 
 
 def _left_unfinished(stage: Stage, name: str) -> str:
-    """Return a line on the unfinished stages that a user may have meant; empty without one.
-
-    Those are the ones of the same model and output, and the one that differs in the model alone.
-    """
+    """Return a line on unfinished stages that a user may have meant; empty without one."""
     given = _as_json(stage.inputs)
     if "model" not in given:
         return ""

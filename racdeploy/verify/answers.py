@@ -1,7 +1,4 @@
-"""Answer prompts with an engine, and keep each completion the moment it ends.
-
-A killed run resumes, and a longer one reuses what a shorter one left; see :func:`identity`.
-"""
+"""Answer prompts with an engine and keep each completion, for killed runs and for longer ones."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
 class Answers:
     """What one artifact answered: a record and trace for each problem and sample, in that order.
 
-    ``stats`` is what the engine counted, empty where an ``earlier`` run left some of the answers;
-    ``kernels`` what ran, in the engine's words.
+    ``stats`` is empty where an ``earlier`` run left some of the answers; ``kernels`` what ran.
     """
 
     records: tuple[Record, ...]
@@ -194,10 +190,7 @@ def identity(
     engine: EngineSettings,
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what decides the completion of a prompt: the artifact, how it decodes, and on what.
-
-    ``files`` are hashes by name, ``machine`` is a :func:`racdeploy.verify.measure.fingerprint`.
-    """
+    """Return what decides a completion: hashes by file name, how it decodes, the machine."""
     return {
         "files": sorted(files.values()),
         "decoding": {name: getattr(settings, name) for name in DECODING},

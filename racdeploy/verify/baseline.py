@@ -1,7 +1,4 @@
-"""Dense answers that a bundle recorded, and whether answers of now may be compared with them.
-
-What cannot be compared is refused; what only may differ, as a version, is reported.
-"""
+"""Dense answers that a bundle recorded, and whether answers of now may be compared with them."""
 
 from __future__ import annotations
 
@@ -39,11 +36,7 @@ class Baseline:
 
     @classmethod
     def read(cls, folder: Path) -> Baseline:
-        """Read a bundle's records.
-
-        Raises:
-            ArtifactError: no bundle, or records that are damaged or too few.
-        """
+        """Read a bundle's records; ArtifactError where they are missing, damaged or too few."""
         manifest = Manifest.read(folder)
         try:
             lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,4 @@
-"""Which dense models to set beside a sparse artifact: plain quantization at about its size.
-
-A lower-bit dense model is what somebody would ship who does not prune.
-"""
+"""Which plain dense quants of about its size to set beside a sparse artifact, as rivals."""
 
 from __future__ import annotations
 
@@ -26,9 +23,8 @@ def same_size_quants(
 ) -> list[str]:
     """Return the widest quants of which a dense model is about as large as the artifact at most.
 
-    Its size without zeros counts too: packing or sparse kernels make it of the artifact. The quant
-    of the export is that of the dense arm, and no rival. ``shapes`` are those of the prunable
-    weights, by their name in the checkpoint; ``sparsity`` is the share of zeros in them.
+    Its size without zeros counts too: packing makes it. The export's quant is the dense arm's.
+    ``shapes`` are those of the prunable weights by name, ``sparsity`` the share of zeros in them.
     """
     weights = sum(map(math.prod, shapes.values()))
     sizes: list[float] = [pruned.size_bytes]

@@ -119,10 +119,8 @@ class StopIds:
 
 
 class Divergence(NamedTuple):
-    """Mean KL(reference ‖ other) in nats, and shares of positions.
-
-    Of positions with the same most likely token, and of those where the other's is less than half
-    as likely to the reference as its own.
+    """Mean KL(reference ‖ other) in nats; shares of positions with the same most likely token, and
+    of those where the other's is less than half as likely to the reference as its own.
     """
 
     kl: float
@@ -211,11 +209,7 @@ def make_result(
 
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
-    """Run the checks that the gate asks for, in name order.
-
-    Raises:
-        UsageError: the gate file names a check for which nothing was measured.
-    """
+    """Run the checks that the gate asks for, by name; UsageError where one was not measured."""
     results = [_run_check(name, evidence) for name in plugins.names("checks")]
 
     for result in results:

@@ -128,11 +128,7 @@ class Gate(_Table):
 
 
 def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:
-    """Return the gate of a file over that of a recipe; what both leave out has its default.
-
-    Raises:
-        UsageError: a missing file, no TOML, an unknown check or key, or a bad value.
-    """
+    """Return the gate of a file over a recipe's, with defaults; UsageError for a bad one."""
     model = gate_model()
     below = built or {}
     gate = validate(model, below, "the recipe's [gate]")

@@ -74,10 +74,7 @@ def probe_prompts(
 def read_stop_ids(
     prefix: str, metadata: Mapping[str, Any], expected: Sequence[int]
 ) -> StopIds | None:
-    """Return the expected end-of-sequence ids and the file's; None without a tokenizer in it.
-
-    ``prefix`` is the format's ``TOKENIZER_PREFIX``.
-    """
+    """Return the expected end-of-sequence ids and the file's; None without a tokenizer in it."""
     if not prefix or not any(name.startswith(prefix) for name in metadata):
         return None
     named = metadata.get(f"{prefix}eos_token_id")

@@ -1,7 +1,4 @@
-"""What a verification can decide, before it runs: power, the smallest drop and ratio it can see.
-
-Samples of a prompt add certainty that is not counted here.
-"""
+"""What a verification can decide before it runs, samples of a prompt not counted as certainty."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Strings on which tokenizers disagree: the probe of token parity.
-
-All are in NFC, because llama.cpp has no Unicode normalizer: a tokenizer with one would differ on
-the rest for that reason alone. The last 200 are random sequences of pieces of the others.
-"""
+"""Strings on which tokenizers disagree, in NFC, as llama.cpp has no Unicode normalizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """GGUF: llama.cpp's file, written from safetensors with numpy alone, or the packed container of
 one.
 
-The file is whole or absent. Memory stays at the largest tensor as the checkpoint stores it.
 Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 

@@ -1,7 +1,6 @@
 """Write the tensors of a GGUF file: read, quantized, read back and counted in slabs of rows.
 
-The slabs are quantized on every core, without holding the interpreter, and are written in order. In
-memory are one tensor as the checkpoint stores it, and two slabs a core.
+In memory are one tensor as the checkpoint stores it, and two slabs a core.
 """
 
 from __future__ import annotations

@@ -61,10 +61,7 @@ def write_header(
     general: Mapping[str, Any],
     split: tuple[int, int, int],
 ) -> None:
-    """Write the header of a file: of the first with all metadata, of a later one with its number.
-
-    ``split`` is which file of how many it is, and how many tensors they have together.
-    """
+    """Write the header of a file: of the first, or with ``split`` (number, files, tensors)."""
     writer = gguf.GGUFWriter(file, checkpoint.family.gguf_arch)
     try:
         for key, value in general.items():

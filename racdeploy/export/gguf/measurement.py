@@ -1,7 +1,4 @@
-"""Read any GGUF file, or a packed one, back: metadata, tensors, and the zeros in the stored bytes.
-
-Zeros are counted after dequantizing; those of a type that nothing here dequantizes are unknown.
-"""
+"""Read any GGUF file, or a packed one, back: metadata, tensors, zeros once dequantized."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Translate a chat template to Ollama's Go template language, where possible.
 
-Ollama does not run Jinja: it has Go templates for those that it knows, and takes the bare question
-for all others. One is derived here from what the Jinja template writes round marked messages, and
-counts only if it gives the same text for other conversations.
+It is derived from what Jinja writes round marked messages, and proved on other conversations.
 Source: ``template/template.go`` of Ollama (``Named``, ``Execute``), and Go's text/template.
 """
 
@@ -64,9 +62,7 @@ class _Form:
 def make_go_template(render: Render, bos: str) -> tuple[str, str]:
     """Return the Go template, and why there is none; one of them is empty.
 
-    Args:
-        render: the prompt text of a conversation, up to where the model's turn begins.
-        bos: the text that llama.cpp's tokenizer puts in front by itself, or empty.
+    ``render`` gives a conversation's prompt; ``bos`` is what llama.cpp puts in front, or empty.
     """
 
     def write(messages: Sequence[Message]) -> str:

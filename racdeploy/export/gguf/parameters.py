@@ -1,7 +1,5 @@
-"""Write the hyperparameters of a decoder into a GGUF header.
+"""Write the hyperparameters of a decoder: each setting is written, llama.cpp's own, or refused.
 
-Every setting of config.json that changes what the model computes is written, equal to what
-llama.cpp does anyway, or refused. What is particular to an architecture is in its family file.
 Source: llama.cpp ``conversion/base.py`` (set_gguf_parameters), ``src/llama-context.cpp`` for YaRN,
 and transformers ``modeling_rope_utils.py``.
 """
@@ -100,9 +98,8 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
 
 
 def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
-    """Return what Llama 3 scaling divides each rotary frequency by.
+    """Return Llama 3's divisor of each rotary frequency, blended between long and short waves.
 
-    Long waves are divided by the whole factor, short ones not at all, those between by a blend.
     Source: transformers ``_compute_llama3_parameters``.
     """
     rope = checkpoint.rope

@@ -1,8 +1,6 @@
 """Which of llama.cpp's built-in pre-tokenizers does what a tokenizer.json says.
 
-The name is found by comparing regular expressions and ``ignore_merges``; token parity proves it.
-``tekken`` and ``gpt-4o`` are refused: llama.cpp's versions end a word at a combining mark and know
-upper case in ASCII alone, so 355 of 10,000 lines of mixed text get other tokens.
+``tekken`` and ``gpt-4o`` are refused: llama.cpp's split 355 of 10,000 mixed lines otherwise.
 Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer_pre``.
 """
 

@@ -18,11 +18,7 @@ _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repe
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Return an Ollama Modelfile, with the chat template in Ollama's language where possible.
-
-    The context is raised to where a thought fits, and a completion may fill it: Ollama would cut
-    both far earlier.
-    """
+    """Return an Ollama Modelfile, with a Go template if possible and room for whole thoughts."""
     entry = next(entry for entry in manifest.artifacts if entry.format == "gguf")
     encoder = PromptEncoder.from_folder(checkpoint.folder)
     bos = encoder.bos_token if adds_bos(checkpoint) else ""

@@ -1,10 +1,8 @@
 """Read a tokenizer.json in SentencePiece's form: pieces with scores in place of merges.
 
-llama.cpp's ``llama`` tokenizer joins the neighbours whose text is the piece of the highest score,
-BPE the pair of the earliest merge. The two agree if every cut of a piece into pieces is a merge,
-and all merges that make one piece come before or after all that make another: both are checked.
-Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py``
-(_create_vocab_sentencepiece).
+llama.cpp joins by the highest score, BPE by the earliest merge. They agree if every cut of a piece
+into pieces is a merge, and all merges of one piece come before or after all of another.
+Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py``.
 """
 
 from __future__ import annotations
@@ -85,10 +83,7 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
 def read_scores(
     tokenizer: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], model: Path
 ) -> dict[str, float]:
-    """Return the score of every piece, and refuse if llama.cpp would join other pieces with them.
-
-    Scores come from ``tokenizer.model``, else from the order of the merges.
-    """
+    """Return the scores, of ``tokenizer.model`` or the merges' order; refuse if joins differ."""
     vocab = tokenizer["model"]["vocab"]
 
     merges = [split_merge(merge) for merge in tokenizer["model"]["merges"]]
@@ -144,9 +139,7 @@ def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: s
 def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     """Return minus the rank of the first merge that makes a piece.
 
-    Pieces whose merges interleave had one score, as Mistral's runs of spaces have, and get one
-    again; for any other pieces that is an order which scores cannot express, and
-    :func:`_check_order` finds it.
+    Pieces whose merges interleave had one score, as Mistral's runs of spaces, and get one again.
     """
     last = {piece: rank for rank, piece in enumerate(made)}
     scores: dict[str, float] = {}

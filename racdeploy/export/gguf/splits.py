@@ -1,7 +1,5 @@
-"""A GGUF model in several files: how their names and headers hang together.
+"""A GGUF model in several files, all named after the one at hand, so in its folder.
 
-Names are made from the name of the file at hand and nothing inside it, so they never lead out of
-its folder.
 Source: ``llama_split_path`` in llama.cpp and ``gguf-split``.
 """
 

@@ -1,8 +1,4 @@
-"""Plan which tensors a GGUF file holds: name, shape, number format.
-
-The plan is made from headers alone, so every refusal comes before the first byte is written.
-Unknown and missing tensors are errors, as in llama.cpp.
-"""
+"""Plan a GGUF file's tensors (name, shape, number format) and refuse before anything is written."""
 
 from __future__ import annotations
 

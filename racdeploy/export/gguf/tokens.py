@@ -1,8 +1,6 @@
-"""The tokens of a tokenizer.json, checked, and those that begin and end a text.
+"""The tokens of tokenizer.json, not of tokenizer classes, and those that begin and end a text.
 
-``tokenizer.json`` is the truth: tokenizer classes of transformers 4 and 5 replace parts of it.
-Source: llama.cpp ``conversion/base.py`` (get_vocab_base) and ``gguf-py/gguf/vocab.py``
-(SpecialVocab).
+Source: llama.cpp ``conversion/base.py`` (get_vocab_base), ``gguf-py/gguf/vocab.py``.
 """
 
 from __future__ import annotations

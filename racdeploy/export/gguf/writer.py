@@ -68,10 +68,8 @@ def export(
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
         pre_tokenizer: llama.cpp's name, where it cannot be derived from tokenizer.json.
         tensors: regular expression, of names in the file → number format.
-        importance: file of an importance matrix; empty takes the one that pruning left, ``none``
-            takes none.
-        split_bytes: most bytes of tensors in one file; where there are more, the model becomes
-            several files, of which engines open the first. 0, and a packed file: never.
+        importance: file of an importance matrix; empty takes that of pruning, ``none`` none.
+        split_bytes: most bytes of tensors in one file of several; 0, and packed: never split.
     """
     _check_request(out, quant, packing, metadata or {})
     check_parameters(checkpoint)

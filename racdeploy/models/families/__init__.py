@@ -1,8 +1,6 @@
 """Model families: one data file per Hugging Face ``model_type``, no torch.
 
-A family file holds ``FAMILY = Family(...)``, written with the names of the checkpoint's
-``state_dict``; ``*`` stands for the number of an expert. ``models/decoder.py`` has what most
-families share.
+It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number of an expert.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Gemma 3 text models: four norms a block, stored as the distance from 1, and scaled embeddings.
-
-Five of six blocks see a sliding window and have their own rotary base.
-"""
+"""Gemma 3 text models: four norms a block, stored as the distance from 1, and scaled embeddings."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family

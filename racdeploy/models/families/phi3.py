@@ -1,7 +1,6 @@
 """Phi-3 and Phi-4 (mini, reasoning): q, k and v are one matrix, gate and up another, in GGUF too.
 
-llama.cpp takes LongRoPE's long factors when the context is longer than the original one,
-transformers when the sequence is. It computes no sliding window.
+LongRoPE's long factors hang on the context in llama.cpp, on the sequence in transformers.
 """
 
 from racdeploy.models import decoder

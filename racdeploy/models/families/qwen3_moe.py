@@ -1,7 +1,4 @@
-"""Qwen3 mixtures of experts: a block's experts are one tensor in GGUF, the router stays in F32.
-
-Pruning gathers no statistic of the tokens routed to an expert: a recipe must keep them dense.
-"""
+"""Qwen3 mixtures of experts: one GGUF tensor a block; dense, for want of routed statistics."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family

@@ -1,8 +1,4 @@
-"""Template: prompts are rendered to the ids that the model was trained on, in bundle and artifact.
-
-Programs that read the artifact alone, as llama.cpp's server and Ollama do, render the template
-inside it.
-"""
+"""Template: bundle and artifact render prompts to the ids that the model was trained on."""
 
 from __future__ import annotations
 

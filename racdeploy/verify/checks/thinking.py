@@ -42,10 +42,7 @@ class Limits(gate.Limits):
 
 
 def check(evidence: Evidence) -> CheckResult:
-    """Pass if the interval of the length ratio is below its limit, and that of each fault too.
-
-    Where the dense model does not think, the whole completion counts.
-    """
+    """Pass if the length ratio and all faults do; completions count if the dense one thinks not."""
     limits = evidence.gate.limits(Limits)
     confidence = evidence.gate.confidence
     thinks = any(map(thinking_tokens, evidence.dense.records))

@@ -1,6 +1,4 @@
-"""Quantiles and binomial probabilities, by bisection and exact sums.
-
-Written by hand so that a verification needs numpy alone; tests compare every function with scipy.
+"""Quantiles and binomial probabilities by bisection and exact sums: numpy alone is needed.
 
 Sources: C. J. Clopper and E. S. Pearson, Biometrika 26 (1934) 404-413; Abramowitz and Stegun,
 Handbook of Mathematical Functions, 26.7, for Student's quantile.
@@ -42,10 +40,7 @@ def normal_quantile(confidence: float) -> float:
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Return Student's quantile for a probability of at least one half.
-
-    Bisects the angle of Abramowitz and Stegun 26.7.3 and 26.7.4, whose sums are finite.
-    """
+    """Return Student's quantile for a probability p ≥ 1/2; bisects the angle of A&S 26.7.3-4."""
     if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
         normal = NormalDist().inv_cdf(probability)
         return normal + (normal**3 + normal) / (4 * freedom)

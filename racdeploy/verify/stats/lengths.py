@@ -1,7 +1,4 @@
-"""Thinking lengths: the ratio of restricted means E[min(T, budget)], its interval and its power.
-
-The prompt is the unit: the samples of one prompt are averaged first.
-"""
+"""Thinking lengths: the ratio of restricted means E[min(T, budget)] by prompt, and its power."""
 
 from __future__ import annotations
 
@@ -43,9 +40,8 @@ def length_ratio(
 ) -> RatioEstimate:
     """Return the ratio of restricted mean lengths, pruned over dense, over the same prompts.
 
-    With x and y the restricted lengths of a prompt, the delta method on log(mean y / mean x) gives
-    the variance var(y / mean y - x / mean x) / n, which holds the paired covariance. One prompt, or
-    an arm whose mean is zero (no logarithm), gives an interval up to infinity: it passes no limit.
+    By the delta method, log(mean y / mean x) has the variance var(y / mean y - x / mean x) / n,
+    paired covariance included. One prompt or a zero mean gives an interval up to infinity.
     """
     dense_N = restrict_lengths(dense_lengths, budget)
     pruned_N = restrict_lengths(pruned_lengths, budget)

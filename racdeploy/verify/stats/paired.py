@@ -2,19 +2,16 @@
 
 n10 counts prompts that only the first (dense) arm answers right, n01 those of the second alone.
 
-Tango's score test alone does not hold its level. Where one arm never wins it passes up to 6.8 %
-(n10 is then binomial, and skewed), so :func:`drop_interval` also takes the exact binomial interval
-of the other count. And it fails up to 7.5 %, since few flips jump over the quantile: the end
-between no drop and the observed one, which can make a verdict "fail", is solved with a continuity
-correction of half a prompt.
+Tango's score test alone passes up to 6.8 % where one arm never wins (n10 is then binomial), so
+:func:`drop_interval` also takes the exact binomial interval of the other count. It fails up to
+7.5 %, so the end between no drop and the observed one has a continuity correction of half a prompt.
 
-Several samples of a prompt are no independent prompts. :func:`paired_counts` counts each prompt's
-net difference and scales the number of prompts by how large those differences are, after adding
-one prompt that flips wholly: Rao and Scott's correction, made to lean to the safe side.
+Several samples of a prompt are no independent prompts: :func:`paired_counts` applies Rao and
+Scott's correction to its net differences, made safe by adding one prompt that flips wholly.
 
-Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, for the paired drop; F. Yates,
-Supplement to JRSS 1 (1934) 217-235, for the correction; J. N. K. Rao and A. J. Scott, Biometrics
-48 (1992) 577-585; E. B. Wilson, JASA 22 (1927) 209-212.
+Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908; F. Yates, Supplement to JRSS 1 (1934)
+217-235, the correction; J. N. K. Rao and A. J. Scott, Biometrics 48 (1992) 577-585; E. B. Wilson,
+JASA 22 (1927) 209-212.
 """
 
 from __future__ import annotations
@@ -50,10 +47,7 @@ class Pairs(NamedTuple):
 
 
 def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
-    """Count the disagreements of two arms over the same prompts.
-
-    Both are right_N, or right_NX with X samples of each prompt in any order, 0 or 1 each.
-    """
+    """Count disagreements of two arms, right_N or right_NX (X samples in any order), 0 or 1."""
     first_N = _mean_right(first_right)
     second_N = _mean_right(second_right)
     if first_N.shape != second_N.shape:
@@ -140,8 +134,8 @@ def power(
 ) -> float:
     """Return the probability that :func:`non_inferiority` says "pass", summed over all tables.
 
-    ``discordant_rate`` is the share of prompts on which the arms disagree, ``drop`` the true drop,
-    no larger in size. With ``drop`` equal to ``margin`` it is the type-I error.
+    ``discordant_rate`` is the share of prompts on which the arms disagree; ``drop``, no larger in
+    size, the true drop: the type-I error where it is ``margin``.
     """
     _check_counts(0, 0, n)
     _check_margin(margin)

@@ -1,7 +1,6 @@
 """Intervals, and what one says about a limit.
 
-Source: D. J. Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680, for two
-one-sided tests.
+Source: D. J. Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15 (1987) 657-680.
 """
 
 from __future__ import annotations
