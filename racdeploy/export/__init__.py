@@ -21,51 +21,24 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.storage.files import disk_errors
 
-__all__ = [
-    "ExportResult",
-    "ExportedTensor",
-    "Format",
-    "MeasuredTensor",
-    "Progress",
-    "check",
-    "check_metadata",
-    "format_of",
-    "load",
-    "measure_sparsity",
-    "write",
-]
-
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""
 
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """One tensor of an exported file.
+    """One tensor of an exported file."""
 
-    Args:
-        name: its name in the file.
-        source: its name in the checkpoint's state_dict; empty where the exporter computed it.
-        shape: as in the checkpoint, outputs first.
-        quant_asked: the number format that was asked for.
-        quant_real: the number format it has.
-        reason: why the two differ, or empty.
-        zeros: fraction of zeros in the file, 0 to 1, counted in the dequantized bytes.
-        size_bytes: as stored, without padding.
-        packing: how it is stored.
-        packing_reason: why that is not the packing that was asked for, or empty.
-    """
-
-    name: str
-    source: str
-    shape: tuple[int, ...]
+    name: str  # in the file
+    source: str  # its name in the checkpoint's state_dict; empty where the exporter computed it
+    shape: tuple[int, ...]  # as in the checkpoint, outputs first
     quant_asked: str
     quant_real: str
-    reason: str
-    zeros: float
-    size_bytes: int
+    reason: str  # why the two differ, or empty
+    zeros: float  # fraction of zeros in the file, 0 to 1, counted in the dequantized bytes
+    size_bytes: int  # as stored, without padding
     packing: str = "plain"
-    packing_reason: str = ""
+    packing_reason: str = ""  # why that is not the packing that was asked for, or empty
 
     @property
     def bits(self) -> float:
@@ -75,24 +48,14 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished artifact.
+    """A finished artifact."""
 
-    Args:
-        path: its main file.
-        tensors: in file order.
-        size_bytes: of the files that every engine reads.
-        files: SHA-256 of every file, the main one included, by its path from the folder of the main
-            one.
-        notes: what the engine will do differently from the checkpoint, in sentences.
-        unpacked_sha256: of the file that a packed one stands for; empty where nothing is packed.
-    """
-
-    path: Path
-    tensors: tuple[ExportedTensor, ...]
-    size_bytes: int
-    files: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    unpacked_sha256: str = ""
+    path: Path  # its main file
+    tensors: tuple[ExportedTensor, ...]  # in file order
+    size_bytes: int  # of the files that every engine reads
+    files: Mapping[str, str]  # SHA-256 of every file by its path from the main one's folder
+    notes: tuple[str, ...] = ()  # what the engine will do unlike the checkpoint, in sentences
+    unpacked_sha256: str = ""  # of the file that a packed one stands for; else empty
 
     @property
     def sha256(self) -> str:
@@ -112,15 +75,8 @@ class ExportResult:
         tensors = tuple(
             ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]
         )
-        path = folder / values["path"]
-        return cls(
-            path,
-            tensors,
-            values["size_bytes"],
-            values["files"],
-            tuple(values["notes"]),
-            values["unpacked_sha256"],
-        )
+        rest = {key: values[key] for key in ("size_bytes", "files", "unpacked_sha256")}
+        return cls(folder / values["path"], tensors, notes=tuple(values["notes"]), **rest)
 
 
 def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:
@@ -133,22 +89,13 @@ def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:
 
 @dataclass(frozen=True)
 class MeasuredTensor:
-    """One tensor of a file of any origin, as it was found there.
+    """One tensor of a file of any origin, as it was found there."""
 
-    Args:
-        name: in the file.
-        shape: outputs first.
-        type: its number format.
-        zeros: fraction of zeros, 0 to 1; None where they cannot be counted.
-        size_bytes: as stored.
-        packing: how it is stored.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    zeros: float | None
-    size_bytes: int
+    name: str  # in the file
+    shape: tuple[int, ...]  # outputs first
+    type: str  # its number format
+    zeros: float | None  # fraction of zeros, 0 to 1; None where they cannot be counted
+    size_bytes: int  # as stored
     packing: str = "plain"
 
 
@@ -159,12 +106,10 @@ class Format(Protocol):
     extras, ``LIBRARY`` what the Hub calls it, ``COMPARES_F32`` whether its export compares its
     float32 form with torch, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and
     packing that its ``export`` takes. ``artifact_path`` is the main file's place in a bundle.
-    ``measure`` returns scalar metadata and
-    one row per tensor: name, shape (outputs first), type, zeros (None where they cannot be
-    counted), size_bytes, packing; ``is_linear`` says whether a row is a prunable linear. ``unpack``
-    writes what a packed artifact stands for, beside it unless told otherwise. ``companions`` are
-    the texts of further files that programs want in the bundle, by their path, and ``usage`` the
-    lines of the model card that say how to run it.
+    ``measure`` returns scalar metadata and one row per tensor; ``is_linear`` says whether a row is
+    a prunable linear. ``unpack`` writes what a packed artifact stands for, beside it unless told
+    otherwise. ``companions`` are the texts of further files that programs want in the bundle, by
+    their path, and ``usage`` the lines of the model card that say how to run it.
     """
 
     BACKEND: str
@@ -205,12 +150,7 @@ class Format(Protocol):
 
 
 def load(name: str) -> Format:
-    """Import the format of that name.
-
-    Raises:
-        UnknownPluginError: there is no such format.
-        MissingExtraError: it needs an optional dependency.
-    """
+    """Import the format of that name, or raise UnknownPluginError or MissingExtraError."""
     return cast(Format, plugins.load("formats", name))
 
 
@@ -221,12 +161,7 @@ def format_of(path: Path) -> str:
 
 
 def check(settings: recipe.Export) -> None:
-    """Refuse what the format cannot write, before any work.
-
-    Raises:
-        UsageError: a quant, a packing or an option that is not the format's, or two that do not go
-            together.
-    """
+    """Refuse a quant, packing or option that the format cannot write with a UsageError."""
     packings.check(settings.format, settings.quant, settings.packing)
     taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}
     for name in sorted(settings.model_fields_set - taken):
@@ -239,11 +174,7 @@ def check(settings: recipe.Export) -> None:
 
 
 def check_metadata(metadata: Mapping[str, Any], reserved: Collection[str]) -> None:
-    """Refuse metadata keys that are not a caller's to choose.
-
-    Raises:
-        UsageError: one is reserved, or in nobody's namespace; the message names it.
-    """
+    """Refuse a metadata key that is reserved, or in nobody's namespace, with a UsageError."""
     for key in metadata:
         if key in reserved or not key.startswith(("racdeploy.", "general.")):
             raise UsageError(
@@ -259,14 +190,10 @@ def write(
     metadata: Mapping[str, str | int | float | bool] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export a checkpoint as the settings say.
+    """Export a checkpoint as the settings say; the folder of ``out``, the main file, is made.
 
     Args:
-        checkpoint: the model folder.
-        out: the main file; its folder is made.
-        settings: format, quant, packing and the format's own options.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
-        progress: called while it writes.
 
     Raises:
         UsageError: see :func:`check`.

@@ -7,6 +7,7 @@ Whatever is read and damaged, or missing, is an ArtifactError.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -87,13 +88,10 @@ def names(format_name: str) -> list[str]:
 
 
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
-    """Refuse a quant or a packing that the file format does not store, or a pair that does not go.
+    """Refuse a quant or packing that the format does not store, or a pair that does not go.
 
     A packing does not go with a quant that loses zeros, or that it cannot pack even where all are
-    zero. A preset is judged by the quant of most of its tensors.
-
-    Raises:
-        UsageError: naming what would do instead.
+    zero; a preset is judged by the quant of most of its tensors. A UsageError names what would do.
     """
     preset = quant_name in plugins.names("presets")
     _check_stored(format_name, "presets" if preset else "quant", quant_name)
@@ -134,10 +132,7 @@ def _list_stored(format_name: str, kind: str) -> list[str]:
     """Return the plugins of a kind that a file format stores and that this machine can import."""
     stored = []
     for name in plugins.names(kind):
-        try:
-            formats = _load(kind, name).FORMATS
-        except MissingExtraError:  # not a way out on this machine
-            continue
-        if format_name in formats:
-            stored.append(name)
+        with suppress(MissingExtraError):  # not a way out on this machine
+            if format_name in _load(kind, name).FORMATS:
+                stored.append(name)
     return stored

@@ -1,9 +1,7 @@
 """Four-bit codes in words of four: each word is a bucket of 2^n words, then n bits that name one.
 
-Words are ranked by how likely they are where codes are independent, and cut into 32 buckets that
-grow with the rank: a fixed number of bits tells how many follow, so numpy reads all words at once,
-and zeros cost as little as their share allows. It is a code with extra bits (RFC 1951, section
-3.2.5) over ranks. The form of the bytes: docs/racgguf.md.
+Words are ranked by how likely they are, and cut into 32 buckets that grow with the rank: a code
+with extra bits (RFC 1951, section 3.2.5), which numpy reads all at once. Form: docs/racgguf.md.
 """
 
 from __future__ import annotations

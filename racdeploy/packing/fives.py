@@ -1,8 +1,7 @@
 """Five-bit codes behind a mask, put in their places eight at a time.
 
-numpy is slow at one weight and quick at whole words: the low bits of eight codes are a word of 32
-bits, spread by moving the upper half of the word, of its halves and of its bytes; their fifth bits
-are looked up. The form of the bytes: docs/racgguf.md.
+The low bits of eight codes are a word of 32 bits, spread by moving the upper half of the word, of
+its halves and of its bytes; their fifth bits are looked up. The form: docs/racgguf.md.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ _UPPER_BYTES = ~_LOWER_BYTES
 def deposit(mask: Bytes, plane: Callable[[int], Bytes]) -> tuple[Bytes, Bytes]:
     """Return the fifth bits, four bytes a block, and the nibbles, 16 bytes a block.
 
-    Args:
-        mask: one bit a weight, four bytes a block.
-        plane: gives the next plane of codes, low bits before fifth ones, given its bits.
+    ``mask`` has one bit a weight; ``plane`` gives the next plane of codes, low bits before fifth
+    ones, given its bits.
     """
     # Every index below is in range; mode="wrap" is a look-up without its check.
     look = _look()

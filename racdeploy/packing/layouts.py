@@ -1,8 +1,7 @@
 """How the block formats of ggml split into heads (scales) and one code a weight.
 
-Codes are taken XOR the code of zero, so a weight whose code means zero is the number zero in every
-format, and splitting and joining are exact for any bytes. Codes follow one another as the file has
-them. Source: ggml-common.h, ``block_q4_0`` and following.
+Codes are taken XOR the code of zero, in the order of the file; splitting and joining are exact for
+any bytes. Source: ggml-common.h, ``block_q4_0`` and following.
 """
 
 from __future__ import annotations

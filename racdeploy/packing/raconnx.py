@@ -38,8 +38,7 @@ def sidecar_name(model: str) -> str:
 def load_sidecar(model: Path) -> dict[str, NDArray[Any]]:
     """Return the tensors packed beside a graph, by their names in it; none without such a file.
 
-    Give them to ``onnxruntime.SessionOptions.add_external_initializers``, and keep them as long as
-    the session.
+    Keep them as long as the session that got them by ``add_external_initializers``.
     """
     if not model.with_name(sidecar_name(model.name)).is_file():
         return {}
@@ -141,10 +140,7 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
-    shape = entry["shape"]
-    start = entry["start"]
-    stored = entry["size_bytes"]
-
+    shape, start, stored = entry["shape"], entry["start"], entry["size_bytes"]
     numbers = [*shape, start, stored]
     counts = all(type(number) is int and number >= 0 for number in numbers)
     if not counts or entry["dtype"] not in BY_DTYPE:

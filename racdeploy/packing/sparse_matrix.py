@@ -113,16 +113,11 @@ def _split_rows(kind: Kind, packed_OP: Bytes) -> tuple[Bytes, Bytes, NDArray[np.
 
 
 def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
-    """Return the packed rows again.
-
-    Raises:
-        ValueError: heads, values and offsets do not fit each other, or not rows of that length.
-    """
+    """Return the packed rows again; parts that do not fit each other or I are a ValueError."""
     _check(kind, matrix, I)
 
     O = len(matrix.heads_OP)
-    code_bytes = kind.code_bytes(I)
-    scale_bytes = kind.scale_bytes(I)
+    code_bytes, scale_bytes = kind.code_bytes(I), kind.scale_bytes(I)
     packed_OP = np.empty((O, code_bytes + scale_bytes), dtype=np.uint8)
 
     step = max(1, _SLAB_WEIGHTS // I)

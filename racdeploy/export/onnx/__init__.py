@@ -4,10 +4,8 @@ An exporter program makes the graph in float32; it counts only after its weights
 the checkpoint and its logits with torch (``exporters/``). Names are those that transformers.js
 looks for: ``onnx/model.onnx``, ``model_fp16.onnx``, ….
 
-Inputs and outputs are those of the exporter: ``input_ids``, ``attention_mask``, with optimum
-``position_ids``, ``past_key_values.N.key`` and ``.value`` of shape [batch, key-value heads, past,
-head size]; ``logits`` and ``present.N.key`` and ``.value``. All numbers that go in or come out are
-float32 or int64.
+Inputs and outputs are those of the exporter, in float32 or int64; ``past_key_values.N.key`` and
+``.value`` are of shape [batch, key-value heads, past, head size].
 """
 
 from __future__ import annotations
@@ -21,22 +19,7 @@ from racdeploy.export.onnx.writer import export, unpack
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import Family
 
-__all__ = [
-    "BACKEND",
-    "COMPARES_F32",
-    "LIBRARY",
-    "NEEDS",
-    "OPTIONS",
-    "TOKENIZER_PREFIX",
-    "WEIGHT_SUFFIXES",
-    "artifact_path",
-    "companions",
-    "export",
-    "is_linear",
-    "measure",
-    "unpack",
-    "usage",
-]
+__all__ = ["artifact_path", "companions", "export", "is_linear", "measure", "unpack", "usage"]
 
 BACKEND = "onnxruntime"
 LIBRARY = "onnx"

@@ -19,23 +19,14 @@ _ROTARY_LIMIT = 1e-3  # of values up to 1: an angle of 10^5 has 2^-7 of rounding
 
 @dataclass(frozen=True)
 class Chosen:
-    """A graph that may be trusted.
+    """A graph that may be trusted."""
 
-    Args:
-        graph: without weights.
-        note: who made it, how far it is from torch, and why nobody else did.
-    """
-
-    graph: Graph
-    note: str
+    graph: Graph  # without weights
+    note: str  # who made it, how far it is from torch, and why nobody else did
 
 
 def check_exporter(name: str) -> None:
-    """Refuse a name that is neither ``auto`` nor an exporter.
-
-    Raises:
-        UnknownPluginError: naming those there are.
-    """
+    """Refuse a name that is neither ``auto`` nor an exporter with an UnknownPluginError."""
     known = ("auto", *plugins.names("onnx_exporters"))
     if name not in known:
         raise UnknownPluginError(
@@ -45,11 +36,7 @@ def check_exporter(name: str) -> None:
 
 
 def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
-    """Export a checkpoint in float32 and prove the graph.
-
-    Args:
-        checkpoint: the model folder.
-        exporter: a plugin of kind ``onnx_exporters``, or ``auto`` for the fastest that passes.
+    """Export in float32 and prove the graph; ``auto`` takes the fastest exporter that passes.
 
     Raises:
         ModelError: none of them can; each with its reason.
@@ -85,9 +72,8 @@ def _rank_exporters() -> list[str]:
 def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]]:
     exporter = onnx_exporters.load(name)
     with tempfile.TemporaryDirectory(prefix="racdeploy-onnx-") as scratch:
-        prepared = onnx_exporters.prepare(
-            checkpoint, Path(scratch) / checkpoint.folder.resolve().name
-        )
+        folder = Path(scratch) / checkpoint.folder.resolve().name
+        prepared = onnx_exporters.prepare(checkpoint, folder)
         file = exporter.build(prepared, Path(scratch) / "graph")
         graph = adopt(file, checkpoint, exporter, name)
         arguments = [str(checkpoint.folder.resolve()), str(file)]

@@ -1,8 +1,6 @@
 """Take an exporter's float32 graph apart: which checkpoint tensor each node uses, value by value.
 
-What comes out is the graph without weights: linears, embedding and vectors are named as in the
-checkpoint, whatever the exporter called them and whichever way it laid them out. Knows no number
-format.
+What comes out is the graph without weights, which are named as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,35 +32,20 @@ ROTARY_TABLES = ("cos_cache", "sin_cache")
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph without weights.
+    """A graph without weights: its checkpoint tensors by what reads them."""
 
-    Args:
-        model: nodes, inputs and outputs; weights are named as in the checkpoint.
-        constants: what the exporter computed, by name.
-        linears: checkpoint tensors that a MatMul multiplies by, outputs first as in the checkpoint.
-        embeddings: checkpoint tensors that a Gather looks up.
-        vectors: all others.
-    """
-
-    model: onnx.ModelProto
-    constants: Mapping[str, NDArray[Any]]
-    linears: frozenset[str]
-    embeddings: frozenset[str]
-    vectors: frozenset[str]
+    model: onnx.ModelProto  # weights are named as in the checkpoint
+    constants: Mapping[str, NDArray[Any]]  # what the exporter computed, by name
+    linears: frozenset[str]  # a MatMul multiplies by them, outputs first as in the checkpoint
+    embeddings: frozenset[str]  # a Gather looks them up
+    vectors: frozenset[str]  # all others
 
 
 def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> Graph:
-    """Compare a graph with the checkpoint, and return it without weights.
+    """Compare a graph in float32 with the checkpoint, and return it without weights.
 
-    Args:
-        file: the exporter's graph in float32, with its external data beside it.
-        checkpoint: the model folder.
-        exporter: knows its own names.
-        what: the exporter's name, for messages.
-
-    Raises:
-        EngineError: a weight differs, is missing, is unknown, or is used in a way that is not
-            known.
+    An EngineError says which weight differs, is missing, or is unknown in itself or in its use;
+    ``what`` is the exporter's name in it.
     """
     model = onnx.load(str(file), load_external_data=False)
     sources = _match_weights(model, file, checkpoint, exporter, what)
@@ -80,13 +63,8 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
     initializers = model.graph.initializer
     constants = {each.name: np.array(read_array(each, file.parent)) for each in initializers}
     del model.graph.initializer[:]
-    return Graph(
-        model,
-        constants,
-        frozenset(wiring.linears),
-        frozenset(wiring.embeddings),
-        frozenset(wiring.vectors),
-    )
+    kinds = map(frozenset, (wiring.linears, wiring.embeddings, wiring.vectors))
+    return Graph(model, constants, *kinds)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """Files for programs that load ONNX language models by their own conventions.
 
-``config.json`` tells optimum and transformers.js about the model; for transformers.js it also names
-number format and external data. ``genai_config.json`` describes the graph to onnxruntime-genai: its
-inputs, and whether past and present may be one buffer.
-Source: transformers.js 4.3 (``getSession``, ``dtypes.js``), onnxruntime-genai 0.15
-(``make_genai_config`` of its model builder).
+Source: transformers.js 4.3 (``getSession``, ``dtypes.js``) for ``config.json``, which optimum reads
+too; onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
 """
 
 from __future__ import annotations
@@ -49,12 +46,9 @@ def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
 
 
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Return config.json and genai_config.json, which other programs read.
+    """Return config.json and genai_config.json of a bundle whose artifacts are in ``folder``.
 
-    Args:
-        manifest: of the bundle.
-        checkpoint: the dense model, whose config.json describes the pruned one too.
-        folder: the bundle, its artifacts in place.
+    The config.json of the dense ``checkpoint`` describes the pruned model too.
     """
     (entry,) = (entry for entry in manifest.artifacts if entry.format == "onnx")
     model = onnx.load(str(folder / entry.path), load_external_data=False)

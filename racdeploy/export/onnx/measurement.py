@@ -22,11 +22,7 @@ from racdeploy.packing.onnx.tensors import (
 
 
 def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
-    """Return scalar metadata and one row per tensor; see :class:`racdeploy.export.Format`.
-
-    Raises:
-        ArtifactError: the file is damaged, or its weights are missing or elsewhere.
-    """
+    """Return scalar metadata and one row per tensor; what is damaged is an ArtifactError."""
     model = load_graph(path)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     stored = StoredArrays(model, path)
@@ -37,9 +33,8 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     opsets = [f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import]
     scalars = {key: value for key, value in properties.items() if key != TENSORS_KEY}
     scalars["onnx.opsets"] = ", ".join(opsets)
-    scalars["onnx.inputs"] = ", ".join(
-        name for name in names if not name.startswith("past_key_values.")
-    )
+    inputs = [name for name in names if not name.startswith("past_key_values.")]
+    scalars["onnx.inputs"] = ", ".join(inputs)
     return scalars, rows
 
 

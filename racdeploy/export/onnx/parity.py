@@ -1,9 +1,7 @@
 """Compare a float32 graph on plain onnxruntime with transformers under torch: MODEL_FOLDER GRAPH.
 
-Prints one JSON object of relative differences, largest absolute difference over largest absolute
-value: ``prefill`` of all tokens at once, ``decode`` of further tokens one by one on the graph's own
-cache, and ``rotary`` of every row of a rotary table, where the graph holds one. torch is done
-before onnxruntime begins, so only one model is in memory.
+Prints one JSON object of differences: ``prefill`` of all tokens at once and ``decode`` of further
+ones on the graph's own cache, largest over largest absolute value; ``rotary`` of rotary tables.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Put weights into a graph, in a number format: which arrays the file holds, which nodes read them.
 
-A linear in f32 or f16 is stored inputs first, as MatMul takes it, and widened by a Cast that
-onnxruntime folds when it loads the model. In a block format it is a MatMulNBits, and an embedding
-looks its rows up in the same codes. Scales are in float32: behind a Cast that is not folded,
-because a session does not optimize, onnxruntime 1.32 ignores them. The array that zeros are counted
-in, and that a packing packs, has the tensor's own name.
+A linear in f16 is widened by a Cast that onnxruntime folds when it loads the model. Scales are in
+float32: behind a Cast that is not folded, onnxruntime 1.32 ignores them.
 """
 
 from __future__ import annotations
@@ -36,30 +33,17 @@ Shared = dict[str, onnx.NodeProto]
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor to write.
+    """One tensor to write."""
 
-    Args:
-        graph: what the file says of it.
-        quant_asked: number format asked for.
-        reason: why it is another one, or empty.
-    """
-
-    graph: GraphTensor
+    graph: GraphTensor  # what the file says of it
     quant_asked: str
-    reason: str
+    reason: str  # why it is in another number format, or empty
 
 
 def plan_tensors(
     checkpoint: Checkpoint, graph: Graph, quant: str, dense: frozenset[str]
 ) -> list[PlannedTensor]:
-    """Plan every tensor of the file, in the checkpoint's order.
-
-    Args:
-        checkpoint: the model folder.
-        graph: its graph without weights.
-        quant: number format of the linears.
-        dense: embedding and output, which keep 8 bits.
-    """
+    """Plan the tensors in the checkpoint's order; those in ``dense`` keep at least 8 bits."""
     plan = []
     for name, entry in checkpoint.entries.items():
         if name in graph.linears | graph.embeddings | graph.vectors:
@@ -85,8 +69,7 @@ def encode(
 ) -> tuple[Arrays, int]:
     """Return the arrays of a tensor by their names in the file, and how many weights are zero.
 
-    Raises:
-        ModelError: a weight is not finite, or too large for the number format.
+    A weight that is not finite, or too large for the number format, is a ModelError.
     """
     quant = quants.load(tensor.quant)
     raw_OI = checkpoint.read_raw(tensor.name)
@@ -127,9 +110,8 @@ def wire(graph: Graph, tensors: list[GraphTensor]) -> onnx.ModelProto:
         else:
             nodes.append(node)
 
-    every = [*shared.values(), *nodes]
     del model.graph.node[:]
-    model.graph.node.extend(every)
+    model.graph.node.extend([*shared.values(), *nodes])
     if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
@@ -199,10 +181,7 @@ def _make_lookup(
 def _make_block_lookup(
     node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
 ) -> Iterator[onnx.NodeProto]:
-    """Look rows of 8-bit codes up and scale them, in plain operators.
-
-    Browsers lack GatherBlockQuantized.
-    """
+    """Look rows of 8-bit codes up and scale them; browsers lack GatherBlockQuantized."""
     assert tensor.quant == _WIDE, "an embedding keeps at least 8 bits"
     by_block = _share_integers(shared, [0, 0, -1, BLOCK])
     zero_code = _share(shared, "Constant", [], f"{NODE_PREFIX}zero_code", value_float=128.0)

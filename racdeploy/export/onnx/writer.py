@@ -46,18 +46,14 @@ def export(
     """Write a checkpoint as an ONNX graph.
 
     Args:
-        checkpoint: the model folder.
         out: replaced if it exists; above 500 MB its weights go to ``OUT_data`` beside it.
         quant: number format of the linears. Vectors are f32; embedding and output keep at least
             8 bits; rows that do not divide into blocks are f16.
-        packing: a packing of ONNX graphs.
         metadata: further properties of the graph, ``racdeploy.*`` or ``general.*``.
         exporter: who makes the graph; ``auto`` takes the fastest graph that passes.
-        progress: called after every slab.
 
     Raises:
-        UsageError: an unknown quant, packing or exporter, a wrong suffix, or a metadata key of
-            somebody else.
+        UsageError: a quant, packing, exporter, suffix or metadata key that is not allowed.
         ModelError: the checkpoint is damaged, or no exporter can export it.
         MissingExtraError: an exporter is not installed.
         EnvironmentFailure: the disk is full or not writable.

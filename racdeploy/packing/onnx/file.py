@@ -42,8 +42,7 @@ def load_graph(file: Path) -> onnx.ModelProto:
 def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     """Return the values of an initializer; those in another file are mapped, not read.
 
-    Raises:
-        ArtifactError: its file is missing, too short, or outside the folder; or its bytes are.
+    An ArtifactError says that the file is missing, too short or outside the folder.
     """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         try:
@@ -106,11 +105,9 @@ def write_model(
     *,
     inline_bytes: int | None = None,
 ) -> None:
-    """Write a graph with its weights; one of them is in memory at a time.
+    """Write a graph with its weights, of which one is in memory at a time, behind those it has.
 
     Args:
-        model: the graph; its initializers so far stay in front.
-        arrays: name and values of each further initializer.
         metadata: called when all arrays are written; replaces the graph's metadata properties.
         inline_bytes: up to so many, INLINE_BYTES if not given, weights go into the graph's file.
     """

@@ -1,8 +1,7 @@
 """Nodes that join mask and codes inside an ONNX graph, and the proof that onnxruntime folds them.
 
-Every node is a constant, so a session folds all of them when it loads; that is proved for each file
-with a real session, whose optimized graph must hold the plain weights and none of these nodes.
-NonZero and ScatterElements are never folded and would run for every token.
+The optimized graph of a real session must hold the plain weights and none of these nodes. NonZero
+and ScatterElements are never folded and would run for every token.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ def _make_node(op: str, inputs: list[str], output: str, **attributes: Any) -> on
 def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
     """Load a packed graph in a real session, and refuse it if that does not fold every node.
 
-    Args:
-        expected: SHA-256 of the values that each initializer must be folded into, by its name.
+    ``expected`` is the SHA-256 of the values that each initializer must have then, by its name.
     """
     with tempfile.TemporaryDirectory(prefix="racdeploy-folding-") as scratch:
         optimized = Path(scratch) / "optimized.onnx"

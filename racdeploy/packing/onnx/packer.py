@@ -73,10 +73,7 @@ class Packer:
     ) -> tuple[Arrays, int]:
         """Return the arrays of a tensor as :meth:`store` got them, and the bytes that they take.
 
-        Raises:
-            ArtifactError: they are damaged.
-            KeyError: one of them is missing.
-            ValueError: they do not fit each other.
+        Damage is an ArtifactError, a missing array a KeyError, those that do not fit a ValueError.
         """
         from racdeploy.packing.onnx.file import read_array
 

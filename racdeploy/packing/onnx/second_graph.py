@@ -52,13 +52,9 @@ _FORMS = [("uint8", 2), ("uint8", 1), ("int64", 1)]
 
 
 def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
-    """Write the second graph beside a plain one, and return a sentence about it.
+    """Write the second graph beside a plain one, if a tensor is packed; return a sentence on it.
 
-    It is not written where no tensor is packed.
-
-    Args:
-        packing: the plugin that reads the second one.
-        zeros: fraction of zeros of each tensor to pack.
+    ``packing`` is the plugin that reads it, ``zeros`` the fraction of each tensor to pack.
     """
     name = accel_name(plain.name)
     if not zeros:
@@ -74,8 +70,7 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
     properties[ACCEL_KEY] = json.dumps(_summarize(packed, zeros))
 
     stored = StoredArrays(model, plain)
-    constants = stored.constants(before)
-    arrays = chain(constants, _convert(before, packed, stored))
+    arrays = chain(stored.constants(before), _convert(before, packed, stored))
     _rewire(model, packed)
     write_model(model, arrays, plain.parent, name, lambda: properties, inline_bytes=0)
 

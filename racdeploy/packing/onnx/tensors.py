@@ -1,8 +1,7 @@
 """The tensors of an ONNX graph that racdeploy wrote: what it says of them, and the arrays of each.
 
-A linear in f32 or f16 is stored inputs first, as MatMul takes it. In a block format it has three
-axes, and an embedding looks its rows up in the same codes. The array that zeros are counted in, and
-that a packing packs, has the tensor's own name.
+A linear in f32 or f16 is stored inputs first, as MatMul takes it, in a block format with three
+axes. The array that zeros are counted in, and that a packing packs, has the tensor's own name.
 """
 
 from __future__ import annotations
@@ -101,11 +100,9 @@ def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
 
 
 def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
-    """Return the packed rows whose arrays those are: the way back of :func:`split_arrays`.
+    """Return the packed rows of arrays: the way back of :func:`split_arrays`.
 
-    Raises:
-        KeyError: an array is missing.
-        ValueError: they do not fit each other.
+    A missing array is a KeyError, arrays that do not fit each other are a ValueError.
     """
     main = arrays[tensor.name]
     if not tensor.is_blocks:

@@ -63,9 +63,7 @@ class TensorPacker:
             if layout is None:
                 continue
 
-            tallied = self._tally(tensor)
-            self._tallies[tensor.name] = tallied
-
+            self._tallies[tensor.name] = tallied = self._tally(tensor)
             if layout.in_words:
                 kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
                 alike.setdefault(kind, []).append(tensor.name)

@@ -1,8 +1,7 @@
 """Bitmask for racdeploy's operator: a second ONNX graph, whose linears are multiplied as packed.
 
-The plain graph stays what every other program reads. The second one is smaller in the file and in
-memory, and faster where the operator is built and the processor has the instructions for it; see
-docs/accel.md. How it is made: ``packing/onnx/second_graph.py``.
+The plain graph stays what every other program reads; what the second one gains: docs/accel.md. How
+it is made: ``packing/onnx/second_graph.py``.
 """
 
 from __future__ import annotations

@@ -94,9 +94,8 @@ class Container:
 
     def plain(self) -> Iterator[memoryview]:
         """Yield the bytes of the plain file, without checking their SHA-256."""
-        # glibc keeps as much freed memory as twice the largest block it has freed. Without this
-        # one, whose pages are never touched, every chunk faults its pages in again, at half the
-        # speed.
+        # glibc keeps twice as much freed memory as the largest block it has freed. Without this
+        # one, whose pages are never touched, every chunk faults its pages in again: half the speed.
         np.empty(_HEAP_BYTES, dtype=np.uint8)
 
         yield memoryview(self._plain_header)
@@ -154,9 +153,7 @@ class Container:
         keys = len(self.header.values) - len(KEYS)
         fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), keys)
 
-        infos = []
-        for tensor in self.tensors:
-            infos.append((tensor.name, tensor.dimensions, tensor.ggml_type, tensor.plain_bytes))
+        infos = [(t.name, t.dimensions, t.ggml_type, t.plain_bytes) for t in self.tensors]
         return fixed + metadata + tensor_infos(infos, self.header.alignment)
 
 

@@ -54,8 +54,7 @@ def pack(
 ) -> tuple[PackedTensor, ...]:
     """Write a container that unpacks to ``plain``, byte for byte; an older file is replaced.
 
-    Args:
-        packing: the plugin that unpacks what ``packer`` makes.
+    Plugin ``packing`` unpacks what ``packer`` makes.
 
     Raises:
         ArtifactError: ``plain`` is damaged, or is laid out as no writer known here does it.

@@ -1,8 +1,7 @@
 """Programs that write a checkpoint as an ONNX graph in float32: one file each, none trusted.
 
-A file holds the members of :class:`Exporter`. The programs run in child processes, on a folder
-whose ``config.json`` says the same thing to every version of transformers. What comes back counts
-only after its weights were compared with the checkpoint and its logits with torch.
+A file holds the members of :class:`Exporter`. What comes back counts only after its weights were
+compared with the checkpoint and its logits with torch.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ class Exporter(Protocol):
 
 
 def load(name: str) -> Exporter:
-    """Import the exporter of that name.
-
-    Raises:
-        UnknownPluginError: there is no such exporter.
-    """
+    """Import the exporter of that name, or raise UnknownPluginError."""
     return cast(Exporter, plugins.load("onnx_exporters", name))
 
 
@@ -100,8 +95,7 @@ def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def run_module(module: str, arguments: Sequence[str], what: str) -> Any:
     """Run a module in its own process; return the JSON value of its last line, if it is one.
 
-    Raises:
-        EngineError: it failed or died; the message holds the last line that it wrote.
+    An EngineError says that it failed or died, with the last line that it wrote.
     """
     outcome = child.run_module(module, *arguments, variables=_QUIET)
     if outcome.failure:

@@ -46,12 +46,7 @@ def refusal(checkpoint: Checkpoint) -> str:
 
 
 def build(prepared: Path, out: Path) -> Path:
-    """Write the graph in float32 for CPU.
-
-    Raises:
-        MissingExtraError: onnxruntime-genai is not installed.
-        EngineError: the builder failed, or left no graph.
-    """
+    """Write the graph in float32 for CPU; a failure, or no graph, is an EngineError."""
     require("onnxruntime_genai")
     options = {"-m": prepared.name, "-i": prepared, "-o": out, "-p": "fp32", "-e": "cpu"}
     options["-c"] = out / "cache"

@@ -27,20 +27,11 @@ def refusal(checkpoint: Checkpoint) -> str:
 
 
 def build(prepared: Path, out: Path) -> Path:
-    """Write the graph in float32.
-
-    Raises:
-        MissingExtraError: optimum-onnx is not installed, or accelerate, without which tied weights
-            are stored twice.
-        EngineError: optimum failed, or left no graph.
-    """
+    """Write the graph in float32; a failure, or no graph, is an EngineError."""
     require("optimum")
-    require("accelerate")
-    run_module(
-        "racdeploy.export.onnx.exporters.optimum.child",
-        [str(prepared), str(out)],
-        "optimum's export",
-    )
+    require("accelerate")  # without it, tied weights are stored twice
+    folders = [str(prepared), str(out)]
+    run_module("racdeploy.export.onnx.exporters.optimum.child", folders, "optimum's export")
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError("optimum's export ended without an error and without a graph")
