@@ -37,15 +37,12 @@ class Row(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Runs batches of at most ``batch_tokens`` rows over slots, each with its own cache.
+    """Runs batches of at most ``batch_tokens`` rows over slots."""
 
-    ``decode`` releases the interpreter's lock.
-    """
-
-    slots: int
+    slots: int  # each with its own cache
     batch_tokens: int
 
-    def decode(self, rows: SequenceOf[Row]) -> None: ...
+    def decode(self, rows: SequenceOf[Row]) -> None: ...  # releases the interpreter's lock
 
     def logits_V(self, place: int) -> NDArray[np.float32]: ...
 
@@ -53,13 +50,10 @@ class Decoder(Protocol):
 
 
 class Batcher:
-    """Runs sequences to their end, in place, on decoders side by side.
-
-    ``prefill_s`` and ``decode_s`` are the time in the decoders, one decoder's on average.
-    """
+    """Runs sequences to their end, in place, on decoders side by side."""
 
     def __init__(self, decoders: SequenceOf[Decoder], sequences: SequenceOf[Sequence]) -> None:
-        self.prefill_s = 0.0
+        self.prefill_s = 0.0  # in the decoders, one decoder's on average, as below
         self.decode_s = 0.0
         self._forced_first: News = [(s.index, list(s.ids)) for s in sequences if s.ids]
 
@@ -70,10 +64,7 @@ class Batcher:
         self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
 
     def run(self, on_news: OnNews, cancelled: Cancel) -> None:
-        """Step until every sequence has ended or ``cancelled``, asked before each step, says so.
-
-        Several decoders call ``on_news`` from their threads, one call at a time.
-        """
+        """Step until all have ended or ``cancelled``; one call of ``on_news`` at a time."""
         if self._forced_first:
             on_news(self._forced_first)
 
@@ -143,15 +134,12 @@ class _Lane:
                 self.fill(slot)
 
     def _step(self) -> News:
-        """Decode one batch; every sequence that is fed up to date takes its step.
-
-        Rows are in the order of their slots: llama.cpp cuts a batch where a slot is skipped.
-        """
+        """Decode one batch; every sequence that is fed up to date takes its step."""
         rows: list[Row] = []
         up_to_date: dict[int, Sequence] = {}  # by the place of their last row
         decoding = 0
 
-        for slot, tokens in sorted(self._take_tokens().items()):
+        for slot, tokens in sorted(self._take_tokens().items()):  # llama.cpp wants slots in order
             for token in tokens:
                 rows.append(Row(token, self._positions[slot], slot, False))
                 self._positions[slot] += 1
@@ -167,8 +155,7 @@ class _Lane:
         self._decoder.decode(rows)
         elapsed_s = time.perf_counter() - started
 
-        # A batch that mixes prompts and decoding is shared out by its tokens.
-        decode_share = decoding / len(rows)
+        decode_share = decoding / len(rows)  # a mixed batch is shared out by its tokens
         self.decode_s += elapsed_s * decode_share
         self.prefill_s += elapsed_s * (1.0 - decode_share)
 

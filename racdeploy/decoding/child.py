@@ -34,9 +34,7 @@ _UNKNOWN = {"cause": "see its last words", "remedy": "report it, with the file t
 class Child:
     """A process that runs :mod:`racdeploy.decoding.worker`.
 
-    Args:
-        module: dotted name of what loads the model there.
-        engine: what error messages call it.
+    ``module`` names what loads the model there, ``engine`` is what error messages call it.
     """
 
     def __init__(self, module: str, engine: str) -> None:
@@ -67,11 +65,8 @@ class Child:
     def converse(self, op: str, **values: Any) -> Generator[Message | None, None, None]:
         """Send a request and yield its answers up to ``done``, and None while there is none.
 
-        Left early, for whatever reason, the request is cancelled and its late answers are dropped.
-
-        Raises:
-            ArtifactError: a file is damaged.
-            EngineError: the engine refused, or the process died.
+        Left early, the request is cancelled and late answers are dropped. Raises ArtifactError
+        where a file is damaged, EngineError where the engine refused or the process died.
         """
         with self._lock:
             self._calls += 1

@@ -21,13 +21,9 @@ class ChildEngine(Engine):
     """A model, loaded by an engine in a child process whose process id is ``pid``.
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
-    ``prefill_s``, ``decode_s`` (a batch that mixes both is shared out by its tokens) and the
-    child's ``peak_rss_bytes``.
-
-    Args:
-        module: dotted name of what loads the model, see :mod:`racdeploy.decoding.worker`.
-        name: what error messages call the engine.
-        options: what else the module wants to know.
+    ``prefill_s``, ``decode_s`` (a mixed batch is shared out by its tokens), the child's
+    ``peak_rss_bytes``. ``module`` loads the model there, ``name`` is for error messages,
+    ``options`` are the module's.
     """
 
     def __init__(

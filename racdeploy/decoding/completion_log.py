@@ -15,10 +15,7 @@ from racdeploy.storage.files import disk_errors
 
 
 class CompletionLog:
-    """One completion a line, appended as it ends; a line that a kill tore off is dropped.
-
-    Without a file nothing is kept on disk.
-    """
+    """One completion a line, appended as it ends; without a file nothing is kept on disk."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -43,7 +40,7 @@ class CompletionLog:
 
     def _read(self, file: Path) -> None:
         data = file.read_bytes()
-        whole_bytes = data.rfind(b"\n") + 1
+        whole_bytes = data.rfind(b"\n") + 1  # a line that a kill tore off is dropped
 
         for number, line in enumerate(data[:whole_bytes].splitlines(), 1):
             try:

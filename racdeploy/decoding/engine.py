@@ -18,60 +18,38 @@ Cancel = Callable[[], bool]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine is loaded; part of the fingerprint of every result.
+    """How an engine is loaded; part of the fingerprint of every result."""
 
-    Args:
-        context_tokens: longest prompt plus completion of one sequence.
-        parallel: sequences decoded together.
-        threads: 0 lets the engine use every core.
-        cache_dtype: of the key-value cache.
-        flash_attention: engines differ in their default and it changes traces, so it is always set.
-        accel: :mod:`racdeploy.accel`'s kernels for sparse weights: ``off``; ``auto`` where they are
-            built and proven faster; ``require`` fails where they cannot be used.
-    """
-
-    context_tokens: int = 4096
-    parallel: int = 8
-    threads: int = 0
-    cache_dtype: Literal["f16", "f32"] = "f16"
-    flash_attention: bool = False
+    context_tokens: int = 4096  # longest prompt plus completion of one sequence
+    parallel: int = 8  # sequences decoded together
+    threads: int = 0  # 0 lets the engine use every core
+    cache_dtype: Literal["f16", "f32"] = "f16"  # of the key-value cache
+    flash_attention: bool = False  # always set: engines' defaults differ, and it changes traces
+    # Kernels of racdeploy.accel: ``auto`` where built and proven faster, ``require`` or fail.
     accel: Literal["auto", "off", "require"] = "off"
 
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """Force the close tag after ``max_tokens`` thinking tokens, as if it had been generated.
-
-    ``starts_open`` says that the rendered prompt already ends inside the thinking.
-    """
+    """Force the close tag after ``max_tokens`` thinking tokens, as if it had been generated."""
 
     close_ids: tuple[int, ...]
     open_ids: tuple[int, ...]
     max_tokens: int
-    starts_open: bool
+    starts_open: bool  # the rendered prompt already ends inside the thinking
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen."""
 
-    Args:
-        max_new_tokens: cap on the completion, forced tokens included.
-        stop_ids: end-of-sequence ids; the one that stops a completion is kept in it.
-        temperature: 0 is greedy.
-        top_p: smallest probability mass to sample from, in (0, 1].
-        seed: each sequence draws from a generator seeded with ``(seed, stream)``, whatever the
-            batching.
-        streams: random stream of each sequence of a call; empty takes its index.
-    """
-
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int  # cap on the completion, forced tokens included
+    stop_ids: tuple[int, ...]  # the one that stops a completion is kept in it
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # smallest probability mass to sample from, in (0, 1]
+    seed: int = 0  # each sequence has a generator of ``(seed, stream)``, whatever the batching
     budget: ThinkingBudget | None = None
-    streams: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()  # of each sequence of a call; empty takes its index
 
     def stream(self, index: int) -> int:
         """Return the random stream of a sequence."""
@@ -80,26 +58,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids that followed a prompt, end-of-sequence included.
-
-    Args:
-        finish_reason: ``stop`` at an end-of-sequence id, ``length`` at a cap, ``cancelled``.
-        forced_at: index in ``ids`` of the first token of a forced close tag, or None.
-    """
+    """Token ids that followed a prompt, end-of-sequence included."""
 
     ids: tuple[int, ...]
-    finish_reason: FinishReason
-    forced_at: int | None = None
+    finish_reason: FinishReason  # ``stop`` at an end-of-sequence id, ``length`` at a cap
+    forced_at: int | None = None  # in ``ids``: the first token of a forced close tag, or None
 
 
 class Engine(Protocol):
-    """A loaded model; the end of a ``with`` block closes it.
+    """A loaded model; the end of a ``with`` block closes it."""
 
-    ``stats`` counts its time and memory, ``about`` is what it says of itself; both may be empty.
-    """
-
-    stats: dict[str, float]
-    about: dict[str, Any]
+    stats: dict[str, float]  # its time and memory; may be empty
+    about: dict[str, Any]  # what it says of itself; may be empty
 
     def generate(
         self,

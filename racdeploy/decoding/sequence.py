@@ -124,9 +124,8 @@ def choose(
 ) -> int:
     """Choose a token: the first largest logit at temperature 0, or a draw in float64.
 
-    Args:
-        top_p: smallest probability mass to draw from, in (0, 1].
-        random: one number is drawn from it, none at temperature 0.
+    ``top_p`` is the smallest mass to draw from, in (0, 1]; at temperature 0, ``random`` is not
+    used.
     """
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):

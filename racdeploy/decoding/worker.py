@@ -1,8 +1,7 @@
 """The child process that holds a model: ``python -m racdeploy.decoding.worker MODULE``.
 
-Reads requests from stdin, answers on what was stdout, and ends when stdin ends, also in the middle
-of a computation: a dead parent leaves no child. ``MODULE`` has ``load(request, settings)``, which
-returns a :class:`LoadedModel`.
+Reads stdin, answers on what was stdout, and ends when stdin ends, even while it computes: a dead
+parent leaves no child. ``MODULE`` has ``load(request, settings) -> LoadedModel``.
 """
 
 from __future__ import annotations
@@ -69,15 +68,11 @@ class _Inbox:
             else:
                 self.requests.put(header)
 
-        # The parent closed the pipe or is dead; the engine may be running in the other thread.
-        os._exit(0)
+        os._exit(0)  # the parent is gone or done; the engine may be running in the other thread
 
 
 class _Outbox:
-    """Passes on new tokens: at once where one sequence runs or one ends, otherwise in lots.
-
-    Each message takes the listener's core for a moment, which the engine may be using.
-    """
+    """Passes on new tokens: at once if one sequence runs or ends, else in lots to spare a core."""
 
     def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:
         self._sequences = sequences
@@ -187,10 +182,7 @@ def _read_sampling(values: Header) -> Sampling:
 
 
 def _peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process, 0 where the system does not report it.
-
-    On Linux from VmHWM: getrusage there still counts the parent's memory from before exec.
-    """
+    """Return peak resident memory, 0 if unknown; getrusage counts the parent's before exec, too."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -207,8 +199,7 @@ def main() -> None:
     """Keep the pipes for messages alone, then answer requests until the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
-        # An abort is expected; its core file helps nobody.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
 
     inbox = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "wb")

@@ -13,21 +13,15 @@ __all__ = ["PrunedModel"]
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """What the pruning stage leaves.
-
-    Args:
-        sparsity: fraction of zeros it was pruned to: of a schedule, in the last step that was kept.
-        notes: what the report must say about how it came about.
-        undone: which step of a schedule was undone, and why; empty where none was.
-    """
+    """What the pruning stage leaves."""
 
     folder: Path
-    sparsity: float
+    sparsity: float  # fraction of zeros; of a schedule, in the last step that was kept
     linears: tuple[LinearRow, ...]
     blocks: tuple[BlockRow, ...]
     selection: dict[str, Any]
-    notes: tuple[str, ...] = ()
-    undone: str = ""
+    notes: tuple[str, ...] = ()  # what the report must say about how it came about
+    undone: str = ""  # which step of a schedule was undone, and why; empty where none was
 
     def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
         """Return the linears as reported: where a step was undone, more was asked of them."""

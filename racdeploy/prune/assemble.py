@@ -1,7 +1,4 @@
-"""Put pruned blocks and untouched tensors together into one Hugging Face folder.
-
-The bytes of each tensor come from wherever it is, one piece of a tensor at a time in memory.
-"""
+"""Put pruned blocks and untouched tensors together into one Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,14 +13,11 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
 
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 24  # of a tensor in memory at a time
 
 
 def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
-    """Write ``out`` with the config, tokenizer and template of the checkpoint, and pruned weights.
-
-    The mean squared inputs of the linears, where the walk left them in ``blocks``, get a file too.
-    """
+    """Write ``out``: the checkpoint with pruned weights, and the mean squared inputs, if any."""
     pruned = _read_entries(blocks, "block")
     entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
     importance = _read_entries(blocks, "importance")

@@ -1,7 +1,4 @@
-"""Calibration batches: sequences of like length together, right-padded, positions from zero.
-
-With a causal mask, right padding cannot reach a real token; statistics leave it out.
-"""
+"""Calibration batches: like lengths together, right-padded, which a causal mask makes harmless."""
 
 from __future__ import annotations
 
@@ -18,19 +15,12 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass
 class Batch:
-    """Sequences that go through the blocks together.
+    """Sequences that go through the blocks together."""
 
-    Args:
-        ids_BT: token ids, 0 where padded.
-        stream_BT: index into ``STREAMS``, ``PAD`` where padded.
-        task_B: index into the tasks that the batches were made with.
-        held_out: whether the batch only measures the error.
-    """
-
-    ids_BT: torch.Tensor
-    stream_BT: torch.Tensor
-    task_B: torch.Tensor
-    held_out: bool
+    ids_BT: torch.Tensor  # 0 where padded
+    stream_BT: torch.Tensor  # index into ``STREAMS``, ``PAD`` where padded
+    task_B: torch.Tensor  # index into the tasks that the batches were made with
+    held_out: bool  # whether the batch only measures the error
 
 
 def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: bool) -> list[Batch]:

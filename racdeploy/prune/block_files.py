@@ -1,7 +1,4 @@
-"""Files of finished blocks: weights, mean squared inputs, and what is reported of them.
-
-A block is finished once its report is there. The first process has the files; it tells the others.
-"""
+"""Files of finished blocks, those with a report; the first process has them and tells others."""
 
 from __future__ import annotations
 

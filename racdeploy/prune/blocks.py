@@ -1,7 +1,4 @@
-"""The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear.
-
-Weights and hidden states go to the device here and nowhere else; what a block returns is there.
-"""
+"""The decoder's blocks under torch, one at a time: load, run, and look at what reaches a linear."""
 
 from __future__ import annotations
 
@@ -23,15 +20,12 @@ _ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 
 
 class Blocks:
-    """A model on the meta device whose blocks are filled when they are asked for.
-
-    ``compute`` is the number format of the products; hidden states stay in float32.
-    """
+    """A model on the meta device whose blocks are filled on demand; hidden states are float32."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        compute: Literal["float32", "bfloat16"] = "float32",
+        compute: Literal["float32", "bfloat16"] = "float32",  # of the products
         device: torch.device = CPU,
     ) -> None:
         self.checkpoint, self.device = checkpoint, device
@@ -80,7 +74,7 @@ class Blocks:
         return block
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device)
+        return tensor.to(self.device)  # here and nowhere else; what a block returns stays there
 
     def forward(
         self,
@@ -90,9 +84,7 @@ class Blocks:
     ) -> torch.Tensor:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
-        Args:
-            known: group → input of its one linear, as an earlier pass found it. The linear ends
-                attention or the feed-forward part; that part then computes the linear alone.
+        ``known``: group → input of its one linear, found earlier; its part computes only that.
         """
         hidden_BTD = self.place(hidden_BTD)
         length = hidden_BTD.shape[1]
@@ -126,11 +118,8 @@ class Blocks:
 
     @contextmanager
     def _shortcuts(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
-        """While the body runs, a part whose last input is known computes its last linear alone.
-
-        This replaces the part's ``forward`` (monkey-patching): with hooks, it would run anyway.
-        """
-        changed = []
+        """While the body runs, a part whose last input is known computes its last linear alone."""
+        changed = []  # parts with another ``forward``: with hooks, their own would run anyway
         for group, input_BTI in known.items():
             (name,) = self.checkpoint.family.input_groups[group]
             part_name = name.rpartition(".")[0]

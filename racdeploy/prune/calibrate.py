@@ -1,8 +1,7 @@
 """The walk over the blocks: gather statistics, prune, write, and pass the sparse block's output on.
 
-One block is in memory at a time, dense and partly pruned. Linears that share an input are pruned
-together, and the next ones see what they leave. A finished block is a file, so an interrupted walk
-resumes with the first block that has none; the result is byte for byte the same.
+One block is in memory at a time, dense and partly pruned; linears that share an input go together.
+A finished block is a file, so an interrupted walk resumes, and ends byte for byte the same.
 """
 
 from __future__ import annotations
@@ -45,30 +44,20 @@ from racdeploy.traces.trace import STREAMS, Trace
 
 def prune_blocks(
     checkpoint: Checkpoint,
-    calibration: Sequence[Trace],
-    held_out: Sequence[Trace],
+    calibration: Sequence[Trace],  # these decide the pruning
+    held_out: Sequence[Trace],  # these only measure it
     settings: Pruning,
-    folder: Path,
-    weights: StreamWeights | None = None,
-    quant: str = "",
-    within: Path | None = None,
-    threads: int = 0,
+    folder: Path,  # finished blocks in it are reused
+    weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
+    quant: str = "",  # format whose codes are chosen while pruning; empty leaves that to the export
+    within: Path | None = None,  # an earlier walk, whose zeros stay zeros; weights start dense
+    threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE,  # each calls this with the same arguments and its own folder
 ) -> tuple[list[LinearRow], list[BlockRow]]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
-    Args:
-        calibration: traces that decide the pruning; those ``held_out`` only measure it.
-        folder: finished blocks in it are reused.
-        weights: what a token of each stream counts; None is 1 for all.
-        quant: number format whose codes are chosen while pruning; empty leaves that to the export.
-        within: folder of an earlier walk whose zeros stay zeros; weights start from the dense ones.
-        threads: CPU threads; 0 leaves torch's choice. Every process uses as many as the first.
-        processes: who share the work; each calls this with the same arguments and its own folder.
-
-    Returns:
-        One row per linear, in forward order, and one per block.
+    Returns one row per linear, in forward order, and one per block.
     """
     if not calibration:
         reason = "no calibration traces are left after selection"

@@ -1,7 +1,6 @@
 """What pruning takes: peak memory from the shapes, time from the first block, and both as measured.
 
-Memory is that of the process and, where there is a GPU, of its tensors there. How long a block
-takes depends on the machine, so nobody says before the first one is pruned.
+Memory is that of the process and of its tensors on a GPU; time is only known from the first block.
 """
 
 from __future__ import annotations
@@ -29,26 +28,19 @@ from racdeploy.storage.files import read_json, write_atomic
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FILE = "cost.json"
 _FLOAT32, _FLOAT64 = 4, 8
-# The statistic sums the upper triangle of the Hessian in 8 slabs of rows, each from its first
-# column on: 36 of 64 squares.
-_TRIANGLE = 0.56
-# In float32, while a linear is solved: Hessian and factor; of the largest linear of a group, its
-# weights twice, and the method's scores and result, with a flat copy and 64-bit places for
-# ``kthvalue``; or more than that, what the refit keeps (weights, pull, steps, products). A method
-# that takes something else says so.
+_TRIANGLE = 0.56  # of the Hessian's squares are summed, 36 of 64 in 8 slabs of rows
+# In float32, while a linear is solved: Hessian and factor; of a group's largest linear, weights
+# twice, scores, result and what ``kthvalue`` takes, or what the refit keeps. Methods may differ.
 _MATRICES, _COPIES, _REFIT_COPIES = 2, 7, 9
 _STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
-# The C library keeps what is freed (racdeploy.storage.heap), and what comes later does not fill
-# every hole: 1.1 to 1.4 times as much as is in use, over prunings of three shapes.
-_HOLES = 1.4
+_HOLES = 1.4  # the C library keeps what is freed: 1.1 to 1.4 times what is in use, as measured
 _WORTH_A_LINE_S = 60.0  # a shorter wait is over before the line is read
 
 
 def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: int) -> int:
     """Return what collecting traces here takes at most in memory, ``sequences`` at a time.
 
-    That is the process as it is, every weight in float32, keys and values (one block's twice, while
-    they are appended to), and what passes through a block and its head.
+    The process as it is, weights in float32, keys and values (a block's twice), and activations.
     """
     entries = checkpoint.entries
     width = checkpoint.integer("hidden_size")
@@ -58,8 +50,7 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
     cache = per_token * (checkpoint.block_count + 1) * sequences * longest
 
-    # A token of the prompt: six values of the hidden width in attention (norm, q, k, v, output,
-    # sum) and four of the feed-forward width. Logits are those of the last position, and a copy.
+    # A prompt token: six values of hidden width, four of feed-forward width; the last logits twice.
     passing = sequences * prompt * (6 * width + 4 * inner)
     logits = 2 * sequences * checkpoint.integer("vocab_size")
     return _resident() + _FLOAT32 * (weights + cache + passing + logits)
@@ -70,13 +61,11 @@ def peak_bytes(
     settings: Pruning,
     calibration_tokens: int,
     held_out_tokens: int,
-    quant: str = "",
+    quant: str = "",  # whose codes are chosen while pruning, if any
 ) -> int:
     """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take at most in memory.
 
-    That is the process with transformers loaded, the window of hidden states, and the most
-    expensive moment of the most expensive group of linears. ``quant`` is the number format whose
-    codes are chosen while pruning, if any.
+    The process with transformers, the window of hidden states, and the costliest moment of a group.
     """
     # Making the blocks loads what is loaded before pruning, so that it is among what is resident.
     width = Blocks(checkpoint, settings.compute, choose_device(settings.device)).widths()[0]
@@ -88,8 +77,7 @@ def peak_bytes(
     dense_tokens = tokens if settings.match_dense else held_out_tokens
     window = sum(min(_FLOAT32 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
 
-    # A token of a batch: six values of the hidden width in attention, two of the feed-forward
-    # width, and the input of a linear in each stream, which is weighted and summed.
+    # A token: six values of hidden width, two of feed-forward width, a linear's input per stream.
     inner = max(I for shapes in groups for _, I in shapes)
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
     passing = _FLOAT32 * batch_tokens * (6 * width + (2 + streams) * inner)
@@ -163,12 +151,9 @@ def measured_cost(
     predicted_bytes: int,
     processes: int,
     progress: Progress | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,  # gets a line on the time left, if long
 ) -> Iterator[Progress]:
-    """While the body prunes, measure it, unless an earlier run began; leave that in ``folder``.
-
-    Yields the callback for the body's progress. ``notify`` gets a line on the time left, if long.
-    """
+    """Yield a progress callback; measure the body into ``folder``, unless an earlier run began."""
     finished = len([*folder.glob("block-*.json")])
     reset = _reset_peak()
     if _on_gpu():

@@ -1,8 +1,4 @@
-"""Where blocks are computed: the CPU, or a GPU with one block at a time.
-
-Only what a block computes with goes to the device, and its results come back. Products are float32
-on either (torch leaves TF32 off), so they differ by the order of sums.
-"""
+"""Where blocks are computed, in float32 (no TF32): the CPU, or a GPU with one block at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +12,7 @@ CPU = torch.device("cpu")
 
 
 def choose_device(asked: str) -> torch.device:
-    """Return the device that a recipe's ``prune.device`` means here.
-
-    Processes of one machine take its GPUs in turn, by torchrun's ``LOCAL_RANK``.
-    """
+    """Return the device ``prune.device`` means; ``LOCAL_RANK`` shares out a machine's GPUs."""
     if asked != "cpu" and torch.cuda.is_available():
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", rank % torch.cuda.device_count())

@@ -1,8 +1,7 @@
 """The calibration batches on their way through one model: hidden states, and inputs within a block.
 
-A block is passed several times, up to the input of each group of linears and to its end. The inputs
-of the linears that end attention and the feed-forward part are kept on disk: later passes start
-there, with the same results. About half as much is computed.
+The inputs of the linears that end attention and the feed-forward part are kept on disk: later
+passes of a block start there, with the same results and about half the work.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ KEPT_BYTES = 2 << 30
 
 
 class Flow:
-    """Batches between and within the blocks of one model.
-
-    Inputs within a block take up to ``kept_bytes`` on disk; later batches compute theirs each time.
-    """
+    """Batches between and within the blocks of one model."""
 
     def __init__(
         self,
@@ -32,7 +28,7 @@ class Flow:
         batches: Sequence[Batch],
         folder: Path,
         name: str,
-        kept_bytes: int = KEPT_BYTES,
+        kept_bytes: int = KEPT_BYTES,  # inputs on disk; later batches compute theirs each time
     ) -> None:
         self._blocks = blocks
         self._family = blocks.checkpoint.family

@@ -13,15 +13,11 @@ from racdeploy.traces.trace import STREAMS
 
 
 class RelativeError:
-    """Σ |found − wanted|² / Σ |wanted|² over tokens, where there were any.
-
-    ``tasks`` are names, in the order of ``Batch.task_B``.
-    """
+    """Σ |found − wanted|² / Σ |wanted|² over tokens, where there were any."""
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        self._tasks = tasks
-        # X: tasks.
-        self._lost_XR = torch.zeros(len(tasks), len(STREAMS), dtype=torch.float64)
+        self._tasks = tasks  # names, in the order of ``Batch.task_B``
+        self._lost_XR = torch.zeros(len(tasks), len(STREAMS), dtype=torch.float64)  # X: tasks
         self._energy_XR = torch.zeros_like(self._lost_XR)
 
     def add(self, found_BTO: torch.Tensor, wanted_BTO: torch.Tensor, batch: Batch) -> None:

@@ -9,29 +9,21 @@ import torch
 from racdeploy.errors import EnvironmentFailure
 
 DAMPING_STEP, DAMPING_STEPS = 10.0, 3
-# Columns that are inverted together: few beside the matrix, so that what is copied stays small, and
-# enough for products to run at full speed.
-_SLAB_COLUMNS = 256
+_SLAB_COLUMNS = 256  # inverted together: little is copied, and products run at full speed
 _CHUNK_VALUES = 1 << 20  # that change places together: 4 MB are copied meanwhile
 
 
 class Hessian:
-    """Mean of x xᵀ over calibration tokens, with damping on its diagonal.
+    """Mean of x xᵀ over calibration tokens, with ``damping`` times its mean diagonal on top.
 
-    Every factor is computed once, on first use, for all linears that share the input. Inputs that
-    were never active (``dead_I``) get a unit diagonal; their weights are zero and stay so.
-    ``norm_I`` is the root of each input's mean energy, without damping.
-
-    Args:
-        matrix_II: float32, symmetric, contiguous; becomes the damped one.
-        damping: share of the mean diagonal to add.
+    Every factor is computed once, on first use, for all linears that share the input.
     """
 
     def __init__(self, matrix_II: torch.Tensor, damping: float) -> None:
         diagonal_I = matrix_II.diagonal()
-        self.dead_I = diagonal_I == 0
-        self.norm_I = diagonal_I.sqrt()
-        self.matrix_II = matrix_II
+        self.dead_I = diagonal_I == 0  # never active: unit diagonal; weights are zero and stay so
+        self.norm_I = diagonal_I.sqrt()  # root of each input's mean energy, without damping
+        self.matrix_II = matrix_II  # float32, symmetric, contiguous; becomes the damped one
         self.damping = damping
         self._asked, self._mean = damping, float(diagonal_I.mean())
         self._damp(damping)
@@ -41,9 +33,8 @@ class Hessian:
     def inverse_factor_II(self) -> torch.Tensor:
         """Upper Cholesky factor U of the inverse, H⁻¹ = Uᵀ U.
 
-        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed: the inverse itself is never
-        formed, and one matrix is all that is needed beside H. Where H does not factor, ``damping``
-        is raised step by step, to 1000 times.
+        With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed, so one matrix is enough.
+        Where H does not factor, ``damping`` is raised step by step, to 1000 times.
         """
         for step in range(DAMPING_STEPS + 1):
             if step:
@@ -51,8 +42,7 @@ class Hessian:
                 self._damp(more - self.damping)
                 self.damping = more
 
-            # In place, so that no third matrix is made: what LAPACK writes as Lᵀ, column by column,
-            # is L row by row.
+            # In place, without a third matrix: what LAPACK writes as Lᵀ by columns is L by rows.
             factor_II = self.matrix_II.flip(0, 1)
             by_columns_II = factor_II.mT
             failed = torch.empty((), dtype=torch.int32, device=factor_II.device)
@@ -95,10 +85,7 @@ class Hessian:
 
 
 def _invert_lower(lower_II: torch.Tensor) -> None:
-    """Invert a lower triangular matrix in place, slab by slab from the last columns to the first.
-
-    Source: LAPACK's ``trtri``.
-    """
+    """Invert a lower triangular matrix in place, slab by slab. Source: LAPACK's ``trtri``."""
     I = len(lower_II)
     for start in reversed(range(0, I, _SLAB_COLUMNS)):
         stop = min(start + _SLAB_COLUMNS, I)

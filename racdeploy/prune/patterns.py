@@ -1,7 +1,4 @@
-"""Which weights stay: exact counts for unstructured sparsity, N kept of M for semi-structured.
-
-Every pattern has the three functions that :class:`Unstructured` explains.
-"""
+"""Which weights stay: exact counts for unstructured sparsity, N kept of M for semi-structured."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Zeros anywhere in a linear; ``sparsity`` is the fraction of zeros."""
+    """Zeros anywhere, ``sparsity`` of all; every pattern has the three functions explained here."""
 
     sparsity: float
 
@@ -79,14 +76,10 @@ class NOfM:
 
 @dataclass(frozen=True)
 class Within:
-    """A pattern under which weights that are gone stay gone.
-
-    Where ``gone_OI`` is True, weights are pruned first. In no slice are there more of them than
-    ``pattern`` has zeros.
-    """
+    """A pattern under which weights that are gone stay gone."""
 
     pattern: Unstructured | NOfM
-    gone_OI: torch.Tensor
+    gone_OI: torch.Tensor  # True: pruned first; in no slice more than ``pattern`` has zeros
 
     def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
         gone_OC = self.gone_OI[:, column : column + score_OC.shape[1]]

@@ -26,8 +26,7 @@ R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=10)
-# The others wait while the first one exports and verifies; that one is gone shows at once.
-_PATIENCE = timedelta(days=7)
+_PATIENCE = timedelta(days=7)  # while the first exports and verifies; a lost one shows at once
 _REMEDY = (
     "the first error above is the cause; "
     "run the same command again, it resumes at the first missing block"
@@ -191,8 +190,7 @@ def join_processes() -> Iterator[Processes]:
             processes.dismiss()
         finally:
             group.destroy_process_group()
-            # The last references: gloo ends its threads here, not as we exit.
-            processes._members = members = None
+            processes._members = members = None  # gloo ends its threads here, not as we exit
 
     signal.signal(signal.SIGTERM, before)
 

@@ -18,20 +18,13 @@ from racdeploy.report.model import LinearRow
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A pruned linear.
+    """A pruned linear."""
 
-    Args:
-        stored_OI: weights in the file's dtype.
-        target_OI: dense weights, or what gives the dense model's output on the drifted input.
-        error: on held-out traces, against the target.
-        importance_I: mean squared input.
-    """
-
-    stored_OI: torch.Tensor
-    target_OI: torch.Tensor
+    stored_OI: torch.Tensor  # weights in the file's dtype
+    target_OI: torch.Tensor  # dense weights, or what gives the dense output on the drifted input
     damping: float
-    error: RelativeError
-    importance_I: torch.Tensor
+    error: RelativeError  # on held-out traces, against the target
+    importance_I: torch.Tensor  # mean squared input
     tokens: int
 
     def spread(self, processes: Processes, owner: int, *, target: bool) -> PrunedLinear:

@@ -21,10 +21,7 @@ _TINY = 1e-30  # a row that has converged divides by this: its steps are zero
 def prune_and_refit(
     method: Any, weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> Pruned:
-    """Return what a method leaves of a linear, solved again on its mask if the recipe asks for it.
-
-    ``weight_OI``, before pruning, is not changed.
-    """
+    """Return what a method leaves of a copy of ``weight_OI``, refitted if the recipe asks."""
     pruned: Pruned = method.prune(weight_OI.clone(), hessian, pattern, settings)
     if not settings.refit_steps:
         return pruned
@@ -41,17 +38,12 @@ def refit(pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, steps: int)
 
 def descend(
     weight_OI: torch.Tensor,
-    pull_OI: torch.Tensor,
+    pull_OI: torch.Tensor,  # minus half the slope of the error, (T − W) H; in place too
     free_OI: torch.Tensor,
     H_II: torch.Tensor,
-    steps: int,
+    steps: int,  # each costs one product with the Hessian
 ) -> None:
-    """Move the free weights, in place, towards the least error; the others stay as they are.
-
-    Args:
-        pull_OI: minus half the slope of the error, (T − W) H; in place too.
-        steps: conjugate-gradient steps; each costs one product with the Hessian.
-    """
+    """Move the free weights, in place, towards the least error; the others stay as they are."""
     diagonal_I = H_II.diagonal()
     scaled_OI = (pull_OI / diagonal_I).mul_(free_OI)
     power_O1 = (pull_OI * scaled_OI).sum(1, keepdim=True)

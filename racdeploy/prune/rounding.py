@@ -1,13 +1,9 @@
 """Choose the codes of a number format while pruning compensates; the exporter writes them.
 
-Slab by slab, the columns of a slab are rounded and those to come are solved again for what the
-rounding did. Then every column is visited in turn, again and again, and the error of the linear
-falls with every step: each weight moves to the grid point that is best while all others stay, and
-each quant block's scale to the one that is best for its codes. The weight of largest magnitude of a
-quant block keeps the code of largest magnitude at any scale: quantizing the result again gives the
-same scale and codes.
-Source: QuantEase (arXiv 2309.01885) on a mask, from the order of GPTQ (arXiv 2210.17323), with
-scales that move.
+Slab by slab, columns are rounded and those to come solved again. Then, again and again, each weight
+moves to the grid point that is best while all others stay, each quant block's scale to the best for
+its codes. A block's largest weight keeps the largest code: quantizing again gives the same.
+Source: QuantEase (arXiv 2309.01885) on a mask, in GPTQ's order (arXiv 2210.17323); scales move.
 """
 
 from __future__ import annotations
@@ -32,10 +28,7 @@ _CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of 1 MB st
 def round_to_grid(
     pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> torch.Tensor:
-    """Return weights that ``quant`` stores exactly, zero off the mask.
-
-    ``target_OI`` are the weights before pruning.
-    """
+    """Return weights that ``quant`` stores exactly, zero off the mask; ``target_OI``: unpruned."""
     code_OI, step_OG = find_codes(pruned, target_OI, hessian, quant)
     step_OI = step_OG.repeat_interleave(quant.BLOCK, dim=1)
     return code_OI.mul_(step_OI)
@@ -87,10 +80,7 @@ class _Search:
         self.pull_OI = (target_OI - self.weight_OI) @ H_II
 
     def solve_from(self, start: int) -> None:
-        """Move the free weights from column ``start`` on, off the grid.
-
-        The pull on the columns before is wrong afterwards.
-        """
+        """Move the free weights from ``start`` on, off the grid; the pull before it gets wrong."""
         weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
         H_CC = self.H_II[start:, start:]
         descend(weight_OC, pull_OC, self.free_OI[:, start:], H_CC, DESCENT_STEPS)
@@ -100,10 +90,7 @@ class _Search:
         torch.matmul(off_OI, self.H_II, out=self.pull_OI)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
-        """Move each weight of the columns to its best grid point; return if any moved.
-
-        With ``scales``, each scale moves to its best value, too.
-        """
+        """Move each weight (with ``scales``, scales too) to its best value; return if any moved."""
         moved = False
         for first in range(start, stop, CHUNK_COLUMNS):
             last = min(first + CHUNK_COLUMNS, stop)
@@ -195,10 +182,7 @@ def _divisor(step: torch.Tensor) -> torch.Tensor:
 def _start_scales(
     weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OG and pinned_OI: the code of each block's largest weight, 0 elsewhere.
-
-    A block takes the scale of the least squared error, weighted with the energy of the inputs.
-    """
+    """Return step_OG, of least weighted error, and pinned_OI: codes of blocks' largest, else 0."""
     own_OG, pinned_OI = _choose_pinned(weight_OI, quant)
     energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
     step_OG = own_OG.clone()
@@ -232,9 +216,8 @@ def _start_scales(
 def _choose_pinned(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Return step_OG, the scales that the format would choose, and pinned_OI, their codes.
 
-    The pinned code is the one of largest magnitude, also where half precision has too few digits
-    for the scale to give the weight that very code: with another one the format would choose
-    another scale next time.
+    A pinned code is the largest, also where half precision has too few digits for the scale to give
+    it: with another one the format would choose another scale next time.
     """
     stored = quant.quantize(weight_OI.cpu().numpy())
     steps = quant.steps(stored).copy()

@@ -18,23 +18,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Session:
-    """One process's view of a pruning.
-
-    Args:
-        batches: of this process.
-        everyones: calibration batches of all.
-        weights_R: what a token of each stream counts, where the blocks are.
-        progress: called with a label, blocks done and blocks in all.
-    """
+    """One process's view of a pruning."""
 
     blocks: Blocks
-    batches: Sequence[Batch]
-    everyones: Sequence[Batch]
-    weights_R: torch.Tensor
+    batches: Sequence[Batch]  # of this process
+    everyones: Sequence[Batch]  # calibration batches of all
+    weights_R: torch.Tensor  # what a token of each stream counts, where the blocks are
     settings: Pruning
     folder: Path
     processes: Processes
-    progress: Progress | None = None
+    progress: Progress | None = None  # called with a label, blocks done and blocks in all
 
     @property
     def fitted(self) -> list[Batch]:

@@ -1,11 +1,8 @@
 """What calibration gathers for one input: the Hessian, and the drift from the dense model's input.
 
-H = Σ w x xᵀ over tokens, w the weight of a token's stream (prompt, thinking, answer). The product
-of a batch is float32, the sum over batches float64, rounded to float32 once: adding float32 numbers
-in float64 is exact but for magnitudes more than 2²² apart, so the sum does not depend on the order
-of the batches, or on who added them.
-Source: SparseGPT (arXiv 2301.00774) section 3; streams follow RAC (arXiv 2509.12464); drift follows
-GPTAQ (arXiv 2504.02692).
+H = Σ w x xᵀ over tokens, w the weight of a token's stream. A batch's product is float32, the sum
+float64: exact but for magnitudes more than 2²² apart, so in any order, and whoever adds.
+Source: SparseGPT (arXiv 2301.00774) section 3; streams: RAC (2509.12464); GPTAQ (2504.02692).
 """
 
 from __future__ import annotations
@@ -21,31 +18,21 @@ from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import Processes
 
 PAD = -1
-# A sum of outer products is symmetric: of each slice of rows only the part from the diagonal on is
-# summed. Eight slices leave out 28 of 64 squares; narrower ones than 256 rows make slow products.
+# Of each slice of rows the part from the diagonal on is summed; narrower ones make slow products.
 SLICES, LEAST_SLICE = 8, 256
 
 
 @dataclass
 class InputStatistic:
-    """Sums over the calibration tokens of one input.
-
-    After :meth:`share`, ``weight`` is that of all tokens and ``importance_I`` the mean squared
-    input of each column. The drift is gathered as W D, one row per output, where that is smaller
-    than D.
-
-    Args:
-        weights_R: weight of a token of each stream, on the device where the sums are kept.
-        match: dense weights of the linears that are solved for the dense model's output.
-    """
+    """Sums over the calibration tokens of one input."""
 
     width: int
-    weights_R: torch.Tensor
-    match: Sequence[torch.Tensor] = ()
-    weight: float = field(init=False)
-    importance_I: torch.Tensor = field(init=False)
+    weights_R: torch.Tensor  # of a token of each stream, on the device where the sums are kept
+    match: Sequence[torch.Tensor] = ()  # dense weights of linears solved for the dense output
+    weight: float = field(init=False)  # after :meth:`share`: of all tokens
+    importance_I: torch.Tensor = field(init=False)  # after :meth:`share`: mean squared input
     _sums: list[torch.Tensor] = field(init=False)
-    _drift: torch.Tensor = field(init=False)
+    _drift: torch.Tensor = field(init=False)  # W D, a row per output, where smaller than D
     _weight: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,10 +49,7 @@ class InputStatistic:
     def add(
         self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, stream_BT: torch.Tensor
     ) -> None:
-        """Add the input of a batch; where the drift is gathered, in the dense model too.
-
-        Positions whose stream is ``PAD`` do not count.
-        """
+        """Add a batch's input (``PAD`` does not count), and the dense model's for the drift."""
         stream_BT = stream_BT.to(self.weights_R.device)
         real_BT = stream_BT != PAD
         weight_N = self.weights_R[stream_BT[real_BT]]

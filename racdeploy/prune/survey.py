@@ -1,7 +1,4 @@
-"""The sparsity of every pruned linear, decided once, before the walk.
-
-An allocation that asks for it surveys the dense model first: it looks at every linear once.
-"""
+"""The sparsity of every pruned linear, decided once before the walk, by a survey if asked for."""
 
 from __future__ import annotations
 
@@ -68,13 +65,10 @@ def _count_weights(session: Session) -> dict[str, int]:
 
 
 def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[str, Observation]:
-    """Return what ``observe`` makes of each linear of these names.
-
-    Effects are measured on the one batch that counts most, the same in each process.
-    """
+    """Return what ``observe`` makes of each linear of these names."""
     blocks = session.blocks
     totals = [float(_weigh_tokens(batch, session).sum()) for batch in session.everyones]
-    probe = session.everyones[totals.index(max(totals))]
+    probe = session.everyones[totals.index(max(totals))]  # counts most; each process has the same
     (probe_BTD,) = blocks.embed([probe])
 
     found: dict[str, Observation] = {}

@@ -19,14 +19,11 @@ DEFAULT = "auto"
 
 @dataclass(frozen=True)
 class Scored:
-    """A scored answer.
-
-    ``extracted`` was compared with the gold answer; ``how`` says where it was, or why it is None.
-    """
+    """A scored answer."""
 
     correct: bool
-    extracted: str | None
-    how: str
+    extracted: str | None  # what was compared with the gold answer
+    how: str  # says where that was, or why it is None
 
 
 def check(spec: str) -> None:

@@ -45,36 +45,23 @@ _DRAWS_PER_PROBLEM = 1000
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer.
+    """One question with its gold answer."""
 
-    Args:
-        question: what the user asks, without a chat template.
-        gold: the right answer, as its scorer expects it.
-        thinking: a worked solution, where the task can write one (training only).
-        task: the task's specification, filled in by :func:`problems_of`.
-        scorer: of :mod:`racdeploy.scorers`; empty is its default.
-    """
-
-    question: str
-    gold: str
-    thinking: str | None = None
-    task: str = ""
-    scorer: str = ""
+    question: str  # what the user asks, without a chat template
+    gold: str  # the right answer, as its scorer expects it
+    thinking: str | None = None  # a worked solution, where the task can write one (training only)
+    task: str = ""  # the task's specification, filled in by :func:`problems_of`
+    scorer: str = ""  # of :mod:`racdeploy.scorers`; empty is its default
 
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded task.
+    """A loaded task."""
 
-    Args:
-        spec: what the user typed, ``jsonl:FILE`` or a plain name.
-        draw: makes a problem, or None for a task over a file.
-        shares: which part of all questions, by their hash, each split gets.
-    """
-
-    spec: str
-    draw: Callable[[Random], Problem] | None
+    spec: str  # what the user typed, ``jsonl:FILE`` or a plain name
+    draw: Callable[[Random], Problem] | None  # makes a problem; None for a task over a file
     pool: tuple[Problem, ...]
+    # Which part of all questions, by their hash, each split gets.
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
 
     def serving(self, split: Split, *, whole: bool) -> Task:
@@ -149,10 +136,7 @@ class TaskSet:
         return cls(asked, others)
 
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
-        """Return up to ``count`` problems of a split, shared evenly among its tasks.
-
-        A file that serves a single split gives all it has.
-        """
+        """Return up to ``count`` problems of a split, evenly shared; a file for it alone: all."""
         asked = self.calibration if split == "calibration" else self.evaluation
         alone = self.evaluation.keys().isdisjoint(self.calibration)
         chosen = [task.serving(split, whole=alone) for task in asked.values()]

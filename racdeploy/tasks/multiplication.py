@@ -19,7 +19,5 @@ def draw(random: Random) -> Problem:
         f"{columns.add(left * tens * 10, left * ones)}.",
     ]
     return Problem(
-        question=f"What is {left} times {right}?",
-        gold=str(left * right),
-        thinking="\n".join(steps),
+        question=f"What is {left} times {right}?", gold=str(left * right), thinking="\n".join(steps)
     )

@@ -1,7 +1,6 @@
 """Collect on-policy traces: the model answers calibration prompts, and every token id is kept.
 
-One batch is one shard on disk with its own random stream, so an interrupted collection resumes at
-the first missing shard and ends with the same bytes.
+A batch is one shard with its own random stream: once resumed, a collection ends with equal bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
 
 Progress = Callable[[str, int, int], None]
-# A shard's seed is the recipe's times this, plus its number: a prime above any number of shards, so
-# that no two seeds of a recipe share a shard's.
-_SHARD_STRIDE = 1_000_003
+_SHARD_STRIDE = 1_000_003  # a prime above any number of shards: no two seeds share a shard's seed
 Asked = tuple[list[list[int]], Sampling]
 
 

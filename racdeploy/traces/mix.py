@@ -11,14 +11,11 @@ from racdeploy.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Probe:
-    """How a sparse model answered the calibration prompts, beside the dense model.
-
-    ``length_ratio`` is that of the thinking tokens of all answers, to the dense model's.
-    """
+    """How a sparse model answered the calibration prompts, beside the dense model."""
 
     accuracy: float
     dense_accuracy: float
-    length_ratio: float
+    length_ratio: float  # thinking tokens of all answers, to the dense model's
 
     @classmethod
     def of(cls, own: Sequence[Trace], dense: Sequence[Trace]) -> Probe:

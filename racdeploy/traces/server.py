@@ -44,16 +44,12 @@ def answering(
     checkpoint: Checkpoint,
     encoder: PromptEncoder,
     context_tokens: int,
-    folder: Path,
+    folder: Path,  # of the trace stage; keeps the server's model, completions until all are there
 ) -> Iterator[Answering]:
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
-    Args:
-        folder: of the trace stage; records the server's model, and completions until all are there.
-
-    Raises:
-        ArtifactError: the shards in the folder came from another model.
-        EngineError: the server failed; completions that had ended are kept.
+    Raises ArtifactError where the shards in the folder came from another model, and EngineError
+    where the server failed; completions that had ended are kept.
     """
     file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
@@ -138,8 +134,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
                 remedy="serve the very model that is pruned, or name its folder",
             )
 
-    # llama-server leaves the beginning-of-sequence token to its tokenizer.
-    without_bos = prompt.removeprefix(encoder.bos_token)
+    without_bos = prompt.removeprefix(encoder.bos_token)  # llama-server's tokenizer adds it
     rendered = engine.render([{"role": "user", "content": _QUESTION}])
 
     if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):

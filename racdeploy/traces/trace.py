@@ -18,26 +18,17 @@ STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
 
 @dataclass(frozen=True)
 class Trace:
-    """A prompt and the model's completion of it, as token ids.
+    """A prompt and the model's completion of it, as token ids."""
 
-    Args:
-        index: place in the trace set.
-        task: specification of the task that asked.
-        completion_ids: sampled ids, end-of-sequence included.
-        answer_from: index in ``completion_ids`` of the first token after the close tag, if any.
-        thinking_tokens: strictly between the tags.
-        truncated: the completion hit a cap.
-    """
-
-    index: int
-    task: str
+    index: int  # place in the trace set
+    task: str  # specification of the task that asked
     question: str
     gold: str
     prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...] = ()
-    answer_from: int | None = None
-    thinking_tokens: int = 0
-    truncated: bool = False
+    completion_ids: tuple[int, ...] = ()  # sampled, end-of-sequence included
+    answer_from: int | None = None  # first token of ``completion_ids`` after the close tag, if any
+    thinking_tokens: int = 0  # strictly between the tags
+    truncated: bool = False  # the completion hit a cap
     correct: bool = False
 
     def streams(self) -> list[int]:

@@ -1,9 +1,8 @@
 """Error: the least sum of errors at the ends of the blocks that the global sparsity allows.
 
-Each linear of the dense model is pruned at a few sparsities with the recipe's own method, which
-gives its curve of output error over sparsity. What such an error is worth is measured: pruned to
-about the global sparsity, the linear alone changes its block's output, token by token, by a share
-that the curve is scaled to. Weights then go one step at a time from where they are missed least.
+Each linear is pruned at a few sparsities with the recipe's own method: a curve of output error,
+scaled to what pruning it alone changes of its block's output. Weights then go one step at a time
+from where they are missed least.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def allocate(
 ) -> Shares:
     """Return the sparsities with the least sum of errors, greedily along the curves."""
     grid = np.arange(0.0, HIGHEST + STEP / 2, STEP)
-    # What a weight of each linear costs, step by step; the cheapest step is taken first.
-    prices = {}
+    prices = {}  # of a weight of each linear, step by step; the cheapest step is taken first
 
     for name, observation in observations.items():
         steps = np.diff(_interpolate(observation, grid))
@@ -90,8 +88,7 @@ def _output_energy(weight_OI: torch.Tensor, hessian: Hessian) -> float:
 def _interpolate(observation: Observation, grid: np.ndarray) -> np.ndarray:
     """Return the error on a grid of sparsities, from a logarithm that is linear between the points.
 
-    Below the first point it continues as between the first two. The greedy search needs slopes that
-    never fall, so a curve that flattens is drawn on straight.
+    Before the first point it goes on as after it; slopes never fall, as the greedy search needs.
     """
     known = np.array([float(text) for text in observation])
     errors = [*observation.values()]

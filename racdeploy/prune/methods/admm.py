@@ -1,9 +1,7 @@
 """ADMM: search mask and weights together, linear by linear, then solve on the mask found.
 
-Minimizes tr((W − T) H (W − T)ᵀ) subject to W = D, D with the wanted zeros. H is scaled to a unit
-diagonal; its eigenvectors turn each W step into two products. The penalty grows as the mask
-settles, and the search ends when it no longer changes.
-Source: ALPS (arXiv 2406.07831), algorithm 1.
+Minimizes tr((W − T) H (W − T)ᵀ) subject to W = D, D with the wanted zeros, H scaled to a unit
+diagonal. The penalty grows until the mask settles. Source: ALPS (arXiv 2406.07831), algorithm 1.
 """
 
 from __future__ import annotations
@@ -15,12 +13,10 @@ from racdeploy.prune.methods import Pruned
 from racdeploy.prune.patterns import Pattern
 from racdeploy.recipe import Pruning
 
-# Hessian, its factor, both scaled and decomposed, and what LAPACK works in; 7 copies of the linear
-# beside those of the walk.
+# Hessian, factor, both scaled and decomposed, LAPACK's own; 7 linears beside those of the walk.
 MATRICES, COPIES = 6, 14
 ROUNDS, LOOK_EVERY, FIRST_PENALTY = 300, 3, 0.1
-# Share of the mask that changed, at least → factor on the penalty.
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the mask that changed → penalty factor
 
 
 def prune(weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning) -> Pruned:

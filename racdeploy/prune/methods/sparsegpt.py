@@ -1,7 +1,6 @@
 """SparseGPT: one-shot pruning with optimal-brain-surgeon updates, column by column.
 
-Source: arXiv 2301.00774, algorithm 1. One difference to the authors' code: the number of pruned
-weights is exact (theirs takes one too many per column block).
+Source: arXiv 2301.00774, algorithm 1; but exact in number (theirs: one too many per column block).
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ def _prune_slice(
     pruned_before = int((~keep_OI[:, :start]).sum())
 
     for column in range(start, stop):  # absolute; the local index is column - start
-        # What pruning a weight costs: its square over the inverse Hessian's diagonal entry, once
-        # the columns before are fixed. That is the square of the factor's.
+        # A weight's cost: its square over that of the factor's diagonal; columns before are fixed.
         if (column - start) % group == 0:
             last = min(column + group, stop)
             score_OC = (weight_OI[:, column:last] / diagonal_I[column:last]).square()

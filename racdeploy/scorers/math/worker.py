@@ -1,6 +1,4 @@
-"""The child process that runs Math-Verify: it reads one ``[answer, gold]`` a line, answers
-``[correct, extracted, how]``, and ends when stdin ends.
-"""
+"""The child with Math-Verify: ``[answer, gold]`` a line in, ``[correct, extracted, how]`` out."""
 
 from __future__ import annotations
 
