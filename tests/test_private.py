@@ -23,7 +23,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "packing": ({"FORMATS", "REQUIRES_ZEROS", "BESIDE_PLAIN", "fits", "usage"},),
     "engines": ({"open_engine"},),
     "methods": ({"prune"},),
-    "allocations": ({"SURVEYS", "observe", "allocate"},),
+    "allocations": ({"SURVEYS", "allocate"},),
     "formats": ({"BACKEND", "export", "measure", "unpack"},),
     "onnx_exporters": ({"refusal", "build", "source_of"},),
     "checks": ({"check"},),
