@@ -23,7 +23,8 @@ from racdeploy.plugins import require
 _NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 require("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
-assert _SPEC and _SPEC.origin, "llama_cpp is a package with a file"
+assert _SPEC, "require() found it"
+assert _SPEC.origin, "llama_cpp is a package with a file"
 _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "libggml-base.so")
 
 
