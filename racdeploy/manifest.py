@@ -100,6 +100,7 @@ class Manifest(_Entry):
                 f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
                 remedy="give the folder that racdeploy build wrote with --out",
             )
+
         try:
             manifest = cls.model_validate(read_json(file))
         except ValidationError as error:

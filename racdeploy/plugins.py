@@ -51,6 +51,7 @@ def load(kind: str, name: str) -> ModuleType:
     """
     if name not in names(kind):
         raise unknown(kind, name, names(kind))
+
     try:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError) as error:

@@ -58,6 +58,7 @@ class Traces(_Part):
 
         if unused and not self.server:
             raise ValueError(f"{', '.join(unused)} without server")
+
         return self
 
     @property
@@ -152,6 +153,7 @@ class Pruning(_Part):
             raise ValueError(
                 f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}"
             )
+
         object.__setattr__(self, "sparsity", implied)
         return self
 
@@ -284,6 +286,7 @@ class Recipe(_Part):
             "quant": self.export.quant,
             "packing": self.export.packing,
         }
+
         for kind, name in chosen.items():
             known = plugins.names(kind) + (plugins.names("presets") if kind == "quant" else ())
             if name not in known:

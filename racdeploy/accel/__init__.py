@@ -70,6 +70,7 @@ def build_installed() -> dict[str, Built]:
             "neither llama-cpp-python nor onnxruntime is installed",
             remedy='pip install "racdeploy[llamacpp]" or "racdeploy[ort]"',
         )
+
     return built
 
 
@@ -90,4 +91,5 @@ def kernels(mode: Mode) -> str:
         if not isinstance(ready, str):
             library, tried = ready
             used.append(f"sparse {tried.instruction_set} ({library.stem})")
+
     return ", ".join(used) or STOCK

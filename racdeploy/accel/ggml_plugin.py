@@ -76,6 +76,7 @@ class Ggml:
         header = self.include / "ggml-backend.h"
         if not header.is_file():
             return f"llama-cpp-python came without ggml's headers: there is no {header}"
+
         return ""
 
 
@@ -94,6 +95,7 @@ def find_ggml() -> Ggml | str:
         return f"llama-cpp-python came without the shared libraries of ggml: there is no {base}"
 
     loaded = ctypes.CDLL(str(base))
+
     answers = []
     for name in ("ggml_version", "ggml_commit"):
         function = getattr(loaded, name, None)
@@ -119,6 +121,7 @@ def find_kernels() -> Kernels | str:
         links=(ggml.libraries / "libggml-cpu.so.0", ggml.libraries / "libggml-base.so.0"),
         key={"ggml": ggml.version, "commit": ggml.commit},
     )
+
     return Kernels(library, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
 
 
@@ -230,6 +233,7 @@ class Plugin:
         with ThreadPoolExecutor(threads) as pool:
             for share in pool.map(count_share, range(threads)):
                 found.update(share)
+
         return found
 
     def difference(self, product: Product, threads: int, seed: int) -> float:

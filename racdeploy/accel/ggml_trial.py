@@ -32,6 +32,7 @@ def try_library(file: Path) -> Proof:
         return Proof("ggml does not take it", "", kernels)
 
     rng = random.Random(0)
+
     largest = 0.0
     for quant in QUANTS:
         for seed in range(_SHAPES):
@@ -74,6 +75,7 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
     if two_of_four:
         columns = 128 * rng.randint(1, 20)
         zeros = 0.5
+
     return Product(number, rows, columns, tokens, zeros, two_of_four), threads
 
 
@@ -91,6 +93,7 @@ def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, flo
             if speedup < LEAST_SPEEDUP:
                 break  # so it is at fewer zeros
             faster_from[name] = zeros
+
     return speedups, faster_from
 
 

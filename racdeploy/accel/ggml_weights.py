@@ -67,6 +67,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
     threads = threads or available_cores()
+
     names = []
     for name, (quant, zeros) in _zeros(plugin, path, threads).items():
         if zeros >= proof.faster_from.get(quant, _NEVER):
@@ -102,6 +103,7 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, flo
     with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(zeros))
+
     return zeros
 
 

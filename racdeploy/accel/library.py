@@ -78,6 +78,7 @@ class Library:
                 f"cannot write {file}: {error}",
                 remedy="free the disk, or name another folder in RACDEPLOY_ACCEL",
             ) from error
+
         return file
 
     def _compile(self, command: str, made: Path) -> None:
@@ -110,6 +111,7 @@ class Library:
             "key": self.key,
             "processor": _processor(),
         }
+
         return f"{self.name}-{_digest(parts)}"
 
 
@@ -168,6 +170,7 @@ def _run(command: _Command) -> str:
 
     if done.returncode == 0:
         return ""
+
     return done.stderr.strip() or f"exit code {done.returncode}"
 
 

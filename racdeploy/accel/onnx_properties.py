@@ -34,6 +34,7 @@ def read_properties(file: Path) -> dict[str, str]:
         raise ArtifactError(
             f"{file} is not a readable ONNX file: {error}", remedy="copy it again"
         ) from error
+
     return properties
 
 
@@ -70,4 +71,5 @@ def _read_varint(stream: BinaryIO) -> int:
         value |= (byte[0] & 127) << shift
         if byte[0] < 128:
             return value
+
     raise ValueError("a number of more than 64 bits")

@@ -87,9 +87,11 @@ def _speedup(proof: proofs.Proof, entry: Packed) -> float:
     most = entry["zeros"] + _SAME_ZEROS
 
     speedup = _UNMEASURED
+
     for zeros, measured in sorted(proof.speedups.get(name, {}).items()):
         if float(zeros) <= most:
             speedup = measured
+
     return speedup
 
 
@@ -104,4 +106,5 @@ def _read_packed(accel: Path) -> list[Packed]:
         raise ArtifactError(
             f"{accel} does not say what is packed in it: {error}", remedy="export it again"
         ) from error
+
     return packed

@@ -107,6 +107,7 @@ def make_model(
     )
 
     model.graph.node.extend(nodes)
+
     for name, values in arrays.items():
         model.graph.initializer.append(numpy_helper.from_array(values, name))
     return bytes(model.SerializeToString())
@@ -126,6 +127,7 @@ def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.I
 def compare(library: Path) -> tuple[float, str]:
     """Return the largest difference over the largest output, and what is wrong with it."""
     generator = np.random.default_rng(0)
+
     largest = 0.0
     for name, (O, I) in product(KINDS, _SHAPES):
         sparsity = generator.choice([0.3, 0.5, 0.7, 1.0])
@@ -141,6 +143,7 @@ def compare(library: Path) -> tuple[float, str]:
             largest = max(largest, difference)
             if problem:
                 return largest, f"{name}, {O} × {I}, {tokens} tokens: {problem}"
+
     return largest, ""
 
 
@@ -154,6 +157,7 @@ def _judge(expected_BTO: Array, found_BTO: Array) -> tuple[float, str]:
 
     if difference <= _TOLERANCE:
         return difference, ""
+
     return difference, f"it is {difference:.1e} of the maximum off the stock operator"
 
 
@@ -198,6 +202,7 @@ def _speedups(library: Path, name: str) -> dict[str, float]:
 
         ratios = [_ratio(sessions, {"x": input_BTI}) for _ in range(_ROUNDS)]
         found[f"{sparsity:.1f}"] = median(ratios)
+
     return found
 
 

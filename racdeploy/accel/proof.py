@@ -68,6 +68,7 @@ class Kernels:
             proof = Proof(f"its self-test needs a package: pip install {' '.join(missing)}", "")
         else:
             proof = _try_in_child(self.trial, file)
+
         proof = replace(proof, sha256=sha256)
 
         record = self.locate_record(file)
@@ -89,6 +90,7 @@ class Kernels:
 
         if proof.sha256 != file_sha256(file):
             return f"{file} is not the one that was tried: racdeploy accel build"
+
         return proof
 
     def locate_record(self, file: Path) -> Path:
@@ -101,6 +103,7 @@ def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
     """Return the library to load and its proof, or why there is none: ``kernels`` may say so."""
     if isinstance(kernels, str):
         return kernels
+
     file = kernels.library.find()
     if file is None:
         return f"{kernels.unbuilt}: racdeploy accel build"
@@ -108,6 +111,7 @@ def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
     proof = kernels.read_proof(file)
     if isinstance(proof, str):
         return proof
+
     return proof.refusal or (file, proof)
 
 
@@ -152,6 +156,7 @@ def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice
             f"sparse kernels are required for {path}, and cannot be used: {found}",
             remedy="see racdeploy doctor; without --accel require everything runs, too",
         )
+
     return Choice(path, f"{stock}: {found}", found)
 
 

@@ -75,6 +75,7 @@ class Benchmark:
     def to_table(self) -> Table:
         """Return the medians of both, their ratio and its range over the rounds."""
         medians = self.medians()
+
         rows = []
         for name, ratios in self.ratios().items():
             sides = [_format_figure(name, side[name]) for side in medians]
@@ -131,6 +132,7 @@ def bench(
     progress = progress or (lambda label, done, loads: None)
     loads = 2 * (load.rounds + 1)
     rounds: dict[str, list[Round]] = {"dense": [], "pruned": []}
+
     kernels: dict[str, str] = {}
     for number in range(loads // 2):
         for place, (name, file, settings) in enumerate(sides):
@@ -162,6 +164,7 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
         raise ArtifactError(missing, remedy=build_again)
 
     dense = find_dense_arm(read_report(bundle))
+
     for stage in finished_stages(work, "export"):
         exported = ExportResult.from_json(stage.folder, stage.summary)
         if exported.files == dense.files:
@@ -198,6 +201,7 @@ def _measure(
     """Return the figures of one load, long enough to be measured, and the engine's kernels."""
     sampling = Sampling(max_new_tokens=new_tokens, stop_ids=())
     most_answers = _MOST_ANSWERS * settings.parallel
+
     answers = 0
     with open_engine(backend, file, settings) as engine:
         engine.generate([ids[:8]], replace(sampling, max_new_tokens=2))  # warms the caches

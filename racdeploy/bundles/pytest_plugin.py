@@ -45,6 +45,7 @@ def pytest_collection_modifyitems(
 
     threads = config.getoption("--racdeploy-threads")
     local = ArtifactAnswerer(Bundle(folder, gate_file), default_work(), threads)
+
     try:
         again = Reverification(local)
         accepts_inconclusive = again.gate.inconclusive == "pass"
@@ -80,6 +81,7 @@ class BundleTests(pytest.Collector):
                 self._found, _ = self._again.run()
             except RacdeployError as error:
                 self._found = error
+
         if isinstance(self._found, Exception):
             raise self._found
 

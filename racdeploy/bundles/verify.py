@@ -196,6 +196,7 @@ class Reverification:
                     f"{fresh} does not exist",
                     remedy="give the dense artifact, or a bundle of the same dense model",
                 )
+
             bundle.own.check_artifact(fresh)
             dense_answers = f"new ones of {fresh}"
 
@@ -233,6 +234,7 @@ class Reverification:
             blocks=own.report.blocks,
             fingerprint=answerer.fingerprint,
         )
+
         self.local.forget()
         if answerer is not self.local:
             answerer.forget()

@@ -32,6 +32,7 @@ def build(options: BuildOptions) -> None:
             console.print_plan(plan, options.json_output)
             return
         folder, report = builder.run(options.out_folder)
+
     console.finish(report, options.json_output, f"bundle: {folder}", job.gate)
 
 
@@ -109,4 +110,5 @@ def _open_build(job: Job, options: TraceOptions) -> Iterator[Build]:
         if processes.rank:
             builder.follow()
             raise typer.Exit
+
         yield builder

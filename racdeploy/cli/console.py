@@ -117,6 +117,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         bars.MofNCompleteColumn(),
         bars.TimeElapsedColumn(),
     )
+
     shown: dict[str, bars.TaskID] = {}
 
     with bars.Progress(*columns, console=err, disable=not err.is_terminal) as progress:

@@ -140,6 +140,7 @@ class ExportOptions:
 def takes(options: type[O]) -> Callable[[Callable[[O], None]], Callable[..., None]]:
     """Give a command the fields of a dataclass as parameters, which typer reads and fills."""
     hints = get_type_hints(options, include_extras=True)
+
     parameters = []
     for each in fields(options):  # type: ignore[arg-type]
         hint = hints[each.name]

@@ -35,6 +35,7 @@ def run(
     if json_output:
         print_json(asdict(result))
         return
+
     if show_thinking:
         err.print(result.thinking, style="dim", markup=False)
     out.print(result.answer, markup=False, soft_wrap=True)
@@ -68,12 +69,14 @@ def bench(
 
     dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
     load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
+
     with progress_bars() as progress:
         found = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
 
     if json_output:
         print_json(found.to_json())
         return
+
     print_table(found.to_table(), out)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
     _print_kernels(found.kernels, accel)

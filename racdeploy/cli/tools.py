@@ -42,6 +42,7 @@ def inspect(
         )
         for row in found["tensors"]
     ]
+
     columns = ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
     print_table(Table("", columns, tuple(rows)), out)
 
@@ -62,6 +63,7 @@ def unpack(
             f"the name of {file} is of no format",
             remedy=f"formats are {known}; see racdeploy inspect",
         )
+
     plain = exports.load(exports.format_of(file)).unpack(file, out_file)
 
     details: dict[str, object] = {"path": str(plain), "size_bytes": plain.stat().st_size}

@@ -60,6 +60,7 @@ def verify(
             "--server-model and --server-key-env belong to --server",
             remedy="add --server http://…/v1",
         )
+
     for file in (junit_file, html_file):
         if file and not file.resolve().parent.is_dir():
             raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
@@ -73,6 +74,7 @@ def verify(
         if show_plan:
             print_plan(again.plan(), json_output)
             return
+
         report, records = again.run()
 
     if junit_file:

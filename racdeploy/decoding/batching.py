@@ -58,9 +58,11 @@ class Batcher:
         self._forced_first: News = [(s.index, list(s.ids)) for s in sequences if s.ids]
 
         waiting: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
+
         for sequence in sequences:
             if sequence.finish_reason is None:
                 waiting.put(sequence)
+
         self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
 
     def run(self, on_news: OnNews, cancelled: Cancel) -> None:
@@ -163,15 +165,18 @@ class _Lane:
         for place, sequence in up_to_date.items():
             logits_V = self._decoder.logits_V(place)
             news.append((sequence.index, sequence.step(logits_V)))
+
         return news
 
     def _take_tokens(self) -> dict[int, list[int]]:
         """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""
         room = self._decoder.batch_tokens
+
         taken = {}
 
         for slot, sequence in sorted(self._running.items(), key=lambda s: len(s[1].unfed) > 1):
             tokens = taken[slot] = sequence.unfed[:room]
             sequence.unfed = sequence.unfed[room:]
             room -= len(tokens)
+
         return taken

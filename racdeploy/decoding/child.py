@@ -52,6 +52,7 @@ class Child:
             env=environment({"GGML_NO_BACKTRACE": "1"}),  # no debugger on an abort
             start_new_session=True,
         )
+
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -116,6 +117,7 @@ class Child:
         if header["event"] == "error":
             kind = ArtifactError if header["damaged"] else EngineError
             raise kind(header["message"], remedy=header["remedy"])
+
         return answer
 
     def _closed(self) -> EngineError:
@@ -127,6 +129,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
+
         end = describe_exit(code)
         known = tomllib.loads(_DEATHS.read_text(encoding="utf-8"))
         death = known.get(end, _UNKNOWN)
@@ -160,5 +163,6 @@ def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: Bin
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
     reader.join()
     stderr.close()

@@ -34,17 +34,20 @@ class ChildEngine(Engine):
                 f"impossible engine settings: {settings}",
                 remedy="context_tokens and parallel are at least 1",
             )
+
         self.stats, self.about = {}, {}
         self._settings = settings
         self._child = Child(module, name)
         self.pid = self._child.pid
 
         request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
+
         try:
             loaded = self._ask("load", **request)
         except BaseException:
             self._child.close()
             raise
+
         self.about = dict(loaded["about"])
         self._vocabulary = int(loaded["vocabulary"])
 

@@ -31,6 +31,7 @@ class CompletionLog:
             return
 
         line = json.dumps([*key, asdict(completion)], separators=(",", ":"))
+
         with disk_errors(self.file), self.file.open("a", encoding="ascii", newline="") as out:
             out.write(line + "\n")
 

@@ -36,4 +36,5 @@ def read_message(stream: BinaryIO) -> tuple[Header, bytes] | None:
 
     if len(text) < header_bytes or len(payload) < payload_bytes:
         return None
+
     return json.loads(text), payload

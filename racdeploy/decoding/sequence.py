@@ -203,6 +203,7 @@ def _find_problem(sampling: Sampling, vocabulary: int) -> str:
         return f"seed is {sampling.seed}, must not be negative"
     if sampling.budget is not None and not _is_usable(sampling.budget, vocabulary):
         return "the thinking budget is unusable"
+
     return ""
 
 

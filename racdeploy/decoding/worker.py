@@ -134,6 +134,7 @@ class _Worker:
 
     def _logits(self, request: Header) -> dict[str, Any]:
         ids = request["ids"]
+
         start = 0
 
         while start < len(ids):
@@ -141,6 +142,7 @@ class _Worker:
             payload = logits_TV.astype("<f4").tobytes()
             self._send("rows", payload, start=start)
             start += len(logits_TV)
+
         return {}
 
     def _generate(self, request: Header) -> dict[str, Any]:

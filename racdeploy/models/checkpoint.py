@@ -55,6 +55,7 @@ class Checkpoint:
             return read_tensor_entries(self.folder / "model.safetensors")
 
         weight_map = read_json(index).get("weight_map", {})
+
         entries: dict[str, TensorEntry] = {}
 
         for name in sorted({str(name) for name in weight_map.values()}):
@@ -147,6 +148,7 @@ class Checkpoint:
                     " embeddings",
                     remedy="set tie_word_embeddings in config.json, or add the missing tensor",
                 )
+
             return True
 
         if declared:
@@ -167,6 +169,7 @@ class Checkpoint:
         ids = token_ids(tokenizer.generation, "eos") + token_ids(self.config, "eos")
 
         content = token_text(tokenizer.config.get("eos_token"))
+
         for entry in tokenizer.parsed.get("added_tokens") or []:
             if entry.get("content") == content:
                 ids.append(entry["id"])

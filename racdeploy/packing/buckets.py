@@ -184,6 +184,7 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
     """
     # Negative share, first rank, width: a heap has the least on top.
     waiting = [(-1.0, 0, _WORD_BITS)]
+
     single: list[tuple[float, int, int]] = []
 
     while len(waiting) + len(single) < _BUCKETS:

@@ -192,12 +192,15 @@ def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
 
     # One byte more than there should be is enough to see that there are too many.
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+
     try:
         data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)
     except zlib.error as error:
         raise ArtifactError(f"codes do not inflate: {error}") from error
+
     if len(data) != plane_bytes or not inflate.eof or inflate.unused_data:
         raise ArtifactError(
             f"codes inflate to {len(data)} bytes or end early, the mask keeps {plane_bytes}"
         )
+
     return np.frombuffer(data, dtype=np.uint8)

@@ -56,6 +56,7 @@ def deposit(mask: Bytes, plane: Callable[[int], Bytes]) -> tuple[Bytes, Bytes]:
     eight <<= _8
     eight |= mask
     fifths = look.fifths[0].take(eight[::4], mode="wrap")
+
     for quarter in (1, 2, 3):
         fifths |= look.fifths[quarter].take(eight[quarter::4], mode="wrap")
     return fifths.view(np.uint8), nibbles.view(np.uint8)

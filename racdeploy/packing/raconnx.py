@@ -154,6 +154,7 @@ def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
 
 def _join(take: Taker, entry: dict[str, Any], codes: Codes) -> NDArray[Any]:
     plain = np.empty(math.prod(entry["shape"]) * codes.dtype.itemsize, dtype=np.uint8)
+
     again = "copy the file again"
 
     done = 0
@@ -166,4 +167,5 @@ def _join(take: Taker, entry: dict[str, Any], codes: Codes) -> NDArray[Any]:
 
     if done != plain.size:
         raise ArtifactError("packed weights are fewer than their shape says", remedy=again)
+
     return np.asarray(plain.view(entry["dtype"]).reshape(entry["shape"]))

@@ -239,6 +239,7 @@ def _find_places(
     # each has its own rank in the row, which is the number of its byte.
     half = np.arange(I) // (_GROUP // 2) % 2
     rank_OI = np.empty((O, I), dtype=np.int64)
+
     for columns in (half == 0, half == 1):
         rank_OI[:, columns] = np.cumsum(keep_OI[:, columns], axis=1)
 

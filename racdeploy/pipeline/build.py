@@ -121,6 +121,7 @@ class Build:
     ) -> dict[str, ExportResult]:
         """Export the dense model in the quants that ``verify.controls`` asks for, in that order."""
         job = self.job
+
         names: list[str] = []
 
         for asked in job.recipe.verify.controls:

@@ -231,4 +231,5 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         entries=entries,
         usage=chain.from_iterable(usages),
     )
+
     return front + "\n" + markdown.render(contents.report)

@@ -45,6 +45,7 @@ def export_model(
         "name": name,
         "metadata": metadata,
     }
+
     stage = place.open("export", inputs)
     if stage.finished:
         return ExportResult.from_json(stage.folder, stage.summary)

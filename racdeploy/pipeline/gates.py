@@ -90,6 +90,7 @@ def check_logits(
         for tensor in artifact.tensors
         if tensor.source.startswith(prefix) and len(tensor.shape) > 1
     }
+
     kl_limit = find_kl_limit(quants)
     kl_T, same_T, changed_T = divergences(expected_TV, found_TV)
     kl = kl_T.mean()
@@ -146,6 +147,7 @@ def _check_f32(
         return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
 
     plain = {"quant": "f32", "packing": "plain", "tensors": {}, "importance": "none"}
+
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / form.artifact_path("f32", "f32", "plain")
         file = exports.write(checkpoint, place, settings.model_copy(update=plain)).path

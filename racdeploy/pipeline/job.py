@@ -158,10 +158,12 @@ class Job:
             )
 
         grid = quant.as_grid(named[0])
+
         for name in self.weights_to_prune:
             if why := quant.fits(grid, self.checkpoint.entries[name].shape[1]):
                 raise UsageError(
                     f"prune.joint with quant {named[0]!r}: {name}: {why}",
                     remedy="name the linear in prune.dense, or prune.joint = false",
                 )
+
         return named[0]

@@ -81,7 +81,9 @@ def describe_model(job: Job) -> dict[str, str | int | float | bool]:
         "racdeploy.sparsity": float(recipe.prune.sparsity),
         "racdeploy.calibration": recipe.calibration.source,
     }
+
     if model.on_hub:
         values["general.base_model.0.organization"] = model.origin.partition("/")[0]
         values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
+
     return values

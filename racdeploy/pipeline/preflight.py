@@ -41,6 +41,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
     for each, planned in zip(jobs, plans, strict=True):
         export.check(each.recipe.export)
         _check_memory(each, planned)
+
     return plans[0]
 
 
@@ -61,6 +62,7 @@ def check_model(job: Job) -> None:
     _check_dense(job)
     if settings.joint:
         _ = job.joint_quant
+
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])
 

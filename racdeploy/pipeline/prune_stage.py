@@ -51,6 +51,7 @@ class PruneStage:
 
         traces = dense
         sha256 = dense_sha256
+
         model: PrunedModel | None = None
         for sparsity in self.settings.schedule:
             found = self._prune_to(sparsity, traces, sha256, model)
@@ -89,6 +90,7 @@ class PruneStage:
             "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
             "left_out": selection.left_out,
         }
+
         return chosen, selection.held_out, counts
 
     def describe_code(self) -> dict[str, str]:
@@ -121,6 +123,7 @@ class PruneStage:
             "quant": self.quant,
             "within": Checkpoint(before.folder).sha256 if before else "",
         }
+
         stage = self.place.open("prune", inputs)
 
         folder = stage.folder / self.name_model(sparsity)
@@ -155,6 +158,7 @@ class PruneStage:
             "quant": self.quant,
             "within": within,
         }
+
         token_counts = (count_tokens(calibration), count_tokens(held_out))
         expected_bytes = peak_bytes(self.dense, settings, *token_counts, self.quant)
 

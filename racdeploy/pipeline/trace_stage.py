@@ -63,6 +63,7 @@ class TraceStage:
         context_tokens = longest + settings.max_new_tokens + 1
 
         eos_ids, progress = self.dense.eos_ids, self.place.progress
+
         with self._answering(context_tokens, stage.folder, checkpoint) as answering:
             traces = collect(
                 answering, self.encoder, self.tags, eos_ids, problems, settings, out, progress
@@ -115,6 +116,7 @@ class TraceStage:
                 if together:
                     yield Answering(partial(processes.each, answer), processes.count)
                     processes.tell(())
+
             if not together:
                 yield Answering(lambda asked: [answer(each) for each in asked])
 

@@ -22,6 +22,7 @@ def add(left: int, right: int) -> str:
 def subtract(left: int, right: int) -> str:
     """Spell out ``left - right`` for ``left >= right``: ``83-17:13-7-0=6,8-1-1=6,66``."""
     assert left >= right, "column subtraction needs a non-negative result"
+
     steps = []
     borrow = 0
 

@@ -30,6 +30,7 @@ class PrunedModel:
 
         rows = []
         changed = {"sparsity_asked": asked, "reason": self.undone}
+
         for row in self.linears:
             rows.append(row.model_copy(update=changed) if row.sparsity_asked else row)
 

@@ -21,6 +21,7 @@ class Activations:
         self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self._shapes, self._file = list(shapes), file
+
         self._kept: dict[int, torch.Tensor] = {}
         self._offsets: dict[int, int] = {}
         used = spilled = 0

@@ -42,6 +42,7 @@ def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
 
 def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
     offset = 0
 
     for name, entry in entries.items():

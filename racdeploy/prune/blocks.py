@@ -91,6 +91,7 @@ class Blocks:
         position_1T = self.place(torch.arange(length))[None]
         given: dict[str, Any] = {"position_ids": position_1T}
         given["attention_mask"] = self._mask(block, length)
+
         for argument, name in self.checkpoint.family.rotary.items():
             given[argument] = self._model.get_submodule(name)(hidden_BTD, position_1T)
 
@@ -150,6 +151,7 @@ class Blocks:
             raise _Reached
 
         handle = block.get_submodule(linear).register_forward_pre_hook(stop)
+
         try:
             with suppress(_Reached):
                 self.forward(block, hidden_BTD, known)

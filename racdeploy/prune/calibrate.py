@@ -211,6 +211,7 @@ class _Walk:
                 importance_I,
                 tokens,
             )
+
             match_dense = self.settings.match_dense
             pruned[linear] = solution.spread(self.processes, owners[place], target=match_dense)
             put(sparse, f"{linear}.weight", pruned[linear].stored_OI.float())

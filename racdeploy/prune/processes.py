@@ -180,6 +180,7 @@ def join_processes() -> Iterator[Processes]:
         members = group.new_group(timeout=_PATIENCE)
 
     processes = Processes(group.get_rank(), group.get_world_size(), group, members)
+
     try:
         yield processes
     except BaseException:

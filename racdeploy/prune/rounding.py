@@ -49,6 +49,7 @@ def find_codes(
         search.visit(start, min(start + width, I), scales=True)
 
     search.recompute_pull()
+
     for _ in range(SCALE_SWEEPS):
         search.visit(0, I, scales=True)
 

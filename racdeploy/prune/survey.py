@@ -51,6 +51,7 @@ def decide_shares(session: Session) -> Shares:
 
 def _count_weights(session: Session) -> dict[str, int]:
     blocks = session.blocks
+
     sizes = {}
 
     for index in range(blocks.checkpoint.block_count):
@@ -116,6 +117,7 @@ def _observe_block(
             continue
 
         statistic = InputStatistic(widths[group], session.weights_R)
+
         for place, batch in enumerate(session.fitted):
             statistic.add(flow.input(block, group, place), None, batch.stream_BT)
 
@@ -126,6 +128,7 @@ def _observe_block(
             continue
 
         hessian = statistic.hessian(session.settings.damping)
+
         for name, weight_OI, owner in zip(names, weights, owners, strict=True):
             if owner == processes.rank:
                 live_OI = weight_OI * ~hessian.dead_I

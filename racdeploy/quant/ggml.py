@@ -105,6 +105,7 @@ def _library() -> ctypes.CDLL:
         "ggml_type_size": (ctypes.c_size_t, number),
         "ggml_type_name": (ctypes.c_char_p, number),
     }
+
     chunk = (number, pointer, pointer, size, size, size, pointer)
     signatures["ggml_quantize_chunk"] = (ctypes.c_size_t, *chunk)
 

@@ -43,6 +43,7 @@ def choose_codes(
     importance_SG = np.ascontiguousarray(importance_GS.T)
 
     steps, code_chunks = [], []
+
     for start in range(0, O, rows):
         weight_SG = np.ascontiguousarray(weight_OI[start : start + rows].reshape(-1, block).T)
         step_G, code_SG = _search(weight_SG, importance_SG[:, : weight_SG.shape[1]], codes, span_N)

@@ -82,6 +82,7 @@ def load_templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
     environment.filters.update(plain=plain, px="{:.1f}".format)
     return environment
 

@@ -104,6 +104,7 @@ def heat_map(
         number = value(row)
         if number is not None and math.isfinite(number):
             cells[_cell(row.name)].append(number)
+
     if not cells:
         return _NOTHING
 
@@ -157,6 +158,7 @@ def _label_heights(places: Sequence[complex]) -> list[float]:
             height += 3
         heights[index] = height
         taken.append(complex(place.real, height))
+
     return heights
 
 
@@ -164,6 +166,7 @@ def _arrow(start: complex | None, stop: complex | None) -> _Arrow | None:
     """Return an arrow short of both circles; without a head where there is no room."""
     if start is None or stop is None or start == stop:
         return None
+
     length = abs(stop - start)
     if length < 22:
         return start, stop, ()

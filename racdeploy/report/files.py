@@ -28,5 +28,6 @@ def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> No
         # Last: it says that the others are there.
         "report.json": report.model_dump_json(indent=1) + "\n",
     }
+
     for name, text in texts.items():
         write_atomic(folder / name, text)

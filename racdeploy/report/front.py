@@ -33,6 +33,7 @@ def front(arms: Sequence[ArmSummary]) -> frozenset[str]:
     for arm, own in zip(arms, qualities, strict=True):
         if not any(_beats(rival, own) for rival in qualities):
             names.add(arm.name)
+
     return frozenset(names)
 
 

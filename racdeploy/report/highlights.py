@@ -55,6 +55,7 @@ def highlights(report: Report) -> list[Highlight]:
             continue
         verdict = verdicts.get(check)
         found.append(Highlight(name, say(text, before), say(text, after), note, verdict))
+
     return found
 
 

@@ -128,6 +128,7 @@ def _length_quantiles(paired: Sequence[Pair]) -> list[tuple[str, int, int]]:
     """Return name, dense and pruned value of the thinking lengths' quantiles."""
     if not paired:
         return []
+
     dense, pruned = _lengths(paired)
     dense.sort()
     pruned.sort()
@@ -136,6 +137,7 @@ def _length_quantiles(paired: Sequence[Pair]) -> list[tuple[str, int, int]]:
     for name, share in _QUANTILES.items():
         place = max(math.ceil(share * len(paired)) - 1, 0)
         found.append((name, dense[place], pruned[place]))
+
     return found
 
 
@@ -154,6 +156,7 @@ def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement
         if left_bytes < 0:
             break
         shown.append(found)
+
     return shown
 
 

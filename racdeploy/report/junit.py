@@ -33,12 +33,14 @@ def render(report: Report) -> str:
         "failures": str(verdicts["fail"]),
         "errors": str(verdicts["inconclusive"]),
     }
+
     root = ElementTree.Element("testsuites", {"name": "racdeploy", **counts})
 
     created = report.created.isoformat(timespec="seconds")
     about = {"name": plain(report.model), "timestamp": created, **counts}
     suite = ElementTree.SubElement(root, "testsuite", about, skipped=str(verdicts["skipped"]))
     _add_properties(suite, checks)
+
     for check in checks:
         _add_case(suite, check, f"racdeploy.{plain(report.target)}")
 
@@ -53,7 +55,9 @@ def _add_properties(suite: ElementTree.Element, checks: Iterable[CheckResult]) -
     }
     if not figures:
         return
+
     properties = ElementTree.SubElement(suite, "properties")
+
     for name, value in figures.items():
         about = {"name": plain(name), "value": plain(str(value))}
         ElementTree.SubElement(properties, "property", about)

@@ -36,6 +36,7 @@ def render(report: Report) -> str:
     text = "\n\n".join(parts) + "\n"
     if len(text) <= LIMIT_CHARACTERS:
         return text
+
     kept = text[:LIMIT_CHARACTERS].rpartition("\n")[0]
     return f"{kept}\n\n{_CUT}\n"
 

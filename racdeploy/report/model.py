@@ -298,11 +298,13 @@ class Report(_Part):
     def _check_verdict(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, Mapping) or "verdict" not in data:
             return handler(data)
+
         report = handler({key: value for key, value in data.items() if key != "verdict"})
         if data["verdict"] != report.verdict:
             raise ValueError(
                 f"the verdict is {data['verdict']!r} and the checks say {report.verdict!r}"
             )
+
         return report
 
 

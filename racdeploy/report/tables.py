@@ -92,6 +92,7 @@ def tables(report: Report) -> list[Table]:
         cells = [tuple(plain(cell) for cell in row) for row in rows]
         if cells:
             found.append(Table(title, tuple(columns.split("|")), tuple(cells)))
+
     return found
 
 
@@ -109,11 +110,13 @@ def readable_bytes(size_bytes: int) -> str:
     """Return a size with three digits and a decimal unit, as file managers show it."""
     if size_bytes < 1000:
         return f"{size_bytes} B"
+
     value = size_bytes / 1000
     for unit in ("kB", "MB", "GB"):
         if value < 999.5:
             return f"{value:.3g} {unit}"
         value /= 1000
+
     return f"{value:.3g} TB"
 
 
@@ -157,6 +160,7 @@ def _compare(comparison: Comparison) -> str:
     if comparison.length_ratio is not None:
         limit = say(LIMIT, comparison) if comparison.length_limit else ""
         text += say(f" and thinks {LENGTH} ({LENGTH_INTERVAL}{limit})", comparison)
+
     return f"{text}."
 
 
@@ -186,17 +190,21 @@ def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
     """Return the relative error of each task and each stream, of either kind the worst first."""
     if not blocks:
         return []
+
     last = blocks[-1]
+
     rows: list[Row] = []
     for kind, errors in (("task", last.drift_by_task), ("tokens of the", last.drift_by_stream)):
         worst_first = sorted(errors.items(), key=lambda item: -item[1])
         rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
+
     return rows
 
 
 def _deviations(report: Report) -> list[Row]:
     """Return what was not pruned or not exported as asked, alike ones together."""
     rows = _unpruned(report.linears)
+
     quants: dict[Row, list[str]] = defaultdict(list)
     packings: dict[Row, list[str]] = defaultdict(list)
 
@@ -204,6 +212,7 @@ def _deviations(report: Report) -> list[Row]:
         if tensor.reason or tensor.quant_asked != tensor.quant_real:
             reason = tensor.reason or "no reason was recorded"
             quants["quant", tensor.quant_asked, tensor.quant_real, reason].append(tensor.name)
+
         if tensor.packing_reason:
             reason = tensor.packing_reason
             packings["packing", "packed", tensor.packing, reason].append(tensor.name)
@@ -227,6 +236,7 @@ def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
         real = low if low == high else f"{low} to {high}"
         where = _where([linear.name for linear in alike])
         rows.append(("sparsity", asked, real, where, reason))
+
     return rows
 
 

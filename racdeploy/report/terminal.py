@@ -64,8 +64,10 @@ def _align(table: Table) -> list[str]:
     widths = [max(cell_len(cell) for cell in column) for column in columns]
 
     lines = [table.title]
+
     for row in rows:
         cells = zip(row, widths, strict=True)
         padded = [cell + " " * (width - cell_len(cell)) for cell, width in cells]
         lines.append("  ".join(padded).rstrip())
+
     return lines

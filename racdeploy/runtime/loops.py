@@ -32,6 +32,7 @@ def find_loop(ids: Sequence[int]) -> Loop | None:
     Of equal ones that of the shortest period, then the first.
     """
     ids_T = np.asarray(ids, dtype=np.int64)
+
     best: Loop | None = None
 
     for period in range(1, min(len(ids_T) // _REPEATS, _LONGEST_PERIOD) + 1):
@@ -46,6 +47,7 @@ def find_loop(ids: Sequence[int]) -> Loop | None:
 
         if is_longer and tokens >= max(_TOKENS, _REPEATS * period):
             best = Loop(start, tokens, period)
+
     return best
 
 

@@ -91,6 +91,7 @@ class Model(AbstractContextManager["Model"]):
             on_tokens=stream.feed if stream else None,
             cancelled=cancel.is_set if cancel else None,
         )
+
         if stream:
             stream.finish()
         return self._result(prompt_ids, completion)
@@ -141,6 +142,7 @@ class Model(AbstractContextManager["Model"]):
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )
+
         settings = self.manifest.generation.model_copy(update=given)
 
         budget = None
@@ -151,6 +153,7 @@ class Model(AbstractContextManager["Model"]):
                 max_tokens=settings.max_thinking_tokens,
                 starts_open=self._starts_open(prompt_ids),
             )
+
         return decoding.Sampling(
             settings.max_new_tokens,
             self.manifest.tokenizer.eos_ids,
@@ -210,6 +213,7 @@ class _TextStream:
             if scanner.inside or inside:
                 tag = self._tags.close_ids if inside else self._tags.open_ids
                 self._show(len(scanner.ids) - len(tag), inside, whole=True)
+
             self._prefix = self._read = scanner.start
 
     def finish(self) -> None:
@@ -267,6 +271,7 @@ def load(
         context_tokens, parallel=parallel, threads=threads, accel=accel
     )
     engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
+
     try:
         return Model(manifest, encoder, engine)
     except BaseException:

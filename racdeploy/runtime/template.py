@@ -84,6 +84,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
         if size > _LARGEST_TEXT:
             raise SecurityError(f"{operator!r} would make a value of size {size}")
+
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,9 +114,11 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
+
         environment.filters["tojson"] = _bound(_to_json)
         environment.globals.pop("lipsum")  # writes as much text as it is asked for
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+
         with _template_errors():
             self._template = environment.from_string(source)
 
@@ -125,6 +128,7 @@ class ChatTemplate:
         """Return the prompt text; ``variables`` are the template's own, as ``enable_thinking``."""
         values = {"tools": None, "documents": None, **self.tokens, **variables}
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+
         pieces = []
         length = 0
 
@@ -134,6 +138,7 @@ class ChatTemplate:
                 length += len(piece)
                 if length > _LARGEST_TEXT:
                     raise SecurityError(f"more than {_LARGEST_TEXT} characters of output")
+
         return "".join(pieces)
 
 
@@ -236,6 +241,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     previous = sys.gettrace()
     sys.settrace(trace)
+
     try:
         yield
     finally:

@@ -135,6 +135,7 @@ def split(
         return Split((), tuple(ids), "absent")
 
     scanner = Scanner(prompt_ids, tags)
+
     for token in ids:
         scanner.feed(token)
 
@@ -221,4 +222,5 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
     for text, token in vocabulary.items():
         if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES):
             space_ids.add(token)
+
     return ThinkingTags(open_ids, close_ids, frozenset(space_ids))

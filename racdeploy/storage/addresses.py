@@ -35,6 +35,7 @@ def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path
     """Return the files of racdeploy that some modules, by dotted name, reach, sorted."""
     root = root or _root()
     waiting, seen = list(modules), set[str]()
+
     reached: set[Path] = set()
 
     while waiting:

@@ -72,6 +72,7 @@ def atomic_file(file: Path) -> Iterator[BinaryIO]:
 
                 stream.flush()
                 os.fsync(stream.fileno())
+
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)

@@ -69,6 +69,7 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
     """Return the size of a tensor; an ArtifactError where it cannot have that type or shape."""
     if ggml_type not in GGML_SIZES:
         raise ArtifactError(f"tensor type {ggml_type} is unknown")
+
     block_weights, block_bytes = GGML_SIZES[ggml_type]
     weights = math.prod(dimensions)
     if (
@@ -79,6 +80,7 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
         raise ArtifactError(
             f"a tensor of type {ggml_type} cannot have the dimensions {list(dimensions)[:8]}"
         )
+
     return weights // block_weights * block_bytes
 
 
@@ -139,6 +141,7 @@ class _Reader:
 
             starts[key] = start
             values[key] = self._value(self._number("I"))
+
         starts[""] = self._at
 
         alignment = values.get("general.alignment", 32)

@@ -25,6 +25,7 @@ def lock_folder(folder: Path) -> None:
             f"another racdeploy is working in {folder}",
             remedy="wait for it, or use another --work folder",
         ) from error
+
     _locks[folder] = lock
 
 
@@ -42,6 +43,7 @@ def is_folder_in_use(folder: Path) -> bool:
     file = folder / ".lock"
     if not file.is_file():
         return True
+
     try:
         with FileLock(file, timeout=0):
             return False

@@ -42,6 +42,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     damaged = ModelError(
         f"{file} is truncated or not a safetensors file", remedy="copy or download it again"
     )
+
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
@@ -53,6 +54,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
 
     if not isinstance(header, dict):
         raise damaged
+
     header.pop("__metadata__", None)
     return {
         name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()

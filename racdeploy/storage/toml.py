@@ -38,6 +38,7 @@ def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
                 f"--set {assignment} is not PART.KEY=VALUE in TOML: {error}",
                 remedy="put text in double quotes, as --set 'prune.method=\"admm\"'",
             ) from error
+
     return values
 
 

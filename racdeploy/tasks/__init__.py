@@ -193,6 +193,7 @@ def procedural_names() -> tuple[str, ...]:
 def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
     """Share ``count`` problems evenly among tasks and interleave them."""
     share, rest = divmod(count, len(tasks))
+
     columns = []
 
     for place, task in enumerate(tasks):

@@ -13,6 +13,7 @@ def draw(random: Random) -> Problem:
     """Draw six to nine three-digit numbers, some of which share leading digits."""
     count = random.randint(NUMBERS_MIN, NUMBERS_MAX)
     leading = random.sample(range(1, 10), 3)
+
     numbers: list[int] = []
 
     while len(numbers) < count:

@@ -18,6 +18,7 @@ def draw(random: Random) -> Problem:
         f"{columns.times_digit(left, tens)}.",
         f"{columns.add(left * tens * 10, left * ones)}.",
     ]
+
     return Problem(
         question=f"What is {left} times {right}?", gold=str(left * right), thinking="\n".join(steps)
     )

@@ -89,6 +89,7 @@ def collect(
 
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
+
         asked: list[Asked] = []
 
         for number in numbers:

@@ -26,6 +26,7 @@ class Selection:
 def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
     """Leave out unwanted traces, hold a share out evenly, and keep to the token budget."""
     reasons = {"truncated": 0, "wrong answer": 0, "over the token budget": 0}
+
     wanted = []
 
     for trace in traces:

@@ -98,6 +98,7 @@ def _answer(
         log.append(ids, seed, completion)
 
     engine.complete(missing, keep)
+
     answers = []
 
     for shard in shards:

@@ -63,6 +63,7 @@ class Respondent:
         ``arm`` is the name in the records, ``log`` the place of earlier and new completions.
         """
         log = log or CompletionLog(None)
+
         prompts: list[tuple[int, ...]] = []
         for problem in problems:
             ids = tuple(self.encoder.encode(problem.question))

@@ -99,6 +99,7 @@ class Baseline:
         """Return the dense records of these problems, numbered by them."""
         self._check_decoding(settings)
         known = {(r.question, r.gold, r.sample): r for r in self.dense}
+
         found = []
         for index, problem in enumerate(problems):
             for sample in range(settings.samples):

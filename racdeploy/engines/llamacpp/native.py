@@ -108,6 +108,7 @@ class NativeModel:
             slots = len(range(place, settings.parallel, count))
             context = _Context(self._model, settings, slots, self._log, self.vocabulary)
             contexts.append(context)
+
         return contexts
 
     def decoders(self, sequences: int) -> list[_Context]:
@@ -144,6 +145,7 @@ class NativeModel:
             if count >= 0:
                 return list(tokens[:count])
             room = -count  # more tokens than bytes: the vocabulary expands the text
+
         raise EngineError(
             f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
         )
@@ -167,6 +169,7 @@ class _Context:
                 f"{log.tail()}",
                 remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
             )
+
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = _Batch()
 
@@ -239,6 +242,7 @@ def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
     )
     if required:
         raise EngineError(said, remedy="leave out --accel require")
+
     return {"kernels": said, "sparse_weights": packed}
 
 
@@ -270,6 +274,7 @@ def _fill(params: Any, **values: int) -> Any:
                 f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
                 remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
             )
+
         setattr(params, name, value)
 
     return params

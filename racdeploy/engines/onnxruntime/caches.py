@@ -45,6 +45,7 @@ class SharedCache:
 
         # A row whose prompt is still being read has no token: it gets one that its next overwrites.
         token_B1 = np.zeros((B, 1), dtype=np.int64)
+
         for slot, row in rows.items():
             token_B1[row] = tokens[slot]
 
@@ -61,6 +62,7 @@ class SharedCache:
         """Empty the cache of a slot."""
         if slot not in self._slots:
             return
+
         row = self._slots.index(slot)
 
         # The last row takes the place of the freed one.
@@ -71,6 +73,7 @@ class SharedCache:
 
         self._slots[row] = last
         self._lengths[row] = length
+
         for buffer in self._buffers:
             buffer[row, :, :length] = buffer[len(self._slots), :, :length]
 
@@ -145,6 +148,7 @@ class AppendedCache:
         old_fronts, _ = self._buffers[slot]
         fronts = self._flat(room)
         length = self._lengths[slot]
+
         for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=True):
             cache.view(new, length)[:] = cache.view(old, length)
 
@@ -178,4 +182,5 @@ def _run_bound(
         "again",
     ):
         graph.session.run_with_iobinding(binding)
+
     return logits_BTV.astype(np.float32, copy=False)

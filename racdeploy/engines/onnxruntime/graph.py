@@ -130,6 +130,7 @@ class DecoderGraph:
             _POSITIONS: length_B1 + np.arange(T),
             _KEPT: np.array(int(last)),
         }
+
         return {
             name: np.ascontiguousarray(values[name], dtype=dtype)
             for name, dtype in self._dtypes.items()
@@ -199,6 +200,7 @@ class DecoderGraph:
                 f"{logits.shape} and {wrong} caches of another length than four",
                 remedy=_REMEDY,
             )
+
         return int(logits.shape[2]), rows == 1
 
     def _takes_longer_past(self) -> bool:
@@ -245,6 +247,7 @@ def _read_head_size(folder: Path, name: str) -> int:
             size = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
         if isinstance(size, int) and size > 0:
             return size
+
     raise EngineError(
         f"the graph leaves the last dimension of {name} open, "
         "and no configuration tells the head size",

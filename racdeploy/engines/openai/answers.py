@@ -58,6 +58,7 @@ class Reader:
                 f"model's end-of-sequence ids are {', '.join(map(str, stop_ids)) or 'none'}",
                 remedy="compare generation_config.json here with that of the served model",
             )
+
         if not ended and len(ids) < cap:
             raise EngineError(
                 f"the server stopped after {len(ids)} of {cap} tokens "
@@ -65,6 +66,7 @@ class Reader:
                 "tokens",
                 remedy="start it with a longer context, or lower traces.max_new_tokens",
             )
+
         return Completion(tuple(ids), "stop" if ended else "length")
 
     def _tokenize_text(
@@ -118,6 +120,7 @@ def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
         raise EngineError(
             f"the server does not say which of the end-of-sequence ids {ids} came", remedy=_EXACT
         )
+
     return stop_ids[0]
 
 
@@ -146,6 +149,7 @@ def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise EngineError(f"the server ended a completion with {reason!r}", remedy=ODD)
+
     return choice
 
 
@@ -172,4 +176,5 @@ def _returned_ids(
         raise EngineError(
             f"the server returns {len(ids)} token ids and counts {counted}", remedy=ODD
         )
+
     return list(ids)

@@ -190,6 +190,7 @@ class OpenAIEngine(Engine):
 
             if prompt and isinstance(prompt, str | list):
                 return prompt
+
         return None
 
     async def _complete(self, request: Request) -> Completion:
@@ -230,6 +231,7 @@ class OpenAIEngine(Engine):
             text = str(self._own.decode(list(ids[start:]), skip_special_tokens=False))
             if await self._ask_ids(_TEXT_TOKENIZER, text) == list(ids):
                 return text
+
         raise EngineError(
             f"the server tokenizes the prompt that ends with {text[-40:]!r} in another way, "
             "and takes no token ids",
@@ -278,6 +280,7 @@ class OpenAIEngine(Engine):
             "parse_special": True,
             "input": text,
         }
+
         answer = await self._client.request(path, body)
 
         ids = answer.get("tokens")
@@ -286,6 +289,7 @@ class OpenAIEngine(Engine):
                 f"{self._client.url} answers {path} without token ids",
                 remedy="look at the server's log and version",
             )
+
         return ids
 
 

@@ -96,6 +96,7 @@ class Client:
                         remedy="look at the server's log and start it again if it ended",
                     ) from error
                 pause_s = delay_s if error.pause_s is None else error.pause_s
+
             await asyncio.sleep(min(pause_s, _LONGEST_DELAY_S))
             delay_s *= 2
 
@@ -154,8 +155,10 @@ class Client:
             raise _PassingError(
                 f"cannot be used: {size} bytes that are not JSON: {error}"
             ) from error
+
         if not isinstance(value, dict):
             raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=ODD)
+
         return value
 
     def _quote(self, body: bytes) -> str:
@@ -179,6 +182,7 @@ def _read_address(url: str) -> str:
     is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
     if not is_http or parts.username or parts.query:
         raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
+
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
 
 
@@ -196,4 +200,5 @@ def _read_key(name: str) -> str:
             f"the key in {name} holds white space or letters outside ASCII",
             remedy=f"export {name}=… again",
         )
+
     return key

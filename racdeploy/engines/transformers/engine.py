@@ -136,6 +136,7 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
         messages = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         prompts.append(list(ids))
+
     return prompts
 
 

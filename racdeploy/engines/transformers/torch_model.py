@@ -72,6 +72,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
         head = model.get_submodule("lm_head")
         embedding = model.get_submodule("model.embed_tokens")
         head.register_parameter("weight", embedding.get_parameter("weight"))
+
     return model
 
 
@@ -84,6 +85,7 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     up the number itself.
     """
     family = checkpoint.family
+
     hooks = []
     for block in range(checkpoint.integer("num_hidden_layers")):
         for name in family.table_modules:

@@ -86,6 +86,7 @@ class Body:
 def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:
     """Return the tensors in runs of at most so many bytes, or of one tensor; 0 is one run."""
     parts: list[list[PlannedTensor]] = [[]]
+
     size_bytes = 0
 
     for tensor in plan:

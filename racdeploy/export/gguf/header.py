@@ -36,6 +36,7 @@ def list_general_values(
         "general.name": checkpoint.folder.resolve().name,
         "general.quantized_by": f"racdeploy {__version__}",
     }
+
     if checkpoint.license:
         values["general.license"] = checkpoint.license
 
@@ -80,6 +81,7 @@ def write_header(
             kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.quant_real).GGML_TYPE)
             values = np.dtype(np.float32)  # whatever the type in the file
             writer.add_tensor_info(tensor.name, tensor.shape, values, tensor.size_bytes, kind)
+
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -32,6 +32,7 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     if path.suffix == racgguf.SUFFIX:
         container = racgguf.Container.open(path)
         values = container.header.values
+
         rows = []
         for stored in container.tensors:
             row = _describe(stored, container.chunks(stored), names, stored.stored_bytes)

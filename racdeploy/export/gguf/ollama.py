@@ -111,6 +111,7 @@ def _derive(render: Render) -> _Form:
 def _gaps(render: Render, roles: Sequence[str]) -> list[str]:
     messages = _converse(roles, "mark")
     text = render(messages)
+
     gaps = []
 
     for message in messages:

@@ -82,6 +82,7 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         return {}
 
     width = checkpoint.setting("rotary_width") // 2
+
     factors = {}
 
     for name in ("long", "short"):

@@ -37,6 +37,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
         context_tokens=min(checkpoint.integer("max_position_embeddings"), wanted),
         stops=[tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens],
     )
+
     return {"Modelfile": text}
 
 

@@ -190,6 +190,7 @@ def _read_stored_scores(
         ) from error
 
     scores = dict.fromkeys(vocab, ADDED_SCORE)
+
     for piece, i in vocab.items():
         if i >= processor.get_piece_size() or i in added:
             continue

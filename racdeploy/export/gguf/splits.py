@@ -41,6 +41,7 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
         raise UsageError(f"{path} is not the first of {count} files", remedy=f"give {first}")
 
     parts = [(path, header)]
+
     for number in range(1, count):
         file = path.with_name(name_part(match[1], number, count))
         parts.append((file, _read_part(file, path, number, count)))

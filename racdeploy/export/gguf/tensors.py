@@ -66,6 +66,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
         PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
         for name, factors in make_rope_factors(checkpoint).items()
     ]
+
     for source, name in names.items():
         if parts[source][0] in checkpoint.entries:  # biases may be missing
             plan.append(_plan_tensor(checkpoint, mix, source, name, parts[source]))
@@ -139,6 +140,7 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
 def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
     *_, part, kind = name.split(".")
     sizes = _read_sizes(checkpoint)
+
     expected = []
 
     for symbols in checkpoint.family.shapes.get(part, ("D",)):
@@ -165,6 +167,7 @@ def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
         "Q": checkpoint.integer("num_attention_heads") * K,
         "KV": checkpoint.key_value_heads * K,
     }
+
     if checkpoint.family.routed:
         sizes["E"] = checkpoint.integer("num_experts")
         sizes["EF"] = checkpoint.integer("moe_intermediate_size")

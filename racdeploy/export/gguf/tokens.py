@@ -52,6 +52,7 @@ class Tokens:
             raise ModelError(f"{file} cannot be loaded: {error}") from error
 
         assigned = loaded.get_vocab(with_added_tokens=True)
+
         for i, text in self.texts.items():
             if assigned.get(text) != i:
                 raise ModelError(
@@ -165,6 +166,7 @@ def read_special_tokens(checkpoint: Checkpoint, tokens: Tokens) -> SpecialTokens
     # A file can name one end that llama.cpp does not know by its text; it stops at no others.
     generation = checkpoint.tokenizer.generation
     ends = token_ids(generation, "eos") + token_ids(checkpoint.config, "eos")
+
     ignored = []
 
     for i in dict.fromkeys(ends):
@@ -181,6 +183,7 @@ def _read_ids(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, int]:
     files = checkpoint.tokenizer
 
     to_id: dict[str | None, int] = {text: i for i, text in tokens.texts.items()}
+
     found: dict[str, int] = {}
 
     for kind in ("bos", "eos", "pad", "unk"):
@@ -204,6 +207,7 @@ def _read_adds(checkpoint: Checkpoint, tokens: Tokens, ids: Mapping[str, int]) -
         return {kind: adds is True and kind in ids for kind, adds in asked.items()}
 
     adds = {"bos": False, "eos": False}
+
     for processor in processors:
         match processor:
             case {"type": "TemplateProcessing", "single": [first, *_, last]}:

@@ -108,6 +108,7 @@ def _read_sentencepiece(
 
     size = checkpoint.integer("vocab_size")
     types = tuple(_piece_type(tokens, i) for i in range(size))
+
     # llama.cpp looks for these in the text before spaces are replaced
     texts = dict(tokens.texts)
 

@@ -160,6 +160,7 @@ def _write_parts(
     checkpoint: Checkpoint, plan: _Plan, partials: Mapping[Path, Path], progress: Progress | None
 ) -> tuple[ExportedTensor, ...]:
     body = Body(checkpoint, plan.importance, plan.total_bytes, progress)
+
     written: list[ExportedTensor] = []
 
     for number, (file, tensors) in enumerate(plan.parts.items()):
@@ -172,6 +173,7 @@ def _write_parts(
             general=plan.general if is_first else {},
             split=(number, len(plan.parts), len(plan.tensors)),
         )
+
         written += body.append(partials[file], tensors)
 
     return tuple(written)
@@ -187,7 +189,9 @@ def _publish(
         files={file.name: file_sha256(partial) for file, partial in partials.items()},
         notes=plan.notes,
     )
+
     packer = packings.load_gguf(packing)
+
     rows: tuple[racgguf.PackedTensor, ...] = ()
 
     for file, partial in partials.items():

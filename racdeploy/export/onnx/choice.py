@@ -44,19 +44,23 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
     """
     check_exporter(exporter)
     names = _rank_exporters() if exporter == "auto" else [exporter]
+
     reasons = []
     for name in names:
         if refusal := onnx_exporters.load(name).refusal(checkpoint):
             reasons.append(f"{name}: {refusal}")
             continue
+
         try:
             graph, found = _attempt(checkpoint, name)
         except EngineError as error:
             reasons.append(f"{name}: {error.message}")
             continue
+
         distance = f"{found['prefill']:.1e} in prefill, {found['decode']:.1e} in decode"
         note = f"ONNX graph by {name}, from torch by {distance}"
         return Chosen(graph, "; ".join([note, *(f"not by {reason}" for reason in reasons)]))
+
     raise ModelError(
         f"no ONNX exporter can export {checkpoint.folder}: {'; '.join(reasons)}",
         remedy="export it as gguf, or report the model with this message",
@@ -78,13 +82,17 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]
         graph = adopt(file, checkpoint, exporter, name)
         arguments = [str(checkpoint.folder.resolve()), str(file)]
         found = run_module("racdeploy.export.onnx.parity", arguments, "the comparison with torch")
+
     if not isinstance(found, dict):
         raise EngineError("the comparison with torch ended without a result")
+
     for part in ("prefill", "decode"):
         if not found[part] <= PARITY_LIMIT:
             raise EngineError(
                 f"its logits differ from torch's by {found[part]:.1e} of the largest in {part}"
             )
+
     if not found.get("rotary", 0.0) <= _ROTARY_LIMIT:
         raise EngineError(f"its rotary tables differ from torch's by {found['rotary']:.1e}")
+
     return graph, found

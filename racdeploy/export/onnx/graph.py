@@ -95,11 +95,13 @@ def _match_weights(
             raise EngineError(
                 f"{what} stored {source!r} as type {initializer.data_type}, not in float32"
             )
+
         weights[initializer.name] = _compare(initializer, file, checkpoint, source, what)
 
     uses = Counter(weight.source for weight in weights.values())
     if repeated := sorted(source for source, count in uses.items() if count > 1):
         raise EngineError(f"the graph of {what} stores {repeated[0]!r} more than once")
+
     return weights
 
 
@@ -164,6 +166,7 @@ class _Wiring:
             self._graph.node.remove(node)
 
         gone = {name for node in turned for name in node.output} | set(self._sources)
+
         for values in (self._graph.initializer, self._graph.value_info):
             for value in [value for value in values if value.name in gone]:
                 values.remove(value)
@@ -184,6 +187,7 @@ class _Wiring:
         node = self._made_by.get(name)
         if node is None or node.op_type not in _TURNS:
             return None
+
         found = self._resolve(node.input[0])
         if found is None:
             return None
@@ -191,11 +195,13 @@ class _Wiring:
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
         if order not in ([1, 0], [0, 1]):
             raise EngineError(f"{self._what} transposes {found.source!r} by {order}")
+
         return _Weight(found.source, found.transposed != (order == [1, 0]))
 
     def _classify(self, node: onnx.NodeProto, place: int, weight: _Weight) -> str:
         if node.op_type in _TURNS:
             return str(node.input[place])
+
         match node.op_type, place, weight.transposed:
             case "MatMul", 1, True:
                 self.linears.add(weight.source)
@@ -208,4 +214,5 @@ class _Wiring:
                     f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, "
                     "which is not known"
                 )
+
         return weight.source

@@ -44,12 +44,14 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
     O = outputs[0] if outputs else 1
 
     arrays, size_bytes = stored.take(tensor)
+
     try:
         packed_OP = join_arrays(tensor, arrays)
     except (KeyError, ValueError) as error:
         raise ArtifactError(
             f"{path}: the arrays of {tensor.name!r} are missing or of other shapes: {error}"
         ) from error
+
     if packed_OP.shape != (O, I * quant.BITS / 8):
         raise ArtifactError(
             f"{path}: {tensor.name!r} is not of shape {list(tensor.shape)} in {tensor.quant}"

@@ -62,6 +62,7 @@ def _run_torch(
     for table_BTK, found_TK in zip(expected, found, strict=True):
         expected_TK = table_BTK[0, :, :K].float().numpy()
         differences.append(float(np.abs(expected_TK - found_TK).max()))
+
     return logits_TV, {"rotary": max(differences)}
 
 
@@ -85,6 +86,7 @@ def _run_graph(
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(past, total)[None],
         }
+
         inputs = {name: offered[name] for name in wanted if name in offered}
         results = session.run(None, inputs | cache)
 

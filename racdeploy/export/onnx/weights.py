@@ -56,11 +56,13 @@ def plan_tensors(
 def _choose(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple[str, str]:
     if len(shape) == 1:
         return "f32", "" if quant == "f32" else "vectors are stored in f32"
+
     chosen, reason = quant, ""
     if dense and quants.is_blocks(quant) and quant != _WIDE:
         chosen, reason = _WIDE, "embedding and output keep 8 bits"
     if why := quants.fits(quants.load(chosen), shape[1]):
         return _FALLBACK, "; ".join(filter(None, [reason, why]))
+
     return chosen, reason
 
 
@@ -125,6 +127,7 @@ def _make_product(node: onnx.NodeProto, tensor: GraphTensor, shared: Shared) -> 
     if tensor.quant != "f32":
         wide = f"{tensor.name}.f32"
         weight = _share(shared, "Cast", [weight], wide, to=onnx.TensorProto.FLOAT)
+
     if tensor.looked_up:
         weight = _share(shared, "Transpose", [weight], f"{tensor.name}.turned", perm=[1, 0])
     return helper.make_node("MatMul", [node.input[0], weight], list(node.output), node.name)
@@ -199,6 +202,7 @@ def _make_block_lookup(
         ("Mul", ["whole", "scales"], "blocks", {}),
         ("Reshape", ["blocks", by_row], "rows", {}),
     ]
+
     names = {output: f"{NODE_PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps}
     names["rows"] = node.output[0]
 

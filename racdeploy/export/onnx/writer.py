@@ -102,6 +102,7 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
             f"{plain} is no name for the unpacked graph",
             remedy="name another .onnx file with --out",
         )
+
     if not plain.parent.is_dir():
         raise UsageError(f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}")
 
@@ -197,6 +198,7 @@ def _check_request(
     check_exporter(exporter)
     if out.suffix != ".onnx":
         raise UsageError(f"{out} is no name for an ONNX graph", remedy=f"name it {out.stem}.onnx")
+
     check_metadata(metadata, (TENSORS_KEY,))
 
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
@@ -262,6 +264,7 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
             f"{packed} is for racdeploy's operator",
             remedy="its plain graph lies beside it, without .accel in its name",
         )
+
     if all(tensor.packing == "plain" for tensor in tensors):
         raise UsageError(
             f"nothing in {packed} is packed", remedy="racdeploy inspect shows what is in it"

@@ -34,8 +34,10 @@ def load_graph(file: Path) -> onnx.ModelProto:
     except (DecodeError, OSError, ValueError) as error:
         message = f"{file} is not a readable ONNX file: {error}"
         raise ArtifactError(message, remedy="copy or export it again") from error
+
     if not model.HasField("graph") or not model.opset_import:
         raise ArtifactError(f"{file} holds no ONNX graph", remedy="copy or export it again")
+
     return model
 
 
@@ -55,6 +57,7 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     dtype, dims = _dtype(tensor), tuple(tensor.dims)
     if not size_bytes:
         return np.zeros(dims, dtype=dtype)
+
     return np.memmap(file, dtype=dtype, mode="r", offset=start, shape=dims)
 
 
@@ -67,6 +70,7 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
         raise ArtifactError(
             f"the values of {tensor.name!r} lie outside the folder of the model, in {location!r}"
         )
+
     if not file.is_file():
         message = f"{file} is missing; it holds {tensor.name!r}"
         raise ArtifactError(message, remedy="copy the whole folder")
@@ -83,6 +87,7 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
             f"{file} is shorter than the model says, or {tensor.name!r} has another size",
             remedy="copy it again",
         )
+
     return file, start
 
 

@@ -127,6 +127,7 @@ def _convert(
 def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
     """Replace the products of packed tensors, and drop what only they read."""
     widened = {f"{name}{part}": name for name in packed for part in ("", ".f32")}
+
     nodes = []
 
     for node in model.graph.node:
@@ -136,12 +137,14 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
 
     del model.graph.node[:], model.graph.initializer[:]
     read = {value.name for value in model.graph.output}
+
     for node in nodes:
         read.update(node.input)
 
     for node in nodes:
         if not node.name.startswith(NODE_PREFIX) or read.intersection(node.output):
             model.graph.node.append(node)
+
     model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, LAYOUT))
 
 

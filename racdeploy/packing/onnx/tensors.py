@@ -134,6 +134,7 @@ class StoredArrays:
             for initializer in model.graph.initializer
             if not initializer.name.startswith(PACKING_PREFIX)
         }
+
         self._model = model
         self._path = path
         self._packers: dict[str, Packer] = {}
@@ -143,6 +144,7 @@ class StoredArrays:
         packer = self._packer(tensor.packing)
         names = [tensor.name + part for part in packer.PARTS]
         stored = {name: self.left.pop(name) for name in names if name in self.left}
+
         try:
             return packer.read(tensor, stored)
         except (KeyError, ValueError) as error:

@@ -54,6 +54,7 @@ class TensorPacker:
 
     def __init__(self, header: Header, source: BinaryIO) -> None:
         self._source = source
+
         self._tallies: dict[str, NDArray[np.int64]] = {}
         self._tables: dict[str, Table] = {}
 
@@ -80,6 +81,7 @@ class TensorPacker:
         weights = int(tallied.sum())
         if LAYOUTS[tensor.ggml_type].in_words and weights < LEAST_WORD_WEIGHTS:
             return f"its {weights} weights do not pay for a table"
+
         return _refuse(tensor.ggml_type, _share_zeros(tallied))
 
     def pack(self, tensor: TensorInfo) -> Iterator[bytes]:
@@ -112,6 +114,7 @@ def refuse_stored(tensor: StoredTensor) -> str:
         return f"is stored in {tensor.stored_bytes} bytes, less than the {least_bytes} of its mask"
     if layout.in_words and weights < LEAST_WORD_WEIGHTS:
         return f"is packed and has {weights} weights, fewer than {LEAST_WORD_WEIGHTS}"
+
     return ""
 
 

@@ -124,6 +124,7 @@ class GraphPacker(Packer):
             shape = (shape[0], -1, 32)
         elif tensor.turned:
             shape = shape[::-1]
+
         return {tensor.name: flat.reshape(shape), **arrays}, size_bytes
 
     def _expect(self, tensor: GraphTensor, values: NDArray[Any]) -> None:

@@ -56,6 +56,7 @@ class GraphPacker(Packer):
             entry.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
             entry.data_location = TensorProto.EXTERNAL
             entry.external_data.add(key="location", value=raconnx.PLACE)
+
         yield from ()
 
     def finish(self) -> None:

@@ -114,6 +114,7 @@ class Container:
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
                     raise ArtifactError(message, remedy=_COPY_AGAIN) from error
+
                 written = start + tensor.plain_bytes
 
         yield memoryview(bytes(self.size_bytes - written))
@@ -202,6 +203,7 @@ def _check(path: Path, header: Header) -> Container:
             f"container version {version!r} with packing {packing!r}; "
             f"known is {VERSION} with {', '.join(map(repr, known))}"
         )
+
     if type(size_bytes) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
         raise ArtifactError("its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
@@ -249,6 +251,7 @@ def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[St
 
     if place != len(recorded):
         raise ArtifactError("racgguf.tensors records more tensors than there are")
+
     return tuple(tensors)
 
 
@@ -266,6 +269,7 @@ def _describe(
     tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
     if reason := packings.load_gguf(packing).refuse_stored(tensor):
         raise ArtifactError(f"{info.name!r} {reason}")
+
     return tensor
 
 

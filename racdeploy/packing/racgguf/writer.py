@@ -72,6 +72,7 @@ def pack(
 
     data = out.with_name(f".{out.name}.data")
     partial = out.with_name(f".{out.name}.partial")
+
     with disk_errors(out):
         try:
             with plain.open("rb") as source, data.open("w+b") as sink:
@@ -91,6 +92,7 @@ def pack(
         finally:
             data.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
+
     return tuple(rows)
 
 
@@ -105,6 +107,7 @@ def read_pieces(
         if not piece.size:
             message = "the file became shorter while it was read"
             raise ArtifactError(message, remedy="export it again")
+
         left -= piece.size
         yield piece
 
@@ -128,6 +131,7 @@ class _Store:
         if not reason:
             self.sink.writelines(packer.pack(tensor))
             reason = self._refuse(tensor, start)
+
         if reason:
             self.sink.seek(start)
             self.sink.truncate()
@@ -146,11 +150,13 @@ class _Store:
         self.sink.seek(0, os.SEEK_END)
         if not comes_back:
             return "its packed form would unpack to other bytes"
+
         return "its packed form is not smaller" if stored.stored_bytes >= tensor.size_bytes else ""
 
     def _unpacks(self, stored: container.StoredTensor, position: int) -> bool:
         """Return whether the sink unpacks to the bytes at ``position`` of the plain file."""
         self.source.seek(position)
+
         done = 0
         try:
             for chunk in container.unpack_stored(stored, container.Source(self.sink)):
@@ -160,6 +166,7 @@ class _Store:
                 done += chunk.size
         except ArtifactError:
             return False
+
         return done == stored.plain_bytes
 
 
@@ -182,6 +189,7 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
     with plain.open("rb") as source:
         source.seek(FIXED_BYTES)
         metadata = source.read(header.starts[""] - FIXED_BYTES)
+
     metadata += _pack_keys(packing, header.size_bytes, file_sha256(plain), recorded)
 
     made = fixed + metadata + container.tensor_infos(infos, header.alignment)
@@ -197,6 +205,7 @@ def _pack_keys(packing: str, size_bytes: int, sha256: str, recorded: list[int]) 
         struct.pack("<I", 8) + container.pack_text(sha256),
         struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
     )
+
     pairs = zip(container.KEYS, values, strict=True)
     return b"".join(container.pack_text(key) + value for key, value in pairs)
 

@@ -26,6 +26,7 @@ def shift_shares(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity
     """Return the wanted sparsities moved by one constant, within bounds, to a weighted mean."""
     total = sum(sizes[name] for name in wanted)
     low, high = -1.0, 1.0
+
     shares: Shares = {}
 
     for _ in range(_HALVINGS):

@@ -54,6 +54,7 @@ def allocate(
 ) -> Shares:
     """Return the sparsities with the least sum of errors, greedily along the curves."""
     grid = np.arange(0.0, HIGHEST + STEP / 2, STEP)
+
     prices = {}  # of a weight of each linear, step by step; the cheapest step is taken first
 
     for name, observation in observations.items():

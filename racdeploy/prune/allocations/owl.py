@@ -44,6 +44,7 @@ def allocate(
     share = {block: found[block] / weights[block] for block in found}
     lowest = min(share.values())
     width = (max(share.values()) - lowest) or 1.0
+
     wanted = {}
 
     for name in observations:

@@ -54,6 +54,7 @@ def _choose(
     halves_GS = np.zeros_like(weight_GS)
 
     _, above_G = np.frexp(np.abs(weight_GS).max(1))  # the largest is below 2**above
+
     # ggml's exponent may clip the largest weight by up to a quarter, so its neighbours are tried.
     for shift in (0, 1, -1):
         # byte e means 2**(e - 128) for one half; ggml takes e = above - 3 + 127

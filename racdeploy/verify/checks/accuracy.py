@@ -45,6 +45,7 @@ def check(evidence: Evidence) -> CheckResult:
         "prompts": prompts,
         "answers": answers,
     }
+
     if not dense_correct:
         nothing = f"the dense model answers none of {prompts} prompts right"
         summary = f"{nothing}, so there is nothing to lose"

@@ -69,6 +69,7 @@ def check(evidence: Evidence) -> CheckResult:
         "pruning_changed": found.pruning.changed,
         "tokens": found.tokens,
     }
+
     for name, limit in zip(("kl_limit_nats", "changed_limit"), pruning_limits, strict=True):
         if limit is not None:
             figures[f"pruning_{name}"] = limit

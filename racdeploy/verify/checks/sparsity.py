@@ -34,6 +34,7 @@ def check(evidence: Evidence) -> CheckResult:
         "tensors": len(rows),
         "kept_dense": len(evidence.dense_linears),
     }
+
     text = f"{found:.1%} zeros in the file, {asked:.1%} asked"
     if evidence.sparsity_recipe is not None:
         figures["sparsity_recipe"] = evidence.sparsity_recipe

@@ -69,6 +69,7 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     index = checkpoint.folder / "model.safetensors.index.json"
     if index.is_file():
         files.add(index)
+
     for file in sorted(files):
         (folder / file.name).symlink_to(file.resolve())
 

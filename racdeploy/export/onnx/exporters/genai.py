@@ -42,6 +42,7 @@ def refusal(checkpoint: Checkpoint) -> str:
         return "its graph has one attention window for all blocks"
     if checkpoint.rope["rope_type"] == "yarn" and "beta_fast" not in checkpoint.rope:
         return "its graph leaves YaRN out where the configuration has no beta_fast"
+
     return ""
 
 
@@ -58,6 +59,7 @@ def build(prepared: Path, out: Path) -> Path:
         raise EngineError(
             "onnxruntime-genai's model builder ended without an error and without a graph"
         )
+
     return graph
 
 

@@ -35,6 +35,7 @@ def build(prepared: Path, out: Path) -> Path:
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError("optimum's export ended without an error and without a graph")
+
     return graph
 
 
