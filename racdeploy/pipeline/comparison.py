@@ -37,7 +37,7 @@ class Evaluation:
     progress: Progress | None = None
 
     def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
-        """Answer the prompts with one artifact, anew where speed or memory have a limit."""
+        """Answer the prompts with one artifact, again where speed or memory have a limit."""
         job = self.job
         stop_ids = job.checkpoint.eos_ids
         respondent = Respondent(job.encoder, job.tags, stop_ids, job.recipe.verify, self.progress)
