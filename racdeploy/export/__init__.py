@@ -23,6 +23,8 @@ from racdeploy.storage.files import disk_errors
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""
+Metadata = Mapping[str, str | int | float | bool]
+"""Further keys of a file, ``racdeploy.*`` or ``general.*``."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Format(Protocol):
         *,
         quant: str,
         packing: str,
-        metadata: Mapping[str, str | int | float | bool] | None,
+        metadata: Metadata | None,
         progress: Progress | None,
         **options: Any,
     ) -> ExportResult: ...
@@ -187,7 +189,7 @@ def write(
     out: Path,
     settings: recipe.Export,
     *,
-    metadata: Mapping[str, str | int | float | bool] | None = None,
+    metadata: Metadata | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export a checkpoint as the settings say; the folder of ``out``, the main file, is made.

@@ -11,7 +11,7 @@ from typing import Any
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
+from racdeploy.export import ExportedTensor, ExportResult, Metadata, Progress, check_metadata
 from racdeploy.export.gguf.body import Body, divide
 from racdeploy.export.gguf.header import FILE_KEYS, list_general_values, write_header
 from racdeploy.export.gguf.parameters import check_parameters
@@ -24,8 +24,6 @@ from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.files import disk_errors, file_sha256, require_space
-
-Metadata = Mapping[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)

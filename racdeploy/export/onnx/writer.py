@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportedTensor, ExportResult, Progress, check_metadata
+from racdeploy.export import ExportedTensor, ExportResult, Metadata, Progress, check_metadata
 from racdeploy.export.onnx.choice import check_exporter, choose
 from racdeploy.export.onnx.weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.models.checkpoint import Checkpoint
@@ -30,7 +30,6 @@ from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tenso
 from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
 
 _VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
-Metadata = Mapping[str, str | int | float | bool]
 
 
 def export(
