@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "presets": "racdeploy.quant.presets",
     "packing": "racdeploy.packing.packers",
     "engines": "racdeploy.engines",
+    "structures": "racdeploy.prune.structures",
     "methods": "racdeploy.prune.methods",
     "allocations": "racdeploy.prune.allocations",
     "formats": "racdeploy.export",

@@ -181,6 +181,36 @@ class Pruning(_Part):
             )
 
 
+class Structure(_Part):
+    """How much of the model's structure stays, before zeros are chosen in what is left.
+
+    ``keep`` has a share for each part that is cut, by the name of its plugin; of the vocabulary a
+    count of tokens, too.
+    """
+
+    keep: dict[str, float] = Field(default_factory=dict)
+    uniform: bool = False
+    criterion: Literal["error", "magnitude"] = "error"
+    vocabulary_text: tuple[str, ...] = ()
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, value: dict[str, float]) -> dict[str, float]:
+        known = plugins.names("structures")
+        for part, share in value.items():
+            if part not in known:
+                nearest = plugins.closest(part, known)
+                raise ValueError(f"unknown part {part!r}{nearest}; known: {', '.join(known)}")
+            if not (0 < share <= 1 or (part == "vocabulary" and share == int(share) > 0)):
+                counted = ", or a count of tokens" if part == "vocabulary" else ""
+                raise ValueError(f"{part} = {share:g} is not a share above 0, up to 1{counted}")
+        return value
+
+    def share(self, part: str) -> float:
+        """Return how much of a part stays; 1 is all of it."""
+        return self.keep.get(part, 1.0)
+
+
 class Export(_Part):
     """The exported file; of ``tensors`` the first pattern that matches overrides the preset."""
 
@@ -242,6 +272,7 @@ class Recipe(_Part):
     calibration_tasks: tuple[str, ...] = ()
     traces: Traces = Field(default_factory=Traces)
     calibration: Calibration = Field(default_factory=Calibration)
+    structure: Structure = Field(default_factory=Structure)
     prune: Pruning = Field(default_factory=Pruning)
     export: Export = Field(default_factory=Export)
     verify: Verification = Field(default_factory=Verification)

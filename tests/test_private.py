@@ -22,6 +22,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "presets": ({"FORMATS", "QUANT", "RULES"},),
     "packing": ({"FORMATS", "REQUIRES_ZEROS", "BESIDE_PLAIN", "fits", "usage"},),
     "engines": ({"open_engine"},),
+    "structures": ({"STEP"},),
     "methods": ({"prune"},),
     "allocations": ({"SURVEYS", "allocate"},),
     "formats": ({"BACKEND", "export", "measure", "unpack"},),

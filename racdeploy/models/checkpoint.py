@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
+from racdeploy.models import widths
 from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
@@ -102,6 +103,41 @@ class Checkpoint:
     def key_value_heads(self) -> int:
         """Number of key and value heads."""
         return int(self.config.get("num_key_value_heads") or self.integer("num_attention_heads"))
+
+    @cached_property
+    def _block_widths(self) -> Mapping[str, tuple[int, ...]]:
+        return widths.read(self.config, self.block_count, f"{self.folder}/config.json")
+
+    def per_block(self, setting: str) -> tuple[int, ...]:
+        """Return a setting of :data:`widths.SETTINGS` for each block."""
+        if setting in self._block_widths:
+            return self._block_widths[setting]
+
+        same = self.key_value_heads if setting == "num_key_value_heads" else self.integer(setting)
+        return (same,) * self.block_count
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all blocks are of the same widths."""
+        return not self._block_widths
+
+    def sizes(self, block: int) -> Mapping[str, int]:
+        """Return what the letters of a family's shapes stand for in a block."""
+        K = self.head_size
+        sizes = {
+            "D": self.integer("hidden_size"),
+            "F": self.per_block("intermediate_size")[block],
+            "V": self.integer("vocab_size"),
+            "K": K,
+            "Q": self.per_block("num_attention_heads")[block] * K,
+            "KV": self.per_block("num_key_value_heads")[block] * K,
+        }
+
+        if self.family.routed:
+            sizes["E"] = self.integer("num_experts")
+            sizes["EF"] = self.integer("moe_intermediate_size")
+
+        return sizes
 
     def setting(self, name: str) -> Any:
         """Return a key of ``config.json``, or None, or one of :data:`SETTINGS`."""

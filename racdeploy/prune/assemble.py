@@ -5,22 +5,44 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
+from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import IMPORTANCE_FILE
-from racdeploy.storage.files import atomic_folder
+from racdeploy.storage.files import atomic_folder, read_json
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
 
 _COPY_BYTES = 1 << 24  # of a tensor in memory at a time
 
 
-def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
-    """Write ``out``: the checkpoint with pruned weights, and the mean squared inputs, if any."""
+@dataclass(frozen=True)
+class Shape:
+    """Which blocks of a model stay, and how wide they are."""
+
+    blocks: tuple[int, ...]  # their numbers in the dense model, rising
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # setting → of each of them
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Shape:
+        """Return the shape that a model has, with every setting of :data:`widths.SETTINGS`."""
+        known = {setting: checkpoint.per_block(setting) for setting in SETTINGS.values()}
+        return cls(tuple(range(checkpoint.block_count)), known)
+
+
+def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | None = None) -> Path:
+    """Write ``out``: the checkpoint with pruned weights, and the mean squared inputs, if any.
+
+    With a ``shape``, blocks that it does not name are left out and the others numbered anew; files
+    in ``blocks`` use the new numbers.
+    """
     pruned = _read_entries(blocks, "block")
-    entries = {name: pruned.get(name, entry) for name, entry in sorted(checkpoint.entries.items())}
     importance = _read_entries(blocks, "importance")
+    kept = _renumber(checkpoint, shape) if shape else checkpoint.entries
+    entries = {name: pruned.get(name, entry) for name, entry in sorted(kept.items())}
 
     with atomic_folder(out) as scratch:
         _write(entries, scratch / "model.safetensors")
@@ -29,8 +51,37 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path) -> Path:
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
+        if shape and shape != Shape.of(checkpoint):
+            _write_config(checkpoint, shape, scratch / "config.json")
 
     return out
+
+
+def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
+    """Return the entries that stay, by their new names."""
+    prefix = f"{checkpoint.family.blocks}."
+    numbers = {str(block): str(place) for place, block in enumerate(shape.blocks)}
+
+    entries = {}
+
+    for name, entry in checkpoint.entries.items():
+        if not name.startswith(prefix):
+            entries[name] = entry
+            continue
+
+        block, _, inside = name.removeprefix(prefix).partition(".")
+        if block in numbers:
+            entries[f"{prefix}{numbers[block]}.{inside}"] = entry
+
+    return entries
+
+
+def _write_config(checkpoint: Checkpoint, shape: Shape, file: Path) -> None:
+    config = read_json(checkpoint.folder / "config.json")
+    changed = widths.write(config, shape.blocks, shape.widths)
+    # Heads that are fewer no longer say how wide one is.
+    changed["head_dim"] = checkpoint.head_size
+    file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,8 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
 
 
 def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
-    *_, part, kind = name.split(".")
-    sizes = _read_sizes(checkpoint)
+    *place, part, kind = name.split(".")
+    sizes = checkpoint.sizes(int(place[-1]) if place else 0)
 
     expected = []
 
@@ -155,24 +155,6 @@ def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
             f"{checkpoint.folder}: {source!r} has shape {shape}, its config.json means {expected}",
             remedy="the weights and the config belong to different models",
         )
-
-
-def _read_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    K = checkpoint.head_size
-    sizes = {
-        "D": checkpoint.integer("hidden_size"),
-        "F": checkpoint.integer("intermediate_size"),
-        "V": checkpoint.integer("vocab_size"),
-        "K": K,
-        "Q": checkpoint.integer("num_attention_heads") * K,
-        "KV": checkpoint.key_value_heads * K,
-    }
-
-    if checkpoint.family.routed:
-        sizes["E"] = checkpoint.integer("num_experts")
-        sizes["EF"] = checkpoint.integer("moe_intermediate_size")
-
-    return sizes
 
 
 def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:

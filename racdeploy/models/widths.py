@@ -1,0 +1,111 @@
+"""How wide the parts of each block are, and what of a tensor stays where a part is narrower.
+
+A family says which sizes each tensor has, in the letters of :mod:`racdeploy.models.decoder`. So a
+cut of the feed-forward part (``F``) or of heads (``Q``, ``KV``) finds every tensor that it narrows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ModelError
+from racdeploy.models.families import Family
+
+KEY = "racdeploy_block_widths"
+"""Key of ``config.json``: a setting of :data:`SETTINGS` → its value in each block.
+
+Only what differs between blocks is there; transformers' own key then holds the largest value.
+"""
+SETTINGS = {
+    "F": "intermediate_size",
+    "Q": "num_attention_heads",
+    "KV": "num_key_value_heads",
+}
+Kept = Mapping[str, NDArray[np.int64]]
+"""Letter → indices of what stays along it, rising: channels (``F``), columns (``Q``, ``KV``)."""
+
+
+def axes(family: Family, name: str) -> tuple[str, ...]:
+    """Return the sizes of a block's tensor, outputs first, as letters or sums: ``("Q", "D")``."""
+    in_file, _, kind = family.block_tensors[name].rpartition(".")
+    letters = family.shapes.get(in_file, ("D",))
+    return letters[:1] if kind == "bias" else letters
+
+
+def find_kept(
+    family: Family, name: str, kept: Kept, sizes: Mapping[str, int]
+) -> tuple[NDArray[np.int64] | None, ...]:
+    """Return for each axis of a block's tensor the indices that stay, None where all do.
+
+    ``sizes`` are those before the cut. Matrices laid into one, as ``Q+KV+KV``, are cut one by one.
+    """
+    found: list[NDArray[np.int64] | None] = []
+
+    for axis in axes(family, name):
+        letters = axis.split("+")
+        if not any(letter in kept for letter in letters):
+            found.append(None)
+            continue
+
+        parts = []
+        start = 0
+        for letter in letters:
+            own = kept.get(letter)
+            parts.append(start + (np.arange(sizes[letter]) if own is None else own))
+            start += sizes[letter]
+        found.append(np.concatenate(parts))
+
+    return tuple(found)
+
+
+def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Return the settings that differ between blocks, or raise a ModelError on nonsense."""
+    written = config.get(KEY) or {}
+    if not isinstance(written, Mapping) or set(written) - set(SETTINGS.values()):
+        known = ", ".join(SETTINGS.values())
+        raise ModelError(f"{where}: {KEY} is not a table of {known}")
+
+    widths = {}
+    for setting, values in written.items():
+        if not isinstance(values, list) or len(values) != blocks or not all(map(_is_count, values)):
+            raise ModelError(f"{where}: {KEY}.{setting} is not a list of {blocks} counts above 0")
+        widths[setting] = tuple(values)
+
+    return widths
+
+
+def write(
+    config: Mapping[str, Any], blocks: Sequence[int], widths: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Return the config of a model that consists of some blocks of one, by their numbers.
+
+    ``widths`` are settings with one value for each of them. What is equal everywhere is written
+    plainly, so that transformers reads it.
+    """
+    count = config["num_hidden_layers"]
+    changed = {key: value for key, value in config.items() if key != KEY}
+    changed["num_hidden_layers"] = len(blocks)
+
+    for key in ("layer_types", "no_rope_layers"):  # one value for each block
+        values = config.get(key)
+        if isinstance(values, list) and len(values) == count:
+            changed[key] = [values[block] for block in blocks]
+
+    differing = {}
+    for setting, values in widths.items():
+        assert len(values) == len(blocks), f"{setting}: {len(values)} of {len(blocks)} blocks"
+        changed[setting] = max(values)
+        if len(set(values)) > 1:
+            differing[setting] = list(values)
+
+    if differing:
+        changed[KEY] = differing
+    return changed
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

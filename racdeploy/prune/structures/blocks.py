@@ -1,0 +1,3 @@
+"""Whole blocks: those whose removal changes the model's last hidden states least."""
+
+STEP = "blocks"

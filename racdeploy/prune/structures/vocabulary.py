@@ -1,0 +1,3 @@
+"""The vocabulary: tokens that the user's texts do not need, with their rows and merges."""
+
+STEP = "folder"
