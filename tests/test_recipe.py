@@ -53,12 +53,13 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
         *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
+        *("structure.keep", "structure.vocabulary_text"),
     }
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in {"tensors", "gate"}:
+        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep"}:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
