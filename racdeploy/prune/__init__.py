@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.report.model import BlockRow, LinearRow, StructureRow
 
 __all__ = ["PrunedModel"]
 
@@ -22,6 +22,7 @@ class PrunedModel:
     selection: dict[str, Any]
     notes: tuple[str, ...] = ()  # what the report must say about how it came about
     undone: str = ""  # which step of a schedule was undone, and why; empty where none was
+    structure: tuple[StructureRow, ...] = ()  # of each block, by new numbers; empty if none was cut
 
     def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
         """Return the linears as reported: where a step was undone, more was asked of them."""

@@ -171,6 +171,24 @@ class BlockRow(_Part):
     drift_by_task: dict[str, float] = Field(default_factory=dict)
 
 
+class StructureRow(_Part):
+    """How wide one block of the pruned model is, beside the dense block that it was cut from.
+
+    Args:
+        block: its number in the pruned model.
+        source_block: its number in the dense model.
+        heads: query heads; ``channels`` are those of the feed-forward part.
+    """
+
+    block: int = Field(ge=0)
+    source_block: int = Field(ge=0)
+    heads: int = Field(ge=1)
+    key_value_heads: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    heads_dense: int = Field(ge=1)
+    channels_dense: int = Field(ge=1)
+
+
 class PositionRow(_Part):
     """Mean divergence over a stretch of the dense model's completions, teacher-forced.
 
@@ -266,6 +284,7 @@ class Report(_Part):
     Args:
         created: when the verification ended, with time zone.
         recipe: the resolved recipe.
+        structure: one row for each block of the pruned model; empty where nothing was cut.
         notes: whatever a reader must know and no table says.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
@@ -282,6 +301,7 @@ class Report(_Part):
     checks: tuple[CheckResult, ...] = ()
     linears: tuple[LinearRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
+    structure: tuple[StructureRow, ...] = ()
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     notes: tuple[str, ...] = ()
