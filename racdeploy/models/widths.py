@@ -36,6 +36,14 @@ def axes(family: Family, name: str) -> tuple[str, ...]:
     return letters[:1] if kind == "bias" else letters
 
 
+def shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return how large a block's tensor is, outputs first, where the letters have these sizes."""
+    lengths = []
+    for axis in axes(family, name):
+        lengths.append(sum(sizes[letter] for letter in axis.split("+")))
+    return tuple(lengths)
+
+
 def find_kept(
     family: Family, name: str, kept: Kept, sizes: Mapping[str, int]
 ) -> tuple[NDArray[np.int64] | None, ...]:

@@ -1,11 +1,13 @@
 """Build transformers models from a checkpoint that racdeploy has read itself.
 
 transformers 4.57 ignores the rope settings that transformers 5 writes, so the config is normalized
-first. A skeleton lives on the meta device; blocks are filled one at a time.
+first. A skeleton lives on the meta device; blocks are filled one at a time. Where blocks differ in
+width, which transformers' configurations cannot say, each is fitted before it is filled.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from racdeploy.errors import ModelError
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 
@@ -35,6 +38,10 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             config, attn_implementation="sdpa", dtype=torch.float32
         )
 
+    if not checkpoint.is_uniform:
+        for block in range(checkpoint.block_count):
+            _fit_block(model, checkpoint, block)
+
     # Buffers are computed and not in the file: they need values even while weights have none.
     for name in checkpoint.family.rotary.values():
         rotary: Any = model.get_submodule(name)
@@ -49,6 +56,29 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     model_type = checkpoint.config["model_type"]
     assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
+
+
+def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
+    """Give the linears of a block, on the meta device, its own widths instead of the largest."""
+    family = checkpoint.family
+    module = model.get_submodule(f"{family.blocks}.{block}")
+    sizes = checkpoint.sizes(block)
+
+    for name, _ in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(widths.shape(family, name, sizes), device="meta")
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(empty))
+
+    for linear in family.linears:
+        matrix: Any = module.get_submodule(linear)
+        matrix.out_features, matrix.in_features = matrix.weight.shape
+
+    # What attention reads besides: some compute it once, some ask their config as they run.
+    attention: Any = module.get_submodule("self_attn")
+    attention.num_key_value_groups = sizes["Q"] // sizes["KV"]
+    attention.config = copy.copy(attention.config)
+    for setting in widths.SETTINGS.values():
+        setattr(attention.config, setting, checkpoint.per_block(setting)[block])
 
 
 def embedding_scale(checkpoint: Checkpoint) -> float:
