@@ -201,10 +201,16 @@ class Structure(_Part):
             if part not in known:
                 nearest = plugins.closest(part, known)
                 raise ValueError(f"unknown part {part!r}{nearest}; known: {', '.join(known)}")
-            if not (0 < share <= 1 or (part == "vocabulary" and share == int(share) > 0)):
+            is_count = part == "vocabulary" and share > 0 and share.is_integer()
+            if not (0 < share <= 1 or is_count):
                 counted = ", or a count of tokens" if part == "vocabulary" else ""
                 raise ValueError(f"{part} = {share:g} is not a share above 0, up to 1{counted}")
         return value
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that are cut, sorted."""
+        return tuple(sorted(part for part, share in self.keep.items() if share != 1))
 
     def share(self, part: str) -> float:
         """Return how much of a part stays; 1 is all of it."""

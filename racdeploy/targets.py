@@ -28,6 +28,7 @@ class Target(BaseModel):
     packing: str = "plain"
     pattern: str = "unstructured"
     sparsity: float | None = None
+    keep: dict[str, float] = Field(default_factory=dict)  # shares of the structure that stay
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_formats: tuple[str, ...] = ("gguf",)
@@ -64,7 +65,8 @@ class Target(BaseModel):
                 prune["sparsity"] = self.sparsity
 
         export = {"format": self.format, "quant": self.quant, "packing": self.packing}
-        return merge({"prune": prune, "export": export}, self.recipe)
+        structure = {"keep": self.keep}
+        return merge({"prune": prune, "structure": structure, "export": export}, self.recipe)
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
         """Refuse a format, a number format or a verified context that this target cannot run."""

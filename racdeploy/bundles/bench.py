@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from racdeploy import export
 from racdeploy.accel import Mode
 from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
 from racdeploy.engines import open_engine
@@ -24,6 +25,7 @@ from racdeploy.verify.baseline import find_dense_arm, read_report
 
 _LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
 _MOST_ANSWERS = 32
+_SMALLER = 1.02  # a dense file that is not even this much larger promises nothing
 Round = Mapping[str, float]
 
 FIGURES = {
@@ -60,6 +62,8 @@ class Benchmark:
     dense_rounds: tuple[Round, ...]
     pruned_rounds: tuple[Round, ...]
     kernels: str = ""
+    dense_bytes: int = 0
+    pruned_bytes: int = 0  # of the files; 0 where the engine opens another one, made of them
 
     def medians(self) -> tuple[Round, Round]:
         """Return those of the dense and of the pruned artifact."""
@@ -72,6 +76,26 @@ class Benchmark:
             name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
         }
 
+    @property
+    def bytes_ratio(self) -> float | None:
+        """How many times as many bytes the dense files have; None where that is unknown."""
+        if not self.dense_bytes or not self.pruned_bytes:
+            return None
+        return self.dense_bytes / self.pruned_bytes
+
+    def payoff(self) -> str:
+        """Return what smaller files pay in speed, in one sentence; empty where they are not."""
+        promised = self.bytes_ratio
+        if promised is None or promised < _SMALLER:
+            return ""
+
+        ratios = {name: median(found) for name, found in self.ratios().items()}
+        decode, prefill = ratios["decode_tokens_per_s"], ratios["prefill_tokens_per_s"]
+        return (
+            f"decode {decode:.2f}× of {promised:.2f}× by bytes ({decode / promised:.0%}), "
+            f"prefill {prefill:.2f}×, memory {ratios['peak_rss_bytes']:.2f}×"
+        )
+
     def to_table(self) -> Table:
         """Return the medians of both, their ratio and its range over the rounds."""
         medians = self.medians()
@@ -81,6 +105,11 @@ class Benchmark:
             sides = [_format_figure(name, side[name]) for side in medians]
             spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
             rows.append((FIGURES[name], *sides, f"{median(ratios):.2f}", spread))
+
+        if self.bytes_ratio:
+            sizes = (self.dense_bytes, self.pruned_bytes)
+            sides = [_format_figure("file_bytes", size) for size in sizes]
+            rows.append(("files", *sides, f"{1 / self.bytes_ratio:.2f}", ""))
 
         together = self.load.parallel
         what = f"{together} at once" if together > 1 else "one sequence"
@@ -99,6 +128,8 @@ class Benchmark:
             "pruned": {"path": str(self.pruned), **pruned},
             "ratio": {name: median(found) for name, found in ratios.items()},
             "ratio_range": {name: [found[0], found[-1]] for name, found in ratios.items()},
+            "file_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes},
+            "ratio_by_bytes": self.bytes_ratio,
             **load,
             "kernels": self.kernels,
         }
@@ -148,7 +179,8 @@ def bench(
     dense_rounds = tuple(rounds["dense"][1:])
     pruned_rounds = tuple(rounds["pruned"][1:])
 
-    return Benchmark(load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
+    ran = (load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
+    return Benchmark(*ran, export.weight_bytes(dense), _bytes_read(entry))
 
 
 def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
@@ -189,6 +221,11 @@ def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry
 
     known = ", ".join(entry.path for entry in manifest.artifacts)
     raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
+
+
+def _bytes_read(entry: ArtifactEntry) -> int:
+    """Return the bytes of a pruned artifact; 0 where the engine reads what is unpacked from it."""
+    return 0 if entry.unpacked_sha256 else entry.size_bytes
 
 
 def _take_medians(rounds: Sequence[Round]) -> Round:

@@ -38,11 +38,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def _inspect_file(path: Path) -> dict[str, Any]:
     form = export.load(export.format_of(path))
     metadata, tensors = form.measure(path)
-    files = [path, *(path.with_name(path.name + end) for end in form.WEIGHT_SUFFIXES)]
-
     summary = {
         "file": str(path),
-        "size_bytes": sum(file.stat().st_size for file in files if file.is_file()),
+        "size_bytes": export.weight_bytes(path),
         "sha256": file_sha256(path),
     }
 

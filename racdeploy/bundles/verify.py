@@ -232,6 +232,8 @@ class Reverification:
             recipe=own.recipe,
             linears=own.report.linears,
             blocks=own.report.blocks,
+            structure=own.report.structure,
+            kept=own.report.kept,
             fingerprint=answerer.fingerprint,
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+
+from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
@@ -84,6 +86,11 @@ class TraceOptions:
 class PruneOptions(TraceOptions):
     """Options of the commands that prune."""
 
+    keep: _Texts = _option(
+        None,
+        metavar="PART=SHARE",
+        help="How much of ffn, heads, blocks or vocabulary stays; repeatable.",
+    )
     sparsity: float | None = _option(None, help="Fraction of zeros, 0 to 1.")
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
     method: str | None = _option(None, help="Pruning method.")
@@ -94,7 +101,11 @@ class PruneOptions(TraceOptions):
 
     def _values(self) -> dict[str, Any]:
         prune = {"sparsity": self.sparsity, "pattern": self.pattern, "method": self.method}
-        return super()._values() | {"prune": prune, "calibration": {"source": self.calibration}}
+        return super()._values() | {
+            "structure": {"keep": _read_shares(self.keep or ())},
+            "prune": prune,
+            "calibration": {"source": self.calibration},
+        }
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,22 @@ class ExportOptions:
     packing: PackingOpt = None
     out_file: Path | None = _option(None, "--out", help="File to write.")
     json_output: JsonOpt = False
+
+
+def _read_shares(assignments: Sequence[str]) -> dict[str, float]:
+    """Return shares by part; what they may be is the recipe's to check."""
+    shares = {}
+    for assignment in assignments:
+        part, _, share = assignment.partition("=")
+        try:
+            shares[part] = float(share)
+        except ValueError:
+            raise UsageError(
+                f"--keep {assignment} is not PART=SHARE with a number",
+                remedy="as --keep ffn=0.75, or --keep vocabulary=8192",
+            ) from None
+
+    return shares
 
 
 def takes(options: type[O]) -> Callable[[Callable[[O], None]], Callable[..., None]]:

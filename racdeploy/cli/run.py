@@ -78,6 +78,8 @@ def bench(
         return
 
     print_table(found.to_table(), out)
+    if payoff := found.payoff():
+        out.print(payoff, markup=False, soft_wrap=True)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
     _print_kernels(found.kernels, accel)
 

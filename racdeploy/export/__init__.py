@@ -8,6 +8,7 @@ the files it refers to.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,8 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""
 Metadata = Mapping[str, str | int | float | bool]
 """Further keys of a file, ``racdeploy.*`` or ``general.*``."""
+_PART = re.compile(r"-\d{5}(-of-\d{5})$")
+"""End of the names of a file's parts, without suffix."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,18 @@ def format_of(path: Path) -> str:
     """Return the format that a file's suffix names, packed or not, or an empty string."""
     name = path.suffix.removeprefix(".").removeprefix("rac")
     return name if name in plugins.names("formats") else ""
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of an artifact's weight files: of all parts, and of those beside it."""
+    found = _PART.search(path.stem)
+    parts = [path]
+    if found:
+        parts = sorted(path.parent.glob(f"{path.stem[: found.start()]}-*{found[1]}{path.suffix}"))
+
+    beside = load(format_of(path)).WEIGHT_SUFFIXES
+    files = [*parts, *(path.with_name(path.name + suffix) for suffix in beside)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def check(settings: recipe.Export) -> None:

@@ -121,6 +121,16 @@ class Checkpoint:
         """Whether all blocks are of the same widths."""
         return not self._block_widths
 
+    @cached_property
+    def linear_weights(self) -> list[str]:
+        """Names of the weights of linears that can be pruned, in forward order."""
+        blocks = self.family.blocks
+        return [
+            f"{blocks}.{block}.{linear}.weight"
+            for block in range(self.block_count)
+            for linear in self.family.linears
+        ]
+
     def sizes(self, block: int) -> Mapping[str, int]:
         """Return what the letters of a family's shapes stand for in a block."""
         K = self.head_size

@@ -113,7 +113,7 @@ class Build:
         if not pruned:
             settings = settings.model_copy(update={"packing": "plain"})
 
-        metadata = describe_model(self.job) if pruned else {}
+        metadata = describe_model(self.job, Checkpoint(folder)) if pruned else {}
         return export_model(self.place, folder, name, settings, metadata, importance)
 
     def rivals(
@@ -131,7 +131,7 @@ class Build:
 
             entries = job.checkpoint.entries
             shapes = {name: entries[name].shape for name in job.prunable_weights}
-            sparsity = exports.measure_sparsity(pruned, shapes)
+            sparsity = exports.measure_sparsity(pruned, model.checkpoint.linear_weights)
             names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
         return {name: self._export_dense(model, name) for name in dict.fromkeys(names)}
@@ -215,11 +215,10 @@ class Build:
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
     ) -> Findings:
         """Stop the build at the first artifact that computes something else than its model."""
-        checkpoint = Checkpoint(model.folder)
         jobs = (self.job, *self.job.siblings)
 
         found = [
-            check_artifact(job, checkpoint, artifact, ids, self.threads)
+            check_artifact(job, model.checkpoint, artifact, ids, self.threads)
             for job, artifact in zip(jobs, exported, strict=True)
         ]
 

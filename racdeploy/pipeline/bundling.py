@@ -23,6 +23,7 @@ from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Export
 from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
+from racdeploy.report.structure import describe_kept
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256
@@ -110,7 +111,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
                 (scratch / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(artifact.result.path.parent / name, scratch / place)
 
-        checkpoint = contents.job.checkpoint
+        checkpoint = contents.model.checkpoint
         for name in TOKENIZER_FILES:
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
@@ -162,8 +163,9 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             "method": recipe.prune.method,
             "pattern": recipe.prune.pattern,
             "sparsity": contents.model.sparsity,
-            "sparsity_asked": job.weigh_sparsity_asked(contents.model.linears),
+            "sparsity_asked": contents.model.sparsity_asked,
             "linears": [row.model_dump() for row in report.linears],
+            "structure": _structure(contents),
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=manifests.TokenizerEntry(
@@ -183,6 +185,20 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
         verdict=report.verdict,
         headline=_headline(report),
     )
+
+
+def _structure(contents: Contents) -> dict[str, Any]:
+    """Return what was asked to stay of the model, and what is left; empty where all of it is."""
+    asked, report = contents.job.recipe.structure, contents.report
+    if report.kept is None:
+        return {}
+
+    return {
+        "keep": {part: asked.share(part) for part in asked.parts},
+        "uniform": asked.uniform,
+        **report.kept.model_dump(),
+        "block_rows": [row.model_dump() for row in report.structure],
+    }
 
 
 def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -205,9 +221,26 @@ def _headline(report: Report) -> dict[str, Any]:
         for arm in report.arms
     }
 
+    if report.kept:
+        headline["dense"]["parameters"] = report.kept.parameters_dense
+        headline["pruned"]["parameters"] = report.kept.parameters
     if comparison:
         headline["drop"], headline["length_ratio"] = comparison.drop, comparison.length_ratio
     return headline
+
+
+def _describe_pruning(contents: Contents) -> str:
+    """Return what was done to the model, as the first sentence of its card says it."""
+    model, prune, kept = contents.model, contents.job.recipe.prune, contents.report.kept
+
+    done = []
+    if kept:
+        done.append(f"cut to {kept.parameters / kept.parameters_dense:.0%} of its parameters")
+    if model.sparsity or not kept:
+        zeros = f"{model.sparsity:.0%} zeros ({prune.pattern})"
+        done.append(f"pruned with {prune.method} to {zeros}")
+
+    return " and ".join(done)
 
 
 def _card(manifest: manifests.Manifest, contents: Contents) -> str:
@@ -228,6 +261,8 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         model=contents.model,
         prune=recipe.prune,
         calibrated_on=_SOURCES[recipe.calibration.source],
+        done=_describe_pruning(contents),
+        kept=describe_kept(contents.report),
         entries=entries,
         usage=chain.from_iterable(usages),
     )

@@ -14,6 +14,7 @@ from racdeploy.export import ExportResult
 from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.report.model import Record, Report
@@ -74,7 +75,7 @@ class Evaluation:
         arms, traces, notes = self._answer_arms(dense, pruned, rivals)
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
-        prunable = set(self.job.prunable_weights)
+        prunable = set(model.checkpoint.linear_weights)
         kept_dense = [row.name for row in model.linears if row.sparsity_asked == 0]
         eos_ids = self.job.checkpoint.eos_ids
 
@@ -87,7 +88,7 @@ class Evaluation:
             rivals=tuple(arms[2:]),
             artifact=pruned.path,
             artifact_files=pruned.files,
-            sparsity_asked=self.job.weigh_sparsity_asked(model.linears),
+            sparsity_asked=model.sparsity_asked,
             sparsity_recipe=recipe.prune.sparsity if model.undone else None,
             tensors=measure.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
@@ -111,6 +112,8 @@ class Evaluation:
             recipe=recipe,
             linears=model.linears_beside(recipe.prune.sparsity),
             blocks=model.blocks,
+            structure=model.structure,
+            kept=measure_kept(self.job.checkpoint, model.checkpoint),
             fingerprint=measure.fingerprint(self._engine_settings),
         )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +12,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import LinearRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
 from racdeploy.tasks import Problem, Split, TaskSet
@@ -106,13 +103,8 @@ class Job:
 
     @cached_property
     def prunable_weights(self) -> list[str]:
-        """Names of the weights of linears that can be pruned, in forward order."""
-        family = self.checkpoint.family
-        return [
-            f"{family.blocks}.{block}.{linear}.weight"
-            for block in range(self.checkpoint.block_count)
-            for linear in family.linears
-        ]
+        """Names of the dense model's weights that can be pruned, in forward order."""
+        return self.checkpoint.linear_weights
 
     @cached_property
     def weights_to_prune(self) -> list[str]:
@@ -124,13 +116,6 @@ class Job:
             return any(re.search(pattern, linear) for pattern in patterns)
 
         return [name for name in self.prunable_weights if not stays_dense(name)]
-
-    def weigh_sparsity_asked(self, linears: Sequence[LinearRow]) -> float:
-        """Return the fraction of zeros asked of the linears, over all prunable weights."""
-        entries = self.checkpoint.entries
-        sizes = {name: math.prod(entries[name].shape) for name in self.prunable_weights}
-        zeros = sum(row.sparsity_asked * sizes[f"{row.name}.weight"] for row in linears)
-        return zeros / sum(sizes.values())
 
     @cached_property
     def quant_rules(self) -> presets.Mix:

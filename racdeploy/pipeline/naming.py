@@ -40,12 +40,23 @@ def place_export(model: str, settings: Export) -> Path:
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, as in names: ``rac-60``, ``prompt-2of4``, ``wanda-50``."""
-    prune = recipe.prune
-    how = recipe.calibration.source if prune.method == "sparsegpt" else prune.method
+    """Return what is done to a model, as in names: ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac``.
+
+    A part that is cut has the per cent that stay, or the count of tokens.
+    """
+    prune, structure = recipe.prune, recipe.structure
+    words = []
+    for part in structure.parts:
+        share = structure.share(part)
+        words.append(f"{part}{int(share)}" if share > 1 else f"{part}{100 * share:g}")
+
+    words.append(recipe.calibration.source if prune.method == "sparsegpt" else prune.method)
     if prune.kept_of:
-        return f"{how}-{prune.pattern.replace(':', 'of')}"
-    return f"{how}-{100 * prune.sparsity:g}"
+        words.append(prune.pattern.replace(":", "of"))
+    elif prune.sparsity or not structure.parts:
+        words.append(f"{100 * prune.sparsity:g}")
+
+    return "-".join(words)
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:
@@ -63,8 +74,8 @@ def label_size(parameters: int) -> str:
     return f"{number:.1f}".removesuffix(".0") + letter
 
 
-def describe_model(job: Job) -> dict[str, str | int | float | bool]:
-    """Return the keys of a pruned file that say which model it was made of, and how."""
+def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float | bool]:
+    """Return the keys of a pruned model's file that say which model it was made of, and how."""
     recipe, model = job.recipe, job.model
     values: dict[str, str | int | float | bool] = {
         "general.basename": model.name,
@@ -73,7 +84,7 @@ def describe_model(job: Job) -> dict[str, str | int | float | bool]:
         "general.base_model.count": 1,
         "general.base_model.0.name": model.name,
         "general.name": name_model(job),
-        "general.size_label": label_size(count_parameters(job.checkpoint)),
+        "general.size_label": label_size(count_parameters(pruned)),
         "racdeploy.version": __version__,
         "racdeploy.base_model": recipe.model,
         "racdeploy.method": recipe.prune.method,
@@ -81,6 +92,9 @@ def describe_model(job: Job) -> dict[str, str | int | float | bool]:
         "racdeploy.sparsity": float(recipe.prune.sparsity),
         "racdeploy.calibration": recipe.calibration.source,
     }
+
+    for part in recipe.structure.parts:
+        values[f"racdeploy.keep.{part}"] = recipe.structure.share(part)
 
     if model.on_hub:
         values["general.base_model.0.organization"] = model.origin.partition("/")[0]

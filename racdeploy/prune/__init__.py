@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.report.model import BlockRow, LinearRow, StructureRow
 
 __all__ = ["PrunedModel"]
@@ -23,6 +26,19 @@ class PrunedModel:
     notes: tuple[str, ...] = ()  # what the report must say about how it came about
     undone: str = ""  # which step of a schedule was undone, and why; empty where none was
     structure: tuple[StructureRow, ...] = ()  # of each block, by new numbers; empty if none was cut
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The pruned model; its names and widths differ from the dense model's where it was cut."""
+        return Checkpoint(self.folder)
+
+    @property
+    def sparsity_asked(self) -> float:
+        """Fraction of zeros asked of the linears, over all prunable weights that are left."""
+        entries, weights = self.checkpoint.entries, self.checkpoint.linear_weights
+        sizes = {name: math.prod(entries[name].shape) for name in weights}
+        zeros = sum(row.sparsity_asked * sizes[f"{row.name}.weight"] for row in self.linears)
+        return zeros / sum(sizes.values())
 
     def linears_beside(self, asked: float) -> tuple[LinearRow, ...]:
         """Return the linears as reported: where a step was undone, more was asked of them."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from markupsafe import Markup
 
 from racdeploy.report import axis
-from racdeploy.report.model import ArmSummary, LinearRow, PositionRow, Record
+from racdeploy.report.model import ArmSummary, LinearRow, PositionRow, Record, StructureRow
 from racdeploy.report.tables import readable_bytes
 
 _BINS = 48
@@ -112,6 +112,21 @@ def heat_map(
     kinds = list(dict.fromkeys(kind for kind, _ in means))
     blocks = sorted({block for _, block in means})
     return axis.draw("heat", label=label, means=means, kinds=kinds, blocks=blocks)
+
+
+def widths_by_block(structure: Sequence[StructureRow]) -> Markup:
+    """Draw the shares of channels and of query heads that each block keeps; none if all are."""
+    shares = {
+        "channels": [row.channels / row.channels_dense for row in structure],
+        "heads": [row.heads / row.heads_dense for row in structure],
+    }
+    cut = {name: kept for name, kept in shares.items() if any(share < 1 for share in kept)}
+    if not cut:
+        return _NOTHING
+
+    x = axis.across("block", 0, len(structure))
+    y = axis.upward_share("kept", 0, 1)
+    return axis.draw("widths", x=x, y=y, rows=structure, shares=cut)
 
 
 def _accuracy_chart(

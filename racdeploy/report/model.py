@@ -189,6 +189,24 @@ class StructureRow(_Part):
     channels_dense: int = Field(ge=1)
 
 
+class Kept(_Part):
+    """What is left of the whole model where something of its structure was cut.
+
+    Args:
+        key_value_heads: of each block, as in every other.
+        vocabulary: tokens, with those that only fill it up.
+    """
+
+    parameters: int = Field(ge=1)
+    parameters_dense: int = Field(ge=1)
+    blocks: int = Field(ge=1)
+    blocks_dense: int = Field(ge=1)
+    key_value_heads: int = Field(ge=1)
+    key_value_heads_dense: int = Field(ge=1)
+    vocabulary: int = Field(ge=1)
+    vocabulary_dense: int = Field(ge=1)
+
+
 class PositionRow(_Part):
     """Mean divergence over a stretch of the dense model's completions, teacher-forced.
 
@@ -284,7 +302,8 @@ class Report(_Part):
     Args:
         created: when the verification ended, with time zone.
         recipe: the resolved recipe.
-        structure: one row for each block of the pruned model; empty where nothing was cut.
+        structure: one row for each block of the pruned model; empty where blocks are as they were.
+        kept: what is left of the whole model; None where nothing was cut.
         notes: whatever a reader must know and no table says.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
@@ -302,6 +321,7 @@ class Report(_Part):
     linears: tuple[LinearRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
     structure: tuple[StructureRow, ...] = ()
+    kept: Kept | None = None
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     notes: tuple[str, ...] = ()

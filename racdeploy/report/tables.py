@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report
+from racdeploy.report.structure import describe_kept, list_kept
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
 _UNPRINTABLE = re.compile(
@@ -60,7 +61,7 @@ def headline(report: Report) -> str:
 
 
 def explanation(report: Report) -> str:
-    """Return the checks behind a verdict that is no pass, and the numbers compared."""
+    """Return the checks behind a verdict that is no pass, the numbers compared, and what is left."""
     sentences = []
     if report.verdict != "pass":
         named = [check.name for check in report.checks if check.verdict == report.verdict]
@@ -73,6 +74,8 @@ def explanation(report: Report) -> str:
 
     if report.comparison:
         sentences.append(_compare(report.comparison))
+    if kept := describe_kept(report):
+        sentences.append(f"Pruned keeps {kept}.")
     return plain(" ".join(sentences))
 
 
@@ -81,6 +84,7 @@ def tables(report: Report) -> list[Table]:
     drift = "Drift from the dense model, worst first"
     candidates = {
         ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
+        ("Kept", "what|dense|pruned|kept"): [part.row for part in list_kept(report)],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         ("Checks", "check|verdict|found|next step"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),

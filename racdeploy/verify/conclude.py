@@ -24,6 +24,8 @@ def conclude(
     recipe: Recipe,
     linears: Sequence[reports.LinearRow],
     blocks: Sequence[reports.BlockRow],
+    structure: Sequence[reports.StructureRow],
+    kept: reports.Kept | None,
     fingerprint: Mapping[str, Any],
 ) -> tuple[reports.Report, list[reports.Record]]:
     """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
@@ -43,6 +45,8 @@ def conclude(
         checks=tuple(checks),
         linears=tuple(linears),
         blocks=tuple(blocks),
+        structure=tuple(structure),
+        kept=kept,
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
         notes=tuple(notes),

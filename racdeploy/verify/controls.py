@@ -24,13 +24,15 @@ def same_size_quants(
     """Return the widest quants of which a dense model is about as large as the artifact at most.
 
     Its size without zeros counts too: packing makes it. The export's quant is the dense arm's.
-    ``shapes`` are those of the prunable weights by name, ``sparsity`` the share of zeros in them.
+    ``shapes`` are those of the dense model's prunable weights by name, ``sparsity`` the share of
+    zeros in what is left of them.
     """
     weights = sum(map(math.prod, shapes.values()))
     sizes: list[float] = [pruned.size_bytes]
     packing = packings.load(settings.packing)
     if packing.BESIDE_PLAIN or not packing.REQUIRES_ZEROS:
-        mask_bytes = weights / 8  # a bit a weight says where the zeros were
+        left = [tensor for tensor in pruned.tensors if tensor.source in shapes]
+        mask_bytes = sum(math.prod(tensor.shape) for tensor in left) / 8  # where the zeros were
         zero_bytes = _linear_bytes(pruned, shapes) * sparsity
 
         sizes.append(pruned.size_bytes - zero_bytes + mask_bytes)

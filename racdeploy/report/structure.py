@@ -1,0 +1,79 @@
+"""What is left of a model that was cut: in one sentence, and each kind of part in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from racdeploy.report.model import Report, StructureRow
+
+_Widths = Callable[[StructureRow], tuple[int, int]]
+"""Returns the width of a part of a block, dense and pruned."""
+_IN_BLOCKS: dict[str, _Widths] = {
+    "feed-forward channels": lambda row: (row.channels_dense, row.channels),
+    "query heads": lambda row: (row.heads_dense, row.heads),
+}
+
+
+@dataclass(frozen=True)
+class KeptPart:
+    """How many there are of something, before and after the cut; ``where`` says how they lie."""
+
+    what: str
+    dense: int
+    left: int
+    where: str = ""
+
+    @property
+    def share(self) -> str:
+        return f"{self.left / self.dense:.1%}"
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """What, dense, pruned and kept, as cells."""
+        place = f" {self.where}" if self.where else ""
+        return self.what, f"{self.dense:,}", f"{self.left:,}{place}", self.share
+
+
+def describe_kept(report: Report) -> str:
+    """Return what is left, as the object of a sentence; empty where nothing was cut."""
+    parts = [
+        f"{kept.share} of the {kept.what} ({kept.left:,} of {kept.dense:,}"
+        f"{' ' if kept.where else ''}{kept.where})"
+        for kept in list_kept(report)
+    ]
+    if not parts:
+        return ""
+
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def list_kept(report: Report) -> list[KeptPart]:
+    """Return what became fewer, parameters first; nothing where nothing was cut."""
+    whole = report.kept
+    if whole is None:
+        return []
+
+    found = [
+        KeptPart("parameters", whole.parameters_dense, whole.parameters),
+        KeptPart("blocks", whole.blocks_dense, whole.blocks),
+        *(_add_up(name, report.structure, widths) for name, widths in _IN_BLOCKS.items()),
+        KeptPart("key and value heads", whole.key_value_heads_dense, whole.key_value_heads),
+        KeptPart("tokens of the vocabulary", whole.vocabulary_dense, whole.vocabulary),
+    ]
+
+    return [kept for kept in found if kept.left != kept.dense]
+
+
+def _add_up(what: str, structure: Sequence[StructureRow], widths: _Widths) -> KeptPart:
+    """Return the widths of the blocks that are left: of one where they are alike, or in all."""
+    pairs = [widths(row) for row in structure]
+    if len(set(pairs)) == 1:
+        dense, left = pairs[0]
+        return KeptPart(what, dense, left, "in each block")
+
+    dense = sum(width for width, _ in pairs)
+    widths_left = [left for _, left in pairs]
+    where = f"in all, {min(widths_left):,} to {max(widths_left):,} a block" if pairs else ""
+    return KeptPart(what, dense, sum(widths_left), where)
