@@ -35,7 +35,9 @@ class ExportedTensor:
     """One tensor of an exported file."""
 
     name: str  # in the file
-    source: str  # its name in the checkpoint's state_dict; empty where the exporter computed it
+    # Its name in the checkpoint's state_dict, the first of several that are laid into one; empty
+    # where the exporter computed it.
+    source: str
     shape: tuple[int, ...]  # as in the checkpoint, outputs first
     quant_asked: str
     quant_real: str
@@ -140,6 +142,14 @@ class Format(Protocol):
         progress: Progress | None,
         **options: Any,
     ) -> ExportResult: ...
+
+    def refusal(self, checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+        """Return why the format cannot hold a dense model once parts of it are cut, or nothing.
+
+        ``parts`` are names of the plugin kind ``structures``; ``uniform`` says that all blocks get
+        the same widths.
+        """
+        ...
 
     def measure(self, path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]: ...
 

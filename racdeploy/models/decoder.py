@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Transform = Literal["rotary", "plus_one", "stack"]
@@ -68,6 +70,43 @@ SHAPES = {
 ROTARY: dict[str, Transform] = {
     f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
 }
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's that computes a family too, with widths of its own in each block.
+
+    Its fields replace those of the family. Several parameters with one GGUF name are laid below
+    each other.
+
+    Args:
+        tied: whether the output projection must be the embedding.
+    """
+
+    gguf_arch: str
+    block_tensors: Mapping[str, str] = field(default_factory=dict)
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    integers: Mapping[str, str] = field(default_factory=dict)
+    tied: bool = False
+
+
+# Llama, written for Nemotron, whose blocks differ.
+DECI = Architecture(
+    "deci",
+    transforms=ROTARY,
+    biases=ALL_LINEARS,
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+)
+# Qwen3 with q, k and v in one matrix, and without an output projection.
+OPENELM = Architecture(
+    "openelm",
+    block_tensors=dict.fromkeys(
+        (f"self_attn.{name}_proj.weight" for name in "qkv"), "attn_qkv.weight"
+    ),
+    integers={"rope.dimension_count": "rotary_width"},
+    tied=True,
+)
 
 # What llama.cpp computes whatever the header says. A key that config.json lacks means the same.
 FIXED: dict[str, tuple[Any, ...]] = {

@@ -30,14 +30,18 @@ Kept = Mapping[str, NDArray[np.int64]]
 
 
 def axes(family: Family, name: str) -> tuple[str, ...]:
-    """Return the sizes of a block's tensor, outputs first, as letters or sums: ``("Q", "D")``."""
-    in_file, _, kind = family.block_tensors[name].rpartition(".")
+    """Return the sizes of a tensor, outputs first, as letters or sums: ``("Q", "D")``.
+
+    ``name`` is that inside its block, or of a tensor outside the blocks.
+    """
+    names = family.block_tensors if name in family.block_tensors else family.model_tensors
+    in_file, _, kind = names[name].rpartition(".")
     letters = family.shapes.get(in_file, ("D",))
     return letters[:1] if kind == "bias" else letters
 
 
 def shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return how large a block's tensor is, outputs first, where the letters have these sizes."""
+    """Return how large a tensor is, outputs first, where the letters have these sizes."""
     lengths = []
     for axis in axes(family, name):
         lengths.append(sum(sizes[letter] for letter in axis.split("+")))

@@ -48,24 +48,25 @@ def export_types(checkpoint: Checkpoint, out: Path, preset: str) -> dict[str, st
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpoint, Path]]:
-    """Return checkpoints and their F16 files: tied and untied, deep and shallow, and one of narrow
-    rows.
+    """Return checkpoints and their F16 files: tied and untied, deep and shallow, one of narrow
+    rows, and one with q, k and v in a tensor.
     """
     root = tmp_path_factory.mktemp("presets")
     cases = {
         "deep": ALIGNED | {"num_hidden_layers": 17},
         "untied": ALIGNED | {"num_hidden_layers": 3, "tied": False},
         "narrow": {"num_hidden_layers": 9},
+        "joined": ALIGNED | {"num_hidden_layers": 17, "family": "phi3"},
     }
     made = {}
     for name, case in cases.items():
-        checkpoint = Checkpoint(make_checkpoint(root / name, "llama", **case))
+        checkpoint = Checkpoint(make_checkpoint(root / name, **{"family": "llama"} | case))
         export(checkpoint, root / f"{name}.gguf", quant="f16")
         made[name] = checkpoint, root / f"{name}.gguf"
     return made
 
 
-@pytest.mark.parametrize("model", ["deep", "untied", "narrow"])
+@pytest.mark.parametrize("model", ["deep", "untied", "narrow", "joined"])
 @pytest.mark.parametrize("preset", [name for name in NAMES if name not in SPARSE])
 def test_a_preset_of_llama_cpp_gives_its_types(
     models: Mapping[str, tuple[Checkpoint, Path]], tmp_path: Path, preset: str, model: str

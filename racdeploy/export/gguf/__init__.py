@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from racdeploy import packing as packings
 from racdeploy.errors import UsageError
+from racdeploy.export.gguf.architecture import refusal as refusal
 from racdeploy.export.gguf.measurement import measure as measure
 from racdeploy.export.gguf.programs import companions as companions
 from racdeploy.export.gguf.programs import usage as usage
@@ -34,7 +35,9 @@ def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
 
 def is_linear(family: Family, name: str) -> bool:
     """Return whether a tensor of the file is a prunable linear."""
-    linears = {family.block_tensors[f"{linear}.weight"] for linear in family.linears}
+    forms = (family, family.as_per_block()) if family.per_block else (family,)
+    weights = [f"{linear}.weight" for linear in family.linears]
+    linears = {form.block_tensors[weight] for form in forms for weight in weights}
     return name.split(".", 2)[-1] in linears
 
 

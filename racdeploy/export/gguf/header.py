@@ -15,6 +15,7 @@ import numpy as np
 from racdeploy import __version__
 from racdeploy import quant as quants
 from racdeploy.export.gguf import splits
+from racdeploy.export.gguf.architecture import find_architecture
 from racdeploy.export.gguf.parameters import write_parameters
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.export.gguf.vocabulary import Vocabulary
@@ -63,12 +64,13 @@ def write_header(
     split: tuple[int, int, int],
 ) -> None:
     """Write the header of a file: of the first, or with ``split`` (number, files, tensors)."""
-    writer = gguf.GGUFWriter(file, checkpoint.family.gguf_arch)
+    family = find_architecture(checkpoint)
+    writer = gguf.GGUFWriter(file, family.gguf_arch)
     try:
         for key, value in general.items():
             _add_value(writer, key, value)
         if vocabulary:
-            write_parameters(writer, checkpoint)
+            write_parameters(writer, checkpoint, family)
             vocabulary.write(writer, checkpoint.tokenizer.chat_template)
 
         number, files, all_tensors = split

@@ -16,19 +16,23 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
 
 _FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 
 
-def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Add the architecture's keys to a GGUF header, after :func:`check_parameters`."""
+def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family) -> None:
+    """Add the architecture's keys to a GGUF header, after :func:`check_parameters`.
+
+    ``family`` is the one that :func:`architecture.find_architecture` chose.
+    """
     writer.add_block_count(checkpoint.block_count)
     writer.add_context_length(checkpoint.integer("max_position_embeddings"))
 
     writer.add_embedding_length(checkpoint.integer("hidden_size"))
-    writer.add_feed_forward_length(checkpoint.integer("intermediate_size"))
-    writer.add_head_count(checkpoint.integer("num_attention_heads"))
-    writer.add_head_count_kv(checkpoint.key_value_heads)
+    writer.add_feed_forward_length(_each_or_all(checkpoint, "intermediate_size"))
+    writer.add_head_count(_each_or_all(checkpoint, "num_attention_heads"))
+    writer.add_head_count_kv(_each_or_all(checkpoint, "num_key_value_heads"))
 
     writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
     if checkpoint.config.get("head_dim") is not None:
@@ -39,7 +43,6 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     _write_rope_scaling(writer, checkpoint)
     _write_windows(writer, checkpoint)
 
-    family = checkpoint.family
     for key, setting in family.integers.items():
         if checkpoint.setting(setting) is not None:
             writer.add_uint32(f"{family.gguf_arch}.{key}", checkpoint.integer(setting))
@@ -48,6 +51,12 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         if checkpoint.setting(setting) is not None:
             number = _number(checkpoint, checkpoint.config, setting)
             writer.add_float32(f"{family.gguf_arch}.{key}", number)
+
+
+def _each_or_all(checkpoint: Checkpoint, setting: str) -> int | list[int]:
+    """Return a width of every block, or the one that all have."""
+    values = list(checkpoint.per_block(setting))
+    return values if len(set(values)) > 1 else values[0]
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.errors import ModelError
+from racdeploy.export.gguf.architecture import find_architecture
 from racdeploy.export.gguf.parameters import make_rope_factors
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
+from racdeploy.models.families import Family
 from racdeploy.quant.presets import Choice, Mix
 
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
@@ -27,9 +31,11 @@ class PlannedTensor:
     """One tensor to write; see :class:`racdeploy.export.ExportedTensor` for what the two share.
 
     Args:
+        source: the first of several parts; of experts, their name with a ``*``.
         shape: as in the checkpoint, experts first where there are any.
-        parts: names in the checkpoint: one, or one for each expert, whose source has a ``*``.
+        parts: names in the checkpoint: one, one for each expert, or what is laid into one matrix.
         computed: the values of a tensor that the checkpoint does not hold.
+        usual_names: of parts that are tensors of their own in the family's usual architecture.
     """
 
     name: str
@@ -41,6 +47,7 @@ class PlannedTensor:
     parts: tuple[str, ...] = ()
     transform: Transform | None = None
     computed: NDArray[np.float32] | None = None
+    usual_names: tuple[str, ...] = ()
 
     def read(self, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
         """Yield the arrays that the tensor is made of, one in memory at a time."""
@@ -57,61 +64,81 @@ class PlannedTensor:
 
 def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     """Plan every tensor of the file, in file order."""
-    names = _list_names(checkpoint)
-    parts = {source: _list_parts(checkpoint, source) for source in names}
+    family = find_architecture(checkpoint)
+    sources = _list_sources(checkpoint, family)
+    parts = {name: _list_parts(checkpoint, named) for name, named in sources.items()}
 
-    _check_complete(checkpoint, {name for each in parts.values() for name in each})
+    _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
 
     plan = [
         PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
         for name, factors in make_rope_factors(checkpoint).items()
     ]
 
-    for source, name in names.items():
-        if parts[source][0] in checkpoint.entries:  # biases may be missing
-            plan.append(_plan_tensor(checkpoint, mix, source, name, parts[source]))
+    for name, (source, *_) in sources.items():
+        if parts[name][0] in checkpoint.entries:  # biases may be missing
+            transform = family.transforms.get(_inside(checkpoint, source))
+            plan.append(_plan_tensor(checkpoint, mix, source, name, parts[name], transform))
 
-    mix.check(tensor.name for tensor in plan if len(tensor.shape) > 1)
+    matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
+    mix.check(name for tensor in matrices for name in (tensor.name, *tensor.usual_names))
     return plan
 
 
 def _plan_tensor(
-    checkpoint: Checkpoint, mix: Mix, source: str, name: str, parts: tuple[str, ...]
+    checkpoint: Checkpoint,
+    mix: Mix,
+    source: str,
+    name: str,
+    parts: tuple[str, ...],
+    transform: Transform | None,
 ) -> PlannedTensor:
     for part in parts:
-        _check_shape(checkpoint, part, name)
+        _check_shape(checkpoint, part)
 
     shape = checkpoint.entries[parts[0]].shape
-    transform = checkpoint.family.transforms.get(_inside(checkpoint, source))
     if transform == "stack":
         shape = (len(parts), *shape)
+    elif len(parts) > 1:
+        rows = sum(checkpoint.entries[part].shape[0] for part in parts)
+        shape = (rows, *shape[1:])
 
-    choice = _choose(name, shape, mix, checkpoint)
+    usual_names = _list_usual_names(checkpoint, name, parts)
+    choice = _choose(name, shape, mix, checkpoint, usual_names)
     return PlannedTensor(
-        name, source, shape, choice.asked, choice.quant, choice.reason, parts, transform
+        name=name,
+        source=source,
+        shape=shape,
+        quant_asked=choice.asked,
+        quant_real=choice.quant,
+        reason=choice.reason,
+        parts=parts,
+        transform=transform,
+        usual_names=usual_names,
     )
 
 
-def _list_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return name in the checkpoint → name in the file, of all that the architecture may hold."""
-    family = checkpoint.family
-
-    names = dict(family.model_tensors)
+def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]]:
+    """Return name in the file → names in the checkpoint, of all that the architecture may hold."""
+    outside = dict(family.model_tensors)
     if checkpoint.tied:
-        names.pop("lm_head.weight", None)
+        outside.pop("lm_head.weight", None)
+
+    names = {name: [source] for source, name in outside.items()}
 
     for block in range(checkpoint.block_count):
         for source, name in family.block_tensors.items():
-            names[f"{family.blocks}.{block}.{source}"] = f"blk.{block}.{name}"
+            stored = names.setdefault(f"blk.{block}.{name}", [])
+            stored.append(f"{family.blocks}.{block}.{source}")
 
     return names
 
 
-def _list_parts(checkpoint: Checkpoint, source: str) -> tuple[str, ...]:
-    if "*" not in source:
-        return (source,)
+def _list_parts(checkpoint: Checkpoint, sources: list[str]) -> tuple[str, ...]:
+    if "*" not in sources[0]:
+        return tuple(sources)
     experts = range(checkpoint.integer("num_experts"))
-    return tuple(source.replace("*", str(expert)) for expert in experts)
+    return tuple(sources[0].replace("*", str(expert)) for expert in experts)
 
 
 def _inside(checkpoint: Checkpoint, source: str) -> str:
@@ -120,9 +147,8 @@ def _inside(checkpoint: Checkpoint, source: str) -> str:
     return source.removeprefix(prefix).partition(".")[2] if source.startswith(prefix) else source
 
 
-def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
+def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:
     """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
-    family = checkpoint.family
     biases = {name: _inside(checkpoint, name) for name in names if name.endswith(".bias")}
 
     biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
@@ -137,17 +163,13 @@ def _check_complete(checkpoint: Checkpoint, names: Set[str]) -> None:
             )
 
 
-def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
-    *place, part, kind = name.split(".")
-    sizes = checkpoint.sizes(int(place[-1]) if place else 0)
+def _check_shape(checkpoint: Checkpoint, source: str) -> None:
+    family = checkpoint.family
+    place = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", source)
+    sizes = checkpoint.sizes(int(place[1]) if place else 0)
 
-    expected = []
-
-    for symbols in checkpoint.family.shapes.get(part, ("D",)):
-        expected.append(sum(sizes[symbol] for symbol in symbols.split("+")))
-
-    if kind == "bias":
-        del expected[1:]
+    kind = re.sub(r"\.\d+\.", ".*.", _inside(checkpoint, source))  # ``*``: one of the experts
+    expected = list(widths.shape(family, kind, sizes))
 
     shape = list(checkpoint.entries[source].shape)
     if shape != expected:
@@ -157,13 +179,30 @@ def _check_shape(checkpoint: Checkpoint, source: str, name: str) -> None:
         )
 
 
-def _choose(name: str, shape: tuple[int, ...], mix: Mix, checkpoint: Checkpoint) -> Choice:
+def _list_usual_names(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what the parts of a tensor are called in the family's usual file, if otherwise."""
+    if len(parts) == 1:
+        return ()
+
+    tensors = checkpoint.family.block_tensors
+    place = name.rpartition("blk.")[2].partition(".")[0]
+    usual = [tensors.get(_inside(checkpoint, part)) for part in parts]  # None: an expert
+    return tuple(f"blk.{place}.{each}" for each in usual if each)
+
+
+def _choose(
+    name: str,
+    shape: tuple[int, ...],
+    mix: Mix,
+    checkpoint: Checkpoint,
+    usual_names: tuple[str, ...],
+) -> Choice:
     is_router = name.endswith(".ffn_gate_inp.weight")
     if len(shape) == 1 or is_router:
         which = "the router of experts is" if is_router else "vectors are"
         return Choice(mix.quant, "f32", "" if mix.quant == "f32" else f"{which} stored in f32")
 
-    choice = mix.choose(name, checkpoint.block_count, checkpoint.tied)
+    choice = mix.choose(name, checkpoint.block_count, checkpoint.tied, usual_names)
     chosen = choice.quant
     reasons = {choice.reason: None}  # in order, each once
 

@@ -12,6 +12,7 @@ from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Metadata, Progress, check_metadata
+from racdeploy.export.gguf.architecture import describe
 from racdeploy.export.gguf.body import Body, divide
 from racdeploy.export.gguf.header import FILE_KEYS, list_general_values, write_header
 from racdeploy.export.gguf.parameters import check_parameters
@@ -123,6 +124,8 @@ def _make_plan(
     vocabulary.check_name(general["general.name"])
 
     notes = vocabulary.notes
+    if unusual := describe(checkpoint):
+        notes = (unusual, *notes)
     if importance:
         notes = (*notes, _describe_importance(importance, tensors))
     return _Plan(tensors, parts, vocabulary, general, importance, notes)

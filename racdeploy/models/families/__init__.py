@@ -6,13 +6,13 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder
-from racdeploy.models.decoder import Transform
+from racdeploy.models.decoder import Architecture, Transform
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Family:
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
         window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
+        square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
+        per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
         table_modules: modules of a block whose values ggml looks up in a half-precision table.
 
     A setting is a key of ``config.json``, or one of ``checkpoint.SETTINGS``.
@@ -66,12 +68,27 @@ class Family:
     embedding_scale: str = ""
     window_period: int = 0
     no_rope_period: int = 0
+    square_queries: bool = False
+    per_block: Architecture | None = None
     table_modules: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Prunable linears of one block, without ``.weight``, in forward order."""
         return tuple(linear for group in self.input_groups for linear in group)
+
+    def as_per_block(self) -> Family:
+        """Return the family as the architecture for widths that differ has it."""
+        other = self.per_block
+        assert other, f"{self.architecture} has no architecture for widths that differ"
+        return replace(
+            self,
+            gguf_arch=other.gguf_arch,
+            block_tensors={**self.block_tensors, **other.block_tensors},
+            transforms=other.transforms,
+            biases=other.biases,
+            integers=other.integers,
+        )
 
     def ends_part(self, group: int) -> bool:
         """Return whether a group of linears ends attention or the feed-forward part."""

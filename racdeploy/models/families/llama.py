@@ -10,4 +10,5 @@ FAMILY = Family(
     biases=decoder.ALL_LINEARS,
     integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
     rope_types=("default", "linear", "yarn", "llama3"),
+    per_block=decoder.DECI,
 )

@@ -11,4 +11,5 @@ FAMILY = Family(
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
     rope_types=("default", "linear", "yarn", "llama3"),
+    per_block=decoder.DECI,
 )

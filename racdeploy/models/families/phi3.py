@@ -31,4 +31,5 @@ FAMILY = Family(
         "attention.sliding_window": "window_or_0",
     },
     rope_types=("default", "longrope"),
+    square_queries=True,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -58,6 +58,7 @@ class Rule:
 _KEEP_8_BITS = Rule(
     r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"
 )
+_SHARED = "q, k and v are one tensor, which gets the most bits of the three"
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,26 @@ class Mix:
     own: tuple[Rule, ...]
     rules: tuple[Rule, ...]
 
-    def choose(self, name: str, blocks: int, tied: bool) -> Choice:
+    def choose(self, name: str, blocks: int, tied: bool, parts: Sequence[str] = ()) -> Choice:
         """Return the number format of a tensor of the file; ``blocks`` is how many there are.
 
-        Rules for the output apply to the embedding too where it is tied.
+        Rules for the output apply to the embedding too where it is tied. ``parts`` are the usual
+        names of what is laid into this tensor: patterns of the recipe may name them.
         """
         names = (name, _OUTPUT) if tied and name == _EMBEDDING else (name,)
         match = _BLOCK.match(name)
 
         block = int(match[1]) if match else 0
 
-        for rule in (*self.own, *self.rules):
-            if not rule.applies(block, blocks):
-                continue
-            if any(re.search(rule.tensors, each) for each in names):
-                asked = self.quant if rule.reason else rule.quant
-                return Choice(asked, rule.quant, rule.reason)
+        rules = [rule for rule in (*self.own, *self.rules) if rule.applies(block, blocks)]
+        rule = _find_rule(rules, names)
+        usual = Choice(self.quant, self.quant, "")
+        if rule:
+            asked = self.quant if rule.reason else rule.quant
+            usual = Choice(asked, rule.quant, rule.reason)
 
-        return Choice(self.quant, self.quant, "")
+        own = [_find_rule(self.own, [part]) for part in parts]
+        return _choose_widest(usual, own) if any(own) else usual
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse a pattern of the recipe that names no matrix of the file."""
@@ -113,6 +116,22 @@ class Mix:
                     f"export.tensors: the pattern {rule.tensors!r} names no matrix of the file",
                     remedy=f"their names are {', '.join(kinds)}",
                 )
+
+
+def _find_rule(rules: Iterable[Rule], names: Sequence[str]) -> Rule | None:
+    """Return the first rule that matches one of the names."""
+    for rule in rules:
+        if any(re.search(rule.tensors, name) for name in names):
+            return rule
+    return None
+
+
+def _choose_widest(usual: Choice, own: Sequence[Rule | None]) -> Choice:
+    """Return the format with the most bits of what is asked for the parts of one tensor."""
+    wanted = [rule.quant if rule else usual.quant for rule in own]
+    widest = max(wanted, key=lambda name: quant.load(name).BITS)
+    others = [name for name in wanted if name != widest]
+    return Choice(others[0], widest, _SHARED) if others else Choice(widest, widest, "")
 
 
 def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:

@@ -6,7 +6,7 @@ FORMATS = ("gguf",)
 QUANT = "q3_k"
 RULES = (
     Rule(r"^output\.weight$", "q6_k"),
-    Rule(r"attn_v\.weight$", "q5_k", blocks="first 2"),
+    Rule(r"attn_(v|qkv)\.weight$", "q5_k", blocks="first 2"),
     Rule(r"ffn_down", "q5_k", blocks="first 1/16"),
-    Rule(r"attn_v\.weight$|attn_output\.weight$|attn_qkv\.weight$|ffn_down", "q4_k"),
+    Rule(r"attn_(v|qkv|output)\.weight$|ffn_down", "q4_k"),
 )

@@ -6,6 +6,6 @@ FORMATS = ("gguf",)
 QUANT = "q4_k"
 RULES = (
     Rule(r"^output\.weight$", "q6_k"),
-    Rule(r"attn_v\.weight$", "q5_k", blocks="first 4"),
+    Rule(r"attn_(v|qkv)\.weight$", "q5_k", blocks="first 4"),
     Rule(r"ffn_down", "q5_k", blocks="first 1/8"),
 )

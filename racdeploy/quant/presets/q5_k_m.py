@@ -6,6 +6,5 @@ FORMATS = ("gguf",)
 QUANT = "q5_k"
 RULES = (
     Rule(r"^output\.weight$", "q6_k"),
-    Rule(r"attn_qkv\.weight$", "q6_k"),
-    Rule(r"attn_v\.weight$|ffn_down", "q6_k", blocks="more"),
+    Rule(r"attn_(v|qkv)\.weight$|ffn_down", "q6_k", blocks="more"),
 )

@@ -16,6 +16,7 @@ from racdeploy.export.gguf import (
     export,
     is_linear,
     measure,
+    refusal,
     unpack,
     usage,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "export",
     "is_linear",
     "measure",
+    "refusal",
     "unpack",
     "usage",
 ]

@@ -1,0 +1,108 @@
+"""Which of llama.cpp's architectures a model is written as.
+
+Most read a width for each block and use that of the first. A family names one that uses them all.
+Source: llama-model.cpp and ``src/models/`` of llama.cpp, and what llama-cpp-python 0.3.36 opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from racdeploy.errors import ModelError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import list_used_tensors
+from racdeploy.models.families import Family
+
+
+def find_architecture(checkpoint: Checkpoint) -> Family:
+    """Return the family as the file will have it; a ModelError where llama.cpp has none."""
+    family = checkpoint.family
+    why_not = _refuse_usual(checkpoint)
+    if not why_not:
+        return family
+
+    if checkpoint.is_uniform and family.per_block is None:
+        raise ModelError(
+            f"{checkpoint.folder}: {why_not}", remedy="prune the dense model with all its heads"
+        )
+
+    if why := _refuse_per_block(checkpoint):
+        raise ModelError(
+            f"{checkpoint.folder}: {why}",
+            remedy="prune the dense model again with structure.uniform = true",
+        )
+
+    return family.as_per_block()
+
+
+def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+    """Return why llama.cpp could not run a dense model once parts of it are cut, or nothing.
+
+    Args:
+        parts: names of what is cut, of the kind ``structures``.
+        uniform: whether all blocks get the same widths.
+    """
+    family = checkpoint.family
+    if "blocks" in parts and family.no_rope_period:
+        return (
+            f"llama.cpp leaves rotary embeddings out of every block {family.no_rope_period} of"
+            f" {family.gguf_arch}, wherever the blocks were before"
+        )
+
+    if not uniform and not {"ffn", "heads"}.isdisjoint(parts):
+        return _refuse_per_block(checkpoint)
+
+    if "heads" in parts and family.per_block is None:
+        return _refuse_narrow(family)
+    return ""
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """Return why the file is not of the family's usual architecture, in a sentence, or nothing."""
+    chosen = find_architecture(checkpoint)
+    if chosen == checkpoint.family:
+        return ""
+
+    why = _refuse_usual(checkpoint)
+    return f"{why}, so the file is of architecture {chosen.gguf_arch}, which computes the same"
+
+
+def _refuse_usual(checkpoint: Checkpoint) -> str:
+    family = checkpoint.family
+    if not checkpoint.is_uniform:
+        return f"llama.cpp takes one width for all blocks of {family.gguf_arch}"
+    if checkpoint.sizes(0)["Q"] != checkpoint.integer("hidden_size"):
+        return _refuse_narrow(family)
+    return ""
+
+
+def _refuse_per_block(checkpoint: Checkpoint) -> str:
+    family = checkpoint.family
+    usual, other = family.gguf_arch, family.per_block
+    if other is None:
+        return f"llama.cpp takes one width for all blocks of {usual}"
+
+    alike = f"llama.cpp computes {usual} with blocks of different widths as {other.gguf_arch}"
+    if other.tied and not checkpoint.tied:
+        return f"{alike}, which has no output projection of its own, and this model has one"
+
+    for name in sorted(list_used_tensors(checkpoint)):
+        linear = _find_biased(family, name)
+        if linear and linear not in other.biases:
+            return f"{alike}, which has no biases, and this model has {name}"
+
+    return ""
+
+
+def _refuse_narrow(family: Family) -> str:
+    """Return why no query head can be missing, if so."""
+    if not family.square_queries:
+        return ""
+    return f"llama.cpp wants query heads that are together as wide as a {family.gguf_arch} model"
+
+
+def _find_biased(family: Family, name: str) -> str:
+    """Return the GGUF name of a linear, given that of its bias in the checkpoint, or nothing."""
+    inside = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+    stored = family.block_tensors.get(inside, "")
+    return stored.removesuffix(".bias") if stored.endswith(".bias") else ""
