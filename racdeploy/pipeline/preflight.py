@@ -15,6 +15,7 @@ from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters, name_artifact
+from racdeploy.pipeline.structure import check_format, check_structure
 from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
@@ -40,6 +41,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
     plans = [plan_build(each) for each in jobs]
     for each, planned in zip(jobs, plans, strict=True):
         export.check(each.recipe.export)
+        check_format(each)
         _check_memory(each, planned)
 
     return plans[0]
@@ -52,6 +54,7 @@ def check_model(job: Job) -> None:
     _ = job.gate
 
     check_covered(checkpoint, settings.dense)
+    check_structure(job)
     if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
         raise ModelError(
             f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "

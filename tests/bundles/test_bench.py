@@ -16,7 +16,7 @@ from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
-from racdeploy.export import ExportResult
+from racdeploy.export import ExportResult, weight_bytes
 from racdeploy.manifest import Manifest
 from racdeploy.storage.stages import Stage
 from tests.support.sample_report import arm, build_report
@@ -129,6 +129,44 @@ def test_any_artifact_of_a_bundle_can_be_measured(
     with pytest.raises(UsageError, match="no artifact 'third.gguf'") as unknown:
         bench(copy, dense, Load(), artifact="third.gguf")
     assert "model.gguf, second.gguf" in unknown.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("dense_bytes", "pruned_bytes", "said"),
+    [
+        (3000, 2000, "decode 1.20× of 1.50× by bytes (80%), prefill 0.90×, memory 0.50×"),
+        (2000, 2000, ""),
+        (3000, 0, ""),
+    ],
+)
+def test_what_smaller_files_pay_is_said_beside_what_they_promise(
+    dense_bytes: int, pruned_bytes: int, said: str
+) -> None:
+    """Speed over bytes; nothing where no file is smaller, or where another file is read."""
+    before = dict.fromkeys(FIGURES, 10.0)
+    after = before | {
+        "decode_tokens_per_s": 12.0,
+        "prefill_tokens_per_s": 9.0,
+        "peak_rss_bytes": 5.0,
+    }
+    sides = (Path("dense"), Path("pruned"), (before,), (after,))
+    found = benchmark.Benchmark(Load(rounds=1), *sides, "", dense_bytes, pruned_bytes)
+    assert found.payoff() == said
+    files = [row for row in found.to_table().rows if row[0] == "files"]
+    assert bool(files) == bool(pruned_bytes)
+    expected = pytest.approx(dense_bytes / pruned_bytes) if pruned_bytes else None
+    assert found.to_json()["ratio_by_bytes"] == expected
+
+
+def test_all_files_of_an_artifact_are_counted(tmp_path: Path) -> None:
+    """Numbered parts, and the weights beside a graph; another model's files are not."""
+    for number, size in ((1, 100), (2, 50)):
+        (tmp_path / f"m-{number:05d}-of-00002.gguf").write_bytes(b"x" * size)
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"x" * 7)
+    for name, size in (("model.onnx", 10), ("model.onnx_data", 90), ("other.onnx_data", 3)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert weight_bytes(tmp_path / "m-00001-of-00002.gguf") == 150
+    assert weight_bytes(tmp_path / "model.onnx") == 100
 
 
 def test_an_engine_that_counts_nothing_is_refused(

@@ -1,0 +1,91 @@
+"""Cut models in the pipeline: their own names and sizes count, not those of the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import describe_model, describe_pruning, name_artifact
+from racdeploy.pipeline.structure import measure_kept
+from racdeploy.prune import PrunedModel
+from racdeploy.recipe import Recipe
+from racdeploy.report.model import LinearRow
+from tests.support.cut_models import cut_checkpoint
+from tests.support.tiny_models import make_checkpoint
+
+CUT = [(2, 64)]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dense") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def cut(dense: Path) -> Path:
+    """The second of two blocks, half as wide."""
+    return cut_checkpoint(dense, dense.with_name("cut"), CUT, blocks=[1])
+
+
+def test_what_is_left_is_read_from_both_folders(dense: Path, cut: Path) -> None:
+    """Parameters are those that torch loads; None where nothing went."""
+    from transformers import AutoModelForCausalLM
+
+    kept = measure_kept(Checkpoint(dense), Checkpoint(cut))
+    assert kept is not None
+    assert (kept.blocks, kept.blocks_dense) == (1, 2)
+    for folder, counted in ((dense, kept.parameters_dense), (cut, kept.parameters)):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert counted == loaded.num_parameters()
+    assert measure_kept(Checkpoint(dense), Checkpoint(dense)) is None
+
+
+def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
+    """Each linear counts with the size that it has after the cut, by its new name."""
+    checkpoint = Checkpoint(cut)
+    names = [name.removesuffix(".weight") for name in checkpoint.linear_weights]
+    assert len(names) == 7
+    assert all(name.startswith("model.layers.0.") for name in names)
+
+    down = "model.layers.0.mlp.down_proj"
+    rows = [
+        LinearRow(name=name, sparsity_asked=float(name == down), sparsity_reached=0.0)
+        for name in names
+    ]
+    entries = checkpoint.entries
+    sizes = {name: entries[f"{name}.weight"].shape for name in names}
+    weights = {name: outputs * inputs for name, (outputs, inputs) in sizes.items()}
+    model = PrunedModel(cut, 0.5, tuple(rows), (), {})
+    assert sizes[down][1] == 64
+    assert model.sparsity_asked == pytest.approx(weights[down] / sum(weights.values()))
+
+
+@pytest.mark.parametrize(
+    ("keep", "prune", "named"),
+    [
+        ({}, {"sparsity": 0.6}, "rac-60"),
+        ({}, {"sparsity": 0}, "rac-0"),
+        ({"ffn": 0.75}, {"sparsity": 0}, "ffn75-rac"),
+        ({"ffn": 0.75, "heads": 1}, {"pattern": "2:4"}, "ffn75-rac-2of4"),
+        ({"vocabulary": 8192, "ffn": 0.625}, {}, "ffn62.5-vocabulary8192-rac-50"),
+    ],
+)
+def test_names_say_what_stays(keep: dict[str, float], prune: dict[str, object], named: str) -> None:
+    """Of each part that is cut, in one order, whatever order it was asked in."""
+    recipe = Recipe.combine(None, {"structure": {"keep": keep}, "prune": prune})
+    assert describe_pruning(recipe) == named
+
+
+def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:
+    """Its metadata has the shares that were asked, and the size that it has now."""
+    options = {"model": str(dense), "structure": {"keep": {"ffn": 0.5, "heads": 1}}}
+    job = Job(Recipe.combine(None, options))
+    found = describe_model(job, Checkpoint(cut))
+    keys = {key: value for key, value in found.items() if key.startswith("racdeploy.keep.")}
+    assert keys == {"racdeploy.keep.ffn": 0.5}
+    before = describe_model(job, Checkpoint(dense))
+    assert found["general.size_label"] != before["general.size_label"]
+    assert "-ffn50-rac-50-" in name_artifact(job)
