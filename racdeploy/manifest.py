@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -57,6 +57,11 @@ class TokenizerEntry(_Entry):
     close_tag: str | None
     eos_ids: tuple[int, ...]
 
+    @property
+    def place(self) -> PurePosixPath:
+        """The folder of its files in the bundle."""
+        return PurePosixPath(min(self.files, default="")).parent
+
 
 class GenerationSettings(_Entry):
     """How to run the model: its authors' sampling, and the limits it was verified with."""
@@ -73,6 +78,7 @@ class Manifest(_Entry):
 
     ``base`` has model, revision, licence and file hashes; ``traces`` hash and counts; ``pruning``
     the sparsity and error; ``verdict`` and ``headline`` are the result of the verification.
+    ``dense_tokenizer`` is that of the dense model where the pruned one has fewer tokens.
     """
 
     schema_version: Literal[1] = 1
@@ -83,6 +89,7 @@ class Manifest(_Entry):
     pruning: dict[str, Any]
     artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1)
     tokenizer: TokenizerEntry
+    dense_tokenizer: TokenizerEntry | None = None
     generation: GenerationSettings
     verdict: str
     headline: dict[str, Any]
@@ -118,13 +125,20 @@ class Manifest(_Entry):
                     f"{file}: the files of {entry.path!r} lack it, or have another hash for it"
                 )
 
-        for name in manifest.tokenizer.files:
-            _check_inside(bundle, name)
+        for tokenizer in manifest.tokenizers:
+            for name in tokenizer.files:
+                _check_inside(bundle, name)
         return manifest
+
+    @property
+    def tokenizers(self) -> tuple[TokenizerEntry, ...]:
+        """The tokenizer, and that of the dense model where it is another one."""
+        return tuple(filter(None, (self.tokenizer, self.dense_tokenizer)))
 
     def check_tokenizer(self, bundle: Path) -> None:
         """Raise ArtifactError for the first tokenizer file that differs from its hash."""
-        _check_hashes(bundle, self.tokenizer.files)
+        for entry in self.tokenizers:
+            _check_hashes(bundle, entry.files)
 
     def check_files(self, bundle: Path) -> None:
         """Raise ArtifactError for the first listed file that differs from its hash."""

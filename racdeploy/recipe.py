@@ -212,6 +212,17 @@ class Structure(_Part):
         """Names of the parts that are cut, sorted."""
         return tuple(sorted(part for part, share in self.keep.items() if share != 1))
 
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        if self.vocabulary_text and not self.cuts_vocabulary:
+            raise ValueError("vocabulary_text without vocabulary in keep")
+        return self
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether fewer tokens stay than there are."""
+        return "vocabulary" in self.parts
+
     def share(self, part: str) -> float:
         """Return how much of a part stays; 1 is all of it."""
         return self.keep.get(part, 1.0)

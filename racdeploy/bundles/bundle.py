@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from racdeploy.errors import UsageError
+from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
@@ -71,8 +72,16 @@ class Bundle:
         return drawn
 
     def respondent(self, progress: Progress | None) -> Respondent:
-        tokenizer = self.own.manifest.tokenizer
-        encoder = PromptEncoder.from_folder(self.folder)
+        """Return who asks the pruned model."""
+        return self._make_respondent(self.own.manifest.tokenizer, progress)
+
+    def dense_respondent(self, progress: Progress | None) -> Respondent:
+        """Return who asks the dense model, which may have more tokens."""
+        manifest = self.own.manifest
+        return self._make_respondent(manifest.dense_tokenizer or manifest.tokenizer, progress)
+
+    def _make_respondent(self, tokenizer: TokenizerEntry, progress: Progress | None) -> Respondent:
+        encoder = PromptEncoder.from_folder(self.folder / tokenizer.place)
         tags = None
         if tokenizer.open_tag and tokenizer.close_tag:
             tags = tags_of(encoder, tokenizer.open_tag, tokenizer.close_tag)

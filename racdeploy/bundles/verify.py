@@ -106,7 +106,7 @@ class ArtifactAnswerer:
         asked = own.recipe.prune.sparsity
         reached = float(own.manifest.pruning.get("sparsity", asked))
         kept_dense = [row.name for row in own.report.linears if row.sparsity_asked == 0]
-        asked_ids = {record.question: record.prompt_ids for record in own.dense}
+        asked_ids = {record.question: record.prompt_ids for record in own.pruned}
 
         evidence = Evidence(
             settings=self.bundle.settings,
@@ -134,7 +134,12 @@ class ArtifactAnswerer:
         return evidence, [*notes, *ran, *note_earlier(earlier), logits]
 
     def answer(
-        self, entry: ArtifactEntry, path: Path, files: Mapping[str, str], arm: str
+        self,
+        entry: ArtifactEntry,
+        path: Path,
+        files: Mapping[str, str],
+        arm: str,
+        respondent: Respondent,
     ) -> Answers:
         """Answer with a main file as the entry says; ``files`` are the hashes of all its files."""
         inputs = identity(files, self.bundle.settings, self.engine_settings, self.fingerprint)
@@ -144,7 +149,7 @@ class ArtifactAnswerer:
 
         log = CompletionLog(stage.folder / "completions.jsonl")
         problems = self.bundle.problems
-        return self.respondent.answer(lambda: self._open(entry, path), problems, arm, log)
+        return respondent.answer(lambda: self._open(entry, path), problems, arm, log)
 
     def forget(self) -> None:
         for folder in self._used:
@@ -153,7 +158,7 @@ class ArtifactAnswerer:
     def _run(self, entry: ArtifactEntry, name: str) -> tuple[Arm, _Measured, int]:
         """Answer with an artifact, look into its file, and count what was answered before."""
         path = self.bundle.folder / entry.path
-        answers = self.answer(entry, path, entry.files, name)
+        answers = self.answer(entry, path, entry.files, name, self.respondent)
         measured = _measure_artifact(self.bundle.own, entry)
 
         known = (entry.size_bytes, entry.quant, measured.sparsity)
@@ -273,7 +278,8 @@ class Reverification:
 
         if self._fresh is not None:
             entry = own.manifest.artifacts[0]
-            answers = self.local.answer(entry, self._fresh, files, "dense")
+            asker = self.local.bundle.dense_respondent(self.local.progress)
+            answers = self.local.answer(entry, self._fresh, files, "dense", asker)
             arm = Arm("dense", answers.records, *known, answers.stats, files, answers.kernels)
             return arm, [f"the dense arm was run again, from {self._fresh.name}"]
 

@@ -95,6 +95,9 @@ class PruneOptions(TraceOptions):
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
     method: str | None = _option(None, help="Pruning method.")
     calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
+    vocabulary_text: _Texts = _option(
+        None, metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
+    )
     dry_run: bool = _option(
         False, "--dry-run", help="Check everything, print the plan, do nothing."
     )
@@ -102,7 +105,10 @@ class PruneOptions(TraceOptions):
     def _values(self) -> dict[str, Any]:
         prune = {"sparsity": self.sparsity, "pattern": self.pattern, "method": self.method}
         return super()._values() | {
-            "structure": {"keep": _read_shares(self.keep or ())},
+            "structure": {
+                "keep": _read_shares(self.keep or ()),
+                "vocabulary_text": self.vocabulary_text or None,
+            },
             "prune": prune,
             "calibration": {"source": self.calibration},
         }

@@ -16,6 +16,7 @@ from racdeploy.storage.files import read_json
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "vocabulary_ids.json",
 )  # fmt: skip
 
 

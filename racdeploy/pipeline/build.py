@@ -10,6 +10,7 @@ from typing import Any
 from racdeploy import export as exports
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import Evaluation
 from racdeploy.pipeline.export_stage import export_model
@@ -19,6 +20,7 @@ from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
 from racdeploy.pipeline.trace_stage import TraceStage
+from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Progress, Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
@@ -88,7 +90,17 @@ class Build:
         return self.trace_stage.run(sparse)
 
     def prune(self) -> PrunedModel:
-        return self.prune_stage.run(self.traces)
+        """Prune the model on its traces; the vocabulary is cut last, of what is left."""
+        choice = self.job.vocabulary
+        if choice is None:
+            return self.prune_stage.run(self.traces)
+
+        # What the traces need may be more than was asked for: that is said before the long walk.
+        _, traces = self.traces()
+        choice.choose(traces)
+
+        model = self.prune_stage.run(self.traces)
+        return VocabularyStage(self.place, choice).run(model, traces)
 
     def export(
         self,
@@ -215,6 +227,11 @@ class Build:
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
     ) -> Findings:
         """Stop the build at the first artifact that computes something else than its model."""
+        old_ids = self.job.renumbering(model.folder)
+        if old_ids is not None:
+            renumbered = translate(ids, new_ids(old_ids))
+            assert renumbered, "every token of the traces stays"
+            ids = renumbered
         jobs = (self.job, *self.job.siblings)
 
         found = [

@@ -16,6 +16,7 @@ from racdeploy import __version__, export
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.manifest import TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
@@ -29,6 +30,11 @@ from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256
 from racdeploy.storage.templates import render_text
 
+DENSE_FOLDER = "dense"
+"""Place in a bundle of the dense model's tokenizer, where the pruned one has fewer tokens."""
+_READ_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
 
@@ -112,9 +118,9 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
                 shutil.copyfile(artifact.result.path.parent / name, scratch / place)
 
         checkpoint = contents.model.checkpoint
-        for name in TOKENIZER_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, scratch / name)
+        _copy_files(checkpoint.folder, scratch, TOKENIZER_FILES)
+        if contents.job.vocabulary:
+            _copy_files(contents.job.model.folder, scratch / DENSE_FOLDER, _READ_FILES)
 
         manifest = _manifest(scratch, contents)
         records = [record.model_dump_json() + "\n" for record in contents.records]
@@ -138,13 +144,34 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
     return manifest
 
 
-def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
-    job, report = contents.job, contents.report
-    recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
+def _copy_files(source: Path, out: Path, names: Sequence[str]) -> None:
+    out.mkdir(exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _describe_tokenizer(bundle: Path, place: str, checkpoint: Checkpoint) -> TokenizerEntry:
+    """Return the entry of the tokenizer that lies at a place in a bundle."""
+    folder = bundle / place
     encoder = PromptEncoder.from_folder(folder)
     names = find_tag_names(encoder)
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+    return TokenizerEntry(
+        files={(Path(place) / name).as_posix(): file_sha256(folder / name) for name in present},
+        template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+        open_tag=names[0] if names else None,
+        close_tag=names[1] if names else None,
+        eos_ids=checkpoint.eos_ids,
+    )
+
+
+def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
+    job, report = contents.job, contents.report
+    recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
     generation = _own_generation(checkpoint)
+    dense = _describe_tokenizer(folder, DENSE_FOLDER, checkpoint) if job.vocabulary else None
 
     return manifests.Manifest(
         racdeploy_version=__version__,
@@ -168,13 +195,8 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             "structure": _structure(contents),
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
-        tokenizer=manifests.TokenizerEntry(
-            files={name: file_sha256(folder / name) for name in present},
-            template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
-            open_tag=names[0] if names else None,
-            close_tag=names[1] if names else None,
-            eos_ids=checkpoint.eos_ids,
-        ),
+        tokenizer=_describe_tokenizer(folder, "", contents.model.checkpoint),
+        dense_tokenizer=dense,
         generation=manifests.GenerationSettings(
             temperature=float(generation.get("temperature", recipe.traces.temperature)),
             top_p=float(generation.get("top_p", recipe.traces.top_p)),

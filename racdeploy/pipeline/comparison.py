@@ -11,13 +11,17 @@ from racdeploy import export as exports
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.segmentation import compare_segmentation
 from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.report.model import Record, Report
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tags
 from racdeploy.verify import measure
 from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent
 from racdeploy.verify.checks import memory, speed
@@ -37,11 +41,20 @@ class Evaluation:
     threads: int = 0
     progress: Progress | None = None
 
-    def answer(self, exported: ExportResult, arm: str, settings: EngineSettings) -> Answers:
-        """Answer the prompts with one artifact, again where speed or memory have a limit."""
+    def answer(
+        self, exported: ExportResult, arm: str, settings: EngineSettings, model: Path | None = None
+    ) -> Answers:
+        """Answer the prompts with one artifact, again where speed or memory have a limit.
+
+        Prompts are written by the tokenizer of a ``model``'s folder; None takes the dense one's.
+        """
         job = self.job
-        stop_ids = job.checkpoint.eos_ids
-        respondent = Respondent(job.encoder, job.tags, stop_ids, job.recipe.verify, self.progress)
+        folder = model or job.model.folder
+        encoder = PromptEncoder.from_folder(folder)
+        stop_ids = Checkpoint(folder).eos_ids
+        respondent = Respondent(
+            encoder, find_tags(encoder), stop_ids, job.recipe.verify, self.progress
+        )
 
         return answer_prompts(
             Workplace(self.work),
@@ -72,12 +85,14 @@ class Evaluation:
         """
         recipe = self.job.recipe
         rivals = rivals or {}
-        arms, traces, notes = self._answer_arms(dense, pruned, rivals)
+        arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
         prunable = set(model.checkpoint.linear_weights)
         kept_dense = [row.name for row in model.linears if row.sparsity_asked == 0]
-        eos_ids = self.job.checkpoint.eos_ids
+        encoder = PromptEncoder.from_folder(model.folder)
+        eos_ids = model.checkpoint.eos_ids
+        logits = self._compare_logits(model, pruned, traces)
 
         evidence = Evidence(
             settings=recipe.verify,
@@ -94,19 +109,20 @@ class Evaluation:
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(kept_dense),
             probes=found.probes,
-            logits=self._compare_logits(model, pruned, traces),
-            also=self._answer_also(also),
-            prompts=measure.probe_prompts(self.job.encoder, metadata, self._chat_ids()),
+            logits=logits,
+            also=self._answer_also(model, also),
+            prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
             stop_ids=measure.read_stop_ids(form.TOKENIZER_PREFIX, metadata, eos_ids),
             packing=recipe.export.packing,
         )
 
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
         missing = control_notes(recipe.verify, len(rivals))
+        cut = self._vocabulary_notes(model, encoder, arms[0], logits)
 
         return conclude(
             evidence,
-            [*built, *notes, *missing],
+            [*built, *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
             recipe=recipe,
@@ -123,18 +139,23 @@ class Evaluation:
         return EngineSettings(settings.context_tokens, settings.parallel, self.threads)
 
     def _answer_arms(
-        self, dense: ExportResult, pruned: ExportResult, rivals: Mapping[str, ExportResult]
+        self,
+        model: PrunedModel,
+        dense: ExportResult,
+        pruned: ExportResult,
+        rivals: Mapping[str, ExportResult],
     ) -> tuple[list[Arm], tuple[IdPair, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
         quant = self.job.recipe.export.quant
-        asked = [("dense", quant, dense), ("pruned", quant, pruned)]
-        asked += [(f"dense {rival}", rival, exported) for rival, exported in rivals.items()]
+        original = self.job.model.folder
+        asked = [("dense", quant, dense, original), ("pruned", quant, pruned, model.folder)]
+        asked += [(f"dense {name}", name, exported, original) for name, exported in rivals.items()]
 
         arms = []
         notes = []
         traces: tuple[IdPair, ...] = ()
-        for name, stored, exported in asked:
-            answers = self.answer(exported, name, self._engine_settings)
+        for name, stored, exported, folder in asked:
+            answers = self.answer(exported, name, self._engine_settings, folder)
             traces = traces or answers.traces
             arms.append(self._make_arm(name, stored, exported, answers))
             if answers.earlier:
@@ -146,13 +167,15 @@ class Evaluation:
 
         return arms, traces, notes
 
-    def _answer_also(self, also: Sequence[ExportResult]) -> tuple[OtherArtifact, ...]:
+    def _answer_also(
+        self, model: PrunedModel, also: Sequence[ExportResult]
+    ) -> tuple[OtherArtifact, ...]:
         """Answer with the artifacts of the further targets."""
         found = []
         for job, exported in zip(self.job.siblings, also, strict=True):
             sibling = replace(self, job=job)
             name = f"pruned, {job.backend}"
-            answers = sibling.answer(exported, name, self._engine_settings)
+            answers = sibling.answer(exported, name, self._engine_settings, model.folder)
 
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers)
             found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
@@ -174,14 +197,46 @@ class Evaluation:
             lambda: open_engine("transformers", self.job.model.folder, exact),
             lambda: open_engine(self.job.backend, pruned.path, exact),
             traces[: self.job.recipe.verify.logit_traces],
+            self.job.renumbering(model.folder),
         )
 
-    def _chat_ids(self) -> dict[str, list[int]]:
-        """Return prompt ids by question, as transformers makes them."""
+    def _vocabulary_notes(
+        self,
+        model: PrunedModel,
+        encoder: PromptEncoder,
+        dense: Arm,
+        logits: LogitComparison | None,
+    ) -> list[str]:
+        """Return what a cut vocabulary means for the figures; nothing where all tokens stay."""
+        old_ids = self.job.renumbering(model.folder)
+        if old_ids is None:
+            return []
+
+        # No token was chosen for these texts.
+        texts = [f"{record.thinking_text}\n{record.answer_text}" for record in dense.records]
+        found = compare_segmentation(self.job.encoder, encoder, old_ids, texts)
+
+        lengths = found.describe("the dense answers take")
+        notes = [f"{lengths}; the length of a thought is in tokens of each model's own"]
+        if logits is None:
+            return notes
+
+        unlikely = f"the dense model gives {logits.lost_mass:.2g} of its probability to tokens"
+        notes.append(f"{unlikely} that are gone; torch-dense is compared on those that stay")
+        if logits.left_out:
+            notes.append(
+                f"{logits.left_out} of {logits.left_out + logits.traces} dense answers have tokens "
+                "that are gone: no logits were compared on them"
+            )
+
+        return notes
+
+    def _chat_ids(self, folder: Path) -> dict[str, list[int]]:
+        """Return a model's prompt ids by question, as transformers makes them."""
         from racdeploy.engines.transformers import chat_ids
 
         questions = [problem.question for problem in self.job.problems("evaluation")]
-        return dict(zip(questions, chat_ids(self.job.model.folder, questions), strict=True))
+        return dict(zip(questions, chat_ids(folder, questions), strict=True))
 
     def _timed(self) -> bool:
         """Return whether speed or memory of both arms have to come from one run."""

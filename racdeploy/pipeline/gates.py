@@ -23,6 +23,7 @@ from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.checks.logits import find_kl_limit, most_changed
 from racdeploy.verify.evidence import TokenProbe
 from racdeploy.verify.measure import divergences, probe_tokens
@@ -55,9 +56,10 @@ def check_artifact(
     """
     ids = ids[:TOKENS]
     exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
+    encoder = PromptEncoder.from_folder(checkpoint.folder)
 
     with open_engine(job.backend, artifact.path, exact) as engine:
-        probes = probe_tokens(engine, job.encoder, probe_strings())
+        probes = probe_tokens(engine, encoder, probe_strings())
         _check_tokens(probes or ())
         artifact_TV = engine.logits(ids)
 

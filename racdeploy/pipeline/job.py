@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy import export, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve
+from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import PromptEncoder
@@ -100,6 +106,20 @@ class Job:
         """Return the problems of a split: as many as the recipe asks for, or as a file holds."""
         settings = self.recipe.traces if split == "calibration" else self.recipe.verify
         return self.tasks.draw(split, settings.seed, settings.count)
+
+    @cached_property
+    def vocabulary(self) -> VocabularyChoice | None:
+        """Which tokens the pruned model keeps; None where it keeps all."""
+        if not self.recipe.structure.cuts_vocabulary:
+            return None
+
+        asked = [*self.problems("calibration"), *self.problems("evaluation")]
+        questions = tuple(problem.question for problem in asked)
+        return VocabularyChoice(self.checkpoint, self.encoder, questions, self.recipe.structure)
+
+    def renumbering(self, folder: Path) -> NDArray[np.int64] | None:
+        """Return the dense id of each token of a pruned model's folder; None where all stay."""
+        return read_old_ids(folder) if self.recipe.structure.cuts_vocabulary else None
 
     @cached_property
     def prunable_weights(self) -> list[str]:

@@ -66,6 +66,9 @@ def check_model(job: Job) -> None:
     if settings.joint:
         _ = job.joint_quant
 
+    if job.vocabulary:
+        job.vocabulary.choose()
+
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])
 

@@ -14,9 +14,7 @@ from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder, read_json
-from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
-
-_COPY_BYTES = 1 << 24  # of a tensor in memory at a time
+from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
     entries = {name: pruned.get(name, entry) for name, entry in sorted(kept.items())}
 
     with atomic_folder(out) as scratch:
-        _write(entries, scratch / "model.safetensors")
+        write_entries(entries, scratch / "model.safetensors")
         if importance:
-            _write(importance, scratch / IMPORTANCE_FILE)
+            write_entries(importance, scratch / IMPORTANCE_FILE)
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
@@ -89,31 +87,3 @@ def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
     for file in sorted(blocks.glob(f"{kind}-*.safetensors")):
         entries |= read_tensor_entries(file)
     return entries
-
-
-def _write(entries: Mapping[str, TensorEntry], file: Path) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-
-    offset = 0
-
-    for name, entry in entries.items():
-        stop = offset + entry.stop - entry.start
-        shape = list(entry.shape)
-        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
-
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-
-    with file.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries.values():
-            with entry.file.open("rb") as source:
-                source.seek(entry.start)
-                left = entry.stop - entry.start
-
-                while left:
-                    piece = source.read(min(left, _COPY_BYTES))
-                    assert piece, f"{entry.file} shrank while it was read"
-                    target.write(piece)
-                    left -= len(piece)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read without the library: numpy has no bfloat16.
+"""Safetensors files, read and copied without the library: numpy has no bfloat16.
 
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """dtype tag → numpy's; bfloat16 is read as bit patterns."""
 _HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
+_COPY_BYTES = 1 << 24  # of a tensor in memory at a time
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,58 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     return {
         name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
     }
+
+
+def write_entries(
+    entries: Mapping[str, TensorEntry], file: Path, rows: Mapping[str, Rows] | None = None
+) -> None:
+    """Write a file of tensors that lie in others, a piece at a time.
+
+    Args:
+        entries: by the name in the new file, in its order.
+        rows: of some tensors the rows that stay, in the new order; all of the others stay.
+    """
+    rows = rows or {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+    offset = 0
+
+    for name, entry in entries.items():
+        shape = [len(rows[name]), *entry.shape[1:]] if name in rows else list(entry.shape)
+        stop = offset + math.prod(shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            pieces = _read_rows(entry, rows[name]) if name in rows else _read_whole(entry)
+            for piece in pieces:
+                target.write(piece)
+
+
+def _read_whole(entry: TensorEntry) -> Iterator[bytes]:
+    with entry.file.open("rb") as source:
+        source.seek(entry.start)
+        left = entry.stop - entry.start
+
+        while left:
+            piece = source.read(min(left, _COPY_BYTES))
+            assert piece, f"{entry.file} shrank while it was read"
+            yield piece
+            left -= len(piece)
+
+
+def _read_rows(entry: TensorEntry, rows: Rows) -> Iterator[bytes]:
+    stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
+    row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
+    together = max(1, _COPY_BYTES // max(1, row_bytes))
+
+    for start in range(0, len(rows), together):
+        yield stored[rows[start : start + together]].tobytes()
 
 
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:

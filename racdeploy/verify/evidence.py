@@ -133,13 +133,18 @@ class LogitComparison:
     """Teacher-forced comparison on the dense model's own traces, over completion tokens.
 
     ``export`` is of the artifact from the pruned checkpoint under torch, ``pruning`` of that from
-    the dense one, ``along`` both by distance from the end of the prompt.
+    the dense one, ``along`` both by distance from the end of the prompt. Where the pruned model has
+    fewer tokens, ``left_out`` are further traces that use others, and ``lost_mass`` is the mean
+    probability that the dense model gives to those.
     """
 
     tokens: int
     export: Divergence
     pruning: Divergence
     along: tuple[PositionRow, ...] = ()
+    traces: int = 0
+    left_out: int = 0
+    lost_mass: float = 0.0
 
 
 @dataclass(frozen=True)

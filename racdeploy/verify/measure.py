@@ -20,6 +20,7 @@ from racdeploy import accel
 from racdeploy.decoding.engine import Engine, EngineSettings
 from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
+from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.report.model import PositionRow, TensorRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.answers import IdPair, Opener
@@ -87,30 +88,46 @@ def list_tensors(exported: Sequence[ExportedTensor]) -> tuple[TensorRow, ...]:
 
 
 def compare_logits(
-    pruned: Opener, dense: Opener, artifact: Opener, traces: Sequence[IdPair]
+    pruned: Opener,
+    dense: Opener,
+    artifact: Opener,
+    traces: Sequence[IdPair],
+    old_ids: NDArray[np.int64] | None = None,
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None where there are no traces.
 
-    ``pruned`` and ``dense`` open the checkpoints under torch, ``artifact`` the file on its engine.
+    Args:
+        pruned, dense: open the checkpoints under torch; ``artifact`` the file on its engine.
+        old_ids: where the pruned model has fewer tokens, the dense id of each. A trace with a token
+            that is gone is left out; of the dense model, what it gives the others is compared.
     """
+    asked = len(traces)
+    own = list(traces)
+    if old_ids is not None:
+        traces, own = _renumber(traces, old_ids)
     if not traces:
         return None
 
     pruning = []
     export = []
+    lost = []
     # One model is in memory at a time; the logits of the pruned one wait on disk.
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / f"{index}.npy" for index in range(len(traces))]
         with pruned() as engine:
-            for file, trace in zip(files, traces, strict=True):
+            for file, trace in zip(files, own, strict=True):
                 np.save(file, predict_completion(engine, trace))
 
         with dense() as engine:
             for file, trace in zip(files, traces, strict=True):
-                pruning.append(divergences(predict_completion(engine, trace), np.load(file)))
+                dense_TV = predict_completion(engine, trace)
+                if old_ids is not None:
+                    lost.append(find_lost_mass(dense_TV, old_ids))
+                    dense_TV = dense_TV[:, old_ids]
+                pruning.append(divergences(dense_TV, np.load(file)))
 
         with artifact() as engine:
-            for file, trace in zip(files, traces, strict=True):
+            for file, trace in zip(files, own, strict=True):
                 export.append(divergences(np.load(file), predict_completion(engine, trace)))
 
     export_kl = [kl_T for kl_T, *_ in export]
@@ -121,7 +138,37 @@ def compare_logits(
         export=_average(export),
         pruning=_average(pruning),
         along=average_along(export_kl, pruning_kl),
+        traces=len(traces),
+        left_out=asked - len(traces),
+        lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
     )
+
+
+def _renumber(
+    traces: Sequence[IdPair], old_ids: NDArray[np.int64]
+) -> tuple[list[IdPair], list[IdPair]]:
+    """Return the traces of which all tokens stay, and the same by their new ids."""
+    ids = new_ids(old_ids)
+
+    kept = []
+    renumbered = []
+    for trace in traces:
+        prompt, completion = (translate(part, ids) for part in trace)
+        if prompt is not None and completion is not None:
+            kept.append(trace)
+            renumbered.append((prompt, completion))
+
+    return kept, renumbered
+
+
+def find_lost_mass(logits_TV: Logits, kept: NDArray[np.int64]) -> Floats:
+    """Return at each position the probability of the tokens that are not kept."""
+    lost = []
+    for start in range(0, len(logits_TV), _ROWS):
+        log_TV = _log_softmax(logits_TV[start : start + _ROWS])
+        kept_T = np.exp(log_TV[:, kept]).sum(1)
+        lost.append(np.maximum(0, 1 - kept_T))
+    return np.concatenate(lost)
 
 
 def divergences(

@@ -6,7 +6,8 @@ A file says with ``STEP`` when the part is cut:
   the size that shrinks (see :mod:`racdeploy.models.decoder`), ``layout(checkpoint) -> Layout`` what
   goes together.
 - ``"blocks"``: ``choose(session, count) -> list[int]`` returns the blocks that stay, rising.
-- ``"folder"``: ``rewrite(...)`` makes another model folder of the finished one.
+- ``"folder"``: ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the
+  finished one; ``choose(checkpoint, keep, used) -> old_ids`` says what stays.
 
 ``check(checkpoint, keep, settings)`` refuses with a UsageError, before any work, what cannot be.
 """

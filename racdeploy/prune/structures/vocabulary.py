@@ -1,3 +1,149 @@
-"""The vocabulary: tokens that the user's texts do not need, with their rows and merges."""
+"""The vocabulary: tokens that the user's texts do not need, with their rows and merges.
+
+Rows of the embedding and of the output are copied as they are, so what is left computes the same
+logits. Byte-level BPE alone; what a token needs to be found is in :mod:`racdeploy.models.bpe`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import UsageError
+from racdeploy.models.bpe import BytePairs
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.renumbering import STALE, named_ids, renumber
+from racdeploy.models.tokenizer_files import read_tokenizer
+from racdeploy.recipe import Structure
+from racdeploy.storage.files import atomic_folder
+from racdeploy.storage.safetensors import write_entries
 
 STEP = "folder"
+# Kernels of ggml for interleaved rows take multiples of 8, those for AMX of 32.
+ROWS = 32
+_MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
+_PIECE = 1 << 16  # characters of a user's text that are encoded together
+# Pre-tokenizers may join an end of line with white space behind it, and with nothing else.
+_LINES = re.compile(r"(?<=\n)(?=\S)")
+
+
+def check(checkpoint: Checkpoint, keep: float, settings: Structure) -> None:
+    """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
+    encode = read_tokenizer(checkpoint.tokenizer.file).encode
+    used: set[int] = set()
+    for text in read_texts(settings.vocabulary_text):
+        used.update(encode(text, add_special_tokens=False).ids)
+
+    choose(checkpoint, keep, used)
+
+
+def choose(checkpoint: Checkpoint, keep: float, used: Iterable[int]) -> NDArray[np.int64]:
+    """Return the ids that stay, rising.
+
+    Args:
+        keep: a share of the tokens up to 1, or a count above it.
+        used: ids that the texts use.
+
+    Raises:
+        UsageError: the tokenizer is no byte-level BPE, there are fewer tokens than asked for, or
+            more are needed.
+    """
+    pairs = BytePairs.read(checkpoint.tokenizer)
+    tokens = len(pairs.texts)
+    asked = round(keep * tokens) if keep <= 1 else int(keep)
+
+    if asked > tokens:
+        raise UsageError(
+            f"structure.keep has vocabulary = {asked}, the tokenizer of {checkpoint.folder} has "
+            f"{tokens} tokens",
+            remedy="ask for fewer, or leave vocabulary out of structure.keep",
+        )
+
+    # A config may name a row of padding, which is no token.
+    named = named_ids(checkpoint.tokenizer) & pairs.texts.keys()
+    if unknown := checkpoint.tokenizer.parsed["model"].get("unk_token"):
+        named.add(pairs.ids[unknown])
+
+    needed = pairs.close(named.union(used))
+    if len(needed) > asked:
+        raise UsageError(
+            f"structure.keep has vocabulary = {asked} tokens, {len(needed)} must stay: special "
+            "and added ones, single bytes, and what traces, prompts and texts need",
+            remedy=f"--keep vocabulary={len(needed)} is the least; fewer texts in "
+            "structure.vocabulary_text need less",
+        )
+
+    return pairs.fill(needed, min(round_up(asked), tokens))
+
+
+def round_up(asked: int) -> int:
+    """Return a number of rows that engines like, where that costs little; else the asked one."""
+    rounded = -(-asked // ROWS) * ROWS
+    return rounded if rounded - asked <= _MOST_ADDED * asked else asked
+
+
+def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Path:
+    """Write the model of a folder with some of its tokens, as another folder.
+
+    ``old_ids``, rising, have the new id as their place. Rows that are no token, which pad an
+    embedding, go. Files that hold neither weights nor ids are copied.
+    """
+    rows = checkpoint.integer("vocab_size")
+    cut = {}
+    for name in checkpoint.family.model_tensors:
+        entry = checkpoint.entries.get(name)
+        if entry and entry.shape[0] == rows and len(entry.shape) > 1:
+            cut[name] = old_ids
+
+    texts = renumber(checkpoint.tokenizer, old_ids)
+    replaced = {entry.file.name for entry in checkpoint.entries.values()} | texts.keys() | STALE
+    replaced.add("model.safetensors.index.json")
+
+    with atomic_folder(out) as scratch:
+        write_entries(checkpoint.entries, scratch / "model.safetensors", cut)
+        for name, text in texts.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        for file in sorted(checkpoint.folder.iterdir()):
+            if file.is_file() and file.name not in replaced:
+                shutil.copyfile(file, scratch / file.name)
+
+    return out
+
+
+def read_texts(files: Sequence[str]) -> list[str]:
+    """Return a user's text files in pieces that are tokenized as the whole is."""
+    pieces = []
+    for name in files:
+        text = ""
+        for part in _LINES.split(_read_text(Path(name))):
+            text += part
+            if len(text) >= _PIECE:
+                pieces.append(text)
+                text = ""
+        pieces.append(text)
+
+    return [text for text in pieces if text]
+
+
+def _read_text(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be read: {error.strerror}",
+            remedy="give the path of a text file in structure.vocabulary_text",
+        ) from error
+
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{file}:{line} is not UTF-8 text: {error.reason}",
+            remedy=f"convert it: iconv -t utf-8 {file}",
+        ) from error

@@ -1,0 +1,186 @@
+"""The files of a model whose tokens got new numbers: tokenizer, configs, and the list of old ones.
+
+The place of an id in :data:`FILE` is the new one. A number that a config gives a token that is gone
+is taken out; texts, as in the chat template, stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError
+from racdeploy.models.bpe import read_merges
+from racdeploy.models.tokenizer_files import TokenizerFiles
+from racdeploy.storage.files import read_json
+
+FILE = "vocabulary_ids.json"
+"""Has under :data:`_KEY` the ids that tokens had in the model that was cut, in the new order."""
+STALE = frozenset({"tokenizer.model"})
+"""Files that hold a tokenizer in a form that is not rewritten; byte-level BPE has no need of it."""
+_KEY = "old_ids"
+_NAMING = ("_token_id", "_token_ids", "_token_index")
+_ID_KEYS = (*_NAMING, "pad_id", "suppress_tokens", "bad_words_ids")
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+NewIds = Mapping[int, int]
+
+
+def read_old_ids(folder: Path) -> NDArray[np.int64]:
+    """Return the id that each token of a folder had before the vocabulary was cut."""
+    values = read_json(folder / FILE).get(_KEY)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ArtifactError(f"{folder / FILE} is damaged: {_KEY} is not a list of ids")
+    return np.array(values, np.int64)
+
+
+def new_ids(old_ids: NDArray[np.int64]) -> NewIds:
+    """Return the new id of each old one that stays."""
+    return {old: new for new, old in enumerate(old_ids.tolist())}
+
+
+def translate(ids: Iterable[int], new: NewIds) -> tuple[int, ...] | None:
+    """Return some old ids by their new numbers; None where one of them is gone."""
+    found = [new.get(old) for old in ids]
+    kept = [i for i in found if i is not None]
+    return tuple(kept) if len(kept) == len(found) else None
+
+
+def named_ids(files: TokenizerFiles) -> set[int]:
+    """Return the ids that the configs give a role: ends of sequence, padding and others."""
+    found: set[int] = set()
+    for name in _CONFIGS:
+        file = files.folder / name
+        if file.is_file():
+            found.update(_find_ids(read_json(file)))
+    return found
+
+
+def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str]:
+    """Return the texts of all files that name ids, by file name; ``config.json`` among them."""
+    ids = new_ids(old_ids)
+    tokenizer = renumber_tokenizer(files.parsed, ids)
+    written: dict[str, Any] = {"tokenizer.json": tokenizer}
+
+    for name in _CONFIGS:
+        file = files.folder / name
+        if file.is_file():
+            written[name] = _renumber_ids(read_json(file), ids)
+
+    written["config.json"]["vocab_size"] = len(old_ids)
+
+    if (files.folder / "added_tokens.json").is_file():
+        by_text = read_json(files.folder / "added_tokens.json")
+        written["added_tokens.json"] = {text: ids[old] for text, old in by_text.items()}
+    if (files.folder / "vocab.json").is_file():
+        written["vocab.json"] = tokenizer["model"]["vocab"]
+
+    texts = {name: _to_text(value) for name, value in written.items()}
+    texts[FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
+
+    if (files.folder / "merges.txt").is_file():
+        merges = [" ".join(pair) for pair in read_merges(tokenizer["model"])]
+        texts["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+
+    return texts
+
+
+def renumber_tokenizer(tokenizer: Mapping[str, Any], ids: NewIds) -> dict[str, Any]:
+    """Return a parsed tokenizer.json with the tokens of ``ids`` alone, by their new ids.
+
+    A merge stays, in its order, where its parts and its result do.
+    """
+    model = dict(tokenizer["model"])
+    kept = {text: ids[old] for text, old in model["vocab"].items() if old in ids}
+    model["vocab"] = dict(sorted(kept.items(), key=lambda pair: pair[1]))
+
+    merges = []
+    for merge, (left, right) in zip(model["merges"], read_merges(model), strict=True):
+        if left in kept and right in kept and left + right in kept:
+            merges.append(merge)
+    model["merges"] = merges
+
+    added = [{**token, "id": ids[token["id"]]} for token in tokenizer.get("added_tokens") or []]
+    return {
+        **tokenizer,
+        "padding": _renumber_ids(tokenizer.get("padding"), ids),
+        "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        "post_processor": _renumber_processor(tokenizer.get("post_processor"), ids),
+        "model": model,
+    }
+
+
+def _renumber_processor(step: Any, ids: NewIds) -> Any:
+    """Renumber what is put before and behind a text: ``ids`` of a template, ``[text, id]``."""
+    if isinstance(step, list):
+        return [_renumber_processor(each, ids) for each in step]
+    if not isinstance(step, dict):
+        return step
+
+    changed = {}
+    for key, value in step.items():
+        if key == "ids":
+            changed[key] = [ids[old] for old in value]
+        elif key in ("sep", "cls"):
+            changed[key] = [value[0], ids[value[1]]]
+        else:
+            changed[key] = _renumber_processor(value, ids)
+
+    return changed
+
+
+def _renumber_ids(value: Any, ids: NewIds) -> Any:
+    """Renumber what a config names by keys that end as :data:`_ID_KEYS` do, and its decoder."""
+    if not isinstance(value, dict):
+        return value
+
+    changed: dict[str, Any] = {}
+    for key, inside in value.items():
+        if key == "added_tokens_decoder":
+            numbered = {ids.get(int(old)): token for old, token in inside.items()}
+            changed[key] = {str(new): numbered[new] for new in numbered if new is not None}
+        elif key.endswith(_ID_KEYS):
+            changed[key] = _replace(inside, ids)
+        else:
+            changed[key] = _renumber_ids(inside, ids)
+
+    return changed
+
+
+def _replace(value: Any, ids: NewIds) -> Any:
+    """Return an id, or those of a list, by the new numbers; a list of lists loses whole ones."""
+    if _is_id(value):
+        return ids.get(value)
+    if not isinstance(value, list):
+        return value
+
+    if not all(map(_is_id, value)):
+        inner = [_replace(each, ids) for each in value]
+        pairs = zip(value, inner, strict=True)
+        return [new for old, new in pairs if not isinstance(old, list) or len(new) == len(old)]
+
+    return [ids[old] for old in value if old in ids]
+
+
+def _find_ids(value: Any) -> Iterator[int]:
+    if not isinstance(value, dict):
+        return
+
+    for key, inside in value.items():
+        if key.endswith(_NAMING):
+            listed = inside if isinstance(inside, list) else [inside]
+            yield from filter(_is_id, listed)
+        else:
+            yield from _find_ids(inside)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _to_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,73 @@
+"""The vocabulary stage: tokens that are not needed leave the pruned model, after all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.segmentation import compare_segmentation
+from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
+from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.prune import PrunedModel
+from racdeploy.prune.structures import vocabulary
+from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.files import canonical_hash, file_sha256
+from racdeploy.traces.trace import Trace
+from racdeploy.verify.probe_strings import probe_strings
+
+
+@dataclass(frozen=True)
+class VocabularyStage:
+    """A pruned model on its way to fewer tokens."""
+
+    place: Workplace
+    choice: VocabularyChoice
+
+    def run(self, model: PrunedModel, traces: Sequence[Trace]) -> PrunedModel:
+        """Cut the vocabulary of a pruned model, or find it cut; ``traces`` are the dense model's.
+
+        Raises:
+            UsageError: more tokens must stay than were asked for.
+            GateError: the new tokenizer does not give a text back as the old one does.
+        """
+        checkpoint = Checkpoint(model.folder)
+        old_ids = self.choice.choose(traces)
+        importance = model.folder / IMPORTANCE_FILE
+
+        inputs = address(__name__) | {
+            "model": checkpoint.sha256,
+            "importance": file_sha256(importance) if importance.is_file() else "",
+            "old_ids": canonical_hash(old_ids.tolist()),
+            "texts": canonical_hash(list(self.choice.texts(traces))),
+        }
+
+        stage = self.place.open("vocabulary", inputs)
+        folder = stage.folder / model.folder.name
+
+        if not stage.finished:
+            vocabulary.rewrite(checkpoint, old_ids, folder)
+            stage.finish({"note": self._prove(folder, old_ids, traces)})
+
+        return replace(model, folder=folder, notes=(*model.notes, stage.summary["note"]))
+
+    def _prove(self, folder: Path, old_ids: NDArray[np.int64], traces: Sequence[Trace]) -> str:
+        """Compare both tokenizers; return a sentence for the report."""
+        dense = self.choice.encoder
+        cut = PromptEncoder.from_folder(folder)
+        kept = compare_segmentation(dense, cut, old_ids, self.choice.texts(traces))
+        compare_segmentation(dense, cut, old_ids, probe_strings())
+
+        tokens = dense.tokenizer.get_vocab_size()
+        rows = self.choice.dense.integer("vocab_size")
+        padding = f", {rows - tokens:,} rows of padding gone" if rows > tokens else ""
+
+        return (
+            f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; traces, prompts and texts "
+            f"are cut as before at {kept.same_share:.2%} of {kept.before:,} tokens"
+        )
