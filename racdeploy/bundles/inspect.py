@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,12 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
 
+_HEAD_SIZE_KEY = ".attention.key_length"
+# What the linears that end the parts of a block are called, in exported files and in checkpoints.
+_ENDS = {
+    "feed_forward_channels": ("ffn_down.weight", "mlp.down_proj.weight"),
+    "query_columns": ("attn_output.weight", "self_attn.o_proj.weight"),
+}
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
@@ -45,7 +54,7 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     }
 
     shown = {key: value for key, value in metadata.items() if key.startswith(_SHOWN_KEYS)}
-    return _add_totals(summary | shown, tensors)
+    return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -63,6 +72,9 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "folder": str(checkpoint.folder),
         "architecture": checkpoint.family.architecture,
         "blocks": checkpoint.block_count,
+        "feed_forward_channels": _shorten(checkpoint.per_block("intermediate_size")),
+        "query_heads": _shorten(checkpoint.per_block("num_attention_heads")),
+        "key_value_heads": _shorten(checkpoint.per_block("num_key_value_heads")),
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }
@@ -74,7 +86,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
     manifest.check_files(path)
     main, *others = manifest.artifacts
-    _, tensors = export.load(main.format).measure(path / main.path)
+    metadata, tensors = export.load(main.format).measure(path / main.path)
 
     summary = {
         "bundle": str(path),
@@ -100,7 +112,41 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         if second := _describe_second_graph(path, entry):
             summary["graph for sparse kernels"] = second
 
-    return _add_totals(summary, tensors)
+    return _add_totals(summary | _describe_widths(tensors, metadata), tensors)
+
+
+def _describe_widths(
+    tensors: Sequence[export.MeasuredTensor], metadata: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return how wide the parts of the blocks are, by the shapes of the linears that end them."""
+    found: dict[str, dict[int, int]] = {what: {} for what in _ENDS}
+    for tensor in tensors:
+        block = re.search(r"\.(\d+)\.", tensor.name)
+        for what, ends in _ENDS.items():
+            if block and len(tensor.shape) == 2 and tensor.name.endswith(ends):
+                found[what][int(block[1])] = tensor.shape[1]
+
+    widths = {}
+    sizes = [size for key, size in metadata.items() if key.endswith(_HEAD_SIZE_KEY)]
+
+    for what, by_block in found.items():
+        values = [by_block[block] for block in sorted(by_block)]
+        is_known = what == "query_columns" and sizes and isinstance(sizes[0], int) and sizes[0] > 0
+        if is_known:
+            what, values = "query_heads", [columns // sizes[0] for columns in values]
+        if values:
+            widths[what] = _shorten(values)
+
+    return widths
+
+
+def _shorten(values: Sequence[int]) -> str:
+    """Return a number of each block in order, each run of equal ones once: ``96 × 2, 64``."""
+    runs = []
+    for value, equal in groupby(values):
+        count = len(list(equal))
+        runs.append(f"{value} × {count}" if count > 1 else str(value))
+    return ", ".join(runs)
 
 
 def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:

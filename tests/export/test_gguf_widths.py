@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import TransformersEngine
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.export import gguf as gguf_format
@@ -26,6 +27,7 @@ from racdeploy.verify.probe_strings import probe_strings
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.llama_child import LlamaAnswer, ask_llama
 from tests.support.llama_quantize import quantize
+from tests.support.real_server import llama_cpp_server, running
 from tests.support.tiny_models import LLAMA3, YARN, make_checkpoint
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
@@ -344,6 +346,33 @@ def test_codes_that_pruning_chose_stay(tmp_path: Path, family: str) -> None:
     assert f"scales of {count} of {count + 1} quantized" in " ".join(result.notes)
     matrix = {t.name for t in gguf.GGUFReader(tmp_path / "cut.imatrix.gguf").tensors}
     assert ("blk.1.attn_qkv.weight.in_sum2" in matrix) == (family == "qwen3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_server_answers_with_the_file(tmp_path: Path, family: str) -> None:
+    """The server in llama-cpp-python decodes what torch does, token after token."""
+    checkpoint = make_cut(tmp_path / "cut", family, initializer_range=0.4)
+    file = export(checkpoint, tmp_path / "cut.gguf", quant="f32").path
+    settings = EngineSettings(context_tokens=256, parallel=1, threads=1)
+    engine = TransformersEngine(checkpoint.folder, settings)
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    question = "Ann has 12 apples and buys 30 more."
+    (expected,) = engine.generate([tokenizer.encode(question).ids], Sampling(8, checkpoint.eos_ids))
+
+    asked = {"prompt": question, "max_tokens": 8, "temperature": 0.0, "top_k": 1}
+    with running(*llama_cpp_server(file)) as (address, _):
+        request = urllib.request.Request(
+            f"{address}/completions",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = json.load(answer)["choices"][0]["text"]
+
+    answered = tokenizer.decode(expected.ids)
+    assert len(set(expected.ids)) > 3
+    assert text.replace("\ufffd", "") == answered.replace("\ufffd", "")  # parts of characters
 
 
 def test_patterns_name_tensors_as_in_the_familys_own_file(tmp_path: Path) -> None:
