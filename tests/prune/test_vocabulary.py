@@ -336,7 +336,7 @@ def test_sentencepiece_is_refused(tmp_path: Path, pre_tokenizer: str) -> None:
     """BPE in SentencePiece's form has no bytes to fall back to in its merges."""
     folder = make_checkpoint(tmp_path / "model", "llama", pre_tokenizer=pre_tokenizer)
     with pytest.raises(UsageError, match="SentencePiece's form"):
-        vocabulary.check(Checkpoint(folder), 0.9, Structure())
+        vocabulary.check(Checkpoint(folder), Structure(keep={"vocabulary": 0.9}))
 
 
 def test_ids_that_the_library_does_not_follow_are_refused(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_users_text_is_kept(tmp_path: Path) -> None:
 
     settings = Structure(keep={"vocabulary": 600}, vocabulary_text=(str(file),))
     with pytest.raises(UsageError, match="must stay"):
-        vocabulary.check(checkpoint, 600, settings)
+        vocabulary.check(checkpoint, settings)
 
 
 def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ _PIECE = 1 << 16  # characters of a user's text that are encoded together
 _LINES = re.compile(r"(?<=\n)(?=\S)")
 
 
-def check(checkpoint: Checkpoint, keep: float, settings: Structure) -> None:
+def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
     encode = read_tokenizer(checkpoint.tokenizer.file).encode
     used: set[int] = set()
-    for text in read_texts(settings.vocabulary_text):
+    for text in read_texts(structure.vocabulary_text):
         used.update(encode(text, add_special_tokens=False).ids)
 
-    choose(checkpoint, keep, used)
+    choose(checkpoint, structure.share("vocabulary"), used)
 
 
 def choose(checkpoint: Checkpoint, keep: float, used: Iterable[int]) -> NDArray[np.int64]:
