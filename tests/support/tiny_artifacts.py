@@ -58,7 +58,7 @@ WITHOUT_LOGITS = WITHOUT_BUDGET = frozenset({"openai"})
 
 def make_bundle(folder: Path) -> Path:
     """Write a whole bundle round the tiny model in GGUF; return its folder."""
-    return _write_bundle(
+    return write_bundle(
         make_gguf(folder).parent / "checkpoint", {"model.gguf": folder / "model.gguf"}, "llamacpp"
     )
 
@@ -69,12 +69,12 @@ def make_onnx_bundle(folder: Path) -> Path:
     files = {
         f"onnx/{name}": tiny_onnx() / "genai" / name for name in ("model.onnx", "model.onnx.data")
     }
-    bundle = _write_bundle(folder / "checkpoint", files, "onnxruntime")
+    bundle = write_bundle(folder / "checkpoint", files, "onnxruntime")
     shutil.copy(folder / "checkpoint" / "config.json", bundle)
     return bundle
 
 
-def _write_bundle(checkpoint: Path, files: dict[str, Path], backend: str) -> Path:
+def write_bundle(checkpoint: Path, files: dict[str, Path], backend: str) -> Path:
     """Write a bundle beside a model folder; the first file is the one that the engine opens."""
     bundle = checkpoint.parent / "bundle"
     for name, source in files.items():

@@ -10,6 +10,7 @@ Inputs and outputs are those of the exporter, in float32 or int64; ``past_key_va
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from racdeploy import packing as packings
@@ -17,9 +18,19 @@ from racdeploy.export.onnx.layouts import companions, name_graph
 from racdeploy.export.onnx.measurement import measure
 from racdeploy.export.onnx.writer import export, unpack
 from racdeploy.manifest import ArtifactEntry
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 
-__all__ = ["artifact_path", "companions", "export", "is_linear", "measure", "unpack", "usage"]
+__all__ = [
+    "artifact_path",
+    "companions",
+    "export",
+    "is_linear",
+    "measure",
+    "refusal",
+    "unpack",
+    "usage",
+]
 
 BACKEND = "onnxruntime"
 LIBRARY = "onnx"
@@ -47,11 +58,16 @@ def is_linear(family: Family, name: str) -> bool:
     return name.startswith(f"{family.blocks}.") and name.endswith(ends)
 
 
+def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+    """Return an empty string: a graph may have any number of blocks, each of its own widths."""
+    return ""
+
+
 def usage(entry: ArtifactEntry) -> list[str]:
     """Return how other programs run the graph."""
     return [
         *packings.load(entry.packing).usage(entry.path),
-        '- optimum: `ORTModelForCausalLM.from_pretrained(".")`',
+        '- optimum, unless the report says no: `ORTModelForCausalLM.from_pretrained(".")`',
         '- onnxruntime-genai: `onnxruntime_genai.Model(".")`',
         "- transformers.js, in Node or in a browser: `AutoModelForCausalLM.from_pretrained(…)`",
     ]

@@ -48,7 +48,8 @@ def fix_head_size(model: onnx.ModelProto, head_size: int) -> None:
 def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Return config.json and genai_config.json of a bundle whose artifacts are in ``folder``.
 
-    The config.json of the dense ``checkpoint`` describes the pruned model too.
+    ``checkpoint`` is the model in them: where it was cut, its config.json says what is left. Blocks
+    of different widths have the largest there; both programs need no more than that of caches.
     """
     (entry,) = (entry for entry in manifest.artifacts if entry.format == "onnx")
     model = onnx.load(str(folder / entry.path), load_external_data=False)
@@ -58,6 +59,23 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
         "config.json": _to_json(checkpoint.config | described),
         "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint)),
     }
+
+
+def note_clients(checkpoint: Checkpoint) -> list[str]:
+    """Return in sentences which program cannot open the graph of a checkpoint.
+
+    Source: ``ORTModelForCausalLM.__init__`` in optimum-onnx 0.1.0, which computes the head size.
+    """
+    heads = checkpoint.integer("num_attention_heads")
+    computed = checkpoint.integer("hidden_size") // heads
+    if computed == checkpoint.head_size:
+        return []
+
+    return [
+        f"optimum's ORTModelForCausalLM takes hidden_size / num_attention_heads = {computed} for"
+        f" the head size, which is {checkpoint.head_size}, and does not open this graph;"
+        " onnxruntime-genai and transformers.js do"
+    ]
 
 
 def _to_json(value: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ from racdeploy import quant as quants
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportedTensor, ExportResult, Metadata, Progress, check_metadata
 from racdeploy.export.onnx.choice import check_exporter, choose
+from racdeploy.export.onnx.layouts import note_clients
+from racdeploy.export.onnx.padding import count_twin_weights
 from racdeploy.export.onnx.weights import PlannedTensor, encode, plan_tensors, wire
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import load_graph, write_model
@@ -71,7 +73,7 @@ def export(
         arrays = chain(chosen.graph.constants.items(), writer.encode_all(progress))
         write_model(model, arrays, scratch, out.name, lambda: properties | writer.list_tensors())
 
-        notes = [chosen.note, *writer.packer.complete()]
+        notes = [chosen.note, *note_clients(checkpoint), *writer.packer.complete()]
         unpacked_sha256 = _hash_unpacked(scratch / out.name) if writer.is_packed else ""
         files = _move_in(scratch, out)
 
@@ -204,8 +206,11 @@ def _check_request(
     artifact_bytes = round(quants.load(quant).BITS * weights / 8)
     require_space(out.parent, artifact_bytes, "choose another place with --out")
 
-    # The exporter's graph, in float32, lies in the temporary folder until it was compared.
-    require_space(Path(tempfile.gettempdir()), 4 * weights, "move the temporary folder with TMPDIR")
+    # The exporter's graph, in float32, lies in the temporary folder until it was compared; where
+    # blocks differ in width, beside it the zero-padded twin or that one's graph.
+    passing_bytes = 4 * weights if checkpoint.is_uniform else 8 * count_twin_weights(checkpoint)
+    scratch = Path(tempfile.gettempdir())
+    require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")
     packings.load_onnx(packing).GraphPacker.check_size(weights)
 
 

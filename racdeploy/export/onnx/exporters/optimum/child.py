@@ -1,19 +1,35 @@
-"""Run optimum's export in a process of its own: PREPARED_FOLDER OUT_FOLDER."""
+"""Run optimum's export in a process of its own: PREPARED_FOLDER OUT_FOLDER.
+
+transformers' own loader knows one width for all blocks. Where they differ, racdeploy loads the
+model, and optimum traces it as it would any other.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from optimum.exporters.onnx import main_export
+from optimum.exporters.onnx import main_export, onnx_export_from_model
+
+from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.models.checkpoint import Checkpoint
+
+_TASK = "text-generation-with-past"
 
 
 def main() -> None:
     """Export one folder."""
     prepared, out = sys.argv[1:]
+    checkpoint = Checkpoint(Path(prepared))
+    if not checkpoint.is_uniform:
+        model = load_model(checkpoint)
+        onnx_export_from_model(model, output=out, task=_TASK, do_validation=False, device="cpu")
+        return
+
     main_export(
         prepared,
         output=out,
-        task="text-generation-with-past",
+        task=_TASK,
         framework="pt",
         device="cpu",
         dtype="fp32",

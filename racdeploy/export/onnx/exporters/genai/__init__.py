@@ -2,19 +2,25 @@
 
 Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, version 0.15.2. The
 builder ignores options it does not know and may exit 0 with a wrong graph, so it is given fixed
-options and its result is compared elsewhere.
+options and its result is compared elsewhere. It knows one width for all blocks: where they differ,
+it gets the zero-padded twin of the model, and the padding is cut out of its graph.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import run_module
+from racdeploy.export.onnx.exporters.genai.narrowing import narrow
+from racdeploy.export.onnx.padding import pad, refuse_widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
+
+__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
 
 PREFERENCE = 1
 # Architectures whose builder classes compute what transformers computes, with weights as the
@@ -43,12 +49,26 @@ def refusal(checkpoint: Checkpoint) -> str:
     if checkpoint.rope["rope_type"] == "yarn" and "beta_fast" not in checkpoint.rope:
         return "its graph leaves YaRN out where the configuration has no beta_fast"
 
-    return ""
+    return refuse_widths(checkpoint)
 
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32 for CPU; a failure, or no graph, is an EngineError."""
     require("onnxruntime_genai")
+    checkpoint = Checkpoint(prepared)
+    if checkpoint.is_uniform:
+        return _run_builder(prepared, out)
+
+    padding = out.with_name(f"{out.name}-twin")
+    wide = _run_builder(pad(checkpoint, padding / prepared.name), padding / "graph")
+    shutil.rmtree(padding / prepared.name)
+
+    graph = narrow(wide, checkpoint, lambda name: source_of(name, ()), out)
+    shutil.rmtree(padding)
+    return graph
+
+
+def _run_builder(prepared: Path, out: Path) -> Path:
     options = {"-m": prepared.name, "-i": prepared, "-o": out, "-p": "fp32", "-e": "cpu"}
     options["-c"] = out / "cache"
     arguments = [str(word) for option in options.items() for word in option]

@@ -1,0 +1,149 @@
+"""The zero-padded twin of a model whose blocks differ in width: every block as wide as the widest.
+
+It computes the same, since what is added gives zeros and is multiplied by zeros. So a program that
+knows one width for all blocks can write its graph, from which the padding is then cut out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.models import widths
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.widths import SETTINGS
+from racdeploy.storage.files import read_json
+from racdeploy.storage.safetensors import DTYPES
+
+Own = tuple[NDArray[np.int64] | None, ...]
+"""For each axis of a tensor the places in the twin that the model's values have; None: all."""
+
+
+def refuse_widths(checkpoint: Checkpoint) -> str:
+    """Return why a model cannot be padded, or an empty string.
+
+    Caches have one shape for all blocks, and zeros are added to each group of query heads alike.
+    """
+    if len(set(checkpoint.per_block("num_key_value_heads"))) > 1:
+        return "its blocks differ in key and value heads"
+
+    groups = checkpoint.key_value_heads
+    for block, heads in enumerate(checkpoint.per_block("num_attention_heads")):
+        if heads % groups:
+            return f"block {block} has {heads} query heads for {groups} groups"
+
+    return ""
+
+
+def pad(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write the twin of a model into a new folder, one tensor at a time; return the folder.
+
+    All files but weights and settings are linked.
+    """
+    folder.mkdir(parents=True)
+    written = {entry.file.name for entry in checkpoint.entries.values()}
+    written |= {"config.json", "model.safetensors.index.json"}
+    for file in checkpoint.folder.iterdir():
+        if file.name not in written:
+            (folder / file.name).symlink_to(file.resolve())
+
+    config = read_json(checkpoint.folder / "config.json")
+    config |= {setting: max(checkpoint.per_block(setting)) for setting in SETTINGS.values()}
+    config["head_dim"] = checkpoint.head_size
+    del config[widths.KEY]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    _write_weights(checkpoint, folder / "model.safetensors")
+    return folder
+
+
+def count_twin_weights(checkpoint: Checkpoint) -> int:
+    """Return how many weights the twin has."""
+    shapes = [_shape(checkpoint, name) for name in checkpoint.entries]
+    return sum(map(math.prod, shapes))
+
+
+def find_own(checkpoint: Checkpoint, name: str) -> Own:
+    """Return where the values of a tensor lie in the twin's tensor of the same name."""
+    rank = len(checkpoint.entries[name].shape)
+    block, inside = _place(checkpoint, name)
+    if not inside:
+        return (None,) * rank
+
+    kept = _keep(checkpoint, block)
+    return widths.find_kept(checkpoint.family, inside, kept, _largest_sizes(checkpoint))[:rank]
+
+
+def _place(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
+    """Return the block that a tensor is in, and its name there; empty outside of blocks."""
+    family = checkpoint.family
+    prefix = f"{family.blocks}."
+    if not name.startswith(prefix):
+        return 0, ""
+
+    block, _, inside = name.removeprefix(prefix).partition(".")
+    return (int(block), inside) if inside in family.block_tensors else (0, "")
+
+
+def _keep(checkpoint: Checkpoint, block: int) -> widths.Kept:
+    """Return what a block has of the widest one: its first channels, the first heads of a group."""
+    groups = checkpoint.key_value_heads
+    heads = checkpoint.per_block("num_attention_heads")[block]
+    assert heads % groups == 0, "refuse_widths was not asked"
+
+    own = checkpoint.sizes(block)
+    width = _largest_sizes(checkpoint)["Q"]
+    columns = np.arange(width).reshape(groups, -1)
+    first = columns[:, : own["Q"] // groups]
+    return {"Q": first.reshape(-1), "F": np.arange(own["F"])}
+
+
+def _largest_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
+    blocks = range(checkpoint.block_count)
+    sizes = [checkpoint.sizes(block) for block in blocks]
+
+    largest = {}
+    for letter in sizes[0]:
+        largest[letter] = max(each[letter] for each in sizes)
+    return largest
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor in the twin."""
+    _, inside = _place(checkpoint, name)
+    if not inside:
+        return checkpoint.entries[name].shape
+    return widths.shape(checkpoint.family, inside, _largest_sizes(checkpoint))
+
+
+def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, entry in checkpoint.entries.items():
+        shape = _shape(checkpoint, name)
+        stop = offset + math.prod(shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in checkpoint.entries:
+            values = checkpoint.read_raw(name)
+            padded = np.zeros(_shape(checkpoint, name), values.dtype)
+            padded[_index(find_own(checkpoint, name), padded.shape)] = values
+            target.write(padded.reshape(-1).view(np.uint8).data)
+
+
+def _index(own: Own, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
+    lists = []
+    for places, size in zip(own, shape, strict=True):
+        lists.append(np.arange(size) if places is None else places)
+    return np.ix_(*lists)
