@@ -46,17 +46,22 @@ def pad(checkpoint: Checkpoint, folder: Path) -> Path:
     All files but weights and settings are linked.
     """
     folder.mkdir(parents=True)
-    written = {entry.file.name for entry in checkpoint.entries.values()}
-    written |= {"config.json", "model.safetensors.index.json"}
+    written = {"config.json", "model.safetensors.index.json"}
+    for entry in checkpoint.entries.values():
+        written.add(entry.file.name)
+
     for file in checkpoint.folder.iterdir():
         if file.name not in written:
             (folder / file.name).symlink_to(file.resolve())
 
     config = read_json(checkpoint.folder / "config.json")
-    config |= {setting: max(checkpoint.per_block(setting)) for setting in SETTINGS.values()}
-    config["head_dim"] = checkpoint.head_size
     del config[widths.KEY]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config["head_dim"] = checkpoint.head_size
+    for setting in SETTINGS.values():
+        config[setting] = max(checkpoint.per_block(setting))
+
+    text = json.dumps(config)
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
     _write_weights(checkpoint, folder / "model.safetensors")
     return folder
@@ -70,13 +75,14 @@ def count_twin_weights(checkpoint: Checkpoint) -> int:
 
 def find_own(checkpoint: Checkpoint, name: str) -> Own:
     """Return where the values of a tensor lie in the twin's tensor of the same name."""
-    rank = len(checkpoint.entries[name].shape)
     block, inside = _place(checkpoint, name)
     if not inside:
-        return (None,) * rank
+        entry = checkpoint.entries[name]
+        return (None,) * len(entry.shape)
 
     kept = _keep(checkpoint, block)
-    return widths.find_kept(checkpoint.family, inside, kept, _largest_sizes(checkpoint))[:rank]
+    sizes = _largest_sizes(checkpoint)
+    return widths.find_kept(checkpoint.family, inside, kept, sizes)
 
 
 def _place(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
@@ -97,9 +103,13 @@ def _keep(checkpoint: Checkpoint, block: int) -> widths.Kept:
     assert heads % groups == 0, "refuse_widths was not asked"
 
     own = checkpoint.sizes(block)
-    width = _largest_sizes(checkpoint)["Q"]
-    columns = np.arange(width).reshape(groups, -1)
-    first = columns[:, : own["Q"] // groups]
+    largest = _largest_sizes(checkpoint)
+
+    columns = np.arange(largest["Q"])
+    by_group = columns.reshape(groups, -1)
+    own_columns = own["Q"] // groups
+    first = by_group[:, :own_columns]
+
     return {"Q": first.reshape(-1), "F": np.arange(own["F"])}
 
 
@@ -122,24 +132,44 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, entry in checkpoint.entries.items():
-        shape = _shape(checkpoint, name)
-        stop = offset + math.prod(shape) * np.dtype(DTYPES[entry.dtype]).itemsize
-        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
-
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    header = json.dumps(_describe_weights(checkpoint)).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    length = len(header).to_bytes(8, "little")
 
     with file.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(length)
+        target.write(header)
+
         for name in checkpoint.entries:
             values = checkpoint.read_raw(name)
-            padded = np.zeros(_shape(checkpoint, name), values.dtype)
-            padded[_index(find_own(checkpoint, name), padded.shape)] = values
-            target.write(padded.reshape(-1).view(np.uint8).data)
+            shape = _shape(checkpoint, name)
+            padded = np.zeros(shape, values.dtype)
+
+            own = find_own(checkpoint, name)
+            places = _index(own, shape)
+            padded[places] = values
+            flat = padded.reshape(-1)
+            target.write(flat.view(np.uint8).data)
+
+
+def _describe_weights(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return the header of a safetensors file of the twin."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+
+    for name, entry in checkpoint.entries.items():
+        dtype = np.dtype(DTYPES[entry.dtype])
+        shape = _shape(checkpoint, name)
+        stop = start + math.prod(shape) * dtype.itemsize
+
+        described[name] = {
+            "dtype": entry.dtype,
+            "shape": shape,
+            "data_offsets": [start, stop],
+        }
+        start = stop
+
+    return described
 
 
 def _index(own: Own, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:

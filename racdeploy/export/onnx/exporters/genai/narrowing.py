@@ -55,11 +55,15 @@ def _cut(
     for tensor in stored:
         values = read_array(tensor, folder)
         source = source_of(tensor.name)
+
         if source in checkpoint.entries:
             own = find_own(checkpoint, source)
-            own = own[::-1] if tensor.name.endswith(_TURNED) else own
+            if tensor.name.endswith(_TURNED):
+                own = own[::-1]
+
             for axis, places in enumerate(own):
-                values = values if places is None else np.take(values, places, axis)
+                if places is not None:
+                    values = np.take(values, places, axis)
 
         yield tensor.name, values
 
@@ -73,16 +77,19 @@ def _fit_attention(graph: onnx.GraphProto, checkpoint: Checkpoint) -> None:
         if node.op_type != _ATTENTION:
             continue
 
-        own = heads[_find_block(node)]
-        (number,) = (each for each in node.attribute if each.name == "num_heads")
-        number.i = own
+        block = _find_block(node)
+        for attribute in node.attribute:
+            if attribute.name == "num_heads":
+                attribute.i = heads[block]
 
         query = made_by[node.input[0]]
         if query.op_type == "Reshape":
             name = f"{query.name}/own_shape"
-            shape = [0, -1, own * checkpoint.head_size]
-            constants.append(onnx.helper.make_node("Constant", [], [name], name, value_ints=shape))
             query.input[1] = name
+
+            shape = [0, -1, heads[block] * checkpoint.head_size]
+            constant = onnx.helper.make_node("Constant", [], [name], name, value_ints=shape)
+            constants.append(constant)
 
     nodes = [*constants, *graph.node]
     del graph.node[:]
