@@ -172,6 +172,30 @@ class Checkpoint:
         is_sliding = [period and block % period for block in range(1, self.block_count + 1)]
         return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
 
+    @property
+    def rotary_blocks(self) -> tuple[bool, ...]:
+        """Whether each block has a rotary embedding."""
+        listed = self.config.get("no_rope_layers")  # 1 where it has one, for all its name
+        if listed:
+            return tuple(map(bool, listed))
+
+        period = self.config.get("no_rope_layer_interval")
+        blocks = range(1, self.block_count + 1)
+        return tuple(not period or block % period != 0 for block in blocks)
+
+    @property
+    def block_kinds(self) -> dict[str, list[Any]]:
+        """What a config may say by counting blocks, as a list that other blocks can be left out of.
+
+        Empty for families whose blocks are all of one kind.
+        """
+        kinds: dict[str, list[Any]] = {}
+        if self.family.window_period:
+            kinds["layer_types"] = list(self.layer_types)
+        if self.family.no_rope_period:
+            kinds["no_rope_layers"] = list(map(int, self.rotary_blocks))
+        return kinds
+
     @cached_property
     def rope(self) -> dict[str, Any]:
         """Rope settings in one form: ``rope_theta``, ``rope_type`` and the factors of scaling."""

@@ -76,6 +76,8 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
 
 def _write_config(checkpoint: Checkpoint, shape: Shape, file: Path) -> None:
     config = read_json(checkpoint.folder / "config.json")
+    if len(shape.blocks) < checkpoint.block_count:
+        config |= checkpoint.block_kinds
     changed = widths.write(config, shape.blocks, shape.widths)
     # Heads that are fewer no longer say how wide one is.
     changed["head_dim"] = checkpoint.head_size

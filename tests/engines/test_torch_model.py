@@ -15,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
-from tests.support.tiny_models import PRUNABLE_FAMILIES, YARN, edit_json, make_checkpoint
+from tests.support.tiny_models import LONGROPE, PRUNABLE_FAMILIES, YARN, edit_json, make_checkpoint
 
 # Float32 sums in another order: 64 to 96 terms of 6e-8 relative, through a few blocks.
 _SAME = {"rtol": 1e-4, "atol": 2e-5}
@@ -96,6 +96,40 @@ def test_the_walk_computes_a_model_of_different_blocks(family: str, tmp_path: Pa
         for index in range(checkpoint.block_count):
             torch.testing.assert_close(hidden_BTD, states[index], rtol=1e-5, atol=1e-5)
             hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD)
+
+
+@pytest.mark.parametrize(
+    ("family", "counted"),
+    [("gemma3_text", {"sliding_window_pattern": 3}), ("smollm3", {"no_rope_layer_interval": 3})],
+)
+def test_kinds_that_the_config_counts_stay_with_their_blocks(
+    family: str, counted: dict[str, int], tmp_path: Path
+) -> None:
+    """Old configurations say that every n-th block differs; without a block, others would."""
+    whole = make_checkpoint(tmp_path / "whole", family, dtype="float32", num_hidden_layers=6)
+    listed = {"layer_types": None, "no_rope_layers": None}
+    edit_json(whole / "config.json", **listed, _sliding_window_pattern=None, **counted)
+    blocks = (0, 2, 3, 4, 5)
+    small = cut_checkpoint(whole, tmp_path / "small", [(4, 96)] * 5, blocks)
+
+    skipping: Any = load_model(Checkpoint(whole))
+    layers = skipping.model.layers
+    skipping.model.layers = torch.nn.ModuleList(layers[block] for block in blocks)
+    torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(skipping), **_SAME)
+
+
+def test_heads_that_transformers_needs_are_missed_in_a_message(tmp_path: Path) -> None:
+    """It derives the width of a head of Phi-3 to compare long factors with it."""
+    whole = make_checkpoint(
+        tmp_path / "whole",
+        "phi3",
+        original_max_position_embeddings=64,
+        rope_scaling=LONGROPE,
+    )
+    small = cut_checkpoint(whole, tmp_path / "small", [(2, 96)] * 2)
+    with pytest.raises(ModelError, match="short_factor") as caught:
+        load_model(Checkpoint(small))
+    assert "all of them" in caught.value.remedy
 
 
 def test_biases_and_rope_scaling_go_along(tmp_path: Path) -> None:

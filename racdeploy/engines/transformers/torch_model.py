@@ -178,4 +178,10 @@ def _config(checkpoint: Checkpoint) -> Any:
     values["rope_theta"] = rope["rope_theta"]
     values["rope_scaling"] = None if rope_type == "default" else scaling
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
-    return AutoConfig.for_model(**values)
+    try:
+        return AutoConfig.for_model(**values)
+    except ValueError as error:
+        raise ModelError(
+            f"transformers refuses {folder}/config.json: {error}",
+            remedy="if heads were cut, prune the dense model again with all of them",
+        ) from error

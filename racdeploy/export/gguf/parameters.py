@@ -163,11 +163,8 @@ def _check_no_rope(checkpoint: Checkpoint) -> None:
     if not period:
         return
 
-    blocks = range(1, checkpoint.block_count + 1)
-    interval = checkpoint.config.get("no_rope_layer_interval")
-    listed = checkpoint.config.get("no_rope_layers")
-    asked = listed or [not interval or block % interval != 0 for block in blocks]
-    if list(map(bool, asked)) != [block % period != 0 for block in blocks]:
+    counted = [block % period != 0 for block in range(1, checkpoint.block_count + 1)]
+    if list(checkpoint.rotary_blocks) != counted:
         raise ModelError(
             f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this"
             " model not"
