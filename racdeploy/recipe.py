@@ -190,6 +190,7 @@ class Structure(_Part):
 
     keep: dict[str, float] = Field(default_factory=dict)
     uniform: bool = False
+    multiple: int = Field(0, ge=0)
     criterion: Literal["error", "magnitude"] = "error"
     vocabulary_text: tuple[str, ...] = ()
 
@@ -222,6 +223,11 @@ class Structure(_Part):
     def cuts_vocabulary(self) -> bool:
         """Whether fewer tokens stay than there are."""
         return "vocabulary" in self.parts
+
+    @property
+    def width_multiple(self) -> int:
+        """What feed-forward widths are multiples of; most number formats have blocks of 32."""
+        return self.multiple or 32
 
     def share(self, part: str) -> float:
         """Return how much of a part stays; 1 is all of it."""

@@ -77,14 +77,17 @@ def find_kept(
 def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[int, ...]]:
     """Return the settings that differ between blocks, or raise a ModelError on nonsense."""
     written = config.get(KEY) or {}
-    if not isinstance(written, Mapping) or set(written) - set(SETTINGS.values()):
-        known = ", ".join(SETTINGS.values())
-        raise ModelError(f"{where}: {KEY} is not a table of {known}")
+    known = SETTINGS.values()
+    if not isinstance(written, Mapping) or set(written) - set(known):
+        raise ModelError(f"{where}: {KEY} is not a table of {', '.join(known)}")
 
     widths = {}
+
     for setting, values in written.items():
-        if not isinstance(values, list) or len(values) != blocks or not all(map(_is_count, values)):
+        is_list = isinstance(values, list) and len(values) == blocks
+        if not is_list or not all(map(_is_count, values)):
             raise ModelError(f"{where}: {KEY}.{setting} is not a list of {blocks} counts above 0")
+
         widths[setting] = tuple(values)
 
     return widths

@@ -178,7 +178,8 @@ class Build:
             plan["trace_memory_bytes_at_most"] = most
 
         grid = job.joint_quant if settings.prune.joint else ""
-        memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid)
+        cuts = bool(settings.structure.keep)
+        memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid, cuts=cuts)
 
         return plan | {
             f"prune_tokens{bound}": tokens,
@@ -209,6 +210,7 @@ class Build:
             job.tasks,
             recipe.traces.seed,
             recipe.calibration,
+            job.structure,
             recipe.prune,
             quant,
             lambda sparsity: name_model(job.at_sparsity(sparsity)),

@@ -16,8 +16,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
+from racdeploy.prune.layout import find_end
 from racdeploy.quant import presets
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
 from racdeploy.tasks import Problem, Split, TaskSet
@@ -136,6 +137,25 @@ class Job:
             return any(re.search(pattern, linear) for pattern in patterns)
 
         return [name for name in self.prunable_weights if not stays_dense(name)]
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What is cut, in widths that the number formats of all targets have blocks for."""
+        structure = self.recipe.structure
+        if structure.multiple or "ffn" not in structure.keep:
+            return structure
+
+        formats = {job.quant_of(name) for job in (self, *self.siblings) for name in self._ends}
+        blocks = [quant.load(name).BLOCK for name in formats]
+        multiple = max(structure.width_multiple, *blocks)
+        return structure.model_copy(update={"multiple": multiple})
+
+    @property
+    def _ends(self) -> list[str]:
+        """Weights whose rows are as long as the feed-forward part is wide."""
+        family = self.checkpoint.family
+        ends = (f".{find_end(family, 'F')}.weight",)
+        return [name for name in self.prunable_weights if name.endswith(ends)]
 
     @cached_property
     def quant_rules(self) -> presets.Mix:

@@ -40,7 +40,7 @@ def place_export(model: str, settings: Export) -> Path:
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, as in names: ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac``.
+    """Return what is done to a model, ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac``.
 
     A part that is cut has the per cent that stay, or the count of tokens.
     """

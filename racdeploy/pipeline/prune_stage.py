@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Progress, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Calibration, Pruning
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.recipe import Calibration, Pruning, Structure
+from racdeploy.report.model import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import scratch_folder
@@ -38,6 +39,7 @@ class PruneStage:
     tasks: TaskSet
     trace_seed: int  # decides the calibration prompts that are drawn
     calibration: Calibration
+    structure: Structure
     settings: Pruning
     quant: str
     name_model: Callable[[float], str]
@@ -119,6 +121,7 @@ class PruneStage:
             "traces_sha256": traces_sha256,
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
+            "structure": self._cuts.model_dump(),
             "prune": settings.model_dump(),
             "quant": self.quant,
             "within": Checkpoint(before.folder).sha256 if before else "",
@@ -141,18 +144,30 @@ class PruneStage:
             tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
             summary["selection"],
             tuple(filter(None, notes)),
+            structure=tuple(StructureRow.model_validate(row) for row in summary["structure"]),
         )
+
+    @property
+    def _cuts(self) -> Structure:
+        """The structure without what is rewritten once everything else is done."""
+        keep = {}
+        for part, share in self.structure.keep.items():
+            if plugins.load("structures", part).STEP != "folder":
+                keep[part] = share
+        return self.structure.model_copy(update={"keep": keep, "vocabulary_text": ()})
 
     def _walk(
         self, folder: Path, settings: Pruning, traces: Sequence[Trace], within: Path | None
     ) -> dict[str, Any]:
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.cost import measured_cost, peak_bytes
+        from racdeploy.prune.outline import list_rows, read_outline
 
         calibration, held_out, counts = self.select(traces)
         given = {
             "calibration": calibration,
             "held_out": held_out,
+            "structure": self._cuts,
             "settings": settings,
             "weights": self.calibration.weights,
             "quant": self.quant,
@@ -160,7 +175,9 @@ class PruneStage:
         }
 
         token_counts = (count_tokens(calibration), count_tokens(held_out))
-        expected_bytes = peak_bytes(self.dense, settings, *token_counts, self.quant)
+        expected_bytes = peak_bytes(
+            self.dense, settings, *token_counts, self.quant, cuts=bool(self._cuts.keep)
+        )
 
         place, blocks_folder = self.place, folder.parent
         measured = measured_cost(
@@ -169,9 +186,12 @@ class PruneStage:
 
         with place.processes.job("prune", self.describe_code(), given), measured as progress:
             linears, blocks = self._prune_blocks(blocks_folder, given, progress)
-        assemble(self.dense, blocks_folder, folder)
+
+        shape = read_outline(blocks_folder).shape(self.dense, self._cuts)
+        assemble(self.dense, blocks_folder, folder, shape)
 
         return {
+            "structure": [row.model_dump() for row in list_rows(self.dense, shape)],
             "linears": [row.model_dump() for row in linears],
             "blocks": [row.model_dump() for row in blocks],
             "selection": counts,

@@ -15,12 +15,16 @@ WINDOW_BYTES = 64 << 20
 
 
 class Activations:
-    """One float32 tensor for each shape; what the window does not hold is in ``file``."""
+    """One float32 tensor for each shape; what the window does not hold is in ``file``.
+
+    A smaller one may take its place: inputs of a narrower linear.
+    """
 
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self._shapes, self._file = list(shapes), file
+        self._room = [math.prod(shape) for shape in shapes]
 
         self._kept: dict[int, torch.Tensor] = {}
         self._offsets: dict[int, int] = {}
@@ -48,7 +52,9 @@ class Activations:
         return torch.from_numpy(values).view(shape)
 
     def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
-        assert hidden.shape == self._shapes[index], f"batch {index} is {self._shapes[index]}"
+        room = self._room[index]
+        assert hidden.numel() <= room, f"batch {index} has room for {room} values"
+        self._shapes[index] = tuple(hidden.shape)
         hidden = hidden.cpu()
 
         if index not in self._offsets:

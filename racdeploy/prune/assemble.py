@@ -24,6 +24,14 @@ class Shape:
     blocks: tuple[int, ...]  # their numbers in the dense model, rising
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # setting → of each of them
 
+    def sizes(self, checkpoint: Checkpoint, place: int) -> dict[str, int]:
+        """Return what the letters of a family's shapes stand for in one of the blocks."""
+        sizes = dict(checkpoint.sizes(self.blocks[place]))
+        for letter, setting in SETTINGS.items():
+            unit = 1 if letter == "F" else checkpoint.head_size
+            sizes[letter] = self.widths[setting][place] * unit
+        return sizes
+
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Shape:
         """Return the shape that a model has, with every setting of :data:`widths.SETTINGS`."""
@@ -40,15 +48,20 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
     pruned = _read_entries(blocks, "block")
     importance = _read_entries(blocks, "importance")
     kept = _renumber(checkpoint, shape) if shape else checkpoint.entries
-    entries = {name: pruned.get(name, entry) for name, entry in sorted(kept.items())}
+
+    entries = {}
+    for name, entry in sorted(kept.items()):
+        entries[name] = pruned.get(name, entry)
 
     with atomic_folder(out) as scratch:
         write_entries(entries, scratch / "model.safetensors")
         if importance:
             write_entries(importance, scratch / IMPORTANCE_FILE)
+
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
+
         if shape and shape != Shape.of(checkpoint):
             _write_config(checkpoint, shape, scratch / "config.json")
 

@@ -10,36 +10,36 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.pruned_linear import PrunedLinear
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.files import read_json, write_atomic
 
+Kept = Mapping[str, list[int]]
+"""Part that was cut → numbers of the units that stay."""
+
 
 class BlockFiles:
     """What a walk over the blocks leaves in a folder."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, processes: Processes) -> None:
-        self._folder = folder
-        self._checkpoint = checkpoint
-        self._processes = processes
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self._folder, self._processes = folder, processes
 
     def is_finished(self, index: int) -> bool:
         return self._processes.ask_first(self._report(index).is_file)
 
     def weights(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield name and float32 weights of the linears that were pruned."""
+        """Yield name and float32 values of the tensors that pruning changed."""
         first = self._processes.first
         stored = load_file(self._weights(index)) if first else {}
-        for name in self._processes.tell(list(stored)):
-            shape = self._checkpoint.entries[name].shape
-            weight_OI = stored[name].float() if first else torch.empty(shape)
-            yield name, self._processes.spread(weight_OI)
+        shapes = {name: tuple(value.shape) for name, value in stored.items()}
+        for name, shape in self._processes.tell(shapes).items():
+            value = stored[name].float() if first else torch.empty(shape)
+            yield name, self._processes.spread(value)
 
-    def zeros(self, index: int, name: str) -> torch.Tensor:
+    def zeros(self, index: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return where the weights of a pruned linear are zero."""
-        zero_OI = torch.empty(self._checkpoint.entries[name].shape, dtype=torch.bool)
+        zero_OI = torch.empty(shape, dtype=torch.bool)
         if self._processes.first:
             with safe_open(self._weights(index), "pt") as file:
                 zero_OI = file.get_tensor(name) == 0
@@ -51,10 +51,16 @@ class BlockFiles:
         linears = [LinearRow.model_validate(row) for row in found["linears"]]
         return linears, BlockRow.model_validate(found["block"])
 
-    def write_weights(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
-        """Write the weights of a block's pruned linears, by the names of their weights."""
+    def kept(self, index: int) -> Kept:
+        """Return which units of each part stay in a block; parts that are whole are not in it."""
+        report = self._report(index)
+        kept: Kept = self._processes.ask_first(lambda: read_json(report).get("kept", {}))
+        return kept
+
+    def write_weights(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the tensors of a block that pruning changed."""
         if self._processes.first:
-            stored = {name: linear.stored_OI.cpu() for name, linear in pruned.items()}
+            stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_atomic(self._weights(index), save(stored))
 
     def write_importance(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
@@ -69,10 +75,10 @@ class BlockFiles:
 
         write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
 
-    def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow) -> None:
+    def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow, kept: Kept) -> None:
         if self._processes.first:
             rows = [row.model_dump() for row in linears]
-            values = {"linears": rows, "block": block.model_dump()}
+            values = {"linears": rows, "block": block.model_dump(), "kept": kept}
             write_atomic(self._report(index), json.dumps(values, indent=1))
 
     def _weights(self, index: int) -> Path:

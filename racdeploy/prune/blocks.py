@@ -39,11 +39,12 @@ class Blocks:
         return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def widths(self) -> list[int]:
-        """Return the number of inputs of each group of linears."""
+        """Return the number of inputs of each group of linears, in the block where it is most."""
+        blocks = range(self.checkpoint.block_count)
         widths = []
         for first, *_ in self.checkpoint.family.input_groups:
-            entry = self.checkpoint.entries[f"{self.prefix(0)}.{first}.weight"]
-            widths.append(entry.shape[1])
+            names = (f"{self.prefix(block)}.{first}.weight" for block in blocks)
+            widths.append(max(self.checkpoint.entries[name].shape[1] for name in names))
         return widths
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The walk over the blocks: gather statistics, prune, write, and pass the sparse block's output on.
+"""The walk over the blocks: gather statistics, cut, prune, write, and pass the output on.
 
 One block is in memory at a time, dense and partly pruned; linears that share an input go together.
 A finished block is a file, so an interrupted walk resumes, and ends byte for byte the same.
@@ -7,39 +7,48 @@ A finished block is a file, so an interrupted walk resumes, and ends byte for by
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from racdeploy import plugins
-from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
+from racdeploy.engines.transformers.torch_model import TORCH_DTYPES, fit_attention
 from racdeploy.errors import UsageError
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
 from racdeploy.prune.allocations import Shares
+from racdeploy.prune.assemble import Shape
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.block_files import BlockFiles
 from racdeploy.prune.blocks import Blocks, put
+from racdeploy.prune.cut import BlockPair, Cut, list_cuts, narrow
 from racdeploy.prune.device import choose_device
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.outline import Outline, decide_outline
 from racdeploy.prune.patterns import Pattern, Within, make_pattern
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs
+from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
 from racdeploy.prune.refit import prune_and_refit
+from racdeploy.prune.removal import Removal
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.session import Progress, Session
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import decide_shares
 from racdeploy.quant import as_grid
-from racdeploy.recipe import Pruning, StreamWeights
+from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.heap import keep_heap
 from racdeploy.traces.trace import STREAMS, Trace
+
+WHOLE = Structure()
 
 
 def prune_blocks(
@@ -50,14 +59,16 @@ def prune_blocks(
     folder: Path,  # finished blocks in it are reused
     weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
     quant: str = "",  # format whose codes are chosen while pruning; empty leaves that to the export
-    within: Path | None = None,  # an earlier walk, whose zeros stay zeros; weights start dense
+    within: Path | None = None,  # an earlier walk, whose cuts and zeros stay; weights start dense
     threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
     progress: Progress | None = None,
     processes: Processes = ALONE,  # each calls this with the same arguments and its own folder
+    structure: Structure = WHOLE,  # what is cut before zeros are chosen
 ) -> tuple[list[LinearRow], list[BlockRow]]:
     """Prune every block of a checkpoint and leave one safetensors file per block in ``folder``.
 
-    Returns one row per linear, in forward order, and one per block.
+    Returns one row per linear, in forward order, and one per block; blocks that are left out have
+    none, and the others are numbered anew.
     """
     if not calibration:
         reason = "no calibration traces are left after selection"
@@ -77,31 +88,71 @@ def prune_blocks(
     counts = weights or StreamWeights()
     weights_R = blocks.place(torch.tensor([getattr(counts, stream) for stream in STREAMS]))
     session = Session(blocks, own, fitted, weights_R, settings, folder, processes, progress)
-    earlier = BlockFiles(within, checkpoint, processes) if within else None
 
     with torch.inference_mode():
-        shares = decide_shares(session)
-        with closing(_Walk(session, tasks, shares, quant, earlier)) as walk:
+        outline = decide_outline(session, structure, within)
+        sizes = _count_weights(session, outline.shape(checkpoint, structure))
+        plan = _Plan(
+            tasks=tasks,
+            shares=decide_shares(session, sizes),
+            outline=outline,
+            cuts=list_cuts(checkpoint, outline, structure),
+            by_magnitude=structure.criterion == "magnitude",
+            quant=quant,
+        )
+
+        with closing(_Walk(session, plan, within)) as walk:
             return walk.run()
+
+
+def _count_weights(session: Session, shape: Shape) -> dict[str, int]:
+    """Return how many weights each linear that is pruned has after the cut, by its dense name."""
+    blocks = session.blocks
+    checkpoint = blocks.checkpoint
+    sizes = {}
+
+    for place, index in enumerate(shape.blocks):
+        lengths = shape.sizes(checkpoint, place)
+        for linear in checkpoint.family.linears:
+            name = f"{blocks.prefix(index)}.{linear}"
+            if any(re.search(pattern, name) for pattern in session.settings.dense):
+                continue
+
+            own = widths.shape(checkpoint.family, f"{linear}.weight", lengths)
+            sizes[name] = math.prod(own)
+
+    return sizes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was decided before the walk."""
+
+    tasks: Sequence[str]
+    shares: Shares
+    outline: Outline
+    cuts: Sequence[Cut]
+    by_magnitude: bool  # whether cuts ask no statistics
+    quant: str
 
 
 class _Walk:
     """The dense and the partly pruned model, side by side, on their way through the blocks."""
 
-    def __init__(
-        self,
-        session: Session,
-        tasks: Sequence[str],
-        shares: Shares,
-        quant: str,
-        earlier: BlockFiles | None,
-    ) -> None:
-        self.session, self.settings, self.processes = session, session.settings, session.processes
-        self.blocks, self.batches = session.blocks, session.batches
+    def __init__(self, session: Session, plan: _Plan, within: Path | None) -> None:
+        self.session = session
+        self.settings = session.settings
+        self.processes = session.processes
+        self.batches = session.batches
+        self.blocks = session.blocks
         self.checkpoint = session.blocks.checkpoint
-        self.tasks, self.shares, self.quant, self.earlier = tasks, shares, quant, earlier
+
+        self.plan = plan
+        self.shares = plan.shares
+        self.quant = plan.quant
         self.method = plugins.load("methods", session.settings.method)
-        self.files = BlockFiles(session.folder, self.checkpoint, session.processes)
+        self.files = BlockFiles(session.folder, session.processes)
+        self.earlier = BlockFiles(within, session.processes) if within else None
 
         # What reaches each block. The dense model is only followed where its states are needed.
         self.sparse = Flow(session.blocks, session.batches, session.folder, "sparse")
@@ -121,75 +172,164 @@ class _Walk:
 
         linears: list[LinearRow] = []
         blocks: list[BlockRow] = []
+        places = {index: place for place, index in enumerate(self.plan.outline.blocks)}
 
         for index in range(self.checkpoint.block_count):
-            dense, sparse = self._load(index)
-            finished = self.files.is_finished(index)
-            pass_block = self._restore_block if finished else self._prune_block
-            linear_rows, block_row = pass_block(index, dense, sparse)
-            dense.to("meta")
+            if index in places:
+                pair = self._load(index, places[index])
+                linear_rows, block_row = self._pass_block(pair)
+                linears += linear_rows
+                blocks.append(block_row)
+            else:
+                self._skip_block(index)
 
-            linears += linear_rows
-            blocks.append(block_row)
+            self.blocks.empty(index).to("meta")
             self.session.report("prune", index + 1)
 
         return linears, blocks
 
-    def _load(self, index: int) -> tuple[nn.Module, nn.Module]:
+    def _load(self, index: int, place: int) -> BlockPair:
         """Return a dense block, and a second one that begins with the same tensors."""
         sparse = copy.deepcopy(self.blocks.empty(index))
         dense = self.blocks.load(index)
         for name, parameter in dense.named_parameters():
             put(sparse, name, parameter)
-        return dense, sparse
+        return BlockPair(index, place, dense, sparse, dict(self.checkpoint.sizes(index)))
 
-    def _restore_block(
-        self, index: int, dense: nn.Module, sparse: nn.Module
-    ) -> tuple[list[LinearRow], BlockRow]:
-        prefix = self.blocks.prefix(index)
-        for name, weight_OI in self.files.weights(index):
-            put(sparse, name.removeprefix(f"{prefix}."), self.blocks.place(weight_OI))
-        self._advance(dense, sparse, {})
-        return self.files.rows(index)
+    def _skip_block(self, index: int) -> None:
+        """Let the dense model alone pass a block that the pruned one is without."""
+        dense = self.blocks.load(index)
+        for batch in range(len(self.batches)):
+            if self._needs_dense(self.batches[batch]):
+                self.dense.leave(dense, batch)
 
-    def _prune_block(
-        self, index: int, dense: nn.Module, sparse: nn.Module
-    ) -> tuple[list[LinearRow], BlockRow]:
-        """Prune a block group by group, write it, and advance the hidden states."""
+    def _pass_block(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
+        if self.files.is_finished(pair.place):
+            return self._restore_block(pair)
+        return self._prune_block(pair)
+
+    def _restore_block(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
+        prefix = self.blocks.prefix(pair.place)
+        for name, value in self.files.weights(pair.place):
+            put(pair.sparse, name.removeprefix(f"{prefix}."), self.blocks.place(value))
+
+        for cut in self.plan.cuts:
+            count = cut.counts[pair.place]
+            for letter, width in cut.layouts[pair.place].widths.items():
+                pair.sizes[letter] = count * width
+
+        fit_attention(pair.sparse, pair.sizes)
+
+        self._advance(pair, {})
+        return self.files.rows(pair.place)
+
+    def _prune_block(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
+        """Cut and prune a block group by group, write it, and advance the hidden states."""
         pruned: dict[str, PrunedLinear] = {}
-        prefix = self.blocks.prefix(index)
+        dense_prefix = self.blocks.prefix(pair.index)
 
         for group, linears in enumerate(self.checkpoint.family.input_groups):
-            wanted = [linear for linear in linears if f"{prefix}.{linear}" in self.shares]
+            for cut in self.plan.cuts:
+                if cut.before == group and not cut.leaves_whole(pair.place):
+                    self._cut(pair, cut)
+
+            wanted = [name for name in linears if f"{dense_prefix}.{name}" in self.shares]
             if wanted:
-                pruned |= self._prune_group(index, dense, sparse, group, wanted)
+                pruned |= self._prune_group(pair, group, wanted)
 
-        named = {f"{prefix}.{linear}.weight": row for linear, row in pruned.items()}
-        self.files.write_weights(index, named)
-        if not self.quant:  # the export chooses scales by importance, and these are chosen
-            self.files.write_importance(index, named)
+        self._write_weights(pair, pruned)
 
-        drift = self._advance(dense, sparse, pruned)
+        drift = self._advance(pair, pruned)
         for error in (drift, *(linear.error for linear in pruned.values())):
             error.share(self.processes)
 
-        linear_rows = self._linear_rows(prefix, pruned)
+        linear_rows = self._linear_rows(pair, pruned)
         parts = {"drift_by_stream": drift.by_stream, "drift_by_task": drift.by_task}
-        block_row = BlockRow(block=index, drift=drift.total, **parts)
-        self.files.write_rows(index, linear_rows, block_row)
+        block_row = BlockRow(block=pair.place, drift=drift.total, **parts)
+        self.files.write_rows(pair.place, linear_rows, block_row, pair.kept)
         return linear_rows, block_row
 
+    def _write_weights(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
+        prefix = self.blocks.prefix(pair.place)
+        named = {f"{prefix}.{linear}.weight": row for linear, row in pruned.items()}
+
+        tensors = self._list_cut_tensors(pair)
+        for name, row in named.items():
+            tensors[name] = row.stored_OI
+
+        self.files.write_weights(pair.place, tensors)
+        if not self.quant:  # the export chooses scales by importance, and these are chosen
+            self.files.write_importance(pair.place, named)
+
+    def _cut(self, pair: BlockPair, cut: Cut) -> None:
+        """Choose the units of a part in one process, and narrow the block in all."""
+        full_OI = pair.dense.get_parameter(f"{cut.linear}.weight")
+        (owner,) = self.processes.owners([full_OI.numel()])
+
+        statistic = self._gather(pair, cut.group, [full_OI], final=False)
+        statistic.share(self.processes, [owner])
+
+        if self.processes.rank == owner:
+            removal = self._remove(pair, cut, statistic)
+            weight_OK = removal.solve()
+            units = removal.kept_U.nonzero()[:, 0].tolist()
+        else:
+            weight_OK = full_OI.new_empty(len(full_OI), cut.width(pair.place))
+            units = []
+
+        pair.kept[cut.part] = self.processes.tell(units, owner)
+        weight_OK = self.processes.spread(weight_OK, owner)
+
+        if f"{self.blocks.prefix(pair.index)}.{cut.linear}" not in self.shares:
+            dtype = self._stored_dtype(pair, f"{cut.linear}.weight")
+            weight_OK = weight_OK.to(dtype).float()  # as it will be read back
+
+        narrow(self.checkpoint.family, pair, cut, weight_OK)
+
+    def _remove(self, pair: BlockPair, cut: Cut, statistic: InputStatistic) -> Removal:
+        """Remove the units that are missed least, or those that the earlier walk removed."""
+        by_magnitude = self.plan.by_magnitude
+        hessian = statistic.hessian(self.settings.damping)
+
+        target_OI: torch.Tensor = pair.dense.get_parameter(f"{cut.linear}.weight")
+        if self.settings.match_dense and not by_magnitude:
+            target_OI = statistic.targets([0], hessian)[0]
+
+        layout = cut.layouts[pair.place]
+        removal = Removal(target_OI, hessian, layout, by_magnitude=by_magnitude)
+
+        if self.earlier:
+            kept = self.earlier.kept(pair.place)
+            removal.keep(torch.tensor(kept[cut.part]))
+        else:
+            removal.shrink(cut.counts[pair.place])
+
+        return removal
+
+    def _list_cut_tensors(self, pair: BlockPair) -> dict[str, torch.Tensor]:
+        """Return what a cut changed, as it is stored, by new names."""
+        changed = {}
+        for name, parameter in pair.sparse.named_parameters():
+            if parameter.shape != pair.dense.get_parameter(name).shape:
+                stored = parameter.data.to(self._stored_dtype(pair, name))
+                changed[f"{self.blocks.prefix(pair.place)}.{name}"] = stored
+        return changed
+
+    def _stored_dtype(self, pair: BlockPair, name: str) -> torch.dtype:
+        entry = self.checkpoint.entries[f"{self.blocks.prefix(pair.index)}.{name}"]
+        return TORCH_DTYPES[entry.dtype]
+
     def _prune_group(
-        self, index: int, dense: nn.Module, sparse: nn.Module, group: int, linears: Sequence[str]
+        self, pair: BlockPair, group: int, linears: Sequence[str]
     ) -> dict[str, PrunedLinear]:
         """Prune linears that share an input: each in the process that owns it, then everywhere."""
-        names = [f"{self.blocks.prefix(index)}.{linear}" for linear in linears]
-        full = [dense.get_parameter(f"{linear}.weight") for linear in linears]
-        patterns = [self._pattern(index, name) for name in names]
+        # Dense still, but for what a cut took away.
+        full = [pair.sparse.get_parameter(f"{linear}.weight") for linear in linears]
+        patterns = [self._pattern(pair, *each) for each in zip(linears, full, strict=True)]
         owners = self.processes.owners([weight_OI.numel() for weight_OI in full])
         own = [place for place, owner in enumerate(owners) if owner == self.processes.rank]
 
-        statistic = self._gather(dense, sparse, group, full)
+        statistic = self._gather(pair, group, full)
         statistic.share(self.processes, owners)
         importance_I, tokens = statistic.importance_I, round(statistic.weight)
         solved = self._solve(own, full, patterns, statistic) if own else {}
@@ -197,41 +337,46 @@ class _Walk:
         pruned = {}
 
         for place, linear in enumerate(linears):
-            stored = self.checkpoint.entries[f"{names[place]}.weight"].dtype
+            stored = self._stored_dtype(pair, f"{linear}.weight")
             if self.quant:  # codes times a scale need more digits than bfloat16 has
-                stored = "F32"
+                stored = torch.float32
 
-            # What another process solved is of the shape of the dense weights.
+            # What another process solved is of the shape of these weights.
             weight_OI, target_OI, damping = solved.get(place, (full[place], full[place], 0.0))
             solution = PrunedLinear(
-                weight_OI.to(TORCH_DTYPES[stored]).contiguous(),
+                weight_OI.to(stored).contiguous(),
                 target_OI,
                 damping,
-                RelativeError(self.tasks),
+                RelativeError(self.plan.tasks),
                 importance_I,
                 tokens,
             )
 
             match_dense = self.settings.match_dense
             pruned[linear] = solution.spread(self.processes, owners[place], target=match_dense)
-            put(sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
+            put(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
 
         return pruned
 
     def _gather(
-        self, dense: nn.Module, sparse: nn.Module, group: int, full: Sequence[torch.Tensor]
+        self, pair: BlockPair, group: int, full: Sequence[torch.Tensor], *, final: bool = True
     ) -> InputStatistic:
         """Return the statistic of a group's input, over this process's calibration batches."""
         match = full if self.settings.match_dense else ()
-        statistic = InputStatistic(full[0].shape[1], self.session.weights_R, match)
+        linears = self.checkpoint.family.input_groups[group]
+        narrowed = [linear for linear in linears if linear in pair.narrowed and match]
+        dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
+
+        width = full[0].shape[1]
+        statistic = InputStatistic(width, self.session.weights_R, match, dense)
 
         for index, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
 
             statistic.add(  # no names: a batch's inputs are gone before the next one's are made
-                self.sparse.input(sparse, group, index),
-                self.dense.input(dense, group, index) if match else None,
+                self.sparse.input(pair.sparse, group, index, final=final),
+                self.dense.input(pair.dense, group, index) if match else None,
                 batch.stream_BT,
             )
 
@@ -266,42 +411,57 @@ class _Walk:
             return pruned.weight_OI
         return round_to_grid(pruned, live_OI, hessian, as_grid(self.quant))
 
-    def _pattern(self, index: int, name: str) -> Pattern:
+    def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
         """Return the zeros that a linear shall have: at least those of the earlier walk."""
-        weight = f"{name}.weight"
-        self.settings.check_width(name, self.checkpoint.entries[weight].shape[1])
+        name = f"{self.blocks.prefix(pair.index)}.{linear}"
+        self.settings.check_width(name, weight_OI.shape[1])
         pattern = make_pattern(self.shares[name], self.settings.kept_of)
+
         if not self.earlier:
             return pattern
 
-        gone_OI = self.earlier.zeros(index, weight)
+        own_name = f"{self.blocks.prefix(pair.place)}.{linear}.weight"
+        shape = tuple(weight_OI.shape)
+        gone_OI = self.earlier.zeros(pair.place, own_name, shape)
         return Within(pattern, self.blocks.place(gone_OI))
 
-    def _advance(
-        self, dense: nn.Module, sparse: nn.Module, pruned: Mapping[str, PrunedLinear]
-    ) -> RelativeError:
+    def _advance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs, and measure on held-out batches."""
-        drift = RelativeError(self.tasks)
+        drift = RelativeError(self.plan.tasks)
+
         for index, batch in enumerate(self.batches):
-            with measure_outputs(sparse, pruned if batch.held_out else {}, batch):
-                sparse_BTD = self.sparse.leave(sparse, index)
+            measured = pruned if batch.held_out else {}
+            dense_BTD: torch.Tensor | None = None
+            outputs: dict[str, torch.Tensor] = {}
+
             if self._needs_dense(batch):
-                dense_BTD = self.dense.leave(dense, index)
-                if batch.held_out:
-                    drift.add(sparse_BTD, dense_BTD, batch)
+                narrowed = pair.narrowed & measured.keys()
+                with remember_outputs(pair.dense, narrowed) as outputs:
+                    dense_BTD = self.dense.leave(pair.dense, index)
+
+            with measure_outputs(pair.sparse, measured, batch, outputs):
+                sparse_BTD = self.sparse.leave(pair.sparse, index)
+            if batch.held_out and dense_BTD is not None:
+                drift.add(sparse_BTD, dense_BTD, batch)
 
         return drift
 
     def _needs_dense(self, batch: Batch) -> bool:
         return self.settings.match_dense or batch.held_out
 
-    def _linear_rows(self, prefix: str, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
+    def _linear_rows(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
+        dense_prefix = self.blocks.prefix(pair.index)
+        prefix = self.blocks.prefix(pair.place)
+
         rows = []
+
         for linear in self.checkpoint.family.linears:
             name = f"{prefix}.{linear}"
-            if linear in pruned:
-                rows.append(pruned[linear].row(name, self.shares[name], self.quant))
-            else:
+            if linear not in pruned:
                 rows.append(LinearRow(name=name, sparsity_asked=0.0, sparsity_reached=0.0))
+                continue
+
+            asked = self.shares[f"{dense_prefix}.{linear}"]
+            rows.append(pruned[linear].row(name, asked, self.quant))
 
         return rows

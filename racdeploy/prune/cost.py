@@ -31,7 +31,7 @@ _FLOAT32, _FLOAT64 = 4, 8
 _TRIANGLE = 0.56  # of the Hessian's squares are summed, 36 of 64 in 8 slabs of rows
 # In float32, while a linear is solved: Hessian and factor; of a group's largest linear, weights
 # twice, scores, result and what ``kthvalue`` takes, or what the refit keeps. Methods may differ.
-_MATRICES, _COPIES, _REFIT_COPIES = 2, 7, 9
+_MATRICES, _COPIES, _REFIT_COPIES, _CUT_MATRICES = 2, 7, 9, 4
 _STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
 _HOLES = 1.4  # the C library keeps what is freed: 1.1 to 1.4 times what is in use, as measured
 _WORTH_A_LINE_S = 60.0  # a shorter wait is over before the line is read
@@ -62,6 +62,8 @@ def peak_bytes(
     calibration_tokens: int,
     held_out_tokens: int,
     quant: str = "",  # whose codes are chosen while pruning, if any
+    *,
+    cuts: bool = False,  # whether structure is cut first
 ) -> int:
     """Return what :func:`~racdeploy.prune.calibrate.prune_blocks` will take at most in memory.
 
@@ -89,6 +91,8 @@ def peak_bytes(
         matrices = max(matrices, _MATRICES)
     if settings.refit_steps:
         copies = max(copies, _REFIT_COPIES)
+    if cuts:  # the inverse on its way down, and a factor of what stays
+        matrices = max(matrices, _CUT_MATRICES)
     if quant:  # weights and pull of the search for codes
         copies += 2
     surveys = plugins.load("allocations", settings.allocation).SURVEYS

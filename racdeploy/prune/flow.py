@@ -47,13 +47,15 @@ class Flow:
 
         self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
-    def input(self, block: nn.Module, group: int, index: int) -> torch.Tensor:
-        """Return what reaches a group of linears; groups are asked for in their order."""
+    def input(
+        self, block: nn.Module, group: int, index: int, *, final: bool = True
+    ) -> torch.Tensor:
+        """Return what reaches a group of linears; ``final``: nothing before it changes any more."""
         linear = self._family.input_groups[group][0]
-        known = self._inputs_of(index)
+        known = {place: x for place, x in self._inputs_of(index).items() if place < group}
         found_BTI = self._blocks.input(block, linear, self.hidden[index], known)
 
-        if group in self._inputs and index < len(self._known):
+        if final and group in self._inputs and index < len(self._known):
             self._inputs[group][index] = found_BTI.float()
             self._known[index].add(group)
 

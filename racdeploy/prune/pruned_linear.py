@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,11 +40,13 @@ class PrunedLinear:
     def row(self, name: str, sparsity: float, quant: str) -> LinearRow:
         reached = float((self.stored_OI == 0).float().mean())
         rounded = quant and reached > sparsity
+        reason = f"codes of {quant} rounded to zero" if rounded else ""
+
         return LinearRow(
             name=name,
             sparsity_asked=sparsity,
             sparsity_reached=reached,
-            reason=f"codes of {quant} rounded to zero" if rounded else "",
+            reason=reason,
             held_out_error=self.error.total,
             error_by_stream=self.error.by_stream,
             damping=self.damping,
@@ -51,13 +54,39 @@ class PrunedLinear:
 
 
 @contextmanager
+def remember_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a dict that fills with the outputs of some linears while the body runs."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str, module: nn.Module, _: Any, output_BTO: torch.Tensor) -> None:
+        outputs[name] = _without_bias(module, output_BTO)
+
+    handles = []
+    for name in names:
+        hook = partial(remember, name)
+        handles.append(block.get_submodule(name).register_forward_hook(hook))
+
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def measure_outputs(
-    block: nn.Module, pruned: Mapping[str, PrunedLinear], batch: Batch
+    block: nn.Module,
+    pruned: Mapping[str, PrunedLinear],
+    batch: Batch,
+    dense: Mapping[str, torch.Tensor],
 ) -> Iterator[None]:
-    """While the body runs, compare each pruned linear's output with that of its target."""
+    """While the body runs, compare each pruned linear's output with that of its target.
+
+    ``dense``: outputs of the dense model, for linears that had more inputs there.
+    """
     handles = []
     for name, linear in pruned.items():
-        hook = partial(_add_error, linear, batch)
+        hook = partial(_add_error, linear, batch, dense.get(name))
         handles.append(block.get_submodule(name).register_forward_hook(hook))
 
     try:
@@ -70,11 +99,17 @@ def measure_outputs(
 def _add_error(
     linear: PrunedLinear,
     batch: Batch,
+    wanted_BTO: torch.Tensor | None,
     module: nn.Module,
     inputs: tuple[torch.Tensor, ...],
     output_BTO: torch.Tensor,
 ) -> None:
+    found_BTO = _without_bias(module, output_BTO)
+    if wanted_BTO is None:
+        wanted_BTO = inputs[0].float() @ linear.target_OI.T
+    linear.error.add(found_BTO.float(), wanted_BTO.float(), batch)
+
+
+def _without_bias(module: nn.Module, output_BTO: torch.Tensor) -> torch.Tensor:
     bias = getattr(module, "bias", None)
-    found_BTO = output_BTO if bias is None else output_BTO - bias
-    wanted_BTO = inputs[0].float() @ linear.target_OI.T
-    linear.error.add(found_BTO.float(), wanted_BTO, batch)
+    return output_BTO if bias is None else output_BTO - bias

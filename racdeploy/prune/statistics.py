@@ -28,7 +28,8 @@ class InputStatistic:
 
     width: int
     weights_R: torch.Tensor  # of a token of each stream, on the device where the sums are kept
-    match: Sequence[torch.Tensor] = ()  # dense weights of linears solved for the dense output
+    match: Sequence[torch.Tensor] = ()  # weights of linears that are solved for the dense output
+    dense: Sequence[torch.Tensor] = ()  # what makes that output, where it has more inputs
     weight: float = field(init=False)  # after :meth:`share`: of all tokens
     importance_I: torch.Tensor = field(init=False)  # after :meth:`share`: mean squared input
     _sums: list[torch.Tensor] = field(init=False)
@@ -38,7 +39,7 @@ class InputStatistic:
     def __post_init__(self) -> None:
         I = self.width
         outputs = sum(map(len, self.match))
-        self._projected = 2 * outputs <= I  # W D then takes less time, too
+        self._projected = bool(self.dense) or 2 * outputs <= I  # W D then takes less time, too
         rows = outputs if self._projected else I
 
         zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
@@ -67,14 +68,23 @@ class InputStatistic:
             return
 
         assert dense_BTI is not None, "the drift needs the dense input"
-        delta_NX = dense_BTI[real_BT].float().mul_(root_N1)
-        delta_NX -= x_NI
-        if self._projected:
-            delta_NX = torch.cat([delta_NX @ weight_OI.T for weight_OI in self.match], 1)
+        delta_NX = self._make_delta(dense_BTI[real_BT].float().mul_(root_N1), x_NI)
 
         for start, stop in _slices(delta_NX.shape[1]):
             rows_CN = delta_NX[:, start:stop].T
             self._drift[start:stop] += rows_CN @ x_NI
+
+    def _make_delta(self, dense_NI: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        """Return what is missing of the dense input, or of the dense outputs."""
+        if self.dense:
+            own = [x_NI @ weight_OI.T for weight_OI in self.match]
+            wanted = [dense_NI @ weight_OJ.T for weight_OJ in self.dense]
+            return torch.cat(wanted, 1) - torch.cat(own, 1)
+
+        delta_NI = dense_NI - x_NI
+        if not self._projected:
+            return delta_NI
+        return torch.cat([delta_NI @ weight_OI.T for weight_OI in self.match], 1)
 
     def share(self, processes: Processes, owners: Sequence[int]) -> None:
         """Add up what the processes of a job gathered; only owners of a linear keep the sums."""
@@ -109,10 +119,11 @@ class InputStatistic:
         return Hessian(matrix_II, damping)
 
     def targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
-        """Return dense weights that give, on the drifted input, the dense model's output.
+        """Return weights that give, on the drifted input, the dense model's output.
 
         Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
-        D = Σ w (x_dense − x) xᵀ. The drift is freed.
+        D = Σ w (x_dense − x) xᵀ. Where the dense linear V has more inputs, W D is
+        Σ w (V x_dense − W x) xᵀ. The drift is freed.
         """
         drift_XI = self._drift.div_(self._weight).float()
         del self._drift

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -22,22 +20,23 @@ from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
 from racdeploy.storage.files import read_json, write_atomic
 
-Observe = Callable[[torch.Tensor, Hessian, Effect], Observation]
+Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
 
 
-def decide_shares(session: Session) -> Shares:
-    """Return the sparsity of each linear that is pruned, or read what an earlier run decided."""
+def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
+    """Return the sparsity of each linear of these sizes, or read what an earlier run decided."""
     file = session.folder / "allocation.json"
     processes, settings = session.processes, session.settings
 
     if not processes.ask_first(file.is_file):
         plugin = plugins.load("allocations", settings.allocation)
 
-        def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
+        def observe(
+            _: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
+        ) -> Observation:
             found: Observation = plugin.observe(weight_OI, hessian, effect, settings)
             return found
 
-        sizes = _count_weights(session)
         observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
         shares = plugin.allocate(observations, sizes, settings.sparsity)
 
@@ -49,24 +48,8 @@ def decide_shares(session: Session) -> Shares:
     return decided
 
 
-def _count_weights(session: Session) -> dict[str, int]:
-    blocks = session.blocks
-
-    sizes = {}
-
-    for index in range(blocks.checkpoint.block_count):
-        for linear in blocks.checkpoint.family.linears:
-            name = f"{blocks.prefix(index)}.{linear}"
-            if any(re.search(pattern, name) for pattern in session.settings.dense):
-                continue
-
-            sizes[name] = math.prod(blocks.checkpoint.entries[f"{name}.weight"].shape)
-
-    return sizes
-
-
 def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[str, Observation]:
-    """Return what ``observe`` makes of each linear of these names."""
+    """Return what ``observe`` makes of each linear of these names, which it is told."""
     blocks = session.blocks
     totals = [float(_weigh_tokens(batch, session).sum()) for batch in session.everyones]
     probe = session.everyones[totals.index(max(totals))]  # counts most; each process has the same
@@ -79,11 +62,15 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
             flow.hidden[place] = hidden_BTD
 
         for index in range(blocks.checkpoint.block_count):
-            block, prefix = blocks.load(index), f"{blocks.prefix(index)}."
+            block = blocks.load(index)
+            prefix = f"{blocks.prefix(index)}."
             own = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+
             effects = _Effects(session, block, probe_BTD, probe)
-            for linear, observation in _observe_block(session, flow, block, own, observe, effects):
-                found[prefix + linear] = observation
+
+            for linear, weight_OI, hessian in _observe_block(session, flow, block, own):
+                effect = partial(effects.measure, linear)
+                found[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
 
             for place in range(len(session.fitted)):
                 flow.leave(block, place)
@@ -100,14 +87,9 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
 
 
 def _observe_block(
-    session: Session,
-    flow: Flow,
-    block: nn.Module,
-    wanted: Sequence[str],
-    observe: Observe,
-    effects: _Effects,
-) -> Iterator[tuple[str, Observation]]:
-    """Yield those of a block's wanted linears that this process owns, and what is seen of them."""
+    session: Session, flow: Flow, block: nn.Module, wanted: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+    """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
     processes = session.processes
     widths = session.blocks.widths()
 
@@ -131,8 +113,7 @@ def _observe_block(
 
         for name, weight_OI, owner in zip(names, weights, owners, strict=True):
             if owner == processes.rank:
-                live_OI = weight_OI * ~hessian.dead_I
-                yield name, observe(live_OI, hessian, partial(effects.measure, name))
+                yield name, weight_OI * ~hessian.dead_I, hessian
 
 
 class _Effects:

@@ -61,7 +61,7 @@ def headline(report: Report) -> str:
 
 
 def explanation(report: Report) -> str:
-    """Return the checks behind a verdict that is no pass, the numbers compared, and what is left."""
+    """Return checks that did not pass, the numbers compared, and what is left."""
     sentences = []
     if report.verdict != "pass":
         named = [check.name for check in report.checks if check.verdict == report.verdict]

@@ -124,7 +124,7 @@ def test_an_effect_is_that_in_the_whole_model(
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
     weights_R = torch.tensor([0.0, 2.0, 1.0])
 
-    def observe(weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
+    def observe(_: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
         return {"unchanged": effect(weight_OI), "halved": effect(weight_OI / 2)}
 
     blocks, batches = Blocks(checkpoint), make_batches(TRACES, ["gcd"], held_out=False)

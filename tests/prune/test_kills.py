@@ -22,6 +22,7 @@ KILLS = 20
 OPTIONS = {
     "traces": {"count": 24, "batch": 4, "max_new_tokens": 24},
     "calibration": {"keep_truncated": True},
+    "structure": {"keep": {"ffn": 0.5, "heads": 0.75, "blocks": 0.75}},
     "prune": {"allocation": "owl"},
 }
 

@@ -8,7 +8,7 @@ width, which transformers' configurations cannot say, each is fitted before it i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,12 +73,17 @@ def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
         matrix: Any = module.get_submodule(linear)
         matrix.out_features, matrix.in_features = matrix.weight.shape
 
-    # What attention reads besides: some compute it once, some ask their config as they run.
-    attention: Any = module.get_submodule("self_attn")
+    fit_attention(module, sizes)
+
+
+def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
+    """Tell the attention of a block how many heads its linears make, by a family's letters."""
+    # Some compute it once, some ask their config as they run.
+    attention: Any = block.get_submodule("self_attn")
     attention.num_key_value_groups = sizes["Q"] // sizes["KV"]
     attention.config = copy.copy(attention.config)
-    for setting in widths.SETTINGS.values():
-        setattr(attention.config, setting, checkpoint.per_block(setting)[block])
+    attention.config.num_attention_heads = sizes["Q"] // sizes["K"]
+    attention.config.num_key_value_heads = sizes["KV"] // sizes["K"]
 
 
 def embedding_scale(checkpoint: Checkpoint) -> float:

@@ -1,13 +1,11 @@
 """Structures: what of a model can be left out as a whole, one file per part.
 
-A file says with ``STEP`` when the part is cut:
+``check(checkpoint, structure)`` refuses with a UsageError, before any work, what cannot
+be. ``STEP`` says when the part is cut:
 
-- ``"width"``: inside every block, by the inputs of the linear that ends a part of it. ``LETTER`` is
-  the size that shrinks (see :mod:`racdeploy.models.decoder`), ``layout(checkpoint) -> Layout`` what
-  goes together.
-- ``"blocks"``: ``choose(session, count) -> list[int]`` returns the blocks that stay, rising.
-- ``"folder"``: ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the
-  finished one; ``choose(checkpoint, keep, used) -> old_ids`` says what stays.
-
-``check(checkpoint, keep, settings)`` refuses with a UsageError, before any work, what cannot be.
+- ``"width"``: inside every block, with the inputs of the linear that ends a part of it.
+  ``layout(checkpoint, block, structure) -> Layout`` says which of them go together.
+- ``"blocks"``: before that. ``choose(session, count) -> list[int]`` returns the blocks that stay.
+- ``"folder"``: last. ``choose(checkpoint, keep, used) -> old_ids`` says what stays, and
+  ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the finished one.
 """

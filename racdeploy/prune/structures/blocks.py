@@ -1,3 +1,107 @@
-"""Whole blocks: those whose removal changes the model's last hidden states least."""
+"""Whole blocks: one after the other, that whose removal changes the last hidden states least.
+
+Every candidate is one hypothesis: what the later blocks make of the hidden states without it. All
+go through the model together, block by block.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import torch
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.activations import Activations
+from racdeploy.prune.batches import Batch
+from racdeploy.prune.session import Session
+from racdeploy.prune.statistics import PAD
+from racdeploy.recipe import Structure
 
 STEP = "blocks"
+PROBE_TOKENS = 2048
+
+
+def check(checkpoint: Checkpoint, structure: Structure) -> None:
+    """Refuse what cannot be, with a UsageError."""
+    family = checkpoint.family
+    if family.window_period or family.no_rope_period:
+        raise UsageError(
+            f"blocks of {family.architecture} cannot be left out: engines tell from a block's"
+            " number how it attends",
+            remedy="leave out --keep blocks; cut ffn or heads instead",
+        )
+
+    share, count = structure.share("blocks"), checkpoint.block_count
+    if share < 1 and round(share * count) in (0, count):
+        raise UsageError(
+            f"blocks = {share:g} keeps {round(share * count)} of {count}",
+            remedy=f"choose a share between {1 / count:.3g} and {(count - 1) / count:.3g}",
+        )
+
+
+def choose(session: Session, count: int) -> list[int]:
+    """Return the blocks that stay, so many, rising."""
+    probe = _take_probe(session)
+    left = list(range(session.blocks.checkpoint.block_count))
+    dense_BTD = None
+
+    while len(left) > count:
+        changes, whole_BTD = _measure(session, probe, left, dense_BTD)
+        dense_BTD = whole_BTD if dense_BTD is None else dense_BTD
+        left.remove(min(left, key=changes.__getitem__))
+
+    return left
+
+
+def _take_probe(session: Session) -> Batch:
+    """Return the first sequences of the batch with the most tokens that count."""
+    sizes = [int((batch.stream_BT != PAD).sum()) for batch in session.everyones]
+    batch = session.everyones[sizes.index(max(sizes))]
+    rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
+    return Batch(batch.ids_BT[:rows], batch.stream_BT[:rows], batch.task_B[:rows], False)
+
+
+def _measure(
+    session: Session, probe: Batch, left: list[int], dense_BTD: torch.Tensor | None
+) -> tuple[dict[int, float], torch.Tensor]:
+    """Return how far the last hidden states go from the dense ones without each block, too.
+
+    Second are those with all blocks that are left.
+    """
+    blocks = session.blocks
+    (whole_BTD,) = blocks.embed([probe])
+
+    file = session.folder / "hypotheses.bin"
+    shapes = [tuple(whole_BTD.shape)] * len(left)
+
+    with closing(Activations(shapes, file)) as without:
+        for place, index in enumerate(left):
+            block = blocks.load(index)
+            for earlier in range(place):
+                without[earlier] = blocks.forward(block, without[earlier])
+
+            without[place] = whole_BTD
+            whole_BTD = blocks.forward(block, whole_BTD).cpu()
+
+            block.to("meta")
+            session.report("blocks", place + 1)
+
+        wanted_BTD = whole_BTD if dense_BTD is None else dense_BTD
+        changes = {}
+        for place, index in enumerate(left):
+            changes[index] = _relative_change(without[place], wanted_BTD, probe, session)
+
+    return changes, whole_BTD
+
+
+def _relative_change(
+    found_BTD: torch.Tensor, wanted_BTD: torch.Tensor, probe: Batch, session: Session
+) -> float:
+    """Return the mean over tokens of |change|² / |wanted|²: norms divide by a token's size."""
+    real_BT = probe.stream_BT != PAD
+    change_N = (found_BTD[real_BT] - wanted_BTD[real_BT]).square().sum(-1)
+    energy_N = wanted_BTD[real_BT].square().sum(-1)
+
+    weight_N = session.weights_R.cpu()[probe.stream_BT[real_BT]]
+    return float((change_N / energy_N) @ weight_N / weight_N.sum())

@@ -1,4 +1,31 @@
-"""Attention heads: query heads, as many of each group, or whole groups with their key and value."""
+"""Query heads: as many of each group that shares a key and a value head.
+
+Where every head has its own, these go with it, and as many in every block: engines keep one size
+of cache.
+"""
+
+from __future__ import annotations
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.layout import Layout, check_share
+from racdeploy.recipe import Structure
 
 STEP = "width"
-LETTER = "Q"
+
+
+def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+    """Return what goes together in a block."""
+    K = checkpoint.head_size
+    heads = checkpoint.per_block("num_attention_heads")[block]
+    groups = checkpoint.per_block("num_key_value_heads")[block]
+
+    if heads == groups:
+        return Layout("Q", heads, {"Q": K, "KV": K}, alike=True)
+    return Layout("Q", heads, {"Q": K}, cohorts=groups, step=groups)
+
+
+def check(checkpoint: Checkpoint, structure: Structure) -> None:
+    """Refuse what cannot be, with a UsageError."""
+    blocks = range(checkpoint.block_count)
+    layouts = [layout(checkpoint, block, structure) for block in blocks]
+    check_share("heads", checkpoint, layouts, structure)

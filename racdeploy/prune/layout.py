@@ -1,0 +1,118 @@
+"""What of a part of a block goes or stays as a whole, and how many of it can stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
+from racdeploy.models.widths import Kept, axes
+from racdeploy.recipe import Structure
+
+FAR = 0.04
+"""A share that no number of units comes nearer to than this is refused."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a part of a block goes or stays as a whole.
+
+    Args:
+        letter: the size along which the linear's inputs lie, as in a family's shapes.
+        units: how many there are.
+        widths: letter → consecutive indices of one unit along it.
+        cohorts: equal runs of units that each lose as many.
+        step: numbers of units that stay are multiples of it.
+        alike: whether as many must stay in every block.
+    """
+
+    letter: str
+    units: int
+    widths: Mapping[str, int]
+    cohorts: int = 1
+    step: int = 1
+    alike: bool = False
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of units that can stay, from all to the least."""
+        least_first = range(self.step, self.units, self.step)
+        return [self.units, *reversed(least_first)]
+
+    def nearest(self, share: float) -> int:
+        """Return the count that is nearest to a share of all."""
+        return min(self.counts, key=lambda count: abs(count - share * self.units))
+
+    def indices(self, units: Sequence[int]) -> Kept:
+        """Return what stays along each letter, of units that stay."""
+        units_U1 = np.array(units, dtype=np.int64)[:, None]
+
+        kept = {}
+        for letter, width in self.widths.items():
+            kept[letter] = (units_U1 * width + np.arange(width)).reshape(-1)
+        return kept
+
+
+def find_end(family: Family, letter: str) -> str:
+    """Return the linear that alone has a size as its input, or an empty string."""
+    for linears in family.input_groups:
+        if len(linears) == 1 and axes(family, f"{linears[0]}.weight")[1] == letter:
+            return linears[0]
+    return ""
+
+
+def check_share(
+    part: str, checkpoint: Checkpoint, layouts: Sequence[Layout], structure: Structure
+) -> None:
+    """Refuse a share that the units of a part cannot come near to, or that removes nothing."""
+    share = structure.share(part)
+    first = layouts[0]
+    uniform = structure.uniform or first.alike
+    architecture = checkpoint.family.architecture
+
+    if not find_end(checkpoint.family, first.letter):
+        raise UsageError(
+            f"{part} of {architecture} cannot be cut: no linear of a block collects them",
+            remedy=f"leave out --keep {part}",
+        )
+
+    kept = sum(keep_alike(layouts, share, uniform=uniform))
+    units = sum(layout.units for layout in layouts)
+    reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]
+
+    if abs(kept / units - share) > FAR:
+        where = "every block keeps as many" if uniform else "blocks differ"
+        raise UsageError(
+            f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"
+            f" only multiples of {first.step} can stay ({where})",
+            remedy=f"choose one of {', '.join(reachable)}",
+        )
+
+    if share < 1 and kept == units:
+        raise UsageError(
+            f"{part} = {share:g} removes nothing: {first.step} of {first.units} go at a time",
+            remedy=f"choose one of {', '.join(reachable[1:])}",
+        )
+
+
+def keep_alike(layouts: Sequence[Layout], share: float, *, uniform: bool) -> list[int]:
+    """Return how many units of each block come nearest to a share: of each block, or in total.
+
+    Where only the total counts, the last blocks keep more.
+    """
+    counts = [layout.nearest(share) for layout in layouts]
+
+    if uniform:
+        return counts
+
+    # One step at a time towards the total, from the last block that can take it.
+    wanted = share * sum(layout.units for layout in layouts)
+    for place in reversed(range(len(layouts))):
+        missing = wanted - sum(counts) + counts[place]
+        counts[place] = min(layouts[place].counts, key=lambda count: abs(count - missing))
+
+    return counts

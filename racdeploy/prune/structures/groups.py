@@ -1,0 +1,34 @@
+"""Groups of attention heads: key and value head with the query heads that share it.
+
+As many in every block, because engines keep one size of cache; that is smaller, too.
+"""
+
+from __future__ import annotations
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.layout import Layout, check_share
+from racdeploy.recipe import Structure
+
+STEP = "width"
+
+
+def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+    """Return what goes together in a block."""
+    K = checkpoint.head_size
+    heads = checkpoint.per_block("num_attention_heads")[block]
+    groups = checkpoint.per_block("num_key_value_heads")[block]
+    return Layout("Q", groups, {"Q": K * (heads // groups), "KV": K}, alike=True)
+
+
+def check(checkpoint: Checkpoint, structure: Structure) -> None:
+    """Refuse what cannot be, with a UsageError."""
+    if structure.share("heads") < 1:
+        raise UsageError(
+            "heads and groups cannot both be cut: groups go with their heads",
+            remedy="keep one of the two whole",
+        )
+
+    blocks = range(checkpoint.block_count)
+    layouts = [layout(checkpoint, block, structure) for block in blocks]
+    check_share("groups", checkpoint, layouts, structure)
