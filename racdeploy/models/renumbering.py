@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,28 @@ def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str
     """Return the texts of all files that name ids, by file name; ``config.json`` among them."""
     ids = new_ids(old_ids)
     tokenizer = renumber_tokenizer(files.parsed, ids)
-    written: dict[str, Any] = {"tokenizer.json": tokenizer}
+    model = tokenizer["model"]
 
-    for name in _CONFIGS:
-        file = files.folder / name
-        if file.is_file():
-            written[name] = _renumber_ids(read_json(file), ids)
+    written: dict[str, Any] = {"tokenizer.json": tokenizer, "vocab.json": model["vocab"]}
+    present = {file.name for file in files.folder.iterdir()}
+
+    for name in present.intersection(_CONFIGS):
+        config = read_json(files.folder / name)
+        written[name] = _renumber_ids(config, ids)
 
     written["config.json"]["vocab_size"] = len(old_ids)
 
-    if (files.folder / "added_tokens.json").is_file():
+    if "added_tokens.json" in present:
         by_text = read_json(files.folder / "added_tokens.json")
         written["added_tokens.json"] = {text: ids[old] for text, old in by_text.items()}
-    if (files.folder / "vocab.json").is_file():
-        written["vocab.json"] = tokenizer["model"]["vocab"]
 
-    texts = {name: _to_text(value) for name, value in written.items()}
+    texts = {name: _to_text(value) for name, value in written.items() if name in present}
     texts[FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
 
-    if (files.folder / "merges.txt").is_file():
-        merges = [" ".join(pair) for pair in read_merges(tokenizer["model"])]
-        texts["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+    if "merges.txt" in present:
+        lines = ["#version: 0.2"]
+        lines += [" ".join(pair) for pair in read_merges(model)]
+        texts["merges.txt"] = "\n".join(lines) + "\n"
 
     return texts
 
@@ -96,22 +98,25 @@ def renumber_tokenizer(tokenizer: Mapping[str, Any], ids: NewIds) -> dict[str, A
     """
     model = dict(tokenizer["model"])
     kept = {text: ids[old] for text, old in model["vocab"].items() if old in ids}
-    model["vocab"] = dict(sorted(kept.items(), key=lambda pair: pair[1]))
+    model["vocab"] = dict(sorted(kept.items(), key=itemgetter(1)))
 
     merges = []
-    for merge, (left, right) in zip(model["merges"], read_merges(model), strict=True):
-        if left in kept and right in kept and left + right in kept:
+    for merge, pair in zip(model["merges"], read_merges(model), strict=True):
+        if kept.keys() >= {*pair, "".join(pair)}:
             merges.append(merge)
     model["merges"] = merges
 
-    added = [{**token, "id": ids[token["id"]]} for token in tokenizer.get("added_tokens") or []]
-    return {
-        **tokenizer,
+    added = []
+    for token in tokenizer.get("added_tokens") or []:
+        added.append({**token, "id": ids[token["id"]]})
+
+    changed = {
         "padding": _renumber_ids(tokenizer.get("padding"), ids),
-        "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        "added_tokens": sorted(added, key=itemgetter("id")),
         "post_processor": _renumber_processor(tokenizer.get("post_processor"), ids),
         "model": model,
     }
+    return {**tokenizer, **changed}
 
 
 def _renumber_processor(step: Any, ids: NewIds) -> Any:
@@ -141,8 +146,8 @@ def _renumber_ids(value: Any, ids: NewIds) -> Any:
     changed: dict[str, Any] = {}
     for key, inside in value.items():
         if key == "added_tokens_decoder":
-            numbered = {ids.get(int(old)): token for old, token in inside.items()}
-            changed[key] = {str(new): numbered[new] for new in numbered if new is not None}
+            kept = [old for old in inside if int(old) in ids]
+            changed[key] = {str(ids[int(old)]): inside[old] for old in kept}
         elif key.endswith(_ID_KEYS):
             changed[key] = _replace(inside, ids)
         else:
@@ -158,12 +163,14 @@ def _replace(value: Any, ids: NewIds) -> Any:
     if not isinstance(value, list):
         return value
 
-    if not all(map(_is_id, value)):
-        inner = [_replace(each, ids) for each in value]
-        pairs = zip(value, inner, strict=True)
-        return [new for old, new in pairs if not isinstance(old, list) or len(new) == len(old)]
+    kept = []
+    for each in value:
+        new = _replace(each, ids)
+        is_whole = not isinstance(each, list) or len(new) == len(each)
+        if new is not None and is_whole:
+            kept.append(new)
 
-    return [ids[old] for old in value if old in ids]
+    return kept
 
 
 def _find_ids(value: Any) -> Iterator[int]:

@@ -54,6 +54,8 @@ def check_model(job: Job) -> None:
     _ = job.gate
 
     check_covered(checkpoint, settings.dense)
+    if job.vocabulary:
+        job.vocabulary.choose()
     check_structure(job)
     if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
         raise ModelError(
@@ -65,9 +67,6 @@ def check_model(job: Job) -> None:
     _check_dense(job)
     if settings.joint:
         _ = job.joint_quant
-
-    if job.vocabulary:
-        job.vocabulary.choose()
 
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ class Segmentation:
     def describe(self, what: str) -> str:
         """Return how much longer some texts got, as a sentence for the report."""
         words = max(1, self.words)
+        before, after = self.before / words, self.after / words
+        times = self.after / max(1, self.before)
         return (
-            f"{what} {self.before / words:.3f} tokens a word in the dense vocabulary and "
-            f"{self.after / words:.3f} in the cut one, {self.after / max(1, self.before):.4f} times"
+            f"{what} {before:.3f} tokens a word in the dense vocabulary "
+            f"and {after:.3f} in the cut one, {times:.4f} times as many"
         )
 
 
@@ -49,29 +52,31 @@ def compare_segmentation(
     before = after = same = words = 0
 
     for text in texts:
-        dense_ids, dense_tokens = _tokenize(dense, text)
-        cut_ids, cut_tokens = _tokenize(cut, text)
+        dense_ids = dense.encode_text(text)
+        cut_ids = cut.encode_text(text)
+        _check_returned(text, dense.decode(dense_ids), cut.decode(cut_ids))
 
-        expected, found = dense.decode(dense_ids), cut.decode(cut_ids)
-        if found != expected:
-            raise GateError(
-                f"the cut vocabulary gives {text[:60]!r} back as {found[:60]!r}",
-                remedy="report the tokenizer; leave vocabulary out of structure.keep until then",
-            )
+        dense_tokens = set(zip(_find_stops(dense, dense_ids), dense_ids, strict=True))
+        renumbered = old_ids[cut_ids].tolist()
+        cut_tokens = set(zip(_find_stops(cut, cut_ids), renumbered, strict=True))
 
-        renumbered = {(start, stop, int(old_ids[i])) for start, stop, i in cut_tokens}
-        same += len(renumbered & dense_tokens)
         before += len(dense_ids)
         after += len(cut_ids)
+        same += len(dense_tokens & cut_tokens)
         words += len(text.split())
 
     return Segmentation(before, after, same, words)
 
 
-def _tokenize(encoder: PromptEncoder, text: str) -> tuple[list[int], set[tuple[int, int, int]]]:
-    """Return ids, and the tokens with the byte at which each starts and stops."""
-    ids = encoder.encode_text(text)
-    sizes = [len(encoder.tokenizer.id_to_token(i)) for i in ids]
-    stops = np.cumsum(sizes, dtype=np.int64).tolist()
+def _check_returned(text: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise GateError(
+            f"the cut vocabulary gives {text[:60]!r} back as {found[:60]!r}",
+            remedy="report the tokenizer; leave vocabulary out of structure.keep until then",
+        )
 
-    return ids, {(stop - size, stop, i) for stop, size, i in zip(stops, sizes, ids, strict=True)}
+
+def _find_stops(encoder: PromptEncoder, ids: list[int]) -> list[int]:
+    """Return the byte at which each token stops: byte-level tokens have a letter for each."""
+    tokens = map(encoder.tokenizer.id_to_token, ids)
+    return list(accumulate(map(len, tokens)))

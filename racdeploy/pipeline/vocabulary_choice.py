@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,29 +25,40 @@ class VocabularyChoice:
     questions: tuple[str, ...]
     settings: Structure
 
-    @property
-    def keep(self) -> float:
-        """A share of the tokens up to 1, or a count."""
-        return self.settings.keep["vocabulary"]
+    @cached_property
+    def given_texts(self) -> tuple[str, ...]:
+        """The prompts, and the user's texts in pieces."""
+        prompts = map(self.encoder.render, self.questions)
+        return (*prompts, *vocabulary.read_texts(self.settings.vocabulary_text))
+
+    @cached_property
+    def _given_ids(self) -> frozenset[int]:
+        return self._find_ids(self.given_texts)
 
     def choose(self, traces: Sequence[Trace] = ()) -> NDArray[np.int64]:
         """Return the ids that stay, rising; a UsageError says that they are more than asked for.
 
         Before there are traces, that is known of prompts and texts alone.
         """
-        used: set[int] = set()
-        for text in self.texts(traces):
-            used.update(self.encoder.encode_text(text))
+        used = self._given_ids | self._find_ids(self.decode(traces))
 
         # A model may write a text in other tokens than the tokenizer.
         for trace in traces:
-            used.update(trace.ids)
+            used = used.union(trace.ids)
 
-        return vocabulary.choose(self.dense, self.keep, used)
+        users = "the prompts, texts and traces"
+        if not traces:
+            users = "the prompts and texts (the traces, once there are any, may add to them)"
 
-    def texts(self, traces: Sequence[Trace]) -> Iterator[str]:
-        """Yield all texts that are to be cut into tokens as before."""
-        yield from map(self.encoder.render, self.questions)
-        yield from vocabulary.read_texts(self.settings.vocabulary_text)
-        for trace in traces:
-            yield self.encoder.decode(trace.ids)
+        keep = self.settings.share("vocabulary")
+        return vocabulary.choose(self.dense, keep, used, users)
+
+    def decode(self, traces: Sequence[Trace]) -> list[str]:
+        """Return the texts of traces."""
+        return [self.encoder.decode(trace.ids) for trace in traces]
+
+    def _find_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        used: set[int] = set()
+        for text in texts:
+            used.update(self.encoder.encode_text(text))
+        return frozenset(used)

@@ -36,15 +36,17 @@ class VocabularyStage:
             UsageError: more tokens must stay than were asked for.
             GateError: the new tokenizer does not give a text back as the old one does.
         """
-        checkpoint = Checkpoint(model.folder)
         old_ids = self.choice.choose(traces)
+        texts = [*self.choice.given_texts, *self.choice.decode(traces)]
+
+        checkpoint = Checkpoint(model.folder)
         importance = model.folder / IMPORTANCE_FILE
 
         inputs = address(__name__) | {
             "model": checkpoint.sha256,
             "importance": file_sha256(importance) if importance.is_file() else "",
             "old_ids": canonical_hash(old_ids.tolist()),
-            "texts": canonical_hash(list(self.choice.texts(traces))),
+            "texts": canonical_hash(texts),
         }
 
         stage = self.place.open("vocabulary", inputs)
@@ -52,22 +54,27 @@ class VocabularyStage:
 
         if not stage.finished:
             vocabulary.rewrite(checkpoint, old_ids, folder)
-            stage.finish({"note": self._prove(folder, old_ids, traces)})
+            note = self._prove(folder, old_ids, texts)
+            stage.finish({"note": note})
 
-        return replace(model, folder=folder, notes=(*model.notes, stage.summary["note"]))
+        notes = (*model.notes, stage.summary["note"])
+        return replace(model, folder=folder, notes=notes)
 
-    def _prove(self, folder: Path, old_ids: NDArray[np.int64], traces: Sequence[Trace]) -> str:
+    def _prove(self, folder: Path, old_ids: NDArray[np.int64], texts: Sequence[str]) -> str:
         """Compare both tokenizers; return a sentence for the report."""
         dense = self.choice.encoder
         cut = PromptEncoder.from_folder(folder)
-        kept = compare_segmentation(dense, cut, old_ids, self.choice.texts(traces))
+        kept = compare_segmentation(dense, cut, old_ids, texts)
         compare_segmentation(dense, cut, old_ids, probe_strings())
 
         tokens = dense.tokenizer.get_vocab_size()
         rows = self.choice.dense.integer("vocab_size")
-        padding = f", {rows - tokens:,} rows of padding gone" if rows > tokens else ""
+        padding = ""
+        if rows > tokens:
+            padding = f", {rows - tokens:,} rows of padding gone"
 
+        share = f"{kept.same_share:.2%} of {kept.before:,} tokens"
         return (
-            f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; traces, prompts and texts "
-            f"are cut as before at {kept.same_share:.2%} of {kept.before:,} tokens"
+            f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
+            f"traces, prompts and texts are cut as before at {share}"
         )

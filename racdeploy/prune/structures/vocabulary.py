@@ -42,12 +42,15 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     choose(checkpoint, structure.share("vocabulary"), used)
 
 
-def choose(checkpoint: Checkpoint, keep: float, used: Iterable[int]) -> NDArray[np.int64]:
+def choose(
+    checkpoint: Checkpoint, keep: float, used: Iterable[int], users: str = "the texts"
+) -> NDArray[np.int64]:
     """Return the ids that stay, rising.
 
     Args:
         keep: a share of the tokens up to 1, or a count above it.
-        used: ids that the texts use.
+        used: ids that have to stay.
+        users: what uses them, for the message that too few were asked for.
 
     Raises:
         UsageError: the tokenizer is no byte-level BPE, there are fewer tokens than asked for, or
@@ -73,9 +76,8 @@ def choose(checkpoint: Checkpoint, keep: float, used: Iterable[int]) -> NDArray[
     if len(needed) > asked:
         raise UsageError(
             f"structure.keep has vocabulary = {asked} tokens, {len(needed)} must stay: special "
-            "and added ones, single bytes, and what traces, prompts and texts need",
-            remedy=f"--keep vocabulary={len(needed)} is the least; fewer texts in "
-            "structure.vocabulary_text need less",
+            f"and added ones, single bytes, and what {users} use",
+            remedy=f"--keep vocabulary={len(needed)} is the least; fewer texts need less",
         )
 
     return pairs.fill(needed, min(round_up(asked), tokens))
