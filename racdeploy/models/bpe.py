@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel  # type: ignore[import-untyped]
 from racdeploy.errors import UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles, read_tokenizer
 
+BYTES = 256
 Pair = tuple[str, str]
 
 

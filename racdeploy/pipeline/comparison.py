@@ -15,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.segmentation import compare_segmentation
+from racdeploy.pipeline.segmentation import compare_segmentation, note_logits
 from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
@@ -216,20 +216,8 @@ class Evaluation:
         texts = [f"{record.thinking_text}\n{record.answer_text}" for record in dense.records]
         found = compare_segmentation(self.job.encoder, encoder, old_ids, texts)
 
-        lengths = found.describe("the dense answers take")
-        notes = [f"{lengths}; the length of a thought is in tokens of each model's own"]
-        if logits is None:
-            return notes
-
-        unlikely = f"the dense model gives {logits.lost_mass:.2g} of its probability to tokens"
-        notes.append(f"{unlikely} that are gone; torch-dense is compared on those that stay")
-        if logits.left_out:
-            notes.append(
-                f"{logits.left_out} of {logits.left_out + logits.traces} dense answers have tokens "
-                "that are gone: no logits were compared on them"
-            )
-
-        return notes
+        asked = min(self.job.recipe.verify.logit_traces, len(texts))
+        return [found.describe("the dense answers take"), *note_logits(logits, asked)]
 
     def _chat_ids(self, folder: Path) -> dict[str, list[int]]:
         """Return a model's prompt ids by question, as transformers makes them."""

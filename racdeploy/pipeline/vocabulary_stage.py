@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.models.bpe import BYTES, BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.segmentation import compare_segmentation
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
@@ -73,8 +74,13 @@ class VocabularyStage:
         if rows > tokens:
             padding = f", {rows - tokens:,} rows of padding gone"
 
+        lacking = BYTES - len(BytePairs.read(self.choice.dense.tokenizer).byte_ids)
+        lost = ""
+        if lacking:
+            lost = f"; {lacking} bytes are in no token, before and after: text loses them"
+
         share = f"{kept.same_share:.2%} of {kept.before:,} tokens"
         return (
             f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
-            f"traces, prompts and texts are cut as before at {share}"
+            f"traces, prompts and texts are cut as before at {share}{lost}"
         )

@@ -134,8 +134,8 @@ class LogitComparison:
 
     ``export`` is of the artifact from the pruned checkpoint under torch, ``pruning`` of that from
     the dense one, ``along`` both by distance from the end of the prompt. Where the pruned model has
-    fewer tokens, ``left_out`` are further traces that use others, and ``lost_mass`` is the mean
-    probability that the dense model gives to those.
+    fewer tokens, only ``traces`` that use no others were compared, and ``lost_mass`` is the mean
+    probability that the dense model gives to the others.
     """
 
     tokens: int
@@ -143,7 +143,6 @@ class LogitComparison:
     pruning: Divergence
     along: tuple[PositionRow, ...] = ()
     traces: int = 0
-    left_out: int = 0
     lost_mass: float = 0.0
 
 

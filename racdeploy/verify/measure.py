@@ -101,7 +101,6 @@ def compare_logits(
         old_ids: where the pruned model has fewer tokens, the dense id of each. A trace with a token
             that is gone is left out; of the dense model, what it gives the others is compared.
     """
-    asked = len(traces)
     own = list(traces)
     if old_ids is not None:
         traces, own = _renumber(traces, old_ids)
@@ -139,7 +138,6 @@ def compare_logits(
         pruning=_average(pruning),
         along=average_along(export_kl, pruning_kl),
         traces=len(traces),
-        left_out=asked - len(traces),
         lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
     )
 

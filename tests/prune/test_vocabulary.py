@@ -26,6 +26,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.storage import safetensors
 from racdeploy.verify.probe_strings import probe_strings
+from tests.support.cut_models import cut_checkpoint
 from tests.support.llama_child import ask_llama
 from tests.support.mixed_text import mixed_lines
 from tests.support.tiny_models import SPECIAL_TOKENS, TRAINED_TOKENS, edit_json, make_checkpoint
@@ -318,6 +319,21 @@ def test_rows_are_rounded_up_where_that_costs_little(asked: int, rows: int) -> N
     assert vocabulary.round_up(asked) == rows
 
 
+def test_widths_and_zeros_stay_as_they_are(tmp_path: Path) -> None:
+    """The folder of a model whose blocks differ is cut like any other: only rows are gone."""
+    dense = make_checkpoint(tmp_path / "dense", "qwen2", dtype="float32")
+    narrow = Checkpoint(cut_checkpoint(dense, tmp_path / "narrow", [(4, 64), (2, 32)]))
+    cut = Checkpoint(_cut(narrow, 400, ("12+30=42",), tmp_path / "cut"))
+    assert cut.per_block("intermediate_size") == (64, 32)
+    assert cut.per_block("num_attention_heads") == (4, 2)
+
+    old_ids = read_old_ids(cut.folder)
+    for name in narrow.entries:
+        before, after = narrow.read(name), cut.read(name)
+        expected = before[old_ids] if name == "model.embed_tokens.weight" else before
+        np.testing.assert_array_equal(after, expected)
+
+
 def test_the_same_bytes_every_time(tmp_path: Path) -> None:
     """Two cuts of a model are equal, file by file; further files are copied."""
     folder = make_checkpoint(tmp_path / "model", "qwen2")
@@ -359,9 +375,10 @@ def test_other_tokenizers_are_refused() -> None:
     assert refusal({"model": {"type": "BPE"}, "pre_tokenizer": bytes_first}) == ""
 
 
-def test_a_users_text_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_a_users_text_is_kept(tmp_path: Path, pre_tokenizer: str) -> None:
     """Pieces of a long file are tokenized as the whole; its tokens are needed."""
-    checkpoint = _make_model(tmp_path / "dense")
+    checkpoint = _make_model(tmp_path / "dense", pre_tokenizer)
     text = "\n".join(mixed_lines(2500)) + "\n    indented\n\n\nend"
     file = tmp_path / "notes.txt"
     file.write_text(text, encoding="utf-8", newline="")

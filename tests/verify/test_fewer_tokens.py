@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import rel_entr, softmax
 
+from racdeploy.pipeline.segmentation import note_logits
 from racdeploy.verify.measure import compare_logits
 
 TOKENS = 12
@@ -39,7 +40,7 @@ def test_the_dense_distribution_is_that_of_kept_tokens() -> None:
     found = _compare(same_VV, dense_VV, [trace, ((2,), (0, 0))])
 
     # float32 logits are equal, so float64 divergences are their own rounding.
-    assert (found.left_out, found.tokens, found.traces) == (0, 5, 2)
+    assert (found.tokens, found.traces) == (5, 2)
     assert found.pruning.kl == pytest.approx(0, abs=1e-12)
     assert found.export.kl == pytest.approx(0, abs=1e-12)
     asked = [5, 8, 11, 2, 0]
@@ -63,10 +64,15 @@ def test_a_change_shows_in_the_renormalised_divergence() -> None:
 
 
 def test_a_trace_with_a_token_that_is_gone_is_left_out() -> None:
-    """It is counted; where none is left, nothing was compared."""
+    """The others are counted; where none is left, nothing was compared, and the notes say so."""
     dense_VV = np.zeros((TOKENS, TOKENS), np.float32)
     same_VV = dense_VV[np.ix_(OLD_IDS, OLD_IDS)]
     gone = ((0, 1), (2,)), ((0,), (4, 2))
     found = _compare(same_VV, dense_VV, [((0,), (2,)), *gone])
-    assert (found.left_out, found.traces) == (2, 1)
+    assert found.traces == 1
+    assert "2 of 3 dense answers" in note_logits(found, 3)[1]
+
     assert _compare(same_VV, dense_VV, list(gone)) is None
+    (note,) = note_logits(None, 2)
+    assert "2 of 2 dense answers have tokens that are gone" in note
+    assert len(note_logits(found, 1)) == 1
