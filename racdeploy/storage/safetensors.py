@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,22 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     }
 
 
+def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+
+    for name, (dtype, shape) in described.items():
+        stop = start + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    target.write(len(text).to_bytes(8, "little"))
+    target.write(text)
+
+
 def write_entries(
     entries: Mapping[str, TensorEntry], file: Path, rows: Mapping[str, Rows] | None = None
 ) -> None:
@@ -75,21 +91,14 @@ def write_entries(
         rows: of some tensors the rows that stay, in the new order; all of the others stay.
     """
     rows = rows or {}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
 
-    offset = 0
-
+    described = {}
     for name, entry in entries.items():
-        shape = [len(rows[name]), *entry.shape[1:]] if name in rows else list(entry.shape)
-        stop = offset + math.prod(shape) * np.dtype(DTYPES[entry.dtype]).itemsize
-        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
-
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        shape = (len(rows[name]), *entry.shape[1:]) if name in rows else entry.shape
+        described[name] = (entry.dtype, shape)
 
     with file.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        write_header(target, described)
         for name, entry in entries.items():
             pieces = _read_rows(entry, rows[name]) if name in rows else _read_whole(entry)
             for piece in pieces:

@@ -18,7 +18,7 @@ from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
 from racdeploy.storage.files import read_json
-from racdeploy.storage.safetensors import DTYPES
+from racdeploy.storage.safetensors import write_header
 
 Own = tuple[NDArray[np.int64] | None, ...]
 """For each axis of a tensor the places in the twin that the model's values have; None: all."""
@@ -132,17 +132,15 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
-    header = json.dumps(_describe_weights(checkpoint)).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
-    length = len(header).to_bytes(8, "little")
+    described = {}
+    for name, entry in checkpoint.entries.items():
+        described[name] = (entry.dtype, _shape(checkpoint, name))
 
     with file.open("wb") as target:
-        target.write(length)
-        target.write(header)
+        write_header(target, described)
 
-        for name in checkpoint.entries:
+        for name, (_, shape) in described.items():
             values = checkpoint.read_raw(name)
-            shape = _shape(checkpoint, name)
             padded = np.zeros(shape, values.dtype)
 
             own = find_own(checkpoint, name)
@@ -150,26 +148,6 @@ def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
             padded[places] = values
             flat = padded.reshape(-1)
             target.write(flat.view(np.uint8).data)
-
-
-def _describe_weights(checkpoint: Checkpoint) -> dict[str, object]:
-    """Return the header of a safetensors file of the twin."""
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-
-    for name, entry in checkpoint.entries.items():
-        dtype = np.dtype(DTYPES[entry.dtype])
-        shape = _shape(checkpoint, name)
-        stop = start + math.prod(shape) * dtype.itemsize
-
-        described[name] = {
-            "dtype": entry.dtype,
-            "shape": shape,
-            "data_offsets": [start, stop],
-        }
-        start = stop
-
-    return described
 
 
 def _index(own: Own, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
