@@ -20,14 +20,21 @@ import pytest
 
 import racdeploy
 from racdeploy.decoding.engine import Sampling
+from racdeploy.export import onnx as onnx_format
 from racdeploy.manifest import Manifest
+from racdeploy.models.checkpoint import Checkpoint
 from tests.support.commands import racdeploy as command
+from tests.support.cut_models import cut_checkpoint
+from tests.support.tiny_artifacts import write_bundle
+from tests.support.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.slow
 QUESTION = "What is 12 times 34?"
 NEW_TOKENS = 160
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 PACKAGES = ("@huggingface/transformers@4", "@wllama/wllama@3", "playwright-core@1")
+CUTS = {"uniform": ((2, 64), (2, 64)), "per block": ((4, 32), (2, 64))}
+CUT_TOKENS = 12
 GENAI = """
 import json, sys
 import onnxruntime_genai as og
@@ -77,6 +84,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert outcome.code in (0, 3), outcome.err  # 3: eight prompts decide nothing
     return root / "bundle"
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def cut_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with two of three blocks left, whose head size follows from nothing else."""
+    folder = tmp_path_factory.mktemp("cut")
+    dense = make_checkpoint(folder / "dense", "qwen2", num_hidden_layers=3)
+    checkpoint = cut_checkpoint(dense, folder / "checkpoint", CUTS[request.param], blocks=(0, 2))
+    onnx_format.export(Checkpoint(checkpoint), folder / "model.onnx", quant="f32")
+    cut = write_bundle(checkpoint, {"onnx/model.onnx": folder / "model.onnx"}, "onnxruntime")
+    texts = onnx_format.companions(Manifest.read(cut), Checkpoint(checkpoint), cut)
+    for name, text in texts.items():
+        (cut / name).write_text(text, encoding="utf-8")
+    return cut
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +186,18 @@ def test_transformers_js_generates_the_same_tokens_in_node(
         run("node", "node.mjs", folder, bundle.name, QUESTION, NEW_TOKENS, cwd=npm)
         == prompt_and_ids[1]
     )
+
+
+def test_a_cut_model_generates_the_same_tokens_unasked(cut_bundle: Path, npm: Path) -> None:
+    """In onnxruntime-genai and in transformers.js, whatever the widths of its blocks."""
+    with racdeploy.load(cut_bundle, backend="onnxruntime", threads=1) as model:
+        prompt = list(model.encoder.encode(QUESTION))
+        (completion,) = model.engine.generate([prompt], Sampling(CUT_TOKENS, stop_ids=()))
+    expected = [*prompt, *completion.ids]
+    count = str(CUT_TOKENS)
+    assert run(sys.executable, "-c", GENAI, cut_bundle, json.dumps(prompt), count) == expected
+    folder = f"{cut_bundle.parent}/"
+    assert run("node", "node.mjs", folder, cut_bundle.name, QUESTION, count, cwd=npm) == expected
 
 
 @pytest.mark.parametrize("engine", ["onnx", "gguf"])
