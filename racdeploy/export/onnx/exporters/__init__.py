@@ -32,7 +32,8 @@ class Exporter(Protocol):
 
     ``PREFERENCE`` is its place in ``auto``, 1 first: the faster its graph, the smaller.
     ``refusal`` returns why it cannot export a checkpoint, or an empty string. ``build`` writes the
-    graph of a folder that :func:`prepare` made and returns its path. ``source_of`` gives the
+    graph of a folder that :func:`prepare` made and returns its path; blocks may differ in width,
+    as :mod:`racdeploy.models.widths` says. ``source_of`` gives the
     checkpoint's name of an initializer, from its own name and those of the nodes that take it, or
     an empty string for what the exporter computed.
     """
