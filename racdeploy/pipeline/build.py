@@ -24,6 +24,7 @@ from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Progress, Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.report.model import Report
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
@@ -115,8 +116,8 @@ class Build:
 
         Args:
             pruned: whether packing applies; the dense model is always plain.
-            importance: a pruned model whose statistic chooses the scales of this one too, so that
-                both arms are quantized alike.
+            importance: file of a pruned model's statistic that chooses the scales of this one too,
+                so that both arms are quantized alike.
             quant: number format; empty takes the recipe's, with its choices for single tensors.
         """
         settings = self.job.recipe.export
@@ -223,7 +224,9 @@ class Build:
     def _export_dense(self, model: PrunedModel, quant: str = "") -> ExportResult:
         dense, own_quant = self.job.model, self.job.recipe.export.quant
         name = f"{dense.name}-dense-{quant or own_quant}"
-        return self.export(dense.folder, name, pruned=False, importance=model.folder, quant=quant)
+        own = model.folder / DENSE_IMPORTANCE_FILE
+        matrix = own if own.is_file() else model.folder / IMPORTANCE_FILE
+        return self.export(dense.folder, name, pruned=False, importance=matrix, quant=quant)
 
     def _check_artifacts(
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]

@@ -26,12 +26,12 @@ def export_model(
 ) -> ExportResult:
     """Export a model folder, or find it exported, under a name without suffix.
 
-    ``importance`` is the model whose statistic chooses the scales; None takes this one's.
+    ``importance`` is the file whose statistic chooses the scales; None takes this model's own.
     """
     checkpoint = Checkpoint(folder)
     form = exports.load(settings.format)
 
-    own = (importance or folder) / IMPORTANCE_FILE
+    own = importance or folder / IMPORTANCE_FILE
     matrix = Path(settings.importance) if settings.importance else own
 
     if importance and matrix.is_file() and "importance" in form.OPTIONS:

@@ -12,7 +12,7 @@ from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
-from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder, read_json
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
 
@@ -46,7 +46,6 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
     in ``blocks`` use the new numbers.
     """
     pruned = _read_entries(blocks, "block")
-    importance = _read_entries(blocks, "importance")
     kept = _renumber(checkpoint, shape) if shape else checkpoint.entries
 
     entries = {}
@@ -55,8 +54,9 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
 
     with atomic_folder(out) as scratch:
         write_entries(entries, scratch / "model.safetensors")
-        if importance:
-            write_entries(importance, scratch / IMPORTANCE_FILE)
+        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
+            if importance := _read_entries(blocks, kind.removesuffix(".safetensors")):
+                write_entries(importance, scratch / kind)
 
         for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
             if (checkpoint.folder / name).is_file():

@@ -63,7 +63,9 @@ class BlockFiles:
             stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_atomic(self._weights(index), save(stored))
 
-    def write_importance(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
+    def write_importance(
+        self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"
+    ) -> None:
         """Write the mean squared inputs of a block's linears, and on how many tokens they rest."""
         if not self._processes.first:
             return
@@ -73,7 +75,7 @@ class BlockFiles:
             tensors[name] = linear.importance_I.cpu().clone()  # linears of a group share it
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
 
-        write_atomic(self._folder / f"importance-{index:05d}.safetensors", save(tensors))
+        write_atomic(self._folder / f"{kind}-{index:05d}.safetensors", save(tensors))
 
     def write_rows(self, index: int, linears: list[LinearRow], block: BlockRow, kept: Kept) -> None:
         if self._processes.first:

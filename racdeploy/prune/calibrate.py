@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from racdeploy.prune.device import choose_device
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.outline import Outline, decide_outline
+from racdeploy.prune.outline import Outline, decide_outline, whole
 from racdeploy.prune.patterns import Pattern, Within, make_pattern
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
@@ -260,6 +260,19 @@ class _Walk:
         self.files.write_weights(pair.place, tensors)
         if not self.quant:  # the export chooses scales by importance, and these are chosen
             self.files.write_importance(pair.place, named)
+            if self.plan.outline != whole(self.checkpoint):
+                self._write_dense_importance(pair, pruned)
+
+    def _write_dense_importance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
+        """Write the importance of all inputs, for the model that was cut."""
+        prefix = self.blocks.prefix(pair.index)
+
+        named = {}
+        for linear, row in pruned.items():
+            mean_I = pair.narrowed.get(linear, row.importance_I)
+            named[f"{prefix}.{linear}.weight"] = replace(row, importance_I=mean_I)
+
+        self.files.write_importance(pair.place, named, "dense-importance")
 
     def _cut(self, pair: BlockPair, cut: Cut) -> None:
         """Choose the units of a part in one process, and narrow the block in all."""
@@ -268,6 +281,7 @@ class _Walk:
 
         statistic = self._gather(pair, cut.group, [full_OI], final=False)
         statistic.share(self.processes, [owner])
+        pair.narrowed[cut.linear] = statistic.importance_I
 
         if self.processes.rank == owner:
             removal = self._remove(pair, cut, statistic)
@@ -435,7 +449,7 @@ class _Walk:
             outputs: dict[str, torch.Tensor] = {}
 
             if self._needs_dense(batch):
-                narrowed = pair.narrowed & measured.keys()
+                narrowed = pair.narrowed.keys() & measured.keys()
                 with remember_outputs(pair.dense, narrowed) as outputs:
                     dense_BTD = self.dense.leave(pair.dense, index)
 

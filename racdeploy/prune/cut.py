@@ -53,9 +53,9 @@ class BlockPair:
     sparse: nn.Module
     sizes: dict[str, int]  # of the sparse one, by the letters of a family's shapes
     kept: dict[str, list[int]] = field(default_factory=dict)  # part → units that stay
-    narrowed: set[str] = field(
-        default_factory=set
-    )  # linears with fewer inputs than in the dense one
+    narrowed: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # linear that lost inputs → mean squares of all that it had
 
 
 def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) -> list[Cut]:
@@ -93,8 +93,6 @@ def narrow(family: Family, pair: BlockPair, cut: Cut, weight_OK: torch.Tensor) -
         put(pair.sparse, name, value)
 
     put(pair.sparse, f"{cut.linear}.weight", weight_OK)
-    pair.narrowed.add(cut.linear)
-
     for letter, index in kept.items():
         pair.sizes[letter] = len(index)
     fit_attention(pair.sparse, pair.sizes)

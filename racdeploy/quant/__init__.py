@@ -17,6 +17,8 @@ from racdeploy.storage.ggml_types import GGML_TYPES
 
 IMPORTANCE_FILE = "importance.safetensors"
 """Of a pruned model: the mean squared input of each column, by linear."""
+DENSE_IMPORTANCE_FILE = "dense-importance.safetensors"
+"""The same for the model that it was cut from, by that one's names and with all its inputs."""
 
 
 class Quant(Protocol):

@@ -21,6 +21,7 @@ from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.prune import PrunedModel
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record, Report
 from racdeploy.storage.files import file_sha256
@@ -67,7 +68,7 @@ def bench(work: Path) -> Bench:
     build = Build(Job(Recipe.combine(None, OPTIONS)), work)
     model, name = build.prune(), build.job.model.name
     dense = build.export(
-        build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=model.folder
+        build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=matrix
     )
     return Bench(build, model, dense, build.export(model.folder, name_artifact(build.job)))
 
