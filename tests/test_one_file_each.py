@@ -44,6 +44,7 @@ USED = {
     "presets": ["q5_0", "q8_0"],
     "packing": ["twin", True],
     "engines": 4,
+    "structures": [[32, 32], [64, 64]],
     "methods": [0.5, 0.5],
     "formats": ["gguf_twin/tiny.gguf", [6, 512]],
     "onnx_exporters": True,

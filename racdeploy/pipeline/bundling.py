@@ -284,7 +284,7 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         prune=recipe.prune,
         calibrated_on=_SOURCES[recipe.calibration.source],
         done=_describe_pruning(contents),
-        kept=describe_kept(contents.report),
+        kept=describe_kept(contents.report.kept, contents.report.structure),
         entries=entries,
         usage=chain.from_iterable(usages),
     )

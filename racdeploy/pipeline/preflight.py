@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,13 @@ from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters, name_artifact
-from racdeploy.pipeline.structure import check_format, check_structure
+from racdeploy.pipeline.structure import (
+    Expected,
+    check_format,
+    check_structure,
+    expect_structure,
+)
+from racdeploy.report.structure import describe_kept
 from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
@@ -78,21 +83,17 @@ def check_model(job: Job) -> None:
 def plan_build(job: Job) -> dict[str, Any]:
     """Return what a build will ask of the model and of the machine."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
-    parameters, prunable = count_parameters(checkpoint), set(job.prunable_weights)
+    parameters = count_parameters(checkpoint)
 
-    entries = checkpoint.entries
-    sizes = {name: math.prod(entries[name].shape) for name in prunable}
-    pruned = len(job.weights_to_prune)
-
-    # What is no linear keeps at least 8 bits, whatever the quant.
-    bits = {name: quant.load(job.quant_of(name)).BITS for name in prunable}
-    linear_bits = sum(size * bits[name] for name, size in sizes.items())
-    other_bits = max(quant.load(job.quant_rules.quant).BITS, _LEAST_EMBEDDING_BITS)
-    artifact_bits = linear_bits + (parameters - sum(sizes.values())) * other_bits
+    expected = expect_structure(checkpoint, job.structure)
+    prunable = [name for name in job.prunable_weights if name in expected.sizes]
+    pruned = len({*prunable} & {*job.weights_to_prune})
 
     # Keys and values of a token, in half precision.
-    heads = checkpoint.key_value_heads * checkpoint.head_size
-    token_bytes = 2 * 2 * checkpoint.block_count * heads
+    kept = expected.kept
+    blocks = kept.blocks if kept else checkpoint.block_count
+    heads = kept.key_value_heads if kept else checkpoint.key_value_heads
+    token_bytes = 2 * 2 * blocks * heads * checkpoint.head_size
 
     # "same-size" stands for two models.
     models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
@@ -103,7 +104,8 @@ def plan_build(job: Job) -> dict[str, Any]:
         "model": recipe.model,
         "architecture": checkpoint.family.architecture,
         "parameters": parameters,
-        "prunable_parameters": sum(sizes.values()),
+        **_plan_cut(expected),
+        "prunable_parameters": sum(expected.sizes[name] for name in prunable),
         "linears_pruned": pruned,
         "linears_kept_dense": len(prunable) - pruned,
         "thinks": job.tags is not None,
@@ -112,12 +114,35 @@ def plan_build(job: Job) -> dict[str, Any]:
         "trace_tokens_at_most": trace_prompts * recipe.traces.max_new_tokens,
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
-        "artifact_bytes": round(artifact_bits / 8),
+        "artifact_bytes": _expect_bytes(job, expected.sizes),
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
     }
+
+
+def _plan_cut(expected: Expected) -> dict[str, Any]:
+    kept = expected.kept
+    if kept is None:
+        return {}
+    about = describe_kept(kept, expected.structure)
+    return {"parameters_left": kept.parameters, "keeps": f"about {about}"}
+
+
+def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
+    """Return about how large the artifact will be; ``sizes`` are the weights of its tensors."""
+    rest = sum(sizes.values())
+    bits = 0.0
+
+    for name in job.prunable_weights:
+        if name in sizes:
+            bits += sizes[name] * quant.load(job.quant_of(name)).BITS
+            rest -= sizes[name]
+
+    # What is no linear keeps at least 8 bits, whatever the quant.
+    rest_bits = max(quant.load(job.quant_rules.quant).BITS, _LEAST_EMBEDDING_BITS)
+    return round((bits + rest * rest_bits) / 8)
 
 
 def _possible_folders(job: Job) -> list[Path]:

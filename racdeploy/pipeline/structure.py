@@ -1,31 +1,47 @@
-"""What a recipe cuts of a model: whether it can, and what is left of the whole of it."""
+"""What a recipe cuts of a model: whether it can, what will be left of the whole, and what is."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from racdeploy import export, plugins
 from racdeploy.errors import UsageError
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
-from racdeploy.report.model import Kept
+from racdeploy.prune.assemble import Shape
+from racdeploy.prune.layout import keep_alike
+from racdeploy.recipe import Structure
+from racdeploy.report.model import Kept, StructureRow
+
+
+@dataclass(frozen=True)
+class Expected:
+    """About what a cut will leave, as if blocks lost alike and the last ones went.
+
+    ``sizes`` are the weights of every tensor that is left.
+    """
+
+    kept: Kept | None
+    structure: tuple[StructureRow, ...]
+    sizes: Mapping[str, int]
 
 
 def check_structure(job: Job) -> None:
     """Refuse a cut that the model does not allow, before any work."""
-    settings = job.recipe.structure
+    settings = job.structure
     for part in settings.parts:
-        plugin = plugins.load("structures", part)
-        plugin.check(job.checkpoint, job.structure)
+        plugins.load("structures", part).check(job.checkpoint, settings)
 
 
 def check_format(job: Job) -> None:
     """Refuse a cut whose result the format of a job cannot hold, before any work."""
     settings, name = job.recipe.structure, job.recipe.export.format
     parts, form = settings.parts, export.load(name)
-    if not parts or not hasattr(form, "refusal"):
-        return
-
-    why = form.refusal(job.checkpoint, parts, settings.uniform)
+    why = form.refusal(job.checkpoint, parts, settings.uniform) if parts else ""
     if not why:
         return
 
@@ -35,19 +51,81 @@ def check_format(job: Job) -> None:
     raise UsageError(f"{name} cannot hold what is left: {why}", remedy=remedy)
 
 
+def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
+    """Return about what a cut will leave, which :func:`check_structure` has allowed."""
+    from racdeploy.prune.outline import list_rows
+
+    shape = _expect_shape(checkpoint, settings)
+    share = settings.share("vocabulary")
+    tokens = int(share) if share > 1 else round(share * checkpoint.integer("vocab_size"))
+    sizes = _expect_sizes(checkpoint, shape, tokens)
+
+    heads = shape.widths["num_key_value_heads"][0]
+    kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
+    return Expected(kept, list_rows(checkpoint, shape), sizes)
+
+
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:
     """Return what is left of a model; None where it has as many parameters as before."""
-    parameters, parameters_dense = count_parameters(pruned), count_parameters(dense)
+    parameters, tokens = count_parameters(pruned), pruned.integer("vocab_size")
+    return _make_kept(dense, parameters, pruned.block_count, pruned.key_value_heads, tokens)
+
+
+def _make_kept(
+    dense: Checkpoint, parameters: int, blocks: int, key_value_heads: int, tokens: int
+) -> Kept | None:
+    parameters_dense = count_parameters(dense)
     if parameters == parameters_dense:
         return None
 
     return Kept(
         parameters=parameters,
         parameters_dense=parameters_dense,
-        blocks=pruned.block_count,
+        blocks=blocks,
         blocks_dense=dense.block_count,
-        key_value_heads=pruned.key_value_heads,
+        key_value_heads=key_value_heads,
         key_value_heads_dense=dense.key_value_heads,
-        vocabulary=pruned.integer("vocab_size"),
+        vocabulary=tokens,
         vocabulary_dense=dense.integer("vocab_size"),
     )
+
+
+def _expect_shape(checkpoint: Checkpoint, settings: Structure) -> Shape:
+    from racdeploy.prune.outline import Outline
+
+    blocks = tuple(range(round(settings.share("blocks") * checkpoint.block_count)))
+    units = {}
+
+    for part in settings.parts:
+        plugin = plugins.load("structures", part)
+        if plugin.STEP != "width":
+            continue
+
+        layouts = [plugin.layout(checkpoint, block, settings) for block in blocks]
+        uniform = settings.uniform or layouts[0].alike
+        units[part] = tuple(keep_alike(layouts, settings.share(part), uniform=uniform))
+
+    return Outline(blocks, units).shape(checkpoint, settings)
+
+
+def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str, int]:
+    family, vocabulary = checkpoint.family, checkpoint.integer("vocab_size")
+    lengths = [shape.sizes(checkpoint, block) for block in shape.blocks]
+    sizes = {}
+
+    for name, entry in checkpoint.entries.items():
+        left: Sequence[int] = entry.shape
+
+        if name.startswith(f"{family.blocks}."):
+            block, _, inside = name.removeprefix(f"{family.blocks}.").partition(".")
+            if int(block) >= len(lengths):
+                continue
+            if inside in family.block_tensors:
+                left = widths.shape(family, inside, lengths[int(block)])
+
+        elif left[0] == vocabulary:
+            left = (tokens, *left[1:])
+
+        sizes[name] = math.prod(left)
+
+    return sizes

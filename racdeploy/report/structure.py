@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from racdeploy.report.model import Report, StructureRow
+from racdeploy.report.model import Kept, StructureRow
 
 _Widths = Callable[[StructureRow], tuple[int, int]]
 """Returns the width of a part of a block, dense and pruned."""
@@ -35,12 +35,12 @@ class KeptPart:
         return self.what, f"{self.dense:,}", f"{self.left:,}{place}", self.share
 
 
-def describe_kept(report: Report) -> str:
+def describe_kept(whole: Kept | None, structure: Sequence[StructureRow]) -> str:
     """Return what is left, as the object of a sentence; empty where nothing was cut."""
     parts = [
         f"{kept.share} of the {kept.what} ({kept.left:,} of {kept.dense:,}"
         f"{' ' if kept.where else ''}{kept.where})"
-        for kept in list_kept(report)
+        for kept in list_kept(whole, structure)
     ]
     if not parts:
         return ""
@@ -49,16 +49,15 @@ def describe_kept(report: Report) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def list_kept(report: Report) -> list[KeptPart]:
+def list_kept(whole: Kept | None, structure: Sequence[StructureRow]) -> list[KeptPart]:
     """Return what became fewer, parameters first; nothing where nothing was cut."""
-    whole = report.kept
     if whole is None:
         return []
 
     found = [
         KeptPart("parameters", whole.parameters_dense, whole.parameters),
         KeptPart("blocks", whole.blocks_dense, whole.blocks),
-        *(_add_up(name, report.structure, widths) for name, widths in _IN_BLOCKS.items()),
+        *(_add_up(name, structure, widths) for name, widths in _IN_BLOCKS.items()),
         KeptPart("key and value heads", whole.key_value_heads_dense, whole.key_value_heads),
         KeptPart("tokens of the vocabulary", whole.vocabulary_dense, whole.vocabulary),
     ]

@@ -74,7 +74,7 @@ def explanation(report: Report) -> str:
 
     if report.comparison:
         sentences.append(_compare(report.comparison))
-    if kept := describe_kept(report):
+    if kept := describe_kept(report.kept, report.structure):
         sentences.append(f"Pruned keeps {kept}.")
     return plain(" ".join(sentences))
 
@@ -84,7 +84,7 @@ def tables(report: Report) -> list[Table]:
     drift = "Drift from the dense model, worst first"
     candidates = {
         ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
-        ("Kept", "what|dense|pruned|kept"): [part.row for part in list_kept(report)],
+        ("Kept", "what|dense|pruned|kept"): _kept(report),
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         ("Checks", "check|verdict|found|next step"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
@@ -171,6 +171,10 @@ def _compare(comparison: Comparison) -> str:
 def _arm(arm: ArmSummary) -> Row:
     shown = arm.model_copy(update={"quant": arm.quant or None})
     return tuple(say(cell, shown) for cell in _ARM.values())
+
+
+def _kept(report: Report) -> list[Row]:
+    return [part.row for part in list_kept(report.kept, report.structure)]
 
 
 def _tasks(report: Report) -> list[Row]:

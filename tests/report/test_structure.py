@@ -42,7 +42,7 @@ def cut_to(report: Report, channels: list[int], heads: list[int], **whole: int) 
 
 def test_nothing_is_said_where_nothing_was_cut(report: Report, records: list[Record]) -> None:
     """No sentence, no table, no section."""
-    assert (describe_kept(report), list_kept(report)) == ("", [])
+    assert (describe_kept(None, ()), list_kept(None, ())) == ("", [])
     assert "What is left" not in html.render(report, records)
     assert "#### Kept" not in markdown.render(report)
 
@@ -50,18 +50,18 @@ def test_nothing_is_said_where_nothing_was_cut(report: Report, records: list[Rec
 def test_equal_widths_are_those_of_each_block(report: Report) -> None:
     """One width where all blocks are alike; what is whole is not listed."""
     cut = cut_to(report, [1152] * 4, [8] * 4)
-    assert describe_kept(cut) == (
+    assert describe_kept(cut.kept, cut.structure) == (
         "70.0% of the parameters (700,000 of 1,000,000) and 75.0% of the feed-forward channels "
         "(1,152 of 1,536 in each block)"
     )
-    assert f"Pruned keeps {describe_kept(cut)}." in markdown.render(cut)
+    assert f"Pruned keeps {describe_kept(cut.kept, cut.structure)}." in markdown.render(cut)
 
 
 def test_different_widths_are_added_up_with_their_range(report: Report) -> None:
     """Of the blocks that are left; blocks and tokens that went are counted against the dense."""
     whole = {"blocks": 3, "vocabulary": 128, "key_value_heads": 1}
     cut = cut_to(report, [512, 768, 1024], [8, 6, 4], **whole)
-    assert [part.row for part in list_kept(cut)] == [
+    assert [part.row for part in list_kept(cut.kept, cut.structure)] == [
         ("parameters", "1,000,000", "700,000", "70.0%"),
         ("blocks", "4", "3", "75.0%"),
         ("feed-forward channels", "4,608", "2,304 in all, 512 to 1,024 a block", "50.0%"),

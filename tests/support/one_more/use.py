@@ -15,7 +15,8 @@ from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import open_engine as open_torch
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.recipe import Pruning, Verification
+from racdeploy.prune.outline import read_outline
+from racdeploy.recipe import Pruning, Structure, Verification
 from racdeploy.traces.trace import Trace
 from racdeploy.verify.evidence import Evidence, run_checks
 from racdeploy.verify.gate import read_gate
@@ -96,6 +97,15 @@ def use_engine(folder: Path) -> Any:
     return len(completion.ids)
 
 
+def use_structure(folder: Path) -> Any:
+    """Cut by it; return the pairs that stay in each block, and the channels."""
+    structure = Structure(keep={"channel_pairs": 2 / 3}, uniform=True)
+    _prune(folder, structure, method="sparsegpt")
+    outline = read_outline(folder / "method-channel_pairs")
+    shape = outline.shape(Checkpoint(folder / "dense"), structure)
+    return [list(outline.units["channel_pairs"]), list(shape.widths["intermediate_size"])]
+
+
 def use_method(folder: Path) -> Any:
     """Prune with it."""
     return _prune(folder, method="random_mask")
@@ -160,7 +170,7 @@ def _export(folder: Path, quant: str) -> dict[str, str]:
     return {tensor.name: tensor.quant_real for tensor in result.tensors if len(tensor.shape) == 2}
 
 
-def _prune(folder: Path, **settings: str) -> Any:
+def _prune(folder: Path, structure: Structure | None = None, **settings: str) -> Any:
     """Return the mean sparsity that was reached, and the lowest and the highest."""
     random = np.random.default_rng(0)
     traces = []
@@ -181,7 +191,7 @@ def _prune(folder: Path, **settings: str) -> Any:
             )
         )
 
-    out = folder / "-".join(settings)
+    out = folder / "-".join([*settings, *(structure.parts if structure else ())])
     out.mkdir()
     checkpoint = Checkpoint(make_checkpoint(folder / "dense", "llama"))
     rows, _ = prune_blocks(
@@ -190,6 +200,7 @@ def _prune(folder: Path, **settings: str) -> Any:
         traces[3:],
         Pruning.model_validate({"sparsity": 0.5, **settings}),
         out,
+        structure=structure or Structure(),
     )
     reached = [round(row.sparsity_reached, 2) for row in rows]
     return [min(reached), max(reached)]
@@ -203,6 +214,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "presets": use_preset,
     "packing": use_packing,
     "engines": use_engine,
+    "structures": use_structure,
     "methods": use_method,
     "allocations": use_allocation,
     "formats": use_format,

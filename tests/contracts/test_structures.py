@@ -1,0 +1,101 @@
+"""What every structure promises: it refuses before any work, and what it leaves is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from racdeploy import plugins
+from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.assemble import assemble
+from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.layout import find_end
+from racdeploy.prune.outline import read_outline
+from racdeploy.recipe import Pruning, Structure
+from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_traces import TRACES
+
+ALL = plugins.names("structures")
+STEPS = {name: plugins.load("structures", name).STEP for name in ALL}
+WIDTHS = [name for name in ALL if STEPS[name] == "width"]
+IN_WALK = [name for name in ALL if STEPS[name] != "folder"]
+SHARE = 0.5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Four blocks with four query heads in two groups."""
+    folder = tmp_path_factory.mktemp("structures") / "model"
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
+    return Checkpoint(make_checkpoint(folder, "llama", dtype="float32", **sizes))
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    yield plugins.load("structures", request.param)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_says_when_it_is_cut(name: str) -> None:
+    """One of the steps, with the members that belong to it."""
+    plugin = plugins.load("structures", name)
+    members = {"width": ["layout"], "blocks": ["choose"], "folder": ["choose", "rewrite"]}
+    assert all(hasattr(plugin, member) for member in members[plugin.STEP])
+
+
+@pytest.mark.parametrize("name", IN_WALK)
+def test_it_refuses_a_share_that_removes_nothing(checkpoint: Checkpoint, name: str) -> None:
+    """Before any work, with what can be asked instead; a half is taken."""
+    plugin = plugins.load("structures", name)
+    plugin.check(checkpoint, Structure(keep={name: SHARE}))
+    with pytest.raises(UsageError, match=name) as caught:
+        plugin.check(checkpoint, Structure(keep={name: 0.999}))
+    assert caught.value.remedy
+
+
+def test_its_units_are_all_that_a_linear_collects(
+    checkpoint: Checkpoint, width: ModuleType
+) -> None:
+    """Each index belongs to one unit; counts fall from all of them by whole steps."""
+    for block in range(checkpoint.block_count):
+        layout = width.layout(checkpoint, block, Structure())
+        assert find_end(checkpoint.family, layout.letter)
+        kept = layout.indices(range(layout.units))
+        for letter, index in kept.items():
+            assert np.array_equal(index, np.arange(checkpoint.sizes(block)[letter]))
+
+        assert layout.counts[0] == layout.units
+        assert layout.counts == sorted(layout.counts, reverse=True)
+        assert all(count % layout.step == 0 for count in layout.counts[1:])
+        assert layout.step % layout.cohorts == 0
+
+
+@pytest.mark.parametrize("name", IN_WALK)
+def test_what_it_leaves_is_a_model(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    """It has about the share that was asked, and torch computes with it."""
+    structure = Structure(keep={name: SHARE})
+    blocks = tmp_path / "blocks"
+    blocks.mkdir()
+    prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.0), blocks, structure=structure)
+
+    outline = read_outline(blocks)
+    shape = outline.shape(checkpoint, structure)
+    left = Checkpoint(assemble(checkpoint, blocks, tmp_path / "model", shape))
+    assert left.block_count == len(outline.blocks)
+    if name in outline.units:
+        layouts = outline.layouts(checkpoint, name, structure)
+        units = sum(layout.units for layout in layouts)
+        assert sum(outline.units[name]) / units == pytest.approx(SHARE, abs=0.04)
+    else:
+        assert left.block_count == SHARE * checkpoint.block_count
+
+    with torch.inference_mode():
+        logits_TV = load_model(left)(input_ids=torch.tensor([TRACES[0].ids])).logits
+    assert torch.isfinite(logits_TV).all()
