@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -38,8 +37,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(params=WIDTHS)
-def width(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    yield plugins.load("structures", request.param)
+def width(request: pytest.FixtureRequest) -> ModuleType:
+    return plugins.load("structures", request.param)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -67,6 +67,7 @@ def bench(work: Path) -> Bench:
     """Traces, pruned model and artifacts are those of the bundle."""
     build = Build(Job(Recipe.combine(None, OPTIONS)), work)
     model, name = build.prune(), build.job.model.name
+    matrix = model.folder / IMPORTANCE_FILE
     dense = build.export(
         build.job.model.folder, f"{name}-dense-q8_0", pruned=False, importance=matrix
     )
