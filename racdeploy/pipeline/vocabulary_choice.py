@@ -48,7 +48,7 @@ class VocabularyChoice:
 
         users = "the prompts, texts and traces"
         if not traces:
-            users = "the prompts and texts (the traces, once there are any, may add to them)"
+            users = "the prompts and texts, before any traces,"
 
         keep = self.settings.share("vocabulary")
         return vocabulary.choose(self.dense, keep, used, users)

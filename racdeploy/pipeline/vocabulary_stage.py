@@ -16,7 +16,6 @@ from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.pipeline.workplace import Workplace, address
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.structures import vocabulary
-from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import canonical_hash, file_sha256
 from racdeploy.traces.trace import Trace
@@ -41,11 +40,11 @@ class VocabularyStage:
         texts = [*self.choice.given_texts, *self.choice.decode(traces)]
 
         checkpoint = Checkpoint(model.folder)
-        importance = model.folder / IMPORTANCE_FILE
+        files = filter(Path.is_file, sorted(model.folder.iterdir()))
 
         inputs = address(__name__) | {
             "model": checkpoint.sha256,
-            "importance": file_sha256(importance) if importance.is_file() else "",
+            "files": {file.name: file_sha256(file) for file in files},
             "old_ids": canonical_hash(old_ids.tolist()),
             "texts": canonical_hash(texts),
         }

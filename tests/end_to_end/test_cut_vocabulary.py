@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 import racdeploy as package
 from racdeploy.manifest import Manifest
@@ -53,6 +54,22 @@ def test_the_artifact_has_fewer_tokens_and_answers_alike(bundle: Path) -> None:
     assert "as before at 100.00% of" in notes
     assert re.search(r"take \d+\.\d+ tokens a word in the dense vocabulary", notes)
     assert "of its probability to tokens that are gone" in notes
+
+
+def test_prune_alone_prints_the_folder_with_fewer_tokens(bundle: Path) -> None:
+    """The same stages are found again, and transformers opens what is printed."""
+    outcome = racdeploy(
+        *("prune", "--target", "ci-smoke", *ASKED, "--set", "verify.count=40"),
+        *("--work", bundle.parent / "work"),
+    )
+    assert outcome.code == 0, outcome.err
+    folder = Path(outcome.out.strip().splitlines()[0])
+    assert folder.parent.name.startswith("vocabulary-")
+    assert len(list(folder.parent.parent.glob("vocabulary-*"))) == 1
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.get_input_embeddings().weight.shape == (KEPT, 256)
+    assert model.config.eos_token_id == KEPT - 3
 
 
 def test_both_arms_write_their_prompts_themselves(bundle: Path) -> None:
