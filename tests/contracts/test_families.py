@@ -156,3 +156,22 @@ def test_an_unsupported_architecture_is_named() -> None:
     with pytest.raises(ModelError, match=r"'mamba' \(MambaForCausalLM\)") as caught:
         families.find_family({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
     assert "qwen3" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in plugins.names("families") if plugins.load("families", name).FAMILY.per_block],
+)
+def test_the_architecture_for_different_widths_has_the_tensors(name: str) -> None:
+    """gguf-py knows the architecture, and every tensor that the family has there."""
+    import gguf
+
+    family = plugins.load("families", name).FAMILY.as_per_block()
+    (arch,) = [each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == family.gguf_arch]
+    kinds = gguf.MODEL_TENSORS[arch]
+    known = {gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in kinds}
+
+    parts = [tensor for tensor in family.block_tensors if not tensor.endswith(".bias")]
+    assert {family.block_tensors[part].removesuffix(".weight") for part in parts} <= known
+    assert {stored.removesuffix(".weight") for stored in family.biases} <= known
+    assert set(family.transforms) <= set(family.block_tensors)
