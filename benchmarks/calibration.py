@@ -7,21 +7,28 @@ Prunes a model by plain magnitude, and with one method on prompts alone and on p
 Writes table.md and results.json after every cell. What is finished is kept under --work and not
 done again, so several calls may share the cells. With `--set allocation=error --over
 allocation=uniform`, each cell is also compared with itself under other settings.
+
+A row is what goes: a share of zeros, a pattern, what stays of parts, or several of them, as in
+"50 %", "2:4", "ffn=0.75 2:4". With `--engine-threads 1 2` the dense and the pruned file of each
+cell are also timed in turns on the stock engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks._settings import add_settings, with_settings
+from racdeploy.bundles.bench import Load, compare
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
@@ -34,7 +41,10 @@ from racdeploy.verify.stats.paired import tango_interval, wilson_interval
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")
 COLUMNS: dict[str, dict[str, dict[str, object]]] = {
-    "magnitude": {"prune": {"method": "magnitude", "match_dense": False, "refit_steps": 0}},
+    "magnitude": {
+        "prune": {"method": "magnitude", "match_dense": False, "refit_steps": 0},
+        "structure": {"criterion": "magnitude"},
+    },
     "prompt only": {"calibration": {"source": "prompt"}},
     "prompt + own CoT (RAC)": {},
 }
@@ -58,6 +68,10 @@ class Cell:
     calibration_tokens: int
     held_out_error: float
     drift: float
+    size_bytes: int = 0
+    dense_bytes: int = 0
+    decode_ratios: dict[int, float] = field(default_factory=dict)
+    prefill_ratios: dict[int, float] = field(default_factory=dict)
     gain: dict[str, float] | None = None
 
 
@@ -79,9 +93,9 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="in place of --set's, to gain over",
     )
-    parser.add_argument(
-        "--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"'
-    )
+    parser.add_argument("--rows", nargs="*", default=ROWS, help='as "60 %%", "2:4", "ffn=0.5"')
+    parser.add_argument("--engine-threads", nargs="*", type=int, default=[])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, required=True)
@@ -97,17 +111,19 @@ def main() -> None:
                 Job(recipe(arguments, row, COLUMNS[column], arguments.set)), arguments.work
             )
             if dense is None:
-                dense = answers(
-                    build, build.export(build.job.model.folder, "dense", pruned=False), "dense"
-                )
+                dense_file = build.export(build.job.model.folder, "dense", pruned=False)
+                dense = answers(build, dense_file, "dense")
 
-            cell = measure(build, row, column, dense)
+            cell = replace(
+                measure(build, row, column, dense), **time_files(build, dense_file, arguments)
+            )
             if arguments.over:
                 other = Build(
                     Job(recipe(arguments, row, COLUMNS[column], arguments.over)), arguments.work
                 )
                 cell = replace(
-                    cell, gain=gain(pruned_answers(other, column), pruned_answers(build, column))
+                    cell,
+                    gain=gain(pruned_answers(other, column), pruned_answers(build, column)),
                 )
 
             cells.append(cell)
@@ -129,6 +145,7 @@ def recipe(
         "tasks": tuple(arguments.tasks),
         "traces": {"count": arguments.traces},
         "prune": {"method": arguments.method, **zeros(row)},
+        "structure": {"keep": parts(row)},
         "export": {"quant": arguments.quant},
         "verify": {
             "count": arguments.prompts,
@@ -141,25 +158,36 @@ def recipe(
 
 def zeros(row: str) -> dict[str, object]:
     """Return what of a recipe's pruning gives the zeros of a row."""
-    share = row.removesuffix("%")
-    return (
-        {"pattern": row}
-        if share == row
-        else {"pattern": "unstructured", "sparsity": float(share) / 100}
-    )
+    words = [word for word in row.replace(" %", "%").split() if "=" not in word]
+    if not words:
+        return {"pattern": "unstructured", "sparsity": 0.0}
+
+    (word,) = words
+    share = word.removesuffix("%")
+    if share == word:
+        return {"pattern": word}
+    return {"pattern": "unstructured", "sparsity": float(share) / 100}
 
 
-def answers(build: Build, exported: ExportResult, arm: str) -> tuple[Record, ...]:
+def parts(row: str) -> dict[str, float]:
+    """Return what of a row stays of each part of the structure."""
+    pairs = [word.split("=") for word in row.split() if "=" in word]
+    return {part: float(share) for part, share in pairs}
+
+
+def answers(
+    build: Build, exported: ExportResult, arm: str, model: Path | None = None
+) -> tuple[Record, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
     settings = build.job.recipe.verify
-    return build.evaluation.answer(
-        exported, arm, EngineSettings(settings.context_tokens, settings.parallel)
-    ).records
+    engine = EngineSettings(settings.context_tokens, settings.parallel)
+    return tuple(build.evaluation.answer(exported, arm, engine, model).records)
 
 
 def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
     """Prune, export and answer."""
-    return answers(build, build.export(build.prune().folder, name_artifact(build.job)), arm)
+    folder = build.prune().folder
+    return answers(build, build.export(folder, name_artifact(build.job)), arm, folder)
 
 
 def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, float]:
@@ -177,6 +205,25 @@ def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, flo
         "only_after": only_after,
         "only_before": only_before,
     }
+
+
+def time_files(build: Build, dense: ExportResult, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return bytes of both files, and ratios of their speed by number of threads."""
+    model = build.prune().folder
+    pruned = build.export(model, name_artifact(build.job))
+    vocabulary = Checkpoint(model).integer("vocab_size")
+    found: dict[str, Any] = {"size_bytes": pruned.size_bytes, "dense_bytes": dense.size_bytes}
+    found |= {"decode_ratios": {}, "prefill_ratios": {}}
+
+    for threads in arguments.engine_threads:
+        load = Load(arguments.rounds, threads=threads, accel="off")
+        settings = EngineSettings(512, 1, threads)
+        timed = compare(build.job.backend, dense.path, pruned.path, load, settings, vocabulary)
+        ratios = {name: median(values) for name, values in timed.ratios().items()}
+        found["decode_ratios"][threads] = ratios["decode_tokens_per_s"]
+        found["prefill_ratios"][threads] = ratios["prefill_tokens_per_s"]
+
+    return found
 
 
 def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
@@ -242,6 +289,9 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
         "",
         "Calibration tokens: " + ", ".join(f"{name} {count:,}" for name, count in tokens) + ".",
     ]
+    if any(cell.decode_ratios for cell in cells):
+        lines += ["", *speed_table(cells)]
+
     for cell in cells:
         if cell.gain:
             gained = percent(cell.gain["accuracy"], cell.gain["lower"], cell.gain["upper"])
@@ -262,6 +312,27 @@ def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def speed_table(cells: list[Cell]) -> list[str]:
+    """Return Markdown: bytes, error and speed of each cell beside the dense file."""
+    threads = sorted({number for cell in cells for number in cell.decode_ratios})
+    columns = ["what stays", "calibration", "MB", "dense MB", "bytes ×", "held-out error", "drift"]
+    for number in threads:
+        columns += [f"decode ×, {number} threads", f"prefill ×, {number} threads"]
+
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for cell in cells:
+        row = [cell.pattern, cell.calibration]
+        row += [f"{cell.size_bytes / 1e6:.2f}", f"{cell.dense_bytes / 1e6:.2f}"]
+        row += [f"{cell.dense_bytes / cell.size_bytes:.2f}"]
+        row += [f"{cell.held_out_error:.4f}", f"{cell.drift:.4f}"]
+        for number in threads:
+            row += [f"{cell.decode_ratios.get(number, 0):.2f}"]
+            row += [f"{cell.prefill_ratios.get(number, 0):.2f}"]
+        lines.append(f"| {' | '.join(row)} |")
+
+    return lines
 
 
 def shown(cell: Cell) -> str:

@@ -154,11 +154,25 @@ def bench(
         )
 
     vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
-    ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
-
-    stock = EngineSettings(context_tokens, load.parallel, load.threads)
+    settings = EngineSettings(context_tokens, load.parallel, load.threads)
     pruned = bundle / entry.path
-    sides = [("dense", dense, stock), ("pruned", pruned, replace(stock, accel=load.accel))]
+
+    found = compare(entry.backend, dense, pruned, load, settings, vocabulary, progress)
+    return replace(found, pruned_bytes=_bytes_read(entry))
+
+
+def compare(
+    backend: str,
+    dense: Path,
+    pruned: Path,
+    load: Load,
+    settings: EngineSettings,
+    vocabulary: int,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure two files of one engine in turns, on a prompt of ids below ``vocabulary``."""
+    ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
+    sides = [("dense", dense, settings), ("pruned", pruned, replace(settings, accel=load.accel))]
 
     progress = progress or (lambda label, done, loads: None)
     loads = 2 * (load.rounds + 1)
@@ -166,9 +180,9 @@ def bench(
 
     kernels: dict[str, str] = {}
     for number in range(loads // 2):
-        for place, (name, file, settings) in enumerate(sides):
+        for place, (name, file, own) in enumerate(sides):
             progress("bench", 2 * number + place, loads)
-            figures, kernels[name] = _measure(entry.backend, file, settings, ids, load.new_tokens)
+            figures, kernels[name] = _measure(backend, file, own, ids, load.new_tokens)
             rounds[name].append(figures)
 
         sides.reverse()
@@ -180,7 +194,7 @@ def bench(
     pruned_rounds = tuple(rounds["pruned"][1:])
 
     ran = (load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
-    return Benchmark(*ran, export.weight_bytes(dense), _bytes_read(entry))
+    return Benchmark(*ran, export.weight_bytes(dense), export.weight_bytes(pruned))
 
 
 def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
