@@ -13,6 +13,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.traces.trace import Trace
 
 
@@ -27,9 +28,11 @@ class VocabularyChoice:
 
     @cached_property
     def given_texts(self) -> tuple[str, ...]:
-        """The prompts, and the user's texts in pieces."""
+        """The prompts, the thinking tags, and the user's texts in pieces."""
         prompts = map(self.encoder.render, self.questions)
-        return (*prompts, *vocabulary.read_texts(self.settings.vocabulary_text))
+        tags = find_tag_names(self.encoder) or ()
+        texts = vocabulary.read_texts(self.settings.vocabulary_text)
+        return (*prompts, *tags, *texts)
 
     @cached_property
     def _given_ids(self) -> frozenset[int]:
