@@ -286,7 +286,7 @@ class _Walk:
         if self.processes.rank == owner:
             removal = self._remove(pair, cut, statistic)
             weight_OK = removal.solve()
-            units = removal.kept_U.nonzero()[:, 0].tolist()
+            units = removal.kept
         else:
             weight_OK = full_OI.new_empty(len(full_OI), cut.width(pair.place))
             units = []

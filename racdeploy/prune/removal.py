@@ -56,6 +56,12 @@ class Removal:
             if not self._by_magnitude:
                 self._eliminate(batch_U)
 
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the units that are left."""
+        units: list[int] = self.kept_U.cpu().nonzero()[:, 0].tolist()
+        return units
+
     def keep(self, kept_U: torch.Tensor) -> None:
         """Remove all but the units of these numbers."""
         self.kept_U[:] = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune import calibrate, cost, device
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.device import choose_device
-from racdeploy.recipe import Pruning
+from racdeploy.recipe import Pruning, Structure
 from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
 from tests.support.far_device import FAR, far_device
@@ -55,14 +57,25 @@ TRACES = [_trace(index) for index in range(8)]
 
 
 def _prune(
-    checkpoint: Checkpoint, settings: Pruning, folder: Path, within: Path | None = None
+    checkpoint: Checkpoint,
+    settings: Pruning,
+    folder: Path,
+    within: Path | None = None,
+    keep: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Return what the walk leaves and says, with the one attention kernel that every device has."""
     folder.mkdir(exist_ok=True)
     quant = "q8_0" if settings.joint else ""
     with sdpa_kernel(SDPBackend.MATH):
         rows = prune_blocks(
-            checkpoint, TRACES[2:], TRACES[:2], settings, folder, quant=quant, within=within
+            checkpoint,
+            TRACES[2:],
+            TRACES[:2],
+            settings,
+            folder,
+            quant=quant,
+            within=within,
+            structure=Structure(keep=dict(keep)),
         )
     files = {file.name: file_sha256(file) for file in folder.iterdir()}
     assert any(name.startswith("block-") for name in files)
@@ -96,6 +109,27 @@ def test_every_family_runs_on_a_device(family: str, tmp_path: Path) -> None:
     expected = _prune(checkpoint, Pruning(device="cpu", **simple), tmp_path / "cpu")
     with far_device():
         assert expected == _prune(checkpoint, Pruning(device="cuda", **simple), tmp_path / "far")
+
+
+@pytest.mark.usefixtures("far")
+@pytest.mark.parametrize(
+    "keep", [{"ffn": 0.5, "heads": 0.75, "blocks": 0.5}, {"groups": 0.5}], ids=str
+)
+def test_cuts_are_made_on_a_device(keep: dict[str, float], tmp_path: Path) -> None:
+    """The survey, the choice of blocks, the removal, and a walk within an earlier one."""
+    checkpoint = Checkpoint(
+        make_checkpoint(
+            tmp_path / "model", "qwen2", dtype="float32", num_hidden_layers=4, intermediate_size=128
+        )
+    )
+    found = {}
+    for name, asked in (("cpu", "cpu"), ("far", "cuda")):
+        with far_device():
+            before = tmp_path / f"{name}-before"
+            first = _prune(checkpoint, Pruning(sparsity=0.3, device=asked), before, keep=keep)
+            then = _prune(checkpoint, Pruning(device=asked), tmp_path / name, before, keep)
+            found[name] = first, then
+    assert found["cpu"] == found["far"]
 
 
 @pytest.mark.usefixtures("far")
