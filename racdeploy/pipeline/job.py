@@ -147,7 +147,7 @@ class Job:
 
         formats = {job.quant_of(name) for job in (self, *self.siblings) for name in self._ends}
         blocks = [quant.load(name).BLOCK for name in formats]
-        multiple = max(structure.width_multiple, *blocks)
+        multiple = max([structure.width_multiple, *blocks])
         return structure.model_copy(update={"multiple": multiple})
 
     @property

@@ -1,0 +1,134 @@
+"""Cut models through the command line: planned, built for two engines, named, and verified again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.bundles.inspect import inspect_path
+from tests.support.commands import racdeploy
+from tests.support.tiny_models import make_checkpoint
+
+SIZES = {"num_hidden_layers": 4, "intermediate_size": 128}
+RECIPE = """
+[traces]
+max_new_tokens = 24
+batch = 8
+[calibration]
+keep_truncated = true
+[verify]
+max_new_tokens = 24
+context_tokens = 128
+logit_traces = 2
+"""
+
+
+def _options(folder: Path) -> list[object]:
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    task = f"jsonl:{folder}/problems.jsonl"
+    options: list[object] = ["--task", task, "--recipe", folder / "recipe.toml", "--threads", 1]
+    return [*options, "--work", folder / "work"]
+
+
+def _plan(model: Path, folder: Path, *keep: str) -> dict[str, Any]:
+    asked = [part for each in keep for part in ("--keep", each)]
+    outcome = racdeploy("build", model, *_options(folder), *asked, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    plan: dict[str, Any] = json.loads(outcome.out)
+    return plan
+
+
+def test_a_cut_model_is_built_for_two_engines_and_verified_again(tmp_path: Path) -> None:
+    """The plan says what is left; names, manifest, report and files agree with it and each other."""
+    model = make_checkpoint(tmp_path / "model", "llama", **SIZES)
+    keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "blocks=0.75"]
+    plan = _plan(model, tmp_path, *keep[1::2])
+    out = tmp_path / "bundle"
+    built = racdeploy(
+        "build", model, *_options(tmp_path), *keep, "--also", "onnx", "--out", out, "--json"
+    )
+    assert built.code == 3, built.err  # random weights answer nothing
+    report = json.loads(built.out)
+    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
+
+    kept, rows = report["kept"], report["structure"]
+    assert kept["parameters"] == plan["parameters_left"]
+    assert (kept["blocks"], kept["blocks_dense"]) == (3, 4)
+    assert [row["block"] for row in rows] == [0, 1, 2]
+    assert sum(row["channels"] for row in rows) == 3 * 64
+    assert sum(row["heads"] for row in rows) == sum(row["heads_dense"] for row in rows) // 2
+    assert {int(row["name"].split(".")[2]) for row in report["linears"]} == {0, 1, 2}
+
+    manifest = json.loads((out / "racdeploy.json").read_text(encoding="utf-8"))
+    structure = manifest["pruning"]["structure"]
+    assert structure["keep"] == {"blocks": 0.75, "ffn": 0.5, "heads": 0.5}
+    assert structure["block_rows"] == rows
+    assert manifest["headline"]["pruned"]["parameters"] == kept["parameters"]
+    main, other = manifest["artifacts"]
+    assert "-blocks75-ffn50-heads50-rac-50-" in main["path"]
+    assert other["path"].endswith(".onnx")
+
+    summary = inspect_path(out / main["path"])["summary"]
+    assert summary["racdeploy.keep.ffn"] == 0.5
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "75.0% of the blocks (3 of 4)" in card
+    assert "the cut needs no plug-in" in card
+
+    again = racdeploy("verify", out, "--work", tmp_path / "work", "--threads", 1, "--json")
+    assert again.code == 3, again.err
+    found = json.loads(again.out)
+    assert (found["kept"], found["structure"]) == (kept, rows)
+    verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
+    assert {verdicts[name] for name in ("integrity", "sparsity", "tokens")} == {"pass"}
+
+
+def test_a_cut_without_zeros_is_enough(tmp_path: Path) -> None:
+    """``--sparsity 0`` leaves the cut alone; widths alike make a folder that transformers opens."""
+    from transformers import AutoModelForCausalLM
+
+    model = make_checkpoint(tmp_path / "model", "qwen2", **SIZES)
+    options = [*_options(tmp_path), "--sparsity", 0, "--set", "structure.uniform=true"]
+    pruned = racdeploy("prune", model, *options, "--keep", "ffn=0.75", "--json")
+    assert pruned.code == 0, pruned.err
+    found = json.loads(pruned.out)
+    assert found["folder"].endswith("-ffn75-rac")
+    loaded = AutoModelForCausalLM.from_pretrained(found["folder"])
+    assert loaded.config.intermediate_size == 96
+    assert loaded.num_parameters() == _plan(model, tmp_path, "ffn=0.75")["parameters_left"]
+
+
+BAD: dict[str, tuple[str, list[str], str]] = {
+    "a share that no width comes near": ("llama", ["ffn=0.6"], "only multiples of 32 can stay"),
+    "a share that removes nothing": ("llama", ["ffn=0.99"], "removes nothing"),
+    "heads that break the groups": ("llama", ["heads=0.7"], "only multiples of 2 can stay"),
+    "all blocks": ("llama", ["blocks=0.1"], "blocks = 0.1 keeps 0 of 4"),
+    "a part that the family has not": ("qwen3_moe", ["ffn=0.5"], "cannot be cut"),
+    "no door for widths of their own": ("phi3", ["ffn=0.5"], "structure.uniform=true"),
+    "no door for fewer heads": ("granite", ["heads=0.5"], "structure.uniform=true"),
+    "too few tokens": ("llama", ["vocabulary=20"], "is the least"),
+    "more tokens than there are": ("llama", ["vocabulary=90000"], "vocabulary"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_cut_that_cannot_be_is_refused_before_any_work(tmp_path: Path, case: str) -> None:
+    """Exit code 2, its own reason and what to do, and nothing on disk."""
+    family, keep, reason = BAD[case]
+    model = make_checkpoint(tmp_path / "model", family, **SIZES)
+    asked = [part for each in keep for part in ("--keep", each)]
+    if family == "qwen3_moe":
+        asked += ["--set", 'prune.dense=["experts"]']
+    if case == "a share that no width comes near":
+        asked += ["--set", "structure.uniform=true"]
+    outcome = racdeploy("build", model, *_options(tmp_path), *asked, "--out", tmp_path / "bundle")
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert reason in outcome.err, outcome.err
+    assert "→" in outcome.err
+    assert not (tmp_path / "work").exists()
+    assert not (tmp_path / "bundle").exists()
