@@ -49,17 +49,24 @@ def traces(options: TraceOptions) -> None:
 @takes(PruneOptions)
 def prune(options: PruneOptions) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
+    from racdeploy.pipeline.structure import measure_kept
+    from racdeploy.report.structure import describe_kept
+
     with _open_checked(options) as builder:
         if options.dry_run:
             console.print_plan(builder.plan_pruning(), options.json_output)
             return
         pruned = builder.prune()
 
+    kept = measure_kept(builder.job.checkpoint, pruned.checkpoint)
+    left = describe_kept(kept, pruned.structure)
+    notes = (*([f"kept: {left}"] if left else []), *pruned.notes)
+
     folder = str(pruned.folder)
-    found = {"folder": folder, "sparsity": pruned.sparsity, "notes": pruned.notes}
+    found = {"folder": folder, "sparsity": pruned.sparsity, "notes": notes}
     console.print_result(found, [folder], options.json_output)
     if not options.json_output:
-        console.print_notes(pruned.notes)
+        console.print_notes(notes)
 
 
 @console.reported

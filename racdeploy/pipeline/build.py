@@ -19,6 +19,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
+from racdeploy.pipeline.structure import plan_cut
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Progress, Workplace
@@ -150,9 +151,9 @@ class Build:
         return {name: self._export_dense(model, name) for name in dict.fromkeys(names)}
 
     def plan_pruning(self) -> dict[str, Any]:
-        """Return calibration tokens and peak memory of pruning, and what is known about its time.
+        """Return what a cut leaves, and what pruning takes: tokens, peak memory, time if known.
 
-        They are of the traces, or of the longest there can be; without any, answering counts too.
+        Tokens are of the traces, or of the longest there can be; without any, answering counts too.
         """
         from racdeploy.prune.cost import peak_bytes, trace_bytes
 
@@ -161,7 +162,7 @@ class Build:
 
         prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
         longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
-        plan: dict[str, Any] = {}
+        plan = plan_cut(job)
 
         stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
         if stage.finished:

@@ -14,13 +14,7 @@ from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters, name_artifact
-from racdeploy.pipeline.structure import (
-    Expected,
-    check_format,
-    check_structure,
-    expect_structure,
-)
-from racdeploy.report.structure import describe_kept
+from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
 from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
@@ -104,7 +98,6 @@ def plan_build(job: Job) -> dict[str, Any]:
         "model": recipe.model,
         "architecture": checkpoint.family.architecture,
         "parameters": parameters,
-        **_plan_cut(expected),
         "prunable_parameters": sum(expected.sizes[name] for name in prunable),
         "linears_pruned": pruned,
         "linears_kept_dense": len(prunable) - pruned,
@@ -120,14 +113,6 @@ def plan_build(job: Job) -> dict[str, Any]:
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
     }
-
-
-def _plan_cut(expected: Expected) -> dict[str, Any]:
-    kept = expected.kept
-    if kept is None:
-        return {}
-    about = describe_kept(kept, expected.structure)
-    return {"parameters_left": kept.parameters, "keeps": f"about {about}"}
 
 
 def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:

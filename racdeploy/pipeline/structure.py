@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from racdeploy import export, plugins
 from racdeploy.errors import UsageError
@@ -16,6 +17,7 @@ from racdeploy.prune.assemble import Shape
 from racdeploy.prune.layout import keep_alike
 from racdeploy.recipe import Structure
 from racdeploy.report.model import Kept, StructureRow
+from racdeploy.report.structure import describe_kept
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
     return Expected(kept, list_rows(checkpoint, shape), sizes)
+
+
+def plan_cut(job: Job) -> dict[str, Any]:
+    """Return about what will be left of a job's model; nothing where nothing is cut."""
+    expected = expect_structure(job.checkpoint, job.structure)
+    kept = expected.kept
+    if kept is None:
+        return {}
+
+    about = describe_kept(kept, expected.structure)
+    return {"parameters_left": kept.parameters, "keeps": f"about {about}"}
 
 
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:

@@ -95,6 +95,7 @@ def test_a_cut_without_zeros_is_enough(tmp_path: Path) -> None:
     assert pruned.code == 0, pruned.err
     found = json.loads(pruned.out)
     assert found["folder"].endswith("-ffn75-rac")
+    assert "75.0% of the feed-forward channels (96 of 128 in each block)" in found["notes"][0]
     loaded = AutoModelForCausalLM.from_pretrained(found["folder"])
     assert loaded.config.intermediate_size == 96
     assert loaded.num_parameters() == _plan(model, tmp_path, "ffn=0.75")["parameters_left"]

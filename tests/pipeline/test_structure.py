@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, describe_pruning, name_artifact
-from racdeploy.pipeline.structure import measure_kept
+from racdeploy.pipeline.structure import expect_structure, measure_kept, plan_cut
 from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, Structure
 from racdeploy.report.model import LinearRow
 from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_models import make_checkpoint
@@ -89,3 +90,37 @@ def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:
     before = describe_model(job, Checkpoint(dense))
     assert found["general.size_label"] != before["general.size_label"]
     assert "-ffn50-rac-50-" in name_artifact(job)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+def test_what_is_expected_is_what_a_cut_leaves(tmp_path: Path, family: str) -> None:
+    """Alike in all blocks: every count, and the weights of the model that is written."""
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
+    dense = Checkpoint(make_checkpoint(tmp_path / "dense", family, **sizes))
+    keep = {"ffn": 0.5, "heads": 0.5, "blocks": 0.75}
+    expected = expect_structure(dense, Structure(keep=keep, uniform=True))
+
+    heads = dense.per_block("num_attention_heads")[0] // 2
+    cut = cut_checkpoint(dense.folder, tmp_path / "cut", [(heads, 64)] * 3, blocks=[0, 1, 3])
+    assert expected.kept == measure_kept(dense, Checkpoint(cut))
+    assert [(row.heads, row.channels) for row in expected.structure] == [(heads, 64)] * 3
+
+
+def test_fewer_tokens_are_planned(dense: Path) -> None:
+    """Their rows are counted, of the embedding and of an output that is apart from it."""
+    job = Job(
+        Recipe.combine(None, {"model": str(dense), "structure": {"keep": {"vocabulary": 256}}})
+    )
+    plan = plan_cut(job)
+    checkpoint = Checkpoint(dense)
+    rows = 1 if checkpoint.tied else 2
+    gone = checkpoint.integer("vocab_size") - 256
+    width = checkpoint.integer("hidden_size")
+    before = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    assert plan["parameters_left"] == before - rows * gone * width
+    assert "of the tokens of the vocabulary (256 of " in plan["keeps"]
+
+
+def test_nothing_is_planned_for_a_whole_model(dense: Path) -> None:
+    """The plan of a recipe without a cut is as before."""
+    assert plan_cut(Job(Recipe.combine(None, {"model": str(dense)}))) == {}
