@@ -80,6 +80,8 @@ def test_the_chart_has_a_bar_for_each_block(
     chart = page.split('aria-label="What each block keeps"')[1].split("</svg>")[0]
     bars = re.findall(r'<rect class="(\w+)" [^>]*height="([\d.]+)"', chart)
     assert {kind for kind, _ in bars} == (kinds or {"channels"})
+    legend = page.split("Kept in each block")[1].split("</figcaption>")[0]
+    assert ("query heads" in legend) == bool(kinds)
     first, second, third = [float(height) for kind, height in bars if kind == "channels"]
     assert first / third == pytest.approx(1 / 3, abs=0.001)
     assert second / third == pytest.approx(1 / 2, abs=0.001)
