@@ -89,7 +89,7 @@ class PruneOptions(TraceOptions):
     keep: _Texts = _option(
         None,
         metavar="PART=SHARE",
-        help="How much of ffn, heads, blocks or vocabulary stays; repeatable.",
+        help="How much of ffn, heads, groups, blocks or vocabulary stays; repeatable.",
     )
     sparsity: float | None = _option(None, help="Fraction of zeros, 0 to 1.")
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
