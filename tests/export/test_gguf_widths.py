@@ -462,6 +462,20 @@ def test_smollm3_keeps_its_blocks(tmp_path: Path) -> None:
     assert refusal(gemma, {"blocks"}, uniform=False) == ""
 
 
+def test_the_largest_gemma_keeps_heads_and_blocks(tmp_path: Path) -> None:
+    """llama.cpp knows it by its 62 blocks, and then scales by hidden size and number of heads."""
+    config = {"num_hidden_layers": 62, "query_pre_attn_scalar": 16}
+    whole = Checkpoint(make_whole(tmp_path / "whole", "gemma3_text", **config))
+    for part in ("heads", "blocks"):
+        assert "by 62 blocks" in refusal(whole, {part}, uniform=True)
+    assert refusal(whole, {"ffn"}, uniform=True) == ""
+
+    export(whole, tmp_path / "whole.gguf", quant="q8_0")
+    cut = cut_checkpoint(whole.folder, tmp_path / "cut", [(4, 96)] * 61, tuple(range(61)))
+    with pytest.raises(ModelError, match="query_pre_attn_scalar"):
+        export(Checkpoint(cut), tmp_path / "cut.gguf", quant="q8_0")
+
+
 def test_a_file_that_says_another_width_does_not_open(tmp_path: Path) -> None:
     """llama.cpp compares each tensor with the widths of its block."""
     checkpoint = make_cut(tmp_path / "cut", "llama")

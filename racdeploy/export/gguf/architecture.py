@@ -49,6 +49,14 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
             f" {family.gguf_arch}, wherever the blocks were before"
         )
 
+    counts = any("=attention_scalar" in values for values in family.fixed.values())
+    scaled = counts and checkpoint.setting("attention_scalar") != checkpoint.head_size
+    if scaled and not {"blocks", "heads"}.isdisjoint(parts):
+        return (
+            f"llama.cpp knows by {checkpoint.block_count} blocks and by the number of heads how"
+            f" this {family.gguf_arch} scales attention"
+        )
+
     if not uniform and not {"ffn", "heads"}.isdisjoint(parts):
         return _refuse_per_block(checkpoint)
 
