@@ -14,7 +14,7 @@ from racdeploy.models.widths import Kept, axes
 from racdeploy.recipe import Structure
 
 FAR = 0.04
-"""A share that no number of units comes nearer to than this is refused."""
+"""A share that no number of units comes nearer to than this, or a quarter of it, is refused."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_share(
     units = sum(layout.units for layout in layouts)
     reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]
 
-    if abs(kept / units - share) > FAR:
+    if abs(kept / units - share) > min(FAR, share / 4):
         where = "every block keeps as many" if uniform else "blocks differ"
         raise UsageError(
             f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"

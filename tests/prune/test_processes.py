@@ -38,7 +38,7 @@ RECIPE_OF_TRACES = {"traces": {"count": 24, "batch": 5, "max_new_tokens": 12}}
 SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "error"\n'
 SCHEDULE = "prune.schedule = [0.3, 0.5]\nprune.probe_length = 9.0\n"
-CUT = "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\nprune.sparsity = 0.3\n"
+CUT = SCHEDULE + "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\n"
 JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up_proj"]\n'
 
 

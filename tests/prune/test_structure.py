@@ -306,6 +306,7 @@ def test_units_are_shared_out_with_the_least_sum_of_errors() -> None:
     ("keep", "settings", "message"),
     [
         ({"ffn": 0.1}, {}, "ffn = 0.1 keeps 12.8 of 128"),
+        ({"ffn": 0.02}, {}, "ffn = 0.02 keeps 2.56 of 128"),
         ({"ffn": 0.99}, {}, "removes nothing"),
         ({"heads": 0.75}, {"uniform": True}, "heads = 0.75 keeps 3 of 4 in a block"),
         ({"groups": 0.7}, {}, "groups = 0.7 keeps 1.4 of 2"),
