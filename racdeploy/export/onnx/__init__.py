@@ -59,8 +59,14 @@ def is_linear(family: Family, name: str) -> bool:
 
 
 def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
-    """Return an empty string: a graph may have any number of blocks, each of its own widths."""
-    return ""
+    """Return why no graph is made of a dense model once parts of it are cut, or nothing.
+
+    A graph may have any number of blocks, each of its own widths. With experts, blocks of different
+    widths cannot be loaded under torch, with which a graph is compared.
+    """
+    if uniform or not checkpoint.family.routed or {"ffn", "heads"}.isdisjoint(parts):
+        return ""
+    return "blocks of different widths are not supported where a block has experts"
 
 
 def usage(entry: ArtifactEntry) -> list[str]:
