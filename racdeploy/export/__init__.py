@@ -54,6 +54,16 @@ class ExportedTensor:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """Something of a whole file that is not as asked, see :class:`report.model.DeviationRow`."""
+
+    what: str
+    asked: str
+    real: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """A finished artifact."""
 
@@ -63,6 +73,7 @@ class ExportResult:
     files: Mapping[str, str]  # SHA-256 of every file by its path from the main one's folder
     notes: tuple[str, ...] = ()  # what the engine will do unlike the checkpoint, in sentences
     unpacked_sha256: str = ""  # of the file that a packed one stands for; else empty
+    deviations: tuple[Deviation, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -83,7 +94,9 @@ class ExportResult:
             ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]
         )
         rest = {key: values[key] for key in ("size_bytes", "files", "unpacked_sha256")}
-        return cls(folder / values["path"], tensors, notes=tuple(values["notes"]), **rest)
+        deviations = tuple(Deviation(**each) for each in values["deviations"])
+        notes = tuple(values["notes"])
+        return cls(folder / values["path"], tensors, notes=notes, deviations=deviations, **rest)
 
 
 def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:

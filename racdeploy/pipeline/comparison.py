@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from racdeploy.pipeline.segmentation import compare_segmentation, note_logits
 from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
-from racdeploy.report.model import Record, Report
+from racdeploy.report.model import DeviationRow, Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.verify import measure
@@ -129,6 +129,7 @@ class Evaluation:
             linears=model.linears_beside(recipe.prune.sparsity),
             blocks=model.blocks,
             structure=model.structure,
+            deviations=[DeviationRow(**asdict(each)) for each in pruned.deviations],
             kept=measure_kept(self.job.checkpoint, model.checkpoint),
             fingerprint=measure.fingerprint(self._engine_settings),
         )

@@ -241,6 +241,21 @@ class RivalRow(_Part):
     length_upper: Ratio
 
 
+class DeviationRow(_Part):
+    """Something of a whole file that is not as asked, beside linears and tensors.
+
+    Args:
+        what: as ``architecture``.
+        asked, real: what was expected, and what it became.
+        reason: why they differ.
+    """
+
+    what: str
+    asked: str
+    real: str
+    reason: str
+
+
 class TensorRow(_Part):
     """How one tensor was exported.
 
@@ -324,6 +339,7 @@ class Report(_Part):
     kept: Kept | None = None
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
+    deviations: tuple[DeviationRow, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 

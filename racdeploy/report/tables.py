@@ -212,6 +212,8 @@ def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
 def _deviations(report: Report) -> list[Row]:
     """Return what was not pruned or not exported as asked, alike ones together."""
     rows = _unpruned(report.linears)
+    for row in report.deviations:
+        rows.append((row.what, row.asked, row.real, "the file", row.reason))
 
     quants: dict[Row, list[str]] = defaultdict(list)
     packings: dict[Row, list[str]] = defaultdict(list)

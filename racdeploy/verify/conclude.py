@@ -26,6 +26,7 @@ def conclude(
     blocks: Sequence[reports.BlockRow],
     structure: Sequence[reports.StructureRow],
     kept: reports.Kept | None,
+    deviations: Sequence[reports.DeviationRow],
     fingerprint: Mapping[str, Any],
 ) -> tuple[reports.Report, list[reports.Record]]:
     """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
@@ -49,6 +50,7 @@ def conclude(
         kept=kept,
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
+        deviations=tuple(deviations),
         notes=tuple(notes),
         fingerprint=dict(fingerprint),
     )

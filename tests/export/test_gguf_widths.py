@@ -18,6 +18,7 @@ from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import TransformersEngine
 from racdeploy.errors import ModelError, UsageError
+from racdeploy.export import ExportResult
 from racdeploy.export import gguf as gguf_format
 from racdeploy.export.gguf import export, is_linear, refusal
 from racdeploy.models.checkpoint import Checkpoint
@@ -209,16 +210,18 @@ def test_blocks_that_are_left_out_are_renumbered(tmp_path: Path, family: str) ->
 def test_another_architecture_is_reported(tmp_path: Path, family: str, arch: str) -> None:
     """Programs show the architecture, so the report says why it is not the expected one."""
     result = export(make_cut(tmp_path / "cut", family), tmp_path / "cut.gguf", quant="q8_0")
-    (note,) = [note for note in result.notes if arch in note]
-    assert note == (
-        f"llama.cpp takes one width for all blocks of {family}, so the file is of architecture"
-        f" {arch}, which computes the same"
+    (found,) = result.deviations
+    assert (found.what, found.asked, found.real) == ("architecture", family, arch)
+    assert found.reason == (
+        f"llama.cpp takes one width for all blocks of {family}; {arch} computes the same"
     )
+    restored = ExportResult.from_json(tmp_path, json.loads(json.dumps(result.to_json(tmp_path))))
+    assert restored == result
 
     even = export(
         make_cut(tmp_path / "even", family, [(4, 64)] * 3), tmp_path / "e.gguf", quant="q8_0"
     )
-    assert not any("architecture" in note for note in even.notes)
+    assert not even.deviations
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0", "q4_k", "q3_k"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from racdeploy.errors import ModelError
+from racdeploy.export import Deviation
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import list_used_tensors
 from racdeploy.models.families import Family
@@ -51,7 +52,7 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
 
     counts = any("=attention_scalar" in values for values in family.fixed.values())
     scaled = counts and checkpoint.setting("attention_scalar") != checkpoint.head_size
-    if scaled and not {"blocks", "heads"}.isdisjoint(parts):
+    if scaled and not {"blocks", "heads", "groups"}.isdisjoint(parts):
         return (
             f"llama.cpp knows by {checkpoint.block_count} blocks and by the number of heads how"
             f" this {family.gguf_arch} scales attention"
@@ -60,19 +61,19 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
     if not uniform and not {"ffn", "heads"}.isdisjoint(parts):
         return _refuse_per_block(checkpoint)
 
-    if "heads" in parts and family.per_block is None:
+    if not {"heads", "groups"}.isdisjoint(parts) and family.per_block is None:
         return _refuse_narrow(family)
     return ""
 
 
-def describe(checkpoint: Checkpoint) -> str:
-    """Return why the file is not of the family's usual architecture, in a sentence, or nothing."""
-    chosen = find_architecture(checkpoint)
-    if chosen == checkpoint.family:
-        return ""
+def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
+    """Return that the file is not of the family's usual architecture, if so, and why."""
+    usual, chosen = checkpoint.family, find_architecture(checkpoint)
+    if chosen == usual:
+        return ()
 
-    why = _refuse_usual(checkpoint)
-    return f"{why}, so the file is of architecture {chosen.gguf_arch}, which computes the same"
+    reason = f"{_refuse_usual(checkpoint)}; {chosen.gguf_arch} computes the same"
+    return (Deviation("architecture", usual.gguf_arch, chosen.gguf_arch, reason),)
 
 
 def _refuse_usual(checkpoint: Checkpoint) -> str:

@@ -11,8 +11,15 @@ from typing import Any
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportedTensor, ExportResult, Metadata, Progress, check_metadata
-from racdeploy.export.gguf.architecture import describe
+from racdeploy.export import (
+    Deviation,
+    ExportedTensor,
+    ExportResult,
+    Metadata,
+    Progress,
+    check_metadata,
+)
+from racdeploy.export.gguf.architecture import list_deviations
 from racdeploy.export.gguf.body import Body, divide
 from racdeploy.export.gguf.header import FILE_KEYS, list_general_values, write_header
 from racdeploy.export.gguf.parameters import check_parameters
@@ -37,6 +44,7 @@ class _Plan:
     general: Mapping[str, Any]
     importance: Importance | None
     notes: tuple[str, ...]
+    deviations: tuple[Deviation, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -124,11 +132,11 @@ def _make_plan(
     vocabulary.check_name(general["general.name"])
 
     notes = vocabulary.notes
-    if unusual := describe(checkpoint):
-        notes = (unusual, *notes)
     if importance:
         notes = (*notes, _describe_importance(importance, tensors))
-    return _Plan(tensors, parts, vocabulary, general, importance, notes)
+
+    deviations = list_deviations(checkpoint)
+    return _Plan(tensors, parts, vocabulary, general, importance, notes, deviations)
 
 
 def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
@@ -189,6 +197,7 @@ def _publish(
         size_bytes=sum(partial.stat().st_size for partial in partials.values()),
         files={file.name: file_sha256(partial) for file, partial in partials.items()},
         notes=plan.notes,
+        deviations=plan.deviations,
     )
 
     packer = packings.load_gguf(packing)
