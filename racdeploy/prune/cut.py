@@ -53,9 +53,8 @@ class BlockPair:
     sparse: nn.Module
     sizes: dict[str, int]  # of the sparse one, by the letters of a family's shapes
     kept: dict[str, list[int]] = field(default_factory=dict)  # part → units that stay
-    narrowed: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # linear that lost inputs → mean squares of all that it had
+    # Linear that lost inputs → mean squares of all that it had.
+    narrowed: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) -> list[Cut]:
