@@ -359,7 +359,7 @@ def test_a_dead_child_is_reported_with_its_last_words(
     genai = onnx_exporters.load("genai")
     monkeypatch.setattr(genai, "run_module", lambda module, arguments, what: None)
     with pytest.raises(EngineError, match="without an error and without a graph"):
-        genai.build(tmp_path, tmp_path / "out")
+        genai.build(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out")
 
 
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
