@@ -131,17 +131,20 @@ class Checkpoint:
             for linear in self.family.linears
         ]
 
+    def unit(self, letter: str) -> int:
+        """Return what one of a setting of :data:`widths.SETTINGS` adds to the size of a letter."""
+        return 1 if letter == "F" else self.head_size
+
     def sizes(self, block: int) -> Mapping[str, int]:
         """Return what the letters of a family's shapes stand for in a block."""
-        K = self.head_size
         sizes = {
             "D": self.integer("hidden_size"),
-            "F": self.per_block("intermediate_size")[block],
             "V": self.integer("vocab_size"),
-            "K": K,
-            "Q": self.per_block("num_attention_heads")[block] * K,
-            "KV": self.per_block("num_key_value_heads")[block] * K,
+            "K": self.head_size,
         }
+
+        for letter, setting in widths.SETTINGS.items():
+            sizes[letter] = self.per_block(setting)[block] * self.unit(letter)
 
         if self.family.routed:
             sizes["E"] = self.integer("num_experts")

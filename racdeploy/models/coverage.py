@@ -21,7 +21,7 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
     unknown, uncovered = list[str](), list[str]()
 
     for name in checkpoint.entries:
-        index, inside = _split_block(name, family.blocks)
+        index, inside = family.split_block(name)
 
         kind = _star(inside)
         tensors = family.model_tensors if index is None else family.block_tensors
@@ -39,7 +39,7 @@ def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
         raise _refuse_unknown(checkpoint, unknown)
 
     if uncovered:
-        kinds = [_star(_split_block(name, family.blocks)[1]) for name in uncovered]
+        kinds = [_star(family.split_block(name)[1]) for name in uncovered]
 
         patterns = [*dense, *sorted({kind.partition(".*")[0] for kind in kinds})]
         raise UsageError(
@@ -78,12 +78,6 @@ def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelErro
         remedy="merge adapters into the model first, and save it without what the architecture"
         " does not use; fused or quantized tensors are not supported",
     )
-
-
-def _split_block(name: str, blocks: str) -> tuple[int | None, str]:
-    """Return the number of a tensor's block, or None, and its name inside the block."""
-    match = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", name)
-    return (int(match[1]), match[2]) if match else (None, name)
 
 
 def _star(name: str) -> str:

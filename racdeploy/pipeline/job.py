@@ -166,7 +166,7 @@ class Job:
         checkpoint = self.checkpoint
         family = checkpoint.family
 
-        block, _, linear = weight.removeprefix(f"{family.blocks}.").partition(".")
+        block, linear = family.split_block(weight)
         stored = f"blk.{block}.{family.block_tensors[linear]}"
         return self.quant_rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant
 

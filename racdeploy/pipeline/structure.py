@@ -107,16 +107,14 @@ def _expect_shape(checkpoint: Checkpoint, settings: Structure) -> Shape:
     from racdeploy.prune.outline import Outline
 
     blocks = tuple(range(round(settings.share("blocks") * checkpoint.block_count)))
+    whole = Outline(blocks, {})
     units = {}
 
     for part in settings.parts:
-        plugin = plugins.load("structures", part)
-        if plugin.STEP != "width":
-            continue
-
-        layouts = [plugin.layout(checkpoint, block, settings) for block in blocks]
-        uniform = settings.uniform or layouts[0].alike
-        units[part] = tuple(keep_alike(layouts, settings.share(part), uniform=uniform))
+        if plugins.load("structures", part).STEP == "width":
+            layouts = whole.layouts(checkpoint, part, settings)
+            counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
+            units[part] = tuple(counts)
 
     return Outline(blocks, units).shape(checkpoint, settings)
 
@@ -129,12 +127,12 @@ def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str
     for name, entry in checkpoint.entries.items():
         left: Sequence[int] = entry.shape
 
-        if name.startswith(f"{family.blocks}."):
-            block, _, inside = name.removeprefix(f"{family.blocks}.").partition(".")
-            if int(block) >= len(lengths):
+        block, inside = family.split_block(name)
+        if block is not None:
+            if block >= len(lengths):
                 continue
             if inside in family.block_tensors:
-                left = widths.shape(family, inside, lengths[int(block)])
+                left = widths.shape(family, inside, lengths[block])
 
         elif left[0] == vocabulary:
             left = (tokens, *left[1:])

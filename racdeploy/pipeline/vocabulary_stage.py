@@ -43,7 +43,6 @@ class VocabularyStage:
         files = filter(Path.is_file, sorted(model.folder.iterdir()))
 
         inputs = address(__name__) | {
-            "model": checkpoint.sha256,
             "files": {file.name: file_sha256(file) for file in files},
             "old_ids": canonical_hash(old_ids.tolist()),
             "texts": canonical_hash(texts),

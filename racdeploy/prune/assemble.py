@@ -28,8 +28,7 @@ class Shape:
         """Return what the letters of a family's shapes stand for in one of the blocks."""
         sizes = dict(checkpoint.sizes(self.blocks[place]))
         for letter, setting in SETTINGS.items():
-            unit = 1 if letter == "F" else checkpoint.head_size
-            sizes[letter] = self.widths[setting][place] * unit
+            sizes[letter] = self.widths[setting][place] * checkpoint.unit(letter)
         return sizes
 
     @classmethod
@@ -70,19 +69,17 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
 
 def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
     """Return the entries that stay, by their new names."""
-    prefix = f"{checkpoint.family.blocks}."
-    numbers = {str(block): str(place) for place, block in enumerate(shape.blocks)}
+    family = checkpoint.family
+    numbers = {block: place for place, block in enumerate(shape.blocks)}
 
     entries = {}
 
     for name, entry in checkpoint.entries.items():
-        if not name.startswith(prefix):
+        block, inside = family.split_block(name)
+        if block is None:
             entries[name] = entry
-            continue
-
-        block, _, inside = name.removeprefix(prefix).partition(".")
-        if block in numbers:
-            entries[f"{prefix}{numbers[block]}.{inside}"] = entry
+        elif block in numbers:
+            entries[f"{family.blocks}.{numbers[block]}.{inside}"] = entry
 
     return entries
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +66,14 @@ def find_end(family: Family, letter: str) -> str:
 
 
 def check_share(
-    part: str, checkpoint: Checkpoint, layouts: Sequence[Layout], structure: Structure
+    part: str,
+    checkpoint: Checkpoint,
+    layout: Callable[[Checkpoint, int, Structure], Layout],
+    structure: Structure,
 ) -> None:
     """Refuse a share that the units of a part cannot come near to, or that removes nothing."""
+    blocks = range(checkpoint.block_count)
+    layouts = [layout(checkpoint, block, structure) for block in blocks]
     share = structure.share(part)
     first = layouts[0]
     uniform = structure.uniform or first.alike
@@ -80,8 +85,8 @@ def check_share(
             remedy=f"leave out --keep {part}",
         )
 
-    kept = sum(keep_alike(layouts, share, uniform=uniform))
-    units = sum(layout.units for layout in layouts)
+    kept = sum(keep_alike(layouts, share, uniform=structure.uniform))
+    units = sum(each.units for each in layouts)
     reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]
 
     if abs(kept / units - share) > min(FAR, share / 4):
@@ -102,11 +107,12 @@ def check_share(
 def keep_alike(layouts: Sequence[Layout], share: float, *, uniform: bool) -> list[int]:
     """Return how many units of each block come nearest to a share: of each block, or in total.
 
-    Where only the total counts, the last blocks keep more.
+    ``uniform``: as many in every block, also where the layout leaves a choice. Where only the total
+    counts, the last blocks keep more.
     """
     counts = [layout.nearest(share) for layout in layouts]
 
-    if uniform:
+    if uniform or layouts[0].alike:
         return counts
 
     # One step at a time towards the total, from the last block that can take it.

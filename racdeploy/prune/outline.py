@@ -59,7 +59,7 @@ class Outline:
 
         widths = {}
         for letter, setting in SETTINGS.items():
-            unit = 1 if letter == "F" else checkpoint.head_size
+            unit = checkpoint.unit(letter)
             widths[setting] = tuple(own[letter] // unit for own in sizes)
 
         return Shape(self.blocks, widths)
@@ -159,8 +159,7 @@ def _share_out(
         if part in curves:
             counts = allocate_units(own, curves[part], share)
         else:
-            uniform = structure.uniform or own[0].alike
-            counts = keep_alike(own, share, uniform=uniform)
+            counts = keep_alike(own, share, uniform=structure.uniform)
 
         units[part] = tuple(counts)
 

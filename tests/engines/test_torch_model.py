@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_transformers_opens_a_uniform_cut_itself(family: str, tmp_path: Path) ->
     torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(theirs), **_SAME)
 
 
+def _compare_with_skipping(small: Path, whole: Path, blocks: Sequence[int]) -> None:
+    """A model of some blocks computes what the whole one does that skips the others."""
+    skipping: Any = load_model(Checkpoint(whole))
+    layers = skipping.model.layers
+    skipping.model.layers = torch.nn.ModuleList(layers[block] for block in blocks)
+    torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(skipping), **_SAME)
+
+
 @pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
 def test_a_model_without_a_block_computes_as_the_whole_one_that_skips_it(
     family: str, tmp_path: Path
@@ -73,10 +82,7 @@ def test_a_model_without_a_block_computes_as_the_whole_one_that_skips_it(
     blocks = (0, 2, 3, 4, 5)
     small = cut_checkpoint(whole, tmp_path / "small", [(4, 96)] * 5, blocks)
 
-    skipping: Any = load_model(Checkpoint(whole))
-    layers = skipping.model.layers
-    skipping.model.layers = torch.nn.ModuleList(layers[block] for block in blocks)
-    torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(skipping), **_SAME)
+    _compare_with_skipping(small, whole, blocks)
 
 
 @pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
@@ -112,10 +118,7 @@ def test_kinds_that_the_config_counts_stay_with_their_blocks(
     blocks = (0, 2, 3, 4, 5)
     small = cut_checkpoint(whole, tmp_path / "small", [(4, 96)] * 5, blocks)
 
-    skipping: Any = load_model(Checkpoint(whole))
-    layers = skipping.model.layers
-    skipping.model.layers = torch.nn.ModuleList(layers[block] for block in blocks)
-    torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(skipping), **_SAME)
+    _compare_with_skipping(small, whole, blocks)
 
 
 def test_heads_that_transformers_needs_are_missed_in_a_message(tmp_path: Path) -> None:

@@ -112,6 +112,6 @@ def _refuse_narrow(family: Family) -> str:
 
 def _find_biased(family: Family, name: str) -> str:
     """Return the GGUF name of a linear, given that of its bias in the checkpoint, or nothing."""
-    inside = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+    _, inside = family.split_block(name)
     stored = family.block_tensors.get(inside, "")
     return stored.removesuffix(".bias") if stored.endswith(".bias") else ""

@@ -77,7 +77,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
 
     for name, (source, *_) in sources.items():
         if parts[name][0] in checkpoint.entries:  # biases may be missing
-            transform = family.transforms.get(_inside(checkpoint, source))
+            transform = family.transforms.get(family.split_block(source)[1])
             plan.append(_plan_tensor(checkpoint, mix, source, name, parts[name], transform))
 
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
@@ -141,15 +141,9 @@ def _list_parts(checkpoint: Checkpoint, sources: list[str]) -> tuple[str, ...]:
     return tuple(sources[0].replace("*", str(expert)) for expert in experts)
 
 
-def _inside(checkpoint: Checkpoint, source: str) -> str:
-    """Return the name inside its block, or the name itself outside the blocks."""
-    prefix = f"{checkpoint.family.blocks}."
-    return source.removeprefix(prefix).partition(".")[2] if source.startswith(prefix) else source
-
-
 def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:
     """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
-    biases = {name: _inside(checkpoint, name) for name in names if name.endswith(".bias")}
+    biases = {name: family.split_block(name)[1] for name in names if name.endswith(".bias")}
 
     biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
     optional = {name for name, inside in biases.items() if inside not in biased}
@@ -165,10 +159,10 @@ def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> 
 
 def _check_shape(checkpoint: Checkpoint, source: str) -> None:
     family = checkpoint.family
-    place = re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", source)
-    sizes = checkpoint.sizes(int(place[1]) if place else 0)
+    block, inside = family.split_block(source)
+    sizes = checkpoint.sizes(block or 0)
 
-    kind = re.sub(r"\.\d+\.", ".*.", _inside(checkpoint, source))  # ``*``: one of the experts
+    kind = re.sub(r"\.\d+\.", ".*.", inside)  # ``*``: one of the experts
     expected = list(widths.shape(family, kind, sizes))
 
     shape = list(checkpoint.entries[source].shape)
@@ -184,9 +178,10 @@ def _list_usual_names(checkpoint: Checkpoint, name: str, parts: tuple[str, ...])
     if len(parts) == 1:
         return ()
 
-    tensors = checkpoint.family.block_tensors
+    family = checkpoint.family
     place = name.rpartition("blk.")[2].partition(".")[0]
-    usual = [tensors.get(_inside(checkpoint, part)) for part in parts]  # None: an expert
+    insides = [family.split_block(part)[1] for part in parts]
+    usual = [family.block_tensors.get(inside) for inside in insides]  # None: an expert
     return tuple(f"blk.{place}.{each}" for each in usual if each)
 
 

@@ -88,12 +88,8 @@ def find_own(checkpoint: Checkpoint, name: str) -> Own:
 def _place(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
     """Return the block that a tensor is in, and its name there; empty outside of blocks."""
     family = checkpoint.family
-    prefix = f"{family.blocks}."
-    if not name.startswith(prefix):
-        return 0, ""
-
-    block, _, inside = name.removeprefix(prefix).partition(".")
-    return (int(block), inside) if inside in family.block_tensors else (0, "")
+    block, inside = family.split_block(name)
+    return (block or 0, inside) if inside in family.block_tensors else (0, "")
 
 
 def _keep(checkpoint: Checkpoint, block: int) -> widths.Kept:

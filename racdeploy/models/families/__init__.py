@@ -5,6 +5,7 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,6 +90,11 @@ class Family:
             biases=other.biases,
             integers=other.integers,
         )
+
+    def split_block(self, name: str) -> tuple[int | None, str]:
+        """Return the number of a tensor's block, or None, and its name inside the block."""
+        match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d+)\.(.+)", name)
+        return (int(match[1]), match[2]) if match else (None, name)
 
     def ends_part(self, group: int) -> bool:
         """Return whether a group of linears ends attention or the feed-forward part."""

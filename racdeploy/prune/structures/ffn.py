@@ -17,6 +17,4 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    blocks = range(checkpoint.block_count)
-    layouts = [layout(checkpoint, block, structure) for block in blocks]
-    check_share("ffn", checkpoint, layouts, structure)
+    check_share("ffn", checkpoint, layout, structure)

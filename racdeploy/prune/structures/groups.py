@@ -29,6 +29,4 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
             remedy="keep one of the two whole",
         )
 
-    blocks = range(checkpoint.block_count)
-    layouts = [layout(checkpoint, block, structure) for block in blocks]
-    check_share("groups", checkpoint, layouts, structure)
+    check_share("groups", checkpoint, layout, structure)

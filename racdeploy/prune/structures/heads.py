@@ -26,6 +26,4 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    blocks = range(checkpoint.block_count)
-    layouts = [layout(checkpoint, block, structure) for block in blocks]
-    check_share("heads", checkpoint, layouts, structure)
+    check_share("heads", checkpoint, layout, structure)

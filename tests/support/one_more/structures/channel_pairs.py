@@ -17,6 +17,4 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    blocks = range(checkpoint.block_count)
-    layouts = [layout(checkpoint, block, structure) for block in blocks]
-    check_share("channel_pairs", checkpoint, layouts, structure)
+    check_share("channel_pairs", checkpoint, layout, structure)
