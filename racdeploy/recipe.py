@@ -21,6 +21,8 @@ from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
+_ZEROS = {"method", "pattern", "sparsity", "allocation", "schedule"}
+"""Keys of ``prune`` that ask for zeros."""
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
@@ -185,10 +187,12 @@ class Structure(_Part):
     """How much of the model's structure stays, before zeros are chosen in what is left.
 
     ``keep`` has a share for each part that is cut, by the name of its plugin; of the vocabulary a
-    count of tokens, too.
+    count of tokens, too. What is ``optional`` is cut less, or not at all, where a model or a format
+    has no room for it.
     """
 
     keep: dict[str, float] = Field(default_factory=dict)
+    optional: bool = False
     uniform: bool = False
     multiple: int = Field(0, ge=0)
     criterion: Literal["error", "magnitude"] = "error"
@@ -313,10 +317,8 @@ class Recipe(_Part):
         name = asked.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
-        prune = asked.get("prune", {})
-        has_pattern = isinstance(prune, Mapping) and bool({"pattern", "sparsity"} & prune.keys())
-
-        merged = merge(target.defaults(has_pattern), asked)
+        proposed = merge(target.defaults, _propose_pruning(target, asked))
+        merged = merge(proposed, asked)
         recipe = validate(cls, merged, str(file) if file else "the command line")
 
         for each in (recipe, *map(recipe.at, recipe.also)):
@@ -345,6 +347,24 @@ class Recipe(_Part):
             known = plugins.names(kind) + (plugins.names("presets") if kind == "quant" else ())
             if name not in known:
                 raise plugins.unknown(kind, name, known)
+
+
+def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what is pruned where nobody says it.
+
+    Who asks for zeros, or for a packing that leaves them out, gets half of them if no more is said,
+    and nothing is cut; who asks for a cut gets no zeros; who asks for neither gets what the target
+    proposes.
+    """
+    parts = [asked.get(name, {}) for name in ("prune", "structure", "export")]
+    prune, structure, export = (part if isinstance(part, Mapping) else {} for part in parts)
+
+    packed = export.get("packing", target.packing) != "plain"
+    if packed or not _ZEROS.isdisjoint(prune):
+        return {}
+    if "keep" in structure:
+        return {"prune": {"sparsity": 0.0}}
+    return target.pruning
 
 
 def _check_regex(pattern: str) -> None:

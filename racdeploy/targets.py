@@ -27,7 +27,7 @@ class Target(BaseModel):
     quant: str = "q8_0"
     packing: str = "plain"
     pattern: str = "unstructured"
-    sparsity: float | None = None
+    sparsity: float = 0.0  # of an unstructured pattern
     keep: dict[str, float] = Field(default_factory=dict)  # shares of the structure that stay
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
@@ -55,18 +55,20 @@ class Target(BaseModel):
 
         return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
 
-    def defaults(self, pattern_is_asked: bool) -> dict[str, Any]:
-        """Return the recipe values this target proposes."""
-        prune: dict[str, Any] = {}
-
-        if not pattern_is_asked:
-            prune["pattern"] = self.pattern
-            if self.sparsity is not None and self.pattern == "unstructured":
-                prune["sparsity"] = self.sparsity
-
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The recipe values that this target proposes, :attr:`pruning` not among them."""
         export = {"format": self.format, "quant": self.quant, "packing": self.packing}
-        structure = {"keep": self.keep}
-        return merge({"prune": prune, "structure": structure, "export": export}, self.recipe)
+        return merge({"export": export}, self.recipe)
+
+    @property
+    def pruning(self) -> dict[str, dict[str, Any]]:
+        """What this target proposes to prune: parts of the structure, zeros, or both."""
+        prune: dict[str, Any] = {"pattern": self.pattern}
+        if self.pattern == "unstructured":
+            prune["sparsity"] = self.sparsity
+
+        return {"prune": prune, "structure": {"keep": self.keep, "optional": True}}
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
         """Refuse a format, a number format or a verified context that this target cannot run."""

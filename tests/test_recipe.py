@@ -23,11 +23,10 @@ def _file(tmp_path: Path, text: str) -> Path:
 
 def test_options_win_over_the_file_and_the_file_over_the_target(tmp_path: Path) -> None:
     """Defaults, target, file, command line: the later one decides."""
-    file = _file(
-        tmp_path, 'target = "raspberry-pi-5"\n[export]\nquant = "q8_0"\n[traces]\ncount = 9\n'
-    )
+    file = _file(tmp_path, 'target = "browser"\n[export]\nquant = "k_quant"\n[traces]\ncount = 9\n')
     recipe = Recipe.combine(file, {"traces": {"count": 5}, "verify": {"count": None}})
-    assert (recipe.prune.pattern, recipe.export.quant, recipe.traces.count) == ("2:4", "q8_0", 5)
+    assert (recipe.export.format, recipe.export.quant) == ("onnx", "k_quant")
+    assert recipe.traces.count == 5
     assert Verification().count == recipe.verify.count
 
 
@@ -51,6 +50,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     }
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
+        "prune.sparsity",
         *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text"),

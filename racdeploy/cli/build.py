@@ -28,7 +28,7 @@ def build(options: BuildOptions) -> None:
     job = Job.at_tier(options.resolve(), options.tier)
     with _open_build(job, options) as builder:
         if options.dry_run:
-            plan = check_build(job, options.out_folder) | builder.plan_pruning()
+            plan = check_build(builder.job, options.out_folder) | builder.plan_pruning()
             console.print_plan(plan, options.json_output)
             return
         folder, report = builder.run(options.out_folder)

@@ -83,10 +83,15 @@ def targets(json_output: JsonOpt = False) -> None:
         return
 
     for target in found:
-        pattern = target.pattern if target.sparsity is None else f"{target.sparsity:.0%} zeros"
-        kept = "".join(f", {part} {share:g}" for part, share in target.keep.items())
+        pruned = [f"{part} {share:g}" for part, share in target.keep.items()]
+        if target.pattern != "unstructured":
+            pruned.append(target.pattern)
+        elif target.sparsity:
+            pruned.append(f"{target.sparsity:.0%} zeros")
+
+        what = ", ".join(pruned) or "nothing pruned"
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
-        line = f"{target.name:<16}{target.format}, {target.quant}, {pattern}{kept}, {limits}"
+        line = f"{target.name:<16}{target.format}, {target.quant}, {what}, {limits}"
 
         out.print(line, soft_wrap=True)
         out.print(f"{'':<16}{target.why}", style="dim", soft_wrap=True)

@@ -19,7 +19,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
-from racdeploy.pipeline.structure import plan_cut
+from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Progress, Workplace
@@ -46,6 +46,10 @@ class Build:
     threads: int = 0
     progress: Progress | None = None
     processes: Processes = ALONE
+
+    def __post_init__(self) -> None:
+        """Settle what is cut: every stage and name goes by it."""
+        object.__setattr__(self, "job", fit_structure(self.job))
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything; return the bundle's folder, by default the artifact's name, and report."""

@@ -122,7 +122,7 @@ class Evaluation:
 
         return conclude(
             evidence,
-            [*built, *cut, *notes, *missing],
+            [*self.job.notes, *built, *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
             recipe=recipe,

@@ -29,12 +29,14 @@ from racdeploy.verify.gate import Gate, read_gate
 class Job:
     """What a recipe means on this machine; each part is looked up when it is first asked for.
 
-    Without a ``tier``, what the recipe says; ``resolved`` is the dense model where found before.
+    Without a ``tier``, what the recipe says; ``resolved`` is the dense model where found before,
+    ``notes`` say where the job differs from what its target proposes.
     """
 
     recipe: Recipe
     tier: str = ""
     resolved: ResolvedModel | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def at_tier(cls, recipe: Recipe, tier: str) -> Job:

@@ -81,7 +81,7 @@ def plan_build(job: Job) -> dict[str, Any]:
 
     expected = expect_structure(checkpoint, job.structure)
     prunable = [name for name in job.prunable_weights if name in expected.sizes]
-    pruned = len({*prunable} & {*job.weights_to_prune})
+    pruned = len({*prunable} & {*job.weights_to_prune}) if recipe.prune.sparsity else 0
 
     # Keys and values of a token, in half precision.
     kept = expected.kept

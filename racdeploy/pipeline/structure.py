@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from racdeploy import export, plugins
@@ -30,6 +30,40 @@ class Expected:
     kept: Kept | None
     structure: tuple[StructureRow, ...]
     sizes: Mapping[str, int]
+
+
+def fit_structure(job: Job) -> Job:
+    """Return the job with a cut that its model and formats have room for, where it is optional.
+
+    What can't be cut to a width for each block is cut to one for all, or not at all; the job's
+    notes say so.
+    """
+    asked = job.recipe.structure
+    if not asked.optional:
+        return job
+
+    decided = asked.model_copy(update={"optional": False})
+    why = ""
+    for uniform in (asked.uniform, True):
+        fitted = _cut(job, decided.model_copy(update={"uniform": uniform}))
+        try:
+            check_structure(fitted)
+            for each in (fitted, *fitted.siblings):
+                check_format(each)
+        except UsageError as error:
+            why = why or error.message
+        else:
+            notes = (f"all blocks get the same widths: {why}",) if why else ()
+            return replace(fitted, notes=notes)
+
+    parts = ", ".join(f"{part} {share:g}" for part, share in asked.keep.items())
+    note = f"nothing is cut, though {parts} was proposed: {why}"
+    return replace(_cut(job, decided.model_copy(update={"keep": {}})), notes=(note,))
+
+
+def _cut(job: Job, structure: Structure) -> Job:
+    recipe = job.recipe.model_copy(update={"structure": structure})
+    return replace(job, recipe=recipe, resolved=job.model)
 
 
 def check_structure(job: Job) -> None:
@@ -68,14 +102,15 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
 
 
 def plan_cut(job: Job) -> dict[str, Any]:
-    """Return about what will be left of a job's model; nothing where nothing is cut."""
+    """Return about what will be left of a job's model, and where its target proposed more."""
+    plan: dict[str, Any] = {"note": "; ".join(job.notes)} if job.notes else {}
     expected = expect_structure(job.checkpoint, job.structure)
     kept = expected.kept
     if kept is None:
-        return {}
+        return plan
 
     about = describe_kept(kept, expected.structure)
-    return {"parameters_left": kept.parameters, "keeps": f"about {about}"}
+    return plan | {"parameters_left": kept.parameters, "keeps": f"about {about}"}
 
 
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:

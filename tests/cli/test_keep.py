@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,9 @@ from racdeploy.cli.options import BuildOptions
 
 
 def test_shares_are_combined_by_part(tmp_path: Path) -> None:
-    """Target, recipe, ``--keep``, ``--set``: the later one decides, and each part for itself."""
+    """Recipe, ``--keep``, ``--set``: the later one decides, and each part for itself. A target's
+    go where any is asked for.
+    """
     target = tmp_path / "board.toml"
     target.write_text(
         'why = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\nheads = 0.9\nblocks = 0.9\n'
@@ -25,16 +28,39 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
         keep=["blocks=0.7", "vocabulary=8192"],
         assignments=["structure.keep={vocabulary=4096}"],
     )
-    expected = {"ffn": 0.9, "heads": 0.8, "blocks": 0.7, "vocabulary": 4096}
+    expected = {"heads": 0.8, "blocks": 0.7, "vocabulary": 4096}
     assert options.resolve().structure.keep == expected
+    alone = BuildOptions(target=str(target)).resolve().structure
+    assert alone.keep == {"ffn": 0.9, "heads": 0.9, "blocks": 0.9}
+    assert alone.optional
 
 
-def test_a_cut_leaves_the_zeros_of_the_target() -> None:
-    """Both are done, unless no zeros are asked for."""
-    both = BuildOptions(target="raspberry-pi-5", keep=["ffn=0.75"]).resolve()
-    assert (both.prune.pattern, both.structure.parts) == ("2:4", ("ffn",))
-    alone = BuildOptions(target="raspberry-pi-5", keep=["ffn=0.75"], sparsity=0).resolve()
-    assert (alone.prune.pattern, alone.prune.sparsity) == ("unstructured", 0)
+@pytest.mark.parametrize(
+    ("asked", "keep", "sparsity"),
+    [
+        ({}, {"ffn": 0.9}, 0.0),
+        ({"keep": ["heads=0.75"]}, {"heads": 0.75}, 0.0),
+        ({"sparsity": 0.6}, {}, 0.6),
+        ({"sparsity": 0.0}, {}, 0.0),
+        ({"pattern": "2:4"}, {}, 0.5),
+        ({"method": "admm"}, {}, 0.5),
+        ({"packing": "bitmask"}, {}, 0.5),
+        ({"assignments": ["prune.schedule=[0.3, 0.5]"]}, {}, 0.5),
+        ({"keep": ["ffn=0.5"], "pattern": "2:4"}, {"ffn": 0.5}, 0.5),
+        ({"quant": "q4_0"}, {"ffn": 0.9}, 0.0),
+    ],
+)
+def test_what_is_asked_replaces_what_a_target_proposes(
+    tmp_path: Path, asked: dict[str, Any], keep: dict[str, float], sparsity: float
+) -> None:
+    """Zeros that nobody counts are half of the weights, and a cut comes without zeros. What is
+    asked for is not optional.
+    """
+    target = tmp_path / "board.toml"
+    target.write_text('why = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\n')
+    recipe = BuildOptions(target=str(target), **asked).resolve()
+    assert (recipe.structure.keep, recipe.prune.sparsity) == (keep, sparsity)
+    assert recipe.structure.optional == (keep == {"ffn": 0.9})
 
 
 @pytest.mark.parametrize("command", ["build", "prune"])

@@ -21,7 +21,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "bundle").is_dir():
             outcome = racdeploy(
-                *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
+                *("build", "--target", "ci-smoke", "--sparsity", 0.5),
+                *("--trace-prompts", 64, "--prompts", 60),
                 *("--work", folder / "work", "--out", folder / "bundle"),
             )
             assert outcome.code == 0, outcome.out + outcome.err

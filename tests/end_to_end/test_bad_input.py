@@ -165,9 +165,15 @@ def test_experts_are_named_with_what_to_write(tmp_path: Path) -> None:
     written = re.search(r"dense = \[.*?\]", output.replace("\n", " "))
     assert written, output
     (tmp_path / "recipe.toml").write_text(f"[prune]\n{written[0]}\n")
-    code, output = _run(*options, "--json")
+    code, output = _run(*options, "--sparsity", 0.5, "--json")
     assert code == 0, output
     assert json.loads(output)["linears_kept_dense"] == 1
+
+    code, output = _run(*options, "--json")
+    assert code == 0, output
+    plan = json.loads(output)
+    assert plan["linears_pruned"] == 0
+    assert plan["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
 
 
 RECIPES: dict[str, tuple[str, str]] = {

@@ -167,8 +167,8 @@ def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Pa
     """Same recipe, same results of stages: the same artifact, byte for byte."""
     again = tmp_path / "again"
     outcome = racdeploy(
-        *("build", "--target", "ci-smoke", "--trace-prompts", 64, "--prompts", 60),
-        *("--work", work, "--out", again),
+        *("build", "--target", "ci-smoke", "--sparsity", 0.5),
+        *("--trace-prompts", 64, "--prompts", 60, "--work", work, "--out", again),
     )
     assert outcome.code == 0, outcome.err
     assert Manifest.read(built).artifacts == Manifest.read(again).artifacts

@@ -69,7 +69,7 @@ def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     assert structure["block_rows"] == rows
     assert manifest["headline"]["pruned"]["parameters"] == kept["parameters"]
     (main,) = manifest["artifacts"]
-    assert "-blocks75-ffn50-heads50-rac-50-" in main["path"]
+    assert "-blocks75-ffn50-heads50-rac-v1.0-" in main["path"]
 
     summary = inspect_path(out / main["path"])["summary"]
     assert summary["racdeploy.keep.ffn"] == 0.5

@@ -37,6 +37,7 @@ from tests.support.records import arm_of
 PAGE = Path(__file__).parents[2] / "docs" / "what-it-catches.md"
 OPTIONS = {
     "target": "ci-smoke",
+    "prune": {"sparsity": 0.5},
     "traces": {"count": 64},
     "verify": {"count": 32, "max_new_tokens": 400, "logit_traces": 2},
 }

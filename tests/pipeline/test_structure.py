@@ -10,7 +10,14 @@ import pytest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, describe_pruning, name_artifact
-from racdeploy.pipeline.structure import expect_structure, measure_kept, plan_cut
+from racdeploy.pipeline.structure import (
+    check_format,
+    check_structure,
+    expect_structure,
+    fit_structure,
+    measure_kept,
+    plan_cut,
+)
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe, Structure
 from racdeploy.report.model import LinearRow
@@ -71,7 +78,7 @@ def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
         ({}, {"sparsity": 0}, "rac-0"),
         ({"ffn": 0.75}, {"sparsity": 0}, "ffn75-rac"),
         ({"ffn": 0.75, "heads": 1}, {"pattern": "2:4"}, "ffn75-rac-2of4"),
-        ({"vocabulary": 8192, "ffn": 0.625}, {}, "ffn62.5-vocabulary8192-rac-50"),
+        ({"vocabulary": 8192, "ffn": 0.625}, {}, "ffn62.5-vocabulary8192-rac"),
     ],
 )
 def test_names_say_what_stays(keep: dict[str, float], prune: dict[str, object], named: str) -> None:
@@ -89,7 +96,7 @@ def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:
     assert keys == {"racdeploy.keep.ffn": 0.5}
     before = describe_model(job, Checkpoint(dense))
     assert found["general.size_label"] != before["general.size_label"]
-    assert "-ffn50-rac-50-" in name_artifact(job)
+    assert "-ffn50-rac-v1.0-" in name_artifact(job)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
@@ -123,4 +130,31 @@ def test_fewer_tokens_are_planned(dense: Path) -> None:
 
 def test_nothing_is_planned_for_a_whole_model(dense: Path) -> None:
     """The plan of a recipe without a cut is as before."""
-    assert plan_cut(Job(Recipe.combine(None, {"model": str(dense)}))) == {}
+    options = {"model": str(dense), "prune": {"sparsity": 0.5}}
+    assert plan_cut(Job(Recipe.combine(None, options))) == {}
+
+
+def test_what_is_optional_fits_the_model(tmp_path: Path) -> None:
+    """A width for each block where there is a door for it, one for all where there is none, and
+    none where no part can be cut so; asked for, each is an error.
+    """
+    wide = make_checkpoint(tmp_path / "wide", "qwen3", intermediate_size=128)
+    untied = make_checkpoint(tmp_path / "untied", "qwen3", tied=False, intermediate_size=128)
+    narrow = make_checkpoint(tmp_path / "narrow", "llama", intermediate_size=32)
+    found = {}
+
+    for folder in (wide, untied, narrow):
+        structure = {"keep": {"ffn": 0.75}, "optional": True}
+        asked = Recipe.combine(None, {"model": str(folder), "structure": structure})
+        job = fit_structure(Job(asked))
+        found[folder] = job.structure
+        assert not job.structure.optional
+        assert fit_structure(job) is job
+        check_structure(job)
+        check_format(job)
+        assert bool(job.notes) == (folder != wide)
+        assert plan_cut(job).get("note", "") == "".join(job.notes)
+
+    assert (found[wide].parts, found[wide].uniform) == (("ffn",), False)
+    assert (found[untied].parts, found[untied].uniform) == (("ffn",), True)
+    assert found[narrow].parts == ()

@@ -177,7 +177,7 @@ def _build(folder: Path, **prune: object) -> Build:
         "traces": {"count": 8, "batch": 4, "max_new_tokens": 12},
         "tasks": ("gcd",),
         "calibration": {"keep_truncated": True},
-        "prune": prune,
+        "prune": prune or {"sparsity": 0.5},
     }
     return Build(Job(Recipe.combine(None, options)), folder / "work", threads=1)
 
