@@ -282,9 +282,10 @@ class _Walk:
         statistic = self._gather(pair, cut.group, [full_OI], final=False)
         statistic.share(self.processes, [owner])
         pair.narrowed[cut.linear] = statistic.importance_I
+        earlier = self.earlier.kept(pair.place)[cut.part] if self.earlier else None
 
         if self.processes.rank == owner:
-            removal = self._remove(pair, cut, statistic)
+            removal = self._remove(pair, cut, statistic, earlier)
             weight_OK = removal.solve()
             units = removal.kept
         else:
@@ -300,8 +301,10 @@ class _Walk:
 
         narrow(self.checkpoint.family, pair, cut, weight_OK)
 
-    def _remove(self, pair: BlockPair, cut: Cut, statistic: InputStatistic) -> Removal:
-        """Remove the units that are missed least, or those that the earlier walk removed."""
+    def _remove(
+        self, pair: BlockPair, cut: Cut, statistic: InputStatistic, earlier: list[int] | None
+    ) -> Removal:
+        """Remove the units that are missed least, or those that an earlier walk did not keep."""
         by_magnitude = self.plan.by_magnitude
         hessian = statistic.hessian(self.settings.damping)
 
@@ -312,9 +315,8 @@ class _Walk:
         layout = cut.layouts[pair.place]
         removal = Removal(target_OI, hessian, layout, by_magnitude=by_magnitude)
 
-        if self.earlier:
-            kept = self.earlier.kept(pair.place)
-            removal.keep(torch.tensor(kept[cut.part]))
+        if earlier is not None:
+            removal.keep(torch.tensor(earlier))
         else:
             removal.shrink(cut.counts[pair.place])
 

@@ -36,7 +36,8 @@ def test_the_report_explains_the_file(bundle: Path) -> None:
     checks = {check["name"]: check["verdict"] for check in report["checks"]}
     names = ("integrity", "logits", "sparsity", "template", "tokens")
     assert {name: checks[name] for name in names} == dict.fromkeys(names, "pass")
-    assert any("architecture openelm" in note for note in report["notes"])
+    (other,) = report["deviations"]
+    assert (other["what"], other["real"]) == ("architecture", "openelm")
 
     joined = [row for row in report["tensors"] if row["name"].endswith("attn_qkv.weight")]
     assert len(joined) == 4

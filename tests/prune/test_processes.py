@@ -150,7 +150,8 @@ def test_three_processes_leave_the_bytes_of_one(tmp_path: Path, settings: str) -
     _model(tmp_path, settings)
     processes = _start(tmp_path, "three", 3)
     expected = _alone(tmp_path)
-    assert [code for code, _, _ in _finish(processes)] == [0, 0, 0]
+    done = _finish(processes)
+    assert [code for code, _, _ in done] == [0, 0, 0], done
     assert expected == _contents(tmp_path / "three")
 
 
