@@ -8,6 +8,10 @@ exports them, the last one as architecture ``deci``, and ``llama_cpp.Llama`` of 
 them. Sides take turns, each time in a process of its own; figures are medians. ``bytes`` is the
 dense file over the side's, what decoding would gain if a token cost nothing but reading weights,
 and ``of bytes`` the share of it that was gained.
+
+With ``--files dense=A.gguf "ffn 0.5"=B.gguf`` these files are measured instead, the first as
+dense. ``--no-mmap`` reads files into memory: a mapped file's pages lie in the system's cache as
+they happened to get there, and that alone made equal files of 145 MB differ by up to 1.7 times.
 """
 
 from __future__ import annotations
@@ -34,24 +38,40 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each turn")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--files", nargs="*", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--no-mmap", action="store_true")
     arguments = parser.parse_args()
+    sides = name_files(arguments) if arguments.files else write_sides(arguments)
 
+    for threads in arguments.threads:
+        columns = ["quant", "side", "MB", "bytes", "decode ms", "×", "of bytes", "prefill ms", "×"]
+        print(f"\n{threads} thread{'s' * (threads > 1)}\n")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for quant, each in sides.items():
+            report(quant, each, threads, arguments)
+
+
+def name_files(arguments: argparse.Namespace) -> dict[str, list[Side]]:
+    """Return the files of the command line as the sides of one number format."""
+    sides = []
+    for pair in arguments.files:
+        label, _, file = pair.partition("=")
+        sides.append(Side(label, Path(file), sparse=False, use_mmap=not arguments.no_mmap))
+    return {"": sides}
+
+
+def write_sides(arguments: argparse.Namespace) -> dict[str, list[Side]]:
+    """Return the synthetic model's sides by number format, written where need be."""
     inner = 4 * arguments.hidden
     channels = {
         "dense": [inner] * arguments.blocks,
         "half, all alike": [inner // 2] * arguments.blocks,
         "half, per block": spread(inner, arguments.blocks),
     }
-    sides = {
+    return {
         quant: [write_side(arguments, quant, *each) for each in channels.items()]
         for quant in arguments.quants
     }
-    for threads in arguments.threads:
-        columns = ["quant", "side", "MB", "bytes", "decode ms", "×", "of bytes", "prefill ms", "×"]
-        print(f"\n{threads} thread{'s' * (threads > 1)}\n")
-        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for quant in arguments.quants:
-            report(quant, sides[quant], threads, arguments)
 
 
 def write_side(
@@ -65,7 +85,7 @@ def write_side(
     file = folder / f"{quant}.gguf"
     if not file.is_file():
         export.write(Checkpoint(folder), file, Export(quant=quant))
-    return Side(name, file, sparse=False)
+    return Side(name, file, sparse=False, use_mmap=not arguments.no_mmap)
 
 
 def report(quant: str, sides: Sequence[Side], threads: int, arguments: argparse.Namespace) -> None:
