@@ -239,6 +239,7 @@ class Reverification:
             blocks=own.report.blocks,
             structure=own.report.structure,
             kept=own.report.kept,
+            recovery=own.report.recovery,
             deviations=own.report.deviations,
             fingerprint=answerer.fingerprint,
         )

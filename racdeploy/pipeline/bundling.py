@@ -24,6 +24,7 @@ from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Export
 from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
+from racdeploy.report.recovery import as_csv, describe_recovery
 from racdeploy.report.structure import describe_kept
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
@@ -132,6 +133,8 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             "report.html": html.render(contents.report, contents.records),
             "records.jsonl": "".join(records),
         }
+        if contents.report.recovery:
+            texts["recover.csv"] = as_csv(contents.report.recovery)
 
         for entry in manifest.artifacts:
             form = export.load(entry.format)
@@ -285,6 +288,7 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         calibrated_on=_SOURCES[recipe.calibration.source],
         done=_describe_pruning(contents),
         kept=describe_kept(contents.report.kept, contents.report.structure),
+        learned=describe_recovery(contents.report.recovery),
         entries=entries,
         usage=chain.from_iterable(usages),
     )

@@ -89,7 +89,6 @@ class Evaluation:
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
         prunable = set(model.checkpoint.linear_weights)
-        kept_dense = [row.name for row in model.linears if row.sparsity_asked == 0]
         encoder = PromptEncoder.from_folder(model.folder)
         eos_ids = model.checkpoint.eos_ids
         logits = self._compare_logits(model, pruned, traces)
@@ -107,7 +106,7 @@ class Evaluation:
             sparsity_recipe=recipe.prune.sparsity if model.undone else None,
             tensors=measure.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
-            dense_linears=frozenset(kept_dense),
+            dense_linears=frozenset(r.name for r in model.linears if r.sparsity_asked == 0),
             probes=found.probes,
             logits=logits,
             also=self._answer_also(model, also),
@@ -131,6 +130,7 @@ class Evaluation:
             structure=model.structure,
             deviations=[DeviationRow(**asdict(each)) for each in pruned.deviations],
             kept=measure_kept(self.job.checkpoint, model.checkpoint),
+            recovery=model.recovery,
             fingerprint=measure.fingerprint(self._engine_settings),
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.report.model import BlockRow, LinearRow, StructureRow
+from racdeploy.report.model import BlockRow, LinearRow, RecoveryRow, StructureRow
 
 __all__ = ["PrunedModel"]
 
@@ -26,6 +26,7 @@ class PrunedModel:
     notes: tuple[str, ...] = ()  # what the report must say about how it came about
     undone: str = ""  # which step of a schedule was undone, and why; empty where none was
     structure: tuple[StructureRow, ...] = ()  # of each block, by new numbers; empty if none was cut
+    recovery: tuple[RecoveryRow, ...] = ()  # while it learned from the dense model, if it did
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

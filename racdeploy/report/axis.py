@@ -64,6 +64,15 @@ def upward_decades(label: str, low: float, high: float) -> Axis:
     return Axis(label, ticks, _BOTTOM, _TOP, _power_text)
 
 
+def tokens_text(most: float) -> TickText:
+    """Return how counts up to ``most`` are written, all in one unit: as 0.5M, 200k or 50."""
+    if most >= 1e6:
+        return lambda tokens: f"{tokens / 1e6:g}M" if tokens else "0"
+    if most >= 1e3:
+        return lambda tokens: f"{tokens / 1e3:g}k" if tokens else "0"
+    return "{:g}".format
+
+
 def draw(chart: str, **values: object) -> Markup:
     """Draw a chart by its macro in ``charts.svg.jinja``."""
     macros = load_templates().get_template("charts.svg.jinja").module

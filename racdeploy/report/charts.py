@@ -14,19 +14,33 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from markupsafe import Markup
 
 from racdeploy.report import axis
-from racdeploy.report.model import ArmSummary, LinearRow, PositionRow, Record, StructureRow
-from racdeploy.report.tables import readable_bytes
+from racdeploy.report.model import (
+    ArmSummary,
+    LinearRow,
+    PositionRow,
+    Record,
+    RecoveryRow,
+    StructureRow,
+)
+from racdeploy.report.recovery import list_phases
+from racdeploy.report.tables import readable_bytes, say
 
 _BINS = 48
 _POINTS = 2000
 _FLOOR = 1e-9  # in nats: below it a mean KL is rounding
+_NAME_PIXELS = 14  # from one upright name to the next
 _NOTHING = Markup("")
+_LOOK = "{0.phase}, {0.tokens:,} tokens: KL {0.kl_nats:.3g} nats, {0.accuracy:.1%} right"
 
 Cell = tuple[str, int]
 """Kind of a linear and its block."""
 ArmValue = tuple[ArmSummary, float]
 _Arrow = tuple[complex, complex, tuple[complex, ...]]
 """Both ends of the line, and the corners of the head, each x + iy in pixels."""
+_Mark = tuple[RecoveryRow, complex, str]
+"""A look, its place as x + iy in pixels, and what it saw."""
+_End = tuple[str, float, float]
+"""Name of a phase, where it ends and where the name is, both from the left in pixels."""
 
 
 def accuracy_against_length(arms: Sequence[ArmSummary]) -> Markup:
@@ -127,6 +141,104 @@ def widths_by_block(structure: Sequence[StructureRow]) -> Markup:
     x = axis.across("block", 0, len(structure))
     y = axis.upward_share("kept", 0, 1)
     return axis.draw("widths", x=x, y=y, rows=structure, shares=cut)
+
+
+def recovery_over_tokens(rows: Sequence[RecoveryRow]) -> Markup:
+    """Draw divergence and right answers over the tokens learned, one panel for each."""
+    most = max((row.tokens for row in rows), default=0)
+    if not most:
+        return _NOTHING
+
+    x = axis.across("tokens learned", 0, most, axis.tokens_text(most))
+    ends = _phase_ends(rows, x)
+
+    # Divergence falls, so the names of phases are at the top; right answers rise: at the bottom.
+    return _recovery_kl(rows, x, ends) + _recovery_accuracy(rows, x, ends)
+
+
+def _recovery_kl(rows: Sequence[RecoveryRow], x: axis.Axis, ends: Sequence[_End]) -> Markup:
+    """Draw a line through the looks, logarithmically."""
+    looks = []
+    for row in rows:
+        if row.kl_nats is not None and math.isfinite(row.kl_nats):
+            looks.append((row, max(row.kl_nats, _FLOOR)))
+
+    if not looks:
+        return _NOTHING
+
+    values = [value for _, value in looks]
+    y = axis.upward_decades("KL in nats", min(values), max(values))
+    marks = [_mark(row, x(row.tokens), y.log10(value)) for row, value in looks]
+
+    return axis.draw(
+        "recovery",
+        label="Divergence from the dense model over the tokens learned",
+        x=x,
+        y=y,
+        marks=marks,
+        lines=_phase_lines(marks),
+        ends=ends,
+    )
+
+
+def _recovery_accuracy(rows: Sequence[RecoveryRow], x: axis.Axis, ends: Sequence[_End]) -> Markup:
+    """Draw a mark for each time that the calibration prompts were asked."""
+    asked = []
+    for row in rows:
+        if row.accuracy is not None:
+            asked.append((row, row.accuracy))
+
+    if not asked:
+        return _NOTHING
+
+    shares = [share for _, share in asked]
+    low = max(0.0, min(shares) - 0.02)
+    high = min(1.0, max(shares) + 0.02)
+    y = axis.upward_share("calibration prompts right", low, high)
+    marks = [_mark(row, x(row.tokens), y(share)) for row, share in asked]
+
+    return axis.draw(
+        "recovery",
+        label="Calibration prompts right over the tokens learned",
+        x=x,
+        y=y,
+        marks=marks,
+        lines={},
+        ends=ends,
+    )
+
+
+def _mark(row: RecoveryRow, across: float, height: float) -> _Mark:
+    return row, complex(across, height), say(_LOOK, row)
+
+
+def _phase_lines(marks: Sequence[_Mark]) -> dict[tuple[str, bool], list[complex]]:
+    """Return the line of each phase, from the last look that was kept, and whether it was kept."""
+    lines: dict[tuple[str, bool], list[complex]] = {}
+    start: list[complex] = []
+
+    for row, place, _ in marks:
+        line = lines.setdefault((row.phase, row.kept), list(start))
+        line.append(place)
+        if row.kept:
+            start = [place]
+
+    return lines
+
+
+def _phase_ends(rows: Sequence[RecoveryRow], x: axis.Axis) -> list[_End]:
+    """Return where each phase ends, and where its name is: left of that, clear of the next."""
+    ends = []
+    free = math.inf
+
+    for phase in reversed(list_phases(rows)):
+        if phase.tokens:
+            end = x(phase.tokens)
+            free = min(end - 4, free)
+            ends.append((phase.phase, end, free))
+            free -= _NAME_PIXELS
+
+    return ends
 
 
 def _accuracy_chart(

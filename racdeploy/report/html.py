@@ -105,6 +105,7 @@ def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
         "scatter_chart": charts.paired_lengths(paired, cap),
         "histogram_chart": charts.length_histogram(dense, pruned, cap),
         "widths_chart": charts.widths_by_block(report.structure),
+        "recovery_chart": charts.recovery_over_tokens(report.recovery),
         "sparsity_chart": charts.heat_map(
             "Sparsity by linear", linears, attrgetter("sparsity_reached")
         ),

@@ -207,6 +207,28 @@ class Kept(_Part):
     vocabulary_dense: int = Field(ge=1)
 
 
+class RecoveryRow(_Part):
+    """One look at the pruned model while it learned from the dense one.
+
+    Args:
+        phase: ``start``, the name of a way (``all``, ``blocks``, ``scales``), or ``own answers N``.
+        tokens: of traces learned since the start, over all phases.
+        loss: mean over what was learned since the look before, in the way's own unit; None at the
+            start.
+        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None where it was not measured.
+        accuracy: share of the calibration prompts that it answers right; None where it was not
+            asked.
+        kept: whether the phase entered the model; one that made it worse was undone.
+    """
+
+    phase: str
+    tokens: int = Field(ge=0)
+    loss: float | None = None
+    kl_nats: float | None = None
+    accuracy: float | None = Field(None, ge=0, le=1)
+    kept: bool = True
+
+
 class PositionRow(_Part):
     """Mean divergence over a stretch of the dense model's completions, teacher-forced.
 
@@ -319,6 +341,8 @@ class Report(_Part):
         recipe: the resolved recipe.
         structure: one row for each block of the pruned model; empty where blocks are as they were.
         kept: what is left of the whole model; None where nothing was cut.
+        recovery: looks at the pruned model while it learned from the dense one, in order; empty
+            where it did not.
         notes: whatever a reader must know and no table says.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
@@ -337,6 +361,7 @@ class Report(_Part):
     blocks: tuple[BlockRow, ...] = ()
     structure: tuple[StructureRow, ...] = ()
     kept: Kept | None = None
+    recovery: tuple[RecoveryRow, ...] = ()
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     deviations: tuple[DeviationRow, ...] = ()

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.report.model import ArmSummary, BlockRow, Comparison, LinearRow, Report
+from racdeploy.report.model import (
+    ArmSummary,
+    BlockRow,
+    Comparison,
+    LinearRow,
+    RecoveryRow,
+    Report,
+)
+from racdeploy.report.recovery import describe_recovery, list_phases
 from racdeploy.report.structure import describe_kept, list_kept
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
@@ -36,6 +44,13 @@ _ARM = {
     "tokens/s": "{0.tokens_per_s:.1f}",
     "quant": "{0.quant}",
     "sparsity": "{0.sparsity:.1%}",
+}
+_PHASE = {
+    "phase": "{0.phase}",
+    "tokens": "{0.tokens:,}",
+    "KL on held-out traces, nats": "{0.kl_nats:.3g}",
+    "calibration prompts right": "{0.accuracy:.1%}",
+    "entered the model": "{1}",
 }
 _DROP = (
     "Pruned answers {1} dense ({0.confidence:.0%} interval of the drop {0.drop_lower:points} to "
@@ -76,6 +91,8 @@ def explanation(report: Report) -> str:
         sentences.append(_compare(report.comparison))
     if kept := describe_kept(report.kept, report.structure):
         sentences.append(f"Pruned keeps {kept}.")
+    if learned := describe_recovery(report.recovery):
+        sentences.append(f"Pruned {learned}.")
     return plain(" ".join(sentences))
 
 
@@ -85,6 +102,7 @@ def tables(report: Report) -> list[Table]:
     candidates = {
         ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
         ("Kept", "what|dense|pruned|kept"): _kept(report),
+        ("Recovery", "|".join(_PHASE)): [_phase(end) for end in list_phases(report.recovery)],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         ("Checks", "check|verdict|found|next step"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
@@ -175,6 +193,11 @@ def _arm(arm: ArmSummary) -> Row:
 
 def _kept(report: Report) -> list[Row]:
     return [part.row for part in list_kept(report.kept, report.structure)]
+
+
+def _phase(end: RecoveryRow) -> Row:
+    entered = "yes" if end.kept else "no, undone"
+    return tuple(say(cell, end, entered) for cell in _PHASE.values())
 
 
 def _tasks(report: Report) -> list[Row]:

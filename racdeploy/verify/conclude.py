@@ -26,6 +26,7 @@ def conclude(
     blocks: Sequence[reports.BlockRow],
     structure: Sequence[reports.StructureRow],
     kept: reports.Kept | None,
+    recovery: Sequence[reports.RecoveryRow],
     deviations: Sequence[reports.DeviationRow],
     fingerprint: Mapping[str, Any],
 ) -> tuple[reports.Report, list[reports.Record]]:
@@ -48,6 +49,7 @@ def conclude(
         blocks=tuple(blocks),
         structure=tuple(structure),
         kept=kept,
+        recovery=tuple(recovery),
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
         deviations=tuple(deviations),

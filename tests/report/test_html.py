@@ -55,6 +55,10 @@ def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) 
                 *report.linears,
                 report.linears[0].model_copy(update={"name": f"a.1.{HOSTILE}"}),
             ),
+            "recovery": (
+                *report.recovery,
+                report.recovery[1].model_copy(update={"phase": HOSTILE}),
+            ),
             "recipe": {HOSTILE: HOSTILE},
         }
     )
@@ -85,14 +89,14 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
 
 
 def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> None:
-    """Three of accuracy, scatter, histogram, two heat maps and the divergence, all with a text for
-    screen readers.
+    """Three of accuracy, scatter, histogram, two heat maps, the divergence and two of the recovery,
+    all with a text for screen readers.
     """
     elements = Elements(html.render(report, records))
     labels = [
         value for tag, name, value in elements.attributes if (tag, name) == ("svg", "aria-label")
     ]
-    assert len({*labels}) == len(labels) == 8
+    assert len({*labels}) == len(labels) == 10
     classes = [value for _, name, value in elements.attributes if name == "class"]
     assert classes.count("arrow") == 1
     assert classes.count("cap") == 2
@@ -184,7 +188,7 @@ def test_degenerate_charts_render(report: Report, records: list[Record]) -> None
         report.model_copy(update={"arms": (lone,), "linears": report.linears[:1]}), silent
     )
     assert "nan" not in page
-    assert Elements(page).tags.count("svg") == 6
+    assert Elements(page).tags.count("svg") == 8
 
 
 def test_what_both_thoughts_begin_with_ends_at_a_word(

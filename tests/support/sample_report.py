@@ -18,6 +18,7 @@ from racdeploy.report.model import (
     LinearRow,
     PositionRow,
     Record,
+    RecoveryRow,
     Report,
     RivalRow,
     TaskRow,
@@ -202,6 +203,14 @@ def build_report() -> Report:
                 drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02},
             )
             for block in range(12)
+        ),
+        recovery=(
+            RecoveryRow(phase="start", tokens=0, kl_nats=0.912, accuracy=0.5),
+            RecoveryRow(phase="all", tokens=200_000, loss=0.4, kl_nats=0.21),
+            RecoveryRow(phase="all", tokens=400_000, loss=0.2, kl_nats=0.03456, accuracy=0.9375),
+            RecoveryRow(
+                phase="own answers 1", tokens=450_000, loss=0.3, kl_nats=0.0512, kept=False
+            ),
         ),
         positions=tuple(
             PositionRow(

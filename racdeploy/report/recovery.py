@@ -1,0 +1,58 @@
+"""How a pruned model learned from the dense one: its phases, in one sentence, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
+
+from racdeploy.report.model import RecoveryRow
+
+
+def list_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
+    """Return the last look of each phase, in the order in which they were learned."""
+    ends = []
+    for _, looks in groupby(rows, key=attrgetter("phase")):
+        *_, last = looks
+        ends.append(last)
+    return ends
+
+
+def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
+    """Return what entered the model, as the predicate of a sentence; empty where nothing did."""
+    learned_tokens = _count_kept_tokens(rows)
+    if not learned_tokens:
+        return ""
+
+    text = f"learned from the dense model on {learned_tokens:,} tokens afterwards"
+
+    kept = [phase for phase in list_phases(rows) if phase.kept]
+    before = rows[0].kl_nats
+    after = kept[-1].kl_nats
+    if before is None or after is None:
+        return text
+
+    return f"{text}: KL {before:.3g} → {after:.3g} nats on held-out traces"
+
+
+def as_csv(rows: Sequence[RecoveryRow]) -> str:
+    """Return one line for each look under a header; what was not measured is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, RecoveryRow.model_fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.model_dump() for row in rows)
+    return file.getvalue()
+
+
+def _count_kept_tokens(rows: Sequence[RecoveryRow]) -> int:
+    """Return the tokens of the phases that entered the model."""
+    kept_tokens = before_tokens = 0
+
+    for phase in list_phases(rows):
+        if phase.kept:
+            kept_tokens += phase.tokens - before_tokens
+        before_tokens = phase.tokens
+
+    return kept_tokens

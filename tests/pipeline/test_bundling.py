@@ -1,0 +1,80 @@
+"""What a bundle holds about a model that learned from the dense one, and whole or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from racdeploy.export import write as export
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline import bundling
+from racdeploy.pipeline.bundling import Artifact, Contents
+from racdeploy.pipeline.job import Job
+from racdeploy.prune import PrunedModel
+from racdeploy.recipe import Export, Recipe
+from racdeploy.report.model import RecoveryRow, Report
+from racdeploy.report.recovery import as_csv
+from tests.support.sample_report import build_report
+from tests.support.tiny_models import make_checkpoint
+
+CURVE = "recover.csv"
+SENTENCE = (
+    "It learned from the dense model on 400,000 tokens afterwards: KL 0.912 → 0.0346 nats "
+    "on held-out traces."
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dense") / "model", "llama")
+
+
+@pytest.fixture
+def contents(model: Path, tmp_path: Path) -> Contents:
+    """A model that is its own pruned one, with the sample report."""
+    settings = Export(quant="q8_0")
+    result = export(Checkpoint(model), tmp_path / "tiny.gguf", settings)
+    pruned = PrunedModel(model, 0.5, (), (), {})
+    job = Job(Recipe(model=str(model), export=settings))
+    return Contents([Artifact("tiny", settings, result)], job, pruned, {}, build_report(), [])
+
+
+def with_recovery(contents: Contents, rows: tuple[RecoveryRow, ...]) -> Contents:
+    report = contents.report.model_copy(update={"recovery": rows})
+    return Contents(**{**vars(contents), "report": report})
+
+
+def test_a_bundle_has_the_curve_of_its_recovery(contents: Contents, tmp_path: Path) -> None:
+    """As a file, in the stored report, and as a sentence of the card."""
+    bundling.write(tmp_path / "bundle", contents)
+    stored = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
+    rows = Report.model_validate(stored).recovery
+    assert rows == contents.report.recovery
+    assert (tmp_path / "bundle" / CURVE).read_text(encoding="utf-8") == as_csv(rows)
+    assert SENTENCE in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8").split("\n")
+
+
+def test_a_bundle_without_recovery_has_no_curve(contents: Contents, tmp_path: Path) -> None:
+    """Nor is that of the bundle which it replaces left over."""
+    bundling.write(tmp_path / "bundle", contents)
+    before = {file.name for file in (tmp_path / "bundle").iterdir()}
+    bundling.write(tmp_path / "bundle", with_recovery(contents, ()))
+    after = {file.name for file in (tmp_path / "bundle").iterdir()}
+    assert before - after == {CURVE}
+    assert "It learned" not in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_curve_that_cannot_be_written_leaves_no_bundle(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or absent: no folder, no rest of one."""
+
+    def fail(_: object) -> str:
+        raise ValueError("no curve")
+
+    monkeypatch.setattr(bundling, "as_csv", fail)
+    with pytest.raises(ValueError, match="no curve"):
+        bundling.write(tmp_path / "bundle", contents)
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]

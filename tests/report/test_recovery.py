@@ -1,0 +1,205 @@
+"""What a model learned from the dense one: the phases, the sentence, the chart and the CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from pydantic import ValidationError
+
+from racdeploy.report import charts, html, markdown
+from racdeploy.report.axis import tokens_text
+from racdeploy.report.model import Record, RecoveryRow, Report
+from racdeploy.report.recovery import as_csv, describe_recovery, list_phases
+from racdeploy.report.tables import tables
+
+Points = list[tuple[str, str]]
+START = RecoveryRow(phase="start", tokens=0, kl_nats=0.9, accuracy=0.5)
+LOOKS = (
+    RecoveryRow(phase="all", tokens=500_000, loss=0.4, kl_nats=0.09),
+    RecoveryRow(phase="all", tokens=1_000_000, loss=0.2, kl_nats=0.03, accuracy=0.9),
+)
+WORSE = RecoveryRow(phase="own answers 1", tokens=1_200_000, kl_nats=0.3, accuracy=0.8, kept=False)
+BETTER = RecoveryRow(phase="own answers 2", tokens=1_500_000, kl_nats=0.02, accuracy=0.95)
+ROWS = (START, *LOOKS, WORSE, BETTER)
+
+
+def panels(rows: tuple[RecoveryRow, ...]) -> list[str]:
+    """Return the drawing of each panel."""
+    return re.findall(r"<svg.*?</svg>", charts.recovery_over_tokens(rows))
+
+
+def read_lines(panel: str) -> list[tuple[str, Points]]:
+    """Return the class and the points of every line."""
+    lines = re.findall(r'<polyline class="path( undone)?" points="([^"]*)"', panel)
+    return [(kind.strip(), re.findall(r"([\d.]+),([\d.]+)", points)) for kind, points in lines]
+
+
+def test_nothing_is_said_where_nothing_was_learned(report: Report, records: list[Record]) -> None:
+    """No phase, no sentence, no table, no section."""
+    cut = report.model_copy(update={"recovery": ()})
+    assert (list_phases(()), describe_recovery(())) == ([], "")
+    assert 'id="recovery"' not in html.render(cut, records)
+    assert "Recovery" not in markdown.render(cut)
+    assert "learned from" not in markdown.render(cut)
+
+
+def test_a_phase_is_what_its_last_look_saw() -> None:
+    """One for each phase, in order; what was measured earlier in a phase is not its end."""
+    assert list_phases(ROWS) == [START, LOOKS[1], WORSE, BETTER]
+    assert list_phases(ROWS[:2]) == [START, LOOKS[0]]
+
+
+def test_the_table_has_a_row_for_each_phase(report: Report) -> None:
+    """Three digits of KL, a dash where nothing was asked, and what was undone."""
+    silent = BETTER.model_copy(update={"kl_nats": None, "accuracy": None})
+    learned = report.model_copy(update={"recovery": (START, *LOOKS, WORSE, silent)})
+    (table,) = [table for table in tables(learned) if table.title == "Recovery"]
+    assert table.rows == (
+        ("start", "0", "0.9", "50.0%", "yes"),
+        ("all", "1,000,000", "0.03", "90.0%", "yes"),
+        ("own answers 1", "1,200,000", "0.3", "80.0%", "no, undone"),
+        ("own answers 2", "1,500,000", "–", "–", "yes"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (ROWS, "1,300,000 tokens afterwards: KL 0.9 → 0.02 nats on held-out traces"),
+        (ROWS[:4], "1,000,000 tokens afterwards: KL 0.9 → 0.03 nats on held-out traces"),
+        ((START.model_copy(update={"kl_nats": None}), BETTER), "1,500,000 tokens afterwards"),
+        ((START, WORSE), ""),
+        ((START,), ""),
+    ],
+)
+def test_only_what_entered_the_model_is_in_the_sentence(
+    rows: tuple[RecoveryRow, ...], said: str
+) -> None:
+    """Neither the tokens nor the KL of an undone phase; no KL where one end was not measured."""
+    assert describe_recovery(rows) == (f"learned from the dense model on {said}" if said else "")
+
+
+def test_the_csv_reads_back_as_the_looks() -> None:
+    """A header and one line for each look; what was not measured is empty."""
+    text = as_csv((START, LOOKS[0], WORSE))
+    assert text == (
+        "phase,tokens,loss,kl_nats,accuracy,kept\n"
+        "start,0,,0.9,0.5,True\n"
+        "all,500000,0.4,0.09,,True\n"
+        "own answers 1,1200000,,0.3,0.8,False\n"
+    )
+
+    found = []
+    for line in csv.DictReader(as_csv(ROWS).splitlines()):
+        found.append(RecoveryRow.model_validate({key: line[key] or None for key in line}))
+    assert tuple(found) == ROWS
+
+
+def test_a_name_with_a_comma_stays_one_cell() -> None:
+    """Commas, quotes and line ends of a name are quoted."""
+    named = START.model_copy(update={"phase": 'a, "b"\nc'})
+    header, row = csv.reader(as_csv((named,)).splitlines(keepends=True))
+    assert (len(row), row[0]) == (len(header), 'a, "b"\nc')
+
+
+def test_a_line_goes_on_from_the_last_look_that_was_kept() -> None:
+    """An undone phase is dashed and leads nowhere; the next one begins where the model was."""
+    divergence, _ = panels(ROWS)
+    (_, start), (_, learned), (undone, worse), (kept, better) = read_lines(divergence)
+    assert (undone, kept) == ("undone", "")
+    assert learned[0] == start[-1]
+    assert worse[0] == better[0] == learned[-1]
+    assert worse[-1] not in better
+
+
+def test_the_line_is_logarithmic_in_nats() -> None:
+    """From 0.9 to 0.09 is as far as from 0.3 to 0.03: one decade."""
+    divergence, _ = panels(ROWS)
+    _, (_, learned), (_, worse), _ = read_lines(divergence)
+    (_, first), (_, second), (_, third) = learned
+    (_, undone) = worse[-1]
+    decade = float(second) - float(first)
+    assert decade == pytest.approx((254 - 16) / 2, abs=0.11)
+    assert float(third) - float(undone) == pytest.approx(decade, abs=0.11)
+
+
+def test_every_look_has_a_mark_with_its_numbers() -> None:
+    """Of both panels; marks of an undone phase are hollow and say so."""
+    for panel, asked in zip(panels(ROWS), (ROWS, (START, *ROWS[2:])), strict=True):
+        marks = re.findall(r'<circle class="look( undone)?" [^>]*><title>([^<]*)</title>', panel)
+        assert panel.count("<circle") == len(marks) == len(asked)
+        assert [bool(undone) for undone, _ in marks] == [not row.kept for row in asked]
+        named = [title.endswith(", undone") for _, title in marks]
+        assert named == [not row.kept for row in asked]
+        assert "all, 1,000,000 tokens: KL 0.03 nats, 90.0% right" in panel
+
+
+def test_names_of_short_phases_do_not_overlap() -> None:
+    """Ten phases of one token after a long one: each name has a line's height of its own."""
+    short = [
+        RecoveryRow(phase=f"own answers {i}", tokens=1_000_000 + i, kl_nats=0.02) for i in range(10)
+    ]
+    (panel,) = panels((START.model_copy(update={"accuracy": None}), LOOKS[0], *short))
+    places = re.findall(r'translate\(([\d.]+) [\d.]+\) rotate\(-90\)"><text class="phase"', panel)
+    across = sorted(map(float, places))
+    assert len(across) == 11
+    gaps = [right - left for left, right in pairwise(across)]
+    assert min(gaps) >= 13.9
+
+
+@pytest.mark.parametrize(
+    ("most", "tokens", "written"),
+    [
+        (2e6, 500_000, "0.5M"),
+        (2e6, 2_000_000, "2M"),
+        (8e5, 200_000, "200k"),
+        (8e5, 0, "0"),
+        (500, 50, "50"),
+    ],
+)
+def test_tokens_on_an_axis_have_one_unit(most: float, tokens: float, written: str) -> None:
+    """That of the largest."""
+    assert tokens_text(most)(tokens) == written
+
+
+def test_panels_without_a_number_are_left_out() -> None:
+    """Nothing learned, no KL, no answers."""
+    unasked = tuple(row.model_copy(update={"accuracy": None}) for row in ROWS)
+    unmeasured = tuple(row.model_copy(update={"kl_nats": None}) for row in ROWS)
+    assert panels(()) == panels((START,)) == []
+    assert [panel.count("<polyline") for panel in panels(unasked)] == [4]
+    assert [panel.count("<polyline") for panel in panels(unmeasured)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("kl_nats", "marks"), [(math.nan, 4), (math.inf, 4), (0.0, 5), (-1e-12, 5)]
+)
+def test_a_number_without_a_place_is_not_drawn(kl_nats: float, marks: int) -> None:
+    """What diverged has no mark; what is zero but for rounding lies at the floor."""
+    divergence, _ = panels((*ROWS[:3], WORSE.model_copy(update={"kl_nats": kl_nats}), BETTER))
+    assert divergence.count("<circle") == marks
+    assert not re.search(r'="[^"]*(nan|inf)', divergence)
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": -1}, {"accuracy": 1.5}, {"phase": None}, {"kl": 0.1}, {"kept": "perhaps"}]
+)
+def test_a_look_that_cannot_be_is_refused(report: Report, change: dict[str, object]) -> None:
+    """Fewer than no tokens, more than all prompts, no name, another key, neither kept nor not."""
+    stored = json.loads(report.model_dump_json())
+    Report.model_validate(stored)
+    stored["recovery"][1] |= change
+    with pytest.raises(ValidationError):
+        Report.model_validate(stored)
+
+
+def test_a_report_from_before_has_none(report: Report) -> None:
+    """A stored one without the key reads as one of a model that learned nothing."""
+    stored = json.loads(report.model_dump_json())
+    del stored["recovery"]
+    assert Report.model_validate(stored).recovery == ()
