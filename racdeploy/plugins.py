@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "structures": "racdeploy.prune.structures",
     "methods": "racdeploy.prune.methods",
     "allocations": "racdeploy.prune.allocations",
+    "ways": "racdeploy.recover.ways",
     "formats": "racdeploy.export",
     "onnx_exporters": "racdeploy.export.onnx.exporters",
     "checks": "racdeploy.verify.checks",

@@ -238,6 +238,48 @@ class Structure(_Part):
         return self.keep.get(part, 1.0)
 
 
+class LearnedWeights(StreamWeights):
+    """What a token counts in what is learned: the model's own words, and not its prompts."""
+
+    prompt: float = Field(0.0, ge=0)
+
+
+class Recovery(_Part):
+    """How a pruned model learns from the dense one; nothing at 0 tokens.
+
+    ``ways`` are plugins, one after the other on the dense model's traces; none is the best that
+    fits into memory. A share of the tokens is learned on the model's own answers, in rounds.
+    """
+
+    tokens: int = Field(0, ge=0)
+    ways: tuple[str, ...] = ()
+    on_policy: float = Field(0.25, ge=0, le=1)
+    rounds: int = Field(2, ge=1)
+    probe_drop: float = Field(0.01, ge=0, lt=1)
+    rate: float = Field(0.0, ge=0)
+    step_tokens: int = Field(4096, ge=1)
+    weights: LearnedWeights = Field(default_factory=LearnedWeights)
+    compute: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+    @field_validator("ways")
+    @classmethod
+    def _check_ways(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = plugins.names("ways")
+        for way in value:
+            if way not in known:
+                nearest = plugins.closest(way, known)
+                raise ValueError(f"unknown way {way!r}{nearest}; known: {', '.join(known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not (self.weights.thinking or self.weights.answer):
+            raise ValueError("weights leave nothing to learn: thinking or answer must count")
+        return self
+
+
 class Export(_Part):
     """The exported file; of ``tensors`` the first pattern that matches overrides the preset."""
 
@@ -301,6 +343,7 @@ class Recipe(_Part):
     calibration: Calibration = Field(default_factory=Calibration)
     structure: Structure = Field(default_factory=Structure)
     prune: Pruning = Field(default_factory=Pruning)
+    recover: Recovery = Field(default_factory=Recovery)
     export: Export = Field(default_factory=Export)
     verify: Verification = Field(default_factory=Verification)
     gate: dict[str, Any] = Field(default_factory=dict)

@@ -45,6 +45,7 @@ USED = {
     "packing": ["twin", True],
     "engines": 4,
     "structures": [[32, 32], [64, 64]],
+    "ways": [True, True],
     "methods": [0.5, 0.5],
     "formats": ["gguf_twin/tiny.gguf", [6, 512]],
     "onnx_exporters": True,

@@ -23,6 +23,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "packing": ({"FORMATS", "REQUIRES_ZEROS", "BESIDE_PLAIN", "fits", "usage"},),
     "engines": ({"open_engine"},),
     "structures": ({"STEP"},),
+    "ways": ({"peak_bytes", "recover"},),
     "methods": ({"prune"},),
     "allocations": ({"SURVEYS", "allocate"},),
     "formats": ({"BACKEND", "export", "measure", "unpack"},),

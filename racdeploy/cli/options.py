@@ -95,6 +95,9 @@ class PruneOptions(TraceOptions):
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
     method: str | None = _option(None, help="Pruning method.")
     calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
+    recover_tokens: int | None = _option(
+        None, help="Tokens that the pruned model learns from the dense one; 0 is off."
+    )
     vocabulary_text: _Texts = _option(
         None, metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
     )
@@ -110,6 +113,7 @@ class PruneOptions(TraceOptions):
                 "vocabulary_text": self.vocabulary_text or None,
             },
             "prune": prune,
+            "recover": {"tokens": self.recover_tokens},
             "calibration": {"source": self.calibration},
         }
 

@@ -12,13 +12,14 @@ from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.comparison import Evaluation
+from racdeploy.pipeline.comparison import BEFORE, Evaluation, Rival
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
+from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
@@ -57,8 +58,10 @@ class Build:
         trace_folder, traces = self.traces()
         model = self.prune()
 
-        # A step of a schedule may have been undone: names say what was reached.
+        # Steps and phases may have been undone: names say what was reached.
         jobs = [job.at_sparsity(model.sparsity) for job in (self.job, *self.job.siblings)]
+        if model.before_recovery is None:
+            jobs = [job.unrecovered() for job in jobs]
         dense = self._export_dense(model)
 
         artifacts = []
@@ -99,14 +102,22 @@ class Build:
         """Prune the model on its traces; the vocabulary is cut last, of what is left."""
         choice = self.job.vocabulary
         if choice is None:
-            return self.prune_stage.run(self.traces)
+            return self._prune_and_recover()
 
         # What the traces need may be more than was asked for: that is said before the long walk.
         _, traces = self.traces()
         choice.choose(traces)
 
-        model = self.prune_stage.run(self.traces)
+        model = self._prune_and_recover()
         return VocabularyStage(self.place, choice).run(model, traces)
+
+    def _prune_and_recover(self) -> PrunedModel:
+        model = self.prune_stage.run(self.traces)
+        if not self.job.recipe.recover.tokens:
+            return model
+
+        name = name_model(self.job.at_sparsity(model.sparsity))
+        return self.recover_stage.run(model, name, self.prune_stage.select, self.traces)
 
     def export(
         self,
@@ -134,10 +145,11 @@ class Build:
         metadata = describe_model(self.job, Checkpoint(folder)) if pruned else {}
         return export_model(self.place, folder, name, settings, metadata, importance)
 
-    def rivals(
-        self, model: PrunedModel, dense: ExportResult, pruned: ExportResult
-    ) -> dict[str, ExportResult]:
-        """Export the dense model in the quants that ``verify.controls`` asks for, in that order."""
+    def rivals(self, model: PrunedModel, dense: ExportResult, pruned: ExportResult) -> list[Rival]:
+        """Export the dense model in the quants that ``verify.controls`` asks for, in that order.
+
+        Where recovery changed the pruned model, the one before comes first.
+        """
         job = self.job
 
         names: list[str] = []
@@ -152,7 +164,18 @@ class Build:
             sparsity = exports.measure_sparsity(pruned, model.checkpoint.linear_weights)
             names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
-        return {name: self._export_dense(model, name) for name in dict.fromkeys(names)}
+        rivals = []
+
+        if model.before_recovery:
+            before = model.before_recovery
+            exported = self.export(before, f"{before.name}-{job.recipe.export.quant}")
+            rivals.append(Rival(BEFORE, job.recipe.export.quant, exported, before))
+
+        for name in dict.fromkeys(names):
+            exported = self._export_dense(model, name)
+            rivals.append(Rival(f"dense {name}", name, exported, job.model.folder))
+
+        return rivals
 
     def plan_pruning(self) -> dict[str, Any]:
         """Return what a cut leaves, and what pruning takes: tokens, peak memory, time if known.
@@ -219,8 +242,14 @@ class Build:
             job.structure,
             recipe.prune,
             quant,
-            lambda sparsity: name_model(job.at_sparsity(sparsity)),
+            lambda sparsity: name_model(job.unrecovered().at_sparsity(sparsity)),
         )
+
+    @property
+    def recover_stage(self) -> RecoverStage:
+        job, recipe = self.job, self.job.recipe
+        quant = job.joint_quant if recipe.prune.joint else ""
+        return RecoverStage(self.place, job.checkpoint, recipe.recover, quant)
 
     @property
     def evaluation(self) -> Evaluation:

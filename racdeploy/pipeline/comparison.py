@@ -32,6 +32,20 @@ from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtif
 _NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
 
+BEFORE = "before recovery"
+"""Name of the pruned model as it was before it learned from the dense one."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A model that answers too; ``folder`` has its checkpoint, whose tokenizer writes prompts."""
+
+    name: str
+    quant: str
+    exported: ExportResult
+    folder: Path
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A job whose artifacts are compared; ``work`` keeps answers, 0 threads are every core."""
@@ -76,7 +90,7 @@ class Evaluation:
         pruned: ExportResult,
         found: Findings,
         also: Sequence[ExportResult] = (),
-        rivals: Mapping[str, ExportResult] | None = None,
+        rivals: Sequence[Rival] = (),
     ) -> tuple[Report, list[Record]]:
         """Rerun the evaluation prompts on every artifact, compare, and decide.
 
@@ -84,7 +98,6 @@ class Evaluation:
         nothing.
         """
         recipe = self.job.recipe
-        rivals = rivals or {}
         arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
@@ -116,7 +129,8 @@ class Evaluation:
         )
 
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
-        missing = control_notes(recipe.verify, len(rivals))
+        dense_rivals = [rival for rival in rivals if rival.name != BEFORE]
+        missing = control_notes(recipe.verify, len(dense_rivals))
         cut = self._vocabulary_notes(model, encoder, arms[0], logits)
 
         return conclude(
@@ -144,24 +158,30 @@ class Evaluation:
         model: PrunedModel,
         dense: ExportResult,
         pruned: ExportResult,
-        rivals: Mapping[str, ExportResult],
+        rivals: Sequence[Rival],
     ) -> tuple[list[Arm], tuple[IdPair, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
         quant = self.job.recipe.export.quant
         original = self.job.model.folder
-        asked = [("dense", quant, dense, original), ("pruned", quant, pruned, model.folder)]
-        asked += [(f"dense {name}", name, exported, original) for name, exported in rivals.items()]
+        asked = [
+            Rival("dense", quant, dense, original),
+            Rival("pruned", quant, pruned, model.folder),
+            *rivals,
+        ]
 
         arms = []
         notes = []
         traces: tuple[IdPair, ...] = ()
-        for name, stored, exported, folder in asked:
-            answers = self.answer(exported, name, self._engine_settings, folder)
+
+        for one in asked:
+            answers = self.answer(one.exported, one.name, self._engine_settings, one.folder)
             traces = traces or answers.traces
-            arms.append(self._make_arm(name, stored, exported, answers))
+            arms.append(self._make_arm(one.name, one.quant, one.exported, answers))
+
             if answers.earlier:
+                count = len(answers.records)
                 notes.append(
-                    f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier "
+                    f"{answers.earlier} of {count} {one.name} answers are of an earlier "
                     "run on this machine, with the same artifact and settings; "
                     "racdeploy bench measures speed"
                 )

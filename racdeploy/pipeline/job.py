@@ -60,6 +60,15 @@ class Job:
 
         return replace(self, recipe=recipe, resolved=self.model)
 
+    def unrecovered(self) -> Job:
+        """Return the job without recovery, of the same model."""
+        recipe = self.recipe
+        if not recipe.recover.tokens:
+            return self
+
+        off = recipe.recover.model_copy(update={"tokens": 0})
+        return replace(self, recipe=recipe.model_copy(update={"recover": off}), resolved=self.model)
+
     @cached_property
     def siblings(self) -> tuple[Job, ...]:
         """The same job for each of the recipe's further targets, each for another engine."""

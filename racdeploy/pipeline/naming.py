@@ -40,7 +40,7 @@ def place_export(model: str, settings: Export) -> Path:
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac``.
+    """Return what is done to a model, ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac-recovered``.
 
     A part that is cut has the per cent that stay, or the count of tokens.
     """
@@ -55,6 +55,9 @@ def describe_pruning(recipe: Recipe) -> str:
         words.append(prune.pattern.replace(":", "of"))
     elif prune.sparsity or not structure.parts:
         words.append(f"{100 * prune.sparsity:g}")
+
+    if recipe.recover.tokens:
+        words.append("recovered")
 
     return "-".join(words)
 
@@ -93,6 +96,8 @@ def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float 
         "racdeploy.calibration": recipe.calibration.source,
     }
 
+    if recipe.recover.tokens:
+        values["racdeploy.recover_tokens"] = recipe.recover.tokens
     for part in recipe.structure.parts:
         values[f"racdeploy.keep.{part}"] = recipe.structure.share(part)
 

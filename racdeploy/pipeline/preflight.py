@@ -132,8 +132,11 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 def _possible_folders(job: Job) -> list[Path]:
     # The last steps of a schedule may be undone.
+    # So may the recovery.
     steps = job.recipe.prune.schedule or (job.recipe.prune.sparsity,)
-    return [Path(name_artifact(job.at_sparsity(step))) for step in steps]
+    reached = [job.at_sparsity(step) for step in steps]
+    names = [name_artifact(each) for job in reached for each in (job, job.unrecovered())]
+    return [Path(name) for name in dict.fromkeys(names)]
 
 
 def _check_controls(job: Job) -> None:

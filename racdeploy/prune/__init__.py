@@ -26,6 +26,7 @@ class PrunedModel:
     notes: tuple[str, ...] = ()  # what the report must say about how it came about
     undone: str = ""  # which step of a schedule was undone, and why; empty where none was
     structure: tuple[StructureRow, ...] = ()  # of each block, by new numbers; empty if none was cut
+    before_recovery: Path | None = None  # the folder that recovery began with, where it gained
     recovery: tuple[RecoveryRow, ...] = ()  # while it learned from the dense model, if it did
 
     @cached_property

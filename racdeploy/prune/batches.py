@@ -23,12 +23,18 @@ class Batch:
     held_out: bool  # whether the batch only measures the error
 
 
-def make_batches(traces: Sequence[Trace], tasks: Sequence[str], *, held_out: bool) -> list[Batch]:
-    """Sort traces by length and group them into batches of at most ``TOKENS_PER_BATCH`` tokens."""
+def make_batches(
+    traces: Sequence[Trace],
+    tasks: Sequence[str],
+    *,
+    held_out: bool,
+    tokens: int = TOKENS_PER_BATCH,
+) -> list[Batch]:
+    """Sort traces by length and group them into batches of at most so many tokens."""
     groups: list[list[Trace]] = []
     for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
         length = len(trace.ids)  # the longest so far: the others are padded to it
-        if not groups or (len(groups[-1]) + 1) * length > TOKENS_PER_BATCH:
+        if not groups or (len(groups[-1]) + 1) * length > tokens:
             groups.append([])
 
         groups[-1].append(trace)

@@ -16,7 +16,7 @@ from racdeploy.models.coverage import check_tensors
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
-_ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
+_ATTENTION, _EMBEDDING, _NORM = "self_attn", "model.embed_tokens.weight", "model.norm"
 
 
 class Blocks:
@@ -73,6 +73,13 @@ class Blocks:
             fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
             put(block, name, self.place(block.get_parameter(name).data))
         return block
+
+    def last_norm(self) -> nn.Module:
+        """Return the norm after the last block, with its weights on the device."""
+        norm = self._model.get_submodule(_NORM)
+        fill_parameter(self._model, f"{_NORM}.weight", self.checkpoint)
+        put(norm, "weight", self.place(norm.get_parameter("weight").data))
+        return norm
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)  # here and nowhere else; what a block returns stays there

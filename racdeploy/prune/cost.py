@@ -24,8 +24,9 @@ from racdeploy.prune.device import choose_device
 from racdeploy.prune.session import Progress
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.memory import resident_bytes
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 _FILE = "cost.json"
 _FLOAT32, _FLOAT64 = 4, 8
 _TRIANGLE = 0.56  # of the Hessian's squares are summed, 36 of 64 in 8 slabs of rows
@@ -53,7 +54,7 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     # A prompt token: six values of hidden width, four of feed-forward width; the last logits twice.
     passing = sequences * prompt * (6 * width + 4 * inner)
     logits = 2 * sequences * checkpoint.integer("vocab_size")
-    return _resident() + _FLOAT32 * (weights + cache + passing + logits)
+    return resident_bytes() + _FLOAT32 * (weights + cache + passing + logits)
 
 
 def peak_bytes(
@@ -116,7 +117,7 @@ def peak_bytes(
         worst = max(worst, kept + max(gather, solve, effect))
         before += rows * I
 
-    return _resident() + _STARTED_BYTES + round(_HOLES * (window + worst))
+    return resident_bytes() + _STARTED_BYTES + round(_HOLES * (window + worst))
 
 
 def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:
@@ -181,7 +182,7 @@ def measured_cost(
     values["predicted"] = {"seconds": estimate.total_s, "peak_bytes": predicted_bytes}
 
     if not finished:
-        resident = _resident("VmHWM") if reset else 0
+        resident = resident_bytes("VmHWM") if reset else 0
         on_gpu = torch.cuda.max_memory_allocated() if _on_gpu() else 0
         values["measured"] = {
             "seconds": time.perf_counter() - began,
@@ -224,17 +225,3 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _resident(entry: str = "VmRSS") -> int:
-    """Return resident memory in bytes, now or at its peak; 0 where the system does not say."""
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return 0
-
-    for line in lines:
-        if line.startswith(f"{entry}:"):
-            return int(line.split()[1]) * 1024
-
-    return 0

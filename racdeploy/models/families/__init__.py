@@ -38,6 +38,8 @@ class Family:
         rope_types: kinds of rope scaling that llama.cpp knows.
         rotary: argument of a block's forward pass → module that makes the rotary embedding.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
+        logit_divisor: what logits are divided by: a setting, or empty.
+        logit_cap: key of the size that logits are squeezed into, where ``config.json`` has one.
         window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
         square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
@@ -67,6 +69,8 @@ class Family:
         default_factory=lambda: {"position_embeddings": "model.rotary_emb"}
     )
     embedding_scale: str = ""
+    logit_divisor: str = ""
+    logit_cap: str = ""
     window_period: int = 0
     no_rope_period: int = 0
     square_queries: bool = False

@@ -45,6 +45,7 @@ FAMILY = Family(
         "position_embeddings_local": "model.rotary_emb_local",
     },
     embedding_scale="root_of_hidden_size",
+    logit_cap="final_logit_softcapping",
     window_period=6,
     table_modules=("mlp.act_fn",),
 )

@@ -22,4 +22,5 @@ FAMILY = Family(
         "logit_scale": "logits_scaling",
     },
     embedding_scale="embedding_multiplier",
+    logit_divisor="logits_scaling",
 )

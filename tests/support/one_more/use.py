@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy import engines, export, packing, quant, scorers, tasks
+from racdeploy import engines, export, packing, quant, recover, scorers, tasks
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import open_engine as open_torch
 from racdeploy.models.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from racdeploy.traces.trace import Trace
 from racdeploy.verify.evidence import Evidence, run_checks
 from racdeploy.verify.gate import read_gate
 from tests.support.records import arm_of, record
+from tests.support.tiny_course import make_course
 from tests.support.tiny_models import make_checkpoint
 
 PROMPT = [5, 90, 3, 40, 41, 42]
@@ -104,6 +105,16 @@ def use_structure(folder: Path) -> Any:
     outline = read_outline(folder / "method-channel_pairs")
     shape = outline.shape(Checkpoint(folder / "dense"), structure)
     return [list(outline.units["channel_pairs"]), list(shape.widths["intermediate_size"])]
+
+
+def use_way(folder: Path) -> Any:
+    """Recover by it; return how many tokens were learned, and whether that helped."""
+    place = folder / "way"
+    place.mkdir()
+    course = make_course(place, num_hidden_layers=4)
+    first, *later = recover.load("quarter").recover(course)
+    found = [look.kl_nats or 0.0 for look in later]
+    return [later[-1].tokens >= course.tokens, min(found) < (first.kl_nats or 0.0)]
 
 
 def use_method(folder: Path) -> Any:
@@ -215,6 +226,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "packing": use_packing,
     "engines": use_engine,
     "structures": use_structure,
+    "ways": use_way,
     "methods": use_method,
     "allocations": use_allocation,
     "formats": use_format,

@@ -1,0 +1,342 @@
+"""One block at a time learns to leave the states that the dense model's block leaves.
+
+What enters a block comes from the recovered blocks before it; what it should leave comes from the
+dense model. One block is in memory, as in pruning, so a small machine recovers a large model. A
+finished block is a file, and an interrupted walk resumes at the first that is missing.
+
+Errors are relative, token by token: some tokens' states are a thousand times as large as others',
+and each later norm divides by that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from racdeploy.prune.activations import Activations
+from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.statistics import PAD
+from racdeploy.recover.course import Course, Lesson
+from racdeploy.recover.divergence import Head, measure_kl
+from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
+from racdeploy.recover.state import fill_tensors
+from racdeploy.recover.variables import Weights
+from racdeploy.recover.watch import Watch
+from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.heap import keep_heap
+from racdeploy.traces.trace import STREAMS
+
+BATCH_TOKENS = 1024
+"""Most tokens that go through a block together; a longer trace is alone."""
+LOOKS = 4
+_LONGEST = 1.0
+Arrange = Callable[[Mapping[str, torch.Tensor]], Weights]
+
+
+class BlockWalk:
+    """The dense and the sparse model, side by side, on their way through the blocks."""
+
+    def __init__(self, course: Course, arrange: Arrange) -> None:
+        self.course, self.arrange = course, arrange
+        settings, processes = course.settings, course.processes
+
+        traces = (*course.taught, *course.held_out)
+        tasks = sorted({trace.task for trace in traces})
+        tokens = min(BATCH_TOKENS, settings.step_tokens)
+
+        taught = make_batches(course.taught, tasks, held_out=False, tokens=tokens)
+        held_out = make_batches(course.held_out, tasks, held_out=True, tokens=tokens)
+        self.steps = _plan(taught, course.tokens, settings.step_tokens, settings.seed)
+        self.watch = Watch(course.tokens, 0, course.notify)
+
+        # Batches keep their numbers in every process; each has the states of its own.
+        self.batches = [*taught, *held_out]
+        sizes = [batch.ids_BT.numel() for batch in self.batches]
+        self.mine = processes.mine(sizes)
+
+        self.dense = Blocks(course.dense, settings.compute, course.device)
+        self.sparse = Blocks(course.sparse, settings.compute, course.device)
+
+        # "start" is the model as it was, which is only measured.
+        self.streams = {
+            "dense": self._stream("dense", self.dense),
+            "sparse": self._stream("sparse", self.sparse),
+            "start": self._stream("start", self.sparse, held_out=True),
+        }
+
+    def _stream(self, name: str, blocks: Blocks, *, held_out: bool = False) -> _Stream:
+        chosen = {}
+        for index in self._chosen(held_out):
+            chosen[index] = self.batches[index]
+        return _Stream(blocks, chosen, self.course.folder / f"states-{name}.bin")
+
+    def close(self) -> None:
+        """Remove the hidden states."""
+        for stream in self.streams.values():
+            stream.close()
+
+    def run(self) -> list[Lesson]:
+        """Let block after block learn; return what that changed at the model's end."""
+        keep_heap()
+        losses = []
+        passed = 0
+
+        for place, source in enumerate(self.course.sources):
+            while passed <= source:
+                self.streams["dense"].leave(self.dense.load(passed))
+                self.dense.empty(passed).to("meta")
+                passed += 1
+
+            losses.append(self._pass_block(place))
+            self.sparse.empty(place).to("meta")
+
+        while passed < self.course.dense.block_count:
+            self.streams["dense"].leave(self.dense.load(passed))
+            self.dense.empty(passed).to("meta")
+            passed += 1
+
+        return self._conclude(sum(losses) / len(losses))
+
+    def _conclude(self, loss: float) -> list[Lesson]:
+        """Compare both ends with the dense model's; keep nothing that is no better."""
+        before, after = self._measure("start"), self._measure("sparse")
+        note = ""
+
+        if not after < before:
+            note = f"held-out KL would have been {after:.3g} nats, from {before:.3g}"
+            shutil.rmtree(self.course.best_folder, ignore_errors=True)
+
+        tokens = self.course.tokens
+        return [Lesson(0, None, before), Lesson(tokens, loss, after, note)]
+
+    def _pass_block(self, place: int) -> float:
+        """Let a block learn, or read what it learned; then let the states pass it."""
+        processes = self.course.processes
+        file = self.course.folder / f"block-{place:05d}.json"
+
+        block = self.sparse.load(place)
+        self.streams["start"].leave(block)
+
+        if not processes.ask_first(file.is_file):
+            errors = self._teach(place, block)
+            if processes.first:
+                write_atomic(file, json.dumps({"errors": errors}))
+
+        self._restore(place, block)
+        self.streams["sparse"].leave(block)
+
+        before, after = map(float, processes.ask_first(lambda: read_json(file)["errors"]))
+        change = f"error of its output {before:.3g} → {after:.3g}"
+        done = self._report(place + 1)
+
+        count = len(self.course.sources)
+        self.watch.show(done, f"block {place + 1} of {count}: {change}")
+        return after
+
+    def _teach(self, place: int, block: nn.Module) -> tuple[float, float]:
+        """Train a block and keep its best state on disk; return errors at the start and then."""
+        prefix = self.sparse.prefix(place)
+        weights = {f"{prefix}.{name}": value for name, value in block.named_parameters()}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+
+        variables = self.arrange(weights)
+        optimizer = MaskedAdam(variables.moved, self.course.masked)
+        every = max(1, len(self.steps) // LOOKS)
+        before = best = self._error(block)
+
+        for number, step in enumerate(self.steps):
+            if not self._learn(block, step, variables):
+                break
+
+            norm = gradient_norm(variables.moved)
+            rate = rate_at(self.course.rate, (number + 0.5) / len(self.steps))
+            optimizer.step(rate, norm, _LONGEST)
+            variables.settle()
+
+            done = number + 1
+            self._report(place + done / len(self.steps))
+
+            if done % every == 0 or done == len(self.steps):
+                error = self._error(block)
+                if error < best:
+                    best = error
+                    if self.course.processes.first:
+                        self.course.keep(variables.weights)
+
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        return before, best
+
+    def _learn(self, block: nn.Module, step: Sequence[int], variables: Weights) -> bool:
+        """Add up the gradients of a step; return whether they are numbers."""
+        counts = [float(_real(self.batches[index]).sum()) for index in step]
+        total = 0.0
+
+        for index in step:
+            if index not in self.streams["sparse"].places:
+                continue
+
+            error_BT = self._errors(block, index)
+            real_BT = self.sparse.place(_real(self.batches[index]))
+            loss = (error_BT * real_BT).sum() / sum(counts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+
+        variables.gather()
+        self._add_up(variables)
+        return all(map(math.isfinite, self.course.processes.all(total)))
+
+    def _add_up(self, variables: Weights) -> None:
+        processes = self.course.processes
+        if processes.count == 1:
+            return
+
+        for value in variables.moved.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            processes.total(value.grad)
+
+    def _errors(self, block: nn.Module, index: int) -> torch.Tensor:
+        """Return each token's squared error, relative to the dense state."""
+        entering_BTD = self.streams["sparse"].read(index)
+        left_BTD = self.sparse.place(self.streams["dense"].read(index))
+        found_BTD = self.sparse.forward(block, entering_BTD).float()
+
+        missed_BT = (found_BTD - left_BTD).square().sum(2)
+        return missed_BT / left_BTD.square().sum(2).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def _error(self, block: nn.Module) -> float:
+        """Return the mean error on held-out traces."""
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        for index in self._chosen(held_out=True):
+            real_BT = self.sparse.place(_real(self.batches[index]))
+            error_BT = self._errors(block, index) * real_BT
+
+            sums[0] += float(error_BT.double().sum())
+            sums[1] += float(real_BT.sum())
+
+        self.course.processes.total(sums)
+        return float(sums[0] / sums[1])
+
+    @torch.no_grad()
+    def _measure(self, name: str) -> float:
+        """Return KL(dense ‖ a stream) at the end, over what counts of held-out traces."""
+        course = self.course
+        head = Head.of(course.dense, course.device)
+        norms = {"dense": self.dense.last_norm(), name: self.sparse.last_norm()}
+        weights = course.settings.weights
+        counted = [getattr(weights, stream) for stream in STREAMS]
+        weight_R = torch.tensor([*counted, 0.0])  # the last one is that of ``PAD``
+
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        for index in self._chosen(held_out=True):
+            # A state says the next token; nothing follows the last.
+            stream_BT = self.batches[index].stream_BT[:, 1:]
+            weight_BT = weight_R[stream_BT]
+            counts_BT = weight_BT > 0
+            weight_N = weight_BT[counts_BT].double()
+
+            hidden = []
+            for stream, norm in norms.items():
+                states_BTD = self.sparse.place(self.streams[stream].read(index))
+                said_BTD = norm(states_BTD)[:, :-1]
+                hidden.append(said_BTD[self.sparse.place(counts_BT)])
+
+            dense_ND, own_ND = hidden
+            found_N = measure_kl(head, own_ND, dense_ND).double().cpu()
+            sums[0] += found_N @ weight_N
+            sums[1] += weight_N.sum()
+
+        course.processes.total(sums)
+        return float(sums[0] / sums[1])
+
+    def _restore(self, place: int, block: nn.Module) -> None:
+        """Give a block the best state that it had; without one it is read again as it was."""
+        prefix, processes = self.sparse.prefix(place), self.course.processes
+        file = self.course.best_folder / f"block-{place:05d}.safetensors"
+
+        if not processes.ask_first(file.is_file):
+            self.sparse.load(place)
+            return
+
+        named = {f"{prefix}.{name}": value for name, value in block.named_parameters()}
+        if processes.first:
+            fill_tensors(file, named)
+        for value in named.values():
+            value.data = processes.spread(value.data)
+
+    def _chosen(self, held_out: bool) -> list[int]:
+        """Return the numbers of this process's batches, those that are held out or all."""
+        return [index for index in self.mine if self.batches[index].held_out or not held_out]
+
+    def _report(self, blocks: float) -> int:
+        """Report the blocks that learned as tokens, and return those."""
+        tokens = round(blocks / len(self.course.sources) * self.course.tokens)
+        self.course.report(tokens)
+        return tokens
+
+
+class _Stream:
+    """Hidden states of some batches on their way through one model."""
+
+    def __init__(self, blocks: Blocks, batches: Mapping[int, Batch], file: Path) -> None:
+        self._blocks = blocks
+        self.places = {index: place for place, index in enumerate(batches)}
+        chosen = list(batches.values())
+        self._states = Activations(blocks.shapes(chosen), file)
+        for place, hidden_BTD in enumerate(blocks.embed(chosen)):
+            self._states[place] = hidden_BTD
+
+    def read(self, index: int) -> torch.Tensor:
+        return self._states[self.places[index]]
+
+    @torch.no_grad()
+    def leave(self, block: nn.Module) -> None:
+        for place in self.places.values():
+            self._states[place] = self._blocks.forward(block, self._states[place])
+
+    def close(self) -> None:
+        self._states.close()
+
+
+def _plan(batches: Sequence[Batch], tokens: int, step_tokens: int, seed: int) -> list[list[int]]:
+    """Return steps of about so many tokens, each numbers of batches, until there are enough."""
+    sizes = [int(_real(batch).sum()) for batch in batches]
+    generator = random.Random(seed)
+
+    steps: list[list[int]] = [[]]
+    planned = in_step = 0
+
+    while planned < tokens:
+        order = list(range(len(batches)))
+        generator.shuffle(order)
+
+        for index in order:
+            if planned >= tokens:
+                break
+            if in_step >= step_tokens:
+                steps.append([])
+                in_step = 0
+
+            steps[-1].append(index)
+            planned += sizes[index]
+            in_step += sizes[index]
+
+    return steps
+
+
+def _real(batch: Batch) -> torch.Tensor:
+    """Return 1 for tokens and 0 for padding, real_BT."""
+    return (batch.stream_BT != PAD).float()

@@ -1,0 +1,131 @@
+"""What recovery takes in memory, from the shapes, and which way fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from racdeploy import plugins, recover
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.activations import WINDOW_BYTES
+from racdeploy.recover import block_walk, lessons
+from racdeploy.recover.course import Course
+from racdeploy.storage.memory import free_bytes, resident_bytes
+
+WEIGHT_BYTES = 4
+_GRADIENT_BYTES, _MOMENT_BYTES = 4, 4  # two moments of two bytes each
+_HEAD_BYTES = 5 << 24  # logits of both models, their slope, and what passes
+_HOLES = 1.3  # the C library keeps what is freed
+_SPARE = 0.9  # share of the free memory that a way may take
+_PREFERRED = ("all", "blocks")
+
+
+def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> int:
+    """Return the peak where the whole model is in memory.
+
+    Args:
+        trained: names of the weights that get gradients.
+        behind: bytes of a weight that lie behind it, see :class:`~.variables.Codes`.
+    """
+    sparse = course.sparse
+
+    every = learning = 0
+    for name, entry in sparse.entries.items():
+        size = math.prod(entry.shape)
+        every += size
+        if name in trained:
+            learning += size
+
+    taken = WEIGHT_BYTES * every + _head_bytes(course)
+    taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES + behind)
+    if course.settings.compute == "bfloat16":
+        taken += 2 * learning  # copies to compute with
+
+    # What enters each block is kept; one block at a time computes the rest again.
+    tokens = _batch_tokens(course, lessons.BATCH_TOKENS)
+    entering = sparse.integer("hidden_size") * (sparse.block_count + 4)
+    taken += WEIGHT_BYTES * tokens * entering
+    taken += _block_activations(sparse, tokens)
+    taken += 2 * WINDOW_BYTES
+
+    return resident_bytes() + round(_HOLES * taken)
+
+
+def one_block_bytes(course: Course, behind: int) -> int:
+    """Return the peak where one block is in memory; at the end, the output projection is."""
+    of_weight = WEIGHT_BYTES + _GRADIENT_BYTES + _MOMENT_BYTES + behind
+    tokens = _batch_tokens(course, block_walk.BATCH_TOKENS)
+
+    learning = of_weight * max(_block_sizes(course.sparse))
+    learning += _block_activations(course.sparse, tokens)
+    dense = WEIGHT_BYTES * max(_block_sizes(course.dense))
+
+    worst = max(learning, dense, _head_bytes(course))
+    return resident_bytes() + round(_HOLES * (worst + 3 * WINDOW_BYTES))
+
+
+def choose_ways(course: Course) -> tuple[str, ...]:
+    """Return the ways that were asked for, or the best one that fits.
+
+    Raises:
+        EnvironmentFailure: there is too little memory; it says how much, and which way fits.
+    """
+    free = free_bytes()
+    most = math.inf if free is None else _SPARE * free
+
+    needed = {}
+    for name in plugins.names("ways"):
+        needed[name] = recover.load(name).peak_bytes(course)
+
+    fitting = [name for name in _PREFERRED if needed[name] <= most]
+    asked = course.settings.ways or fitting[:1] or _PREFERRED[-1:]
+
+    for name in asked:
+        if needed[name] > most:
+            raise _refuse(name, needed[name], round(most / _SPARE), fitting)
+
+    return tuple(asked)
+
+
+def _refuse(name: str, needed: int, free: int, fitting: Sequence[str]) -> EnvironmentFailure:
+    other = ""
+    remedy = "free some memory, or use a machine that has more"
+
+    if fitting:
+        other = f"; {fitting[0]!r} fits"
+        remedy = f'recover.ways = ["{fitting[0]}"]'
+
+    return EnvironmentFailure(
+        f"recovery by {name!r} takes {needed / 2**30:.1f} GiB of memory, "
+        f"and {free / 2**30:.1f} GiB are free{other}",
+        remedy=remedy,
+    )
+
+
+def _block_sizes(checkpoint: Checkpoint) -> list[int]:
+    """Return how many weights each block has."""
+    sizes = [0] * checkpoint.block_count
+    for name, entry in checkpoint.entries.items():
+        block, _ = checkpoint.family.split_block(name)
+        if block is not None:
+            sizes[block] += math.prod(entry.shape)
+    return sizes
+
+
+def _block_activations(checkpoint: Checkpoint, tokens: int) -> int:
+    """Return what one block keeps for its backward pass, and the gradients on the way."""
+    width = checkpoint.integer("hidden_size")
+    inner = max(checkpoint.per_block("intermediate_size"))
+    return WEIGHT_BYTES * tokens * (12 * width + 6 * inner)
+
+
+def _head_bytes(course: Course) -> int:
+    dense = course.dense
+    weights = dense.integer("vocab_size") * dense.integer("hidden_size")
+    return WEIGHT_BYTES * weights + _HEAD_BYTES
+
+
+def _batch_tokens(course: Course, most: int) -> int:
+    longest = max((len(trace.ids) for trace in course.taught), default=0)
+    return max(longest, min(most, course.settings.step_tokens))

@@ -1,0 +1,167 @@
+"""What is learned in one phase: by which model, from which, on what; and what comes of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.assemble import assemble
+from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.session import Progress
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.recipe import Recovery
+from racdeploy.recover.divergence import Direction
+from racdeploy.recover.state import write_tensors
+from racdeploy.traces.trace import Trace
+
+STATE_FILE = "state.safetensors"
+"""Where a training is saved, in the folder of its phase."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One look at the model while it learned.
+
+    Args:
+        tokens: of traces learned in this phase so far.
+        loss: mean over what was learned since the look before, in the way's own unit.
+        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None where the way does not know it.
+        note: why it ended early, on the last look; empty where it did not.
+    """
+
+    tokens: int
+    loss: float | None = None
+    kl_nats: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One phase of recovery.
+
+    Args:
+        sparse: the model that learns, as it begins.
+        dense: the model it learns from; blocks that were cut have no counterpart in ``sparse``.
+        sources: number of the dense block that each block of ``sparse`` was cut from.
+        taught: what it learns on.
+        held_out: what decides which state is the best.
+        tokens: how much is learned, in tokens of whole traces; traces are repeated.
+        direction: of the divergence, where a way trains on one.
+        quant: number format whose codes were chosen while pruning; empty where none were.
+        folder: where states and other files of the phase lie.
+        out: the folder to write the recovered model into.
+    """
+
+    sparse: Checkpoint
+    dense: Checkpoint
+    sources: Sequence[int]
+    taught: Sequence[Trace]
+    held_out: Sequence[Trace]
+    settings: Recovery
+    tokens: int
+    direction: Direction
+    quant: str
+    folder: Path
+    out: Path
+    device: torch.device
+    threads: int = 0
+    progress: Progress | None = None
+    notify: Callable[[str], None] | None = None  # gets a line at every look
+    processes: Processes = ALONE
+
+    @property
+    def masked(self) -> list[str]:
+        """Names of the weights whose zeros stay."""
+        return self.sparse.linear_weights
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate: wide models want a lower one."""
+        return self.settings.rate or 0.2 / self.sparse.integer("hidden_size")
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the tensors of the best state lie, a file per block."""
+        return self.folder / "best"
+
+    def report(self, done: int) -> None:
+        """Say how many tokens were learned."""
+        if self.progress:
+            self.progress("recover", min(done, self.tokens), self.tokens)
+
+    def stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return a weight as its file will hold it, every zero of the start still there."""
+        dtype = TORCH_DTYPES[self.sparse.entries[name].dtype]
+        rounded = value.detach().cpu().to(dtype)
+
+        if name in self.masked:
+            start = torch.from_numpy(self.sparse.read(name))
+            revived = (start == 0) & (rounded != 0)
+            assert not revived.any(), f"{int(revived.sum())} zeros of {name} came back"
+
+        return rounded.contiguous()
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the weights of the best state so far, a file per block."""
+        self.best_folder.mkdir(exist_ok=True)
+
+        blocks: dict[str, list[str]] = {}
+        for name in tensors:
+            block, _ = self.sparse.family.split_block(name)
+            part = "model" if block is None else f"{block:05d}"
+            blocks.setdefault(part, []).append(name)
+
+        for part, names in blocks.items():
+            stored = {}
+            for name in names:
+                stored[name] = self.stored(name, tensors[name])
+
+            write_tensors(self.best_folder / f"block-{part}.safetensors", stored)
+
+    def clean(self) -> None:
+        """Remove what only an interrupted run needs."""
+        shutil.rmtree(self.best_folder, ignore_errors=True)
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Write the recovered model: the best state, and what recovery does not touch."""
+        self.best_folder.mkdir(exist_ok=True)
+        assemble(self.sparse, self.best_folder, self.out)
+
+        for name in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
+            if (self.sparse.folder / name).is_file():
+                shutil.copyfile(self.sparse.folder / name, self.out / name)
+
+
+def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[str]:
+    """Return the weights that recovery may move: all of the blocks, and the norm after them.
+
+    Embedding and output projection stay as they are, as they do in pruning, and so do routers.
+    """
+    family = checkpoint.family
+
+    names = []
+
+    for name, entry in sorted(checkpoint.entries.items()):
+        is_vector = len(entry.shape) == 1
+        if vectors_only and not is_vector:
+            continue
+
+        block, inside = family.split_block(name)
+        if block is None:
+            if is_vector:
+                names.append(name)
+            continue
+
+        linear = re.sub(r"\.\d+\.", ".*.", inside.removesuffix(".weight"))
+        if linear not in family.kept:
+            names.append(name)
+
+    return names

@@ -1,0 +1,129 @@
+"""How far two models are apart in what they say next, over the whole vocabulary, and its slope.
+
+Both are given by their last hidden states: a few hundred numbers a token in place of the logits.
+The slope with respect to the hidden states is written out, so that no logits are kept for a
+backward pass: a chunk of tokens at a time is enough.
+
+Source: forward KL(dense ‖ sparse) as in Hinton et al. 2015 (arXiv 1503.02531), reverse
+KL(sparse ‖ dense) on own answers as in Gu et al. 2023 (arXiv 2306.08543).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from racdeploy.models.checkpoint import Checkpoint
+
+Direction = Literal["forward", "reverse"]
+_CHUNK_LOGITS = 1 << 22  # 16 MB in float32, of which there are four at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection, which neither pruning nor recovery changes."""
+
+    weight_VD: torch.Tensor
+    divisor: float = 1.0  # of the logits
+    cap: float = 0.0  # logits are squeezed into ± cap; 0 leaves them
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, device: torch.device) -> Head:
+        """Read the projection of a model in float32."""
+        name = "model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"
+        weight_VD = torch.from_numpy(checkpoint.read(name)).to(device)
+
+        family = checkpoint.family
+        divisor = checkpoint.setting(family.logit_divisor) if family.logit_divisor else 1.0
+        cap = checkpoint.config.get(family.logit_cap) if family.logit_cap else None
+        return cls(weight_VD, float(divisor), float(cap or 0.0))
+
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens' logits are in memory together."""
+        return max(1, _CHUNK_LOGITS // len(self.weight_VD))
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return logits_NV in float32."""
+        logits_NV = hidden_ND.float() @ self.weight_VD.T
+        if self.divisor != 1:
+            logits_NV = logits_NV / self.divisor
+        if self.cap:
+            logits_NV = self.cap * torch.tanh(logits_NV / self.cap)
+        return logits_NV
+
+    def pull_back(self, slope_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+        """Return the slope with respect to the hidden states, given that to the logits."""
+        if self.cap:
+            slope_NV = slope_NV * (1 - (logits_NV / self.cap) ** 2)
+        return slope_NV @ self.weight_VD / self.divisor
+
+
+def measure_kl(
+    head: Head, hidden_ND: torch.Tensor, dense_ND: torch.Tensor, direction: Direction = "forward"
+) -> torch.Tensor:
+    """Return the divergence of every token in nats, divergence_N."""
+    parts = []
+
+    for chunk in _chunks(head, len(hidden_ND)):
+        own_NV = torch.log_softmax(head.logits(hidden_ND[chunk]), dim=1)
+        dense_NV = torch.log_softmax(head.logits(dense_ND[chunk]), dim=1)
+        parts.append(_divergence(own_NV, dense_NV, direction))
+
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
+
+
+def kl_and_slope(
+    head: Head,
+    hidden_ND: torch.Tensor,
+    dense_ND: torch.Tensor,
+    weight_N: torch.Tensor,
+    direction: Direction = "forward",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Σ weight · divergence, and its slope with respect to the hidden states.
+
+    Args:
+        head: of both models.
+        hidden_ND, dense_ND: last hidden states of the sparse and the dense model, after their norm.
+        weight_N: what each token counts.
+        direction: ``forward`` is KL(dense ‖ sparse), ``reverse`` is KL(sparse ‖ dense).
+
+    Returns:
+        A sum in nats, a scalar, and slope_ND.
+    """
+    total = hidden_ND.new_zeros((), dtype=torch.float32)
+    slope_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
+
+    for chunk in _chunks(head, len(hidden_ND)):
+        logits_NV = head.logits(hidden_ND[chunk])
+        own_NV = torch.log_softmax(logits_NV, dim=1)
+
+        dense_logits_NV = head.logits(dense_ND[chunk])
+        dense_NV = torch.log_softmax(dense_logits_NV, dim=1)
+
+        divergence_N = _divergence(own_NV, dense_NV, direction)
+        total += (weight_N[chunk] * divergence_N).sum()
+
+        if direction == "forward":
+            slope_NV = own_NV.exp() - dense_NV.exp()
+        else:
+            slope_NV = own_NV.exp() * (own_NV - dense_NV - divergence_N[:, None])
+
+        slope_NV *= weight_N[chunk, None]
+        slope_ND[chunk] = head.pull_back(slope_NV, logits_NV)
+
+    return total, slope_ND
+
+
+def _divergence(own_NV: torch.Tensor, dense_NV: torch.Tensor, direction: Direction) -> torch.Tensor:
+    if direction == "forward":
+        return (dense_NV.exp() * (dense_NV - own_NV)).sum(1)
+    return (own_NV.exp() * (own_NV - dense_NV)).sum(1)
+
+
+def _chunks(head: Head, tokens: int) -> Iterator[slice]:
+    for start in range(0, tokens, head.chunk_tokens):
+        yield slice(start, min(start + head.chunk_tokens, tokens))

@@ -1,0 +1,227 @@
+"""What is learned: whole traces in random order, beside what the dense model made of each token.
+
+The dense model's last hidden states are on disk, and with them its whole distribution: a few
+hundred numbers a token in place of a vocabulary. One dense block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.activations import Activations
+from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.blocks import Blocks
+from racdeploy.recipe import StreamWeights
+from racdeploy.traces.trace import STREAMS, Trace
+
+BATCH_TOKENS = 4096
+"""Most tokens that go through the student together, padding included; a longer trace is alone."""
+STORED_BYTES = 16 << 30
+"""Most disk that hidden states of the dense model take."""
+_POOL = 16  # batches whose traces are sorted by length together
+
+
+@dataclass(frozen=True)
+class Example:
+    """Traces that go through the student together, right-padded, which a causal mask hides.
+
+    Args:
+        ids_BT: 0 where padded.
+        dense_BTD: the dense model's last hidden states, 0 where padded.
+        weight_BT: what the prediction after each token counts; 0 where nothing is to learn.
+        tokens: of the traces, without padding.
+    """
+
+    ids_BT: torch.Tensor
+    dense_BTD: torch.Tensor
+    weight_BT: torch.Tensor
+    tokens: int
+
+
+class Lessons:
+    """Traces, and the dense model's last hidden state at each of their tokens."""
+
+    def __init__(
+        self, traces: Sequence[Trace], states: Activations, weights: StreamWeights
+    ) -> None:
+        self.traces, self.states = list(traces), states
+        self._weights = [getattr(weights, stream) for stream in STREAMS]
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def example(self, places: Sequence[int]) -> Example:
+        """Put some of the traces together."""
+        traces = [self.traces[place] for place in places]
+        B = len(traces)
+        T = max(len(trace.ids) for trace in traces)
+        D = self.states[places[0]].shape[1]
+
+        ids_BT = torch.zeros(B, T, dtype=torch.long)
+        weight_BT = torch.zeros(B, T)
+        dense_BTD = torch.zeros(B, T, D)
+        tokens = 0
+
+        for row, place in enumerate(places):
+            trace = traces[row]
+            length = len(trace.ids)
+            tokens += length
+
+            ids_BT[row, :length] = torch.tensor(trace.ids)
+            dense_BTD[row, :length] = self.states[place]
+
+            # A state says the next token: its weight is that of the token after it.
+            weights = [self._weights[stream] for stream in trace.streams()]
+            weight_BT[row, : length - 1] = torch.tensor(weights[1:])
+
+        return Example(ids_BT, dense_BTD, weight_BT, tokens)
+
+    def in_order(self) -> Iterator[Example]:
+        """Yield every trace once, like lengths together."""
+        by_length = sorted(range(len(self)), key=lambda place: len(self.traces[place].ids))
+        for places in _cut([len(trace.ids) for trace in self.traces], by_length, BATCH_TOKENS):
+            yield self.example(places)
+
+    def plan(self, tokens: int, step_tokens: int, seed: int) -> list[list[list[int]]]:
+        """Return steps of about ``step_tokens``, each batches of places, until there are enough.
+
+        Every trace comes once before any comes again. Batches have traces of like length, so that
+        little is padding; which ones is drawn again each time.
+        """
+        lengths = [len(trace.ids) for trace in self.traces]
+        batch_tokens = min(step_tokens, BATCH_TOKENS)
+        generator = random.Random(seed)  # of the order alone
+
+        steps: list[list[list[int]]] = [[]]
+        planned = in_step = 0
+
+        while planned < tokens:
+            for places in _shuffle(lengths, batch_tokens, generator):
+                if planned >= tokens:
+                    break
+
+                if in_step >= step_tokens:
+                    steps.append([])
+                    in_step = 0
+
+                steps[-1].append(places)
+                size = sum(lengths[place] for place in places)
+                planned += size
+                in_step += size
+
+        return steps
+
+
+def _shuffle(
+    lengths: Sequence[int], batch_tokens: int, generator: random.Random
+) -> list[list[int]]:
+    """Return all traces in batches of like length, in random order."""
+    places = list(range(len(lengths)))
+    generator.shuffle(places)
+
+    mean = sum(lengths) / len(lengths)
+    pool = max(1, round(_POOL * batch_tokens / mean))
+
+    batches: list[list[int]] = []
+    for start in range(0, len(places), pool):
+        own = sorted(places[start : start + pool], key=lambda place: lengths[place])
+        batches += _cut(lengths, own, batch_tokens)
+
+    generator.shuffle(batches)
+    return batches
+
+
+def _cut(lengths: Sequence[int], places: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Cut a list of traces, the shortest first, into batches of so many tokens with padding."""
+    batches: list[list[int]] = []
+    for place in places:
+        if not batches or (len(batches[-1]) + 1) * lengths[place] > batch_tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+def choose_taught(traces: Sequence[Trace], width: int, stored_bytes: int) -> list[Trace]:
+    """Return traces in order, as long as their states of so many numbers fit on the disk."""
+    chosen: list[Trace] = []
+    size_bytes = 0
+
+    for trace in traces:
+        size_bytes += 4 * width * len(trace.ids)
+        if size_bytes > stored_bytes and chosen:
+            break
+        chosen.append(trace)
+
+    return chosen
+
+
+@contextmanager
+def dense_states(
+    dense: Checkpoint,
+    traces: Sequence[Trace],
+    folder: Path,
+    name: str,
+    device: torch.device,
+) -> Iterator[Activations]:
+    """Yield the dense model's last hidden states, states_TD of each trace; gone with the body."""
+    blocks = Blocks(dense, "float32", device)
+    tasks = sorted({trace.task for trace in traces})
+    batches = make_batches(traces, tasks, held_out=False)
+
+    width = dense.integer("hidden_size")
+    shapes = [(len(trace.ids), width) for trace in traces]
+    states = Activations(shapes, folder / f"dense-{name}.bin")
+    passing = Activations(blocks.shapes(batches), folder / f"passing-{name}.bin")
+
+    try:
+        with torch.inference_mode():
+            _pass(blocks, batches, passing)
+            norm = blocks.last_norm()
+
+            for index, own in enumerate(_places(traces, batches)):
+                hidden_BTD = norm(blocks.place(passing[index]))
+                for row, place in enumerate(own):
+                    length = len(traces[place].ids)
+                    states[place] = hidden_BTD[row, :length].clone()
+
+        passing.close()
+        yield states
+    finally:
+        passing.close()
+        states.close()
+
+
+def _pass(blocks: Blocks, batches: Sequence[Batch], passing: Activations) -> None:
+    """Let batches pass all blocks, of which one is in memory at a time."""
+    for index, hidden_BTD in enumerate(blocks.embed(batches)):
+        passing[index] = hidden_BTD
+
+    for block in range(blocks.checkpoint.block_count):
+        module = blocks.load(block)
+
+        for index in range(len(batches)):
+            passing[index] = blocks.forward(module, passing[index])
+
+        blocks.empty(block).to("meta")
+
+
+def _places(traces: Sequence[Trace], batches: Sequence[Batch]) -> list[list[int]]:
+    """Return which traces each batch of :func:`make_batches` holds."""
+    order = sorted(range(len(traces)), key=lambda i: (len(traces[i].ids), traces[i].index))
+
+    places = []
+    start = 0
+
+    for batch in batches:
+        stop = start + len(batch.ids_BT)
+        places.append(order[start:stop])
+        start = stop
+
+    return places

@@ -1,0 +1,241 @@
+"""Training of a whole model: it learns to say what the dense model says, and keeps its best state.
+
+Looks at held-out traces decide which state is kept. A state is saved at every look; an interrupted
+training resumes there and ends with the same bytes. Nothing that is no better than the start is
+kept, and neither is anything after a loss that is no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from racdeploy.recover.course import STATE_FILE, Course, Lesson
+from racdeploy.recover.divergence import Head, kl_and_slope, measure_kl
+from racdeploy.recover.lessons import STORED_BYTES, Lessons, choose_taught, dense_states
+from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
+from racdeploy.recover.state import fill_tensors, read_values, write_tensors
+from racdeploy.recover.student import Student
+from racdeploy.recover.variables import Weights
+from racdeploy.recover.watch import Watch
+from racdeploy.storage.heap import keep_heap
+
+LOOKS = 20
+_PATIENCE = 10  # looks without a better state; fewer would stop what comes down with the rate
+_LONGEST = 1.0  # of all gradients together
+
+
+def distil(
+    course: Course,
+    trained: Sequence[str],
+    arrange: Callable[[Mapping[str, torch.Tensor]], Weights] = Weights,
+) -> list[Lesson]:
+    """Train some weights of the whole model, and keep the best state; return every look.
+
+    Args:
+        trained: names of the weights that get gradients.
+        arrange: says what the optimizer moves, given those weights by name.
+
+    Source: AdamW's moments without decay, linear warm-up and decay, gradients of a bounded length.
+    """
+    keep_heap()
+
+    with ExitStack() as stack:
+        width = course.dense.integer("hidden_size")
+        taught = choose_taught(course.taught, width, STORED_BYTES)
+
+        lessons = {}
+
+        for name, traces in (("taught", taught), ("held-out", course.held_out)):
+            opened = dense_states(course.dense, traces, course.folder, name, course.device)
+            states = stack.enter_context(opened)
+            lessons[name] = Lessons(traces, states, course.settings.weights)
+
+        student = Student(course.sparse, trained, course.settings.compute, course.device)
+        variables = arrange(student.weights)
+        training = _Training(course, student, variables, lessons["taught"], lessons["held-out"])
+        return training.run()
+
+
+@dataclass
+class _Progress:
+    """How far a training has come; what its file holds beside tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    best: float = math.inf  # divergence of the best look
+    since_best: int = 0
+    losses: list[float] = field(default_factory=list)  # since the last look
+    looks: list[Lesson] = field(default_factory=list)
+    ended: str = ""  # why it ended early
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> _Progress:
+        looks = [Lesson(**look) for look in values.pop("looks")]
+        return cls(**values, looks=looks)
+
+
+class _Training:
+    """A student on its way through the steps."""
+
+    def __init__(
+        self,
+        course: Course,
+        student: Student,
+        variables: Weights,
+        taught: Lessons,
+        held_out: Lessons,
+    ) -> None:
+        settings = course.settings
+        self.course, self.student, self.variables = course, student, variables
+        self.taught, self.held_out = taught, held_out
+
+        self.head = Head.of(course.dense, course.device)
+        self.optimizer = MaskedAdam(variables.moved, course.masked)
+
+        self.steps = taught.plan(course.tokens, settings.step_tokens, settings.seed)
+        self.file = course.folder / STATE_FILE
+        self.done = _Progress()
+        self.watch = Watch(course.tokens, 0, course.notify)
+
+    def run(self) -> list[Lesson]:
+        """Learn step by step; return every look, those of an interrupted run included."""
+        if self.file.is_file():
+            self._resume()
+            self.watch = Watch(self.course.tokens, self.done.tokens, self.course.notify)
+        else:
+            self._look()
+
+        for step in range(self.done.step, len(self.steps)):
+            if self.done.ended:
+                break
+
+            self._learn(self.steps[step])
+            self.done.step = step + 1
+            self.course.report(self.done.tokens)
+
+            if self._look_is_due():
+                self._look()
+
+        self.course.report(self.course.tokens)
+        self.done.looks[-1] = replace(self.done.looks[-1], note=self.done.ended)
+        return self.done.looks
+
+    def _learn(self, batches: Sequence[Sequence[int]]) -> None:
+        """Do one step: gradients of all its batches, then one move."""
+        examples = [self.taught.example(places) for places in batches]
+        weight = sum(float(example.weight_BT.sum()) for example in examples)
+        weight = max(weight, 1e-9)
+
+        total = 0.0
+
+        for example in examples:
+            total += self._pull(example.ids_BT, example.dense_BTD, example.weight_BT / weight)
+            self.done.tokens += example.tokens
+
+        self.variables.gather()
+        norm = gradient_norm(self.variables.moved)
+        if not math.isfinite(total) or not math.isfinite(norm):
+            self.done.ended = f"the loss was {total:g} after {self.done.tokens} tokens"
+            return
+
+        self.done.losses.append(total)
+        rate = rate_at(self.course.rate, (self.done.step + 0.5) / len(self.steps))
+
+        self.optimizer.step(rate, norm, _LONGEST)
+        self.variables.settle()
+
+    def _pull(
+        self, ids_BT: torch.Tensor, dense_BTD: torch.Tensor, weight_BT: torch.Tensor
+    ) -> float:
+        """Add the gradients of a batch; return its share of the loss."""
+        hidden_BTD = self.student.hidden(ids_BT, learns=True)
+        device = hidden_BTD.device
+
+        counts_BT = weight_BT > 0
+        hidden_ND = hidden_BTD[counts_BT.to(device)]
+        dense_ND = dense_BTD[counts_BT].to(device)
+        weight_N = weight_BT[counts_BT].to(device)
+
+        with torch.no_grad():
+            loss, slope_ND = kl_and_slope(
+                self.head, hidden_ND, dense_ND, weight_N, self.course.direction
+            )
+
+        hidden_ND.backward(slope_ND)  # type: ignore[no-untyped-call]
+        return float(loss)
+
+    def _look_is_due(self) -> bool:
+        every = max(1, len(self.steps) // LOOKS)
+        return self.done.step % every == 0 or self.done.step == len(self.steps)
+
+    def _look(self) -> None:
+        """Measure, keep the state if it is the best so far, and save."""
+        divergence = self.measure()
+        done = self.done
+        loss = sum(done.losses) / len(done.losses) if done.losses else None
+        done.looks.append(Lesson(done.tokens, loss, divergence))
+        done.losses = []
+
+        learned = f"loss {loss:.3g}, " if loss is not None else ""
+        self.watch.show(done.tokens, f"{learned}KL on held-out traces {divergence:.3g} nats")
+
+        if not math.isfinite(divergence):
+            done.ended = f"held-out KL was {divergence:g} after {done.tokens} tokens"
+            return
+
+        if divergence < done.best:
+            if done.step:  # the start is a model already
+                self.course.keep(self.variables.weights)
+            done.best, done.since_best = divergence, 0
+        else:
+            done.since_best += 1
+            if done.since_best >= _PATIENCE:
+                done.ended = f"nothing better came in {_PATIENCE} looks"
+
+        if done.step:
+            self._save()
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Return the mean KL(dense ‖ sparse) on held-out traces, in nats."""
+        total = weight = 0.0
+
+        for example in self.held_out.in_order():
+            hidden_BTD = self.student.hidden(example.ids_BT, learns=False)
+            device = hidden_BTD.device
+
+            counts_BT = example.weight_BT > 0
+            weight_N = example.weight_BT[counts_BT].double()
+            dense_ND = example.dense_BTD[counts_BT].to(device)
+            hidden_ND = hidden_BTD[counts_BT.to(device)]
+
+            found_N = measure_kl(self.head, hidden_ND, dense_ND).double().cpu()
+            total += float(found_N @ weight_N)
+            weight += float(weight_N.sum())
+
+        return total / weight
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what must be on disk to go on as if nothing had happened."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, weight in self.variables.moved.items():
+            first, second = self.optimizer.moments[name]
+            tensors |= {f"weight.{name}": weight, f"first.{name}": first, f"second.{name}": second}
+        return tensors
+
+    def _save(self) -> None:
+        values = asdict(self.done) | {"optimizer_steps": self.optimizer.steps}
+        write_tensors(self.file, self._tensors(), values)
+
+    def _resume(self) -> None:
+        values = read_values(self.file)
+        self.optimizer.steps = values.pop("optimizer_steps")
+        self.done = _Progress.read(values)
+        fill_tensors(self.file, self._tensors())
+        self.variables.settle()

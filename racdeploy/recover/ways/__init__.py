@@ -1,0 +1,1 @@
+"""Ways to recover: one file each, with the members of :class:`racdeploy.recover.Way`."""

@@ -1,0 +1,128 @@
+"""What every way to recover promises: nearer to the dense model, zeros and cuts as they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from racdeploy import plugins, recover
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.recipe import Structure
+from racdeploy.recover import cost
+from racdeploy.recover.course import Course
+from tests.support.tiny_course import make_course, read_weights
+
+ALL = plugins.names("ways")
+
+
+@pytest.fixture(params=ALL)
+def way(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def recovered(course: Course, way: str) -> dict[str, torch.Tensor]:
+    """Recover a model and return its tensors."""
+    recover.load(way).recover(course)
+    course.write()
+    return read_weights(course.out)
+
+
+def test_it_comes_nearer_to_the_dense_model(tmp_path: Path, way: str) -> None:
+    """The first look is the start, and the best later one is nearer, on traces it did not see."""
+    first, *later = recover.load(way).recover(make_course(tmp_path))
+    assert first.tokens == 0
+    assert first.kl_nats is not None
+    found = [look.kl_nats for look in later]
+    assert min(kl for kl in found if kl is not None) < 0.995 * first.kl_nats
+    assert later[-1].tokens >= 3000
+
+
+def test_zeros_stay_zeros(tmp_path: Path, way: str) -> None:
+    """Every zero of a pruned linear is there, to the last bit, and something else has moved."""
+    course = make_course(tmp_path)
+    before, after = read_weights(course.sparse.folder), recovered(course, way)
+    assert before.keys() == after.keys()
+    for name in course.masked:
+        assert not after[name][before[name] == 0].any()
+        assert int((before[name] == 0).sum()) > 0
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_not_in_blocks_stays(tmp_path: Path, way: str) -> None:
+    """Embedding and output projection are the pruned model's, byte for byte."""
+    course = make_course(tmp_path, tie_word_embeddings=False)
+    before, after = read_weights(course.sparse.folder), recovered(course, way)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_cuts_stay_cut(tmp_path: Path, way: str) -> None:
+    """A model that lost a block, and channels of others, keeps its widths."""
+    cut = Structure(keep={"ffn": 0.5, "blocks": 0.75})
+    course = make_course(tmp_path, structure=cut, num_hidden_layers=4)
+    assert len(course.sources) == 3
+
+    first, *later = recover.load(way).recover(course)
+    found = [look.kl_nats for look in later if look.kl_nats is not None]
+    assert first.kl_nats is not None
+    assert min(found) < first.kl_nats
+
+    course.write()
+    model = Checkpoint(course.out)
+    for setting in ("intermediate_size", "num_attention_heads"):
+        assert model.per_block(setting) == course.sparse.per_block(setting)
+
+
+def test_it_repeats(tmp_path: Path, way: str) -> None:
+    """Twice the same course is twice the same bytes; another seed gives others."""
+    twins = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        twins.append(recovered(make_course(tmp_path / name), way))
+    assert all(torch.equal(twins[0][name], twins[1][name]) for name in twins[0])
+
+    (tmp_path / "c").mkdir()
+    other = recovered(make_course(tmp_path / "c", settings={"seed": 1}), way)
+    assert any(not torch.equal(twins[0][name], other[name]) for name in other)
+
+
+def test_killed_it_resumes(tmp_path: Path, way: str) -> None:
+    """Killed after half of the tokens, it ends with the bytes of one that was not."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+
+    expected = recovered(make_course(tmp_path / "whole"), way)
+    course = make_course(tmp_path / "killed")
+
+    victim = get_context("spawn").Process(target=_recover_and_die, args=(course, way))
+    victim.start()
+    victim.join(120)
+    assert victim.exitcode == -signal.SIGKILL
+
+    found = recovered(course, way)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_it_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Memory that is more for a wider model, where the logits do not take more than all else."""
+    monkeypatch.setattr(cost, "_HEAD_BYTES", 0)
+    small = recover.load(way).peak_bytes(make_course(tmp_path))
+    (tmp_path / "large").mkdir()
+    wide = make_course(tmp_path / "large", intermediate_size=4096)
+    assert 0 < small < recover.load(way).peak_bytes(wide)
+
+
+def _recover_and_die(course: Course, way: str) -> None:
+    def die(label: str, done: int, total: int) -> None:
+        if done >= total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    recover.load(way).recover(replace(course, progress=die))

@@ -1,0 +1,223 @@
+"""The recover stage: phases in order, what made the model worse is undone, kills change nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.recover_stage import Phase, RecoverStage, list_phases
+from racdeploy.pipeline.workplace import Workplace
+from racdeploy.prune import PrunedModel
+from racdeploy.recipe import Recovery
+from racdeploy.storage.files import file_sha256
+from racdeploy.traces.trace import Trace
+from tests.support.tiny_course import HELD_OUT, TAUGHT, make_course
+
+TOKENS = 3000
+SETTINGS = Recovery(tokens=TOKENS, step_tokens=100, rate=1e-3, ways=("all",))
+DENSE = [replace(trace, correct=True) for trace in TAUGHT]
+Collect = Callable[[Path | None], tuple[Path, list[Trace]]]
+
+
+def select(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Any]:
+    """Return what teaches, and what is held out."""
+    return list(traces), HELD_OUT, {}
+
+
+class Asked:
+    """Stands in for the trace stage: each model answers a share of the prompts right."""
+
+    def __init__(self, folder: Path, shares: Sequence[float], longer: float = 1.0) -> None:
+        self.folder, self.shares, self.longer = folder, list(shares), longer
+        self.models: list[Path | None] = []
+
+    def __call__(self, model: Path | None) -> tuple[Path, list[Trace]]:
+        if model is None:
+            return self.folder, DENSE
+        if model not in self.models:
+            self.models.append(model)
+
+        place = self.models.index(model)
+        right = round(self.shares[place] * len(DENSE))
+        thinking = self.longer if place else 1.0
+        return self.folder, [
+            replace(
+                trace,
+                correct=index < right,
+                thinking_tokens=round(thinking * trace.thinking_tokens),
+            )
+            for index, trace in enumerate(DENSE)
+        ]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> RecoverStage:
+    course = make_course(tmp_path)
+    return RecoverStage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS, "")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PrunedModel:
+    return PrunedModel(tmp_path / "sparse", 0.5, (), (), {}, ("pruned",))
+
+
+def run(stage: RecoverStage, model: PrunedModel, collect: Collect) -> PrunedModel:
+    """Recover a model as the build does."""
+    return stage.run(model, "tiny-recovered", select, collect)
+
+
+def test_dense_traces_come_before_own_answers() -> None:
+    """A quarter of the tokens is learned on those, in rounds, by the way that can do the most."""
+    settings = Recovery(tokens=800)
+    assert list_phases(settings, ("blocks", "all")) == [
+        Phase("blocks", "blocks", False, 300),
+        Phase("all", "all", False, 300),
+        Phase("own answers 1", "blocks", True, 100),
+        Phase("own answers 2", "blocks", True, 100),
+    ]
+
+
+def test_scales_take_a_tenth_and_teach_no_answers() -> None:
+    """They are few numbers; alone they take all."""
+    settings = Recovery(tokens=1100, on_policy=0.0)
+    assert [phase.tokens for phase in list_phases(settings, ("all", "scales"))] == [1000, 100]
+    assert [phase.tokens for phase in list_phases(settings, ("scales",))] == [1100]
+
+    own = list_phases(Recovery(tokens=1100, on_policy=1.0, rounds=1), ("all", "scales"))
+    assert own == [Phase("own answers 1", "all", True, 1100)]
+
+
+def test_each_phase_begins_where_the_one_before_ended(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Divergence and tokens run on; the recovered model is the last one, and its rows say all."""
+    asked = Asked(tmp_path, [0.5, 0.8, 0.9, 0.9])
+    stage = replace(stage, settings=stage.settings.model_copy(update={"ways": ("blocks", "all")}))
+    found = run(stage, model, asked)
+
+    phases = list(dict.fromkeys(row.phase for row in found.recovery))
+    assert phases[:3] == ["start", "blocks", "all"]
+    tokens = [row.tokens for row in found.recovery]
+    assert tokens == sorted(tokens)
+    assert found.recovery[0].accuracy == 0.5
+    assert found.folder == asked.models[-1]
+    assert found.folder.name == "tiny-recovered"
+    assert found.before_recovery == model.folder
+
+    ends = [row.kl_nats for row in found.recovery if row.accuracy is not None]
+    assert len(ends) >= 3
+    assert found.notes[-1].startswith("recovery: 50.0% → ")
+
+
+def test_a_phase_that_loses_answers_is_undone(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """However near it came to the dense model's distribution; the report says why."""
+    found = run(stage, model, Asked(tmp_path, [0.9, 0.5, 0.5, 0.5]))
+    assert found.folder == model.folder
+    assert found.before_recovery is None
+    assert "recovery, all was undone: 50.0% of the calibration prompts right, 90.0% before" in (
+        found.notes
+    )
+    assert found.notes[-1].startswith("recovery found nothing better")
+    assert not any(row.kept for row in found.recovery if row.phase == "all")
+
+
+def test_a_phase_that_thinks_longer_is_undone(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """More right answers do not make up for it."""
+    found = run(stage, model, Asked(tmp_path, [0.5, 0.9, 0.9, 0.9], longer=1.5))
+    assert found.folder == model.folder
+    assert any("times as long as dense" in note for note in found.notes)
+
+
+def test_a_start_that_cannot_be_bettered_is_returned(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """With a rate that only harms; no model but the start is ever asked."""
+    harmful = stage.settings.model_copy(update={"rate": 3.0, "on_policy": 0.0})
+    asked = Asked(tmp_path, [0.9])
+    found = run(replace(stage, settings=harmful), model, asked)
+    assert found.folder == model.folder
+    assert asked.models == [model.folder]
+    assert found.notes[-1].startswith("recovery found nothing better")
+
+
+def test_answers_that_are_nowhere_near_teach_nothing(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Random text is off every path: the rounds are over at once, and a note says so."""
+    own = stage.settings.model_copy(update={"on_policy": 1.0, "rounds": 1})
+    found = run(replace(stage, settings=own), model, Asked(tmp_path, [0.9]))
+    assert found.folder == model.folder
+    assert "recovery, own answers 1: no own answer stays near the dense model's" in found.notes
+
+
+def test_it_is_found_done(stage: RecoverStage, model: PrunedModel, tmp_path: Path) -> None:
+    """The second run learns nothing and returns the same; another seed is another phase."""
+    shares = [0.5, 0.9, 0.9, 0.9]
+    first = run(stage, model, Asked(tmp_path, shares))
+    folders = sorted((tmp_path / "work").iterdir())
+    assert run(stage, model, Asked(tmp_path, shares)) == first
+    assert sorted((tmp_path / "work").iterdir()) == folders
+
+    other = stage.settings.model_copy(update={"seed": 1})
+    assert run(replace(stage, settings=other), model, Asked(tmp_path, shares)) != first
+
+
+@pytest.mark.parametrize("percent", [0, 30, 60, 90])
+def test_a_kill_in_any_phase_leaves_the_same_bytes(tmp_path: Path, percent: int) -> None:
+    """Killed after so much of a way, the run that follows ends with the bytes of an undisturbed."""
+    contents = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        course = make_course(folder)
+        model = PrunedModel(course.sparse.folder, 0.5, (), (), {})
+        settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
+        stage = RecoverStage(Workplace(folder / "work", 1), course.dense, settings, "")
+
+        if name == "killed":
+            context = multiprocessing.get_context("spawn")
+            victim = context.Process(target=_recover_and_die, args=(folder, percent))
+            victim.start()
+            victim.join(300)
+            assert victim.exitcode == -signal.SIGKILL
+
+        found = run(stage, model, Asked(folder, [0.5, 0.9, 0.9, 0.9, 0.9]))
+        contents.append(file_sha256(found.folder / "model.safetensors"))
+        assert found.folder != model.folder
+
+    assert contents[0] == contents[1]
+
+
+def _recover_and_die(folder: Path, percent: int) -> None:
+    def die(label: str, done: int, total: int) -> None:
+        if label == "recover" and done >= percent / 100 * total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model = PrunedModel(folder / "sparse", 0.5, (), (), {})
+    settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
+    place = Workplace(folder / "work", 1, die)
+    stage = RecoverStage(place, Checkpoint(folder / "dense"), settings, "")
+    run(stage, model, Asked(folder, [0.5, 0.9, 0.9, 0.9, 0.9]))
+
+
+def test_without_held_out_traces_nothing_can_be_chosen(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """An error before any work, which says what to raise."""
+    with pytest.raises(UsageError, match="held out") as caught:
+        stage.run(model, "x", lambda traces: (list(traces), [], {}), Asked(tmp_path, [0.5]))
+    assert "held_out_share" in str(caught.value.remedy)
+    assert not (tmp_path / "work").exists()

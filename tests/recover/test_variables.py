@@ -1,0 +1,109 @@
+"""Weights on a grid while they learn: what is trained is what the file will hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from racdeploy import plugins
+from racdeploy.quant import Grid, as_grid
+from racdeploy.recover.variables import Codes, Scales, codes_of, read_steps
+
+GRIDS = [name for name in plugins.names("quant") if hasattr(plugins.load("quant", name), "CODES")]
+O, I = 6, 128
+
+
+@pytest.fixture(params=GRIDS)
+def grid(request: pytest.FixtureRequest) -> Grid:
+    return as_grid(request.param)
+
+
+def on_grid(grid: Grid) -> torch.Tensor:
+    """Return weights, half of them zero, that a format stores exactly; one block is all zero."""
+    generator = torch.Generator().manual_seed(4)
+    weight_OI = torch.randn(O, I, generator=generator)
+    weight_OI *= torch.rand(O, I, generator=generator) < 0.5
+    weight_OI[0, : grid.BLOCK] = 0
+    return stored(weight_OI, grid)
+
+
+def stored(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return what a file of the format holds."""
+    values_OI = weight_OI.detach().numpy().astype(np.float32)
+    return torch.from_numpy(grid.dequantize(grid.quantize(values_OI), I).copy())
+
+
+def learn(variables: Codes | Scales, weight_OI: torch.Tensor, size: float) -> None:
+    """Move what is moved along random slopes of the weights."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        weight_OI.grad = torch.randn(O, I, generator=generator)
+        variables.gather()
+        moved = variables.moved["w"]
+        assert moved.grad is not None
+        moved.data -= size * moved.grad * (moved != 0)
+        moved.grad = None
+        variables.settle()
+
+
+def test_codes_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
+    """The exporter, which knows nothing of the training, finds the same codes and scales."""
+    weight_OI = on_grid(grid).requires_grad_(True)
+    before_OI = weight_OI.detach().clone()
+    variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+
+    learn(variables, weight_OI, 0.3 * float(read_steps(before_OI, grid).abs().max()))
+    assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
+    assert not weight_OI[before_OI == 0].any()
+
+    changed = (weight_OI != before_OI).float().mean()
+    assert changed > 0.05
+
+
+def test_scales_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
+    """Codes stay; scales are numbers that half precision has."""
+    weight_OI = on_grid(grid).requires_grad_(True)
+    before_OI = weight_OI.detach().clone()
+    step_OG = read_steps(before_OI, grid)
+    variables = Scales({}, {"w": weight_OI}, grid)
+
+    learn(variables, weight_OI, 0.5)
+    found_OG = read_steps(weight_OI, grid)
+    assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
+
+    before = codes_of(before_OI, step_OG, grid.BLOCK)
+    assert torch.equal(codes_of(weight_OI, found_OG, grid.BLOCK), before)
+    assert not torch.equal(found_OG, step_OG)
+
+
+def test_the_slope_of_a_scale_is_that_of_autograd(grid: Grid) -> None:
+    """Of a loss that is the sum of slopes times weights; what is moved is a factor of the scale."""
+    weight_OI = on_grid(grid).requires_grad_(True)
+    variables = Scales({}, {"w": weight_OI}, grid)
+    slope_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(6))
+
+    step_OG = read_steps(weight_OI, grid).requires_grad_(True)
+    code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
+    (code_OI * step_OG.repeat_interleave(grid.BLOCK, dim=1) * slope_OI).sum().backward()
+
+    weight_OI.grad = slope_OI
+    variables.gather()
+    found_OG, expected_OG = variables.moved["w"].grad, step_OG.grad
+    assert found_OG is not None
+    assert expected_OG is not None
+    assert torch.allclose(found_OG, expected_OG * step_OG.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_code_that_sets_the_scale_does_not_move(grid: Grid) -> None:
+    """However hard it is pulled."""
+    weight_OI = on_grid(grid).requires_grad_(True)
+    before_OI = weight_OI.detach().clone()
+    variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+    largest_OI = codes_of(before_OI, read_steps(before_OI, grid), grid.BLOCK).abs() == max(
+        map(abs, grid.CODES)
+    )
+
+    learn(variables, weight_OI, 100.0)
+    assert torch.equal(weight_OI[largest_OI], before_OI[largest_OI])
+    assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
