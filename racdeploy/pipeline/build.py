@@ -117,7 +117,7 @@ class Build:
             return model
 
         name = name_model(self.job.at_sparsity(model.sparsity))
-        return self.recover_stage.run(model, name, self.prune_stage.select, self.traces)
+        return self.recover_stage.run(model, name, self.traces)
 
     def export(
         self,
@@ -249,7 +249,7 @@ class Build:
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
         quant = job.joint_quant if recipe.prune.joint else ""
-        return RecoverStage(self.place, job.checkpoint, recipe.recover, quant)
+        return RecoverStage(self.place, job.checkpoint, recipe.recover, recipe.calibration, quant)
 
     @property
     def evaluation(self) -> Evaluation:

@@ -16,11 +16,12 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Recovery
+from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report.model import RecoveryRow
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.mix import Probe
+from racdeploy.traces.select import select
 from racdeploy.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -60,24 +61,24 @@ class RecoverStage:
     place: Workplace
     dense: Checkpoint
     settings: Recovery
+    calibration: Calibration
     quant: str
 
     def run(
         self,
         model: PrunedModel,
         name: str,
-        select: Callable[[Sequence[Trace]], tuple[list[Trace], list[Trace], Any]],
         collect: CollectTraces,
     ) -> PrunedModel:
         """Teach the pruned model, or find it taught; without a gain it is returned as it was.
 
         Args:
             name: of the recovered model's folder.
-            select: returns the traces that teach and those that are held out, of a set.
             collect: lets a model answer the calibration prompts.
         """
         _, dense = collect(None)
-        taught, held_out, _ = select(dense)
+        chosen = select(dense, self.calibration)  # whole traces, whatever the pruning saw
+        taught, held_out = chosen.calibration, chosen.held_out
         if not held_out:
             raise UsageError(
                 "recovery needs traces that are held out, to see which state is the best",

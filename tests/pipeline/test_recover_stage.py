@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,20 +16,16 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import Phase, RecoverStage, list_phases
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Recovery
+from racdeploy.recipe import Calibration, Recovery
 from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
-from tests.support.tiny_course import HELD_OUT, TAUGHT, make_course
+from tests.support.tiny_course import TAUGHT, make_course
 
 TOKENS = 3000
 SETTINGS = Recovery(tokens=TOKENS, step_tokens=100, rate=1e-3, ways=("all",))
+CALIBRATION = Calibration(source="prompt")
 DENSE = [replace(trace, correct=True) for trace in TAUGHT]
 Collect = Callable[[Path | None], tuple[Path, list[Trace]]]
-
-
-def select(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Any]:
-    """Return what teaches, and what is held out."""
-    return list(traces), HELD_OUT, {}
 
 
 class Asked:
@@ -62,7 +57,7 @@ class Asked:
 @pytest.fixture
 def stage(tmp_path: Path) -> RecoverStage:
     course = make_course(tmp_path)
-    return RecoverStage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS, "")
+    return RecoverStage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS, CALIBRATION, "")
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def model(tmp_path: Path) -> PrunedModel:
 
 def run(stage: RecoverStage, model: PrunedModel, collect: Collect) -> PrunedModel:
     """Recover a model as the build does."""
-    return stage.run(model, "tiny-recovered", select, collect)
+    return stage.run(model, "tiny-recovered", collect)
 
 
 def test_dense_traces_come_before_own_answers() -> None:
@@ -185,7 +180,7 @@ def test_a_kill_in_any_phase_leaves_the_same_bytes(tmp_path: Path, percent: int)
         course = make_course(folder)
         model = PrunedModel(course.sparse.folder, 0.5, (), (), {})
         settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
-        stage = RecoverStage(Workplace(folder / "work", 1), course.dense, settings, "")
+        stage = RecoverStage(Workplace(folder / "work", 1), course.dense, settings, CALIBRATION, "")
 
         if name == "killed":
             context = multiprocessing.get_context("spawn")
@@ -209,7 +204,7 @@ def _recover_and_die(folder: Path, percent: int) -> None:
     model = PrunedModel(folder / "sparse", 0.5, (), (), {})
     settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
     place = Workplace(folder / "work", 1, die)
-    stage = RecoverStage(place, Checkpoint(folder / "dense"), settings, "")
+    stage = RecoverStage(place, Checkpoint(folder / "dense"), settings, CALIBRATION, "")
     run(stage, model, Asked(folder, [0.5, 0.9, 0.9, 0.9, 0.9]))
 
 
@@ -217,7 +212,8 @@ def test_without_held_out_traces_nothing_can_be_chosen(
     stage: RecoverStage, model: PrunedModel, tmp_path: Path
 ) -> None:
     """An error before any work, which says what to raise."""
+    none = replace(stage, calibration=Calibration(held_out_share=0.0))
     with pytest.raises(UsageError, match="held out") as caught:
-        stage.run(model, "x", lambda traces: (list(traces), [], {}), Asked(tmp_path, [0.5]))
+        run(none, model, Asked(tmp_path, [0.5]))
     assert "held_out_share" in str(caught.value.remedy)
     assert not (tmp_path / "work").exists()

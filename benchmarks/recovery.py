@@ -1,0 +1,175 @@
+"""What does recovery give back, after how many tokens, from which start? Measured on llama.cpp.
+
+    python -m benchmarks.recovery --out build/recovery
+
+Prunes a model as `benchmarks.calibration` does, lets it learn from the dense one on each number of
+tokens, and answers the same held-out prompts before and after. Writes table.md, results.json and
+curve.svg after every cell. What is finished is kept under --work and not done again. Each number of
+tokens is a training of its own, since the learning rate ends at zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+
+from benchmarks._settings import add_settings
+from benchmarks.calibration import COLUMNS, Cell, answers, measure, percent, recipe
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
+from racdeploy.report import axis
+from racdeploy.report.model import Record, RecoveryRow
+from racdeploy.report.recovery import list_phases
+from racdeploy.storage.caches import default_work
+from racdeploy.storage.memory import resident_bytes
+from racdeploy.verify.stats.paired import wilson_interval
+
+DRAWING = Path(__file__).with_name("recovery.svg.jinja")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One pruned model after so many tokens; ``before`` is None where it learned nothing."""
+
+    cell: Cell
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    phases: list[RecoveryRow]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["phases"] = [row.model_dump() for row in self.phases]
+        return values
+
+
+def main() -> None:
+    """Run every cell and write table and curve."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-reasoner")
+    parser.add_argument("--tasks", nargs="*", default=[], help="all procedural ones by default")
+    parser.add_argument("--prompts", type=int, default=600)
+    parser.add_argument("--max-new-tokens", type=int, default=640)
+    parser.add_argument("--traces", type=int, default=384)
+    parser.add_argument("--quant", default="q8_0")
+    parser.add_argument("--method", default="sparsegpt")
+    add_settings(parser)
+    parser.add_argument("--rows", nargs="*", default=["80 %"], help='as "80 %%", "2:8", "ffn=0.5"')
+    parser.add_argument("--tokens", nargs="*", type=int, default=[0, 1_000_000])
+    last = list(COLUMNS)[-1]
+    parser.add_argument("--columns", nargs="*", default=[last], choices=list(COLUMNS))
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    console = Console(stderr=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    dense: tuple[Record, ...] | None = None
+    found: list[Recovered] = []
+
+    for row in arguments.rows:
+        for column in arguments.columns:
+            for tokens in arguments.tokens:
+                build = open_build(arguments, row, column, tokens)
+                if dense is None:
+                    file = build.export(build.job.model.folder, "dense", pruned=False)
+                    dense = answers(build, file, "dense")
+
+                found.append(recover(build, row, column, tokens, dense))
+                console.print(found[-1].to_json())
+                write(arguments.out, found, dense)
+
+    print((arguments.out / "table.md").read_text(encoding="utf-8"))
+
+
+def open_build(arguments: argparse.Namespace, row: str, column: str, tokens: int) -> Build:
+    """Return the build of one cell."""
+    pairs = [*arguments.set, f"recover.tokens={tokens}"]
+    return Build(Job(recipe(arguments, row, COLUMNS[column], pairs)), arguments.work)
+
+
+def recover(
+    build: Build, row: str, column: str, tokens: int, dense: tuple[Record, ...]
+) -> Recovered:
+    """Prune, time what recovery adds, and compare with dense."""
+    unrecovered = Build(build.job.unrecovered(), build.work)
+    unrecovered.prune()
+
+    began = time.perf_counter()
+    model = build.prune()
+    seconds = time.perf_counter() - began
+
+    cell = measure(build, row, column, dense)
+    phases = list_phases(model.recovery)
+    notes = [note for note in model.notes if note.startswith("recover")]
+    return Recovered(cell, tokens, seconds, resident_bytes("VmHWM"), phases, notes)
+
+
+def write(out: Path, found: list[Recovered], dense: tuple[Record, ...]) -> None:
+    """Write what is known so far."""
+    (out / "table.md").write_text(table(found, dense), encoding="utf-8")
+    (out / "curve.svg").write_text(curve(found, dense), encoding="utf-8")
+    values = [each.to_json() for each in found]
+    (out / "results.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def table(found: list[Recovered], dense: tuple[Record, ...]) -> str:
+    """Return Markdown: one line a cell."""
+    right = sum(record.correct for record in dense)
+    interval = wilson_interval(right, len(dense))
+    columns = [
+        *("pruned", "start", "tokens learned", "accuracy (95 %)", "below dense (95 %)"),
+        *("thinking ×", "unclosed", "held-out KL, nats", "seconds"),
+    ]
+    lines = [
+        f"dense: {percent(right / len(dense), interval.lower, interval.upper)} "
+        f"of {len(dense)} prompts",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+
+    for each in found:
+        cell = each.cell
+        kept = [row.kl_nats for row in each.phases if row.kept and row.kl_nats is not None]
+        cells = [
+            cell.pattern,
+            cell.calibration,
+            f"{each.tokens:,}",
+            percent(cell.accuracy, cell.accuracy_lower, cell.accuracy_upper),
+            f"{100 * cell.drop:.1f} ({100 * cell.drop_lower:.1f} to {100 * cell.drop_upper:.1f})",
+            f"{cell.length_ratio:.3f}",
+            str(cell.unclosed),
+            f"{kept[0]:.3g} → {kept[-1]:.3g}" if kept else "",
+            f"{each.seconds:.0f}" if each.tokens else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    return "\n".join(lines) + "\n"
+
+
+def curve(found: list[Recovered], dense: tuple[Record, ...]) -> str:
+    """Return an SVG: accuracy over tokens learned, one line for each start and pruning."""
+    most = max(each.tokens for each in found)
+    x = axis.across("tokens learned", 0, max(most, 1), axis.tokens_text(max(most, 1)))
+    y = axis.upward_share("accuracy", 0, 1)
+
+    lines: dict[str, list[Recovered]] = {}
+    for each in found:
+        lines.setdefault(f"{each.cell.pattern}, {each.cell.calibration}", []).append(each)
+
+    right = sum(record.correct for record in dense) / len(dense)
+    drawing = jinja2.Template(DRAWING.read_text(encoding="utf-8"), autoescape=True)
+    return drawing.render(x=x, y=y, lines=lines, dense=right)
+
+
+if __name__ == "__main__":
+    main()
