@@ -168,7 +168,7 @@ def curve(found: list[Recovered], dense: tuple[Record, ...]) -> str:
 
     right = sum(record.correct for record in dense) / len(dense)
     drawing = jinja2.Template(DRAWING.read_text(encoding="utf-8"), autoescape=True)
-    return drawing.render(x=x, y=y, lines=lines, dense=right)
+    return str(drawing.render(x=x, y=y, lines=lines, dense=right))
 
 
 if __name__ == "__main__":

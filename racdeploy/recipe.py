@@ -258,9 +258,12 @@ class Recovery(_Part):
     probe_drop: float = Field(0.01, ge=0, lt=1)
     rate: float = Field(0.0, ge=0)
     step_tokens: int = Field(4096, ge=1)
+    average: float = Field(0.0, ge=0, lt=1)
     weights: LearnedWeights = Field(default_factory=LearnedWeights)
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    mix: str = ""
+    mix_share: float = Field(0.3, gt=0, lt=1)
     seed: int = 0
 
     @field_validator("ways")

@@ -249,7 +249,9 @@ class Build:
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
         quant = job.joint_quant if recipe.prune.joint else ""
-        return RecoverStage(self.place, job.checkpoint, recipe.recover, recipe.calibration, quant)
+        return RecoverStage(
+            self.place, job.checkpoint, job.encoder, recipe.recover, recipe.calibration, quant
+        )
 
     @property
     def evaluation(self) -> Evaluation:

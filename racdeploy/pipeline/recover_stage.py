@@ -17,11 +17,14 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
+from racdeploy.report import recovery
 from racdeploy.report.model import RecoveryRow
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.mix import Probe
 from racdeploy.traces.select import select
+from racdeploy.traces.text import choose_text, text_traces
 from racdeploy.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class _State:
 
     folder: Path
     probe: Probe
+    answers: Sequence[Trace]
     tokens: int = 0  # learned since the start, undone or not
     rows: tuple[RecoveryRow, ...] = ()
     notes: tuple[str, ...] = ()
@@ -60,16 +64,12 @@ class RecoverStage:
 
     place: Workplace
     dense: Checkpoint
+    encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
     quant: str
 
-    def run(
-        self,
-        model: PrunedModel,
-        name: str,
-        collect: CollectTraces,
-    ) -> PrunedModel:
+    def run(self, model: PrunedModel, name: str, collect: CollectTraces) -> PrunedModel:
         """Teach the pruned model, or find it taught; without a gain it is returned as it was.
 
         Args:
@@ -85,47 +85,69 @@ class RecoverStage:
                 remedy="raise traces.count or calibration.held_out_share",
             )
 
-        learns = _Teaching(self, model, name, taught, held_out)
+        text, text_held_out = self._read_text()
+        learns = _Teaching(self, model, name, taught, held_out, text, text_held_out)
 
-        _, own = collect(model.folder)
-        state = _State(model.folder, Probe.of(own, dense))
+        start = _ask(model.folder, collect, dense)
+        state = start
 
         for phase in list_phases(self.settings, learns.ways):
-            traces = own if phase.own else taught
-            found = learns.teach(phase, state, traces)
-            if found.folder == state.folder:  # nothing was better than the start
-                state = found
-                continue
+            taken = self._take(phase, state, learns, collect, dense)
+            if phase.own and taken.folder == state.folder:
+                state = taken
+                break  # the next round would be this one again
 
-            _, answers = collect(found.folder)
-            probe = Probe.of(answers, dense)
+            state = taken
 
-            if reason := self._worse(probe, state.probe):
-                note = f"recovery, {phase.name} was undone: {reason}"
-                state = replace(
-                    state,
-                    tokens=found.tokens,
-                    rows=_mark(found.rows, phase.name, probe, kept=False),
-                    notes=(*found.notes, note),
-                )
-                continue
+        return self._conclude(model, start.probe, state)
 
-            rows = _mark(found.rows, phase.name, probe, kept=True)
-            state = replace(found, probe=probe, rows=rows)
-            own = answers
+    def _take(
+        self,
+        phase: Phase,
+        state: _State,
+        learns: _Teaching,
+        collect: CollectTraces,
+        dense: Sequence[Trace],
+    ) -> _State:
+        """Do one phase, and undo it if it made the model worse."""
+        taught = state.answers if phase.own else learns.taught
+        found = learns.teach(phase, state, taught)
+        if found.folder == state.folder:  # nothing was better than the start
+            return found
 
-        start = Probe.of(collect(model.folder)[1], dense)
+        asked = _ask(found.folder, collect, dense)
+        reason = self._worse(asked.probe, state.probe)
+        rows = _mark(found.rows, phase.name, asked.probe, kept=not reason)
+
+        if not reason:
+            return replace(found, probe=asked.probe, answers=asked.answers, rows=rows)
+
+        note = f"recovery, {phase.name} was undone: {reason}"
+        return replace(state, tokens=found.tokens, rows=rows, notes=(*found.notes, note))
+
+    def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
+        """Return the model with all that is known of how it came about."""
         rows = _mark(state.rows, "start", start, kept=True)
         gained = state.folder != model.folder
-        note = _summarize(start, state) if gained else _NO_GAIN
+
+        notes = [*model.notes, *state.notes]
+        notes.append(_summarize(start, state) if gained else _NO_GAIN)
+        if self.settings.mix:
+            notes.append(_compare_text(Path(self.settings.mix).name, rows))
 
         return replace(
             model,
             folder=state.folder,
             before_recovery=model.folder if gained else None,
             recovery=rows,
-            notes=(*model.notes, *state.notes, note),
+            notes=tuple(notes),
         )
+
+    def _read_text(self) -> tuple[list[Trace], list[Trace]]:
+        """Return the user's own text: what teaches, and what is held out."""
+        if not self.settings.mix:
+            return [], []
+        return text_traces(self.settings.mix, self.encoder)
 
     def describe_code(self) -> dict[str, str]:
         """Return what all processes that teach together must have in common."""
@@ -146,6 +168,8 @@ class RecoverStage:
         return ""
 
 
+_SHARED_OUT = {"tokens", "ways", "on_policy", "rounds", "probe_drop", "mix"}
+"""Settings that phases do not depend on, beyond what is said of each."""
 _NO_GAIN = "recovery found nothing better than the pruned model, which is left as it was"
 
 
@@ -158,6 +182,8 @@ class _Teaching:
     name: str
     taught: Sequence[Trace]
     held_out: Sequence[Trace]
+    text: Sequence[Trace] = ()
+    text_held_out: Sequence[Trace] = ()
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -178,7 +204,8 @@ class _Teaching:
             "phase": asdict(phase),
             "traces": [trace.ids for trace in traces],
             "held_out": [trace.ids for trace in self.held_out],
-            "recover": settings.model_dump(exclude={"tokens", "ways", "rounds", "probe_drop"}),
+            "text": [trace.ids for trace in (*self.text, *self.text_held_out)],
+            "recover": settings.model_dump(exclude=_SHARED_OUT),
             "quant": self.stage.quant,
         }
 
@@ -200,6 +227,7 @@ class _Teaching:
             course = cut_own(course)
 
         if course.taught:
+            course = replace(course, taught=(*course.taught, *self._choose_text(course)))
             lessons = recover.load(phase.way).recover(course)
         else:
             lessons = [Lesson(0, note="no own answer stays near the dense model's")]
@@ -210,6 +238,13 @@ class _Teaching:
         course.clean()
 
         return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
+
+    def _choose_text(self, course: Course) -> list[Trace]:
+        """Return as much of the user's text as its share of what is learned."""
+        if not self.text:
+            return []
+        tokens = sum(len(trace.ids) for trace in course.taught)
+        return choose_text(self.text, tokens, self.stage.settings.mix_share)
 
     def _course(self, sparse: Path, phase: Phase, traces: Sequence[Trace], folder: Path) -> Course:
         from racdeploy.prune.device import choose_device
@@ -224,6 +259,7 @@ class _Teaching:
             sources=tuple(sources),
             taught=traces,
             held_out=self.held_out,
+            text=self.text_held_out,
             settings=stage.settings,
             tokens=phase.tokens,
             direction="reverse" if phase.own else "forward",
@@ -262,6 +298,12 @@ def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:
     return [phase for phase in phases if phase.tokens]
 
 
+def _ask(folder: Path, collect: CollectTraces, dense: Sequence[Trace]) -> _State:
+    """Let a model answer the calibration prompts."""
+    _, answers = collect(folder)
+    return _State(folder, Probe.of(answers, dense), answers)
+
+
 def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
     """Return the state after a phase that ended."""
     summary = stage.summary
@@ -275,6 +317,7 @@ def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
                     tokens=state.tokens + lesson["tokens"],
                     loss=lesson["loss"],
                     kl_nats=lesson["kl_nats"],
+                    text_kl_nats=lesson["text_kl_nats"],
                     kept=summary["better"] or not lesson["tokens"],
                 )
             )
@@ -321,9 +364,16 @@ def _summarize(start: Probe, state: _State) -> str:
     )
 
 
+def _compare_text(name: str, rows: Sequence[RecoveryRow]) -> str:
+    """Return how far the model is from dense on the user's own text, before and after."""
+    kept = [row.text_kl_nats for row in recovery.list_phases(rows) if row.kept]
+    before, after = kept[0], kept[-1]
+    return f"recovery: KL on held-out parts of {name} {before:.3g} → {after:.3g} nats"
+
+
 def _shorten(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs with hashes in place of long lists."""
     short = dict(inputs)
-    for key in ("traces", "held_out"):
+    for key in ("traces", "held_out", "text"):
         short[key] = canonical_hash(short[key])
     return short

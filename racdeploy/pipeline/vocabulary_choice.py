@@ -14,6 +14,7 @@ from racdeploy.prune.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
+from racdeploy.storage.texts import read_texts
 from racdeploy.traces.trace import Trace
 
 
@@ -31,7 +32,7 @@ class VocabularyChoice:
         """The prompts, the thinking tags, and the user's texts in pieces."""
         prompts = map(self.encoder.render, self.questions)
         tags = find_tag_names(self.encoder) or ()
-        texts = vocabulary.read_texts(self.settings.vocabulary_text)
+        texts = read_texts(self.settings.vocabulary_text, vocabulary.TEXTS)
         return (*prompts, *tags, *texts)
 
     @cached_property

@@ -48,17 +48,19 @@ class BlockWalk:
         self.course, self.arrange = course, arrange
         settings, processes = course.settings, course.processes
 
-        traces = (*course.taught, *course.held_out)
+        traces = (*course.taught, *course.held_out, *course.text)
         tasks = sorted({trace.task for trace in traces})
         tokens = min(BATCH_TOKENS, settings.step_tokens)
 
         taught = make_batches(course.taught, tasks, held_out=False, tokens=tokens)
         held_out = make_batches(course.held_out, tasks, held_out=True, tokens=tokens)
+        text = make_batches(course.text, tasks, held_out=True, tokens=tokens)
         self.steps = _plan(taught, course.tokens, settings.step_tokens, settings.seed)
         self.watch = Watch(course.tokens, 0, course.notify)
 
         # Batches keep their numbers in every process; each has the states of its own.
-        self.batches = [*taught, *held_out]
+        self.batches = [*taught, *held_out, *text]
+        self.text = range(len(taught) + len(held_out), len(self.batches))
         sizes = [batch.ids_BT.numel() for batch in self.batches]
         self.mine = processes.mine(sizes)
 
@@ -107,15 +109,23 @@ class BlockWalk:
 
     def _conclude(self, loss: float) -> list[Lesson]:
         """Compare both ends with the dense model's; keep nothing that is no better."""
-        before, after = self._measure("start"), self._measure("sparse")
+        before = self._measure("start")
+        after = self._measure("sparse")
+        text = [self._measure(name, text=True) for name in ("start", "sparse")]
         note = ""
+
+        assert before is not None
+        assert after is not None
 
         if not after < before:
             note = f"held-out KL would have been {after:.3g} nats, from {before:.3g}"
             shutil.rmtree(self.course.best_folder, ignore_errors=True)
 
         tokens = self.course.tokens
-        return [Lesson(0, None, before), Lesson(tokens, loss, after, note)]
+        return [
+            Lesson(0, None, before, text[0]),
+            Lesson(tokens, loss, after, text[1], note),
+        ]
 
     def _pass_block(self, place: int) -> float:
         """Let a block learn, or read what it learned; then let the states pass it."""
@@ -220,6 +230,9 @@ class BlockWalk:
         sums = torch.zeros(2, dtype=torch.float64)
 
         for index in self._chosen(held_out=True):
+            if index in self.text:
+                continue
+
             real_BT = self.sparse.place(_real(self.batches[index]))
             error_BT = self._errors(block, index) * real_BT
 
@@ -230,9 +243,12 @@ class BlockWalk:
         return float(sums[0] / sums[1])
 
     @torch.no_grad()
-    def _measure(self, name: str) -> float:
-        """Return KL(dense ‖ a stream) at the end, over what counts of held-out traces."""
+    def _measure(self, name: str, *, text: bool = False) -> float | None:
+        """Return KL(dense ‖ a stream) at the end, over held-out traces or text; None without."""
         course = self.course
+        if text and not course.text:
+            return None
+
         head = Head.of(course.dense, course.device)
         norms = {"dense": self.dense.last_norm(), name: self.sparse.last_norm()}
         weights = course.settings.weights
@@ -242,6 +258,9 @@ class BlockWalk:
         sums = torch.zeros(2, dtype=torch.float64)
 
         for index in self._chosen(held_out=True):
+            if (index in self.text) != text:
+                continue
+
             # A state says the next token; nothing follows the last.
             stream_BT = self.batches[index].stream_BT[:, 1:]
             weight_BT = weight_R[stream_BT]

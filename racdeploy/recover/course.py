@@ -33,12 +33,14 @@ class Lesson:
         tokens: of traces learned in this phase so far.
         loss: mean over what was learned since the look before, in the way's own unit.
         kl_nats: mean KL(dense ‖ sparse) over held-out traces; None where the way does not know it.
+        text_kl_nats: the same over held-out parts of the user's own text; None without one.
         note: why it ended early, on the last look; empty where it did not.
     """
 
     tokens: int
     loss: float | None = None
     kl_nats: float | None = None
+    text_kl_nats: float | None = None
     note: str = ""
 
 
@@ -52,6 +54,7 @@ class Course:
         sources: number of the dense block that each block of ``sparse`` was cut from.
         taught: what it learns on.
         held_out: what decides which state is the best.
+        text: held-out parts of the user's own text, which are measured too.
         tokens: how much is learned, in tokens of whole traces; traces are repeated.
         direction: of the divergence, where a way trains on one.
         quant: number format whose codes were chosen while pruning; empty where none were.
@@ -71,6 +74,7 @@ class Course:
     folder: Path
     out: Path
     device: torch.device
+    text: Sequence[Trace] = ()
     threads: int = 0
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every look

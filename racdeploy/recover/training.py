@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from racdeploy.recover.average import Average
 from racdeploy.recover.course import STATE_FILE, Course, Lesson
 from racdeploy.recover.divergence import Head, kl_and_slope, measure_kl
 from racdeploy.recover.lessons import STORED_BYTES, Lessons, choose_taught, dense_states
@@ -51,14 +52,16 @@ def distil(
 
         lessons = {}
 
-        for name, traces in (("taught", taught), ("held-out", course.held_out)):
+        sets = {"taught": taught, "held-out": course.held_out, "text": course.text}
+
+        for name, traces in sets.items():
             opened = dense_states(course.dense, traces, course.folder, name, course.device)
             states = stack.enter_context(opened)
             lessons[name] = Lessons(traces, states, course.settings.weights)
 
         student = Student(course.sparse, trained, course.settings.compute, course.device)
         variables = arrange(student.weights)
-        training = _Training(course, student, variables, lessons["taught"], lessons["held-out"])
+        training = _Training(course, student, variables, lessons)
         return training.run()
 
 
@@ -88,17 +91,17 @@ class _Training:
         course: Course,
         student: Student,
         variables: Weights,
-        taught: Lessons,
-        held_out: Lessons,
+        lessons: Mapping[str, Lessons],
     ) -> None:
         settings = course.settings
         self.course, self.student, self.variables = course, student, variables
-        self.taught, self.held_out = taught, held_out
+        self.lessons = lessons
 
         self.head = Head.of(course.dense, course.device)
         self.optimizer = MaskedAdam(variables.moved, course.masked)
+        self.average = Average(variables, settings.average)
 
-        self.steps = taught.plan(course.tokens, settings.step_tokens, settings.seed)
+        self.steps = lessons["taught"].plan(course.tokens, settings.step_tokens, settings.seed)
         self.file = course.folder / STATE_FILE
         self.done = _Progress()
         self.watch = Watch(course.tokens, 0, course.notify)
@@ -128,7 +131,7 @@ class _Training:
 
     def _learn(self, batches: Sequence[Sequence[int]]) -> None:
         """Do one step: gradients of all its batches, then one move."""
-        examples = [self.taught.example(places) for places in batches]
+        examples = [self.lessons["taught"].example(places) for places in batches]
         weight = sum(float(example.weight_BT.sum()) for example in examples)
         weight = max(weight, 1e-9)
 
@@ -149,6 +152,7 @@ class _Training:
 
         self.optimizer.step(rate, norm, _LONGEST)
         self.variables.settle()
+        self.average.follow(self.optimizer.steps)
 
     def _pull(
         self, ids_BT: torch.Tensor, dense_BTD: torch.Tensor, weight_BT: torch.Tensor
@@ -176,14 +180,24 @@ class _Training:
 
     def _look(self) -> None:
         """Measure, keep the state if it is the best so far, and save."""
-        divergence = self.measure()
+        with self.average.shown() as weights:
+            self._judge(weights)
+        if self.done.step and not self.done.ended:
+            self._save()
+
+    def _judge(self, weights: Mapping[str, torch.Tensor]) -> None:
         done = self.done
+        divergence = self.measure("held-out")
+        of_text = self.measure("text") if self.course.text else None
+
         loss = sum(done.losses) / len(done.losses) if done.losses else None
-        done.looks.append(Lesson(done.tokens, loss, divergence))
+        done.looks.append(Lesson(done.tokens, loss, divergence, of_text))
         done.losses = []
 
         learned = f"loss {loss:.3g}, " if loss is not None else ""
-        self.watch.show(done.tokens, f"{learned}KL on held-out traces {divergence:.3g} nats")
+        beside = f", on your text {of_text:.3g}" if of_text is not None else ""
+        found = f"KL on held-out traces {divergence:.3g} nats"
+        self.watch.show(done.tokens, f"{learned}{found}{beside}")
 
         if not math.isfinite(divergence):
             done.ended = f"held-out KL was {divergence:g} after {done.tokens} tokens"
@@ -191,22 +205,19 @@ class _Training:
 
         if divergence < done.best:
             if done.step:  # the start is a model already
-                self.course.keep(self.variables.weights)
+                self.course.keep(weights)
             done.best, done.since_best = divergence, 0
         else:
             done.since_best += 1
             if done.since_best >= _PATIENCE:
                 done.ended = f"nothing better came in {_PATIENCE} looks"
 
-        if done.step:
-            self._save()
-
     @torch.no_grad()
-    def measure(self) -> float:
-        """Return the mean KL(dense ‖ sparse) on held-out traces, in nats."""
+    def measure(self, name: str) -> float:
+        """Return the mean KL(dense ‖ sparse) on some lessons, in nats."""
         total = weight = 0.0
 
-        for example in self.held_out.in_order():
+        for example in self.lessons[name].in_order():
             hidden_BTD = self.student.hidden(example.ids_BT, learns=False)
             device = hidden_BTD.device
 
@@ -227,6 +238,8 @@ class _Training:
         for name, weight in self.variables.moved.items():
             first, second = self.optimizer.moments[name]
             tensors |= {f"weight.{name}": weight, f"first.{name}": first, f"second.{name}": second}
+        for name, mean in self.average.values.items():
+            tensors[f"average.{name}"] = mean
         return tensors
 
     def _save(self) -> None:

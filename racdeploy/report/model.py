@@ -216,6 +216,7 @@ class RecoveryRow(_Part):
         loss: mean over what was learned since the look before, in the way's own unit; None at the
             start.
         kl_nats: mean KL(dense ‖ sparse) over held-out traces; None where it was not measured.
+        text_kl_nats: the same over the user's own text, held-out parts; None where there was none.
         accuracy: share of the calibration prompts that it answers right; None where it was not
             asked.
         kept: whether the phase entered the model; one that made it worse was undone.
@@ -225,6 +226,7 @@ class RecoveryRow(_Part):
     tokens: int = Field(ge=0)
     loss: float | None = None
     kl_nats: float | None = None
+    text_kl_nats: float | None = None
     accuracy: float | None = Field(None, ge=0, le=1)
     kept: bool = True
 

@@ -17,6 +17,7 @@ from racdeploy.pipeline.recover_stage import Phase, RecoverStage, list_phases
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
 from tests.support.tiny_course import TAUGHT, make_course
@@ -54,10 +55,15 @@ class Asked:
         ]
 
 
+def make_stage(place: Workplace, dense: Checkpoint, settings: Recovery) -> RecoverStage:
+    encoder = PromptEncoder.from_folder(dense.folder)
+    return RecoverStage(place, dense, encoder, settings, CALIBRATION, "")
+
+
 @pytest.fixture
 def stage(tmp_path: Path) -> RecoverStage:
     course = make_course(tmp_path)
-    return RecoverStage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS, CALIBRATION, "")
+    return make_stage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS)
 
 
 @pytest.fixture
@@ -180,7 +186,7 @@ def test_a_kill_in_any_phase_leaves_the_same_bytes(tmp_path: Path, percent: int)
         course = make_course(folder)
         model = PrunedModel(course.sparse.folder, 0.5, (), (), {})
         settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
-        stage = RecoverStage(Workplace(folder / "work", 1), course.dense, settings, CALIBRATION, "")
+        stage = make_stage(Workplace(folder / "work", 1), course.dense, settings)
 
         if name == "killed":
             context = multiprocessing.get_context("spawn")
@@ -204,7 +210,8 @@ def _recover_and_die(folder: Path, percent: int) -> None:
     model = PrunedModel(folder / "sparse", 0.5, (), (), {})
     settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
     place = Workplace(folder / "work", 1, die)
-    stage = RecoverStage(place, Checkpoint(folder / "dense"), settings, CALIBRATION, "")
+    dense = Checkpoint(folder / "dense")
+    stage = make_stage(place, dense, settings)
     run(stage, model, Asked(folder, [0.5, 0.9, 0.9, 0.9, 0.9]))
 
 
@@ -217,3 +224,35 @@ def test_without_held_out_traces_nothing_can_be_chosen(
         run(none, model, Asked(tmp_path, [0.5]))
     assert "held_out_share" in str(caught.value.remedy)
     assert not (tmp_path / "work").exists()
+
+
+def test_own_text_is_learned_and_measured(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Every look has the divergence on parts of it that were held out."""
+    file = tmp_path / "notes.txt"
+    file.write_text("How many apples does she have? " * 400)
+
+    for way in ("all", "blocks"):
+        changed = {"mix": str(file), "ways": (way,), "on_policy": 0.0}
+        settings = stage.settings.model_copy(update=changed)
+        found = run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5, 0.9]))
+
+        on_text = [row.text_kl_nats for row in found.recovery]
+        assert all(kl is not None and kl > 0 for kl in on_text)
+        assert on_text[0] != on_text[-1]
+
+
+def test_a_text_that_is_too_short_is_refused(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Before anything is learned, with how much is needed; and so is one that is no text."""
+    file = tmp_path / "notes.txt"
+    file.write_text("short")
+    settings = stage.settings.model_copy(update={"mix": str(file)})
+    with pytest.raises(UsageError, match="more than 512 are needed"):
+        run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))
+
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
+        run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))

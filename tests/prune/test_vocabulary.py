@@ -25,6 +25,7 @@ from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.storage import safetensors
+from racdeploy.storage.texts import read_texts
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.cut_models import cut_checkpoint
 from tests.support.llama_child import ask_llama
@@ -382,7 +383,7 @@ def test_a_users_text_is_kept(tmp_path: Path, pre_tokenizer: str) -> None:
     text = "\n".join(mixed_lines(2500)) + "\n    indented\n\n\nend"
     file = tmp_path / "notes.txt"
     file.write_text(text, encoding="utf-8", newline="")
-    pieces = vocabulary.read_texts([str(file)])
+    pieces = read_texts([str(file)], vocabulary.TEXTS)
     assert len(pieces) > 1
     assert "".join(pieces) == text
 
@@ -398,12 +399,12 @@ def test_a_users_text_is_kept(tmp_path: Path, pre_tokenizer: str) -> None:
 def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A missing file, and the line of one that is not UTF-8."""
     with pytest.raises(UsageError, match="cannot be read: No such file"):
-        vocabulary.read_texts([str(tmp_path / "none.txt")])
+        read_texts([str(tmp_path / "none.txt")], vocabulary.TEXTS)
 
     file = tmp_path / "latin.txt"
     file.write_bytes("one\ntwo\ncafé\n".encode("latin-1"))
     with pytest.raises(UsageError, match=r"latin\.txt:3 is not UTF-8"):
-        vocabulary.read_texts([str(file)])
+        read_texts([str(file)], vocabulary.TEXTS)
 
 
 @pytest.mark.slow

@@ -101,3 +101,24 @@ def test_bfloat16_products_learn_too(tmp_path: Path) -> None:
     found = [look.kl_nats for look in later if look.kl_nats is not None]
     assert first.kl_nats is not None
     assert min(found) < first.kl_nats
+
+
+def test_an_average_is_kept_in_place_of_the_last_step(tmp_path: Path) -> None:
+    """Its divergence is what is looked at, and what is written has it; a kill changes nothing."""
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    plain.mkdir()
+    averaged.mkdir()
+    last = recover.load("all").recover(make_course(plain))
+
+    course = make_course(averaged, settings={"average": 0.9})
+    looks = recover.load("all").recover(course)
+    course.write()
+
+    found = [look.kl_nats for look in looks if look.kl_nats is not None]
+    assert found[0] == last[0].kl_nats
+    assert found[-1] != last[-1].kl_nats
+    assert kl_of(course) == pytest.approx(min(found), rel=1e-6)
+
+    before, after = read_weights(course.sparse.folder), read_weights(course.out)
+    for name in course.masked:
+        assert not after[name][before[name] == 0].any()

@@ -6,9 +6,8 @@ logits. Byte-level BPE alone; what a token needs to be found is in :mod:`racdepl
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +21,20 @@ from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import write_entries
+from racdeploy.storage.texts import read_texts
 
 STEP = "folder"
 # Kernels of ggml for interleaved rows take multiples of 8, those for AMX of 32.
 ROWS = 32
+TEXTS = "structure.vocabulary_text"
 _MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
-_PIECE = 1 << 16  # characters of a user's text that are encoded together
-# Pre-tokenizers may join an end of line with white space behind it, and with nothing else.
-_LINES = re.compile(r"(?<=\n)(?=\S)")
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
     encode = read_tokenizer(checkpoint.tokenizer.file).encode
     used: set[int] = set()
-    for text in read_texts(structure.vocabulary_text):
+    for text in read_texts(structure.vocabulary_text, TEXTS):
         used.update(encode(text, add_special_tokens=False).ids)
 
     choose(checkpoint, structure.share("vocabulary"), used)
@@ -115,37 +113,3 @@ def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Pa
                 shutil.copyfile(file, scratch / file.name)
 
     return out
-
-
-def read_texts(files: Sequence[str]) -> list[str]:
-    """Return a user's text files in pieces that are tokenized as the whole is."""
-    pieces = []
-    for name in files:
-        text = ""
-        for part in _LINES.split(_read_text(Path(name))):
-            text += part
-            if len(text) >= _PIECE:
-                pieces.append(text)
-                text = ""
-        pieces.append(text)
-
-    return [text for text in pieces if text]
-
-
-def _read_text(file: Path) -> str:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"{file} cannot be read: {error.strerror}",
-            remedy="give the path of a text file in structure.vocabulary_text",
-        ) from error
-
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{file}:{line} is not UTF-8 text: {error.reason}",
-            remedy=f"convert it: iconv -t utf-8 {file}",
-        ) from error

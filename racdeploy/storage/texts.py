@@ -1,0 +1,53 @@
+"""A user's text files, in pieces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.errors import UsageError
+
+_PIECE = 1 << 16  # characters that are encoded together
+# Pre-tokenizers may join an end of line with white space behind it, and with nothing else.
+_LINES = re.compile(r"(?<=\n)(?=\S)")
+
+
+def read_texts(files: Sequence[str], key: str) -> list[str]:
+    """Return text files in pieces that are tokenized as the whole is.
+
+    Raises:
+        UsageError: one cannot be read or is not UTF-8; ``key`` of the recipe names it.
+    """
+    pieces = []
+
+    for name in files:
+        text = ""
+        for part in _LINES.split(_read_text(Path(name), key)):
+            text += part
+            if len(text) >= _PIECE:
+                pieces.append(text)
+                text = ""
+
+        pieces.append(text)
+
+    return [text for text in pieces if text]
+
+
+def _read_text(file: Path, key: str) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{file} cannot be read: {error.strerror}",
+            remedy=f"give the path of a text file in {key}",
+        ) from error
+
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{file}:{line} is not UTF-8 text: {error.reason}",
+            remedy=f"convert it: iconv -t utf-8 {file}",
+        ) from error
