@@ -45,6 +45,7 @@ class Traces(_Part):
     server_key_env: str = ""
     server_concurrency: int = Field(16, ge=1)
     server_timeout_s: float = Field(1800.0, gt=0)
+    server_reload: Literal["", "sglang", "vllm"] = ""
 
     # Not of the field: the message would show an address with a key in it.
     @model_validator(mode="after")

@@ -51,7 +51,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
         *("prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
-        *("traces.server", "traces.server_model", "traces.server_key_env"),
+        *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text"),
     }
@@ -75,7 +75,11 @@ def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
     assert (
         unnamed
         == Traces(
-            server=url, server_key_env="KEY", server_concurrency=3, server_timeout_s=9
+            server=url,
+            server_key_env="KEY",
+            server_concurrency=3,
+            server_timeout_s=9,
+            server_reload="vllm",
         ).identity
     )
     named = [
@@ -116,6 +120,8 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     [
         ("[prune]\nsparsty = 0.5", r"unknown key 'prune.sparsty' \(did you mean 'sparsity'\?\)"),
         ("[traces]\nserver_concurrency = 4", "server_concurrency without server"),
+        ("[traces]\nserver_reload = 'vllm'", "server_reload without server"),
+        ("[traces]\nserver = 'http://h/v1'\nserver_reload = '/load'", "'sglang' or 'vllm'"),
         ("modle = 'x'", r"unknown key 'modle' \(did you mean 'model'\?\)"),
         ("[prune]\nsparsity = 1.0", r"prune.sparsity: .*less than 1 .*got 1.0"),
         ("[prune]\nsparsity = -0.1", "prune.sparsity"),

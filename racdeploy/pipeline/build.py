@@ -201,13 +201,15 @@ class Build:
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
             bound = "_at_most"
 
-        if settings.prune.schedule or not (stage.finished or settings.traces.server):
+        cuts = bool(settings.structure.keep)
+        asks_here = settings.prune.schedule and (cuts or not settings.traces.server_reload)
+
+        if asks_here or not (stage.finished or settings.traces.server):
             together = min(settings.traces.batch, len(prompts))
             most = trace_bytes(checkpoint, together, max(prompts), max(longest))
             plan["trace_memory_bytes_at_most"] = most
 
         grid = job.joint_quant if settings.prune.joint else ""
-        cuts = bool(settings.structure.keep)
         memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid, cuts=cuts)
 
         return plan | {

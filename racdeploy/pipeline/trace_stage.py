@@ -13,7 +13,7 @@ from racdeploy import plugins
 from racdeploy.decoding.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
+from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
@@ -25,7 +25,7 @@ from racdeploy.traces.trace import Trace, TraceSet
 
 @dataclass(frozen=True)
 class TraceStage:
-    """Traces of the dense model, or of a sparse one on the way of a schedule."""
+    """Traces of the dense model, or of a sparse one on its way."""
 
     place: Workplace
     dense: Checkpoint
@@ -97,10 +97,23 @@ class TraceStage:
         """Yield what answers: a server that the recipe names, or the processes of this job."""
         if self._is_served(checkpoint):
             with server.answering(
-                self.settings, checkpoint, self.encoder, context_tokens, folder
+                self.settings,
+                checkpoint,
+                self.encoder,
+                context_tokens,
+                folder,
+                self.dense.folder,
+                print_notice,
             ) as answering:
                 yield answering
             return
+
+        if self.settings.server_reload:
+            cut = _find_cut(self.dense, checkpoint)
+            print_notice(
+                f"{checkpoint.folder.name} is asked here and not on the server, which keeps the "
+                f"shapes it was started with: {cut}"
+            )
 
         processes = self.place.processes
         settings = EngineSettings(context_tokens, self.settings.batch, self.place.threads)
@@ -121,7 +134,24 @@ class TraceStage:
                 yield Answering(lambda asked: [answer(each) for each in asked])
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
-        return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
+        if checkpoint.sha256 == self.dense.sha256:
+            return bool(self.settings.server)
+        return bool(self.settings.server_reload) and not _find_cut(self.dense, checkpoint)
+
+
+def _find_cut(dense: Checkpoint, sparse: Checkpoint) -> str:
+    """Return a tensor of another shape than the dense model's, or an empty string."""
+    for name in sorted({*dense.entries, *sparse.entries}):
+        before, after = _write_shape(dense, name), _write_shape(sparse, name)
+        if before != after:
+            return f"{name} is {after}, in the dense model {before}"
+
+    return ""
+
+
+def _write_shape(model: Checkpoint, name: str) -> str:
+    entry = model.entries.get(name)
+    return " × ".join(map(str, entry.shape)) if entry else "missing"
 
 
 def _open(folder: Path, settings: EngineSettings) -> Engine:

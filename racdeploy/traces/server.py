@@ -1,7 +1,8 @@
 """Traces from a server: open it, compare it with the model, and remember which one it was.
 
 A server that tokenizes differently answers other prompts than ours, so nothing is asked before it
-agrees. That its weights are the model's cannot be seen from outside.
+agrees. That its weights are the model's cannot be seen from outside, unless it was told to load
+them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.traces import reload
 from racdeploy.traces.collect import Answering, Asked
 
 _RECORD = "server.json"
@@ -45,6 +47,8 @@ def answering(
     encoder: PromptEncoder,
     context_tokens: int,
     folder: Path,  # of the trace stage; keeps the server's model, completions until all are there
+    dense: Path,  # folder of the model that the server has in the end
+    notify: Callable[[str], None],
 ) -> Iterator[Answering]:
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
@@ -54,18 +58,25 @@ def answering(
     file = folder / _JOURNAL
     engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
 
+    weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if settings.server_reload:
+        weights = reload.loaded(settings, checkpoint.folder, dense, notify)
+
     try:
-        with OpenAIEngine(
-            settings.server,
-            engine_settings,
-            tokenizer=TokenizerFiles(checkpoint.folder).file,
-            vocabulary=checkpoint.integer("vocab_size"),
-            model=settings.server_model,
-            key_env=settings.server_key_env,
-            timeout_s=settings.server_timeout_s,
-        ) as engine:
+        with (
+            weights,
+            OpenAIEngine(
+                settings.server,
+                engine_settings,
+                tokenizer=TokenizerFiles(checkpoint.folder).file,
+                vocabulary=checkpoint.integer("vocab_size"),
+                model=reload.choose_name(settings),
+                key_env=settings.server_key_env,
+                timeout_s=settings.server_timeout_s,
+            ) as engine,
+        ):
             check_agreement(engine, encoder)
-            _record(folder, engine.model)
+            _record(folder, settings.server_model or engine.model)
 
             log = CompletionLog(file)
             together = math.ceil(settings.server_concurrency / settings.batch)

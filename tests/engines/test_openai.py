@@ -36,7 +36,15 @@ from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.server import check_agreement
 from racdeploy.traces.trace import Trace
-from tests.support.completion_server import Answer, Json, Reply, completed, models, serving
+from tests.support.completion_server import (
+    Answer,
+    Json,
+    Reply,
+    agreeing,
+    completed,
+    models,
+    serving,
+)
 from tests.support.real_server import free_port, llama_cpp_server, running, visible_tags
 from tests.support.tiny_artifacts import EOS_ID
 from tests.support.tiny_models import SPECIAL_TOKENS, make_checkpoint, write_tokenizer
@@ -350,17 +358,6 @@ def test_an_address_that_cannot_be_read_is_wrong_usage(url: str) -> None:
         OpenAIEngine(url, SETTINGS)
 
 
-def _agreeing(encoder: PromptEncoder) -> dict[str, Answer]:
-    """Return a server that tokenizes and renders as an encoder does."""
-    return {
-        "v1/models": models("tiny"),
-        "tokenize": lambda body: (
-            {"tokens": encoder.encode_text(body["content"])} if "content" in body else {}
-        ),
-        "apply-template": lambda body: {"prompt": encoder.render(body["messages"])},
-    }
-
-
 def _counting(count: Callable[[str], int]) -> dict[str, Answer]:
     """Return a server that says no more of its tokenizer than how many tokens a prompt has."""
     usage: Answer = lambda body: {"usage": {"prompt_tokens": count(body["prompt"])}}  # noqa: E731
@@ -377,7 +374,7 @@ def test_a_server_that_agrees_passes(folder: Path) -> None:
     text.
     """
     encoder = PromptEncoder.from_folder(folder)
-    llama_server = _agreeing(encoder)
+    llama_server = agreeing(encoder)
     _check(folder, llama_server)
 
     def ids(body: Json) -> Json:
@@ -398,14 +395,14 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"tokenizer is not the model's: '.+' is \[.*\] here and \[.*\] there"
     ):
-        _check(folder, _agreeing(other))
+        _check(folder, agreeing(other))
     with pytest.raises(UsageError, match=r"tokenizer is not the model's: 'What is 12"):
         _check(folder, _counting(len))
 
 
 def test_another_template_is_refused(folder: Path) -> None:
     """The same tokenizer under another chat template is another model to us."""
-    routes = _agreeing(PromptEncoder.from_folder(folder))
+    routes = agreeing(PromptEncoder.from_folder(folder))
     with pytest.raises(UsageError, match="chat template is not the model's"):
         _check(
             folder,
@@ -433,7 +430,7 @@ def _served(
     folder: Path, work: Path, completions: Answer, concurrency: int
 ) -> tuple[Path, list[Trace]]:
     """Collect six traces in shards of two."""
-    routes = _agreeing(PromptEncoder.from_folder(folder)) | {"v1/completions": completions}
+    routes = agreeing(PromptEncoder.from_folder(folder)) | {"v1/completions": completions}
     with serving(routes) as url:
         traces = {
             "count": 6,
@@ -552,7 +549,7 @@ def test_llama_server_returns_exact_ids(tmp_path: Path) -> None:
 def test_another_served_model_does_not_go_on(model: Path, tmp_path: Path) -> None:
     """Where the recipe leaves the name to the server, the one that began must finish."""
     encoder = PromptEncoder.from_folder(model)
-    routes = _agreeing(encoder) | {"v1/completions": lambda _: Reply({}, 500)}
+    routes = agreeing(encoder) | {"v1/completions": lambda _: Reply({}, 500)}
     traces = {"count": 2, "max_new_tokens": 9}
     served = ["first"]
     routes["v1/models"] = lambda _: {"data": [{"id": served[0]}]}

@@ -69,14 +69,18 @@ class Client:
         with self.loop() as portal:
             return portal.call(function, *arguments)
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        return self.run(self.request, path, body)
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, may_be_empty: bool = False
+    ) -> dict[str, Any]:
+        return self.run(self.request, path, body, may_be_empty)
 
-    async def request(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def request(
+        self, path: str, body: Mapping[str, Any] | None = None, may_be_empty: bool = False
+    ) -> dict[str, Any]:
         """Send a JSON object, or ask for a path without one; return the object that comes back.
 
         A failure that may pass is tried again. ``path`` is relative to the address, as
-        ``../tokenize``.
+        ``../tokenize``. An answer that ``may_be_empty`` is an empty object then.
 
         Raises:
             UsageError: the server refuses the key.
@@ -88,7 +92,8 @@ class Client:
 
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                return self._object(await self._exchange(path, data), path)
+                answer = await self._exchange(path, data)
+                return self._object(answer, path, may_be_empty)
             except _PassingError as error:
                 if not attempts_left:
                     raise EngineError(
@@ -126,7 +131,7 @@ class Client:
         self._reached = True
         return answer
 
-    def _object(self, answer: Answer, path: str) -> dict[str, Any]:
+    def _object(self, answer: Answer, path: str, may_be_empty: bool) -> dict[str, Any]:
         if answer.status in _RETRIED:
             # A date in place of seconds is not worth a parser.
             pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
@@ -148,6 +153,9 @@ class Client:
                 remedy="look at the address, which mostly ends in /v1, and at the server's log",
             )
 
+        if may_be_empty and not answer.body:
+            return {}
+
         try:
             value = json.loads(answer.body)
         except (ValueError, RecursionError) as error:
@@ -161,10 +169,13 @@ class Client:
 
         return value
 
-    def _quote(self, body: bytes) -> str:
+    def quote(self, text: str) -> str:
         """Return the beginning of what a server said in one line, without the key."""
-        text = " ".join(body.decode("utf-8", "replace").split())
-        return self._redact(text)[:_SAID_CHARACTERS] or "nothing"
+        line = " ".join(text.split())
+        return self._redact(line)[:_SAID_CHARACTERS] or "nothing"
+
+    def _quote(self, body: bytes) -> str:
+        return self.quote(body.decode("utf-8", "replace"))
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

@@ -1,0 +1,138 @@
+"""What a server is told to load, and what comes back when it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy.engines.openai import http as http_client
+from racdeploy.errors import EngineError, UsageError
+from racdeploy.recipe import Traces
+from racdeploy.traces.reload import load, loaded
+from tests.support.completion_server import Answer, Json, Reply, serving
+from tests.support.real_server import free_port
+
+GOOD = {
+    "sglang": Reply({"success": True, "message": "", "num_paused_requests": 0}),
+    "vllm": Reply({"results": [None, None]}),
+}
+PATHS = {"sglang": "update_weights_from_disk", "vllm": "collective_rpc"}
+
+
+@pytest.fixture(autouse=True)
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "_FIRST_DELAY_S", 0.01)
+
+
+def _routes(kind: str, reply: Reply, heard: list[Json]) -> dict[str, Answer]:
+    """Return a server of a kind that writes down what it hears."""
+
+    def answer(body: Json) -> Reply:
+        heard.append(body)
+        return reply
+
+    def reset(body: Json) -> Reply:
+        heard.append({"reset": True})
+        return Reply(b"")
+
+    return {PATHS[kind]: answer, "reset_prefix_cache": reset}
+
+
+def test_each_server_is_told_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the absolute folder; neither keeps what it computed with the weights before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    folder = str(tmp_path.resolve() / "model")
+    heard: list[Json] = []
+
+    for kind, reply in GOOD.items():
+        with serving(_routes(kind, reply, heard)) as url:
+            load(Traces(server=url, server_reload=kind), Path("model"))
+
+    sglang, vllm, reset = ({**body, "Authorization": None} for body in heard)
+    assert sglang == {"model_path": folder, "flush_cache": True, "Authorization": None}
+    assert vllm == {
+        "method": "reload_weights",
+        "kwargs": {"weights_path": folder},
+        "Authorization": None,
+    }
+    assert reset == {"reset": True, "Authorization": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reply", "message", "remedy"),
+    [
+        (
+            "sglang",
+            Reply({"success": False, "message": "size mismatch for q_proj"}),
+            r"did not load /.*/model: .*size mismatch for q_proj",
+            "SGLang must see this folder under the same path",
+        ),
+        (
+            "sglang",
+            Reply({"success": False, "message": "no such folder"}, 400),
+            r"does not serve \.\./update_weights_from_disk \(400\): .*no such folder",
+            "SGLang must see this folder",
+        ),
+        ("sglang", Reply({}), "says: nothing", "the server's log"),
+        (
+            "vllm",
+            Reply({"detail": "Not Found"}, 404),
+            r"does not serve \.\./collective_rpc \(404\)",
+            "VLLM_SERVER_DEV_MODE=1",
+        ),
+        (
+            "vllm",
+            Reply({"error": "unexpected keyword argument 'weights_path'"}, 500),
+            "unexpected keyword argument 'weights_path'",
+            "vLLM must see this folder",
+        ),
+        ("vllm", Reply({"results": []}), "names no worker that did", "version"),
+        ("vllm", Reply(b""), "0 bytes that are not JSON", "the server's log"),
+    ],
+)
+def test_a_refusal_is_an_error(
+    tmp_path: Path, kind: str, reply: Reply, message: str, remedy: str
+) -> None:
+    """It names the folder and what the server said, and what the server needs."""
+    folder = tmp_path / "model"
+    with (
+        serving(_routes(kind, reply, [])) as url,
+        pytest.raises(EngineError, match=message) as caught,
+    ):
+        load(Traces(server=url, server_reload=kind), folder)
+    assert str(folder) in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+def test_a_vllm_that_keeps_its_cache_is_an_error(tmp_path: Path) -> None:
+    """Prompts that it remembers would be answered with two models' weights."""
+    routes = _routes("vllm", GOOD["vllm"], [])
+    del routes["reset_prefix_cache"]
+    with serving(routes) as url, pytest.raises(EngineError, match="reset_prefix_cache"):
+        load(Traces(server=url, server_reload="vllm"), tmp_path)
+
+
+def test_a_key_that_is_refused_is_wrong_usage(tmp_path: Path) -> None:
+    """As for every other request."""
+    with (
+        serving(_routes("sglang", Reply({"detail": "admin key?"}, 401), [])) as url,
+        pytest.raises(UsageError, match="refuses a request without a key"),
+    ):
+        load(Traces(server=url, server_reload="sglang"), tmp_path)
+
+
+def test_nobody_at_the_address_is_said_once(tmp_path: Path) -> None:
+    """The folder was never asked about, and the notice says what the server may have."""
+    notices: list[str] = []
+    settings = Traces(server=f"http://127.0.0.1:{free_port()}/v1", server_reload="vllm")
+    with (
+        pytest.raises(EngineError, match="cannot be reached"),
+        loaded(settings, tmp_path / "sparse", tmp_path / "dense", notices.append),
+    ):
+        pytest.fail("no server, and yet it has loaded the model")
+    assert len(notices) == 1
+    assert notices[0].startswith("start the server again")
