@@ -27,7 +27,7 @@ accel_app = typer.Typer(
 )
 app.add_typer(accel_app, name="accel")
 
-for command in (build.build, build.traces, build.prune, build.export, verify.verify):
+for command in (build.build, build.traces, build.prune, build.recover, build.export, verify.verify):
     app.command()(command)
 for command in (run.run, run.bench, tools.inspect, tools.unpack, tools.targets):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""Commands that make something of a model: ``build``, and ``traces``, ``prune``, ``export``."""
+"""Commands that make something of a model: ``build``, and its stages one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli import console
-from racdeploy.cli.options import BuildOptions, ExportOptions, PruneOptions, TraceOptions, takes
+from racdeploy.cli.options import (
+    BuildOptions,
+    ExportOptions,
+    PruneOptions,
+    RecoverOptions,
+    TraceOptions,
+    takes,
+)
 
 if TYPE_CHECKING:
     from racdeploy.pipeline.build import Build
@@ -67,6 +74,25 @@ def prune(options: PruneOptions) -> None:
     console.print_result(found, [folder], options.json_output)
     if not options.json_output:
         console.print_notes(notes)
+
+
+@console.reported
+@takes(RecoverOptions)
+def recover(options: RecoverOptions) -> None:
+    """Let a pruned model learn from the dense one; print the folder of what it became."""
+    folder = options.folder
+
+    with _open_checked(options) as builder:
+        if options.dry_run:
+            console.print_plan(builder.plan_recovery(), options.json_output)
+            return
+        model = builder.recover(folder)
+
+    rows = [row.model_dump() for row in model.recovery]
+    found = {"folder": str(model.folder), "recovery": rows, "notes": model.notes}
+    console.print_result(found, [model.folder], options.json_output)
+    if not options.json_output:
+        console.print_notes(model.notes)
 
 
 @console.reported

@@ -30,6 +30,13 @@ ThreadsOpt = Annotated[int, typer.Option(help="CPU threads; 0 uses every core.")
 AccelOpt = Annotated[
     Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
 ]
+DryRunOpt = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")
+]
+RecoverTokensOpt = Annotated[
+    int | None,
+    typer.Option(help="Tokens that the pruned model learns from the dense one; 0 is off."),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
 _Texts = list[str] | None
@@ -95,15 +102,11 @@ class PruneOptions(TraceOptions):
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
     method: str | None = _option(None, help="Pruning method.")
     calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
-    recover_tokens: int | None = _option(
-        None, help="Tokens that the pruned model learns from the dense one; 0 is off."
-    )
+    recover_tokens: RecoverTokensOpt = None
     vocabulary_text: _Texts = _option(
         None, metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
     )
-    dry_run: bool = _option(
-        False, "--dry-run", help="Check everything, print the plan, do nothing."
-    )
+    dry_run: DryRunOpt = False
 
     def _values(self) -> dict[str, Any]:
         prune = {"sparsity": self.sparsity, "pattern": self.pattern, "method": self.method}
@@ -116,6 +119,28 @@ class PruneOptions(TraceOptions):
             "recover": {"tokens": self.recover_tokens},
             "calibration": {"source": self.calibration},
         }
+
+
+@dataclass(frozen=True)
+class RecoverOptions(TraceOptions):
+    """Options of the command that lets a pruned model learn from the dense one."""
+
+    pruned: Annotated[Path | None, typer.Argument(help="Folder of the pruned model.")] = None
+    recover_tokens: RecoverTokensOpt = None
+    dry_run: DryRunOpt = False
+
+    @property
+    def folder(self) -> Path:
+        """The pruned model's folder, or an error that says how to give it."""
+        if self.pruned is None:
+            raise UsageError(
+                "which pruned model? Two models are needed, the dense one first",
+                remedy="racdeploy recover MODEL PRUNED --recover-tokens 1000000",
+            )
+        return self.pruned
+
+    def _values(self) -> dict[str, Any]:
+        return super()._values() | {"recover": {"tokens": self.recover_tokens}}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import export as exports
+from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
@@ -19,6 +20,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
+from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.trace_stage import TraceStage
@@ -55,6 +57,7 @@ class Build:
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything; return the bundle's folder, by default the artifact's name, and report."""
         check_build(self.job, out)
+        self.plan_recovery()
         trace_folder, traces = self.traces()
         model = self.prune()
 
@@ -100,6 +103,7 @@ class Build:
 
     def prune(self) -> PrunedModel:
         """Prune the model on its traces; the vocabulary is cut last, of what is left."""
+        self.plan_recovery()
         choice = self.job.vocabulary
         if choice is None:
             return self._prune_and_recover()
@@ -110,6 +114,28 @@ class Build:
 
         model = self._prune_and_recover()
         return VocabularyStage(self.place, choice).run(model, traces)
+
+    def recover(self, folder: Path) -> PrunedModel:
+        """Let the pruned model of a folder learn from the dense one."""
+        if not self.job.recipe.recover.tokens:
+            raise UsageError(
+                "there is nothing to learn at 0 tokens",
+                remedy="--recover-tokens 1000000, or recover.tokens in the recipe",
+            )
+
+        model = read_pruned(self.job.checkpoint, folder)
+        self.plan_recovery()
+        return self.recover_stage.run(model, f"{folder.name}-recovered", self.traces)
+
+    def plan_recovery(self) -> dict[str, Any]:
+        """Return what recovery takes, or raise what would stop it; nothing where it is off."""
+        settings = self.job.recipe
+        if not settings.recover.tokens:
+            return {}
+
+        questions = [each.question for each in self.job.problems("calibration")]
+        longest = max(len(self.job.encoder.encode(question)) for question in questions)
+        return self.recover_stage.plan(longest + settings.traces.max_new_tokens)
 
     def _prune_and_recover(self) -> PrunedModel:
         model = self.prune_stage.run(self.traces)
@@ -216,6 +242,7 @@ class Build:
             f"prune_tokens{bound}": tokens,
             f"prune_memory_bytes{bound}": memory,
             "prune_time": "known after the first block; the time left is printed then",
+            **self.plan_recovery(),
         }
 
     @property

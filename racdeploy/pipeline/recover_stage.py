@@ -101,6 +101,32 @@ class RecoverStage:
 
         return self._conclude(model, start.probe, state)
 
+    def plan(self, longest: int) -> dict[str, Any]:
+        """Return what recovery takes; ``longest`` is a bound of a trace's tokens.
+
+        Raises:
+            EnvironmentFailure: there is too little memory.
+            UsageError: the user's own text cannot be read, or is too short.
+        """
+        from racdeploy import recover
+
+        _, _ = self._read_text()
+        trace = Trace(0, "", "", "", prompt_ids=(0,) * longest)
+        nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
+        teaching = _Teaching(self, nothing, "", [trace], [])
+
+        ways = teaching.ways
+        course = teaching.course
+        phases = list_phases(self.settings, ways)
+        memory = max(recover.load(way).peak_bytes(course) for way in ways)
+
+        return {
+            "recover_tokens": sum(phase.tokens for phase in phases),
+            "recover_phases": ", ".join(f"{phase.name} {phase.tokens:,}" for phase in phases),
+            "recover_memory_bytes_at_most": memory,
+            "recover_time": "known after the first look; the time left is printed then",
+        }
+
     def _take(
         self,
         phase: Phase,
@@ -190,8 +216,12 @@ class _Teaching:
         """The ways of the dense phase: as asked, or the best that fits into memory."""
         from racdeploy.recover.cost import choose_ways
 
-        course = self._course(self.model.folder, Phase("", "", False, 0), self.taught, Path())
-        return choose_ways(course)
+        return choose_ways(self.course)
+
+    @property
+    def course(self) -> Course:
+        """What is learned, before it is known in which phases."""
+        return self._course(self.model.folder, Phase("", "", False, 0), self.taught, Path())
 
     def teach(self, phase: Phase, state: _State, traces: Sequence[Trace]) -> _State:
         """Do one phase, or find it done."""
@@ -250,8 +280,9 @@ class _Teaching:
         from racdeploy.prune.device import choose_device
         from racdeploy.recover.course import Course
 
-        stage, rows = self.stage, self.model.structure
-        sources = [row.source_block for row in rows] or range(stage.dense.block_count)
+        stage, model = self.stage, self.model
+        named = model.sources or [row.source_block for row in model.structure]
+        sources = named or range(stage.dense.block_count)
 
         return Course(
             sparse=Checkpoint(sparse),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ class PrunedModel:
     notes: tuple[str, ...] = ()  # what the report must say about how it came about
     undone: str = ""  # which step of a schedule was undone, and why; empty where none was
     structure: tuple[StructureRow, ...] = ()  # of each block, by new numbers; empty if none was cut
+    sources: Sequence[int] = ()  # dense block of each block; empty: as ``structure`` says, or all
     before_recovery: Path | None = None  # the folder that recovery began with, where it gained
     recovery: tuple[RecoveryRow, ...] = ()  # while it learned from the dense model, if it did
 

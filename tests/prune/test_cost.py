@@ -18,6 +18,7 @@ from racdeploy.prune import cost
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.cost import TimeLeft, cost_note, measured_cost, peak_bytes, trace_bytes
 from racdeploy.recipe import Pruning, Recipe
+from racdeploy.storage import memory
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -244,11 +245,11 @@ def test_a_system_that_does_not_tell_memory_ends_no_pruning(
         (reset, tmp_path / "none"),
     ):
         monkeypatch.setattr(cost, "_RESET", switch)
-        monkeypatch.setattr(cost, "_STATUS", file)
+        monkeypatch.setattr(memory, "_STATUS", file)
         with measured_cost(tmp_path, 1 << 30, processes=1):
             pass
         assert cost_note(tmp_path) == "pruning took 0 s"
-    monkeypatch.setattr(cost, "_STATUS", status)
+    monkeypatch.setattr(memory, "_STATUS", status)
     assert peak_bytes(_checkpoint(tmp_path / "m"), Pruning(), 120, 0) > 2048 * 1024
 
 

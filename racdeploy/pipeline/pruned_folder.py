@@ -1,0 +1,112 @@
+"""A pruned model's folder that a user names: whether it came from the dense model, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune import PrunedModel
+from racdeploy.storage.files import read_json
+
+_OUTLINE = "structure.json"
+"""Where pruning leaves which blocks stay, beside the folder of the model."""
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
+    """Return the pruned model of a folder, as the prune stage would.
+
+    Raises:
+        ModelError: the folder holds no model that can be read.
+        UsageError: it was not made from the dense model, or nothing was pruned.
+    """
+    sparse = Checkpoint(folder)
+    _check_family(dense, sparse)
+    _check_vocabulary(dense, sparse)
+
+    sparsity = _count_zeros(sparse)
+    if not sparsity and _is_whole(dense, sparse):
+        raise UsageError(
+            f"{folder} has no zeros, and nothing was cut from it: there is nothing to recover",
+            remedy="prune first: racdeploy prune MODEL --sparsity 0.5",
+        )
+
+    return PrunedModel(folder, sparsity, (), (), {}, sources=_find_sources(dense, sparse))
+
+
+def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:
+    """Refuse a model of another architecture or width."""
+    for key in ("model_type", "hidden_size"):
+        theirs, own = dense.config.get(key), sparse.config.get(key)
+        if theirs != own:
+            raise UsageError(
+                f"{sparse.folder} has {key} {own!r} and {dense.folder} has {theirs!r}: "
+                "it was pruned from another model",
+                remedy="name the dense model that it was pruned from",
+            )
+
+    if sparse.head_size != dense.head_size or sparse.block_count > dense.block_count:
+        raise UsageError(
+            f"{sparse.folder} has {sparse.block_count} blocks of heads {sparse.head_size} wide, "
+            f"{dense.folder} has {dense.block_count} of {dense.head_size}: "
+            "it was pruned from another model",
+            remedy="name the dense model that it was pruned from",
+        )
+
+
+def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
+    """Refuse other tokens: both models must say the same words, and embed them alike."""
+    theirs, own = dense.integer("vocab_size"), sparse.integer("vocab_size")
+    if theirs != own:
+        raise UsageError(
+            f"{sparse.folder} has {own} tokens and {dense.folder} has {theirs}: "
+            "the dense model cannot grade what it cannot say",
+            remedy="recover before the vocabulary is cut: racdeploy build does both in order",
+        )
+
+    # Pruning leaves the embedding alone, byte for byte.
+    rows = np.linspace(0, own - 1, num=min(own, 64), dtype=np.int64)
+    theirs_ND = dense.read_rows(_EMBEDDING, rows)
+    own_ND = sparse.read_rows(_EMBEDDING, rows)
+    if not np.array_equal(theirs_ND, own_ND):
+        raise UsageError(
+            f"{sparse.folder} embeds tokens otherwise than {dense.folder}: "
+            "it was pruned from another model",
+            remedy="name the dense model that it was pruned from",
+        )
+
+
+def _count_zeros(sparse: Checkpoint) -> float:
+    zeros = weights = 0
+    for name in sparse.linear_weights:
+        values = sparse.read_raw(name)
+        zeros += int(values.size - np.count_nonzero(values))
+        weights += values.size
+    return zeros / weights
+
+
+def _is_whole(dense: Checkpoint, sparse: Checkpoint) -> bool:
+    shapes = [
+        {name: entry.shape for name, entry in model.entries.items()} for model in (dense, sparse)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:
+    """Return from which dense block each block was cut."""
+    if sparse.block_count == dense.block_count:
+        return tuple(range(dense.block_count))
+
+    outline = sparse.folder.parent / _OUTLINE
+    if not outline.is_file():
+        raise UsageError(
+            f"{sparse.folder} has {sparse.block_count} of {dense.block_count} blocks, "
+            f"and {outline} does not say which",
+            remedy="name the folder that racdeploy prune left in its work folder",
+        )
+
+    return tuple(int(block) for block in read_json(outline)["blocks"])

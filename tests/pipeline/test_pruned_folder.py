@@ -1,0 +1,91 @@
+"""A pruned folder that a user names is taken, or refused with what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from racdeploy.errors import ModelError, UsageError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.pruned_folder import read_pruned
+from racdeploy.recipe import Structure
+from tests.support.tiny_course import make_course
+from tests.support.tiny_models import make_checkpoint
+
+
+def test_a_pruned_folder_is_taken(tmp_path: Path) -> None:
+    """With its zeros; every block comes from the one of its number."""
+    course = make_course(tmp_path)
+    model = read_pruned(course.dense, course.sparse.folder)
+    assert model.folder == course.sparse.folder
+    assert model.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert tuple(model.sources) == tuple(range(course.dense.block_count))
+
+
+def test_blocks_that_are_left_are_known_from_beside_the_folder(tmp_path: Path) -> None:
+    """Where pruning wrote which; without that file nobody can tell."""
+    cut = Structure(keep={"blocks": 0.5})
+    course = make_course(tmp_path, structure=cut, num_hidden_layers=4)
+    beside = shutil.copy(tmp_path / "blocks" / "structure.json", tmp_path)
+    model = read_pruned(course.dense, course.sparse.folder)
+    assert tuple(model.sources) == tuple(course.sources)
+
+    Path(beside).unlink()
+    with pytest.raises(UsageError, match="does not say which"):
+        read_pruned(course.dense, course.sparse.folder)
+
+
+def test_what_was_not_pruned_is_refused(tmp_path: Path) -> None:
+    """The dense model itself has nothing to get back."""
+    course = make_course(tmp_path)
+    with pytest.raises(UsageError, match="nothing to recover"):
+        read_pruned(course.dense, course.dense.folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "words"),
+    [
+        ("qwen3", {}, "has model_type 'llama'"),
+        ("llama", {"hidden_size": 128, "head_dim": 32}, "has hidden_size 64"),
+        ("llama", {"num_hidden_layers": 1}, "blocks of heads"),
+    ],
+)
+def test_a_model_of_another_shape_is_refused(
+    tmp_path: Path, family: str, sizes: dict[str, int], words: str
+) -> None:
+    """With what differs, and both values."""
+    course = make_course(tmp_path)
+    other = Checkpoint(make_checkpoint(tmp_path / "other", family, **sizes))
+    with pytest.raises(UsageError, match=words) as caught:
+        read_pruned(other, course.sparse.folder)
+    assert "pruned from another model" in str(caught.value)
+
+
+def test_another_model_of_the_same_shape_is_refused(tmp_path: Path) -> None:
+    """Its embedding is not the pruned model's."""
+    course = make_course(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UsageError, match="embeds tokens otherwise"):
+        read_pruned(make_course(other, seed=5).dense, course.sparse.folder)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    """The dense model cannot grade what it cannot say."""
+    course = make_course(tmp_path)
+    config = course.sparse.folder / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "vocab_size": values["vocab_size"] - 32}))
+    with pytest.raises(UsageError, match="cannot grade what it cannot say") as caught:
+        read_pruned(course.dense, course.sparse.folder)
+    assert "before the vocabulary is cut" in str(caught.value.remedy)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    """As any other command refuses it."""
+    course = make_course(tmp_path)
+    with pytest.raises(ModelError):
+        read_pruned(course.dense, tmp_path / "nowhere")
