@@ -261,7 +261,7 @@ class Recovery(_Part):
     step_tokens: int = Field(4096, ge=1)
     average: float = Field(0.0, ge=0, lt=1)
     weights: LearnedWeights = Field(default_factory=LearnedWeights)
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mix: str = ""
     mix_share: float = Field(0.3, gt=0, lt=1)

@@ -20,6 +20,7 @@ from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
 from racdeploy.report.model import RecoveryRow
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.cores import multiplies_bfloat16
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.mix import Probe
@@ -223,9 +224,24 @@ class _Teaching:
         """What is learned, before it is known in which phases."""
         return self._course(self.model.folder, Phase("", "", False, 0), self.taught, Path())
 
+    @property
+    def settings(self) -> Recovery:
+        """The recipe's settings, with what this machine has in place of ``auto``."""
+        from racdeploy.prune.device import choose_device
+
+        settings = self.stage.settings
+        device = choose_device(settings.device).type
+
+        compute = settings.compute
+        if compute == "auto":
+            short = device != "cpu" or multiplies_bfloat16()
+            compute = "bfloat16" if short else "float32"
+
+        return settings.model_copy(update={"device": device, "compute": compute})
+
     def teach(self, phase: Phase, state: _State, traces: Sequence[Trace]) -> _State:
         """Do one phase, or find it done."""
-        settings = self.stage.settings
+        settings = self.settings
         sparse = Checkpoint(state.folder)
 
         inputs = address(__name__, COMPUTING) | {
@@ -291,7 +307,7 @@ class _Teaching:
             taught=traces,
             held_out=self.held_out,
             text=self.text_held_out,
-            settings=stage.settings,
+            settings=self.settings,
             tokens=phase.tokens,
             direction="reverse" if phase.own else "forward",
             quant=stage.quant,

@@ -64,8 +64,8 @@ class BlockWalk:
         sizes = [batch.ids_BT.numel() for batch in self.batches]
         self.mine = processes.mine(sizes)
 
-        self.dense = Blocks(course.dense, settings.compute, course.device)
-        self.sparse = Blocks(course.sparse, settings.compute, course.device)
+        self.dense = Blocks(course.dense, course.compute, course.device)
+        self.sparse = Blocks(course.sparse, course.compute, course.device)
 
         # "start" is the model as it was, which is only measured.
         self.streams = {

@@ -39,8 +39,8 @@ def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> in
 
     taken = WEIGHT_BYTES * every + _head_bytes(course)
     taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES + behind)
-    if course.settings.compute == "bfloat16":
-        taken += 2 * learning  # copies to compute with
+    if course.compute == "bfloat16":  # copies to compute with, of the output projection too
+        taken += 2 * learning + _head_bytes(course) // 2
 
     # What enters each block is kept; one block at a time computes the rest again.
     tokens = _batch_tokens(course, lessons.BATCH_TOKENS)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -89,6 +90,11 @@ class Course:
     def rate(self) -> float:
         """The highest learning rate: wide models want a lower one."""
         return self.settings.rate or 0.2 / self.sparse.integer("hidden_size")
+
+    @property
+    def compute(self) -> Literal["float32", "bfloat16"]:
+        """What products are computed in; whoever makes a course has settled what ``auto`` is."""
+        return "bfloat16" if self.settings.compute == "bfloat16" else "float32"
 
     @property
     def best_folder(self) -> Path:

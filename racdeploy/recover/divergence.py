@@ -24,22 +24,28 @@ _CHUNK_LOGITS = 1 << 22  # 16 MB in float32, of which there are four at a time
 
 @dataclass(frozen=True)
 class Head:
-    """The output projection, which neither pruning nor recovery changes."""
+    """The output projection, which neither pruning nor recovery changes.
+
+    ``weight_VD`` is float32, ``short_VD`` the same in bfloat16 where products may be short.
+    """
 
     weight_VD: torch.Tensor
     divisor: float = 1.0  # of the logits
     cap: float = 0.0  # logits are squeezed into ± cap; 0 leaves them
+    short_VD: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, device: torch.device) -> Head:
-        """Read the projection of a model in float32."""
+    def of(cls, checkpoint: Checkpoint, device: torch.device, *, short: bool = False) -> Head:
+        """Read the projection of a model; with ``short``, slopes are of bfloat16 products."""
         name = "model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"
         weight_VD = torch.from_numpy(checkpoint.read(name)).to(device)
 
         family = checkpoint.family
         divisor = checkpoint.setting(family.logit_divisor) if family.logit_divisor else 1.0
         cap = checkpoint.config.get(family.logit_cap) if family.logit_cap else None
-        return cls(weight_VD, float(divisor), float(cap or 0.0))
+
+        short_VD = weight_VD.bfloat16() if short else None
+        return cls(weight_VD, float(divisor), float(cap or 0.0), short_VD)
 
     @property
     def chunk_tokens(self) -> int:
@@ -48,18 +54,38 @@ class Head:
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return logits_NV in float32."""
-        logits_NV = hidden_ND.float() @ self.weight_VD.T
-        if self.divisor != 1:
-            logits_NV = logits_NV / self.divisor
-        if self.cap:
-            logits_NV = self.cap * torch.tanh(logits_NV / self.cap)
-        return logits_NV
+        return self._squeeze(hidden_ND.float() @ self.weight_VD.T)
+
+    def both_logits(
+        self, hidden_ND: torch.Tensor, dense_ND: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of both models, as far apart as their states are.
+
+        Short products round a logit by more than two models that are near differ in it. So what is
+        rounded is the dense model's logit, the same for both, and their difference, which is small.
+        """
+        if self.short_VD is None:
+            return self.logits(hidden_ND), self.logits(dense_ND)
+
+        dense_NV = (dense_ND.bfloat16() @ self.short_VD.T).float()
+        apart_ND = hidden_ND.float() - dense_ND.float()
+        own_NV = dense_NV + (apart_ND.bfloat16() @ self.short_VD.T).float()
+        return self._squeeze(own_NV), self._squeeze(dense_NV)
 
     def pull_back(self, slope_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
         """Return the slope with respect to the hidden states, given that to the logits."""
         if self.cap:
             slope_NV = slope_NV * (1 - (logits_NV / self.cap) ** 2)
+        if self.short_VD is not None:
+            return (slope_NV.bfloat16() @ self.short_VD).float() / self.divisor
         return slope_NV @ self.weight_VD / self.divisor
+
+    def _squeeze(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        if self.divisor != 1:
+            logits_NV = logits_NV / self.divisor
+        if self.cap:
+            logits_NV = self.cap * torch.tanh(logits_NV / self.cap)
+        return logits_NV
 
 
 def measure_kl(
@@ -98,10 +124,8 @@ def kl_and_slope(
     slope_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
 
     for chunk in _chunks(head, len(hidden_ND)):
-        logits_NV = head.logits(hidden_ND[chunk])
+        logits_NV, dense_logits_NV = head.both_logits(hidden_ND[chunk], dense_ND[chunk])
         own_NV = torch.log_softmax(logits_NV, dim=1)
-
-        dense_logits_NV = head.logits(dense_ND[chunk])
         dense_NV = torch.log_softmax(dense_logits_NV, dim=1)
 
         divergence_N = _divergence(own_NV, dense_NV, direction)

@@ -15,8 +15,9 @@ from racdeploy.models.checkpoint import Checkpoint
 class Student:
     """A model of which some weights learn.
 
-    Products may be bfloat16, weights and their gradients are float32. Of a block only what enters
-    it is kept for the backward pass; the rest is computed again there.
+    Products may be bfloat16 while it learns; weights, their gradients and what is measured are
+    float32. Of a block only what enters it is kept for the backward pass; the rest is computed
+    again there.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Student:
         """Return the last hidden states after their norm, hidden_BTD in float32."""
         self._model.train(learns)  # checkpoints are only made in training
 
-        bfloat16 = self._compute == "bfloat16"
+        bfloat16 = learns and self._compute == "bfloat16"
         compute = torch.autocast(self._device.type, torch.bfloat16) if bfloat16 else nullcontext()
         with torch.set_grad_enabled(learns), compute:
             found = self._model.model(input_ids=ids_BT.to(self._device), use_cache=False)

@@ -59,7 +59,7 @@ def distil(
             states = stack.enter_context(opened)
             lessons[name] = Lessons(traces, states, course.settings.weights)
 
-        student = Student(course.sparse, trained, course.settings.compute, course.device)
+        student = Student(course.sparse, trained, course.compute, course.device)
         variables = arrange(student.weights)
         training = _Training(course, student, variables, lessons)
         return training.run()
@@ -97,7 +97,8 @@ class _Training:
         self.course, self.student, self.variables = course, student, variables
         self.lessons = lessons
 
-        self.head = Head.of(course.dense, course.device)
+        short = course.compute == "bfloat16"
+        self.head = Head.of(course.dense, course.device, short=short)
         self.optimizer = MaskedAdam(variables.moved, course.masked)
         self.average = Average(variables, settings.average)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,27 @@ def test_value_and_slope_are_those_of_autograd(
 
     found_N = measure_kl(head, own_ND, dense_ND, direction)
     assert torch.allclose(found_N.double(), expected_N.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_short_products_know_how_far_apart_two_models_are(direction: Direction) -> None:
+    """Even where logits are rounded by more than the models differ: to 2 % of value and slope, of
+    which bfloat16's 2⁻⁹ in each of two products is 0.4 %, and the rest that p is rounded.
+    """
+    head, own_ND, _, weight_N = make_case(1.0, 0.0)
+    near_ND = own_ND + 3e-3 * torch.randn(N, D, generator=torch.Generator().manual_seed(8))
+    short = replace(head, short_VD=head.weight_VD.bfloat16())
+
+    expected, slope_ND = kl_and_slope(head, own_ND, near_ND, weight_N, direction)
+    found, found_ND = kl_and_slope(short, own_ND, near_ND, weight_N, direction)
+    assert float(found) == pytest.approx(float(expected), rel=0.02)
+    assert (found_ND - slope_ND).norm() < 0.02 * slope_ND.norm()
+
+    # Rounding both models' logits on their own is far off: that is what the difference is for.
+    rounded = Head(short.short_VD.float())  # type: ignore[union-attr]
+    apart = (rounded.logits(own_ND).bfloat16() - rounded.logits(near_ND).bfloat16()).float()
+    true = head.logits(own_ND) - head.logits(near_ND)
+    assert (apart - true).norm() > 0.2 * true.norm()
 
 
 def test_directions_differ() -> None:
