@@ -89,8 +89,9 @@ def plan_build(job: Job) -> dict[str, Any]:
     heads = kept.key_value_heads if kept else checkpoint.key_value_heads
     token_bytes = 2 * 2 * blocks * heads * checkpoint.head_size
 
-    # "same-size" stands for two models.
+    # "same-size" stands for two models; where one recovers, it answers before that as well.
     models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
+    models += bool(recipe.recover.tokens)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
 

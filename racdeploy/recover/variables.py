@@ -36,7 +36,8 @@ class Weights:
 class Codes(Weights):
     """Linears on a grid, their codes free to change; other weights are moved themselves.
 
-    A code of the largest magnitude stays: by it the format finds the block's scale again.
+    A code of the largest magnitude stays: by it the format finds the block's scale again. A linear
+    whose weights are on no grid, since it was not pruned, is moved itself.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class Codes(Weights):
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
-            step_OG = read_steps(weight_OI, grid)
-            code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
+            step_OG, code_OI, exact = read_grid(weight_OI, grid)
+            if not exact:
+                continue
 
             self._steps[name] = step_OG
             self._pinned[name] = code_OI.abs() == largest
@@ -94,8 +96,10 @@ class Scales(Weights):
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
-            step_OG = read_steps(weight_OI, grid)
-            code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
+            step_OG, code_OI, exact = read_grid(weight_OI, grid)
+            if not exact:
+                weight_OI.requires_grad_(False)
+                continue
 
             self._steps[name] = step_OG
             self._codes[name] = code_OI.to(torch.int8)
@@ -122,6 +126,14 @@ class Scales(Weights):
 
             weight_OI = self.weights[name]
             weight_OI.data = code_OI.float() * _spread(stored_OG, self._block)
+
+
+def read_grid(weight_OI: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return step_OG, code_OI, and whether these are the weights, to the last bit."""
+    step_OG = read_steps(weight_OI, grid)
+    code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
+    exact = torch.equal(code_OI * _spread(step_OG, grid.BLOCK), weight_OI.detach())
+    return step_OG, code_OI, exact
 
 
 def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:

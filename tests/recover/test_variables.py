@@ -95,6 +95,21 @@ def test_the_slope_of_a_scale_is_that_of_autograd(grid: Grid) -> None:
     assert torch.allclose(found_OG, expected_OG * step_OG.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_linear_that_is_on_no_grid_is_not_put_on_one(grid: Grid) -> None:
+    """It was left dense: its codes are moved itself, its scales not at all."""
+    weight_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(7)).requires_grad_(True)
+    before_OI = weight_OI.detach().clone()
+
+    codes = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+    assert codes.moved["w"] is weight_OI
+    scales = Scales({}, {"w": weight_OI}, grid)
+    assert scales.moved == {}
+
+    codes.settle()
+    scales.settle()
+    assert torch.equal(weight_OI.detach(), before_OI)
+
+
 def test_a_code_that_sets_the_scale_does_not_move(grid: Grid) -> None:
     """However hard it is pulled."""
     weight_OI = on_grid(grid).requires_grad_(True)
