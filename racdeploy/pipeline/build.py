@@ -40,8 +40,8 @@ from racdeploy.verify.controls import SAME_SIZE, same_size_quants
 class Build:
     """A job on its way to a bundle, with its stage folders in ``work``.
 
-    Only the first of the processes that share traces and pruning runs the stages; the others
-    :meth:`follow` it. ``progress`` is called with a label, units done and units in all.
+    Only the first of the processes that share traces, pruning and recovery runs the stages; the
+    others :meth:`follow` it. ``progress`` is called with a label, units done and units in all.
     """
 
     job: Job
@@ -92,8 +92,12 @@ class Build:
 
     def follow(self) -> None:
         """Do this process's share of what the first one asks for, until it needs no more."""
-        stages: dict[str, TraceStage | PruneStage]
-        stages = {"traces": self.trace_stage, "prune": self.prune_stage}
+        stages: dict[str, TraceStage | PruneStage | RecoverStage]
+        stages = {
+            "traces": self.trace_stage,
+            "prune": self.prune_stage,
+            "recover": self.recover_stage,
+        }
         for name, given in self.processes.jobs(lambda name: stages[name].describe_code()):
             stages[name].share(given)
 

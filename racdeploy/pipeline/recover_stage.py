@@ -12,17 +12,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from racdeploy.errors import UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
+from racdeploy.prune.processes import Processes
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
 from racdeploy.report.model import RecoveryRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.cores import multiplies_bfloat16
 from racdeploy.storage.files import canonical_hash
-from racdeploy.storage.stages import Stage
+from racdeploy.storage.stages import Stage, scratch_folder
 from racdeploy.traces.mix import Probe
 from racdeploy.traces.select import select
 from racdeploy.traces.text import choose_text, text_traces
@@ -180,6 +181,70 @@ class RecoverStage:
         """Return what all processes that teach together must have in common."""
         return address(__name__, COMPUTING) | {"model": self.dense.sha256}
 
+    def share(self, given: Mapping[str, Any]) -> None:
+        """Do the share of a process that follows the first one."""
+        with scratch_folder(self.place.work, self.place.processes.rank) as scratch:
+            self.learn(scratch, scratch.name, given)
+
+    def learn(
+        self, folder: Path, name: str, given: Mapping[str, Any]
+    ) -> tuple[Course, list[Lesson]]:
+        """Do one phase, all processes together; the first one's folder is to last."""
+        from racdeploy import recover
+        from racdeploy.recover.answers import cut_own
+        from racdeploy.recover.course import Lesson
+
+        _require_model(self.place.processes, given["sparse"], given["sha256"])
+
+        phase: Phase = given["phase"]
+        course = self.course(folder, name, given)
+        course.settle_threads()
+        if phase.own:
+            course = cut_own(course)
+
+        if not course.taught:
+            return course, [Lesson(0, note="no own answer stays near the dense model's")]
+
+        text = self._choose_text(given["text"], course)
+        course = replace(course, taught=(*course.taught, *text))
+        return course, recover.load(phase.way).recover(course)
+
+    def _choose_text(self, text: Sequence[Trace], course: Course) -> list[Trace]:
+        """Return as much of the user's text as its share of what is learned."""
+        if not text:
+            return []
+        tokens = sum(len(trace.ids) for trace in course.taught)
+        return choose_text(text, tokens, course.settings.mix_share)
+
+    def course(self, folder: Path, name: str, given: Mapping[str, Any]) -> Course:
+        """Return what this process does of a phase; a line is printed by the first one alone."""
+        from racdeploy.prune.device import choose_device
+        from racdeploy.recover.course import Course
+
+        place = self.place
+        phase: Phase = given["phase"]
+        first = place.processes.first
+
+        return Course(
+            sparse=Checkpoint(given["sparse"]),
+            dense=self.dense,
+            sources=given["sources"],
+            taught=given["taught"],
+            held_out=given["held_out"],
+            text=given["text_held_out"],
+            settings=given["settings"],
+            tokens=phase.tokens,
+            direction="reverse" if phase.own else "forward",
+            quant=given["quant"],
+            folder=folder,
+            out=folder / name,
+            device=choose_device(given["settings"].device),
+            threads=place.threads,
+            progress=place.progress if first else None,
+            notify=print_notice if first else None,
+            processes=place.processes,
+        )
+
     def _worse(self, probe: Probe, before: Probe) -> str:
         """Return why a phase made the model worse, or an empty string."""
         if before.accuracy - probe.accuracy > self.settings.probe_drop:
@@ -222,7 +287,8 @@ class _Teaching:
     @property
     def course(self) -> Course:
         """What is learned, before it is known in which phases."""
-        return self._course(self.model.folder, Phase("", "", False, 0), self.taught, Path())
+        given = self._given(self.model.folder, Phase("", "", False, 0), self.taught)
+        return self.stage.course(Path(), self.name, given)
 
     @property
     def settings(self) -> Recovery:
@@ -264,19 +330,12 @@ class _Teaching:
     def _learn(
         self, phase: Phase, sparse: Checkpoint, traces: Sequence[Trace], stage: Stage
     ) -> dict[str, Any]:
-        from racdeploy import recover
-        from racdeploy.recover.answers import cut_own
-        from racdeploy.recover.course import Lesson
+        teaching = self.stage
+        given = self._given(sparse.folder.resolve(), phase, traces)
+        given["sha256"] = sparse.sha256
 
-        course = self._course(sparse.folder, phase, traces, stage.folder)
-        if phase.own:
-            course = cut_own(course)
-
-        if course.taught:
-            course = replace(course, taught=(*course.taught, *self._choose_text(course)))
-            lessons = recover.load(phase.way).recover(course)
-        else:
-            lessons = [Lesson(0, note="no own answer stays near the dense model's")]
+        with teaching.place.processes.job("recover", teaching.describe_code(), given):
+            course, lessons = teaching.learn(stage.folder, self.name, given)
 
         better = _is_better(lessons)
         if better:
@@ -285,39 +344,23 @@ class _Teaching:
 
         return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
 
-    def _choose_text(self, course: Course) -> list[Trace]:
-        """Return as much of the user's text as its share of what is learned."""
-        if not self.text:
-            return []
-        tokens = sum(len(trace.ids) for trace in course.taught)
-        return choose_text(self.text, tokens, self.stage.settings.mix_share)
-
-    def _course(self, sparse: Path, phase: Phase, traces: Sequence[Trace], folder: Path) -> Course:
-        from racdeploy.prune.device import choose_device
-        from racdeploy.recover.course import Course
-
+    def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> dict[str, Any]:
+        """Return what makes up a course, as it is sent to other processes."""
         stage, model = self.stage, self.model
         named = model.sources or [row.source_block for row in model.structure]
         sources = named or range(stage.dense.block_count)
 
-        return Course(
-            sparse=Checkpoint(sparse),
-            dense=stage.dense,
-            sources=tuple(sources),
-            taught=traces,
-            held_out=self.held_out,
-            text=self.text_held_out,
-            settings=self.settings,
-            tokens=phase.tokens,
-            direction="reverse" if phase.own else "forward",
-            quant=stage.quant,
-            folder=folder,
-            out=folder / self.name,
-            device=choose_device(stage.settings.device),
-            threads=stage.place.threads,
-            progress=stage.place.progress,
-            notify=print_notice,
-        )
+        return {
+            "sparse": sparse,
+            "sources": tuple(sources),
+            "phase": phase,
+            "taught": list(traces),
+            "held_out": list(self.held_out),
+            "text": list(self.text),
+            "text_held_out": list(self.text_held_out),
+            "settings": self.settings,
+            "quant": stage.quant,
+        }
 
 
 def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:
@@ -349,6 +392,22 @@ def _ask(folder: Path, collect: CollectTraces, dense: Sequence[Trace]) -> _State
     """Let a model answer the calibration prompts."""
     _, answers = collect(folder)
     return _State(folder, Probe.of(answers, dense), answers)
+
+
+def _require_model(processes: Processes, folder: Path, sha256: str) -> None:
+    """Stop all processes where any of them lacks the model that is to learn."""
+    if processes.count == 1:
+        return
+
+    is_there = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+    lacking = [str(rank) for rank, has in enumerate(processes.all(is_there)) if not has]
+
+    if lacking:
+        raise EnvironmentFailure(
+            f"process {', '.join(lacking)} does not have the pruned model in {folder}",
+            remedy="recovery on several machines needs a --work folder on a shared file system, "
+            "under the same path on each",
+        )
 
 
 def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:

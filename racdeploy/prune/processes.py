@@ -8,6 +8,7 @@ processors and with as many threads the result is that of one process, bit for b
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,14 @@ from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MEETING = timedelta(minutes=10)
+_OF_CONNECTION = re.compile("gloo|nccl", re.IGNORECASE)
 _PATIENCE = timedelta(days=7)  # while the first exports and verifies; a lost one shows at once
 _REMEDY = (
     "the first error above is the cause; "
@@ -41,6 +44,7 @@ class Processes:
     ) -> None:
         self.rank, self.count = rank, count
         self._group, self._members = group, members
+        self._mesh: DeviceMesh | None = None
         self._waiting = True  # whether the others wait for a job
 
     @property
@@ -88,6 +92,97 @@ class Processes:
             self._group.broadcast(message, owner, group=self._members)
 
         return spread
+
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes, in their order, in the first; others keep their own."""
+        if self.count == 1:
+            return rows
+
+        import torch
+
+        counts = self.all(len(rows))
+        parts = [rows.detach().cpu().contiguous()]
+
+        with _talking():
+            if not self.first:
+                self._send(parts[0], 0)
+                return rows
+
+            for other in range(1, self.count):
+                part = parts[0].new_empty((counts[other], *rows.shape[1:]))
+                self._receive(part, other)
+                parts.append(part)
+
+        return torch.cat(parts)
+
+    def part(self, whole: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """Return this process's rows of a tensor that the first one has, as many as ``rows``."""
+        import torch
+
+        counts = self.all(len(rows))
+
+        if whole is None:
+            mine = rows.detach().cpu().clone()
+            with _talking():
+                self._receive(mine, 0)
+            return mine
+
+        mine, *others = torch.split(whole, counts)
+        with _talking():
+            for other, part in enumerate(others, 1):
+                self._send(part.contiguous(), other)
+        return mine
+
+    def _send(self, rows: torch.Tensor, receiver: int) -> None:
+        if rows.numel():
+            self._group.send(rows, receiver, group=self._members)
+
+    def _receive(self, rows: torch.Tensor, sender: int) -> None:
+        if rows.numel():
+            self._group.recv(rows, sender, group=self._members)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Return all processes as torch's FSDP knows them: by gloo on the CPU, by NCCL on GPUs."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if self._mesh is not None:
+            return self._mesh
+
+        members = self._members
+        if device.type == "cuda":
+            with _talking():
+                members = self._one_gpu_each(device)
+
+        self._mesh = DeviceMesh.from_group(members, device.type)
+        return self._mesh
+
+    def _one_gpu_each(self, device: torch.device) -> Any:
+        """Return a group that talks by NCCL, of which two members never share a GPU."""
+        import torch
+
+        here = processes_here()
+        if here > torch.cuda.device_count():
+            raise EnvironmentFailure(
+                f"{here} processes share {torch.cuda.device_count()} GPUs of this machine",
+                remedy="start one process for each GPU",
+            )
+
+        torch.cuda.set_device(device)
+        return self._group.new_group(backend="nccl", timeout=_PATIENCE)
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Say what a broken connection means where, in the body, torch itself talks to the others.
+
+        It also computes there, and says other things with the same exception: those are let
+        through.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _OF_CONNECTION.search(str(error)):
+                raise
+            raise _lost(error) from error
 
     def tell(self, value: T, owner: int = 0) -> T:
         """Return the value that one process has."""
@@ -162,6 +257,11 @@ class Processes:
 ALONE = Processes()
 
 
+def processes_here() -> int:
+    """Return how many processes of the job run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join_processes() -> Iterator[Processes]:
     """Yield the processes that torchrun started, or :data:`ALONE`."""
@@ -191,6 +291,7 @@ def join_processes() -> Iterator[Processes]:
             processes.dismiss()
         finally:
             group.destroy_process_group()
+            processes._mesh = None
             processes._members = members = None  # gloo ends its threads here, not as we exit
 
     signal.signal(signal.SIGTERM, before)
@@ -202,9 +303,13 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # gloo has no errors of its own
-        _ignore_terminate()
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise EngineError(f"lost another process of this job: {reason}", remedy=_REMEDY) from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> EngineError:
+    _ignore_terminate()
+    reason = str(error).splitlines()[0].partition(". ")[0]
+    return EngineError(f"lost another process of this job: {reason}", remedy=_REMEDY)
 
 
 @contextmanager

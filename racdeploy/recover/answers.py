@@ -8,13 +8,21 @@ from racdeploy.recover.course import Course
 from racdeploy.recover.divergence import Head
 from racdeploy.recover.lessons import dense_states
 from racdeploy.recover.path import cut_answers
+from racdeploy.traces.trace import Trace
 
 
 def cut_own(course: Course) -> Course:
     """Return the course with answers up to where they left the path; empty ones are left out."""
-    head = Head.of(course.dense, course.device)
-    with dense_states(course.dense, course.taught, course.folder, "own", course.device) as states:
-        cut = cut_answers(head, states, course.taught)
+    processes = course.processes
 
-    taught = [trace for trace in cut if trace.completion_ids]
+    def cut() -> list[Trace]:
+        return cut_answers(Head.of(course.dense, course.device), states, course.taught)
+
+    # Processors may differ where two tokens are about as likely, so one process decides.
+    with dense_states(
+        course.dense, course.taught, course.folder, "own", course.device, processes
+    ) as states:
+        traces = processes.ask_first(cut)
+
+    taught = [trace for trace in traces if trace.completion_ids]
     return replace(course, taught=taught)

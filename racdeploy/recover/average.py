@@ -38,12 +38,15 @@ class Average:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         if not self.values:
             return
 
         for name, mean in self.values.items():
             moved = self._variables.moved[name]
-            moved.data, mean.data = mean.data, moved.data
+            held = moved.detach().clone()  # in place: several processes hold the memory together
+            moved.copy_(mean)
+            mean.copy_(held)
 
         self._variables.settle()

@@ -179,8 +179,7 @@ class BlockWalk:
                 error = self._error(block)
                 if error < best:
                     best = error
-                    if self.course.processes.first:
-                        self.course.keep(variables.weights)
+                    self.course.keep(variables.weights, whole=True)
 
         for weight in weights.values():
             weight.requires_grad_(False)
@@ -206,11 +205,19 @@ class BlockWalk:
         return all(map(math.isfinite, self.course.processes.all(total)))
 
     def _add_up(self, variables: Weights) -> None:
+        """Sum each gradient that any process has; an expert that no token chose has none."""
         processes = self.course.processes
         if processes.count == 1:
             return
 
-        for value in variables.moved.values():
+        reached: set[str] = set()
+        moved = variables.moved
+        for names in processes.all([name for name in moved if moved[name].grad is not None]):
+            reached.update(names)
+
+        for name, value in moved.items():
+            if name not in reached:
+                continue
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
             processes.total(value.grad)

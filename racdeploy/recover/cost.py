@@ -9,6 +9,7 @@ from racdeploy import plugins, recover
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import WINDOW_BYTES
+from racdeploy.prune.processes import processes_here
 from racdeploy.recover import block_walk, lessons
 from racdeploy.recover.course import Course
 from racdeploy.storage.memory import free_bytes, resident_bytes
@@ -37,8 +38,16 @@ def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> in
         if name in trained:
             learning += size
 
-    taken = WEIGHT_BYTES * every + _head_bytes(course)
+    taken = WEIGHT_BYTES * every
     taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES + behind)
+
+    processes = course.processes.count
+    if processes > 1:
+        # Each has some rows of all weights, and a block whole while the next one arrives.
+        taken = math.ceil(taken / processes)
+        taken += 2 * (WEIGHT_BYTES + _GRADIENT_BYTES) * max(_unit_sizes(sparse))
+
+    taken += _head_bytes(course)
     if course.compute == "bfloat16":  # copies to compute with, of the output projection too
         taken += 2 * learning + _head_bytes(course) // 2
 
@@ -71,8 +80,9 @@ def choose_ways(course: Course) -> tuple[str, ...]:
     Raises:
         EnvironmentFailure: there is too little memory; it says how much, and which way fits.
     """
+    here = processes_here() if course.processes.count > 1 else 1
     free = free_bytes()
-    most = math.inf if free is None else _SPARE * free
+    most = math.inf if free is None else _SPARE * free / here
 
     needed = {}
     for name in plugins.names("ways"):
@@ -83,12 +93,15 @@ def choose_ways(course: Course) -> tuple[str, ...]:
 
     for name in asked:
         if needed[name] > most:
-            raise _refuse(name, needed[name], round(most / _SPARE), fitting)
+            raise _refuse(name, needed[name], round(most / _SPARE), fitting, here)
 
     return tuple(asked)
 
 
-def _refuse(name: str, needed: int, free: int, fitting: Sequence[str]) -> EnvironmentFailure:
+def _refuse(
+    name: str, needed: int, free: int, fitting: Sequence[str], here: int
+) -> EnvironmentFailure:
+    each = f" for each of {here} processes" if here > 1 else ""
     other = ""
     remedy = "free some memory, or use a machine that has more"
 
@@ -98,7 +111,7 @@ def _refuse(name: str, needed: int, free: int, fitting: Sequence[str]) -> Enviro
 
     return EnvironmentFailure(
         f"recovery by {name!r} takes {needed / 2**30:.1f} GiB of memory, "
-        f"and {free / 2**30:.1f} GiB are free{other}",
+        f"and {free / 2**30:.1f} GiB are free{each}{other}",
         remedy=remedy,
     )
 
@@ -111,6 +124,12 @@ def _block_sizes(checkpoint: Checkpoint) -> list[int]:
         if block is not None:
             sizes[block] += math.prod(entry.shape)
     return sizes
+
+
+def _unit_sizes(checkpoint: Checkpoint) -> list[int]:
+    """Return how many weights are whole in memory together, where processes share the others."""
+    embedding = checkpoint.integer("vocab_size") * checkpoint.integer("hidden_size")
+    return [*_block_sizes(checkpoint), embedding]
 
 
 def _block_activations(checkpoint: Checkpoint, tokens: int) -> int:

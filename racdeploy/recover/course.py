@@ -59,7 +59,8 @@ class Course:
         tokens: how much is learned, in tokens of whole traces; traces are repeated.
         direction: of the divergence, where a way trains on one.
         quant: number format whose codes were chosen while pruning; empty where none were.
-        folder: where states and other files of the phase lie.
+        folder: where states and other files of the phase lie; each process has its own, and what
+            is to last lies in that of the first.
         out: the folder to write the recovered model into.
     """
 
@@ -101,6 +102,11 @@ class Course:
         """Where the tensors of the best state lie, a file per block."""
         return self.folder / "best"
 
+    def settle_threads(self) -> None:
+        """Compute with as many threads as the first process: another number rounds differently."""
+        asked = self.threads or torch.get_num_threads()
+        torch.set_num_threads(self.processes.tell(asked))
+
     def report(self, done: int) -> None:
         """Say how many tokens were learned."""
         if self.progress:
@@ -118,8 +124,14 @@ class Course:
 
         return rounded.contiguous()
 
-    def keep(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the weights of the best state so far, a file per block."""
+    def keep(self, tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> None:
+        """Write the weights of the best state so far, a file per block.
+
+        Args:
+            tensors: by name. Of several processes, which all call this, each has its rows of them.
+            whole: each has all of them instead.
+        """
+        processes = self.processes
         self.best_folder.mkdir(exist_ok=True)
 
         blocks: dict[str, list[str]] = {}
@@ -131,9 +143,12 @@ class Course:
         for part, names in blocks.items():
             stored = {}
             for name in names:
-                stored[name] = self.stored(name, tensors[name])
+                value = tensors[name] if whole else processes.join(tensors[name])
+                if processes.first:
+                    stored[name] = self.stored(name, value)
 
-            write_tensors(self.best_folder / f"block-{part}.safetensors", stored)
+            if processes.first:
+                write_tensors(self.best_folder / f"block-{part}.safetensors", stored)
 
     def clean(self) -> None:
         """Remove what only an interrupted run needs."""

@@ -2,6 +2,9 @@
 
 The dense model's last hidden states are on disk, and with them its whole distribution: a few
 hundred numbers a token in place of a vocabulary. One dense block is in memory at a time.
+
+Of several processes each makes the states of some batches and gets the others'; so any batch may be
+learned by any of them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.recipe import StreamWeights
 from racdeploy.traces.trace import STREAMS, Trace
 
@@ -52,6 +56,7 @@ class Lessons:
         self, traces: Sequence[Trace], states: Activations, weights: StreamWeights
     ) -> None:
         self.traces, self.states = list(traces), states
+        self._lengths = [len(trace.ids) for trace in traces]
         self._weights = [getattr(weights, stream) for stream in STREAMS]
 
     def __len__(self) -> int:
@@ -83,11 +88,25 @@ class Lessons:
 
         return Example(ids_BT, dense_BTD, weight_BT, tokens)
 
-    def in_order(self) -> Iterator[Example]:
-        """Yield every trace once, like lengths together."""
-        by_length = sorted(range(len(self)), key=lambda place: len(self.traces[place].ids))
-        for places in _cut([len(trace.ids) for trace in self.traces], by_length, BATCH_TOKENS):
-            yield self.example(places)
+    def in_order(self) -> list[list[int]]:
+        """Return every trace once, in batches of like lengths."""
+        by_length = sorted(range(len(self)), key=lambda place: self._lengths[place])
+        return _cut(self._lengths, by_length, BATCH_TOKENS)
+
+    def share(self, batches: Sequence[Sequence[int]], processes: Processes) -> Iterator[Example]:
+        """Yield this process's part of some batches: as many examples as every process gets."""
+        count = processes.count
+        pieces = split_evenly(batches, self._lengths, count)
+
+        for start in range(0, len(pieces), count):
+            together = pieces[start : start + count]
+            if processes.rank < len(together):
+                yield self.example(together[processes.rank])
+                continue
+
+            # Nothing is left for this one, but the others cannot compute without it.
+            idle = self.example(together[-1][:1])
+            yield replace(idle, weight_BT=torch.zeros_like(idle.weight_BT), tokens=0)
 
     def plan(self, tokens: int, step_tokens: int, seed: int) -> list[list[list[int]]]:
         """Return steps of about ``step_tokens``, each batches of places, until there are enough.
@@ -95,7 +114,7 @@ class Lessons:
         Every trace comes once before any comes again. Batches have traces of like length, so that
         little is padding; which ones is drawn again each time.
         """
-        lengths = [len(trace.ids) for trace in self.traces]
+        lengths = self._lengths
         batch_tokens = min(step_tokens, BATCH_TOKENS)
         generator = random.Random(seed)  # of the order alone
 
@@ -148,6 +167,32 @@ def _cut(lengths: Sequence[int], places: Sequence[int], batch_tokens: int) -> li
     return batches
 
 
+def split_evenly(
+    batches: Sequence[Sequence[int]], lengths: Sequence[int], count: int
+) -> list[Sequence[int]]:
+    """Return batches so that processes can take them together, one each, with none left over.
+
+    The longest is halved until that is so, or until every batch is one trace. What is taken
+    together is of like size: all wait for the longest.
+    """
+    pieces = list(batches)
+    if count == 1:
+        return pieces
+
+    def size(piece: Sequence[int]) -> int:
+        return len(piece) * max(lengths[place] for place in piece)
+
+    while len(pieces) % count:
+        longest = max((piece for piece in pieces if len(piece) > 1), key=size, default=None)
+        if longest is None:
+            break
+
+        pieces.remove(longest)
+        pieces += [longest[::2], longest[1::2]]
+
+    return sorted(pieces, key=size, reverse=True)
+
+
 def choose_taught(traces: Sequence[Trace], width: int, stored_bytes: int) -> list[Trace]:
     """Return traces in order, as long as their states of so many numbers fit on the disk."""
     chosen: list[Trace] = []
@@ -169,27 +214,37 @@ def dense_states(
     folder: Path,
     name: str,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> Iterator[Activations]:
     """Yield the dense model's last hidden states, states_TD of each trace; gone with the body."""
     blocks = Blocks(dense, "float32", device)
     tasks = sorted({trace.task for trace in traces})
     batches = make_batches(traces, tasks, held_out=False)
+    owners = processes.owners([batch.ids_BT.numel() for batch in batches])
 
     width = dense.integer("hidden_size")
     shapes = [(len(trace.ids), width) for trace in traces]
     states = Activations(shapes, folder / f"dense-{name}.bin")
-    passing = Activations(blocks.shapes(batches), folder / f"passing-{name}.bin")
+
+    own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == processes.rank]
+    passing = Activations(blocks.shapes(own), folder / f"passing-{name}.bin")
 
     try:
         with torch.inference_mode():
-            _pass(blocks, batches, passing)
+            _pass(blocks, own, passing)
             norm = blocks.last_norm()
+            passed = 0
 
-            for index, own in enumerate(_places(traces, batches)):
-                hidden_BTD = norm(blocks.place(passing[index]))
-                for row, place in enumerate(own):
-                    length = len(traces[place].ids)
-                    states[place] = hidden_BTD[row, :length].clone()
+            for owner, places in zip(owners, _places(traces, batches), strict=True):
+                if owner == processes.rank:
+                    hidden_BTD = norm(blocks.place(passing[passed])).cpu()
+                    passed += 1
+
+                for row, place in enumerate(places):
+                    states_TD = torch.empty(shapes[place])
+                    if owner == processes.rank:
+                        states_TD = hidden_BTD[row, : len(states_TD)].clone()
+                    states[place] = processes.spread(states_TD, owner)
 
         passing.close()
         yield states

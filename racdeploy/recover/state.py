@@ -1,8 +1,13 @@
-"""Tensors of a training on disk, written and read a piece at a time: no second copy in memory."""
+"""Tensors of a training on disk, written and read a piece at a time: no second copy in memory.
+
+Where each process has some rows of every tensor, the first one writes and reads whole tensors, one
+at a time. So a file does not depend on how many there are.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.storage.files import atomic_file
-from racdeploy.storage.safetensors import DTYPES, read_tensor_entries, write_header
+from racdeploy.storage.safetensors import (
+    DTYPES,
+    TensorEntry,
+    read_tensor_entries,
+    write_header,
+)
 
 _TAGS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _VALUES = "__values__"
@@ -19,12 +30,21 @@ _VALUES = "__values__"
 
 
 def write_tensors(
-    file: Path, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None = None
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    values: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write a safetensors file, whole or not at all; ``values`` goes with it as JSON."""
+    """Write a safetensors file, whole or not at all; ``values`` goes with it as JSON.
+
+    With ``processes`` all call this with their rows, and the first one writes.
+    """
     described = {}
-    for name, each in tensors.items():
-        described[name] = (_TAGS[each.dtype], tuple(each.shape))
+    rows = [len(each) for each in tensors.values()]
+    counts = [sum(each) for each in zip(*processes.all(rows), strict=True)]
+
+    for (name, each), count in zip(tensors.items(), counts, strict=True):
+        described[name] = (_TAGS[each.dtype], (count, *each.shape[1:]))
 
     text = b""
     if values is not None:
@@ -32,10 +52,15 @@ def write_tensors(
         text += b" " * (-len(text) % 4)
         described[_VALUES] = ("F32", (len(text) // 4,))
 
+    if not processes.first:
+        for each in tensors.values():
+            processes.join(each)
+        return
+
     with atomic_file(file) as target:
         write_header(target, described)
         for each in tensors.values():
-            whole = each.detach().cpu().contiguous()
+            whole = processes.join(each).detach().cpu().contiguous()
             target.write(_bits(whole).data)
         target.write(text)
 
@@ -50,21 +75,29 @@ def read_values(file: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fill_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Read the tensors of a file into those of the same names, shapes and types."""
-    entries = read_tensor_entries(file)
+def fill_tensors(
+    file: Path, tensors: Mapping[str, torch.Tensor], processes: Processes = ALONE
+) -> None:
+    """Read the tensors of a file into those of the same names, shapes and types.
+
+    With ``processes`` all call this with their rows, and the first one reads.
+    """
+    entries = read_tensor_entries(file) if processes.first else {}
 
     for name, target in tensors.items():
-        entry = entries[name]
-        assert entry.shape == tuple(target.shape), f"{file}: {name} has another shape"
+        whole = None
+        if processes.first:
+            whole = _read(entries[name])
+            assert whole.shape[1:] == target.shape[1:], f"{file}: {name} has another shape"
 
-        count = target.numel()
-        bits = np.fromfile(file, DTYPES[entry.dtype], count, offset=entry.start)
-        values = torch.from_numpy(bits).view(target.shape)
-        if entry.dtype == "BF16":
-            values = values.view(torch.bfloat16)
+        target.copy_(processes.part(whole, target))
 
-        target.copy_(values)
+
+def _read(entry: TensorEntry) -> torch.Tensor:
+    count = math.prod(entry.shape)
+    bits = np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.start)
+    values = torch.from_numpy(bits).view(entry.shape)
+    return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -1,4 +1,7 @@
-"""The model that learns, whole in memory: float32 weights, activations computed twice."""
+"""The model that learns, whole in memory: float32 weights, activations computed twice.
+
+Several processes hold it together, see :mod:`racdeploy.recover.shards`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.recover.shards import Shards
 
 
 class Student:
@@ -17,7 +22,7 @@ class Student:
 
     Products may be bfloat16 while it learns; weights, their gradients and what is measured are
     float32. Of a block only what enters it is kept for the backward pass; the rest is computed
-    again there.
+    again there. ``weights`` are whole in one process, and this one's rows of them in several.
     """
 
     def __init__(
@@ -26,14 +31,23 @@ class Student:
         trained: Sequence[str],
         compute: Literal["float32", "bfloat16"],
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self._device, self._compute = device, compute
-        model: Any = load_model(checkpoint).to(device)
-        self._model: Any = model
-        self.weights = {name: model.get_parameter(name) for name in trained}
+        self._processes = processes
+        self._shards: Shards | None = None
 
-        for weight in self.weights.values():
-            weight.requires_grad_(True)
+        if processes.count > 1:
+            self._shards = Shards(checkpoint, trained, device, processes)
+            model: Any = self._shards.model
+            self.weights = self._shards.rows
+        else:
+            model = load_model(checkpoint).to(device)
+            self.weights = {name: model.get_parameter(name) for name in trained}
+            for weight in self.weights.values():
+                weight.requires_grad_(True)
+
+        self._model: Any = model
 
         # What enters the first block has no gradient of its own, so the checkpoints must not ask
         # for one: that is what "reentrant" would do.
@@ -42,13 +56,26 @@ class Student:
         model.config.attention_dropout = 0.0
 
     def hidden(self, ids_BT: torch.Tensor, *, learns: bool) -> torch.Tensor:
-        """Return the last hidden states after their norm, hidden_BTD in float32."""
+        """Return the last hidden states after their norm, hidden_BTD in float32.
+
+        All processes call this equally often, and the backward pass of what it returns.
+        """
         self._model.train(learns)  # checkpoints are only made in training
 
         bfloat16 = learns and self._compute == "bfloat16"
         compute = torch.autocast(self._device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        with torch.set_grad_enabled(learns), compute:
+        with torch.set_grad_enabled(learns), compute, self._processes.talking():
             found = self._model.model(input_ids=ids_BT.to(self._device), use_cache=False)
 
         hidden_BTD: torch.Tensor = found.last_hidden_state
         return hidden_BTD.float()
+
+    def pull(self, hidden_ND: torch.Tensor, slope_ND: torch.Tensor) -> None:
+        """Add to the gradients what a slope of hidden states means for them."""
+        with self._processes.talking():
+            hidden_ND.backward(slope_ND)  # type: ignore[no-untyped-call]
+
+    def collect(self) -> None:
+        """Hand on the gradients of a step, where processes have parts of them."""
+        if self._shards:
+            self._shards.collect()

@@ -3,6 +3,9 @@
 Looks at held-out traces decide which state is kept. A state is saved at every look; an interrupted
 training resumes there and ends with the same bytes. Nothing that is no better than the start is
 kept, and neither is anything after a loss that is no number.
+
+Several processes share the batches of a step, and the model. Sums over them are in another order,
+so their number shows in the last digits; what one saved, any number resumes.
 """
 
 from __future__ import annotations
@@ -53,13 +56,16 @@ def distil(
         lessons = {}
 
         sets = {"taught": taught, "held-out": course.held_out, "text": course.text}
+        processes = course.processes
 
         for name, traces in sets.items():
-            opened = dense_states(course.dense, traces, course.folder, name, course.device)
+            opened = dense_states(
+                course.dense, traces, course.folder, name, course.device, processes
+            )
             states = stack.enter_context(opened)
             lessons[name] = Lessons(traces, states, course.settings.weights)
 
-        student = Student(course.sparse, trained, course.compute, course.device)
+        student = Student(course.sparse, trained, course.compute, course.device, processes)
         variables = arrange(student.weights)
         training = _Training(course, student, variables, lessons)
         return training.run()
@@ -109,7 +115,7 @@ class _Training:
 
     def run(self) -> list[Lesson]:
         """Learn step by step; return every look, those of an interrupted run included."""
-        if self.file.is_file():
+        if self.course.processes.ask_first(self.file.is_file):
             self._resume()
             self.watch = Watch(self.course.tokens, self.done.tokens, self.course.notify)
         else:
@@ -132,18 +138,24 @@ class _Training:
 
     def _learn(self, batches: Sequence[Sequence[int]]) -> None:
         """Do one step: gradients of all its batches, then one move."""
-        examples = [self.lessons["taught"].example(places) for places in batches]
-        weight = sum(float(example.weight_BT.sum()) for example in examples)
-        weight = max(weight, 1e-9)
+        processes = self.course.processes
+        examples = list(self.lessons["taught"].share(batches, processes))
+        own = sum(float(example.weight_BT.sum()) for example in examples)
+        weight = max(sum(processes.all(own)), 1e-9)
 
-        total = 0.0
+        loss = 0.0
+        tokens = 0
 
         for example in examples:
-            total += self._pull(example.ids_BT, example.dense_BTD, example.weight_BT / weight)
-            self.done.tokens += example.tokens
+            loss += self._pull(example.ids_BT, example.dense_BTD, example.weight_BT / weight)
+            tokens += example.tokens
 
+        total = sum(processes.all(loss))
+        self.done.tokens += sum(processes.all(tokens))
+
+        self.student.collect()
         self.variables.gather()
-        norm = gradient_norm(self.variables.moved)
+        norm = math.hypot(*processes.all(gradient_norm(self.variables.moved)))
         if not math.isfinite(total) or not math.isfinite(norm):
             self.done.ended = f"the loss was {total:g} after {self.done.tokens} tokens"
             return
@@ -172,7 +184,7 @@ class _Training:
                 self.head, hidden_ND, dense_ND, weight_N, self.course.direction
             )
 
-        hidden_ND.backward(slope_ND)  # type: ignore[no-untyped-call]
+        self.student.pull(hidden_ND, slope_ND)
         return float(loss)
 
     def _look_is_due(self) -> bool:
@@ -216,9 +228,10 @@ class _Training:
     @torch.no_grad()
     def measure(self, name: str) -> float:
         """Return the mean KL(dense ‖ sparse) on some lessons, in nats."""
+        lessons, processes = self.lessons[name], self.course.processes
         total = weight = 0.0
 
-        for example in self.lessons[name].in_order():
+        for example in lessons.share(lessons.in_order(), processes):
             hidden_BTD = self.student.hidden(example.ids_BT, learns=False)
             device = hidden_BTD.device
 
@@ -231,7 +244,7 @@ class _Training:
             total += float(found_N @ weight_N)
             weight += float(weight_N.sum())
 
-        return total / weight
+        return sum(processes.all(total)) / sum(processes.all(weight))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what must be on disk to go on as if nothing had happened."""
@@ -245,11 +258,12 @@ class _Training:
 
     def _save(self) -> None:
         values = asdict(self.done) | {"optimizer_steps": self.optimizer.steps}
-        write_tensors(self.file, self._tensors(), values)
+        write_tensors(self.file, self._tensors(), values, self.course.processes)
 
     def _resume(self) -> None:
-        values = read_values(self.file)
+        processes = self.course.processes
+        values = processes.ask_first(lambda: read_values(self.file))
         self.optimizer.steps = values.pop("optimizer_steps")
         self.done = _Progress.read(values)
-        fill_tensors(self.file, self._tensors())
+        fill_tensors(self.file, self._tensors(), processes)
         self.variables.settle()

@@ -5,6 +5,9 @@ codes times the scale of their block, in every forward pass. Behind them, ``Code
 the grid, which get the gradients as if there were no rounding (straight-through, Bengio et al.,
 arXiv 1308.3432); ``Scales`` keeps the codes and moves the scales, of which half precision has the
 values.
+
+Where processes have rows of the weights, each has the same rows of what lies behind them: quant
+blocks lie along inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import Grid
 
 _FACTORS = (0.5, 2.0)
@@ -41,7 +45,11 @@ class Codes(Weights):
     """
 
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], linears: Mapping[str, torch.Tensor], grid: Grid
+        self,
+        weights: Mapping[str, torch.Tensor],
+        linears: Mapping[str, torch.Tensor],
+        grid: Grid,
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__(weights)
         self._codes = grid.CODES
@@ -54,7 +62,7 @@ class Codes(Weights):
 
         for name, weight_OI in linears.items():
             step_OG, code_OI, exact = read_grid(weight_OI, grid)
-            if not exact:
+            if not all(processes.all(exact)):
                 continue
 
             self._steps[name] = step_OG
@@ -76,7 +84,8 @@ class Codes(Weights):
             code_OI.clamp_(*self._codes)
 
             stored_OI = code_OI * _spread(step_OG, self._block)
-            weight_OI.data = torch.where(self._pinned[name], weight_OI.data, stored_OI)
+            stored_OI = torch.where(self._pinned[name], weight_OI, stored_OI)
+            weight_OI.copy_(stored_OI)
 
 
 class Scales(Weights):
@@ -87,7 +96,11 @@ class Scales(Weights):
     """
 
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], linears: Mapping[str, torch.Tensor], grid: Grid
+        self,
+        weights: Mapping[str, torch.Tensor],
+        linears: Mapping[str, torch.Tensor],
+        grid: Grid,
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__({**weights, **linears})
         self._block = grid.BLOCK
@@ -97,7 +110,7 @@ class Scales(Weights):
 
         for name, weight_OI in linears.items():
             step_OG, code_OI, exact = read_grid(weight_OI, grid)
-            if not exact:
+            if not all(processes.all(exact)):
                 weight_OI.requires_grad_(False)
                 continue
 
@@ -125,7 +138,7 @@ class Scales(Weights):
             stored_OG = step_OG.half().float()
 
             weight_OI = self.weights[name]
-            weight_OI.data = code_OI.float() * _spread(stored_OG, self._block)
+            weight_OI.copy_(code_OI.float() * _spread(stored_OG, self._block))
 
 
 def read_grid(weight_OI: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -138,6 +151,10 @@ def read_grid(weight_OI: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.
 
 def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return step_OG, the scale of every block of weights that lie on a grid."""
+    O, I = weight_OI.shape
+    if not O:  # of several processes, this one has no rows
+        return weight_OI.new_zeros(O, I // grid.BLOCK)
+
     values_OI = weight_OI.detach().cpu().numpy().astype(np.float32)
     steps = grid.steps(grid.quantize(values_OI)).copy()
     return torch.from_numpy(steps).to(weight_OI.device)

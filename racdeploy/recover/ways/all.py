@@ -27,6 +27,6 @@ def recover(course: Course) -> list[Lesson]:
         if not course.quant:
             return Weights(weights)
         linears = {name: weights[name] for name in course.masked}
-        return Codes(weights, linears, as_grid(course.quant))
+        return Codes(weights, linears, as_grid(course.quant), course.processes)
 
     return distil(course, list_trained(course.sparse), arrange)

@@ -28,7 +28,7 @@ def recover(course: Course) -> list[Lesson]:
             return Weights(weights)
         masked = {*course.masked}
         linears = {name: weight for name, weight in weights.items() if name in masked}
-        return Codes(weights, linears, as_grid(course.quant))
+        return Codes(weights, linears, as_grid(course.quant), course.processes)
 
     with closing(BlockWalk(course, arrange)) as walk:
         return walk.run()

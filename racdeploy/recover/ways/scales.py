@@ -33,6 +33,6 @@ def recover(course: Course) -> list[Lesson]:
             return Weights(weights)
         small = {name: weights[name] for name in vectors}
         large = {name: weights[name] for name in linears}
-        return Scales(small, large, as_grid(course.quant))
+        return Scales(small, large, as_grid(course.quant), course.processes)
 
     return distil(course, [*vectors, *linears], arrange)
