@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 CollectTraces = Callable[[Path | None], tuple[Path, list[Trace]]]
 """Returns the folder and the traces of a model's folder; None is the dense model."""
+LOOKED_AT_TOKENS = 16_384
+"""Most tokens of held-out traces that every look reads, in float32."""
 _LONGER = 1.05
 """Thinking that a phase may lengthen so many times before it is undone."""
 
@@ -79,8 +81,11 @@ class RecoverStage:
             collect: lets a model answer the calibration prompts.
         """
         _, dense = collect(None)
-        chosen = select(dense, self.calibration)  # whole traces, whatever the pruning saw
-        taught, held_out = chosen.calibration, chosen.held_out
+        # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
+        every = self.calibration.model_copy(update={"max_tokens": 0})
+        chosen = select(dense, every)
+        taught, held_out = chosen.calibration, spread_evenly(chosen.held_out, LOOKED_AT_TOKENS)
+        unseen = frozenset(trace.index for trace in chosen.held_out)
         if not held_out:
             raise UsageError(
                 "recovery needs traces that are held out, to see which state is the best",
@@ -88,7 +93,7 @@ class RecoverStage:
             )
 
         text, text_held_out = self._read_text()
-        learns = _Teaching(self, model, name, taught, held_out, text, text_held_out)
+        learns = _Teaching(self, model, name, taught, held_out, unseen, text, text_held_out)
 
         start = _ask(model.folder, collect, dense)
         state = start
@@ -138,7 +143,7 @@ class RecoverStage:
         dense: Sequence[Trace],
     ) -> _State:
         """Do one phase, and undo it if it made the model worse."""
-        taught = state.answers if phase.own else learns.taught
+        taught = learns.choose_own(state.answers) if phase.own else learns.taught
         found = learns.teach(phase, state, taught)
         if found.folder == state.folder:  # nothing was better than the start
             return found
@@ -274,6 +279,7 @@ class _Teaching:
     name: str
     taught: Sequence[Trace]
     held_out: Sequence[Trace]
+    unseen: frozenset[int] = frozenset()  # prompts of which nothing is learned
     text: Sequence[Trace] = ()
     text_held_out: Sequence[Trace] = ()
 
@@ -304,6 +310,10 @@ class _Teaching:
             compute = "bfloat16" if short else "float32"
 
         return settings.model_copy(update={"device": device, "compute": compute})
+
+    def choose_own(self, answers: Sequence[Trace]) -> list[Trace]:
+        """Return own answers to learn from: none to a prompt whose dense trace is held out."""
+        return [trace for trace in answers if trace.index not in self.unseen]
 
     def teach(self, phase: Phase, state: _State, traces: Sequence[Trace]) -> _State:
         """Do one phase, or find it done."""
@@ -361,6 +371,16 @@ class _Teaching:
             "settings": self.settings,
             "quant": stage.quant,
         }
+
+
+def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
+    """Return traces spread over all, of at most so many tokens in all, and at least one."""
+    total = sum(len(trace.ids) for trace in traces)
+    if total <= tokens:
+        return list(traces)
+
+    count = max(1, len(traces) * tokens // total)
+    return [traces[part * len(traces) // count] for part in range(count)]
 
 
 def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:

@@ -8,12 +8,18 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.recover_stage import Phase, RecoverStage, list_phases
+from racdeploy.pipeline.recover_stage import (
+    Phase,
+    RecoverStage,
+    list_phases,
+    spread_evenly,
+)
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
@@ -117,6 +123,36 @@ def test_each_phase_begins_where_the_one_before_ended(
     ends = [row.kl_nats for row in found.recovery if row.accuracy is not None]
     assert len(ends) >= 3
     assert found.notes[-1].startswith("recovery: 50.0% → ")
+
+
+def test_prompts_that_are_looked_at_teach_nothing(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the dense model's traces of them nor the own answers: else a look would flatter."""
+    seen: dict[str, set[int]] = {"taught": set(), "held_out": set()}
+    learn = RecoverStage.learn
+
+    def watch(self: RecoverStage, folder: Path, name: str, given: dict[str, Any]) -> Any:
+        for key, indices in seen.items():
+            indices.update(trace.index for trace in given[key])
+        return learn(self, folder, name, given)
+
+    monkeypatch.setattr(RecoverStage, "learn", watch)
+    found = run(stage, model, Asked(tmp_path, [0.5, 0.9, 0.9, 0.9]))
+    assert any(row.phase.startswith("own") for row in found.recovery) or found.notes
+    assert seen["held_out"]
+    assert not seen["taught"] & seen["held_out"]
+    assert len(seen["taught"] | seen["held_out"]) == len(DENSE)
+
+
+def test_looks_have_a_bound() -> None:
+    """Traces from all over, as many as fit."""
+    assert spread_evenly(DENSE, 10**9) == DENSE
+    few = spread_evenly(DENSE, 200)
+    assert 1 < len(few) < 12
+    assert few[0] == DENSE[0]
+    assert few[-1].index > len(DENSE) // 2
+    assert len(spread_evenly(DENSE, 1)) == 1
 
 
 def test_a_phase_that_loses_answers_is_undone(
