@@ -1,8 +1,8 @@
 """Choose the codes of a number format while pruning compensates; the exporter writes them.
 
 Slab by slab, columns are rounded and those to come solved again. Then, again and again, each weight
-moves to the grid point that is best while all others stay, each quant block's scale to the best for
-its codes. A block's largest weight keeps the largest code: quantizing again gives the same.
+moves to the grid point that is best while all others stay, each group's step to the best for its
+codes. What :mod:`racdeploy.prune.scales` pins stays: quantizing again gives the same.
 Source: QuantEase (arXiv 2309.01885) on a mask, in GPTQ's order (arXiv 2210.17323); scales move.
 """
 
@@ -15,14 +15,12 @@ import torch
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
 from racdeploy.prune.refit import descend
+from racdeploy.prune.scales import divisor, nearest_steps, start_steps
 from racdeploy.quant import Grid
 
 SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %
 SCALE_SWEEPS, CODE_SWEEPS = 4, 4
 CHUNK_COLUMNS = 128  # visited on a transposed copy; the rest of the row is brought up once a chunk
-# Scales to try, as shares of the format's own: smaller ones clip, a larger one moves every code.
-SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
-_CHUNK_WEIGHTS = 1 << 18  # of a scale search at a time: a few arrays of 1 MB stay in a core's cache
 
 
 def round_to_grid(
@@ -30,14 +28,14 @@ def round_to_grid(
 ) -> torch.Tensor:
     """Return weights that ``quant`` stores exactly, zero off the mask; ``target_OI``: unpruned."""
     code_OI, step_OG = find_codes(pruned, target_OI, hessian, quant)
-    step_OI = step_OG.repeat_interleave(quant.BLOCK, dim=1)
+    step_OI = step_OG.repeat_interleave(quant.GROUP_SIZE, dim=1)
     return code_OI.mul_(step_OI)
 
 
 def find_codes(
     pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, whole numbers in float32, and step_OG, scales that half precision has."""
+    """Return code_OI, whole numbers in float32, and step_OG, steps that the format has."""
     search = _Search(pruned, target_OI, hessian.matrix_II, quant)
     I = target_OI.shape[1]
     width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
@@ -58,7 +56,7 @@ def find_codes(
         if not moved:
             break
 
-    step_OI = _divisor(search.step_OG).repeat_interleave(quant.BLOCK, dim=1)
+    step_OI = divisor(search.step_OG).repeat_interleave(quant.GROUP_SIZE, dim=1)
     code_OI = (search.weight_OI / step_OI).round_()
     return code_OI, search.step_OG
 
@@ -70,9 +68,9 @@ class _Search:
         self, pruned: Pruned, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
     ) -> None:
         self.H_II, self.target_OI = H_II, target_OI
-        self.S, self.codes = quant.BLOCK, quant.CODES
+        self.S, self.quant = quant.GROUP_SIZE, quant
         weight_OI = pruned.weight_OI * pruned.keep_OI
-        self.step_OG, pinned_OI = _start_scales(weight_OI, H_II.diagonal(), quant)
+        self.step_OG, self.unit_OG, pinned_OI = start_steps(weight_OI, H_II.diagonal(), quant)
 
         has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
         self.free_OI = pruned.keep_OI & has_scale_OI & (pinned_OI == 0)
@@ -104,20 +102,20 @@ class _Search:
             before_CO = weight_CO.clone()
             H_CC = self.H_II[chunk, chunk]
 
-            steps_OX = self.step_OG[:, first // self.S : last // self.S]  # X: blocks of the chunk
+            for index in range(first // self.S, last // self.S):
+                begin = index * self.S - first
+                group = slice(begin, begin + self.S)
+                H_SS = H_CC[group, group]
+                step_O, unit_O = self.step_OG[:, index], self.unit_OG[:, index]
 
-            for index, step_O in enumerate(steps_OX.unbind(1)):
-                begin = index * self.S
-                block = slice(begin, begin + self.S)
-                H_SS = H_CC[block, block]
-                weight_SO, pull_SO = weight_CO[block], pull_CO[block].clone()
-                self._move(weight_SO, pull_SO, free_CO[block], H_SS, _divisor(step_O))
+                weight_SO, pull_SO = weight_CO[group], pull_CO[group].clone()
+                self._move(weight_SO, pull_SO, free_CO[group], H_SS, divisor(step_O))
                 if scales:
-                    _fit_scales(weight_SO, pull_SO, H_SS, step_O)
+                    self._fit_steps(weight_SO, pull_SO, H_SS, step_O, unit_O)
 
-                # The other columns of the chunk feel this block's moves at once …
-                change_SO = weight_SO - before_CO[block]
-                pull_CO.addmm_(H_CC[:, block], change_SO, alpha=-1)
+                # The other columns of the chunk feel this group's moves at once …
+                change_SO = weight_SO - before_CO[group]
+                pull_CO.addmm_(H_CC[:, group], change_SO, alpha=-1)
 
             # … and the rest of the row feels the chunk's.
             change_CO = weight_CO - before_CO
@@ -143,93 +141,37 @@ class _Search:
             move_O = pull_O / curve
             move_O += weight_O
             move_O.div_(step_O).round_()
-            move_O.clamp_(*self.codes).mul_(step_O)
+            move_O.clamp_(*self.quant.CODES).mul_(step_O)
             move_O -= weight_O
             move_O *= free_O
 
             weight_O += move_O
             pull_SO.addr_(H_S, move_O, alpha=-1)
 
+    def _fit_steps(
+        self,
+        weight_SO: torch.Tensor,
+        pull_SO: torch.Tensor,
+        H_SS: torch.Tensor,
+        step_O: torch.Tensor,
+        unit_O: torch.Tensor,
+    ) -> None:
+        """Move a group's steps, in place, to the best ones that the format has for its codes."""
+        code_SO = (weight_SO / divisor(step_O)).round_()
+        pull_O = (code_SO * pull_SO).sum(0)
+        curve_O = ((H_SS @ code_SO) * code_SO).sum(0)
+
+        # The error along the step is a parabola: its lowest point, rounded, and if that is lower.
+        best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
+        fitted_O = nearest_steps(best_O, unit_O, self.quant)
+        change_O = fitted_O - step_O
+        falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
+        same_sign_O = fitted_O * step_O > 0
+        better_O = same_sign_O & fitted_O.isfinite() & falls_O
+
+        step_O += torch.where(better_O, change_O, 0)
+        torch.mul(code_SO, step_O, out=weight_SO)
+
 
 def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
     return values_OC.T.clone(memory_format=torch.contiguous_format)
-
-
-def _fit_scales(
-    weight_SO: torch.Tensor, pull_SO: torch.Tensor, H_SS: torch.Tensor, step_O: torch.Tensor
-) -> None:
-    """Move a block's scales, in place, to the best ones that half precision has for its codes."""
-    code_SO = (weight_SO / _divisor(step_O)).round_()
-    pull_O = (code_SO * pull_SO).sum(0)
-    curve_O = ((H_SS @ code_SO) * code_SO).sum(0)
-
-    # The error along the scale is a parabola: its lowest point, rounded, and whether that is lower.
-    best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
-    fitted_O = best_O.half().float()
-    change_O = fitted_O - step_O
-    falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
-    same_sign_O = fitted_O * step_O > 0
-    better_O = same_sign_O & fitted_O.isfinite() & falls_O
-
-    step_O += torch.where(better_O, change_O, 0)
-    torch.mul(code_SO, step_O, out=weight_SO)
-
-
-def _divisor(step: torch.Tensor) -> torch.Tensor:
-    """Return scales with 1 for those that are zero: their weights are zero too."""
-    return torch.where(step == 0, 1, step)
-
-
-def _start_scales(
-    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OG, of least weighted error, and pinned_OI: codes of blocks' largest, else 0."""
-    own_OG, pinned_OI = _choose_pinned(weight_OI, quant)
-    energy_1GS = diagonal_I.view(1, -1, quant.BLOCK)
-    step_OG = own_OG.clone()
-    rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
-
-    for start in range(0, len(weight_OI), rows):
-        chunk = slice(start, start + rows)
-        format_OG = own_OG[chunk]
-        weight_OGS = weight_OI[chunk].view(*format_OG.shape, quant.BLOCK)
-        pinned_OGS = pinned_OI[chunk].view_as(weight_OGS)
-
-        least_OG = torch.full_like(format_OG, torch.inf)
-
-        for span in SPANS:
-            tried_OG = (format_OG * span).half().float()
-            code_OGS = weight_OGS / _divisor(tried_OG)[:, :, None]
-            code_OGS.round_().clamp_(*quant.CODES)
-            code_OGS = torch.where(pinned_OGS == 0, code_OGS, pinned_OGS)
-
-            lost_OGS = code_OGS.mul_(tried_OG[:, :, None])
-            lost_OGS -= weight_OGS
-            error_OG = lost_OGS.square_().mul_(energy_1GS).sum(2)
-
-            better_OG = error_OG < least_OG
-            least_OG = torch.where(better_OG, error_OG, least_OG)
-            step_OG[chunk] = torch.where(better_OG, tried_OG, step_OG[chunk])
-
-    return step_OG, pinned_OI
-
-
-def _choose_pinned(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return step_OG, the scales that the format would choose, and pinned_OI, their codes.
-
-    A pinned code is the largest, also where half precision has too few digits for the scale to give
-    it: with another one the format would choose another scale next time.
-    """
-    stored = quant.quantize(weight_OI.cpu().numpy())
-    steps = quant.steps(stored).copy()
-    step_OG = torch.from_numpy(steps).to(weight_OI.device)
-
-    weight_OGS = weight_OI.view(*step_OG.shape, quant.BLOCK)
-    place_OG1 = weight_OGS.abs().argmax(2, keepdim=True)
-    code_OG1 = weight_OGS.gather(2, place_OG1).sign()
-    code_OG1 *= step_OG.sign()[:, :, None]
-    code_OG1 *= max(map(abs, quant.CODES))
-
-    pinned_OGS = torch.zeros_like(weight_OGS)
-    pinned_OGS.scatter_(2, place_OG1, code_OG1)
-    return step_OG, pinned_OGS.view_as(weight_OI)

@@ -69,16 +69,32 @@ class BlockQuant(OnnxQuant, Protocol):
 
 
 class Grid(Quant, Protocol):
-    """A format whose weights are whole codes times one scale per block; zero has the code 0.
+    """A format whose weights are whole codes times the step of their group; zero has the code 0.
 
     ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores
-    them; ``steps`` returns step_OG, the scale of every block. Without an importance, the weight of
-    largest magnitude gets the code of largest magnitude.
+    them. ``GROUP_SIZE`` weights share a step: a whole number, from ``STEP_CODES``, times the scale
+    of the quant block, in half precision. ``steps`` returns step_OG, the step of every group, and
+    ``scales`` the scale of every block; of a format whose blocks are one group they are the same.
+
+    Weights on the grid are quantized to themselves; see also :func:`pins_largest`.
     """
 
     CODES: tuple[int, int]
+    GROUP_SIZE: int
+    STEP_CODES: tuple[int, int]
 
     def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+    def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+
+
+def pins_largest(grid: Grid) -> bool:
+    """Return whether a format finds weights again only by a largest code in every group.
+
+    So it is where a group has a scale of its own. Without an importance, the weight of largest
+    magnitude gets the code of largest magnitude.
+    """
+    return grid.GROUP_SIZE == grid.BLOCK
 
 
 def as_grid(name: str) -> Grid:

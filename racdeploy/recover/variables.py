@@ -1,7 +1,7 @@
 """What the optimizer moves: weights, or what lies behind weights on the grid of a number format.
 
 Where codes were chosen while pruning, the model learns as it will be stored. Weights are whole
-codes times the scale of their block, in every forward pass. Behind them, ``Codes`` has weights off
+codes times the step of their group, in every forward pass. Behind them, ``Codes`` has weights off
 the grid, which get the gradients as if there were no rounding (straight-through, Bengio et al.,
 arXiv 1308.3432); ``Scales`` keeps the codes and moves the scales, of which half precision has the
 values.
@@ -12,13 +12,15 @@ blocks lie along inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.quant import Grid
+from racdeploy.quant import Grid, pins_largest
 
 _FACTORS = (0.5, 2.0)
 """Of a scale: it keeps its sign, and half precision does not run out."""
@@ -40,7 +42,7 @@ class Weights:
 class Codes(Weights):
     """Linears on a grid, their codes free to change; other weights are moved themselves.
 
-    A code of the largest magnitude stays: by it the format finds the block's scale again. A linear
+    A code of the largest magnitude stays where the format finds a group's scale by it. A linear
     whose weights are on no grid, since it was not pruned, is moved itself.
     """
 
@@ -53,8 +55,8 @@ class Codes(Weights):
     ) -> None:
         super().__init__(weights)
         self._codes = grid.CODES
-        self._block = grid.BLOCK
-        largest = max(map(abs, grid.CODES))
+        self._group_size = grid.GROUP_SIZE
+        largest = max(map(abs, grid.CODES)) if pins_largest(grid) else math.inf
 
         self._steps: dict[str, torch.Tensor] = {}
         self._pinned: dict[str, torch.Tensor] = {}
@@ -80,10 +82,10 @@ class Codes(Weights):
     def settle(self) -> None:
         for name, step_OG in self._steps.items():
             weight_OI = self.weights[name]
-            code_OI = codes_of(self.moved[name], step_OG, self._block)
+            code_OI = codes_of(self.moved[name], step_OG, self._group_size)
             code_OI.clamp_(*self._codes)
 
-            stored_OI = code_OI * _spread(step_OG, self._block)
+            stored_OI = code_OI * _spread(step_OG, self._group_size)
             stored_OI = torch.where(self._pinned[name], weight_OI, stored_OI)
             weight_OI.copy_(stored_OI)
 
@@ -92,7 +94,7 @@ class Scales(Weights):
     """Linears on a grid, their scales free to change; other weights are moved themselves.
 
     What is moved is a factor of each scale: scales differ by orders of magnitude, and a learning
-    rate fits only what is about 1.
+    rate fits only what is about 1. Steps of groups that share a scale move with it.
     """
 
     def __init__(
@@ -103,9 +105,11 @@ class Scales(Weights):
         processes: Processes = ALONE,
     ) -> None:
         super().__init__({**weights, **linears})
-        self._block = grid.BLOCK
+        self._group_size = grid.GROUP_SIZE
+        self._groups = grid.BLOCK // grid.GROUP_SIZE
         self._codes: dict[str, torch.Tensor] = {}
-        self._steps: dict[str, torch.Tensor] = {}
+        self._step_codes: dict[str, torch.Tensor] = {}
+        self._scales: dict[str, torch.Tensor] = {}
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
@@ -114,59 +118,79 @@ class Scales(Weights):
                 weight_OI.requires_grad_(False)
                 continue
 
-            self._steps[name] = step_OG
+            scale_OX = read_scales(weight_OI, grid)  # X: blocks of a row
+            self._scales[name] = scale_OX
+            self._step_codes[name] = codes_of(step_OG, scale_OX, self._groups)
             self._codes[name] = code_OI.to(torch.int8)
-            self.moved[name] = torch.ones_like(step_OG)
+            self.moved[name] = torch.ones_like(scale_OX)
 
     def gather(self) -> None:
         for name, code_OI in self._codes.items():
             weight_OI = self.weights[name]
-            step_OG = self._steps[name]
+            scale_OX, step_code_OG = self._scales[name], self._step_codes[name]
             if weight_OI.grad is None:
                 continue
 
             slope_OI = weight_OI.grad * code_OI
-            slope_OG = slope_OI.view(*step_OG.shape, self._block).sum(2)
-            self.moved[name].grad = slope_OG * step_OG
+            slope_OG = slope_OI.view(*step_code_OG.shape, self._group_size).sum(2)
+            slope_OG *= step_code_OG
+
+            slope_OX = slope_OG.view(*scale_OX.shape, self._groups).sum(2)
+            self.moved[name].grad = slope_OX * scale_OX
             weight_OI.grad = None
 
     @torch.no_grad()
     def settle(self) -> None:
         for name, code_OI in self._codes.items():
-            factor_OG = self.moved[name].clamp_(*_FACTORS)
-            step_OG = self._steps[name] * factor_OG
-            stored_OG = step_OG.half().float()
+            factor_OX = self.moved[name].clamp_(*_FACTORS)
+            scale_OX = self._scales[name] * factor_OX
+            stored_OX = scale_OX.half().float()
 
+            step_OG = self._step_codes[name] * _spread(stored_OX, self._groups)
             weight_OI = self.weights[name]
-            weight_OI.copy_(code_OI.float() * _spread(stored_OG, self._block))
+            weight_OI.copy_(code_OI.float() * _spread(step_OG, self._group_size))
 
 
 def read_grid(weight_OI: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return step_OG, code_OI, and whether these are the weights, to the last bit."""
     step_OG = read_steps(weight_OI, grid)
-    code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
-    exact = torch.equal(code_OI * _spread(step_OG, grid.BLOCK), weight_OI.detach())
+    code_OI = codes_of(weight_OI, step_OG, grid.GROUP_SIZE)
+    exact = torch.equal(code_OI * _spread(step_OG, grid.GROUP_SIZE), weight_OI.detach())
     return step_OG, code_OI, exact
 
 
 def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return step_OG, the scale of every block of weights that lie on a grid."""
+    """Return step_OG, the step of every group of weights that lie on a grid."""
+    return _read(weight_OI, grid, grid.steps, grid.GROUP_SIZE)
+
+
+def read_scales(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the scale of every quant block of weights that lie on a grid."""
+    return _read(weight_OI, grid, grid.scales, grid.BLOCK)
+
+
+def _read(
+    weight_OI: torch.Tensor,
+    grid: Grid,
+    of_packed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    size: int,
+) -> torch.Tensor:
     O, I = weight_OI.shape
     if not O:  # of several processes, this one has no rows
-        return weight_OI.new_zeros(O, I // grid.BLOCK)
+        return weight_OI.new_zeros(O, I // size)
 
     values_OI = weight_OI.detach().cpu().numpy().astype(np.float32)
-    steps = grid.steps(grid.quantize(values_OI)).copy()
-    return torch.from_numpy(steps).to(weight_OI.device)
+    found = of_packed(grid.quantize(values_OI)).copy()
+    return torch.from_numpy(found).to(weight_OI.device)
 
 
-def codes_of(weight_OI: torch.Tensor, step_OG: torch.Tensor, block: int) -> torch.Tensor:
-    """Return code_OI, whole numbers in float32; 0 where the scale is."""
+def codes_of(weight_OI: torch.Tensor, step_OG: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return code_OI, whole numbers in float32; 0 where the step is."""
     divisor_OG = torch.where(step_OG == 0, 1, step_OG)
-    quotient_OI = weight_OI.detach() / _spread(divisor_OG, block)
+    quotient_OI = weight_OI.detach() / _spread(divisor_OG, group_size)
     return quotient_OI.round_()
 
 
-def _spread(value_OG: torch.Tensor, block: int) -> torch.Tensor:
-    """Give every weight what its block has."""
-    return value_OG.repeat_interleave(block, dim=1)
+def _spread(value_OG: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Give every weight what its group has."""
+    return value_OG.repeat_interleave(group_size, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from transformers import AutoModelForCausalLM
 
 from racdeploy import plugins
 from racdeploy import quant as quants
@@ -32,23 +35,24 @@ from racdeploy.prune.methods import Pruned, sparsegpt
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import refit
 from racdeploy.prune.rounding import find_codes, round_to_grid
+from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning, Recipe
 from tests.support.tiny_models import make_checkpoint
-from tests.support.tiny_traces import TRACES
+from tests.support.tiny_traces import TRACES, make_trace
 
 GRIDS = [name for name in plugins.names("quant") if hasattr(plugins.load("quant", name), "CODES")]
 OUTPUTS, INPUTS = 24, 320
 
 
 class Problem:
-    """A pruned linear with a correlated input."""
+    """A pruned linear with a correlated input, of ``inputs`` columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        input_NI = torch.randn(3 * INPUTS, INPUTS, generator=generator)
+        input_NI = torch.randn(3 * inputs, inputs, generator=generator)
         input_NI[:, 1:] += 0.8 * input_NI[:, :-1]
         self.hessian = Hessian(input_NI.T @ input_NI / len(input_NI), 0.01)
-        self.target_OI = 0.05 * torch.randn(OUTPUTS, INPUTS, generator=generator)
+        self.target_OI = 0.05 * torch.randn(OUTPUTS, inputs, generator=generator)
         self.target_OI[:, :32] = 0  # blocks without a scale
         pruned = sparsegpt.prune(self.target_OI.clone(), self.hessian, Unstructured(0.5), Pruning())
         self.keep_OI = pruned.keep_OI
@@ -64,9 +68,17 @@ class Problem:
         )
 
 
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    return Problem()
+@pytest.fixture
+def problem(request: pytest.FixtureRequest) -> Problem:
+    """Return a problem of whole quant blocks of the format that a test has for its ``name``."""
+    name = request.node.callspec.params["name"] if hasattr(request.node, "callspec") else "q4_0"
+    block = quants.as_grid(name).BLOCK
+    return make_problem(-(-INPUTS // block) * block)
+
+
+@cache
+def make_problem(inputs: int) -> Problem:
+    return Problem(inputs)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -76,7 +88,7 @@ def test_the_quant_stores_them_exactly(problem: Problem, name: str) -> None:
     """
     quant = quants.as_grid(name)
     chosen_OI = problem.rounded(quant)
-    restored_OI = quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS)
+    restored_OI = quant.dequantize(quant.quantize(chosen_OI.numpy()), chosen_OI.shape[1])
     assert np.array_equal(restored_OI, chosen_OI.numpy())
     assert not chosen_OI[~problem.keep_OI].any()
 
@@ -96,9 +108,8 @@ def test_weights_too_small_for_a_precise_scale_are_stored_exactly(
     )
     keep_OI = problem.keep_OI.repeat(copies, 1)
     chosen_OI = round_to_grid(Pruned(refitted_OI, keep_OI), target_OI, problem.hessian, quant)
-    assert np.array_equal(
-        quant.dequantize(quant.quantize(chosen_OI.numpy()), INPUTS), chosen_OI.numpy()
-    )
+    restored_OI = quant.dequantize(quant.quantize(chosen_OI.numpy()), chosen_OI.shape[1])
+    assert np.array_equal(restored_OI, chosen_OI.numpy())
     assert not chosen_OI[~keep_OI].any()
 
 
@@ -124,12 +135,28 @@ def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -
     """
     quant = quants.as_grid(name)
     plain_OI = torch.from_numpy(
-        quant.dequantize(quant.quantize(problem.refitted_OI.numpy()), INPUTS).copy()
+        quant.dequantize(
+            quant.quantize(problem.refitted_OI.numpy()), problem.target_OI.shape[1]
+        ).copy()
     )
     pruned = problem.error(problem.refitted_OI)
     assert problem.error(problem.rounded(quant)) - pruned < 0.74 * (
         problem.error(plain_OI) - pruned
     )
+
+
+@pytest.mark.parametrize("name", ["q3_k"])
+def test_q3_k_beats_ggml_with_an_importance(problem: Problem, name: str) -> None:
+    """They cost less than 85 % of what ggml's own search by the same Hessian's diagonal costs; it
+    is 79 %, and 86 % if every group's largest weight must have the code -4.
+    """
+    quant = quants.load_ggml(name)
+    energy_I = problem.hessian.matrix_II.diagonal().numpy()
+    packed_OP = quant.quantize(problem.refitted_OI.numpy(), energy_I)
+    plain_OI = torch.from_numpy(quant.dequantize(packed_OP, len(energy_I)).copy())
+    pruned = problem.error(problem.refitted_OI)
+    chosen = problem.error(problem.rounded(quants.as_grid(name)))
+    assert chosen - pruned < 0.85 * (problem.error(plain_OI) - pruned)
 
 
 def test_no_single_code_could_be_better(problem: Problem) -> None:
@@ -166,15 +193,21 @@ class Walk:
     """
 
     def __init__(
-        self, folder: Path, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
+        self,
+        folder: Path,
+        architecture: str,
+        name: str,
+        monkeypatch: pytest.MonkeyPatch,
+        **sizes: int,
     ) -> None:
-        checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture))
+        checkpoint = Checkpoint(make_checkpoint(folder / "model", architecture, **sizes))
+        group_size = quants.as_grid(name).GROUP_SIZE
         noted: dict[bytes, Codes] = {}
 
         def note(pruned: Pruned, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
             code_OI, step_OG = find_codes(pruned, *given)
             assert not code_OI[~pruned.keep_OI].any()
-            key = (code_OI * step_OG.repeat_interleave(32, dim=1)).numpy().tobytes()
+            key = (code_OI * step_OG.repeat_interleave(group_size, dim=1)).numpy().tobytes()
             noted[key] = code_OI.numpy().astype(np.int16), step_OG.numpy().copy()
             return code_OI, step_OG
 
@@ -292,6 +325,91 @@ def test_a_gguf_file_holds_the_very_codes(
     stored[next(iter(stored))][0][0, 0] += 1
     with pytest.raises(AssertionError):
         walk.check(exported, stored)
+
+
+Q3_K_SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
+
+def test_a_q3_k_file_holds_the_very_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read with gguf-py, the codes and scales in the bytes of the file give the chosen codes times
+    the chosen steps.
+
+    Of several steps for the same weights, as of either sign, the file has one: for 87 % of the
+    groups the one that was chosen.
+    """
+    walk = Walk(tmp_path, "qwen3", "q3_k", monkeypatch, **Q3_K_SIZES)
+    exported = gguf.export(
+        walk.pruned, tmp_path / "model.gguf", quant="q3_k", packing="plain", metadata={}
+    )
+    sources = {tensor.name: tensor.source for tensor in exported.tensors}
+    same = []
+
+    for tensor in gguf_py.GGUFReader(exported.path).tensors:
+        source = sources[tensor.name]
+        if "_proj" not in source:
+            continue
+        assert tensor.tensor_type.name == "Q3_K"
+        code_OI, step_OG = walk.chosen[source]
+        chosen_OI = code_OI * step_OG.repeat(16, axis=1)
+        stored_OI = gguf_py.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(stored_OI, chosen_OI)
+        assert np.array_equal(stored_OI == 0, walk.weights[source] == 0)
+        same.append(np.mean(quants.as_grid("q3_k").steps(tensor.data) == step_OG))
+    assert len(same) == len(walk.chosen)
+    assert np.mean(same) > 0.8
+
+
+def read_pruned(dense: Checkpoint, folder: Path, quant: str) -> dict[str, torch.Tensor]:
+    """Prune a quarter of a model, with joint codes if there is a quant, and return the weights."""
+    traces = [make_trace(i, 8, 240, 4) for i in range(40)]
+    blocks = folder / "blocks"
+    blocks.mkdir(parents=True)
+
+    settings = Pruning(sparsity=0.25, joint=bool(quant))
+    prune_blocks(dense, traces, [], settings, blocks, quant=quant)
+    return load_torch(assemble(dense, blocks, folder / "pruned") / "model.safetensors")
+
+
+def round_with_ggml(weights: dict[str, torch.Tensor], pruned: Path) -> dict[str, torch.Tensor]:
+    """Return weights as a Q3_K file without joint codes has them."""
+    quant = quants.load_ggml("q3_k")
+    importance = Importance.read(pruned / quants.IMPORTANCE_FILE)
+    rounded = dict(weights)
+
+    for name in weights:
+        if "_proj" in name:
+            weight_OI = weights[name].float().numpy()
+            I = weight_OI.shape[1]
+            packed_OP = quant.quantize(weight_OI, importance.of(name, name, I))
+            rounded[name] = torch.from_numpy(quant.dequantize(packed_OP, I).copy())
+
+    return rounded
+
+
+def test_a_q3_k_model_is_nearer_to_the_dense_one(tmp_path: Path) -> None:
+    """Its logits on traces that it was not pruned on differ from the dense ones by less than 85 %,
+    squared, of what codes that ggml chooses afterwards leave; it is 75 %.
+    """
+    dense = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", **Q3_K_SIZES))
+    chosen = read_pruned(dense, tmp_path / "joint", "q3_k")
+    pruned = read_pruned(dense, tmp_path / "plain", "")
+    rounded = round_with_ggml(pruned, tmp_path / "plain/pruned")
+
+    model = AutoModelForCausalLM.from_pretrained(dense.folder, dtype=torch.float32)
+    held_out = [make_trace(1000 + i, 8, 100, 4) for i in range(10)]
+    ids_BT = torch.tensor([[*trace.prompt_ids, *trace.completion_ids] for trace in held_out])
+
+    def answer(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            return model(ids_BT).logits
+
+    target_BTV = answer(load_torch(dense.folder / "model.safetensors"))
+    joint = (answer(chosen) - target_BTV).square().sum()
+    afterwards = (answer(rounded) - target_BTV).square().sum()
+    assert joint < 0.85 * afterwards
 
 
 @pytest.fixture(scope="module")

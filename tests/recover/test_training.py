@@ -71,26 +71,27 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert kl_of(course) == pytest.approx(min(found), rel=1e-6)
 
 
-@pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "q3_k"])
 @pytest.mark.parametrize("way", ["all", "blocks", "scales"])
 def test_chosen_codes_are_learned_as_codes(tmp_path: Path, way: str, quant: str) -> None:
     """The recovered model lies on the grid of its format: the file will hold these very weights."""
     from racdeploy.quant import as_grid
     from racdeploy.recover.variables import codes_of, read_steps
 
-    course = make_course(tmp_path, quant=quant, settings={"rate": 2e-4})
+    grid = as_grid(quant)
+    sizes = {"hidden_size": 256, "intermediate_size": 256} if grid.BLOCK == 256 else {}
+    course = make_course(tmp_path, quant=quant, settings={"rate": 2e-4}, **sizes)
     first, *later = recover.load(way).recover(course)
     found = [look.kl_nats for look in later if look.kl_nats is not None]
     assert first.kl_nats is not None
     assert min(found) < first.kl_nats
 
     course.write()
-    grid = as_grid(quant)
     weights = read_weights(course.out)
     for name in course.masked:
         step_OG = read_steps(weights[name], grid)
-        code_OI = codes_of(weights[name], step_OG, grid.BLOCK)
-        step_OI = step_OG.repeat_interleave(grid.BLOCK, dim=1)
+        code_OI = codes_of(weights[name], step_OG, grid.GROUP_SIZE)
+        step_OI = step_OG.repeat_interleave(grid.GROUP_SIZE, dim=1)
         assert torch.equal(code_OI * step_OI, weights[name].float())
 
 

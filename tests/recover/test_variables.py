@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.quant import Grid, as_grid
+from racdeploy.quant import Grid, as_grid, pins_largest
 from racdeploy.recover.variables import Codes, Scales, codes_of, read_steps
 
 GRIDS = [name for name in plugins.names("quant") if hasattr(plugins.load("quant", name), "CODES")]
-O, I = 6, 128
+O, I = 6, 512
 
 
 @pytest.fixture(params=GRIDS)
@@ -72,8 +72,8 @@ def test_scales_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
     found_OG = read_steps(weight_OI, grid)
     assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
 
-    before = codes_of(before_OI, step_OG, grid.BLOCK)
-    assert torch.equal(codes_of(weight_OI, found_OG, grid.BLOCK), before)
+    before = codes_of(before_OI, step_OG, grid.GROUP_SIZE)
+    assert torch.equal(codes_of(weight_OI, found_OG, grid.GROUP_SIZE), before)
     assert not torch.equal(found_OG, step_OG)
 
 
@@ -84,15 +84,17 @@ def test_the_slope_of_a_scale_is_that_of_autograd(grid: Grid) -> None:
     slope_OI = torch.randn(O, I, generator=torch.Generator().manual_seed(6))
 
     step_OG = read_steps(weight_OI, grid).requires_grad_(True)
-    code_OI = codes_of(weight_OI, step_OG, grid.BLOCK)
-    (code_OI * step_OG.repeat_interleave(grid.BLOCK, dim=1) * slope_OI).sum().backward()
+    code_OI = codes_of(weight_OI, step_OG, grid.GROUP_SIZE)
+    (code_OI * step_OG.repeat_interleave(grid.GROUP_SIZE, dim=1) * slope_OI).sum().backward()
 
     weight_OI.grad = slope_OI
     variables.gather()
-    found_OG, expected_OG = variables.moved["w"].grad, step_OG.grad
-    assert found_OG is not None
+    found_OX, expected_OG = variables.moved["w"].grad, step_OG.grad
+    assert found_OX is not None
     assert expected_OG is not None
-    assert torch.allclose(found_OG, expected_OG * step_OG.detach(), rtol=1e-5, atol=1e-5)
+    of_step_OG = expected_OG * step_OG.detach()
+    of_scale_OX = of_step_OG.view(O, I // grid.BLOCK, -1).sum(2)  # X: blocks, each with a scale
+    assert torch.allclose(found_OX, of_scale_OX, rtol=1e-5, atol=1e-5)
 
 
 def test_a_linear_that_is_on_no_grid_is_not_put_on_one(grid: Grid) -> None:
@@ -111,14 +113,15 @@ def test_a_linear_that_is_on_no_grid_is_not_put_on_one(grid: Grid) -> None:
 
 
 def test_a_code_that_sets_the_scale_does_not_move(grid: Grid) -> None:
-    """However hard it is pulled."""
+    """However hard it is pulled; where scales are found without it, it moves like any other."""
     weight_OI = on_grid(grid).requires_grad_(True)
     before_OI = weight_OI.detach().clone()
     variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
-    largest_OI = codes_of(before_OI, read_steps(before_OI, grid), grid.BLOCK).abs() == max(
+    largest_OI = codes_of(before_OI, read_steps(before_OI, grid), grid.GROUP_SIZE).abs() == max(
         map(abs, grid.CODES)
     )
 
     learn(variables, weight_OI, 100.0)
-    assert torch.equal(weight_OI[largest_OI], before_OI[largest_OI])
+    stays = torch.equal(weight_OI[largest_OI], before_OI[largest_OI])
+    assert stays == pins_largest(grid)
     assert torch.equal(stored(weight_OI, grid), weight_OI.detach())

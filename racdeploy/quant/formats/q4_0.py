@@ -7,6 +7,7 @@ from racdeploy.quant import numpy_ggml, read_ggml_type
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK = read_ggml_type("q4_0")
 CODES = (-8, 7)
+GROUP_SIZE, STEP_CODES = BLOCK, (1, 1)
 PRESERVES_ZERO = True
 _blocks = numpy_ggml.ScaledCodes(
     "q4_0",
@@ -16,4 +17,5 @@ _blocks = numpy_ggml.ScaledCodes(
     trials=8,
 )
 
-quantize, dequantize, steps = _blocks.quantize, _blocks.dequantize, _blocks.steps
+quantize, dequantize = _blocks.quantize, _blocks.dequantize
+steps = scales = _blocks.steps

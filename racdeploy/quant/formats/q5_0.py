@@ -18,7 +18,9 @@ def _pack(code_OGS: NDArray[np.int8]) -> NDArray[np.uint8]:
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK = read_ggml_type("q5_0")
 CODES = (-16, 15)
+GROUP_SIZE, STEP_CODES = BLOCK, (1, 1)
 PRESERVES_ZERO = True
 _blocks = numpy_ggml.ScaledCodes("q5_0", CODES, _pack, spans=(0.95, 1.2), trials=8)
 
-quantize, dequantize, steps = _blocks.quantize, _blocks.dequantize, _blocks.steps
+quantize, dequantize = _blocks.quantize, _blocks.dequantize
+steps = scales = _blocks.steps

@@ -7,9 +7,11 @@ from racdeploy.quant import numpy_ggml, read_ggml_type
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK = read_ggml_type("q8_0")
 CODES = (-127, 127)
+GROUP_SIZE, STEP_CODES = BLOCK, (1, 1)
 PRESERVES_ZERO = True
 _blocks = numpy_ggml.ScaledCodes(
     "q8_0", CODES, pack=lambda code_OGS: code_OGS.view(np.uint8), spans=(1.0, 1.15), trials=16
 )
 
-quantize, dequantize, steps = _blocks.quantize, _blocks.dequantize, _blocks.steps
+quantize, dequantize = _blocks.quantize, _blocks.dequantize
+steps = scales = _blocks.steps

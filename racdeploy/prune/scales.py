@@ -1,0 +1,149 @@
+"""Where the steps of a grid begin while its codes are chosen, and which values they can move to.
+
+A step is a number of half precision, or a whole number of units where groups share the scale of a
+quant block. That scale is chosen here and stays. Where a format finds a group's scale by the
+largest code, the largest weight has it from here on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from racdeploy.quant import Grid, pins_largest
+
+# Steps to try, as shares of the one that gives the largest weight the largest code: smaller ones
+# clip it, larger ones move every code. Far larger ones are for a weight that may have another code.
+SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+_FAR_SPANS = (1.1, 1.15, 1.2, 1.25, 1.3)
+_CHUNK_WEIGHTS = 1 << 18  # of a search at a time: a few arrays of 1 MB stay in a core's cache
+
+
+def start_steps(
+    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Grid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the steps of least weighted error, what they can move by, and the codes that stay.
+
+    Returns:
+        step_OG; unit_OG, as :func:`nearest_steps` takes it; pinned_OI, 0 where a code is free.
+    """
+    widest_OG, pinned_OI = _pin_largest(weight_OI, quant)
+    step_OG, unit_OG = torch.empty_like(widest_OG), torch.empty_like(widest_OG)
+
+    shape_OGS = (*widest_OG.shape, quant.GROUP_SIZE)
+    weight_OGS, pinned_OGS = weight_OI.view(shape_OGS), pinned_OI.view(shape_OGS)
+    energy_1GS = diagonal_I.view(1, -1, quant.GROUP_SIZE)
+    rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
+
+    for start in range(0, len(weight_OI), rows):
+        chunk = slice(start, start + rows)
+        trial = _Trial(weight_OGS[chunk], pinned_OGS[chunk], energy_1GS, widest_OG[chunk], quant)
+        step_OG[chunk], unit_OG[chunk] = trial.start()
+
+    return step_OG, unit_OG, pinned_OI
+
+
+def nearest_steps(step: torch.Tensor, unit: torch.Tensor, quant: Grid) -> torch.Tensor:
+    """Return the nearest steps that a format has; it may have no use for a unit."""
+    if quant.STEP_CODES == (1, 1):
+        return step.half().float()
+
+    number = step / divisor(unit)
+    return number.round_().clamp_(*quant.STEP_CODES).mul_(unit)
+
+
+def divisor(step: torch.Tensor) -> torch.Tensor:
+    """Return steps with 1 for those that are zero: their weights are zero too."""
+    return torch.where(step == 0, 1, step)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Rows whose steps are searched; widest_OG are those for which a largest code asks."""
+
+    weight_OGS: torch.Tensor
+    pinned_OGS: torch.Tensor
+    energy_1GS: torch.Tensor
+    widest_OG: torch.Tensor
+    quant: Grid
+
+    def start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return step_OG and unit_OG."""
+        if self.quant.STEP_CODES == (1, 1):
+            none_OG = torch.zeros_like(self.widest_OG)
+            return self._search(none_OG), none_OG
+
+        # The largest of the best steps gives the scale, in which all steps are searched again.
+        free_OG = self._search(None)
+        unit_OG = self._share_largest(free_OG)
+        return self._search(unit_OG), unit_OG
+
+    def _share_largest(self, step_OG: torch.Tensor) -> torch.Tensor:
+        """Return scales with which each block's largest step has the largest step code."""
+        groups = self.quant.BLOCK // self.quant.GROUP_SIZE
+        step_OXG = step_OG.view(len(step_OG), -1, groups)  # X: blocks of a row
+
+        place_OX1 = step_OXG.abs().argmax(2, keepdim=True)
+        largest_OX1 = step_OXG.gather(2, place_OX1)
+
+        scale_OX1 = largest_OX1 / max(self.quant.STEP_CODES, key=abs)
+        scale_OXG = scale_OX1.half().float().expand_as(step_OXG)
+        return scale_OXG.reshape(step_OG.shape)
+
+    def _search(self, unit_OG: torch.Tensor | None) -> torch.Tensor:
+        """Return the best step of each group, of those that a unit, if one is given, allows."""
+        spans = SPANS if pins_largest(self.quant) else SPANS + _FAR_SPANS
+        best_OG = self.widest_OG.clone()
+        least_OG = torch.full_like(best_OG, torch.inf)
+
+        # The error of a step, weighed by the inputs, is compared with the least so far.
+        for span in spans:
+            tried_OG = self.widest_OG * span
+
+            if unit_OG is not None:
+                tried_OG = nearest_steps(tried_OG, unit_OG, self.quant)
+
+            code_OGS = self.weight_OGS / divisor(tried_OG)[:, :, None]
+            code_OGS.round_().clamp_(*self.quant.CODES)
+
+            # What is pinned keeps its code, whatever the step.
+            code_OGS = torch.where(self.pinned_OGS == 0, code_OGS, self.pinned_OGS)
+
+            lost_OGS = code_OGS.mul_(tried_OG[:, :, None])
+            lost_OGS -= self.weight_OGS
+            error_OG = lost_OGS.square_().mul_(self.energy_1GS).sum(2)
+
+            better_OG = error_OG < least_OG
+            least_OG = torch.where(better_OG, error_OG, least_OG)
+            best_OG = torch.where(better_OG, tried_OG, best_OG)
+
+        return best_OG
+
+
+def _pin_largest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return widest_OG, the step that gives each group's largest weight the largest code.
+
+    And pinned_OI, these codes where the format pins them. They are the largest also where half
+    precision has too few digits for the scale to give them: with another one the format would
+    choose another scale next time.
+    """
+    O, I = weight_OI.shape
+    weight_OGS = weight_OI.view(O, I // quant.GROUP_SIZE, quant.GROUP_SIZE)
+    place_OG1 = weight_OGS.abs().argmax(2, keepdim=True)
+    largest_OG1 = weight_OGS.gather(2, place_OG1)
+
+    largest_code = max(quant.CODES, key=abs)
+    widest_OG1 = largest_OG1 / largest_code
+
+    # A symmetric format has positive steps.
+    if quant.CODES[0] == -quant.CODES[1]:
+        widest_OG1.abs_()
+
+    pinned_OGS = torch.zeros_like(weight_OGS)
+    if pins_largest(quant):
+        widest_OG1 = widest_OG1.half().float()
+        code_OG1 = largest_OG1.sign() * widest_OG1.sign() * abs(largest_code)
+        pinned_OGS.scatter_(2, place_OG1, code_OG1)
+
+    return widest_OG1[:, :, 0], pinned_OGS.view_as(weight_OI)

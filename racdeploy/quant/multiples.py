@@ -1,0 +1,159 @@
+"""Find the blocks that a format of two scales holds exactly, and what it stores of them.
+
+A weight is code · step code · scale: a whole number, the product, times the scale of its quant
+block in half precision. So the scale is a common divisor of the block's weights, and the step code
+of a group divides all its products. No code has to be known before. Where several scales or step
+codes would do, the weights are the same: the largest scale and the smallest step code are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_UNIT = 2.0**-24  # all half-precision numbers are whole multiples of the smallest
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks that are held exactly; place_N is where they are among those that were given."""
+
+    place_N: NDArray[np.intp]
+    scale_N: NDArray[np.float16]
+    step_code_NG: NDArray[np.int64]
+    code_NGS: NDArray[np.int64]
+
+
+class Finder:
+    """Codes and step codes, each from the lowest to the highest, and what their products are."""
+
+    def __init__(self, codes: tuple[int, int], step_codes: tuple[int, int]) -> None:
+        self._most = max(map(abs, codes)) * max(map(abs, step_codes))
+        self._limit = self._most * float(np.finfo(np.float16).max)
+
+        lowest, highest = step_codes
+        ordered = sorted(range(lowest, highest + 1), key=abs)
+        self._step_codes = np.array(ordered)
+
+        # For each product the step codes that reach it, one a bit; after the last one, for none.
+        self._bits_V = np.zeros(2 * self._most + 2, np.uint64)
+        lowest, highest = codes
+
+        for bit, step_code in enumerate(ordered):
+            for code in range(lowest, highest + 1):
+                product = step_code * code
+                self._bits_V[product + self._most] |= np.uint64(1 << bit)
+
+    def find(self, weight_NGS: NDArray[np.float32]) -> Blocks:
+        """Return what is held exactly; blocks of zeros have no scale and are left out."""
+        place_N = self._find_candidates(weight_NGS)
+        weight_NGS = weight_NGS[place_N]
+
+        divisor_N = _find_divisor(weight_NGS)
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
+        shares_N = self._most * divisor_N / largest_N
+
+        scale_N = np.zeros_like(divisor_N)
+        bits_NG = np.zeros(weight_NGS.shape[:2], np.uint64)
+
+        # The scale is a share of the greatest divisor, nearly always all of it.
+        for share in range(1, self._most + 1):
+            for signed in (share, -share):
+                open_N = np.flatnonzero((scale_N == 0) & (shares_N >= share))
+                if not open_N.size:
+                    break
+
+                tried_N = divisor_N[open_N] / signed
+
+                # It fits if half precision has it and every group has a step code for it.
+                reached_NG = self._reach(weight_NGS[open_N], tried_N)
+                fits_N = reached_NG.all(axis=1) & _is_half(tried_N)
+
+                found_N = open_N[fits_N]
+                scale_N[found_N] = tried_N[fits_N]
+                bits_NG[found_N] = reached_NG[fits_N]
+
+        found_N = np.flatnonzero(scale_N)
+        return self._describe(
+            place_N[found_N], weight_NGS[found_N], scale_N[found_N], bits_NG[found_N]
+        )
+
+    def _describe(
+        self,
+        place_N: NDArray[np.intp],
+        weight_NGS: NDArray[np.float32],
+        scale_N: NDArray[np.float64],
+        bits_NG: NDArray[np.uint64],
+    ) -> Blocks:
+        step_code_NG = self._step_codes[_find_lowest_bit(bits_NG)]
+        step_NG = step_code_NG * scale_N[:, None]
+        divisor_NG = np.where(step_NG == 0, 1, step_NG)
+
+        code_NGS = weight_NGS / divisor_NG[:, :, None]
+        half_N = scale_N.astype(np.float16)
+        return Blocks(place_N, half_N, step_code_NG, code_NGS.astype(np.int64))
+
+    def _find_candidates(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.intp]:
+        """Return the blocks whose largest weight is few enough times a common divisor."""
+        N, G, S = weight_NGS.shape
+
+        # The largest weight must be in reach of the largest scale.
+        size_NX = np.abs(weight_NGS).reshape(N, G * S)  # X: weights of a block
+        most_N = size_NX.argmax(axis=1)
+
+        largest_N = size_NX[np.arange(N), most_N]
+        possible_N = (largest_N > 0) & (largest_N <= self._limit)
+        place_N = np.flatnonzero(possible_N)
+
+        # The group of the largest weight alone excludes nearly all other blocks.
+        group_N = most_N[place_N] // S
+        near_N1S = weight_NGS[place_N, group_N, None]
+        place_N = place_N[self._has_divisor(near_N1S)]
+
+        whole_NGS = weight_NGS[place_N]
+        return place_N[self._has_divisor(whole_NGS)]
+
+    def _has_divisor(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
+        most_N = self._most * _find_divisor(weight_NGS)
+        fits_N: NDArray[np.bool_] = largest_N <= most_N
+        return fits_N
+
+    def _reach(
+        self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]
+    ) -> NDArray[np.uint64]:
+        """Return by bits the step codes of which all weights of a group are multiples."""
+        # In float64 only a whole product looks whole: the weight itself has 24 digits at most.
+        product_NGS = weight_NGS / scale_N[:, None, None]
+
+        whole_NGS = np.rint(product_NGS)
+        inside_NGS = (whole_NGS == product_NGS) & (np.abs(whole_NGS) <= self._most)
+
+        # What is no product has no bits.
+        known_NGS = np.where(inside_NGS, whole_NGS, self._most + 1)
+        place_NGS = known_NGS.astype(np.intp) + self._most
+
+        # All weights of the group must be reached by the same step code.
+        bits_NG: NDArray[np.uint64] = np.bitwise_and.reduce(self._bits_V[place_NGS], axis=2)
+        return bits_NG
+
+
+def _find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return each block's greatest common divisor, if its weights are whole units."""
+    units_NGS = np.rint(weight_NGS / _UNIT).astype(np.int64)
+    divisor_N = np.gcd.reduce(units_NGS, axis=(1, 2))
+    return np.asarray(divisor_N * _UNIT)
+
+
+def _is_half(value_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    with np.errstate(over="ignore"):
+        half_N = value_N.astype(np.float16)
+    return np.asarray(half_N == value_N)
+
+
+def _find_lowest_bit(bits: NDArray[np.uint64]) -> NDArray[np.int32]:
+    alone = bits & (~bits + np.uint64(1))
+    _, exponent = np.frexp(alone.astype(np.float64))
+    return np.asarray(exponent - 1)
