@@ -285,7 +285,10 @@ class Recovery(_Part):
 
 
 class Export(_Part):
-    """The exported file; of ``tensors`` the first pattern that matches overrides the preset."""
+    """The exported file; of ``tensors`` the first pattern that matches overrides the preset.
+
+    ``allow_losing_zeros`` lets a build go on whose number format does not keep what it prunes.
+    """
 
     format: str = "gguf"
     quant: str = "q8_0"
@@ -295,6 +298,7 @@ class Export(_Part):
     tensors: dict[str, str] = Field(default_factory=dict)
     importance: str = ""
     split_bytes: int = Field(48_000_000_000, ge=0)
+    allow_losing_zeros: bool = False
 
     @field_validator("quant")
     @classmethod
@@ -378,7 +382,12 @@ class Recipe(_Part):
     def at(self, target: str) -> Self:
         """Return this recipe for another target alone, with that target's export."""
         other = Target.read(target)
-        export = Export(format=other.format, quant=other.quant, packing=other.packing)
+        export = Export(
+            format=other.format,
+            quant=other.quant,
+            packing=other.packing,
+            allow_losing_zeros=self.export.allow_losing_zeros,
+        )
         return self.model_copy(update={"target": target, "also": (), "export": export})
 
     def _check_plugins(self) -> None:

@@ -150,6 +150,11 @@ class BuildOptions(PruneOptions):
     also: _Texts = _option(None, help="A further target, for another engine; repeatable.")
     quant: QuantOpt = None
     packing: PackingOpt = None
+    allow_losing_zeros: bool = _option(
+        False,
+        "--allow-losing-zeros",
+        help="Build although --quant does not keep the zeros that are pruned.",
+    )
     prompts: int | None = _option(None, help="Evaluation prompts.")
     out_folder: Path | None = _option(None, "--out", help="Folder to write.")
     gate: GateOpt = None
@@ -165,7 +170,11 @@ class BuildOptions(PruneOptions):
         controls = [SAME_SIZE] if self.controls else None
         return super()._values() | {
             "also": self.also or None,
-            "export": {"quant": self.quant, "packing": self.packing},
+            "export": {
+                "quant": self.quant,
+                "packing": self.packing,
+                "allow_losing_zeros": self.allow_losing_zeros or None,
+            },
             "verify": {"count": self.prompts, "controls": controls},
             "gate": read_toml(self.gate) if self.gate else None,
         }

@@ -203,7 +203,8 @@ def weight_bytes(path: Path) -> int:
 def check(settings: recipe.Export) -> None:
     """Refuse a quant, packing or option that the format cannot write with a UsageError."""
     packings.check(settings.format, settings.quant, settings.packing)
-    taken = {"format", "quant", "packing", *load(settings.format).OPTIONS}
+    general = {"format", "quant", "packing", "allow_losing_zeros"}
+    taken = general | {*load(settings.format).OPTIONS}
     for name in sorted(settings.model_fields_set - taken):
         if getattr(settings, name) != type(settings).model_fields[name].get_default(
             call_default_factory=True

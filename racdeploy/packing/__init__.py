@@ -99,7 +99,7 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
 
     most = plugins.load("presets", quant_name).QUANT if preset else quant_name
     if reason := _refuse_pair(packing_name, most):
-        quants = _list_stored(format_name, "quant")
+        quants = list_stored(format_name, "quant")
         others = [name for name in quants if not _refuse_pair(packing_name, name)]
         raise UsageError(
             f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
@@ -111,7 +111,7 @@ def _check_stored(format_name: str, kind: str, name: str) -> None:
     if format_name not in _load(kind, name).FORMATS:
         raise UsageError(
             f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
-            remedy=f"it stores {', '.join(_list_stored(format_name, kind))}",
+            remedy=f"it stores {', '.join(list_stored(format_name, kind))}",
         )
 
 
@@ -128,7 +128,7 @@ def _load(kind: str, name: str) -> Any:
     return plugins.load("quant", name) if kind == "quant" else load(name)
 
 
-def _list_stored(format_name: str, kind: str) -> list[str]:
+def list_stored(format_name: str, kind: str) -> list[str]:
     """Return the plugins of a kind that a file format stores and that this machine can import."""
     stored = []
     for name in plugins.names(kind):

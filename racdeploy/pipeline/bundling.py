@@ -26,6 +26,7 @@ from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
 from racdeploy.report.recovery import as_csv, describe_recovery
 from racdeploy.report.structure import describe_kept
+from racdeploy.report.zeros import describe_lost_zeros
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256
@@ -194,6 +195,7 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             "pattern": recipe.prune.pattern,
             "sparsity": contents.model.sparsity,
             "sparsity_asked": contents.model.sparsity_asked,
+            "sparsity_file": _sparsity_in_file(contents),
             "linears": [row.model_dump() for row in report.linears],
             "structure": _structure(contents),
         },
@@ -262,10 +264,20 @@ def _describe_pruning(contents: Contents) -> str:
     if kept:
         done.append(f"cut to {kept.parameters / kept.parameters_dense:.0%} of its parameters")
     if model.sparsity or not kept:
-        zeros = f"{model.sparsity:.0%} zeros ({prune.pattern})"
+        # A coarse number format makes further zeros, and some keep none.
+        sparsity = min(model.sparsity, _sparsity_in_file(contents))
+        zeros = f"{sparsity:.0%} zeros ({prune.pattern})"
         done.append(f"pruned with {prune.method} to {zeros}")
 
     return " and ".join(done)
+
+
+def _sparsity_in_file(contents: Contents) -> float:
+    """Return the zeros of the first artifact, counted; those of the model where nobody did."""
+    for arm in contents.report.arms:
+        if arm.name == "pruned" and arm.sparsity is not None:
+            return arm.sparsity
+    return contents.model.sparsity
 
 
 def _card(manifest: manifests.Manifest, contents: Contents) -> str:
@@ -289,6 +301,7 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         done=_describe_pruning(contents),
         kept=describe_kept(contents.report.kept, contents.report.structure),
         learned=describe_recovery(contents.report.recovery),
+        lost=describe_lost_zeros(contents.report),
         entries=entries,
         usage=chain.from_iterable(usages),
     )

@@ -40,7 +40,7 @@ def export_model(
     sha256 = file_sha256(matrix) if matrix.is_file() else settings.importance
     inputs = address(__name__) | {
         "model": checkpoint.sha256,
-        "export": settings.model_dump(exclude={"importance"}),
+        "export": settings.model_dump(exclude={"importance", "allow_losing_zeros"}),
         "importance": sha256,
         "name": name,
         "metadata": metadata,

@@ -13,6 +13,7 @@ from racdeploy.extras import PACKAGES, is_installed
 from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
 from racdeploy.pipeline.naming import count_parameters, name_artifact
 from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
 from racdeploy.targets import Target
@@ -40,6 +41,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
     plans = [plan_build(each) for each in jobs]
     for each, planned in zip(jobs, plans, strict=True):
         export.check(each.recipe.export)
+        check_zeros(each)
         check_format(each)
         _check_memory(each, planned)
 
@@ -94,6 +96,7 @@ def plan_build(job: Job) -> dict[str, Any]:
     models += bool(recipe.recover.tokens)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
+    lost = find_lost_zeros(job)
 
     return {
         "model": recipe.model,
@@ -113,6 +116,7 @@ def plan_build(job: Job) -> dict[str, Any]:
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
+        **({"zeros_lost": lost.describe()} if lost else {}),
     }
 
 

@@ -23,6 +23,7 @@ from racdeploy.report.model import (
 )
 from racdeploy.report.recovery import describe_recovery, list_phases
 from racdeploy.report.structure import describe_kept, list_kept
+from racdeploy.report.zeros import describe_lost_zeros
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
 _UNPRINTABLE = re.compile(
@@ -93,6 +94,8 @@ def explanation(report: Report) -> str:
         sentences.append(f"Pruned keeps {kept}.")
     if learned := describe_recovery(report.recovery):
         sentences.append(f"Pruned {learned}.")
+    if lost := describe_lost_zeros(report):
+        sentences.append(lost)
     return plain(" ".join(sentences))
 
 

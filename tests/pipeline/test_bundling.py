@@ -7,38 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.export import write as export
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.bundling import Artifact, Contents
-from racdeploy.pipeline.job import Job
-from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Export, Recipe
+from racdeploy.pipeline.bundling import Contents
 from racdeploy.report.model import RecoveryRow, Report
 from racdeploy.report.recovery import as_csv
-from tests.support.sample_report import build_report
-from tests.support.tiny_models import make_checkpoint
 
 CURVE = "recover.csv"
 SENTENCE = (
     "It learned from the dense model on 400,000 tokens afterwards: KL 0.912 → 0.0346 nats "
     "on held-out traces."
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("dense") / "model", "llama")
-
-
-@pytest.fixture
-def contents(model: Path, tmp_path: Path) -> Contents:
-    """A model that is its own pruned one, with the sample report."""
-    settings = Export(quant="q8_0")
-    result = export(Checkpoint(model), tmp_path / "tiny.gguf", settings)
-    pruned = PrunedModel(model, 0.5, (), (), {})
-    job = Job(Recipe(model=str(model), export=settings))
-    return Contents([Artifact("tiny", settings, result)], job, pruned, {}, build_report(), [])
 
 
 def with_recovery(contents: Contents, rows: tuple[RecoveryRow, ...]) -> Contents:

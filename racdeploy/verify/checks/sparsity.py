@@ -42,7 +42,7 @@ def check(evidence: Evidence) -> CheckResult:
         text += f"not the {evidence.sparsity_recipe:.1%} of the recipe"
 
     quants = {row.quant_real for row in rows}
-    if not all(plugins.load("quant", name).PRESERVES_ZERO for name in quants):
+    if asked and not all(plugins.load("quant", name).PRESERVES_ZERO for name in quants):
         return _report_lost_zeros(evidence, text, figures)
 
     reached = found >= asked - evidence.gate.limits(Limits).tolerance
@@ -55,6 +55,7 @@ def check(evidence: Evidence) -> CheckResult:
 
 def _report_lost_zeros(evidence: Evidence, text: str, figures: dict[str, float]) -> CheckResult:
     text += f"; {evidence.pruned.quant} does not keep zeros"
+    figures["sparsity_lost"] = max(0.0, evidence.sparsity_asked - figures["sparsity_file"])
     if evidence.packing == "plain":
         known = "q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset"
         remedy = f"choose a quant that keeps zeros: {known}"

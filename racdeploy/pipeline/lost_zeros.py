@@ -1,0 +1,114 @@
+"""Zeros that a number format would not keep: found before any work, and refused or told.
+
+A format declares whether zeros survive (``PRESERVES_ZERO``). Some of a format that does not are
+zero all the same, so what is left is counted in the finished file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from racdeploy import packing, plugins, quant
+from racdeploy.errors import UsageError
+from racdeploy.pipeline.job import Job
+from racdeploy.targets import Target
+
+
+@dataclass(frozen=True)
+class LostZeros:
+    """What of the zeros that a recipe asks for a number format would not keep.
+
+    Args:
+        quant: what was asked for, a number format or a preset.
+        formats: those of the linears that lose their zeros.
+        linears: how many those are, of ``linears_pruned``.
+        share: of the weights that are pruned, 0 to 1.
+    """
+
+    quant: str
+    formats: tuple[str, ...]
+    linears: int
+    linears_pruned: int
+    share: float
+
+    def describe(self) -> str:
+        """Return one sentence, without a full stop."""
+        stored = ", ".join(self.formats)
+        counted = f"{self.linears} of {self.linears_pruned} linears"
+        weights = f"{self.share:.0%} of the weights that are pruned"
+        return (
+            f"quant {self.quant} does not keep zeros: "
+            f"{counted} are stored as {stored}, with {weights}"
+        )
+
+
+def find_lost_zeros(job: Job) -> LostZeros | None:
+    """Return what the number format of a job would lose; None where no zeros are asked for."""
+    if not job.recipe.prune.sparsity:
+        return None
+
+    pruned = job.weights_to_prune
+    lost = [name for name in pruned if _loses_zeros(job, name)]
+    if not lost:
+        return None
+
+    formats = sorted({job.quant_of(name) for name in lost})
+    share = _count_weights(job, lost) / _count_weights(job, pruned)
+
+    return LostZeros(
+        quant=job.recipe.export.quant,
+        formats=tuple(formats),
+        linears=len(lost),
+        linears_pruned=len(pruned),
+        share=share,
+    )
+
+
+def check_zeros(job: Job) -> None:
+    """Refuse a number format that loses zeros, unless the recipe allows it."""
+    lost = find_lost_zeros(job)
+    if lost is None or job.recipe.export.allow_losing_zeros:
+        return
+
+    sparsity = job.recipe.prune.sparsity
+    keeping = ", ".join(_list_keeping(job))
+    raise UsageError(
+        f"{lost.describe()}: there, the {sparsity:.1%} zeros asked for would be lost",
+        remedy=f"keep them with one of {keeping}; or cut in place of zeros, as with "
+        "--keep ffn=0.75; or build all the same with --allow-losing-zeros",
+    )
+
+
+def _loses_zeros(job: Job, weight: str) -> bool:
+    form = quant.load(job.quant_of(weight))
+    row_length = job.checkpoint.entries[weight].shape[-1]
+
+    # Rows that do not divide into quant blocks get another format, which keeps zeros.
+    is_stored = not quant.fits(form, row_length)
+    return is_stored and not form.PRESERVES_ZERO
+
+
+def _count_weights(job: Job, names: Sequence[str]) -> int:
+    entries = job.checkpoint.entries
+    return sum(math.prod(entries[name].shape) for name in names)
+
+
+def _list_keeping(job: Job) -> list[str]:
+    """Return the number formats and presets that keep every zero, of those the target takes."""
+    form = job.recipe.export.format
+    taken = Target.read(job.recipe.target).allowed_quants
+
+    formats = packing.list_stored(form, "quant")
+    keeping = [name for name in formats if quant.load(name).PRESERVES_ZERO]
+    mixes = packing.list_stored(form, "presets")
+    keeping += [name for name in mixes if _keeps_all(name)]
+
+    return [name for name in keeping if not taken or name in taken]
+
+
+def _keeps_all(preset: str) -> bool:
+    mix = plugins.load("presets", preset)
+    formats = {mix.QUANT, *(rule.quant for rule in mix.RULES)}
+    return all(quant.load(name).PRESERVES_ZERO for name in formats)

@@ -1,0 +1,137 @@
+"""Number formats that do not keep zeros, beside recipes that ask for some."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.errors import UsageError
+from racdeploy.pipeline import bundling
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
+from racdeploy.pipeline.preflight import plan_build
+from racdeploy.recipe import Recipe
+from racdeploy.report.model import CheckResult, Report
+from racdeploy.report.tables import explanation
+from racdeploy.verify.checks import sparsity
+from racdeploy.verify.evidence import Arm, Evidence
+from racdeploy.verify.gate import read_gate
+from tests.support.sample_report import build_report
+
+LEFT = "The file holds 7.8% zeros of the 50.0% that were pruned: q4_k does not keep them."
+
+
+def _job(**options: Any) -> Job:
+    return Job(Recipe.combine(None, {"model": "tiny-reasoner", **options}))
+
+
+def _asking(quant: str, **export: Any) -> Job:
+    return _job(prune={"sparsity": 0.5}, export={"quant": quant, **export})
+
+
+@pytest.mark.parametrize(
+    "quant", ["q4_k", "q4_k_m", "q4_k_s", "q5_k", "q5_k_m", "q3_k_m", "iq4_nl"]
+)
+def test_zeros_that_would_be_lost_are_an_error(quant: str) -> None:
+    """It names what would be lost, formats that keep zeros, and the way to have it all the same."""
+    with pytest.raises(UsageError, match=f"quant {quant} does not keep zeros") as caught:
+        check_zeros(_asking(quant))
+
+    assert "50.0% zeros asked for would be lost" in caught.value.message
+    for way_out in ("q8_0", "q4_0", "sparse_q4", "--keep ffn=0.75", "--allow-losing-zeros"):
+        assert way_out in caught.value.remedy
+    assert quant not in caught.value.remedy.replace(",", "").split()
+
+
+def test_formats_named_are_those_that_the_target_takes() -> None:
+    """A way out that the target refuses would be none."""
+    job = _job(target="raspberry-pi-5", prune={"sparsity": 0.5}, export={"quant": "q4_k"})
+    with pytest.raises(UsageError) as caught:
+        check_zeros(job)
+    assert "one of q3_k, q4_0, q5_0, q8_0;" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        _asking("q8_0"),
+        _asking("sparse_q4"),
+        _job(structure={"keep": {"ffn": 0.5}}, export={"quant": "q4_k_m"}),
+        _job(export={"quant": "q4_k_m"}),
+    ],
+    ids=["kept", "kept by a preset", "cut", "as the target proposes"],
+)
+def test_nothing_is_refused_where_nothing_is_lost(job: Job) -> None:
+    """Formats that keep zeros, and models that are cut and have none, need no leave."""
+    assert find_lost_zeros(job) is None
+    check_zeros(job)
+
+
+def test_the_plan_says_what_an_allowed_build_loses() -> None:
+    """Where the recipe allows it, the loss is in the plan; linears of a preset count one by one."""
+    job = _asking("q4_k_m", allow_losing_zeros=True)
+    check_zeros(job)
+    lost = plan_build(job)["zeros_lost"]
+    assert lost.startswith("quant q4_k_m does not keep zeros: ")
+    assert "linears are stored as q4_k, with" in lost
+    assert "zeros_lost" not in plan_build(_asking("q8_0"))
+
+
+def test_further_targets_keep_the_leave() -> None:
+    """What is allowed is allowed for every artifact of the bundle."""
+    recipe = _asking("q4_k", allow_losing_zeros=True).recipe
+    assert recipe.at("onnx").export.allow_losing_zeros
+
+
+def _told(left: float) -> Report:
+    """Return a report on a file in which that share of zeros is left of a half."""
+    tensors = tuple(
+        row.model_copy(update={"quant_real": "q4_k"}) for row in build_report().tensors[:1]
+    )
+    arm = Arm("pruned", (), quant="q4_k", sparsity=left)
+    evidence = Evidence(
+        Recipe().verify,
+        read_gate(),
+        arm,
+        arm,
+        sparsity_asked=0.5,
+        tensors=tensors,
+        prunable=frozenset(row.name for row in tensors),
+    )
+    found = sparsity.check(evidence)
+    assert (found.verdict, found.figures["sparsity_lost"]) == ("skipped", 0.5 - left)
+
+    sample = build_report()
+    others: list[CheckResult] = [check for check in sample.checks if check.name != "sparsity"]
+    arms = [
+        each.model_copy(update={"quant": "q4_k", "sparsity": left})
+        if each.name == "pruned"
+        else each
+        for each in sample.arms
+    ]
+    return sample.model_copy(update={"checks": (*others, found), "arms": tuple(arms)})
+
+
+def test_the_report_says_what_is_left() -> None:
+    """In the sentences below its headline, which every output prints."""
+    assert LEFT in explanation(_told(0.078))
+    assert "The file holds" not in explanation(build_report())
+
+
+def test_the_card_claims_no_zeros_that_are_not_in_the_file(
+    contents: bundling.Contents, tmp_path: Path
+) -> None:
+    """Its sentence and its tags go by the finished file."""
+    told = replace(contents, report=_told(0.078))
+    bundling.write(tmp_path / "bundle", told)
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert "pruned with sparsegpt to 8% zeros (unstructured)" in card
+    assert LEFT in card
+    assert "tags: [racdeploy, reasoning, gguf]" in card
+
+    manifest = json.loads((tmp_path / "bundle" / "racdeploy.json").read_text(encoding="utf-8"))
+    assert manifest["pruning"]["sparsity_file"] == 0.078
