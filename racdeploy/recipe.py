@@ -39,7 +39,7 @@ class Traces(_Part):
     top_p: float = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1)
     batch: int = Field(64, ge=1)  # one shard on disk each
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
@@ -265,7 +265,7 @@ class Recovery(_Part):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mix: str = ""
     mix_share: float = Field(0.3, gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @field_validator("ways")
     @classmethod
@@ -328,7 +328,7 @@ class Verification(_Part):
     controls: tuple[str, ...] = ()
     parallel: int = Field(16, ge=1)
     context_tokens: int = Field(2048, ge=16)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:

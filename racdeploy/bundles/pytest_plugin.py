@@ -44,6 +44,9 @@ def pytest_collection_modifyitems(
     from racdeploy.storage.caches import default_work
 
     threads = config.getoption("--racdeploy-threads")
+    if threads < 0:
+        raise pytest.UsageError(f"--racdeploy-threads is {threads}, must be at least 0")
+
     local = ArtifactAnswerer(Bundle(folder, gate_file), default_work(), threads)
 
     try:

@@ -26,7 +26,7 @@ PackingOpt = Annotated[str | None, typer.Option(help="How zeros are left out.")]
 GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see docs/gate.md.")]
 TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
-ThreadsOpt = Annotated[int, typer.Option(help="CPU threads; 0 uses every core.")]
+ThreadsOpt = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")]
 AccelOpt = Annotated[
     Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
 ]
@@ -35,7 +35,7 @@ DryRunOpt = Annotated[
 ]
 RecoverTokensOpt = Annotated[
     int | None,
-    typer.Option(help="Tokens that the pruned model learns from the dense one; 0 is off."),
+    typer.Option(min=0, help="Tokens that the pruned model learns from the dense one; 0 is off."),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
@@ -63,7 +63,7 @@ class TraceOptions:
     )
     task: _Texts = _option(None, help="Task to verify on: a name or jsonl:FILE; repeatable.")
     calibration_task: _Texts = _option(None, help="Task for the traces; default: --task.")
-    trace_prompts: int | None = _option(None, help="Calibration prompts.")
+    trace_prompts: int | None = _option(None, min=1, help="Calibration prompts.")
     trace_server: str | None = _option(
         None, help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
     )
@@ -98,7 +98,7 @@ class PruneOptions(TraceOptions):
         metavar="PART=SHARE",
         help="How much of ffn, heads, groups, blocks or vocabulary stays; repeatable.",
     )
-    sparsity: float | None = _option(None, help="Fraction of zeros, 0 to 1.")
+    sparsity: str | None = _option(None, metavar="SHARE", help="Fraction of zeros, 0 to 1.")
     pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
     method: str | None = _option(None, help="Pruning method.")
     calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
@@ -155,7 +155,7 @@ class BuildOptions(PruneOptions):
         "--allow-losing-zeros",
         help="Build although --quant does not keep the zeros that are pruned.",
     )
-    prompts: int | None = _option(None, help="Evaluation prompts.")
+    prompts: int | None = _option(None, min=1, help="Evaluation prompts.")
     out_folder: Path | None = _option(None, "--out", help="Folder to write.")
     gate: GateOpt = None
     tier: TierOpt = ""

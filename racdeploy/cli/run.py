@@ -15,9 +15,13 @@ from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOp
 def run(
     bundle: Path = typer.Argument(help="Bundle folder."),
     prompt: str = typer.Argument(help="What to ask."),
-    max_thinking_tokens: int | None = typer.Option(None, help="Close the thinking after so many."),
-    temperature: float | None = typer.Option(None, help="0 is greedy; default: the bundle's."),
-    seed: int = typer.Option(0, help="Same seed, same answer."),
+    max_thinking_tokens: int | None = typer.Option(
+        None, min=0, help="Close the thinking after so many."
+    ),
+    temperature: float | None = typer.Option(
+        None, min=0, help="0 is greedy; default: the bundle's."
+    ),
+    seed: int = typer.Option(0, min=0, help="Same seed, same answer."),
     show_thinking: bool = typer.Option(False, "--show-thinking", help="Print the thinking too."),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,

@@ -29,12 +29,7 @@ class ChildEngine(Engine):
     def __init__(
         self, module: str, name: str, path: Path, settings: EngineSettings, **options: Any
     ) -> None:
-        if settings.context_tokens < 1 or settings.parallel < 1 or settings.threads < 0:
-            raise EngineError(
-                f"impossible engine settings: {settings}",
-                remedy="context_tokens and parallel are at least 1",
-            )
-
+        _check_settings(settings)
         self.stats, self.about = {}, {}
         self._settings = settings
         self._child = Child(module, name)
@@ -110,3 +105,15 @@ class ChildEngine(Engine):
             *_, (header, _) = filter(None, answers)
         self.stats = header["stats"]
         return header
+
+
+def _check_settings(settings: EngineSettings) -> None:
+    """Refuse a setting that no engine could be loaded with."""
+    least = {"context_tokens": 1, "parallel": 1, "threads": 0}
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value < lowest:
+            raise EngineError(
+                f"{name} is {value}, must be at least {lowest}",
+                remedy="threads = 0 uses every core" if name == "threads" else f"raise {name}",
+            )

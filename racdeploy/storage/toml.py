@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
+_PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -77,7 +79,19 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     given = detail.get("input")
     shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
 
-    return f"{name or 'value'}: {message}{shown}"
+    return f"{name or 'value'}: {message}{shown}{_suggest_share(detail)}"
+
+
+def _suggest_share(detail: Mapping[str, Any]) -> str:
+    """Return the share that was meant where it was written in per cent, or an empty string."""
+    match = _PER_CENT.match(str(detail.get("input")))
+    limits = detail.get("ctx", {})
+    below_1 = 1 in (limits.get("lt"), limits.get("le"))
+    if match is None or not (below_1 or match["sign"]):
+        return ""
+
+    per_cent = float(match["number"])
+    return f"; did you mean {per_cent / 100:g}?" if 1 < per_cent < 100 else ""
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

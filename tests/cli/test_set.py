@@ -47,7 +47,7 @@ def test_every_key_of_a_recipe_is_reached(key: str) -> None:
 def test_values_are_set_over_other_options() -> None:
     """Also where an option, or another ``--set``, says something else; tables are merged."""
     options = BuildOptions(
-        sparsity=0.3,
+        sparsity="0.3",
         quant="q8_0",
         assignments=[
             "prune.sparsity=0.6",
