@@ -211,15 +211,23 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
 
     dense = find_dense_arm(read_report(bundle))
 
-    for stage in finished_stages(work, "export"):
-        exported = ExportResult.from_json(stage.folder, stage.summary)
-        if exported.files == dense.files:
-            return exported.path
+    if found := locate_dense(work, dense.files):
+        return found
 
     raise ArtifactError(
         f"no stage in {work} holds the dense {dense.quant} artifact of {manifest.base['name']}",
         remedy=f"{build_again}; or name the build's folder with --work",
     )
+
+
+def locate_dense(work: Path, files: Mapping[str, str]) -> Path | None:
+    """Return where a build left the artifact with these hashes, or None."""
+    for stage in finished_stages(work, "export"):
+        exported = ExportResult.from_json(stage.folder, stage.summary)
+        if exported.files == files:
+            return exported.path
+
+    return None
 
 
 def _format_figure(name: str, value: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from racdeploy import __version__, export
 from racdeploy.accel import STOCK, Mode, kernels
+from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.bundle import Bundle
 from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import Engine, EngineSettings
@@ -269,7 +270,28 @@ class Reverification:
 
     def _recorded(self) -> tuple[Record, ...]:
         bundle = self.local.bundle
+        if bundle.tier and self.baseline is None:
+            self._check_stored()
         return self._source.answers(bundle.problems, bundle.settings)
+
+    def _check_stored(self) -> None:
+        """Refuse a tier with more prompts than the bundle has dense answers to."""
+        bundle = self.local.bundle
+        stored, asked = len(bundle.own.problems), len(bundle.problems)
+        if asked <= stored:
+            return
+
+        samples = bundle.settings.samples
+        missing, wanted = samples * (asked - stored), samples * asked
+        found = locate_dense(self.local.work, find_dense_arm(bundle.own.report).files)
+        dense = found or "DENSE, the artifact that the build left below its --work folder"
+
+        raise UsageError(
+            f"{missing} of {wanted} answers of the dense model are not in {bundle.folder}: "
+            f"tier {bundle.tier} asks {asked} prompts, and it stores the answers to {stored}",
+            remedy=f"leave --tier out, which asks those {stored}; or a gate file with "
+            f"tiers.{bundle.tier}.prompts = {stored}; or --baseline {dense}",
+        )
 
     def _answer_dense(self, answerer: Answerer) -> tuple[Arm, list[str]]:
         """Return the dense arm, and where it comes from."""

@@ -32,7 +32,7 @@ def build(options: BuildOptions) -> None:
     from racdeploy.verify.gate import read_gate
 
     read_gate(options.gate)
-    job = Job.at_tier(options.resolve(), options.tier)
+    job = Job.at_tier(options.resolve(), options.tier, options.prompts_asked)
     with _open_build(job, options) as builder:
         if options.dry_run:
             plan = check_build(builder.job, options.out_folder) | builder.plan_pruning()

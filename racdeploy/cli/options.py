@@ -74,10 +74,13 @@ class TraceOptions:
     def resolve(self) -> Recipe:
         """Return the recipe that the options ask for, checked."""
         from racdeploy.recipe import Recipe
+
+        return Recipe.combine(self.recipe, self._asked())
+
+    def _asked(self) -> dict[str, Any]:
         from racdeploy.storage.toml import merge, read_assignments
 
-        assigned = read_assignments(self.assignments or ())
-        return Recipe.combine(self.recipe, merge(self._values(), assigned))
+        return merge(self._values(), read_assignments(self.assignments or ()))
 
     def _values(self) -> dict[str, Any]:
         return {
@@ -155,13 +158,20 @@ class BuildOptions(PruneOptions):
         "--allow-losing-zeros",
         help="Build although --quant does not keep the zeros that are pruned.",
     )
-    prompts: int | None = _option(None, min=1, help="Evaluation prompts.")
+    prompts: int | None = _option(
+        None, min=1, help="Evaluation prompts; wins over those of --tier."
+    )
     out_folder: Path | None = _option(None, "--out", help="Folder to write.")
     gate: GateOpt = None
     tier: TierOpt = ""
     controls: bool = _option(
         False, "--controls", help="Let dense models of about the artifact's size answer too."
     )
+
+    @property
+    def prompts_asked(self) -> int:
+        """Evaluation prompts that the command line names, which win over a tier's; 0 for none."""
+        return int(self._asked()["verify"]["count"] or 0)
 
     def _values(self) -> dict[str, Any]:
         from racdeploy.storage.toml import read_toml

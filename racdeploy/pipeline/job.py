@@ -39,13 +39,16 @@ class Job:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def at_tier(cls, recipe: Recipe, tier: str) -> Job:
-        """Return the job of a recipe, with the prompts and samples of a tier of its gate."""
+    def at_tier(cls, recipe: Recipe, tier: str, prompts: int = 0) -> Job:
+        """Return the job of a recipe, with the prompts and samples of a tier of its gate.
+
+        As many ``prompts`` as a user asks for beside the tier win over the tier's.
+        """
         gate = read_gate(built=recipe.gate).at(tier)
         if not tier:
             return cls(recipe)
 
-        settings = getattr(gate.tiers, tier).apply(recipe.verify)
+        settings = getattr(gate.tiers, tier).apply(recipe.verify, prompts)
         return cls(recipe.model_copy(update={"verify": settings}), tier)
 
     def at_sparsity(self, sparsity: float) -> Job:
@@ -87,7 +90,8 @@ class Job:
 
     @cached_property
     def gate(self) -> Gate:
-        return read_gate(built=self.recipe.gate).at(self.tier)
+        gate = read_gate(built=self.recipe.gate)
+        return gate.at(self.tier, len(self.problems("evaluation"))) if self.tier else gate
 
     @property
     def backend(self) -> str:

@@ -90,6 +90,8 @@ def explanation(report: Report) -> str:
 
     if report.comparison:
         sentences.append(_compare(report.comparison))
+    if widened := _explain_widened(report):
+        sentences.append(widened)
     if kept := describe_kept(report.kept, report.structure):
         sentences.append(f"Pruned keeps {kept}.")
     if learned := describe_recovery(report.recovery):
@@ -187,6 +189,26 @@ def _compare(comparison: Comparison) -> str:
         text += say(f" and thinks {LENGTH} ({LENGTH_INTERVAL}{limit})", comparison)
 
     return f"{text}."
+
+
+def _explain_widened(report: Report) -> str:
+    """Return what few prompts can show; empty where the limits are those of the gate."""
+    accuracy = {check.name: check.figures for check in report.checks}.get("accuracy", {})
+    if "margin_asked" not in accuracy:
+        return ""
+
+    found = (
+        "No breakage was found, which is all that"
+        if report.verdict == "pass"
+        else "Breakage is what"
+    )
+    return say(
+        "{} {:.0f} prompts can show: the margin was widened to {:points} points from {:points}.",
+        found,
+        accuracy["prompts"],
+        accuracy["margin"],
+        accuracy["margin_asked"],
+    )
 
 
 def _arm(arm: ArmSummary) -> Row:

@@ -6,11 +6,12 @@ docs/gate.md describes it, docs/gate.schema.json is made from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
@@ -18,10 +19,16 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
 from racdeploy.storage.toml import merge, read_toml, validate
+from racdeploy.verify.stats import paired
 
 L = TypeVar("L", bound="Limits")
 Inconclusive = Literal["fail", "pass"]
 TIERS = ("smoke", "standard", "release")
+_DISCORDANT = 0.1
+"""Share of the prompts on which a good model is expected to differ from the dense one."""
+_POWER = 0.9
+"""How often such a model has to pass a widened limit."""
+_WIDEST = 0.5
 GATE_EXAMPLE = (files("racdeploy.verify") / "gate.toml").read_text(encoding="utf-8")
 """What ``racdeploy init --gate`` writes."""
 
@@ -43,7 +50,18 @@ class _Table(BaseModel):
 
 
 class Limits(_Table):
-    """What a check holds the artifact to; each check with limits derives its own."""
+    """What a check holds the artifact to; each check with limits derives its own.
+
+    ``SHARES`` names the limits on a share of the prompts, judged by the interval of the accuracy
+    drop: few prompts cannot show a small one.
+    """
+
+    SHARES: ClassVar[tuple[str, ...]] = ()
+
+    def widen(self, least: float) -> Self:
+        """Return these limits, no share below the least one that the prompts can show."""
+        wider = {name: max(least, getattr(self, name)) for name in self.SHARES}
+        return self.model_copy(update=wider)
 
 
 class Tier(_Table):
@@ -56,6 +74,7 @@ class Tier(_Table):
         temperature: 0 is greedy; left out, as the bundle was built.
         checks: those that run; empty runs every one.
         inconclusive: what too little data means here; left out, as the gate says.
+        widen: whether limits that so few prompts cannot show are widened to what they can.
     """
 
     prompts: int = Field(200, ge=1)
@@ -63,18 +82,26 @@ class Tier(_Table):
     temperature: float | None = Field(None, ge=0)
     checks: CheckNames = ()
     inconclusive: Inconclusive | None = None
+    widen: bool = False
 
-    def apply(self, settings: Verification) -> Verification:
-        """Return verification settings of this tier's size."""
+    def apply(self, settings: Verification, prompts: int = 0) -> Verification:
+        """Return verification settings of this tier's size, or of as many ``prompts``."""
         asked = self.model_dump(include={"samples", "temperature"}, exclude_none=True)
-        chosen = settings.model_dump() | asked | {"count": self.prompts}
+        chosen = settings.model_dump() | asked | {"count": prompts or self.prompts}
         return validate(Verification, chosen, "the tier")
+
+
+class SmokeTier(Tier):
+    """Few prompts, which show a breakage and no small loss."""
+
+    prompts: int = Field(32, ge=1)
+    widen: bool = True
 
 
 class Tiers(_Table):
     """What the names of ``--tier`` stand for."""
 
-    smoke: Tier = Field(default_factory=lambda: Tier(prompts=32, inconclusive="pass"))
+    smoke: SmokeTier = Field(default_factory=SmokeTier)
     standard: Tier = Field(default_factory=Tier)
     release: Tier = Field(default_factory=lambda: Tier(prompts=1000))
 
@@ -95,11 +122,17 @@ class Gate(_Table):
     checks: CheckNames = ()
     tiers: Tiers = Field(default_factory=Tiers)
     _demanded: frozenset[str] = PrivateAttr(frozenset())
+    _asked: Gate | None = PrivateAttr(None)
 
     @property
     def demanded(self) -> frozenset[str]:
         """Checks that the gate file names: one of them that measures nothing is an error."""
         return self._demanded
+
+    @property
+    def asked(self) -> Gate:
+        """The gate as it was written, where limits were widened for few prompts."""
+        return self._asked or self
 
     def limits(self, kind: type[L]) -> L:
         """Return the limits of the check in whose file the class is."""
@@ -111,8 +144,11 @@ class Gate(_Table):
     def runs(self, check: str) -> bool:
         return not self.checks or check in self.checks
 
-    def at(self, tier: str) -> Self:
-        """Return the gate of a tier; an empty name leaves it as it is."""
+    def at(self, tier: str, prompts: int = 0) -> Self:
+        """Return the gate of a tier that asks its own number of ``prompts``, or another.
+
+        An empty name leaves the gate as it is.
+        """
         if not tier:
             return self
         if tier not in TIERS:
@@ -124,7 +160,20 @@ class Gate(_Table):
         chosen: Tier = getattr(self.tiers, tier)
         inconclusive = chosen.inconclusive or self.inconclusive
         changes = {"checks": chosen.checks or self.checks, "inconclusive": inconclusive}
-        return self.model_copy(update=changes)
+        gate = self.model_copy(update=changes)
+        return gate._widen(prompts or chosen.prompts) if chosen.widen else gate
+
+    def _widen(self, prompts: int) -> Self:
+        """Return the gate with the limits that so many prompts can show."""
+        smallest = paired.smallest_detectable_drop(prompts, _DISCORDANT, self.confidence, _POWER)
+        least = min(math.ceil(1000 * smallest) / 1000, _WIDEST)
+
+        tables = {name: table for name, table in self if isinstance(table, Limits)}
+        wider = {name: table.widen(least) for name, table in tables.items()}
+        gate = self.model_copy(update=wider)
+        gate._asked = self
+
+        return gate
 
 
 def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) -> Gate:

@@ -117,7 +117,7 @@ def test_a_tier_says_how_much_is_run() -> None:
         False,
         "fail",
     )
-    assert read_gate().at("smoke").inconclusive == "pass"
+    assert read_gate().at("smoke").inconclusive == "fail"
     assert gate.at("") is gate
     with pytest.raises(UsageError, match=r"unknown tier 'standart' \(did you mean 'standard'\?\)"):
         gate.at("standart")

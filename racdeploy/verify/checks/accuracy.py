@@ -23,6 +23,7 @@ class Limits(gate.Limits):
         margin: largest accuracy drop that passes, as a fraction.
     """
 
+    SHARES = ("margin",)
     margin: float = Field(0.05, gt=0, lt=1)
 
 
@@ -51,6 +52,10 @@ def check(evidence: Evidence) -> CheckResult:
         summary = f"{nothing}, so there is nothing to lose"
         remedy = "choose a task the dense model can do: --task"
         return make_result("accuracy", "inconclusive", summary, figures, remedy)
+
+    asked = evidence.gate.asked.limits(Limits).margin
+    if asked != margin:
+        figures["margin_asked"] = asked
 
     verdict = verdicts.judge(interval, margin)
     summary = (

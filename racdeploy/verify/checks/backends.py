@@ -25,6 +25,7 @@ class Limits(gate.Limits):
         length_ratio: largest ratio of mean thinking lengths, either way.
     """
 
+    SHARES = ("margin",)
     margin: float = Field(0.05, gt=0, lt=1)
     length_ratio: float = Field(1.2, gt=1)
 

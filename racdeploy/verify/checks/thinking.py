@@ -34,6 +34,7 @@ class Limits(gate.Limits):
         cut: largest share of prompts whose answer may newly fail to end.
     """
 
+    SHARES = ("unclosed", "loops", "forced", "cut")
     length_ratio: float = Field(1.2, gt=0)
     unclosed: float = Field(0.05, gt=0, lt=1)
     loops: float = Field(0.05, gt=0, lt=1)
