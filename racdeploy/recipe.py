@@ -23,6 +23,8 @@ EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
 _ZEROS = {"method", "pattern", "sparsity", "allocation", "schedule"}
 """Keys of ``prune`` that ask for zeros."""
+_PLAIN = {"magnitude": {"match_dense": False, "refit_steps": 0}}
+"""What a method means by its name alone: magnitude moves no weight that stays."""
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
@@ -120,6 +122,13 @@ class Pruning(_Part):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_method(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {**_PLAIN.get(str(values.get("method")), {}), **values}
 
     @field_validator("pattern")
     @classmethod

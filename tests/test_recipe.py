@@ -176,3 +176,16 @@ def test_a_resolved_recipe_reads_back() -> None:
     for options in ({}, {"prune": {"pattern": "2:4"}}, {"prune": {"schedule": [0.3, 0.5]}}):
         recipe = Recipe.combine(None, options)
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_magnitude_alone_is_plain_magnitude() -> None:
+    """It matches and refits nothing, however it is asked for; who asks for that gets it."""
+    plain = Recipe.combine(None, {"prune": {"method": "magnitude"}}).prune
+    assert (plain.match_dense, plain.refit_steps) == (False, 0)
+
+    asked = {"method": "magnitude", "match_dense": True, "refit_steps": 5}
+    refitted = Recipe.combine(None, {"prune": asked}).prune
+    assert (refitted.match_dense, refitted.refit_steps) == (True, 5)
+
+    other = Recipe.combine(None, {"prune": {"method": "wanda"}}).prune
+    assert (other.match_dense, other.refit_steps) == (True, 20)

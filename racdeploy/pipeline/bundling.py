@@ -21,7 +21,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
 from racdeploy.prune import PrunedModel
-from racdeploy.recipe import Export
+from racdeploy.recipe import Export, Recipe
 from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
 from racdeploy.report.recovery import as_csv, describe_recovery
@@ -272,6 +272,17 @@ def _describe_pruning(contents: Contents) -> str:
     return " and ".join(done)
 
 
+def _describe_calibration(recipe: Recipe) -> str:
+    """Return what the statistics saw that decided on weights; empty where none did."""
+    prune, structure = recipe.prune, recipe.structure
+    is_plain = prune.method == "magnitude" and not (prune.match_dense or prune.refit_steps)
+    cuts_by_error = structure.parts and structure.criterion == "error"
+
+    if is_plain and not cuts_by_error:
+        return ""
+    return _SOURCES[recipe.calibration.source]
+
+
 def _sparsity_in_file(contents: Contents) -> float:
     """Return the zeros of the first artifact, counted; those of the model where nobody did."""
     for arm in contents.report.arms:
@@ -297,7 +308,7 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         title=contents.artifacts[0].name,
         model=contents.model,
         prune=recipe.prune,
-        calibrated_on=_SOURCES[recipe.calibration.source],
+        calibrated_on=_describe_calibration(recipe),
         done=_describe_pruning(contents),
         kept=describe_kept(contents.report.kept, contents.report.structure),
         learned=describe_recovery(contents.report.recovery),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.bundling import Contents
+from racdeploy.recipe import Pruning
 from racdeploy.report.model import RecoveryRow, Report
 from racdeploy.report.recovery import as_csv
 
@@ -56,3 +58,22 @@ def test_a_curve_that_cannot_be_written_leaves_no_bundle(
     with pytest.raises(ValueError, match="no curve"):
         bundling.write(tmp_path / "bundle", contents)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("prune", "says_so"),
+    [
+        ({}, True),
+        ({"method": "magnitude"}, False),
+        ({"method": "magnitude", "refit_steps": 1}, True),
+    ],
+)
+def test_a_card_names_calibration_where_it_decided(
+    contents: Contents, tmp_path: Path, prune: dict[str, object], says_so: bool
+) -> None:
+    """Plain magnitude looks at the weights alone."""
+    recipe = contents.job.recipe.model_copy(update={"prune": Pruning(**prune)})  # type: ignore[arg-type]
+    told = replace(contents, job=replace(contents.job, recipe=recipe))
+    bundling.write(tmp_path / "bundle", told)
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert (", calibrated on its own chain of thought, stored as" in card) == says_so

@@ -101,7 +101,8 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
         def effect(changed_OI: torch.Tensor) -> float:
             return 0.001 * float((changed_OI - weight_OI).square().sum() / full_OI.square().sum())
 
-        return error.observe(weight_OI, hessian, effect, Pruning(method="magnitude"))
+        settings = Pruning(method="magnitude", refit_steps=20)
+        return error.observe(weight_OI, hessian, effect, settings)
 
     seen = {"full": observe(full_OI), "sparse": observe(sparse_OI)}
     assert seen["sparse"]["0.5"] < 1e-9
