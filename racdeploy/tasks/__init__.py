@@ -41,6 +41,18 @@ FILE_SHARES: dict[Split, tuple[float, float]] = {
     "evaluation": (0.5, 1.0),
 }
 _DRAWS_PER_PROBLEM = 1000
+_SAFE_QUESTIONS = 20
+"""One of two halves of so many is empty once in 500,000 files."""
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
+REFUSED = {
+    "gsm8k": f"racdeploy ships no benchmark; curl -LO {GSM8K}/test.jsonl, then write "
+    "--task jsonl:test.jsonl",
+}
+"""Names that people try, and what to do in their place."""
+_CONVERT = (
+    "python -c \"import csv, json, sys; [print(json.dumps({k: row[k] for k in ('question', "
+    "'answer')})) for row in csv.DictReader(sys.stdin)]\" < %s > %s"
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +75,24 @@ class Task:
     pool: tuple[Problem, ...]
     # Which part of all questions, by their hash, each split gets.
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
+    repeated: int = 0  # problems of a file whose question another one has, too
 
     def serving(self, split: Split, *, whole: bool) -> Task:
         """Return the task for one split; with ``whole``, a file gives that split all it has."""
         if self.draw or not whole:
             return self
         return replace(self, shares={split: (0.0, 1.0)})
+
+    def describe_pool(self) -> str:
+        """Return how many questions a file has, and how many of them each half got."""
+        questions = f"{len(self.pool)} question{'s' if len(self.pool) > 1 else ''}"
+        if self.repeated:
+            total = len(self.pool) + self.repeated
+            questions += f" ({self.repeated} of its {total} lines repeat another)"
+
+        calibration = self.available("calibration")
+        evaluation = self.available("evaluation")
+        return f"{questions}: {calibration} for calibration, {evaluation} for evaluation"
 
     def available(self, split: Split) -> int | None:
         """Return how many problems a split of a file holds, or None where they are drawn."""
@@ -140,6 +164,7 @@ class TaskSet:
         asked = self.calibration if split == "calibration" else self.evaluation
         alone = self.evaluation.keys().isdisjoint(self.calibration)
         chosen = [task.serving(split, whole=alone) for task in asked.values()]
+        wanted = count
 
         for task in chosen:
             available = task.available(split)
@@ -147,13 +172,20 @@ class TaskSet:
                 count = min(count, len(chosen) * available)
 
         if not count:
-            names = ", ".join(asked)
-            raise UsageError(
-                f"task {names} holds no {split} problem",
-                remedy="give a file with more problems, or another --calibration-task",
-            )
+            raise _refuse_few(chosen, split, wanted)
 
         return problems_of(chosen, split, seed, count)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on files in which questions repeat."""
+        files = {**self.evaluation, **self.calibration}
+        return tuple(
+            f"{task.spec} has {task.repeated} lines whose question another line has, too: "
+            f"each of {len(task.pool)} questions counts once"
+            for task in files.values()
+            if task.repeated
+        )
 
     def identify_calibration(self) -> list[dict[str, str]]:
         """Return what decides the calibration prompts: names of tasks, hashes of their files."""
@@ -169,19 +201,55 @@ class TaskSet:
 def load(spec: str) -> Task:
     """Load a task by name, or by ``name:argument`` where it reads a file."""
     name, colon, argument = spec.partition(":")
+    if not colon:
+        refuse_path(spec)
     module = plugins.load("tasks", name)
 
     if hasattr(module, "read"):
         if not argument:
             raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
 
-        pool = tuple(module.read(Path(argument)))
-        return Task(spec, None, pool, FILE_SHARES)
+        refuse_table(argument)
+        read = module.read(Path(argument))
+        by_question = {problem.question: problem for problem in read}
+        pool = tuple(by_question.values())
+
+        return Task(spec, None, pool, FILE_SHARES, repeated=len(read) - len(pool))
 
     if colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
 
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
+
+
+def refuse_path(spec: str) -> None:
+    """Refuse a file that is given where a task is expected, with how it is given."""
+    refuse_table(spec)
+    if spec.endswith((".jsonl", ".json")):
+        raise UsageError(f"{spec} is a file and not a task", remedy=f"write --task jsonl:{spec}")
+
+
+def refuse_table(path: str) -> None:
+    """Refuse a table, with what makes lines of JSON of it."""
+    stem, dot, suffix = path.rpartition(".")
+    if suffix.lower() not in ("csv", "tsv", "xlsx", "parquet") or not dot:
+        return
+
+    remedy = 'save it as lines of {"question": "…", "answer": "…"}, then --task jsonl:FILE'
+    if suffix.lower() == "csv":
+        made = f"{stem}.jsonl"
+        remedy = f"{_CONVERT % (path, made)}, then --task jsonl:{made}"
+    raise UsageError(f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy)
+
+
+def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
+    files = [f"{task.spec} has {task.describe_pool()}" for task in tasks if task.draw is None]
+    return UsageError(
+        f"the task holds no {split} problem: {'; '.join(files)}",
+        remedy=f"a hash of its text decides the half of a question: give {_SAFE_QUESTIONS} "
+        f"different ones at least, {2 * wanted} for the {wanted} prompts that are asked for; or "
+        "two files, --task jsonl:ONE and --calibration-task jsonl:OTHER",
+    )
 
 
 def procedural_names() -> tuple[str, ...]:

@@ -15,24 +15,29 @@ from racdeploy.tasks import Problem
 
 
 def read(path: Path) -> list[Problem]:
-    """Read every problem of a file; repeated questions count once, bad lines are refused."""
+    """Read every problem of a file, one a line; bad lines are refused."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"cannot read {path}: {error}"
-        raise UsageError(reason, remedy="give a UTF-8 .jsonl file") from error
+        # Excel and Windows put a byte order mark in front.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror}"
+        raise UsageError(reason, remedy="give a .jsonl file that is there") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read {path}: byte {error.start} is not UTF-8",
+            remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {path} > {path.stem}-utf8.jsonl",
+        ) from error
 
-    problems = {}
+    problems = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            problem = _parse(f"{path}:{number}", line)
-            problems[problem.question] = problem
+            problems.append(_parse(f"{path}:{number}", line))
 
     if not problems:
         remedy = 'write {"question": …, "answer": …} lines'
         raise UsageError(f"{path} holds no problems", remedy=remedy)
 
-    return [*problems.values()]
+    return problems
 
 
 def _parse(place: str, line: str) -> Problem:
@@ -44,11 +49,13 @@ def _parse(place: str, line: str) -> Problem:
 
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
-        raise UsageError(f"{place} has no question", remedy=remedy)
+        raise UsageError(
+            f"{place} has no question{_explain_missing(row, 'question')}", remedy=remedy
+        )
 
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UsageError(f"{place} has no answer", remedy=remedy)
+        raise UsageError(f"{place} has no answer{_explain_missing(row, 'answer')}", remedy=remedy)
 
     scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
@@ -61,3 +68,12 @@ def _parse(place: str, line: str) -> Problem:
 
     text = str(answer)
     return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)
+
+
+def _explain_missing(row: object, key: str) -> str:
+    """Return what a line has in place of a key of ours."""
+    if not isinstance(row, dict):
+        return f": it is a {type(row).__name__}, not an object"
+    if key in row:
+        return f": it is {row[key]!r}"
+    return f"; its keys are {', '.join(row) or 'none'}"

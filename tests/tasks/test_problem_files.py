@@ -1,0 +1,117 @@
+"""Files of problems as users have them: marked, repeated, too few, of another form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from racdeploy.errors import UnknownPluginError, UsageError
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.structure import plan_cut
+from racdeploy.recipe import Recipe
+from racdeploy.tasks import TaskSet, load
+
+
+def _write(file: Path, rows: Sequence[object], encoding: str = "utf-8") -> str:
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text(text, encoding=encoding)
+    return f"jsonl:{file}"
+
+
+def _rows(count: int) -> list[dict[str, object]]:
+    return [{"question": f"{i} plus 1?", "answer": i + 1} for i in range(count)]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    """Excel and Windows write one; the first question is whole."""
+    task = load(_write(tmp_path / "excel.jsonl", _rows(3), "utf-8-sig"))
+    assert [problem.question for problem in task.pool] == ["0 plus 1?", "1 plus 1?", "2 plus 1?"]
+
+
+def test_another_encoding_is_named_with_what_turns_it(tmp_path: Path) -> None:
+    """The byte that is no UTF-8, and a command."""
+    spec = _write(tmp_path / "old.jsonl", [{"question": "é?", "answer": "é"}], "latin-1")
+    with pytest.raises(UsageError, match=r"byte \d+ is not UTF-8") as caught:
+        load(spec)
+    assert "iconv -f latin1 -t utf8" in caught.value.remedy
+
+
+def test_whole_numbers_and_fractions_are_answers(tmp_path: Path) -> None:
+    """Written as numbers of JSON, without quotes."""
+    rows = [{"question": "6 times 7?", "answer": 42}, {"question": "1 by 4?", "answer": 0.25}]
+    task = load(_write(tmp_path / "numbers.jsonl", rows))
+    assert [problem.gold for problem in task.pool] == ["42", "0.25"]
+
+
+def test_repeated_questions_are_reported(tmp_path: Path) -> None:
+    """Each counts once; the plan and the notes of a report say how many there were."""
+    spec = _write(tmp_path / "twice.jsonl", [*_rows(40), *_rows(30)])
+    told = f"{spec} has 30 lines whose question another line has, too: each of 40 questions"
+    assert len(load(spec).pool) == 40
+    assert TaskSet.load([spec], []).notes == (f"{told} counts once",)
+    assert told in plan_cut(Job(Recipe(tasks=(spec,))))["note"]
+    assert TaskSet.load(["gcd", _write(tmp_path / "once.jsonl", _rows(40))], []).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "counted"),
+    [
+        (_rows(1), "has 1 question: "),
+        (_rows(1) * 300, r"has 1 question \(299 of its 300 lines repeat another\): "),
+    ],
+)
+def test_too_few_problems_are_counted_by_half(
+    tmp_path: Path, rows: list[object], counted: str
+) -> None:
+    """How many fell into which half, and how many are needed."""
+    found = TaskSet.load([_write(tmp_path / "few.jsonl", rows)], [])
+    halves = "0 for calibration, 1 for evaluation"
+    with pytest.raises(UsageError, match=counted + halves) as caught:
+        found.draw("calibration", 0, 200)
+    assert "give 20 different ones at least, 400 for the 200 prompts" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "2 + 2?", "solution": 4}, "has no question; its keys are prompt, solution"),
+        ({"question": "2 + 2?", "gold": 4}, "has no answer; its keys are question, gold"),
+        ({"question": "2 + 2?", "answer": None}, "has no answer: it is None"),
+        ({"question": " ", "answer": 4}, "has no question: it is ' '"),
+        (["2 + 2?", 4], "has no question: it is a list, not an object"),
+    ],
+)
+def test_a_wrong_line_is_shown_with_what_it_has(tmp_path: Path, row: object, told: str) -> None:
+    """The keys that are there, or the value that is no answer."""
+    spec = _write(tmp_path / "keys.jsonl", [row])
+    with pytest.raises(UsageError, match=re.escape(f"keys.jsonl:1 {told}")):
+        load(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy"),
+    [
+        ("three.jsonl", "write --task jsonl:three.jsonl"),
+        ("data/three.json", "write --task jsonl:data/three.json"),
+        ("data.csv", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
+        ("jsonl:data.csv", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
+        ("data.parquet", 'save it as lines of {"question": "…", "answer": "…"}'),
+    ],
+)
+def test_a_file_in_place_of_a_task_gets_the_way_to_give_it(spec: str, remedy: str) -> None:
+    """A name of a file is no misspelled task."""
+    with pytest.raises(UsageError) as caught:
+        load(spec)
+    assert remedy in caught.value.remedy
+    assert "did you mean" not in caught.value.message
+
+
+def test_a_benchmark_is_not_shipped_but_found() -> None:
+    """GSM8K's own file is read as it is."""
+    with pytest.raises(UnknownPluginError, match=r"curl -LO https://\S+/test.jsonl") as caught:
+        load("gsm8k")
+    assert "--task jsonl:test.jsonl" in caught.value.message
