@@ -103,10 +103,7 @@ class Manifest(_Entry):
         """
         file = bundle / MANIFEST_NAME
         if not file.is_file():
-            raise ArtifactError(
-                f"{bundle} is not a bundle: it has no {MANIFEST_NAME}",
-                remedy="give the folder that racdeploy build wrote with --out",
-            )
+            raise _refuse_place(bundle)
 
         try:
             manifest = cls.model_validate(read_json(file))
@@ -145,6 +142,22 @@ class Manifest(_Entry):
         for entry in self.artifacts:
             entry.check(bundle)
         self.check_tokenizer(bundle)
+
+
+def _refuse_place(place: Path) -> ArtifactError:
+    """Return the error for a place that is no bundle, which says what it is."""
+    remedy = "give the folder that racdeploy build wrote: its last line names it"
+    if not place.exists():
+        return ArtifactError(f"there is no folder {place}", remedy=remedy)
+
+    message = f"{place} is not a bundle: it has no {MANIFEST_NAME}"
+    if place.suffix == ".gguf":
+        message = f"{place} is a GGUF file, not a bundle"
+        remedy = f"racdeploy inspect {place} shows it, llama-cli -m {place} runs it; or {remedy}"
+    elif (place / "config.json").is_file():
+        message = f"{place} is a model folder, not a bundle"
+        remedy = f"racdeploy build {place} makes a bundle of it"
+    return ArtifactError(message, remedy=remedy)
 
 
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:

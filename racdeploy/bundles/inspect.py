@@ -37,6 +37,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if export.format_of(path) and path.is_file():
         return _inspect_file(path)
 
+    if not path.exists():
+        raise ArtifactError(f"there is no {path}", remedy="check the path: ls shows what is there")
+
     formats = " or ".join(plugins.names("formats"))
     raise ArtifactError(
         f"{path} is neither an exported file nor a folder racdeploy knows",

@@ -36,6 +36,7 @@ def build(options: BuildOptions) -> None:
     with _open_build(job, options) as builder:
         if options.dry_run:
             plan = check_build(builder.job, options.out_folder) | builder.plan_pruning()
+            builder.check_server()
             console.print_plan(plan, options.json_output)
             return
         folder, report = builder.run(options.out_folder)
@@ -61,6 +62,7 @@ def prune(options: PruneOptions) -> None:
 
     with _open_checked(options) as builder:
         if options.dry_run:
+            builder.check_server()
             console.print_plan(builder.plan_pruning(), options.json_output)
             return
         pruned = builder.prune()

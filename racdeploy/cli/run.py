@@ -28,7 +28,11 @@ def run(
     json_output: JsonOpt = False,
 ) -> None:
     """Ask a bundle one question."""
+    from racdeploy.manifest import Manifest
     from racdeploy.runtime import load
+
+    # A plain file runs with changed bytes, too.
+    Manifest.read(bundle).artifacts[0].check(bundle)
 
     with load(bundle, threads=threads, accel=accel) as model:
         _print_kernels(model.engine.about.get("kernels", ""), accel)

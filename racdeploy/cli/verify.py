@@ -53,17 +53,13 @@ def verify(
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
     from racdeploy.storage.caches import default_work
-    from racdeploy.storage.files import write_atomic
+    from racdeploy.storage.files import make_parent, write_atomic
 
     if not server and (server_model or server_key_env):
         raise UsageError(
             "--server-model and --server-key-env belong to --server",
             remedy="add --server http://…/v1",
         )
-
-    for file in (junit_file, html_file):
-        if file and not file.resolve().parent.is_dir():
-            raise UsageError(f"there is no folder {file.parent}", remedy=f"mkdir -p {file.parent}")
 
     with progress_bars() as progress:
         judged = Bundle(bundle, gate, tier)
@@ -75,6 +71,9 @@ def verify(
             print_plan(again.plan(), json_output)
             return
 
+        again.plan()
+        for file in filter(None, (junit_file, html_file)):
+            make_parent(file)
         report, records = again.run()
 
     if junit_file:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import widths
+from racdeploy.models import mistaken, widths
 from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
@@ -36,10 +36,7 @@ class Checkpoint:
             )
 
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{folder} is not a model folder: it has no config.json",
-                remedy="give the folder that save_pretrained wrote",
-            )
+            raise mistaken.refuse(folder)
 
         self.folder = folder
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
+from racdeploy.models.mistaken import is_bundle, refuse
 
 EMBEDDED = "tiny-reasoner"
 _WANTED = [
@@ -37,14 +38,10 @@ def resolve(model: str) -> ResolvedModel:
         return ResolvedModel(EMBEDDED, Path(str(files(__package__))) / "tiny_reasoner", EMBEDDED)
 
     folder = Path(model).expanduser()
+    if folder.is_file() or (folder.is_dir() and is_bundle(folder)):
+        raise refuse(folder)
     if folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder, model)
-
-    if folder.is_file():
-        raise ModelError(
-            f"{model} is a file, not a model folder",
-            remedy="give the folder that holds config.json",
-        )
 
     # A Hub id is OWNER/NAME, which a mistyped path can be too.
     parent_exists = folder.parent != Path() and folder.parent.is_dir()

@@ -32,6 +32,7 @@ from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.report.model import Report
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
+from racdeploy.traces.server import check_reachable
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.verify.controls import SAME_SIZE, same_size_quants
 
@@ -130,6 +131,13 @@ class Build:
         model = read_pruned(self.job.checkpoint, folder)
         self.plan_recovery()
         return self.recover_stage.run(model, f"{folder.name}-recovered", self.traces)
+
+    def check_server(self) -> None:
+        """Refuse a server that the recipe names and that does not answer, if traces are missing."""
+        checkpoint, settings = self.job.checkpoint, self.job.recipe.traces
+        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
+        if settings.server and not stage.finished:
+            check_reachable(settings, checkpoint)
 
     def plan_recovery(self) -> dict[str, Any]:
         """Return what recovery takes, or raise what would stop it; nothing where it is off."""

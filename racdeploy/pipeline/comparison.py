@@ -135,7 +135,7 @@ class Evaluation:
 
         return conclude(
             evidence,
-            [*self.job.notes, *self.job.tasks.notes, *built, *cut, *notes, *missing],
+            [*self.job.hints, *built, *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
             recipe=recipe,

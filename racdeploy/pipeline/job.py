@@ -20,7 +20,7 @@ from racdeploy.prune.layout import find_end
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Structure
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import ThinkingTags, find_tags
+from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
 from racdeploy.tasks import Problem, Split, TaskSet
 from racdeploy.verify.gate import Gate, read_gate
 
@@ -112,6 +112,19 @@ class Job:
     @cached_property
     def tags(self) -> ThinkingTags | None:
         return find_tags(self.encoder)
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What a plan should say of the inputs: sentences on tasks, tags and notes of the job."""
+        names = find_tag_names(self.encoder)
+        source = self.encoder.template.source
+        told = []
+        if names and not any(tag in source for tag in names):
+            told.append(
+                f"the chat template does not write {names[0]}, though {names[0]} and {names[1]} "
+                "are tokens: if the model does not think by itself, its thinking will be empty"
+            )
+        return (*self.notes, *self.tasks.notes, *told)
 
     @cached_property
     def tasks(self) -> TaskSet:

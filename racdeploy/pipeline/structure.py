@@ -103,8 +103,7 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
 
 def plan_cut(job: Job) -> dict[str, Any]:
     """Return about what will be left of a job's model, and where its target proposed more."""
-    notes = (*job.notes, *job.tasks.notes)
-    plan: dict[str, Any] = {"note": "; ".join(notes)} if notes else {}
+    plan: dict[str, Any] = {"note": "; ".join(job.hints)} if job.hints else {}
     expected = expect_structure(job.checkpoint, job.structure)
     kept = expected.kept
     if kept is None:

@@ -30,6 +30,11 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full, read-only or otherwise unwilling disk into an error with a remedy."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise EnvironmentFailure(
+            f"cannot write {where}: there is no folder {where.parent}",
+            remedy=f"mkdir -p {where.parent}, then run the same command",
+        ) from error
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write {where}: {error.strerror}",
@@ -108,6 +113,12 @@ def _runs(process: int) -> bool:
     except PermissionError:  # it is another user's
         pass
     return True
+
+
+def make_parent(file: Path) -> None:
+    """Make the folder that a file will be written in, before the work that fills it."""
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomic(file: Path, content: bytes | str) -> None:

@@ -177,10 +177,12 @@ class _Reader:
         for name, (shape, ggml_type, offset) in infos.items():
             size_bytes = tensor_bytes(shape, ggml_type)
             stop = data_start + offset + size_bytes
-            if offset != expected or stop > self._size_bytes:
+            if offset != expected:
+                self._fail(f"the tensor {name[:80]!r} lies at {offset} and not at {expected}")
+            if stop > self._size_bytes:
                 self._fail(
-                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}, "
-                    "or outside the file"
+                    f"it is cut off: the tensor {name[:80]!r} ends at byte {stop}, "
+                    f"the file at {self._size_bytes}"
                 )
 
             tensors.append(TensorInfo(name, shape, ggml_type, size_bytes, data_start + offset))

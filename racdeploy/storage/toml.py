@@ -17,16 +17,20 @@ M = TypeVar("M", bound=BaseModel)
 _PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file; a UsageError where it is missing or not TOML."""
+def read_toml(file: Path, made_by: str = "racdeploy init") -> dict[str, Any]:
+    """Read a TOML file; a UsageError where it is missing or not TOML.
+
+    ``made_by`` is the command that writes such a file.
+    """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(
-            f"{file} does not exist", remedy="racdeploy init writes a recipe"
-        ) from error
+        raise UsageError(f"{file} does not exist", remedy=f"{made_by} {file} writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UsageError(f"{file} is not valid TOML: {error}") from error
+        raise UsageError(
+            f"{file} is not valid TOML: {error}",
+            remedy=f"correct it there; {made_by} writes one to compare with",
+        ) from error
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:

@@ -40,6 +40,12 @@ _PROBES = (
 )
 
 
+def check_reachable(settings: Traces, checkpoint: Checkpoint) -> None:
+    """Refuse a server that does not answer, or does not have the model, before any work."""
+    with _open_engine(settings, checkpoint, EngineSettings(1, 1)):
+        pass
+
+
 @contextlib.contextmanager
 def answering(
     settings: Traces,
@@ -65,15 +71,7 @@ def answering(
     try:
         with (
             weights,
-            OpenAIEngine(
-                settings.server,
-                engine_settings,
-                tokenizer=TokenizerFiles(checkpoint.folder).file,
-                vocabulary=checkpoint.integer("vocab_size"),
-                model=reload.choose_name(settings),
-                key_env=settings.server_key_env,
-                timeout_s=settings.server_timeout_s,
-            ) as engine,
+            _open_engine(settings, checkpoint, engine_settings) as engine,
         ):
             check_agreement(engine, encoder)
             _record(folder, settings.server_model or engine.model)
@@ -90,6 +88,20 @@ def answering(
             f"{error.message}{kept}",
             remedy=f"{error.remedy}; then run the same command, which resumes where it ended",
         ) from error
+
+
+def _open_engine(
+    settings: Traces, checkpoint: Checkpoint, engine_settings: EngineSettings
+) -> OpenAIEngine:
+    return OpenAIEngine(
+        settings.server,
+        engine_settings,
+        tokenizer=TokenizerFiles(checkpoint.folder).file,
+        vocabulary=checkpoint.integer("vocab_size"),
+        model=reload.choose_name(settings),
+        key_env=settings.server_key_env,
+        timeout_s=settings.server_timeout_s,
+    )
 
 
 def _answer(

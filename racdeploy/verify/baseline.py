@@ -161,7 +161,14 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
+    if isinstance(error, OSError):
+        return ArtifactError(
+            f"{error.filename} cannot be read: {error.strerror}",
+            remedy="copy the bundle again, whole, or build it again",
+        )
+
     first = str(error).splitlines()[0]
     return ArtifactError(
-        f"{folder}: the records are damaged: {first}", remedy="build the bundle again"
+        f"{folder}: the records are damaged: {first}",
+        remedy="copy the bundle again, or build it again",
     )

@@ -184,7 +184,7 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
     if file is None:
         return gate
 
-    written = read_toml(file)
+    written = read_toml(file, "racdeploy init --gate")
     validate(model, written, str(file))
     gate = validate(model, merge(below, written), str(file))
     tables = frozenset(written) & frozenset(plugins.names("checks"))

@@ -1,0 +1,80 @@
+"""What was given in place of a model folder, recognized for what it is, with the right next step.
+
+Source: peft's ``adapter_config.json``; GGUF files begin with the four letters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from racdeploy.errors import ModelError
+from racdeploy.storage.files import read_json
+
+_BUNDLE, _ADAPTER, _CONFIG = "racdeploy.json", "adapter_config.json", "config.json"
+_MERGE = (
+    "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('%s')"
+    ".merge_and_unload().save_pretrained('merged')\", copy the tokenizer's files there too, "
+    "and give merged"
+)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Return whether a folder is what ``racdeploy build`` wrote."""
+    return (folder / _BUNDLE).is_file()
+
+
+def refuse(place: Path) -> ModelError:
+    """Return the error for a file or folder that is no model."""
+    if place.is_file():
+        return _refuse_file(place)
+    if is_bundle(place):
+        return ModelError(
+            f"{place} is a bundle: its model is pruned and exported already",
+            remedy=f'racdeploy run {place} "…" asks it, racdeploy verify {place} tests it; '
+            "to prune again, give the dense model's folder or Hub id",
+        )
+    if (place / _ADAPTER).is_file():
+        return ModelError(
+            f"{place} is a LoRA adapter{_name_base(place)}, not a whole model",
+            remedy=f"merge it first: {_MERGE % place}",
+        )
+
+    return _refuse_folder(place)
+
+
+def _refuse_file(file: Path) -> ModelError:
+    with file.open("rb") as stream:
+        is_gguf = stream.read(4) == b"GGUF"
+
+    if is_gguf or file.suffix == ".gguf":
+        return ModelError(
+            f"{file} is a GGUF file: made to run, and no longer to be pruned",
+            remedy="give the Hugging Face folder or Hub id that it was made from; "
+            f"racdeploy inspect {file} shows what is in it",
+        )
+
+    return ModelError(
+        f"{file} is a file, not a model folder",
+        remedy=f"give the folder that holds config.json, as {file.parent}/",
+    )
+
+
+def _refuse_folder(folder: Path) -> ModelError:
+    remedy = "give the folder that save_pretrained wrote"
+    message = f"{folder} is not a model folder: it has no {_CONFIG}"
+    if not any(folder.iterdir()):
+        return ModelError(f"{message}, it is empty", remedy=f"{remedy}, or a Hub id")
+
+    inside = sorted(file.parent for file in folder.glob(f"*/{_CONFIG}"))
+    if inside:
+        return ModelError(message, remedy=f"give the folder in it that has one: {inside[-1]}")
+
+    if any(folder.glob("*.gguf")):
+        message += ", but GGUF files, which are made to run and no longer to be pruned"
+        remedy = "give the Hugging Face folder or Hub id that they were made from"
+    return ModelError(message, remedy=remedy)
+
+
+def _name_base(folder: Path) -> str:
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    return f" of {base}" if base else ""

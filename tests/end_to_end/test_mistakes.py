@@ -1,0 +1,280 @@
+"""Mistakes that people make, typed as they type them: what a message says, and the exit code.
+
+A good message says what is wrong, where and why, and the command that comes next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.cli.app import app
+from tests.support.tiny_models import edit_json, make_checkpoint
+
+Prepare = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command line in a folder that was prepared for it, and what its message has to say."""
+
+    command: str
+    words: tuple[str, ...]
+    prepare: Prepare = lambda folder: None
+    code: int = 2
+
+
+def _write(name: str, text: str | bytes) -> Prepare:
+    content = text.encode() if isinstance(text, str) else text
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _make_adapter(folder: Path) -> None:
+    (folder / "lora").mkdir()
+    base = {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "peft_type": "LORA"}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(base))
+    (folder / "lora" / "adapter_model.safetensors").write_bytes(b"")
+
+
+def _make_nested(folder: Path) -> None:
+    (folder / "run" / "checkpoint-500").mkdir(parents=True)
+    (folder / "run" / "checkpoint-500" / "config.json").write_text("{}")
+
+
+def _make_model(folder: Path) -> None:
+    make_checkpoint(folder / "model", "qwen2")
+
+
+def _make_silent_model(folder: Path) -> None:
+    """Leave the tags to the tokenizer alone."""
+    _make_model(folder)
+    config = folder / "model" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    edit_json(config, chat_template=template)
+
+
+PROBLEM = '{"question": "2 + 2?", "answer": 4}\n'
+THREE = "".join(PROBLEM.replace("2 +", f"{number} +") for number in range(3))
+
+MISTAKES = {
+    "zeros that the number format loses": Mistake(
+        "build --quant q4_k_m --sparsity 0.5 --dry-run",
+        ("q4_k_m does not keep zeros", "q8_0", "--allow-losing-zeros", "--keep ffn=0.75"),
+    ),
+    "threads below 0": Mistake("build --dry-run --threads -2", ("--threads", "0")),
+    "threads below 0 for run": Mistake("run bundle hello --threads -1", ("--threads", "0")),
+    "threads below 0 for verify": Mistake("verify bundle --threads -1", ("--threads", "0")),
+    "a budget below 0": Mistake(
+        "run bundle hello --max-thinking-tokens -3", ("--max-thinking-tokens", "0")
+    ),
+    "a seed below 0": Mistake("run bundle hello --seed -1", ("--seed", "0")),
+    "a temperature below 0": Mistake("run bundle hello --temperature -1", ("--temperature", "0")),
+    "per cent": Mistake("build --dry-run --sparsity 60", ("prune.sparsity", "did you mean 0.6?")),
+    "a GGUF file as the model": Mistake(
+        "build model.gguf",
+        ("is a GGUF file", "no longer to be pruned", "Hugging Face folder", "inspect model.gguf"),
+        _write("model.gguf", b"GGUF\3\0\0\0"),
+    ),
+    "weights as the model": Mistake(
+        "build model.safetensors",
+        ("is a file, not a model folder", "config.json"),
+        _write("model.safetensors", b"12345678"),
+    ),
+    "a bundle as the model": Mistake(
+        "build bundle",
+        ("is a bundle", 'racdeploy run bundle "…"', "racdeploy verify bundle", "dense model"),
+        lambda folder: [(folder / "bundle").mkdir(), _write("bundle/racdeploy.json", "{}")(folder)],
+    ),
+    "an adapter as the model": Mistake(
+        "build lora",
+        ("is a LoRA adapter of Qwen/Qwen3-0.6B", "merge_and_unload()", "from_pretrained('lora')"),
+        _make_adapter,
+    ),
+    "an empty folder as the model": Mistake(
+        "build empty",
+        ("has no config.json, it is empty", "save_pretrained", "Hub id"),
+        lambda folder: (folder / "empty").mkdir(),
+    ),
+    "the folder above the model": Mistake(
+        "build run",
+        ("has no config.json", "give the folder in it", "run/checkpoint-500"),
+        _make_nested,
+    ),
+    "three problems": Mistake(
+        "build --dry-run --task jsonl:three.jsonl",
+        ("3 questions: 3 for calibration, 0 for evaluation", "give 20 different ones at least"),
+        _write(
+            "three.jsonl",
+            PROBLEM.replace("2 + 2", "25 + 2")
+            + PROBLEM.replace("2 + 2", "8 + 2")
+            + PROBLEM.replace("2 + 2", "1 + 2"),
+        ),
+    ),
+    "one problem three hundred times": Mistake(
+        "build --dry-run --task jsonl:same.jsonl",
+        ("1 question (299 of its 300 lines repeat another)", "give 20 different ones at least"),
+        _write("same.jsonl", 300 * PROBLEM),
+    ),
+    "a file as the task": Mistake(
+        "build --dry-run --task three.jsonl",
+        ("is a file and not a task", "write --task jsonl:three.jsonl"),
+        _write("three.jsonl", THREE),
+    ),
+    "a table as the task": Mistake(
+        "build --dry-run --task data.csv",
+        ("racdeploy reads .jsonl files", "csv.DictReader"),
+    ),
+    "a benchmark as the task": Mistake(
+        "build --dry-run --task gsm8k",
+        ("ships no benchmark", "curl -LO", "jsonl:test.jsonl"),
+    ),
+    "wrong keys": Mistake(
+        "build --dry-run --task jsonl:keys.jsonl",
+        ("keys.jsonl:1 has no question; its keys are prompt, gold", '{"question": "…"'),
+        _write("keys.jsonl", '{"prompt": "2 + 2?", "gold": 4}'),
+    ),
+    "a trace server that is down": Mistake(
+        "build --dry-run --trace-server http://127.0.0.1:9/v1 --work work",
+        ("127.0.0.1:9", "cannot be reached"),
+        code=4,
+    ),
+    "a gate that is not there": Mistake(
+        "build --dry-run --gate nope.toml",
+        ("nope.toml does not exist", "racdeploy init --gate nope.toml writes one"),
+    ),
+    "a recipe that is not there": Mistake(
+        "build --dry-run --recipe nope.toml",
+        ("nope.toml does not exist", "racdeploy init nope.toml writes one"),
+    ),
+    "nothing to inspect": Mistake("inspect nope.gguf", ("there is no nope.gguf",)),
+    "nothing to run": Mistake("run nope hello", ("there is no folder nope", "racdeploy build")),
+    "nothing to verify": Mistake("verify nope", ("there is no folder nope", "racdeploy build")),
+    "a GGUF file to run": Mistake(
+        "run model.gguf hello",
+        ("is a GGUF file, not a bundle", "racdeploy inspect model.gguf", "llama-cli"),
+        _write("model.gguf", b"GGUF\3\0\0\0"),
+    ),
+    "a model folder to run": Mistake(
+        "run model hello", ("is a model folder, not a bundle", "racdeploy build model"), _make_model
+    ),
+    "a recipe into no folder": Mistake(
+        "init nowhere/x.toml", ("there is no folder nowhere", "mkdir -p nowhere"), code=4
+    ),
+}
+
+
+def _type(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "Traceback" not in done.output
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named_with_what_to_type(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code, the words that matter, and nothing made on the way."""
+    mistake = MISTAKES[name]
+    mistake.prepare(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+
+    code, output = _type(mistake.command, tmp_path, monkeypatch)
+    assert code == mistake.code, output
+    for words in mistake.words:
+        assert words in output
+    assert before == sorted(os.listdir(tmp_path))
+
+
+def test_a_mark_of_excel_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a byte order mark is read; repeated lines are in the plan."""
+    rows = [json.dumps({"question": f"{i} + 2?", "answer": i + 2}) for i in range(40)]
+    text = "\n".join([*rows, rows[0]])
+    (tmp_path / "excel.jsonl").write_text(text, encoding="utf-8-sig")
+
+    code, output = _type("build --dry-run --task jsonl:excel.jsonl", tmp_path, monkeypatch)
+    assert code == 0, output
+    assert "1 lines whose question another line has, too" in output
+
+
+def test_a_template_that_never_thinks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tags in the vocabulary alone do not make a model think."""
+    _make_silent_model(tmp_path)
+    code, output = _type("build model --dry-run", tmp_path, monkeypatch)
+    assert code == 0, output
+    assert "the chat template does not write <think>" in output
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def test_changed_bytes_are_not_run(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks a damaged bundle gets no answer of it."""
+    (artifact,) = bundle.glob("tiny-*-Q8_0.gguf")
+    data = bytearray(artifact.read_bytes())
+    data[-1000] ^= 1
+    artifact.write_bytes(data)
+
+    code, output = _type("run bundle hello", tmp_path, monkeypatch)
+    assert code == 2, output
+    assert "differs from its manifest" in output
+    assert "copy the bundle again" in output
+
+
+def test_a_file_that_is_cut_off_is_called_that(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With where the file ends, and where its tensor would."""
+    (artifact,) = bundle.glob("tiny-*-Q8_0.gguf")
+    artifact.write_bytes(artifact.read_bytes()[:1_000_000])
+
+    code, output = _type(f"inspect {artifact}", tmp_path, monkeypatch)
+    assert code == 2, output
+    assert "it is cut off: the tensor" in output
+    assert "the file at 1000000" in output
+    assert "copy or export it again" in output
+
+
+def test_lost_records_are_named(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file, and no number of the system's."""
+    (bundle / "records.jsonl").unlink()
+    code, output = _type("verify bundle", tmp_path, monkeypatch)
+    assert code == 2, output
+    assert "bundle/records.jsonl cannot be read: No such file" in output
+    assert "Errno" not in output
+
+
+def test_a_tier_larger_than_the_bundle_says_what_can_be_done(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ways, with the number that goes into the gate file."""
+    code, output = _type("verify bundle --tier standard --plan", tmp_path, monkeypatch)
+    assert code == 2, output
+    for way in ("leave --tier out", "tiers.standard.prompts = 60", "--baseline"):
+        assert way in output
+
+
+def test_the_folder_of_a_report_is_made(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--junit`` makes its folder, as ``--reports`` does."""
+    (tmp_path / "gate.toml").write_text('checks = ["integrity"]\n[tiers.smoke]\nprompts = 2\n')
+    command = "verify bundle --gate gate.toml --tier smoke --work work --junit ci/junit.xml"
+    _type(command, tmp_path, monkeypatch)
+    assert (tmp_path / "ci" / "junit.xml").read_text(encoding="utf-8").startswith("<?xml")
