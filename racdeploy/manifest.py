@@ -64,13 +64,27 @@ class TokenizerEntry(_Entry):
 
 
 class GenerationSettings(_Entry):
-    """How to run the model: its authors' sampling, and the limits it was verified with."""
+    """How to run the model: its authors' sampling, and the limits it was verified with.
+
+    Args:
+        model_context_tokens: the longest sequence that the model is made for; None in bundles that
+            were made before it was kept.
+        advised_context_tokens: what other programs should be started with: room for long thoughts,
+            within what model and target have.
+    """
 
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
     max_thinking_tokens: int | None = Field(default=None, ge=1)
     context_tokens: int = Field(ge=1)
+    model_context_tokens: int | None = Field(default=None, ge=1)
+    advised_context_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def context_to_start_with(self) -> int:
+        """What other programs should be started with."""
+        return self.advised_context_tokens or self.context_tokens
 
 
 class Manifest(_Entry):

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from racdeploy import packing as packings
 from racdeploy import plugins, recipe
 from racdeploy.errors import UsageError
-from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.storage.files import disk_errors
@@ -174,7 +174,7 @@ class Format(Protocol):
         self, manifest: Manifest, checkpoint: Checkpoint, folder: Path
     ) -> Mapping[str, str]: ...
 
-    def usage(self, entry: ArtifactEntry) -> list[str]: ...
+    def usage(self, entry: ArtifactEntry, settings: GenerationSettings) -> list[str]: ...
 
 
 def load(name: str) -> Format:

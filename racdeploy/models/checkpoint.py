@@ -162,6 +162,19 @@ class Checkpoint:
         return value
 
     @property
+    def positions(self) -> int:
+        """Longest sequence that the model is made for, in tokens."""
+        listed = self.integer("max_position_embeddings")
+        original = self.config.get("original_max_position_embeddings")
+        original = self.rope.get("original_max_position_embeddings", original)
+        factor = self.rope.get("factor")
+
+        # Some configs leave the number as it was before the rope was stretched.
+        if isinstance(original, int) and isinstance(factor, int | float):
+            return max(listed, round(original * factor))
+        return listed
+
+    @property
     def layer_types(self) -> tuple[str, ...]:
         """Kind of attention of each block: ``full_attention`` or ``sliding_attention``."""
         listed = self.config.get("layer_types")

@@ -16,7 +16,7 @@ from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import BEFORE, Evaluation, Rival
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.gates import Findings, check_artifact
-from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
@@ -52,8 +52,8 @@ class Build:
     processes: Processes = ALONE
 
     def __post_init__(self) -> None:
-        """Settle what is cut: every stage and name goes by it."""
-        object.__setattr__(self, "job", fit_structure(self.job))
+        """Settle what is cut, and the context: every stage and name goes by them."""
+        object.__setattr__(self, "job", fit_context(fit_structure(self.job)))
 
     def run(self, out: Path | None = None) -> tuple[Path, Report]:
         """Do everything; return the bundle's folder, by default the artifact's name, and report."""

@@ -31,9 +31,11 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256
 from racdeploy.storage.templates import render_text
+from racdeploy.targets import Target
 
 DENSE_FOLDER = "dense"
 """Place in a bundle of the dense model's tokenizer, where the pruned one has fewer tokens."""
+_ROOM_FOR_THOUGHTS = 16_384  # tokens: a thought takes thousands
 _READ_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
@@ -208,6 +210,8 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             max_new_tokens=recipe.verify.max_new_tokens,
             max_thinking_tokens=recipe.verify.max_thinking_tokens or None,
             context_tokens=recipe.verify.context_tokens,
+            model_context_tokens=checkpoint.positions,
+            advised_context_tokens=_advise_context(contents.job),
         ),
         verdict=report.verdict,
         headline=_headline(report),
@@ -226,6 +230,14 @@ def _structure(contents: Contents) -> dict[str, Any]:
         **report.kept.model_dump(),
         "block_rows": [row.model_dump() for row in report.structure],
     }
+
+
+def _advise_context(job: Job) -> int:
+    """Return a context with room for long thoughts, within what model and target have."""
+    verified = job.recipe.verify.context_tokens
+    target = Target.read(job.recipe.target)
+    most = min(job.checkpoint.positions, target.context_tokens)
+    return max(verified, min(most, _ROOM_FOR_THOUGHTS))
 
 
 def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -297,7 +309,8 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
     own_name = base["model"] if contents.job.model.on_hub else base["name"]
 
     forms = [export.load(entry.format) for entry in entries]
-    usages = [form.usage(entry) for form, entry in zip(forms, entries, strict=True)]
+    pairs = zip(forms, entries, strict=True)
+    usages = [form.usage(entry, manifest.generation) for form, entry in pairs]
 
     front = render_text(
         "racdeploy.pipeline",

@@ -18,7 +18,7 @@ from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.prune.layout import find_end
 from racdeploy.quant import presets
-from racdeploy.recipe import Recipe, Structure
+from racdeploy.recipe import Recipe, Structure, Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
 from racdeploy.tasks import Problem, Split, TaskSet
@@ -220,3 +220,20 @@ class Job:
                 )
 
         return named[0]
+
+
+def fit_context(job: Job) -> Job:
+    """Return the job with no more context than its model has, where the recipe names none.
+
+    The job's notes say so; a recipe that asks for more is refused before any work.
+    """
+    settings = job.recipe.verify
+    positions = job.checkpoint.positions
+    default = Verification.model_fields["context_tokens"].default
+    if settings.context_tokens != default or default <= positions:
+        return job
+
+    fitted = settings.model_copy(update={"context_tokens": positions})
+    recipe = job.recipe.model_copy(update={"verify": fitted})
+    note = f"the model is made for {positions} tokens, and is verified with as many"
+    return replace(job, recipe=recipe, resolved=job.model, notes=(*job.notes, note))

@@ -21,6 +21,7 @@ from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
 
 _NEEDS = {module: PACKAGES[module].extra for module in ("torch", "transformers", "safetensors")}
+_LEAST_ROOM = 16  # tokens of an answer
 _LEAST_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
@@ -156,7 +157,21 @@ def _check_context(job: Job) -> None:
     prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
     longest = max(map(len, prompts))
 
-    if longest + settings.max_new_tokens > settings.context_tokens:
+    positions = job.checkpoint.positions
+    if settings.context_tokens > positions:
+        raise UsageError(
+            f"verify.context_tokens is {settings.context_tokens}, and {job.model.name} is made for "
+            f"{positions} tokens",
+            remedy=f"--set verify.context_tokens={positions}, or leave it out, which takes "
+            "as much as the model has",
+        )
+
+    # In all that the model has, completions may end for want of room: both arms' alike.
+    needed = longest + settings.max_new_tokens
+    if settings.context_tokens == positions:
+        needed = longest + min(settings.max_new_tokens, _LEAST_ROOM)
+
+    if needed > settings.context_tokens:
         raise UsageError(
             f"the longest prompt has {longest} tokens; with verify.max_new_tokens "
             f"{settings.max_new_tokens} that is more than verify.context_tokens "

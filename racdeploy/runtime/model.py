@@ -241,6 +241,7 @@ def load(
     backend: str | None = None,
     threads: int = 0,
     parallel: int = 1,
+    context_tokens: int | None = None,
     accel: Mode = "auto",
 ) -> Model:
     """Load a bundle.
@@ -251,11 +252,13 @@ def load(
         threads: 0 uses every core.
         parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a
             context.
+        context_tokens: longest prompt and completion together; None takes what the bundle was
+            verified with. It takes memory, and the model is made for a limited number.
         accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
 
     Raises:
         ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
-        UsageError: it has no artifact for that backend.
+        UsageError: it has no artifact for that backend, or the model is made for less context.
         MissingExtraError: the engine is not installed.
         EngineError: the engine cannot load the artifact.
     """
@@ -266,9 +269,8 @@ def load(
     check_unpacked(folder, artifact)
 
     encoder = PromptEncoder.from_folder(folder)
-    context_tokens = manifest.generation.context_tokens
     settings = decoding.EngineSettings(
-        context_tokens, parallel=parallel, threads=threads, accel=accel
+        _choose_context(manifest, context_tokens), parallel=parallel, threads=threads, accel=accel
     )
     engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
 
@@ -277,6 +279,21 @@ def load(
     except BaseException:
         engine.close()
         raise
+
+
+def _choose_context(manifest: Manifest, asked: int | None) -> int:
+    """Return the context to load a model with; one that it is not made for is refused."""
+    generation = manifest.generation
+    if asked is None:
+        return generation.context_tokens
+
+    most = generation.model_context_tokens
+    if most is not None and asked > most:
+        raise UsageError(
+            f"context_tokens is {asked}, and the model is made for {most}",
+            remedy=f"racdeploy.load(…, context_tokens={most})",
+        )
+    return asked
 
 
 def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:

@@ -185,6 +185,7 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
             max_new_tokens=64,
             max_thinking_tokens=None,
             context_tokens=256,
+            advised_context_tokens=16_384,
         ),
         verdict="none",
         headline={},
@@ -192,10 +193,9 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
 
 
 def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
-    """Context and length are the model's own, not those of the verification; the authors' sampling
-    is kept.
+    """Context and length are those that the manifest advises, not those of the verification; the
+    authors' sampling is kept.
     """
-    edit_json(checkpoint.folder / "config.json", max_position_embeddings=131_072)
     edit_json(
         checkpoint.folder / "generation_config.json",
         top_k=20,
@@ -244,9 +244,15 @@ def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
     name = "m-00001-of-00002.gguf"
     manifest = _manifest(name, {name: "0", "m-00002-of-00002.gguf": "0", "m.imatrix.gguf": "0"})
     assert "--merge" in gguf_format.companions(manifest, checkpoint, checkpoint.folder)["Modelfile"]
-    assert any("several files" in line for line in gguf_format.usage(manifest.artifacts[0]))
+    assert any(
+        "several files" in line
+        for line in gguf_format.usage(manifest.artifacts[0], manifest.generation)
+    )
     single = _manifest("m.gguf", {"m.gguf": "0", "m.imatrix.gguf": "0"})
     assert (
         "--merge" not in gguf_format.companions(single, checkpoint, checkpoint.folder)["Modelfile"]
     )
-    assert not any("several files" in line for line in gguf_format.usage(single.artifacts[0]))
+    assert not any(
+        "several files" in line
+        for line in gguf_format.usage(single.artifacts[0], single.generation)
+    )

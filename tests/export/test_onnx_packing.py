@@ -26,7 +26,7 @@ from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
-from racdeploy.manifest import ArtifactEntry
+from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import raconnx
 from racdeploy.packing.onnx.folding import prove_folding
@@ -172,7 +172,10 @@ def test_the_card_says_what_other_programs_need() -> None:
             "sha256": "",
             "backend": "onnxruntime",
         }
-        lines = onnx_format.usage(ArtifactEntry(packing=packing, **values))
+        generation = GenerationSettings(
+            temperature=0.6, top_p=0.95, max_new_tokens=64, context_tokens=256
+        )
+        lines = onnx_format.usage(ArtifactEntry(packing=packing, **values), generation)
         assert any("racdeploy unpack onnx/model_fp16.onnx" in line for line in lines) == unpacks
         assert sum(line.startswith("- ") for line in lines) == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -195,3 +196,27 @@ def test_a_backend_that_the_bundle_lacks_is_named(bundle: Path) -> None:
 def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a bundle"):
         racdeploy.load(tmp_path)
+
+
+def test_an_app_chooses_its_context(bundle: Path, tmp_path: Path) -> None:
+    """A prompt that does not fit names what to raise, and with that it fits."""
+    asked = "x " * 60
+    refused = pytest.raises(EngineError, match="the context takes at most 63")
+    with load(bundle, threads=1, context_tokens=64) as small, refused as caught:
+        small.generate(asked, max_new_tokens=2)
+    assert "raise context_tokens" in caught.value.remedy
+
+    with load(bundle, threads=1, context_tokens=512) as large:
+        assert large.generate(asked, max_new_tokens=2).answer_tokens <= 2
+
+
+def test_no_context_is_more_than_the_model_has(bundle: Path, tmp_path: Path) -> None:
+    """What it was not made for is refused, with the most that there is."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    manifest = json.loads((copy / "racdeploy.json").read_text(encoding="utf-8"))
+    edit_json(
+        copy / "racdeploy.json", generation=manifest["generation"] | {"model_context_tokens": 300}
+    )
+    with pytest.raises(UsageError, match="is 301, and the model is made for 300") as caught:
+        load(copy, context_tokens=301)
+    assert "context_tokens=300" in caught.value.remedy

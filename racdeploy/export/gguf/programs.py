@@ -7,13 +7,12 @@ from pathlib import Path
 from racdeploy import packing as packings
 from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.export.gguf.vocabulary import adds_bos
-from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import importance as importances
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.templates import render_text
 
-_LEAST_CONTEXT = 16_384  # a thought takes thousands of tokens
 _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
 
 
@@ -26,7 +25,6 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
     settings = manifest.generation
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-    wanted = max(settings.context_tokens, _LEAST_CONTEXT)
     tokens = {i: text for text, i in encoder.tokenizer.get_vocab().items()}
     text = _render(
         "Modelfile.jinja",
@@ -34,16 +32,16 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
         template=template,
         reason=reason,
         sampling=sampling | _read_recommended(checkpoint),
-        context_tokens=min(checkpoint.integer("max_position_embeddings"), wanted),
+        context_tokens=settings.context_to_start_with,
         stops=[tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens],
     )
 
     return {"Modelfile": text}
 
 
-def usage(entry: ArtifactEntry) -> list[str]:
+def usage(entry: ArtifactEntry, settings: GenerationSettings) -> list[str]:
     """Return how other programs run the file."""
-    text = _render("usage.jinja", entry, context_tokens=_LEAST_CONTEXT)
+    text = _render("usage.jinja", entry, context_tokens=settings.context_to_start_with)
     return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
 
 

@@ -17,7 +17,7 @@ from racdeploy import packing as packings
 from racdeploy.export.onnx.layouts import companions, name_graph
 from racdeploy.export.onnx.measurement import measure
 from racdeploy.export.onnx.writer import export, unpack
-from racdeploy.manifest import ArtifactEntry
+from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 
@@ -69,7 +69,7 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
     return "blocks of different widths are not supported where a block has experts"
 
 
-def usage(entry: ArtifactEntry) -> list[str]:
+def usage(entry: ArtifactEntry, settings: GenerationSettings) -> list[str]:
     """Return how other programs run the graph."""
     return [
         *packings.load(entry.packing).usage(entry.path),

@@ -1,0 +1,78 @@
+"""How long sequences may be: what a model is made for bounds all that a bundle says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from racdeploy.errors import UsageError
+from racdeploy.manifest import Manifest
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline import bundling
+from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.preflight import check_build
+from racdeploy.recipe import Recipe
+from tests.support.tiny_models import edit_json
+
+
+def _asking(**verify: int) -> Job:
+    return Job(Recipe.combine(None, {"verify": {"count": 12, **verify}, "tasks": ["gcd"]}))
+
+
+def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
+    """The default yields to a model that is made for less, and a note says so."""
+    job = fit_context(_asking())
+    assert job.recipe.verify.context_tokens == job.checkpoint.positions == 1024
+    assert job.notes == ("the model is made for 1024 tokens, and is verified with as many",)
+    assert fit_context(_asking(context_tokens=512)).recipe.verify.context_tokens == 512
+
+
+def test_a_recipe_that_asks_for_more_is_refused(tmp_path: Path) -> None:
+    """Before any work, with the most that there is."""
+    job = fit_context(_asking(context_tokens=4096))
+    with pytest.raises(UsageError, match="is 4096, and tiny-reasoner is made for 1024") as caught:
+        check_build(job, tmp_path / "bundle")
+    assert "--set verify.context_tokens=1024" in caught.value.remedy
+    check_build(fit_context(_asking()), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("positions", "target", "advised"),
+    [(1024, "gguf", 1024), (131_072, "gguf", 16_384), (131_072, "raspberry-pi-5", 4096)],
+)
+def test_card_modelfile_and_manifest_name_one_context(
+    contents: bundling.Contents, tmp_path: Path, positions: int, target: str, advised: int
+) -> None:
+    """As much as thoughts need, of what the model and its target have."""
+    dense = Path(shutil.copytree(contents.model.folder, tmp_path / "dense"))
+    edit_json(dense / "config.json", max_position_embeddings=positions)
+    recipe = contents.job.recipe.model_copy(update={"model": str(dense), "target": target})
+    told = replace(contents, job=fit_context(Job(recipe)))
+    bundling.write(tmp_path / "bundle", told)
+
+    generation = Manifest.read(tmp_path / "bundle").generation
+    assert generation.advised_context_tokens == advised
+    assert generation.model_context_tokens == positions
+    assert generation.context_tokens == min(positions, 2048)
+
+    modelfile = (tmp_path / "bundle" / "Modelfile").read_text(encoding="utf-8")
+    assert re.findall(r"num_ctx (\d+)", modelfile) == [str(advised)]
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"--jinja -c (\d+)", card) == [str(advised)]
+    assert re.findall(r"a context length of (\d+)", card) == [str(advised)]
+
+
+def test_a_stretched_rope_counts(contents: bundling.Contents, tmp_path: Path) -> None:
+    """Some configs leave the number of positions as it was before."""
+    folder = Path(shutil.copytree(contents.model.folder, tmp_path / "model"))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("rope_parameters", None)
+    changed = config | {"max_position_embeddings": 256, "rope_scaling": yarn}
+    (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert Checkpoint(folder).positions == 1024
