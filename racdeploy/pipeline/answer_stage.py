@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def answer_prompts(
     """Answer the evaluation prompts with one artifact; what an interrupted run answered counts.
 
     ``files`` are hashes by name; ``again`` repeats a finished run, because its speed counts.
+    Answers of one earlier run come with what the engine counted then.
     """
     inputs = identity(files, respondent.settings, settings, machine)
     stage = place.open("answers", address(__name__) | inputs)
@@ -39,5 +41,11 @@ def answer_prompts(
     answers = respondent.answer(
         lambda: open_engine(backend, artifact, settings), problems, arm, CompletionLog(file)
     )
-    stage.finish({"answers": len(answers.records)})
+    if stage.finished and not again:
+        counted = stage.summary
+        stored = {name: float(value) for name, value in counted.get("stats", {}).items()}
+        return replace(answers, earlier_stats=stored, kernels=str(counted.get("kernels", "")))
+
+    counted = {"stats": dict(answers.stats), "kernels": answers.kernels}
+    stage.finish({"answers": len(answers.records), **counted})
     return answers

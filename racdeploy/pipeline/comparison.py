@@ -169,24 +169,23 @@ class Evaluation:
             *rivals,
         ]
 
-        arms = []
-        notes = []
-        traces: tuple[IdPair, ...] = ()
-
+        found = []
         for one in asked:
             answers = self.answer(one.exported, one.name, self._engine_settings, one.folder)
-            traces = traces or answers.traces
-            arms.append(self._make_arm(one.name, one.quant, one.exported, answers))
+            found.append(answers)
 
+        # Figures of then and of now are not put beside each other.
+        counted_before = all(answers.earlier_stats for answers in found)
+        arms = []
+        notes = []
+
+        for one, answers in zip(asked, found, strict=True):
+            stats = answers.earlier_stats if counted_before else answers.stats
+            arms.append(self._make_arm(one.name, one.quant, one.exported, answers, stats))
             if answers.earlier:
-                count = len(answers.records)
-                notes.append(
-                    f"{answers.earlier} of {count} {one.name} answers are of an earlier "
-                    "run on this machine, with the same artifact and settings; "
-                    "racdeploy bench measures speed"
-                )
+                notes.append(_note_earlier(one.name, answers, counted_before))
 
-        return arms, traces, notes
+        return arms, found[0].traces, notes
 
     def _answer_also(
         self, model: PrunedModel, also: Sequence[ExportResult]
@@ -198,15 +197,23 @@ class Evaluation:
             name = f"pruned, {job.backend}"
             answers = sibling.answer(exported, name, self._engine_settings, model.folder)
 
-            arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers)
+            stats = answers.earlier_stats or answers.stats
+            arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)
             found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
 
         return tuple(found)
 
-    def _make_arm(self, name: str, quant: str, exported: ExportResult, answers: Answers) -> Arm:
+    def _make_arm(
+        self,
+        name: str,
+        quant: str,
+        exported: ExportResult,
+        answers: Answers,
+        stats: Mapping[str, float],
+    ) -> Arm:
         sparsity = exports.measure_sparsity(exported, self.job.prunable_weights)
         known = (exported.size_bytes, quant, sparsity)
-        return Arm(name, answers.records, *known, answers.stats, exported.files, answers.kernels)
+        return Arm(name, answers.records, *known, stats, exported.files, answers.kernels)
 
     def _compare_logits(
         self, model: PrunedModel, pruned: ExportResult, traces: Sequence[IdPair]
@@ -252,6 +259,17 @@ class Evaluation:
         gate = self.job.gate
         limits = (gate.limits(speed.Limits).ratio, gate.limits(memory.Limits).ratio)
         return limits != (None, None)
+
+
+def _note_earlier(name: str, answers: Answers, counted_before: bool) -> str:
+    """Return what a reader must know of answers, and of figures, that are of an earlier run."""
+    note = (
+        f"{answers.earlier} of {len(answers.records)} {name} answers are of an earlier "
+        "run on this machine, with the same artifact and settings"
+    )
+    if counted_before:
+        return f"{note}, and so are speed and memory"
+    return f"{note}; racdeploy bench measures speed"
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

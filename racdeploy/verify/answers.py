@@ -31,7 +31,8 @@ DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
 class Answers:
     """What one artifact answered: a record and trace for each problem and sample, in that order.
 
-    ``stats`` is empty where an ``earlier`` run left some of the answers; ``kernels`` what ran.
+    ``stats`` is empty where an ``earlier`` run left some of the answers; ``earlier_stats`` is what
+    was counted where one such run left them all; ``kernels`` what ran.
     """
 
     records: tuple[Record, ...]
@@ -39,6 +40,7 @@ class Answers:
     stats: Mapping[str, float] = field(default_factory=dict)
     earlier: int = 0
     kernels: str = ""
+    earlier_stats: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:
 
 
 def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Path) -> None:
-    """Same recipe, same results of stages: the same artifact, byte for byte."""
+    """The same artifact, byte for byte, with the speed and memory that the first build measured."""
     again = tmp_path / "again"
     outcome = racdeploy(
         *("build", "--target", "ci-smoke", "--sparsity", 0.5),
@@ -172,6 +172,16 @@ def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Pa
     )
     assert outcome.code == 0, outcome.err
     assert Manifest.read(built).artifacts == Manifest.read(again).artifacts
+
+    first, second = (
+        json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        for folder in (built, again)
+    )
+    for before, after in zip(first["arms"], second["arms"], strict=True):
+        for figure in ("tokens_per_s", "load_ms", "peak_rss_bytes", "kernels"):
+            assert before[figure] == after[figure]
+        assert after["tokens_per_s"] > 0
+    assert any("and so are speed and memory" in note for note in second["notes"])
 
 
 def test_dry_run_does_nothing(tmp_path: Path) -> None:

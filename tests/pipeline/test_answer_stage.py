@@ -1,0 +1,83 @@
+"""Answers that an earlier build left: taken again with what was counted then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.pipeline import answer_stage
+from racdeploy.pipeline.workplace import Workplace
+from racdeploy.recipe import Verification
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import find_tags
+from racdeploy.tasks import Problem
+from racdeploy.verify.answers import Answers, Respondent
+from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
+
+EOS = SPECIAL_TOKENS["<|im_end|>"]
+PROBLEMS = [Problem(f"{i} + 1?", str(i + 1), task="sums") for i in range(3)]
+COUNTED = {"generated_tokens": 3.0, "decode_s": 0.5, "peak_rss_bytes": 7.0}
+
+
+class CountingEngine:
+    """Ends every completion at once, and has counted."""
+
+    def __init__(self) -> None:
+        self.stats = COUNTED
+        self.about = {"kernels": "stock"}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Completion]:
+        return [Completion((EOS,), "stop") for _ in prompts]
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
+    """Answer the problems as a build does, in one work folder."""
+    monkeypatch.setattr(answer_stage, "open_engine", lambda *_: nullcontext(CountingEngine()))
+    write_tokenizer(tmp_path)
+    encoder = PromptEncoder.from_folder(tmp_path)
+    respondent = Respondent(encoder, find_tags(encoder), (EOS,), Verification())
+
+    def run(again: bool = False) -> Answers:
+        return answer_stage.answer_prompts(
+            Workplace(tmp_path / "work"),
+            respondent,
+            PROBLEMS,
+            "dense",
+            tmp_path / "model.gguf",
+            {"model.gguf": "0"},
+            "llamacpp",
+            EngineSettings(),
+            {},
+            again,
+        )
+
+    return run
+
+
+def test_a_second_build_finds_what_the_first_counted(answer: Callable[..., Answers]) -> None:
+    """Speed, memory and kernels, apart from what a run counts itself; a third finds it, too."""
+    first = answer()
+    assert (first.earlier, first.stats, first.earlier_stats) == (0, COUNTED, {})
+
+    for _ in range(2):
+        later = answer()
+        assert (later.earlier, later.stats, later.earlier_stats) == (3, {}, COUNTED)
+        assert later.kernels == first.kernels == "stock"
+
+
+def test_figures_that_have_to_be_new_are_measured_again(answer: Callable[..., Answers]) -> None:
+    """Where speed or memory have a limit, nothing stored counts."""
+    answer()
+    repeated = answer(again=True)
+    assert (repeated.earlier, repeated.stats, repeated.earlier_stats) == (0, COUNTED, {})
