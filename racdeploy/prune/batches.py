@@ -28,13 +28,18 @@ def make_batches(
     tasks: Sequence[str],
     *,
     held_out: bool,
-    tokens: int = TOKENS_PER_BATCH,
+    tokens: int = 0,
 ) -> list[Batch]:
-    """Sort traces by length and group them into batches of at most so many tokens."""
+    """Sort traces by length and group them into batches of at most so many tokens.
+
+    At 0 these are ``TOKENS_PER_BATCH``.
+    """
+    most = tokens or TOKENS_PER_BATCH
+
     groups: list[list[Trace]] = []
     for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
         length = len(trace.ids)  # the longest so far: the others are padded to it
-        if not groups or (len(groups[-1]) + 1) * length > tokens:
+        if not groups or (len(groups[-1]) + 1) * length > most:
             groups.append([])
 
         groups[-1].append(trace)
