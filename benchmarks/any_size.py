@@ -101,7 +101,7 @@ def prune(
 
     checkpoint, traces = Checkpoint(folder), random_traces(folder, tokens)
 
-    def show(label: str, done: int, total: int) -> None:
+    def show(label: str, done: int, total: int, tokens: int = 0) -> None:
         estimate.update(label, done, total)
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = time.perf_counter() - began

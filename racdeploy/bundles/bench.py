@@ -11,7 +11,7 @@ from typing import Any
 
 from racdeploy import export
 from racdeploy.accel import Mode
-from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
+from racdeploy.decoding.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
@@ -20,7 +20,6 @@ from racdeploy.report.tables import Table
 from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import finished_stages
-from racdeploy.verify.answers import Progress
 from racdeploy.verify.baseline import find_dense_arm, read_report
 
 _LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
@@ -174,7 +173,7 @@ def compare(
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
     sides = [("dense", dense, settings), ("pruned", pruned, replace(settings, accel=load.accel))]
 
-    progress = progress or (lambda label, done, loads: None)
+    progress = progress or (lambda label, done, loads, tokens=0: None)
     loads = 2 * (load.rounds + 1)
     rounds: dict[str, list[Round]] = {"dense": [], "pruned": []}
 

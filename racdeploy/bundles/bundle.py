@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
@@ -13,7 +14,7 @@ from racdeploy.runtime.model import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.tasks import Problem, TaskSet
-from racdeploy.verify.answers import Progress, Respondent
+from racdeploy.verify.answers import Respondent
 from racdeploy.verify.baseline import Baseline
 from racdeploy.verify.gate import Gate, read_gate
 

@@ -15,14 +15,14 @@ from racdeploy.accel import STOCK, Mode, kernels
 from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.bundle import Bundle
 from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import Engine, EngineSettings
+from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import find_family
 from racdeploy.report.model import Record, Report, TensorRow
 from racdeploy.storage.stages import Stage
-from racdeploy.verify.answers import Answers, Progress, Respondent, identity
+from racdeploy.verify.answers import Answers, Respondent, identity
 from racdeploy.verify.baseline import Baseline, differences, find_dense_arm
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, StopIds, length_budget

@@ -17,6 +17,7 @@ from racdeploy.cli.options import (
     TraceOptions,
     takes,
 )
+from racdeploy.cli.plan import write_first_line
 
 if TYPE_CHECKING:
     from racdeploy.pipeline.build import Build
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
 @takes(BuildOptions)
 def build(options: BuildOptions) -> None:
     """Prune, export, verify and bundle: the main job."""
+    recipe = options.resolve()
+    console.announce(write_first_line("build", recipe), options.quiet)
+
     from racdeploy.pipeline.job import Job
     from racdeploy.pipeline.preflight import check_build
     from racdeploy.verify.gate import read_gate
 
     read_gate(options.gate)
-    job = Job.at_tier(options.resolve(), options.tier, options.prompts_asked)
+    job = Job.at_tier(recipe, options.tier, options.prompts_asked)
     with _open_build(job, options) as builder:
         if options.dry_run:
             plan = check_build(builder.job, options.out_folder) | builder.plan_pruning()
@@ -48,7 +52,7 @@ def build(options: BuildOptions) -> None:
 @takes(TraceOptions)
 def traces(options: TraceOptions) -> None:
     """Collect the model's chains of thought and print where they are."""
-    with _open_checked(options) as builder:
+    with _open_checked("traces", options) as builder:
         folder, _ = builder.traces()
     console.print_result({"folder": str(folder)}, [folder], options.json_output)
 
@@ -57,15 +61,15 @@ def traces(options: TraceOptions) -> None:
 @takes(PruneOptions)
 def prune(options: PruneOptions) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
-    from racdeploy.pipeline.structure import measure_kept
-    from racdeploy.report.structure import describe_kept
-
-    with _open_checked(options) as builder:
+    with _open_checked("prune", options) as builder:
         if options.dry_run:
             builder.check_server()
             console.print_plan(builder.plan_pruning(), options.json_output)
             return
         pruned = builder.prune()
+
+    from racdeploy.pipeline.structure import measure_kept
+    from racdeploy.report.structure import describe_kept
 
     kept = measure_kept(builder.job.checkpoint, pruned.checkpoint)
     left = describe_kept(kept, pruned.structure)
@@ -82,13 +86,11 @@ def prune(options: PruneOptions) -> None:
 @takes(RecoverOptions)
 def recover(options: RecoverOptions) -> None:
     """Let a pruned model learn from the dense one; print the folder of what it became."""
-    folder = options.folder
-
-    with _open_checked(options) as builder:
+    with _open_checked("recover", options) as builder:
         if options.dry_run:
             console.print_plan(builder.plan_recovery(), options.json_output)
             return
-        model = builder.recover(folder)
+        model = builder.recover(options.folder)
 
     rows = [row.model_dump() for row in model.recovery]
     found = {"folder": str(model.folder), "recovery": rows, "notes": model.notes}
@@ -122,12 +124,15 @@ def export(options: ExportOptions) -> None:
 
 
 @contextmanager
-def _open_checked(options: TraceOptions) -> Iterator[Build]:
+def _open_checked(verb: str, options: TraceOptions) -> Iterator[Build]:
     """Yield the build of a recipe whose model can be asked and pruned."""
+    recipe = options.resolve()
+    console.announce(write_first_line(verb, recipe), options.quiet)
+
     from racdeploy.pipeline.job import Job
     from racdeploy.pipeline.preflight import check_model
 
-    with _open_build(Job(options.resolve()), options) as builder:
+    with _open_build(Job(recipe), options) as builder:
         check_model(builder.job)
         yield builder
 
@@ -135,11 +140,12 @@ def _open_checked(options: TraceOptions) -> Iterator[Build]:
 @contextmanager
 def _open_build(job: Job, options: TraceOptions) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
+    from racdeploy.cli.progress import show_progress
     from racdeploy.pipeline.build import Build
     from racdeploy.prune.processes import join_processes
     from racdeploy.storage.caches import default_work
 
-    with console.progress_bars() as progress, join_processes() as processes:
+    with show_progress(console.err, options.quiet) as progress, join_processes() as processes:
         show = progress if processes.rank == 0 else None
         builder = Build(job, options.work or default_work(), options.threads, show, processes)
         if processes.rank:

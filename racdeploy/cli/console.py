@@ -1,4 +1,4 @@
-"""What commands share: where things are printed, progress bars, how errors end a command."""
+"""What commands share: where things are printed, and how errors end a command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich import progress as bars
 from rich.console import Console
 
 from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
@@ -53,6 +51,12 @@ def print_plan(plan: Mapping[str, object], json_output: bool) -> None:
     """Print what a run would do."""
     shown = {key: f"{value:,}" if type(value) is int else value for key, value in plan.items()}
     print_result(plan, (f"{key}: {value}" for key, value in shown.items()), json_output)
+
+
+def announce(line: str, quiet: bool) -> None:
+    """Say what a command begins with, before anything that takes long."""
+    if not quiet:
+        err.print(line, style="bold", markup=False, soft_wrap=True)
 
 
 def finish(
@@ -106,25 +110,3 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
         err.print("error:", style="bold red", end=" ")
         err.print(str(error), soft_wrap=True, markup=False)
     raise typer.Exit(error.exit_code) from error
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a progress callback: it draws a bar per label on a terminal, nothing elsewhere."""
-    columns = (
-        bars.TextColumn("{task.description:<16}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-    )
-
-    shown: dict[str, bars.TaskID] = {}
-
-    with bars.Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-
-        def advance(label: str, done: int, total: int) -> None:
-            if label not in shown:
-                shown[label] = progress.add_task(label, total=total)
-            progress.update(shown[label], completed=done, total=total)
-
-        yield advance

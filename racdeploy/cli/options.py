@@ -37,6 +37,9 @@ RecoverTokensOpt = Annotated[
     int | None,
     typer.Option(min=0, help="Tokens that the pruned model learns from the dense one; 0 is off."),
 ]
+QuietOpt = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress; errors and the result stay.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
 _Texts = list[str] | None
@@ -69,6 +72,7 @@ class TraceOptions:
     )
     work: WorkOpt = None
     threads: ThreadsOpt = 0
+    quiet: QuietOpt = False
     json_output: JsonOpt = False
 
     def resolve(self) -> Recipe:

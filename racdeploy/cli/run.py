@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, progress_bars, reported
+from racdeploy.cli.console import err, out, print_json, reported
 from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOpt
 
 
@@ -72,13 +72,14 @@ def bench(
 ) -> None:
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
     from racdeploy.bundles import bench as benchmark
+    from racdeploy.cli.progress import show_progress
     from racdeploy.report.terminal import print_table
     from racdeploy.storage.caches import default_work
 
     dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
     load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
 
-    with progress_bars() as progress:
+    with show_progress(err) as progress:
         found = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
 
     if json_output:

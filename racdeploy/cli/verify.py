@@ -7,7 +7,7 @@ from typing import Literal
 
 import typer
 
-from racdeploy.cli.console import finish, print_plan, progress_bars, reported
+from racdeploy.cli.console import err, finish, print_plan, reported
 from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt
 from racdeploy.errors import UsageError
 
@@ -50,6 +50,7 @@ def verify(
     from racdeploy.bundles.bundle import Bundle
     from racdeploy.bundles.served import ServerAnswerer
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
+    from racdeploy.cli.progress import show_progress
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
     from racdeploy.storage.caches import default_work
@@ -61,7 +62,7 @@ def verify(
             remedy="add --server http://…/v1",
         )
 
-    with progress_bars() as progress:
+    with show_progress(err) as progress:
         judged = Bundle(bundle, gate, tier)
         mode = "off" if server else accel
         local = ArtifactAnswerer(judged, work or default_work(), threads, mode, progress)

@@ -16,6 +16,15 @@ Cancel = Callable[[], bool]
 """Asked while something runs; True ends it early."""
 
 
+class Progress(Protocol):
+    """Gets a label, units done and in all, and where the work is tokens, how many since it began.
+
+    It is called as soon as a stage begins, with what is done by then.
+    """
+
+    def __call__(self, label: str, done: int, total: int, tokens: int = 0, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How an engine is loaded; part of the fingerprint of every result."""

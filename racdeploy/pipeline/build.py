@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import export as exports
+from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
-from racdeploy.pipeline.workplace import Progress, Workplace
+from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
@@ -88,7 +89,9 @@ class Build:
         contents = bundling.Contents(artifacts, job, model, counts | origin, report, records)
 
         folder = out or Path(artifacts[0].name)
+        self.place.report("bundle", 0, 1)
         bundling.write(folder, contents)
+        self.place.report("bundle", 1, 1)
         return folder, report
 
     def follow(self) -> None:
@@ -181,7 +184,8 @@ class Build:
             settings = settings.model_copy(update={"packing": "plain"})
 
         metadata = describe_model(self.job, Checkpoint(folder)) if pruned else {}
-        return export_model(self.place, folder, name, settings, metadata, importance)
+        label = "export" if pruned else "export dense"
+        return export_model(self.place, folder, name, settings, metadata, importance, label)
 
     def rivals(self, model: PrunedModel, dense: ExportResult, pruned: ExportResult) -> list[Rival]:
         """Export the dense model in the quants that ``verify.controls`` asks for, in that order.
@@ -316,9 +320,11 @@ class Build:
             ids = renumbered
         jobs = (self.job, *self.job.siblings)
 
-        found = [
-            check_artifact(job, model.checkpoint, artifact, ids, self.threads)
-            for job, artifact in zip(jobs, exported, strict=True)
-        ]
+        found: list[Findings] = []
+        for job, artifact in zip(jobs, exported, strict=True):
+            self.place.report("check files", len(found), len(jobs))
+            found.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
+
+        self.place.report("check files", len(jobs), len(jobs))
 
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))

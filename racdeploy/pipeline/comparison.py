@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import export as exports
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from racdeploy.report.model import DeviationRow, Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.verify import measure
-from racdeploy.verify.answers import Answers, IdPair, Progress, Respondent
+from racdeploy.verify.answers import Answers, IdPair, Respondent
 from racdeploy.verify.checks import memory, speed
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.controls import control_notes
@@ -226,6 +226,7 @@ class Evaluation:
             lambda: open_engine(self.job.backend, pruned.path, exact),
             traces[: self.job.recipe.verify.logit_traces],
             self.job.renumbering(model.folder),
+            self.progress,
         )
 
     def _vocabulary_notes(

@@ -23,10 +23,12 @@ def export_model(
     settings: Export,
     metadata: Mapping[str, Any],
     importance: Path | None = None,
+    label: str = "export",
 ) -> ExportResult:
     """Export a model folder, or find it exported, under a name without suffix.
 
     ``importance`` is the file whose statistic chooses the scales; None takes this model's own.
+    ``label`` names the stage where its progress is shown.
     """
     checkpoint = Checkpoint(folder)
     form = exports.load(settings.format)
@@ -50,7 +52,8 @@ def export_model(
     if stage.finished:
         return ExportResult.from_json(stage.folder, stage.summary)
 
-    report = partial(place.progress, "export") if place.progress else None
+    report = partial(place.progress, label) if place.progress else None
+    place.report(label, 0, 1)  # until it is known how many bytes there are
     path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
     result = exports.write(checkpoint, path, settings, metadata=metadata, progress=report)
 

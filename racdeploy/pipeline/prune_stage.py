@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
+from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Progress, Workplace, address, print_notice
+from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.report.model import BlockRow, LinearRow, StructureRow
@@ -159,6 +160,8 @@ class PruneStage:
     def _walk(
         self, folder: Path, settings: Pruning, traces: Sequence[Trace], within: Path | None
     ) -> dict[str, Any]:
+        self.place.report("prune", 0, self.dense.block_count)
+
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.cost import measured_cost, peak_bytes
         from racdeploy.prune.outline import list_rows, read_outline

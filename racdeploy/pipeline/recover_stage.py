@@ -210,6 +210,7 @@ class RecoverStage:
         if not course.taught:
             return course, [Lesson(0, note="no own answer stays near the dense model's")]
 
+        course.report(0)
         text = self._choose_text(given["text"], course)
         course = replace(course, taught=(*course.taught, *text))
         return course, recover.load(phase.way).recover(course)

@@ -20,6 +20,7 @@ from racdeploy.runtime.thinking import ThinkingTags
 from racdeploy.tasks import TaskSet
 from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, trace_counts
+from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
 
 
@@ -62,11 +63,14 @@ class TraceStage:
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
         context_tokens = longest + settings.max_new_tokens + 1
 
-        eos_ids, progress = self.dense.eos_ids, self.place.progress
+        # The bar is there while the model is loaded.
+        eos_ids = self.dense.eos_ids
+        counter = Counter(self.place.progress, len(problems), eos_ids)
+        counter.keep(out.count())
 
-        with self._answering(context_tokens, stage.folder, checkpoint) as answering:
+        with self._answering(context_tokens, stage.folder, checkpoint, counter) as answering:
             traces = collect(
-                answering, self.encoder, self.tags, eos_ids, problems, settings, out, progress
+                answering, self.encoder, self.tags, eos_ids, problems, settings, out, counter
             )
 
         counts = trace_counts(traces, checkpoint, self.encoder, settings.identity)
@@ -88,11 +92,11 @@ class TraceStage:
 
         if all(processes.all(has_it)):
             with _open(folder, given["settings"]) as engine:
-                processes.serve(partial(_answer, engine))
+                processes.serve(partial(_answer, engine, None))
 
     @contextmanager
     def _answering(
-        self, context_tokens: int, folder: Path, checkpoint: Checkpoint
+        self, context_tokens: int, folder: Path, checkpoint: Checkpoint, counter: Counter
     ) -> Iterator[Answering]:
         """Yield what answers: a server that the recipe names, or the processes of this job."""
         if self._is_served(checkpoint):
@@ -104,6 +108,7 @@ class TraceStage:
                 folder,
                 self.dense.folder,
                 print_notice,
+                counter,
             ) as answering:
                 yield answering
             return
@@ -121,7 +126,7 @@ class TraceStage:
         given = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
 
         with _open(model, settings) as engine:
-            answer = partial(_answer, engine)
+            answer = partial(_answer, engine, counter)
 
             # A process that cannot read a sparse model, which the first wrote, leaves all to it.
             with processes.job("traces", self.describe_code(), given):
@@ -159,5 +164,6 @@ def _open(folder: Path, settings: EngineSettings) -> Engine:
     return engine
 
 
-def _answer(engine: Engine, asked: Asked) -> list[Completion]:
-    return engine.generate(*asked)
+def _answer(engine: Engine, counter: Counter | None, asked: Asked) -> list[Completion]:
+    prompts, sampling = asked
+    return engine.generate(prompts, sampling, counter.on_tokens if counter else None)

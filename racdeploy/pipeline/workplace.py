@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from racdeploy import __version__
+from racdeploy.decoding.engine import Progress
 from racdeploy.extras import installed_version
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.storage.addresses import code_hash
 from racdeploy.storage.stages import Stage
 
-Progress = Callable[[str, int, int], None]
-"""Called with a label, units done and units in all."""
 COMPUTING = ("torch", "transformers")
 """Libraries that compute traces and sparse weights: another version rounds differently."""
 
@@ -28,6 +27,11 @@ class Workplace:
     threads: int = 0
     progress: Progress | None = None
     processes: Processes = ALONE
+
+    def report(self, label: str, done: int, total: int) -> None:
+        """Show how far a stage is, if anybody looks."""
+        if self.progress:
+            self.progress(label, done, total)
 
     def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """Return a stage's folder; what an interrupted run left beside it is reported on stderr."""

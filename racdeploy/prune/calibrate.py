@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from racdeploy import plugins
+from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES, fit_attention
 from racdeploy.errors import UsageError
 from racdeploy.models import widths
@@ -39,7 +40,7 @@ from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remembe
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.rounding import round_to_grid
-from racdeploy.prune.session import Progress, Session
+from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import decide_shares
 from racdeploy.quant import as_grid

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from racdeploy import plugins
+from racdeploy.decoding.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import WINDOW_BYTES
 from racdeploy.prune.batches import TOKENS_PER_BATCH
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.device import choose_device
-from racdeploy.prune.session import Progress
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import read_json, write_atomic
 from racdeploy.storage.memory import resident_bytes
@@ -167,12 +167,12 @@ def measured_cost(
     began = time.perf_counter()
     estimate = TimeLeft(finished)
 
-    def show(label: str, done: int, total: int) -> None:
+    def show(label: str, done: int, total: int, tokens: int = 0) -> None:
         left_s = estimate.update(label, done, total)
         if notify and left_s is not None and left_s > _WORTH_A_LINE_S:
             notify(f"pruning: about {left_s / 60:.0f} min left, by its first block")
         if progress:
-            progress(label, done, total)
+            progress(label, done, total, tokens)
 
     yield show
     if finished and (folder / _FILE).is_file():  # the walk had ended when it was interrupted

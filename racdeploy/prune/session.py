@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from racdeploy.decoding.engine import Progress
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.processes import Processes
 from racdeploy.recipe import Pruning
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

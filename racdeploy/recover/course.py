@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
+from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.prune.session import Progress
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.recipe import Recovery
 from racdeploy.recover.divergence import Direction
@@ -110,7 +110,7 @@ class Course:
     def report(self, done: int) -> None:
         """Say how many tokens were learned."""
         if self.progress:
-            self.progress("recover", min(done, self.tokens), self.tokens)
+            self.progress("recover", min(done, self.tokens), self.tokens, done)
 
     def stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Return a weight as its file will hold it, every zero of the start still there."""

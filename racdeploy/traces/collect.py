@@ -17,9 +17,9 @@ from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem
+from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
 
-Progress = Callable[[str, int, int], None]
 _SHARD_STRIDE = 1_000_003  # a prime above any number of shards: no two seeds share a shard's seed
 Asked = tuple[list[list[int]], Sampling]
 
@@ -73,7 +73,7 @@ def collect(
     problems: Sequence[Problem],
     settings: Traces,
     out: TraceSet,
-    progress: Progress | None = None,
+    counter: Counter | None = None,
 ) -> list[Trace]:
     """Answer every problem and append the traces, shard by shard; finished shards are read back."""
     reader = _Reader(encoder, tags, stop_ids)
@@ -86,6 +86,9 @@ def collect(
             done += len(out.read_shard(out.shard(number)))
         else:
             missing.append(number)
+
+    if counter:
+        counter.keep(done)
 
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
@@ -102,8 +105,8 @@ def collect(
             traces = [reader.trace(index, *row) for index, row in enumerate(rows, number * batch)]
             out.append(number, traces)
             done += len(traces)
-            if progress:
-                progress("traces", done, len(problems))
+            if counter:
+                counter.keep(done)
 
     return out.read()
 

@@ -25,6 +25,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import read_json, write_atomic
 from racdeploy.traces import reload
 from racdeploy.traces.collect import Answering, Asked
+from racdeploy.traces.counter import Counter
 
 _RECORD = "server.json"
 _JOURNAL = "completions.jsonl"
@@ -55,6 +56,7 @@ def answering(
     folder: Path,  # of the trace stage; keeps the server's model, completions until all are there
     dense: Path,  # folder of the model that the server has in the end
     notify: Callable[[str], None],
+    counter: Counter | None = None,
 ) -> Iterator[Answering]:
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
@@ -78,7 +80,7 @@ def answering(
 
             log = CompletionLog(file)
             together = math.ceil(settings.server_concurrency / settings.batch)
-            yield Answering(partial(_answer, engine, log), together)
+            yield Answering(partial(_answer, engine, log, counter), together)
 
         file.unlink(missing_ok=True)
     except EngineError as error:
@@ -105,7 +107,10 @@ def _open_engine(
 
 
 def _answer(
-    engine: OpenAIEngine, log: CompletionLog, asked: Sequence[Asked]
+    engine: OpenAIEngine,
+    log: CompletionLog,
+    counter: Counter | None,
+    asked: Sequence[Asked],
 ) -> list[list[Completion]]:
     """Return the completions of several shards; those that an earlier run received are reused."""
     shards: list[list[Request]] = []
@@ -119,6 +124,8 @@ def _answer(
         ids, sampling, stream = missing[index]
         seed = derive_seed(sampling.seed, stream)
         log.append(ids, seed, completion)
+        if counter:
+            counter.on_completion(completion)
 
     engine.complete(missing, keep)
 

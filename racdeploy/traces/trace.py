@@ -69,6 +69,10 @@ class TraceSet:
             traces += self.read_shard(file)
         return traces
 
+    def count(self) -> int:
+        """Return how many traces there are so far."""
+        return sum(len(self.read_shard(file)) for file in self._shards())
+
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("shard-*.jsonl"))
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from racdeploy import scorers
 from racdeploy.decoding.completion_log import CompletionLog, make_key
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
+from racdeploy.decoding.engine import (
+    Completion,
+    Engine,
+    EngineSettings,
+    Progress,
+    Sampling,
+    ThinkingBudget,
+)
 from racdeploy.errors import EngineError
 from racdeploy.recipe import Verification
 from racdeploy.report.model import Record
@@ -20,7 +27,6 @@ from racdeploy.tasks import Problem
 
 Opener = Callable[[], AbstractContextManager[Engine]]
 Prompts = Sequence[tuple[int, ...]]
-Progress = Callable[[str, int, int], None]
 IdPair = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt ids and completion ids."""
 DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
@@ -76,6 +82,7 @@ class Respondent:
         stats: Mapping[str, float] = {}
         kernels = ""
         if missing:
+            self._report(arm, len(prompts) - len(missing), len(prompts))
             with opener() as engine:
                 self._generate(engine, prompts, missing, arm, log)
                 stats = dict(engine.stats)
@@ -102,12 +109,11 @@ class Respondent:
         sampling = replace(self.sampling(prompts), streams=tuple(missing))
         growing: dict[int, list[int]] = {place: [] for place in missing}
         total = len(prompts)
-
-        def report_progress() -> None:
-            if self.progress:
-                self.progress(f"verify {arm}", total - len(growing), total)
+        tokens = 0
 
         def on_tokens(index: int, ids: Sequence[int]) -> None:
+            nonlocal tokens
+            tokens += len(ids)
             place = missing[index]
             prompt = prompts[place]
             growing[place].extend(ids)
@@ -117,7 +123,8 @@ class Respondent:
             if done is not None:
                 log.append(prompt, place, done)
                 del growing[place]
-                report_progress()
+
+            self._report(arm, total - len(growing), total, tokens)
 
         found = engine.generate([prompts[place] for place in missing], sampling, on_tokens)
         for place, completion in zip(missing, found, strict=True):
@@ -131,8 +138,11 @@ class Respondent:
                     remedy="report it, with the engine's version",
                 )
 
-        growing.clear()
-        report_progress()
+        self._report(arm, total, total, tokens)
+
+    def _report(self, arm: str, done: int, total: int, tokens: int = 0) -> None:
+        if self.progress:
+            self.progress(f"verify {arm}", done, total, tokens)
 
     def sampling(self, prompts: Sequence[Sequence[int]]) -> Sampling:
         settings = self.settings

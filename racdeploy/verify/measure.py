@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import accel
-from racdeploy.decoding.engine import Engine, EngineSettings
+from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.models.renumbering import new_ids, translate
@@ -93,6 +93,7 @@ def compare_logits(
     artifact: Opener,
     traces: Sequence[IdPair],
     old_ids: NDArray[np.int64] | None = None,
+    progress: Progress | None = None,
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None where there are no traces.
 
@@ -107,6 +108,7 @@ def compare_logits(
     if not traces:
         return None
 
+    advance = _count_steps(progress, 3 * len(traces))
     pruning = []
     export = []
     lost = []
@@ -116,6 +118,7 @@ def compare_logits(
         with pruned() as engine:
             for file, trace in zip(files, own, strict=True):
                 np.save(file, predict_completion(engine, trace))
+                advance()
 
         with dense() as engine:
             for file, trace in zip(files, traces, strict=True):
@@ -124,10 +127,12 @@ def compare_logits(
                     lost.append(find_lost_mass(dense_TV, old_ids))
                     dense_TV = dense_TV[:, old_ids]
                 pruning.append(divergences(dense_TV, np.load(file)))
+                advance()
 
         with artifact() as engine:
             for file, trace in zip(files, own, strict=True):
                 export.append(divergences(np.load(file), predict_completion(engine, trace)))
+                advance()
 
     export_kl = [kl_T for kl_T, *_ in export]
     pruning_kl = [kl_T for kl_T, *_ in pruning]
@@ -140,6 +145,18 @@ def compare_logits(
         traces=len(traces),
         lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
     )
+
+
+def _count_steps(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Return what says that one more of so many passes is done; none is so far."""
+    done = itertools.count()
+
+    def advance() -> None:
+        if progress:
+            progress("compare logits", next(done), total)
+
+    advance()
+    return advance
 
 
 def _renumber(

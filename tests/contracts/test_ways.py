@@ -120,7 +120,7 @@ def test_it_says_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def _recover_and_die(course: Course, way: str) -> None:
-    def die(label: str, done: int, total: int) -> None:
+    def die(label: str, done: int, total: int, tokens: int = 0) -> None:
         if done >= total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -506,9 +506,10 @@ def test_a_real_server_gives_the_traces_of_the_engine_and_resumes(
     """
     with running(*llama_cpp_server(model / "model.gguf")) as (url, process):
 
-        def kill(label: str, done: int, total: int) -> None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        def kill(label: str, done: int, total: int, tokens: int = 0) -> None:
+            if done == 2:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
 
         with pytest.raises(EngineError, match="2 completions are kept in") as caught:
             _build(model, tmp_path, url, progress=kill).traces()

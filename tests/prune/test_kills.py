@@ -34,8 +34,8 @@ def _prune(model: str, work: str) -> None:
 def _prune_and_die(model: str, recipe: str, work: str) -> None:
     """Prune until the first block is written."""
 
-    def progress(label: str, done: int, total: int) -> None:
-        if label == "prune":
+    def progress(label: str, done: int, total: int, tokens: int = 0) -> None:
+        if label == "prune" and done:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Build(Job(Recipe.combine(Path(recipe), {"model": model})), Path(work), 1, progress).prune()
