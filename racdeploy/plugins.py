@@ -6,12 +6,15 @@ name and a broken file are different errors.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
 import pkgutil
 from functools import cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
 from racdeploy.extras import PACKAGES, is_installed
@@ -37,11 +40,15 @@ KINDS: dict[str, str] = {
 @cache
 def names(kind: str) -> tuple[str, ...]:
     """Return the plugin names of a kind, sorted, without importing any of them."""
+    folders = [str(folder) for folder in _folders(kind)]
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
+
+
+def _folders(kind: str) -> list[Path]:
     spec = importlib.util.find_spec(KINDS[kind])
     folders = spec.submodule_search_locations if spec else None
     assert folders, f"{KINDS[kind]} is not a package"
-
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
+    return [Path(folder) for folder in folders]
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -63,6 +70,39 @@ def load(kind: str, name: str) -> ModuleType:
                 raise _missing(package) from error
 
         raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
+
+
+def constants(kind: str, name: str) -> dict[str, Any]:
+    """Return the literal constants of a plugin's file, by name, without importing it."""
+    if name not in names(kind):
+        raise unknown(kind, name, names(kind))
+
+    parts = (f"{name}.py", f"{name}/__init__.py")
+    files = [folder / part for folder in _folders(kind) for part in parts]
+    source = next(file for file in files if file.is_file()).read_text(encoding="utf-8")
+
+    found = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign):
+            found.update(_read_assignment(statement))
+    return found
+
+
+def _read_assignment(statement: ast.Assign) -> dict[str, Any]:
+    """Return the names that a statement gives literal values; nothing where it computes them."""
+    try:
+        value = ast.literal_eval(statement.value)
+    except ValueError:
+        return {}
+
+    (target, *_) = statement.targets
+    if isinstance(target, ast.Name):
+        return {target.id: value}
+    if not isinstance(target, ast.Tuple):
+        return {}
+
+    pairs = zip(target.elts, value, strict=True)
+    return {part.id: own for part, own in pairs if isinstance(part, ast.Name)}
 
 
 def require(module: str) -> None:

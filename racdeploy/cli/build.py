@@ -39,9 +39,9 @@ def build(options: BuildOptions) -> None:
     job = Job.at_tier(recipe, options.tier, options.prompts_asked)
     with _open_build(job, options) as builder:
         if options.dry_run:
-            plan = check_build(builder.job, options.out_folder) | builder.plan_pruning()
-            builder.check_server()
-            console.print_plan(plan, options.json_output)
+            plan = check_build(builder.job, options.out_folder)
+            plan |= builder.plan_traces() | builder.plan_pruning()
+            console.print_plan(plan, options.json_output, str(options.out_folder or ""))
             return
         folder, report = builder.run(options.out_folder)
 
@@ -63,8 +63,8 @@ def prune(options: PruneOptions) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
     with _open_checked("prune", options) as builder:
         if options.dry_run:
-            builder.check_server()
-            console.print_plan(builder.plan_pruning(), options.json_output)
+            plan = builder.plan_traces() | builder.plan_pruning()
+            console.print_plan(plan, options.json_output)
             return
         pruned = builder.prune()
 

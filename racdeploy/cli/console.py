@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 INTERRUPTED = 130
+_WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 
 out = Console(highlight=False)
@@ -47,10 +48,15 @@ def print_notes(notes: Iterable[str]) -> None:
         err.print(note, markup=False, soft_wrap=True)
 
 
-def print_plan(plan: Mapping[str, object], json_output: bool) -> None:
+def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = "") -> None:
     """Print what a run would do."""
-    shown = {key: f"{value:,}" if type(value) is int else value for key, value in plan.items()}
-    print_result(plan, (f"{key}: {value}" for key, value in shown.items()), json_output)
+    from racdeploy.cli.plan import write_plan
+
+    if json_output:
+        print_json(plan)
+        return
+    for line in write_plan(plan, min(out.width, _WIDEST), out_folder):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def announce(line: str, quiet: bool) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
+
+Plan = Mapping[str, Any]
+_INDENT = 10  # of what stands beside a heading
+_GIB = 2**30
+_WORTH_NAMING = 0.05 * _GIB
+_EXPECTED_POWER = 0.8
 
 
 def write_first_line(verb: str, recipe: Recipe) -> str:
@@ -44,3 +51,189 @@ def describe_pruning(recipe: Recipe) -> str:
         parts.append(f"then {recipe.recover.tokens:,} tokens learned back")
 
     return ", ".join(parts) or "nothing pruned"
+
+
+def list_groups(plan: Plan, out: str = "") -> dict[str, list[str]]:
+    """Return the sentences of a plan by heading; ``out`` is the folder that was asked for."""
+    groups = {
+        "makes": _describe_made(plan, out),
+        "prunes": _describe_cut(plan),
+        "traces": _describe_traces(plan),
+        "recovers": _describe_recovery(plan),
+        "verifies": _describe_verification(plan),
+        "takes": _describe_cost(plan),
+        "advice": _advise(plan),
+    }
+    return {heading: lines for heading, lines in groups.items() if lines}
+
+
+def write_plan(plan: Plan, width: int, out: str = "") -> list[str]:
+    """Return the lines of a plan, wrapped beside their headings."""
+    import textwrap
+
+    lines = []
+    for heading, sentences in list_groups(plan, out).items():
+        label = heading.ljust(_INDENT)
+        for sentence in sentences:
+            lines += textwrap.wrap(
+                sentence,
+                width,
+                initial_indent=label,
+                subsequent_indent=" " * (_INDENT + 2),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            label = " " * _INDENT
+
+    return lines
+
+
+def _describe_made(plan: Plan, out: str) -> list[str]:
+    from racdeploy.report.tables import readable_bytes
+
+    if "bundle" in plan:
+        return [f"a report on {plan['bundle']}, tier {plan['tier']}"]
+    if "artifact" not in plan:
+        return []
+
+    folder = out or f"{plan['artifact']}/ (--out names another)"
+    size = readable_bytes(plan["artifact_bytes"])
+    return [f"the bundle {folder}", f"with a file of about {size}"]
+
+
+def _describe_cut(plan: Plan) -> list[str]:
+    lines = []
+
+    if "parameters" in plan:
+        thinks = "it thinks" if plan["thinks"] else "it has no thinking tags"
+        parameters = f"{plan['parameters']:,} parameters"
+        lines.append(f"{plan['model']}, {plan['architecture']} with {parameters}; {thinks}")
+    if "keeps" in plan:
+        lines.append(f"keeps {plan['keeps']}")
+    if plan.get("linears_pruned"):
+        dense = plan["linears_kept_dense"]
+        beside = f", {dense} stay dense" if dense else ""
+        lines.append(f"chooses zeros in {plan['linears_pruned']} linears{beside}")
+    if "note" in plan:
+        lines.append(plan["note"])
+
+    return lines
+
+
+def _describe_traces(plan: Plan) -> list[str]:
+    lines = []
+
+    if "trace_prompts" in plan:
+        tokens = plan["trace_tokens_at_most"]
+        lines.append(f"{plan['trace_prompts']} prompts, at most {tokens:,} tokens")
+    if plan.get("traces_from", "transformers") != "transformers":
+        lines.append(f"answered by {plan['traces_from']}")
+    if "trace_server_model" in plan:
+        lines.append(f"the server has {plan['trace_server_model']} and tokenizes as the model does")
+
+    tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most"))
+    if tokens is not None:
+        bound = "" if "prune_tokens" in plan else "at most "
+        lines.append(f"pruning is calibrated on {bound}{tokens:,} tokens")
+
+    return lines
+
+
+def _describe_recovery(plan: Plan) -> list[str]:
+    if "recover_tokens" not in plan:
+        return []
+    return [f"{plan['recover_tokens']:,} tokens, in phases: {plan['recover_phases']}"]
+
+
+def _describe_verification(plan: Plan) -> list[str]:
+    from racdeploy.report.tables import points
+
+    if "evaluation_prompts" not in plan:
+        return []
+
+    prompts = plan["evaluation_prompts"]
+    tokens = plan.get("evaluation_tokens_at_most", plan.get("tokens_at_most"))
+    lines = [f"{prompts} prompts, at most {tokens:,} tokens"]
+    if "dense_answers" in plan:
+        lines.append(f"dense answers: {plan['dense_answers']}")
+
+    drop = points(plan["smallest_detectable_drop"])
+    lines.append(f"can show a loss of accuracy above {drop} points")
+    if plan["smallest_detectable_ratio"]:
+        longer = plan["smallest_detectable_ratio"] - 1
+        lines.append(f"can show thinking that is more than {longer:.0%} longer")
+
+    runs = round(100 * plan["accuracy_power"])
+    margin = points(plan["accuracy_margin"])
+    lines.append(f"margin {margin} points: a model as good as dense passes {runs} times in 100")
+
+    return lines
+
+
+def _describe_cost(plan: Plan) -> list[str]:
+    from racdeploy.report.tables import readable_bytes
+
+    stages = {
+        "traces": ("trace_memory_bytes_at_most",),
+        "pruning": ("prune_memory_bytes", "prune_memory_bytes_at_most"),
+        "recovery": ("recover_memory_bytes_at_most",),
+        "comparing": ("verify_memory_bytes_at_least",),
+    }
+
+    parts = []
+    for stage, keys in stages.items():
+        known = [plan[key] for key in keys if key in plan]
+        if known and known[0] >= _WORTH_NAMING:
+            parts.append(f"{stage} {known[0] / _GIB:.1f} GiB")
+
+    lines = []
+    if parts:
+        lines.append(f"memory: {', '.join(parts)}")
+    if "artifact_bytes" in plan:
+        # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
+        disk = 2 * 2 * plan["parameters"] + 3 * plan["artifact_bytes"]
+        lines.append(f"disk: about {readable_bytes(disk)} in the work folder and the bundle")
+    if "prune_time" in plan:
+        lines.append("time: shown beside each bar, from the first answers or block on")
+    return lines
+
+
+def _advise(plan: Plan) -> list[str]:
+    """Return what would make the run a better one: memory first, without which there is none."""
+    from racdeploy.storage.memory import free_bytes
+
+    return [*list_shortages(plan, free_bytes()), *_advise_on_prompts(plan)]
+
+
+def _advise_on_prompts(plan: Plan) -> list[str]:
+    if plan.get("accuracy_power", 1.0) >= _EXPECTED_POWER:
+        return []
+
+    from racdeploy.report.tables import points
+    from racdeploy.verify.gate import Gate
+    from racdeploy.verify.plan import Expectation, enough_prompts
+
+    expected = Expectation(plan["discordant_share"])
+    enough = enough_prompts(expected, plan["accuracy_margin"], Gate().confidence)
+    drop = points(plan["smallest_detectable_drop"])
+
+    said = f"{plan['evaluation_prompts']} prompts can only show drops above {drop} points"
+    if enough is None:
+        return [f"{said}: allow a wider margin in the gate"]
+    return [f"{said}: raise --prompts to {enough}"]
+
+
+def list_shortages(plan: Plan, free_bytes: int | None) -> Sequence[str]:
+    """Return which stages may need more memory than is free."""
+    if free_bytes is None:
+        return []
+
+    short = []
+    for key, value in plan.items():
+        if "_memory_bytes" in key and value > free_bytes:
+            stage = key.partition("_")[0]
+            short.append(
+                f"{stage} may need {value / _GIB:.1f} GiB of memory, "
+                f"{free_bytes / _GIB:.1f} GiB are free"
+            )
+    return short

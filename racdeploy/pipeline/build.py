@@ -33,7 +33,6 @@ from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.report.model import Report
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
-from racdeploy.traces.server import check_reachable
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.verify.controls import SAME_SIZE, same_size_quants
 
@@ -134,13 +133,6 @@ class Build:
         model = read_pruned(self.job.checkpoint, folder)
         self.plan_recovery()
         return self.recover_stage.run(model, f"{folder.name}-recovered", self.traces)
-
-    def check_server(self) -> None:
-        """Refuse a server that the recipe names and that does not answer, if traces are missing."""
-        checkpoint, settings = self.job.checkpoint, self.job.recipe.traces
-        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
-        if settings.server and not stage.finished:
-            check_reachable(settings, checkpoint)
 
     def plan_recovery(self) -> dict[str, Any]:
         """Return what recovery takes, or raise what would stop it; nothing where it is off."""
@@ -260,6 +252,18 @@ class Build:
             "prune_time": "known after the first block; the time left is printed then",
             **self.plan_recovery(),
         }
+
+    def plan_traces(self) -> dict[str, Any]:
+        """Return which model the trace server has, or raise why it can't answer; nothing else."""
+        job = self.job
+        settings = job.recipe.traces
+        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(job.checkpoint))
+        if not settings.server or stage.finished:
+            return {}
+
+        from racdeploy.traces.server import find_model
+
+        return {"trace_server_model": find_model(settings, job.checkpoint, job.encoder)}
 
     @property
     def place(self) -> Workplace:

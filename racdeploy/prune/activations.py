@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from racdeploy.prune.bounds import WINDOW_BYTES
 from racdeploy.storage.files import disk_errors
-
-WINDOW_BYTES = 64 << 20
 
 
 class Activations:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from racdeploy.prune.bounds import TOKENS_PER_BATCH
 from racdeploy.prune.statistics import PAD
 from racdeploy.traces.trace import Trace
-
-TOKENS_PER_BATCH = 4096
 
 
 @dataclass

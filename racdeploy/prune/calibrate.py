@@ -29,11 +29,12 @@ from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.block_files import BlockFiles
 from racdeploy.prune.blocks import Blocks, put
 from racdeploy.prune.cut import BlockPair, Cut, list_cuts, narrow
+from racdeploy.prune.decision import decide_outline
 from racdeploy.prune.device import choose_device
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.outline import Outline, decide_outline, whole
+from racdeploy.prune.outline import Outline, whole
 from racdeploy.prune.patterns import Pattern, Within, make_pattern
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs

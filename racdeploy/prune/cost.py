@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from racdeploy import plugins
 from racdeploy.decoding.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import WINDOW_BYTES
-from racdeploy.prune.batches import TOKENS_PER_BATCH
-from racdeploy.prune.blocks import Blocks
-from racdeploy.prune.device import choose_device
+from racdeploy.prune.bounds import TOKENS_PER_BATCH, WINDOW_BYTES
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import read_json, write_atomic
 from racdeploy.storage.memory import resident_bytes
@@ -33,6 +29,7 @@ _TRIANGLE = 0.56  # of the Hessian's squares are summed, 36 of 64 in 8 slabs of 
 # In float32, while a linear is solved: Hessian and factor; of a group's largest linear, weights
 # twice, scores, result and what ``kthvalue`` takes, or what the refit keeps. Methods may differ.
 _MATRICES, _COPIES, _REFIT_COPIES, _CUT_MATRICES = 2, 7, 9, 4
+_LIBRARIES_BYTES = 365 << 20  # of torch and transformers, where a plan does without them
 _STARTED_BYTES = 16 << 20  # of torch with its first products; 12 MiB in a tiny model
 _HOLES = 1.4  # the C library keeps what is freed: 1.1 to 1.4 times what is in use, as measured
 _WORTH_A_LINE_S = 60.0  # a shorter wait is over before the line is read
@@ -54,7 +51,7 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     # A prompt token: six values of hidden width, four of feed-forward width; the last logits twice.
     passing = sequences * prompt * (6 * width + 4 * inner)
     logits = 2 * sequences * checkpoint.integer("vocab_size")
-    return resident_bytes() + _FLOAT32 * (weights + cache + passing + logits)
+    return _process_bytes() + _FLOAT32 * (weights + cache + passing + logits)
 
 
 def peak_bytes(
@@ -70,8 +67,8 @@ def peak_bytes(
 
     The process with transformers, the window of hidden states, and the costliest moment of a group.
     """
-    # Making the blocks loads what is loaded before pruning, so that it is among what is resident.
-    width = Blocks(checkpoint, settings.compute, choose_device(settings.device)).widths()[0]
+    process = _process_bytes(checkpoint, settings.device)
+    width = checkpoint.integer("hidden_size")
     groups = _group_shapes(checkpoint)
     block = sum(O * I for shapes in groups for O, I in shapes)
     streams = 2 if settings.match_dense else 1  # of hidden states: sparse, and dense beside it
@@ -85,9 +82,9 @@ def peak_bytes(
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
     passing = _FLOAT32 * batch_tokens * (6 * width + (2 + streams) * inner)
 
-    method = plugins.load("methods", settings.method)
-    matrices = getattr(method, "MATRICES", _MATRICES)
-    copies = getattr(method, "COPIES", _COPIES)
+    method = plugins.constants("methods", settings.method)
+    matrices = method.get("MATRICES", _MATRICES)
+    copies = method.get("COPIES", _COPIES)
     if settings.match_dense:  # targets need the factor
         matrices = max(matrices, _MATRICES)
     if settings.refit_steps:
@@ -96,7 +93,7 @@ def peak_bytes(
         matrices = max(matrices, _CUT_MATRICES)
     if quant:  # weights and pull of the search for codes
         copies += 2
-    surveys = plugins.load("allocations", settings.allocation).SURVEYS
+    surveys = plugins.constants("allocations", settings.allocation)["SURVEYS"]
 
     worst = before = 0  # before: weights of the block's groups that were pruned already
 
@@ -117,7 +114,23 @@ def peak_bytes(
         worst = max(worst, kept + max(gather, solve, effect))
         before += rows * I
 
-    return resident_bytes() + _STARTED_BYTES + round(_HOLES * (window + worst))
+    return process + _STARTED_BYTES + round(_HOLES * (window + worst))
+
+
+def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -> int:
+    """Return what the process takes with all that pruning imports, loaded or not yet.
+
+    Where torch is loaded, so is what a checkpoint needs of transformers: then it is measured.
+    """
+    if "torch" not in sys.modules and device != "cuda":
+        return resident_bytes() + _LIBRARIES_BYTES
+
+    if checkpoint:
+        from racdeploy.prune.blocks import Blocks
+        from racdeploy.prune.device import choose_device
+
+        Blocks(checkpoint, device=choose_device(device))
+    return resident_bytes()
 
 
 def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:
@@ -162,7 +175,7 @@ def measured_cost(
     finished = len([*folder.glob("block-*.json")])
     reset = _reset_peak()
     if _on_gpu():
-        torch.cuda.reset_peak_memory_stats()
+        _cuda().reset_peak_memory_stats()
 
     began = time.perf_counter()
     estimate = TimeLeft(finished)
@@ -183,7 +196,7 @@ def measured_cost(
 
     if not finished:
         resident = resident_bytes("VmHWM") if reset else 0
-        on_gpu = torch.cuda.max_memory_allocated() if _on_gpu() else 0
+        on_gpu = _cuda().max_memory_allocated() if _on_gpu() else 0
         values["measured"] = {
             "seconds": time.perf_counter() - began,
             "peak_bytes": resident + on_gpu if resident else 0,  # 0: the system does not say
@@ -215,7 +228,13 @@ def cost_note(folder: Path) -> str:
 
 
 def _on_gpu() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return "torch" in sys.modules and bool(_cuda().is_initialized())
+
+
+def _cuda() -> Any:
+    import torch
+
+    return torch.cuda
 
 
 def _reset_peak() -> bool:

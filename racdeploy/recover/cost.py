@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from racdeploy import plugins, recover
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import WINDOW_BYTES
+from racdeploy.prune.bounds import WINDOW_BYTES
 from racdeploy.prune.processes import processes_here
 from racdeploy.recover import block_walk, lessons
 from racdeploy.recover.course import Course

@@ -28,6 +28,7 @@ from racdeploy.traces.collect import Answering, Asked
 from racdeploy.traces.counter import Counter
 
 _RECORD = "server.json"
+_LOOKING_S = 20.0  # a plan waits no longer for an answer
 _JOURNAL = "completions.jsonl"
 _QUESTION = "What is 12 times 34?"
 _PROBES = (
@@ -39,12 +40,6 @@ _PROBES = (
     "Привет мир. 你好世界。 नमस्ते दुनिया। مرحبا بالعالم. naïve Straße",
     "🚀 👨‍👩‍👧‍👦 ∀x∈ℝ: ⌈x⌉ ≥ x",
 )
-
-
-def check_reachable(settings: Traces, checkpoint: Checkpoint) -> None:
-    """Refuse a server that does not answer, or does not have the model, before any work."""
-    with _open_engine(settings, checkpoint, EngineSettings(1, 1)):
-        pass
 
 
 @contextlib.contextmanager
@@ -64,7 +59,6 @@ def answering(
     where the server failed; completions that had ended are kept.
     """
     file = folder / _JOURNAL
-    engine_settings = EngineSettings(context_tokens, settings.server_concurrency)
 
     weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if settings.server_reload:
@@ -73,7 +67,7 @@ def answering(
     try:
         with (
             weights,
-            _open_engine(settings, checkpoint, engine_settings) as engine,
+            _open(settings, checkpoint, context_tokens, settings.server_timeout_s) as engine,
         ):
             check_agreement(engine, encoder)
             _record(folder, settings.server_model or engine.model)
@@ -92,17 +86,29 @@ def answering(
         ) from error
 
 
-def _open_engine(
-    settings: Traces, checkpoint: Checkpoint, engine_settings: EngineSettings
+def find_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder) -> str:
+    """Return the name of the model that a server has; it tokenizes as the checkpoint does.
+
+    Raises:
+        EngineError: nothing listens there, or it does not answer in time.
+        UsageError: it has another model.
+    """
+    with _open(settings, checkpoint, 1, min(_LOOKING_S, settings.server_timeout_s)) as engine:
+        check_agreement(engine, encoder)
+        return settings.server_model or engine.model
+
+
+def _open(
+    settings: Traces, checkpoint: Checkpoint, context_tokens: int, timeout_s: float
 ) -> OpenAIEngine:
     return OpenAIEngine(
         settings.server,
-        engine_settings,
+        EngineSettings(context_tokens, settings.server_concurrency),
         tokenizer=TokenizerFiles(checkpoint.folder).file,
         vocabulary=checkpoint.integer("vocab_size"),
         model=reload.choose_name(settings),
         key_env=settings.server_key_env,
-        timeout_s=settings.server_timeout_s,
+        timeout_s=timeout_s,
     )
 
 

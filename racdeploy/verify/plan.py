@@ -12,6 +12,8 @@ from racdeploy.verify.gate import Gate
 from racdeploy.verify.stats import lengths, paired
 
 _TARGET_POWER = 0.8
+_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
+"""Numbers of prompts that people ask for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ def expect_as_before(dense: Arm, pruned: Arm, budget: int) -> Expectation:
         deviation = lengths.length_deviation(before, after, budget)
 
     return Expectation(discordant, deviation, "as in the bundle's own verification")
+
+
+def enough_prompts(expected: Expectation, margin: float, confidence: float) -> int | None:
+    """Return from how many prompts on a model that is as good passes four times of five."""
+    for prompts in _COUNTS:
+        if paired.power(prompts, expected.discordant, margin, confidence) >= _TARGET_POWER:
+            return prompts
+    return None
 
 
 def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> dict[str, Any]:

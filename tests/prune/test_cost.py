@@ -160,14 +160,14 @@ def test_a_long_wait_is_announced_once(tmp_path: Path, monkeypatch: pytest.Monke
         now = [0.0]
         monkeypatch.setattr(cost.time, "perf_counter", lambda now=now: now[0])
         notices: list[str] = []
-        shown: list[tuple[str, int, int]] = []
+        shown: list[tuple[object, ...]] = []
         (folder := tmp_path / f"{block_s}").mkdir()
         with measured_cost(folder, 1 << 30, 1, lambda *p: shown.append(p), notices.append) as show:  # noqa: B023
             for done in (1, 2, 3):
                 now[0] += block_s
                 show("prune", done, 3)
         assert notices == expected
-        assert shown == [("prune", done, 3) for done in (1, 2, 3)]
+        assert shown == [("prune", done, 3, 0) for done in (1, 2, 3)]
         took = f"{3 * block_s:.0f} s"
         assert cost_note(folder).startswith(
             f"pruning took {took}, {took} were expected after its first block; its peak memory was "

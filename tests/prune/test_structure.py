@@ -22,8 +22,9 @@ from racdeploy.prune.assemble import Shape, assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.decision import allocate_units
 from racdeploy.prune.layout import Layout
-from racdeploy.prune.outline import allocate_units, list_rows, read_outline
+from racdeploy.prune.outline import list_rows, read_outline
 from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic

@@ -1,0 +1,6 @@
+"""How much of a pruning is in memory at a time; imports nothing, so that a plan can ask."""
+
+WINDOW_BYTES = 64 << 20
+"""Of hidden states between two blocks; the rest is in a file."""
+TOKENS_PER_BATCH = 4096
+"""Of the sequences that go through a block together."""

@@ -1,0 +1,210 @@
+"""Decide which blocks stay and how wide their parts are, once before the walk.
+
+Blocks first. Widths then follow the errors that a look at the dense model finds: of each block a
+curve over its width, scaled to what the cut alone changes of the block's output. Units go a step at
+a time from where they are missed least.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from racdeploy import plugins
+from racdeploy.prune.allocations import Effect, Observation
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.layout import Layout, find_end, keep_alike
+from racdeploy.prune.outline import FILE, Outline, as_outline, read_outline, whole
+from racdeploy.prune.removal import Removal
+from racdeploy.prune.session import Session
+from racdeploy.prune.survey import survey
+from racdeploy.recipe import Structure
+from racdeploy.storage.files import read_json, write_atomic
+
+
+def decide_outline(session: Session, structure: Structure, within: Path | None) -> Outline:
+    """Return what stays, or read what an earlier run decided: of this walk, or the one before."""
+    processes = session.processes
+    file = session.folder / FILE
+
+    if not processes.ask_first(file.is_file):
+        if within:
+            outline = processes.ask_first(lambda: read_outline(within))
+        else:
+            outline = _decide(session, structure)
+
+        if processes.first:
+            write_atomic(file, json.dumps(asdict(outline), indent=1))
+
+    return as_outline(processes.ask_first(lambda: read_json(file)))
+
+
+def _decide(session: Session, structure: Structure) -> Outline:
+    checkpoint, processes = session.blocks.checkpoint, session.processes
+    outline = whole(checkpoint)
+    share = structure.share("blocks")
+    if share < 1:
+        plugin = plugins.load("structures", "blocks")
+        count = round(share * checkpoint.block_count)
+        chosen = processes.ask_first(lambda: plugin.choose(session, count))
+        outline = Outline(tuple(chosen), {})
+
+    layouts = {}
+    for part in structure.parts:
+        if plugins.load("structures", part).STEP == "width":
+            layouts[part] = outline.layouts(checkpoint, part, structure)
+
+    return Outline(outline.blocks, _share_out(session, outline.blocks, layouts, structure))
+
+
+def _share_out(
+    session: Session,
+    blocks: Sequence[int],
+    layouts: Mapping[str, Sequence[Layout]],
+    structure: Structure,
+) -> dict[str, tuple[int, ...]]:
+    """Return for each part the units of each block: by a survey, or as many everywhere."""
+    surveyed = {}
+    if not structure.uniform and structure.criterion == "error":
+        surveyed = {part: own for part, own in layouts.items() if not own[0].alike}
+
+    curves = _survey(session, blocks, surveyed, structure) if surveyed else {}
+
+    units = {}
+
+    for part, own in layouts.items():
+        share = structure.share(part)
+        if part in curves:
+            counts = allocate_units(own, curves[part], share)
+        else:
+            counts = keep_alike(own, share, uniform=structure.uniform)
+
+        units[part] = tuple(counts)
+
+    return units
+
+
+def _survey(
+    session: Session,
+    blocks: Sequence[int],
+    layouts: Mapping[str, Sequence[Layout]],
+    structure: Structure,
+) -> dict[str, list[dict[int, float]]]:
+    """Return for each part the errors at the end of each block, by the units that stay in it."""
+    family = session.blocks.checkpoint.family
+    places: dict[str, tuple[str, int]] = {}
+
+    for part, own in layouts.items():
+        linear = find_end(family, own[0].letter)
+        for place, block in enumerate(blocks):
+            prefix = session.blocks.prefix(block)
+            places[f"{prefix}.{linear}"] = part, place
+
+    def observe(
+        name: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
+    ) -> Observation:
+        part, place = places[name]
+        layout = layouts[part][place]
+        share = structure.share(part)
+        return observe_widths(weight_OI, hessian, layout, effect, share)
+
+    found = survey(session, list(places), observe)
+
+    curves: dict[str, list[dict[int, float]]] = {}
+    for part in layouts:
+        curves[part] = [{} for _ in blocks]
+
+    for name, observation in found.items():
+        part, place = places[name]
+        for count, error in observation.items():
+            curves[part][place][int(count)] = error
+
+    return curves
+
+
+def observe_widths(
+    weight_OI: torch.Tensor, hessian: Hessian, layout: Layout, effect: Effect, share: float
+) -> Observation:
+    """Return number of units that stay → share of the block's output that changes."""
+    removal = Removal(weight_OI, hessian, layout)
+    nearest = layout.nearest(share)
+
+    losses: dict[int, float] = {}
+    scale = 0.0
+
+    for count in layout.counts:
+        removal.shrink(count)
+        losses[count] = removal.loss
+        if removal.loss > 0 and (count == nearest or not scale):
+            scale = effect(removal.full()) / removal.loss
+
+    return {str(count): scale * loss for count, loss in losses.items()}
+
+
+def allocate_units(
+    layouts: Sequence[Layout], curves: Sequence[Mapping[int, float]], share: float
+) -> list[int]:
+    """Return the units of each block that lose least together, and in all are the share.
+
+    Greedy along the lower hull of each curve, which is where the least sums of several lie.
+    """
+    falls = [_list_falls(curve) for curve in curves]
+
+    heap: list[tuple[float, int, int]] = []
+    for place, own in enumerate(falls):
+        if own:
+            price, _ = own[0]
+            heapq.heappush(heap, (price, place, 0))
+
+    counts = [layout.units for layout in layouts]
+    wanted = share * sum(counts)
+
+    while heap:
+        _, place, step = heapq.heappop(heap)
+        lower = falls[place][step][1]
+        excess = sum(counts) - wanted
+        if excess < (counts[place] - lower) / 2:  # staying is nearer
+            continue
+
+        counts[place] = lower
+        following = step + 1
+        if following < len(falls[place]):
+            price, _ = falls[place][following]
+            heapq.heappush(heap, (price, place, following))
+
+    return counts
+
+
+def _list_falls(curve: Mapping[int, float]) -> list[tuple[float, int]]:
+    """Return price per unit and next count of each step down; prices rise along the lower hull."""
+    counts = sorted(curve, reverse=True)
+    hull = [counts[0]]
+
+    for count in counts[1:]:
+        while len(hull) > 1:
+            above, last = hull[-2:]
+            if _price(curve, above, last) <= _price(curve, last, count):
+                break
+            hull.pop()
+
+        hull.append(count)
+
+    falls: list[tuple[float, int]] = []
+
+    for above, below in itertools.pairwise(hull):
+        price = _price(curve, above, below)
+        for count in counts:
+            if below <= count < above:
+                falls.append((price, count))
+
+    return falls
+
+
+def _price(curve: Mapping[int, float], above: int, below: int) -> float:
+    return (curve[below] - curve[above]) / (above - below)
