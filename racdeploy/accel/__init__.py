@@ -26,6 +26,7 @@ __all__ = [
     "Mode",
     "Proof",
     "build_installed",
+    "can_be_built",
     "choose_graph",
     "enable",
     "forget",
@@ -78,6 +79,16 @@ def readiness(engine: str = "llama.cpp") -> tuple[Path, Proof] | str:
     """Return the library that is used with an engine and its proof, or why there is none."""
     _, find_kernels = _ENGINES[engine]
     return proof.readiness(find_kernels())
+
+
+def can_be_built(engine: str) -> bool:
+    """Return whether an engine could have kernels on this machine and has none yet."""
+    if engine not in _ENGINES:
+        return False
+
+    _, find_kernels = _ENGINES[engine]
+    found = find_kernels()
+    return not isinstance(found, str) and found.library.find() is None
 
 
 def kernels(mode: Mode) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli import console
+from racdeploy.cli.next_steps import advise, list_commands
 from racdeploy.cli.options import (
     BuildOptions,
     ExportOptions,
@@ -45,7 +47,12 @@ def build(options: BuildOptions) -> None:
             return
         folder, report = builder.run(options.out_folder)
 
-    console.finish(report, options.json_output, f"bundle: {folder}", job.gate)
+    commands = list_commands(builder.job, folder, options.work, sys.argv[1:])
+    if kernels := advise(report, builder.job):
+        commands.append(kernels)
+
+    last = ["", f"bundle: {folder}", "next:", *(f"  {command}" for command in commands)]
+    console.finish(report, options.json_output, last, job.gate)
 
 
 @console.reported

@@ -6,7 +6,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -66,18 +66,23 @@ def announce(line: str, quiet: bool) -> None:
 
 
 def finish(
-    report: Report, json_output: bool, last_line: str, gate: Gate, exit_zero: bool = False
+    report: Report,
+    json_output: bool,
+    last_lines: Sequence[str],
+    gate: Gate,
+    exit_zero: bool = False,
 ) -> None:
     """Print a report and end with its verdict's exit code, or with 0 where it only reports."""
-    from racdeploy.report.terminal import print_report
+    from racdeploy.report.terminal import print_report, print_verdict
 
     if json_output:
         print_json(report.model_dump(mode="json"))
     else:
         print_report(report, out)
 
-    if last_line:
-        err.print(last_line, markup=False, soft_wrap=True)
+    print_notes(last_lines)
+    if not json_output:
+        print_verdict(report, out)
 
     code = exit_code_of(report.verdict, gate.inconclusive)
     if code and not exit_zero:

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from racdeploy.cli.console import err, out, print_json, reported
+from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOpt
 
 
@@ -35,7 +36,8 @@ def run(
     Manifest.read(bundle).artifacts[0].check(bundle)
 
     with load(bundle, threads=threads, accel=accel) as model:
-        _print_kernels(model.engine.about.get("kernels", ""), accel)
+        zeros = model.manifest.pruning.get("sparsity", 0.0)
+        _print_kernels(model.engine.about.get("kernels", ""), accel, zeros)
         result = model.generate(
             prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed
         )
@@ -73,6 +75,7 @@ def bench(
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
+    from racdeploy.manifest import Manifest
     from racdeploy.report.terminal import print_table
     from racdeploy.storage.caches import default_work
 
@@ -90,10 +93,12 @@ def bench(
     if payoff := found.payoff():
         out.print(payoff, markup=False, soft_wrap=True)
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
-    _print_kernels(found.kernels, accel)
+    zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
+    _print_kernels(found.kernels, accel, zeros)
 
 
-def _print_kernels(kernels: str, accel: Kernels) -> None:
-    """Say in one line what ran a model, where sparse kernels were not switched off."""
-    if kernels and accel != "off":
+def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
+    """Say in one line what ran a model, where its zeros make that a question."""
+    matters = zeros >= WORTH_KERNELS or kernels.startswith("sparse")
+    if kernels and matters and accel != "off":
         err.print(f"kernels: {kernels}", style="dim", markup=False, soft_wrap=True)

@@ -83,4 +83,4 @@ def verify(
         write_atomic(html_file, html.render(report, records))
     if reports:
         write_reports(reports, report, records)
-    finish(report, json_output, "", again.gate, exit_zero)
+    finish(report, json_output, (), again.gate, exit_zero)

@@ -280,6 +280,10 @@ class DeviationRow(_Part):
     reason: str
 
 
+VECTORS_IN_F32 = "vectors are stored in f32"
+"""Why norms and biases have no number format of the linears, in every file of every format."""
+
+
 class TensorRow(_Part):
     """How one tensor was exported.
 

@@ -1,6 +1,12 @@
-"""A report on a terminal: rich tables, or aligned plain text in a file or a pipe."""
+"""A report on a terminal: rich tables, or aligned plain text in a file or a pipe.
+
+No word is broken on a terminal of 80 columns: a table that is too wide is turned on its side, or
+becomes a list.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -8,24 +14,38 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from racdeploy.report.front import who_wins
+from racdeploy.report.gains import describe_gains
 from racdeploy.report.model import Report
 from racdeploy.report.tables import Table, explanation, headline, plain, tables
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
+_ROWS = 20
+_BORDERS = 3  # characters that a column takes beside its cells
+_STEP = "next step"  # a column of sentences, most of them empty
+_FEW = 4  # rows that can be columns
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the report; cells are text, never rich markup."""
-    _print_line(console, headline(report), _STYLES[report.verdict])
+    print_verdict(report, console)
     if reasons := explanation(report):
         _print_line(console, reasons)
 
+    steps: dict[str, list[str]] = {}
     for table in tables(report):
+        if console.is_terminal and table.columns[-1] == _STEP:
+            steps = _list_steps(table)
+            table = _leave_out_last(table)
         _print_line(console, "")
-        print_table(table, console)
+        _print_shortened(table, console)
 
-    notes = [plain(note) for note in report.notes]
-    for title, lines in (("Who wins where", who_wins(report)), ("Notes", notes)):
+    lists = {
+        "Next steps": [f"{', '.join(names)}: {step}" for step, names in steps.items()],
+        "Who wins where": who_wins(report),
+        "Notes": [plain(note) for note in report.notes],
+        "What was gained": describe_gains(report),
+    }
+    for title, lines in lists.items():
         if lines:
             _print_line(console, "")
             _print_line(console, title)
@@ -33,13 +53,52 @@ def print_report(report: Report, console: Console) -> None:
             _print_line(console, f"- {line}")
 
 
+def print_verdict(report: Report, console: Console) -> None:
+    """Print the verdict and what it is about, on one line."""
+    _print_line(console, headline(report), _STYLES[report.verdict])
+
+
 def print_table(table: Table, console: Console) -> None:
     """Print a table; no cell is cut short, however narrow the terminal is."""
-    if console.is_terminal:
-        console.print(_rich(table))
+    if not console.is_terminal:
+        for line in _align(table):
+            _print_line(console, line)
         return
-    for line in _align(table):
-        _print_line(console, line)
+
+    widths = _fit(table, console.width)
+    if widths is None and len(table.rows) <= _FEW < len(table.columns):
+        table = _turn(table)
+        widths = _fit(table, console.width)
+
+    if widths is None:
+        _print_list(table, console)
+    else:
+        console.print(_rich(table, widths))
+
+
+def _list_steps(table: Table) -> dict[str, list[str]]:
+    """Return what the last column says, with the rows that it says it of."""
+    steps: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row[-1]:
+            steps.setdefault(row[-1], []).append(row[0])
+    return steps
+
+
+def _leave_out_last(table: Table) -> Table:
+    rows = tuple(row[:-1] for row in table.rows)
+    return Table(table.title, table.columns[:-1], rows)
+
+
+def _print_shortened(table: Table, console: Console) -> None:
+    """Print a table of a report; on a terminal the end of a long one is left to the browser."""
+    more = len(table.rows) - _ROWS
+    if not console.is_terminal or more <= 0:
+        print_table(table, console)
+        return
+
+    print_table(Table(table.title, table.columns, table.rows[:_ROWS]), console)
+    _print_line(console, f"{more} more rows are in report.html", "dim")
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:
@@ -48,10 +107,50 @@ def _print_line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=wrap_softly)
 
 
-def _rich(table: Table) -> RichTable:
+def _fit(table: Table, width: int) -> list[int] | None:
+    """Return column widths that break no word; None where there is no room for them."""
+    columns = list(zip(table.columns, *table.rows, strict=True))
+    least = [max(map(_longest_word, column)) for column in columns]
+    widths = [max(map(cell_len, column)) for column in columns]
+
+    room = width - _BORDERS * len(columns) - 1
+    if sum(least) > room:
+        return None
+
+    while sum(widths) > room:
+        shrinkable = [place for place, own in enumerate(widths) if own > least[place]]
+        widest = max(shrinkable, key=widths.__getitem__)
+        widths[widest] -= 1
+
+    return widths
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
+
+
+def _turn(table: Table) -> Table:
+    """Return the table with a column for each row."""
+    head, *rows = zip(table.columns, *table.rows, strict=True)
+    return Table(table.title, head, tuple(rows))
+
+
+def _print_list(table: Table, console: Console) -> None:
+    """Print each row as a paragraph."""
+    _print_line(console, table.title, "bold")
+
+    for row in table.rows:
+        _print_line(console, row[0])
+        for column, cell in zip(table.columns[1:], row[1:], strict=True):
+            if cell:
+                _print_line(console, f"  {column}: {cell}")
+
+
+def _rich(table: Table, widths: Sequence[int]) -> RichTable:
     rich_table = RichTable(title=Text(table.title), title_justify="left")
-    for column in table.columns:
-        rich_table.add_column(Text(column), overflow="fold")
+    for column, width in zip(table.columns, widths, strict=True):
+        rich_table.add_column(Text(column), width=width, overflow="fold")
+
     for row in table.rows:
         cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row]
         rich_table.add_row(*cells)

@@ -430,8 +430,11 @@ def test_where_kernels_are_not_built_a_bundle_runs_as_ever(
 
 
 def test_run_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line on stderr; stdout holds the answer alone."""
+    """In one line on stderr where there are zeros; stdout holds the answer alone."""
     bundle = make_bundle(tmp_path)
+    manifest = bundle / "racdeploy.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"pruning": {"sparsity": 0.5}}))
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "none"))
     outcome = CliRunner().invoke(app, ["run", str(bundle), "2 + 2?", "--json"])
     assert outcome.exit_code == 0

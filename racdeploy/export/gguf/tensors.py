@@ -21,6 +21,7 @@ from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
 from racdeploy.models.families import Family
 from racdeploy.quant.presets import Choice, Mix
+from racdeploy.report.model import VECTORS_IN_F32
 
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
@@ -194,8 +195,8 @@ def _choose(
 ) -> Choice:
     is_router = name.endswith(".ffn_gate_inp.weight")
     if len(shape) == 1 or is_router:
-        which = "the router of experts is" if is_router else "vectors are"
-        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else f"{which} stored in f32")
+        why = "the router of experts is stored in f32" if is_router else VECTORS_IN_F32
+        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else why)
 
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied, usual_names)
     chosen = choice.quant

@@ -20,6 +20,7 @@ from racdeploy.models.checkpoint import Checkpoint, widen
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, split_arrays
 from racdeploy.quant.matmulnbits import BLOCK
+from racdeploy.report.model import VECTORS_IN_F32
 
 _FALLBACK = "f16"
 _WIDE = "matmulnbits_8"
@@ -55,7 +56,7 @@ def plan_tensors(
 
 def _choose(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple[str, str]:
     if len(shape) == 1:
-        return "f32", "" if quant == "f32" else "vectors are stored in f32"
+        return "f32", "" if quant == "f32" else VECTORS_IN_F32
 
     chosen, reason = quant, ""
     if dense and quants.is_blocks(quant) and quant != _WIDE:

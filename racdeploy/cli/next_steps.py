@@ -1,0 +1,74 @@
+"""What to do with a bundle that was just built, as commands that can be copied."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from racdeploy.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from racdeploy.pipeline.job import Job
+    from racdeploy.report.model import Report
+
+WORTH_KERNELS = 0.3
+"""Share of zeros from which on kernels for sparse weights are worth a word."""
+_LONGEST = 60  # characters of a question that is copied into a command
+_OPENERS = {"darwin": "open", "win32": "start"}
+
+
+def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence[str]) -> list[str]:
+    """Return what can be done with the bundle now; ``arguments`` built it."""
+    questions = [problem.question for problem in job.problems("evaluation")]
+    fitting = [each for each in questions if len(each) <= _LONGEST and "\n" not in each]
+    question = fitting[0] if fitting else "What is 12 times 34?"
+    beside = ["--work", str(work)] if work else []
+
+    commands = [
+        ["racdeploy", "run", str(folder), question],
+        ["racdeploy", "verify", str(folder)],
+        ["racdeploy", "bench", str(folder), *beside],
+        [_OPENERS.get(sys.platform, "xdg-open"), str(folder / "report.html")],
+    ]
+
+    if shrinks(job):
+        commands.append(["racdeploy", *arguments, "--packing", "bitmask"])
+    return [shlex.join(command) for command in commands]
+
+
+def advise(report: Report, job: Job) -> str:
+    """Return which kernels would make the zeros pay, or an empty string."""
+    from racdeploy import accel
+
+    pruned = next((arm for arm in report.arms if arm.name == "pruned"), None)
+    zeros = (pruned.sparsity or 0.0) if pruned else 0.0
+    engine = {"llamacpp": "llama.cpp"}.get(job.backend, job.backend)
+
+    if zeros >= WORTH_KERNELS and accel.can_be_built(engine):
+        return "racdeploy accel build"
+    return ""
+
+
+def shrinks(job: Job) -> bool:
+    """Return whether a packing would make the file smaller, which the recipe does not ask for."""
+    from racdeploy import packing, plugins
+
+    export = job.recipe.export
+    if export.packing != "plain" or export.format != "gguf":
+        return False
+
+    name = plugins.load("presets", export.quant).QUANT if _is_preset(export.quant) else export.quant
+    try:
+        keeps_zeros = plugins.load("quant", name).PRESERVES_ZERO
+        return keeps_zeros and not packing.load("bitmask").fits(name, job.recipe.prune.sparsity)
+    except MissingExtraError:
+        return False
+
+
+def _is_preset(quant: str) -> bool:
+    from racdeploy import plugins
+
+    return quant in plugins.names("presets")

@@ -1,0 +1,109 @@
+"""What to do with a new bundle: commands that can be copied as they stand."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy import accel
+from racdeploy.cli import run
+from racdeploy.cli.app import app
+from racdeploy.cli.next_steps import advise, list_commands, shrinks
+from racdeploy.pipeline.job import Job
+from racdeploy.recipe import Recipe
+from racdeploy.report.model import Report
+from tests.support.sample_report import build_report
+
+
+@pytest.fixture
+def report() -> Report:
+    return build_report()
+
+
+def _job(**values: Any) -> Job:
+    return Job(Recipe.combine(None, values))
+
+
+def test_commands_name_the_bundle_and_a_question_of_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is one that the command line takes; names with spaces are quoted."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    folder = tmp_path / "my bundle"
+    job = _job()
+    commands = [shlex.split(each) for each in list_commands(job, folder, tmp_path, ["build"])]
+    questions = {problem.question for problem in job.problems("evaluation")}
+
+    assert commands[0][:3] == ["racdeploy", "run", str(folder)]
+    assert commands[0][3] in questions
+    assert commands[1:] == [
+        ["racdeploy", "verify", str(folder)],
+        ["racdeploy", "bench", str(folder), "--work", str(tmp_path)],
+        ["xdg-open", str(folder / "report.html")],
+    ]
+    for verb in ("run", "verify", "bench"):
+        assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"prune": {"sparsity": 0.5}}, True),
+        ({}, False),
+        ({"prune": {"sparsity": 0.5}, "export": {"quant": "q4_k"}}, False),
+        ({"prune": {"sparsity": 0.5}, "export": {"quant": "sparse_q8"}}, True),
+        ({"prune": {"sparsity": 0.5}, "export": {"packing": "bitmask"}}, False),
+        ({"prune": {"sparsity": 0.5}, "target": "onnx"}, False),
+    ],
+)
+def test_packing_is_advised_where_it_makes_the_file_smaller(
+    values: dict[str, Any], expected: bool
+) -> None:
+    """Zeros that the format keeps, and no packing yet; the same command with one option more."""
+    job = _job(**values)
+    assert shrinks(job) == expected
+    last = list_commands(job, Path("b"), None, ["build", "--sparsity", "0.5"])[-1]
+    again = "racdeploy build --sparsity 0.5 --packing bitmask"
+    assert (last == again) == expected
+
+
+@pytest.mark.parametrize(
+    ("zeros", "possible", "advice"),
+    [(0.5, True, "racdeploy accel build"), (0.5, False, ""), (0.0, True, "")],
+)
+def test_kernels_are_advised_where_zeros_and_processor_are_there(
+    report: Report,
+    monkeypatch: pytest.MonkeyPatch,
+    zeros: float,
+    possible: bool,
+    advice: str,
+) -> None:
+    """And are not built yet."""
+    monkeypatch.setattr(accel, "can_be_built", lambda engine: possible)
+    dense, pruned, *_ = report.arms
+    arms = (dense, pruned.model_copy(update={"sparsity": zeros}))
+    assert advise(report.model_copy(update={"arms": arms}), _job()) == advice
+
+
+@pytest.mark.parametrize(
+    ("kernels", "zeros", "said"),
+    [
+        ("llama.cpp's own kernels: not built", 0.0, False),
+        ("llama.cpp's own kernels: not built", 0.5, True),
+        ("sparse avx2 kernels for 28 matrices", 0.1, True),
+        ("", 0.5, False),
+    ],
+)
+def test_what_ran_a_model_is_said_where_it_matters(
+    capsys: pytest.CaptureFixture[str], kernels: str, zeros: float, said: bool
+) -> None:
+    """Not of a model without zeros, which has nothing to gain."""
+    run._print_kernels(kernels, "auto", zeros)
+    assert ("kernels: " in capsys.readouterr().err) == said
+    run._print_kernels(kernels, "off", zeros)
+    assert capsys.readouterr().err == ""
