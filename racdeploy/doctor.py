@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 from racdeploy import accel
 from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.storage.caches import default_work
+from racdeploy.storage.cores import available_cores, multiplies_bfloat16
+from racdeploy.storage.memory import free_bytes
 
 
 def examine() -> list[dict[str, str]]:
-    """Return findings: ``what``, ``state`` (ok, missing, or unused: not needed), ``detail``."""
+    """Return findings: ``what``, ``state`` (ok, missing, or unused: not needed), ``detail``.
+
+    An extra that is not installed is not needed until somebody asks for what it brings.
+    """
     return [
         _finding("python", True, sys.version.split()[0]),
         *(_examine_package(package) for package in OPTIONAL),
         _examine_model(),
         _examine_work(),
-        _finding("cpu", True, f"{os.cpu_count()} cores"),
+        _examine_cores(),
+        _examine_memory(),
+        _examine_gpu(),
+        _examine_compiler(),
+        _examine_llama(),
         _examine_kernels("sparse kernels", "llama.cpp"),
         _examine_kernels("sparse operator", "onnxruntime"),
     ]
@@ -31,7 +42,7 @@ def _examine_package(package: Package) -> dict[str, str]:
         return _finding(package.name, True, found)
 
     install = f'pip install "racdeploy[{package.extra}]"'
-    return _finding(package.name, False, f"needed for {package.purpose}: {install}")
+    return _unused(package.name, f"needed for {package.purpose}: {install}")
 
 
 def _examine_model() -> dict[str, str]:
@@ -47,12 +58,53 @@ def _examine_work() -> dict[str, str]:
     return _finding("work folder", os.access(parent, os.W_OK), detail)
 
 
+def _examine_cores() -> dict[str, str]:
+    products = "with" if multiplies_bfloat16() else "without"
+    cores = f"{available_cores()} of {os.cpu_count()} cores"
+    return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
+
+
+def _examine_memory() -> dict[str, str]:
+    free = free_bytes()
+    known = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
+    return _finding("memory", True, known)
+
+
+def _examine_gpu() -> dict[str, str]:
+    """Look for a driver, without loading torch."""
+    program = shutil.which("nvidia-smi")
+    if program:
+        return _finding("gpu", True, f"driver found: {program}")
+    return _unused("gpu", "none found; everything runs on CPUs")
+
+
+def _examine_compiler() -> dict[str, str]:
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found:
+        return _finding("compiler", True, found)
+    return _unused("compiler", "none found; accel build and llama-cpp-python's source need one")
+
+
+def _examine_llama() -> dict[str, str]:
+    """Say what llama.cpp was built with, asked in a process of its own."""
+    if not is_installed("llama_cpp"):
+        return _unused("llama.cpp", 'not installed: pip install "racdeploy[llamacpp]"')
+
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        return _finding("llama.cpp", False, f"does not load: {done.stderr.strip()[-200:]}")
+
+    features = re.findall(r"(\w+) = 1", done.stdout)
+    return _finding("llama.cpp", True, f"built with {', '.join(features)}")
+
+
 def _examine_kernels(what: str, engine: str) -> dict[str, str]:
     """Say whether an engine's sparse weights run on our kernels, and which weights these are."""
     ready = accel.readiness(engine)
     if isinstance(ready, str):
         detail = f"models run on {engine}'s own: {ready}"
-        return {"what": what, "state": "unused", "detail": detail}
+        return _unused(what, detail)
 
     library, proof = ready
     formats = [f"{quant} from {zeros:.0%} zeros on" for quant, zeros in proof.faster_from.items()]
@@ -68,6 +120,10 @@ def _describe_kept() -> str:
 
     size_mb = sum(file.stat().st_size for file in kept) / 1e6
     return f"; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
+
+
+def _unused(what: str, detail: str) -> dict[str, str]:
+    return {"what": what, "state": "unused", "detail": detail}
 
 
 def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:

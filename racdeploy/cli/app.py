@@ -6,12 +6,13 @@ all is well, and 130 where a run was interrupted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from racdeploy import __version__
-from racdeploy.cli import build, run, tools, verify
+from racdeploy.cli import build, cache, run, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -19,22 +20,41 @@ app = typer.Typer(
     help="Prune a reasoning model on its own chain of thought, export it, "
     "and prove that it still reasons.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 accel_app = typer.Typer(
     no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md."
 )
 app.add_typer(accel_app, name="accel")
+cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
+app.add_typer(cache_app, name="cache")
 
-for command in (build.build, build.traces, build.prune, build.recover, build.export, verify.verify):
-    app.command()(command)
-for command in (run.run, run.bench, tools.inspect, tools.unpack, tools.targets):
-    app.command()(command)
-app.command(name="plugins")(tools.list_plugins)
-app.command()(tools.init)
-app.command()(tools.doctor)
-accel_app.command(name="build")(tools.build_kernels)
+_VERBS: dict[str, tuple[Callable[..., None], str]] = {
+    "build": (build.build, "racdeploy build ./my-model --sparsity 0.5 --out bundle"),
+    "traces": (build.traces, "racdeploy traces ./my-model --trace-prompts 64"),
+    "prune": (build.prune, "racdeploy prune ./my-model --keep ffn=0.75"),
+    "recover": (build.recover, "racdeploy recover ./my-model PRUNED --recover-tokens 1000000"),
+    "export": (build.export, "racdeploy export ./my-model --quant q8_0"),
+    "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
+    "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
+    "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
+    "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
+    "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
+    "targets": (tools.targets, "racdeploy targets"),
+    "plugins": (tools.list_plugins, "racdeploy plugins"),
+    "init": (tools.init, "racdeploy init recipe.toml"),
+    "doctor": (tools.doctor, "racdeploy doctor"),
+}
+
+for verb, (command, example) in _VERBS.items():
+    app.command(name=verb, epilog=f"Example: {example}")(command)
+
+_VERSION = typer.Option("--version", metavar="", help="Print the version.")
+_BUILD_KERNELS = "Example: racdeploy accel build"
+cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
+cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
+accel_app.command(name="build", epilog=_BUILD_KERNELS)(tools.build_kernels)
 
 
 def main() -> None:
@@ -44,7 +64,7 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, _VERSION] = False,
 ) -> None:
     if version:
         out.print(__version__)

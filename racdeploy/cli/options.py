@@ -20,9 +20,16 @@ O = TypeVar("O")
 Kernels = Literal["auto", "off", "require"]
 """As accel.Mode, whose import takes as long as all of --help."""
 
-TargetOpt = Annotated[str | None, typer.Option(help="Where it will run; see: racdeploy targets.")]
-QuantOpt = Annotated[str | None, typer.Option(help="Number format of the linears.")]
-PackingOpt = Annotated[str | None, typer.Option(help="How zeros are left out.")]
+TargetOpt = Annotated[
+    str | None, typer.Option(help="Where it will run, default: gguf; see: racdeploy targets.")
+]
+QuantOpt = Annotated[
+    str | None,
+    typer.Option(help="Number format of the linears; default: q8_0, or the target's."),
+]
+PackingOpt = Annotated[
+    str | None, typer.Option(help="How zeros are left out; default: plain, none are.")
+]
 GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see docs/gate.md.")]
 TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
@@ -31,16 +38,18 @@ AccelOpt = Annotated[
     Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
 ]
 DryRunOpt = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")
+    bool,
+    typer.Option("--dry-run", metavar="", help="Check all, print the plan, do nothing."),
 ]
 RecoverTokensOpt = Annotated[
     int | None,
     typer.Option(min=0, help="Tokens that the pruned model learns from the dense one; 0 is off."),
 ]
 QuietOpt = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress; errors and the result stay.")
+    bool,
+    typer.Option("--quiet", "-q", metavar="", help="Show no progress, only errors and results."),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonOpt = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
 _Texts = list[str] | None
 _KIND = Parameter.KEYWORD_ONLY
@@ -66,7 +75,7 @@ class TraceOptions:
     )
     task: _Texts = _option(None, help="Task to verify on: a name or jsonl:FILE; repeatable.")
     calibration_task: _Texts = _option(None, help="Task for the traces; default: --task.")
-    trace_prompts: int | None = _option(None, min=1, help="Calibration prompts.")
+    trace_prompts: int | None = _option(None, min=1, help="Calibration prompts; default: 256.")
     trace_server: str | None = _option(
         None, help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
     )
@@ -103,12 +112,19 @@ class PruneOptions(TraceOptions):
     keep: _Texts = _option(
         None,
         metavar="PART=SHARE",
-        help="How much of ffn, heads, groups, blocks or vocabulary stays; repeatable.",
+        help="How much of ffn, heads, groups, blocks or vocabulary stays; repeatable; "
+        "default: the target's.",
     )
-    sparsity: str | None = _option(None, metavar="SHARE", help="Fraction of zeros, 0 to 1.")
-    pattern: str | None = _option(None, help="unstructured, or N:M with N kept of M.")
-    method: str | None = _option(None, help="Pruning method.")
-    calibration: str | None = _option(None, help="rac (prompt and thinking) or prompt.")
+    sparsity: str | None = _option(
+        None,
+        metavar="SHARE",
+        help="Fraction of zeros, 0 to 1; default: 0, or 0.5 where zeros are asked for.",
+    )
+    pattern: str | None = _option(None, help="N:M with N kept of M, or unstructured, the default.")
+    method: str | None = _option(None, help="Pruning method; default: sparsegpt.")
+    calibration: str | None = _option(
+        None, help="rac, the default: prompt and thinking; or prompt."
+    )
     recover_tokens: RecoverTokensOpt = None
     vocabulary_text: _Texts = _option(
         None, metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
@@ -160,16 +176,22 @@ class BuildOptions(PruneOptions):
     allow_losing_zeros: bool = _option(
         False,
         "--allow-losing-zeros",
+        metavar="",
         help="Build although --quant does not keep the zeros that are pruned.",
     )
     prompts: int | None = _option(
-        None, min=1, help="Evaluation prompts; wins over those of --tier."
+        None, min=1, help="Evaluation prompts, over those of --tier; default: 200."
     )
-    out_folder: Path | None = _option(None, "--out", help="Folder to write.")
+    out_folder: Path | None = _option(
+        None, "--out", help="Folder to write; default: the artifact's name, see --dry-run."
+    )
     gate: GateOpt = None
     tier: TierOpt = ""
     controls: bool = _option(
-        False, "--controls", help="Let dense models of about the artifact's size answer too."
+        False,
+        "--controls",
+        metavar="",
+        help="Let dense models of about the artifact's size answer too.",
     )
 
     @property

@@ -23,7 +23,9 @@ def run(
         None, min=0, help="0 is greedy; default: the bundle's."
     ),
     seed: int = typer.Option(0, min=0, help="Same seed, same answer."),
-    show_thinking: bool = typer.Option(False, "--show-thinking", help="Print the thinking too."),
+    show_thinking: bool = typer.Option(
+        False, "--show-thinking", metavar="", help="Print the thinking too."
+    ),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,15 +15,20 @@ from racdeploy.cli.console import err, out, print_json, print_result, reported
 from racdeploy.cli.options import JsonOpt
 from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
 
+if TYPE_CHECKING:
+    from racdeploy.report.tables import Table
+
 
 @reported
 def inspect(
     path: Path = typer.Argument(help="An exported file, a model folder, or a bundle."),
+    summary: bool = typer.Option(
+        False, "--summary", metavar="", help="Leave out the table of tensors."
+    ),
     json_output: JsonOpt = False,
 ) -> None:
-    """Show what is in a file or folder: tensors, types, zeros, hashes, template."""
+    """Show what is in a file or folder: types, sizes, zeros and hashes, and every tensor."""
     from racdeploy.bundles.inspect import inspect_path
-    from racdeploy.report.tables import Table
     from racdeploy.report.terminal import print_table
 
     found = inspect_path(path)
@@ -28,8 +36,19 @@ def inspect(
         print_json(found)
         return
 
+    if not summary:
+        _print_tensors(found["tensors"])
+
+    # Last, where it can be read after hundreds of tensors.
+    print_table(_add_up_types(found["tensors"]), out)
     for key, value in found["summary"].items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
+    from racdeploy.report.tables import Table
+    from racdeploy.report.terminal import print_table
+
     rows = [
         (
             row["name"],
@@ -40,11 +59,25 @@ def inspect(
             row["packing"],
             f"{row['size_bytes']:,}",
         )
-        for row in found["tensors"]
+        for row in tensors
     ]
 
     columns = ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
     print_table(Table("", columns, tuple(rows)), out)
+
+
+def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> Table:
+    """Return how many tensors and bytes there are of each type, the largest first."""
+    from racdeploy.report.tables import Table, readable_bytes
+
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for row in tensors:
+        counts[row["type"]] += 1
+        sizes[row["type"]] += row["size_bytes"]
+
+    rows = [(kind, str(counts[kind]), readable_bytes(size)) for kind, size in sizes.most_common()]
+    return Table("", ("type", "tensors", "size"), tuple(rows))
 
 
 @reported
@@ -110,8 +143,8 @@ def init(
     file: Path | None = typer.Argument(
         None, help="File to write; default: recipe.toml, or racdeploy-gate.toml."
     ),
-    gate: bool = typer.Option(False, "--gate", help="Write a gate file instead."),
-    force: bool = typer.Option(False, "--force", help="Replace an existing file."),
+    gate: bool = typer.Option(False, "--gate", metavar="", help="Write a gate file instead."),
+    force: bool = typer.Option(False, "--force", metavar="", help="Replace an existing file."),
 ) -> None:
     """Write a commented recipe, or a commented gate file."""
     from racdeploy.recipe import EXAMPLE

@@ -33,7 +33,7 @@ def verify(
         "chat", help="chat asks as users do; completions sends token ids."
     ),
     show_plan: bool = typer.Option(
-        False, "--plan", help="Print what the run can show, and do nothing."
+        False, "--plan", metavar="", help="Print what the run can show, and do nothing."
     ),
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
@@ -41,7 +41,7 @@ def verify(
     html_file: Path | None = typer.Option(None, "--html", help="HTML report to write."),
     reports: Path | None = typer.Option(None, help="Folder for the report in every form."),
     exit_zero: bool = typer.Option(
-        False, "--exit-zero", help="Report only: a verdict is no exit code."
+        False, "--exit-zero", metavar="", help="Report only: a verdict is no exit code."
     ),
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,

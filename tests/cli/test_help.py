@@ -1,0 +1,43 @@
+"""Help: short options, defaults, an example of every command, completion of the shell."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.cli.app import app
+
+COMMANDS = [command.name for command in app.registered_commands if command.name]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, flag: str) -> None:
+    """By either name; flags are shown without a type."""
+    done = CliRunner().invoke(app, [command, flag], env={"COLUMNS": "100"})
+    assert done.exit_code == 0
+    assert f"Example: racdeploy {command}" in " ".join(done.output.split())
+    types = [line for line in done.output.splitlines() if "bool" in line]
+    assert all("--help" in line for line in types)
+
+
+def test_help_of_build_says_the_defaults() -> None:
+    """Of what decides the bundle."""
+    done = CliRunner().invoke(app, ["build", "-h"], env={"COLUMNS": "300"})
+    output = " ".join(done.output.split())
+    for text in (
+        "default: 0, or 0.5 where zeros are asked for",
+        "unstructured, the default",
+        "Pruning method; default: sparsegpt",
+        "default: q8_0",
+        "Evaluation prompts; default: 200",
+        "default: the artifact's name",
+    ):
+        assert text in output
+
+
+def test_the_shell_can_complete() -> None:
+    """Typer's own options install it or print it."""
+    output = CliRunner().invoke(app, ["-h"], env={"COLUMNS": "100"}).output
+    assert "--install-completion" in output
+    assert "--show-completion" in output
