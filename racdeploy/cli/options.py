@@ -212,7 +212,7 @@ class BuildOptions(PruneOptions):
                 "allow_losing_zeros": self.allow_losing_zeros or None,
             },
             "verify": {"count": self.prompts, "controls": controls},
-            "gate": read_toml(self.gate) if self.gate else None,
+            "gate": read_toml(self.gate, "racdeploy init --gate") if self.gate else None,
         }
 
 

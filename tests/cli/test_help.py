@@ -30,7 +30,7 @@ def test_help_of_build_says_the_defaults() -> None:
         "unstructured, the default",
         "Pruning method; default: sparsegpt",
         "default: q8_0",
-        "Evaluation prompts; default: 200",
+        "Evaluation prompts, over those of --tier; default: 200",
         "default: the artifact's name",
     ):
         assert text in output
