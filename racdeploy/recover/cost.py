@@ -70,7 +70,8 @@ def one_block_bytes(course: Course, behind: int) -> int:
     learning += _block_activations(course.sparse, tokens)
     dense = WEIGHT_BYTES * max(_block_sizes(course.dense))
 
-    worst = max(learning, dense, _head_bytes(course))
+    # The projection comes when the blocks are gone, but may not fit into the holes they leave.
+    worst = max(learning, dense) + _head_bytes(course)
     return resident_bytes() + round(_HOLES * (worst + 3 * WINDOW_BYTES))
 
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from racdeploy.models.checkpoint import Checkpoint
 
 Direction = Literal["forward", "reverse"]
+_ROWS = 4096  # of the projection that are read together
 _CHUNK_LOGITS = 1 << 22  # 16 MB in float32, of which there are four at a time
 
 
@@ -38,7 +40,7 @@ class Head:
     def of(cls, checkpoint: Checkpoint, device: torch.device, *, short: bool = False) -> Head:
         """Read the projection of a model; with ``short``, slopes are of bfloat16 products."""
         name = "model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"
-        weight_VD = torch.from_numpy(checkpoint.read(name)).to(device)
+        weight_VD = _read_rows(checkpoint, name).to(device)
 
         family = checkpoint.family
         divisor = checkpoint.setting(family.logit_divisor) if family.logit_divisor else 1.0
@@ -140,6 +142,18 @@ def kl_and_slope(
         slope_ND[chunk] = head.pull_back(slope_NV, logits_NV)
 
     return total, slope_ND
+
+
+def _read_rows(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Read a large matrix a few rows at a time: what passes is small beside what stays."""
+    V, D = checkpoint.entries[name].shape
+    weight_VD = torch.empty(V, D)
+
+    for start in range(0, V, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, V))
+        weight_VD[start : start + len(rows)] = torch.from_numpy(checkpoint.read_rows(name, rows))
+
+    return weight_VD
 
 
 def _divergence(own_NV: torch.Tensor, dense_NV: torch.Tensor, direction: Direction) -> torch.Tensor:
