@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,8 +61,8 @@ def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = 
 
 
 def announce(line: str, quiet: bool) -> None:
-    """Say what a command begins with, before anything that takes long."""
-    if not quiet:
+    """Say what a command begins with, before anything that takes long; once in a job of several."""
+    if not quiet and os.environ.get("RANK", "0") == "0":
         err.print(line, style="bold", markup=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.storage.files import read_json, write_atomic
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import Answers, Respondent, identity
 
@@ -35,6 +37,7 @@ def answer_prompts(
     inputs = identity(files, respondent.settings, settings, machine)
     stage = place.open("answers", address(__name__) | inputs)
     file = stage.folder / "completions.jsonl"
+    cost = stage.folder / "cost.json"
     if stage.finished and again:
         file.unlink(missing_ok=True)
 
@@ -42,10 +45,12 @@ def answer_prompts(
         lambda: open_engine(backend, artifact, settings), problems, arm, CompletionLog(file)
     )
     if stage.finished and not again:
-        counted = stage.summary
+        counted = read_json(cost) if cost.is_file() else {}
         stored = {name: float(value) for name, value in counted.get("stats", {}).items()}
         return replace(answers, earlier_stats=stored, kernels=str(counted.get("kernels", "")))
 
+    # Seconds differ from run to run, and what is in the stage's own files does not.
     counted = {"stats": dict(answers.stats), "kernels": answers.kernels}
-    stage.finish({"answers": len(answers.records), **counted})
+    write_atomic(cost, json.dumps(counted))
+    stage.finish({"answers": len(answers.records)})
     return answers

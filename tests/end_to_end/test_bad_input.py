@@ -167,11 +167,11 @@ def test_experts_are_named_with_what_to_write(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(f"[prune]\n{written[0]}\n")
     code, output = _run(*options, "--sparsity", 0.5, "--json")
     assert code == 0, output
-    assert json.loads(output)["linears_kept_dense"] == 1
+    assert json.loads(output[output.index("{") :])["linears_kept_dense"] == 1
 
     code, output = _run(*options, "--json")
     assert code == 0, output
-    plan = json.loads(output)
+    plan = json.loads(output[output.index("{") :])
     assert plan["linears_pruned"] == 0
     assert plan["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
 
@@ -227,7 +227,7 @@ def test_the_model_of_a_recipe_is_used(model: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(f'model = "{model}"\n')
     code, output = _run("build", "--recipe", tmp_path / "recipe.toml", "--dry-run", "--json")
     assert code == 0, output
-    assert json.loads(output)["architecture"] == "Qwen2ForCausalLM"
+    assert json.loads(output[output.index("{") :])["architecture"] == "Qwen2ForCausalLM"
 
 
 def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: Path) -> None:

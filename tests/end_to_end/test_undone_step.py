@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.errors import UsageError
-from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
 from tests.support.commands import racdeploy
@@ -44,7 +44,7 @@ def test_nothing_is_named_by_a_step_that_was_undone(tmp_path: Path) -> None:
     assert again["folder"] == pruned.out.strip()
     assert again["sparsity"] == 0.3
     assert again["notes"][-1].startswith(REASON)
-    assert pruned.err.splitlines() == again["notes"]
+    assert pruned.err.splitlines()[-len(again["notes"]) :] == again["notes"]
 
     built = racdeploy("build", *common, "--json", cwd=tmp_path)
     assert built.code in {0, 1, 3}, built.err
@@ -81,7 +81,7 @@ def test_a_bundle_named_by_a_step_is_not_written_over_another_folder(
     """Without --out, a folder that any step could name is looked at before any work."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    job = Job(Recipe.combine(tmp_path / "recipe.toml", {}))
+    job = fit_context(Job(Recipe.combine(tmp_path / "recipe.toml", {})))
     taken = Path(check_build(job)["artifact"].replace("-97-", "-30-"))
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")

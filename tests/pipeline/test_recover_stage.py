@@ -239,7 +239,7 @@ def test_a_kill_in_any_phase_leaves_the_same_bytes(tmp_path: Path, percent: int)
 
 
 def _recover_and_die(folder: Path, percent: int) -> None:
-    def die(label: str, done: int, total: int) -> None:
+    def die(label: str, done: int, total: int, tokens: int = 0) -> None:
         if label == "recover" and done >= percent / 100 * total:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -99,7 +99,7 @@ def _teach(variables: dict[str, str], courses: dict[str, Course], dies_at: float
     os.environ |= variables
     torch.set_num_threads(1)
 
-    def die(label: str, done: int, total: int) -> None:
+    def die(label: str, done: int, total: int, tokens: int = 0) -> None:
         if done >= dies_at * total:
             os.kill(os.getpid(), signal.SIGKILL)
 
