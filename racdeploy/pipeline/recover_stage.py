@@ -117,7 +117,7 @@ class RecoverStage:
         """
         from racdeploy import recover
 
-        _, _ = self._read_text()
+        self._read_text()
         trace = Trace(0, "", "", "", prompt_ids=(0,) * longest)
         nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
         teaching = _Teaching(self, nothing, "", [trace], [])

@@ -37,7 +37,6 @@ from racdeploy.traces.trace import STREAMS
 BATCH_TOKENS = 1024
 """Most tokens that go through a block together; a longer trace is alone."""
 LOOKS = 4
-_LONGEST = 1.0
 Arrange = Callable[[Mapping[str, torch.Tensor]], Weights]
 
 
@@ -92,20 +91,19 @@ class BlockWalk:
         passed = 0
 
         for place, source in enumerate(self.course.sources):
-            while passed <= source:
-                self.streams["dense"].leave(self.dense.load(passed))
-                self.dense.empty(passed).to("meta")
-                passed += 1
-
+            self._pass_dense(passed, source + 1)
+            passed = source + 1
             losses.append(self._pass_block(place))
             self.sparse.empty(place).to("meta")
 
-        while passed < self.course.dense.block_count:
-            self.streams["dense"].leave(self.dense.load(passed))
-            self.dense.empty(passed).to("meta")
-            passed += 1
-
+        self._pass_dense(passed, self.course.dense.block_count)
         return self._conclude(sum(losses) / len(losses))
+
+    def _pass_dense(self, start: int, stop: int) -> None:
+        """Let the dense model's states pass some of its blocks."""
+        for index in range(start, stop):
+            self.streams["dense"].leave(self.dense.load(index))
+            self.dense.empty(index).to("meta")
 
     def _conclude(self, loss: float) -> list[Lesson]:
         """Compare both ends with the dense model's; keep nothing that is no better."""
@@ -169,7 +167,7 @@ class BlockWalk:
 
             norm = gradient_norm(variables.moved)
             rate = rate_at(self.course.rate, (number + 0.5) / len(self.steps))
-            optimizer.step(rate, norm, _LONGEST)
+            optimizer.step(rate, norm)
             variables.settle()
 
             done = number + 1

@@ -31,7 +31,6 @@ from racdeploy.storage.heap import keep_heap
 
 LOOKS = 20
 _PATIENCE = 10  # looks without a better state; fewer would stop what comes down with the rate
-_LONGEST = 1.0  # of all gradients together
 
 
 def distil(
@@ -163,7 +162,7 @@ class _Training:
         self.done.losses.append(total)
         rate = rate_at(self.course.rate, (self.done.step + 0.5) / len(self.steps))
 
-        self.optimizer.step(rate, norm, _LONGEST)
+        self.optimizer.step(rate, norm)
         self.variables.settle()
         self.average.follow(self.optimizer.steps)
 
