@@ -104,9 +104,9 @@ class Build:
         for name, given in self.processes.jobs(lambda name: stages[name].describe_code()):
             stages[name].share(given)
 
-    def traces(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
-        """Collect a model's traces, or read them back; None asks the dense model."""
-        return self.trace_stage.run(sparse)
+    def traces(self, sparse: Path | None = None, first: int = 0) -> tuple[Path, list[Trace]]:
+        """Collect a model's traces, or read them back; None asks the dense model, 0 for all."""
+        return self.trace_stage.run(sparse, first)
 
     def prune(self) -> PrunedModel:
         """Prune the model on its traces; the vocabulary is cut last, of what is left."""

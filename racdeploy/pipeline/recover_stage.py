@@ -7,10 +7,12 @@ worse is undone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.models.checkpoint import Checkpoint
@@ -32,12 +34,19 @@ from racdeploy.traces.trace import Trace
 if TYPE_CHECKING:
     from racdeploy.recover.course import Course, Lesson
 
-CollectTraces = Callable[[Path | None], tuple[Path, list[Trace]]]
-"""Returns the folder and the traces of a model's folder; None is the dense model."""
+PROBED = 512
+"""Most calibration prompts that decide whether a phase is undone: always the first ones."""
 LOOKED_AT_TOKENS = 16_384
 """Most tokens of held-out traces that every look reads, in float32."""
 _LONGER = 1.05
 """Thinking that a phase may lengthen so many times before it is undone."""
+
+
+class CollectTraces(Protocol):
+    """Lets a model answer the calibration prompts, or the first so many of them."""
+
+    def __call__(self, sparse: Path | None, first: int = 0, /) -> tuple[Path, list[Trace]]:
+        """Return folder and traces; None is the dense model, 0 asks all."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,30 @@ class _State:
     tokens: int = 0  # learned since the start, undone or not
     rows: tuple[RecoveryRow, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """The calibration prompts: as many as are needed to judge a model, and to teach it."""
+
+    collect: CollectTraces
+    dense: Sequence[Trace]
+    phases: Sequence[Phase]
+
+    def ask(self, folder: Path, before: int) -> _State:
+        """Let a model answer before the phase of that number; after the last, to judge it."""
+        first = min(max(PROBED, self._needed(before)), len(self.dense))
+        _, answers = self.collect(folder, first if first < len(self.dense) else 0)
+
+        probe = Probe.of(answers[:PROBED], self.dense[:PROBED])
+        return _State(folder, probe, answers)
+
+    def _needed(self, before: int) -> int:
+        """Return how many answers a phase learns from, if it does from the model's own."""
+        if before == len(self.phases) or not self.phases[before].own:
+            return 0
+        tokens = sum(len(trace.ids) for trace in self.dense)
+        return math.ceil(self.phases[before].tokens * len(self.dense) / tokens)
 
 
 @dataclass(frozen=True)
@@ -95,11 +128,13 @@ class RecoverStage:
         text, text_held_out = self._read_text()
         learns = _Teaching(self, model, name, taught, held_out, unseen, text, text_held_out)
 
-        start = _ask(model.folder, collect, dense)
+        phases = list_phases(self.settings, learns.ways)
+        questions = _Questions(collect, dense, phases)
+        start = questions.ask(model.folder, before=0)
         state = start
 
-        for phase in list_phases(self.settings, learns.ways):
-            taken = self._take(phase, state, learns, collect, dense)
+        for place, phase in enumerate(phases):
+            taken = self._take(phase, state, learns, partial(questions.ask, before=place + 1))
             if phase.own and taken.folder == state.folder:
                 state = taken
                 break  # the next round would be this one again
@@ -139,8 +174,7 @@ class RecoverStage:
         phase: Phase,
         state: _State,
         learns: _Teaching,
-        collect: CollectTraces,
-        dense: Sequence[Trace],
+        ask: Callable[[Path], _State],
     ) -> _State:
         """Do one phase, and undo it if it made the model worse."""
         taught = learns.choose_own(state.answers) if phase.own else learns.taught
@@ -148,7 +182,7 @@ class RecoverStage:
         if found.folder == state.folder:  # nothing was better than the start
             return found
 
-        asked = _ask(found.folder, collect, dense)
+        asked = ask(found.folder)
         reason = self._worse(asked.probe, state.probe)
         rows = _mark(found.rows, phase.name, asked.probe, kept=not reason)
 
@@ -407,12 +441,6 @@ def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:
         phases.append(Phase(name, teacher, True, own_tokens // settings.rounds))
 
     return [phase for phase in phases if phase.tokens]
-
-
-def _ask(folder: Path, collect: CollectTraces, dense: Sequence[Trace]) -> _State:
-    """Let a model answer the calibration prompts."""
-    _, answers = collect(folder)
-    return _State(folder, Probe.of(answers, dense), answers)
 
 
 def _require_model(processes: Processes, folder: Path, sha256: str) -> None:

@@ -35,18 +35,24 @@ class TraceStage:
     tasks: TaskSet
     settings: Traces
 
-    def inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def inputs(self, checkpoint: Checkpoint, first: int = 0) -> dict[str, Any]:
         """Return what decides the traces of a model; a server's do not depend on torch here."""
         return address(__name__, () if self._is_served(checkpoint) else COMPUTING) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
+            **({"first": first} if first else {}),
         }
 
-    def run(self, sparse: Path | None = None) -> tuple[Path, list[Trace]]:
-        """Return the stage folder and the traces of the dense model, or of a sparse one's."""
+    def run(self, sparse: Path | None = None, first: int = 0) -> tuple[Path, list[Trace]]:
+        """Return the stage folder and the traces of the dense model, or of a sparse one's.
+
+        Args:
+            sparse: its folder.
+            first: how many of the prompts are answered; 0 is all.
+        """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
-        stage = self.place.open("traces", self.inputs(checkpoint))
+        stage = self.place.open("traces", self.inputs(checkpoint, first))
         out = TraceSet(stage.folder)
 
         if stage.finished:
@@ -60,6 +66,7 @@ class TraceStage:
 
         settings = self.settings
         problems = self.tasks.draw("calibration", settings.seed, settings.count)
+        problems = problems[: first or None]
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
         context_tokens = longest + settings.max_new_tokens + 1
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline import recover_stage
 from racdeploy.pipeline.recover_stage import (
+    CollectTraces,
     Phase,
     RecoverStage,
     list_phases,
@@ -32,7 +35,6 @@ TOKENS = 3000
 SETTINGS = Recovery(tokens=TOKENS, step_tokens=100, rate=1e-3, ways=("all",))
 CALIBRATION = Calibration(source="prompt")
 DENSE = [replace(trace, correct=True) for trace in TAUGHT]
-Collect = Callable[[Path | None], tuple[Path, list[Trace]]]
 
 
 class Asked:
@@ -41,12 +43,14 @@ class Asked:
     def __init__(self, folder: Path, shares: Sequence[float], longer: float = 1.0) -> None:
         self.folder, self.shares, self.longer = folder, list(shares), longer
         self.models: list[Path | None] = []
+        self.firsts: list[int] = []
 
-    def __call__(self, model: Path | None) -> tuple[Path, list[Trace]]:
+    def __call__(self, model: Path | None, first: int = 0, /) -> tuple[Path, list[Trace]]:
         if model is None:
             return self.folder, DENSE
         if model not in self.models:
             self.models.append(model)
+            self.firsts.append(first)
 
         place = self.models.index(model)
         right = round(self.shares[place] * len(DENSE))
@@ -57,7 +61,7 @@ class Asked:
                 correct=index < right,
                 thinking_tokens=round(thinking * trace.thinking_tokens),
             )
-            for index, trace in enumerate(DENSE)
+            for index, trace in enumerate(DENSE[: first or None])
         ]
 
 
@@ -77,7 +81,7 @@ def model(tmp_path: Path) -> PrunedModel:
     return PrunedModel(tmp_path / "sparse", 0.5, (), (), {}, ("pruned",))
 
 
-def run(stage: RecoverStage, model: PrunedModel, collect: Collect) -> PrunedModel:
+def run(stage: RecoverStage, model: PrunedModel, collect: CollectTraces) -> PrunedModel:
     """Recover a model as the build does."""
     return stage.run(model, "tiny-recovered", collect)
 
@@ -101,6 +105,29 @@ def test_scales_take_a_tenth_and_teach_no_answers() -> None:
 
     own = list_phases(Recovery(tokens=1100, on_policy=1.0, rounds=1), ("all", "scales"))
     assert own == [Phase("own answers 1", "all", True, 1100)]
+
+
+@pytest.mark.parametrize(("own_share", "answered"), [(0.0, [10, 10]), (0.25, [10, 15])])
+def test_no_more_is_asked_than_is_learned_from_or_judged(
+    stage: RecoverStage,
+    model: PrunedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_share: float,
+    answered: list[int],
+) -> None:
+    """Answers that teach are as many as the next phase has tokens for; the others only judge."""
+    monkeypatch.setattr(recover_stage, "PROBED", 10)
+    settings = SETTINGS.model_copy(update={"on_policy": own_share})
+    asked = Asked(tmp_path, [0.5, 0.8, 0.9, 0.9])
+    found = run(replace(stage, settings=settings), model, asked)
+
+    assert asked.firsts[:2] == answered
+    assert math.ceil(0.125 * TOKENS * len(DENSE) / sum(len(each.ids) for each in DENSE)) == 15
+
+    # Half of all prompts are right from the start, those first: of the first ten all are.
+    start = [row for row in found.recovery if row.phase == "start"]
+    assert start[-1].accuracy == 1.0
 
 
 def test_each_phase_begins_where_the_one_before_ended(
