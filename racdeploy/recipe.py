@@ -267,7 +267,7 @@ class Recovery(_Part):
     rounds: int = Field(2, ge=1)
     probe_drop: float = Field(0.01, ge=0, lt=1)
     rate: float = Field(0.0, ge=0)
-    step_tokens: int = Field(4096, ge=1)
+    step_tokens: int = Field(2048, ge=1)
     average: float = Field(0.0, ge=0, lt=1)
     weights: LearnedWeights = Field(default_factory=LearnedWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -90,7 +90,7 @@ class Course:
     @property
     def rate(self) -> float:
         """The highest learning rate: wide models want a lower one."""
-        return self.settings.rate or 0.2 / self.sparse.integer("hidden_size")
+        return self.settings.rate or 0.4 / self.sparse.integer("hidden_size")
 
     @property
     def compute(self) -> Literal["float32", "bfloat16"]:
