@@ -18,6 +18,7 @@ from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
+from racdeploy.storage.safetensors import TensorEntry, read_tensor, read_tensor_entries
 
 _HEAD_SIZE_KEY = ".attention.key_length"
 # What the linears that end the parts of a block are called, in exported files and in checkpoints.
@@ -36,6 +37,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return _inspect_checkpoint(Checkpoint(path))
     if export.format_of(path) and path.is_file():
         return _inspect_file(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _inspect_weights(path)
 
     if not path.exists():
         raise ArtifactError(f"there is no {path}", remedy="check the path: ls shows what is there")
@@ -43,7 +46,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     formats = " or ".join(plugins.names("formats"))
     raise ArtifactError(
         f"{path} is neither an exported file nor a folder racdeploy knows",
-        remedy=f"give a file of format {formats}, a model or a bundle",
+        remedy=f"give a file of format {formats} or safetensors, a model or a bundle",
     )
 
 
@@ -60,17 +63,26 @@ def _inspect_file(path: Path) -> dict[str, Any]:
     return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 
-def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = []
-    for name, entry in checkpoint.entries.items():
-        weight = checkpoint.read_raw(name)
-        zeros = 1 - np.count_nonzero(weight) / weight.size
-        tensors.append(
-            export.MeasuredTensor(
-                name, entry.shape, entry.dtype.lower(), float(zeros), entry.stop - entry.start
-            )
-        )
+def _inspect_weights(path: Path) -> dict[str, Any]:
+    entries = read_tensor_entries(path)
+    tensors = [_measure(name, entry) for name, entry in entries.items()]
+    summary = {
+        "file": str(path),
+        "size_bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+    }
+    return _add_totals(summary | _describe_widths(tensors, {}), tensors)
 
+
+def _measure(name: str, entry: TensorEntry) -> export.MeasuredTensor:
+    weight = read_tensor(entry)
+    zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
+    size_bytes = entry.stop - entry.start
+    return export.MeasuredTensor(name, entry.shape, entry.dtype.lower(), zeros, size_bytes)
+
+
+def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = [_measure(name, entry) for name, entry in checkpoint.entries.items()]
     summary = {
         "folder": str(checkpoint.folder),
         "architecture": checkpoint.family.architecture,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @reported
 def inspect(
-    path: Path = typer.Argument(help="An exported file, a model folder, or a bundle."),
+    path: Path = typer.Argument(help="A file of weights, a model folder, or a bundle."),
     summary: bool = typer.Option(
         False, "--summary", metavar="", help="Leave out the table of tensors."
     ),

@@ -23,7 +23,7 @@ from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
 from racdeploy.storage.files import file_sha256, read_json
-from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor_entries
+from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor, read_tensor_entries
 
 
 class Checkpoint:
@@ -78,11 +78,7 @@ class Checkpoint:
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
-        entry = self.entries[name]
-        dtype = np.dtype(DTYPES[entry.dtype])
-        count = (entry.stop - entry.start) // dtype.itemsize
-        flat = np.fromfile(entry.file, dtype, count, offset=entry.start)
-        return flat.reshape(entry.shape)
+        return read_tensor(self.entries[name])
 
     @property
     def block_count(self) -> int:

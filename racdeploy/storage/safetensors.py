@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,14 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     return {
         name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
     }
+
+
+def read_tensor(entry: TensorEntry) -> NDArray[Any]:
+    """Return a tensor as stored; bfloat16 comes as uint16 bit patterns."""
+    dtype = np.dtype(DTYPES[entry.dtype])
+    count = (entry.stop - entry.start) // dtype.itemsize
+    flat = np.fromfile(entry.file, dtype, count, offset=entry.start)
+    return flat.reshape(entry.shape)
 
 
 def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

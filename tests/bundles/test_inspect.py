@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.bundles.inspect import inspect_path
+from racdeploy.errors import ModelError
 from racdeploy.export import load, write
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
@@ -60,3 +61,23 @@ def test_files_of_other_things_have_no_widths(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe"))
     file = write(checkpoint, tmp_path / "model.gguf", Export(quant="q8_0")).path
     assert inspect_widths(file) == {"query_heads": "4 × 2"}
+
+
+def test_weights_without_a_config_are_shown(tmp_path: Path) -> None:
+    """A safetensors file alone has the tensors and zeros of its folder, to the last number."""
+    checkpoint = make_cut(tmp_path / "cut", "llama", DIFFERENT)
+    found = inspect_path(checkpoint.folder / "model.safetensors")
+    whole = inspect_path(checkpoint.folder)
+
+    assert found["tensors"] == whole["tensors"]
+    assert found["summary"]["zeros_of_all_weights"] == whole["summary"]["zeros_of_all_weights"]
+    assert found["summary"]["feed_forward_channels"] == "64 × 2, 96"
+    assert found["summary"]["query_columns"] == "64 × 2, 32"
+
+
+def test_no_weights_are_named(tmp_path: Path) -> None:
+    """A download that stopped is called that."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelError, match="truncated or not a safetensors file"):
+        inspect_path(file)
