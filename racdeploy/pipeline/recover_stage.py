@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 PROBED = 512
 """Most calibration prompts that decide whether a phase is undone: always the first ones."""
-LOOKED_AT_TOKENS = 16_384
-"""Most tokens of held-out traces that every look reads, in float32."""
+LOOKED_AT_TOKENS = (2_048, 16_384)
+"""Fewest and most tokens of held-out traces that every look reads, in float32."""
 _LONGER = 1.05
 """Thinking that a phase may lengthen so many times before it is undone."""
 
@@ -117,7 +117,11 @@ class RecoverStage:
         # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
         every = self.calibration.model_copy(update={"max_tokens": 0})
         chosen = select(dense, every)
-        taught, held_out = chosen.calibration, spread_evenly(chosen.held_out, LOOKED_AT_TOKENS)
+        taught = chosen.calibration
+
+        fewest, most = LOOKED_AT_TOKENS
+        looked_at = min(most, max(fewest, self.settings.tokens // 25))
+        held_out = spread_evenly(chosen.held_out, looked_at)
         unseen = frozenset(trace.index for trace in chosen.held_out)
         if not held_out:
             raise UsageError(

@@ -29,6 +29,12 @@ class Average:
         for name, mean in self.values.items():
             mean.lerp_(self._variables.moved[name].detach(), 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget what was followed: the moved values have gone elsewhere."""
+        for name, mean in self.values.items():
+            mean.copy_(self._variables.moved[name])
+
     @contextmanager
     def shown(self) -> Iterator[Mapping[str, torch.Tensor]]:
         """While the body runs, the model has the average; without one it stays as it is."""

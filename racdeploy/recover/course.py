@@ -24,6 +24,8 @@ from racdeploy.traces.trace import Trace
 
 STATE_FILE = "state.safetensors"
 """Where a training is saved, in the folder of its phase."""
+BEST_FILE = "best.safetensors"
+"""Where what the optimizer moves lies as it was in the best state, off any grid."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Course:
     def clean(self) -> None:
         """Remove what only an interrupted run needs."""
         shutil.rmtree(self.best_folder, ignore_errors=True)
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        for name in (STATE_FILE, BEST_FILE):
+            (self.folder / name).unlink(missing_ok=True)
 
     def write(self) -> None:
         """Write the recovered model: the best state, and what recovery does not touch."""

@@ -62,6 +62,11 @@ class Lessons:
     def __len__(self) -> int:
         return len(self.traces)
 
+    @property
+    def tokens(self) -> int:
+        """Of all traces together."""
+        return sum(self._lengths)
+
     def example(self, places: Sequence[int]) -> Example:
         """Put some of the traces together."""
         traces = [self.traces[place] for place in places]

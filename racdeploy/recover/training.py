@@ -1,8 +1,9 @@
 """Training of a whole model: it learns to say what the dense model says, and keeps its best state.
 
-Looks at held-out traces decide which state is kept. A state is saved at every look; an interrupted
-training resumes there and ends with the same bytes. Nothing that is no better than the start is
-kept, and neither is anything after a loss that is no number.
+Looks at held-out traces decide which state is kept. One that is far worse than the best goes back
+to it and learns at half the pace. A state is saved at every look; an interrupted training resumes
+there and ends with the same bytes. Nothing that is no better than the start is kept, and neither is
+anything after a loss that is no number.
 
 Several processes share the batches of a step, and the model. Sums over them are in another order,
 so their number shows in the last digits; what one saved, any number resumes.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from racdeploy.recover.average import Average
-from racdeploy.recover.course import STATE_FILE, Course, Lesson
+from racdeploy.recover.course import BEST_FILE, STATE_FILE, Course, Lesson
 from racdeploy.recover.divergence import Head, kl_and_slope, measure_kl
 from racdeploy.recover.lessons import STORED_BYTES, Lessons, choose_taught, dense_states
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
@@ -30,6 +31,7 @@ from racdeploy.recover.watch import Watch
 from racdeploy.storage.heap import keep_heap
 
 LOOKS = 20
+_FAR = 1.2  # times the best divergence: from further off, steps that long do not come back
 _PATIENCE = 10  # looks without a better state; fewer would stop what comes down with the rate
 
 
@@ -76,6 +78,7 @@ class _Progress:
 
     step: int = 0
     tokens: int = 0
+    pace: float = 1.0  # times the learning rate
     best: float = math.inf  # divergence of the best look
     since_best: int = 0
     losses: list[float] = field(default_factory=list)  # since the last look
@@ -109,6 +112,7 @@ class _Training:
 
         self.steps = lessons["taught"].plan(course.tokens, settings.step_tokens, settings.seed)
         self.file = course.folder / STATE_FILE
+        self.best_file = course.folder / BEST_FILE
         self.done = _Progress()
         self.watch = Watch(course.tokens, 0, course.notify)
 
@@ -161,6 +165,7 @@ class _Training:
 
         self.done.losses.append(total)
         rate = rate_at(self.course.rate, (self.done.step + 0.5) / len(self.steps))
+        rate *= self.done.pace
 
         self.optimizer.step(rate, norm)
         self.variables.settle()
@@ -187,17 +192,40 @@ class _Training:
         return float(loss)
 
     def _look_is_due(self) -> bool:
-        every = max(1, len(self.steps) // LOOKS)
+        # Not so often that looking takes longer than a quarter of the learning.
+        read = self.lessons["held-out"].tokens / self.course.settings.step_tokens
+        every = max(1, len(self.steps) // LOOKS, math.ceil(read))
         return self.done.step % every == 0 or self.done.step == len(self.steps)
 
     def _look(self) -> None:
         """Measure, keep the state if it is the best so far, and save."""
         with self.average.shown() as weights:
-            self._judge(weights)
-        if self.done.step and not self.done.ended:
+            divergence = self._judge(weights)
+
+        done = self.done
+        if done.ended:
+            return
+
+        if divergence == done.best:
+            write_tensors(self.best_file, self._moved(), processes=self.course.processes)
+        elif divergence > _FAR * done.best:
+            self._go_back()
+        if done.step:
             self._save()
 
-    def _judge(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _go_back(self) -> None:
+        """Return to the best state and learn at half the pace from there.
+
+        A rate is too high for one model and right for the next. Moments stay: they are long from
+        the steps that went too far, which makes the next ones short.
+        """
+        self.done.pace /= 2
+        fill_tensors(self.best_file, self._moved(), self.course.processes)
+        self.variables.settle()
+        self.average.restart()
+
+    def _judge(self, weights: Mapping[str, torch.Tensor]) -> float:
+        """Measure the weights, and keep them if they are the best; return the divergence."""
         done = self.done
         divergence = self.measure("held-out")
         of_text = self.measure("text") if self.course.text else None
@@ -213,7 +241,7 @@ class _Training:
 
         if not math.isfinite(divergence):
             done.ended = f"held-out KL was {divergence:g} after {done.tokens} tokens"
-            return
+            return divergence
 
         if divergence < done.best:
             if done.step:  # the start is a model already
@@ -223,6 +251,8 @@ class _Training:
             done.since_best += 1
             if done.since_best >= _PATIENCE:
                 done.ended = f"nothing better came in {_PATIENCE} looks"
+
+        return divergence
 
     @torch.no_grad()
     def measure(self, name: str) -> float:
@@ -245,12 +275,14 @@ class _Training:
 
         return sum(processes.all(total)) / sum(processes.all(weight))
 
+    def _moved(self) -> dict[str, torch.Tensor]:
+        return {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what must be on disk to go on as if nothing had happened."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, weight in self.variables.moved.items():
-            first, second = self.optimizer.moments[name]
-            tensors |= {f"weight.{name}": weight, f"first.{name}": first, f"second.{name}": second}
+        tensors = self._moved()
+        for name, (first, second) in self.optimizer.moments.items():
+            tensors |= {f"first.{name}": first, f"second.{name}": second}
         for name, mean in self.average.values.items():
             tensors[f"average.{name}"] = mean
         return tensors

@@ -28,8 +28,9 @@ def kl_of(course: Course) -> float:
     return first.kl_nats
 
 
-def test_the_best_state_is_kept(tmp_path: Path) -> None:
+def test_the_best_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written has the divergence of the best look, not of the last one."""
+    monkeypatch.setattr(training, "_FAR", math.inf)
     course = make_course(tmp_path, settings={"rate": 4e-3})
     looks = recover.load("all").recover(course)
     course.write()
@@ -40,13 +41,27 @@ def test_the_best_state_is_kept(tmp_path: Path) -> None:
 
 def test_a_rate_that_only_harms_keeps_the_start(tmp_path: Path) -> None:
     """Nothing is kept, so that what is written is the start, byte for byte."""
-    course = make_course(tmp_path, settings={"rate": 3.0})
+    course = make_course(tmp_path, settings={"rate": 3000.0})
     looks = recover.load("all").recover(course)
     assert looks[-1].note == "nothing better came in 10 looks"
 
     course.write()
     before, after = read_weights(course.sparse.folder), read_weights(course.out)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rate_that_is_too_high_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes back to the best state and learns from there; a rate that is kept only harms."""
+    shares = {}
+
+    for name, far in {"halved": 1.2, "kept": math.inf}.items():
+        monkeypatch.setattr(training, "_FAR", far)
+        course = make_course(tmp_path / name, tokens=6000, settings={"rate": 0.03})
+        start, *later = [look.kl_nats or 0 for look in recover.load("all").recover(course)]
+        shares[name] = min(later) / start
+
+    assert shares["halved"] < 0.9
+    assert shares["kept"] > 1
 
 
 def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
