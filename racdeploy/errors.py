@@ -81,11 +81,12 @@ class EnvironmentFailure(RacdeployError):
 
 
 class MissingExtraError(EnvironmentFailure):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed, or several, with commas between them."""
 
     def __init__(self, package: str, extra: str) -> None:
+        which = "which are" if "," in package else "which is"
         super().__init__(
-            f"this needs {package}, which is not installed",
+            f"this needs {package}, {which} not installed",
             remedy=f'pip install "racdeploy[{extra}]"',
         )
 

@@ -21,7 +21,6 @@ OPTIONAL = (
     Package("torch", "torch", "prune", "traces and pruning"),
     Package("transformers", "transformers", "prune", "traces and pruning"),
     Package("safetensors", "safetensors", "prune", "pruning"),
-    Package("gguf", "gguf", "gguf", "GGUF export"),
     Package("sentencepiece", "sentencepiece", "gguf", "GGUF export of SentencePiece tokenizers"),
     Package("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
     Package("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),

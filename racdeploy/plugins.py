@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -45,10 +46,16 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def _folders(kind: str) -> list[Path]:
-    spec = importlib.util.find_spec(KINDS[kind])
-    folders = spec.submodule_search_locations if spec else None
-    assert folders, f"{KINDS[kind]} is not a package"
-    return [Path(folder) for folder in folders]
+    package = KINDS[kind]
+    if package in sys.modules:
+        return [Path(folder) for folder in sys.modules[package].__path__]
+
+    # Without an import of the packages around it, which may need an extra.
+    root, *parts = package.split(".")
+    spec = importlib.util.find_spec(root)
+    roots = spec.submodule_search_locations if spec else None
+    assert roots, f"{root} is not a package"
+    return [Path(folder).joinpath(*parts) for folder in roots]
 
 
 def load(kind: str, name: str) -> ModuleType:

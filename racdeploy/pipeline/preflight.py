@@ -223,6 +223,8 @@ def _check_splits(job: Job) -> None:
 
 
 def _require(packages: Mapping[str, str]) -> None:
-    for package, extra in packages.items():
-        if not is_installed(package):
-            raise MissingExtraError(package, extra)
+    missing = [package for package in packages if not is_installed(package)]
+    if missing:
+        extras = dict.fromkeys(packages[package] for package in missing)
+        names = [PACKAGES[package].name for package in missing]
+        raise MissingExtraError(", ".join(names), ",".join(extras))

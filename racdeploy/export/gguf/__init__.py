@@ -20,7 +20,7 @@ from racdeploy.packing import racgguf
 from racdeploy.storage.files import refuse_another
 
 BACKEND = "llamacpp"
-NEEDS = {"gguf": "gguf", "llama_cpp": "llamacpp"}
+NEEDS = {"llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
 COMPARES_F32 = False
 OPTIONS = ("importance", "pre_tokenizer", "split_bytes", "tensors")
