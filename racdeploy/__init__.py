@@ -14,21 +14,34 @@ from racdeploy.errors import RacdeployError
 if TYPE_CHECKING:
     from racdeploy.runtime import Model, Result, load
 
+    __version__: str
+
 __all__ = ["Model", "RacdeployError", "Result", "__version__", "errors", "load"]
 
-__version__ = "0.1.0"
-
+_NOT_INSTALLED = "0+unknown"  # run from a folder that nobody installed
 _LAZY = ("Model", "Result", "load")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from racdeploy import runtime
+    if name == "__version__":
+        value: Any = _find_version()
+    elif name in _LAZY:
+        from racdeploy import runtime
 
-    value = globals()[name] = getattr(runtime, name)
+        value = getattr(runtime, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "__version__"})
+
+
+def _find_version() -> str:
+    """Return the version that the build took from the git tag."""
+    from racdeploy.extras import installed_version
+
+    return installed_version("racdeploy") or _NOT_INSTALLED

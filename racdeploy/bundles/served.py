@@ -19,6 +19,7 @@ from racdeploy.engines.openai.chat import ChatEngine, Conversation
 from racdeploy.errors import UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.runtime.thinking import prompt_state
+from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import identity
 from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
@@ -102,7 +103,8 @@ class ServerAnswerer:
         local = self.local
         who = {"server": f"{self.url} {self.model} {self.api}"}
         inputs = identity(who, local.bundle.settings, local.engine_settings, self.fingerprint)
-        return Stage.open(local.work, "verify-served", {"version": __version__, **inputs})
+        version = release_of(__version__)
+        return Stage.open(local.work, "verify-served", {"version": version, **inputs})
 
     def _reach(self) -> OpenAIEngine:
         bundle = self.local.bundle

@@ -21,6 +21,7 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import find_family
 from racdeploy.report.model import Record, Report, TensorRow
+from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Respondent, identity
 from racdeploy.verify.baseline import Baseline, differences, find_dense_arm
@@ -144,7 +145,7 @@ class ArtifactAnswerer:
     ) -> Answers:
         """Answer with a main file as the entry says; ``files`` are the hashes of all its files."""
         inputs = identity(files, self.bundle.settings, self.engine_settings, self.fingerprint)
-        version = {"version": __version__, "backend": entry.backend}
+        version = {"version": release_of(__version__), "backend": entry.backend}
         stage = Stage.open(self.work, "verify", version | inputs)
         self._used.add(stage.folder)
 

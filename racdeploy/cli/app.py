@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from racdeploy import __version__
 from racdeploy.cli import build, cache, run, tools, verify
 from racdeploy.cli.console import out
 
@@ -67,5 +66,7 @@ def _root(
     version: Annotated[bool, _VERSION] = False,
 ) -> None:
     if version:
+        from racdeploy import __version__
+
         out.print(__version__)
         raise typer.Exit

@@ -12,7 +12,7 @@ from racdeploy import __version__
 from racdeploy.decoding.engine import Progress
 from racdeploy.extras import installed_version
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.storage.addresses import code_hash
+from racdeploy.storage.addresses import code_hash, release_of
 from racdeploy.storage.stages import Stage
 
 COMPUTING = ("torch", "transformers")
@@ -44,7 +44,7 @@ class Workplace:
 def address(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
     """Return what decides a stage beside its data: code that its module reaches, and libraries."""
     versions = {name: installed_version(name) for name in libraries}
-    return {"version": __version__, "code": code_hash(module)} | versions
+    return {"version": release_of(__version__), "code": code_hash(module)} | versions
 
 
 def print_notice(text: str) -> None:

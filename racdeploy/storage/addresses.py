@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -29,6 +30,18 @@ def code_hash(*modules: str, root: Path | None = None) -> str:
         digest.update(file.read_bytes())
 
     return digest.hexdigest()[:16]
+
+
+def release_of(version: str) -> str:
+    """Return the release that a version belongs to, ``0.1.0`` for ``0.1.dev7+g31333af``.
+
+    Versions between two releases change with every commit; the code's own hash tells them apart.
+    """
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    parts = found[0].split(".") if found else ["0"]
+
+    missing = 3 - len(parts)
+    return ".".join(parts + ["0"] * missing)
 
 
 def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path]:

@@ -140,7 +140,9 @@ def test_the_job_ends_as_the_verification_did(
     assert run.summary == f"### {verdict}\n"
     assert comments.bodies[131].startswith(f"<!-- racdeploy: bundle -->\n### {verdict}\n")
     assert "https://github.com/somebody/app/actions/runs/77" in comments.bodies[131]
-    assert run.used == [{"name": "racdeploy", "path": run.outputs["reports"]}]
+    kept, uploaded = run.used
+    assert kept["path"] == "~/.cache/pip"
+    assert uploaded == {"name": "racdeploy", "path": run.outputs["reports"]}
 
 
 @pytest.mark.parametrize("code", [2, 4])

@@ -14,7 +14,8 @@ import pytest
 
 import racdeploy
 from racdeploy import plugins
-from racdeploy.storage.addresses import code_hash, reached_files
+from racdeploy.pipeline import workplace
+from racdeploy.storage.addresses import code_hash, reached_files, release_of
 
 ROOT = Path(racdeploy.__file__).parent
 STAGES = {
@@ -162,3 +163,30 @@ def test_every_child_process_is_reached_by_who_starts_it() -> None:
         for each in starters:
             starter = ".".join(("racdeploy", *each.relative_to(ROOT).with_suffix("").parts))
             assert file in reached_files([starter.removesuffix(".__init__")])
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [
+        ("0.1.0", "0.1.0"),
+        ("0.1.dev458", "0.1.0"),
+        ("0.1.dev459", "0.1.0"),
+        ("1.2.4.dev1+g31333af.d20261126", "1.2.4"),
+        ("1.2.3rc1", "1.2.3"),
+        ("1.2.3.4", "1.2.3.4"),
+        ("0+unknown", "0.0.0"),
+        ("unknown", "0.0.0"),
+    ],
+)
+def test_commits_between_releases_are_one_release(version: str, release: str) -> None:
+    """A version of every commit would put an end to every unfinished stage."""
+    assert release_of(version) == release
+
+
+def test_another_commit_keeps_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release does not."""
+    found = []
+    for version in ("0.1.dev458", "0.1.dev459", "0.1.0", "0.1.1.dev1"):
+        monkeypatch.setattr(workplace, "__version__", version)
+        found.append(workplace.address("racdeploy.pipeline.answer_stage")["version"])
+    assert found == ["0.1.0", "0.1.0", "0.1.0", "0.1.1"]
