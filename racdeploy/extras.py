@@ -28,6 +28,7 @@ OPTIONAL = (
     Package("onnx", "onnx", "onnx", "ONNX export"),
     Package("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
     Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
+    Package("huggingface_hub", "huggingface_hub", "hub", "models and bundles of the Hub"),
     Package("math_verify", "math-verify", "math", "scoring formulas"),
     Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )

@@ -25,6 +25,7 @@ HEAVY = (
     "gguf",
     "scipy",
     "httpx",
+    "huggingface_hub",
 )
 
 

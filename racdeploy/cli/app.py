@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, run, tools, verify
+from racdeploy.cli import build, cache, hub, run, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -38,6 +38,8 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
     "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
+    "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),
+    "pull": (hub.pull, "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle"),
     "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
     "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
     "targets": (tools.targets, "racdeploy targets"),

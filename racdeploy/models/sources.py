@@ -57,7 +57,7 @@ def _download(model: str) -> ResolvedModel:
     try:
         from huggingface_hub import errors, snapshot_download
     except ModuleNotFoundError as error:
-        raise MissingExtraError("huggingface_hub", "prune") from error
+        raise MissingExtraError("huggingface_hub", "hub") from error
 
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     try:

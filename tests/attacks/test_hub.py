@@ -1,0 +1,191 @@
+"""Repositories of the Hub that somebody made to hurt: names, sizes, manifests, and folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.bundles.hub import pull
+from racdeploy.bundles.hub.layout import refuse_name
+from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from tests.support.fake_bundle import make_fake_bundle, read_files
+from tests.support.hub_server import Hub, Repository, hub_server, point_at
+
+NAME = "evil/model"
+OWN = "racdeploy/thinker-1B-rac-v1.0-Q8_0"
+MANIFEST = f"{OWN}/racdeploy.json"
+HOSTILE = (
+    "../escaped",
+    "a/../../escaped",
+    "/tmp/escaped",
+    "..\\escaped",
+    "C:escaped",
+    "a//b",
+    "a/./b",
+    ".cache/huggingface/download/x.metadata",
+    ".git/hooks/post-checkout",
+    "CON",
+    "aux.txt",
+    "a/nul.json",
+    "a/COM1",
+    "trailing.",
+    "trailing ",
+    " leading",
+    "line\nbreak",
+    "\x1b[2Jclear",
+    "right\u202eto-left",
+    "question?",
+    "stream:ads",
+    "a" * 256,
+    "/".join("abcdefghi"),
+    "",
+)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with hub_server() as server:
+        point_at(server.address, monkeypatch)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield server
+
+
+def _serve(hub: Hub, tmp_path: Path, files: dict[str, bytes], **manifest: Any) -> None:
+    """Put a bundle into a repository, with further files and another manifest."""
+    bundle = read_files(make_fake_bundle(tmp_path / "made"))
+    described = json.loads(bundle["racdeploy.json"]) | manifest
+    names = {f"{OWN}/{path}": content for path, content in bundle.items()}
+    tops = {path: content for path, content in bundle.items() if path.endswith(".gguf")}
+    there = {**names, **tops, MANIFEST: json.dumps(described).encode(), **files}
+    hub.repositories[NAME] = Repository()
+    hub.repositories[NAME].commit(there)
+
+
+def _left(tmp_path: Path) -> set[str]:
+    """Return what lies outside the folder that was pulled into."""
+    return set(read_files(tmp_path)) - {f"made/{path}" for path in read_files(tmp_path / "made")}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_is_no_plain_path_is_not_written(hub: Hub, tmp_path: Path, name: str) -> None:
+    """Neither as a file of a bundle nor as an artifact; nothing is written at all."""
+    assert refuse_name(name)
+    _serve(hub, tmp_path, {f"{OWN}/{name}": b"pwned"})
+    with pytest.raises(ArtifactError):
+        pull(NAME, Path("out"))
+    assert _left(tmp_path) == set()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", ".git/config", "a/nul"])
+def test_an_artifact_with_such_a_name_is_not_written(hub: Hub, tmp_path: Path, name: str) -> None:
+    entry = json.loads(read_files(make_fake_bundle(tmp_path / "made"))["racdeploy.json"])
+    (artifact,) = entry["artifacts"]
+    artifact |= {"path": name, "files": {name: artifact["sha256"]}}
+    _serve(hub, tmp_path, {name: b"pwned"}, artifacts=[artifact])
+    with pytest.raises(ArtifactError):
+        pull(NAME, Path("out"))
+    assert _left(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "onnx/model_q8.onnx", "a-b_c.d/é.json", "README.md"]
+)
+def test_a_plain_name_is_written(name: str) -> None:
+    assert refuse_name(name) == ""
+
+
+def test_two_names_that_some_systems_hold_for_one_are_refused(hub: Hub, tmp_path: Path) -> None:
+    _serve(hub, tmp_path, {f"{OWN}/Tokenizer.JSON": b"{}"})
+    with pytest.raises(ArtifactError, match="both"):
+        pull(NAME, Path("out"))
+
+
+def test_the_default_folder_is_what_the_user_typed(hub: Hub, tmp_path: Path) -> None:
+    _serve(hub, tmp_path, {})
+    assert pull(NAME).folder == Path("model")
+    assert _left(tmp_path) == {f"here/model/{path}" for path in read_files(tmp_path / "made")}
+
+
+def test_files_that_other_bundles_have_are_not_written(hub: Hub, tmp_path: Path) -> None:
+    """What is neither in the bundle's folder nor named by its manifest stays where it is."""
+    _serve(hub, tmp_path, {"malware.sh": b"#!", "racdeploy/other/racdeploy.txt": b"x"})
+    pull(NAME, Path("out"))
+    assert set(read_files(Path("out"))) == set(read_files(tmp_path / "made"))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "not an object"),
+        (b"{}", "is no manifest"),
+        (b"\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(
+    hub: Hub, tmp_path: Path, manifest: bytes, said: str
+) -> None:
+    _serve(hub, tmp_path, {MANIFEST: manifest})
+    with pytest.raises(ArtifactError, match=said):
+        pull(NAME, Path("out"))
+    assert not Path("out").exists()
+
+
+def test_sizes_are_bounded_before_anything_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+    """A manifest of a gigabyte is not read, and more than the disk holds is not begun."""
+    _serve(hub, tmp_path, {})
+    hub.sizes = {MANIFEST: 1 << 30}
+    with pytest.raises(ArtifactError, match="bytes"):
+        pull(NAME, Path("out"))
+
+    hub.sizes = {f"{OWN}/report.json": 1 << 60}
+    with pytest.raises(EnvironmentFailure, match="are needed"):
+        pull(NAME, Path("out"))
+    assert not [line for line in hub.asked if "report.json" in line]
+
+
+def test_a_repository_of_too_many_files_is_refused(hub: Hub, tmp_path: Path) -> None:
+    _serve(hub, tmp_path, {f"x{number}": b"" for number in range(10_001)})
+    with pytest.raises(ArtifactError, match="more than 10,000 files"):
+        pull(NAME, Path("out"))
+
+
+def test_a_repository_of_too_many_bundles_is_refused(hub: Hub, tmp_path: Path) -> None:
+    """Each would be read."""
+    _serve(hub, tmp_path, {f"racdeploy/b{n}/racdeploy.json": b"{}" for n in range(101)})
+    with pytest.raises(ArtifactError, match="more than 100 bundles"):
+        pull(NAME, Path("out"))
+    assert not [line for line in hub.asked if "/resolve/" in line]
+
+
+def test_links_that_wait_for_a_pull_are_not_followed(hub: Hub, tmp_path: Path) -> None:
+    """An archive may bring the folder in which files arrive."""
+    _serve(hub, tmp_path, {})
+    (tmp_path / "victim").write_text("mine")
+    waiting = Path(".out.pull")
+    waiting.mkdir()
+    (waiting / "thinker-1B-rac-v1.0-Q8_0.gguf").symlink_to(tmp_path / "victim")
+    pull(NAME, Path("out"))
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not waiting.exists()
+
+    (tmp_path / "elsewhere").mkdir()
+    waiting.symlink_to(tmp_path / "elsewhere")
+    pull(NAME, Path("again"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_texts_of_the_hub_cannot_move_the_cursor(hub: Hub) -> None:
+    """What it says is one short line without control characters."""
+    hub.failures = {"GET /api": (403, "no\u001b[2J" + "x" * 1000)}
+    with pytest.raises(UsageError) as caught:
+        pull(NAME, Path("out"))
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 300
