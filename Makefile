@@ -1,13 +1,14 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
 # make test   set up .venv, then run the tests
 # make lint   set up .venv, then ruff and mypy
+# make docs   set up .venv, then write the documents as a site into site/
 # make check  lint, then the tests
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/tiny-reasoner-bundle
 
-.PHONY: demo test test-slow lint check clean
+.PHONY: demo test test-slow lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -21,14 +22,17 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check racdeploy tests examples benchmarks action
-	$(BIN)/ruff format --check racdeploy tests examples benchmarks action
+	$(BIN)/ruff check racdeploy tests examples benchmarks action docs
+	$(BIN)/ruff format --check racdeploy tests examples benchmarks action docs
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
 
 check: lint test
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
 
 $(VENV)/.python:
 	@echo "== creating $(VENV) with $(PYTHON)"
