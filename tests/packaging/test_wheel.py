@@ -199,3 +199,10 @@ def test_uvx_runs_it(wheel: Path, tmp_path: Path) -> None:
     done = run("uvx", "--from", wheel, "racdeploy", "--help", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "inspect" in done.out
+
+
+def test_a_folder_that_nobody_installed_has_a_version_too() -> None:
+    """Without any package beside it; stages are then those of release 0.0.0."""
+    code = "import racdeploy; print(racdeploy.__version__, '__version__' in dir(racdeploy))"
+    done = run(sys.executable, "-S", "-c", code, PYTHONPATH=str(ROOT))
+    assert done.out.split() == ["0+unknown", "True"], done.err
