@@ -172,6 +172,8 @@ def test_the_version_is_that_of_the_tag(tmp_path: Path) -> None:
     assert _version_of(clone) == "1.2.3"
     git("commit", "--allow-empty", "-m", "two")
     assert _version_of(clone) == "1.2.4.dev1"
+    git("tag", "v1.3.0rc1")
+    assert _version_of(clone) == "1.3.0rc1"
 
     shutil.unpack_archive(tmp_path / "archive.tar", tmp_path / "archive")
     assert _version_of(tmp_path / "archive") == "1.2.3"
