@@ -166,7 +166,7 @@ class BlockWalk:
                 break
 
             norm = gradient_norm(variables.moved)
-            rate = rate_at(self.course.rate, (number + 0.5) / len(self.steps))
+            rate = rate_at(self.course.rate(depth=1), (number + 0.5) / len(self.steps))
             optimizer.step(rate, norm)
             variables.settle()
 

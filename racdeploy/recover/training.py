@@ -164,8 +164,8 @@ class _Training:
             return
 
         self.done.losses.append(total)
-        rate = rate_at(self.course.rate, (self.done.step + 0.5) / len(self.steps))
-        rate *= self.done.pace
+        peak = self.done.pace * self.course.rate(depth=self.course.sparse.block_count)
+        rate = rate_at(peak, (self.done.step + 0.5) / len(self.steps))
 
         self.optimizer.step(rate, norm)
         self.variables.settle()
