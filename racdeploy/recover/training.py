@@ -1,9 +1,9 @@
 """Training of a whole model: it learns to say what the dense model says, and keeps its best state.
 
-Looks at held-out traces decide which state is kept. One that is far worse than the best goes back
-to it and learns at half the pace. A state is saved at every look; an interrupted training resumes
-there and ends with the same bytes. Nothing that is no better than the start is kept, and neither is
-anything after a loss that is no number.
+Looks at held-out traces decide which state is kept. After one that is far worse than the best, or a
+few that are no better, it goes back to that and learns at half the pace. A state is saved at every
+look; an interrupted training resumes there and ends with the same bytes. Nothing that is no better
+than the start is kept, and neither is anything after a loss that is no number.
 
 Several processes share the batches of a step, and the model. Sums over them are in another order,
 so their number shows in the last digits; what one saved, any number resumes.
@@ -32,6 +32,7 @@ from racdeploy.storage.heap import keep_heap
 
 LOOKS = 20
 _FAR = 1.2  # times the best divergence: from further off, steps that long do not come back
+_LINGER = 3  # looks without a better state after which shorter steps are tried
 _PATIENCE = 10  # looks without a better state; fewer would stop what comes down with the rate
 
 
@@ -208,7 +209,7 @@ class _Training:
 
         if divergence == done.best:
             write_tensors(self.best_file, self._moved(), processes=self.course.processes)
-        elif divergence > _FAR * done.best:
+        elif divergence > _FAR * done.best or done.since_best % _LINGER == 0:
             self._go_back()
         if done.step:
             self._save()

@@ -31,6 +31,7 @@ def kl_of(course: Course) -> float:
 def test_the_best_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written has the divergence of the best look, not of the last one."""
     monkeypatch.setattr(training, "_FAR", math.inf)
+    monkeypatch.setattr(training, "_LINGER", math.inf)
     course = make_course(tmp_path, settings={"rate": 4e-3})
     looks = recover.load("all").recover(course)
     course.write()
@@ -56,6 +57,7 @@ def test_a_rate_that_is_too_high_is_halved(tmp_path: Path, monkeypatch: pytest.M
 
     for name, far in {"halved": 1.2, "kept": math.inf}.items():
         monkeypatch.setattr(training, "_FAR", far)
+        monkeypatch.setattr(training, "_LINGER", far if far == math.inf else 3)
         course = make_course(tmp_path / name, tokens=6000, settings={"rate": 0.03})
         start, *later = [look.kl_nats or 0 for look in recover.load("all").recover(course)]
         shares[name] = min(later) / start
