@@ -1,26 +1,26 @@
-"""Continuous batching: keep every slot of the decoders busy until all sequences have ended.
+"""Continuous batching: requests join what runs as soon as a slot is free, and leave when they end.
 
 A step decodes one token of every running sequence and fills the rest of the batch with prompts.
-Several decoders step independently, each in its own thread, and take prompts from one queue.
+Several decoders step independently, each in its own thread. Requests take turns: one that asks for
+hundreds of sequences does not keep a later one waiting for all of them.
 Source: iteration-level scheduling, Orca (OSDI 2022).
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.decoding.engine import Cancel
 from racdeploy.decoding.sequence import Sequence
+from racdeploy.errors import EngineError
 
 News = list[tuple[int, list[int]]]
 """New ids of a step, by the index of their sequence."""
@@ -48,97 +48,194 @@ class Decoder(Protocol):
 
     def forget(self, slot: int) -> None: ...
 
+    def share_threads(self, busy: int) -> None:
+        """Take an equal share of the threads, where so many decoders work."""
+
+
+class Job:
+    """The sequences of one request, and who hears of them.
+
+    Args:
+        on_news: gets new ids; one call at a time.
+        on_end: called once, when all have ended; ``error`` then says what failed, if anything.
+    """
+
+    def __init__(
+        self, sequences: SequenceOf[Sequence], on_news: OnNews, on_end: Callable[[], None]
+    ) -> None:
+        self.sequences = sequences
+        self.on_end = on_end
+        self.error: EngineError | None = None
+
+        # Guarded by the batcher's lock.
+        self.waiting = deque(s for s in sequences if s.finish_reason is None)
+        self.running = 0
+        self.is_over = False
+
+        self._on_news = on_news
+        self._one_at_a_time = threading.Lock()
+
+    def tell(self, news: News) -> None:
+        with self._one_at_a_time:
+            self._on_news(news)
+
 
 class Batcher:
-    """Runs sequences to their end, in place, on decoders side by side."""
+    """Runs the sequences of jobs to their end, in place, on decoders side by side.
 
-    def __init__(self, decoders: SequenceOf[Decoder], sequences: SequenceOf[Sequence]) -> None:
-        self.prefill_s = 0.0  # in the decoders, one decoder's on average, as below
+    ``prefill_s`` and ``decode_s`` are the time in the decoders, of those that work together that of
+    one on average; a mixed batch is shared out by its tokens.
+    """
+
+    def __init__(self, decoders: SequenceOf[Decoder]) -> None:
+        self.prefill_s = 0.0
         self.decode_s = 0.0
-        self._forced_first: News = [(s.index, list(s.ids)) for s in sequences if s.ids]
+        self._jobs: deque[Job] = deque()  # those with sequences that wait
+        self._changed = threading.Condition()
+        self._lanes = [_Lane(decoder) for decoder in decoders]
 
-        waiting: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
+        for lane in self._lanes:
+            threading.Thread(target=self._run, args=(lane,), daemon=True).start()
 
-        for sequence in sequences:
-            if sequence.finish_reason is None:
-                waiting.put(sequence)
+    @property
+    def running(self) -> int:
+        """How many sequences are being decoded now."""
+        return sum(len(lane.running) for lane in self._lanes)
 
-        self._lanes = [_Lane(decoder, waiting) for decoder in decoders]
+    def start(self, job: Job) -> None:
+        """Begin a job, behind those that wait already."""
+        forced_first = [(s.index, list(s.ids)) for s in job.sequences if s.ids]
+        if forced_first:
+            job.tell(forced_first)
 
-    def run(self, on_news: OnNews, cancelled: Cancel) -> None:
-        """Step until all have ended or ``cancelled``; one call of ``on_news`` at a time."""
-        if self._forced_first:
-            on_news(self._forced_first)
+        if not job.waiting:
+            job.on_end()
+            return
 
-        # Deal the sequences round, so that no decoder starts with nothing.
-        for slot in range(max(lane.slots for lane in self._lanes)):
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """End a job where it is; harmless where it has ended."""
+        with self._changed:
+            has_ended = not job.waiting and not job.running
+            self._drop(job)
+            is_idle = not job.running
+
+        if is_idle and not has_ended:
+            job.on_end()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for the end of all jobs; the caller has the decoders and starts no job meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs and not self.running)
+
+        try:
+            yield
+        finally:
             for lane in self._lanes:
-                lane.fill(slot)
+                lane.forget_all()
 
-        if len(self._lanes) == 1:
-            self._lanes[0].run(on_news, cancelled)
-        else:
-            self._run_together(on_news, cancelled)
+    def _run(self, lane: _Lane) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._fill(lane))
+                busy = sum(bool(other.running) for other in self._lanes)
 
-        self.prefill_s = sum(lane.prefill_s for lane in self._lanes) / len(self._lanes)
-        self.decode_s = sum(lane.decode_s for lane in self._lanes) / len(self._lanes)
+            step = lane.step(busy)
+            for job, news in step.news.items():
+                job.tell(news)
 
-    def _run_together(self, on_news: OnNews, cancelled: Cancel) -> None:
-        one_at_a_time = threading.Lock()
-        over = threading.Event()
+            with self._changed:
+                self.prefill_s += step.prefill_s / busy
+                self.decode_s += step.decode_s / busy
+                ended = self._settle(lane, step.errors)
+                self._changed.notify_all()
 
-        def pass_on(news: News) -> None:
-            with one_at_a_time:
-                on_news(news)
+            for job in ended:
+                job.on_end()
 
-        def ended_early() -> bool:
-            return over.is_set() or cancelled()
+    def _fill(self, lane: _Lane) -> bool:
+        """Take sequences into free slots; return whether the lane has any to decode."""
+        while self._jobs and lane.free and self._is_least_busy(lane):
+            job = self._jobs.popleft()
+            lane.take(job, job.waiting.popleft())
+            job.running += 1
+            if job.waiting:
+                self._jobs.append(job)
 
-        with ThreadPoolExecutor(len(self._lanes)) as pool:
-            runs = [pool.submit(lane.run, pass_on, ended_early) for lane in self._lanes]
-            wait(runs, return_when=FIRST_EXCEPTION)
-            over.set()  # where one failed, the others need not continue
+        return bool(lane.running)
 
-        for run in runs:
-            run.result()
+    def _is_least_busy(self, lane: _Lane) -> bool:
+        """Return whether no other lane with a free slot has less to do."""
+        others = [len(other.running) for other in self._lanes if other.free]
+        return len(lane.running) == min(others)
+
+    def _settle(self, lane: _Lane, errors: dict[Job, EngineError]) -> list[Job]:
+        """Free the slots of what has ended; return the jobs that have."""
+        for job, error in errors.items():
+            job.error = job.error or error
+            self._drop(job)
+
+        ended = []
+
+        for slot, (job, sequence) in list(lane.running.items()):
+            if sequence.finish_reason is None and not job.is_over:
+                continue
+
+            lane.release(slot)
+            job.running -= 1
+            if not job.running and not job.waiting:
+                ended.append(job)
+
+        return ended
+
+    def _drop(self, job: Job) -> None:
+        job.is_over = True
+        job.waiting.clear()
+        with contextlib.suppress(ValueError):  # none of it waited
+            self._jobs.remove(job)
+
+
+class _Step(NamedTuple):
+    """What a batch gave: new ids and errors by their jobs, and seconds."""
+
+    news: dict[Job, News]
+    errors: dict[Job, EngineError]
+    prefill_s: float
+    decode_s: float
 
 
 class _Lane:
-    def __init__(self, decoder: Decoder, waiting: queue.SimpleQueue[Sequence]) -> None:
-        self.prefill_s = 0.0
-        self.decode_s = 0.0
-        self.slots = decoder.slots
+    """A decoder and the sequences in its slots."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.running: dict[int, tuple[Job, Sequence]] = {}
+        self.free = list(range(decoder.slots))
         self._decoder = decoder
-        self._waiting = waiting
-        self._running: dict[int, Sequence] = {}
         self._positions = [0] * decoder.slots
 
-        for slot in range(decoder.slots):  # the last run may have ended in the middle of a sequence
-            decoder.forget(slot)
+    def take(self, job: Job, sequence: Sequence) -> None:
+        slot = self.free.pop(0)
+        self.running[slot] = (job, sequence)
+        self._positions[slot] = 0
 
-    def fill(self, slot: int) -> None:
-        if slot >= self.slots:
-            return
-        with contextlib.suppress(queue.Empty):
-            self._running[slot] = self._waiting.get_nowait()
-            self._positions[slot] = 0
+    def release(self, slot: int) -> None:
+        del self.running[slot]
+        self._decoder.forget(slot)
+        self.free.append(slot)
+        self.free.sort()
 
-    def run(self, on_news: OnNews, cancelled: Cancel) -> None:
-        while self._running and not cancelled():
-            news = self._step()
-            if news:
-                on_news(news)
+    def forget_all(self) -> None:
+        for slot in range(self._decoder.slots):
+            self._decoder.forget(slot)
 
-            ended = [slot for slot, s in self._running.items() if s.finish_reason is not None]
-            for slot in ended:
-                del self._running[slot]
-                self._decoder.forget(slot)
-                self.fill(slot)
-
-    def _step(self) -> News:
+    def step(self, busy: int) -> _Step:
         """Decode one batch; every sequence that is fed up to date takes its step."""
         rows: list[Row] = []
-        up_to_date: dict[int, Sequence] = {}  # by the place of their last row
+        up_to_date: dict[int, int] = {}  # the slots, by the place of their last row
         decoding = 0
 
         for slot, tokens in sorted(self._take_tokens().items()):  # llama.cpp wants slots in order
@@ -146,27 +243,41 @@ class _Lane:
                 rows.append(Row(token, self._positions[slot], slot, False))
                 self._positions[slot] += 1
 
-            sequence = self._running[slot]
+            _, sequence = self.running[slot]
             if tokens and not sequence.unfed:
                 last = len(rows) - 1
                 rows[last] = rows[last]._replace(wants_logits=True)
-                up_to_date[last] = sequence
+                up_to_date[last] = slot
                 decoding += len(tokens) == 1
 
+        self._decoder.share_threads(busy)
         started = time.perf_counter()
-        self._decoder.decode(rows)
+        try:
+            self._decoder.decode(rows)
+        except EngineError as error:
+            return _Step({}, {job: error for job, _ in self.running.values()}, 0.0, 0.0)
         elapsed_s = time.perf_counter() - started
 
-        decode_share = decoding / len(rows)  # a mixed batch is shared out by its tokens
-        self.decode_s += elapsed_s * decode_share
-        self.prefill_s += elapsed_s * (1.0 - decode_share)
+        news, errors = self._choose(up_to_date)
+        decode_share = decoding / len(rows)
+        return _Step(news, errors, elapsed_s * (1.0 - decode_share), elapsed_s * decode_share)
 
-        news = []
-        for place, sequence in up_to_date.items():
-            logits_V = self._decoder.logits_V(place)
-            news.append((sequence.index, sequence.step(logits_V)))
+    def _choose(self, places: dict[int, int]) -> tuple[dict[Job, News], dict[Job, EngineError]]:
+        """Let the sequences of some slots choose their next token, by the rows at those places."""
+        news: dict[Job, News] = {}
+        errors: dict[Job, EngineError] = {}
 
-        return news
+        for place, slot in places.items():
+            job, sequence = self.running[slot]
+            try:
+                ids = sequence.step(self._decoder.logits_V(place))
+            except EngineError as error:
+                errors[job] = error
+                continue
+
+            news.setdefault(job, []).append((sequence.index, ids))
+
+        return news, errors
 
     def _take_tokens(self) -> dict[int, list[int]]:
         """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""
@@ -174,9 +285,14 @@ class _Lane:
 
         taken = {}
 
-        for slot, sequence in sorted(self._running.items(), key=lambda s: len(s[1].unfed) > 1):
+        for slot, (_, sequence) in sorted(self.running.items(), key=_has_prompt):
             tokens = taken[slot] = sequence.unfed[:room]
             sequence.unfed = sequence.unfed[room:]
             room -= len(tokens)
 
         return taken
+
+
+def _has_prompt(item: tuple[int, tuple[Job, Sequence]]) -> bool:
+    _, (_, sequence) = item
+    return len(sequence.unfed) > 1

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import tomllib
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any, BinaryIO
 
@@ -31,17 +31,55 @@ _DEATHS = resources.files("racdeploy.decoding") / "deaths.toml"
 _UNKNOWN = {"cause": "see its last words", "remedy": "report it, with the file that caused it"}
 
 
+class _Mailboxes:
+    """Answers by the call that they belong to; those to a call that nobody waits for are dropped.
+
+    None is the last answer of every call once the pipe has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._boxes: dict[int, queue.SimpleQueue[Message | None]] = {}
+        self._has_ended = False
+
+    def open(self, call: int) -> queue.SimpleQueue[Message | None]:
+        box: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        with self._lock:
+            self._boxes[call] = box
+            if self._has_ended:
+                box.put(None)
+        return box
+
+    def close(self, call: int) -> None:
+        with self._lock:
+            del self._boxes[call]
+
+    def put(self, message: Message) -> None:
+        with self._lock:
+            box = self._boxes.get(message[0]["call"])
+        if box is not None:
+            box.put(message)
+
+    def end(self) -> None:
+        with self._lock:
+            self._has_ended = True
+            boxes = list(self._boxes.values())
+        for box in boxes:
+            box.put(None)
+
+
 class Child:
-    """A process that runs :mod:`racdeploy.decoding.worker`.
+    """A process that runs :mod:`racdeploy.decoding.worker`; threads may ask it at the same time.
 
     ``module`` names what loads the model there, ``engine`` is what error messages call it.
     """
 
     def __init__(self, module: str, engine: str) -> None:
         self._engine = engine
-        self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._calls = 0
-        self._answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._mailboxes = _Mailboxes()
+        self._burying = threading.Lock()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
 
         self._process = subprocess.Popen(
@@ -59,66 +97,53 @@ class Child:
         self.pid = self._process.pid
         self._stdin: BinaryIO = stdin  # type: ignore[assignment]
 
-        reader = threading.Thread(target=_read, args=(stdout, self._answers), daemon=True)
+        reader = threading.Thread(target=_read, args=(stdout, self._mailboxes), daemon=True)
         reader.start()
         self._finalizer = weakref.finalize(self, _end, self._process, reader, self._stderr)
 
-    def converse(self, op: str, **values: Any) -> Generator[Message | None, None, None]:
-        """Send a request and yield its answers up to ``done``, and None while there is none.
-
-        Left early, the request is cancelled and late answers are dropped. Raises ArtifactError
-        where a file is damaged, EngineError where the engine refused or the process died.
-        """
-        with self._lock:
+    @contextlib.contextmanager
+    def asking(self, op: str, **values: Any) -> Iterator[Exchange]:
+        """Send a request and yield its exchange; left early, it is cancelled."""
+        with self._sending:
             self._calls += 1
-            call = self._calls
-            finished = False
-            self._send({"op": op, "call": call, **values})
+            exchange = Exchange(self, self._calls, self._mailboxes.open(self._calls))
 
-            try:
-                while not finished:
-                    answer = self._receive(call)
-                    finished = answer is not None and answer[0]["event"] == "done"
-                    yield answer
-            finally:
-                if not finished:
-                    self.cancel()
+            # In the order of their numbers: the worker relies on it.
+            self._send({"op": op, "call": exchange.call, **values})
 
-    def cancel(self) -> None:
-        """End the request in hand early; harmless where it has ended, or the child has died."""
-        with contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: the pipe is closed
-            write_message(self._stdin, {"op": "cancel", "call": self._calls})
+        try:
+            yield exchange
+        finally:
+            if not exchange.is_done:
+                exchange.cancel()
+            self._mailboxes.close(exchange.call)
+
+    def cancel(self, call: int) -> None:
+        """End a request early; harmless where it has ended, or the child has died."""
+        with self._sending, contextlib.suppress(BrokenPipeError, ValueError):  # the pipe is closed
+            write_message(self._stdin, {"op": "cancel", "call": call})
 
     def close(self) -> None:
-        """End the process and free its pipes; again is harmless."""
+        """End the process and free its pipes; requests under way fail, again is harmless."""
         self._finalizer()
+
+    def say_why(self) -> EngineError:
+        """Return why there are no more answers: it was closed, or the process died."""
+        with self._burying:
+            if not self._finalizer.alive:
+                return self._closed()
+            try:
+                return self._obituary()
+            except ValueError:  # its last words are gone: it was closed meanwhile
+                return self._closed()
 
     def _send(self, header: Mapping[str, Any]) -> None:
         if not self._finalizer.alive:
             raise self._closed()
         try:
             write_message(self._stdin, header)
-        except BrokenPipeError as error:
-            raise self._obituary() from error
-
-    def _receive(self, call: int) -> Message | None:
-        try:
-            answer = self._answers.get(timeout=_POLL_S)
-        except queue.Empty:
-            return None
-
-        if answer is None:
-            self._answers.put(None)  # for the next one who asks
-            raise self._obituary() if self._finalizer.alive else self._closed()
-
-        header, _ = answer
-        if header["call"] != call:
-            return None
-        if header["event"] == "error":
-            kind = ArtifactError if header["damaged"] else EngineError
-            raise kind(header["message"], remedy=header["remedy"])
-
-        return answer
+        except (BrokenPipeError, ValueError) as error:  # ValueError: the pipe is closed
+            raise self.say_why() from error
 
     def _closed(self) -> EngineError:
         return EngineError(f"the {self._engine} engine is closed", remedy="open it again")
@@ -144,12 +169,53 @@ class Child:
         )
 
 
-def _read(stream: BinaryIO, answers: queue.SimpleQueue[Message | None]) -> None:
-    """Move answers from the pipe to the queue; None marks the end."""
+class Exchange:
+    """A request under way: iterate over its answers up to ``done``, None while there is none.
+
+    Raises ArtifactError where a file is damaged, EngineError where the engine refused or the
+    process died.
+    """
+
+    def __init__(self, child: Child, call: int, box: queue.SimpleQueue[Message | None]) -> None:
+        self.is_done = False
+        self._child = child
+        self.call = call
+        self._box = box
+
+    def __iter__(self) -> Iterator[Message | None]:
+        while not self.is_done:
+            try:
+                answer = self._box.get(timeout=_POLL_S)
+            except queue.Empty:
+                yield None
+                continue
+
+            yield self._check(answer)
+
+    def cancel(self) -> None:
+        """Ask for an early end; the answers up to ``done`` still come."""
+        self._child.cancel(self.call)
+
+    def _check(self, answer: Message | None) -> Message:
+        if answer is None:
+            self.is_done = True
+            raise self._child.say_why()
+
+        header, _ = answer
+        self.is_done = header["event"] in ("done", "error")
+        if header["event"] == "error":
+            kind = ArtifactError if header["damaged"] else EngineError
+            raise kind(header["message"], remedy=header["remedy"])
+
+        return answer
+
+
+def _read(stream: BinaryIO, mailboxes: _Mailboxes) -> None:
+    """Move answers from the pipe to those who wait for them."""
     with stream:
         while (message := read_message(stream)) is not None:
-            answers.put(message)
-    answers.put(None)
+            mailboxes.put(message)
+    mailboxes.end()
 
 
 def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: BinaryIO) -> None:
@@ -164,5 +230,6 @@ def _end(process: subprocess.Popen[bytes], reader: threading.Thread, stderr: Bin
         process.kill()
         process.wait()
 
-    reader.join()
+    if reader is not threading.current_thread():  # which may be the one that collects garbage
+        reader.join()
     stderr.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,8 @@ class ChildEngine(Engine):
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
     ``prefill_s``, ``decode_s`` (a mixed batch is shared out by its tokens), the child's
-    ``peak_rss_bytes``. ``module`` loads the model there, ``name`` is for error messages,
+    ``peak_rss_bytes``. Threads may use it at the same time: their sequences are decoded together,
+    as many as there are slots. ``module`` loads the model there, ``name`` is for error messages,
     ``options`` are the module's.
     """
 
@@ -61,8 +61,8 @@ class ChildEngine(Engine):
         }
 
         header: dict[str, Any] = {}
-        with contextlib.closing(self._child.converse("generate", **request)) as answers:
-            for answer in answers:
+        with self._child.asking("generate", **request) as exchange:
+            for answer in exchange:
                 header = answer[0] if answer else {}
                 for index, ids in header.get("news", ()):
                     assert on_tokens is not None
@@ -71,7 +71,7 @@ class ChildEngine(Engine):
                 # Ask no further once it has said so: the last answer is still to come.
                 if cancelled is not None and cancelled():
                     cancelled = None
-                    self._child.cancel()
+                    exchange.cancel()
 
         self.stats = header["stats"]
         return [
@@ -85,8 +85,8 @@ class ChildEngine(Engine):
         request = {"ids": [int(token) for token in ids]}
         logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
 
-        with contextlib.closing(self._child.converse("logits", **request)) as answers:
-            for header, payload in filter(None, answers):
+        with self._child.asking("logits", **request) as exchange:
+            for header, payload in filter(None, exchange):
                 self.stats = header.get("stats", self.stats)
 
                 if header["event"] == "rows":
@@ -101,8 +101,8 @@ class ChildEngine(Engine):
         self._child.close()
 
     def _ask(self, op: str, **values: Any) -> dict[str, Any]:
-        with contextlib.closing(self._child.converse(op, **values)) as answers:
-            *_, (header, _) = filter(None, answers)
+        with self._child.asking(op, **values) as exchange:
+            *_, (header, _) = filter(None, exchange)
         self.stats = header["stats"]
         return header
 

@@ -30,6 +30,7 @@ class Sequence:
         self, index: int, prompt_ids: SequenceOf[int], sampling: Sampling, context_tokens: int
     ) -> None:
         self.index = index
+        self.prompt_tokens = len(prompt_ids)
         self.ids: list[int] = []
         self.unfed: list[int] = list(prompt_ids)
         self.finish_reason: FinishReason | None = None

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, BinaryIO, Protocol
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.decoding.batching import Batcher, Decoder, News
+from racdeploy.decoding.batching import Batcher, Decoder, Job, News
 from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.decoding.messages import Header, read_message, write_message
 from racdeploy.decoding.sequence import Sequence
@@ -40,8 +41,8 @@ class LoadedModel(Protocol):
     vocabulary: int
     about: Mapping[str, Any]
 
-    def decoders(self, sequences: int) -> SequenceOf[Decoder]:
-        """Return what decodes so many sequences, side by side."""
+    def decoders(self) -> SequenceOf[Decoder]:
+        """Return what decodes, side by side; the first one's slot 0 is used by teacher_forced."""
 
     def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]:
         """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
@@ -56,7 +57,7 @@ class _Inbox:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.requests: queue.SimpleQueue[Header] = queue.SimpleQueue()
-        self.cancelled_call = -1
+        self.cancel: Callable[[int], None] = lambda call: None
         self._stream = stream
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -64,19 +65,25 @@ class _Inbox:
         while (message := read_message(self._stream)) is not None:
             header, _ = message
             if header["op"] == "cancel":
-                self.cancelled_call = header["call"]
+                self.cancel(header["call"])
             else:
                 self.requests.put(header)
 
-        os._exit(0)  # the parent is gone or done; the engine may be running in the other thread
+        os._exit(0)  # the parent is gone or done; the engine may be running in another thread
 
 
 class _Outbox:
     """Passes on new tokens: at once if one sequence runs or ends, else in lots to spare a core."""
 
-    def __init__(self, sequences: SequenceOf[Sequence], send: Callable[[News], None]) -> None:
+    def __init__(
+        self,
+        sequences: SequenceOf[Sequence],
+        send: Callable[[News], None],
+        is_alone: Callable[[], bool],
+    ) -> None:
         self._sequences = sequences
         self._send = send
+        self._is_alone = is_alone
         self._waiting: dict[int, list[int]] = {}
         self._sent_at = float("-inf")
 
@@ -86,7 +93,7 @@ class _Outbox:
 
         ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
         is_due = time.monotonic() - self._sent_at >= _SEND_EVERY_S
-        if ended or is_due or len(self._sequences) == 1:
+        if ended or is_due or self._is_alone():
             self.flush()
 
     def flush(self) -> None:
@@ -97,35 +104,44 @@ class _Outbox:
 
 
 class _Worker:
+    """Carries out requests in their order; those that generate run together, see ``batching``."""
+
     def __init__(self, module: str, inbox: _Inbox, out: BinaryIO) -> None:
         self._module = module
         self._inbox = inbox
         self._out = out
-        self._call = -1
+        self._one_at_a_time = threading.Lock()  # frames are whole
         self._model: LoadedModel
-        counted = ("load_ms", "prefill_s", "decode_s", "prompt_tokens", "generated_tokens")
+        self._batcher: Batcher
+        counted = ("load_ms", "prompt_tokens", "generated_tokens")
         self._stats: dict[str, float] = dict.fromkeys(counted, 0)
+
+        self._jobs_lock = threading.RLock()  # a job may end while it is started
+        self._jobs: dict[int, Job] = {}
+        self._latest = 0  # call that was taken from the inbox
+        self._cancelled_early: set[int] = set()  # calls that are still in the inbox
+        inbox.cancel = self._cancel
 
     def serve(self) -> None:
         while True:
             request = self._inbox.requests.get()
-            self._call = request["call"]
+            call = request["call"]
             carry_out = getattr(self, f"_{request['op']}")  # as _load and those below it
 
             try:
                 answer = carry_out(request)
             except RacdeployError as error:
-                damaged = isinstance(error, ArtifactError)
-                self._send("error", message=error.message, remedy=error.remedy, damaged=damaged)
+                self._send_error(call, error)
             else:
-                stats = {**self._stats, "peak_rss_bytes": _peak_rss_bytes()}
-                self._send("done", stats=stats, **answer)
+                if answer is not None:
+                    self._send_done(call, answer)
 
     def _load(self, request: Header) -> dict[str, Any]:
         started = time.perf_counter()
         settings = EngineSettings(**request["settings"])
         # Imported only now: what the engine prints must not land between two frames.
         self._model = importlib.import_module(self._module).load(request, settings)
+        self._batcher = Batcher(self._model.decoders())
         self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
         return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
@@ -137,15 +153,18 @@ class _Worker:
 
         start = 0
 
-        while start < len(ids):
-            logits_TV = self._model.teacher_forced(ids, start)
-            payload = logits_TV.astype("<f4").tobytes()
-            self._send("rows", payload, start=start)
-            start += len(logits_TV)
+        with self._batcher.paused():
+            while start < len(ids):
+                logits_TV = self._model.teacher_forced(ids, start)
+                payload = logits_TV.astype("<f4").tobytes()
+                self._send(request["call"], "rows", payload, start=start)
+                start += len(logits_TV)
 
         return {}
 
-    def _generate(self, request: Header) -> dict[str, Any]:
+    def _generate(self, request: Header) -> None:
+        """Start a job and return; its end is its answer."""
+        call = request["call"]
         prompts = request["prompts"]
         sampling = _read_sampling(request["sampling"])
         context_tokens = self._model.context_tokens
@@ -153,28 +172,63 @@ class _Worker:
 
         def send(news: News) -> None:
             if request["stream"]:
-                self._send("tokens", news=news)
+                self._send(call, "tokens", news=news)
 
-        outbox = _Outbox(sequences, send)
-        batcher = Batcher(self._model.decoders(len(sequences)), sequences)
-        batcher.run(outbox.add, lambda: self._inbox.cancelled_call == self._call)
-        outbox.flush()
+        def end() -> None:
+            outbox.flush()
+            self._end(call, job)
 
-        self._stats["prefill_s"] += batcher.prefill_s
-        self._stats["decode_s"] += batcher.decode_s
-        self._stats["prompt_tokens"] += sum(map(len, prompts))
+        outbox = _Outbox(sequences, send, lambda: self._batcher.running == 1)
+        job = Job(sequences, outbox.add, end)
 
-        completions = []
-        for sequence in sequences:
-            sequence.cancel()
-            self._stats["generated_tokens"] += len(sequence.ids)
-            completions.append((sequence.ids, sequence.finish_reason, sequence.forced_at))
+        with self._jobs_lock:
+            self._jobs[call] = job
+            self._latest = call
+            self._batcher.start(job)
 
-        return {"completions": completions}
+            if call in self._cancelled_early:
+                self._batcher.cancel(job)
+            self._cancelled_early = {other for other in self._cancelled_early if other > call}
 
-    def _send(self, event: str, payload: bytes = b"", **values: Any) -> None:
-        header = {"call": self._call, "event": event, **values}
-        write_message(self._out, header, payload)
+    def _cancel(self, call: int) -> None:
+        with self._jobs_lock:
+            job = self._jobs.get(call)
+            if call > self._latest:
+                self._cancelled_early.add(call)
+
+        if job is not None:
+            self._batcher.cancel(job)
+
+    def _end(self, call: int, job: Job) -> None:
+        """Send what a job has come to."""
+        with self._jobs_lock:
+            del self._jobs[call]
+
+            for sequence in job.sequences:
+                sequence.cancel()
+                self._stats["prompt_tokens"] += sequence.prompt_tokens
+                self._stats["generated_tokens"] += len(sequence.ids)
+
+        if job.error is not None:
+            self._send_error(call, job.error)
+            return
+
+        completions = [(s.ids, s.finish_reason, s.forced_at) for s in job.sequences]
+        self._send_done(call, {"completions": completions})
+
+    def _send_done(self, call: int, answer: Mapping[str, Any]) -> None:
+        seconds = {"prefill_s": self._batcher.prefill_s, "decode_s": self._batcher.decode_s}
+        stats = {**self._stats, **seconds, "peak_rss_bytes": _peak_rss_bytes()}
+        self._send(call, "done", stats=stats, **answer)
+
+    def _send_error(self, call: int, error: RacdeployError) -> None:
+        damaged = isinstance(error, ArtifactError)
+        self._send(call, "error", message=error.message, remedy=error.remedy, damaged=damaged)
+
+    def _send(self, call: int, event: str, payload: bytes = b"", **values: Any) -> None:
+        header = {"call": call, "event": event, **values}
+        with self._one_at_a_time:
+            write_message(self._out, header, payload)
 
 
 def _read_sampling(values: Header) -> Sampling:
@@ -197,12 +251,19 @@ def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _die(failure: threading.ExceptHookArgs) -> None:
+    """End the process where a thread of it fails: the parent reads why, and waits for nothing."""
+    traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
+    os._exit(1)
+
+
 def main() -> None:
     """Keep the pipes for messages alone, then answer requests until the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
 
+    threading.excepthook = _die
     inbox = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDONLY)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from racdeploy.decoding.batching import Batcher, News, Row
 from racdeploy.decoding.engine import Sampling, ThinkingBudget
 from racdeploy.decoding.sequence import Sequence, choose
 from racdeploy.errors import EngineError
@@ -164,85 +163,3 @@ def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float)
     logits_V = np.array([0, 1, bad, 2], dtype=np.float32)
     with pytest.raises(EngineError, match="not finite"):
         choose(logits_V, temperature, 1.0, np.random.default_rng(0))
-
-
-class Recorder:
-    """A decoder that predicts the successor of each token, and checks what it is given."""
-
-    slots = 3
-    batch_tokens = 8
-
-    def __init__(self) -> None:
-        self.seen: dict[int, list[int]] = {}
-        self.batches: list[int] = []
-        self._rows: list[Row] = []
-
-    def decode(self, rows: list[Row]) -> None:
-        assert 0 < len(rows) <= self.batch_tokens
-        assert [row.slot for row in rows] == sorted(
-            row.slot for row in rows
-        )  # neighbours are computed together
-        for row in rows:
-            assert row.position == len(self.seen[row.slot])
-            self.seen[row.slot].append(row.token)
-        self._rows = rows
-        self.batches.append(len(rows))
-
-    def logits_V(self, place: int) -> np.ndarray:
-        assert self._rows[place].wants_logits
-        return np.eye(100, dtype=np.float32)[(self._rows[place].token + 1) % 100]
-
-    def forget(self, slot: int) -> None:
-        self.seen[slot] = []
-
-
-def test_slots_are_refilled_and_long_prompts_come_in_pieces() -> None:
-    """Seven sequences in three slots: positions run on, no batch is too large, every result is
-    right.
-    """
-    sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
-    prompts = [[40 + i] * (1 + 5 * i) for i in range(7)]
-    sequences = [Sequence(i, prompt, sampling, 200) for i, prompt in enumerate(prompts)]
-    decoder, told = Recorder(), {i: [] for i in range(7)}
-
-    def on_news(news: News) -> None:
-        for index, ids in news:
-            told[index] += ids
-
-    Batcher([decoder], sequences).run(on_news, lambda: False)
-    expected = [list(range(41 + i, min(47 + i, 51))) for i in range(7)]
-    assert [s.ids for s in sequences] == expected
-    assert list(told.values()) == expected
-    assert max(decoder.batches) == decoder.batch_tokens
-
-
-def test_decoders_share_one_queue_and_each_answers_alike() -> None:
-    """Twenty sequences over two decoders: all are told, both worked, and no result depends on which
-    one it was.
-    """
-    sampling = Sampling(max_new_tokens=6, stop_ids=(50,))
-    sequences = [Sequence(i, [20 + i], sampling, 200) for i in range(20)]
-    decoders, told = [Recorder(), Recorder()], {i: [] for i in range(20)}
-
-    def on_news(news: News) -> None:
-        for index, ids in news:
-            told[index] += ids
-
-    Batcher(decoders, sequences).run(on_news, lambda: False)
-    expected = [list(range(21 + i, min(27 + i, 51))) for i in range(20)]
-    assert [s.ids for s in sequences] == list(told.values()) == expected
-    assert all(decoder.batches for decoder in decoders)
-
-
-def test_a_decoder_that_fails_ends_the_others() -> None:
-    """Its error is what the caller gets, and nobody goes on for answers that are lost."""
-
-    class Broken(Recorder):
-        def decode(self, rows: list[Row]) -> None:
-            raise EngineError("the decoder broke")
-
-    sampling = Sampling(max_new_tokens=100_000, stop_ids=())
-    sequences = [Sequence(i, [1], sampling, 1_000_000) for i in range(6)]
-    with pytest.raises(EngineError, match="the decoder broke"):
-        Batcher([Recorder(), Broken()], sequences).run(lambda news: None, lambda: False)
-    assert min(len(s.ids) for s in sequences) < 100_000

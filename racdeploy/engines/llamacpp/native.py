@@ -111,16 +111,12 @@ class NativeModel:
 
         return contexts
 
-    def decoders(self, sequences: int) -> list[_Context]:
-        """Return the contexts for so many sequences, with the threads shared out among them."""
-        used = self._contexts[: max(1, sequences)]
-        for context in used:
-            context.use_threads(self._threads // len(used))
-        return used
+    def decoders(self) -> list[_Context]:
+        return self._contexts
 
     def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         context = self._contexts[0]
-        context.use_threads(self._threads)
+        context.share_threads(1)
         if start == 0:
             context.forget(0)
 
@@ -159,6 +155,8 @@ class _Context:
     ) -> None:
         self.slots = slots
         self.batch_tokens = _BATCH_TOKENS
+        self._all_threads = settings.threads or available_cores()
+        self._threads = 0  # llama.cpp's own default, which is not asked for
         self._log = log
         self._vocabulary = vocabulary
 
@@ -173,8 +171,12 @@ class _Context:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = _Batch()
 
-    def use_threads(self, threads: int) -> None:
-        llama_cpp.llama_set_n_threads(self._context, threads, threads)
+    def share_threads(self, busy: int) -> None:
+        """Use an equal share of all threads."""
+        threads = max(1, self._all_threads // busy)
+        if threads != self._threads:
+            llama_cpp.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
 
     def decode(self, rows: Sequence[Row]) -> None:
         status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))

@@ -46,7 +46,7 @@ class OnnxModel(LoadedModel):
         self._cache = kind(graph, self.slots, self.context_tokens)
         self._logits: dict[int, NDArray[np.float32]] = {}
 
-    def decoders(self, sequences: int) -> list[OnnxModel]:
+    def decoders(self) -> list[OnnxModel]:
         """Return this model: one session on all threads batches better than several."""
         return [self]
 
@@ -78,6 +78,9 @@ class OnnxModel(LoadedModel):
 
     def forget(self, slot: int) -> None:
         self._cache.forget(slot)
+
+    def share_threads(self, busy: int) -> None:
+        """Change nothing: the session has a fixed number of threads, and is the only decoder."""
 
     def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
         if start == 0:
