@@ -12,14 +12,24 @@ from racdeploy import errors
 from racdeploy.errors import RacdeployError
 
 if TYPE_CHECKING:
-    from racdeploy.runtime import Model, Result, load
+    from racdeploy.runtime import AsyncTextStream, Model, Piece, Result, TextStream, load
 
     __version__: str
 
-__all__ = ["Model", "RacdeployError", "Result", "__version__", "errors", "load"]
+__all__ = [
+    "AsyncTextStream",
+    "Model",
+    "Piece",
+    "RacdeployError",
+    "Result",
+    "TextStream",
+    "__version__",
+    "errors",
+    "load",
+]
 
 _NOT_INSTALLED = "0+unknown"  # run from a folder that nobody installed
-_LAZY = ("Model", "Result", "load")
+_LAZY = ("AsyncTextStream", "Model", "Piece", "Result", "TextStream", "load")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@
     └── EnvironmentFailure         4    an engine, a missing extra, the disk or the machine
         ├── MissingExtraError      4    an optional dependency is not installed
         ├── EngineError            4    llama.cpp or another engine failed or aborted
+        │   └── PromptError        4    a prompt that the engine cannot take
+        │       └── ContextError   4    … since it is longer than the context
         └── BrokenPluginError      4    a plugin file exists but does not import
 """
 
@@ -93,6 +95,14 @@ class MissingExtraError(EnvironmentFailure):
 
 class EngineError(EnvironmentFailure):
     """An inference engine failed, or its process died."""
+
+
+class PromptError(EngineError):
+    """A prompt has no tokens, too many, or some that the model does not have."""
+
+
+class ContextError(PromptError):
+    """A prompt is longer than the context that the engine was loaded with."""
 
 
 class BrokenPluginError(EnvironmentFailure):

@@ -17,7 +17,7 @@ from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.tables import Table
-from racdeploy.runtime.model import check_unpacked
+from racdeploy.runtime.loading import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import finished_stages
 from racdeploy.verify.baseline import find_dense_arm, read_report

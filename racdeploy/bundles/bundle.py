@@ -10,7 +10,7 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
-from racdeploy.runtime.model import check_unpacked
+from racdeploy.runtime.loading import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.tasks import Problem, TaskSet

@@ -123,6 +123,10 @@ class Child:
         with self._sending, contextlib.suppress(BrokenPipeError, ValueError):  # the pipe is closed
             write_message(self._stdin, {"op": "cancel", "call": call})
 
+    def is_alive(self) -> bool:
+        """Return whether the process runs."""
+        return self._finalizer.alive and self._process.poll() is None
+
     def close(self) -> None:
         """End the process and free its pipes; requests under way fail, again is harmless."""
         self._finalizer()

@@ -97,6 +97,9 @@ class ChildEngine(Engine):
 
         return logits_TV
 
+    def is_alive(self) -> bool:
+        return self._child.is_alive()
+
     def close(self) -> None:
         self._child.close()
 

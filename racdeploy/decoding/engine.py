@@ -96,6 +96,10 @@ class Engine(Protocol):
         """Return the ids of a text, special tokens parsed, none added; None without a tokenizer."""
         return None
 
+    def is_alive(self) -> bool:
+        """Return whether it can be asked: its process has not died, and nobody has closed it."""
+        return True
+
     def close(self) -> None:
         """Free what the engine holds; again is harmless."""
         return

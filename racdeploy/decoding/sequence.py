@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.decoding.engine import Completion, FinishReason, Sampling, ThinkingBudget
-from racdeploy.errors import EngineError
+from racdeploy.errors import ContextError, EngineError, PromptError
 
 _UNLIKELY = 1e-4  # of the likeliest token
 
@@ -177,17 +177,17 @@ def check_request(
 def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
     """Refuse token ids that are none, too many, or outside the vocabulary."""
     if not ids:
-        raise EngineError(f"{what} has no tokens", remedy="render the chat template first")
+        raise PromptError(f"{what} has no tokens", remedy="render the chat template first")
 
     if len(ids) > limit:
-        raise EngineError(
+        raise ContextError(
             f"{what} has {len(ids)} tokens, the context takes at most {limit}",
             remedy="raise context_tokens, or shorten the text; racdeploy never clips one",
         )
 
     if min(ids) < 0 or max(ids) >= vocabulary:
         strange = next(token for token in ids if not 0 <= token < vocabulary)
-        raise EngineError(
+        raise PromptError(
             f"{what} holds token id {strange}, the model has ids 0 to {vocabulary - 1}",
             remedy="use the tokenizer that belongs to this model",
         )

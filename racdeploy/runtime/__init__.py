@@ -1,5 +1,16 @@
 """Run a bundle: no torch, no transformers, no recipe."""
 
-from racdeploy.runtime.model import Model, Result, load
+from racdeploy.runtime.loading import load
+from racdeploy.runtime.model import Continuation, Model, Options, Result
+from racdeploy.runtime.streams import AsyncTextStream, Piece, TextStream
 
-__all__ = ["Model", "Result", "load"]
+__all__ = [
+    "AsyncTextStream",
+    "Continuation",
+    "Model",
+    "Options",
+    "Piece",
+    "Result",
+    "TextStream",
+    "load",
+]

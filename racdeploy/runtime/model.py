@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypedDict, Unpack
 
-from racdeploy import engines
-from racdeploy.accel import Mode
 from racdeploy.decoding import engine as decoding
-from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.manifest import ArtifactEntry, Manifest
-from racdeploy.packing import racgguf
+from racdeploy.errors import UsageError
+from racdeploy.manifest import Manifest
+from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream, Work
 from racdeploy.runtime.template import Message, PromptEncoder
-from racdeploy.runtime.thinking import Scanner, State, ThinkingTags, prompt_state, split, tags_of
+from racdeploy.runtime.text import OnText, TextReader
+from racdeploy.runtime.thinking import State, ThinkingTags, prompt_state, split, tags_of
 
 Prompt = str | Sequence[Message]
 _CHOICES = ("max_thinking_tokens", "max_new_tokens", "temperature", "top_p")
-OnText = Callable[[str, Literal["thinking", "answer"]], None]
+# Threads of tasks and streams; what an engine has slots for runs together, the rest waits there.
+_THREADS = 256
+
+
+class TextOptions(TypedDict, total=False):
+    """What a continuation may choose; see :meth:`Model.continue_text`."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int
+
+
+class Options(TextOptions, total=False):
+    """What an answer may choose; see :meth:`Model.generate`."""
+
+    max_thinking_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Result:
         answer: text after the thinking, stripped; empty where the thinking never ended.
         thinking: text between the tags, stripped.
         state: how the thinking ended, see :class:`racdeploy.runtime.thinking.Split`.
+        completion_tokens: thinking, answer, tags and end-of-sequence.
     """
 
     answer: str
@@ -39,12 +56,34 @@ class Result:
     answer_tokens: int
     finish_reason: decoding.FinishReason
     state: State
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What followed a prompt as it is, tags written out.
+
+    Args:
+        text: without end-of-sequence.
+        ids: with it.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finish_reason: decoding.FinishReason
 
 
 class Model(AbstractContextManager["Model"]):
-    """A loaded bundle. Use it in a ``with`` block, or close it, which closes its engine."""
+    """A loaded bundle. Use it in a ``with`` block, or close it, which closes its engine.
+
+    Threads and tasks may use it at the same time: what they ask is decoded together, as many as it
+    was loaded for, and each gets what it would get alone.
+    """
 
     def __init__(self, manifest: Manifest, encoder: PromptEncoder, engine: decoding.Engine) -> None:
+        self._pool = Pool(_THREADS)
         self.manifest = manifest
         self.encoder = encoder
         self.engine = engine
@@ -71,30 +110,43 @@ class Model(AbstractContextManager["Model"]):
             max_new_tokens: cap on thinking and answer together.
             temperature: 0 is greedy.
             top_p: probability mass to sample from.
+            seed: of the draws; whatever runs beside it, the same seed draws the same.
             on_text: gets each piece of text as it comes, and whether it is thinking or answer.
             cancel: set it from another thread to stop early.
 
         Raises:
             ArtifactError: the template failed on this conversation.
             UsageError: a thinking budget for a model without thinking tags.
-            EngineError: the prompt does not fit, or the engine failed.
+            ContextError: the prompt does not fit the context.
+            EngineError: the engine failed, or was closed.
         """
         prompt_ids = self.encoder.encode(prompt)
         sampling = self._sampling(
             prompt_ids, seed, max_thinking_tokens, max_new_tokens, temperature, top_p
         )
-        stream = _TextStream(self, prompt_ids, on_text) if on_text else None
-
-        (completion,) = self.engine.generate(
-            [prompt_ids],
-            sampling,
-            on_tokens=stream.feed if stream else None,
-            cancelled=cancel.is_set if cancel else None,
-        )
-
-        if stream:
-            stream.finish()
+        completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
+        """Answer one prompt without blocking the event loop; see :meth:`generate`.
+
+        Cancelling the task that waits ends the generation.
+        """
+        cancel = threading.Event()
+        work = partial(self.generate, prompt, cancel=cancel, **options)
+
+        try:
+            return await asyncio.wrap_future(self._pool.submit(work))
+        finally:
+            cancel.set()
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream[Result]:
+        """Return an iterator over the text as it comes; see :meth:`generate`."""
+        return TextStream(self._pool, self._work(prompt, options))
+
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncTextStream[Result]:
+        """Return an asynchronous iterator over the text as it comes; see :meth:`generate`."""
+        return AsyncTextStream(self._pool, self._work(prompt, options))
 
     def generate_many(
         self,
@@ -124,12 +176,80 @@ class Model(AbstractContextManager["Model"]):
         completions = self.engine.generate(encoded, sampling, cancelled=cancelled)
         return [self._result(*pair) for pair in zip(encoded, completions, strict=True)]
 
+    def continue_text(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        on_text: OnText | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Continuation:
+        """Continue a text or token ids as they are: no template, no budget, nothing split.
+
+        Raises:
+            ContextError: the prompt does not fit the context.
+            EngineError: the prompt is empty, or the engine failed or was closed.
+        """
+        ids = self.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        sampling = self._sampling(ids, seed, None, max_new_tokens, temperature, top_p)
+        free = replace(sampling, budget=None)
+
+        completion = self._complete(ids, free, None, on_text, cancel)
+        text_ids = [token for token in completion.ids if token not in free.stop_ids]
+        text = self.encoder.decode(text_ids)
+        return Continuation(text, completion.ids, tuple(ids), completion.finish_reason)
+
+    def acontinue_text(
+        self, prompt: str | Sequence[int], **options: Unpack[TextOptions]
+    ) -> AsyncTextStream[Continuation]:
+        """Return an asynchronous iterator over what follows; see :meth:`continue_text`.
+
+        All of it has the kind ``answer``.
+        """
+
+        def work(on_text: OnText, cancel: threading.Event) -> Continuation:
+            return self.continue_text(prompt, on_text=on_text, cancel=cancel, **options)
+
+        return AsyncTextStream(self._pool, work)
+
     def close(self) -> None:
-        """Unload the model; again is harmless."""
+        """Unload the model; what still runs ends with an EngineError. Again is harmless."""
         self.engine.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _work(self, prompt: Prompt, options: Options) -> Work[Result]:
+        def work(on_text: OnText, cancel: threading.Event) -> Result:
+            return self.generate(prompt, on_text=on_text, cancel=cancel, **options)
+
+        return work
+
+    def _complete(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: decoding.Sampling,
+        tags: ThinkingTags | None,
+        on_text: OnText | None,
+        cancel: threading.Event | None,
+    ) -> decoding.Completion:
+        """Generate, and tell the text as it comes, split by the tags."""
+        eos_ids = self.manifest.tokenizer.eos_ids
+        reader = TextReader(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
+
+        (completion,) = self.engine.generate(
+            [prompt_ids],
+            sampling,
+            on_tokens=reader.feed if reader else None,
+            cancelled=cancel.is_set if cancel else None,
+        )
+
+        if reader:
+            reader.finish()
+        return completion
 
     def _sampling(
         self, prompt_ids: Sequence[int], seed: int, *choices: float | None
@@ -178,147 +298,6 @@ class Model(AbstractContextManager["Model"]):
             answer_tokens=len(parts.answer_ids),
             finish_reason=completion.finish_reason,
             state=parts.state,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=len(completion.ids),
         )
-
-
-class _TextStream:
-    """Turns new ids into text as they come: tags left out, characters whole."""
-
-    def __init__(self, model: Model, prompt_ids: Sequence[int], on_text: OnText) -> None:
-        # Ids that never come stand for the tags of a model without.
-        self._tags = model.tags or ThinkingTags((-1,), (-1,))
-        self._encoder = model.encoder
-        self._eos_ids = model.manifest.tokenizer.eos_ids
-        self._on_text = on_text
-        self._scanner = Scanner(prompt_ids, self._tags)
-
-        # What is between them is shown already, and is the context that the next ids need.
-        self._prefix = 0
-        self._read = 0
-
-    def feed(self, index: int, ids: Sequence[int]) -> None:
-        scanner = self._scanner
-        for token in ids:
-            if token in self._eos_ids:
-                continue
-            inside = scanner.inside
-            start = scanner.start
-            scanner.feed(token)
-
-            if scanner.start == start:
-                self._show(len(scanner.ids) - scanner.count_held_back(), inside)
-                continue
-
-            # A tag ended here. Before a close tag alone, everything is shown already.
-            if scanner.inside or inside:
-                tag = self._tags.close_ids if inside else self._tags.open_ids
-                self._show(len(scanner.ids) - len(tag), inside, whole=True)
-
-            self._prefix = self._read = scanner.start
-
-    def finish(self) -> None:
-        """Show what was held back as the possible beginning of a tag or half a character."""
-        self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
-
-    def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
-        ids = self._scanner.ids
-        text = self._encoder.decode(ids[self._prefix : stop])
-        shown = self._encoder.decode(ids[self._prefix : self._read])
-
-        is_cut = text.endswith("\ufffd") and not whole  # in the middle of a character
-        if stop <= self._read or is_cut:
-            return
-
-        self._prefix = self._read
-        self._read = stop
-        if new_text := text[len(shown) :]:
-            self._on_text(new_text, "thinking" if inside else "answer")
-
-
-def load(
-    bundle: str | Path,
-    *,
-    backend: str | None = None,
-    threads: int = 0,
-    parallel: int = 1,
-    context_tokens: int | None = None,
-    accel: Mode = "auto",
-) -> Model:
-    """Load a bundle.
-
-    Args:
-        bundle: folder that ``racdeploy build`` wrote.
-        backend: engine to use where the bundle has artifacts for several; None takes the first.
-        threads: 0 uses every core.
-        parallel: prompts that :meth:`Model.generate_many` decodes together; each takes memory for a
-            context.
-        context_tokens: longest prompt and completion together; None takes what the bundle was
-            verified with. It takes memory, and the model is made for a limited number.
-        accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
-
-    Raises:
-        ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
-        UsageError: it has no artifact for that backend, or the model is made for less context.
-        MissingExtraError: the engine is not installed.
-        EngineError: the engine cannot load the artifact.
-    """
-    folder = Path(bundle)
-    manifest = Manifest.read(folder)
-    artifact = _choose_artifact(manifest, folder, backend)
-    manifest.check_tokenizer(folder)
-    check_unpacked(folder, artifact)
-
-    encoder = PromptEncoder.from_folder(folder)
-    settings = decoding.EngineSettings(
-        _choose_context(manifest, context_tokens), parallel=parallel, threads=threads, accel=accel
-    )
-    engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
-
-    try:
-        return Model(manifest, encoder, engine)
-    except BaseException:
-        engine.close()
-        raise
-
-
-def _choose_context(manifest: Manifest, asked: int | None) -> int:
-    """Return the context to load a model with; one that it is not made for is refused."""
-    generation = manifest.generation
-    if asked is None:
-        return generation.context_tokens
-
-    most = generation.model_context_tokens
-    if most is not None and asked > most:
-        raise UsageError(
-            f"context_tokens is {asked}, and the model is made for {most}",
-            remedy=f"racdeploy.load(…, context_tokens={most})",
-        )
-    return asked
-
-
-def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare what a packed artifact holds with the manifest; a container says it of itself."""
-    if artifact.packing == "plain":
-        return
-    if not artifact.path.endswith(racgguf.SUFFIX):
-        artifact.check(folder)
-        return
-
-    found = racgguf.Container.open(folder / artifact.path).sha256
-    if found != artifact.unpacked_sha256:
-        raise ArtifactError(
-            f"{folder / artifact.path} holds a file with SHA-256 {found[:16]}…, its manifest says "
-            f"{artifact.unpacked_sha256[:16]}…",
-            remedy="copy the bundle again, or build it again",
-        )
-
-
-def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
-    for entry in manifest.artifacts:
-        if backend is None or entry.backend == backend:
-            return entry
-
-    offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
-    raise UsageError(
-        f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}"
-    )

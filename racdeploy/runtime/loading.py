@@ -1,0 +1,103 @@
+"""Load a bundle: choose its artifact, compare it with the manifest, open the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from racdeploy import engines
+from racdeploy.accel import Mode
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.packing import racgguf
+from racdeploy.runtime.model import Model
+from racdeploy.runtime.template import PromptEncoder
+
+
+def load(
+    bundle: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int = 0,
+    parallel: int = 1,
+    context_tokens: int | None = None,
+    accel: Mode = "auto",
+) -> Model:
+    """Load a bundle.
+
+    Args:
+        bundle: folder that ``racdeploy build`` wrote.
+        backend: engine to use where the bundle has artifacts for several; None takes the first.
+        threads: 0 uses every core.
+        parallel: requests that are decoded together, of :meth:`Model.generate_many`, threads and
+            tasks; each takes memory for a context. More wait for their turn.
+        context_tokens: longest prompt and completion together; None takes what the bundle was
+            verified with. It takes memory, and the model is made for a limited number.
+        accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
+
+    Raises:
+        ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
+        UsageError: it has no artifact for that backend, or the model is made for less context.
+        MissingExtraError: the engine is not installed.
+        EngineError: the engine cannot load the artifact.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    artifact = _choose_artifact(manifest, folder, backend)
+    manifest.check_tokenizer(folder)
+    check_unpacked(folder, artifact)
+
+    encoder = PromptEncoder.from_folder(folder)
+    settings = EngineSettings(
+        _choose_context(manifest, context_tokens), parallel=parallel, threads=threads, accel=accel
+    )
+    engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
+
+    try:
+        return Model(manifest, encoder, engine)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _choose_context(manifest: Manifest, asked: int | None) -> int:
+    """Return the context to load a model with; one that it is not made for is refused."""
+    generation = manifest.generation
+    if asked is None:
+        return generation.context_tokens
+
+    most = generation.model_context_tokens
+    if most is not None and asked > most:
+        raise UsageError(
+            f"context_tokens is {asked}, and the model is made for {most}",
+            remedy=f"racdeploy.load(…, context_tokens={most})",
+        )
+    return asked
+
+
+def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
+    """Compare what a packed artifact holds with the manifest; a container says it of itself."""
+    if artifact.packing == "plain":
+        return
+    if not artifact.path.endswith(racgguf.SUFFIX):
+        artifact.check(folder)
+        return
+
+    found = racgguf.Container.open(folder / artifact.path).sha256
+    if found != artifact.unpacked_sha256:
+        raise ArtifactError(
+            f"{folder / artifact.path} holds a file with SHA-256 {found[:16]}…, its manifest says "
+            f"{artifact.unpacked_sha256[:16]}…",
+            remedy="copy the bundle again, or build it again",
+        )
+
+
+def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
+    for entry in manifest.artifacts:
+        if backend is None or entry.backend == backend:
+            return entry
+
+    offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
+    raise UsageError(
+        f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}"
+    )

@@ -1,0 +1,81 @@
+"""From token ids to text as they come: tags left out, characters whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import Scanner, ThinkingTags
+
+Kind = Literal["thinking", "answer"]
+OnText = Callable[[str, Kind], None]
+"""Gets each piece of text as it comes, and whether it is thinking or answer."""
+
+_NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never come
+
+
+class TextReader:
+    """Turns the new ids of a completion into text.
+
+    Args:
+        tags: None for a model that does not think, or where tags are text as any other.
+        eos_ids: end-of-sequence ids, which are no text.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        prompt_ids: Sequence[int],
+        tags: ThinkingTags | None,
+        eos_ids: Collection[int],
+        on_text: OnText,
+    ) -> None:
+        self._tags = tags or _NO_TAGS
+        self._encoder = encoder
+        self._eos_ids = eos_ids
+        self._on_text = on_text
+        self._scanner = Scanner(prompt_ids, self._tags)
+
+        # What is between them is shown already, and is the context that the next ids need.
+        self._prefix = 0
+        self._read = 0
+
+    def feed(self, index: int, ids: Sequence[int]) -> None:
+        """Read new ids; ``index`` is what an engine says of the only sequence of its call."""
+        scanner = self._scanner
+        for token in ids:
+            if token in self._eos_ids:
+                continue
+            inside = scanner.inside
+            start = scanner.start
+            scanner.feed(token)
+
+            if scanner.start == start:
+                self._show(len(scanner.ids) - scanner.count_held_back(), inside)
+                continue
+
+            # A tag ended here. Before a close tag alone, everything is shown already.
+            if scanner.inside or inside:
+                tag = self._tags.close_ids if inside else self._tags.open_ids
+                self._show(len(scanner.ids) - len(tag), inside, whole=True)
+
+            self._prefix = self._read = scanner.start
+
+    def finish(self) -> None:
+        """Show what was held back as the possible beginning of a tag or half a character."""
+        self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
+
+    def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
+        ids = self._scanner.ids
+        text = self._encoder.decode(ids[self._prefix : stop])
+        shown = self._encoder.decode(ids[self._prefix : self._read])
+
+        is_cut = text.endswith("\ufffd") and not whole  # in the middle of a character
+        if stop <= self._read or is_cut:
+            return
+
+        self._prefix = self._read
+        self._read = stop
+        if new_text := text[len(shown) :]:
+            self._on_text(new_text, "thinking" if inside else "answer")
