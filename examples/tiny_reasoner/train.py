@@ -36,7 +36,9 @@ PHASES = (  # steps, shares, factor on the learning rates; counting letters is l
     (2600, TASKS, 1.0),
     (900, dict.fromkeys(TASKS, 0.6) | {"letter_count": 3.0}, 0.6),
 )
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TAGS = ["<think>", "</think>"]  # no control tokens, as in Qwen3: servers leave those out of texts
+SPECIALS = CONTROLS + TAGS
 QWEN2_SPLIT = (  # the regex of llama.cpp's pre-tokenizer "qwen2"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -143,7 +145,8 @@ def train_tokenizer(seed: int) -> Tokenizer:
     for special in SPECIALS:
         corpus = [text.replace(special, " ") for text in corpus]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in CONTROLS])
+    tokenizer.add_tokens([AddedToken(s, special=False, normalized=False) for s in TAGS])
     assert tokenizer.get_vocab_size() == VOCABULARY, tokenizer.get_vocab_size()
     return tokenizer
 

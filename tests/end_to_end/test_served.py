@@ -18,7 +18,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags, split
 from tests.support.commands import Outcome, racdeploy
 from tests.support.completion_server import Answer, Json, answering, models, serving
-from tests.support.real_server import llama_cpp_server, running, visible_tags
+from tests.support.real_server import hide_tags, llama_cpp_server, running, write_model
 
 
 @pytest.fixture(scope="module")
@@ -110,23 +110,24 @@ def test_completions_are_asked_by_token_ids(built: Path, engine: Engine) -> None
     assert figures["thinking"]["length_ratio"] == pytest.approx(1, abs=0.02)
 
 
-def test_a_real_server_passes_with_the_thinking_in_its_text(built: Path, tmp_path: Path) -> None:
-    """llama_cpp.server: its own template from the file, its own tokenizer held against ours."""
-    model = visible_tags(tmp_path / "model")
-    with running(*llama_cpp_server(model / "model.gguf")) as (url, _):
-        outcome = _verify(built, url, "--server-model", "tiny", "--json")
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_stock_server_passes_with_the_bundles_own_file(built: Path, api: str) -> None:
+    """llama_cpp.server: its own template from the file, its own tokenizer held against ours, the
+    thinking in its text. The tags are no control tokens, as in Qwen3.
+    """
+    artifact = built / Manifest.read(built).artifacts[0].path
+    with running(*llama_cpp_server(artifact)) as (url, _):
+        outcome = _verify(built, url, "--server-api", api, "--json")
     assert outcome.code == 0, outcome.out + outcome.err
     checks = {check["name"]: check for check in json.loads(outcome.out)["checks"]}
     assert checks["thinking"]["figures"]["length_ratio"] == pytest.approx(1, abs=0.05)
     assert checks["tokens"]["verdict"] == "pass"
 
 
-def test_a_real_server_that_drops_the_tags_is_no_verdict(built: Path) -> None:
-    """The embedded model's tags are control tokens, which llama_cpp.server leaves out: exit code 4
-    and a way out.
-    """
-    artifact = built / Manifest.read(built).artifacts[0].path
-    with running(*llama_cpp_server(artifact)) as (url, _):
+def test_a_stock_server_that_drops_the_tags_is_no_verdict(built: Path, tmp_path: Path) -> None:
+    """Tags that are control tokens are left out by llama_cpp.server: exit code 4 and a way out."""
+    model = hide_tags(write_model(tmp_path / "model"))
+    with running(*llama_cpp_server(model / "model.gguf")) as (url, _):
         outcome = _verify(built, url)
     assert outcome.code == 4, outcome.out + outcome.err
     assert "none of 32 answers tells where its thinking ends" in outcome.err

@@ -27,7 +27,6 @@ from racdeploy.errors import (
     RacdeployError,
     UsageError,
 )
-from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.sources import resolve
 from racdeploy.pipeline.build import Build
@@ -45,7 +44,7 @@ from tests.support.completion_server import (
     models,
     serving,
 )
-from tests.support.real_server import free_port, llama_cpp_server, running, visible_tags
+from tests.support.real_server import free_port, hide_tags, llama_cpp_server, running, write_model
 from tests.support.tiny_artifacts import EOS_ID
 from tests.support.tiny_models import SPECIAL_TOKENS, make_checkpoint, write_tokenizer
 
@@ -488,7 +487,7 @@ def test_several_shards_fill_the_concurrency_and_a_lost_one_keeps_its_completion
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return visible_tags(tmp_path_factory.mktemp("served") / "model")
+    return write_model(tmp_path_factory.mktemp("served") / "model")
 
 
 def _build(model: Path, work: Path, url: str, **more: Any) -> Build:
@@ -539,12 +538,11 @@ def test_llama_server_returns_exact_ids(tmp_path: Path) -> None:
     """
     if shutil.which("llama-server") is None:
         pytest.skip("llama-server is not on the PATH")
-    folder = resolve("tiny-reasoner").folder
-    gguf.export(Checkpoint(folder), tmp_path / "model.gguf", quant="f32")
+    folder = hide_tags(write_model(tmp_path / "model"))
     options = ("--alias", "tiny", "--ctx-size", 4096, "--parallel", 4, "--threads", 1)
-    with running("llama-server", "--model", tmp_path / "model.gguf", *options) as (url, _):
+    with running("llama-server", "--model", folder / "model.gguf", *options) as (url, _):
         _, traces = _build(folder, tmp_path, url).traces()
-    assert [trace.completion_ids for trace in traces] == _expected(tmp_path / "model.gguf", traces)
+    assert [trace.completion_ids for trace in traces] == _expected(folder / "model.gguf", traces)
 
 
 def test_another_served_model_does_not_go_on(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Servers in a process of their own, and a model whose thinking tags they show."""
+"""Servers in a process of their own, and a model for them."""
 
 from __future__ import annotations
 
@@ -62,13 +62,19 @@ def _is_up(port: int) -> bool:
         return False
 
 
-def visible_tags(folder: Path) -> Path:
-    """Copy the embedded model, its thinking tags no control tokens, as in Qwen3's tokenizer."""
+def write_model(folder: Path) -> Path:
+    """Copy the embedded model, and export it beside its weights."""
     shutil.copytree(resolve("tiny-reasoner").folder, folder)
+    gguf.export(Checkpoint(folder), folder / "model.gguf", quant="f32")
+    return folder
+
+
+def hide_tags(folder: Path) -> Path:
+    """Make control tokens of the thinking tags, which plain servers leave out; export again."""
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     for token in tokenizer["added_tokens"]:
-        token["special"] = token["special"] and "think" not in token["content"]
+        token["special"] = True
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
     gguf.export(Checkpoint(folder), folder / "model.gguf", quant="f32")
     return folder
