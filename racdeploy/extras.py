@@ -25,6 +25,8 @@ OPTIONAL = (
     Package("llama_cpp", "llama-cpp-python", "llamacpp", "running and verifying GGUF, K-quants"),
     Package("onnxruntime", "onnxruntime", "ort", "running and verifying ONNX"),
     Package("httpx", "httpx", "server", "asking a server"),
+    Package("starlette", "starlette", "serve", "serving a bundle"),
+    Package("uvicorn", "uvicorn", "serve", "serving a bundle"),
     Package("onnx", "onnx", "onnx", "ONNX export"),
     Package("onnxruntime_genai", "onnxruntime-genai", "onnx", "the faster ONNX graph"),
     Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),

@@ -26,6 +26,8 @@ HEAVY = (
     "scipy",
     "httpx",
     "huggingface_hub",
+    "starlette",
+    "uvicorn",
 )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, hub, run, tools, verify
+from racdeploy.cli import build, cache, hub, run, serve, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "export": (build.export, "racdeploy export ./my-model --quant q8_0"),
     "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
     "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
+    "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
     "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),
     "pull": (hub.pull, "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle"),

@@ -15,6 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.storage.files import file_sha256
 from tests.support.completion_server import answering, models, serving
+from tests.support.real_server import write_model
 from tests.support.tiny_models import SPECIAL_TOKENS, make_checkpoint
 from tests.support.tiny_onnx import tiny_onnx
 
@@ -71,6 +72,22 @@ def make_onnx_bundle(folder: Path) -> Path:
     }
     bundle = write_bundle(folder / "checkpoint", files, "onnxruntime")
     shutil.copy(folder / "checkpoint" / "config.json", bundle)
+    return bundle
+
+
+def make_thinking_bundle(folder: Path) -> Path:
+    """Write a whole bundle round the embedded model, not pruned, which answers; return it."""
+    checkpoint = write_model(folder / "checkpoint")
+    bundle = write_bundle(checkpoint, {"model.gguf": checkpoint / "model.gguf"}, "llamacpp")
+
+    manifest = Manifest.read(bundle)
+    eos_ids = Checkpoint(checkpoint).eos_ids
+    tokenizer = manifest.tokenizer.model_copy(update={"eos_ids": eos_ids})
+    limits = {"max_new_tokens": 600, "max_thinking_tokens": None, "context_tokens": 1024}
+    generation = manifest.generation.model_copy(update=limits)
+
+    whole = manifest.model_copy(update={"tokenizer": tokenizer, "generation": generation})
+    (bundle / "racdeploy.json").write_text(whole.model_dump_json(), encoding="utf-8")
     return bundle
 
 

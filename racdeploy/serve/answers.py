@@ -1,0 +1,144 @@
+"""Answers in OpenAI's form, with ``reasoning_content`` beside ``content`` as vLLM and llama-server
+have it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from racdeploy.errors import ContextError, PromptError, RacdeployError, UsageError
+from racdeploy.runtime import Continuation, Piece, Result
+from racdeploy.serve.requests import RequestError
+
+Json = dict[str, Any]
+OWNER = "racdeploy"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: what all its objects have in common.
+
+    Args:
+        kind: ``chat.completion`` or ``text_completion``.
+        has_counts: a stream ends with a chunk of counts; the others then have an empty ``usage``.
+    """
+
+    model: str
+    kind: Literal["chat.completion", "text_completion"]
+    has_counts: bool = False
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choice: Json, usage: Json) -> Json:
+        """Return the answer without a stream."""
+        return {**self._head(self.kind), "choices": [{"index": 0, **choice}], "usage": usage}
+
+    def begin(self) -> Json:
+        """Return the first chunk of a chat."""
+        return self._chunk({"delta": {"role": "assistant", "content": ""}})
+
+    def piece(self, piece: Piece) -> Json:
+        """Return a chunk of text."""
+        if self.kind == "text_completion":
+            return self._chunk({"text": piece.text})
+        key = "reasoning_content" if piece.kind == "thinking" else "content"
+        return self._chunk({"delta": {key: piece.text}})
+
+    def end(self, finish_reason: str) -> Json:
+        """Return the chunk that says why it ended."""
+        last: Json = {"text": ""} if self.kind == "text_completion" else {"delta": {}}
+        return self._chunk(last, finish_reason)
+
+    def counts(self, usage: Json) -> Json:
+        """Return the chunk behind the last."""
+        return {**self._head(self._chunk_kind), "choices": [], "usage": usage}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
+
+    def _chunk(self, choice: Json, finish_reason: str | None = None) -> Json:
+        choices = [{"index": 0, **choice, "finish_reason": finish_reason}]
+        usage = {"usage": None} if self.has_counts else {}
+        return {**self._head(self._chunk_kind), "choices": choices, **usage}
+
+    def _head(self, kind: str) -> Json:
+        prefix = "chatcmpl" if self.kind == "chat.completion" else "cmpl"
+        return {
+            "id": f"{prefix}-{self.name}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def write_chat_choice(result: Result, content: str) -> Json:
+    """Return the choice of a whole chat, without its end."""
+    thinking = result.thinking or None
+    return {"message": {"role": "assistant", "content": content, "reasoning_content": thinking}}
+
+
+def write_ids(continuation: Continuation) -> Json:
+    """Return the ids of both sides, as vLLM names them."""
+    return {
+        "token_ids": list(continuation.ids),
+        "prompt_token_ids": list(continuation.prompt_ids),
+    }
+
+
+def count_chat(result: Result) -> Json:
+    """Return the ``usage`` of a chat."""
+    details = {"reasoning_tokens": result.thinking_tokens}
+    counted = _count(result.prompt_tokens, result.completion_tokens)
+    return {**counted, "completion_tokens_details": details}
+
+
+def count_text(continuation: Continuation) -> Json:
+    """Return the ``usage`` of a completion."""
+    return _count(len(continuation.prompt_ids), len(continuation.ids))
+
+
+def write_error(error: RacdeployError) -> tuple[int, Json]:
+    """Return the HTTP status and the object of an error."""
+    status = 500
+    param, code = "", ""
+
+    if isinstance(error, RequestError):
+        status, param, code = error.status, error.param, error.code
+    elif isinstance(error, ContextError):
+        status, code = 400, "context_length_exceeded"
+    elif isinstance(error, UsageError | PromptError):
+        status = 400
+
+    message = f"{error.message}; {error.remedy}" if error.remedy else error.message
+    return status, error_body(status, message, param, code)
+
+
+def error_body(status: int, message: str, param: str = "", code: str = "") -> Json:
+    """Return OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    details = {"message": message, "type": kind, "param": param or None, "code": code or None}
+    return {"error": details}
+
+
+def write_models(name: str, created: int) -> Json:
+    """Return the list of the only model."""
+    card: Mapping[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+    }
+    return {"object": "list", "data": [card]}
+
+
+def _count(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -1,0 +1,214 @@
+"""The ASGI application: routes, what is asked of the model, and the objects that come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from racdeploy.runtime import AsyncTextStream, Continuation, Model, Result
+from racdeploy.serve import answers
+from racdeploy.serve.answers import Answer, Json
+from racdeploy.serve.door import HostCheck, KeyCheck, Turnstile
+from racdeploy.serve.endpoint import Endpoint, Reply
+from racdeploy.serve.requests import RequestError, read_chat, read_completion
+from racdeploy.serve.text import ShownText
+
+R = TypeVar("R", Result, Continuation)
+WAITING = 64  # requests that may wait for a slot; more are sent away
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served: a loaded model, its name, and how many requests it decodes together."""
+
+    model: Model
+    name: str
+    parallel: int
+
+
+def make_app(served: Served, key: str = "") -> Starlette:
+    """Return the application; an empty key lets every program of this machine in."""
+    models = answers.write_models(served.name, int(time.time()))
+    turnstile = Turnstile(served.parallel + WAITING)
+
+    async def list_models(request: Request) -> Response:
+        return JSONResponse(models)
+
+    async def show_model(request: Request) -> Response:
+        _check_name(request.path_params["name"], served.name)
+        return JSONResponse(models["data"][0])
+
+    async def show_health(request: Request) -> Response:
+        is_well = served.model.engine.is_alive()
+        status = {"status": "ok" if is_well else "the engine has ended: start the server again"}
+        return JSONResponse(status, 200 if is_well else 503)
+
+    async def ask_chat(body: Json) -> Reply:
+        return await _ask_chat(served, body)
+
+    async def ask_completion(body: Json) -> Reply:
+        return await _ask_completion(served, body)
+
+    async def tokenize(body: Json) -> Reply:
+        return _tokenize(served.model, body)
+
+    return Starlette(
+        routes=[
+            Route("/health", show_health),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{name}", show_model),
+            Route("/v1/chat/completions", Endpoint(ask_chat, turnstile), methods=["POST"]),
+            Route("/v1/completions", Endpoint(ask_completion, turnstile), methods=["POST"]),
+            Route("/tokenize", Endpoint(tokenize, turnstile), methods=["POST"]),
+        ],
+        middleware=[Middleware(KeyCheck, key=key) if key else Middleware(HostCheck)],
+        exception_handlers={
+            HTTPException: _answer_http_error,
+            RequestError: _answer_refusal,
+            Exception: _answer_failure,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Exchange(Generic[R]):
+    """A request under way, of either endpoint.
+
+    Args:
+        write_choice: the choice of a whole answer, without its end.
+        count: its ``usage``.
+    """
+
+    stream: AsyncTextStream[R]
+    shown: ShownText[R]
+    answer: Answer
+    write_choice: Callable[[R], Json]
+    count: Callable[[R], Json]
+
+    async def reply(self, *, as_stream: bool) -> Reply:
+        """Read to the end; or to the first piece, so that an error before it has its status."""
+        if as_stream:
+            chunks = self._write_chunks()
+            return Reply(await anext(chunks), chunks)
+
+        async for _ in self.shown.pieces():
+            pass
+
+        result = self.stream.result
+        choice = {**self.write_choice(result), "finish_reason": self._reason(result)}
+        return Reply(self.answer.whole(choice, self.count(result)))
+
+    async def _write_chunks(self) -> AsyncGenerator[Json, None]:
+        is_first = self.answer.kind == "chat.completion"
+
+        try:
+            async for piece in self.shown.pieces():
+                if is_first:
+                    yield self.answer.begin()
+                    is_first = False
+                yield self.answer.piece(piece)
+
+            result = self.stream.result
+            yield self.answer.end(self._reason(result))
+            if self.answer.has_counts:
+                yield self.answer.counts(self.count(result))
+        finally:
+            self.stream.cancel()  # where the client went away
+
+    def _reason(self, result: R) -> str:
+        ran_out = result.finish_reason == "length" and not self.shown.is_stopped
+        return "length" if ran_out else "stop"
+
+
+async def _ask_chat(served: Served, body: Json) -> Reply:
+    asked = read_chat(body)
+    _check_name(asked.model, served.name)
+    model = served.model
+    most = model.manifest.generation.max_new_tokens
+    options = asked.options(most, thinks=model.tags is not None)
+    messages = [message.to_message() for message in asked.messages]
+
+    stream = model.astream(messages, **options)
+    shown = ShownText(stream, asked.stops, strip=True)
+
+    def write_choice(result: Result) -> Json:
+        return answers.write_chat_choice(result, shown.cut(result.answer))
+
+    answer = Answer(served.name, "chat.completion", asked.wants_usage)
+    exchange = _Exchange(stream, shown, answer, write_choice, answers.count_chat)
+    return await exchange.reply(as_stream=asked.stream)
+
+
+async def _ask_completion(served: Served, body: Json) -> Reply:
+    asked = read_completion(body)
+    _check_name(asked.model, served.name)
+    _check_stop_ids(asked.stop_token_ids, served.model.manifest.tokenizer.eos_ids)
+
+    stream = served.model.acontinue_text(asked.only_prompt, **asked.text_options())
+    shown = ShownText(stream, asked.stops, strip=False)
+
+    def write_choice(found: Continuation) -> Json:
+        ids = answers.write_ids(found) if asked.return_token_ids else {}
+        return {"text": shown.cut(found.text), **ids}
+
+    answer = Answer(served.name, "text_completion", asked.wants_usage)
+    exchange = _Exchange(stream, shown, answer, write_choice, answers.count_text)
+    return await exchange.reply(as_stream=asked.stream)
+
+
+def _tokenize(model: Model, body: Json) -> Reply:
+    """Return the engine's own ids of a text, as llama-server does; special tokens are parsed."""
+    text = body.get("content")
+    if not isinstance(text, str):
+        raise RequestError(400, "content is no text", param="content")
+
+    ids = model.engine.tokenize(text)
+    return Reply({"tokens": model.encoder.encode_text(text) if ids is None else ids})
+
+
+def _check_name(asked: str | None, name: str) -> None:
+    if asked not in (None, "", name):
+        raise RequestError(
+            404,
+            f"there is no model {asked!r} here: it is {name!r}, and may be left out",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _check_stop_ids(asked: Sequence[int], eos_ids: Collection[int]) -> None:
+    others = sorted(set(asked) - set(eos_ids))
+    if others:
+        raise RequestError(
+            400,
+            f"stop_token_ids {others} are not supported: the model's own {sorted(eos_ids)} end a "
+            "completion; use stop for a text",
+            param="stop_token_ids",
+        )
+
+
+def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{request.method} {request.url.path}: {error.detail}"
+    body = answers.error_body(error.status_code, said)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def _answer_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    status, body = answers.write_error(error)
+    return JSONResponse(body, status)
+
+
+def _answer_failure(request: Request, error: Exception) -> Response:
+    """Say no more than that: the server's own log has the rest."""
+    return JSONResponse(answers.error_body(500, "the server failed; its log says why"), 500)

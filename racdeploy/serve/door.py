@@ -1,0 +1,92 @@
+"""Who is let in, and how many at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+from collections.abc import Iterator
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from racdeploy.serve.answers import error_body
+from racdeploy.serve.requests import RequestError
+
+_OPEN_PATHS = ("/health",)
+
+
+class Turnstile:
+    """Counts the requests inside; there is room for so many."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Hold a place; without one the request is sent away."""
+        if self._inside >= self._room:
+            raise RequestError(503, f"{self._inside} requests are under way or wait: try later")
+
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+
+class KeyCheck:
+    """Lets in who has the key; the time it takes says nothing about it."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._wanted = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] in _OPEN_PATHS or hmac.compare_digest(given, self._wanted):
+            await self._app(scope, receive, send)
+            return
+
+        said = "the API key is wrong: send it as Authorization: Bearer KEY"
+        body = error_body(401, said, code="invalid_api_key")
+        refusal = JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
+        await refusal(scope, receive, send)
+
+
+class HostCheck:
+    """Without a key, lets in who asked for this machine by a name of its own.
+
+    A web page whose name was made to point here (DNS rebinding) asks for that name.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("Host", "")
+        if is_loopback(_name_of(host)):
+            await self._app(scope, receive, send)
+            return
+
+        said = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
+        await JSONResponse(error_body(403, said), 403)(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or an address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name_of(host: str) -> str:
+    """Return a Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]

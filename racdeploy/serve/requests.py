@@ -1,0 +1,273 @@
+"""Requests in OpenAI's form: read and checked; nothing that matters is passed over without a word.
+
+What a client sends beyond what this server does is refused, unless its value changes nothing.
+Source: OpenAI's API reference, chat and completions; ``return_token_ids`` is vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from racdeploy.errors import UsageError
+from racdeploy.runtime import Options
+from racdeploy.runtime.model import TextOptions
+
+EFFORTS = {"none": 0.0, "low": 0.2, "medium": 0.5, "high": 0.8}
+"""``reasoning_effort``: the share of ``max_tokens`` that the thinking may take."""
+
+_LARGEST_SEED = 2**31
+_MOST_STOPS = 16
+# Says who asks and how it is billed: nothing about the answer.
+_NO_MATTER = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
+# Not done here, and harmless with these values.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
+    "min_p": (0,),
+    "top_k": (-1, 0),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "skip_special_tokens": (False,),
+    "spaces_between_special_tokens": (False,),
+    "return_tokens": (True, False),
+    "verbose": (True, False),
+}
+# In a message that a client got from a server and sends back.
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+}
+
+
+class RequestError(UsageError):
+    """A request that is refused: its HTTP status, and what OpenAI's error objects say beside."""
+
+    def __init__(self, status: int, message: str, *, param: str = "", code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TextPart(_Model):
+    """A part of a message; images and sound are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Model):
+    """A turn; ``reasoning_content`` reaches the model's template, which mostly leaves it out."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    reasoning_content: str | None = None
+
+    def to_message(self) -> dict[str, str]:
+        """Return what templates know."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        role = "system" if self.role == "developer" else self.role
+
+        message = {"role": role, "content": text}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+
+class StreamOptions(_Model):
+    """What a stream says beside the text."""
+
+    include_usage: bool = False
+
+
+class _Request(_Model):
+    """What both endpoints take; None is the bundle's."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: str | list[str] | None = Field(None, max_length=_MOST_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end an answer."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def text_options(self) -> TextOptions:
+        """Return the sampling; every request without a seed draws its own."""
+        seed = secrets.randbelow(_LARGEST_SEED) if self.seed is None else self.seed
+        return {
+            "max_new_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": seed,
+        }
+
+
+T = TypeVar("T", bound=_Request)
+
+
+class ChatRequest(_Request):
+    """A body of ``/v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_thinking_tokens: int | None = Field(None, ge=0)
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+
+    def options(self, max_new_tokens: int, thinks: bool) -> Options:
+        """Return the sampling and the thinking budget.
+
+        Args:
+            max_new_tokens: the bundle's, where the request has none.
+            thinks: whether the model has thinking tags, without which no budget can be kept.
+        """
+        most = self.max_completion_tokens or self.max_tokens or max_new_tokens
+        budget = self.max_thinking_tokens
+        effort = self.reasoning_effort
+
+        if budget is not None and effort is not None:
+            raise RequestError(
+                400,
+                "max_thinking_tokens and reasoning_effort both set a thinking budget: give one",
+                param="reasoning_effort",
+            )
+        if effort is not None and (thinks or effort != "none"):
+            budget = int(EFFORTS[effort] * most)
+
+        return {**self.text_options(), "max_new_tokens": most, "max_thinking_tokens": budget}
+
+
+class CompletionRequest(_Request):
+    """A body of ``/v1/completions``: one prompt, a text or token ids."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    return_token_ids: bool = False  # not in a stream
+    stop_token_ids: list[int] = []
+
+    @property
+    def only_prompt(self) -> str | Sequence[int]:
+        """The prompt; a list of one counts as one."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+
+        prompts = [part for part in prompt if isinstance(part, str | list)]
+        if len(prompts) == 1:
+            return prompts[0]
+        if prompts:
+            raise RequestError(
+                400, f"this server takes one prompt, and got {len(prompts)}", param="prompt"
+            )
+
+        return [part for part in prompt if isinstance(part, int)]
+
+
+def read_chat(body: Mapping[str, Any]) -> ChatRequest:
+    """Check a body of ``/v1/chat/completions``."""
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        known = [_leave_out(m, _NEUTRAL_IN_MESSAGE) if isinstance(m, dict) else m for m in messages]
+        body = {**body, "messages": known}
+    return _check(ChatRequest, body)
+
+
+def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
+    """Check a body of ``/v1/completions``."""
+    asked = _check(CompletionRequest, body)
+    if asked.return_token_ids and asked.stream:
+        raise RequestError(
+            400, "return_token_ids is for answers without a stream", param="return_token_ids"
+        )
+    return asked
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON: {error}") from error
+
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body is no JSON object")
+    return body
+
+
+def _check(kind: type[T], body: Mapping[str, Any]) -> T:
+    known = _leave_out(body, _NEUTRAL)
+    try:
+        return kind.model_validate(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+
+    named = [str(part) for part in first["loc"]]
+    param = ".".join(part for part in named if part != "str" and "[" not in part)  # types in unions
+    if first["type"] == "extra_forbidden":
+        raise RequestError(400, f"unknown parameter {param!r}", param=param)
+    if first["type"] == "missing":
+        raise RequestError(400, f"{param} is missing", param=param)
+    raise RequestError(400, f"{param}: {first['msg']} (got {first['input']!r:.60})", param=param)
+
+
+def _leave_out(body: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> Any:
+    """Return a body without what changes nothing; what would is refused."""
+    kept = {}
+
+    for name, value in body.items():
+        if value is None or name in _NO_MATTER:
+            continue
+        if name not in neutral:
+            kept[name] = value
+        elif not any(_is_same(value, harmless) for harmless in neutral[name]):
+            raise RequestError(
+                400,
+                f"{name} = {json.dumps(value):.60} is not supported: leave it out",
+                param=name,
+            )
+
+    return kept
+
+
+def _is_same(value: object, other: object) -> bool:
+    """Return whether two JSON values are equal; 0 and false are not."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

@@ -1,0 +1,149 @@
+"""Run the server: an address, a loaded bundle, and an end in good order.
+
+On the first signal nobody new is let in and what runs has a few seconds; a second one ends it now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from racdeploy.accel import Mode
+from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.runtime import Model, load
+from racdeploy.serve.app import Served, make_app
+from racdeploy.serve.door import is_loopback
+
+GRACE_S = 5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(
+    bundle: Path,
+    *,
+    host: str,
+    port: int,
+    key_env: str = "",
+    parallel: int = 4,
+    context_tokens: int | None = None,
+    threads: int = 0,
+    accel: Mode = "auto",
+    on_ready: Callable[[str, Served], None],
+) -> bool:
+    """Serve a bundle until a signal comes; return whether it was Ctrl-C.
+
+    Args:
+        port: 0 takes a free one.
+        key_env: environment variable that holds the API key; empty asks for none.
+        on_ready: gets the address of the API, once it answers, and what is served.
+
+    Raises:
+        UsageError: the key is not set, or the host is open to others and there is none.
+        EnvironmentFailure: the address cannot be used.
+    """
+    key = _read_key(key_env)
+    if not key and not is_loopback(host):
+        raise UsageError(
+            f"{host} can be reached from other machines, and there is no API key",
+            remedy="export RACDEPLOY_KEY=…, and add --api-key-env RACDEPLOY_KEY",
+        )
+
+    with _bind(host, port) as address:
+        model = load(
+            bundle,
+            threads=threads,
+            parallel=parallel,
+            context_tokens=context_tokens,
+            accel=accel,
+        )
+
+        with model:
+            served = Served(model, _name(model), parallel)
+            url = _url(address)
+            server = _Server(served, key, lambda: on_ready(url, served))
+            asyncio.run(server.serve(sockets=[address]))
+
+    return server.signal == signal.SIGINT
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it is ready and returns after a signal."""
+
+    def __init__(self, served: Served, key: str, on_ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            make_app(served, key),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        super().__init__(config)
+        self.signal = 0
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._stop, number)
+
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _stop(self, number: int) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self.signal = self.signal or number
+
+
+def _name(model: Model) -> str:
+    """Return the name of a model: that of its artifact, which says how it was made."""
+    return Path(model.manifest.artifacts[0].path).stem
+
+
+def _read_key(name: str) -> str:
+    if not name:
+        return ""
+
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UsageError(f"{name} is not set, so there is no API key", remedy=f"export {name}=…")
+    return key
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = socket.socket(family)
+
+    try:
+        address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        address.bind((host, port))
+    except OSError as error:
+        address.close()
+        raise EnvironmentFailure(
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            remedy="choose another --port, or 0 for a free one",
+        ) from error
+
+    return address
+
+
+def _url(address: socket.socket) -> str:
+    host, port = address.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

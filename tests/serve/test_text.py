@@ -1,0 +1,103 @@
+"""What of a stream a client sees."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from racdeploy.runtime import AsyncTextStream, Piece
+from racdeploy.runtime.streams import Pool
+from racdeploy.runtime.text import OnText
+from racdeploy.serve.text import ShownText
+
+POOL = Pool(4)
+
+
+def show(
+    pieces: Sequence[tuple[str, str]], stops: Sequence[str] = (), *, strip: bool = True
+) -> tuple[list[Piece], ShownText[None]]:
+    """Return what is shown of some pieces."""
+
+    def work(on_text: OnText, cancel: threading.Event) -> None:
+        for text, kind in pieces:
+            on_text(text, kind)  # type: ignore[arg-type]
+
+    async def read() -> tuple[list[Piece], ShownText[None]]:
+        shown = ShownText(AsyncTextStream(POOL, work), stops, strip=strip)
+        return [piece async for piece in shown.pieces()], shown
+
+    return asyncio.run(read())
+
+
+def joined(pieces: Sequence[tuple[str, str]], kind: str) -> str:
+    return "".join(text for text, of in pieces if of == kind)
+
+
+def test_white_space_round_a_part_is_left_out() -> None:
+    pieces = [("\n", "thinking"), ("2+2", "thinking"), (" = 4\n", "thinking")]
+    shown, _ = show([*pieces, ("\n\n", "answer"), (" It is", "answer"), (" 4. \n", "answer")])
+    assert joined(shown, "thinking") == "2+2 = 4"
+    assert joined(shown, "answer") == "It is 4."
+    assert all(piece.text for piece in shown)
+
+
+def test_nothing_is_left_out_of_a_plain_text() -> None:
+    shown, _ = show([("\n a", "answer"), (" \n", "answer")], strip=False)
+    assert joined(shown, "answer") == "\n a \n"
+
+
+def test_a_stop_string_over_pieces_ends_the_answer() -> None:
+    """Its beginning is held back until it is known; one in the thinking does not count."""
+    pieces = [
+        ("one END two", "thinking"),
+        ("three E", "answer"),
+        ("N", "answer"),
+        ("D 4", "answer"),
+    ]
+    shown, reader = show(pieces, ["END"])
+    assert (joined(shown, "thinking"), joined(shown, "answer")) == ("one END two", "three")
+    assert reader.is_stopped
+    assert reader.cut("three END 4") == "three"
+
+    shown, reader = show([("three E", "answer"), ("N", "answer")], ["END"])
+    assert joined(shown, "answer") == "three EN"
+    assert not reader.is_stopped
+
+
+@given(
+    thinking=st.lists(st.text(" \nab", max_size=4), max_size=5),
+    answer=st.lists(st.text(" \nabS", max_size=4), max_size=8),
+    stops=st.lists(st.text("abS", min_size=1, max_size=3), max_size=2),
+    strip=st.booleans(),
+)
+def test_pieces_are_the_whole(
+    thinking: list[str], answer: list[str], stops: list[str], strip: bool
+) -> None:
+    """However a text is cut into pieces, what is shown of them is what is shown of it."""
+    pieces = [(text, "thinking") for text in thinking] + [(text, "answer") for text in answer]
+    shown, reader = show(pieces, stops, strip=strip)
+
+    whole = "".join(answer)
+    assert joined(shown, "answer") == reader.cut(whole)
+    assert reader.is_stopped == any(stop in whole for stop in stops)
+
+    thought = "".join(thinking)
+    assert joined(shown, "thinking") == (thought.strip() if strip else thought)
+
+
+def test_an_error_is_passed_on() -> None:
+    def work(on_text: OnText, cancel: threading.Event) -> None:
+        on_text("a", "answer")
+        raise LookupError("b")
+
+    async def read() -> None:
+        async for _ in ShownText(AsyncTextStream(POOL, work), [], strip=True).pieces():
+            pass
+
+    with pytest.raises(LookupError):
+        asyncio.run(read())

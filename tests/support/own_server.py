@@ -1,0 +1,79 @@
+"""``racdeploy serve`` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.commands import environment
+
+_MAIN = (
+    "import racdeploy.cli, racdeploy.serve.server as server; "
+    "server.GRACE_S = {grace_s}; racdeploy.cli.main()"
+)
+
+
+@dataclass(frozen=True)
+class OwnServer:
+    """A server that answers: the address of its API, its process, the line that it printed."""
+
+    url: str
+    process: subprocess.Popen[str]
+    line: str
+
+    def engine_pid(self) -> int:
+        """Return the only child of the process (Linux)."""
+        (child,) = children(self.process.pid)
+        return child
+
+    def stop(self, number: signal.Signals) -> int:
+        """Send a signal; return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving_bundle(
+    bundle: Path, *options: object, grace_s: float = 5, **variables: str
+) -> Iterator[OwnServer]:
+    """Serve a bundle on a free port; ``grace_s`` is how long it lets requests finish."""
+    command = [sys.executable, "-c", _MAIN.format(grace_s=grace_s)]
+    process = subprocess.Popen(
+        [*command, "serve", str(bundle), "--port", "0", "--threads", "1", *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**variables),
+    )
+
+    with process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, process.communicate()[1]
+            url = line.partition(" at ")[2].partition(" ")[0]
+            yield OwnServer(url, process, line)
+        finally:
+            process.kill()
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process that run (Linux)."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[1]) == pid and fields[0] not in "ZX":
+            found.append(int(name))
+
+    return found
