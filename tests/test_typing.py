@@ -27,6 +27,28 @@ def ask(bundle: str, question: str) -> tuple[str, int]:
 """
 
 
+APP = """
+import asyncio
+import racdeploy
+
+
+async def ask(model: racdeploy.Model, questions: list[str]) -> list[str]:
+    results = await asyncio.gather(*(model.agenerate(q, temperature=0.5) for q in questions))
+    messages = [{"role": "user", "content": "Hello"}]
+
+    for piece in model.stream(messages, max_thinking_tokens=None):
+        reveal_type(piece.kind)
+
+    stream = model.astream(questions[0], seed=3)
+    async for text, kind in stream:
+        print(text)
+
+    reveal_type(stream.result)
+    reveal_type(model.continue_text([1, 2]))
+    return [result.answer for result in results]
+"""
+
+
 def run_mypy(folder: Path, program: str) -> tuple[int, str]:
     """Check a program strictly, without a configuration; return the exit code and the output."""
     (folder / "program.py").write_text(program, encoding="utf-8")
@@ -48,3 +70,14 @@ def test_a_users_program_is_checked_strictly(tmp_path: Path) -> None:
     code, printed = run_mypy(tmp_path, wrong)
     assert code == 1
     assert re.findall(r"\[([a-z-]+)\]", printed) == ["arg-type", "attr-defined"]
+
+
+def test_an_asynchronous_program_is_checked_strictly(tmp_path: Path) -> None:
+    """Tasks, iterators and their pieces have exact types; an option that is none is found."""
+    code, printed = run_mypy(tmp_path, APP)
+    assert code == 0, printed
+    for revealed in ("'thinking'", "'answer'", "runtime.model.Result", "model.Continuation"):
+        assert revealed in printed
+
+    code, printed = run_mypy(tmp_path, APP.replace("seed=3", "sead=3"))
+    assert (code, "[call-arg]" in printed) == (1, True), printed

@@ -178,7 +178,10 @@ class _Worker:
             outbox.flush()
             self._end(call, job)
 
-        outbox = _Outbox(sequences, send, lambda: self._batcher.running == 1)
+        def is_alone() -> bool:
+            return len(sequences) == 1 and self._batcher.running == 1
+
+        outbox = _Outbox(sequences, send, is_alone)
         job = Job(sequences, outbox.add, end)
 
         with self._jobs_lock:
