@@ -54,7 +54,7 @@ def load(
     engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
 
     try:
-        return Model(manifest, encoder, engine)
+        return Model(manifest, encoder, engine, settings.context_tokens)
     except BaseException:
         engine.close()
         raise

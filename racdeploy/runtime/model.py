@@ -82,11 +82,18 @@ class Model(AbstractContextManager["Model"]):
     was loaded for, and each gets what it would get alone.
     """
 
-    def __init__(self, manifest: Manifest, encoder: PromptEncoder, engine: decoding.Engine) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        encoder: PromptEncoder,
+        engine: decoding.Engine,
+        context_tokens: int | None = None,
+    ) -> None:
         self._pool = Pool(_THREADS)
         self.manifest = manifest
         self.encoder = encoder
         self.engine = engine
+        self.context_tokens = context_tokens or manifest.generation.context_tokens
         open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
         self.tags = tags_of(encoder, open_tag, close_tag) if open_tag and close_tag else None
 

@@ -125,13 +125,14 @@ def error_body(status: int, message: str, param: str = "", code: str = "") -> Js
     return {"error": details}
 
 
-def write_models(name: str, created: int) -> Json:
-    """Return the list of the only model."""
+def write_models(name: str, created: int, context_tokens: int) -> Json:
+    """Return the list of the only model; its context has the name that vLLM gives it."""
     card: Mapping[str, Any] = {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": OWNER,
+        "max_model_len": context_tokens,
     }
     return {"object": "list", "data": [card]}
 

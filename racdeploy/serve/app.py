@@ -37,7 +37,8 @@ class Served:
 
 def make_app(served: Served, key: str = "") -> Starlette:
     """Return the application; an empty key lets every program of this machine in."""
-    models = answers.write_models(served.name, int(time.time()))
+    started = int(time.time())
+    models = answers.write_models(served.name, started, served.model.context_tokens)
     turnstile = Turnstile(served.parallel + WAITING)
 
     async def list_models(request: Request) -> Response:

@@ -132,6 +132,7 @@ def test_a_prompt_is_continued_as_it_is(client: openai.OpenAI, server: OwnServer
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert (card.id, card.owned_by) == ("model", "racdeploy")
+    assert card.max_model_len == 1024  # type: ignore[attr-defined]
     assert client.models.retrieve("model").id == "model"
 
 
