@@ -71,8 +71,8 @@ def test_a_stop_string_over_pieces_ends_the_answer() -> None:
 
 @given(
     thinking=st.lists(st.text(" \nab", max_size=4), max_size=5),
-    answer=st.lists(st.text(" \nabS", max_size=4), max_size=8),
-    stops=st.lists(st.text("abS", min_size=1, max_size=3), max_size=2),
+    answer=st.lists(st.text(" ab", max_size=3), max_size=8),
+    stops=st.lists(st.sampled_from(["ab", "aab", " b", "b a", "aba"]), max_size=2),
     strip=st.booleans(),
 )
 def test_pieces_are_the_whole(
