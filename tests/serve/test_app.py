@@ -200,19 +200,16 @@ def test_an_engine_that_dies_is_told(tmp_path: Path) -> None:
         app = make_app(Served(model, "tiny", 1))
         assert request(app, "GET", "/health").json() == {"status": "ok"}
 
-        async def ask(client: httpx.AsyncClient) -> str:
-            async def die() -> None:
-                await asyncio.sleep(0.1)
+        def close_engine(sent: int, seconds: float) -> bool:
+            if sent > 3:
                 model.engine.close()
+            return False
 
-            dying = asyncio.create_task(die())
-            answer = await client.post(CHAT, json=ENDLESS | {"stream": True})
-            await dying
-            return answer.text
-
-        events = run(app, ask).strip().split("\n\n")
-        assert "engine is closed" in events[-2]
-        assert "error" in json.loads(events[-2].removeprefix("data: "))
+        sent = call(app, ENDLESS | {"stream": True}, close_engine)
+        events = b"".join(message.get("body", b"") for message in sent).split(b"\n\n")
+        error = json.loads(events[-3].removeprefix(b"data: "))["error"]
+        assert "engine is closed" in error["message"]
+        assert events[-2] == b"data: [DONE]"
 
         answer = request(app, "POST", CHAT, json=HELLO)
         assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
