@@ -98,8 +98,8 @@ def test_the_reference_has_every_command(site: Path) -> None:
 def test_the_reference_has_the_public_names(site: Path) -> None:
     """Functions with their parameters, and every error."""
     text = _read(site, "reference/api")
-    for name in ("load", "Model.generate", "Result"):
-        assert f'id="racdeploy.runtime.model.{name}"' in text
+    for name in ("loading.load", "model.Model.generate", "model.Result", "streams.TextStream"):
+        assert f'id="racdeploy.runtime.{name}"' in text
     raised = [name for name in vars(errors) if name.endswith(("Error", "Failure"))]
     assert len(raised) > 8
     for name in raised:
