@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _PAGE = 100
+_MOST_CHARACTERS = 65_536  # of a comment, above which GitHub refuses it
 
 
 def main() -> None:
@@ -54,7 +55,13 @@ def _body(marker: str) -> str:
     server, repository = os.environ["GITHUB_SERVER_URL"], os.environ["GITHUB_REPOSITORY"]
     run = f"{server}/{repository}/actions/runs/{os.environ['GITHUB_RUN_ID']}"
     link = f"[report.html and every prompt]({run})"
-    return f"{marker}\n{report}\n{link} are among the artifacts of this run.\n"
+    end = f"\n{link} are among the artifacts of this run.\n"
+
+    # racdeploy keeps its reports short; another version, or what a failed run said, may not.
+    left = _MOST_CHARACTERS - len(marker) - len(end) - 1
+    if len(report) > left:
+        report = report[:left].rpartition("\n")[0] + "\n"
+    return f"{marker}\n{report}{end}"
 
 
 def _find(url: str, marker: str) -> int | None:

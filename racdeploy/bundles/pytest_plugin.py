@@ -102,7 +102,7 @@ class Check(pytest.Item):
             self.user_properties.append((f"{check.name}.{name}", value))
 
         accepted = check.verdict == "inconclusive" and self.parent.accepts_inconclusive
-        if check.verdict == "skipped" or accepted:
+        if check.verdict in ("measured", "skipped") or accepted:
             pytest.skip(f"{check.verdict}: {check.summary}")
 
         if check.verdict != "pass":
@@ -124,7 +124,7 @@ class Check(pytest.Item):
 
     def _result(self, report: Report) -> CheckResult:
         from racdeploy.report.model import CheckResult
-        from racdeploy.report.tables import explanation
+        from racdeploy.report.summary import explanation
 
         if self.name == _VERDICT:
             return CheckResult(name=_VERDICT, verdict=report.verdict, summary=explanation(report))

@@ -132,7 +132,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
             "README.md": _card(manifest, contents),
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
-            "report.md": markdown.render(contents.report),
+            "report.md": markdown.render(contents.report, contents.records),
             "report.html": html.render(contents.report, contents.records),
             "records.jsonl": "".join(records),
         }
@@ -330,4 +330,4 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         usage=chain.from_iterable(usages),
     )
 
-    return front + "\n" + markdown.render(contents.report)
+    return front + "\n" + markdown.render(contents.report, contents.records)

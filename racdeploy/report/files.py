@@ -21,7 +21,7 @@ def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> No
 
     lines = [record.model_dump_json() + "\n" for record in records]
     texts = {
-        "report.md": markdown.render(report),
+        "report.md": markdown.render(report, records),
         "report.html": html.render(report, records),
         "junit.xml": junit.render(report),
         "records.jsonl": "".join(lines),

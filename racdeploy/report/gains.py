@@ -10,6 +10,12 @@ _EVEN_SIZE, _EVEN_SPEED = 0.02, 0.05  # changes that nobody notices
 
 def describe_gains(report: Report) -> list[str]:
     """Return size, parameters, speed and accuracy, as far as they are known."""
+    accuracy = _describe_accuracy(report.comparison)
+    return [*describe_savings(report), *([accuracy] if accuracy else [])]
+
+
+def describe_savings(report: Report) -> list[str]:
+    """Return what pruning did to size, parameters and speed, as far as they are known."""
     arms = {arm.name: arm for arm in report.arms}
     dense, pruned = arms.get("dense"), arms.get("pruned")
     if dense is None or pruned is None:
@@ -19,7 +25,6 @@ def describe_gains(report: Report) -> list[str]:
         _describe_size(dense, pruned),
         _describe_parameters(report.kept),
         _describe_speed(dense, pruned),
-        _describe_accuracy(report.comparison),
     ]
     return [plain(sentence) for sentence in found if sentence]
 
@@ -58,11 +63,17 @@ def _describe_accuracy(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
 
-    n = f"{comparison.n} prompts"
+    n = f"{comparison.n:,} prompts"
     if comparison.drop_lower > 0:
         return say("{0.drop:points} points fewer right answers on {1}", comparison, n)
     if comparison.drop_upper < 0:
         return say("{0:points} points more right answers on {1}", -comparison.drop, n)
+    if comparison.verdict != "pass":
+        return say(
+            "{0:points} points fewer right answers on {1}, which chance can explain",
+            comparison.drop,
+            n,
+        )
     return say(
         "no measurable loss of accuracy, at most {0.drop_upper:points} points on {1}", comparison, n
     )

@@ -10,14 +10,15 @@ from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, LIMIT, say
 # Name, how a value is written, and the check that decides on it, by the field of an arm.
 _QUALITIES = {
     "accuracy": ("Accuracy", "{:.1%}", "accuracy"),
-    "thinking_tokens_mean": ("Thinking tokens", "{:.1f}", "thinking"),
+    "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}", "thinking"),
     "size_bytes": ("Size", "{:bytes}", ""),
     "tokens_per_s": ("Tokens/s", "{:,.0f}", "speed"),
 }
-_DROP = (
-    "drop {0.drop:points} points ({0.drop_lower:points} to {0.drop_upper:points}), "
+_LOSS = (
+    "{0.drop:points} points lost ({0.drop_lower:points} to {0.drop_upper:points}), "
     "margin {0.margin:points}"
 )
+_EVEN = 0.005  # a change that rounds to no per cent
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def highlights(report: Report) -> list[Highlight]:
     verdicts = {check.name: check.verdict for check in report.checks}
     comparison = report.comparison
     notes = {
-        "accuracy": say(_DROP, comparison) if comparison else "",
+        "accuracy": say(_LOSS, comparison) if comparison else "",
         "thinking_tokens_mean": _compare_lengths(comparison),
-        "size_bytes": _times(dense.size_bytes, pruned.size_bytes, "the dense file"),
-        "tokens_per_s": _times(dense.tokens_per_s, pruned.tokens_per_s, "dense"),
+        "size_bytes": _change(dense.size_bytes, pruned.size_bytes, "larger", "smaller"),
+        "tokens_per_s": _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower"),
     }
 
     found = []
@@ -66,5 +67,12 @@ def _compare_lengths(comparison: Comparison | None) -> str:
     return say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
 
 
-def _times(dense: float | None, pruned: float | None, of_what: str) -> str | None:
-    return f"{pruned / dense:.2f} times {of_what}" if dense and pruned else None
+def _change(dense: float | None, pruned: float | None, more: str, less: str) -> str | None:
+    """Return by how much pruned is more or less than dense; None where one was not measured."""
+    if not dense or not pruned:
+        return None
+
+    change = pruned / dense - 1
+    if abs(change) < _EVEN:
+        return "as before"
+    return f"{abs(change):.0%} {more if change > 0 else less}"

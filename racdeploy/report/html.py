@@ -21,7 +21,8 @@ from racdeploy.report.axis import load_templates
 from racdeploy.report.front import front, who_wins
 from racdeploy.report.highlights import highlights
 from racdeploy.report.model import Record, Report
-from racdeploy.report.tables import explanation, tables, visible
+from racdeploy.report.summary import explanation
+from racdeploy.report.tables import tables, visible
 
 _TEXT_BUDGET_BYTES = 1_200_000
 _TEXT_CHARACTERS = 24_000

@@ -1,9 +1,9 @@
 """A report as JUnit XML: one test case per check, for CI servers that draw test results.
 
-A failed check is a failure, an inconclusive one an error, a skipped one a skip. CI servers take a
-file without failures for a success, so an inconclusive report in which no check says so gets a test
-case ``verdict`` with an error. The figures are properties of the suite, as ``CHECK.FIGURE``: some
-servers refuse them in a test case, where pytest writes them.
+A failed check is a failure, an inconclusive one an error, one that decides nothing a skip. CI
+servers take a file without failures for a success, so an inconclusive report in which no check says
+so gets a test case ``verdict`` with an error. The figures are properties of the suite, as
+``CHECK.FIGURE``: some servers refuse them in a test case, where pytest writes them.
 Source: the XML schema of the Jenkins xUnit plugin, junit-10.xsd.
 """
 
@@ -14,9 +14,15 @@ from collections.abc import Iterable
 from xml.etree import ElementTree
 
 from racdeploy.report.model import CheckResult, Report
-from racdeploy.report.tables import explanation, plain
+from racdeploy.report.summary import explanation
+from racdeploy.report.tables import plain
 
-_TAGS = {"fail": "failure", "inconclusive": "error", "skipped": "skipped"}
+_TAGS = {
+    "fail": "failure",
+    "inconclusive": "error",
+    "measured": "skipped",
+    "skipped": "skipped",
+}
 
 
 def render(report: Report) -> str:
@@ -38,7 +44,8 @@ def render(report: Report) -> str:
 
     created = report.created.isoformat(timespec="seconds")
     about = {"name": plain(report.model), "timestamp": created, **counts}
-    suite = ElementTree.SubElement(root, "testsuite", about, skipped=str(verdicts["skipped"]))
+    undecided = verdicts["skipped"] + verdicts["measured"]
+    suite = ElementTree.SubElement(root, "testsuite", about, skipped=str(undecided))
     _add_properties(suite, checks)
 
     for check in checks:

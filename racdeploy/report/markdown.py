@@ -1,44 +1,57 @@
-"""A report as Markdown that fits a pull-request comment, of which GitHub takes 65 536 characters.
+"""A report as Markdown that fits a pull-request comment, of which GitHub takes 65,536 characters.
 
-Long tables and cells are cut with a sentence that says so.
+Verdict, figures and checks are in the open; prompts that were lost and what explains the figures
+are folded. Text of models and prompts stays text, and is cut with a sign that says so.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from racdeploy.report.front import who_wins
-from racdeploy.report.model import Report
-from racdeploy.report.tables import Table, explanation, headline, plain, tables
+from racdeploy.report.gains import describe_savings
+from racdeploy.report.model import Record, Report
+from racdeploy.report.pairs import Pair, pair_records
+from racdeploy.report.summary import explanation, headline
+from racdeploy.report.tables import Table, list_next_steps, plain, tables
 
 LIMIT_CHARACTERS = 60_000
+_LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
+_QUESTION_CHARACTERS, _ANSWER_CHARACTERS = 240, 80
 _ROWS, _CELL_CHARACTERS = 30, 400
-_SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️"}
-_SPECIAL = re.compile(r"([\\`*~|\[\]])|(?<!\w)(_)|(_)(?!\w)")
-_CUT = f"_Cut at {LIMIT_CHARACTERS} characters; the rest is in report.html and report.json._"
+_OPEN = ("Dense and pruned", "Checks", "Tasks")  # the other tables are folded
+_SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
+_SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
+_CUT = f"_Cut at {LIMIT_CHARACTERS:,} characters; the rest is in report.html and report.json._"
+_LOST_COLUMNS = ("task", "question", "right", "dense", "pruned", "thinking tokens")
 
 
-def render(report: Report) -> str:
-    """Return the report as GitHub-flavoured Markdown."""
+def render(report: Report, records: Sequence[Record] = ()) -> str:
+    """Return the report as GitHub-flavoured Markdown; ``records`` are those of its arms."""
     parts = [f"### {_SIGNS[report.verdict]} {escape(headline(report))}"]
     if reasons := explanation(report):
         parts.append(escape(reasons))
-    parts += [_table(table) for table in tables(report)]
+    if savings := describe_savings(report):
+        parts.append("\n".join(_items(savings)))
 
+    by_title = {table.title: table for table in tables(report)}
+    parts += [_table(by_title.pop(title)) for title in _OPEN if title in by_title]
+    lost = [pair for pair in pair_records(records) if pair.outcome == "lost"]
+    if lost:
+        parts.append(_list_lost(lost))
+    if steps := list_next_steps(report):
+        parts.append(_section("Next steps", _items(steps)))
+
+    folded = [_table(table) for table in by_title.values()]
     if sentences := who_wins(report):
-        parts.append(_section("Who wins where", _items(sentences)))
+        folded.append(_section("Who wins where", _items(sentences)))
     if report.notes:
         notes = _items(report.notes[:_ROWS]) + _remainder(len(report.notes), "notes", "- ")
-        parts.append(_section("Notes", notes))
+        folded.append(_section("Notes", notes))
 
-    text = "\n\n".join(parts) + "\n"
-    if len(text) <= LIMIT_CHARACTERS:
-        return text
-
-    kept = text[:LIMIT_CHARACTERS].rpartition("\n")[0]
-    return f"{kept}\n\n{_CUT}\n"
+    return _fit(parts, folded)
 
 
 def escape(text: str) -> str:
@@ -46,7 +59,74 @@ def escape(text: str) -> str:
     text = html.escape(plain(text), quote=False)
     text = _SPECIAL.sub(r"\\\g<0>", text)
     text = re.sub(r"#(?=\w)", "&#35;", text)
+    text = re.sub(r"(?i)\bgh-(?=\d)", "GH&#45;", text)
     return text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def _fit(parts: Sequence[str], folded: Sequence[str]) -> str:
+    """Join what is open and what is folded; the folded part is the first to be cut."""
+    text = "\n\n".join(parts)
+    if len(text) > LIMIT_CHARACTERS:
+        return f"{_cut_at_line(text, LIMIT_CHARACTERS)}\n\n{_CUT}\n"
+    if not folded:
+        return f"{text}\n"
+
+    inside = "\n\n".join(folded)
+    left = LIMIT_CHARACTERS - len(text)
+    if len(inside) > left:
+        inside = f"{_cut_at_line(inside, left)}\n\n{_CUT}"
+    return f"{text}\n\n{_fold('Details: how it was made, and how to read the figures', inside)}\n"
+
+
+def _cut_at_line(text: str, characters: int) -> str:
+    return text[:characters].rpartition("\n")[0]
+
+
+def _fold(summary: str, text: str) -> str:
+    # GitHub reads Markdown inside only after an empty line.
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def _list_lost(lost: Sequence[Pair]) -> str:
+    """Return a folded table of prompts that dense answers and pruned does not."""
+    lines = [f"| {' | '.join(_LOST_COLUMNS)} |", "| --- | --- | --- | --- | --- | ---: |"]
+    left = _LOST_CHARACTERS
+    shown = 0
+
+    for pair in lost[:_LOST]:
+        line = f"| {' | '.join(map(escape, _describe_lost(pair)))} |"
+        left -= len(line)
+        if left < 0:
+            break
+        lines.append(line)
+        shown += 1
+
+    if shown < len(lost):
+        lines += ["", f"_{len(lost) - shown:,} more are in report.html and records.jsonl._"]
+
+    prompts = "1 prompt was" if len(lost) == 1 else f"{len(lost):,} prompts were"
+    return _fold(f"{prompts} lost: dense is right and pruned is not", "\n".join(lines))
+
+
+def _describe_lost(pair: Pair) -> tuple[str, ...]:
+    dense, pruned = pair.dense, pair.pruned
+    return (
+        _shorten(dense.task, _ANSWER_CHARACTERS),
+        _shorten(dense.question, _QUESTION_CHARACTERS),
+        _shorten(dense.gold, _ANSWER_CHARACTERS),
+        _answer(dense),
+        _answer(pruned),
+        f"{dense.thinking_tokens:,} → {pruned.thinking_tokens:,}",
+    )
+
+
+def _answer(record: Record) -> str:
+    """Return what was scored, or why nothing was."""
+    if record.extracted is not None:
+        return _shorten(record.extracted, _ANSWER_CHARACTERS)
+    if record.state == "open":
+        return "repeats itself" if record.loop_tokens else "the thinking never ends"
+    return f"no answer found: {_shorten(record.answer_text, _ANSWER_CHARACTERS)}"
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
@@ -58,9 +138,12 @@ def _items(texts: Iterable[str]) -> list[str]:
 
 
 def _table(table: Table) -> str:
-    lines = [f"| {' | '.join(table.columns)} |", f"|{' --- |' * len(table.columns)}"]
+    rules = ["---:" if right else "---" for right in table.numeric]
+    lines = [f"| {' | '.join(table.columns)} |", f"| {' | '.join(rules)} |"]
     for row in table.rows[:_ROWS]:
         cells = [escape(_clip(cell)) for cell in row]
+        if table.title == "Checks":
+            cells[1] = f"{_SIGNS[row[1]]} {cells[1]}"
         lines.append(f"| {' | '.join(cells)} |")
 
     if more := _remainder(len(table.rows), "rows"):
@@ -71,9 +154,14 @@ def _table(table: Table) -> str:
 def _remainder(count: int, noun: str, prefix: str = "") -> list[str]:
     if count <= _ROWS:
         return []
-    return [f"{prefix}_{count - _ROWS} more {noun} are in report.html and report.json._"]
+    return [f"{prefix}_{count - _ROWS:,} more {noun} are in report.html and report.json._"]
+
+
+def _shorten(text: str, characters: int) -> str:
+    text = plain(text)
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def _clip(cell: str) -> str:
     more = len(cell) - _CELL_CHARACTERS
-    return f"{cell[:_CELL_CHARACTERS]}… ({more} more characters)" if more > 0 else cell
+    return f"{cell[:_CELL_CHARACTERS]}… ({more:,} more characters)" if more > 0 else cell

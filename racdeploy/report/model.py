@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 Verdict = Literal["pass", "fail", "inconclusive"]
-CheckVerdict = Literal["pass", "fail", "inconclusive", "skipped"]
+CheckVerdict = Literal["pass", "fail", "inconclusive", "measured", "skipped"]
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
 ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
 # A ratio of means, infinite where the denominator is zero.
@@ -127,6 +127,7 @@ class CheckResult(_Part):
 
     Args:
         name: the check's plugin name.
+        verdict: ``measured`` has figures and no limit, ``skipped`` has none; neither decides.
         summary: one sentence with the numbers that decided; ``figures`` has units in the names.
         remedy: the next thing to do where it did not pass.
     """
@@ -399,7 +400,7 @@ def overall_verdict(checks: Iterable[CheckResult]) -> Verdict:
     """Return the verdict of a whole report.
 
     One failed check fails it. Otherwise one inconclusive check makes it inconclusive, and so do no
-    checks at all or only skipped ones: missing data never passes.
+    checks at all or only ones that decide nothing: missing data never passes.
     """
     verdicts = {check.verdict for check in checks}
     if "fail" in verdicts:

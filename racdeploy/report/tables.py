@@ -1,4 +1,4 @@
-"""The words of a report: a headline, its explanation and tables of plain text, for every output.
+"""The tables of a report as plain text, for every output, and how numbers are written in them.
 
 Each output escapes for itself. Cells are single lines without control characters.
 """
@@ -17,33 +17,34 @@ from racdeploy.report.model import (
     VECTORS_IN_F32,
     ArmSummary,
     BlockRow,
-    Comparison,
     LinearRow,
     RecoveryRow,
     Report,
 )
-from racdeploy.report.recovery import describe_recovery, list_phases
-from racdeploy.report.structure import describe_kept, list_kept
-from racdeploy.report.zeros import describe_lost_zeros
+from racdeploy.report.recovery import list_phases
+from racdeploy.report.structure import list_kept
 
 # C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 _NONE = "–"
+# A figure with its unit, how many of how many, or its interval; no words after that.
+_NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\))?$")
+_BY_NEED = ("fail", "inconclusive", "pass", "measured", "skipped")
 # Half a per mille: N of M in a row that is no multiple of M rounds by less.
 _SPARSITY_TOLERANCE = 5e-4
 
 Row = tuple[str, ...]
 _ARM = {
     "model": "{0.name}",
-    "accuracy (95 %)": "{0.accuracy:.1%} ({0.accuracy_lower:.1%} to {0.accuracy_upper:.1%})",
-    "thinking tokens": "{0.thinking_tokens_mean:.1f}",
-    "unclosed": "{0.unclosed} of {0.prompts}",
-    "forced": "{0.forced}",
-    "cut": "{0.cut}",
+    "accuracy (95%)": "{0.accuracy:.1%} ({0.accuracy_lower:.1%} to {0.accuracy_upper:.1%})",
+    "thinking tokens": "{0.thinking_tokens_mean:,.1f}",
+    "unclosed": "{0.unclosed:,} of {0.prompts:,}",
+    "forced": "{0.forced:,}",
+    "cut": "{0.cut:,}",
     "size": "{0.size_bytes:bytes}",
-    "tokens/s": "{0.tokens_per_s:.1f}",
+    "tokens/s": "{0.tokens_per_s:,.0f}",
     "quant": "{0.quant}",
     "sparsity": "{0.sparsity:.1%}",
 }
@@ -54,10 +55,6 @@ _PHASE = {
     "calibration prompts right": "{0.accuracy:.1%}",
     "entered the model": "{1}",
 }
-_DROP = (
-    "Pruned answers {1} dense ({0.confidence:.0%} interval of the drop {0.drop_lower:points} to "
-    "{0.drop_upper:points}, margin {0.margin:points}, n = {0.n})"
-)
 LENGTH = "{0.length_ratio:ratio} times as long"
 LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
 LIMIT = ", limit {0.length_limit:.2f}"
@@ -71,35 +68,13 @@ class Table:
     columns: Row
     rows: tuple[Row, ...]
 
-
-def headline(report: Report) -> str:
-    """Return the verdict and what it is about, without a full stop."""
-    return plain(f"{report.verdict.upper()}: {report.model} for {report.target}")
-
-
-def explanation(report: Report) -> str:
-    """Return checks that did not pass, the numbers compared, and what is left."""
-    sentences = []
-    if report.verdict != "pass":
-        named = [check.name for check in report.checks if check.verdict == report.verdict]
-        verb = "Failed" if report.verdict == "fail" else "Inconclusive"
-        if named:
-            sentences.append(f"{verb}: {', '.join(named)}.")
-        else:
-            cause = "Every check was skipped" if report.checks else "No check ran"
-            sentences.append(f"{cause}, and missing data never passes.")
-
-    if report.comparison:
-        sentences.append(_compare(report.comparison))
-    if widened := _explain_widened(report):
-        sentences.append(widened)
-    if kept := describe_kept(report.kept, report.structure):
-        sentences.append(f"Pruned keeps {kept}.")
-    if learned := describe_recovery(report.recovery):
-        sentences.append(f"Pruned {learned}.")
-    if lost := describe_lost_zeros(report):
-        sentences.append(lost)
-    return plain(" ".join(sentences))
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers alone, and are aligned to the right; the first names rows."""
+        return tuple(
+            place > 0 and _holds_numbers(row[place] for row in self.rows)
+            for place in range(len(self.columns))
+        )
 
 
 def tables(report: Report) -> list[Table]:
@@ -110,7 +85,7 @@ def tables(report: Report) -> list[Table]:
         ("Kept", "what|dense|pruned|kept"): _kept(report),
         ("Recovery", "|".join(_PHASE)): [_phase(end) for end in list_phases(report.recovery)],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
-        ("Checks", "check|verdict|found|next step"): _checks(report),
+        ("Checks", "check|verdict|found"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
         ("Not as asked", "what|asked|real|where|why"): _deviations(report),
     }
@@ -122,6 +97,16 @@ def tables(report: Report) -> list[Table]:
             found.append(Table(title, tuple(columns.split("|")), tuple(cells)))
 
     return found
+
+
+def list_next_steps(report: Report) -> list[str]:
+    """Return what checks that did not pass advise, each advice once with those that give it."""
+    steps: dict[str, list[str]] = defaultdict(list)
+    for check in sorted(report.checks, key=lambda check: _BY_NEED.index(check.verdict)):
+        if check.remedy and check.verdict != "pass":
+            steps[check.remedy].append(check.name)
+
+    return [plain(f"{', '.join(names)}: {step}") for step, names in steps.items()]
 
 
 def plain(text: str) -> str:
@@ -146,6 +131,12 @@ def readable_bytes(size_bytes: int) -> str:
         value /= 1000
 
     return f"{value:.3g} TB"
+
+
+def number(value: float) -> str:
+    """Return a number with thousands separators and a true minus sign; six digits below 1,000."""
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return text.replace("-", "−")
 
 
 def points(fraction: float) -> str:
@@ -178,40 +169,6 @@ def say(template: str, *values: object) -> str:
     return _Units().format(template, *values)
 
 
-def _compare(comparison: Comparison) -> str:
-    difference = "as many as"
-    if comparison.drop:
-        direction = "fewer" if comparison.drop > 0 else "more"
-        difference = say("{:points} points {} than", abs(comparison.drop), direction)
-
-    text = say(_DROP, comparison, difference)
-    if comparison.length_ratio is not None:
-        limit = say(LIMIT, comparison) if comparison.length_limit else ""
-        text += say(f" and thinks {LENGTH} ({LENGTH_INTERVAL}{limit})", comparison)
-
-    return f"{text}."
-
-
-def _explain_widened(report: Report) -> str:
-    """Return what few prompts can show; empty where the limits are those of the gate."""
-    accuracy = {check.name: check.figures for check in report.checks}.get("accuracy", {})
-    if "margin_asked" not in accuracy:
-        return ""
-
-    found = (
-        "No breakage was found, which is all that"
-        if report.verdict == "pass"
-        else "Breakage is what"
-    )
-    return say(
-        "{} {:.0f} prompts can show: the margin was widened to {:points} points from {:points}.",
-        found,
-        accuracy["prompts"],
-        accuracy["margin"],
-        accuracy["margin_asked"],
-    )
-
-
 def _arm(arm: ArmSummary) -> Row:
     shown = arm.model_copy(update={"quant": arm.quant or None})
     return tuple(say(cell, shown) for cell in _ARM.values())
@@ -231,16 +188,14 @@ def _tasks(report: Report) -> list[Row]:
     for task in report.tasks:
         dense = _share(task.dense_correct, task.prompts)
         pruned = _share(task.pruned_correct, task.prompts)
-        rows.append((task.task, str(task.prompts), dense, pruned))
+        rows.append((task.task, f"{task.prompts:,}", dense, pruned))
     return rows
 
 
 def _checks(report: Report) -> list[Row]:
-    rows: list[Row] = []
-    for check in report.checks:
-        remedy = "" if check.verdict == "pass" else check.remedy
-        rows.append((check.name, check.verdict, check.summary, remedy))
-    return rows
+    """Return every check, those that need an eye first."""
+    in_order = sorted(report.checks, key=lambda check: _BY_NEED.index(check.verdict))
+    return [(check.name, check.verdict, check.summary) for check in in_order]
 
 
 def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
@@ -312,5 +267,10 @@ def _where(names: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
+def _holds_numbers(cells: Iterable[str]) -> bool:
+    filled = [cell for cell in cells if cell not in ("", _NONE)]
+    return bool(filled) and all(_NUMBER.match(cell) for cell in filled)
+
+
 def _share(correct: int, prompts: int) -> str:
-    return f"{correct} ({correct / prompts:.1%})" if prompts else _NONE
+    return f"{correct:,} ({correct / prompts:.1%})" if prompts else _NONE

@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from racdeploy.report.front import who_wins
 from racdeploy.report.gains import describe_gains
 from racdeploy.report.model import Report
-from racdeploy.report.tables import Table, explanation, headline, plain, tables
+from racdeploy.report.summary import explanation, headline
+from racdeploy.report.tables import Table, list_next_steps, plain, tables
 
-_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
+_STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "inconclusive": "yellow",
+    "measured": "dim",
+    "skipped": "dim",
+}
 _ROWS = 20
 _BORDERS = 3  # characters that a column takes beside its cells
-_STEP = "next step"  # a column of sentences, most of them empty
 _FEW = 4  # rows that can be columns
 
 
@@ -31,16 +37,12 @@ def print_report(report: Report, console: Console) -> None:
     if reasons := explanation(report):
         _print_line(console, reasons)
 
-    steps: dict[str, list[str]] = {}
     for table in tables(report):
-        if console.is_terminal and table.columns[-1] == _STEP:
-            steps = _list_steps(table)
-            table = _leave_out_last(table)
         _print_line(console, "")
         _print_shortened(table, console)
 
     lists = {
-        "Next steps": [f"{', '.join(names)}: {step}" for step, names in steps.items()],
+        "Next steps": list_next_steps(report),
         "Who wins where": who_wins(report),
         "Notes": [plain(note) for note in report.notes],
         "What was gained": describe_gains(report),
@@ -74,20 +76,6 @@ def print_table(table: Table, console: Console) -> None:
         _print_list(table, console)
     else:
         console.print(_rich(table, widths))
-
-
-def _list_steps(table: Table) -> dict[str, list[str]]:
-    """Return what the last column says, with the rows that it says it of."""
-    steps: dict[str, list[str]] = {}
-    for row in table.rows:
-        if row[-1]:
-            steps.setdefault(row[-1], []).append(row[0])
-    return steps
-
-
-def _leave_out_last(table: Table) -> Table:
-    rows = tuple(row[:-1] for row in table.rows)
-    return Table(table.title, table.columns[:-1], rows)
 
 
 def _print_shortened(table: Table, console: Console) -> None:
@@ -148,8 +136,9 @@ def _print_list(table: Table, console: Console) -> None:
 
 def _rich(table: Table, widths: Sequence[int]) -> RichTable:
     rich_table = RichTable(title=Text(table.title), title_justify="left")
-    for column, width in zip(table.columns, widths, strict=True):
-        rich_table.add_column(Text(column), width=width, overflow="fold")
+    for column, width, right in zip(table.columns, widths, table.numeric, strict=True):
+        justify: JustifyMethod = "right" if right else "left"
+        rich_table.add_column(Text(column), width=width, overflow="fold", justify=justify)
 
     for row in table.rows:
         cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row]
@@ -165,8 +154,13 @@ def _align(table: Table) -> list[str]:
     lines = [table.title]
 
     for row in rows:
-        cells = zip(row, widths, strict=True)
-        padded = [cell + " " * (width - cell_len(cell)) for cell, width in cells]
+        cells = zip(row, widths, table.numeric, strict=True)
+        padded = [_pad(cell, width, right) for cell, width, right in cells]
         lines.append("  ".join(padded).rstrip())
 
     return lines
+
+
+def _pad(cell: str, width: int, right: bool) -> str:
+    spaces = " " * (width - cell_len(cell))
+    return spaces + cell if right else cell + spaces

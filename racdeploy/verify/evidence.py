@@ -217,8 +217,9 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
     results = [_run_check(name, evidence) for name in plugins.names("checks")]
 
     for result in results:
-        undecided = result.verdict == "inconclusive" and not result.figures
-        if result.name in evidence.gate.demanded and (undecided or result.verdict == "skipped"):
+        unmeasured = result.verdict == "inconclusive" and not result.figures
+        undecided = unmeasured or result.verdict in ("measured", "skipped")
+        if result.name in evidence.gate.demanded and undecided:
             raise UsageError(
                 f"the gate file names the check {result.name}, which has nothing to decide on: "
                 f"{result.summary}",

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from racdeploy.report import markdown
 from tests.support.action_runner import ACTION, Run, run_action, write_program
+from tests.support.sample_report import build_records, build_report
 
 PULL_REQUEST = {"pull_request": {"number": 12}}
 
@@ -105,7 +107,12 @@ def job(tmp_path: Path, api: str) -> Any:
     write_program(tmp_path / "bin", "racdeploy", RACDEPLOY)
     write_program(tmp_path / "bin", "python", PYTHON)
 
-    def run(code: int, event: dict[str, Any] = PULL_REQUEST, **inputs: str) -> Run:
+    def run(
+        code: int,
+        event: dict[str, Any] = PULL_REQUEST,
+        environment: dict[str, str] | None = None,
+        **inputs: str,
+    ) -> Run:
         given = {"bundle": "bundle"} | {
             name.replace("_", "-"): value for name, value in inputs.items()
         }
@@ -121,6 +128,7 @@ def job(tmp_path: Path, api: str) -> Any:
             bin_folder=tmp_path / "bin",
             WANTED_CODE=str(code),
             **files,
+            **(environment or {}),
         )
 
     return run
@@ -178,6 +186,25 @@ def test_the_comment_is_replaced_and_belongs_to_its_bundle(job: Any, comments: C
     assert "### pass" in comments.bodies[131]
     assert comments.bodies[132].startswith("<!-- racdeploy: other -->")
     assert {token for *_, token in comments.asked} == {"Bearer the-token"}
+
+
+def test_the_comment_shows_the_prompts_that_were_lost(job: Any, comments: Comments) -> None:
+    """As racdeploy writes them, whole and folded, above the link to the artifacts."""
+    text = markdown.render(build_report(), build_records())
+    job(1, event=PULL_REQUEST, environment={"REPORT": text})
+    body = comments.bodies[131]
+    assert "<summary>4 prompts were lost: dense is right and pruned is not</summary>" in body
+    assert "Ann has 63 apples &amp; gives 3 away. | 60 | 60 | 61 |" in body
+    assert "actions/runs/77" in body.rpartition("</details>")[2]
+
+
+def test_a_comment_that_is_too_long_is_cut_and_keeps_its_link(job: Any, comments: Comments) -> None:
+    """GitHub would refuse it, and the pull request would show nothing."""
+    job(1, event=PULL_REQUEST, environment={"REPORT": "a line of text\n" * 6000})
+    body = comments.bodies[131]
+    assert 65_000 < len(body) <= 65_536
+    assert body.count("a line of text\n") > 4000
+    assert "actions/runs/77" in body.splitlines()[-1]
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])

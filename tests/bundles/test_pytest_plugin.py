@@ -82,7 +82,7 @@ def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) ->
     (tmp_path / "test_own.py").write_text("def test_own(): pass\n")
     done = _pytest(
         tmp_path,
-        "rest=pass,speed=skipped",
+        "rest=pass,speed=skipped,memory=measured",
         "--racdeploy-bundle",
         "bundle",
         f"--junit-xml={tmp_path / 'junit.xml'}",
@@ -92,6 +92,7 @@ def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) ->
     assert "PASSED bundle::accuracy" in done.stdout
     assert "PASSED bundle::verdict" in done.stdout
     assert "skipped: what speed found" in done.stdout
+    assert "measured: what memory found" in done.stdout
     assert (tmp_path / "verified").read_text() == "x"
     properties = {
         p.get("name"): p.get("value")

@@ -16,7 +16,7 @@ from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import CheckResult, Report
-from racdeploy.report.tables import explanation
+from racdeploy.report.summary import explanation
 from racdeploy.verify.checks import sparsity
 from racdeploy.verify.evidence import Arm, Evidence
 from racdeploy.verify.gate import read_gate

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from racdeploy.report import markdown
-from racdeploy.report.model import Comparison, LinearRow, Report, TensorRow
+from racdeploy.report.model import Comparison, LinearRow, Record, Report, TensorRow
 from racdeploy.report.tables import tables
 from tests.support.sample_report import GOLDEN, HOSTILE
 
@@ -18,14 +18,14 @@ def changed(report: Report, **values: object) -> Report:
     return report.model_copy(update=values)
 
 
-def test_the_report_matches_the_golden_file(report: Report) -> None:
+def test_the_report_matches_the_golden_file(report: Report, records: list[Record]) -> None:
     """Every character; ``python -m tests.support.sample_report`` writes it again, to read the
     diff.
     """
-    assert markdown.render(report) == GOLDEN.read_text(encoding="utf-8")
+    assert markdown.render(report, records) == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
+def test_the_golden_test_notices_one_changed_value(report: Report, records: list[Record]) -> None:
     """One more wrong answer, one other size, one other verdict: each shows."""
     golden = GOLDEN.read_text(encoding="utf-8")
     pruned = report.arms[1]
@@ -41,7 +41,7 @@ def test_the_golden_test_notices_one_changed_value(report: Report) -> None:
             checks=(report.checks[0].model_copy(update={"verdict": "fail"}), *report.checks[1:]),
         ),
     )
-    assert [markdown.render(one) == golden for one in spoiled] == [False] * len(spoiled)
+    assert [markdown.render(one, records) == golden for one in spoiled] == [False] * len(spoiled)
 
 
 def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
@@ -137,7 +137,7 @@ def test_a_text_beyond_the_limit_is_cut_at_a_line(report: Report) -> None:
     )
     text = markdown.render(changed(report, tensors=tensors, notes=notes))
     assert len(text) < 65_536
-    assert text.endswith("the rest is in report.html and report.json._\n")
+    assert text.endswith("the rest is in report.html and report.json._\n\n</details>\n")
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,88 @@ def test_a_failed_check_is_named(report: Report) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drop", "words"),
+    ("verdict", "drop", "lower", "words"),
     [
-        (0.0, "answers as many as dense ("),
-        (0.01, "1.0 points fewer than dense ("),
-        (-0.01, "1.0 points more than dense ("),
+        (
+            "pass",
+            0.0,
+            -0.02,
+            "No measurable loss: 0.0 points, at most 2.6 (margin 5.0, 256 prompts).",
+        ),
+        ("pass", 0.01, -0.01, "No measurable loss: 1.0 points, at most 2.6"),
+        ("pass", -0.01, -0.03, "No measurable loss: 1.0 points more, at most 2.6 fewer"),
+        ("pass", 0.01, 0.002, "1.0 points fewer right answers (90% interval of the loss 0.2 to"),
+        ("inconclusive", 0.01, -0.01, "1.0 points fewer right answers, which chance can explain"),
+        ("fail", 0.01, 0.002, "1.0 points fewer right answers (90% interval of the loss 0.2 to"),
     ],
 )
-def test_equal_accuracy_is_not_called_fewer(report: Report, drop: float, words: str) -> None:
-    """The first sentence that anybody reads."""
+def test_the_first_sentence_is_in_words(
+    report: Report, verdict: str, drop: float, lower: float, words: str
+) -> None:
+    """Equal is not called fewer, and what may be a loss is not called none."""
     assert isinstance(report.comparison, Comparison)
-    assert words in markdown.render(
-        changed(report, comparison=report.comparison.model_copy(update={"drop": drop}))
+    values = {"verdict": verdict, "drop": drop, "drop_lower": lower}
+    text = markdown.render(changed(report, comparison=report.comparison.model_copy(update=values)))
+    assert words in text
+
+
+def test_lost_prompts_are_folded_into_the_comment(report: Report, records: list[Record]) -> None:
+    """Those of the sample: question, right answer, both answers and both lengths, on one line."""
+    text = markdown.render(report, records)
+    lines = _lost_lines(text)
+    assert "<summary>4 prompts were lost: dense is right and pruned is not</summary>\n\n|" in text
+    assert len(lines) == 4
+    assert lines[0] == (
+        "| word_problem | Ann has 7 apples &amp; gives 3 away. | 4 | 4 "
+        "| the thinking never ends | 184 → 512 |"
     )
+    assert "prompts were lost" not in markdown.render(report)
+
+
+def test_many_lost_prompts_leave_room_and_are_counted(
+    report: Report, records: list[Record]
+) -> None:
+    """Ten rows at most, fewer where each is long; every one of the others is counted."""
+    lost = [
+        record.model_copy(update={"correct": record.arm == "dense"}) for record in records[:100]
+    ]
+    text = markdown.render(report, lost)
+    assert len(_lost_lines(text)) == 10
+    assert "_40 more are in report.html and records.jsonl._" in text
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "@octocat " * 900,
+        "```\n</details>\n# Big\n" * 900,
+        "</summary></details><img src=x onerror=alert(1)>" * 300,
+        "| cell $x$ #1 GH-2 www.example.org https://example.org" * 300,
+        "\\" * 9000,
+        "\U0001f600" * 9000,
+    ],
+)
+def test_no_text_of_a_model_leaves_its_cell(
+    report: Report, records: list[Record], attack: str
+) -> None:
+    """Whatever it says, the comment fits, its folds end, and nobody is called by name."""
+    texts = dict.fromkeys(("task", "question", "gold", "extracted", "answer_text"), attack)
+    hostile = [
+        record.model_copy(update=texts | {"correct": record.arm == "dense"})
+        for record in records[:200]
+    ]
+    text = markdown.render(report, hostile)
+    without = markdown.render(report, records)
+
+    assert len(text) < 65_536
+    assert text.count("<details>") == text.count("</details>") == without.count("<details>") == 2
+    assert not re.search(r"@|(?<!\\)[`$]|<img|\bGH-\d|www\.", text)
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 7 for line in _lost_lines(text))
+    assert _lost_lines(text)
+
+
+def _lost_lines(text: str) -> list[str]:
+    """Return the rows of the table of lost prompts."""
+    _, _, rest = text.partition("| task | question |")
+    rows, _, _ = rest.partition("</details>")
+    return [line for line in rows.splitlines()[2:] if line.startswith("|")]

@@ -36,6 +36,8 @@ def checks(*verdicts: CheckVerdict) -> list[CheckResult]:
         (("skipped",), "inconclusive"),
         (("pass",), "pass"),
         (("pass", "skipped"), "pass"),
+        (("measured", "skipped"), "inconclusive"),
+        (("pass", "measured"), "pass"),
         (("pass", "inconclusive"), "inconclusive"),
         (("inconclusive", "fail"), "fail"),
         (("pass", "fail"), "fail"),
@@ -52,7 +54,7 @@ def test_only_a_pass_without_failure_or_doubt_passes() -> None:
     """All combinations of up to three checks, in any order."""
     for count in range(4):
         for verdicts in itertools.product(get_args(CheckVerdict), repeat=count):
-            passes = "pass" in verdicts and set(verdicts) <= {"pass", "skipped"}
+            passes = "pass" in verdicts and set(verdicts) <= {"pass", "measured", "skipped"}
             assert (overall_verdict(checks(*verdicts)) == "pass") == passes
 
 

@@ -264,4 +264,4 @@ def build_records() -> list[Record]:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(markdown.render(build_report()), encoding="utf-8")
+    GOLDEN.write_text(markdown.render(build_report(), build_records()), encoding="utf-8")

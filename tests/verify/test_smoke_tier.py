@@ -9,7 +9,7 @@ from racdeploy.errors import exit_code_of
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Report
-from racdeploy.report.tables import explanation
+from racdeploy.report.summary import explanation
 from racdeploy.verify.checks import accuracy, backends, thinking
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.evidence import Evidence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from racdeploy.report.model import CheckResult
+from racdeploy.report.tables import points
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Evidence, is_correct, make_result
 from racdeploy.verify.stats import paired, verdicts
@@ -59,8 +60,8 @@ def check(evidence: Evidence) -> CheckResult:
 
     verdict = verdicts.judge(interval, margin)
     summary = (
-        f"drop {pairs.drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
-        f"{interval.upper:+.1%}, limit {margin:.1%}, {prompts} prompts"
+        f"drop {points(pairs.drop)} points, {confidence:.0%} interval {points(interval.lower)} to "
+        f"{points(interval.upper)}, limit {points(margin)}, {prompts:,} prompts"
     )
     if answers > prompts:
         summary += f" with {answers // prompts} samples each"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from racdeploy.report.model import CheckResult
+from racdeploy.report.tables import points
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Arm, Evidence, completion_tokens, is_correct, make_result
 from racdeploy.verify.stats import lengths, paired, verdicts
@@ -79,11 +80,11 @@ def _compare(evidence: Evidence, arm: Arm, backend: str) -> CheckResult:
 
     summary = (
         f"{backend} {arm.quant} against {evidence.backend} {main.quant}: "
-        f"drop {pairs.drop:+.1%}, {confidence:.0%} interval {interval.lower:+.1%} to "
-        f"{interval.upper:+.1%}, limit ±{limits.margin:.1%}; "
+        f"drop {points(pairs.drop)} points, {confidence:.0%} interval {points(interval.lower)} to "
+        f"{points(interval.upper)}, limit ±{points(limits.margin)}; "
         f"same answer to {same_answer:.1%} of the prompts, same text to {same_text:.1%}; "
         f"length ratio {ratio.ratio:.3f}, {ratio.lower:.3f} to {ratio.upper:.3f}, "
-        f"limit {limits.length_ratio:g} either way"
+        f"limit {limits.length_ratio:.2f} either way"
     )
 
     verdict = verdicts.worst([alike, as_long])

@@ -82,7 +82,7 @@ def check(evidence: Evidence) -> CheckResult:
 
     summary = (
         f"artifact against torch-pruned: {export_text}; "
-        f"torch-pruned against dense: {pruning_text}; {found.tokens} tokens"
+        f"torch-pruned against dense: {pruning_text}; {found.tokens:,} tokens"
     )
     return make_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 

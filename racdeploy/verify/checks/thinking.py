@@ -86,7 +86,7 @@ def check(evidence: Evidence) -> CheckResult:
     summary = (
         f"{because}{what} length ratio {ratio.ratio:.3f}, "
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
-        f"limit {limits.length_ratio:g}; {', '.join(counts)} of {len(evidence.dense.records)}"
+        f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(evidence.dense.records):,}"
     )
 
     return make_result("thinking", verdict, summary, figures, _REMEDIES[verdict])

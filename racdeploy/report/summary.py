@@ -1,0 +1,111 @@
+"""The first words of a report, for every output: a headline, and what was found in sentences."""
+
+from __future__ import annotations
+
+from racdeploy.report.model import Comparison, Report
+from racdeploy.report.recovery import describe_recovery
+from racdeploy.report.structure import describe_kept
+from racdeploy.report.tables import plain, say
+from racdeploy.report.zeros import describe_lost_zeros
+
+_EVEN = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
+_EVEN_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"
+_UNSURE = "{1:points} points {2} right answers, which chance can explain ({3})"
+_CHANGED = "{1:points} points {2} right answers ({3})"
+_INTERVAL = "{0.confidence:.0%} interval of the loss {0.drop_lower:points} to {0.drop_upper:points}"
+_BASIS = "margin {0.margin:points}, {0.n:,} prompts"
+_LENGTH = (
+    "Thinking is {1}: {0.length_ratio:ratio} times, "
+    "{0.length_lower:ratio} to {0.length_upper:ratio}"
+)
+_LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
+
+
+def headline(report: Report) -> str:
+    """Return the verdict and what it is about, without a full stop."""
+    return plain(f"{report.verdict.upper()}: {report.model} for {report.target}")
+
+
+def explanation(report: Report) -> str:
+    """Return checks that did not pass, the numbers compared, and what is left."""
+    sentences = [_name_causes(report)]
+    if report.comparison:
+        sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
+
+    sentences.append(_explain_widened(report))
+    if kept := describe_kept(report.kept, report.structure):
+        sentences.append(f"Pruned keeps {kept}.")
+    if learned := describe_recovery(report.recovery):
+        sentences.append(f"Pruned {learned}.")
+
+    sentences.append(describe_lost_zeros(report))
+    return plain(" ".join(filter(None, sentences)))
+
+
+def describe_accuracy(comparison: Comparison) -> str:
+    """Return what pruning did to right answers, as a sentence."""
+    basis = say(_BASIS, comparison)
+    if comparison.verdict == "pass" and comparison.drop_lower <= 0 <= comparison.drop_upper:
+        template = _EVEN_BETTER if comparison.drop < 0 else _EVEN
+        return say(f"{template} ({basis}).", comparison, abs(comparison.drop))
+
+    more_or_fewer = "fewer" if comparison.drop >= 0 else "more"
+    even = comparison.drop_lower <= 0 <= comparison.drop_upper
+    template = _UNSURE if even else _CHANGED
+    interval = say(_INTERVAL, comparison)
+    return say(
+        f"{template}.", comparison, abs(comparison.drop), more_or_fewer, f"{interval}, {basis}"
+    )
+
+
+def describe_thinking(comparison: Comparison) -> str:
+    """Return what pruning did to the length of thoughts; empty where it was not measured."""
+    if comparison.length_ratio is None:
+        return ""
+
+    how = "as long as before"
+    if comparison.length_lower is not None and comparison.length_lower > 1:
+        how = "longer"
+    if comparison.length_upper is not None and comparison.length_upper < 1:
+        how = "shorter"
+
+    limit = say(_LENGTH_LIMIT, comparison) if comparison.length_limit else ""
+    return say(f"{_LENGTH}{limit}.", comparison, how)
+
+
+def _name_causes(report: Report) -> str:
+    """Return which checks decided on a verdict that is no pass."""
+    if report.verdict == "pass":
+        return ""
+
+    named = [check.name for check in report.checks if check.verdict == report.verdict]
+    if named:
+        verb = "Failed" if report.verdict == "fail" else "Inconclusive"
+        return f"{verb}: {', '.join(named)}."
+
+    cause = "No check ran"
+    if report.checks:
+        cause = "No check had a limit to decide by"
+    if report.checks and all(check.verdict == "skipped" for check in report.checks):
+        cause = "Every check was skipped"
+    return f"{cause}, and missing data never passes."
+
+
+def _explain_widened(report: Report) -> str:
+    """Return what few prompts can show; empty where the limits are those of the gate."""
+    accuracy = {check.name: check.figures for check in report.checks}.get("accuracy", {})
+    if "margin_asked" not in accuracy:
+        return ""
+
+    found = (
+        "No breakage was found, which is all that"
+        if report.verdict == "pass"
+        else "Breakage is what"
+    )
+    return say(
+        "{} {:.0f} prompts can show: the margin was widened to {:points} points from {:points}.",
+        found,
+        accuracy["prompts"],
+        accuracy["margin"],
+        accuracy["margin_asked"],
+    )
