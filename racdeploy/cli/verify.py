@@ -80,7 +80,7 @@ def verify(
     if junit_file:
         write_atomic(junit_file, junit.render(report))
     if html_file:
-        write_atomic(html_file, html.render(report, records))
+        write_atomic(html_file, html.render(report, records, str(bundle)))
     if reports:
-        write_reports(reports, report, records)
+        write_reports(reports, report, records, str(bundle))
     finish(report, json_output, (), again.gate, exit_zero)

@@ -133,7 +133,7 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             "README.md": _card(manifest, contents),
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": markdown.render(contents.report, contents.records),
-            "report.html": html.render(contents.report, contents.records),
+            "report.html": html.render(contents.report, contents.records, out.name),
             "records.jsonl": "".join(records),
         }
         if contents.report.recovery:

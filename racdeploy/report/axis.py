@@ -10,49 +10,89 @@ from functools import cache
 import jinja2
 from markupsafe import Markup
 
-from racdeploy.report.tables import plain
+from racdeploy.report.tables import number, plain
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 444.0, 16.0, 254.0  # of 460 by 300 pixels
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_FOLD_SHARE = 0.97  # of all values that an axis shows at full size where a few are far beyond
+_FOLD_RATIO = 1.8  # how many times that far the farthest has to be
+_BAND, _GAP = 52.0, 16.0  # pixels for values beyond the last tick, and before them
 
 TickText = Callable[[float], str]
 
 
 @dataclass(frozen=True)
+class Frame:
+    """The inside of a chart and the picture around it, in pixels."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    height: float
+    width: float = 460.0
+
+
+FLAT = Frame(56, 444, 16, 254, height=300)
+SQUARE = Frame(60, 440, 16, 396, height=442)
+"""Equal scales across and upward, so that a diagonal has 45 degrees."""
+
+
+@dataclass(frozen=True)
 class Axis:
-    """Data to pixels along one direction, from ``start`` to ``stop``."""
+    """Data to pixels along one direction, from ``start`` to ``stop``.
+
+    Args:
+        farthest: of the values beyond the last tick, which share one place; None where none is.
+    """
 
     label: str
     ticks: Sequence[float]
     start: float
     stop: float
-    tick_text: TickText = "{:g}".format
+    tick_text: TickText = number
+    farthest: float | None = None
 
     def __call__(self, value: float) -> float:
+        if self.is_beyond(value):
+            return self.edge
+
         first, last = self.ticks[0], self.ticks[-1]
         share = (value - first) / (last - first)
         return self.start + share * (self.stop - self.start)
+
+    @property
+    def edge(self) -> float:
+        """The place of all values beyond the last tick: the middle of a band."""
+        return self.stop + math.copysign(_GAP + _BAND / 2, self.stop - self.start)
+
+    def is_beyond(self, value: float) -> bool:
+        """Return whether a value is in the band."""
+        return self.farthest is not None and value > self.ticks[-1]
 
     def log10(self, value: float) -> float:
         """Return the place of a value on an axis of decimal logarithms."""
         return self(math.log10(value))
 
 
-def across(label: str, low: float, high: float, tick_text: TickText = "{:g}".format) -> Axis:
+def across(
+    label: str, low: float, high: float, tick_text: TickText = number, frame: Frame = FLAT
+) -> Axis:
     """Return an axis from left to right."""
-    return Axis(label, _round_ticks(low, high, most=5), _LEFT, _RIGHT, tick_text)
+    return Axis(label, _round_ticks(low, high, most=5), frame.left, frame.right, tick_text)
 
 
-def upward(label: str, low: float, high: float, tick_text: TickText = "{:g}".format) -> Axis:
+def upward(
+    label: str, low: float, high: float, tick_text: TickText = number, frame: Frame = FLAT
+) -> Axis:
     """Return an axis from the bottom up."""
-    return Axis(label, _round_ticks(low, high, most=4), _BOTTOM, _TOP, tick_text)
+    return Axis(label, _round_ticks(low, high, most=4), frame.bottom, frame.top, tick_text)
 
 
-def upward_share(label: str, low: float, high: float) -> Axis:
+def upward_share(label: str, low: float, high: float, frame: Frame = FLAT) -> Axis:
     """Return an upward axis of percentages with as many digits as tell the ticks apart."""
     ticks = _round_ticks(low, high, most=4)
     digits = 0 if ticks[1] - ticks[0] >= 0.0099 else 1
-    return Axis(label, ticks, _BOTTOM, _TOP, f"{{:.{digits}%}}".format)
+    return Axis(label, ticks, frame.bottom, frame.top, f"{{:.{digits}%}}".format)
 
 
 def upward_decades(label: str, low: float, high: float) -> Axis:
@@ -61,7 +101,17 @@ def upward_decades(label: str, low: float, high: float) -> Axis:
     last = max(math.ceil(math.log10(high)), first + 1)
     step = max(1, math.ceil((last - first) / 6))
     ticks = range(first, last + step, step)
-    return Axis(label, ticks, _BOTTOM, _TOP, _power_text)
+    return Axis(label, ticks, FLAT.bottom, FLAT.top, _power_text)
+
+
+def across_counts(label: str, counts: Sequence[int], frame: Frame = FLAT) -> Axis:
+    """Return an axis from zero to the right; the few counts that are far beyond have a band."""
+    return _counts_axis(label, counts, frame.left, frame.right)
+
+
+def upward_counts(label: str, counts: Sequence[int], frame: Frame = FLAT) -> Axis:
+    """Return an axis from zero upward; the few counts that are far beyond have a band."""
+    return _counts_axis(label, counts, frame.bottom, frame.top)
 
 
 def tokens_text(most: float) -> TickText:
@@ -70,7 +120,7 @@ def tokens_text(most: float) -> TickText:
         return lambda tokens: f"{tokens / 1e6:g}M" if tokens else "0"
     if most >= 1e3:
         return lambda tokens: f"{tokens / 1e3:g}k" if tokens else "0"
-    return "{:g}".format
+    return number
 
 
 def draw(chart: str, **values: object) -> Markup:
@@ -92,8 +142,28 @@ def load_templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
 
-    environment.filters.update(plain=plain, px="{:.1f}".format)
+    environment.filters.update(plain=plain, px="{:.1f}".format, number=number, share=_share_text)
     return environment
+
+
+def _share_text(share: float) -> str:
+    """Return a share in per cent with three digits, however small it is."""
+    per_cent = 100 * share
+    if per_cent and per_cent < 0.01:
+        return "<0.01%"
+    return f"{per_cent:.1f}%" if per_cent >= 10 else f"{per_cent:.2f}%"
+
+
+def _counts_axis(label: str, counts: Sequence[int], start: float, stop: float) -> Axis:
+    in_order = sorted(counts)
+    farthest = in_order[-1]
+    most = in_order[math.ceil(_FOLD_SHARE * len(in_order)) - 1]
+
+    if farthest <= _FOLD_RATIO * max(most, 1):
+        return Axis(label, _round_ticks(0, farthest, most=5), start, stop)
+
+    stop -= math.copysign(_GAP + _BAND, stop - start)
+    return Axis(label, _round_ticks(0, most, most=5), start, stop, farthest=farthest)
 
 
 def _round_ticks(low: float, high: float, most: int) -> list[float]:

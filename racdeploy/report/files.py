@@ -10,8 +10,12 @@ from racdeploy.report.model import Record, Report
 from racdeploy.storage.files import disk_errors, write_atomic
 
 
-def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> None:
+def write_reports(
+    folder: Path, report: Report, records: Sequence[Record], bundle: str = ""
+) -> None:
     """Write the report in every form, and the records; each file is whole or absent.
+
+    ``bundle`` is the folder that was verified, for the command on the page.
 
     Raises:
         EnvironmentFailure: the disk is full or not writable.
@@ -22,7 +26,7 @@ def write_reports(folder: Path, report: Report, records: Sequence[Record]) -> No
     lines = [record.model_dump_json() + "\n" for record in records]
     texts = {
         "report.md": markdown.render(report, records),
-        "report.html": html.render(report, records),
+        "report.html": html.render(report, records, bundle),
         "junit.xml": junit.render(report),
         "records.jsonl": "".join(lines),
         # Last: it says that the others are there.

@@ -1,110 +1,105 @@
-"""A report as one HTML file: no network, no script, light and dark, usable with the keyboard alone.
+"""A report as one HTML file: nothing is fetched, light and dark, on paper, and by the keyboard.
 
-Below 2 MB: long thinking is cut and late prompts are left to ``records.jsonl``; the page says so.
 Prompts and answers are hostile text: the template escapes everything, and a content security policy
-forbids scripts should anything slip through. So the filters are radio buttons and style rules.
+lets run only the page's own script and style, which it names by their hashes. The script shows
+prompts page by page, copies, and opens everything for print; all else is there without it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
+import base64
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from operator import attrgetter
 
 from markupsafe import Markup
 
-from racdeploy.report import charts
+from racdeploy.report import arm_charts, browser, charts, length_charts
 from racdeploy.report.axis import load_templates
+from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.front import front, who_wins
 from racdeploy.report.highlights import highlights
-from racdeploy.report.model import Record, Report
-from racdeploy.report.summary import explanation
-from racdeploy.report.tables import tables, visible
+from racdeploy.report.model import LinearRow, Record, Report
+from racdeploy.report.pairs import Pair, length_quantiles, lengths_by_task, pair_records
+from racdeploy.report.settings import as_toml, list_sections
+from racdeploy.report.summary import findings
+from racdeploy.report.tables import Row, Table, list_next_steps, plain, tables
 
-_TEXT_BUDGET_BYTES = 1_200_000
-_TEXT_CHARACTERS = 24_000
 _ROWS = 200
-_TASKS = 12
-_QUANTILES = {"shortest": 0, "half are at most": 0.5, "nine of ten are at most": 0.9, "longest": 1}
-
-Pair = tuple[Record, Record]
-"""Dense and pruned on one prompt."""
-
-
-@dataclass(frozen=True)
-class _Disagreement:
-    """One prompt on which exactly one arm was right."""
-
-    dense: Record
-    pruned: Record
-
-    @property
-    def outcome(self) -> str:
-        return "lost" if self.dense.correct else "won"
-
-    @property
-    def unclosed(self) -> bool:
-        """Whether one of the thoughts did not end."""
-        return "open" in (self.dense.state, self.pruned.state)
-
-    @property
-    def shared(self) -> int:
-        """Characters with which both thoughts begin, up to the end of a word."""
-        dense = _cut(self.dense.thinking_text)
-        pruned = _cut(self.pruned.thinking_text)
-        if dense == pruned:
-            return len(dense)
-
-        length = min(len(dense), len(pruned))
-        differing = (place for place in range(length) if dense[place] != pruned[place])
-        prefix = dense[: next(differing, length)]
-        return max(prefix.rfind(" "), prefix.rfind("\n")) + 1
+_WORST = 8  # linears that are named
+_VISIBLE = 5e-5  # an error that is more than 0.00 %
+_COLUMNS = 4  # models that fit beside each other
+_TITLES = {
+    "checks": "Checks",
+    "thinking": "Accuracy and thinking",
+    "size": "Size and speed",
+    "structure": "What is left of the model",
+    "recovery": "Recovery",
+    "pruning": "Pruning and export",
+    "prompts": "Prompts",
+    "made": "How it was made",
+}
 
 
-def render(report: Report, records: Sequence[Record] = ()) -> str:
-    """Return the page; of the records only those of the arms ``dense`` and ``pruned`` are drawn."""
-    paired = _pair(records)
-    different = [pair for pair in paired if pair[0].correct != pair[1].correct]
-    shown = _within_budget([_Disagreement(*pair) for pair in different])
+def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> str:
+    """Return the page.
+
+    Args:
+        records: of the arms ``dense`` and ``pruned``; others are not drawn.
+        bundle: the folder that the command on the page runs; without it there is no command.
+    """
+    pairs = pair_records(records)
+    drawn = _draw_charts(report, pairs)
+    by_title = _tables(report)
 
     return (
         load_templates()
         .get_template("report.html.jinja")
         .render(
-            _draw_charts(report, paired),
-            cut=_cut,
+            drawn,
             report=report,
-            explanation=explanation(report),
+            sections=_list_sections(drawn, by_title, bool(pairs)),
+            policy=_policy(),
+            style=_asset("report.css"),
+            script=_asset("report.js"),
+            findings=findings(report),
+            facts=list_facts(report),
+            command=write_command(bundle, records),
             highlights=highlights(report),
-            tables={table.title: table for table in tables(report)},
+            next_steps=list_next_steps(report),
+            tables=by_title,
             row_limit=_ROWS,
+            zeros=_describe_zeros(report.linears),
             winners=who_wins(report),
-            quantiles=_length_quantiles(paired),
-            pairs=len(paired),
-            disagreements=shown,
-            disagreement_count=len(different),
-            task_filters=_task_filters(shown),
-            recipe=_readable(report.recipe),
-            fingerprint=_readable(report.fingerprint),
+            quantiles=length_quantiles(pairs),
+            pairs=len(pairs),
+            points=length_charts.POINTS,
+            prompts=browser.list_prompts(pairs),
+            cut=browser.cut,
+            count_shared=browser.count_shared,
+            recipe=list_sections(report.recipe),
+            recipe_text=as_toml(report.recipe),
+            machine=list_sections(report.fingerprint),
+            machine_text=as_toml(report.fingerprint),
         )
     )
 
 
-def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
+def _draw_charts(report: Report, pairs: Sequence[Pair]) -> dict[str, Markup | str]:
     arms, linears, best = report.arms, report.linears, front(report.arms)
     cap = report.comparison.length_budget_tokens if report.comparison else None
-    dense, pruned = _lengths(paired)
 
     return {
-        "accuracy_chart": charts.accuracy_against_length(arms),
-        "size_chart": charts.accuracy_against_size(arms, best),
-        "speed_chart": charts.accuracy_against_speed(arms, best),
+        "accuracy_chart": arm_charts.accuracy_against_length(arms),
+        "size_chart": arm_charts.accuracy_against_size(arms, best),
+        "speed_chart": arm_charts.accuracy_against_speed(arms, best),
         "divergence_chart": charts.divergence_along(report.positions),
-        "scatter_chart": charts.paired_lengths(paired, cap),
-        "histogram_chart": charts.length_histogram(dense, pruned, cap),
+        "scatter_chart": length_charts.paired_lengths(pairs, cap),
+        "histogram_chart": length_charts.length_histogram(pairs, cap),
+        "tasks_chart": length_charts.lengths_of_tasks(lengths_by_task(pairs)),
+        "lengths_note": length_charts.describe_lengths(pairs, cap),
         "widths_chart": charts.widths_by_block(report.structure),
         "recovery_chart": charts.recovery_over_tokens(report.recovery),
         "sparsity_chart": charts.heat_map(
@@ -116,77 +111,68 @@ def _draw_charts(report: Report, paired: Sequence[Pair]) -> dict[str, Markup]:
     }
 
 
-def _pair(records: Sequence[Record]) -> list[Pair]:
-    """Match the two arms' records by prompt and sample, in prompt order."""
-    by_arm: dict[str, dict[tuple[int, int], Record]] = {"dense": {}, "pruned": {}}
-    for record in records:
-        if record.arm in by_arm:
-            by_arm[record.arm][record.prompt, record.sample] = record
+def _list_sections(
+    drawn: dict[str, Markup | str], by_title: dict[str, Table], has_pairs: bool
+) -> dict[str, str]:
+    """Return the title of each part that has something to show, by its place in the page."""
+    shown = {
+        "checks": True,
+        "thinking": drawn["accuracy_chart"] or has_pairs or "Tasks" in by_title,
+        "size": "Dense and pruned" in by_title,
+        "structure": "Kept" in by_title,
+        "recovery": "Recovery" in by_title,
+        "pruning": any(drawn[f"{name}_chart"] for name in ("sparsity", "error", "divergence"))
+        or any(title in by_title for title in ("Drift", "Not as asked")),
+        "prompts": has_pairs,
+        "made": True,
+    }
+    return {place: title for place, title in _TITLES.items() if shown[place]}
 
-    dense, pruned = by_arm["dense"], by_arm["pruned"]
-    return [(dense[key], pruned[key]) for key in sorted(dense.keys() & pruned.keys())]
 
+def _tables(report: Report) -> dict[str, Table]:
+    """Return the tables by title; few models are columns, and each name is short."""
+    found = {table.title.partition(" from ")[0]: table for table in tables(report)}
 
-def _length_quantiles(paired: Sequence[Pair]) -> list[tuple[str, int, int]]:
-    """Return name, dense and pruned value of the thinking lengths' quantiles."""
-    if not paired:
-        return []
+    arms = found.get("Dense and pruned")
+    if arms and len(arms.rows) <= _COLUMNS:
+        head, *rows = zip(arms.columns, *arms.rows, strict=True)
+        found["Dense and pruned"] = Table(arms.title, head, tuple(rows))
 
-    dense, pruned = _lengths(paired)
-    dense.sort()
-    pruned.sort()
-
-    found = []
-    for name, share in _QUANTILES.items():
-        place = max(math.ceil(share * len(paired)) - 1, 0)
-        found.append((name, dense[place], pruned[place]))
-
+    worst = _worst_linears(report.linears)
+    if worst:
+        found["Worst linears"] = Table("Worst linears", ("linear", "held-out error"), worst)
     return found
 
 
-def _lengths(paired: Sequence[Pair]) -> tuple[list[int], list[int]]:
-    dense = [record.thinking_tokens for record, _ in paired]
-    pruned = [record.thinking_tokens for _, record in paired]
-    return dense, pruned
+def _worst_linears(linears: Sequence[LinearRow]) -> tuple[Row, ...]:
+    measured = [(row.held_out_error or 0.0, row.name) for row in linears]
+    worst = sorted(measured, key=lambda found: -found[0])[:_WORST]
+    return tuple((plain(name), f"{error:.2%}") for error, name in worst if error >= _VISIBLE)
 
 
-def _within_budget(disagreements: Sequence[_Disagreement]) -> list[_Disagreement]:
-    """Return the prompts whose texts fit on the page, those that pruning lost first."""
-    shown = []
-    left_bytes = _TEXT_BUDGET_BYTES
-    for found in sorted(disagreements, key=lambda found: found.outcome):  # "lost" before "won"
-        left_bytes -= _page_bytes(found.dense) + _page_bytes(found.pruned)
-        if left_bytes < 0:
-            break
-        shown.append(found)
-
-    return shown
-
-
-def _task_filters(shown: Sequence[_Disagreement]) -> dict[str, int]:
-    """Return the tasks to filter by with their prompts, the most frequent first."""
-    counts = Counter(found.dense.task for found in shown)
-    return dict(counts.most_common(_TASKS)) if len(counts) > 1 else {}
-
-
-def _page_bytes(record: Record) -> int:
-    text = _cut(record.question) + _cut(record.gold)
-    text += _cut(record.answer_text) + _cut(record.thinking_text)
-    special = sum(text.count(character) for character in "<>&'\"")
-
-    # Escaping adds at most five bytes to a character; 1,500 are the markup of one side.
-    return len(text.encode()) + 5 * special + 1500
-
-
-def _cut(text: str) -> str:
-    text = visible(text)
-    more = len(text) - _TEXT_CHARACTERS
-    if more <= 0:
-        return text
-    return f"{text[:_TEXT_CHARACTERS]}\n… {more} more characters in records.jsonl"
-
-
-def _readable(settings: dict[str, object]) -> str:
-    if not settings:
+def _describe_zeros(linears: Sequence[LinearRow]) -> str:
+    """Return one sentence where all linears have as many zeros; empty where they differ."""
+    reached = {f"{row.sparsity_reached:.1%}" for row in linears}
+    if len(reached) != 1 or reached == {"0.0%"}:
         return ""
-    return visible(json.dumps(settings, indent=2, ensure_ascii=False, default=str))
+    return f"Each of the {len(linears):,} linears has {reached.pop()} zeros."
+
+
+@cache
+def _asset(name: str) -> Markup:
+    """Return a file beside this module, as it is between the tags of its element."""
+    text = (files("racdeploy.report") / name).read_text(encoding="utf-8")
+    return Markup(f"\n{text}")
+
+
+def _policy() -> str:
+    """Return the policy: the page's own style and script, by their hashes, and nothing else."""
+    hashes = {}
+    for name in ("report.css", "report.js"):
+        digest = hashlib.sha256(_asset(name).encode()).digest()
+        hashes[name] = f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    return (
+        f"default-src 'none'; style-src {hashes['report.css']}; script-src {hashes['report.js']}; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -89,12 +89,14 @@ def _fold(summary: str, text: str) -> str:
 
 def _list_lost(lost: Sequence[Pair]) -> str:
     """Return a folded table of prompts that dense answers and pruned does not."""
-    lines = [f"| {' | '.join(_LOST_COLUMNS)} |", "| --- | --- | --- | --- | --- | ---: |"]
+    rules = ["---"] * (len(_LOST_COLUMNS) - 1) + ["---:"]
+    lines = [_line(_LOST_COLUMNS), _line(rules)]
     left = _LOST_CHARACTERS
     shown = 0
 
     for pair in lost[:_LOST]:
-        line = f"| {' | '.join(map(escape, _describe_lost(pair)))} |"
+        cells = [escape(cell) for cell in _describe_lost(pair)]
+        line = _line(cells)
         left -= len(line)
         if left < 0:
             break
@@ -139,16 +141,21 @@ def _items(texts: Iterable[str]) -> list[str]:
 
 def _table(table: Table) -> str:
     rules = ["---:" if right else "---" for right in table.numeric]
-    lines = [f"| {' | '.join(table.columns)} |", f"| {' | '.join(rules)} |"]
+    lines = [_line(table.columns), _line(rules)]
     for row in table.rows[:_ROWS]:
         cells = [escape(_clip(cell)) for cell in row]
         if table.title == "Checks":
-            cells[1] = f"{_SIGNS[row[1]]} {cells[1]}"
-        lines.append(f"| {' | '.join(cells)} |")
+            verdict = row[1]
+            cells[1] = f"{_SIGNS[verdict]} {verdict}"
+        lines.append(_line(cells))
 
     if more := _remainder(len(table.rows), "rows"):
         lines += ["", *more]
     return _section(escape(table.title), lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _remainder(count: int, noun: str, prefix: str = "") -> list[str]:

@@ -27,18 +27,22 @@ def headline(report: Report) -> str:
 
 
 def explanation(report: Report) -> str:
-    """Return checks that did not pass, the numbers compared, and what is left."""
-    sentences = [_name_causes(report)]
-    if report.comparison:
-        sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
-
-    sentences.append(_explain_widened(report))
+    """Return what was found, and what was made of the model."""
+    sentences = [findings(report)]
     if kept := describe_kept(report.kept, report.structure):
         sentences.append(f"Pruned keeps {kept}.")
     if learned := describe_recovery(report.recovery):
         sentences.append(f"Pruned {learned}.")
+    return plain(" ".join(filter(None, sentences)))
 
-    sentences.append(describe_lost_zeros(report))
+
+def findings(report: Report) -> str:
+    """Return checks that did not pass, the numbers compared, and what they cannot show."""
+    sentences = [_name_causes(report)]
+    if report.comparison:
+        sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
+
+    sentences += [_explain_widened(report), describe_lost_zeros(report)]
     return plain(" ".join(filter(None, sentences)))
 
 

@@ -30,7 +30,7 @@ _UNPRINTABLE = re.compile(
 )
 _NONE = "–"
 # A figure with its unit, how many of how many, or its interval; no words after that.
-_NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\))?$")
+_NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\)| in (all|each).*)?$")
 _BY_NEED = ("fail", "inconclusive", "pass", "measured", "skipped")
 # Half a per mille: N of M in a row that is no multiple of M rounds by less.
 _SPARSITY_TOLERANCE = 5e-4

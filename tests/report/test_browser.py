@@ -1,5 +1,5 @@
-"""The page in a real browser: nothing runs, nothing is fetched, and everything can be reached by
-keyboard.
+"""The page in a real browser: only its own script runs, nothing is fetched, and everything can be
+reached by keyboard.
 
 Slow because it needs Chromium and chromedriver, which a bare machine does not have: ``apt-get
 install chromium chromium-driver``, then ``pytest -m slow tests/report/test_browser.py``. The
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,8 @@ ATTACKS = (
     "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/'>",
 )
 SIZES = ((1280, False), (1280, True), (400, False), (400, True))
-TAB, ENTER, RIGHT = "\ue004", "\ue007", "\ue014"
+TAB, ENTER = "\ue004", "\ue007"
+STATE = "return document.getElementById('browse-state').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,11 @@ def test_hostile_text_runs_nothing_and_fetches_nothing(
     window.open(file)
     window.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert window.evaluate("return typeof window.attacked") == "undefined"
-    assert (
-        window.evaluate(
-            "return document.querySelectorAll('script, iframe, img, link, [onerror]').length"
-        )
-        == 0
-    )
+    foreign = "iframe, img, link, base, meta[http-equiv=refresh], [onerror], [onload], [ontoggle]"
+    assert window.evaluate(f"return document.querySelectorAll('{foreign}').length") == 0
+    assert window.evaluate("return document.querySelectorAll('script').length") == 2
+    shown = window.evaluate("return document.querySelector('.found[open] .question').textContent")
+    assert "window.attacked=1" in shown
     assert _requests(window) == [file.as_uri()]
     assert window.log("browser") == []
 
@@ -147,23 +148,21 @@ def test_the_page_fits_and_is_silent(
     (folder / f"report-{width}-{'dark' if dark else 'light'}.png").write_bytes(picture)
 
 
-def test_the_keyboard_reaches_filters_and_thoughts(window: Browser, page: Path) -> None:
-    """Tab to the filter, arrow to the next choice, tab to a prompt, Enter opens it: both thoughts
-    side by side.
-    """
+def test_the_keyboard_reaches_search_prompts_and_thoughts(window: Browser, page: Path) -> None:
+    """/ to the search, words, j to a prompt, Enter opens it: both thoughts side by side."""
     window.resize(1280, 900)
     window.open(page)
-    window.evaluate("document.getElementById('show-all').focus()")
-    window.press(RIGHT)
-    shown = (
-        "return [...document.querySelectorAll('.found')].filter(part => part.offsetHeight).length"
-    )
-    assert window.evaluate(shown) == 4
-    window.press(TAB, TAB, ENTER)
-    opened = window.evaluate(
-        "return [...document.querySelectorAll('.found')].map(part => part.open)"
-    )
-    assert opened == [True] + [False] * 5
+    assert window.evaluate(STATE) == "1–6 of 6 prompts"
+
+    window.press("/")
+    assert window.evaluate("return document.activeElement.id") == "browse-search"
+    window.press(*"has 63 apples")
+    time.sleep(0.5)
+    assert window.evaluate(STATE) == "1–1 of 1 prompts"
+
+    window.evaluate("document.activeElement.blur()")
+    window.press("j", ENTER)
+    assert window.evaluate("return document.querySelector('.found').open")
     left, right = window.evaluate(
         "return [...document.querySelectorAll('.found[open] .side')]"
         ".map(side => side.getBoundingClientRect().top)"
@@ -175,22 +174,142 @@ def test_the_keyboard_reaches_filters_and_thoughts(window: Browser, page: Path) 
     )
 
 
+def test_prompts_are_filtered_ordered_and_turned_by_pages(window: Browser, page: Path) -> None:
+    """Who was right, task, and how long: each choice says how many there are."""
+    window.open(page)
+    for control, value, expected in (
+        ("show", "won", "1–2 of 2 prompts"),
+        ("show", "all", "1–20 of 256 prompts"),
+        ("task", "gcd", "1–20 of 26 prompts"),
+        ("think", "open", "No prompt is like that."),
+        ("task", "", "1–1 of 1 prompts"),
+    ):
+        window.evaluate(
+            f"const own = document.getElementById('browse-{control}'); own.value = '{value}';"
+            "own.dispatchEvent(new Event('change'))"
+        )
+        assert window.evaluate(STATE) == expected
+
+    window.evaluate("document.getElementById('clear').click()")
+    assert window.evaluate(STATE) == "1–6 of 6 prompts"
+    window.evaluate(
+        "const own = document.getElementById('browse-show'); own.value = 'all';"
+        "own.dispatchEvent(new Event('change'))"
+    )
+    window.press("n")
+    assert window.evaluate(STATE) == "21–40 of 256 prompts"
+    window.press("p")
+    assert window.evaluate(STATE) == "1–20 of 256 prompts"
+
+    ratios = window.evaluate(
+        "const own = document.getElementById('browse-order'); own.value = 'longer';"
+        "own.dispatchEvent(new Event('change'));"
+        "return [...document.querySelectorAll('.lengths')].map(text =>"
+        "  text.textContent.match(/\\d+/g).map(Number)).map(([a, b]) => (b + 1) / (a + 1))"
+    )
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_a_point_of_the_chart_opens_its_prompt(window: Browser, page: Path) -> None:
+    """A click on prompt 19 shows it alone, opened."""
+    window.open(page)
+    window.evaluate(
+        "document.querySelector('.dot[data-prompt=\"19\"]').dispatchEvent(new Event('click'))"
+    )
+    opened = window.evaluate(
+        "return [...document.querySelectorAll('.found')]"
+        ".map(part => [part.dataset.prompt, part.open])"
+    )
+    assert opened == [["19", True]]
+
+
+def test_without_a_script_the_first_prompts_can_be_read(window: Browser, page: Path) -> None:
+    """What needs the script is not shown."""
+    window.devtools("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        window.open(page)
+        shown = "return [...document.querySelectorAll('{}')].filter(one => one.offsetHeight).length"
+        assert window.evaluate(shown.format("details.found")) == 6
+        assert window.evaluate(shown.format("button, form, .scripted, #pager")) == 0
+        assert "step by step" in window.evaluate(
+            "return document.querySelector('details.found pre').textContent"
+        )
+    finally:
+        window.devtools("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_on_paper_everything_is_open(window: Browser, page: Path) -> None:
+    """Disclosures with what is inside, no box that scrolls, white in the dark; then as before."""
+    window.resize(1280, 900, dark=True)
+    window.open(page)
+    window.evaluate("dispatchEvent(new Event('beforeprint'))")
+    window.devtools("Emulation.setEmulatedMedia", media="print")
+    closed = "return document.querySelectorAll('details:not([open])').length"
+    assert window.evaluate(closed) == 0
+    assert window.evaluate("return document.querySelectorAll('.found .side').length") == 12
+    cut = (
+        "return [...document.querySelectorAll('pre, .scroll')].filter("
+        "  one => one.scrollHeight > one.clientHeight + 2).length"
+    )
+    assert window.evaluate(cut) == 0
+    ink = window.evaluate("return getComputedStyle(document.body).color")
+    assert sum(map(int, ink[4:-1].split(","))) < 382
+
+    window.devtools("Emulation.setEmulatedMedia", media="")
+    window.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert window.evaluate(closed) > 6
+
+
+def test_tables_that_are_too_wide_say_so(window: Browser, page: Path) -> None:
+    """On a phone, where four models do not fit beside each other; not on a wide screen."""
+    hints = "return [...document.querySelectorAll('.hint')].filter(one => one.offsetHeight).length"
+    window.resize(390, 844)
+    window.open(page)
+    assert window.evaluate(hints) >= 1
+    window.resize(1280, 900)
+    window.open(page)
+    assert window.evaluate(hints) == 0
+
+
+def test_five_thousand_prompts_are_searched(
+    window: Browser, report: Report, records: list[Record], tmp_path: Path
+) -> None:
+    """Drawn a page at a time: the document stays small."""
+    many = [
+        record.model_copy(update={"prompt": 256 * turn + record.prompt})
+        for turn in range(20)
+        for record in records
+    ][: 2 * 5000]
+    file = tmp_path / "many.html"
+    file.write_text(html.render(report, many), encoding="utf-8")
+    window.open(file)
+    assert window.evaluate("return document.querySelectorAll('.found').length") == 20
+    window.press("/", *"#4999")
+    time.sleep(0.5)
+    assert window.evaluate(STATE) == "No prompt is like that."
+    window.evaluate(
+        "const own = document.getElementById('browse-show'); own.value = 'all';"
+        "own.dispatchEvent(new Event('change'))"
+    )
+    assert window.evaluate(STATE) == "1–1 of 1 prompts"
+
+
 def test_every_part_has_an_accessible_name(window: Browser, page: Path) -> None:
     """As Chromium's accessibility tree names them: pictures, regions, groups of choices, links."""
     window.open(page)
     window.devtools("Accessibility.enable")
     nodes = window.devtools("Accessibility.getFullAXTree")["nodes"]
-    roles = {"image", "region", "radio", "link", "navigation", "list", "table", "heading", "group"}
+    named_roles = {"image", "region", "link", "button", "combobox", "searchbox"}
     nameless = [
         node["role"]["value"]
         for node in nodes
         if not node["ignored"]
-        and node.get("role", {}).get("value") in {"image", "region", "radio", "link"}
+        and node.get("role", {}).get("value") in named_roles
         and not node.get("name", {}).get("value")
     ]
     named = {node["role"]["value"] for node in nodes if node.get("name", {}).get("value")}
     assert nameless == []
-    assert {"image", "region", "radio", "link", "navigation"} <= named & roles
+    assert named_roles | {"navigation"} <= named
 
 
 # Text whose contrast with what is behind it is below the 4.5 of WCAG AA.

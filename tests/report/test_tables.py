@@ -51,7 +51,7 @@ def test_columns_of_numbers_are_told_from_columns_of_words(report: Report) -> No
     right = {name for name, is_right in zip(arms.columns, arms.numeric, strict=True) if is_right}
     assert right == set(arms.columns) - {"model", "quant"}
 
-    mixed = Table("", ("1", "2", "3"), (("7", "2,304 in all", "–"), ("8", "82.0%", "")))
+    mixed = Table("", ("1", "2", "3"), (("7", "2,304 or so", "–"), ("8", "82.0%", "")))
     assert mixed.numeric == (False, False, False)
 
 
