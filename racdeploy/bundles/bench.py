@@ -16,11 +16,12 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.report.files import read_report
 from racdeploy.report.tables import Table
 from racdeploy.runtime.loading import check_unpacked
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import finished_stages
-from racdeploy.verify.baseline import find_dense_arm, read_report
+from racdeploy.verify.baseline import find_dense_arm
 
 _LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
 _MOST_ANSWERS = 32

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, hub, run, serve, tools, verify
+from racdeploy.cli import build, cache, hub, report, run, serve, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "recover": (build.recover, "racdeploy recover ./my-model PRUNED --recover-tokens 1000000"),
     "export": (build.export, "racdeploy export ./my-model --quant q8_0"),
     "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
+    "report": (report.report, "racdeploy report bundle"),
     "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
     "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 WORTH_KERNELS = 0.3
 """Share of zeros from which on kernels for sparse weights are worth a word."""
 _LONGEST = 60  # characters of a question that is copied into a command
-_OPENERS = {"darwin": "open", "win32": "start"}
 
 
 def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence[str]) -> list[str]:
@@ -31,7 +29,7 @@ def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence
         ["racdeploy", "run", str(folder), question],
         ["racdeploy", "verify", str(folder)],
         ["racdeploy", "bench", str(folder), *beside],
-        [_OPENERS.get(sys.platform, "xdg-open"), str(folder / "report.html")],
+        ["racdeploy", "report", str(folder)],
     ]
 
     if shrinks(job):

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.report import html, junit, markdown
 from racdeploy.report.model import Record, Report
-from racdeploy.storage.files import disk_errors, write_atomic
+from racdeploy.storage.files import disk_errors, read_json, write_atomic
+
+PAGE = "report.html"
 
 
 def write_reports(
@@ -26,7 +31,7 @@ def write_reports(
     lines = [record.model_dump_json() + "\n" for record in records]
     texts = {
         "report.md": markdown.render(report, records),
-        "report.html": html.render(report, records, bundle),
+        PAGE: html.render(report, records, bundle),
         "junit.xml": junit.render(report),
         "records.jsonl": "".join(lines),
         # Last: it says that the others are there.
@@ -35,3 +40,60 @@ def write_reports(
 
     for name, text in texts.items():
         write_atomic(folder / name, text)
+
+
+def read_report(folder: Path) -> Report:
+    """Read the report of a folder; ArtifactError where it is missing or damaged."""
+    try:
+        return Report.model_validate(read_json(folder / "report.json"))
+    except (ValidationError, OSError) as error:
+        raise _refuse_damage(folder, error) from error
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read the records of a folder; ArtifactError where they are missing or damaged."""
+    try:
+        text = (folder / "records.jsonl").read_text(encoding="utf-8")
+        # Models write characters that str.splitlines takes for line ends.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        return [Record.model_validate_json(line) for line in lines]
+    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        raise _refuse_damage(folder, error) from error
+
+
+def find_page(folder: Path) -> Path:
+    """Return the page of a bundle or a folder of reports; it is written where there is none.
+
+    Raises:
+        UsageError: the folder holds no report.
+        ArtifactError: the page is missing, and what it is made of is missing or damaged.
+        EnvironmentFailure: the page cannot be written there.
+    """
+    page = folder / PAGE
+    if page.is_file():
+        return page
+
+    if not (folder / "report.json").is_file():
+        reason = "it has no report.json" if folder.is_dir() else "it does not exist"
+        raise UsageError(
+            f"{folder} is neither a bundle nor a folder of reports: {reason}",
+            remedy="give the folder that racdeploy build or racdeploy verify --reports wrote",
+        )
+
+    bundle = folder.resolve().name
+    write_atomic(page, html.render(read_report(folder), read_records(folder), bundle))
+    return page
+
+
+def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
+    if isinstance(error, OSError):
+        return ArtifactError(
+            f"{error.filename} cannot be read: {error.strerror}",
+            remedy="copy the bundle again, whole, or build it again",
+        )
+
+    first = str(error).splitlines()[0]
+    return ArtifactError(
+        f"{folder}: the records are damaged: {first}",
+        remedy="copy the bundle again, or build it again",
+    )

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from racdeploy.accel import STOCK
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
+from racdeploy.report.files import read_records, read_report
 from racdeploy.report.model import ArmSummary, Record, Report
-from racdeploy.storage.files import file_sha256, read_json
+from racdeploy.storage.files import file_sha256
 from racdeploy.storage.toml import validate
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import DECODING
@@ -38,12 +37,7 @@ class Baseline:
     def read(cls, folder: Path) -> Baseline:
         """Read a bundle's records; ArtifactError where they are missing, damaged or too few."""
         manifest = Manifest.read(folder)
-        try:
-            lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [Record.model_validate_json(line) for line in lines]
-        except (ValidationError, OSError, UnicodeDecodeError) as error:
-            raise _refuse_damage(folder, error) from error
-
+        records = read_records(folder)
         report = read_report(folder)
         dense = tuple(record for record in records if record.arm == "dense")
         pruned = tuple(record for record in records if record.arm == "pruned")
@@ -132,14 +126,6 @@ class Baseline:
             )
 
 
-def read_report(folder: Path) -> Report:
-    """Read the report of a bundle."""
-    try:
-        return Report.model_validate(read_json(folder / "report.json"))
-    except (ValidationError, OSError) as error:
-        raise _refuse_damage(folder, error) from error
-
-
 def find_dense_arm(report: Report) -> ArmSummary:
     """Return the summary of the dense arm."""
     return next(arm for arm in report.arms if arm.name == "dense")
@@ -158,17 +144,3 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
                 found.append(f"{name} {before.get(name)}, now {after.get(name)}")
 
     return found
-
-
-def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
-    if isinstance(error, OSError):
-        return ArtifactError(
-            f"{error.filename} cannot be read: {error.strerror}",
-            remedy="copy the bundle again, whole, or build it again",
-        )
-
-    first = str(error).splitlines()[0]
-    return ArtifactError(
-        f"{folder}: the records are damaged: {first}",
-        remedy="copy the bundle again, or build it again",
-    )
