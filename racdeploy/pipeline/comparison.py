@@ -276,7 +276,7 @@ def _note_earlier(name: str, answers: Answers, counted_before: bool) -> str:
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:
     tokens = selection["calibration_tokens"]
     unit = "prompts" if selection["source"] == "prompt" else "traces"
-    note = f"calibrated on {tokens} tokens of {selection['calibration_traces']} {unit}"
+    note = f"calibrated on {tokens:,} tokens of {selection['calibration_traces']} {unit}"
     if selection["left_out"]:
         left_out = [f"{count} {reason}" for reason, count in selection["left_out"].items()]
         note += f"; left out: {', '.join(left_out)}"

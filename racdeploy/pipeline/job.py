@@ -235,5 +235,5 @@ def fit_context(job: Job) -> Job:
 
     fitted = settings.model_copy(update={"context_tokens": positions})
     recipe = job.recipe.model_copy(update={"verify": fitted})
-    note = f"the model is made for {positions} tokens, and is verified with as many"
+    note = f"the model is made for {positions:,} tokens, and is verified with as many"
     return replace(job, recipe=recipe, resolved=job.model, notes=(*job.notes, note))

@@ -107,7 +107,7 @@ function side(entry, arm) {
   thinking.append(answer.thinking.slice(entry.shared) || (shared ? "" : "no thinking"));
   box.append(thinking, element("pre",
     { class: "answer", tabindex: 0, "aria-label": `answer of the ${arm} model` },
-    answer.answer || "no answer"));
+    answer.answer.trim() || "no answer"));
   return box;
 }
 

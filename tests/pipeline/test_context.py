@@ -28,7 +28,7 @@ def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
     """The default yields to a model that is made for less, and a note says so."""
     job = fit_context(_asking())
     assert job.recipe.verify.context_tokens == job.checkpoint.positions == 1024
-    assert job.notes == ("the model is made for 1024 tokens, and is verified with as many",)
+    assert job.notes == ("the model is made for 1,024 tokens, and is verified with as many",)
     assert fit_context(_asking(context_tokens=512)).recipe.verify.context_tokens == 512
 
 
