@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -165,6 +166,18 @@ def test_a_limit_on_what_was_not_measured_is_an_error(tmp_path: Path, text: str)
     arm = arm_of([record(index) for index in range(80)])
     with pytest.raises(UsageError, match=r"the gate file names the check (logits|speed)"):
         run_checks(_evidence(_file(tmp_path, text), arm, arm))
+
+
+def test_a_demanded_check_without_a_limit_is_an_error(tmp_path: Path) -> None:
+    """What is measured decides nothing; where the gate does not name it, it is only reported."""
+    stats = {"decode_s": 1.0, "generated_tokens": 500.0}
+    arm = replace(arm_of([record(index) for index in range(80)]), stats=stats)
+    gate = _file(tmp_path, 'checks = ["speed", "accuracy"]')
+    with pytest.raises(UsageError, match="the gate file names the check speed"):
+        run_checks(_evidence(gate, arm, arm))
+
+    found = {check.name: check for check in run_checks(_evidence(None, arm, arm))}
+    assert found["speed"].verdict == "measured"
 
 
 @pytest.mark.parametrize(("kl", "verdict"), [(0.05, "pass"), (0.2, "fail"), (float("nan"), "fail")])
