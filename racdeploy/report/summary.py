@@ -42,7 +42,7 @@ def findings(report: Report) -> str:
     if report.comparison:
         sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
 
-    sentences += [_explain_widened(report), describe_lost_zeros(report)]
+    sentences += [_count_unclosed(report), _explain_widened(report), describe_lost_zeros(report)]
     return plain(" ".join(filter(None, sentences)))
 
 
@@ -93,6 +93,17 @@ def _name_causes(report: Report) -> str:
     if report.checks and all(check.verdict == "skipped" for check in report.checks):
         cause = "Every check was skipped"
     return f"{cause}, and missing data never passes."
+
+
+def _count_unclosed(report: Report) -> str:
+    """Return how many thoughts never end, where there are more than before."""
+    arms = {arm.name: arm for arm in report.arms}
+    dense, pruned = arms.get("dense"), arms.get("pruned")
+    if dense is None or pruned is None or pruned.unclosed <= dense.unclosed:
+        return ""
+
+    template = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, before {1.unclosed:,}."
+    return say(template, pruned, dense)
 
 
 def _explain_widened(report: Report) -> str:
