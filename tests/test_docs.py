@@ -62,6 +62,20 @@ def test_links_into_a_page_lead_to_headings(file: Path) -> None:
     assert wrong == []
 
 
+def test_the_pictures_of_the_readme_are_small_and_ask_no_server() -> None:
+    """Below 200 kB each, with words for those who do not see them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = {ROOT / source for source in re.findall(r'(?:src|srcset)="([^"]+)"', text)}
+    assert shown == set((ROOT / "docs" / "pictures").iterdir())
+    assert all(file.stat().st_size < 200_000 for file in shown)
+    assert text.count("<img ") == len(re.findall(r'<img [^>]*alt="[^"]{20,}"', text)) == 2
+
+    for file in shown:
+        if file.suffix == ".svg":
+            drawn = file.read_text(encoding="utf-8")
+            assert not re.search(r"url\(['\"]?http|href=|<script|@import", drawn)
+
+
 def _local_links(file: Path) -> list[str]:
     links = re.findall(r"\]\(([^)\s]+)\)", _prose(file))
     return [link for link in links if not re.match(r"[a-z]+:", link)]
