@@ -83,7 +83,7 @@ def _said(report: Report, check: str) -> tuple[str, str]:
 def test_the_undamaged_artifact_passes(bench: Bench) -> None:
     """Without damage no check fails, so what follows is the damage's own doing."""
     report, _ = bench.verify(bench.pruned)
-    assert {check.verdict for check in report.checks} == {"pass", "skipped"}
+    assert not {check.verdict for check in report.checks} & {"fail", "inconclusive"}
     assert report.verdict == "pass"
 
 
