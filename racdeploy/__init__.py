@@ -12,12 +12,21 @@ from racdeploy import errors
 from racdeploy.errors import RacdeployError
 
 if TYPE_CHECKING:
-    from racdeploy.runtime import AsyncTextStream, Model, Piece, Result, TextStream, load
+    from racdeploy.runtime import (
+        AsyncTextStream,
+        Conversation,
+        Model,
+        Piece,
+        Result,
+        TextStream,
+        load,
+    )
 
     __version__: str
 
 __all__ = [
     "AsyncTextStream",
+    "Conversation",
     "Model",
     "Piece",
     "RacdeployError",
@@ -29,7 +38,7 @@ __all__ = [
 ]
 
 _NOT_INSTALLED = "0+unknown"  # run from a folder that nobody installed
-_LAZY = ("AsyncTextStream", "Model", "Piece", "Result", "TextStream", "load")
+_LAZY = ("AsyncTextStream", "Conversation", "Model", "Piece", "Result", "TextStream", "load")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, hub, report, run, serve, tools, verify
+from racdeploy.cli import build, cache, chat, hub, report, run, serve, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
     "report": (report.report, "racdeploy report bundle"),
     "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
+    "chat": (chat.chat, "racdeploy chat bundle --max-thinking-tokens 512"),
     "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
     "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),

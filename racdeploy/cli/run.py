@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, reported
+from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported
 from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOpt
+from racdeploy.cli.stream import (
+    AnswerStream,
+    check_question,
+    clear_line,
+    describe_cut,
+    show_line,
+    stopped_by_ctrl_c,
+)
+from racdeploy.errors import UsageError
 
 
 @reported
 def run(
     bundle: Path = typer.Argument(help="Bundle folder."),
-    prompt: str = typer.Argument(help="What to ask."),
+    prompt: str = typer.Argument("-", help="What to ask; - reads it from stdin."),
     max_thinking_tokens: int | None = typer.Option(
         None, min=0, help="Close the thinking after so many."
     ),
@@ -24,36 +34,56 @@ def run(
     ),
     seed: int = typer.Option(0, min=0, help="Same seed, same answer."),
     show_thinking: bool = typer.Option(
-        False, "--show-thinking", metavar="", help="Print the thinking too."
+        False, "--show-thinking", metavar="", help="Print the thinking too, on stderr."
     ),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
-    """Ask a bundle one question."""
+    """Ask a bundle one question; the answer is printed as it comes."""
+    question = check_question(_read_question() if prompt == "-" else prompt)
+    show_line(f"loading {bundle} …")
+
     from racdeploy.manifest import Manifest
     from racdeploy.runtime import load
 
     # A plain file runs with changed bytes, too.
     Manifest.read(bundle).artifacts[0].check(bundle)
+    stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
     with load(bundle, threads=threads, accel=accel) as model:
+        clear_line()
         zeros = model.manifest.pruning.get("sparsity", 0.0)
         _print_kernels(model.engine.about.get("kernels", ""), accel, zeros)
-        result = model.generate(
-            prompt, max_thinking_tokens=max_thinking_tokens, temperature=temperature, seed=seed
-        )
 
+        with stopped_by_ctrl_c() as cancel:
+            result = model.generate(
+                question,
+                max_thinking_tokens=max_thinking_tokens,
+                temperature=temperature,
+                seed=seed,
+                on_text=stream.write,
+                cancel=cancel,
+            )
+
+    stream.finish()
     if json_output:
         print_json(asdict(result))
-        return
+    elif cut := describe_cut(result):
+        err.print(cut, style="yellow")
 
-    if show_thinking:
-        err.print(result.thinking, style="dim", markup=False)
-    out.print(result.answer, markup=False, soft_wrap=True)
-    if result.state == "open":
-        unfinished = f"the thinking did not end within {result.thinking_tokens} tokens"
-        err.print(unfinished, style="yellow")
+    if result.finish_reason == "cancelled":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _read_question() -> str:
+    """Return what stdin holds; a terminal is not waited for."""
+    if sys.stdin.isatty():
+        raise UsageError("there is no question", remedy='racdeploy run bundle "What is 2 + 2?"')
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not text: {error}", remedy="give it in UTF-8") from error
 
 
 @reported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,36 @@ def _job(**values: Any) -> Job:
     return Job(Recipe.combine(None, values))
 
 
-def test_commands_name_the_bundle_and_a_question_of_the_task(tmp_path: Path) -> None:
-    """Each is one that the command line takes; names with spaces are quoted."""
-    folder = tmp_path / "my bundle"
-    job = _job()
-    commands = [shlex.split(each) for each in list_commands(job, folder, tmp_path, ["build"])]
-    questions = {problem.question for problem in job.problems("evaluation")}
+def _bundle(folder: Path, *answered: tuple[str, str, bool]) -> Path:
+    """Write the records of arms that answered questions, right or wrong."""
+    folder.mkdir()
+    keys = ("arm", "question", "correct")
+    lines = [json.dumps(dict(zip(keys, each, strict=True))) + "\n" for each in answered]
+    (folder / "records.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
-    assert commands[0][:3] == ["racdeploy", "run", str(folder)]
-    assert commands[0][3] in questions
-    assert commands[1:] == [
+
+def test_commands_name_the_bundle_and_a_question_that_it_answers(
+    tmp_path: Path,
+) -> None:
+    """Each is one that the command line takes; names with spaces are quoted."""
+    folder = _bundle(
+        tmp_path / "my bundle",
+        ("dense", "What is 2 + 2?", True),
+        ("pruned", "What is 2 + 2?", False),
+        ("pruned", "Long? " * 20, True),
+        ("pruned", "What is 3 + 3?", True),
+    )
+    commands = [shlex.split(each) for each in list_commands(_job(), folder, tmp_path, ["build"])]
+
+    assert commands == [
+        ["racdeploy", "run", str(folder), "What is 3 + 3?"],
+        ["racdeploy", "chat", str(folder)],
         ["racdeploy", "verify", str(folder)],
         ["racdeploy", "bench", str(folder), "--work", str(tmp_path)],
         ["racdeploy", "report", str(folder)],
     ]
-    for verb in ("run", "verify", "bench", "report"):
+    for verb in ("run", "chat", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
 
 
@@ -58,12 +74,12 @@ def test_commands_name_the_bundle_and_a_question_of_the_task(tmp_path: Path) -> 
     ],
 )
 def test_packing_is_advised_where_it_makes_the_file_smaller(
-    values: dict[str, Any], expected: bool
+    values: dict[str, Any], expected: bool, tmp_path: Path
 ) -> None:
     """Zeros that the format keeps, and no packing yet; the same command with one option more."""
     job = _job(**values)
     assert shrinks(job) == expected
-    last = list_commands(job, Path("b"), None, ["build", "--sparsity", "0.5"])[-1]
+    last = list_commands(job, _bundle(tmp_path / "b"), None, ["build", "--sparsity", "0.5"])[-1]
     again = "racdeploy build --sparsity 0.5 --packing bitmask"
     assert (last == again) == expected
 

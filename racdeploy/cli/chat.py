@@ -1,0 +1,262 @@
+"""Talk with a bundle in a terminal: many turns, streamed, with commands that begin with ``/``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from racdeploy.cli.console import err, out, reported
+from racdeploy.cli.options import AccelOpt, ThreadsOpt
+from racdeploy.cli.stream import (
+    AnswerStream,
+    check_question,
+    clear_line,
+    describe_cut,
+    show_line,
+    stopped_by_ctrl_c,
+)
+from racdeploy.errors import RacdeployError, UsageError
+
+if TYPE_CHECKING:
+    from racdeploy.runtime import Conversation, Model, Result
+
+_HELP = {
+    "/think N": "close the thinking after N tokens",
+    "/think off": "back to what the bundle says",
+    "/thoughts": "show the last thinking in full",
+    "/reset": "forget the conversation",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "go on with a saved one",
+    "/help": "this list",
+    "/bye": "leave, as Ctrl-D does",
+}
+
+
+@reported
+def chat(
+    bundle: Path = typer.Argument(help="Bundle folder."),
+    system: str = typer.Option("", help="Message that the conversation begins with."),
+    max_thinking_tokens: int | None = typer.Option(
+        None, min=0, help="Close the thinking after so many; as /think."
+    ),
+    temperature: float | None = typer.Option(
+        None, min=0, help="0 is greedy; default: the bundle's."
+    ),
+    seed: int = typer.Option(0, min=0, help="Same seed, same answers."),
+    show_thinking: bool = typer.Option(
+        False, "--show-thinking", metavar="", help="Print the thinking too, on stderr."
+    ),
+    accel: AccelOpt = "auto",
+    threads: ThreadsOpt = 0,
+) -> None:
+    """Talk with a bundle. Piped: one question a line, and the answers alone on stdout."""
+    show_line(f"loading {bundle} …")
+
+    from racdeploy.manifest import Manifest
+    from racdeploy.runtime import Conversation, load
+
+    # A plain file runs with changed bytes, too.
+    Manifest.read(bundle).artifacts[0].check(bundle)
+
+    with load(bundle, threads=threads, accel=accel) as model:
+        clear_line()
+        talk = Chat(Conversation(model, system), max_thinking_tokens, temperature, seed)
+        talk.show_thinking = show_thinking
+
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _talk_in_terminal(talk, model)
+        else:
+            with contextlib.suppress(EOFError):
+                for line in _read_lines():
+                    talk.take(line)
+
+
+class Chat:
+    """A conversation and its settings; takes one line after the other."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        max_thinking_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.conversation = conversation
+        self.max_thinking_tokens = max_thinking_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.show_thinking = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/think": self._set_budget,
+            "/thoughts": self._show_thoughts,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": self._help,
+            "/bye": self._leave,
+        }
+
+    def take(self, line: str) -> None:
+        """Carry out a command or ask a question; EOFError where it asks to leave."""
+        line = line.strip()
+        if not line:
+            return
+        if not line.startswith("/"):
+            self._ask(check_question(line))
+            return
+
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            raise UsageError(
+                f"there is no command {name}", remedy=f"there are: {', '.join(self._commands)}"
+            )
+        self._commands[name](argument.strip())
+
+    def _ask(self, question: str) -> None:
+        conversation = self.conversation
+        dropped = conversation.dropped
+        stream = AnswerStream(self.show_thinking)
+        started = time.perf_counter()
+        show_line("reading …")
+
+        try:
+            with stopped_by_ctrl_c() as cancel:
+                result = conversation.ask(
+                    question,
+                    max_thinking_tokens=self.max_thinking_tokens,
+                    temperature=self.temperature,
+                    seed=self.seed,
+                    on_text=stream.write,
+                    cancel=cancel,
+                )
+        finally:
+            stream.finish()
+
+        elapsed_s = time.perf_counter() - started
+        self._say_beside(result, elapsed_s, conversation.dropped - dropped)
+
+    def _say_beside(self, result: Result, elapsed_s: float, dropped: int) -> None:
+        if cut := describe_cut(result):
+            unseen = "" if result.answer else "; the next question does not know of this one"
+            err.print(cut + unseen, style="yellow")
+        if dropped:
+            most = self.conversation.model.context_tokens
+            turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
+            err.print(f"{turns} left out: the context has {most:,} tokens", style="yellow")
+
+        if err.is_terminal:
+            tokens = result.thinking_tokens + result.answer_tokens
+            thought = f"thought for {result.thinking_tokens:,} tokens (/thoughts shows them), "
+            said = thought if result.thinking_tokens else ""
+            err.print(f"{said}{tokens / elapsed_s:,.0f} tokens/s", style="dim")
+
+    def _set_budget(self, argument: str) -> None:
+        if argument and argument != "off":
+            if not argument.isdecimal():
+                raise UsageError(f"{argument} is no number of tokens", remedy="/think 512")
+            if self.conversation.model.tags is None:
+                raise UsageError("this model has no thinking tags, so there is nothing to close")
+
+        if argument:
+            self.max_thinking_tokens = None if argument == "off" else int(argument)
+
+        own = self.conversation.model.manifest.generation.max_thinking_tokens
+        budget = own if self.max_thinking_tokens is None else self.max_thinking_tokens
+        says = "no budget" if budget is None else f"a budget of {budget:,} tokens"
+        err.print(f"thinking has {says}", style="dim")
+
+    def _show_thoughts(self, _: str) -> None:
+        turns = self.conversation.turns
+        thinking = turns[-1].result.thinking if turns else ""
+        out.print(
+            thinking or "there was no thinking",
+            style="dim",
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+        )
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        err.print("forgotten: the next question is the first", style="dim")
+
+    def _save(self, argument: str) -> None:
+        self.conversation.save(_name_file(argument, "/save"))
+        err.print(f"saved in {argument}", style="dim", markup=False, soft_wrap=True)
+
+    def _load(self, argument: str) -> None:
+        file = _name_file(argument, "/load")
+        self.conversation = type(self.conversation).load(self.conversation.model, file)
+        err.print(f"{len(self.conversation.turns)} turns loaded", style="dim")
+
+    def _help(self, _: str) -> None:
+        for usage, meaning in _HELP.items():
+            err.print(f"{usage:<12} {meaning}", style="dim", markup=False)
+
+    def _leave(self, _: str) -> None:
+        raise EOFError
+
+
+def _talk_in_terminal(talk: Chat, model: Model) -> None:
+    """Read lines with history and arrow keys; errors of a line end that line only."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - input() uses it once it is imported
+
+    name = model.manifest.base.get("model", "a bundle")
+    engine = model.manifest.artifacts[0].backend
+    most = f"{model.context_tokens:,} tokens of context"
+    err.print(f"{name} on {engine}, {most}", style="bold", markup=False, soft_wrap=True)
+    err.print("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
+
+    for line in _ask_for_lines():
+        try:
+            talk.take(line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            err.print("stopped", style="yellow")
+        except (RacdeployError, OSError) as error:
+            err.print("error:", style="bold red", end=" ")
+            err.print(str(error), markup=False, soft_wrap=True)
+
+
+def _ask_for_lines() -> Iterator[str]:
+    """Yield what is typed until Ctrl-D, or Ctrl-C twice in a row."""
+    interrupted = False
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            if interrupted:
+                return
+            interrupted = True
+            err.print("Ctrl-C again leaves", style="dim")
+        except UnicodeDecodeError as error:
+            err.print(f"this line is not text: {error}", style="yellow", markup=False)
+        else:
+            interrupted = False
+            yield line
+
+
+def _read_lines() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"line {number} is not text: {error}", remedy="UTF-8") from error
+
+
+def _name_file(argument: str, command: str) -> Path:
+    if not argument:
+        raise UsageError("which file?", remedy=f"{command} talk.json")
+    return Path(argument).expanduser()

@@ -1,0 +1,157 @@
+"""Show an answer as it comes: thinking dim or counted in one line, the answer plain on stdout."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+from rich.control import Control
+from rich.segment import ControlType
+
+from racdeploy.cli.console import err
+from racdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from racdeploy.runtime.model import Result
+
+_EVERY_S = 0.1  # the line that counts tokens is written again
+_UNSEEN = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
+"""Control characters but tab and newline: a model's text must not command a terminal."""
+
+
+class AnswerStream:
+    """Takes the text of one answer as it comes; white space round a part is left out.
+
+    Args:
+        show_thinking: print it dim on stderr; otherwise a terminal counts its tokens in a line that
+            vanishes.
+        show_answer: False leaves stdout to the caller.
+    """
+
+    def __init__(self, show_thinking: bool = False, show_answer: bool = True) -> None:
+        self._show_thinking = show_thinking
+        self._show_answer = show_answer
+        self._unseen = _UNSEEN if sys.stdout.isatty() else {}
+        self._unseen_aside = _UNSEEN if err.is_terminal else {}
+        self._part = ""
+        self._spaces = ""  # held back: they may be the last ones
+        self._is_line_open = False
+        self._tokens = 0
+        self._counted_at = float("-inf")
+
+    def write(self, text: str, part: Literal["thinking", "answer"]) -> None:
+        """Show a piece of text."""
+        if part != self._part:
+            self._end_part()
+            clear_line()
+            self._part = part
+
+        if part == "answer":
+            if self._show_answer:
+                sys.stdout.write(self._strip(text).translate(self._unseen))
+                sys.stdout.flush()
+        elif self._show_thinking:
+            seen = self._strip(text).translate(self._unseen_aside)
+            err.print(seen, style="dim", end="", markup=False, emoji=False, soft_wrap=True)
+        else:
+            self._count()
+
+    def finish(self) -> None:
+        """End what is on the screen, so that the next line begins a line."""
+        self._end_part()
+        clear_line()
+
+    def _strip(self, text: str) -> str:
+        """Return what can be shown: no white space before the first word or after the last."""
+        text = self._spaces + text
+        if not self._is_line_open:
+            text = text.lstrip()
+
+        seen = text.rstrip()
+        self._spaces = text[len(seen) :]
+        self._is_line_open = self._is_line_open or bool(seen)
+        return seen
+
+    def _count(self) -> None:
+        """Say how many tokens were thought; a token that ends inside a character is not counted."""
+        self._tokens += 1
+        now = time.monotonic()
+        if now - self._counted_at < _EVERY_S:
+            return
+
+        self._counted_at = now
+        show_line(f"thinking … {self._tokens:,} token{'s' * (self._tokens != 1)}")
+
+    def _end_part(self) -> None:
+        if self._is_line_open:
+            (err.file if self._part == "thinking" else sys.stdout).write("\n")
+            sys.stdout.flush()
+
+        self._part = ""
+        self._spaces = ""
+        self._is_line_open = False
+
+
+def show_line(text: str) -> None:
+    """Say what is going on, in a line that the next one replaces; only on a terminal."""
+    if err.is_terminal:
+        clear_line()
+        err.print(text, style="dim", end="", markup=False, no_wrap=True, overflow="ellipsis")
+
+
+def clear_line() -> None:
+    """Empty the line that the cursor is in, where stderr is a terminal."""
+    if err.is_terminal:
+        err.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
+
+
+def describe_cut(result: Result) -> str:
+    """Return why an answer is missing or not whole, or an empty string."""
+    if result.finish_reason == "cancelled":
+        return "stopped" if result.answer else "stopped before there was an answer"
+    if result.state == "open":
+        return f"the thinking did not end within {result.thinking_tokens:,} tokens"
+    if result.finish_reason == "length":
+        return f"the answer was cut after {result.answer_tokens:,} tokens"
+    return ""
+
+
+@contextmanager
+def stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C sets, so that what was said so far is kept.
+
+    A second Ctrl-C does not wait for the engine: it raises KeyboardInterrupt.
+    """
+    cancel = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_question(text: str) -> str:
+    """Return a question without the white space round it; one that is none is a UsageError."""
+    question = text.strip()
+    if not question:
+        raise UsageError("the question is empty", remedy='racdeploy run bundle "What is 2 + 2?"')
+
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the question is not text: {error.reason}", remedy="give it in UTF-8"
+        ) from error
+    return question

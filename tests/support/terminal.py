@@ -1,0 +1,96 @@
+"""A program on a pseudo terminal: type, wait for what it shows, press Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from tests.support.commands import environment
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+_PATIENCE_S = 60.0  # a machine under load
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+
+class Terminal:
+    """Runs a command with a terminal of 80 columns as its stdin, stdout and stderr."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.shown = ""
+        self._fd, theirs = pty.openpty()
+        variables = environment(TERM="xterm", COLUMNS="80", LINES="24")
+        self._process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=variables,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(theirs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._fd)
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._fd, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Return what is shown up to a text, and forget it; fail if it does not come."""
+        self._wait_until(lambda: text in self._plain(), repr(text))
+        before, _, self.shown = self._plain().partition(text)
+        return before + text
+
+    def wait_for_characters(self, count: int) -> None:
+        """Wait until so many are shown, whatever they are, and forget them."""
+        self._wait_until(lambda: len(self._plain()) >= count, f"{count} characters")
+        self.shown = ""
+
+    def wait(self) -> int:
+        """Wait for the end of the program; return its exit code."""
+        while self._read():
+            pass
+        return self._process.wait(_PATIENCE_S)
+
+    def _wait_until(self, has_come: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not has_come():
+            assert time.monotonic() < deadline, f"no {what} in: …{self.shown[-500:]!r}"
+            assert self._read(), f"the program ended without {what}: …{self.shown[-500:]!r}"
+
+    def _plain(self) -> str:
+        return _ESCAPES.sub("", self.shown)
+
+    def _read(self) -> bool:
+        ready, _, _ = select.select([self._fd], [], [], 1.0)
+        if not ready:
+            return self._process.poll() is None
+        try:
+            data = os.read(self._fd, 65536)
+        except OSError:  # Linux says so where nobody has the other end open
+            return False
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)
+
+
+def _take_terminal() -> None:
+    """Make the terminal the one that Ctrl-C is sent through."""
+    import fcntl
+    import termios
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
