@@ -63,6 +63,27 @@ class TokenizerEntry(_Entry):
         return PurePosixPath(min(self.files, default="")).parent
 
 
+class ThinkingControl(_Entry):
+    """What is done about the thinking besides its budget; by default nothing.
+
+    Args:
+        closing: text that is forced before the close tag where the budget ends.
+        close_bias: logits that the close tag has gained at the end of the budget.
+        hesitation: token ids of words such as "Wait", by the word.
+        hesitation_penalty: logits that those tokens lose while the model thinks.
+    """
+
+    closing: str = ""
+    close_bias: float = Field(default=0.0, ge=0)
+    hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    hesitation_penalty: float = Field(default=0.0, ge=0)
+
+    @property
+    def hesitation_ids(self) -> tuple[int, ...]:
+        """The tokens of all words, sorted."""
+        return tuple(sorted({token for ids in self.hesitation.values() for token in ids}))
+
+
 class GenerationSettings(_Entry):
     """How to run the model: its authors' sampling, and the limits it was verified with.
 
@@ -77,6 +98,7 @@ class GenerationSettings(_Entry):
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
     max_thinking_tokens: int | None = Field(default=None, ge=1)
+    thinking: ThinkingControl = Field(default_factory=ThinkingControl)
     context_tokens: int = Field(ge=1)
     model_context_tokens: int | None = Field(default=None, ge=1)
     advised_context_tokens: int | None = Field(default=None, ge=1)

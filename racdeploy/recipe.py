@@ -25,6 +25,7 @@ _ZEROS = {"method", "pattern", "sparsity", "allocation", "schedule"}
 """Keys of ``prune`` that ask for zeros."""
 _PLAIN = {"magnitude": {"match_dense": False, "refit_steps": 0}}
 """What a method means by its name alone: magnitude moves no weight that stays."""
+_HESITATION = ("Wait", "Alternatively", "Hmm", "But", "However", "Maybe", "Perhaps", "Actually")
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
@@ -348,6 +349,34 @@ class Verification(_Part):
         return self
 
 
+class Thinking(_Part):
+    """What is done about the thinking of what ships; see docs/thinking.md.
+
+    ``closing`` and ``close_bias`` also go with a budget that the app or a user gives later.
+    """
+
+    max_tokens: int = Field(0, ge=0)
+    closing: str = ""
+    close_bias: float = Field(0.0, ge=0)
+    hesitation: tuple[str, ...] = _HESITATION
+    hesitation_penalty: float = Field(0.0, ge=0)
+    tune: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.hesitation and (self.tune or self.hesitation_penalty):
+            raise ValueError("there are no words of hesitation to penalize")
+        if self.tune and self.hesitation_penalty:
+            raise ValueError("hesitation_penalty is what tune = true chooses: give one of them")
+        return self
+
+
+class Runtime(_Part):
+    """How the model is run where it ships, which is how it is verified."""
+
+    thinking: Thinking = Field(default_factory=Thinking)
+
+
 class Recipe(_Part):
     """One build, complete; ``gate`` is read by :mod:`racdeploy.verify.gate`."""
 
@@ -362,6 +391,7 @@ class Recipe(_Part):
     prune: Pruning = Field(default_factory=Pruning)
     recover: Recovery = Field(default_factory=Recovery)
     export: Export = Field(default_factory=Export)
+    runtime: Runtime = Field(default_factory=Runtime)
     verify: Verification = Field(default_factory=Verification)
     gate: dict[str, Any] = Field(default_factory=dict)
 

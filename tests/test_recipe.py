@@ -53,7 +53,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         *("prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
-        *("structure.keep", "structure.vocabulary_text"),
+        *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
     }
 
 

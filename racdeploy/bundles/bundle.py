@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -73,7 +73,15 @@ class Bundle:
         return drawn
 
     def respondent(self, progress: Progress | None) -> Respondent:
-        """Return who asks the pruned model."""
+        """Return who asks the pruned model, its thinking under control as it ships."""
+        generation = self.own.manifest.generation
+        respondent = self._make_respondent(self.own.manifest.tokenizer, progress)
+        budget = generation.max_thinking_tokens or 0
+        settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
+        return replace(respondent, settings=settings, control=generation.thinking)
+
+    def free_respondent(self, progress: Progress | None) -> Respondent:
+        """Return who asks the pruned model where nobody here can control its thinking."""
         return self._make_respondent(self.own.manifest.tokenizer, progress)
 
     def dense_respondent(self, progress: Progress | None) -> Respondent:

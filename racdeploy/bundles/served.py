@@ -21,7 +21,7 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.runtime.thinking import prompt_state
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
-from racdeploy.verify.answers import identity
+from racdeploy.verify.answers import Respondent, identity
 from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
 from racdeploy.verify.measure import probe_tokens
 from racdeploy.verify.probe_strings import probe_strings
@@ -55,7 +55,7 @@ class ServerAnswerer:
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
         """Ask every prompt."""
         bundle = self.local.bundle
-        respondent = self.local.respondent
+        respondent = self._respondent
         if not all(map(bundle.gate.runs, _JUDGED)):
             raise UsageError(
                 "the gate leaves out accuracy or thinking, which is what a server can be "
@@ -99,10 +99,15 @@ class ServerAnswerer:
         shutil.rmtree(self._stage.folder)
 
     @cached_property
+    def _respondent(self) -> Respondent:
+        """Who asks; what is done about the thinking is the server's to do."""
+        return self.local.bundle.free_respondent(self.local.progress)
+
+    @cached_property
     def _stage(self) -> Stage:
         local = self.local
         who = {"server": f"{self.url} {self.model} {self.api}"}
-        inputs = identity(who, local.bundle.settings, local.engine_settings, self.fingerprint)
+        inputs = identity(who, self._respondent, local.engine_settings, self.fingerprint)
         version = release_of(__version__)
         return Stage.open(local.work, "verify-served", {"version": version, **inputs})
 

@@ -21,6 +21,7 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import find_family
 from racdeploy.report.model import Record, Report, TensorRow
+from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Respondent, identity
@@ -130,6 +131,7 @@ class ArtifactAnswerer:
             also=tuple(also),
         )
 
+        ran += self._note_control()
         logits = "logits were compared when the bundle was built: "
         logits += "that needs the dense model and torch"
 
@@ -144,7 +146,7 @@ class ArtifactAnswerer:
         respondent: Respondent,
     ) -> Answers:
         """Answer with a main file as the entry says; ``files`` are the hashes of all its files."""
-        inputs = identity(files, self.bundle.settings, self.engine_settings, self.fingerprint)
+        inputs = identity(files, respondent, self.engine_settings, self.fingerprint)
         version = {"version": release_of(__version__), "backend": entry.backend}
         stage = Stage.open(self.work, "verify", version | inputs)
         self._used.add(stage.folder)
@@ -168,6 +170,14 @@ class ArtifactAnswerer:
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
 
         return arm, measured, answers.earlier
+
+    def _note_control(self) -> list[str]:
+        """Return what is done about the pruned model's thinking; nothing where nothing is."""
+        generation = self.bundle.own.manifest.generation
+        what = describe_control(generation.max_thinking_tokens, generation.thinking)
+        if not what or generation.thinking == NO_CONTROL:
+            return []
+        return [f"the pruned model ran as it ships, its thinking under control: {what}"]
 
     def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
         return open_engine(entry.backend, path, self.engine_settings)

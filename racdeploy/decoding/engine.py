@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "cancelled"]
 OnTokens = Callable[[int, Sequence[int]], None]
 """Gets the index of a sequence and its new ids, while it runs."""
+LAST_SHARE = 0.25
+"""Of a thinking budget: where the bias on the close tag rises."""
 Cancel = Callable[[], bool]
 """Asked while something runs; True ends it early."""
 
@@ -40,12 +42,29 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """Force the close tag after ``max_tokens`` thinking tokens, as if it had been generated."""
+    """What ends the first thought, and what is discouraged while it lasts.
+
+    After ``max_tokens`` of thinking, ``closing_ids`` and the close tag are forced, as if they had
+    been generated; of a close tag that has begun, only the rest.
+    """
 
     close_ids: tuple[int, ...]
     open_ids: tuple[int, ...]
-    max_tokens: int
+    max_tokens: int | None  # None never forces the end
     starts_open: bool  # the rendered prompt already ends inside the thinking
+    closing_ids: tuple[int, ...] = ()  # a last sentence
+    # Added to the logit of the close tag's first token at the end of the budget; rises from nothing
+    # over its last quarter.
+    close_bias: float = 0.0
+    hesitation_ids: tuple[int, ...] = ()
+    hesitation_penalty: float = 0.0  # subtracted from the logits of those tokens
+
+    def bias_at(self, thought: int) -> float:
+        """Return what is added to the logit of the close tag after so many thinking tokens."""
+        if not self.close_bias or self.max_tokens is None:
+            return 0.0
+        rise = max(1.0, self.max_tokens * LAST_SHARE)
+        return self.close_bias * max(0.0, 1.0 - (self.max_tokens - thought) / rise)
 
 
 @dataclass(frozen=True)

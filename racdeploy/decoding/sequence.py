@@ -1,8 +1,9 @@
-"""One sequence being generated: choose a token, force the end of thinking, know when to stop.
+"""One sequence being generated: choose a token, steer and end the thinking, know when to stop.
 
 Every engine uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere.
 The draw of a sequence depends on its seed, its stream and its own logits only.
-Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393.
+Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393; a penalty on words of
+hesitation, arXiv 2606.00206.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Sequence:
         assert self.finish_reason is None, "a finished sequence takes no step"
 
         length = len(self.ids)
-        token = choose(logits_V, self._sampling.temperature, self._sampling.top_p, self._random)
+        steered_V = self._steer(logits_V)
+        token = choose(steered_V, self._sampling.temperature, self._sampling.top_p, self._random)
         self.ids.append(token)
 
         if token in self._sampling.stop_ids:
@@ -77,6 +79,21 @@ class Sequence:
         assert self.finish_reason is not None, "the sequence has not finished"
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
 
+    def _steer(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits, while the model thinks with what its budget adds and subtracts."""
+        budget = self._budget
+        if budget is None or self._thinking_from is None:
+            return logits_V
+
+        bias = budget.bias_at(len(self.ids) - self._thinking_from)
+        if not bias and not budget.hesitation_penalty:
+            return logits_V
+
+        steered_V = logits_V.copy()
+        steered_V[list(budget.hesitation_ids)] -= budget.hesitation_penalty
+        steered_V[budget.close_ids[0]] += bias
+        return steered_V
+
     def _track_thinking(self) -> None:
         """Notice a tag that the last token completes; a reopened thought has no budget any more."""
         if self._budget is None:
@@ -88,16 +105,17 @@ class Sequence:
             self._budget = None
 
     def _force_close(self) -> None:
-        """Append the close tag, or the rest of one that has begun, once the budget is used up."""
-        if self._budget is None or self._thinking_from is None:
+        """Append what ends the thought, or the rest of a tag that has begun, after the budget."""
+        budget = self._budget
+        if budget is None or self._thinking_from is None or budget.max_tokens is None:
             return
-        if len(self.ids) - self._thinking_from < self._budget.max_tokens:
+        if len(self.ids) - self._thinking_from < budget.max_tokens:
             return
 
-        close_ids = self._budget.close_ids
-        begun = count_begun(self.ids, close_ids, self._thinking_from)
+        begun = count_begun(self.ids, budget.close_ids, self._thinking_from)
+        whole = budget.closing_ids + budget.close_ids
         room = self._cap - len(self.ids)
-        forced = close_ids[begun:][:room]
+        forced = (budget.close_ids[begun:] if begun else whole)[:room]
         self.forced_at = len(self.ids) - begun if forced else None
         self.ids.extend(forced)
         self._budget = None
@@ -209,8 +227,13 @@ def _find_problem(sampling: Sampling, vocabulary: int) -> str:
 
 
 def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
-    if budget.max_tokens < 0 or not budget.close_ids:
+    if (budget.max_tokens or 0) < 0 or not budget.close_ids:
         return False
     if not budget.open_ids and not budget.starts_open:
         return False
-    return all(0 <= token < vocabulary for token in budget.close_ids + budget.open_ids)
+    if not all(np.isfinite([budget.close_bias, budget.hesitation_penalty])):
+        return False
+
+    tags = budget.close_ids + budget.open_ids
+    named = tags + budget.closing_ids + budget.hesitation_ids
+    return all(0 <= token < vocabulary for token in named)

@@ -34,7 +34,7 @@ def answer_prompts(
     ``files`` are hashes by name; ``again`` repeats a finished run, because its speed counts.
     Answers of one earlier run come with what the engine counted then.
     """
-    inputs = identity(files, respondent.settings, settings, machine)
+    inputs = identity(files, respondent, settings, machine)
     stage = place.open("answers", address(__name__) | inputs)
     file = stage.folder / "completions.jsonl"
     cost = stage.folder / "cost.json"

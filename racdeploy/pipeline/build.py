@@ -11,6 +11,7 @@ from racdeploy import export as exports
 from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.manifest import ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
@@ -24,13 +25,15 @@ from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
+from racdeploy.pipeline.thinking import Control, read_control, tune
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.report.model import Report
+from racdeploy.report.model import Record, Report
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
 from racdeploy.traces.trace import Trace, TraceSet
@@ -77,15 +80,19 @@ class Build:
         pruned, *also = [artifact.result for artifact in artifacts]
 
         findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
+        control = self._control(model, pruned)
 
-        report, records = self.evaluation.verify(
+        evaluation = replace(self.evaluation, control=control)
+        report, records = evaluation.verify(
             model, dense, pruned, findings, also, self.rivals(model, dense, pruned)
         )
 
         job = self.job
         counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
-        contents = bundling.Contents(artifacts, job, model, counts | origin, report, records)
+        contents = bundling.Contents(
+            artifacts, job, model, counts | origin, report, records, control
+        )
 
         folder = out or Path(artifacts[0].name)
         self.place.report("bundle", 0, 1)
@@ -305,6 +312,19 @@ class Build:
     @property
     def evaluation(self) -> Evaluation:
         return Evaluation(self.job, self.work, self.threads, self.progress)
+
+    def _control(self, model: PrunedModel, pruned: ExportResult) -> Control:
+        """Return what is done about the pruned model's thinking, tuned where that is asked for."""
+        encoder = PromptEncoder.from_folder(model.folder)
+        control = read_control(self.job, encoder)
+        if not self.job.recipe.runtime.thinking.tune:
+            return control
+
+        def answer(settings: ThinkingControl) -> Sequence[Record]:
+            tried = replace(control, settings=settings)
+            return self.evaluation.try_control(pruned, model.folder, tried).records
+
+        return tune(control, answer, self.job)
 
     def _export_dense(self, model: PrunedModel, quant: str = "") -> ExportResult:
         dense, own_quant = self.job.model, self.job.recipe.export.quant

@@ -20,6 +20,7 @@ from racdeploy.manifest import TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.thinking import UNCONTROLLED, Control
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report import html, markdown
@@ -88,6 +89,7 @@ class Contents:
     traces: Mapping[str, Any]
     report: Report
     records: Sequence[Record]
+    control: Control = UNCONTROLLED
 
 
 def check_replaceable(out: Path) -> None:
@@ -208,7 +210,8 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             temperature=float(generation.get("temperature", recipe.traces.temperature)),
             top_p=float(generation.get("top_p", recipe.traces.top_p)),
             max_new_tokens=recipe.verify.max_new_tokens,
-            max_thinking_tokens=recipe.verify.max_thinking_tokens or None,
+            max_thinking_tokens=contents.control.max_tokens,
+            thinking=contents.control.settings,
             context_tokens=recipe.verify.context_tokens,
             model_context_tokens=checkpoint.positions,
             advised_context_tokens=_advise_context(contents.job),

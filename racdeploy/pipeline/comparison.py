@@ -17,11 +17,13 @@ from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.segmentation import compare_segmentation, note_logits
 from racdeploy.pipeline.structure import measure_kept
+from racdeploy.pipeline.thinking import UNCONTROLLED, Control, note_control
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.report.model import DeviationRow, Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
+from racdeploy.tasks import Split
 from racdeploy.verify import measure
 from racdeploy.verify.answers import Answers, IdPair, Respondent
 from racdeploy.verify.checks import memory, speed
@@ -48,15 +50,25 @@ class Rival:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A job whose artifacts are compared; ``work`` keeps answers, 0 threads are every core."""
+    """A job whose artifacts are compared; ``work`` keeps answers, 0 threads are every core.
+
+    ``control`` is of the pruned model's thinking, which ships with it.
+    """
 
     job: Job
     work: Path
     threads: int = 0
     progress: Progress | None = None
+    control: Control = UNCONTROLLED
 
     def answer(
-        self, exported: ExportResult, arm: str, settings: EngineSettings, model: Path | None = None
+        self,
+        exported: ExportResult,
+        arm: str,
+        settings: EngineSettings,
+        model: Path | None = None,
+        control: Control = UNCONTROLLED,
+        split: Split = "evaluation",
     ) -> Answers:
         """Answer the prompts with one artifact, again where speed or memory have a limit.
 
@@ -66,22 +78,27 @@ class Evaluation:
         folder = model or job.model.folder
         encoder = PromptEncoder.from_folder(folder)
         stop_ids = Checkpoint(folder).eos_ids
-        respondent = Respondent(
-            encoder, find_tags(encoder), stop_ids, job.recipe.verify, self.progress
-        )
+        asked = control.apply(job.recipe.verify)
+        tags = find_tags(encoder)
+        respondent = Respondent(encoder, tags, stop_ids, asked, self.progress, control.settings)
 
         return answer_prompts(
             Workplace(self.work),
             respondent,
-            job.problems("evaluation"),
+            job.problems(split),
             arm,
             exported.path,
             exported.files,
             job.backend,
             settings,
             measure.fingerprint(settings),
-            again=self._timed(),
+            again=split == "evaluation" and self._timed(),
         )
+
+    def try_control(self, pruned: ExportResult, model: Path, control: Control) -> Answers:
+        """Answer the calibration prompts with the pruned artifact, its thinking under a control."""
+        arm = f"penalty {control.settings.hesitation_penalty:g}"
+        return self.answer(pruned, arm, self._engine_settings, model, control, "calibration")
 
     def verify(
         self,
@@ -135,7 +152,7 @@ class Evaluation:
 
         return conclude(
             evidence,
-            [*self.job.hints, *built, *cut, *notes, *missing],
+            [*self.job.hints, *built, *note_control(self.control), *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
             recipe=recipe,
@@ -171,7 +188,9 @@ class Evaluation:
 
         found = []
         for one in asked:
-            answers = self.answer(one.exported, one.name, self._engine_settings, one.folder)
+            control = UNCONTROLLED if one.name.startswith("dense") else self.control
+            folder = one.folder
+            answers = self.answer(one.exported, one.name, self._engine_settings, folder, control)
             found.append(answers)
 
         # Figures of then and of now are not put beside each other.
@@ -195,7 +214,9 @@ class Evaluation:
         for job, exported in zip(self.job.siblings, also, strict=True):
             sibling = replace(self, job=job)
             name = f"pruned, {job.backend}"
-            answers = sibling.answer(exported, name, self._engine_settings, model.folder)
+            answers = sibling.answer(
+                exported, name, self._engine_settings, model.folder, self.control
+            )
 
             stats = answers.earlier_stats or answers.stats
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)

@@ -16,6 +16,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
 from racdeploy.pipeline.naming import count_parameters, name_artifact
 from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
+from racdeploy.pipeline.thinking import read_control
 from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
@@ -38,6 +39,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
     _check_controls(job)
     check_model(job)
     _check_context(job)
+    read_control(job, job.encoder)
 
     plans = [plan_build(each) for each in jobs]
     for each, planned in zip(jobs, plans, strict=True):

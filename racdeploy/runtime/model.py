@@ -13,6 +13,7 @@ from typing import TypedDict, Unpack
 from racdeploy.decoding import engine as decoding
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
+from racdeploy.runtime.control import make_budget
 from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream, Work
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.text import OnText, TextReader
@@ -272,14 +273,8 @@ class Model(AbstractContextManager["Model"]):
 
         settings = self.manifest.generation.model_copy(update=given)
 
-        budget = None
-        if settings.max_thinking_tokens is not None and self.tags is not None:
-            budget = decoding.ThinkingBudget(
-                close_ids=self.tags.close_ids,
-                open_ids=self.tags.open_ids,
-                max_tokens=settings.max_thinking_tokens,
-                starts_open=self._starts_open(prompt_ids),
-            )
+        max_tokens, control = settings.max_thinking_tokens, settings.thinking
+        budget = make_budget(self.encoder, self.tags, prompt_ids, max_tokens, control)
 
         return decoding.Sampling(
             settings.max_new_tokens,

@@ -160,7 +160,9 @@ def _state(scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | 
         return "open"
     if len(spans) > 1 or scanner.prompt_state == "closed":
         return "reopened"
-    return "forced" if forced_at == spans[0][1] else "closed"
+    # What was forced may begin with a last sentence, which is a part of the thought.
+    start, stop = spans[0]
+    return "forced" if forced_at is not None and start <= forced_at <= stop else "closed"
 
 
 def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:

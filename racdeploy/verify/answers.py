@@ -15,14 +15,15 @@ from racdeploy.decoding.engine import (
     EngineSettings,
     Progress,
     Sampling,
-    ThinkingBudget,
 )
 from racdeploy.errors import EngineError
+from racdeploy.manifest import ThinkingControl
 from racdeploy.recipe import Verification
 from racdeploy.report.model import Record
+from racdeploy.runtime.control import NO_CONTROL, make_budget
 from racdeploy.runtime.loops import find_loop
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split
+from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem
 
 Opener = Callable[[], AbstractContextManager[Engine]]
@@ -51,13 +52,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Respondent:
-    """Who answers, and how; ``progress`` gets a label, prompts done and prompts in all."""
+    """Who answers, and how; ``progress`` gets a label, prompts done and prompts in all.
+
+    ``control`` is what is done about the thinking besides the budget of the ``settings``.
+    """
 
     encoder: PromptEncoder
     tags: ThinkingTags | None
     stop_ids: tuple[int, ...]
     settings: Verification
     progress: Progress | None = None
+    control: ThinkingControl = NO_CONTROL
 
     def answer(
         self,
@@ -146,14 +151,9 @@ class Respondent:
 
     def sampling(self, prompts: Sequence[Sequence[int]]) -> Sampling:
         settings = self.settings
-        budget = None
-        if settings.max_thinking_tokens and self.tags is not None and prompts:
-            budget = ThinkingBudget(
-                close_ids=self.tags.close_ids,
-                open_ids=self.tags.open_ids,
-                max_tokens=settings.max_thinking_tokens,
-                starts_open=prompt_state(prompts[0], self.tags) == "open",
-            )
+        first = prompts[0] if prompts else ()
+        max_tokens = settings.max_thinking_tokens or None
+        budget = make_budget(self.encoder, self.tags, first, max_tokens, self.control)
 
         return Sampling(
             max_new_tokens=settings.max_new_tokens,
@@ -199,14 +199,16 @@ class Respondent:
 
 def identity(
     files: Mapping[str, str],
-    settings: Verification,
+    respondent: Respondent,
     engine: EngineSettings,
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what decides a completion: hashes by file name, how it decodes, the machine."""
+    settings = respondent.settings
     return {
         "files": sorted(files.values()),
         "decoding": {name: getattr(settings, name) for name in DECODING},
+        "thinking": respondent.control.model_dump(mode="json"),
         "engine": asdict(engine),
         "machine": {name: value for name, value in machine.items() if name != "engine"},
     }
@@ -228,7 +230,7 @@ def end_completion(
 def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None:
     """Return where a close tag was forced: the budget ended before the model's own tag did."""
     budget = sampling.budget
-    if budget is None:
+    if budget is None or budget.max_tokens is None:
         return None
 
     start = 0 if budget.starts_open else _find_end(ids, budget.open_ids, 0)

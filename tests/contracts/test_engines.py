@@ -172,6 +172,39 @@ def test_what_follows_a_forced_tag_has_seen_it(forcing: Engine, logits: Logits) 
     assert best == list(completion.ids[7:])
 
 
+def test_a_budget_ends_with_a_last_sentence(forcing: Engine, greedy: list[Completion]) -> None:
+    """Said before the forced tag, by every sequence alike."""
+    budget = ThinkingBudget((CLOSE_ID,), (OPEN_ID,), 4, starts_open=True, closing_ids=(60, 61))
+    completions = forcing.generate(PROMPTS, replace(GREEDY, budget=budget))
+    for free, forced in zip(greedy, completions, strict=True):
+        assert (forced.ids[:7], forced.forced_at) == ((*free.ids[:4], 60, 61, CLOSE_ID), 4)
+
+
+def test_thinking_is_steered_and_the_answer_is_not(forcing: Engine, logits: Logits) -> None:
+    """Each choice is the largest logit after what the budget adds and subtracts at its place: words
+    of hesitation lose 50 in the thought, the close tag gains up to 400 in its last quarter.
+    """
+    (free,) = forcing.generate(PROMPTS[:1], GREEDY)
+    hesitation = tuple(sorted({*free.ids[:2], *free.ids[5:7]}))
+    budget = ThinkingBudget(
+        *((CLOSE_ID,), (OPEN_ID,), 8),
+        starts_open=True,
+        close_bias=400.0,
+        hesitation_ids=hesitation,
+        hesitation_penalty=50.0,
+    )
+    (steered,) = forcing.generate(PROMPTS[:1], replace(GREEDY, budget=budget))
+    assert steered.forced_at is None
+    assert steered.ids.index(CLOSE_ID) == 7, "after 7 of 8 tokens the bias is half of 400"
+
+    logits_TV = logits([*PROMPTS[0], *steered.ids])[len(PROMPTS[0]) - 1 : -1].copy()
+    logits_TV[:8, list(hesitation)] -= 50.0
+    logits_TV[7, CLOSE_ID] += 200.0
+    assert logits_TV.argmax(axis=1).tolist() == list(steered.ids)
+    assert not set(hesitation) & set(steered.ids[:7])
+    assert set(hesitation) & set(free.ids)
+
+
 def test_a_budget_of_nothing_closes_at_once(forcing: Engine) -> None:
     budget = ThinkingBudget((CLOSE_ID,), (OPEN_ID,), max_tokens=0, starts_open=True)
     told: list[int] = []

@@ -5,6 +5,7 @@ Modelfile.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,13 @@ from racdeploy.export import gguf as gguf_format
 from racdeploy.export.gguf import export
 from racdeploy.export.gguf.body import divide
 from racdeploy.export.gguf.tensors import PlannedTensor
-from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
+from racdeploy.manifest import (
+    ArtifactEntry,
+    GenerationSettings,
+    Manifest,
+    ThinkingControl,
+    TokenizerEntry,
+)
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import label_size, name_artifact
@@ -256,3 +263,23 @@ def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
         "several files" in line
         for line in gguf_format.usage(single.artifacts[0], single.generation)
     )
+
+
+def test_the_card_has_the_flags_of_thinking_under_control() -> None:
+    """As a shell takes them; without control there is no such line."""
+    manifest = _manifest("m.gguf", {"m.gguf": "0"})
+    (entry,) = manifest.artifacts
+    assert "flags" not in "".join(gguf_format.usage(entry, manifest.generation))
+
+    control = ThinkingControl(
+        closing="\n\nI must answer now.\n", hesitation={"Wait": (7, 9)}, hesitation_penalty=2.5
+    )
+    settings = manifest.generation.model_copy(
+        update={"max_thinking_tokens": 512, "thinking": control}
+    )
+    (line,) = (each for each in gguf_format.usage(entry, settings) if "flags" in each)
+    assert shlex.split(line.split("`")[1]) == [
+        *("--reasoning-budget", "512", "--reasoning-budget-message", "I must answer now."),
+        *("--logit-bias", "7-2.5", "--logit-bias", "9-2.5"),
+    ]
+    assert line.endswith("it takes the bias in the answer, too")

@@ -184,6 +184,7 @@ TOKENS = st.integers(0, 5)
     starts_open=st.booleans(),
     max_thinking=st.integers(0, 10),
     cap=st.integers(1, 24),
+    closing=st.lists(st.integers(1, 5), max_size=3),
 )
 @settings(deadline=None, max_examples=400)
 def test_the_end_is_read_from_the_tokens_alone(
@@ -193,11 +194,14 @@ def test_the_end_is_read_from_the_tokens_alone(
     starts_open: bool,
     max_thinking: int,
     cap: int,
+    closing: list[int],
 ) -> None:
     """Finish reason and forced tag equal those of the sequence that every engine runs, at every
     step.
     """
-    budget = ThinkingBudget(tuple(close), tuple(opening), max_thinking, starts_open)
+    budget = ThinkingBudget(
+        tuple(close), tuple(opening), max_thinking, starts_open, closing_ids=tuple(closing)
+    )
     sampling = Sampling(max_new_tokens=cap, stop_ids=(0,), budget=budget)
     running = Running(0, [4], sampling, context_tokens=100)
     wanted = iter(script)

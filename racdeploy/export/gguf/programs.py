@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from racdeploy import packing as packings
@@ -41,8 +42,32 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
 def usage(entry: ArtifactEntry, settings: GenerationSettings) -> list[str]:
     """Return how other programs run the file."""
-    text = _render("usage.jinja", entry, context_tokens=settings.context_to_start_with)
+    text = _render(
+        "usage.jinja",
+        entry,
+        context_tokens=settings.context_to_start_with,
+        control=_name_flags(settings),
+    )
     return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
+
+
+def _name_flags(settings: GenerationSettings) -> str:
+    """Return llama-server's flags for what is done about the thinking; empty where nothing is.
+
+    Source: common/arg.cpp of llama.cpp in 2026.
+    """
+    control = settings.thinking
+    flags = []
+    if settings.max_thinking_tokens:
+        flags += ["--reasoning-budget", str(settings.max_thinking_tokens)]
+        if control.closing:
+            flags += ["--reasoning-budget-message", control.closing.strip()]
+
+    if control.hesitation_penalty:
+        for token in control.hesitation_ids:
+            flags += ["--logit-bias", f"{token}-{control.hesitation_penalty:g}"]
+
+    return shlex.join(flags)
 
 
 def _render(name: str, entry: ArtifactEntry, **values: object) -> str:

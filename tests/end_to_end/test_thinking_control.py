@@ -1,0 +1,83 @@
+"""Thoughts under control from the recipe to the bundle: built, verified again, and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from racdeploy.manifest import Manifest
+from tests.support.commands import racdeploy
+from tests.support.tiny_models import make_checkpoint
+
+RECIPE = """
+[traces]
+max_new_tokens = 24
+batch = 8
+[calibration]
+keep_truncated = true
+[runtime.thinking]
+max_tokens = 6
+closing = " Done."
+close_bias = 0.5
+hesitation = ["and", "Alternatively"]
+tune = true
+[verify]
+max_new_tokens = 24
+context_tokens = 128
+logit_traces = 2
+"""
+
+
+def test_control_goes_from_the_recipe_into_the_bundle(tmp_path: Path) -> None:
+    """The pruned arm has it, the dense one has not; report, card and manifest say it."""
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i)} for i in range(40)]
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+
+    bundle = tmp_path / "bundle"
+    outcome = racdeploy(
+        *("build", model, "--task", f"jsonl:{problems}", "--recipe", tmp_path / "recipe.toml"),
+        *("--work", tmp_path / "work", "--out", bundle, "--threads", 1, "--json"),
+    )
+    assert outcome.code == 1, outcome.err
+    report = json.loads(outcome.out)
+    (thinking,) = (check for check in report["checks"] if check["name"] == "thinking")
+    causes, _, _ = thinking["summary"].partition(":")
+    assert "forced" in causes, "a budget that cuts every thought fails"
+
+    generation = Manifest.read(bundle).generation
+    assert (generation.max_thinking_tokens, generation.thinking.closing) == (6, " Done.")
+    assert generation.thinking.hesitation["and"]
+    assert generation.thinking.hesitation["Alternatively"] == ()
+    assert generation.thinking.hesitation_penalty == 0, "so few prompts can show no gain"
+
+    notes = " ".join(report["notes"])
+    assert "verified as it ships, its thinking under control: it ends after 6 tokens" in notes
+    assert "calibration prompts: none shortens the thinking without losing accuracy" in notes
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert "--reasoning-budget 6 --reasoning-budget-message Done." in card
+
+    states = _states(bundle)
+    assert states["pruned"] == {"forced"}
+    assert "forced" not in states["dense"]
+
+    again = racdeploy("verify", bundle, "--work", tmp_path / "work", "--threads", 1, "--json")
+    report = json.loads(again.out)
+    assert "ran as it ships, its thinking under control" in " ".join(report["notes"])
+    prompts = report["comparison"]["n"]
+    forced = {arm["name"]: arm["forced"] for arm in report["arms"]}
+    assert forced == {"dense": 0, "pruned": prompts}
+
+    result = json.loads(racdeploy("run", bundle, "What is 2 plus 3?", "--json").out)
+    assert result["state"] == "forced"
+    assert result["thinking"].endswith("Done.")
+
+
+def _states(bundle: Path) -> dict[str, set[str]]:
+    states: dict[str, set[str]] = {}
+    for line in (bundle / "records.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        states.setdefault(record["arm"], set()).add(record["state"])
+    return states
