@@ -32,6 +32,11 @@ OPTIONAL = (
     Package("optimum", "optimum-onnx", "onnx", "ONNX export of every architecture"),
     Package("huggingface_hub", "huggingface_hub", "hub", "models and bundles of the Hub"),
     Package("math_verify", "math-verify", "math", "scoring formulas"),
+    Package("datasets", "datasets", "tasks", "public sets of questions from the Hub"),
+    Package("pyarrow", "pyarrow", "tasks", "questions in parquet files"),
+    Package("lm_eval", "lm-eval", "ifeval", "scoring IFEval"),
+    Package("langdetect", "langdetect", "ifeval", "scoring IFEval"),
+    Package("nltk", "nltk", "ifeval", "scoring IFEval"),
     Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )
 PACKAGES = {package.module: package for package in OPTIONAL}

@@ -15,7 +15,7 @@ from racdeploy.errors import MissingExtraError
 ROOT = Path(racdeploy.__file__).parent
 LOOSE_MODULES = 9
 MEMBERS: dict[str, tuple[set[str], ...]] = {
-    "tasks": ({"draw"}, {"read"}),
+    "tasks": ({"draw"}, {"read"}, {"SET", "ask"}),
     "scorers": ({"score"},),
     "families": ({"FAMILY"},),
     "quant": ({"FORMATS", "BITS", "BLOCK", "PRESERVES_ZERO", "quantize", "dequantize"},),

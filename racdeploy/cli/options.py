@@ -73,7 +73,9 @@ class TraceOptions:
         metavar="PART.KEY=VALUE",
         help="A key of the recipe with a TOML value; repeatable, wins over other options.",
     )
-    task: _Texts = _option(None, help="Task to verify on: a name or jsonl:FILE; repeatable.")
+    task: _Texts = _option(
+        None, help="Task to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k; repeatable."
+    )
     calibration_task: _Texts = _option(None, help="Task for the traces; default: --task.")
     trace_prompts: int | None = _option(None, min=1, help="Calibration prompts; default: 256.")
     trace_server: str | None = _option(

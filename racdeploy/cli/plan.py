@@ -58,6 +58,7 @@ def list_groups(plan: Plan, out: str = "") -> dict[str, list[str]]:
     groups = {
         "makes": _describe_made(plan, out),
         "prunes": _describe_cut(plan),
+        "asks": [*plan.get("asks", ())],
         "traces": _describe_traces(plan),
         "recovers": _describe_recovery(plan),
         "verifies": _describe_verification(plan),
@@ -202,7 +203,8 @@ def _advise(plan: Plan) -> list[str]:
     """Return what would make the run a better one: memory first, without which there is none."""
     from racdeploy.storage.memory import free_bytes
 
-    return [*list_shortages(plan, free_bytes()), *_advise_on_prompts(plan)]
+    cuts = [*plan.get("evaluation_cuts", ()), *plan.get("trace_cuts", ())]
+    return [*list_shortages(plan, free_bytes()), *cuts, *_advise_on_prompts(plan)]
 
 
 def _advise_on_prompts(plan: Plan) -> list[str]:

@@ -231,6 +231,10 @@ class Build:
         prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
         longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
         plan = plan_cut(job)
+        if job.tasks.sources:
+            plan["asks"] = [*job.tasks.sources]
+        if foreseen := job.foresee_cuts("calibration"):
+            plan["trace_cuts"] = foreseen
 
         stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
         if stage.finished:

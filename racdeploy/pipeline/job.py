@@ -131,6 +131,23 @@ class Job:
         """What the model is asked, when it is verified and when traces are collected."""
         return TaskSet.load(self.recipe.tasks, self.recipe.calibration_tasks)
 
+    def foresee_cuts(self, split: Split) -> list[str]:
+        """Return a sentence for each task whose thoughts are usually longer than they may be."""
+        verify = self.recipe.verify
+        budgets = {
+            "verify.max_new_tokens": verify.max_new_tokens,
+            "verify.context_tokens": verify.context_tokens,
+            "verify.max_thinking_tokens": verify.max_thinking_tokens or verify.context_tokens,
+        }
+        asked = self.tasks.evaluation
+        if split == "calibration":
+            budgets = {"traces.max_new_tokens": self.recipe.traces.max_new_tokens}
+            asked = self.tasks.calibration
+
+        key = min(budgets, key=lambda name: budgets[name])
+        cuts = filter(None, (task.foresee_cut(budgets[key]) for task in asked.values()))
+        return [f"{cut}: raise {key}" for cut in cuts]
+
     def problems(self, split: Split) -> list[Problem]:
         """Return the problems of a split: as many as the recipe asks for, or as a file holds."""
         settings = self.recipe.traces if split == "calibration" else self.recipe.verify

@@ -120,6 +120,7 @@ def plan_build(job: Job) -> dict[str, Any]:
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
         **({"zeros_lost": lost.describe()} if lost else {}),
+        **({"evaluation_cuts": cuts} if (cuts := job.foresee_cuts("evaluation")) else {}),
     }
 
 

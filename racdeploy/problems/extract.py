@@ -6,7 +6,11 @@ import re
 from decimal import Decimal
 
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-_DECORATION = re.compile(r"^\s*[a-zA-Z]\s*=\s*|\\text\{[^{}]*\}|\s+[a-zA-Z][a-zA-Z ]*\.?$")
+_DECORATION = re.compile(
+    r"^\s*[a-zA-Z][a-zA-Z+\- ]*=\s*|\\text\{[^{}]*\}|\s+[a-zA-Z][a-zA-Z ]*\.?$"
+)
+_SEPARATORS = re.compile(r"\{,\}|\\[,!;: ]")
+"""What LaTeX has between thousands, and before units."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -55,6 +59,8 @@ def _normalize(text: str) -> str:
 def as_number(text: str) -> Decimal | None:
     """Return the value of a number, fraction, amount or percentage, or None."""
     bare = _FRACTION.sub(r"\1/\2", text)
+    bare = _SEPARATORS.sub("", bare)
+    bare = bare.replace(r"\$", "").replace(r"\%", "")
     bare = _DECORATION.sub("", bare).strip("$.%€£ ")
     bare = bare.replace(",", "").replace("$", "")
 

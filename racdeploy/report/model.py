@@ -83,9 +83,10 @@ class ArmSummary(_Part):
 
 
 class TaskRow(_Part):
-    """Correct answers of both arms on one task."""
+    """Correct answers of both arms on one task, and the harness whose prompt and score it has."""
 
     task: str
+    follows: str = ""
     prompts: int = Field(ge=0)
     dense_correct: int = Field(ge=0)
     pruned_correct: int = Field(ge=0)

@@ -188,7 +188,8 @@ def _tasks(report: Report) -> list[Row]:
     for task in report.tasks:
         dense = _share(task.dense_correct, task.prompts)
         pruned = _share(task.pruned_correct, task.prompts)
-        rows.append((task.task, f"{task.prompts:,}", dense, pruned))
+        name = f"{task.task}, as {task.follows}" if task.follows else task.task
+        rows.append((name, f"{task.prompts:,}", dense, pruned))
     return rows
 
 

@@ -1,140 +1,50 @@
 """What is asked of a model: one file per task.
 
 A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
-list[Problem]``. Which split a question belongs to is decided by a hash of its text, so training,
-calibration and evaluation never share one, whatever the seeds.
+list[Problem]``; a public set has ``SET`` and ``ask(row) -> Problem``. Which split a question
+belongs to is decided by a hash of its text, so training, calibration and evaluation never share
+one, whatever the seeds. Splits that a set was published with are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
-from typing import Literal
+from types import ModuleType
 
-from racdeploy import plugins
+from racdeploy import plugins, scorers
 from racdeploy.errors import UsageError
+from racdeploy.problems.published import Published, read_hub, read_local
+from racdeploy.problems.rows import SUFFIXES, Row, refuse_table
+from racdeploy.problems.task import (
+    FILE_SHARES,
+    HUB,
+    PROCEDURAL_SHARES,
+    Problem,
+    Split,
+    Task,
+    name_of,
+    split_share,
+)
 
 __all__ = [
     "Problem",
     "Split",
     "Task",
     "TaskSet",
+    "follows",
     "load",
     "problems_of",
     "procedural_names",
+    "public_names",
     "split_share",
 ]
 
-Split = Literal["training", "calibration", "evaluation"]
-PROCEDURAL_SHARES: dict[Split, tuple[float, float]] = {
-    "training": (0.0, 0.6),
-    "calibration": (0.6, 0.8),
-    "evaluation": (0.8, 1.0),
-}
-FILE_SHARES: dict[Split, tuple[float, float]] = {
-    "training": (0.0, 0.0),
-    "calibration": (0.0, 0.5),
-    "evaluation": (0.5, 1.0),
-}
-_DRAWS_PER_PROBLEM = 1000
 _SAFE_QUESTIONS = 20
 """One of two halves of so many is empty once in 500,000 files."""
-GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-REFUSED = {
-    "gsm8k": f"racdeploy ships no benchmark; curl -LO {GSM8K}/test.jsonl, then write "
-    "--task jsonl:test.jsonl",
-}
-"""Names that people try, and what to do in their place."""
-_CONVERT = (
-    "python -c \"import csv, json, sys; [print(json.dumps({k: row[k] for k in ('question', "
-    "'answer')})) for row in csv.DictReader(sys.stdin)]\" < %s > %s"
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question with its gold answer."""
-
-    question: str  # what the user asks, without a chat template
-    gold: str  # the right answer, as its scorer expects it
-    thinking: str | None = None  # a worked solution, where the task can write one (training only)
-    task: str = ""  # the task's specification, filled in by :func:`problems_of`
-    scorer: str = ""  # of :mod:`racdeploy.scorers`; empty is its default
-
-
-@dataclass(frozen=True)
-class Task:
-    """A loaded task."""
-
-    spec: str  # what the user typed, ``jsonl:FILE`` or a plain name
-    draw: Callable[[Random], Problem] | None  # makes a problem; None for a task over a file
-    pool: tuple[Problem, ...]
-    # Which part of all questions, by their hash, each split gets.
-    shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
-    repeated: int = 0  # problems of a file whose question another one has, too
-
-    def serving(self, split: Split, *, whole: bool) -> Task:
-        """Return the task for one split; with ``whole``, a file gives that split all it has."""
-        if self.draw or not whole:
-            return self
-        return replace(self, shares={split: (0.0, 1.0)})
-
-    def describe_pool(self) -> str:
-        """Return how many questions a file has, and how many of them each half got."""
-        questions = f"{len(self.pool)} question{'s' if len(self.pool) > 1 else ''}"
-        if self.repeated:
-            total = len(self.pool) + self.repeated
-            questions += f" ({self.repeated} of its {total} lines repeat another)"
-
-        calibration = self.available("calibration")
-        evaluation = self.available("evaluation")
-        return f"{questions}: {calibration} for calibration, {evaluation} for evaluation"
-
-    def available(self, split: Split) -> int | None:
-        """Return how many problems a split of a file holds, or None where they are drawn."""
-        return None if self.draw else len(self._members(split))
-
-    def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
-        """Return ``count`` distinct problems of a split, or fail; the same ones for a seed."""
-        random = Random(f"{self.spec.partition(':')[0]}/{split}/{seed}")
-        if self.draw:
-            found = self._draw_distinct(self.draw, random, split, count)
-        else:
-            found = self._members(split)
-            random.shuffle(found)
-
-        if len(found) < count:
-            raise UsageError(
-                f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
-                remedy="ask for fewer prompts in the recipe, or give a task with more of them",
-            )
-
-        return [replace(problem, task=self.spec) for problem in found[:count]]
-
-    def _draw_distinct(
-        self, draw: Callable[[Random], Problem], random: Random, split: Split, count: int
-    ) -> list[Problem]:
-        found: dict[str, Problem] = {}
-        for _ in range(count * _DRAWS_PER_PROBLEM):
-            if len(found) == count:
-                break
-
-            problem = draw(random)
-            if self._serves(split, problem):
-                found.setdefault(problem.question, problem)
-
-        return [*found.values()]
-
-    def _members(self, split: Split) -> list[Problem]:
-        return [problem for problem in self.pool if self._serves(split, problem)]
-
-    def _serves(self, split: Split, problem: Problem) -> bool:
-        low, high = self.shares[split]
-        return low <= split_share(problem.question) < high
 
 
 @dataclass(frozen=True)
@@ -146,9 +56,11 @@ class TaskSet:
 
     @classmethod
     def load(cls, evaluation: Sequence[str], calibration: Sequence[str]) -> TaskSet:
-        """Load tasks: by default all procedural ones, and for calibration those of evaluation."""
+        """Load tasks: by default all procedural ones, and for calibration those of evaluation.
+
+        A public set without training questions is only evaluated on; others must calibrate.
+        """
         evaluation = tuple(evaluation) or procedural_names()
-        calibration = tuple(calibration) or evaluation
 
         for specs in (evaluation, calibration):
             if len(set(specs)) < len(specs):
@@ -156,14 +68,25 @@ class TaskSet:
                 raise UsageError(twice, remedy="name each task once")
 
         asked = {spec: load(spec) for spec in evaluation}
-        others = {spec: asked.get(spec) or load(spec) for spec in calibration}
+        trained = [spec for spec in asked if asked[spec].calibrates]
+
+        others = {}
+        for spec in calibration or trained:
+            if spec in asked and spec not in trained:
+                raise _refuse_untrained(asked[spec])
+            others[spec] = asked.get(spec) or load(spec)
+
+        if not others:
+            raise _refuse_untrained(asked[evaluation[0]])
         return cls(asked, others)
 
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return up to ``count`` problems of a split, evenly shared; a file for it alone: all."""
-        asked = self.calibration if split == "calibration" else self.evaluation
-        alone = self.evaluation.keys().isdisjoint(self.calibration)
-        chosen = [task.serving(split, whole=alone) for task in asked.values()]
+        asked, others = self.evaluation, self.calibration
+        if split == "calibration":
+            asked, others = others, asked
+
+        chosen = [task.serving(split, whole=spec not in others) for spec, task in asked.items()]
         wanted = count
 
         for task in chosen:
@@ -187,34 +110,58 @@ class TaskSet:
             if task.repeated
         )
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sentences on files and public sets: where from, how split, as which harness asks."""
+        told: list[str] = []
+        calibration = ", ".join(self.calibration)
+
+        for spec, task in {**self.evaluation, **self.calibration}.items():
+            whole = spec not in self.evaluation or spec not in self.calibration
+            told += task.describe(whole=whole)
+
+            if spec in self.evaluation and not task.calibrates:
+                told.append(f"{spec} is only evaluated on; calibration: {calibration}")
+
+        # A set is told of once, also where a file of it is there beside the Hub's.
+        return tuple(dict.fromkeys(told))
+
     def identify_calibration(self) -> list[dict[str, str]]:
         """Return what decides the calibration prompts: names of tasks, hashes of their files."""
         identities = []
+
         for spec, task in self.calibration.items():
-            name, _, _ = spec.partition(":")
-            lines = [f"{each.question}\0{each.gold}\0{each.scorer}" for each in task.pool]
+            serving = task.serving("calibration", whole=spec not in self.evaluation)
+            problems = task.pool if serving.trained is None else serving.trained
+
+            lines = [f"{each.question}\0{each.gold}\0{each.scorer}" for each in problems]
             pool = "\n".join(lines).encode()
-            identities.append({"name": name, "pool": hashlib.sha256(pool).hexdigest()})
+            identities.append({"name": name_of(spec), "pool": hashlib.sha256(pool).hexdigest()})
         return identities
 
 
 def load(spec: str) -> Task:
-    """Load a task by name, or by ``name:argument`` where it reads a file."""
+    """Load a task by name, by ``name:argument`` where it reads a file, or by ``hub:name``."""
     name, colon, argument = spec.partition(":")
     if not colon:
         refuse_path(spec)
+    if name == HUB:
+        return _load_published(spec, plugins.load("tasks", _find_set(argument)), "")
+
     module = plugins.load("tasks", name)
+
+    if hasattr(module, "SET"):
+        if not argument:
+            raise _refuse_unsourced(name, module.SET)
+        return _load_published(spec, module, argument)
 
     if hasattr(module, "read"):
         if not argument:
             raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
 
         refuse_table(argument)
-        read = module.read(Path(argument))
-        by_question = {problem.question: problem for problem in read}
-        pool = tuple(by_question.values())
-
-        return Task(spec, None, pool, FILE_SHARES, repeated=len(read) - len(pool))
+        pool, repeated = _keep_once(module.read(Path(argument)))
+        return Task(spec, None, pool, FILE_SHARES, repeated)
 
     if colon:
         raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
@@ -222,24 +169,116 @@ def load(spec: str) -> Task:
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
 
+def _load_published(spec: str, module: ModuleType, path: str) -> Task:
+    """Load a public set from a path; from the Hub if that is empty."""
+    published: Published = module.SET
+    rows = read_local(published, Path(path)) if path else read_hub(published)
+
+    asked = _ask_all(module, rows.evaluation, spec)
+    pool, repeated = _keep_once(asked)
+    for scorer in {problem.scorer for problem in pool}:
+        scorers.check(scorer)
+
+    task = Task(spec, None, pool, FILE_SHARES, repeated, published)
+    if rows.calibration is None:
+        return task
+
+    # A few sets have a question in both splits: it is for evaluation.
+    taught = _ask_all(module, rows.calibration, spec)
+    tested = {problem.question for problem in pool}
+    trained, _ = _keep_once([problem for problem in taught if problem.question not in tested])
+    return replace(task, trained=trained)
+
+
+def _ask_all(module: ModuleType, rows: Sequence[Row], spec: str) -> list[Problem]:
+    """Return a problem for each row; the first row that is not as published is refused."""
+    problems: list[Problem] = []
+
+    for number, row in enumerate(rows, 1):
+        place = f"{spec}: row {number}"
+        _check_columns(module.SET, row, place)
+        try:
+            problems.append(module.ask(row))
+        except UsageError as error:
+            raise UsageError(f"{place}: {error.message}", remedy=error.remedy) from error
+
+    return problems
+
+
+def _check_columns(published: Published, row: Row, place: str) -> None:
+    page = f"https://huggingface.co/datasets/{published.evaluation.dataset}"
+    for column in published.columns:
+        if row.get(column) in (None, "", []):
+            raise UsageError(
+                f"{place} has no {column!r}; its columns are {', '.join(row)}",
+                remedy=f"give {published.title} as it was published: {page}",
+            )
+
+
+def _keep_once(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], int]:
+    """Return the problems, each question once, and how many repeat another's."""
+    by_question = {problem.question: problem for problem in problems}
+    return tuple(by_question.values()), len(problems) - len(by_question)
+
+
+def public_names() -> tuple[str, ...]:
+    """Return the names of the public sets."""
+    names = plugins.names("tasks")
+    return tuple(name for name in names if hasattr(plugins.load("tasks", name), "SET"))
+
+
+def follows(spec: str) -> str:
+    """Return whose prompt and score a task has, harness and version; empty for our own."""
+    name = name_of(spec)
+    if name not in plugins.names("tasks"):
+        return ""
+
+    published = getattr(plugins.load("tasks", name), "SET", None)
+    return published.follows if published else ""
+
+
+def _find_set(name: str) -> str:
+    """Return the name, or the one of a dataset's id on the Hub; refuse what is no public set."""
+    known = public_names()
+    for each in known:
+        if plugins.load("tasks", each).SET.evaluation.dataset.casefold() == name.casefold():
+            raise UsageError(f"{name} is task {each!r}", remedy=f"write --task {HUB}:{each}")
+
+    if name not in known:
+        raise UsageError(
+            f"{name or 'nothing'} is no public set{plugins.closest(name, known)}",
+            remedy=f"known: {', '.join(known)}; your own questions: --task jsonl:FILE",
+        )
+    return name
+
+
+def _refuse_unsourced(name: str, published: Published) -> UsageError:
+    forms = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
+    return UsageError(
+        f"task {name!r} needs its questions, which racdeploy neither ships nor downloads unasked",
+        remedy=f"--task {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
+        f'(pip install "racdeploy[tasks]"); --task {name}:PATH reads what you have of it '
+        f"({forms}, or a folder saved by datasets)",
+    )
+
+
+def _refuse_untrained(task: Task) -> UsageError:
+    assert task.published is not None
+    title, name = task.published.title, name_of(task.spec)
+    others = [each for each in ("math500", "gsm8k") if each != name]
+    return UsageError(
+        f"{title} has no training questions to calibrate on: all {len(task.pool)} are for "
+        "evaluation",
+        remedy=f"add --calibration-task {HUB}:{others[0]}, or any other task; "
+        f"--task {name}:FILE splits a file of it by a hash",
+    )
+
+
 def refuse_path(spec: str) -> None:
     """Refuse a file that is given where a task is expected, with how it is given."""
     refuse_table(spec)
     if spec.endswith((".jsonl", ".json")):
         raise UsageError(f"{spec} is a file and not a task", remedy=f"write --task jsonl:{spec}")
-
-
-def refuse_table(path: str) -> None:
-    """Refuse a table, with what makes lines of JSON of it."""
-    stem, dot, suffix = path.rpartition(".")
-    if suffix.lower() not in ("csv", "tsv", "xlsx", "parquet") or not dot:
-        return
-
-    remedy = 'save it as lines of {"question": "…", "answer": "…"}, then --task jsonl:FILE'
-    if suffix.lower() == "csv":
-        made = f"{stem}.jsonl"
-        remedy = f"{_CONVERT % (path, made)}, then --task jsonl:{made}"
-    raise UsageError(f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy)
 
 
 def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
@@ -270,9 +309,3 @@ def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> l
 
     rows = itertools.zip_longest(*columns)
     return [problem for row in rows for problem in row if problem is not None]
-
-
-def split_share(question: str) -> float:
-    """Return the place of a question in [0, 1), decided by a hash of its text alone."""
-    digest = hashlib.sha256(question.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -11,22 +11,13 @@ from pathlib import Path
 from racdeploy import scorers
 from racdeploy.errors import UsageError
 from racdeploy.problems.extract import extract_hash_mark
+from racdeploy.problems.rows import read_text
 from racdeploy.tasks import Problem
 
 
 def read(path: Path) -> list[Problem]:
     """Read every problem of a file, one a line; bad lines are refused."""
-    try:
-        # Excel and Windows put a byte order mark in front.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        reason = f"cannot read {path}: {error.strerror}"
-        raise UsageError(reason, remedy="give a .jsonl file that is there") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"cannot read {path}: byte {error.start} is not UTF-8",
-            remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {path} > {path.stem}-utf8.jsonl",
-        ) from error
+    lines = read_text(path).splitlines()
 
     problems = []
     for number, line in enumerate(lines, 1):

@@ -10,6 +10,7 @@ from typing import Any
 
 from racdeploy.recipe import Recipe
 from racdeploy.report import model as reports
+from racdeploy.tasks import follows
 from racdeploy.verify.checks import accuracy, thinking
 from racdeploy.verify.evidence import FAULTS, Arm, Evidence, is_correct, run_checks, thinking_tokens
 from racdeploy.verify.stats import lengths, paired
@@ -97,7 +98,8 @@ def _count_by_task(evidence: Evidence) -> tuple[reports.TaskRow, ...]:
     rows = []
     for task, prompts in asked.items():
         right = {"dense_correct": dense[task], "pruned_correct": pruned[task]}
-        rows.append(reports.TaskRow(task=task, prompts=prompts, **right))
+        row = reports.TaskRow(task=task, follows=follows(task), prompts=prompts, **right)
+        rows.append(row)
 
     return tuple(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,17 @@ from racdeploy.scorers import Scored, math
 
 # By scorer: answer, gold, whether it is right, what is extracted, and how.
 Case = tuple[str, str, bool, str | None, str]
+_INSTRUCTIONS = json.dumps(
+    {
+        "prompt": "Name an oak without commas.",
+        "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
+        "kwargs": [{}, {"keywords": ["oak"]}],
+    }
+)
 CASES: dict[str, list[Case]] = {
     "auto": [
+        (r"\boxed{\$1{,}234}", "1,234", True, r"\$1{,}234", "boxed"),
+        (r"\boxed{m+n = 12\%}", "12", True, r"m+n = 12\%", "boxed"),
         (r"so \boxed{42}.", "42", True, "42", "boxed"),
         ("#### 42", "42", True, "42", "after ####"),
         ("It is 42, not 41.", "41", True, "41", "last number"),
@@ -64,12 +74,22 @@ CASES: dict[str, list[Case]] = {
         (r"\boxed{7}", "8", False, "7", "math-verify"),
         ("I do not know.", "8", False, None, "no expression"),
     ],
+    "ifeval": [
+        ("An oak.", _INSTRUCTIONS, True, "2 of 2", "instructions followed"),
+        ("An oak, a beech.", _INSTRUCTIONS, False, "1 of 2", "instructions followed"),
+        ("", _INSTRUCTIONS, False, "0 of 2", "instructions followed"),
+    ],
 }
 NEEDS_MATH = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None,
     reason='needs math-verify: pip install "racdeploy[math]"',
 )
-WITH_ALL = [pytest.param(s, marks=NEEDS_MATH if s == "math" else ()) for s in CASES]
+NEEDS_HARNESS = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None,
+    reason='needs lm-eval: pip install "racdeploy[ifeval]"; python -m nltk.downloader punkt_tab',
+)
+MARKS = {"math": NEEDS_MATH, "ifeval": NEEDS_HARNESS}
+WITH_ALL = [pytest.param(scorer, marks=MARKS.get(scorer, ())) for scorer in CASES]
 
 
 def test_every_scorer_has_cases() -> None:
@@ -104,6 +124,7 @@ def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
         ("boxd", r"unknown scorer 'boxd' \(did you mean 'boxed'\?\)"),
         ("boxed:3", "takes no argument"),
         ("math:3", "takes no argument"),
+        ("ifeval:3", "takes no argument"),
         ("regex", "says nothing"),
         ("regex:(", "is not a regular expression"),
         ("regex:x*", "says nothing"),

@@ -3,15 +3,94 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from racdeploy import plugins, scorers, tasks
 from racdeploy.errors import UsageError
+from racdeploy.extras import is_installed
 
 SPLITS = ("training", "calibration", "evaluation")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of our own in the published form, the prompt made of it, and answers to it."""
+
+    row: Mapping[str, Any]
+    prompt: str
+    right: str
+    wrong: str
+    needs: tuple[str, ...] = ()
+
+
+_SUM = "What is $1 + 1$?"
+_BOXED = f"""
+Solve the following math problem efficiently and clearly.  The last line of your response should \
+be of the following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is \
+correct' (without quotes) where ANSWER is just the final number or expression that solves the \
+problem. Think step by step before answering.
+
+{_SUM}
+"""
+_CHOICE = """Answer the following multiple choice question. The last line of your response should \
+be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of %s. Think \
+step by step before answering.
+
+"""
+_AIME = Example({"problem": _SUM, "answer": "002"}, _BOXED, r"it is $\boxed{2}$", r"\boxed{3}")
+PUBLIC = {
+    "gsm8k": Example(
+        {"question": "Ann has 1,000 apples and buys 1.", "answer": "1000 + 1\n#### 1,001"},
+        "Q: Ann has 1,000 apples and buys 1.\nA: Let's think step by step.",
+        "She has $1001.",
+        "She has 1000.",
+    ),
+    "math500": Example(
+        {"problem": _SUM, "solution": r"It is $\boxed{\frac{4}{2}}$.", "answer": r"\frac{4}{2}"},
+        _BOXED,
+        r"Therefore, the final answer is: $\boxed{2}$. I hope it is correct.",
+        r"Therefore, the final answer is: $\boxed{3}$. I hope it is correct.",
+        ("math_verify",),
+    ),
+    "aime24": _AIME,
+    "aime25": _AIME,
+    "gpqa_diamond": Example(
+        {
+            "Question": "Which is a metal? ",
+            "Correct Answer": "iron",
+            "Incorrect Answer 1": "helium\n",
+            "Incorrect Answer 2": "neon",
+            "Incorrect Answer 3": "argon",
+        },
+        f"{_CHOICE % 'ABCD'}Which is a metal?\n\nA) helium\nB) neon\nC) iron\nD) argon",
+        "Iron is.\nAnswer: C",
+        "Answer: A",
+    ),
+    "mmlu_pro": Example(
+        {"question": "Which is even?", "options": ["1", "2", "3", "5", "7"], "answer": "B"},
+        f"{_CHOICE % 'ABCDE'}Which is even?\n\nA: 1\nB: 2\nC: 3\nD: 5\nE: 7\n\nAnswer:",
+        "Answer: B",
+        "Answer: E",
+    ),
+    "ifeval": Example(
+        {
+            "prompt": "Name a tree without commas.",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{"keyword": None}],
+        },
+        "Name a tree without commas.",
+        "An oak.",
+        "An oak, a beech.",
+        ("lm_eval", "langdetect"),
+    ),
+}
 
 
 def _score(answer: str, gold: str) -> bool:
@@ -63,11 +142,54 @@ def test_score_takes_the_gold_answer_and_refuses_others(task: tasks.Task) -> Non
         assert not _score("I do not know.", problem.gold)
 
 
-def test_every_task_file_draws_or_reads() -> None:
-    """A task is procedural or reads a file."""
+def test_every_task_file_draws_reads_or_asks() -> None:
+    """A task is procedural, reads a file, or is a public set."""
     for name in plugins.names("tasks"):
         module = plugins.load("tasks", name)
-        assert hasattr(module, "draw") != hasattr(module, "read"), name
+        ways = [hasattr(module, way) for way in ("draw", "read", "ask")]
+        assert ways.count(True) == 1, name
+        assert hasattr(module, "SET") == hasattr(module, "ask"), name
+
+
+@pytest.fixture(params=tasks.public_names())
+def public(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_public_set_is_pinned_and_says_whom_it_follows(public: str) -> None:
+    """A commit of the Hub for each split; a harness with its version; an example below."""
+    published = plugins.load("tasks", public).SET
+    for split in filter(None, (published.evaluation, published.calibration)):
+        assert re.fullmatch("[0-9a-f]{40}", split.revision)
+        assert re.fullmatch(r"[\w-]+/[\w-]+", split.dataset)
+    assert re.match(r"(lm-evaluation-harness|lighteval) \d+\.\d+", tasks.follows(f"hub:{public}"))
+    assert public in PUBLIC, "a new set needs an example of its rows here"
+
+
+def test_a_public_set_asks_as_its_harness_does(public: str, tmp_path: Path) -> None:
+    """Word by word, and the gold answer scores while another does not."""
+    example = PUBLIC[public]
+    file = tmp_path / "published.jsonl"
+    file.write_text(json.dumps(example.row) + "\n", encoding="utf-8")
+    if missing := [name for name in example.needs if not is_installed(name)]:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+    (problem,) = tasks.load(f"{public}:{file}").pool
+    assert example.prompt == problem.question
+    assert scorers.score(problem.scorer, example.right, problem.gold).correct
+    assert not scorers.score(problem.scorer, example.wrong, problem.gold).correct
+
+
+def test_a_public_set_refuses_rows_without_a_column(public: str, tmp_path: Path) -> None:
+    """With the column, those that are there, and where the set is published."""
+    row = dict(PUBLIC[public].row)
+    published = plugins.load("tasks", public).SET
+    del row[published.columns[-1]]
+    file = tmp_path / "published.jsonl"
+    file.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"row 1 has no '{published.columns[-1]}'") as caught:
+        tasks.load(f"{public}:{file}")
+    assert f"huggingface.co/datasets/{published.evaluation.dataset}" in caught.value.remedy
 
 
 def test_problems_of_shares_evenly() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import UnknownPluginError, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.structure import plan_cut
 from racdeploy.recipe import Recipe
@@ -108,10 +108,3 @@ def test_a_file_in_place_of_a_task_gets_the_way_to_give_it(spec: str, remedy: st
         load(spec)
     assert remedy in caught.value.remedy
     assert "did you mean" not in caught.value.message
-
-
-def test_a_benchmark_is_not_shipped_but_found() -> None:
-    """GSM8K's own file is read as it is."""
-    with pytest.raises(UnknownPluginError, match=r"curl -LO https://\S+/test.jsonl") as caught:
-        load("gsm8k")
-    assert "--task jsonl:test.jsonl" in caught.value.message
