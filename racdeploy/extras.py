@@ -36,7 +36,6 @@ OPTIONAL = (
     Package("pyarrow", "pyarrow", "tasks", "questions in parquet files"),
     Package("lm_eval", "lm-eval", "ifeval", "scoring IFEval"),
     Package("langdetect", "langdetect", "ifeval", "scoring IFEval"),
-    Package("nltk", "nltk", "ifeval", "scoring IFEval"),
     Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )
 PACKAGES = {package.module: package for package in OPTIONAL}

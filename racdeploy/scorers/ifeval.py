@@ -21,7 +21,7 @@ def check(argument: str) -> None:
     if argument:
         raise UsageError("scorer 'ifeval' takes no argument", remedy="write ifeval")
 
-    for package in ("lm_eval", "langdetect", "nltk"):
+    for package in ("lm_eval", "langdetect"):
         require(package)
     import nltk
 

@@ -21,9 +21,12 @@ from racdeploy.pipeline.job import Job
 from racdeploy.problems.published import Published, Rows
 from racdeploy.problems.task import Task
 from racdeploy.recipe import Recipe
+from racdeploy.report import markdown
+from racdeploy.report.model import TaskRow
 from racdeploy.scorers import score
 from racdeploy.tasks import TaskSet, aime24, gpqa_diamond, gsm8k
 from tests.support.dataset_hub import serve_dataset
+from tests.support.sample_report import build_report
 
 NEEDS_DATASETS = pytest.mark.skipif(
     not is_installed("datasets"), reason='needs datasets: pip install "racdeploy[tasks]"'
@@ -303,7 +306,8 @@ def test_the_published_file_is_read_whole() -> None:
     """1319 questions, each with a whole number."""
     task = tasks.load(f"gsm8k:{PUBLISHED_TEST}")
     assert len(task.pool) + task.repeated == 1319
-    assert all(int(problem.gold.replace(",", "")) is not None for problem in task.pool)
+    golds = [problem.gold.replace(",", "").removeprefix("-") for problem in task.pool]
+    assert all(gold.isdecimal() for gold in golds)
 
 
 _READ = """
@@ -356,3 +360,13 @@ def test_a_gated_set_says_how_to_get_it(tmp_path: Path) -> None:
         nothing, told = _read_hub(tmp_path / "cache", HF_ENDPOINT=address)
     assert nothing == ""
     assert "gated" in told
+
+
+def test_a_report_names_the_harness_beside_the_task() -> None:
+    """With its version; nothing for a task of ours, or for one that this version has not."""
+    assert [tasks.follows(spec) for spec in ("gcd", "jsonl:a.jsonl", "gone:a.jsonl")] == [""] * 3
+
+    row = TaskRow(task="hub:aime24", prompts=30, dense_correct=9, pruned_correct=8)
+    row = row.model_copy(update={"follows": tasks.follows(row.task)})
+    report = build_report().model_copy(update={"tasks": (row,)})
+    assert "| hub:aime24, as lighteval 0.13.0 (aime24) | 30 |" in markdown.render(report)
