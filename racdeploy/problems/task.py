@@ -84,7 +84,7 @@ class Task:
             told.append(f"{self.spec}: {self.describe_pool()}, as a hash of each decides")
 
         if published:
-            told.append(f"{published.title} asks as {published.follows}")
+            told.append(f"{published.title} is asked and scored as in {published.follows}")
         if published and published.caution:
             told.append(f"{published.title}: {published.caution}")
         return told

@@ -240,7 +240,7 @@ def test_one_file_is_split_by_a_hash_and_two_are_whole(tmp_path: Path) -> None:
     halves = [len(alone.draw(split, 0, 500)) for split in ("calibration", "evaluation")]
     assert sum(halves) == 40
     assert alone.sources[0].endswith("for evaluation, as a hash of each decides")
-    assert alone.sources[1].startswith("GSM8K asks as lm-evaluation-harness 0.4.13")
+    assert alone.sources[1].startswith("GSM8K is asked and scored as in lm-eval")
 
     apart = TaskSet.load([test], [train])
     assert [len(apart.draw(split, 0, 500)) for split in ("calibration", "evaluation")] == [40, 40]
