@@ -135,8 +135,7 @@ def test_a_chat_in_a_terminal(endless: Path, tmp_path: Path) -> None:
         terminal.wait_for("> ")
         terminal.type(f"/save {saved}\r")
         terminal.wait_for("saved in")
-        terminal.wait_for("> ")
-        terminal.type(CTRL_C)
+        terminal.interrupt_at("> ")
         terminal.wait_for("Ctrl-C again leaves")
         terminal.type(CTRL_D)
         assert terminal.wait() == 0
@@ -150,9 +149,9 @@ def test_a_chat_in_a_terminal(endless: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_twice_leaves_a_chat(bundle: Path) -> None:
     with Terminal(command("chat", bundle)) as terminal:
-        for expected in ("> ", "> "):
-            terminal.wait_for(expected)
-            terminal.type(CTRL_C)
+        terminal.interrupt_at("> ")
+        terminal.wait_for("Ctrl-C again leaves")
+        terminal.interrupt_at("> ")
         assert terminal.wait() == 0
 
 

@@ -92,10 +92,11 @@ def test_a_request_joins_what_runs(model: Model, long: int) -> None:
 def test_a_cancelled_task_stops_its_sequence(model: Model, long: int) -> None:
     """Its tokens are not generated any more, and the model answers the next question."""
 
+    many = QUESTIONS * 10  # so many that they take seconds
+
     async def ask() -> racdeploy.Result:
         tasks = [
-            asyncio.create_task(model.agenerate(question, max_new_tokens=long))
-            for question in QUESTIONS
+            asyncio.create_task(model.agenerate(question, max_new_tokens=long)) for question in many
         ]
         await asyncio.sleep(0.05)
         for task in tasks:
@@ -106,7 +107,7 @@ def test_a_cancelled_task_stops_its_sequence(model: Model, long: int) -> None:
 
     before = model.engine.stats["generated_tokens"]
     assert asyncio.run(ask()).completion_tokens == 3
-    assert model.engine.stats["generated_tokens"] - before < 0.8 * long * len(QUESTIONS)
+    assert model.engine.stats["generated_tokens"] - before < 0.8 * long * len(many)
 
 
 def test_a_stream_gives_pieces_and_then_the_result(model: Model) -> None:
@@ -148,7 +149,7 @@ def test_a_stream_that_is_dropped_ends(model: Model, long: int) -> None:
         for _ in model.stream("Go on.", max_new_tokens=long):
             break
     model.generate(QUESTIONS[0], max_new_tokens=2)
-    assert model.engine.stats["generated_tokens"] - before < 4 * long
+    assert model.engine.stats["generated_tokens"] - before < 5 * long
 
 
 def test_an_asynchronous_stream_is_closed_or_cancelled(model: Model, long: int) -> None:

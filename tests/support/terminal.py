@@ -49,6 +49,15 @@ class Terminal:
         """Press keys."""
         os.write(self._fd, text.encode())
 
+    def interrupt_at(self, prompt: str) -> None:
+        """Press Ctrl-C at a prompt, as late as a person does.
+
+        A signal between the drawing of the prompt and the wait for a key is seen with the next key.
+        """
+        self.wait_for(prompt)
+        time.sleep(0.5)
+        self.type(CTRL_C)
+
     def wait_for(self, text: str) -> str:
         """Return what is shown up to a text, and forget it; fail if it does not come."""
         self._wait_until(lambda: text in self._plain(), repr(text))
@@ -62,8 +71,9 @@ class Terminal:
 
     def wait(self) -> int:
         """Wait for the end of the program; return its exit code."""
+        deadline = time.monotonic() + _PATIENCE_S
         while self._read():
-            pass
+            assert time.monotonic() < deadline, f"it does not end: …{self.shown[-500:]!r}"
         return self._process.wait(_PATIENCE_S)
 
     def _wait_until(self, has_come: Callable[[], bool], what: str) -> None:
