@@ -91,7 +91,6 @@ def test_a_request_joins_what_runs(model: Model, long: int) -> None:
 
 def test_a_cancelled_task_stops_its_sequence(model: Model, long: int) -> None:
     """Its tokens are not generated any more, and the model answers the next question."""
-
     many = QUESTIONS * 10  # so many that they take seconds
 
     async def ask() -> racdeploy.Result:
