@@ -135,9 +135,9 @@ def test_a_chat_in_a_terminal(endless: Path, tmp_path: Path) -> None:
         terminal.wait_for("> ")
         terminal.type(f"/save {saved}\r")
         terminal.wait_for("saved in")
-        terminal.interrupt_at("> ")
+        terminal.press_at("> ", CTRL_C)
         terminal.wait_for("Ctrl-C again leaves")
-        terminal.type(CTRL_D)
+        terminal.press_at("> ", CTRL_D)
         assert terminal.wait() == 0
 
     first, second = json.loads(saved.read_text())["turns"]
@@ -149,9 +149,9 @@ def test_a_chat_in_a_terminal(endless: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_twice_leaves_a_chat(bundle: Path) -> None:
     with Terminal(command("chat", bundle)) as terminal:
-        terminal.interrupt_at("> ")
+        terminal.press_at("> ", CTRL_C)
         terminal.wait_for("Ctrl-C again leaves")
-        terminal.interrupt_at("> ")
+        terminal.press_at("> ", CTRL_C)
         assert terminal.wait() == 0
 
 

@@ -133,7 +133,7 @@ MISTAKES = {
     ),
     "a benchmark as the task": Mistake(
         "build --dry-run --task gsm8k",
-        ("ships no benchmark", "curl -LO", "jsonl:test.jsonl"),
+        ("needs its questions", "hub:gsm8k", "gsm8k:PATH reads what you have"),
     ),
     "wrong keys": Mistake(
         "build --dry-run --task jsonl:keys.jsonl",

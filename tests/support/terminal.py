@@ -49,14 +49,14 @@ class Terminal:
         """Press keys."""
         os.write(self._fd, text.encode())
 
-    def interrupt_at(self, prompt: str) -> None:
-        """Press Ctrl-C at a prompt, as late as a person does.
+    def press_at(self, prompt: str, key: str) -> None:
+        """Press Ctrl-C or Ctrl-D at a prompt, as late as a person does.
 
-        A signal between the drawing of the prompt and the wait for a key is seen with the next key.
+        Before the program waits for keys, one is seen with the next key and the other is lost.
         """
         self.wait_for(prompt)
         time.sleep(0.5)
-        self.type(CTRL_C)
+        self.type(key)
 
     def wait_for(self, text: str) -> str:
         """Return what is shown up to a text, and forget it; fail if it does not come."""
