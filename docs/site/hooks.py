@@ -102,7 +102,8 @@ def write_recipe() -> str:
     text = (ROOT / "racdeploy" / "recipe.toml").read_text(encoding="utf-8")
     return (
         "# Recipe\n\n"
-        "What a build shall do, in a file: `racdeploy init` writes this one, `racdeploy build --recipe recipe.toml`\n"
+        "What a build shall do, in a file: `racdeploy init` writes this one, "
+        "`racdeploy build --recipe recipe.toml`\n"
         "carries it out. `--set PART.KEY=VALUE` sets any key on the command line.\n\n"
         f"```toml\n{text}```\n"
     )
@@ -115,7 +116,8 @@ def write_commands() -> str:
     from racdeploy.cli.app import app
 
     lines = ["# Command line", "", "Exit codes: 0 passed or done · 1 a check of the gate failed ·"]
-    lines += ["2 wrong usage, recipe or bundle · 3 inconclusive · 4 an engine or the machine failed ·"]
+    lines += ["2 wrong usage, recipe or bundle · 3 inconclusive ·"]
+    lines += ["4 an engine or the machine failed ·"]
     lines += ["130 interrupted. `--json` prints one object, also for errors.", ""]
 
     root = typer.main.get_command(app)
@@ -136,7 +138,8 @@ def _describe(name: str, command: Any) -> list[str]:
     """Return a command's section: usage, what it does, its arguments and options, an example."""
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     words = [_argument_name(each) for each in arguments]
-    lines = [f"## {name.removeprefix('racdeploy ')}", "", f"`{' '.join([name, *words])} [OPTIONS]`", ""]
+    lines = [f"## {name.removeprefix('racdeploy ')}", ""]
+    lines += [f"`{' '.join([name, *words])} [OPTIONS]`", ""]
     lines += [(command.help or "").strip(), "", "| | | default |", "| --- | --- | --- |"]
 
     for each in command.params:

@@ -77,6 +77,7 @@ def test_a_signal_lets_what_runs_finish(bundle: Path, name: str, code: int) -> N
             ask(server)
 
 
+@pytest.mark.slow  # seconds decide, which a busy machine does not keep
 @has_proc
 def test_what_takes_too_long_is_told_that_the_server_stops(server: OwnServer) -> None:
     """After the grace time; the exit code says that it stopped in good order."""
