@@ -180,6 +180,11 @@ class Manifest(_Entry):
         self.check_tokenizer(bundle)
 
 
+def check_main_artifact(bundle: Path) -> None:
+    """Raise ArtifactError where the first artifact changed: a plain file runs with other bytes."""
+    Manifest.read(bundle).artifacts[0].check(bundle)
+
+
 def _refuse_place(place: Path) -> ArtifactError:
     """Return the error for a place that is no bundle, which says what it is."""
     remedy = "give the folder that racdeploy build wrote: its last line names it"

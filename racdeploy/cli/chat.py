@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli.console import err, out, reported
-from racdeploy.cli.options import AccelOpt, ThreadsOpt
+from racdeploy.cli.options import (
+    AccelOpt,
+    BudgetOpt,
+    SeedOpt,
+    ShowThinkingOpt,
+    TemperatureOpt,
+    ThreadsOpt,
+)
 from racdeploy.cli.stream import (
     AnswerStream,
     check_question,
@@ -42,27 +49,20 @@ _HELP = {
 def chat(
     bundle: Path = typer.Argument(help="Bundle folder."),
     system: str = typer.Option("", help="Message that the conversation begins with."),
-    max_thinking_tokens: int | None = typer.Option(
-        None, min=0, help="Close the thinking after so many; as /think."
-    ),
-    temperature: float | None = typer.Option(
-        None, min=0, help="0 is greedy; default: the bundle's."
-    ),
-    seed: int = typer.Option(0, min=0, help="Same seed, same answers."),
-    show_thinking: bool = typer.Option(
-        False, "--show-thinking", metavar="", help="Print the thinking too, on stderr."
-    ),
+    max_thinking_tokens: BudgetOpt = None,
+    temperature: TemperatureOpt = None,
+    seed: SeedOpt = 0,
+    show_thinking: ShowThinkingOpt = False,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
 ) -> None:
     """Talk with a bundle. Piped: one question a line, and the answers alone on stdout."""
     show_line(f"loading {bundle} …")
 
-    from racdeploy.manifest import Manifest
+    from racdeploy.manifest import check_main_artifact
     from racdeploy.runtime import Conversation, load
 
-    # A plain file runs with changed bytes, too.
-    Manifest.read(bundle).artifacts[0].check(bundle)
+    check_main_artifact(bundle)
 
     with load(bundle, threads=threads, accel=accel) as model:
         clear_line()

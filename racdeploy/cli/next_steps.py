@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,17 @@ if TYPE_CHECKING:
 
 WORTH_KERNELS = 0.3
 """Share of zeros from which on kernels for sparse weights are worth a word."""
-_LONGEST = 60  # characters of a question that is copied into a command
 
 
 def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence[str]) -> list[str]:
     """Return what can be done with the bundle now; ``arguments`` built it."""
+    from racdeploy.report.facts import find_question
+    from racdeploy.report.files import read_records
+
     beside = ["--work", str(work)] if work else []
 
     commands = [
-        ["racdeploy", "run", str(folder), _find_question(folder)],
+        ["racdeploy", "run", str(folder), find_question(read_records(folder))],
         ["racdeploy", "chat", str(folder)],
         ["racdeploy", "verify", str(folder)],
         ["racdeploy", "bench", str(folder), *beside],
@@ -34,19 +35,6 @@ def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence
     if shrinks(job):
         commands.append(["racdeploy", *arguments, "--packing", "bitmask"])
     return [shlex.join(command) for command in commands]
-
-
-def _find_question(folder: Path) -> str:
-    """Return a short question that the bundle's model has answered right, if there is one."""
-    for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        question = str(record["question"])
-
-        is_right = record["arm"] == "pruned" and record["correct"]
-        if is_right and len(question) <= _LONGEST and "\n" not in question:
-            return question
-
-    return "What is 12 times 34?"
 
 
 def advise(report: Report, job: Job) -> str:

@@ -34,6 +34,15 @@ GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see d
 TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
 ThreadsOpt = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")]
+BudgetOpt = Annotated[int | None, typer.Option(min=0, help="Close the thinking after so many.")]
+TemperatureOpt = Annotated[
+    float | None, typer.Option(min=0, help="0 is greedy; default: the bundle's.")
+]
+SeedOpt = Annotated[int, typer.Option(min=0, help="Same seed, same answer.")]
+ShowThinkingOpt = Annotated[
+    bool,
+    typer.Option("--show-thinking", metavar="", help="Print the thinking too, on stderr."),
+]
 AccelOpt = Annotated[
     Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
 ]

@@ -10,7 +10,17 @@ import typer
 
 from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported
 from racdeploy.cli.next_steps import WORTH_KERNELS
-from racdeploy.cli.options import AccelOpt, JsonOpt, Kernels, ThreadsOpt, WorkOpt
+from racdeploy.cli.options import (
+    AccelOpt,
+    BudgetOpt,
+    JsonOpt,
+    Kernels,
+    SeedOpt,
+    ShowThinkingOpt,
+    TemperatureOpt,
+    ThreadsOpt,
+    WorkOpt,
+)
 from racdeploy.cli.stream import (
     AnswerStream,
     check_question,
@@ -26,16 +36,10 @@ from racdeploy.errors import UsageError
 def run(
     bundle: Path = typer.Argument(help="Bundle folder."),
     prompt: str = typer.Argument("-", help="What to ask; - reads it from stdin."),
-    max_thinking_tokens: int | None = typer.Option(
-        None, min=0, help="Close the thinking after so many."
-    ),
-    temperature: float | None = typer.Option(
-        None, min=0, help="0 is greedy; default: the bundle's."
-    ),
-    seed: int = typer.Option(0, min=0, help="Same seed, same answer."),
-    show_thinking: bool = typer.Option(
-        False, "--show-thinking", metavar="", help="Print the thinking too, on stderr."
-    ),
+    max_thinking_tokens: BudgetOpt = None,
+    temperature: TemperatureOpt = None,
+    seed: SeedOpt = 0,
+    show_thinking: ShowThinkingOpt = False,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
@@ -44,11 +48,10 @@ def run(
     question = check_question(_read_question() if prompt == "-" else prompt)
     show_line(f"loading {bundle} …")
 
-    from racdeploy.manifest import Manifest
+    from racdeploy.manifest import check_main_artifact
     from racdeploy.runtime import load
 
-    # A plain file runs with changed bytes, too.
-    Manifest.read(bundle).artifacts[0].check(bundle)
+    check_main_artifact(bundle)
     stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
     with load(bundle, threads=threads, accel=accel) as model:

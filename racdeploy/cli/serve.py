@@ -35,15 +35,14 @@ def serve(
     threads: ThreadsOpt = 0,
 ) -> None:
     """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/serve.md."""
-    from racdeploy.manifest import Manifest
+    from racdeploy.manifest import check_main_artifact
     from racdeploy.plugins import require
 
     require("starlette")
     require("uvicorn")
     from racdeploy.serve.server import serve as run
 
-    # A plain file runs with changed bytes, too.
-    Manifest.read(bundle).artifacts[0].check(bundle)
+    check_main_artifact(bundle)
 
     was_interrupted = run(
         bundle,

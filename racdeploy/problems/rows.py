@@ -11,6 +11,7 @@ from typing import Any
 
 from racdeploy.errors import UsageError
 from racdeploy.plugins import require
+from racdeploy.storage.files import split_lines
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -67,8 +68,7 @@ def _read_json(path: Path) -> list[Row]:
         if text.lstrip().startswith("["):
             found = json.loads(text)
         else:
-            # JSON keeps a few ends of lines inside of its strings, which splitlines would cut.
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+            found = [json.loads(line) for line in split_lines(text) if line.strip()]
     except (json.JSONDecodeError, RecursionError) as error:
         remedy = "give an object a line, or one list of objects"
         raise UsageError(f"{path} is not JSON: {error}", remedy=remedy) from error

@@ -51,10 +51,15 @@ def write_command(bundle: str, records: Sequence[Record]) -> str:
     if not bundle:
         return ""
 
-    questions = [record.question for record in records[:20]]
-    fitting = [each for each in questions if _is_short(each)]
-    question = fitting[0] if fitting else _QUESTION
-    return shlex.join(["racdeploy", "run", plain(bundle), question])
+    return shlex.join(["racdeploy", "run", plain(bundle), find_question(records)])
+
+
+def find_question(records: Sequence[Record]) -> str:
+    """Return a short question that the pruned model has answered right, if there is one."""
+    for record in records:
+        if record.arm == "pruned" and record.correct and _is_short(record.question):
+            return record.question
+    return _QUESTION
 
 
 def _is_short(question: str) -> bool:

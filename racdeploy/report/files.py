@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.report import html, junit, markdown
 from racdeploy.report.model import Record, Report
-from racdeploy.storage.files import disk_errors, read_json, write_atomic
+from racdeploy.storage.files import disk_errors, read_json, split_lines, write_atomic
 
 PAGE = "report.html"
 
@@ -54,9 +54,7 @@ def read_records(folder: Path) -> list[Record]:
     """Read the records of a folder; ArtifactError where they are missing or damaged."""
     try:
         text = (folder / "records.jsonl").read_text(encoding="utf-8")
-        # Models write characters that str.splitlines takes for line ends.
-        lines = text.removesuffix("\n").split("\n") if text else []
-        return [Record.model_validate_json(line) for line in lines]
+        return [Record.model_validate_json(line) for line in split_lines(text)]
     except (ValidationError, OSError, UnicodeDecodeError) as error:
         raise _refuse_damage(folder, error) from error
 

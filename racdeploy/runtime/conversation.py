@@ -11,12 +11,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import ArtifactError
-from racdeploy.runtime.model import Model, Result
+from racdeploy.runtime.model import Model, Options, Result
 from racdeploy.runtime.text import OnText
 from racdeploy.storage.files import read_json, write_atomic
 
@@ -67,27 +67,14 @@ class Conversation:
         self,
         text: str,
         *,
-        max_thinking_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """Ask the next question; arguments and errors are those of :meth:`Model.generate`."""
-        dropped = self._count_dropped(text, max_new_tokens)
-
-        result = self.model.generate(
-            [*self._messages(dropped), _say("user", text)],
-            max_thinking_tokens=max_thinking_tokens,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            on_text=on_text,
-            cancel=cancel,
-        )
+        dropped = self._count_dropped(text, options.get("max_new_tokens"))
+        messages = [*self._messages(dropped), _say("user", text)]
+        result = self.model.generate(messages, on_text=on_text, cancel=cancel, **options)
 
         self.dropped = dropped
         self.turns.append(Turn(text, result))

@@ -25,6 +25,11 @@ def canonical_hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def split_lines(text: str) -> list[str]:
+    """Return the lines of JSON Lines; str.splitlines would cut strings, at U+2028 for one."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full, read-only or otherwise unwilling disk into an error with a remedy."""

@@ -12,12 +12,13 @@ from racdeploy import scorers
 from racdeploy.errors import UsageError
 from racdeploy.problems.extract import extract_hash_mark
 from racdeploy.problems.rows import read_text
+from racdeploy.storage.files import split_lines
 from racdeploy.tasks import Problem
 
 
 def read(path: Path) -> list[Problem]:
     """Read every problem of a file, one a line; bad lines are refused."""
-    lines = read_text(path).splitlines()
+    lines = split_lines(read_text(path))
 
     problems = []
     for number, line in enumerate(lines, 1):

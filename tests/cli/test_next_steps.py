@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from racdeploy.cli.next_steps import advise, list_commands, shrinks
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Report
+from tests.support.records import record
 from tests.support.sample_report import build_report
 
 
@@ -32,8 +32,10 @@ def _job(**values: Any) -> Job:
 def _bundle(folder: Path, *answered: tuple[str, str, bool]) -> Path:
     """Write the records of arms that answered questions, right or wrong."""
     folder.mkdir()
-    keys = ("arm", "question", "correct")
-    lines = [json.dumps(dict(zip(keys, each, strict=True))) + "\n" for each in answered]
+    lines = []
+    for prompt, (arm, question, correct) in enumerate(answered):
+        made = record(prompt, arm=arm, question=question, correct=correct)
+        lines.append(made.model_dump_json() + "\n")
     (folder / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 

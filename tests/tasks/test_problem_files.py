@@ -47,6 +47,13 @@ def test_whole_numbers_and_fractions_are_answers(tmp_path: Path) -> None:
     assert [problem.gold for problem in task.pool] == ["42", "0.25"]
 
 
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """U+2028 and U+0085 in a question end none."""
+    question = "What is\u2028one and\u0085one?"
+    task = load(_write(tmp_path / "lines.jsonl", [{"question": question, "answer": "2"}]))
+    assert [problem.question for problem in task.pool] == [question]
+
+
 def test_repeated_questions_are_reported(tmp_path: Path) -> None:
     """Each counts once; the plan and the notes of a report say how many there were."""
     spec = _write(tmp_path / "twice.jsonl", [*_rows(40), *_rows(30)])

@@ -21,11 +21,11 @@ from racdeploy.bundles.hub.layout import BUNDLES, list_bundles
 from racdeploy.errors import (
     ArtifactError,
     EnvironmentFailure,
-    MissingExtraError,
     RacdeployError,
     UsageError,
 )
 from racdeploy.manifest import MANIFEST_NAME, Manifest
+from racdeploy.plugins import require
 from racdeploy.storage.files import read_json
 
 _MOST_FILES = 10_000
@@ -218,11 +218,10 @@ class Remote:
 
 
 def _import_hub() -> ModuleType:
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("huggingface_hub", "hub") from error
+    require("huggingface_hub")
+    import huggingface_hub
+    import huggingface_hub.errors
+
     return huggingface_hub
 
 
