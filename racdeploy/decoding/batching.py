@@ -104,7 +104,7 @@ class Batcher:
 
     def start(self, job: Job) -> None:
         """Begin a job, behind those that wait already."""
-        forced_first = [(s.index, list(s.ids)) for s in job.sequences if s.ids]
+        forced_first = [(s.index, s.forced_first) for s in job.sequences if s.forced_first]
         if forced_first:
             job.tell(forced_first)
 

@@ -78,10 +78,16 @@ class Sampling:
     seed: int = 0  # each sequence has a generator of ``(seed, stream)``, whatever the batching
     budget: ThinkingBudget | None = None
     streams: tuple[int, ...] = ()  # of each sequence of a call; empty takes its index
+    # What an earlier run had generated of each completion; the rest is as if it had gone on.
+    begun: tuple[tuple[int, ...], ...] = ()
 
     def stream(self, index: int) -> int:
         """Return the random stream of a sequence."""
         return self.streams[index] if self.streams else index
+
+    def begun_by(self, index: int) -> tuple[int, ...]:
+        """Return the ids that the completion of a sequence begins with."""
+        return tuple(self.begun[index]) if self.begun else ()
 
 
 @dataclass(frozen=True)

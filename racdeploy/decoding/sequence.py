@@ -24,7 +24,8 @@ class Sequence:
 
     The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of
     the last fed token, and stops when ``finish_reason`` is set. The completion is capped where it
-    and the prompt reach ``context_tokens``; ``index`` is the prompt's place in the call.
+    and the prompt reach ``context_tokens``; ``index`` is the prompt's place in the call. Ids that
+    the sampling says were begun with are taken as they are, and draw what they drew.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Sequence:
         self._thinking_from = 0 if self._budget and self._budget.starts_open else None
 
         self._force_close()  # a budget of nothing closes at once
+        self._begin(sampling.begun_by(index))
         self.unfed.extend(self.ids)
 
     def step(self, logits_V: NDArray[np.float32]) -> list[int]:
@@ -56,19 +58,16 @@ class Sequence:
         length = len(self.ids)
         steered_V = self._steer(logits_V)
         token = choose(steered_V, self._sampling.temperature, self._sampling.top_p, self._random)
-        self.ids.append(token)
-
-        if token in self._sampling.stop_ids:
-            self.finish_reason = "stop"
-        else:
-            self._track_thinking()
-            self._force_close()
-            if len(self.ids) >= self._cap:
-                self.finish_reason = "length"
+        self._take(token)
 
         new_ids = self.ids[length:]
         self.unfed.extend(new_ids)
         return new_ids
+
+    @property
+    def forced_first(self) -> list[int]:
+        """Ids that were forced before any step, and that no earlier run had."""
+        return self.ids[len(self._sampling.begun_by(self.index)) :]
 
     def cancel(self) -> None:
         """End the sequence here, unless it has ended already."""
@@ -78,6 +77,32 @@ class Sequence:
         """Return what was generated so far."""
         assert self.finish_reason is not None, "the sequence has not finished"
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
+
+    def _begin(self, begun: SequenceOf[int]) -> None:
+        """Go through what was generated before as if it were now, draws and tags included."""
+        while len(self.ids) < len(begun) and self.finish_reason is None:
+            if self._sampling.temperature:
+                self._random.random()
+            self._take(begun[len(self.ids)])
+
+        if self.ids[: len(begun)] != list(begun):
+            raise EngineError(
+                f"what prompt {self.index} had generated is not what these settings generate",
+                remedy="begin it anew: remove what the earlier run left",
+            )
+
+    def _take(self, token: int) -> None:
+        """Append a token, and what it forces; notice the end."""
+        self.ids.append(token)
+
+        if token in self._sampling.stop_ids:
+            self.finish_reason = "stop"
+            return
+
+        self._track_thinking()
+        self._force_close()
+        if len(self.ids) >= self._cap:
+            self.finish_reason = "length"
 
     def _steer(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits, while the model thinks with what its budget adds and subtracts."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
 from racdeploy.decoding.engine import Completion, Engine, EngineSettings
+from racdeploy.decoding.token_log import TokenLog
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
@@ -22,6 +23,8 @@ from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, trace_counts
 from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
+
+_GROWING = "growing-"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class TraceStage:
                 answering, self.encoder, self.tags, eos_ids, problems, settings, out, counter
             )
 
+        _forget_growing(stage.folder)
         counts = trace_counts(traces, checkpoint, self.encoder, settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
@@ -99,7 +103,7 @@ class TraceStage:
 
         if all(processes.all(has_it)):
             with _open(folder, given["settings"]) as engine:
-                processes.serve(partial(_answer, engine, None))
+                processes.serve(partial(_answer, engine))
 
     @contextmanager
     def _answering(
@@ -133,7 +137,7 @@ class TraceStage:
         given = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
 
         with _open(model, settings) as engine:
-            answer = partial(_answer, engine, counter)
+            answer = partial(_answer_durably, engine, folder, counter)
 
             # A process that cannot read a sparse model, which the first wrote, leaves all to it.
             with processes.job("traces", self.describe_code(), given):
@@ -171,6 +175,30 @@ def _open(folder: Path, settings: EngineSettings) -> Engine:
     return engine
 
 
-def _answer(engine: Engine, counter: Counter | None, asked: Asked) -> list[Completion]:
+def _answer(engine: Engine, asked: Asked) -> list[Completion]:
+    return engine.generate(*asked)
+
+
+def _answer_durably(
+    engine: Engine, folder: Path, counter: Counter, asked: Asked
+) -> list[Completion]:
+    """Answer a shard; every token is on disk within a second, and a run that was killed goes on."""
     prompts, sampling = asked
-    return engine.generate(prompts, sampling, counter.on_tokens if counter else None)
+    file = folder / f"{_GROWING}{sampling.seed}.jsonl"  # each shard has a seed of its own
+    _forget_growing(folder, file)
+
+    with TokenLog(file, len(prompts)) as log:
+        counter.resume(log.begun)
+
+        def on_tokens(index: int, ids: Sequence[int]) -> None:
+            log.append(index, ids)
+            counter.on_tokens(index, ids)
+
+        return engine.generate(prompts, replace(sampling, begun=log.begun), on_tokens)
+
+
+def _forget_growing(folder: Path, kept: Path | None = None) -> None:
+    """Remove the tokens of shards that are finished."""
+    for file in folder.glob(f"{_GROWING}*"):
+        if file != kept:
+            file.unlink()

@@ -1,6 +1,6 @@
 """Collect on-policy traces: the model answers calibration prompts, and every token id is kept.
 
-A batch is one shard with its own random stream: once resumed, a collection ends with equal bytes.
+A batch is one shard with its own random stream, so a resumed collection ends with the same traces.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ class Counter:
     _kept: int = 0  # answers whose shard is on disk
     _ended: int = 0  # answers beside them
 
+    def resume(self, begun: Sequence[Sequence[int]]) -> None:
+        """Take what an earlier run had of the answers that follow."""
+        self._ended += sum(bool(ids) and ids[-1] in self.stop_ids for ids in begun)
+        self._report()
+
     def on_tokens(self, index: int, ids: Sequence[int]) -> None:
         """Take new ids of a growing answer."""
         self.tokens += len(ids)

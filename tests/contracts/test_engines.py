@@ -15,6 +15,7 @@ from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampli
 from racdeploy.engines import open_engine
 from racdeploy.errors import EngineError, UsageError
 from tests.support.tiny_artifacts import (
+    ANEW,
     ARTIFACTS,
     CLOSE_ID,
     CONTEXT_TOKENS,
@@ -127,6 +128,24 @@ def test_a_sampled_sequence_does_not_depend_on_batching(single: Engine, engine: 
 def test_the_same_prompt_twice_draws_two_streams(engine: Engine) -> None:
     first, second = engine.generate([PROMPTS[0]] * 2, replace(GREEDY, temperature=1.5))
     assert first.ids != second.ids
+
+
+def test_a_completion_goes_on_from_what_an_earlier_run_had(name: str, engine: Engine) -> None:
+    """Nothing of it, a part, and all; only what is new is told. The draws are those of one run."""
+    sampling = replace(GREEDY, temperature=1.0, seed=7)
+    if name in ANEW:
+        with pytest.raises(UsageError, match="begins each completion anew"):
+            engine.generate(PROMPTS, replace(sampling, begun=((4,),) * len(PROMPTS)))
+        return
+
+    whole = engine.generate(PROMPTS, sampling)
+    parts = [completion.ids[: 5 * place] for place, completion in enumerate(whole)]
+    parts[-1] = whole[-1].ids
+
+    told: dict[int, list[int]] = {index: list(ids) for index, ids in enumerate(parts)}
+    sampling = replace(sampling, begun=tuple(parts))
+    assert engine.generate(PROMPTS, sampling, lambda i, ids: told[i].extend(ids)) == whole
+    assert [tuple(told[index]) for index in range(len(whole))] == [each.ids for each in whole]
 
 
 def test_a_stop_id_ends_a_completion_and_is_kept(engine: Engine, greedy: list[Completion]) -> None:

@@ -54,7 +54,7 @@ ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
     "transformers": lambda folder: nullcontext(make_checkpoint(folder / "checkpoint", "qwen3")),
 }
 # What an HTTP API does not offer; the contract holds these engines to saying so.
-WITHOUT_LOGITS = WITHOUT_BUDGET = frozenset({"openai"})
+WITHOUT_LOGITS = WITHOUT_BUDGET = ANEW = frozenset({"openai"})
 
 
 def make_bundle(folder: Path) -> Path:

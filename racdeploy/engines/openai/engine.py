@@ -160,6 +160,10 @@ class OpenAIEngine(Engine):
                 "a server cannot end the thinking after a number of tokens",
                 remedy="collect without a thinking budget, or with the transformers engine",
             )
+        if any(sampling.begun):
+            raise UsageError(
+                "a server begins each completion anew", remedy="ask without what was begun"
+            )
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Refuse: a server keeps its logits to itself."""

@@ -24,6 +24,9 @@ from racdeploy.engines.transformers.torch_model import load_model, round_as_ggml
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.heap import keep_heap
 
+_FED_TOKENS = 16_384
+"""Of all sequences together at once: what a block makes of more would fill the memory."""
+
 
 class TransformersEngine(Engine):
     """A checkpoint in float32; ``cache_dtype`` and ``flash_attention`` do not apply."""
@@ -53,8 +56,8 @@ class TransformersEngine(Engine):
         sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
 
         for sequence in sequences:
-            if on_tokens and sequence.ids:  # a budget of nothing has forced them
-                on_tokens(sequence.index, sequence.ids)
+            if on_tokens and sequence.forced_first:
+                on_tokens(sequence.index, sequence.forced_first)
 
         parallel = self._settings.parallel
         for start in range(0, len(sequences), parallel):
@@ -98,16 +101,9 @@ class TransformersEngine(Engine):
             ids_BT, mask_BT = _left_pad([sequence.unfed for sequence in sequences])
             mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
             position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
-            output = self._model(
-                input_ids=ids_BT,
-                attention_mask=mask_BX,
-                position_ids=position_BX[:, -ids_BT.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            logits_BV = self._feed(ids_BT, mask_BX, position_BX, cache)
 
-            for sequence, logits_V in zip(sequences, output.logits[:, -1].numpy(), strict=True):
+            for sequence, logits_V in zip(sequences, logits_BV, strict=True):
                 sequence.unfed = []
                 new_ids = sequence.step(logits_V)
                 if on_tokens:
@@ -119,6 +115,32 @@ class TransformersEngine(Engine):
                 cache.batch_select_indices(rows)
                 mask_BX = mask_BX[rows]
                 sequences = [sequences[row] for row in running]
+
+    def _feed(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BX: torch.Tensor,
+        position_BX: torch.Tensor,
+        cache: DynamicCache,
+    ) -> NDArray[np.float32]:
+        """Feed T new tokens of each sequence, piece by piece, and return logits_BV of the last."""
+        rows, width = ids_BT.shape
+        piece = max(1, _FED_TOKENS // rows)
+        end = mask_BX.shape[1] - width
+
+        for ids_BP in torch.split(ids_BT, piece, dim=1):
+            start, end = end, end + ids_BP.shape[1]
+            output = self._model(
+                input_ids=ids_BP,
+                attention_mask=mask_BX[:, :end],
+                position_ids=position_BX[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+        logits_BV: NDArray[np.float32] = output.logits[:, -1].numpy()
+        return logits_BV
 
 
 def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
