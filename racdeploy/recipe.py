@@ -138,7 +138,7 @@ class Pruning(_Part):
             return value
         match = _PATTERN.match(value)
         if not match or not 0 < int(match[1]) < int(match[2]):
-            raise ValueError(f"{value!r} is neither 'unstructured' nor N:M with 0 < N < M")
+            raise ValueError("neither 'unstructured' nor N:M with 0 < N < M, as 2:4")
         return value
 
     @field_validator("dense")
@@ -409,7 +409,8 @@ class Recipe(_Part):
 
         proposed = merge(target.defaults, _propose_pruning(target, asked))
         merged = merge(proposed, asked)
-        recipe = validate(cls, merged, str(file) if file else "the command line")
+        where = str(file) if file else "the command line"
+        recipe = validate(cls, merged, where, "racdeploy init")
 
         for each in (recipe, *map(recipe.at, recipe.also)):
             each._check_plugins()

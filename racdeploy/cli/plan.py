@@ -115,6 +115,8 @@ def _describe_cut(plan: Plan) -> list[str]:
         dense = plan["linears_kept_dense"]
         beside = f", {dense} stay dense" if dense else ""
         lines.append(f"chooses zeros in {plan['linears_pruned']} linears{beside}")
+    if "zeros_lost" in plan:
+        lines.append(f"loses zeros: {plan['zeros_lost']}")
     if "note" in plan:
         lines.append(plan["note"])
 
@@ -161,7 +163,7 @@ def _describe_verification(plan: Plan) -> list[str]:
     drop = points(plan["smallest_detectable_drop"])
     lines.append(f"can show a loss of accuracy above {drop} points")
     if plan["smallest_detectable_ratio"]:
-        longer = plan["smallest_detectable_ratio"] - 1
+        longer = max(0.01, plan["smallest_detectable_ratio"] - 1)
         lines.append(f"can show thinking that is more than {longer:.0%} longer")
 
     runs = round(100 * plan["accuracy_power"])

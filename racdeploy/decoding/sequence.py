@@ -225,7 +225,8 @@ def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> N
     if len(ids) > limit:
         raise ContextError(
             f"{what} has {len(ids)} tokens, the context takes at most {limit}",
-            remedy="raise context_tokens, or shorten the text; racdeploy never clips one",
+            remedy="shorten the text, or raise context_tokens as far as the model is made for, as "
+            "in racdeploy.load(BUNDLE, context_tokens=8192); racdeploy never clips a text",
         )
 
     if min(ids) < 0 or max(ids) >= vocabulary:

@@ -79,11 +79,14 @@ class Job:
         backends = [job.backend for job in (self, *jobs)]
 
         if len(set(backends)) < len(backends):
-            targets = ", ".join((self.recipe.target, *self.recipe.also))
+            twice = next(name for name in backends if backends.count(name) > 1)
+            names = (self.recipe.target, *self.recipe.also)
+            same = [name for name, backend in zip(names, backends, strict=True) if backend == twice]
             raise UsageError(
-                f"targets {targets} run on {', '.join(backends)}: "
+                f"targets {' and '.join(same)} both run on {twice}: "
                 "a bundle holds one artifact for each engine",
-                remedy="leave one of them out; build a second bundle for another number format",
+                remedy=f"leave --also {same[-1]} out; another number format is another bundle: "
+                "--quant NAME --out FOLDER",
             )
 
         return jobs

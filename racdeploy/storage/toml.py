@@ -59,14 +59,18 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def validate(model: type[M], values: Mapping[str, Any], where: str) -> M:
-    """Validate values, which are from ``where``, into a model, or say what is wrong with each."""
+def validate(model: type[M], values: Mapping[str, Any], where: str, made_by: str = "") -> M:
+    """Validate values, which are from ``where``, into a model, or say what is wrong with each.
+
+    ``made_by`` is the command that writes all of them with a comment, if there is one.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_explain(model, dict(detail)) for detail in error.errors()]
+        explained = f"; {made_by} writes every key with what it takes" if made_by else ""
         raise UsageError(
-            f"{where}: {'; '.join(problems)}", remedy="correct the value and run again"
+            f"{where}: {'; '.join(problems)}", remedy=f"correct the value and run again{explained}"
         ) from None
 
 

@@ -185,8 +185,9 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
         return gate
 
     written = read_toml(file, "racdeploy init --gate")
-    validate(model, written, str(file))
-    gate = validate(model, merge(below, written), str(file))
+    made_by = "racdeploy init --gate"
+    validate(model, written, str(file), made_by)
+    gate = validate(model, merge(below, written), str(file), made_by)
     tables = frozenset(written) & frozenset(plugins.names("checks"))
     gate._demanded = tables | frozenset(written.get("checks", ()))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Mistake:
     words: tuple[str, ...]
     prepare: Prepare = lambda folder: None
     code: int = 2
+    next_step: str = "→ "
 
 
 def _write(name: str, text: str | bytes) -> Prepare:
@@ -60,6 +62,14 @@ def _make_silent_model(folder: Path) -> None:
     edit_json(config, chat_template=template)
 
 
+def _below_0(command: str) -> Mistake:
+    """What typer says of a number out of its range; the words of the range change with it."""
+    verb, *_, option, _ = command.split()
+    return Mistake(
+        command, (f"Invalid value for '{option}'", "0"), next_step=f"racdeploy {verb} -h"
+    )
+
+
 PROBLEM = '{"question": "2 + 2?", "answer": 4}\n'
 THREE = "".join(PROBLEM.replace("2 +", f"{number} +") for number in range(3))
 
@@ -68,15 +78,47 @@ MISTAKES = {
         "build --quant q4_k_m --sparsity 0.5 --dry-run",
         ("q4_k_m does not keep zeros", "q8_0", "--allow-losing-zeros", "--keep ffn=0.75"),
     ),
-    "threads below 0": Mistake("build --dry-run --threads -2", ("--threads", "0")),
-    "threads below 0 for run": Mistake("run bundle hello --threads -1", ("--threads", "0")),
-    "threads below 0 for verify": Mistake("verify bundle --threads -1", ("--threads", "0")),
-    "a budget below 0": Mistake(
-        "run bundle hello --max-thinking-tokens -3", ("--max-thinking-tokens", "0")
+    "threads below 0": _below_0("build --dry-run --threads -2"),
+    "threads below 0 for run": _below_0("run bundle hello --threads -1"),
+    "threads below 0 for verify": _below_0("verify bundle --threads -1"),
+    "a budget below 0": _below_0("run bundle hello --max-thinking-tokens -3"),
+    "a seed below 0": _below_0("run bundle hello --seed -1"),
+    "a temperature below 0": _below_0("run bundle hello --temperature -1"),
+    "a verb that is mistyped": Mistake(
+        "biuld", ("No such command 'biuld'", "Did you mean 'build'?"), next_step="racdeploy -h"
     ),
-    "a seed below 0": Mistake("run bundle hello --seed -1", ("--seed", "0")),
-    "a temperature below 0": Mistake("run bundle hello --temperature -1", ("--temperature", "0")),
-    "per cent": Mistake("build --dry-run --sparsity 60", ("prune.sparsity", "did you mean 0.6?")),
+    "an option that is mistyped": Mistake(
+        "build --sparcity 0.5",
+        ("No such option: --sparcity", "--sparsity"),
+        next_step="racdeploy build -h",
+    ),
+    "per cent": Mistake(
+        "build --dry-run --sparsity 60",
+        ("the command line: prune.sparsity", "less than 1 (got '60')", "did you mean 0.6?"),
+    ),
+    "all of the weights": Mistake(
+        "build --dry-run --sparsity 1",
+        ("the command line: prune.sparsity", "less than 1 (got '1')", "racdeploy init writes"),
+    ),
+    "a pattern the wrong way round": Mistake(
+        "build --dry-run --pattern 4:2",
+        ("prune.pattern", "N:M with 0 < N < M, as 2:4 (got '4:2')", "racdeploy init writes"),
+    ),
+    "a number format of another program": Mistake(
+        "build --dry-run --quant int4", ("unknown quant 'int4'", "known: ", "q4_0", "sparse_q4")
+    ),
+    "traces of another kind": Mistake(
+        "build --dry-run --calibration cot", ("calibration.source", "'rac' or 'prompt'", "'cot'")
+    ),
+    "two files for one engine": Mistake(
+        "build --dry-run --target gguf --also laptop-x86",
+        (
+            "targets gguf and laptop-x86 both run on llamacpp",
+            "one artifact for each engine",
+            "leave --also laptop-x86 out",
+            "--quant NAME --out FOLDER",
+        ),
+    ),
     "a GGUF file as the model": Mistake(
         "build model.gguf",
         ("is a GGUF file", "no longer to be pruned", "Hugging Face folder", "inspect model.gguf"),
@@ -140,6 +182,26 @@ MISTAKES = {
         ("keys.jsonl:1 has no question; its keys are prompt, gold", '{"question": "…"'),
         _write("keys.jsonl", '{"prompt": "2 + 2?", "gold": 4}'),
     ),
+    "a file of another encoding": Mistake(
+        "build --dry-run --task jsonl:latin.jsonl",
+        ("cannot read latin.jsonl: byte 16 is not UTF-8", "iconv -f latin1 -t utf8 latin.jsonl"),
+        _write("latin.jsonl", '{"question": "Größe?", "answer": 4}'.encode("latin-1")),
+    ),
+    "TOML that is none": Mistake(
+        "build --dry-run --recipe bad.toml",
+        ("bad.toml is not valid TOML", "at line 2, column 12", "racdeploy init writes one"),
+        _write("bad.toml", "[prune]\nsparsity = half\n"),
+    ),
+    "a margin in points": Mistake(
+        "build --dry-run --gate five.toml",
+        (
+            "five.toml: accuracy.margin",
+            "less than 1 (got 5)",
+            "did you mean 0.05?",
+            "racdeploy init --gate",
+        ),
+        _write("five.toml", "[accuracy]\nmargin = 5\n"),
+    ),
     "a trace server that is down": Mistake(
         "build --dry-run --trace-server http://127.0.0.1:9/v1 --work work",
         ("127.0.0.1:9", "cannot be reached"),
@@ -164,6 +226,17 @@ MISTAKES = {
     "a model folder to run": Mistake(
         "run model hello", ("is a model folder, not a bundle", "racdeploy build model"), _make_model
     ),
+    "a file to verify": Mistake(
+        "verify notes.txt",
+        ("notes.txt is not a bundle: it has no racdeploy.json", "racdeploy build"),
+        _write("notes.txt", "mine"),
+    ),
+    "no question": Mistake(
+        "run bundle", ("the question is empty", 'racdeploy run bundle "What is 2 + 2?"')
+    ),
+    "an empty question": Mistake(
+        "run bundle ''", ("the question is empty", 'racdeploy run bundle "What is 2 + 2?"')
+    ),
     "a recipe into no folder": Mistake(
         "init nowhere/x.toml", ("there is no folder nowhere", "mkdir -p nowhere"), code=4
     ),
@@ -172,7 +245,7 @@ MISTAKES = {
 
 def _type(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     monkeypatch.chdir(folder)
-    done = CliRunner().invoke(app, command.split())
+    done = CliRunner().invoke(app, shlex.split(command))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert "Traceback" not in done.output
     return done.exit_code, " ".join(done.output.split())
@@ -182,14 +255,14 @@ def _type(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
 def test_a_mistake_is_named_with_what_to_type(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code, the words that matter, and nothing made on the way."""
+    """Exit code, the words that matter, what comes next, and nothing made on the way."""
     mistake = MISTAKES[name]
     mistake.prepare(tmp_path)
     before = sorted(os.listdir(tmp_path))
 
     code, output = _type(mistake.command, tmp_path, monkeypatch)
     assert code == mistake.code, output
-    for words in mistake.words:
+    for words in (*mistake.words, mistake.next_step):
         assert words in output
     assert before == sorted(os.listdir(tmp_path))
 
