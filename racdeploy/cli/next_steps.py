@@ -27,6 +27,7 @@ def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence
     commands = [
         ["racdeploy", "run", str(folder), find_question(read_records(folder))],
         ["racdeploy", "chat", str(folder)],
+        ["racdeploy", "serve", str(folder)],
         ["racdeploy", "verify", str(folder)],
         ["racdeploy", "bench", str(folder), *beside],
         ["racdeploy", "report", str(folder)],

@@ -56,11 +56,12 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
     assert commands == [
         ["racdeploy", "run", str(folder), "What is 3 + 3?"],
         ["racdeploy", "chat", str(folder)],
+        ["racdeploy", "serve", str(folder)],
         ["racdeploy", "verify", str(folder)],
         ["racdeploy", "bench", str(folder), "--work", str(tmp_path)],
         ["racdeploy", "report", str(folder)],
     ]
-    for verb in ("run", "chat", "verify", "bench", "report"):
+    for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -181,6 +182,18 @@ def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Pa
             assert before[figure] == after[figure]
         assert after["tokens_per_s"] > 0
     assert any("and so are speed and memory" in note for note in second["notes"])
+
+    assert "Not as asked" not in outcome.out
+    *_, gained = outcome.out.partition("What was gained\n")
+    assert "the file is as large as the dense one" in gained
+    assert gained.endswith("PASS: tiny-reasoner for ci-smoke\n")
+
+    *_, steps = outcome.err.partition("next:\n")
+    commands = [shlex.split(line) for line in steps.splitlines()]
+    named = [words[1] for words in commands[:6]]
+    assert named == ["run", "chat", "serve", "verify", "bench", "report"]
+    assert all(words[2] == str(again) for words in commands[:6])
+    assert commands[6][-2:] == ["--packing", "bitmask"]
 
 
 def test_dry_run_does_nothing(tmp_path: Path) -> None:
