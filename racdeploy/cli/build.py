@@ -122,12 +122,13 @@ def export(options: ExportOptions) -> None:
     resolved = resolve(options.model)
 
     file = options.out_file or place_export(resolved.name, settings)
+    replaced = [console.say_replaced(file)] if file.exists() else []
     result = exports.write(Checkpoint(resolved.folder), file, settings)
 
     files = dict(result.files)
     details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": files}
     console.print_result(details, [result.path], options.json_output)
-    console.print_notes(result.notes)
+    console.print_notes([*replaced, *result.notes])
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from rich.console import Console
 from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from racdeploy.report.model import Report
     from racdeploy.verify.gate import Gate
 
@@ -41,6 +43,11 @@ def print_result(value: object, lines: Iterable[object], json_output: bool) -> N
         return
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def say_replaced(file: Path) -> str:
+    """Return what is said where a command has written over a file."""
+    return f"{file} was there before, and has been replaced"
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -194,7 +194,7 @@ class BuildOptions(PruneOptions):
         None, min=1, help="Evaluation prompts, over those of --tier; default: 200."
     )
     out_folder: Path | None = _option(
-        None, "--out", help="Folder to write; default: the artifact's name, see --dry-run."
+        None, "--out", "-o", help="Folder to write; default: the artifact's name, see --dry-run."
     )
     gate: GateOpt = None
     tier: TierOpt = ""
@@ -235,7 +235,9 @@ class ExportOptions:
     target: TargetOpt = None
     quant: QuantOpt = None
     packing: PackingOpt = None
-    out_file: Path | None = _option(None, "--out", help="File to write.")
+    out_file: Path | None = _option(
+        None, "--out", "-o", help="File to write; default: MODEL-QUANT here."
+    )
     json_output: JsonOpt = False
 
 

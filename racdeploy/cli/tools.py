@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from racdeploy import plugins
-from racdeploy.cli.console import err, out, print_json, print_result, reported
+from racdeploy.cli.console import (
+    err,
+    out,
+    print_json,
+    print_notes,
+    print_result,
+    reported,
+    say_replaced,
+)
 from racdeploy.cli.options import JsonOpt
 from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
 
@@ -83,7 +91,9 @@ def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> Table:
 @reported
 def unpack(
     file: Path = typer.Argument(help="A packed file, as .racgguf."),
-    out_file: Path | None = typer.Option(None, "--out", help="File to write; default: beside it."),
+    out_file: Path | None = typer.Option(
+        None, "--out", "-o", help="File to write; default: beside it."
+    ),
     json_output: JsonOpt = False,
 ) -> None:
     """Write the plain file that a packed one stands for."""
@@ -97,12 +107,14 @@ def unpack(
             remedy=f"formats are {known}; see racdeploy inspect",
         )
 
+    replaced = [say_replaced(out_file)] if out_file and out_file.exists() else []
     plain = exports.load(exports.format_of(file)).unpack(file, out_file)
 
     details: dict[str, object] = {"path": str(plain), "size_bytes": plain.stat().st_size}
     if json_output:  # the hash was compared with the packed file's while it was written
         details["sha256"] = file_sha256(plain)
     print_result(details, [plain], json_output)
+    print_notes(replaced)
 
 
 @reported

@@ -243,6 +243,12 @@ def write(
     """
     check(settings)
     chosen = load(settings.format)
+    if out.is_dir():
+        raise UsageError(
+            f"{out} is a folder, and --out names the file to write",
+            remedy=f"name a file in it, as --out {out / 'model'}{Path(out.name).suffix or '.gguf'}",
+        )
+
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     return chosen.export(

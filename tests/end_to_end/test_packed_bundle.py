@@ -147,5 +147,7 @@ def test_export_packs_what_it_writes(root: Path, tmp_path: Path) -> None:
     assert racdeploy("export", folder, "--packing", "bitmask", "--out", packed).code == 0
     assert racdeploy("unpack", packed).code == 0
     assert plain.read_bytes() == (tmp_path / "packed.gguf").read_bytes()
+    outcome = racdeploy("unpack", packed, "--out", plain)
+    assert f"{plain} was there before, and has been replaced" in outcome.err
     outcome = racdeploy("export", folder, "--packing", "bitmask", "--out", tmp_path / "m.gguf")
     assert (outcome.code, "name it m.racgguf" in outcome.err) == (2, True)
