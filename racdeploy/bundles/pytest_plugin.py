@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("racdeploy", "verification of a racdeploy bundle")
     group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
     group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
+    tier = "how much is verified: smoke, standard or release"
+    group.addoption("--racdeploy-tier", default="", metavar="NAME", help=tier)
     threads = "CPU threads; 0 uses every core"
     group.addoption("--racdeploy-threads", type=int, default=0, metavar="N", help=threads)
 
@@ -33,9 +35,11 @@ def pytest_collection_modifyitems(
     """Add the tests of the bundle behind those that were collected."""
     folder: Path | None = config.getoption("--racdeploy-bundle")
     gate_file: Path | None = config.getoption("--racdeploy-gate")
+    tier: str = config.getoption("--racdeploy-tier")
     if folder is None:
-        if gate_file:
-            raise pytest.UsageError("--racdeploy-gate without --racdeploy-bundle")
+        for option, given in (("gate", gate_file), ("tier", tier)):
+            if given:
+                raise pytest.UsageError(f"--racdeploy-{option} without --racdeploy-bundle")
         return
 
     from racdeploy.bundles.bundle import Bundle
@@ -47,7 +51,7 @@ def pytest_collection_modifyitems(
     if threads < 0:
         raise pytest.UsageError(f"--racdeploy-threads is {threads}, must be at least 0")
 
-    local = ArtifactAnswerer(Bundle(folder, gate_file), default_work(), threads)
+    local = ArtifactAnswerer(Bundle(folder, gate_file, tier), default_work(), threads)
 
     try:
         again = Reverification(local)
@@ -55,7 +59,8 @@ def pytest_collection_modifyitems(
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
 
-    tests = BundleTests.from_parent(session, name=f"bundle {folder}", nodeid=str(folder))
+    name = folder.resolve().name
+    tests = BundleTests.from_parent(session, name=f"bundle {name}", nodeid=name)
     tests.prepare(folder, again, accepts_inconclusive)
     items.extend(tests.collect())
 
@@ -120,7 +125,7 @@ class Check(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, None, str]:
         folder = self.parent.folder
-        return folder, None, f"{folder}::{self.name}"
+        return folder, None, self.nodeid
 
     def _result(self, report: Report) -> CheckResult:
         from racdeploy.report.model import CheckResult

@@ -41,7 +41,7 @@ def verified():
 
 class Verification:
     def __init__(self, local):
-        self.gate = read_gate(local.bundle.gate_file)
+        self.gate = read_gate(local.bundle.gate_file).at(local.bundle.tier)
 
     def run(self):
         return verified()
@@ -124,6 +124,16 @@ def test_the_gate_says_what_too_little_data_means(tmp_path: Path, gate: str, cod
     ) in done.stdout
 
 
+def test_a_tier_goes_to_the_gate(tmp_path: Path) -> None:
+    """Its own rule for too little data counts."""
+    (tmp_path / "gate.toml").write_text('[tiers.smoke]\ninconclusive = "pass"\n')
+    arguments = ["--racdeploy-bundle", "bundle", "--racdeploy-gate", "gate.toml"]
+
+    for tier, code in (((), 1), (("--racdeploy-tier", "smoke"), 0)):
+        done = _pytest(tmp_path, "rest=pass,accuracy=inconclusive", *arguments, *tier)
+        assert done.returncode == code, done.stdout
+
+
 def test_only_skips_are_no_success(tmp_path: Path) -> None:
     """Missing data never passes: the verdict is a test of its own."""
     done = _pytest(tmp_path, "rest=skipped", "--racdeploy-bundle", "bundle")
@@ -143,16 +153,18 @@ def test_an_error_fails_every_check_with_its_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gate", "arguments", "message"),
     [
-        ("margn = 0.1", ("--racdeploy-bundle", "bundle"), "margn"),
-        ("", (), "--racdeploy-gate without --racdeploy-bundle"),
+        ("margn = 0.1", "--racdeploy-bundle bundle --racdeploy-gate gate.toml", "margn"),
+        ("", "--racdeploy-bundle bundle --racdeploy-tier smok", "smok"),
+        ("", "--racdeploy-gate gate.toml", "--racdeploy-gate without --racdeploy-bundle"),
+        ("", "--racdeploy-tier smoke", "--racdeploy-tier without --racdeploy-bundle"),
     ],
 )
-def test_a_wrong_gate_is_wrong_usage(
-    tmp_path: Path, gate: str, arguments: tuple[str, ...], message: str
+def test_a_wrong_gate_or_tier_is_wrong_usage(
+    tmp_path: Path, gate: str, arguments: str, message: str
 ) -> None:
     """Pytest's exit code 4, before anything runs."""
     (tmp_path / "gate.toml").write_text(gate)
-    done = _pytest(tmp_path, "rest=pass", *arguments, "--racdeploy-gate", "gate.toml")
+    done = _pytest(tmp_path, "rest=pass", *arguments.split())
     assert done.returncode == 4
     assert message in done.stderr
 
