@@ -103,7 +103,7 @@ def through_server(arguments: argparse.Namespace) -> None:
 
     with server:
         assert server.stdout is not None
-        url = server.stdout.readline().partition(" at ")[2].partition(" ")[0]
+        url = server.stdout.readline().strip().partition(" at ")[2]
         (engine,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
 
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:

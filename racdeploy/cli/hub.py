@@ -67,7 +67,7 @@ def pull(
     repository: str = _REPOSITORY,
     quant: str = typer.Option("", help="Number format or name, where there are several bundles."),
     out_folder: Path | None = typer.Option(
-        None, "--out", help="Folder to write; default: NAME of the repository."
+        None, "--out", "-o", help="Folder to write; default: NAME of the repository."
     ),
     revision: str = typer.Option("", help="Branch, tag or commit; default: main."),
     quiet: QuietOpt = False,
@@ -96,19 +96,15 @@ def pull(
 
 def _show(planned: Push) -> None:
     """Print what would be pushed: files with sizes, the card, and the address last."""
-    from racdeploy.report.tables import Table, readable_bytes
-    from racdeploy.report.terminal import print_table
+    from racdeploy.report.tables import readable_bytes
 
-    rows = []
-    total_bytes = 0
-    for path, size_bytes in planned.sizes.items():
-        rows.append((path, readable_bytes(size_bytes)))
-        total_bytes += size_bytes
+    # Sizes first: paths are long, and beside them a size would be broken.
+    rows = {path: readable_bytes(size_bytes) for path, size_bytes in planned.sizes.items()}
+    rows |= dict.fromkeys(planned.removed, "removed")
+    for path, size in rows.items():
+        out.print(f"{size:>8}  {path}", markup=False, soft_wrap=True)
 
-    for path in planned.removed:
-        rows.append((path, "removed"))
-
-    print_table(Table("", ("file", "size"), tuple(rows)), out)
+    total_bytes = sum(planned.sizes.values())
     out.print(f"{len(planned.sizes)} files, {readable_bytes(total_bytes)}\n")
     if planned.card:
         out.print(planned.card, markup=False, soft_wrap=True)

@@ -60,9 +60,10 @@ def serve(
 
 
 def _say_ready(url: str, served: Served, key_env: str) -> None:
-    """Say where it is, what it is and how to try it, in one line."""
+    """Say what it is, where it is, and how to try it."""
     body = json.dumps({"messages": [{"role": "user", "content": _QUESTION}]})
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     header = "-H 'Content-Type: application/json'"
     command = f"curl {url}/chat/completions {header}{key} -d '{body}'"
-    out.print(f"serving {served.name} at {url} · try: {command}", markup=False, soft_wrap=True)
+    for line in (f"serving {served.name} at {url}", f"try: {command}"):
+        out.print(line, markup=False, soft_wrap=True)

@@ -170,8 +170,9 @@ def test_clients_are_served_together(client: openai.OpenAI, server: OwnServer) -
 
 
 def test_the_line_it_prints_can_be_pasted(server: OwnServer) -> None:
-    """Address, model and a command that works, in one line."""
-    assert server.line.startswith(f"serving model at {server.url} · try: curl ")
-    command = server.line.partition("try: ")[2].replace("$MY_KEY", KEY)
+    """Model and address, and below them a command that works."""
+    said, tried = server.lines
+    assert said == f"serving model at {server.url}"
+    command = tried.removeprefix("try: ").replace("$MY_KEY", KEY)
     done = subprocess.run([*shlex.split(command), "-s"], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"].endswith("\\boxed{408}.")

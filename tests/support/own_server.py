@@ -21,11 +21,11 @@ _MAIN = (
 
 @dataclass(frozen=True)
 class OwnServer:
-    """A server that answers: the address of its API, its process, the line that it printed."""
+    """A server that answers: the address of its API, its process, the lines that it printed."""
 
     url: str
     process: subprocess.Popen[str]
-    line: str
+    lines: tuple[str, str]
 
     def engine_pid(self) -> int:
         """Return the only child of the process (Linux)."""
@@ -57,8 +57,8 @@ def serving_bundle(
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line, process.communicate()[1]
-            url = line.partition(" at ")[2].partition(" ")[0]
-            yield OwnServer(url, process, line)
+            url = line.strip().partition(" at ")[2]
+            yield OwnServer(url, process, (line.rstrip(), process.stdout.readline().rstrip()))
         finally:
             process.kill()
 
