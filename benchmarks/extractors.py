@@ -2,12 +2,14 @@ r"""Do lm-evaluation-harness and lighteval find the same answers to GSM8K as rac
 
     pip install lm_eval==0.4.13 lighteval==0.13.0
     python -m benchmarks.extractors --record tests/tasks/gsm8k_answers.jsonl
+    python -m benchmarks.extractors --answers answers.jsonl --record tests/tasks/gsm8k_model.jsonl
 
-Writes 40 forms of answers for five questions, and scores each answer three times: with the filter
-and metric of lm-evaluation-harness's ``gsm8k_cot_zeroshot`` (flexible-extract), with those of
-lighteval's ``gsm8k`` (``expr_gold_metric``), and with racdeploy's task. Prints the agreement, and
-each form on which they differ. ``--record`` keeps the answers with all verdicts; a test scores them
-again without either harness.
+Writes 40 forms of answers for five questions, or takes what a model answered
+(benchmarks/gsm8k_answers.py), and scores each answer three times: with the filter and metric of
+lm-evaluation-harness's ``gsm8k_cot_zeroshot`` (flexible-extract), with those of lighteval's
+``gsm8k`` (``expr_gold_metric``), and with racdeploy's task. Prints the agreement, and each form on
+which they differ. ``--record`` keeps the answers with all verdicts; a test scores them again
+without either harness.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from racdeploy import scorers
 from racdeploy.tasks import gsm8k
 
+_END = 70
 PARTS = ((40, 2), (4, 3), (1200, 34), (69000, 1000), (150, 100))
 """Sums of two numbers are the gold answers."""
 
@@ -100,6 +103,17 @@ def make_answers() -> list[dict[str, object]]:
     return answers
 
 
+def read_answers(file: Path) -> list[dict[str, object]]:
+    """Return a model's answers, with what racdeploy finds in each."""
+    answers: list[dict[str, object]] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        problem = gsm8k.ask({"question": "?", "answer": f"#### {row['gold']}"})
+        found = scorers.score(problem.scorer, row["answer"], problem.gold)
+        answers.append(row | {"found": found.extracted, "how": found.how})
+    return answers
+
+
 def score_ours(answer: str, solution: str) -> bool:
     """Score as a build and a verification do."""
     problem = gsm8k.ask({"question": "?", "answer": solution})
@@ -156,24 +170,64 @@ SCORERS: Mapping[str, Callable[[str, str], bool]] = {
 
 def main() -> None:
     """Score every answer three times, print where they differ, and keep the verdicts."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--answers", type=Path, help="what a model answered, in place of the forms")
     parser.add_argument("--record", type=Path, help="write the answers with their verdicts here")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # lighteval warns of each answer without a number
 
-    answers = make_answers()
-    for row in answers:
-        answer, solution = str(row["answer"]), str(row["solution"])
-        row |= {name: score(answer, solution) for name, score in SCORERS.items()}
-
-    for name in ("lm_eval", "lighteval", "right"):
-        same = sum(row["racdeploy"] == row[name] for row in answers)
-        print(f"racdeploy as {name}: {same} of {len(answers)}")
-    print_differences(answers)
+    if arguments.answers:
+        answers = read_answers(arguments.answers)
+        compare_found(answers)
+    else:
+        answers = make_answers()
+        for row in answers:
+            answer, solution = str(row["answer"]), str(row["solution"])
+            row |= {name: score(answer, solution) for name, score in SCORERS.items()}
+        print_agreement(answers, ("lm_eval", "lighteval", "right"))
+        print_differences(answers)
 
     if arguments.record:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answers]
         arguments.record.write_text("".join(lines), encoding="utf-8")
+
+
+def print_agreement(answers: Sequence[Mapping[str, object]], judges: Sequence[str]) -> None:
+    """Print how often racdeploy and another judge say the same."""
+    for name in judges:
+        same = sum(row["racdeploy"] == row[name] for row in answers)
+        print(f"racdeploy as {name}: {same} of {len(answers)}")
+
+
+def compare_found(answers: Sequence[dict[str, object]]) -> None:
+    """Score a model's answers, and ask each harness whether it finds the answer that we find.
+
+    A weak model is wrong whatever is found. So what racdeploy finds is given to the harnesses as
+    the gold answer, too: ``lm_eval_same`` and ``lighteval_same`` say whether they find it.
+    """
+    for row in answers:
+        answer = str(row["answer"])
+        row |= {name: score(answer, f"#### {row['gold']}") for name, score in SCORERS.items()}
+        for name in ("lm_eval", "lighteval"):
+            # Where there is no number, there is nothing to be found.
+            is_empty = row["found"] is None
+            row[f"{name}_same"] = is_empty or SCORERS[name](answer, f"#### {row['found']}")
+
+    print_agreement(answers, ("lm_eval", "lighteval"))
+    print(f"right: {sum(bool(row['racdeploy']) for row in answers)}")
+    print(f"without a number: {sum(row['found'] is None for row in answers)}")
+    for name in ("lm_eval", "lighteval"):
+        same = sum(bool(row[f"{name}_same"]) for row in answers)
+        print(f"{name} finds what racdeploy finds: {same} of {len(answers)}")
+
+    print("\n| question | racdeploy finds | lm_eval | lighteval | the answer ends |")
+    print("|---|---|---|---|---|")
+    for row in answers:
+        same_by = [bool(row[f"{name}_same"]) for name in ("lm_eval", "lighteval")]
+        if not all(same_by):
+            words = " | ".join("the same" if each else "another" for each in same_by)
+            end = str(row["answer"])[-_END:].replace("\n", " ⏎ ").replace("|", "\\|")
+            print(f"| {row['index']} | {row['found']} ({row['how']}) | {words} | `…{end}` |")
 
 
 def print_differences(answers: Sequence[Mapping[str, object]]) -> None:

@@ -299,6 +299,28 @@ def test_answers_to_gsm8k_are_scored_as_recorded() -> None:
     assert differs == {"sentence, numbers after it"}
 
 
+def test_answers_of_a_model_to_gsm8k_are_scored_as_recorded() -> None:
+    """What is found, too; where a harness finds something else is in benchmarks/RESULTS.md."""
+    file = Path(__file__).with_name("gsm8k_model.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["index"] for row in rows] == list(range(200))
+
+    for row in rows:
+        problem = gsm8k.ask({"question": "?", "answer": f"#### {row['gold']}"})
+        scored = score(problem.scorer, row["answer"], problem.gold)
+        assert (scored.extracted, scored.correct) == (row["found"], row["racdeploy"]), row["index"]
+        assert row["racdeploy"] == row["lm_eval"] == row["lighteval"]
+
+    others = {
+        name: [row["index"] for row in rows if not row[f"{name}_same"]]
+        for name in ("lm_eval", "lighteval")
+    }
+    assert others == {
+        "lm_eval": [38, 94, 111, 184],
+        "lighteval": [4, 6, 8, 23, 53, 64, 100, 111, 123, 181],
+    }
+
+
 @pytest.mark.skipif(
     not PUBLISHED_TEST.is_file(), reason="RACDEPLOY_GSM8K names GSM8K's test.jsonl where it is"
 )
