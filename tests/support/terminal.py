@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
 import select
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self
 
 from tests.support.commands import environment
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+_LINES = 24
 _PATIENCE_S = 60.0  # a machine under load
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class Terminal:
-    """Runs a command with a terminal of 80 columns as its stdin, stdout and stderr."""
+    """Runs a command with a terminal as its stdin, stdout and stderr.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    ``recorded`` is all that came, in pieces with the seconds since the start.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        columns: int = 80,
+        folder: Path | None = None,
+        **variables: str,
+    ) -> None:
         self.shown = ""
+        self.recorded: list[tuple[float, str]] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._started_s = time.monotonic()
         self._fd, theirs = pty.openpty()
-        variables = environment(TERM="xterm", COLUMNS="80", LINES="24")
+        termios.tcsetwinsize(theirs, (_LINES, columns))
+        about = {"TERM": "xterm", "COLUMNS": str(columns), "LINES": str(_LINES)}
         self._process = subprocess.Popen(
             command,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env=variables,
+            cwd=folder,
+            env=environment(**about | variables),
             start_new_session=True,
             preexec_fn=_take_terminal,
         )
@@ -69,12 +88,12 @@ class Terminal:
         self._wait_until(lambda: len(self._plain()) >= count, f"{count} characters")
         self.shown = ""
 
-    def wait(self) -> int:
+    def wait(self, patience_s: float = _PATIENCE_S) -> int:
         """Wait for the end of the program; return its exit code."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while self._read():
             assert time.monotonic() < deadline, f"it does not end: …{self.shown[-500:]!r}"
-        return self._process.wait(_PATIENCE_S)
+        return self._process.wait(patience_s)
 
     def _wait_until(self, has_come: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S
@@ -93,14 +112,15 @@ class Terminal:
             data = os.read(self._fd, 65536)
         except OSError:  # Linux says so where nobody has the other end open
             return False
-        self.shown += data.decode("utf-8", "replace")
+        text = self._decoder.decode(data)
+        self.shown += text
+        self.recorded.append((time.monotonic() - self._started_s, text))
         return bool(data)
 
 
 def _take_terminal() -> None:
     """Make the terminal the one that Ctrl-C is sent through."""
     import fcntl
-    import termios
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
