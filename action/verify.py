@@ -8,12 +8,16 @@ file cannot become a command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+_NO_VERDICT = 4  # where racdeploy ended well and decided nothing: the job must not pass
 _SUMMARY_BYTES = 1_000_000  # GitHub takes 1 MiB
 
 
@@ -23,8 +27,11 @@ def main() -> None:
     reports.mkdir(parents=True, exist_ok=True)
     report = reports / "report.json"
     report.unlink(missing_ok=True)  # one of an earlier run must not speak for a run that breaks off
-    done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
-    sys.stderr.write(done.stderr)
+    with _no_commands():
+        done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
+        sys.stderr.write(done.stderr)
+        sys.stderr.flush()
+
     decided = done.returncode in (0, 1, 3) and report.is_file()
     verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"] if decided else "error"
     summary = (
@@ -32,7 +39,8 @@ def main() -> None:
         if decided
         else _failed(done.returncode, done.stderr)
     )
-    _append("GITHUB_OUTPUT", f"verdict={verdict}\nexit-code={done.returncode}\nreports={reports}\n")
+    code = done.returncode if decided else done.returncode or _NO_VERDICT
+    _append("GITHUB_OUTPUT", f"verdict={verdict}\nexit-code={code}\nreports={reports}\n")
     _append("GITHUB_STEP_SUMMARY", summary.encode()[:_SUMMARY_BYTES].decode(errors="ignore"))
     if not decided:
         (reports / "report.md").write_text(summary, encoding="utf-8")
@@ -40,11 +48,25 @@ def main() -> None:
 
 def _command(reports: Path) -> list[str]:
     names = ("gate", "tier", "server", "server-model", "threads")
-    command = ["racdeploy", "verify", os.environ["RACDEPLOY_BUNDLE"], "--reports", str(reports)]
+    command = ["racdeploy", "verify", "--reports", str(reports)]
     for name in names:
         if value := os.environ.get(f"RACDEPLOY_{name.upper().replace('-', '_')}", ""):
             command += [f"--{name}", value]
-    return command
+    return [*command, "--", os.environ["RACDEPLOY_BUNDLE"]]
+
+
+@contextlib.contextmanager
+def _no_commands() -> Iterator[None]:
+    """Let the runner take no line for a command: a bundle's texts are printed in between.
+
+    Source: docs.github.com, workflow commands, stopping and starting workflow commands.
+    """
+    word = secrets.token_hex(16)
+    print(f"::stop-commands::{word}", flush=True)
+    try:
+        yield
+    finally:
+        print(f"\n::{word}::", flush=True)
 
 
 def _failed(code: int, said: str) -> str:

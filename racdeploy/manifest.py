@@ -4,14 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.files import file_sha256, read_json
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.reading import read_json
 
 MANIFEST_NAME = "racdeploy.json"
+MOST_MANIFEST_BYTES = 4_000_000
+MOST_TOKENS = 1 << 22
+"""Longest sequence that anybody may ask for: above any model's of today."""
+
+_MOST_BYTES = 1 << 50  # of an artifact
+Name = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A path within a bundle."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Files = Annotated[dict[Name, Sha256], Field(max_length=1024)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
+def _check_base(base: dict[str, Any]) -> dict[str, Any]:
+    for key in ("model", "name", "revision", "license", "model_type"):
+        if not isinstance(base.get(key), str | None):
+            raise ValueError(f"{key} is no text")
+    if not isinstance(base.get("files", {}), dict):
+        raise ValueError("files is no table")
+    return base
+
+
+def _check_pruning(pruning: dict[str, Any]) -> dict[str, Any]:
+    for key, value in pruning.items():
+        if not key.startswith("sparsity"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{key} is no share")
+    return pruning
+
+
+def _check_headline(headline: dict[str, Any]) -> dict[str, Any]:
+    for arm in ("dense", "pruned"):
+        if not isinstance(headline.get(arm, {}), dict):
+            raise ValueError(f"{arm} is no table")
+    return headline
 
 
 class _Entry(BaseModel):
@@ -27,15 +63,15 @@ class ArtifactEntry(_Entry):
     made from, empty where nothing is packed.
     """
 
-    path: str
+    path: Name
     format: str
     quant: str
     packing: str
-    size_bytes: int = Field(ge=0)
-    sha256: str
+    size_bytes: int = Field(ge=0, le=_MOST_BYTES)
+    sha256: Sha256
     backend: str
-    unpacked_sha256: str = ""
-    files: dict[str, str] = Field(default_factory=dict)
+    unpacked_sha256: Sha256 | Literal[""] = ""
+    files: Files = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fill_files(self) -> Self:
@@ -51,11 +87,11 @@ class ArtifactEntry(_Entry):
 class TokenizerEntry(_Entry):
     """Tokenizer files with their hashes, thinking tags and end-of-sequence ids."""
 
-    files: dict[str, str]
+    files: Files
     template_sha256: str
     open_tag: str | None
     close_tag: str | None
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...] = Field(max_length=1024)
 
     @property
     def place(self) -> PurePosixPath:
@@ -74,9 +110,9 @@ class ThinkingControl(_Entry):
     """
 
     closing: str = ""
-    close_bias: float = Field(default=0.0, ge=0)
+    close_bias: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    hesitation_penalty: float = Field(default=0.0, ge=0)
+    hesitation_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property
     def hesitation_ids(self) -> tuple[int, ...]:
@@ -94,14 +130,14 @@ class GenerationSettings(_Entry):
             within what model and target have.
     """
 
-    temperature: float = Field(ge=0)
+    temperature: float = Field(ge=0, allow_inf_nan=False)
     top_p: float = Field(gt=0, le=1)
-    max_new_tokens: int = Field(ge=1)
-    max_thinking_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: Tokens
+    max_thinking_tokens: Tokens | None = None
     thinking: ThinkingControl = Field(default_factory=ThinkingControl)
-    context_tokens: int = Field(ge=1)
-    model_context_tokens: int | None = Field(default=None, ge=1)
-    advised_context_tokens: int | None = Field(default=None, ge=1)
+    context_tokens: Tokens
+    model_context_tokens: Tokens | None = None
+    advised_context_tokens: Tokens | None = None
 
     @property
     def context_to_start_with(self) -> int:
@@ -119,16 +155,16 @@ class Manifest(_Entry):
 
     schema_version: Literal[1] = 1
     racdeploy_version: str
-    base: dict[str, Any]
+    base: Annotated[dict[str, Any], AfterValidator(_check_base)]
     recipe: dict[str, Any]
     traces: dict[str, Any]
-    pruning: dict[str, Any]
-    artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1)
+    pruning: Annotated[dict[str, Any], AfterValidator(_check_pruning)]
+    artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1, max_length=64)
     tokenizer: TokenizerEntry
     dense_tokenizer: TokenizerEntry | None = None
     generation: GenerationSettings
     verdict: str
-    headline: dict[str, Any]
+    headline: Annotated[dict[str, Any], AfterValidator(_check_headline)]
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
@@ -142,7 +178,7 @@ class Manifest(_Entry):
             raise _refuse_place(bundle)
 
         try:
-            manifest = cls.model_validate(read_json(file))
+            manifest = cls.model_validate(read_json(file, MOST_MANIFEST_BYTES, once=True))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -157,6 +193,7 @@ class Manifest(_Entry):
                 raise ArtifactError(
                     f"{file}: the files of {entry.path!r} lack it, or have another hash for it"
                 )
+            _check_size(bundle, entry)
 
         for tokenizer in manifest.tokenizers:
             for name in tokenizer.files:
@@ -208,6 +245,16 @@ def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
                 f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
                 remedy="copy the bundle again, or build it again",
             )
+
+
+def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
+    there = sum((bundle / name).stat().st_size for name in entry.files)
+    if entry.size_bytes > there:
+        raise ArtifactError(
+            f"{bundle / MANIFEST_NAME} gives {entry.path!r} {entry.size_bytes:,} bytes, its files "
+            f"have {there:,}",
+            remedy="copy the bundle again, whole",
+        )
 
 
 def _check_inside(bundle: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
+from racdeploy.manifest import MOST_TOKENS
 from racdeploy.storage.toml import merge, read_toml, validate
 from racdeploy.targets import Target
 
@@ -27,6 +28,11 @@ _PLAIN = {"magnitude": {"match_dense": False, "refit_steps": 0}}
 """What a method means by its name alone: magnitude moves no weight that stays."""
 _HESITATION = ("Wait", "Alternatively", "Hmm", "But", "However", "Maybe", "Perhaps", "Actually")
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+# A bundle brings its recipe along, so no number in it may be without a bound.
+_MOST_PROMPTS = 1_000_000
+_MOST_SAMPLES = 256
+_MOST_TOGETHER = 1024
+_MOST_SECONDS = 1e6
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
@@ -37,17 +43,17 @@ class _Part(BaseModel):
 class Traces(_Part):
     """How the model's own chains of thought are collected."""
 
-    count: int = Field(256, ge=1)
-    temperature: float = Field(0.6, ge=0)
+    count: int = Field(256, ge=1, le=_MOST_PROMPTS)
+    temperature: float = Field(0.6, ge=0, allow_inf_nan=False)
     top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(1024, ge=1)
-    batch: int = Field(64, ge=1)  # one shard on disk each
+    max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
+    batch: int = Field(64, ge=1, le=_MOST_TOGETHER)  # one shard on disk each
     seed: int = Field(0, ge=0)
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
-    server_concurrency: int = Field(16, ge=1)
-    server_timeout_s: float = Field(1800.0, gt=0)
+    server_concurrency: int = Field(16, ge=1, le=_MOST_TOGETHER)
+    server_timeout_s: float = Field(1800.0, gt=0, le=_MOST_SECONDS)
     server_reload: Literal["", "sglang", "vllm"] = ""
 
     # Not of the field: the message would show an address with a key in it.
@@ -329,15 +335,15 @@ class Export(_Part):
 class Verification(_Part):
     """How the artifact is compared with the dense model."""
 
-    count: int = Field(200, ge=1)
-    samples: int = Field(1, ge=1)
-    max_new_tokens: int = Field(1024, ge=1)
-    max_thinking_tokens: int = Field(0, ge=0)
-    temperature: float = Field(0.0, ge=0)
-    logit_traces: int = Field(16, ge=0)
+    count: int = Field(200, ge=1, le=_MOST_PROMPTS)
+    samples: int = Field(1, ge=1, le=_MOST_SAMPLES)
+    max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
+    max_thinking_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    logit_traces: int = Field(16, ge=0, le=_MOST_PROMPTS)
     controls: tuple[str, ...] = ()
-    parallel: int = Field(16, ge=1)
-    context_tokens: int = Field(2048, ge=16)
+    parallel: int = Field(16, ge=1, le=_MOST_TOGETHER)
+    context_tokens: int = Field(2048, ge=16, le=MOST_TOKENS)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -355,11 +361,11 @@ class Thinking(_Part):
     ``closing`` and ``close_bias`` also go with a budget that the app or a user gives later.
     """
 
-    max_tokens: int = Field(0, ge=0)
+    max_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     closing: str = ""
-    close_bias: float = Field(0.0, ge=0)
+    close_bias: float = Field(0.0, ge=0, allow_inf_nan=False)
     hesitation: tuple[str, ...] = _HESITATION
-    hesitation_penalty: float = Field(0.0, ge=0)
+    hesitation_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
     tune: bool = False
 
     @model_validator(mode="after")

@@ -214,8 +214,9 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
     if found := locate_dense(work, dense.files):
         return found
 
+    name = manifest.base.get("name", "the model")
     raise ArtifactError(
-        f"no stage in {work} holds the dense {dense.quant} artifact of {manifest.base['name']}",
+        f"no stage in {work} holds the dense {dense.quant} artifact of {name}",
         remedy=f"{build_again}; or name the build's folder with --work",
     )
 

@@ -20,6 +20,7 @@ from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.safetensors import TensorEntry, read_tensor, read_tensor_entries
 
+_UNKNOWN = "unknown"
 _HEAD_SIZE_KEY = ".attention.key_length"
 # What the linears that end the parts of a block are called, in exported files and in checkpoints.
 _ENDS = {
@@ -105,9 +106,9 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
 
     summary = {
         "bundle": str(path),
-        "base": manifest.base["model"],
-        "method": manifest.pruning["method"],
-        "pattern": manifest.pruning["pattern"],
+        "base": manifest.base.get("model", _UNKNOWN),
+        "method": manifest.pruning.get("method", _UNKNOWN),
+        "pattern": manifest.pruning.get("pattern", _UNKNOWN),
         "artifact": main.path,
         "quant": main.quant,
         "packing": main.packing,

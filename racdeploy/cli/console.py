@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
 
 from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
+from racdeploy.storage.unprintable import escape_unprintable, visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 INTERRUPTED = 130
+_TRACEBACK = "RACDEPLOY_TRACEBACK"
+_SAID = 200
 _WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 
@@ -31,9 +36,37 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+class _Visible:
+    """Whatever a console prints, without characters that would command the terminal."""
+
+    def __init__(self, shown: ConsoleRenderable) -> None:
+        self._shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._shown, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(visible(segment.text), segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._shown)
+
+
+class _ShowOnly(RenderHook):
+    """Names, paths, messages and answers come from anybody, and all of them are printed here."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(each) for each in renderables]
+
+
+for _console in (out, err):
+    _console.push_render_hook(_ShowOnly())
+
+
 def print_json(value: object) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    sys.stdout.write(escape_unprintable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
 
 
 def print_result(value: object, lines: Iterable[object], json_output: bool) -> None:
@@ -112,13 +145,31 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             place = f"{error.filename}: " if error.filename else ""
             message = f"{place}{error.strerror or error}"
             _fail(EnvironmentFailure(message, remedy=_DISK_REMEDY), as_json)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
         except KeyboardInterrupt:
             again = shlex.join(["racdeploy", *sys.argv[1:]])
             err.print("interrupted; finished work is kept. Resume with:", style="yellow")
             err.print(f"  {again}", soft_wrap=True, markup=False)
             raise typer.Exit(INTERRUPTED) from None
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # native libraries raise what is no Exception
+            if os.environ.get(_TRACEBACK):
+                raise
+            _fail(_describe_unexpected(error), as_json)
 
     return run
+
+
+def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
+    """Return what to say of a mistake of ours: no traceback, and no exit code of a verdict."""
+    said = " ".join(str(error).split())[:_SAID]
+    kind = type(error).__name__
+    return EnvironmentFailure(
+        f"racdeploy failed where it should not: {kind}: {said}",
+        remedy=f"please report it, with the command and what {_TRACEBACK}=1 shows",
+    )
 
 
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:

@@ -16,13 +16,12 @@ from rich.segment import ControlType
 
 from racdeploy.cli.console import err
 from racdeploy.errors import UsageError
+from racdeploy.storage.unprintable import drop_unprintable
 
 if TYPE_CHECKING:
     from racdeploy.runtime.model import Result
 
 _EVERY_S = 0.1  # the line that counts tokens is written again
-_UNSEEN = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
-"""Control characters but tab and newline: a model's text must not command a terminal."""
 
 
 class AnswerStream:
@@ -37,8 +36,7 @@ class AnswerStream:
     def __init__(self, show_thinking: bool = False, show_answer: bool = True) -> None:
         self._show_thinking = show_thinking
         self._show_answer = show_answer
-        self._unseen = _UNSEEN if sys.stdout.isatty() else {}
-        self._unseen_aside = _UNSEEN if err.is_terminal else {}
+        self._is_terminal = sys.stdout.isatty()
         self._part = ""
         self._spaces = ""  # held back: they may be the last ones
         self._is_line_open = False
@@ -54,10 +52,11 @@ class AnswerStream:
 
         if part == "answer":
             if self._show_answer:
-                sys.stdout.write(self._strip(text).translate(self._unseen))
+                seen = self._strip(text)
+                sys.stdout.write(drop_unprintable(seen) if self._is_terminal else seen)
                 sys.stdout.flush()
         elif self._show_thinking:
-            seen = self._strip(text).translate(self._unseen_aside)
+            seen = drop_unprintable(self._strip(text))
             err.print(seen, style="dim", end="", markup=False, emoji=False, soft_wrap=True)
         else:
             self._count()

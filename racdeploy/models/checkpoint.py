@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import mistaken, widths
+from racdeploy.models import mistaken, settings, widths
 from racdeploy.models.families import Family, find_family
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
-from racdeploy.storage.files import file_sha256, read_json
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor, read_tensor_entries
 
 
@@ -41,6 +42,7 @@ class Checkpoint:
         self.folder = folder
 
         written = read_json(folder / "config.json")
+        settings.check(written, f"{folder}/config.json")
         self.family: Family = find_family(written)
         self.config: dict[str, Any] = _complete(written, self.family.defaults)
         self.tokenizer = TokenizerFiles(folder)
@@ -52,7 +54,9 @@ class Checkpoint:
         if not index.is_file():
             return read_tensor_entries(self.folder / "model.safetensors")
 
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_json(index, once=True).get("weight_map")
+        if not weight_map or not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map", remedy="copy or download it again")
 
         entries: dict[str, TensorEntry] = {}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.models.bpe import read_merges
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_json
 
 FILE = "vocabulary_ids.json"
 """Has under :data:`_KEY` the ids that tokens had in the model that was cut, in the new order."""

@@ -11,13 +11,16 @@ from typing import Any
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import check_size, read_json, read_text
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
     "vocabulary_ids.json",
 )  # fmt: skip
+MOST_TOKENIZER_BYTES = 64_000_000
+"""The tokenizer of 262,144 tokens takes 35 MB."""
+MOST_TEMPLATE_BYTES = 256_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TokenizerFiles:
     @cached_property
     def parsed(self) -> dict[str, Any]:
         """``tokenizer.json``."""
-        return read_json(self.file)
+        return read_json(self.file, MOST_TOKENIZER_BYTES)
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name
@@ -56,6 +59,7 @@ class TokenizerFiles:
                 " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
 
+        check_size(file, MOST_TOKENIZER_BYTES)
         return file
 
     @cached_property
@@ -63,10 +67,7 @@ class TokenizerFiles:
         """The Jinja chat template; a ModelError says that there is none."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
-            try:
-                return file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ArtifactError(f"{file} is not UTF-8 text: {error}") from error
+            return read_text(file, MOST_TEMPLATE_BYTES)
 
         template = self.config.get("chat_template")
         if isinstance(template, list):
@@ -79,6 +80,10 @@ class TokenizerFiles:
                 remedy="add chat_template.jinja; reasoning prompts cannot be rendered without it",
             )
 
+        if len(template.encode("utf-8", "replace")) > MOST_TEMPLATE_BYTES:
+            raise ArtifactError(
+                f"the chat template of {self.folder} has more than {MOST_TEMPLATE_BYTES:,} bytes"
+            )
         return template
 
     def special_token(self, role: str) -> str | None:

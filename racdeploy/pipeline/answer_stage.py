@@ -12,7 +12,8 @@ from racdeploy.decoding.completion_log import CompletionLog
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
 from racdeploy.pipeline.workplace import Workplace, address
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import Answers, Respondent, identity
 

@@ -13,7 +13,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.storage.files import atomic_folder, read_json
+from racdeploy.storage.files import atomic_folder
+from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.pruned_linear import PrunedLinear
 from racdeploy.report.model import BlockRow, LinearRow
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 
 Kept = Mapping[str, list[int]]
 """Part that was cut → numbers of the units that stay."""

@@ -19,8 +19,9 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.bounds import TOKENS_PER_BATCH, WINDOW_BYTES
 from racdeploy.recipe import Pruning
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
 from racdeploy.storage.memory import resident_bytes
+from racdeploy.storage.reading import read_json
 
 _RESET = Path("/proc/self/clear_refs")
 _FILE = "cost.json"

@@ -25,7 +25,8 @@ from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Structure
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 
 
 def decide_outline(session: Session, structure: Structure, within: Path | None) -> Outline:

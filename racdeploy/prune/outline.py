@@ -14,7 +14,7 @@ from racdeploy.prune.assemble import Shape
 from racdeploy.prune.layout import Layout
 from racdeploy.recipe import Structure
 from racdeploy.report.model import StructureRow
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_json
 
 FILE = "structure.json"
 

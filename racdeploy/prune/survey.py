@@ -18,7 +18,8 @@ from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
 

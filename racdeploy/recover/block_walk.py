@@ -30,8 +30,9 @@ from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
 from racdeploy.recover.variables import Weights
 from racdeploy.recover.watch import Watch
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
 from racdeploy.storage.heap import keep_heap
+from racdeploy.storage.reading import read_json
 from racdeploy.traces.trace import STREAMS
 
 BATCH_TOKENS = 1024

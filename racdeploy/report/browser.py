@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from racdeploy.report.model import Record
 from racdeploy.report.pairs import OUTCOMES, Pair
-from racdeploy.report.tables import visible
+from racdeploy.storage.unprintable import visible
 
 FIRST = 10
 """Prompts that are on the page without a script."""

@@ -10,9 +10,12 @@ from pydantic import ValidationError
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.report import html, junit, markdown
 from racdeploy.report.model import Record, Report
-from racdeploy.storage.files import disk_errors, read_json, split_lines, write_atomic
+from racdeploy.storage.files import disk_errors, write_atomic
+from racdeploy.storage.reading import parse_json, read_json, read_lines
 
 PAGE = "report.html"
+_MOST_REPORT_BYTES = 64_000_000
+_MOST_RECORDS = 100_000
 
 
 def write_reports(
@@ -45,7 +48,7 @@ def write_reports(
 def read_report(folder: Path) -> Report:
     """Read the report of a folder; ArtifactError where it is missing or damaged."""
     try:
-        return Report.model_validate(read_json(folder / "report.json"))
+        return Report.model_validate(read_json(folder / "report.json", _MOST_REPORT_BYTES))
     except (ValidationError, OSError) as error:
         raise _refuse_damage(folder, error) from error
 
@@ -53,9 +56,9 @@ def read_report(folder: Path) -> Report:
 def read_records(folder: Path) -> list[Record]:
     """Read the records of a folder; ArtifactError where they are missing or damaged."""
     try:
-        text = (folder / "records.jsonl").read_text(encoding="utf-8")
-        return [Record.model_validate_json(line) for line in split_lines(text)]
-    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        lines = read_lines(folder / "records.jsonl", _MOST_RECORDS)
+        return [Record.model_validate(parse_json(line, "a line")) for line in lines]
+    except (ValidationError, OSError) as error:
         raise _refuse_damage(folder, error) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.report.tables import visible
+from racdeploy.storage.unprintable import visible
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+$")
 

@@ -23,11 +23,8 @@ from racdeploy.report.model import (
 )
 from racdeploy.report.recovery import list_phases
 from racdeploy.report.structure import list_kept
+from racdeploy.storage.unprintable import visible
 
-# C0 and C1 controls, bidirectional overrides, and what XML cannot hold.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 _NONE = "–"
 # A figure with its unit, how many of how many, or its interval; no words after that.
 _NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\)| in (all|each).*)?$")
@@ -112,11 +109,6 @@ def list_next_steps(report: Report) -> list[str]:
 def plain(text: str) -> str:
     """Return the text on one line, with :func:`visible` applied."""
     return " ".join(visible(text).split())
-
-
-def visible(text: str) -> str:
-    """Return the text with plain line ends and without unprintable characters."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def readable_bytes(size_bytes: int) -> str:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.model import Model, Options, Result
 from racdeploy.runtime.text import OnText
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 
 # The kernel takes one large piece in two thirds of the time of many small ones.
 _WRITE_BYTES = 1 << 20
@@ -163,17 +163,6 @@ def refuse_another(path: Path, sha256: str) -> None:
             f"{path} is there and is not that file",
             remedy="remove it, or name another one with --out",
         )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; anything else is an ArtifactError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{file} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def file_sha256(file: Path) -> str:

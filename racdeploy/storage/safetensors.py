@@ -15,11 +15,13 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.errors import ModelError
+from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.storage.reading import parse_json
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """dtype tag → numpy's; bfloat16 is read as bit patterns."""
 _HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
+_MOST_AXES = 8
 _COPY_BYTES = 1 << 24  # of a tensor in memory at a time
 Rows = NDArray[np.int64]
 
@@ -52,17 +54,19 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
         if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
             raise damaged
         try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            header = parse_json(stream.read(length).decode("utf-8"), str(file), once=True)
+        except (ArtifactError, UnicodeDecodeError) as error:
             raise damaged from error
 
     if not isinstance(header, dict):
         raise damaged
 
     header.pop("__metadata__", None)
-    return {
+    entries = {
         name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
     }
+    _refuse_overlaps(file, entries)
+    return entries
 
 
 def read_tensor(entry: TensorEntry) -> NDArray[Any]:
@@ -134,6 +138,18 @@ def _read_rows(entry: TensorEntry, rows: Rows) -> Iterator[bytes]:
         yield stored[rows[start : start + together]].tobytes()
 
 
+def _refuse_overlaps(file: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse bytes that are of two tensors, as the reference library does."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start < end:
+            raise ModelError(
+                f"{file} is damaged: the tensor {name!r} overlaps another one",
+                remedy="copy or download it again",
+            )
+        end = entry.stop
+
+
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
     if not isinstance(value, dict):
         value = {}
@@ -143,6 +159,9 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
     if len(offsets) != 2:
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+
+    if len(shape) > _MOST_AXES or max(shape, default=0) > size_bytes:
+        raise ModelError(f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}")
 
     if tag not in DTYPES:
         raise ModelError(

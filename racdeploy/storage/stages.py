@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.files import canonical_hash, disk_errors, read_json, write_atomic
+from racdeploy.storage.files import canonical_hash, disk_errors, write_atomic
 from racdeploy.storage.locks import is_folder_in_use, lock_folder, release_folder
+from racdeploy.storage.reading import read_json
 
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _SHOWN = 40  # characters of a value in a message

@@ -22,7 +22,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import read_json, write_atomic
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
 from racdeploy.traces import reload
 from racdeploy.traces.collect import Answering, Asked
 from racdeploy.traces.counter import Counter

@@ -232,7 +232,8 @@ def test_no_input_becomes_a_command(job: Any, tmp_path: Path) -> None:
     )
     job(0, bundle=hostile, gate=hostile, tier=hostile, server_model=hostile)
     arguments = json.loads((tmp_path / "arguments.json").read_text())
-    assert arguments[:2] == ["verify", hostile]
+    assert arguments[0] == "verify"
+    assert arguments[-2:] == ["--", hostile]
     assert all(
         arguments[arguments.index(f"--{name}") + 1] == hostile
         for name in ("gate", "tier", "server-model")

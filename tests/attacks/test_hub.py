@@ -126,7 +126,7 @@ def test_files_that_other_bundles_have_are_not_written(hub: Hub, tmp_path: Path)
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "not an object"),
         (b"{}", "is no manifest"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(

@@ -24,9 +24,9 @@ from racdeploy.errors import (
     RacdeployError,
     UsageError,
 )
-from racdeploy.manifest import MANIFEST_NAME, Manifest
+from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest
 from racdeploy.plugins import require
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_bytes, read_json
 
 _MOST_FILES = 10_000
 _MOST_BUNDLES = 100
@@ -111,7 +111,9 @@ class Remote:
             path = f"{BUNDLES}/{name}/{MANIFEST_NAME}"
             with self._text(path) as file:
                 try:
-                    found[name] = Manifest.model_validate(read_json(file))
+                    found[name] = Manifest.model_validate(
+                        read_json(file, MOST_MANIFEST_BYTES, once=True)
+                    )
                 except ValidationError as error:
                     first = error.errors()[0]["msg"]
                     raise ArtifactError(f"{self.name}: {path} is no manifest: {first}") from error
@@ -120,7 +122,7 @@ class Remote:
     def read_text(self, path: str) -> str:
         """Return a small text; what is not UTF-8 is replaced."""
         with self._text(path) as file:
-            return file.read_text(encoding="utf-8", errors="replace")
+            return read_bytes(file).decode("utf-8", errors="replace")
 
     def download(self, path: str, folder: Path) -> Path:
         """Write a file below a folder, resuming what an interrupted call has left there."""

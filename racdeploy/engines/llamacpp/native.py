@@ -26,6 +26,8 @@ from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
 
 _BATCH_TOKENS = 512
+_LEAST_CONTEXT = 8192  # costs little with any model
+_BEYOND = 8  # times the context that a model is made for: a stretched rope goes so far
 _OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
 # A model of 90 MB gains by a context for each thread, one of 450 MB loses.
 _SMALL_BYTES = 128 * 2**20
@@ -92,6 +94,7 @@ class NativeModel:
                 "`racdeploy unpack` first",
             )
 
+        _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
         self.about = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
 
@@ -246,6 +249,16 @@ def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
         raise EngineError(said, remedy="leave out --accel require")
 
     return {"kernels": said, "sparse_weights": packed}
+
+
+def _check_context(asked: int, trained: int) -> None:
+    """Refuse a context far beyond the model's: memory is taken for all of it at once."""
+    most = max(_LEAST_CONTEXT, _BEYOND * trained)
+    if asked > most:
+        raise EngineError(
+            f"context_tokens is {asked:,}, and the model is made for {trained:,}",
+            remedy=f"ask for at most {most:,}",
+        )
 
 
 def _context_params(settings: EngineSettings, slots: int) -> Any:

@@ -21,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from racdeploy.errors import EngineError
 from racdeploy.packing.raconnx import load_sidecar
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_json
 
 Array = NDArray[Any]
 _DTYPES: dict[str, type[np.generic]] = {

@@ -21,7 +21,9 @@ from racdeploy.errors import ModelError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
+from racdeploy.storage.reading import refusing
 
+_COMPARE = "compare the file with the one that the model's authors publish"
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,10 +34,9 @@ TORCH_DTYPES = {
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
-    config = _config(checkpoint)
-    with torch.device("meta"):
+    with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation="sdpa", dtype=torch.float32
+            _config(checkpoint), attn_implementation="sdpa", dtype=torch.float32
         )
 
     if not checkpoint.is_uniform:

@@ -13,6 +13,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import importance as importances
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.templates import render_text
+from racdeploy.storage.unprintable import visible
 
 _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
 
@@ -27,14 +28,15 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     settings = manifest.generation
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     tokens = {i: text for text, i in encoder.tokenizer.get_vocab().items()}
+    stops = [tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens]
     text = _render(
         "Modelfile.jinja",
         entry,
         template=template,
-        reason=reason,
+        reason=" ".join(visible(reason).split()),
         sampling=sampling | _read_recommended(checkpoint),
         context_tokens=settings.context_to_start_with,
-        stops=[tokens[i] for i in manifest.tokenizer.eos_ids if i in tokens],
+        stops=list(filter(_fits_a_line, stops)),
     )
 
     return {"Modelfile": text}
@@ -49,6 +51,11 @@ def usage(entry: ArtifactEntry, settings: GenerationSettings) -> list[str]:
         control=_name_flags(settings),
     )
     return [*packings.load(entry.packing).usage(entry.path), *text.splitlines()]
+
+
+def _fits_a_line(stop: str) -> bool:
+    """Return whether a token can stand in a Modelfile, and ends neither line nor quotes."""
+    return stop == visible(stop) and "\n" not in stop and '"""' not in stop and stop[-1:] != '"'
 
 
 def _name_flags(settings: GenerationSettings) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import write_header
 
 Own = tuple[NDArray[np.int64] | None, ...]

@@ -1,0 +1,161 @@
+"""Reading what a stranger may have sent: a bound on its bytes first, and one error for the rest.
+
+Files of bundles and model folders come from anybody. They are opened here, so that a file of any
+size, a pipe or a device costs nothing, and whatever a parser makes of bytes that were meant to harm
+it becomes one line that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from racdeploy.errors import ArtifactError, RacdeployError
+
+MOST_BYTES = 16_000_000
+"""Of a file for which no other bound is given."""
+MOST_LINE_BYTES = 1_000_000
+"""Of a line of JSON Lines."""
+
+# An empty list takes 3 bytes of text and 64 of memory. The tokenizer of 262,144 tokens has 1.6
+# million commas and brackets.
+_MOST_ITEMS = 4_000_000
+_COPY = "copy it again from its source"
+_SHOWN = 200
+_BINARY = getattr(os, "O_BINARY", 0)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# What is no failure of reading: somebody wants the program to end.
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def read_bytes(file: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """Return what a regular file holds.
+
+    Raises:
+        ArtifactError: it holds more than ``most_bytes``, or is no regular file.
+        OSError: it is not there, or cannot be opened.
+    """
+    check_size(file, most_bytes)
+    with open_regular(file) as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:  # it grew
+        raise _refuse_size(file, len(content), most_bytes)
+
+    return content
+
+
+def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
+    """Return the UTF-8 text of a file; see :func:`read_bytes`."""
+    return _decode(read_bytes(file, most_bytes), file)
+
+
+def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file; anything else is an ArtifactError.
+
+    ``once`` refuses a key that stands twice: which of them counts, programs disagree about.
+    """
+    value = parse_json(read_text(file, most_bytes), str(file), once=once)
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{file} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_lines(file: Path, most_lines: int) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text, each of at most a million bytes; see :func:`read_bytes`."""
+    with open_regular(file) as stream:
+        for number in count(1):
+            line = stream.readline(MOST_LINE_BYTES + 1)
+            if not line:
+                return
+            if number > most_lines or len(line) > MOST_LINE_BYTES:
+                raise ArtifactError(
+                    f"{file} has more than {most_lines:,} lines, or one of more than "
+                    f"{MOST_LINE_BYTES:,} bytes",
+                    remedy=_COPY,
+                )
+
+            yield _decode(line, file).removesuffix("\n")
+
+
+def check_size(file: Path, most_bytes: int) -> None:
+    """Raise ArtifactError where a file that something else reads is too large, or no file."""
+    with open_regular(file) as stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
+    if size_bytes > most_bytes:
+        raise _refuse_size(file, size_bytes, most_bytes)
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file to read it; ArtifactError where it is a pipe, which would wait, or a device."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    stream = os.fdopen(descriptor, "rb")
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return stream
+
+    stream.close()
+    raise ArtifactError(f"{file} is no regular file", remedy=_COPY)
+
+
+def parse_json(text: str, where: str, *, once: bool = False) -> Any:
+    """Return a JSON value of which every text can be written again as UTF-8."""
+    items = sum(map(text.count, ",[{"))
+    if items > _MOST_ITEMS:
+        raise ArtifactError(
+            f"{where} has {items:,} commas and brackets, and at most {_MOST_ITEMS:,} are read"
+        )
+
+    try:
+        value = json.loads(text, object_pairs_hook=_refuse_twice if once else None)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{where} is not valid JSON: {error}", remedy=_COPY) from error
+
+    return value
+
+
+@contextlib.contextmanager
+def refusing(what: object, remedy: str = _COPY) -> Iterator[None]:
+    """Turn whatever reading something raises into an ArtifactError of one line.
+
+    Native libraries end in exceptions that are no ``Exception``; our own errors pass, and OSError,
+    which says what the system has against it.
+    """
+    try:
+        yield
+    except (RacdeployError, OSError, *_ENDS):
+        raise
+    except BaseException as error:
+        said = " ".join(str(error).split())[:_SHOWN]
+        kind = type(error).__name__
+        message = f"{what} is damaged: {kind}: {said}" if said else f"{what} is damaged: {kind}"
+        raise ArtifactError(message, remedy=remedy) from error
+
+
+def _decode(content: bytes, file: Path) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{file} is not UTF-8 text: {error}", remedy=_COPY) from error
+
+
+def _refuse_size(file: Path, size_bytes: int, most_bytes: int) -> ArtifactError:
+    return ArtifactError(
+        f"{file} has {size_bytes:,} bytes, and at most {most_bytes:,} are read", remedy=_COPY
+    )
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
