@@ -175,6 +175,7 @@ class BlockWalk:
             self._report(place + done / len(self.steps))
 
             if done % every == 0 or done == len(self.steps):
+                variables.choose_steps()
                 error = self._error(block)
                 if error < best:
                     best = error

@@ -200,6 +200,7 @@ class _Training:
 
     def _look(self) -> None:
         """Measure, keep the state if it is the best so far, and save."""
+        self.variables.choose_steps()
         with self.average.shown() as weights:
             divergence = self._judge(weights)
 
@@ -208,7 +209,7 @@ class _Training:
             return
 
         if divergence == done.best:
-            write_tensors(self.best_file, self._moved(), processes=self.course.processes)
+            write_tensors(self.best_file, self._state(), processes=self.course.processes)
         elif divergence > _FAR * done.best or done.since_best % _LINGER == 0:
             self._go_back()
         if done.step:
@@ -221,8 +222,8 @@ class _Training:
         the steps that went too far, which makes the next ones short.
         """
         self.done.pace /= 2
-        fill_tensors(self.best_file, self._moved(), self.course.processes)
-        self.variables.settle()
+        fill_tensors(self.best_file, self._state(), self.course.processes)
+        self._restore()
         self.average.restart()
 
     def _judge(self, weights: Mapping[str, torch.Tensor]) -> float:
@@ -276,12 +277,19 @@ class _Training:
 
         return sum(processes.all(total)) / sum(processes.all(weight))
 
-    def _moved(self) -> dict[str, torch.Tensor]:
-        return {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Return what decides the weights."""
+        moved = {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
+        return moved | {f"grid.{name}": weight for name, weight in self.variables.on_grid.items()}
+
+    def _restore(self) -> None:
+        """Take in a state that was read."""
+        self.variables.read_steps()
+        self.variables.settle()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what must be on disk to go on as if nothing had happened."""
-        tensors = self._moved()
+        tensors = self._state()
         for name, (first, second) in self.optimizer.moments.items():
             tensors |= {f"first.{name}": first, f"second.{name}": second}
         for name, mean in self.average.values.items():
@@ -298,4 +306,4 @@ class _Training:
         self.optimizer.steps = values.pop("optimizer_steps")
         self.done = _Progress.read(values)
         fill_tensors(self.file, self._tensors(), processes)
-        self.variables.settle()
+        self._restore()

@@ -38,12 +38,26 @@ class Weights:
     def settle(self) -> None:
         """Set the weights to what the moved values mean."""
 
+    def choose_steps(self) -> None:
+        """Fit the grid to where the moved values have gone, and settle; at every look."""
+
+    @property
+    def on_grid(self) -> Mapping[str, torch.Tensor]:
+        """Weights whose steps are no function of what is moved: a saved state needs them too."""
+        return {}
+
+    def read_steps(self) -> None:
+        """Take the steps from weights that were read from a saved state."""
+
 
 class Codes(Weights):
     """Linears on a grid, their codes free to change; other weights are moved themselves.
 
-    A code of the largest magnitude stays where the format finds a group's scale by it. A linear
-    whose weights are on no grid, since it was not pruned, is moved itself.
+    Weights that learn outgrow the steps that fitted them as they were pruned. So at every look the
+    format itself chooses anew, in each quant block where that is nearer to the moved values. Until
+    the next look steps stay, and so does a code of the largest magnitude where the format finds a
+    group's scale by it. A linear whose weights are on no grid, since it was not pruned, is moved
+    itself.
     """
 
     def __init__(
@@ -54,9 +68,8 @@ class Codes(Weights):
         processes: Processes = ALONE,
     ) -> None:
         super().__init__(weights)
-        self._codes = grid.CODES
-        self._group_size = grid.GROUP_SIZE
-        largest = max(map(abs, grid.CODES)) if pins_largest(grid) else math.inf
+        self._grid = grid
+        self._largest = max(map(abs, grid.CODES)) if pins_largest(grid) else math.inf
 
         self._steps: dict[str, torch.Tensor] = {}
         self._pinned: dict[str, torch.Tensor] = {}
@@ -68,26 +81,52 @@ class Codes(Weights):
                 continue
 
             self._steps[name] = step_OG
-            self._pinned[name] = code_OI.abs() == largest
+            self._pinned[name] = code_OI.abs() == self._largest
             self.moved[name] = weight_OI.detach().clone()
 
     def gather(self) -> None:
-        for name, pinned_OI in self._pinned.items():
+        for name in self._steps:
             weight_OI = self.weights[name]
-            if weight_OI.grad is not None:
-                self.moved[name].grad = weight_OI.grad.masked_fill_(pinned_OI, 0)
-                weight_OI.grad = None
+            self.moved[name].grad, weight_OI.grad = weight_OI.grad, None
 
     @torch.no_grad()
     def settle(self) -> None:
         for name, step_OG in self._steps.items():
             weight_OI = self.weights[name]
-            code_OI = codes_of(self.moved[name], step_OG, self._group_size)
-            code_OI.clamp_(*self._codes)
+            code_OI = codes_of(self.moved[name], step_OG, self._grid.GROUP_SIZE)
+            code_OI.clamp_(*self._grid.CODES)
 
-            stored_OI = code_OI * _spread(step_OG, self._group_size)
+            stored_OI = code_OI * _spread(step_OG, self._grid.GROUP_SIZE)
             stored_OI = torch.where(self._pinned[name], weight_OI, stored_OI)
             weight_OI.copy_(stored_OI)
+
+    @torch.no_grad()
+    def choose_steps(self) -> None:
+        for name in self._steps:
+            weight_OI, moved_OI = self.weights[name], self.moved[name]
+            anew_OI = _store(moved_OI, self._grid)
+            is_nearer_OI = self._miss(anew_OI, moved_OI) < self._miss(weight_OI, moved_OI)
+            weight_OI.copy_(torch.where(is_nearer_OI, anew_OI, weight_OI))
+
+        self.read_steps()
+
+    @property
+    def on_grid(self) -> Mapping[str, torch.Tensor]:
+        return {name: self.weights[name] for name in self._steps}
+
+    @torch.no_grad()
+    def read_steps(self) -> None:
+        for name in self._steps:
+            step_OG, code_OI, exact = read_grid(self.weights[name], self._grid)
+            assert exact, "what a format stores, it finds again"
+            self._steps[name] = step_OG
+            self._pinned[name] = code_OI.abs() == self._largest
+
+    def _miss(self, stored_OI: torch.Tensor, moved_OI: torch.Tensor) -> torch.Tensor:
+        """Return for every weight the squared distance of its quant block from the moved values."""
+        O, I = moved_OI.shape
+        square_OXB = (stored_OI - moved_OI).square().view(O, I // self._grid.BLOCK, -1)
+        return _spread(square_OXB.sum(2), self._grid.BLOCK)
 
 
 class Scales(Weights):
@@ -167,6 +206,17 @@ def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
 def read_scales(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return the scale of every quant block of weights that lie on a grid."""
     return _read(weight_OI, grid, grid.scales, grid.BLOCK)
+
+
+def _store(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the weights as a file would hold them."""
+    O, I = weight_OI.shape
+    if not O:
+        return weight_OI
+
+    values_OI = weight_OI.detach().cpu().numpy().astype(np.float32)
+    stored_OI = grid.dequantize(grid.quantize(values_OI), I).copy()
+    return torch.from_numpy(stored_OI).to(weight_OI.device)
 
 
 def _read(
