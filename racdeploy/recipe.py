@@ -7,6 +7,7 @@ bind: a recipe that contradicts one is an error. ``recipe.toml`` explains every 
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -84,6 +85,23 @@ class Traces(_Part):
         if self.server:
             sampling["server"] = self.server_model or self.server
         return sampling
+
+    def refuse_key_of_a_file(self, typed: Mapping[str, Any], allowed: str) -> None:
+        """Refuse to send a secret of this machine where only a recipe file says so.
+
+        Args:
+            typed: what the command line says of the traces.
+            allowed: host that the user names as one that may have the key.
+        """
+        is_typed = typed.get("server_key_env") and typed.get("server")
+        host = urllib.parse.urlsplit(self.server).hostname or ""
+        if not self.server_key_env or is_typed or host == allowed.lower():
+            return
+
+        raise UsageError(
+            f"the recipe file sends the environment variable {self.server_key_env} to {host}",
+            remedy=f"if you want that: --allow-key-to {host}",
+        )
 
 
 class StreamWeights(_Part):

@@ -40,6 +40,7 @@ class ServerAnswerer:
         model: name that the server gives the model; empty takes the only one there is.
         key_env: environment variable that holds the key; empty sends none.
         api: ``chat`` asks questions as users do, ``completions`` sends token ids.
+        timeout_s: longest wait for one answer, from the first byte sent to the last one received.
     """
 
     local: ArtifactAnswerer
@@ -47,6 +48,7 @@ class ServerAnswerer:
     model: str = ""
     key_env: str = ""
     api: ServerApi = "chat"
+    timeout_s: float = 1800.0
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -114,7 +116,11 @@ class ServerAnswerer:
     def _reach(self) -> OpenAIEngine:
         bundle = self.local.bundle
         settings = self.local.engine_settings
-        names: dict[str, Any] = {"model": self.model, "key_env": self.key_env}
+        names: dict[str, Any] = {
+            "model": self.model,
+            "key_env": self.key_env,
+            "timeout_s": self.timeout_s,
+        }
         if self.api == "completions":
             tokenizer = TokenizerFiles(bundle.folder).file
             return OpenAIEngine(self.url, settings, tokenizer=tokenizer, **names)

@@ -90,6 +90,11 @@ class TraceOptions:
     trace_server: str | None = _option(
         None, help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
     )
+    allow_key_to: str = _option(
+        "",
+        metavar="HOST",
+        help="Host that may get the key which a recipe file names; see docs/trace-servers.md.",
+    )
     work: WorkOpt = None
     threads: ThreadsOpt = 0
     quiet: QuietOpt = False
@@ -99,7 +104,10 @@ class TraceOptions:
         """Return the recipe that the options ask for, checked."""
         from racdeploy.recipe import Recipe
 
-        return Recipe.combine(self.recipe, self._asked())
+        asked = self._asked()
+        recipe = Recipe.combine(self.recipe, asked)
+        recipe.traces.refuse_key_of_a_file(asked.get("traces", {}), self.allow_key_to)
+        return recipe
 
     def _asked(self) -> dict[str, Any]:
         from racdeploy.storage.toml import merge, read_assignments

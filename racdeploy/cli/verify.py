@@ -32,6 +32,9 @@ def verify(
     server_api: Questions = typer.Option(
         "chat", help="chat asks as users do; completions sends token ids."
     ),
+    server_timeout: float = typer.Option(
+        1800.0, min=0.1, metavar="SECONDS", help="Longest wait for one of the server's answers."
+    ),
     show_plan: bool = typer.Option(
         False, "--plan", metavar="", help="Print what the run can show, and do nothing."
     ),
@@ -66,7 +69,9 @@ def verify(
         judged = Bundle(bundle, gate, tier)
         mode = "off" if server else accel
         local = ArtifactAnswerer(judged, work or default_work(), threads, mode, progress)
-        asked = ServerAnswerer(local, server, server_model, server_key_env, server_api)
+        asked = ServerAnswerer(
+            local, server, server_model, server_key_env, server_api, server_timeout
+        )
         again = Reverification(local, asked if server else None, baseline)
         if show_plan:
             print_plan(again.plan(), json_output)

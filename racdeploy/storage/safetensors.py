@@ -22,6 +22,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """dtype tag → numpy's; bfloat16 is read as bit patterns."""
 _HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
 _MOST_AXES = 8
+_LONGEST_AXIS = 1 << 40
 _COPY_BYTES = 1 << 24  # of a tensor in memory at a time
 Rows = NDArray[np.int64]
 
@@ -160,7 +161,7 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     if len(offsets) != 2:
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
 
-    if len(shape) > _MOST_AXES or max(shape, default=0) > size_bytes:
+    if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
         raise ModelError(f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}")
 
     if tag not in DTYPES:

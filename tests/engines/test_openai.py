@@ -138,7 +138,7 @@ def test_the_seed_belongs_to_the_sequence() -> None:
             EngineError,
             r"500: .*out of memory.*tried 6 times",
         ),
-        (Reply(b'{"choices": [{"text": "4'), EngineError, r"not JSON.*tried 6 times"),
+        (Reply(b'{"choices": [{"text": "4'), EngineError, r"not valid JSON.*tried 6 times"),
         (Reply(b'{"choices": [', lacking=9), EngineError, r"lacks its last 9 bytes|IncompleteRead"),
         (PAGE, EngineError, r"does not serve completions \(200\): a web page"),
         (Reply({"detail": "key?"}, 401), UsageError, r"refuses a request without a key \(401\)"),
@@ -148,7 +148,7 @@ def test_the_seed_belongs_to_the_sequence() -> None:
             r"completions \(400\): .*context length",
         ),
         (Reply(b"[1]"), EngineError, "with no JSON object"),
-        (Reply(b"[" * 100_000), EngineError, "not JSON"),
+        (Reply(b"[" * 100_000), EngineError, "not valid JSON"),
         (Reply({}), EngineError, "holds no choice"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from racdeploy.decoding.engine import Cancel, Completion, EngineSettings
 from racdeploy.engines.openai.answers import find_usage, read_choice
-from racdeploy.engines.openai.engine import OnEnd, OpenAIEngine, Request
+from racdeploy.engines.openai.engine import OnEnd, OpenAIEngine, Request, bound_answer
 from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
 
@@ -85,7 +85,9 @@ class ChatEngine(OpenAIEngine):
         body["messages"] = [{"role": "user", "content": question}]
         cap = body["max_tokens"]
 
-        answer = _read(await self._client.request("chat/completions", body))
+        most_bytes = bound_answer(len(ids), cap)
+        path = "chat/completions"
+        answer = _read(await self._client.request(path, body, most_bytes=most_bytes))
 
         is_full = answer.counted is None or answer.counted >= cap
         if answer.finish_reason == "length" and not is_full:

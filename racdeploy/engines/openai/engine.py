@@ -29,6 +29,8 @@ Request = tuple[Sequence[int], Sampling, int]
 """A prompt, how its completion is sampled, and its random stream."""
 OnEnd = Callable[[int, Completion], None]
 
+_ANSWER_BYTES = 1_000_000
+_TOKEN_BYTES = 256
 _POLL_S = 0.05
 _TEXT_TOKENIZER = "../extras/tokenize"  # llama_cpp.server's
 _COUNT_END = ("vllm", "sglang", "llamacpp")  # as /v1/models names them
@@ -210,7 +212,8 @@ class OpenAIEngine(Engine):
             **_EXACT_IDS,
         }
 
-        answer = await self._client.request("completions", body)
+        most_bytes = bound_answer(len(ids), body["max_tokens"])
+        answer = await self._client.request("completions", body, most_bytes=most_bytes)
         return self._reader.read(answer, ids, sampling.stop_ids, body["max_tokens"])
 
     def _write_request(self, request: Request) -> dict[str, Any]:
@@ -295,6 +298,11 @@ class OpenAIEngine(Engine):
             )
 
         return ids
+
+
+def bound_answer(prompt_tokens: int, new_tokens: int) -> int:
+    """Return the most bytes of an answer: some hundred for each token, and what is round them."""
+    return _ANSWER_BYTES + _TOKEN_BYTES * (prompt_tokens + new_tokens)
 
 
 def derive_seed(seed: int, stream: int) -> int:

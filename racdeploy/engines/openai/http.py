@@ -7,20 +7,24 @@ Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens).
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from racdeploy.errors import EngineError, UsageError
+from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.plugins import require
+from racdeploy.storage.reading import parse_json
 
 if TYPE_CHECKING:
     from racdeploy.engines.openai.transport import Answer
 
 Value = TypeVar("Value")
 
+MOST_BYTES = 16_000_000
+"""Of an answer for which no narrower bound is given."""
 ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
 _ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
 _ATTEMPTS = 6
@@ -50,6 +54,8 @@ class Client:
         self._base = _read_address(url)
         self._key_env = key_env
         self._key = _read_key(key_env)
+        if self._key:
+            _refuse_clear(self._base, key_env)
         self._timeout_s = timeout_s
         self._reached = False  # a server that never answered is not waited for
 
@@ -75,11 +81,16 @@ class Client:
         return self.run(self.request, path, body, may_be_empty)
 
     async def request(
-        self, path: str, body: Mapping[str, Any] | None = None, may_be_empty: bool = False
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        may_be_empty: bool = False,
+        most_bytes: int = MOST_BYTES,
     ) -> dict[str, Any]:
         """Send a JSON object, or ask for a path without one; return the object that comes back.
 
-        A failure that may pass is tried again. ``path`` is relative to the address, as
+        A failure that may pass is tried again. An answer of more than ``most_bytes`` is not read to
+        its end. ``path`` is relative to the address, as
         ``../tokenize``. An answer that ``may_be_empty`` is an empty object then.
 
         Raises:
@@ -92,7 +103,7 @@ class Client:
 
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                answer = await self._exchange(path, data)
+                answer = await self._exchange(path, data, most_bytes)
                 return self._object(answer, path, may_be_empty)
             except _PassingError as error:
                 if not attempts_left:
@@ -107,12 +118,12 @@ class Client:
 
         raise AssertionError("the last attempt returns or raises")
 
-    async def _exchange(self, path: str, data: bytes | None) -> Answer:
+    async def _exchange(self, path: str, data: bytes | None, most_bytes: int) -> Answer:
         url = urllib.parse.urljoin(self._base, path)
         method = "GET" if data is None else "POST"
 
         try:
-            answer = await self._transport.exchange(method, url, data)
+            answer = await self._transport.exchange(method, url, data, most_bytes)
         except TimeoutError as error:
             raise EngineError(
                 f"{self.url} did not answer within {self._timeout_s:g} s",
@@ -157,12 +168,11 @@ class Client:
             return {}
 
         try:
-            value = json.loads(answer.body)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(answer.body.decode("utf-8"), "the answer")
+        except (ArtifactError, UnicodeDecodeError) as error:
             size = len(answer.body)
-            raise _PassingError(
-                f"cannot be used: {size} bytes that are not JSON: {error}"
-            ) from error
+            reason = error.message if isinstance(error, ArtifactError) else error
+            raise _PassingError(f"cannot be used: {size} bytes, {reason}") from error
 
         if not isinstance(value, dict):
             raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=ODD)
@@ -195,6 +205,22 @@ def _read_address(url: str) -> str:
         raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
 
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
+
+
+def _refuse_clear(base: str, key_env: str) -> None:
+    """Refuse a key over plain HTTP, which anybody on the way reads; this machine is no way."""
+    parts = urllib.parse.urlsplit(base)
+    host = parts.hostname or ""
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = False
+
+    if parts.scheme == "http" and not is_here:
+        raise UsageError(
+            f"the key in {key_env} would go to {host} unencrypted",
+            remedy=f"use https://{host}, or a tunnel to 127.0.0.1",
+        )
 
 
 def _read_key(name: str) -> str:

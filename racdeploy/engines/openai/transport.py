@@ -6,6 +6,7 @@ Source: https://www.python-httpx.org; anyio's blocking portals.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 import httpx
 
 _CONNECT_S = 10.0
-_LARGEST_ANSWER = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ class Transport:
         # Compressed answers would have to be limited twice: as sent and as unpacked.
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._timeout = httpx.Timeout(timeout_s, connect=min(_CONNECT_S, timeout_s))
+        self._whole_s = timeout_s
         self._tls = ssl.create_default_context()
 
-    async def exchange(self, method: str, url: str, body: bytes | None) -> Answer:
+    async def exchange(self, method: str, url: str, body: bytes | None, most_bytes: int) -> Answer:
         """Send one request on its own connection and read its answer.
 
+        The time is that of the whole exchange: a server that sends a byte now and then is no
+        better than one that is silent.
+
         Raises:
-            TimeoutError: no answer in time.
+            TimeoutError: no whole answer in time.
             ConnectionError: there is no connection, or it broke; the message says why.
             ValueError: the answer is too large.
         """
@@ -51,8 +55,12 @@ class Transport:
         )
 
         try:
-            async with client, client.stream(method, url, content=body) as response:
-                return await _read(response)
+            async with (
+                asyncio.timeout(self._whole_s),
+                client,
+                client.stream(method, url, content=body) as response,
+            ):
+                return await _read(response, most_bytes)
         except httpx.ConnectTimeout as error:
             raise ConnectionError(f"no connection within {_CONNECT_S:g} s") from error
         except httpx.TimeoutException as error:
@@ -62,15 +70,15 @@ class Transport:
             raise ConnectionError(f"{type(cause).__name__}: {cause}") from error
 
 
-async def _read(response: httpx.Response) -> Answer:
+async def _read(response: httpx.Response, most_bytes: int) -> Answer:
     received = bytearray()
     promised = response.headers.get("Content-Length", "")
 
     try:
         async for chunk in response.aiter_raw():
             received += chunk
-            if len(received) > _LARGEST_ANSWER:
-                raise ValueError(f"more than {_LARGEST_ANSWER} bytes")
+            if len(received) > most_bytes:
+                raise ValueError(f"more than {most_bytes:,} bytes")
     except httpx.RemoteProtocolError as error:
         if not promised.isdecimal():
             raise
