@@ -13,6 +13,7 @@ from racdeploy.cli.chat import Chat
 from racdeploy.cli.stream import AnswerStream
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.runtime import Conversation, Model, load
+from racdeploy.storage.unprintable import drop_unprintable
 from tests.support.commands import Outcome, command, environment, racdeploy
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal
 from tests.support.tiny_artifacts import make_bundle
@@ -59,7 +60,8 @@ def test_run_prints_what_json_says(bundle: Path) -> None:
 
     given = racdeploy("run", bundle, "What is 2+2?", "--show-thinking")
     assert (given.code, given.out) == (0, whole["answer"] + "\n")
-    assert whole["thinking"][:8].strip() in given.err
+    assert drop_unprintable(whole["thinking"][:8]).strip() in given.err
+    assert given.err == drop_unprintable(given.err)
     for arguments in ([], ["-"]):
         piped = _piped(b"What is 2+2?\n", "run", bundle, *arguments)
         assert (piped.code, piped.out) == (0, given.out)

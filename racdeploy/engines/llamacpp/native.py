@@ -26,7 +26,7 @@ from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
 
 _BATCH_TOKENS = 512
-_LEAST_CONTEXT = 8192  # costs little with any model
+_LEAST_CONTEXT = 32_768  # what any model may be asked for
 _BEYOND = 8  # times the context that a model is made for: a stretched rope goes so far
 _OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
 # A model of 90 MB gains by a context for each thread, one of 450 MB loses.
