@@ -28,7 +28,7 @@ from racdeploy.recover.course import Course, Lesson
 from racdeploy.recover.divergence import Head, measure_kl
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
-from racdeploy.recover.variables import Weights
+from racdeploy.recover.variables import HELD_FROM, Weights
 from racdeploy.recover.watch import Watch
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.heap import keep_heap
@@ -163,6 +163,8 @@ class BlockWalk:
         before = best = self._error(block)
 
         for number, step in enumerate(self.steps):
+            if number == math.floor(HELD_FROM * len(self.steps)):
+                variables.hold()
             if not self._learn(block, step, variables):
                 break
 
@@ -175,11 +177,12 @@ class BlockWalk:
             self._report(place + done / len(self.steps))
 
             if done % every == 0 or done == len(self.steps):
-                variables.choose_steps()
+                variables.show()
                 error = self._error(block)
                 if error < best:
                     best = error
                     self.course.keep(variables.weights, whole=True)
+                variables.settle()
 
         for weight in weights.values():
             weight.requires_grad_(False)

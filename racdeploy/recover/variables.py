@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import Grid, pins_largest
 
+HELD_FROM = 0.75
+"""Share of the steps after which codes are learned as they are stored."""
+
 _FACTORS = (0.5, 2.0)
 """Of a scale: it keeps its sign, and half precision does not run out."""
 
@@ -38,26 +41,29 @@ class Weights:
     def settle(self) -> None:
         """Set the weights to what the moved values mean."""
 
-    def choose_steps(self) -> None:
-        """Fit the grid to where the moved values have gone, and settle; at every look."""
+    def show(self) -> None:
+        """Set the weights to what a file would hold, for a look; :meth:`settle` goes on."""
+
+    def hold(self) -> None:
+        """Learn as the weights will be stored from now on, in steps that fit them as they are."""
 
     @property
     def on_grid(self) -> Mapping[str, torch.Tensor]:
         """Weights whose steps are no function of what is moved: a saved state needs them too."""
         return {}
 
-    def read_steps(self) -> None:
-        """Take the steps from weights that were read from a saved state."""
+    def take_steps(self) -> None:
+        """Take the steps from weights that were read from a saved state, and hold them."""
 
 
 class Codes(Weights):
     """Linears on a grid, their codes free to change; other weights are moved themselves.
 
-    Weights that learn outgrow the steps that fitted them as they were pruned. So at every look the
-    format itself chooses anew, in each quant block where that is nearer to the moved values. Until
-    the next look steps stay, and so does a code of the largest magnitude where the format finds a
-    group's scale by it. A linear whose weights are on no grid, since it was not pruned, is moved
-    itself.
+    First the weights learn off the grid, and only a look rounds them, as the format does: they
+    outgrow the steps that fitted them as they were pruned, and rounding every step makes noise.
+    Once held, they learn as they are stored: the steps stay, and so does a code of the largest
+    magnitude where the format finds a group's scale by it. A linear whose weights are on no grid,
+    since it was not pruned, is moved itself.
     """
 
     def __init__(
@@ -71,29 +77,32 @@ class Codes(Weights):
         self._grid = grid
         self._largest = max(map(abs, grid.CODES)) if pins_largest(grid) else math.inf
 
-        self._steps: dict[str, torch.Tensor] = {}
+        self._names: list[str] = []  # of the linears on the grid
+        self._steps: dict[str, torch.Tensor] = {}  # by name, once held
         self._pinned: dict[str, torch.Tensor] = {}
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
-            step_OG, code_OI, exact = read_grid(weight_OI, grid)
-            if not all(processes.all(exact)):
-                continue
-
-            self._steps[name] = step_OG
-            self._pinned[name] = code_OI.abs() == self._largest
-            self.moved[name] = weight_OI.detach().clone()
+            _, _, exact = read_grid(weight_OI, grid)
+            if all(processes.all(exact)):
+                self._names.append(name)
+                self.moved[name] = weight_OI.detach().clone()
 
     def gather(self) -> None:
-        for name in self._steps:
+        for name in self._names:
             weight_OI = self.weights[name]
             self.moved[name].grad, weight_OI.grad = weight_OI.grad, None
 
     @torch.no_grad()
     def settle(self) -> None:
-        for name, step_OG in self._steps.items():
-            weight_OI = self.weights[name]
-            code_OI = codes_of(self.moved[name], step_OG, self._grid.GROUP_SIZE)
+        for name in self._names:
+            weight_OI, moved_OI = self.weights[name], self.moved[name]
+            if name not in self._steps:
+                weight_OI.copy_(moved_OI)
+                continue
+
+            step_OG = self._steps[name]
+            code_OI = codes_of(moved_OI, step_OG, self._grid.GROUP_SIZE)
             code_OI.clamp_(*self._grid.CODES)
 
             stored_OI = code_OI * _spread(step_OG, self._grid.GROUP_SIZE)
@@ -101,32 +110,30 @@ class Codes(Weights):
             weight_OI.copy_(stored_OI)
 
     @torch.no_grad()
-    def choose_steps(self) -> None:
-        for name in self._steps:
-            weight_OI, moved_OI = self.weights[name], self.moved[name]
-            anew_OI = _store(moved_OI, self._grid)
-            is_nearer_OI = self._miss(anew_OI, moved_OI) < self._miss(weight_OI, moved_OI)
-            weight_OI.copy_(torch.where(is_nearer_OI, anew_OI, weight_OI))
+    def show(self) -> None:
+        if not self._steps:
+            self._round()
 
-        self.read_steps()
+    def hold(self) -> None:
+        self._round()
+        self.take_steps()
 
     @property
     def on_grid(self) -> Mapping[str, torch.Tensor]:
         return {name: self.weights[name] for name in self._steps}
 
     @torch.no_grad()
-    def read_steps(self) -> None:
-        for name in self._steps:
+    def take_steps(self) -> None:
+        for name in self._names:
             step_OG, code_OI, exact = read_grid(self.weights[name], self._grid)
             assert exact, "what a format stores, it finds again"
             self._steps[name] = step_OG
             self._pinned[name] = code_OI.abs() == self._largest
 
-    def _miss(self, stored_OI: torch.Tensor, moved_OI: torch.Tensor) -> torch.Tensor:
-        """Return for every weight the squared distance of its quant block from the moved values."""
-        O, I = moved_OI.shape
-        square_OXB = (stored_OI - moved_OI).square().view(O, I // self._grid.BLOCK, -1)
-        return _spread(square_OXB.sum(2), self._grid.BLOCK)
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name in self._names:
+            self.weights[name].copy_(_store(self.moved[name], self._grid))
 
 
 class Scales(Weights):

@@ -52,6 +52,8 @@ def test_codes_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
     weight_OI = on_grid(grid).requires_grad_(True)
     before_OI = weight_OI.detach().clone()
     variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+    variables.hold()
+    assert torch.equal(weight_OI.detach(), before_OI)
 
     learn(variables, weight_OI, 0.3 * float(read_steps(before_OI, grid).abs().max()))
     assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
@@ -59,6 +61,30 @@ def test_codes_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
 
     changed = (weight_OI != before_OI).float().mean()
     assert changed > 0.05
+
+
+def test_weights_learn_off_the_grid_and_are_shown_on_it(grid: Grid) -> None:
+    """A look sees what a file would hold, and learning goes on where it was; then it is held."""
+    weight_OI = on_grid(grid).requires_grad_(True)
+    before_OI = weight_OI.detach().clone()
+    variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+
+    learn(variables, weight_OI, 0.3 * float(read_steps(before_OI, grid).abs().max()))
+    learned_OI = weight_OI.detach().clone()
+    assert torch.equal(learned_OI, variables.moved["w"].detach())
+    assert not torch.equal(learned_OI, stored(learned_OI, grid))
+    assert not variables.on_grid
+
+    variables.show()
+    assert torch.equal(weight_OI.detach(), stored(learned_OI, grid))
+    variables.settle()
+    assert torch.equal(weight_OI.detach(), learned_OI)
+
+    variables.hold()
+    assert torch.equal(weight_OI.detach(), stored(learned_OI, grid))
+    variables.settle()
+    assert torch.equal(weight_OI.detach(), stored(weight_OI, grid))
+    assert [*variables.on_grid] == ["w"]
 
 
 def test_scales_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
@@ -117,6 +143,7 @@ def test_a_code_that_sets_the_scale_does_not_move(grid: Grid) -> None:
     weight_OI = on_grid(grid).requires_grad_(True)
     before_OI = weight_OI.detach().clone()
     variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
+    variables.hold()
     largest_OI = codes_of(before_OI, read_steps(before_OI, grid), grid.GROUP_SIZE).abs() == max(
         map(abs, grid.CODES)
     )
