@@ -35,6 +35,7 @@ KINDS: dict[str, str] = {
     "formats": "racdeploy.export",
     "onnx_exporters": "racdeploy.export.onnx.exporters",
     "checks": "racdeploy.verify.checks",
+    "harnesses": "racdeploy.harnesses",
 }
 
 
@@ -141,4 +142,4 @@ def closest(name: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _singular(kind: str) -> str:
-    return {"families": "family"}.get(kind, kind.removesuffix("s"))
+    return {"families": "family", "harnesses": "harness"}.get(kind, kind.removesuffix("s"))

@@ -31,6 +31,10 @@ CONTRACT_DATA = {
         '                  ("Rome it is", "Rome", False, "is", "last word"),\n'
         '                  (" ", "one", False, None, "no text")],',
     ),
+    "tests/contracts/test_harnesses.py": (
+        "WRITTEN: dict[str, Callable[[Path], None]] = {",
+        '    "tally": lambda out: (out / "tally.json").write_text(json.dumps({"sums": FIGURES})),',
+    ),
     "tests/support/tiny_artifacts.py": (
         "ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {",
         '    "serial": lambda folder: nullcontext(make_gguf(folder)),',
@@ -50,6 +54,7 @@ USED = {
     "formats": ["gguf_twin/tiny.gguf", [6, 512]],
     "onnx_exporters": True,
     "checks": "pass",
+    "harnesses": [-0.5, "sums"],
 }
 """What tests/support/one_more/use.py prints, but for the allocation."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.families import find_family
-from racdeploy.report.model import Record, Report, TensorRow
+from racdeploy.report.model import HarnessRun, Record, Report, TensorRow
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
@@ -57,6 +57,18 @@ class Answerer(Protocol):
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]: ...
 
     def forget(self) -> None: ...
+
+
+class Asker(Protocol):
+    """Who asks both models beside the bundle's own prompts.
+
+    ``plan`` refuses what cannot be done, and says what will be; ``run`` returns what was found, and
+    notes.
+    """
+
+    def plan(self) -> str: ...
+
+    def run(self) -> tuple[HarnessRun, list[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -191,11 +203,13 @@ class Reverification:
         local: runs artifacts here, the dense one among them.
         answerer: gives the answers that are judged; None takes ``local``.
         baseline: dense artifact, or another bundle of the same dense model; None takes the own one.
+        asker: an evaluation harness that asks both models, too.
     """
 
     local: ArtifactAnswerer
     answerer: Answerer | None = None
     baseline: Path | None = None
+    asker: Asker | None = None
 
     @property
     def gate(self) -> Gate:
@@ -208,12 +222,6 @@ class Reverification:
         if fresh is None:
             dense_answers = f"{len(self._recorded())} recorded"
         else:
-            if not fresh.is_file():
-                raise UsageError(
-                    f"{fresh} does not exist",
-                    remedy="give the dense artifact, or a bundle of the same dense model",
-                )
-
             bundle.own.check_artifact(fresh)
             dense_answers = f"new ones of {fresh}"
 
@@ -231,19 +239,24 @@ class Reverification:
             "dense_answers": dense_answers,
             "tokens_at_most": answers * settings.max_new_tokens,
             **plan(settings, bundle.gate, expected, prompts),
+            **({"harness": self.asker.plan()} if self.asker else {}),
         }
 
     def run(self) -> tuple[Report, list[Record]]:
         """Answer, compare and decide."""
         self.plan()  # whatever is wrong is reported before any work
         answerer = self.answerer or self.local
+
+        # First: a task that a harness does not know shows in a minute.
+        asked, told = self.asker.run() if self.asker else (None, [])
         dense, notes = self._answer_dense(answerer)
         evidence, notes = answerer.gather(dense, notes)
+        evidence = replace(evidence, harness=asked)
 
         own = self.local.bundle.own
         found = conclude(
             evidence,
-            notes,
+            [*notes, *told],
             model=own.report.model,
             target=own.report.target,
             recipe=own.recipe,

@@ -169,6 +169,8 @@ def _describe_verification(plan: Plan) -> list[str]:
     runs = round(100 * plan["accuracy_power"])
     margin = points(plan["accuracy_margin"])
     lines.append(f"margin {margin} points: a model as good as dense passes {runs} times in 100")
+    if "harness" in plan:
+        lines.append(plan["harness"])
 
     return lines
 

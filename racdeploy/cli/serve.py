@@ -33,6 +33,9 @@ def serve(
     ),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
+    dense: Path | None = typer.Option(
+        None, help="Serve the dense artifact of the build in its place, its thinking free."
+    ),
 ) -> None:
     """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/serve.md."""
     from racdeploy.manifest import check_main_artifact
@@ -42,7 +45,12 @@ def serve(
     require("uvicorn")
     from racdeploy.serve.server import serve as run
 
-    check_main_artifact(bundle)
+    if dense:
+        from racdeploy.verify.baseline import Baseline
+
+        Baseline.read(bundle).check_artifact(dense)
+    else:
+        check_main_artifact(bundle)
 
     was_interrupted = run(
         bundle,
@@ -53,6 +61,7 @@ def serve(
         context_tokens=context_tokens,
         threads=threads,
         accel=accel,
+        dense=dense,
         on_ready=lambda url, served: _say_ready(url, served, api_key_env),
     )
     if was_interrupted:

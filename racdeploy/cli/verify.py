@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from racdeploy.cli.console import err, finish, print_plan, reported
 from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt
 from racdeploy.errors import UsageError
 
+_SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, too"
 Questions = Literal["chat", "completions"]  # bundles.served.ServerApi, whose import takes longer
 
 
@@ -23,17 +25,51 @@ def verify(
         None, help="Dense artifact to run too, or another bundle of the same dense model."
     ),
     server: str = typer.Option(
-        "", help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1."
+        "",
+        help="Verify what this OpenAI-compatible API serves, http://HOST:PORT/v1.",
+        rich_help_panel=_SERVER,
     ),
-    server_model: str = typer.Option("", help="Name that the server gives the model."),
+    server_model: str = typer.Option(
+        "", help="Name that the server gives the model.", rich_help_panel=_SERVER
+    ),
     server_key_env: str = typer.Option(
-        "", help="Environment variable that holds the server's key."
+        "", help="Environment variable that holds the server's key.", rich_help_panel=_SERVER
     ),
     server_api: Questions = typer.Option(
-        "chat", help="chat asks as users do; completions sends token ids."
+        "chat",
+        help="chat asks as users do; completions sends token ids.",
+        rich_help_panel=_SERVER,
     ),
     server_timeout: float = typer.Option(
-        1800.0, min=0.1, metavar="SECONDS", help="Longest wait for one of the server's answers."
+        1800.0,
+        min=0.1,
+        metavar="SECONDS",
+        help="Longest wait for one of its answers.",
+        rich_help_panel=_SERVER,
+    ),
+    harness: str = typer.Option(
+        "",
+        help="Harness that asks both models: lm-eval or lighteval.",
+        rich_help_panel=_HARNESS,
+    ),
+    harness_tasks: str = typer.Option(
+        "",
+        metavar="NAMES",
+        help="Tasks that it knows, with commas between them.",
+        rich_help_panel=_HARNESS,
+    ),
+    harness_limit: int = typer.Option(
+        0, min=0, help="Documents of each task; 0 asks all.", rich_help_panel=_HARNESS
+    ),
+    harness_include: Path | None = typer.Option(
+        None,
+        help="More tasks: a folder for lm-eval, a Python file for lighteval.",
+        rich_help_panel=_HARNESS,
+    ),
+    harness_python: Path | None = typer.Option(
+        None,
+        help="Python that has it; default: ours, or that of its command.",
+        rich_help_panel=_HARNESS,
     ),
     show_plan: bool = typer.Option(
         False, "--plan", metavar="", help="Print what the run can show, and do nothing."
@@ -51,6 +87,7 @@ def verify(
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.bundles.bundle import Bundle
+    from racdeploy.bundles.harness import HarnessComparison
     from racdeploy.bundles.served import ServerAnswerer
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.cli.progress import show_progress
@@ -59,11 +96,11 @@ def verify(
     from racdeploy.storage.caches import default_work
     from racdeploy.storage.files import make_parent, write_atomic
 
-    if not server and (server_model or server_key_env):
-        raise UsageError(
-            "--server-model and --server-key-env belong to --server",
-            remedy="add --server http://…/v1",
-        )
+    belongs = {
+        "--server": (server, (server_model, server_key_env)),
+        "--harness": (harness, (harness_tasks, harness_limit, harness_include, harness_python)),
+    }
+    _refuse_mixed(belongs)
 
     with show_progress(err) as progress:
         judged = Bundle(bundle, gate, tier)
@@ -72,7 +109,12 @@ def verify(
         asked = ServerAnswerer(
             local, server, server_model, server_key_env, server_api, server_timeout
         )
-        again = Reverification(local, asked if server else None, baseline)
+        tasks = tuple(filter(None, harness_tasks.replace(" ", "").split(",")))
+        where = (harness_include, harness_python, baseline)
+        asker = HarnessComparison(local, harness, tasks, harness_limit, *where)
+
+        others = (asked if server else None, baseline, asker if harness else None)
+        again = Reverification(local, *others)
         if show_plan:
             print_plan(again.plan(), json_output)
             return
@@ -89,3 +131,19 @@ def verify(
     if reports:
         write_reports(reports, report, records, str(bundle))
     finish(report, json_output, (), again.gate, exit_zero)
+
+
+def _refuse_mixed(belongs: Mapping[str, tuple[str, Sequence[object]]]) -> None:
+    """Refuse options without the one that they belong to, and both of those together."""
+    for option, (value, own) in belongs.items():
+        if not value and any(own):
+            raise UsageError(
+                f"options that begin with {option}- belong to {option}",
+                remedy=f"add {option}, see racdeploy verify --help",
+            )
+
+    if all(value for value, _ in belongs.values()):
+        raise UsageError(
+            "--harness asks the bundle's own models, which are served for it",
+            remedy="leave out --server, or --harness",
+        )

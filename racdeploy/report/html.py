@@ -25,7 +25,7 @@ from racdeploy.report.model import LinearRow, Record, Report
 from racdeploy.report.pairs import Pair, length_quantiles, lengths_by_task, pair_records
 from racdeploy.report.settings import as_toml, list_sections
 from racdeploy.report.summary import findings
-from racdeploy.report.tables import Row, Table, list_next_steps, plain, tables
+from racdeploy.report.tables import HARNESS, Row, Table, list_next_steps, plain, tables
 
 _ROWS = 200
 _WORST = 8  # linears that are named
@@ -34,6 +34,7 @@ _COLUMNS = 4  # models that fit beside each other
 _TITLES = {
     "checks": "Checks",
     "thinking": "Accuracy and thinking",
+    "harness": HARNESS,
     "size": "Size and speed",
     "structure": "What is left of the model",
     "recovery": "Recovery",
@@ -118,6 +119,7 @@ def _list_sections(
     shown = {
         "checks": True,
         "thinking": drawn["accuracy_chart"] or has_pairs or "Tasks" in by_title,
+        "harness": HARNESS in by_title,
         "size": "Dense and pruned" in by_title,
         "structure": "Kept" in by_title,
         "recovery": "Recovery" in by_title,

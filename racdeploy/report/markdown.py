@@ -15,13 +15,13 @@ from racdeploy.report.gains import describe_savings
 from racdeploy.report.model import Record, Report
 from racdeploy.report.pairs import Pair, pair_records
 from racdeploy.report.summary import explanation, headline
-from racdeploy.report.tables import Table, list_next_steps, plain, tables
+from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, tables
 
 LIMIT_CHARACTERS = 60_000
 _LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
 _QUESTION_CHARACTERS, _ANSWER_CHARACTERS = 240, 80
 _ROWS, _CELL_CHARACTERS = 30, 400
-_OPEN = ("Dense and pruned", "Checks", "Tasks")  # the other tables are folded
+_OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS)  # the other tables are folded
 _SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
 _SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
 _CUT = f"_Cut at {LIMIT_CHARACTERS:,} characters; the rest is in report.html and report.json._"

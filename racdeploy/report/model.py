@@ -267,6 +267,51 @@ class RivalRow(_Part):
     length_upper: Ratio
 
 
+class HarnessRow(_Part):
+    """One metric of one task of an evaluation harness, of both models, in the harness's own unit.
+
+    Args:
+        documents: asked, of each model.
+        difference: pruned less dense.
+        dense_stderr, pruned_stderr: the harness's own standard errors.
+        lower, upper: interval of the difference over the same documents; None where not paired.
+        lost, won: documents that only dense and that only pruned gets right; None for figures that
+            are not right or wrong.
+        unpaired: why documents could not be compared one by one; empty where they were.
+    """
+
+    task: str
+    metric: str
+    documents: int = Field(ge=0)
+    dense: float
+    pruned: float
+    difference: float
+    dense_stderr: float | None = None
+    pruned_stderr: float | None = None
+    larger_is_better: bool = True
+    lower: float | None = None
+    upper: float | None = None
+    lost: int | None = Field(None, ge=0)
+    won: int | None = Field(None, ge=0)
+    unpaired: str = ""
+
+
+class HarnessRun(_Part):
+    """What an evaluation harness found, asking both models through a server.
+
+    Args:
+        name, version: of the harness.
+        settings: what was asked and how: tasks, limit, tokens, requests at a time.
+        confidence: level of the rows' two-sided intervals.
+    """
+
+    name: str
+    version: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    confidence: float = Field(0.90, gt=0, lt=1)
+    rows: tuple[HarnessRow, ...] = ()
+
+
 class DeviationRow(_Part):
     """Something of a whole file that is not as asked, beside linears and tensors.
 
@@ -351,6 +396,7 @@ class Report(_Part):
         kept: what is left of the whole model; None where nothing was cut.
         recovery: looks at the pruned model while it learned from the dense one, in order; empty
             where it did not.
+        harness: what an evaluation harness found; None where none was run.
         notes: whatever a reader must know and no table says.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
@@ -373,6 +419,7 @@ class Report(_Part):
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     deviations: tuple[DeviationRow, ...] = ()
+    harness: HarnessRun | None = None
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 

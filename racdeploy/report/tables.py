@@ -17,6 +17,7 @@ from racdeploy.report.model import (
     VECTORS_IN_F32,
     ArmSummary,
     BlockRow,
+    HarnessRun,
     LinearRow,
     RecoveryRow,
     Report,
@@ -52,6 +53,7 @@ _PHASE = {
     "calibration prompts right": "{0.accuracy:.1%}",
     "entered the model": "{1}",
 }
+HARNESS = "Evaluation harness"
 LENGTH = "{0.length_ratio:ratio} times as long"
 LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
 LIMIT = ", limit {0.length_limit:.2f}"
@@ -82,6 +84,7 @@ def tables(report: Report) -> list[Table]:
         ("Kept", "what|dense|pruned|kept"): _kept(report),
         ("Recovery", "|".join(_PHASE)): [_phase(end) for end in list_phases(report.recovery)],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
+        (HARNESS, _harness_columns(report.harness)): _harness(report.harness),
         ("Checks", "check|verdict|found"): _checks(report),
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
         ("Not as asked", "what|asked|real|where|why"): _deviations(report),
@@ -183,6 +186,41 @@ def _tasks(report: Report) -> list[Row]:
         name = f"{task.task}, as {task.follows}" if task.follows else task.task
         rows.append((name, f"{task.prompts:,}", dense, pruned))
     return rows
+
+
+def _harness_columns(run: HarnessRun | None) -> str:
+    if run is None:
+        return ""
+    asked = plain(f"{run.name} {run.version}").replace("|", " ")
+    return f"{asked}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
+
+
+def _harness(run: HarnessRun | None) -> list[Row]:
+    """Return figures in the harness's own unit, with its own standard errors."""
+    rows: list[Row] = []
+    for row in run.rows if run else ():
+        dense = _figure(row.dense, row.dense_stderr)
+        pruned = _figure(row.pruned, row.pruned_stderr)
+        compared = f"{_decimals(row.difference)}, {row.unpaired}"
+
+        if not row.unpaired:
+            ends = f"{_decimals(row.lower)} to {_decimals(row.upper)}"
+            compared = f"{_decimals(row.difference)} ({ends})"
+
+        flips = [say("{:,}", count) for count in (row.lost, row.won)]
+        name = f"{row.task}, {row.metric}"
+        rows.append((name, f"{row.documents:,}", dense, pruned, compared, *flips))
+
+    return rows
+
+
+def _figure(value: float, stderr: float | None) -> str:
+    return _decimals(value) if stderr is None else f"{_decimals(value)} (± {_decimals(stderr)})"
+
+
+def _decimals(value: float | None) -> str:
+    """Return a figure as harnesses print it."""
+    return say("{:.4f}", value).replace("-0.0000", "0.0000").replace("-", "−")
 
 
 def _checks(report: Report) -> list[Row]:

@@ -8,7 +8,7 @@ from racdeploy import engines
 from racdeploy.accel import Mode
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
 from racdeploy.packing import racgguf
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
@@ -47,11 +47,43 @@ def load(
     manifest.check_tokenizer(folder)
     check_unpacked(folder, artifact)
 
-    encoder = PromptEncoder.from_folder(folder)
-    settings = EngineSettings(
-        _choose_context(manifest, context_tokens), parallel=parallel, threads=threads, accel=accel
-    )
-    engine = engines.open_engine(artifact.backend, folder / artifact.path, settings)
+    context_tokens = _choose_context(manifest, context_tokens)
+    settings = EngineSettings(context_tokens, parallel, threads, accel=accel)
+    return _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
+
+
+def load_dense(
+    bundle: str | Path,
+    dense: Path,
+    *,
+    threads: int = 0,
+    parallel: int = 1,
+    context_tokens: int | None = None,
+) -> Model:
+    """Load the dense artifact that a bundle was compared with in the place of the pruned one.
+
+    It has the dense model's tokenizer, and nothing is done about its thinking. The other arguments
+    and errors are those of :func:`load`; whether the file is that artifact is not looked at.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    manifest.check_tokenizer(folder)
+
+    free = {"max_thinking_tokens": None, "thinking": ThinkingControl()}
+    changed = {
+        "tokenizer": manifest.dense_tokenizer or manifest.tokenizer,
+        "generation": manifest.generation.model_copy(update=free),
+    }
+    settings = EngineSettings(_choose_context(manifest, context_tokens), parallel, threads)
+    backend = manifest.artifacts[0].backend
+    return _open(folder, manifest.model_copy(update=changed), backend, dense, settings)
+
+
+def _open(
+    folder: Path, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
+) -> Model:
+    encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.place)
+    engine = engines.open_engine(backend, file, settings)
 
     try:
         return Model(manifest, encoder, engine, settings.context_tokens)

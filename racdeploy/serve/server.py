@@ -12,12 +12,14 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
 import uvicorn
 
 from racdeploy.accel import Mode
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.runtime import Model, load
+from racdeploy.runtime.loading import load_dense
 from racdeploy.serve.app import Served, make_app
 from racdeploy.serve.door import is_loopback
 
@@ -35,6 +37,7 @@ def serve(
     context_tokens: int | None = None,
     threads: int = 0,
     accel: Mode = "auto",
+    dense: Path | None = None,
     on_ready: Callable[[str, Served], None],
 ) -> bool:
     """Serve a bundle until a signal comes; return whether it was Ctrl-C.
@@ -42,6 +45,7 @@ def serve(
     Args:
         port: 0 takes a free one.
         key_env: environment variable that holds the API key; empty asks for none.
+        dense: the dense artifact, to be served in the place of the pruned one.
         on_ready: gets the address of the API, once it answers, and what is served.
 
     Raises:
@@ -56,21 +60,32 @@ def serve(
         )
 
     with _bind(host, port) as address:
-        model = load(
-            bundle,
-            threads=threads,
-            parallel=parallel,
-            context_tokens=context_tokens,
-            accel=accel,
-        )
+        asked: LoadOptions = {
+            "threads": threads,
+            "parallel": parallel,
+            "context_tokens": context_tokens,
+        }
+        if dense:
+            model = load_dense(bundle, dense, **asked)
+        else:
+            model = load(bundle, **asked, accel=accel)
 
         with model:
-            served = Served(model, _name(model), parallel)
+            name = dense.stem if dense else _name(model)
+            served = Served(model, name, parallel)
             url = _url(address)
             server = _Server(served, key, lambda: on_ready(url, served))
             asyncio.run(server.serve(sockets=[address]))
 
     return server.signal == signal.SIGINT
+
+
+class LoadOptions(TypedDict):
+    """What both models are loaded with; see :func:`racdeploy.load`."""
+
+    threads: int
+    parallel: int
+    context_tokens: int | None
 
 
 class _Server(uvicorn.Server):

@@ -76,7 +76,13 @@ class Baseline:
             )
 
     def check_artifact(self, path: Path) -> None:
-        """Refuse a dense artifact that is not the one of this bundle's build."""
+        """Refuse a file that is not the dense artifact of this bundle's build, or none."""
+        if not path.is_file():
+            raise UsageError(
+                f"{path} does not exist",
+                remedy="give the dense artifact, or a bundle of the same dense model",
+            )
+
         known = find_dense_arm(self.report).files.values()
         found = file_sha256(path)
         if found not in known:

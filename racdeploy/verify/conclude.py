@@ -11,6 +11,7 @@ from typing import Any
 from racdeploy.recipe import Recipe
 from racdeploy.report import model as reports
 from racdeploy.tasks import follows
+from racdeploy.verify import harness
 from racdeploy.verify.checks import accuracy, thinking
 from racdeploy.verify.evidence import FAULTS, Arm, Evidence, is_correct, run_checks, thinking_tokens
 from racdeploy.verify.stats import lengths, paired
@@ -33,6 +34,9 @@ def conclude(
 ) -> tuple[reports.Report, list[reports.Record]]:
     """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
     checks = run_checks(evidence)
+    if evidence.harness:
+        checks.append(harness.judge(evidence.harness, evidence.gate))
+
     also = [other.arm for other in evidence.also]
     arms = (evidence.dense, evidence.pruned, *also, *evidence.rivals)
 
@@ -54,6 +58,7 @@ def conclude(
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
         deviations=tuple(deviations),
+        harness=evidence.harness,
         notes=tuple(notes),
         fingerprint=dict(fingerprint),
     )

@@ -15,7 +15,14 @@ from typing import NamedTuple, TypeVar
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
-from racdeploy.report.model import CheckResult, CheckVerdict, PositionRow, Record, TensorRow
+from racdeploy.report.model import (
+    CheckResult,
+    CheckVerdict,
+    HarnessRun,
+    PositionRow,
+    Record,
+    TensorRow,
+)
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.stats import paired
 
@@ -159,6 +166,7 @@ class Evidence:
         stop_ids: None where the artifact holds no tokenizer.
         sparsity_recipe: what the recipe asked for; None unless a step of its schedule was undone.
         unseen: why there is nothing to look at, by the name of the check.
+        harness: what an evaluation harness found; None where none was run.
     """
 
     settings: Verification
@@ -181,6 +189,7 @@ class Evidence:
     packing: str = "plain"
     sparsity_recipe: float | None = None
     unseen: Mapping[str, str] = field(default_factory=dict)
+    harness: HarnessRun | None = None
 
     @property
     def prompt_count(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy import engines, export, packing, quant, recover, scorers, tasks
+from racdeploy import engines, export, harnesses, packing, quant, recover, scorers, tasks
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import open_engine as open_torch
 from racdeploy.models.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from racdeploy.recipe import Pruning, Structure, Verification
 from racdeploy.traces.trace import Trace
 from racdeploy.verify.evidence import Evidence, run_checks
 from racdeploy.verify.gate import read_gate
+from racdeploy.verify.harness import compare
 from tests.support.records import arm_of, record
 from tests.support.tiny_course import make_course
 from tests.support.tiny_models import make_checkpoint
@@ -168,6 +169,17 @@ def use_check(folder: Path) -> Any:
     return {check.name: check.verdict for check in run_checks(evidence)}["answered"]
 
 
+def use_harness(folder: Path) -> Any:
+    """Read what it wrote of two models, and compare them."""
+    found = []
+    for figures in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.0}):
+        (folder / "tally.json").write_text(json.dumps({"sums": figures}))
+        found.append(harnesses.load("tally").read(folder, Path(sys.executable)))
+
+    (row,) = compare(*found, 0.90)
+    return [row.difference, row.task]
+
+
 def _export(folder: Path, quant: str) -> dict[str, str]:
     checkpoint = Checkpoint(make_checkpoint(folder / "tiny", "llama"))
     result = export.load("gguf").export(
@@ -232,6 +244,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "formats": use_format,
     "onnx_exporters": use_onnx_exporter,
     "checks": use_check,
+    "harnesses": use_harness,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,315 @@
+"""Run an evaluation harness on both models of a bundle, each behind ``racdeploy serve``.
+
+Server and harness are child processes that end with us. What a harness found of a model is a stage
+of the work folder: it is not asked again while model, tasks, harness and machine are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__, harnesses, plugins
+from racdeploy.bundles.bench import locate_dense
+from racdeploy.bundles.verify import ArtifactAnswerer
+from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.harnesses import Harness, Installed, Order, Score
+from racdeploy.report.model import HarnessRun
+from racdeploy.report.tables import visible
+from racdeploy.runtime.control import describe_control
+from racdeploy.storage import child
+from racdeploy.storage.addresses import release_of
+from racdeploy.storage.files import file_sha256
+from racdeploy.storage.keeper import keep
+from racdeploy.storage.stages import Stage
+from racdeploy.verify.answers import Respondent, identity
+from racdeploy.verify.baseline import find_dense_arm
+from racdeploy.verify.harness import compare
+
+_POLL_S = 0.1
+_TAIL_BYTES = 65_536  # of a log in which progress is looked for
+_LAST_LINES = 12  # of a log in a message
+_READY = re.compile(r"^serving (\S+) at (http://\S+) ", re.MULTILINE)
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_SERVER_LOG, _LOG = "server.log", "harness.log"
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """One of the two models: the hashes of its files, who asks it, and the file if it is dense."""
+
+    name: str
+    files: Mapping[str, str]
+    respondent: Respondent
+    dense: Path | None = None
+
+
+@dataclass(frozen=True)
+class HarnessComparison:
+    """A harness that asks both models of a bundle.
+
+    Args:
+        local: the bundle, and how its artifacts are run here.
+        name: of the harness.
+        tasks: names that it knows.
+        limit: documents of each task; 0 asks all.
+        include: where further tasks are, as the harness takes them.
+        python: the Python that has it; None looks for one.
+        baseline: the dense artifact; None, or a bundle, looks for it in the work folder.
+    """
+
+    local: ArtifactAnswerer
+    name: str
+    tasks: tuple[str, ...]
+    limit: int = 0
+    include: Path | None = None
+    python: Path | None = None
+    baseline: Path | None = None
+
+    @cached_property
+    def harness(self) -> Harness:
+        return harnesses.load(self.name)
+
+    @cached_property
+    def installed(self) -> Installed:
+        return harnesses.find(self.name, self.python)
+
+    @cached_property
+    def dense(self) -> Path:
+        """The dense artifact of the bundle's build."""
+        own = self.local.bundle.own
+        if self.baseline is not None and not self.baseline.is_dir():
+            own.check_artifact(self.baseline)
+            return self.baseline
+
+        found = locate_dense(self.local.work, find_dense_arm(own.report).files)
+        if found is None:
+            raise UsageError(
+                f"no dense artifact of {own.folder} for {self.harness.TITLE} to ask: "
+                f"no stage in {self.local.work} holds it",
+                remedy="give the file that the build left below its --work folder with "
+                "--baseline, or that folder with --work",
+            )
+        return found
+
+    def plan(self) -> str:
+        """Return what will be asked; whatever is wrong is refused here, before any work."""
+        harness = self.harness
+        if not self.tasks:
+            raise UsageError(
+                f"which tasks shall {harness.TITLE} ask? --harness-tasks is missing",
+                remedy="as --harness-tasks gsm8k; several with commas between them",
+            )
+
+        plugins.require("starlette")
+        plugins.require("uvicorn")
+        harness.check(self.include)
+        installed, dense = self.installed, self.dense
+
+        documents = f"{self.limit:,} documents of each" if self.limit else "all documents"
+        return (
+            f"{harness.TITLE} {installed.version} asks both models {', '.join(self.tasks)}, "
+            f"{documents}; dense is {dense}"
+        )
+
+    def run(self) -> tuple[HarnessRun, list[str]]:
+        """Ask both models; return what was found, and what a reader must know of it."""
+        bundle = self.local.bundle
+        main = bundle.own.manifest.artifacts[0]
+        dense_files = find_dense_arm(bundle.own.report).files
+
+        arms = [
+            _Arm("dense", dense_files, bundle.dense_respondent(None), self.dense),
+            _Arm("pruned", main.files, bundle.respondent(None)),
+        ]
+        (dense, before), (pruned, after) = [self._ask(arm) for arm in arms]
+
+        run = HarnessRun(
+            name=self.harness.TITLE,
+            version=self.installed.version,
+            settings=self._settings | {"packages": dict(self.installed.versions)},
+            confidence=bundle.gate.confidence,
+            rows=compare(dense, pruned, bundle.gate.confidence),
+        )
+        return run, [*self._notes(), *before, *after]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What decides what is asked, besides the model and the files of ``include``."""
+        verify = self.local.bundle.settings
+        return {
+            "tasks": list(self.tasks),
+            "limit": self.limit,
+            "temperature": 0,
+            "max_new_tokens": verify.max_new_tokens,
+            "context_tokens": verify.context_tokens,
+            "parallel": verify.parallel,
+        }
+
+    def _ask(self, arm: _Arm) -> tuple[list[Score], list[str]]:
+        """Return the scores of one model, and notes on them."""
+        stage = Stage.open(self.local.work, "harness", self._inputs(arm))
+        title = self.harness.TITLE
+        if stage.finished:
+            scores = [Score(**score) for score in stage.summary["scores"]]
+            return scores, [f"what {title} found of the {arm.name} model is of an earlier run"]
+
+        with self._serving(arm, stage.folder) as (url, model):
+            self._run(arm, self._order(stage.folder / "results", url, model), stage.folder)
+        scores = self.harness.read(stage.folder / "results", self.installed.python)
+
+        stage.finish({"scores": [asdict(score) for score in scores]})
+        return scores, []
+
+    def _inputs(self, arm: _Arm) -> dict[str, Any]:
+        local = self.local
+        answers = identity(arm.files, arm.respondent, local.engine_settings, local.fingerprint)
+        tokenizers = [entry.files for entry in local.bundle.own.manifest.tokenizers]
+
+        return {
+            "version": release_of(__version__),
+            "harness": {self.name: dict(self.installed.versions), **self._settings},
+            "include": _hash_files(self.include),
+            "arm": arm.name,
+            "tokenizers": tokenizers,
+            **answers,
+        }
+
+    def _order(self, out: Path, url: str, model: str) -> Order:
+        settings = self.local.bundle.settings
+        return Order(
+            tasks=self.tasks,
+            limit=self.limit,
+            include=self.include.resolve() if self.include else None,
+            url=url,
+            model=model,
+            max_new_tokens=settings.max_new_tokens,
+            context_tokens=settings.context_tokens,
+            parallel=settings.parallel,
+            out=out.resolve(),
+        )
+
+    @contextlib.contextmanager
+    def _serving(self, arm: _Arm, folder: Path) -> Iterator[tuple[str, str]]:
+        """Serve a model in a child process; yield the address of its API and its name."""
+        engine = self.local.engine_settings
+        options: dict[str, object] = {
+            "--port": 0,
+            "--parallel": engine.parallel,
+            "--context-tokens": engine.context_tokens,
+            "--threads": engine.threads,
+        }
+        if arm.dense:
+            options["--dense"] = arm.dense.resolve()
+        else:
+            options["--accel"] = engine.accel
+
+        chosen = [part for option in options.items() for part in option]
+        bundle = self.local.bundle.folder.resolve()
+        command = child.command("racdeploy", "serve", bundle, *chosen)
+
+        log = folder / _SERVER_LOG
+        log.unlink(missing_ok=True)
+        with keep(command, log, folder, child.environment()) as process:
+            ready = None
+            while ready is None:
+                ended = process.poll() is not None
+                ready = _READY.search(log.read_text(encoding="utf-8", errors="replace"))
+                if ended:
+                    raise _explain(f"the server of the {arm.name} model", process.returncode, log)
+                time.sleep(_POLL_S)
+
+            yield ready[2], ready[1]
+
+    def _run(self, arm: _Arm, order: Order, folder: Path) -> None:
+        """Run the harness to its end, its output in a log."""
+        order.out.mkdir(exist_ok=True)
+        command = [str(self.installed.python.absolute()), "-P", *self.harness.arguments(order)]
+        variables = harnesses.make_environment(self.harness, os.environ)
+
+        log = folder / _LOG
+        log.write_text(f"{shlex.join(command)}\n", encoding="utf-8")
+        with keep(command, log, folder, variables) as process:
+            while process.poll() is None:
+                self._report(arm, log)
+                time.sleep(_POLL_S)
+
+        who = f"{self.harness.TITLE}, asking the {arm.name} model,"
+        if process.returncode:
+            raise _explain(who, process.returncode, log)
+
+        lost = self.harness.LOST
+        failed = lost and lost.search(log.read_text(encoding="utf-8", errors="replace"))
+        if failed:
+            raise EnvironmentFailure(
+                f"{who} went on without answers that it did not get: {failed[0]}",
+                remedy=f"its whole output is in {log}, the server's beside it",
+            )
+        self._tell(arm, 1, 1)
+
+    def _report(self, arm: _Arm, log: Path) -> None:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            said = stream.read().decode("utf-8", "replace")
+
+        found = self.harness.PROGRESS.findall(said) if self.harness.PROGRESS else []
+        done, total = map(int, found[-1]) if found else (0, 1)
+        if done < total:  # the end of the requests is not that of the harness
+            self._tell(arm, done, total)
+
+    def _tell(self, arm: _Arm, done: int, total: int) -> None:
+        if self.local.progress:
+            self.local.progress(f"{self.harness.TITLE} {arm.name}", done, total)
+
+    def _notes(self) -> list[str]:
+        title, settings = self.harness.TITLE, self.local.bundle.settings
+        notes = [
+            f"{title} {self.installed.version} asked both models through racdeploy serve, greedy, "
+            f"at most {settings.max_new_tokens:,} tokens of thinking and answer; it scores the "
+            "answer without the thinking, and a thought that never ends is an empty answer",
+        ]
+
+        generation = self.local.bundle.own.manifest.generation
+        control = describe_control(generation.max_thinking_tokens, generation.thinking)
+        if control:
+            notes.append(
+                f"{title} asked the pruned model as it ships, its thinking under control: "
+                f"{control}; nothing is done about the thinking of the dense one"
+            )
+        return notes
+
+
+def _hash_files(include: Path | None) -> dict[str, str]:
+    """Return the hash of each file that further tasks are made of."""
+    if include is None:
+        return {}
+    if include.is_file():
+        return {include.name: file_sha256(include)}
+
+    files = (file for file in sorted(include.rglob("*")) if file.is_file())
+    return {
+        file.relative_to(include).as_posix(): file_sha256(file)
+        for file in files
+        if "__pycache__" not in file.parts
+    }
+
+
+def _explain(who: str, code: int, log: Path) -> EnvironmentFailure:
+    """Return why a program did not do its work: what it said last."""
+    said = _STYLE.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.rpartition("\r")[2].rstrip() for line in said.split("\n")]  # the last of a bar
+    last = [visible(line) for line in lines if line][-_LAST_LINES:]
+    shown = "\n    ".join(last or ["nothing"])
+
+    return EnvironmentFailure(
+        f"{who} ended with {child.describe_exit(code)}; it said last:\n    {shown}",
+        remedy=f"its whole output is in {log}",
+    )

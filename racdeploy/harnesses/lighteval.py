@@ -1,0 +1,129 @@
+"""lighteval of Hugging Face, through litellm and OpenAI's API; read as of 0.13.0.
+
+It keeps the thinking apart, as the server does, and scores the answer without it. Its details are
+parquet, which its own Python reads. Both its caches are kept in the folder of the run: by default
+they are the user's, and hold the answers of any model that had the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.harnesses import Order, Score
+from racdeploy.storage.files import read_json, split_lines
+
+TITLE = "lighteval"
+PACKAGES = ("lighteval", "litellm", "diskcache")
+# litellm 1.80 and later lack the cache that lighteval asks for, xxhash 4 takes no text.
+INSTALL = '"lighteval[litellm]==0.13.0" "litellm<1.80" "xxhash<4"'
+VARIABLES = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks GitHub for prices
+PROGRESS = None
+LOST = re.compile(r"API call failed after \d+ attempts")
+_ALL = "all"  # the mean over tasks, which is nobody's
+_STDERR = "_stderr"
+_READ_DETAILS = """
+import json, sys
+import pyarrow.parquet
+for name in sys.argv[1:]:
+    for row in pyarrow.parquet.read_table(name, columns=["doc", "metric"]).to_pylist():
+        doc = row["doc"]
+        line = {"task": doc["task_name"], "id": [doc["id"], doc["query"]], "metric": row["metric"]}
+        print(json.dumps(line))
+"""
+
+
+def check(include: Path | None) -> None:
+    """Take a Python file with tasks, if any."""
+    if include is not None and not (include.is_file() and include.suffix == ".py"):
+        raise UsageError(
+            f"--harness-include {include} is no Python file",
+            remedy="lighteval takes a file with TASKS_TABLE, its custom tasks",
+        )
+
+
+def arguments(order: Order) -> list[str]:
+    """Return a greedy run that logs every document."""
+    model = {
+        "model_name": f"openai/{order.model}",
+        "provider": "openai",
+        "base_url": order.url,
+        "api_key": "none",
+        "concurrent_requests": order.parallel,
+        "max_model_length": order.context_tokens,
+        "api_max_retry": 3,
+        "cache_dir": str(order.out / "cache"),
+        "generation_parameters": {"temperature": 0.0, "max_new_tokens": order.max_new_tokens},
+    }
+    settings = order.out / "model.yaml"  # JSON is YAML
+    settings.write_text(json.dumps({"model_parameters": model}, indent=1), encoding="utf-8")
+
+    tasks = [task if "|" in task else f"{task}|0" for task in order.tasks]
+    chosen = ["-m", "lighteval", "endpoint", "litellm", str(settings), ",".join(tasks)]
+    chosen += ["--output-dir", str(order.out), "--save-details"]
+
+    if order.limit:
+        chosen += ["--max-samples", str(order.limit)]
+    if order.include:
+        chosen += ["--custom-tasks", str(order.include)]
+    return chosen
+
+
+def read(out: Path, python: Path) -> list[Score]:
+    """Return every metric of every task."""
+    found = sorted(out.glob("results/**/results_*.json"), key=lambda file: file.name)
+    if not found:
+        raise ArtifactError(f"lighteval wrote no results below {out}")
+
+    results = read_json(found[-1])
+    written = found[-1].stem.removeprefix("results_")
+    details = _read_details(sorted(out.glob(f"details/**/details_*_{written}.parquet")), python)
+
+    scores = []
+    for task, values in results["results"].items():
+        if task == _ALL:
+            continue
+
+        lines = [line for line in details if line["task"] == task]
+        known = results["config_tasks"].get(task, {}).get("metrics", ())
+        better = {each["metric_name"]: each["higher_is_better"] for each in known}
+
+        for metric, value in values.items():
+            if metric.endswith(_STDERR):
+                continue
+            scores.append(
+                Score(
+                    task=task.removesuffix("|0"),
+                    metric=metric,
+                    value=float(value),
+                    documents=len(lines),
+                    stderr=values.get(f"{metric}{_STDERR}"),
+                    larger_is_better=better.get(metric) is not False,
+                    samples=_take(lines, metric),
+                )
+            )
+
+    return scores
+
+
+def _read_details(files: list[Path], python: Path) -> list[dict[str, Any]]:
+    """Return a line for each document."""
+    command = [str(python), "-P", "-c", _READ_DETAILS, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise ArtifactError(f"the details that lighteval wrote cannot be read: {last}")
+
+    return [json.loads(line) for line in split_lines(done.stdout)]
+
+
+def _take(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Return a metric by document; nothing where it is no number of every document."""
+    if not all(isinstance(line["metric"].get(metric), int | float) for line in lines):
+        return {}
+    return {json.dumps(line["id"]): float(line["metric"][metric]) for line in lines}

@@ -1,0 +1,203 @@
+"""The contract of evaluation harnesses: what they are asked, and what is read of what they wrote.
+
+``WRITTEN`` has files in the form of the real program, for two documents of which the second is
+wrong. tests/end_to_end/test_harness.py runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from racdeploy import harnesses, plugins
+from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.harnesses import Order
+from tests.support.stand_in_harness import install
+
+NAMES = plugins.names("harnesses")
+FIGURES = {"first question": 1.0, "second question": 0.0}
+
+
+def _write_lm_eval(out: Path) -> None:
+    """Write what lm-eval 0.4.13 writes for a task with a filter."""
+    folder = out / "a-model"
+    folder.mkdir()
+    results = {
+        "results": {
+            "sums": {
+                "alias": "sums",
+                "sample_len": 2,
+                "exact_match,last-number": 0.5,
+                "exact_match_stderr,last-number": 0.5,
+            }
+        },
+        "group_subtasks": {},
+        "higher_is_better": {"sums": {"exact_match": True}},
+        "n-samples": {"sums": {"original": 12, "effective": 2}},
+    }
+    lines = []
+    for number, (question, right) in enumerate(FIGURES.items()):
+        line = {
+            "doc_id": number,
+            "doc": {"question": question},
+            "filter": "last-number",
+            "metrics": ["exact_match"],
+            "doc_hash": f"hash of {question}",
+            "exact_match": right,
+        }
+        lines.append(json.dumps(line) + "\n")
+
+    written = "2026-11-26T22-02-42.593224"
+    (folder / f"results_{written}.json").write_text(json.dumps(results))
+    (folder / f"samples_sums_{written}.jsonl").write_text("".join(lines))
+
+
+def _write_lighteval(out: Path) -> None:
+    """Write what lighteval 0.13.0 writes; its details are parquet."""
+    reason = "needs pyarrow, of racdeploy[tasks]: lighteval writes parquet"
+    arrow = pytest.importorskip("pyarrow", reason=reason)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    written = "2026-11-26T22-11-45.330871"
+    folders = [out / kind / "openai" / "a-model" for kind in ("results", "details")]
+    folders[1] /= written
+    for folder in folders:
+        folder.mkdir(parents=True)
+
+    values = {"extractive_match": 0.5, "extractive_match_stderr": 0.5}
+    metric = {"metric_name": "extractive_match", "higher_is_better": True}
+    results = {
+        "results": {"sums|0": values, "all": values},
+        "config_tasks": {"sums|0": {"metrics": [metric]}},
+    }
+    (folders[0] / f"results_{written}.json").write_text(json.dumps(results))
+
+    rows = []
+    for number, (question, right) in enumerate(FIGURES.items()):
+        doc = {"query": question, "id": str(number), "task_name": "sums|0"}
+        rows.append({"doc": doc, "metric": {"extractive_match": right}, "model_response": {}})
+    table = arrow.Table.from_pylist([{**row, "model_response": "…"} for row in rows])
+    parquet.write_table(table, folders[1] / f"details_sums|0_{written}.parquet")
+
+
+WRITTEN: dict[str, Callable[[Path], None]] = {
+    "lm_eval": _write_lm_eval,
+    "lighteval": _write_lighteval,
+}
+
+
+def _order(out: Path) -> Order:
+    return Order(
+        tasks=("sums", "words"),
+        limit=7,
+        include=None,
+        url="http://127.0.0.1:4321/v1",
+        model="a-model",
+        max_new_tokens=321,
+        context_tokens=777,
+        parallel=3,
+        out=out,
+    )
+
+
+def _everything_said(arguments: list[str], out: Path) -> str:
+    """Return the command line and the files that were written for it."""
+    files = [file.read_text() for file in sorted(out.rglob("*")) if file.is_file()]
+    return "\n".join([*arguments, *files])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_harness_is_told_all_of_an_order(name: str, tmp_path: Path) -> None:
+    """Address, model, tasks, limit, tokens and folder; without a limit no limit."""
+    harness = harnesses.load(name)
+    order = _order(tmp_path)
+    said = _everything_said(harness.arguments(order), tmp_path)
+    for value in (order.url, order.model, *order.tasks, order.max_new_tokens, tmp_path):
+        assert str(value) in said
+    assert "7" in harness.arguments(order)
+    assert "7" not in harness.arguments(replace(order, limit=0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_harness_wrote_is_read(name: str, tmp_path: Path) -> None:
+    """One figure with each document behind it."""
+    WRITTEN[name](tmp_path)
+    (score,) = harnesses.load(name).read(tmp_path, Path(sys.executable))
+    assert (score.task, score.value, score.documents) == ("sums", 0.5, 2)
+    assert score.larger_is_better
+    assert sorted(score.samples.values()) == [0.0, 1.0]
+    (right,) = [document for document, figure in score.samples.items() if figure]
+    assert "first question" in right or right.startswith("0 ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_written_is_an_error(name: str, tmp_path: Path) -> None:
+    """A harness that ends well and writes nothing has found nothing."""
+    with pytest.raises(ArtifactError, match="wrote no"):
+        harnesses.load(name).read(tmp_path, Path(sys.executable))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_that_is_not_installed_says_how_to(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an environment of its own, with the versions that were tested; exit code 4."""
+    monkeypatch.setenv("PATH", "")
+    bare = install(tmp_path / "bare", {})
+    with pytest.raises(EnvironmentFailure) as caught:
+        harnesses.find(name, bare)
+    assert harnesses.load(name).PACKAGES[0] in caught.value.message
+    assert harnesses.load(name).INSTALL in caught.value.remedy
+    assert "--harness-python" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_that_are_nowhere_are_refused(name: str, tmp_path: Path) -> None:
+    """Before any work."""
+    with pytest.raises(UsageError):
+        harnesses.load(name).check(tmp_path / "nowhere")
+
+
+def test_one_is_found_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python beside it, through the link that pipx and uv make."""
+    python = install(tmp_path / "venv")
+    (python.parent / "lm_eval").write_text("#!/bin/sh\n")
+    (python.parent / "lm_eval").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "lm_eval").symlink_to(python.parent / "lm_eval")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(install(tmp_path / "ours", {})))
+
+    found = harnesses.find("lm-eval", None)
+    assert (found.python, found.version) == (python, "0.4.13")
+
+
+@pytest.mark.parametrize("python", ["nowhere/python", "text"])
+def test_what_is_no_python_is_refused(python: str, tmp_path: Path) -> None:
+    """A path that is nowhere, and a file that is something else."""
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises((UsageError, EnvironmentFailure), match=re.escape(python)):
+        harnesses.find("lm_eval", tmp_path / python)
+
+
+def test_its_environment_is_its_own() -> None:
+    """None of our packages, and no proxy before this machine; the rest is the user's."""
+    given = {"PYTHONPATH": "/ours", "HF_HOME": "/hf", "HTTP_PROXY": "http://p", "NO_PROXY": "a.b"}
+    found = harnesses.make_environment(harnesses.load("lighteval"), given)
+    assert "PYTHONPATH" not in found
+    assert (found["HF_HOME"], found["NO_PROXY"]) == ("/hf", "a.b,127.0.0.1,localhost")
+    assert found["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
+
+
+def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> None:
+    """As the lists of IFEval's instructions: the value alone is taken."""
+    _write_lm_eval(tmp_path)
+    (file,) = tmp_path.glob("*/samples_*.jsonl")
+    file.write_text(file.read_text().replace('"exact_match": 0.0', '"exact_match": [true]'))
+    (score,) = harnesses.load("lm_eval").read(tmp_path, Path(sys.executable))
+    assert (score.value, score.samples) == (0.5, {})

@@ -1,0 +1,41 @@
+"""Tally: a harness that writes one file, ``tally.json``, with a figure of each document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.harnesses import Order, Score
+from racdeploy.storage.files import read_json
+
+TITLE = "tally"
+PACKAGES = ("tally",)
+INSTALL = "tally"
+VARIABLES: dict[str, str] = {}
+PROGRESS = None
+LOST = None
+
+
+def check(include: Path | None) -> None:
+    """Take no tasks but its own."""
+    if include is not None:
+        raise UsageError(f"tally has no further tasks: {include}")
+
+
+def arguments(order: Order) -> list[str]:
+    """Return what it takes."""
+    limit = ["--limit", str(order.limit)] if order.limit else []
+    asked = [order.url, order.model, *order.tasks, str(order.max_new_tokens)]
+    return ["-m", "tally", *asked, *limit, "--out", str(order.out)]
+
+
+def read(out: Path, python: Path) -> list[Score]:
+    """Return one score for each task."""
+    if not (out / "tally.json").is_file():
+        raise ArtifactError(f"tally wrote no file below {out}")
+
+    scores = []
+    for task, figures in read_json(out / "tally.json").items():
+        value = sum(figures.values()) / len(figures)
+        scores.append(Score(task, "right", value, len(figures), samples=figures))
+    return scores
