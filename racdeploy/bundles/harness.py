@@ -164,7 +164,7 @@ class HarnessComparison:
 
         with self._serving(arm, stage.folder) as (url, model):
             self._run(arm, self._order(stage.folder / "results", url, model), stage.folder)
-        scores = self.harness.read(stage.folder / "results", self.installed.python)
+        scores = harnesses.read(self.harness, self.installed, stage.folder / "results")
 
         stage.finish({"scores": [asdict(score) for score in scores]})
         return scores, []

@@ -7,13 +7,14 @@ of it is imported here. A file says what to run and how to read what was written
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
@@ -107,7 +108,7 @@ class Harness(Protocol):
         """Return what follows ``python`` on the command line."""
 
     def read(self, out: Path, python: Path) -> list[Score]:
-        """Return what it found; ArtifactError where it wrote no results."""
+        """Return what it found; EnvironmentFailure where it wrote no results."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,29 @@ def find(name: str, python: Path | None) -> Installed:
         f"harness-venv/bin/pip install {harness.INSTALL}, then --harness-python "
         "harness-venv/bin/python",
     )
+
+
+def read(harness: Harness, installed: Installed, out: Path) -> list[Score]:
+    """Return what a harness wrote; what is no finite number is left out.
+
+    Raises:
+        EnvironmentFailure: it wrote nothing, or in a form that another version has.
+    """
+    try:
+        found = harness.read(out, installed.python)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EnvironmentFailure(
+            f"{harness.TITLE} {installed.version} wrote results in {out} that are not in the known "
+            f"form: {type(error).__name__} {error}",
+            remedy=f"install the version that was tested: pip install {harness.INSTALL}",
+        ) from error
+
+    scores = []
+    for score in found:
+        known = score.stderr is not None and math.isfinite(score.stderr)
+        if math.isfinite(score.value):
+            scores.append(replace(score, stderr=score.stderr if known else None))
+    return scores
 
 
 def make_environment(harness: Harness, variables: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.files import read_json, split_lines
 
@@ -78,7 +78,7 @@ def read(out: Path, python: Path) -> list[Score]:
     """Return every metric of every task."""
     found = sorted(out.glob("results/**/results_*.json"), key=lambda file: file.name)
     if not found:
-        raise ArtifactError(f"lighteval wrote no results below {out}")
+        raise EnvironmentFailure(f"lighteval wrote no results below {out}")
 
     results = read_json(found[-1])
     written = found[-1].stem.removeprefix("results_")
@@ -117,7 +117,7 @@ def _read_details(files: list[Path], python: Path) -> list[dict[str, Any]]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise ArtifactError(f"the details that lighteval wrote cannot be read: {last}")
+        raise EnvironmentFailure(f"the details that lighteval wrote cannot be read: {last}")
 
     return [json.loads(line) for line in split_lines(done.stdout)]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.files import read_json, split_lines
 
@@ -62,7 +62,7 @@ def read(out: Path, python: Path) -> list[Score]:
     """Return every metric of every task, and of groups of tasks."""
     found = sorted(out.glob("*/results_*.json"))
     if not found:
-        raise ArtifactError(f"lm-eval wrote no results below {out}")
+        raise EnvironmentFailure(f"lm-eval wrote no results below {out}")
 
     results = read_json(found[-1])
     written = found[-1].stem.removeprefix("results_")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy import harnesses, plugins
-from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order
 from tests.support.stand_in_harness import install
 
@@ -138,7 +138,7 @@ def test_what_a_harness_wrote_is_read(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_written_is_an_error(name: str, tmp_path: Path) -> None:
     """A harness that ends well and writes nothing has found nothing."""
-    with pytest.raises(ArtifactError, match="wrote no"):
+    with pytest.raises(EnvironmentFailure, match="wrote no"):
         harnesses.load(name).read(tmp_path, Path(sys.executable))
 
 
@@ -192,6 +192,26 @@ def test_its_environment_is_its_own() -> None:
     assert "PYTHONPATH" not in found
     assert (found["HF_HOME"], found["NO_PROXY"]) == ("/hf", "a.b,127.0.0.1,localhost")
     assert found["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
+
+
+def test_results_of_another_version_are_an_error(tmp_path: Path) -> None:
+    """Which names the version that was tested; a figure that is no number is left out."""
+    _write_lm_eval(tmp_path)
+    (file,) = tmp_path.glob("*/results_*.json")
+    text = file.read_text()
+    installed = harnesses.Installed(Path(sys.executable), {"lm_eval": "0.5"})
+    lm_eval = harnesses.load("lm_eval")
+
+    file.write_text(text.replace('_stderr,last-number": 0.5', '_stderr,last-number": NaN'))
+    (score,) = harnesses.read(lm_eval, installed, tmp_path)
+    assert (score.value, score.stderr) == (0.5, None)
+    file.write_text(text.replace(',last-number": 0.5', ',last-number": NaN'))
+    assert harnesses.read(lm_eval, installed, tmp_path) == []
+
+    file.write_text(text.replace("n-samples", "samples"))
+    with pytest.raises(EnvironmentFailure, match="lm-eval 0.5 .* not in the known form") as caught:
+        harnesses.read(lm_eval, installed, tmp_path)
+    assert "lm_eval[api]==0.4.13" in caught.value.remedy
 
 
 def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> None:

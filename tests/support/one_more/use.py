@@ -171,10 +171,13 @@ def use_check(folder: Path) -> Any:
 
 def use_harness(folder: Path) -> Any:
     """Read what it wrote of two models, and compare them."""
+    tally = harnesses.load("tally")
+    installed = harnesses.Installed(Path(sys.executable), {"tally": "1"})
+
     found = []
     for figures in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.0}):
         (folder / "tally.json").write_text(json.dumps({"sums": figures}))
-        found.append(harnesses.load("tally").read(folder, Path(sys.executable)))
+        found.append(harnesses.read(tally, installed, folder))
 
     (row,) = compare(*found, 0.90)
     return [row.difference, row.task]

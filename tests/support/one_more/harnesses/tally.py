@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.files import read_json
 
@@ -32,7 +32,7 @@ def arguments(order: Order) -> list[str]:
 def read(out: Path, python: Path) -> list[Score]:
     """Return one score for each task."""
     if not (out / "tally.json").is_file():
-        raise ArtifactError(f"tally wrote no file below {out}")
+        raise EnvironmentFailure(f"tally wrote no file below {out}")
 
     scores = []
     for task, figures in read_json(out / "tally.json").items():
