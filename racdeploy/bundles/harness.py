@@ -237,9 +237,10 @@ class HarnessComparison:
 
         log = folder / _LOG
         log.write_text(f"{shlex.join(command)}\n", encoding="utf-8")
+        total = 1
         with keep(command, log, folder, variables) as process:
             while process.poll() is None:
-                self._report(arm, log)
+                total = self._report(arm, log)
                 time.sleep(_POLL_S)
 
         who = f"{self.harness.TITLE}, asking the {arm.name} model,"
@@ -253,9 +254,10 @@ class HarnessComparison:
                 f"{who} went on without answers that it did not get: {failed[0]}",
                 remedy=f"its whole output is in {log}, the server's beside it",
             )
-        self._tell(arm, 1, 1)
+        self._tell(arm, total, total)
 
-    def _report(self, arm: _Arm, log: Path) -> None:
+    def _report(self, arm: _Arm, log: Path) -> int:
+        """Tell how far a harness is, as its log says; return how many requests there are."""
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             said = stream.read().decode("utf-8", "replace")
@@ -264,6 +266,7 @@ class HarnessComparison:
         done, total = map(int, found[-1]) if found else (0, 1)
         if done < total:  # the end of the requests is not that of the harness
             self._tell(arm, done, total)
+        return total
 
     def _tell(self, arm: _Arm, done: int, total: int) -> None:
         if self.local.progress:

@@ -153,7 +153,7 @@ def test_both_models_are_asked_and_paired(
     assert report.harness.settings["max_new_tokens"] == report.recipe["verify"]["max_new_tokens"]
     assert "harness" in [check.name for check in report.checks]
     assert "scores the answer without the thinking" in " ".join(report.notes)
-    assert "lm-eval dense 1/1" in outcome.err
+    assert f"lm-eval dense {DOCUMENTS}/{DOCUMENTS}" in outcome.err
 
     for form in ("report.md", "report.html"):
         text = (reports / form).read_text(encoding="utf-8")
