@@ -50,8 +50,8 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
     if not judged or not gate.runs("accuracy"):
         reason = "the gate does not ask for accuracy"
         if not judged:
-            reason = "no right answers were logged by document that pruning could lose"
-        said = f"{len(run.rows)} figures of {run.name}; {reason}"
+            reason = "in none has dense right answers to lose, logged by document"
+        said = f"{len(run.rows)} figures of {run.name}: {reason}"
         return make_result(NAME, "measured", said, figures)
 
     found = {row: verdicts.judge(_drop(row), margin) for row in judged}
