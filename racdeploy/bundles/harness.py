@@ -23,13 +23,13 @@ from racdeploy.bundles.verify import ArtifactAnswerer
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Harness, Installed, Order, Score
 from racdeploy.report.model import HarnessRun
-from racdeploy.report.tables import visible
 from racdeploy.runtime.control import describe_control
 from racdeploy.storage import child
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.keeper import keep
 from racdeploy.storage.stages import Stage
+from racdeploy.storage.unprintable import visible
 from racdeploy.verify.answers import Respondent, identity
 from racdeploy.verify.baseline import find_dense_arm
 from racdeploy.verify.harness import compare

@@ -16,7 +16,8 @@ from typing import Any
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order, Score
-from racdeploy.storage.files import read_json, split_lines
+from racdeploy.storage.files import split_lines
+from racdeploy.storage.reading import read_json
 
 TITLE = "lighteval"
 PACKAGES = ("lighteval", "litellm", "diskcache")

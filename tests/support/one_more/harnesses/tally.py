@@ -6,7 +6,7 @@ from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Order, Score
-from racdeploy.storage.files import read_json
+from racdeploy.storage.reading import read_json
 
 TITLE = "tally"
 PACKAGES = ("tally",)
