@@ -14,7 +14,8 @@ import pytest
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.storage.files import atomic_folder, file_sha256, remove_leftovers, write_atomic
+from racdeploy.storage.files import atomic_folder, file_sha256, write_atomic
+from racdeploy.storage.partials import sweep
 from tests.support.tiny_artifacts import make_bundle
 
 if sys.platform != "win32":
@@ -67,6 +68,7 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
         "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(file)]
+
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as killed,
         subprocess.Popen(command, stdout=subprocess.PIPE) as running,
@@ -74,25 +76,33 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
         for process in (killed, running):
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
+
+        both = set(tmp_path.iterdir())
+        assert len(both) == 2
         killed.kill()
         killed.wait()
-        left = tmp_path / f".m[1].gguf.{killed.pid}.partial"
-        kept = tmp_path / f".m[1].gguf.{running.pid}.partial"
-        others = [
-            tmp_path / name for name in (f".m1.gguf.{killed.pid}.partial", ".m[1].gguf.x.partial")
-        ]
+
+        others = {tmp_path / name for name in (".m1.gguf.12.partial", ".m[1].gguf.x.partial")}
         for other in others:
             other.write_bytes(b"")
-        assert sorted([left, kept, *others]) == sorted(tmp_path.iterdir())
-        with left.open(
-            "rb"
-        ) as elsewhere:  # as the process of another machine, which has no number here
+
+        left = next(path for path in both if not _is_locked(path))
+        with left.open("rb") as elsewhere:  # as the process of another machine
             fcntl.flock(elsewhere, fcntl.LOCK_EX)
-            remove_leftovers(file)
+            sweep(file)
             assert left.exists()
-        remove_leftovers(file)
-        assert sorted([kept, *others]) == sorted(tmp_path.iterdir())
+        sweep(file)
+        assert {*both, *others} - {left} == set(tmp_path.iterdir())
         running.kill()
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.storage.files import disk_errors
 from racdeploy.storage.ggml_types import GGML_TYPES
 from racdeploy.storage.gguf_header import TensorInfo, read_header
+from racdeploy.storage.partials import partial_folder
 from racdeploy.storage.safetensors import read_tensor_entries
 
 SUFFIX = ".imatrix.gguf"
@@ -76,15 +78,12 @@ class Importance:
 
     def write_imatrix(self, file: Path, names: Mapping[str, str]) -> None:
         """Write llama.cpp's file; ``names`` are those of the exported file by the checkpoint's."""
-        partial = file.with_name(f".{file.name}.partial")
         sources = {names[source]: source for source in self.means if source in names}
-
         most_tokens = max(self.tokens[source] for source in sources.values())
 
-        writer = GGUFWriter(partial, arch="")
-
-        try:
-            with disk_errors(file):
+        with disk_errors(file), partial_folder(file) as scratch:
+            written = scratch / file.name
+            with contextlib.closing(GGUFWriter(written, arch="")) as writer:
                 writer.add_type("imatrix")
                 writer.add_array("imatrix.datasets", ["racdeploy calibration"])
                 writer.add_uint32("imatrix.chunk_count", 1)
@@ -99,11 +98,7 @@ class Importance:
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
 
-                writer.close()
-                partial.replace(file)
-        finally:
-            writer.close()
-            partial.unlink(missing_ok=True)
+            written.replace(file)
 
 
 def find(folder: Path, asked: str) -> Importance | None:

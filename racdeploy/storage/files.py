@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.storage.partials import (
+    name_beside,
+    names_beside,
+    partial_file,
+    partial_folder,
+    remove,
+)
 
 # The kernel takes one large piece in two thirds of the time of many small ones.
 _WRITE_BYTES = 1 << 20
+_TRIES = 100
+_OLD = ".old"
 
 
 def canonical_hash(value: object) -> str:
@@ -67,57 +75,19 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(file: Path) -> Iterator[BinaryIO]:
+def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Yield a stream; what was written is on the disk as ``file`` when the body succeeds.
 
-    The partial file is locked and named by process: two processes may write the same file.
+    A link of that name is replaced and never followed. The stream can be read, too.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with disk_errors(file):
-        try:
-            with partial.open("wb", buffering=_WRITE_BYTES) as stream:
-                with contextlib.suppress(OSError):  # not every file system has locks
-                    _lock(stream)
-                yield stream
+    with disk_errors(file), partial_file(file, mode) as (partial, descriptor):
+        with open(descriptor, "w+b", buffering=_WRITE_BYTES) as stream:
+            yield stream
 
-                stream.flush()
-                os.fsync(stream.fileno())
+            stream.flush()
+            os.fsync(stream.fileno())
 
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def remove_leftovers(file: Path) -> None:
-    """Remove partial files of :func:`atomic_file` whose processes were killed.
-
-    A process elsewhere is none here, so the lock must be free too; in doubt the file stays.
-    """
-    for partial in file.parent.glob(f".{glob.escape(file.name)}.*.partial"):
-        number = partial.name[len(file.name) + 2 : -len(".partial")]
-        if re.fullmatch("[0-9]{1,9}", number) and not _runs(int(number)):
-            with contextlib.suppress(OSError), partial.open("rb") as stream:
-                _lock(stream)
-                partial.unlink()
-
-
-def _lock(stream: BinaryIO) -> None:
-    # Not by filelock, whose older versions empty the file that they lock.
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("this system has no flock") from error
-    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True
+        partial.replace(file)
 
 
 def make_parent(file: Path) -> None:
@@ -134,26 +104,50 @@ def write_atomic(file: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a scratch folder that takes the name ``folder``, replacing it, if the body succeeds."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    retired = folder.with_name(f".{folder.name}.old")
+    """Yield a new folder that takes the name ``folder``, replacing it, if the body succeeds.
+
+    Of two processes that write the same one, the last to finish is there, whole.
+    """
     with disk_errors(folder):
-        try:
-            if retired.exists() and not folder.exists():  # killed between the two renames below
-                retired.replace(folder)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _restore_or_remove_old(folder)
 
-            yield scratch
+    with disk_errors(folder), partial_folder(folder, mode=0o777) as scratch:
+        yield scratch
+        _exchange(scratch, folder)
 
-            if folder.exists():
-                folder.replace(retired)
-            scratch.replace(folder)
-        finally:
-            if retired.exists() and not folder.exists():
-                retired.replace(folder)
-            shutil.rmtree(scratch, ignore_errors=True)
-            shutil.rmtree(retired, ignore_errors=True)
+
+def _exchange(scratch: Path, folder: Path) -> None:
+    """Give a folder the name of another, which is removed; other processes may do the same."""
+    aside: list[Path] = []
+    try:
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                old = name_beside(folder, _OLD)
+                folder.replace(old)
+                aside.append(old)
+
+            try:
+                scratch.replace(folder)
+                return
+            except OSError:
+                if not folder.exists():  # where it is, another process was faster
+                    raise
+        raise OSError(errno.EBUSY, "other processes write it again and again", str(folder))
+    finally:
+        if aside and not os.path.lexists(folder):
+            aside[-1].replace(folder)
+        for old in aside:
+            remove(old)
+
+
+def _restore_or_remove_old(folder: Path) -> None:
+    """See to what a process left that was killed between the two renames of an exchange."""
+    old = names_beside(folder, _OLD)
+    if old and not os.path.lexists(folder):
+        old.pop().replace(folder)
+    for path in old:
+        remove(path)
 
 
 def refuse_another(path: Path, sha256: str) -> None:

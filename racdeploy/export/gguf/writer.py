@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.files import disk_errors, file_sha256, require_space
+from racdeploy.storage.partials import partial_folder
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def export(
     plan = _make_plan(checkpoint, out, mix, known, pre_tokenizer, metadata or {}, most_bytes)
     require_space(out.parent, plan.total_bytes, "choose another place with --out")
 
-    with _partial_files(plan) as partials, disk_errors(out):
+    with disk_errors(out), partial_folder(out) as scratch:
+        partials = {file: scratch / file.name for file in plan.parts}
         written = _write_parts(checkpoint, plan, partials, progress)
         result = _publish(plan, partials, written, packing)
 
@@ -152,17 +153,6 @@ def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
         f"scales of {len(weighed)} of {len(coded)} quantized matrices are chosen by the importance"
         " of their inputs"
     )
-
-
-@contextmanager
-def _partial_files(plan: _Plan) -> Iterator[dict[Path, Path]]:
-    """Yield file → where it is written until it is whole; what is left of those is removed."""
-    partials = {file: file.with_name(f".{file.name}.plain.partial") for file in plan.parts}
-    try:
-        yield partials
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def _write_parts(

@@ -30,6 +30,7 @@ from racdeploy.packing.onnx.file import load_graph, write_model
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tensors, read_tensors
 from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
+from racdeploy.storage.partials import partial_folder
 
 _VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 
@@ -224,11 +225,8 @@ def _describe_model(checkpoint: Checkpoint, metadata: Metadata) -> dict[str, str
 @contextmanager
 def _open_scratch(out: Path) -> Iterator[Path]:
     """Yield a folder beside ``out``, so that finished files are moved within one disk."""
-    with (
-        disk_errors(out),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name,
-    ):
-        yield Path(name)
+    with disk_errors(out), partial_folder(out) as scratch:
+        yield scratch
 
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
@@ -254,8 +252,8 @@ def _list_files_beside(name: str) -> list[str]:
 
 def _hash_unpacked(packed: Path) -> str:
     """Return the hash of the graph that a packed one stands for, restored from what was written."""
-    with tempfile.TemporaryDirectory(prefix="racdeploy-unpacked-", dir=packed.parent) as scratch:
-        return file_sha256(_write_plain(packed, Path(scratch), packed.name))
+    with partial_folder(packed) as scratch:
+        return file_sha256(_write_plain(packed, scratch, packed.name))
 
 
 def _write_plain(packed: Path, folder: Path, name: str) -> Path:

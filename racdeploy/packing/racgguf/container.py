@@ -124,8 +124,7 @@ class Container:
         self._write(None)
 
     def unpack(self, out: Path) -> None:
-        """Write the plain file, whole or not at all; what killed processes left is removed."""
-        files.remove_leftovers(out)
+        """Write the plain file, whole or not at all."""
         files.require_space(out.parent, self.size_bytes, "choose another place")
         with files.atomic_file(out) as stream:
             self._write(stream)

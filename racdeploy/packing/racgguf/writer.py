@@ -21,6 +21,7 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.packing.racgguf import container
 from racdeploy.storage.files import disk_errors, file_sha256
 from racdeploy.storage.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
+from racdeploy.storage.partials import partial_folder
 
 _COPY_BYTES = 1 << 20
 
@@ -70,28 +71,24 @@ def pack(
     if any(key.startswith("racgguf.") for key in header.values):
         raise ArtifactError(f"{plain} is a container already")
 
-    data = out.with_name(f".{out.name}.data")
-    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(out), partial_folder(out) as scratch:
+        data = scratch / "data"
+        packed = scratch / out.name
 
-    with disk_errors(out):
-        try:
-            with plain.open("rb") as source, data.open("w+b") as sink:
-                store = _Store(packing, source, sink, header.alignment)
-                chosen = packer(header, source)
-                rows = [store.add(tensor, chosen) for tensor in header.tensors]
+        with plain.open("rb") as source, data.open("w+b") as sink:
+            store = _Store(packing, source, sink, header.alignment)
+            chosen = packer(header, source)
+            rows = [store.add(tensor, chosen) for tensor in header.tensors]
 
-            with data.open("rb") as packed, partial.open("wb") as sink:
-                sink.write(_make_header(plain, header, packing, rows))
-                shutil.copyfileobj(packed, sink, _COPY_BYTES)
-                sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
-                sink.flush()
-                os.fsync(sink.fileno())
+        with data.open("rb") as chunks, packed.open("wb") as sink:
+            sink.write(_make_header(plain, header, packing, rows))
+            shutil.copyfileobj(chunks, sink, _COPY_BYTES)
+            sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
+            sink.flush()
+            os.fsync(sink.fileno())
 
-            _check(plain, partial)
-            partial.replace(out)
-        finally:
-            data.unlink(missing_ok=True)
-            partial.unlink(missing_ok=True)
+        _check(plain, packed)
+        packed.replace(out)
 
     return tuple(rows)
 
@@ -210,9 +207,9 @@ def _pack_keys(packing: str, size_bytes: int, sha256: str, recorded: list[int]) 
     return b"".join(container.pack_text(key) + value for key, value in pairs)
 
 
-def _check(plain: Path, partial: Path) -> None:
+def _check(plain: Path, packed: Path) -> None:
     try:
-        container.Container.open(partial).check_sha256()
+        container.Container.open(packed).check_sha256()
     except ArtifactError as error:
         raise ArtifactError(
             f"{plain} cannot be packed: bytes between its tensors "
