@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
+from racdeploy.storage.checked import has_sha256
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.reading import read_json
 
@@ -82,6 +83,12 @@ class ArtifactEntry(_Entry):
     def check(self, bundle: Path) -> None:
         """Raise ArtifactError for the first file of the artifact that differs from its hash."""
         _check_hashes(bundle, self.files)
+
+    def check_once(self, bundle: Path) -> None:
+        """Do the same, and leave out what has passed and is as it was then."""
+        for name, expected in self.files.items():
+            if not has_sha256(bundle / name, expected):
+                raise _differs(bundle / name, expected)
 
 
 class TokenizerEntry(_Entry):
@@ -217,11 +224,6 @@ class Manifest(_Entry):
         self.check_tokenizer(bundle)
 
 
-def check_main_artifact(bundle: Path) -> None:
-    """Raise ArtifactError where the first artifact changed: a plain file runs with other bytes."""
-    Manifest.read(bundle).artifacts[0].check(bundle)
-
-
 def _refuse_place(place: Path) -> ArtifactError:
     """Return the error for a place that is no bundle, which says what it is."""
     remedy = "give the folder that racdeploy build wrote: its last line names it"
@@ -241,10 +243,14 @@ def _refuse_place(place: Path) -> ArtifactError:
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
     for name, expected in listed.items():
         if file_sha256(bundle / name) != expected:
-            raise ArtifactError(
-                f"{bundle / name} differs from its manifest: SHA-256 is not {expected[:16]}…",
-                remedy="copy the bundle again, or build it again",
-            )
+            raise _differs(bundle / name, expected)
+
+
+def _differs(file: Path, expected: str) -> ArtifactError:
+    return ArtifactError(
+        f"{file} differs from its manifest: SHA-256 is not {expected[:16]}…",
+        remedy="copy the bundle again, or build it again",
+    )
 
 
 def _check_size(bundle: Path, entry: ArtifactEntry) -> None:

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.accel import kept_weights
-from racdeploy.accel.ggml_plugin import Plugin, find_kernels
+from racdeploy.accel.ggml_plugin import Plugin, Zeros, find_kernels
 from racdeploy.accel.library import cache_folder
-from racdeploy.accel.proof import Choice, Mode, choose_by_mode, readiness
-from racdeploy.errors import ArtifactError
+from racdeploy.accel.proof import Choice, Mode, choose_by_mode, pin, readiness
+from racdeploy.errors import ArtifactError, EnvironmentFailure
+from racdeploy.storage.checked import file_state
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import canonical_hash, write_atomic
 from racdeploy.storage.gguf_header import read_header
+from racdeploy.storage.ownership import make_private, open_own
 
 _READ_AHEAD_BYTES = 16 << 20
 _NEVER = 2.0  # a share of zeros that no matrix has
@@ -62,7 +64,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
 
     library, proof = ready
     kernels = proof.instruction_set
-    plugin = _load(library)
+    plugin = _load(pin(library, proof.sha256))
     if plugin.instruction_set != kernels:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
@@ -93,22 +95,36 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
     file = _zeros_file(path)
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        counted = json.loads(file.read_text())
-        return {name: (quant, float(zeros)) for name, (quant, zeros) in counted.items()}
+    counted = _read_zeros(file)
+    if counted is not None:
+        return counted
 
     header = read_header(path)
     zeros = plugin.zeros(path, header, threads)
 
-    with contextlib.suppress(OSError):  # a cache that cannot be written: counted again next time
-        file.parent.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(zeros))
+    # A cache that cannot be written: counted again next time.
+    with contextlib.suppress(OSError, EnvironmentFailure):
+        make_private(file.parent)
+        text = json.dumps({"zeros": zeros, "sha256": canonical_hash(zeros)})
+        write_atomic(file, text, mode=0o600)
 
     return zeros
 
 
+def _read_zeros(file: Path) -> Zeros | None:
+    """Return what was counted; None where nothing was, or it is damaged or of another user."""
+    try:
+        with open(open_own(file), "rb") as stream:
+            kept = json.load(stream)
+        zeros = {name: (str(quant), float(share)) for name, (quant, share) in kept["zeros"].items()}
+        is_whole = kept["sha256"] == canonical_hash(zeros)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+    return zeros if is_whole else None
+
+
 def _zeros_file(path: Path) -> Path:
-    digest = canonical_hash(kept_weights.model_state(path))
+    digest = canonical_hash(file_state(path))
     return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 

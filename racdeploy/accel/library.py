@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from pathlib import Path
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.storage import caches
 from racdeploy.storage.files import canonical_hash, file_sha256
+from racdeploy.storage.ownership import make_private, refuse_foreign
+from racdeploy.storage.partials import partial_folder
 
 SOURCES = Path(__file__).parent / "sources"
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
@@ -69,10 +70,11 @@ class Library:
             return file
 
         try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".build-") as folder:
-                self._compile(command, Path(folder) / "library.so")
-                os.replace(Path(folder) / "library.so", file)
+            make_private(file.parent)
+            refuse_foreign(file.parent)
+            with partial_folder(file.with_name("build")) as folder:
+                self._compile(command, folder / "library.so")
+                os.replace(folder / "library.so", file)
         except OSError as error:
             raise EnvironmentFailure(
                 f"cannot write {file}: {error}",

@@ -62,7 +62,8 @@ def _choose(model: Path) -> proofs.Choice | str:
 
     weights = sum(entry["weights"] for entry in packed)
     summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
-    return proofs.Choice(accel, summary, library=library, packed=lambda: weights)
+    pinned = proofs.pin(library, proof.sha256)
+    return proofs.Choice(accel, summary, library=pinned, packed=lambda: weights)
 
 
 def explain_slower(proof: proofs.Proof, packed: Sequence[Packed]) -> str:

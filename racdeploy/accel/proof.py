@@ -6,7 +6,11 @@ prints a :class:`Proof` as JSON, which is kept beside the library.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +21,12 @@ from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
 from racdeploy.storage.child import run_module
 from racdeploy.storage.files import disk_errors, file_sha256, write_atomic
+from racdeploy.storage.ownership import open_own, refuse_foreign
 
 Mode = Literal["auto", "off", "require"]
 LEAST_SPEEDUP = 1.05  # less is within what one measurement differs from the next
 _TRIAL_S = 600.0
+_BUILD_AGAIN = "racdeploy accel build"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Kernels:
 
     def prove(self, file: Path) -> Proof:
         """Try a library in a child process, and keep the proof beside it."""
+        refuse_foreign(file.parent)
         sha256 = file_sha256(file)
         missing = [package for package in self.packages if not is_installed(package)]
         if missing:
@@ -83,12 +90,16 @@ class Kernels:
             return f"{file} was never tried with the installed engine: racdeploy accel build"
 
         try:
-            content = json.loads(record.read_text(encoding="utf-8"))
-            proof = Proof(**content)
-        except (ValueError, TypeError):
+            with open(open_own(record), "rb") as stream:
+                proof = Proof(**json.load(stream))
+            with open(open_own(file), "rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            return f"{file} is not used: {error}"
+        except (ValueError, TypeError, RecursionError):
             return f"{record} is damaged: racdeploy accel build"
 
-        if proof.sha256 != file_sha256(file):
+        if proof.sha256 != sha256:
             return f"{file} is not the one that was tried: racdeploy accel build"
 
         return proof
@@ -97,6 +108,31 @@ class Kernels:
         """Return where the proof of a library is kept."""
         version = f"-{self.version}" if self.version else ""
         return file.with_name(f"{file.stem}{version}.json")
+
+
+@functools.cache
+def pin(file: Path, sha256: str) -> Path:
+    """Return a path by which a library is loaded with the bytes that have a hash.
+
+    Linux names an open file by its descriptor, which stays open: what lies under the file's own
+    name by then does not matter.
+
+    Raises:
+        EngineError: it has another hash, or another user may have written it.
+    """
+    try:
+        descriptor = open_own(file)
+        with open(descriptor, "rb", closefd=False) as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"{file} is not loaded: {error}", remedy=_BUILD_AGAIN) from error
+
+    if found != sha256:
+        os.close(descriptor)
+        raise EngineError(f"{file} is not the one that was tried", remedy=_BUILD_AGAIN)
+
+    place = Path(f"/proc/self/fd/{descriptor}")
+    return place if sys.platform == "linux" and place.exists() else file
 
 
 def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:

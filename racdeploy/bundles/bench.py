@@ -18,7 +18,7 @@ from racdeploy.export import ExportResult
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.files import read_report
 from racdeploy.report.tables import Table
-from racdeploy.runtime.loading import check_unpacked
+from racdeploy.runtime.loading import check_what_runs
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import finished_stages
 from racdeploy.verify.baseline import find_dense_arm
@@ -141,7 +141,7 @@ def bench(
     """Measure an artifact, by its path or the first; ``progress`` gets label, loads done, loads."""
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
-    check_unpacked(bundle, entry)
+    check_what_runs(bundle, manifest, entry)
     if not dense.is_file():
         raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
 

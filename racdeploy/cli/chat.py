@@ -59,10 +59,7 @@ def chat(
     """Talk with a bundle. Piped: one question a line, and the answers alone on stdout."""
     show_line(f"loading {bundle} …")
 
-    from racdeploy.manifest import check_main_artifact
     from racdeploy.runtime import Conversation, load
-
-    check_main_artifact(bundle)
 
     with load(bundle, threads=threads, accel=accel) as model:
         clear_line()

@@ -48,10 +48,8 @@ def run(
     question = check_question(_read_question() if prompt == "-" else prompt)
     show_line(f"loading {bundle} …")
 
-    from racdeploy.manifest import check_main_artifact
     from racdeploy.runtime import load
 
-    check_main_artifact(bundle)
     stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
     with load(bundle, threads=threads, accel=accel) as model:

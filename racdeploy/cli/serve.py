@@ -38,7 +38,6 @@ def serve(
     ),
 ) -> None:
     """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/serve.md."""
-    from racdeploy.manifest import check_main_artifact
     from racdeploy.plugins import require
 
     require("starlette")
@@ -49,8 +48,6 @@ def serve(
         from racdeploy.verify.baseline import Baseline
 
         Baseline.read(bundle).check_artifact(dense)
-    else:
-        check_main_artifact(bundle)
 
     was_interrupted = run(
         bundle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from racdeploy import engines
@@ -9,9 +10,13 @@ from racdeploy.accel import Mode
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
+from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
+from racdeploy.packing.raconnx import sidecar_name
+from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.checked import State, file_state
 
 
 def load(
@@ -36,7 +41,7 @@ def load(
         accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
 
     Raises:
-        ArtifactError: not a bundle, or its tokenizer or packed artifact differs from its manifest.
+        ArtifactError: not a bundle, or what runs is not what its manifest lists.
         UsageError: it has no artifact for that backend, or the model is made for less context.
         MissingExtraError: the engine is not installed.
         EngineError: the engine cannot load the artifact.
@@ -44,12 +49,20 @@ def load(
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     artifact = _choose_artifact(manifest, folder, backend)
-    manifest.check_tokenizer(folder)
-    check_unpacked(folder, artifact)
+    states = _read_states(folder, artifact)
+    check_what_runs(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
     settings = EngineSettings(context_tokens, parallel, threads, accel=accel)
-    return _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
+    model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
+
+    if states != _read_states(folder, artifact):
+        model.close()
+        raise ArtifactError(
+            f"{folder / artifact.path} changed while it was loaded",
+            remedy="wait until it is copied, then load it again",
+        )
+    return model
 
 
 def load_dense(
@@ -107,14 +120,46 @@ def _choose_context(manifest: Manifest, asked: int | None) -> int:
     return asked
 
 
-def check_unpacked(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare what a packed artifact holds with the manifest; a container says it of itself."""
-    if artifact.packing == "plain":
-        return
-    if not artifact.path.endswith(racgguf.SUFFIX):
-        artifact.check(folder)
-        return
+def check_what_runs(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+    """Compare every file that runs with its hash, and refuse what is not listed and would be used.
 
+    A large file that has passed is not read again until it changes.
+    """
+    manifest.check_tokenizer(folder)
+    _refuse_unlisted(folder, manifest, artifact)
+
+    if artifact.path.endswith(racgguf.SUFFIX):
+        _check_container(folder, artifact)
+    else:
+        artifact.check_once(folder)
+
+
+def _refuse_unlisted(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+    """Refuse files that would be found by their names, though the manifest does not know them."""
+    found = []
+    for tokenizer in manifest.tokenizers:
+        names = {str(tokenizer.place / name) for name in TOKENIZER_FILES}
+        found += sorted(names - tokenizer.files.keys())
+
+    if artifact.path.endswith(".onnx"):
+        second = accel_name(artifact.path)
+        names = {second, sidecar_name(artifact.path), sidecar_name(second)}
+        found += sorted(names - artifact.files.keys())
+
+    for name in found:
+        if os.path.lexists(folder / name):
+            raise ArtifactError(
+                f"{folder / name} would be used, and the manifest does not list it",
+                remedy="remove it, or copy the bundle again",
+            )
+
+
+def _read_states(folder: Path, artifact: ArtifactEntry) -> list[State]:
+    return [file_state(folder / name) for name in artifact.files]
+
+
+def _check_container(folder: Path, artifact: ArtifactEntry) -> None:
+    """Compare what a container holds with the manifest; it is checked as it is unpacked."""
     found = racgguf.Container.open(folder / artifact.path).sha256
     if found != artifact.unpacked_sha256:
         raise ArtifactError(

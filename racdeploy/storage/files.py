@@ -96,9 +96,9 @@ def make_parent(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomic(file: Path, content: bytes | str) -> None:
+def write_atomic(file: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Write a file so that it is whole or absent."""
-    with atomic_file(file) as stream:
+    with atomic_file(file, mode) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from racdeploy import accel
 from racdeploy.accel import kept_weights
+from racdeploy.storage.checked import file_state
 from racdeploy.storage.gguf_header import TensorInfo
 from tests.support.tiny_gguf import random_rows, write_gguf
 
@@ -124,17 +125,18 @@ def test_a_table_of_another_kind_is_not_used(matrices: object, model: Path, kept
     kept.write_bytes(
         _signed(
             {
-                "model": kept_weights.model_state(model),
+                "model": file_state(model),
                 "form": [1, "portable"],
                 "matrices": matrices,
+                "pieces": [],
             }
         )
     )
     assert not kept_weights.use(Packer(), model, [])
     for table in (
         [],
-        {"model": [], "form": [], "matrices": {}},
-        {"model": [1], "form": [], "matrices": {}},
+        {"model": [], "form": [], "matrices": {}, "pieces": []},
+        {"model": [1], "form": [], "matrices": {}, "pieces": []},
     ):
         kept.write_bytes(_signed(table))
         assert not kept_weights.use(Packer(), model, [])

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import packing as packings
-from racdeploy.errors import ArtifactError
+from racdeploy.errors import ArtifactError, EnvironmentFailure
 from racdeploy.storage import files
 from racdeploy.storage.caches import cache_folder
+from racdeploy.storage.checked import has_sha256
 from racdeploy.storage.gguf_header import (
     FIXED_BYTES,
     Header,
@@ -31,6 +32,7 @@ from racdeploy.storage.gguf_header import (
     read_header,
     tensor_bytes,
 )
+from racdeploy.storage.ownership import make_private
 
 SUFFIX = ".racgguf"
 VERSION = 2
@@ -165,10 +167,18 @@ def unpacked(path: Path) -> Path:
     """
     container = Container.open(path)
     file = cache_folder("unpacked") / f"{container.sha256}.gguf"
-    if not file.is_file() or files.file_sha256(file) != container.sha256:
-        with files.disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        container.unpack(file)
+    if file.is_file() and has_sha256(file, container.sha256):
+        return file
+
+    with files.disk_errors(file):
+        make_private(file.parent)
+    container.unpack(file)
+
+    if not has_sha256(file, container.sha256):
+        raise EnvironmentFailure(
+            f"{file} does not hold what was written there",
+            remedy="check the disk, then run the same command",
+        )
     return file
 
 
