@@ -12,6 +12,7 @@
     └── EnvironmentFailure         4    an engine, a missing extra, the disk or the machine
         ├── MissingExtraError      4    an optional dependency is not installed
         ├── EngineError            4    llama.cpp or another engine failed or aborted
+        │   ├── ForkedError        4    a model is asked by a fork of its process
         │   └── PromptError        4    a prompt that the engine cannot take
         │       └── ContextError   4    … since it is longer than the context
         └── BrokenPluginError      4    a plugin file exists but does not import
@@ -95,6 +96,10 @@ class MissingExtraError(EnvironmentFailure):
 
 class EngineError(EnvironmentFailure):
     """An inference engine failed, or its process died."""
+
+
+class ForkedError(EngineError):
+    """A model belongs to the process that loaded it, and a fork of that one asks it."""
 
 
 class PromptError(EngineError):

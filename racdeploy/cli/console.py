@@ -6,8 +6,12 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -130,15 +134,46 @@ def finish(
         raise typer.Exit(code)
 
 
+class _Terminated(SystemExit):
+    """A signal asks the process to end; not KeyboardInterrupt, which a chat goes on after."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, whatever is open closed.
+
+    One that is ignored, as nohup does, or that somebody else handles is left alone.
+    """
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in ours:  # a second one would break into what is being closed
+            signal.signal(other, signal.SIG_IGN)
+        raise _Terminated(signal.Signals(number).name)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors and Ctrl-C into a message, a remedy and an exit code."""
+    """Turn our errors, Ctrl-C and other signals into a message, a remedy and an exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         as_json = bool(kwargs.get("json_output"))
 
         try:
-            return command(*args, **kwargs)
+            with _ended_by_signals():
+                return command(*args, **kwargs)
         except RacdeployError as error:
             _fail(error, as_json)
         except OSError as error:
@@ -147,11 +182,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             _fail(EnvironmentFailure(message, remedy=_DISK_REMEDY), as_json)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            again = shlex.join(["racdeploy", *sys.argv[1:]])
-            err.print("interrupted; finished work is kept. Resume with:", style="yellow")
-            err.print(f"  {again}", soft_wrap=True, markup=False)
-            raise typer.Exit(INTERRUPTED) from None
+        except (KeyboardInterrupt, _Terminated) as interruption:
+            _end_early(str(interruption), as_json)
         except (SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # native libraries raise what is no Exception
@@ -160,6 +192,19 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             _fail(_describe_unexpected(error), as_json)
 
     return run
+
+
+def _end_early(signal_name: str, as_json: bool) -> NoReturn:
+    """Say how to resume after Ctrl-C, which has no name, or another signal."""
+    again = shlex.join(["racdeploy", *sys.argv[1:]])
+    what = f"interrupted by {signal_name}" if signal_name else "interrupted"
+    if as_json:
+        details = {"error": f"{what}; finished work is kept", "remedy": again}
+        print_json(details | {"exit_code": INTERRUPTED, "kind": "Interrupted"})
+    else:
+        err.print(f"{what}; finished work is kept. Resume with:", style="yellow")
+        err.print(f"  {again}", soft_wrap=True, markup=False)
+    raise typer.Exit(INTERRUPTED) from None
 
 
 def _describe_unexpected(error: BaseException) -> EnvironmentFailure:

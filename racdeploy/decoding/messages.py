@@ -8,14 +8,21 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _LENGTHS = struct.Struct("<IQ")
+_PIECE_BYTES = 1 << 20
 
 Header = dict[str, Any]
 
 
-def write_message(stream: BinaryIO, header: Mapping[str, Any], payload: bytes = b"") -> None:
+def encode_message(header: Mapping[str, Any]) -> bytes:
+    """Return a frame without a payload."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return _LENGTHS.pack(len(text), 0) + text
+
+
+def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes = b"") -> None:
     """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
     text = json.dumps(header, separators=(",", ":")).encode()
     stream.write(_LENGTHS.pack(len(text), len(payload)))
@@ -24,17 +31,26 @@ def write_message(stream: BinaryIO, header: Mapping[str, Any], payload: bytes = 
     stream.flush()
 
 
-def read_message(stream: BinaryIO) -> tuple[Header, bytes] | None:
+def read_message(stream: IO[bytes]) -> tuple[Header, bytes] | None:
     """Read one frame, or return None where the pipe has ended, also in mid-frame."""
-    lengths = stream.read(_LENGTHS.size)
+    lengths = _read(stream, _LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None
 
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
-    text = stream.read(header_bytes)
-    payload = stream.read(payload_bytes)
+    text = _read(stream, header_bytes)
+    payload = _read(stream, payload_bytes)
 
     if len(text) < header_bytes or len(payload) < payload_bytes:
         return None
 
     return json.loads(text), payload
+
+
+def _read(stream: IO[bytes], count: int) -> bytes:
+    """Read so many bytes, fewer where the pipe ends; a stream without a buffer gives pieces."""
+    pieces = []
+    while count and (piece := stream.read(min(count, _PIECE_BYTES))):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)

@@ -58,6 +58,7 @@ class _Inbox:
     def __init__(self, stream: BinaryIO) -> None:
         self.requests: queue.SimpleQueue[Header] = queue.SimpleQueue()
         self.cancel: Callable[[int], None] = lambda call: None
+        self.answer: Callable[[int], None] = lambda call: None
         self._stream = stream
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -66,6 +67,7 @@ class _Inbox:
             header, _ = message
             if header["op"] == "cancel":
                 self.cancel(header["call"])
+                self.answer(header["call"])
             else:
                 self.requests.put(header)
 
@@ -121,6 +123,7 @@ class _Worker:
         self._latest = 0  # call that was taken from the inbox
         self._cancelled_early: set[int] = set()  # calls that are still in the inbox
         inbox.cancel = self._cancel
+        inbox.answer = self._say_alive
 
     def serve(self) -> None:
         while True:
@@ -201,6 +204,10 @@ class _Worker:
 
         if job is not None:
             self._batcher.cancel(job)
+
+    def _say_alive(self, call: int) -> None:
+        """Tell who cancelled a call that it was heard, though a long step may still run."""
+        self._send(call, "alive")
 
     def _end(self, call: int, job: Job) -> None:
         """Send what a job has come to."""

@@ -7,6 +7,7 @@ keep it until the answer is whole.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import weakref
@@ -37,11 +38,18 @@ class Pool:
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._threads = 0
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], R]) -> Future[R]:
+        if self._process != os.getpid():  # a fork has none of the threads, and maybe a held lock
+            self._begin()
+
         future: Future[R] = Future()
         with self._lock:
             self._waiting.append((future, work))

@@ -1,19 +1,27 @@
-"""Child processes of this Python; ``-P`` keeps the current folder's files out of imports."""
+"""Child processes of this Python, which end with it.
+
+``-P`` keeps the current folder's files out of imports; see :mod:`racdeploy.storage.lifeline`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import racdeploy
 
+P = TypeVar("P")
 _SAID_CHARACTERS = 1500  # of what a child wrote last, in a message
 
 
@@ -29,8 +37,9 @@ class Outcome:
 
 
 def command(module: str, *arguments: object) -> list[str]:
-    """Return the command line that runs a module."""
-    return [sys.executable, "-P", "-m", module, *map(str, arguments)]
+    """Return the command line that runs a module, tied to this process."""
+    tied = [sys.executable, "-P", "-m", "racdeploy.storage.lifeline", str(os.getpid())]
+    return [*tied, module, *map(str, arguments)]
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -38,6 +47,55 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     root = str(Path(racdeploy.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, *sys.path]))
     return {**os.environ, "PYTHONPATH": path, **(variables or {})}
+
+
+class _Starter:
+    """A thread that starts children and lives as long as the process: Linux ends them with it."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self, make: Callable[[], P]) -> P:
+        """Return what ``make`` returns in that thread."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+        future: Future[P] = Future()
+        self._asked.put((future, make))
+        return future.result()
+
+    def _run(self) -> None:
+        while True:
+            future, make = self._asked.get()
+            try:
+                future.set_result(make())
+            except BaseException as error:  # noqa: BLE001 - who waits for it gets it
+                future.set_exception(error)
+            del future, make  # the last one would keep its process
+
+
+def start_module(module: str, *arguments: object, **options: Any) -> subprocess.Popen[Any]:
+    """Start a module in its own process, which may outlive the thread that asks for it.
+
+    Args:
+        options: of :class:`subprocess.Popen`.
+    """
+    return _starter.start(partial(subprocess.Popen, command(module, *arguments), **options))
+
+
+def _renew_starter() -> None:
+    """A fork has no threads but one."""
+    global _starter
+    _starter = _Starter()
+
+
+_starter = _Starter()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_starter)
 
 
 def run_module(

@@ -80,3 +80,51 @@ def test_processes_of_one_number_unpack_at_once_and_get_the_right_bytes(
         for racer in racers:
             racer.kill()
             racer.communicate()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from racdeploy.storage.files import atomic_folder
+out = Path(sys.argv[1])
+for line in sys.stdin:
+    with atomic_folder(out) as scratch:
+        for number in range(5):
+            (scratch / str(number)).write_text(sys.argv[2])
+    print("done", flush=True)
+"""
+
+
+def test_folders_written_to_one_place_at_once_are_whole(tmp_path: Path) -> None:
+    """Neither writer fails, the last one's is there, and nothing beside it; an older one goes."""
+    out = tmp_path / "bundle"
+    out.mkdir()
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(out), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+
+    try:
+        for _ in range(4 * RACES):
+            for writer in writers:
+                assert writer.stdin is not None
+                writer.stdin.write("go\n")
+                writer.stdin.flush()
+            for writer in writers:
+                assert writer.stdout is not None
+                assert writer.stdout.readline() == "done\n", writer.stderr
+            texts = {file.read_text() for file in out.iterdir()}
+            assert len(texts) == 1
+            assert len(list(out.iterdir())) == 5
+            assert [out] == list(tmp_path.iterdir())
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()

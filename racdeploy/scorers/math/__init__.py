@@ -78,8 +78,8 @@ class Worker:
     def _start(self) -> subprocess.Popen[str]:
         """Start the child and wait until it has imported what it needs."""
         check("")
-        process = subprocess.Popen(
-            child.command(_WORKER),
+        process = child.start_module(
+            _WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
