@@ -17,6 +17,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
+from racdeploy.runtime.loading import refuse_unlisted
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.safetensors import TensorEntry, read_tensor, read_tensor_entries
 
@@ -101,6 +102,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
     manifest.check_files(path)
+    refuse_unlisted(path, manifest)
     main, *others = manifest.artifacts
     metadata, tensors = export.load(main.format).measure(path / main.path)
 

@@ -161,7 +161,8 @@ def _ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is end:  # not where one came, or torchrun's is ignored
+                signal.signal(number, signal.SIG_DFL)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:

@@ -126,7 +126,7 @@ def check_what_runs(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -
     A large file that has passed is not read again until it changes.
     """
     manifest.check_tokenizer(folder)
-    _refuse_unlisted(folder, manifest, artifact)
+    refuse_unlisted(folder, manifest)
 
     if artifact.path.endswith(racgguf.SUFFIX):
         _check_container(folder, artifact)
@@ -134,19 +134,19 @@ def check_what_runs(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -
         artifact.check_once(folder)
 
 
-def _refuse_unlisted(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
     """Refuse files that would be found by their names, though the manifest does not know them."""
-    found = []
+    unlisted = []
     for tokenizer in manifest.tokenizers:
         names = {str(tokenizer.place / name) for name in TOKENIZER_FILES}
-        found += sorted(names - tokenizer.files.keys())
+        unlisted += sorted(names - tokenizer.files.keys())
 
-    if artifact.path.endswith(".onnx"):
+    for artifact in manifest.artifacts:
         second = accel_name(artifact.path)
         names = {second, sidecar_name(artifact.path), sidecar_name(second)}
-        found += sorted(names - artifact.files.keys())
+        unlisted += sorted(names - artifact.files.keys())
 
-    for name in found:
+    for name in unlisted:
         if os.path.lexists(folder / name):
             raise ArtifactError(
                 f"{folder / name} would be used, and the manifest does not list it",

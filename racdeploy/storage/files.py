@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,8 @@ from racdeploy.storage.partials import (
 _WRITE_BYTES = 1 << 20
 _TRIES = 100
 _OLD = ".old"
+# What a folder cannot be renamed to since one is there; Windows calls it a lack of permission.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, *((errno.EACCES,) if sys.platform == "win32" else ()))
 
 
 def canonical_hash(value: object) -> str:
@@ -130,9 +133,9 @@ def _exchange(scratch: Path, folder: Path) -> None:
             try:
                 scratch.replace(folder)
                 return
-            except OSError:
-                if not folder.exists():  # where it is, another process was faster
-                    raise
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise  # otherwise another process was faster
         raise OSError(errno.EBUSY, "other processes write it again and again", str(folder))
     finally:
         if aside and not os.path.lexists(folder):
@@ -145,7 +148,8 @@ def _restore_or_remove_old(folder: Path) -> None:
     """See to what a process left that was killed between the two renames of an exchange."""
     old = names_beside(folder, _OLD)
     if old and not os.path.lexists(folder):
-        old.pop().replace(folder)
+        with contextlib.suppress(OSError):  # another process has seen to it
+            old.pop().replace(folder)
     for path in old:
         remove(path)
 

@@ -93,8 +93,9 @@ def names_beside(place: Path, suffix: str) -> list[Path]:
     for path in place.parent.glob(f".*{suffix}"):
         middle = path.name[len(prefix) : -len(suffix)]
         if path.name.startswith(prefix) and _RANDOM.fullmatch(middle):
-            found.append(path)
-    return sorted(found, key=lambda path: path.lstat().st_mtime_ns)
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                found.append((path.lstat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
 
 
 def _prefix(place: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import racdeploy
+from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import loading
@@ -131,8 +132,11 @@ def test_a_tokenizer_file_that_is_not_listed_is_refused(bundle: Path, name: str,
         (bundle / name).write_text("{}")
     else:
         (bundle / name).symlink_to("/etc/passwd")
-    with pytest.raises(ArtifactError, match=f"{name} would be used, and the manifest does not"):
+    refusal = f"{name} would be used, and the manifest does not"
+    with pytest.raises(ArtifactError, match=refusal):
         racdeploy.load(bundle)
+    with pytest.raises(ArtifactError, match=refusal):
+        inspect_path(bundle)
 
 
 def _unlist(bundle: Path, name: str) -> None:
