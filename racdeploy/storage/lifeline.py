@@ -12,8 +12,11 @@ import os
 import runpy
 import signal
 import sys
+import time
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ENDING_S = 0.1
 
 
 def end_with(parent: int) -> None:
@@ -22,18 +25,23 @@ def end_with(parent: int) -> None:
         return
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent and not _runs(parent):
+    if os.getppid() == parent:
+        return
+
+    # It has ended, or sys.executable is a program that starts Python. One that is just ending has
+    # lost its children before it counts as dead.
+    time.sleep(_ENDING_S)
+    if not _runs(parent):
         os._exit(1)
 
 
 def _runs(process: int) -> bool:
+    """Return whether a process runs; a dead one keeps its number until it is collected."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return False
-    except PermissionError:  # it is another user's
-        pass
-    return True
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def main() -> None:

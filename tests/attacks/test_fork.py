@@ -200,7 +200,9 @@ sys.stdin.read()
         assert parent.stdout.readline() == "started\n"
         time.sleep(delay_s)
         parent.kill()
-    assert _ends(_find(mark), mark, seconds=30.0), "it has to get as far as asking first"
+
+        # Not collected yet: a dead process that still has its number.
+        assert _ends(_find(mark), mark, seconds=30.0), "it has to get as far as asking first"
 
 
 @pytest.fixture
