@@ -136,11 +136,7 @@ class OneByOne:
 
     def compare(self, answers: Answers) -> dict[str, Any]:
         """Count equal texts, special tokens left out, and equal final answers."""
-        special = {
-            token
-            for token, added in self._job.encoder.tokenizer.get_added_tokens_decoder().items()
-            if added
-        }
+        special = set(self._job.encoder.tokenizer.get_added_ids())
         texts = [self._plain(ids, special) for _, ids in answers.traces]
         pairs = list(zip(self._texts, answers.records, strict=True))
         same = [

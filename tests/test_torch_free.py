@@ -51,7 +51,7 @@ def modules_after(statement: str) -> set[str]:
     ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:
-    assert modules_after(statement).isdisjoint(HEAVY)
+    assert modules_after(statement).isdisjoint({*HEAVY, "tokenizers", "jinja2"})
 
 
 def test_importing_racdeploy_imports_next_to_nothing() -> None:

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import IO, Any
 
-from racdeploy.decoding.messages import Header, encode_message, read_message
 from racdeploy.errors import ArtifactError, EngineError, ForkedError
 from racdeploy.storage.child import describe_exit, environment, start_module
+from racdeploy.storage.messages import Header, encode_message, read_message
 
 Message = tuple[Header, bytes]
 

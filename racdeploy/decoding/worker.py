@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from racdeploy.decoding.batching import Batcher, Decoder, Job, News
 from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
-from racdeploy.decoding.messages import Header, read_message, write_message
 from racdeploy.decoding.sequence import Sequence
 from racdeploy.errors import ArtifactError, RacdeployError
+from racdeploy.storage.messages import Header, read_message, write_message
 
 if sys.platform != "win32":
     import resource

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 from tokenizers.pre_tokenizers import ByteLevel  # type: ignore[import-untyped]
 
 from racdeploy.errors import UsageError
@@ -44,7 +43,7 @@ class BytePairs:
                 remedy="leave vocabulary out of structure.keep",
             )
 
-        loaded: Tokenizer = read_tokenizer(files.file)
+        loaded = read_tokenizer(files.file)
         ids = loaded.get_vocab(with_added_tokens=True)
         for token in files.parsed.get("added_tokens") or []:
             if ids.get(token["content"]) != token["id"]:
@@ -55,7 +54,7 @@ class BytePairs:
                 )
 
         texts = {i: text for text, i in ids.items()}
-        added = frozenset(loaded.get_added_tokens_decoder())
+        added = frozenset(loaded.get_added_ids())
 
         return cls(texts, added, tuple(read_merges(files.parsed["model"])))
 

@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.reading.tokenizer import Tokenizer
 from racdeploy.storage.reading import check_size, read_json, read_text
 
 TOKENIZER_FILES = (
@@ -108,14 +107,7 @@ def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, without the limits of length that some files carry."""
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ArtifactError(
-            f"{file} is not a tokenizer: {error}", remedy="copy the file again from its source"
-        ) from error
-
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    """Read a ``tokenizer.json``; an ArtifactError says that it is none."""
+    tokenizer = Tokenizer(file)
+    tokenizer.check()
     return tokenizer

@@ -99,5 +99,5 @@ def _check_returned(text: str, expected: str, found: str) -> None:
 
 def _find_stops(encoder: PromptEncoder, ids: list[int]) -> list[int]:
     """Return the byte at which each token stops: byte-level tokens have a letter for each."""
-    tokens = map(encoder.tokenizer.id_to_token, ids)
+    tokens = encoder.tokenizer.ids_to_tokens(ids)
     return list(accumulate(map(len, tokens)))

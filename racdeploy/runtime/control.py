@@ -51,8 +51,11 @@ def find_hesitation(encoder: PromptEncoder, words: Collection[str]) -> dict[str,
     found: dict[str, list[int]] = {word: [] for word in words}
     by_form = {word.casefold(): word for word in words}
 
-    for token in sorted(encoder.tokenizer.get_vocab(with_added_tokens=False).values()):
-        text = encoder.decode([token]).strip(_ROUND_A_WORD).casefold()
+    tokens = sorted(encoder.tokenizer.get_vocab(with_added_tokens=False).values())
+    texts = encoder.tokenizer.decode_batch([[token] for token in tokens])
+
+    for token, written in zip(tokens, texts, strict=True):
+        text = written.strip(_ROUND_A_WORD).casefold()
         if text in by_form:
             found[by_form[text]].append(token)
 

@@ -95,10 +95,11 @@ def load_dense(
 def _open(
     folder: Path, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
 ) -> Model:
-    encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.place)
+    encoder = PromptEncoder.begin(folder / manifest.tokenizer.place)  # while the engine loads
     engine = engines.open_engine(backend, file, settings)
 
     try:
+        encoder.check()
         return Model(manifest, encoder, engine, settings.context_tokens)
     except BaseException:
         engine.close()

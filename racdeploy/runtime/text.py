@@ -67,12 +67,14 @@ class TextReader:
         self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
 
     def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
-        ids = self._scanner.ids
-        text = self._encoder.decode(ids[self._prefix : stop])
-        shown = self._encoder.decode(ids[self._prefix : self._read])
+        if stop <= self._read:
+            return
 
-        is_cut = text.endswith("\ufffd") and not whole  # in the middle of a character
-        if stop <= self._read or is_cut:
+        ids = self._scanner.ids
+        pieces = ids[self._prefix : stop], ids[self._prefix : self._read]
+        text, shown = self._encoder.tokenizer.decode_batch(pieces)
+
+        if text.endswith("\ufffd") and not whole:  # in the middle of a character
             return
 
         self._prefix = self._read

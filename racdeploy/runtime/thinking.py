@@ -192,11 +192,12 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
     A known pair counts if the chat template writes it, or if both tags are single tokens; a pair
     for which both are true comes first.
     """
-    vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
+    texts = [tag for tags in TAGS for tag in tags]
+    ids = dict(zip(texts, encoder.tokenizer.tokens_to_ids(texts), strict=True))
 
     def rank(tags: tuple[str, str]) -> int:
         is_written = any(tag in encoder.template.source for tag in tags)
-        are_tokens = all(tag in vocabulary for tag in tags)
+        are_tokens = all(ids[tag] is not None for tag in tags)
         return 2 * are_tokens + is_written
 
     best = max(TAGS, key=rank)  # the first of equal ones
@@ -209,9 +210,7 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
     A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with
     its neighbours hides it.
     """
-    vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
-    open_ids = tuple(encoder.encode_text(open_tag))
-    close_ids = tuple(encoder.encode_text(close_tag))
+    open_ids, close_ids = map(tuple, encoder.tokenizer.encode_batch([open_tag, close_tag]))
 
     if not open_ids or not close_ids or open_ids == close_ids:
         raise ArtifactError(
@@ -220,9 +219,5 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
             remedy="use the tokenizer.json that the model was trained with",
         )
 
-    space_ids = set()
-    for text, token in vocabulary.items():
-        if text and (_SPACES.issuperset(text) or text in _SPACE_BYTES):
-            space_ids.add(token)
-
+    space_ids = encoder.tokenizer.blank_ids(_SPACES, _SPACE_BYTES)
     return ThinkingTags(open_ids, close_ids, frozenset(space_ids))

@@ -13,6 +13,9 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.plugins import require
 from racdeploy.scorers import Scored
 
+SECONDS = 10.0
+MEMORY_BYTES = 4 * 2**30  # the harness imports much
+GIVES_UP = True
 _DATA = "tokenizers/punkt_tab"
 
 
@@ -32,6 +35,11 @@ def check(argument: str) -> None:
             "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine",
             remedy="python -m nltk.downloader punkt_tab",
         ) from error
+
+
+def prepare() -> None:
+    """Import the harness's module."""
+    import lm_eval.tasks.ifeval.utils  # noqa: F401
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

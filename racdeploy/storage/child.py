@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +26,7 @@ import racdeploy
 
 P = TypeVar("P")
 _SAID_CHARACTERS = 1500  # of what a child wrote last, in a message
+_ENVIRONMENT = resources.files("racdeploy.storage") / "environment.toml"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     root = str(Path(racdeploy.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, *sys.path]))
     return {**os.environ, "PYTHONPATH": path, **(variables or {})}
+
+
+def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return :func:`environment` without what a child for a stranger's file has no use for."""
+    named = tomllib.loads(_ENVIRONMENT.read_text(encoding="utf-8"))
+    kept = {}
+
+    for name, value in environment().items():
+        is_passed = any(fnmatchcase(name.upper(), passed) for passed in named["passed"])
+        if is_passed and not name.upper().endswith(tuple(named["secret"])):
+            kept[name] = value
+
+    return {**kept, **(variables or {})}
 
 
 class _Starter:

@@ -45,7 +45,7 @@ def test_tokens_of_a_trace_stay_however_they_were_written(
 ) -> None:
     """Both the tokens that the model wrote and those the tokenizer makes of their text."""
     choice = _choose(model)
-    letters = choice.encoder.tokenizer.encode("lazy dog").ids
+    letters = choice.encoder.tokenizer.encode("lazy dog")
     written = [i for text in "lazy dog" for i in choice.encoder.encode_text(text)]
     assert len(written) > len(letters)
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest, ThinkingControl
+from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime import load
 from racdeploy.runtime.control import (
     check_closing,
@@ -43,7 +44,7 @@ def test_every_form_of_a_word_is_found(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    own = PromptEncoder(tmp_path / "tokenizer.json", ChatTemplate("x"))
+    own = PromptEncoder(read_tokenizer(tmp_path / "tokenizer.json"), ChatTemplate("x"))
 
     found = find_hesitation(own, ["Wait", "Hmm", "Alternatively"])
     assert found == {"Wait": (0, 1, 2, 3, 4, 5, 6), "Hmm": (7, 8), "Alternatively": ()}

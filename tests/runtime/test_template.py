@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.reading.reader import Reader
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
 from tests.support.tiny_models import edit_json, make_checkpoint, write_tokenizer
 
@@ -160,8 +161,7 @@ def test_there_is_one_beginning_of_sequence_at_most(
         "{% generation %}",
     ],
 )
-def test_a_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("racdeploy.runtime.template._SECONDS", 0.3)
+def test_a_hostile_template_is_an_error(source: str) -> None:
     started = time.monotonic()
     hostile(source)
     assert time.monotonic() - started < 10
@@ -171,11 +171,17 @@ def test_a_template_may_refuse_messages_in_its_own_words() -> None:
     assert "roles must alternate" in hostile("{{ raise_exception('roles must alternate') }}")
 
 
-def test_a_slow_template_does_not_disturb_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("racdeploy.runtime.template._SECONDS", 0.1)
-    hostile("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    time.sleep(0.15)
-    assert ChatTemplate("{{ messages[0].content }}!").render([{"content": "a"}]) == "a!"
+def test_a_template_that_took_too_long_does_not_disturb_the_next() -> None:
+    """Their process is ended, and the next one knows the other template."""
+    reader = Reader("racdeploy.reading.texts")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    slow = ChatTemplate(endless, reader=reader)
+    quick = ChatTemplate("{{ messages[0].content }}!", reader=reader)
+
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="more than 1.0 s of processor time"):
+            slow.render([])
+        assert quick.render([{"content": "a"}]) == "a!"
 
 
 def test_tokens_that_a_model_lacks_render_as_nothing() -> None:

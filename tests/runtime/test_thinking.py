@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from racdeploy.errors import ArtifactError
+from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
 from racdeploy.runtime.thinking import (
     Split,
@@ -213,7 +214,8 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
 
 def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
     source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
-    plain = PromptEncoder(tokenizer_folder / "tokenizer.json", ChatTemplate(source))
+    tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.json")
+    plain = PromptEncoder(tokenizer, ChatTemplate(source))
     found = tags_of(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
     assert prompt_state(plain.encode("hello"), found) == "open"
@@ -223,7 +225,7 @@ def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None
     file = tokenizer_folder / "tokenizer.json"
     edit_json(file, added_tokens=[])
     source = "{{ messages[0]['content'] }}"
-    assert find_tag_names(PromptEncoder(file, ChatTemplate(source))) is None
+    assert find_tag_names(PromptEncoder(read_tokenizer(file), ChatTemplate(source))) is None
 
 
 def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_file_that_a_stage_does_not_reach_is_not_in_its_address(copy: Path, st
 
 def test_a_stage_reaches_what_decides_its_content() -> None:
     """Scorers judge traces, raconnx packs a graph; the rest are plugins, and data they read."""
-    assert {"scorers/boxed.py", "scorers/math/worker.py", "tasks/gcd.py"} <= _reached("traces")
+    assert {"scorers/boxed.py", "reading/answers.py", "tasks/gcd.py"} <= _reached("traces")
     assert {"engines/transformers/torch_model.py", "engines/openai/chat.py"} & _reached("traces")
     assert {"prune/methods/admm.py", "prune/allocations/owl.py", "traces/mix.py"} <= _reached(
         "prune"

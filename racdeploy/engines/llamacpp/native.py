@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from racdeploy import accel
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.decoding.messages import Header
 from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
+from racdeploy.storage.messages import Header
 
 _BATCH_TOKENS = 512
 _LEAST_CONTEXT = 32_768  # what any model may be asked for

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from racdeploy.accel import choose_graph
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.decoding.messages import Header
 from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.storage.cores import available_cores
+from racdeploy.storage.messages import Header
 
 _BATCH_TOKENS = 512
 _LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches of a prompt smaller

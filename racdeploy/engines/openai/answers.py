@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
 from racdeploy.decoding.engine import Completion
 from racdeploy.engines.openai.http import ODD
 from racdeploy.errors import EngineError
+from racdeploy.reading.tokenizer import Tokenizer
 
 _EXACT = (
     "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
@@ -79,10 +78,10 @@ class Reader:
         if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
             raise EngineError("the server returns no token ids", remedy=_EXACT)
 
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text)
         generated = read_usage(answer, "completion_tokens") - (ended and self.counts_end)
         is_whole = "\ufffd" not in text
-        gives_same_text = self.tokenizer.decode(ids, skip_special_tokens=False) == text
+        gives_same_text = self.tokenizer.decode(ids) == text
 
         if len(ids) != generated or not is_whole or not gives_same_text:
             raise EngineError(

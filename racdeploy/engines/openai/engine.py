@@ -235,7 +235,7 @@ class OpenAIEngine(Engine):
             )
 
         for start in (0, 1):
-            text = str(self._own.decode(list(ids[start:]), skip_special_tokens=False))
+            text = self._own.decode(ids[start:])
             if await self._ask_ids(_TEXT_TOKENIZER, text) == list(ids):
                 return text
 

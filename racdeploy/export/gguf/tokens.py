@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf import TokenType
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf.pretokenizers import flatten
 from racdeploy.export.gguf.sentencepiece import is_sentencepiece
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.tokenizer_files import token_ids, token_text
+from racdeploy.models.tokenizer_files import read_tokenizer, token_ids, token_text
 
 # Texts that llama.cpp takes for an end of generation by itself.
 _KNOWN_ENDS = {
@@ -46,12 +45,7 @@ class Tokens:
     def check_ids(self, checkpoint: Checkpoint) -> None:
         """Refuse ids that the tokenizers library does not follow: it counts added tokens itself."""
         file = checkpoint.tokenizer.file
-        try:
-            loaded = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises a bare Exception for whatever it refuses
-            raise ModelError(f"{file} cannot be loaded: {error}") from error
-
-        assigned = loaded.get_vocab(with_added_tokens=True)
+        assigned = read_tokenizer(file).get_vocab(with_added_tokens=True)
 
         for i, text in self.texts.items():
             if assigned.get(text) != i:

@@ -32,10 +32,10 @@ _MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
-    encode = read_tokenizer(checkpoint.tokenizer.file).encode
+    tokenizer = read_tokenizer(checkpoint.tokenizer.file)
     used: set[int] = set()
     for text in read_texts(structure.vocabulary_text, TEXTS):
-        used.update(encode(text, add_special_tokens=False).ids)
+        used.update(tokenizer.encode(text))
 
     choose(checkpoint, structure.share("vocabulary"), used)
 

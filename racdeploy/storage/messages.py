@@ -31,13 +31,19 @@ def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes =
     stream.flush()
 
 
-def read_message(stream: IO[bytes]) -> tuple[Header, bytes] | None:
-    """Read one frame, or return None where the pipe has ended, also in mid-frame."""
+def read_message(stream: IO[bytes], most_bytes: int = 0) -> tuple[Header, bytes] | None:
+    """Read one frame, or return None where the pipe has ended, also in mid-frame.
+
+    With ``most_bytes``, a longer frame is an end, too: nothing of it is read.
+    """
     lengths = _read(stream, _LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None
 
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
+    if most_bytes and header_bytes + payload_bytes > most_bytes:
+        return None
+
     text = _read(stream, header_bytes)
     payload = _read(stream, payload_bytes)
 

@@ -1,0 +1,69 @@
+"""What a reading process may take: set by itself, once it has imported what it needs.
+
+On Linux all of it holds. macOS bounds no memory, and Windows has none of these limits: there the
+parent's limit on the time of a call is what remains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+if sys.platform != "win32":
+    import resource
+
+_STATUS = "/proc/self/status"
+_OVERTIME = "ITIMER_PROF" if hasattr(signal, "ITIMER_PROF") else ""
+
+
+def confine(memory_bytes: int, opens_files: bool) -> None:
+    """Take so much more memory than now at most, and write no file.
+
+    Where operations open no files either, nothing is opened any more: no file, socket or pipe.
+    """
+    if sys.platform == "win32":
+        return
+
+    limit_memory(memory_bytes)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    # No new descriptor of any kind: those that are open can still be used.
+    if not opens_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Bound the private, writable memory of this process to what it has now and so much more.
+
+    Files that are mapped to be read do not count: they take no memory of their own.
+    """
+    taken = _private_bytes()
+    if taken is not None:
+        most = taken + more_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+@contextlib.contextmanager
+def processor_time(seconds: float) -> Iterator[None]:
+    """End this process where the body takes more, also in code that no exception reaches."""
+    if not _OVERTIME:
+        yield
+        return
+
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends a process
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _private_bytes() -> int | None:
+    """Return what RLIMIT_DATA counts; None where the system does not say it."""
+    with contextlib.suppress(OSError), open(_STATUS, encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) * 1024
+    return None

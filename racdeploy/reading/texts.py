@@ -1,0 +1,104 @@
+"""Operations of a reading process on a model's texts: its tokenizer, and its chat templates.
+
+Ids are u32 in the payload, one sequence behind the other; ``lengths`` says where each ends.
+"""
+
+from __future__ import annotations
+
+import json
+
+from jinja2 import Template
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+from racdeploy.reading import sandbox
+from racdeploy.reading.ids import pack, unpack
+from racdeploy.storage.messages import Header
+
+MOST_IDS = 4_000_000  # of one call; no model has such a context
+
+Answer = tuple[Header, bytes]
+
+
+class _Texts:
+    """What this process was given, and what it answers."""
+
+    def __init__(self) -> None:
+        self._tokenizer: Tokenizer
+        self._templates: dict[str, Template] = {}
+
+    def read_tokenizer(self, header: Header, payload: bytes) -> Answer:
+        """Read a tokenizer.json, without the limits of length that some files carry."""
+        self._tokenizer = Tokenizer.from_buffer(payload)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        return {}, b""
+
+    def compile_template(self, header: Header, payload: bytes) -> Answer:
+        self._templates[header["template"]] = sandbox.compile_template(header["source"])
+        return {}, b""
+
+    def render(self, header: Header, payload: bytes) -> Answer:
+        template = self._templates[header["template"]]
+        return {"text": sandbox.render(template, json.loads(header["variables"]))}, b""
+
+    def encode(self, header: Header, payload: bytes) -> Answer:
+        sequences = []
+        count = 0
+
+        for text in header["texts"]:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            sequences.append(ids)
+            count += len(ids)
+            _check_size(count, MOST_IDS, "tokens")
+
+        lengths, packed = pack(sequences)
+        return {"lengths": lengths}, packed
+
+    def decode(self, header: Header, payload: bytes) -> Answer:
+        texts = []
+        length = 0
+
+        for ids in unpack(header["lengths"], payload):
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            texts.append(text)
+            length += len(text)
+            _check_size(length, sandbox.LARGEST_TEXT, "characters")
+
+        return {"texts": texts}, b""
+
+    def vocabulary(self, header: Header, payload: bytes) -> Answer:
+        added = header["with_added_tokens"]
+        return {"ids": self._tokenizer.get_vocab(with_added_tokens=added)}, b""
+
+    def blank_ids(self, header: Header, payload: bytes) -> Answer:
+        """Return the tokens that consist of certain characters, or are one of some texts."""
+        characters, texts = set(header["characters"]), set(header["texts"])
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+
+        found = []
+        for text, token in vocabulary.items():
+            if text and (characters.issuperset(text) or text in texts):
+                found.append(token)
+        return {"ids": found}, b""
+
+    def find_tokens(self, header: Header, payload: bytes) -> Answer:
+        """Return the ids of tokens, None where there is no such token."""
+        return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
+
+    def describe(self, header: Header, payload: bytes) -> Answer:
+        """Return how many tokens there are, and the ids of those that are added."""
+        added = list(self._tokenizer.get_added_tokens_decoder())
+        return {"size": self._tokenizer.get_vocab_size(), "added": added}, b""
+
+    def name_tokens(self, header: Header, payload: bytes) -> Answer:
+        """Return the tokens of ids as the vocabulary writes them, None where there is none."""
+        return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
+
+
+def _check_size(size: int, most: int, unit: str) -> None:
+    if size > most:
+        raise ValueError(f"more than {most} {unit}")
+
+
+_texts = _Texts()
+OPERATIONS = {name: getattr(_texts, name) for name in vars(_Texts) if not name.startswith("_")}

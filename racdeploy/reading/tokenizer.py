@@ -1,0 +1,111 @@
+"""A model's tokenizer, computed in a reading process; its names are those of ``tokenizers``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import UsageError
+from racdeploy.reading.ids import pack, unpack
+from racdeploy.reading.reader import MEMORY_BYTES, SECONDS, Reader, Request
+
+# Beyond what every call has. A tokenizer takes 10 bytes for each of its file.
+_MEMORY_PER_BYTE = 24
+_READING_S_PER_BYTE = 2e-6
+_ENCODING_S_PER_CHARACTER = 2e-5
+_DECODING_S_PER_ID = 2e-5
+_DAMAGED = "copy the file again from its source"
+
+
+class Tokenizer:
+    """A ``tokenizer.json``, without the limits of length that some files carry.
+
+    Its process is started by the first question, or by ``reader.start()``; templates of the same
+    model can be rendered there, too.
+    """
+
+    def __init__(self, file: Path) -> None:
+        content = file.read_bytes()
+        size = len(content)
+
+        self.reader = Reader("racdeploy.reading.texts", MEMORY_BYTES + _MEMORY_PER_BYTE * size)
+        request = Request(
+            "read_tokenizer",
+            {},
+            payload=content,
+            what=f"{file} is not a tokenizer",
+            remedy=_DAMAGED,
+            seconds=SECONDS + _READING_S_PER_BYTE * size,
+        )
+        self.reader.keep("tokenizer", request)
+        self._what = f"the tokenizer {file} failed"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text as it is: special tokens written in it count, none are added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+        seconds = _ENCODING_S_PER_CHARACTER * sum(map(len, texts))
+        header, payload = self._ask("encode", seconds, texts=texts)
+        return unpack(header["lengths"], payload)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens written out."""
+        return self.decode_batch([ids])[0]
+
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each sequence of ids."""
+        try:
+            lengths, payload = pack(sequences)
+        except (OverflowError, TypeError) as error:
+            raise UsageError(f"a token id is no number from 0 to 2**32 - 1: {error}") from error
+
+        seconds = _DECODING_S_PER_ID * sum(lengths)
+        header, _ = self._ask("decode", seconds, payload, lengths=lengths)
+        return list(header["texts"])
+
+    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
+        """Return the id of each token's text."""
+        header, _ = self._ask("vocabulary", SECONDS, with_added_tokens=with_added_tokens)
+        return dict(header["ids"])
+
+    def get_vocab_size(self) -> int:
+        """Return how many tokens there are, added ones included."""
+        return int(self._describe()["size"])
+
+    def get_added_ids(self) -> list[int]:
+        """Return the ids of the tokens that are added to the vocabulary."""
+        return list(self._describe()["added"])
+
+    def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
+        """Return the tokens of such characters alone, and those that are one of the texts."""
+        asked = list(characters), list(texts)
+        header, _ = self._ask("blank_ids", SECONDS, characters=asked[0], texts=asked[1])
+        return list(header["ids"])
+
+    def token_to_id(self, text: str) -> int | None:
+        """Return the id of a token, None where there is none."""
+        return self.tokens_to_ids([text])[0]
+
+    def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
+        """Return the id of each token."""
+        return list(self._ask("find_tokens", texts=texts)[0]["ids"])
+
+    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the tokens of ids as the vocabulary writes them."""
+        return list(self._ask("name_tokens", ids=ids)[0]["texts"])
+
+    def check(self) -> None:
+        """Wait until it is read; an ArtifactError says that it is none."""
+        self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        return self._ask("describe")[0]
+
+    def _ask(
+        self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
+    ) -> tuple[dict[str, Any], bytes]:
+        seconds = SECONDS + more_seconds
+        return self.reader.ask(Request(op, values, payload, self._what, _DAMAGED, seconds))
