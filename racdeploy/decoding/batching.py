@@ -84,15 +84,18 @@ class Batcher:
     """Runs the sequences of jobs to their end, in place, on decoders side by side.
 
     ``prefill_s`` and ``decode_s`` are the time in the decoders, of those that work together that of
-    one on average; a mixed batch is shared out by its tokens.
+    one on average; a mixed batch is shared out by its tokens. ``on_step`` is called before each
+    batch.
     """
 
-    def __init__(self, decoders: SequenceOf[Decoder]) -> None:
+    def __init__(
+        self, decoders: SequenceOf[Decoder], on_step: Callable[[], None] = lambda: None
+    ) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
         self._jobs: deque[Job] = deque()  # those with sequences that wait
         self._changed = threading.Condition()
-        self._lanes = [_Lane(decoder) for decoder in decoders]
+        self._lanes = [_Lane(decoder, on_step) for decoder in decoders]
 
         for lane in self._lanes:
             threading.Thread(target=self._run, args=(lane,), daemon=True).start()
@@ -211,7 +214,8 @@ class _Step(NamedTuple):
 class _Lane:
     """A decoder and the sequences in its slots."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
         self.running: dict[int, tuple[Job, Sequence]] = {}
         self.free = list(range(decoder.slots))
         self._decoder = decoder
@@ -253,6 +257,7 @@ class _Lane:
         self._decoder.share_threads(busy)
         started = time.perf_counter()
         try:
+            self._on_step()
             self._decoder.decode(rows)
         except EngineError as error:
             return _Step({}, {job: error for job, _ in self.running.values()}, 0.0, 0.0)

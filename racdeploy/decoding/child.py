@@ -20,7 +20,7 @@ from importlib import resources
 from typing import IO, Any
 
 from racdeploy.errors import ArtifactError, EngineError, ForkedError
-from racdeploy.storage.child import describe_exit, environment, start_module
+from racdeploy.storage.child import clean_environment, describe_exit, start_module
 from racdeploy.storage.messages import Header, encode_message, read_message
 
 Message = tuple[Header, bytes]
@@ -97,7 +97,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment({"GGML_NO_BACKTRACE": "1"}),  # no debugger on an abort
+            env=clean_environment({"GGML_NO_BACKTRACE": "1"}),  # no debugger on an abort
             start_new_session=True,
         )
 
@@ -163,6 +163,10 @@ class Child:
                 assert stream is not None
                 os.dup2(null, stream.fileno(), inheritable=False)
         os.close(null)
+
+    def kill(self) -> None:
+        """End the process where it does not listen; requests under way fail."""
+        self._process.kill()
 
     def is_alive(self) -> bool:
         """Return whether the process runs, and may be asked by this one."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.decoding import allowance
 from racdeploy.decoding.child import Child
 from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
+
+STOP_SECONDS = 60.0  # a step of a large model on a slow machine takes less
 
 
 class ChildEngine(Engine):
@@ -30,12 +34,20 @@ class ChildEngine(Engine):
         self, module: str, name: str, path: Path, settings: EngineSettings, **options: Any
     ) -> None:
         _check_settings(settings)
+        if settings.memory_limit_bytes is None:
+            settings = replace(settings, memory_limit_bytes=allowance.memory_bytes(path, settings))
+
         self.stats, self.about = {}, {}
         self._settings = settings
         self._child = Child(module, name)
         self.pid = self._child.pid
 
-        request = {"path": str(path.resolve()), "settings": asdict(settings), **options}
+        request = {
+            "path": str(path.resolve()),
+            "settings": asdict(settings),
+            "step_seconds": allowance.step_seconds(path, settings),
+            **options,
+        }
 
         try:
             loaded = self._ask("load", **request)
@@ -61,6 +73,8 @@ class ChildEngine(Engine):
         }
 
         header: dict[str, Any] = {}
+        stop_by = float("inf")
+
         with self._child.asking("generate", **request) as exchange:
             for answer in exchange:
                 header = answer[0] if answer else {}
@@ -72,6 +86,15 @@ class ChildEngine(Engine):
                 if cancelled is not None and cancelled():
                     cancelled = None
                     exchange.cancel()
+                    stop_by = time.monotonic() + STOP_SECONDS
+
+                if not exchange.is_done and time.monotonic() > stop_by:
+                    self._child.kill()
+                    raise EngineError(
+                        f"the engine did not stop within {STOP_SECONDS:.0f} s of being cancelled, "
+                        "and was ended",
+                        remedy="load the model again; if it is a stranger's, it may never stop",
+                    )
 
         self.stats = header["stats"]
         return [
@@ -112,10 +135,10 @@ class ChildEngine(Engine):
 
 def _check_settings(settings: EngineSettings) -> None:
     """Refuse a setting that no engine could be loaded with."""
-    least = {"context_tokens": 1, "parallel": 1, "threads": 0}
+    least = {"context_tokens": 1, "parallel": 1, "threads": 0, "memory_limit_bytes": 0}
     for name, lowest in least.items():
         value = getattr(settings, name)
-        if value < lowest:
+        if value is not None and value < lowest:
             raise EngineError(
                 f"{name} is {value}, must be at least {lowest}",
                 remedy="threads = 0 uses every core" if name == "threads" else f"raise {name}",

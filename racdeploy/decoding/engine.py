@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -38,6 +38,14 @@ class EngineSettings:
     flash_attention: bool = False  # always set: engines' defaults differ, and it changes traces
     # Kernels of racdeploy.accel: ``auto`` where built and proven faster, ``require`` or fail.
     accel: Literal["auto", "off", "require"] = "off"
+    # Of an engine's process, beside the engine itself: 0 sets none, None one by the model's size.
+    memory_limit_bytes: int | None = None
+
+    def that_decide(self) -> dict[str, Any]:
+        """Return what results depend on."""
+        values = asdict(self)
+        del values["memory_limit_bytes"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from racdeploy.decoding.batching import Batcher, Decoder, Job, News
 from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.decoding.sequence import Sequence
-from racdeploy.errors import ArtifactError, RacdeployError
+from racdeploy.errors import ArtifactError, EngineError, RacdeployError
+from racdeploy.reading.limits import limit_memory, limit_processor
 from racdeploy.storage.messages import Header, read_message, write_message
 
 if sys.platform != "win32":
@@ -115,6 +117,7 @@ class _Worker:
         self._one_at_a_time = threading.Lock()  # frames are whole
         self._model: LoadedModel
         self._batcher: Batcher
+        self._allow_step: Callable[[], None]
         counted = ("load_ms", "prompt_tokens", "generated_tokens")
         self._stats: dict[str, float] = dict.fromkeys(counted, 0)
 
@@ -135,6 +138,8 @@ class _Worker:
                 answer = carry_out(request)
             except RacdeployError as error:
                 self._send_error(call, error)
+            except MemoryError:
+                self._send_error(call, _lacks_memory())
             else:
                 if answer is not None:
                     self._send_done(call, answer)
@@ -143,12 +148,19 @@ class _Worker:
         started = time.perf_counter()
         settings = EngineSettings(**request["settings"])
         # Imported only now: what the engine prints must not land between two frames.
-        self._model = importlib.import_module(self._module).load(request, settings)
-        self._batcher = Batcher(self._model.decoders())
+        module = importlib.import_module(self._module)
+        if settings.memory_limit_bytes:
+            limit_memory(settings.memory_limit_bytes)
+
+        self._allow_step = partial(limit_processor, request["step_seconds"])
+        self._allow_step()
+        self._model = module.load(request, settings)
+        self._batcher = Batcher(self._model.decoders(), self._allow_step)
         self._stats["load_ms"] = (time.perf_counter() - started) * 1000.0
         return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
     def _tokenize(self, request: Header) -> dict[str, Any]:
+        self._allow_step()
         return {"ids": self._model.tokenize(request["text"])}
 
     def _logits(self, request: Header) -> dict[str, Any]:
@@ -158,6 +170,7 @@ class _Worker:
 
         with self._batcher.paused():
             while start < len(ids):
+                self._allow_step()
                 logits_TV = self._model.teacher_forced(ids, start)
                 payload = logits_TV.astype("<f4").tobytes()
                 self._send(request["call"], "rows", payload, start=start)
@@ -239,6 +252,13 @@ class _Worker:
         header = {"call": call, "event": event, **values}
         with self._one_at_a_time:
             write_message(self._out, header, payload)
+
+
+def _lacks_memory() -> EngineError:
+    return EngineError(
+        "the model takes more memory than its process may",
+        remedy="if you trust it, load it with a higher memory_limit_bytes",
+    )
 
 
 def _read_sampling(values: Header) -> Sampling:

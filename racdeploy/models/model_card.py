@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_FRONT = re.compile(r"\A---\s*\n(.*?\n)---", re.DOTALL)
+_FRONT = re.compile(r"\A---[ \t\r]*\n(.*?\n)---", re.DOTALL)
 _LICENSE = re.compile(r"^license:[ \t]*([\w.+-]+)[ \t]*$", re.MULTILINE)
 # on one line, in brackets, or as a list below
 _LANGUAGES = re.compile(

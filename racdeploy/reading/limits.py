@@ -15,7 +15,6 @@ if sys.platform != "win32":
     import resource
 
 _STATUS = "/proc/self/status"
-_OVERTIME = "ITIMER_PROF" if hasattr(signal, "ITIMER_PROF") else ""
 
 
 def confine(memory_bytes: int, opens_files: bool) -> None:
@@ -49,15 +48,17 @@ def limit_memory(more_bytes: int) -> None:
 @contextlib.contextmanager
 def processor_time(seconds: float) -> Iterator[None]:
     """End this process where the body takes more, also in code that no exception reaches."""
-    if not _OVERTIME:
-        yield
-        return
-
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends a process
+    limit_processor(seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        limit_processor(0)
+
+
+def limit_processor(seconds: float) -> None:
+    """End this process by SIGPROF after so much more processor time; 0 lifts the limit."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _private_bytes() -> int | None:

@@ -73,6 +73,7 @@ class Reader:
         self, module: str, memory_bytes: int = MEMORY_BYTES, *, opens_files: bool = False
     ) -> None:
         self._command = command("racdeploy.reading.worker", module, memory_bytes, int(opens_files))
+        self._megabytes = memory_bytes // 10**6
         self._kept: dict[str, Request] = {}
         self._forget_process()
 
@@ -116,6 +117,11 @@ class Reader:
             assert self._process is not None
             return self._ask(self._process, request)
 
+    @property
+    def pid(self) -> int | None:
+        """The process, None where none runs."""
+        return self._process.pid if self._process is not None else None
+
     def close(self) -> None:
         """End the process; the next question starts another."""
         self._see_fork()
@@ -133,7 +139,7 @@ class Reader:
             self._forget_process()
 
     def _start(self) -> None:
-        self._process = _Process(self._command, tuple(self._kept.values()))
+        self._process = _Process(self._command, self._megabytes, tuple(self._kept.values()))
         self._finalizer = weakref.finalize(self, self._process.end)
 
     def _end(self) -> None:
@@ -154,8 +160,9 @@ class Reader:
 class _Process:
     """One process; ``kept`` are the requests that it begins with."""
 
-    def __init__(self, command: Sequence[str], kept: Sequence[Request]) -> None:
+    def __init__(self, command: Sequence[str], megabytes: int, kept: Sequence[Request]) -> None:
         self._owner = os.getpid()
+        self._megabytes = megabytes
         self._command = command
         self._popen = subprocess.Popen(
             command,
@@ -171,6 +178,7 @@ class _Process:
         assert stdout is not None
         self._stdin: BinaryIO = stdin  # type: ignore[assignment]
 
+        self.pid = self._popen.pid
         self.is_ready = True
         self._has_started = False
         self._unsettled = list(kept)
@@ -248,7 +256,7 @@ class _Process:
         end = describe_exit(self._popen.wait())
         if end == _OVERTIME:
             return f"it took more than {request.seconds:.1f} s of processor time"
-        return f"it ended its process with {end}"
+        return f"its process, which may take {self._megabytes} MB, died with {end}"
 
 
 def _rebuild(header: Header) -> RacdeployError:

@@ -39,7 +39,9 @@ class _Texts:
 
     def render(self, header: Header, payload: bytes) -> Answer:
         template = self._templates[header["template"]]
-        return {"text": sandbox.render(template, json.loads(header["variables"]))}, b""
+        text = sandbox.render(template, json.loads(header["variables"]))
+        text.encode()  # a lone surrogate is no text
+        return {"text": text}, b""
 
     def encode(self, header: Header, payload: bytes) -> Answer:
         sequences = []

@@ -27,6 +27,7 @@ def load(
     parallel: int = 1,
     context_tokens: int | None = None,
     accel: Mode = "auto",
+    memory_limit_bytes: int | None = None,
 ) -> Model:
     """Load a bundle.
 
@@ -39,6 +40,9 @@ def load(
         context_tokens: longest prompt and completion together; None takes what the bundle was
             verified with. It takes memory, and the model is made for a limited number.
         accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
+        memory_limit_bytes: what the model may take in its engine's process, beside the engine and
+            files that are mapped; 0 sets no limit, None one by its files and its context, which no
+            healthy model reaches. Linux alone has it.
 
     Raises:
         ArtifactError: not a bundle, or what runs is not what its manifest lists.
@@ -53,7 +57,9 @@ def load(
     check_what_runs(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
-    settings = EngineSettings(context_tokens, parallel, threads, accel=accel)
+    settings = EngineSettings(
+        context_tokens, parallel, threads, accel=accel, memory_limit_bytes=memory_limit_bytes
+    )
     model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
 
     if states != _read_states(folder, artifact):

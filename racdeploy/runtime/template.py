@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.reading.reader import SECONDS, Reader, Request
 from racdeploy.reading.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
-_S_PER_CHARACTER = 5e-6  # of a template, or of what it is rendered with
+LONGEST_TEMPLATE = 2**18  # characters; those of real models have up to 20,000
+_COMPILING_S_PER_CHARACTER = 2e-6
+_RENDERING_S_PER_CHARACTER = 5e-6  # of what it is rendered with
 _numbers = itertools.count()
 
 
@@ -46,7 +48,14 @@ class ChatTemplate:
 
         self._reader = reader or Reader("racdeploy.reading.texts")
         self._name = f"template {next(_numbers)}"
-        compiling = self._request("compile_template", len(source), source=source)
+        if len(source) > LONGEST_TEMPLATE:
+            raise ArtifactError(
+                f"the chat template has {len(source)} characters, and may have {LONGEST_TEMPLATE}",
+                remedy="use the template that the model was published with",
+            )
+
+        seconds = _COMPILING_S_PER_CHARACTER * len(source)
+        compiling = self._request("compile_template", seconds, source=source)
         self._reader.keep(self._name, compiling)
         weakref.finalize(self, self._reader.forget, self._name)
 
@@ -70,17 +79,18 @@ class ChatTemplate:
                 remedy="give texts, numbers, lists and dicts",
             ) from error
 
-        header, _ = self._reader.ask(self._request("render", len(text), variables=text))
+        seconds = _RENDERING_S_PER_CHARACTER * len(text)
+        header, _ = self._reader.ask(self._request("render", seconds, variables=text))
         return str(header["text"])
 
-    def _request(self, op: str, characters: int, **values: str) -> Request:
+    def _request(self, op: str, more_seconds: float, **values: str) -> Request:
         return Request(
             op,
             {"template": self._name, **values},
             what="the chat template failed",
             remedy="compare the messages with the model card; if they are right, correct the "
             "template",
-            seconds=SECONDS + _S_PER_CHARACTER * characters,
+            seconds=SECONDS + more_seconds,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from racdeploy import scorers
@@ -209,7 +209,7 @@ def identity(
         "files": sorted(files.values()),
         "decoding": {name: getattr(settings, name) for name in DECODING},
         "thinking": respondent.control.model_dump(mode="json"),
-        "engine": asdict(engine),
+        "engine": engine.that_decide(),
         "machine": {name: value for name, value in machine.items() if name != "engine"},
     }
 

@@ -9,7 +9,6 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +242,7 @@ def average_along(export: Sequence[Floats], pruning: Sequence[Floats]) -> tuple[
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:
     """Return the versions, machine, kernels and engine settings that results depend on."""
-    engine = asdict(settings)
+    engine = settings.that_decide()
     mode = engine.pop("accel")
     return {
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,29 +127,6 @@ def test_there_is_one_beginning_of_sequence_at_most(
         "{{ messages.append(1) }}",
         "{{ raise_exception.__globals__['sys'] }}",
         "{{ strftime_now.__func__ }}{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-        "{{ 'x' * 10**12 }}",
-        "{{ [0] * 99999999 }}",
-        "{{ 2 ** 99999999999 }}",
-        (
-            "{% set ns = namespace(x='xxxxxxxx') %}"
-            "{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
-        ),
-        (
-            "{% set ns = namespace(x='xxxxxxxx') %}"
-            "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-        ),
-        (
-            "{% set ns = namespace(x=3) %}"
-            "{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
-        ),
-        "{{ 'x'.ljust(10**10) }}",
-        "{{ 'x' | center(9999999999) }}",
-        "{{ messages | tojson(indent=9999999999) }}",
-        "{{ lipsum(n=1000) }}",
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ messages[7].content }}",
         "{{ 1 / 0 }}",
         "{{ messages + 1 }}",
@@ -162,9 +138,8 @@ def test_there_is_one_beginning_of_sequence_at_most(
     ],
 )
 def test_a_hostile_template_is_an_error(source: str) -> None:
-    started = time.monotonic()
+    """What takes time or memory is in tests/attacks."""
     hostile(source)
-    assert time.monotonic() - started < 10
 
 
 def test_a_template_may_refuse_messages_in_its_own_words() -> None:
