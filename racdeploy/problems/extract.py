@@ -9,6 +9,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 _DECORATION = re.compile(
     r"^\s*[a-zA-Z][a-zA-Z+\- ]*=\s*|\\text\{[^{}]*\}|\s+[a-zA-Z][a-zA-Z ]*\.?$"
 )
+_BRACES = re.compile(r"\\boxed\{|[{}]")
 _SEPARATORS = re.compile(r"\{,\}|\\[,!;: ]")
 """What LaTeX has between thousands, and before units."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -16,18 +17,17 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 def extract_boxed(text: str) -> str | None:
     r"""Return the content of the last complete ``\boxed{...}``, braces balanced, or None."""
-    start = text.rfind(r"\boxed{")
-    while start != -1:
-        depth = 0
-        for position in range(start + len(r"\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(r"\boxed{") : position].strip()
+    last = (0, 0)
+    opened: list[int] = []  # where the content of each open brace begins, 0 of one that is no box
 
-        # That one is not closed: look at the one before.
-        start = text.rfind(r"\boxed{", 0, start)
+    for found in _BRACES.finditer(text):
+        if found[0] != "}":
+            opened.append(found.end() if found[0] != "{" else 0)
+        elif opened:
+            last = max(last, (opened.pop(), found.start()))
 
-    return None
+    start, stop = last
+    return text[start:stop].strip() if start else None
 
 
 def extract_hash_mark(text: str) -> str | None:

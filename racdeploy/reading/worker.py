@@ -47,6 +47,8 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Answer
     except RacdeployError as error:
         name = type(error).__name__
         return {"raised": name, "message": error.message, "remedy": error.remedy}, b""
+    except MemoryError:
+        return {"failed": "it took more memory than its process may"}, b""
     except BaseException as error:  # noqa: BLE001 - a native library's panic is none of Exception
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return {"failed": reason[:_LONGEST_REASON]}, b""

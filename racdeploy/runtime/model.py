@@ -293,9 +293,10 @@ class Model(AbstractContextManager["Model"]):
         parts = split(
             prompt_ids, completion.ids, self.tags, eos_ids=eos_ids, forced_at=completion.forced_at
         )
+        texts = self.encoder.tokenizer.decode_batch([parts.answer_ids, parts.thinking_ids])
         return Result(
-            answer=self.encoder.decode(parts.answer_ids).strip(),
-            thinking=self.encoder.decode(parts.thinking_ids).strip(),
+            answer=texts[0].strip(),
+            thinking=texts[1].strip(),
             thinking_tokens=len(parts.thinking_ids),
             answer_tokens=len(parts.answer_ids),
             finish_reason=completion.finish_reason,

@@ -10,7 +10,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,12 @@ def _license(folder: str) -> str:
     return read_license(Path(folder))
 
 
-_KINDS = {"template": _template, "tokenizer": _tokenizer, "scorer": _scorer, "license": _license}
+_KINDS: dict[str, Callable[..., str]] = {
+    "template": _template,
+    "tokenizer": _tokenizer,
+    "scorer": _scorer,
+    "license": _license,
+}
 
 
 def _carry_out(kind: str, arguments: list[str]) -> list[Any]:
