@@ -9,7 +9,9 @@ from typing import Any
 from racdeploy.errors import UsageError
 from racdeploy.reading.ids import pack, unpack
 from racdeploy.reading.reader import MEMORY_BYTES, SECONDS, Reader, Request
+from racdeploy.storage.reading import read_bytes
 
+_MOST_BYTES = 64_000_000
 # Beyond what every call has. A tokenizer takes 10 bytes for each of its file.
 _MEMORY_PER_BYTE = 24
 _READING_S_PER_BYTE = 2e-6
@@ -26,7 +28,7 @@ class Tokenizer:
     """
 
     def __init__(self, file: Path) -> None:
-        content = file.read_bytes()
+        content = read_bytes(file, _MOST_BYTES)
         size = len(content)
 
         self.reader = Reader("racdeploy.reading.texts", MEMORY_BYTES + _MEMORY_PER_BYTE * size)
