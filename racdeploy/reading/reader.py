@@ -11,11 +11,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from racdeploy import errors
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError
-from racdeploy.storage.child import clean_environment, command, describe_exit
+from racdeploy.storage.child import clean_environment, command, describe_exit, start_module
 from racdeploy.storage.messages import Header, read_message, write_message
 
 MEMORY_BYTES = 128 * 2**20
@@ -72,7 +72,7 @@ class Reader:
     def __init__(
         self, module: str, memory_bytes: int = MEMORY_BYTES, *, opens_files: bool = False
     ) -> None:
-        self._command = command("racdeploy.reading.worker", module, memory_bytes, int(opens_files))
+        self._module = ("racdeploy.reading.worker", module, memory_bytes, int(opens_files))
         self._megabytes = memory_bytes // 10**6
         self._kept: dict[str, Request] = {}
         self._forget_process()
@@ -139,7 +139,7 @@ class Reader:
             self._forget_process()
 
     def _start(self) -> None:
-        self._process = _Process(self._command, self._megabytes, tuple(self._kept.values()))
+        self._process = _Process(self._module, self._megabytes, tuple(self._kept.values()))
         self._finalizer = weakref.finalize(self, self._process.end)
 
     def _end(self) -> None:
@@ -160,12 +160,12 @@ class Reader:
 class _Process:
     """One process; ``kept`` are the requests that it begins with."""
 
-    def __init__(self, command: Sequence[str], megabytes: int, kept: Sequence[Request]) -> None:
+    def __init__(self, module: tuple[Any, ...], megabytes: int, kept: Sequence[Request]) -> None:
         self._owner = os.getpid()
         self._megabytes = megabytes
-        self._command = command
-        self._popen = subprocess.Popen(
-            command,
+        self._module = module
+        self._popen = start_module(
+            *module,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -227,7 +227,7 @@ class _Process:
         if started is None:
             raise EnvironmentFailure(
                 "the process that reads what others sent does not start",
-                remedy=f"see what it says: {shlex.join(self._command)}",
+                remedy=f"see what it says: {shlex.join(command(*self._module))}",
             )
         self.is_ready = self._has_started = True
 
