@@ -111,7 +111,10 @@ def _make_file(path: Path, mode: int) -> int:
 
 def _make_folder(path: Path, mode: int) -> int | None:
     path.mkdir(mode)
-    return None if sys.platform == "win32" else os.open(path, _FOLDER)
+    try:
+        return None if sys.platform == "win32" else os.open(path, _FOLDER)
+    except FileNotFoundError as error:  # a sweep was faster, before there was a lock
+        raise FileExistsError(errno.EEXIST, "the name was taken away", str(path)) from error
 
 
 def _make(place: Path, make: Callable[[Path], D]) -> tuple[Path, D]:

@@ -169,7 +169,7 @@ while True:
     model.generate_many(["hi"] * 100)
 """
     mark = uuid.uuid4().hex
-    with _run(code, bundle, MARK=mark) as parent:
+    with _run(code, bundle, RACDEPLOY_MARK=mark) as parent:
         assert parent.stdout is not None
         fork, child = map(int, parent.stdout.readline().split())
         assert child in _find(mark)
@@ -195,7 +195,7 @@ print("started", flush=True)
 sys.stdin.read()
 """
     mark = uuid.uuid4().hex
-    with _run(code, MARK=mark) as parent:
+    with _run(code, RACDEPLOY_MARK=mark) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "started\n"
         time.sleep(delay_s)
@@ -233,11 +233,11 @@ def test_a_cancelled_call_of_a_stopped_child_ends_with_an_error(bundle: Path) ->
 @pytest.mark.usefixtures("short_bound")
 def test_a_long_prompt_to_a_stopped_child_ends_with_an_error(bundle: Path) -> None:
     """The pipe is full before all of it is written."""
-    settings = EngineSettings(context_tokens=250_000, parallel=1, threads=1)
+    settings = EngineSettings(context_tokens=32_000, parallel=1, threads=1)
     with open_engine(bundle / "model.gguf", settings) as engine:
         os.kill(engine.pid, signal.SIGSTOP)
         with pytest.raises(EngineError, match="did not react"):
-            engine.generate([[9] * 100_000], LONG)
+            engine.generate([[480] * 30_000], LONG)
 
 
 @pytest.mark.usefixtures("short_bound")

@@ -119,7 +119,8 @@ def test_folders_written_to_one_place_at_once_are_whole(tmp_path: Path) -> None:
                 writer.stdin.flush()
             for writer in writers:
                 assert writer.stdout is not None
-                assert writer.stdout.readline() == "done\n", writer.stderr
+                line = writer.stdout.readline()
+                assert line == "done\n", writer.stderr and writer.stderr.read()
             texts = {file.read_text() for file in out.iterdir()}
             assert len(texts) == 1
             assert len(list(out.iterdir())) == 5
