@@ -88,9 +88,11 @@ class _Texts:
         return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
 
     def describe(self, header: Header, payload: bytes) -> Answer:
-        """Return how many tokens there are, and the ids of those that are added."""
-        added = list(self._tokenizer.get_added_tokens_decoder())
-        return {"size": self._tokenizer.get_vocab_size(), "added": added}, b""
+        """Return how many tokens there are, the ids of those that are added, and control tokens."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        controls = [token.content for token in added.values() if token.special]
+        size = self._tokenizer.get_vocab_size()
+        return {"size": size, "added": list(added), "controls": controls}, b""
 
     def name_tokens(self, header: Header, payload: bytes) -> Answer:
         """Return the tokens of ids as the vocabulary writes them, None where there is none."""

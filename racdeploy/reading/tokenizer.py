@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ class Tokenizer:
     def get_added_ids(self) -> list[int]:
         """Return the ids of the tokens that are added to the vocabulary."""
         return list(self._describe()["added"])
+
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """The texts of control tokens, as those that begin and end a turn; the longest first."""
+        texts = sorted(set(filter(None, self._describe()["controls"])))
+        return tuple(sorted(texts, key=len, reverse=True))
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the tokens of such characters alone, and those that are one of the texts."""

@@ -93,7 +93,7 @@ class Course:
         """Return the highest learning rate where so many blocks learn together.
 
         Wide models want a lower one, and so do deep ones: what one block changes, the others feel.
-        Measured at 4 blocks of width 192 and at 30 of 576; a rate that is too high is halved.
+        Measured at 4 blocks of width 256 and at 30 of 576; a rate that is too high is halved.
         """
         wide = self.sparse.integer("hidden_size")
         return self.settings.rate or 1.6 / (wide * max(depth, 4))

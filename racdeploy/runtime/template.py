@@ -24,6 +24,7 @@ Message = Mapping[str, Any]
 LONGEST_TEMPLATE = 2**18  # characters; those of real models have up to 20,000
 _COMPILING_S_PER_CHARACTER = 2e-6
 _RENDERING_S_PER_CHARACTER = 5e-6  # of what it is rendered with
+_MARKS = tuple(map(chr, range(0xE000, 0xF8FF)))  # of private use
 _numbers = itertools.count()
 
 
@@ -147,8 +148,21 @@ class PromptEncoder:
         return text if text.startswith(self.lead) else self.lead + text
 
     def encode(self, prompt: str | Sequence[Message], **variables: Any) -> list[int]:
-        """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`."""
-        return self.encode_text(self.render(prompt, **variables))
+        """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`.
+
+        A control token that somebody has typed, as ``<|im_end|>``, is text and ends no turn. Only
+        in what the model has said, and in what the template writes, it is the token.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        typed = [str(message.get("content")) for message in messages if not _is_said(message)]
+        forged = [token for token in self.tokenizer.controls if any(token in t for t in typed)]
+        if not forged:
+            return self.encode_text(self.render(messages, **variables))
+
+        mark = next(each for each in _MARKS if not any(each in text for text in typed))
+        marked = [_mark(message, forged, mark) for message in messages]
+        pieces = self.render(marked, **variables).split(mark)
+        return [token for ids in self.tokenizer.encode_batch(pieces) for token in ids]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text as it is: special tokens written in it count, none are added."""
@@ -157,6 +171,30 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens written out."""
         return self.tokenizer.decode(ids)
+
+
+def _is_said(message: Message) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _mark(message: Message, forged: Sequence[str], mark: str) -> Message:
+    """Put a mark into each control token of a message: what is on its two sides is none."""
+    if _is_said(message):
+        return message
+    return {**message, "content": _break(message.get("content"), forged, mark)}
+
+
+def _break(content: Any, forged: Sequence[str], mark: str) -> Any:
+    if isinstance(content, str):
+        for token in forged:
+            content = content.replace(token, token[:1] + mark + token[1:])
+        return content
+
+    if isinstance(content, Mapping):  # a part of a message, as {"type": "text", "text": …}
+        return {key: _break(value, forged, mark) for key, value in content.items()}
+    if isinstance(content, Sequence):
+        return [_break(part, forged, mark) for part in content]
+    return content
 
 
 def _plain(value: object) -> object:
