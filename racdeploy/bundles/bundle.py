@@ -10,7 +10,7 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
-from racdeploy.runtime.loading import check_what_runs
+from racdeploy.runtime.loading import check_beside
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import tags_of
 from racdeploy.tasks import Problem, TaskSet
@@ -31,7 +31,7 @@ class Bundle:
     def own(self) -> Baseline:
         """The bundle with its records, its files checked."""
         found = Baseline.read(self.folder)
-        check_what_runs(self.folder, found.manifest, found.manifest.artifacts[0])
+        check_beside(self.folder, found.manifest, found.manifest.artifacts[0])
         return found
 
     @cached_property

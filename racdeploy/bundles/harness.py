@@ -37,7 +37,8 @@ from racdeploy.verify.harness import compare
 _POLL_S = 0.1
 _TAIL_BYTES = 65_536  # of a log in which progress is looked for
 _LAST_LINES = 12  # of a log in a message
-_READY = re.compile(r"^serving (\S+) at (http://\S+) ", re.MULTILINE)
+_READY = re.compile(r"^serving (\S+) at (http://\S+)\s", re.MULTILINE)
+_STARTING_S = 900.0  # of a server: a model of many gigabytes is hashed and read
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _SERVER_LOG, _LOG = "server.log", "harness.log"
 
@@ -220,11 +221,17 @@ class HarnessComparison:
         log.unlink(missing_ok=True)
         with keep(command, log, folder, child.environment()) as process:
             ready = None
+            began = time.monotonic()
             while ready is None:
                 ended = process.poll() is not None
                 ready = _READY.search(log.read_text(encoding="utf-8", errors="replace"))
                 if ended:
                     raise _explain(f"the server of the {arm.name} model", process.returncode, log)
+                if time.monotonic() > began + _STARTING_S:
+                    raise EnvironmentFailure(
+                        f"the server of the {arm.name} model was not ready in {_STARTING_S:.0f} s",
+                        remedy=f"its whole output is in {log}",
+                    )
                 time.sleep(_POLL_S)
 
             yield ready[2], ready[1]

@@ -320,6 +320,6 @@ class _Training:
         if is_held:
             self.variables.hold()
         fill_tensors(self.file, self._tensors(), processes)
-        if is_held:
+        if self.variables.on_grid:
             self.variables.take_steps()
         self.variables.settle()

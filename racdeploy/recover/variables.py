@@ -64,7 +64,8 @@ class Codes(Weights):
 
     First the weights learn off the grid, and only a look rounds them, as the format does: they
     outgrow the steps that fitted them as they were pruned, and rounding every step makes noise.
-    Once held, they learn as they are stored: the steps stay, and so does a code of the largest
+    Once held, from the start where the format searches for scales, they learn as they are stored:
+    the steps stay, and so does a code of the largest
     magnitude where the format finds a group's scale by it. A linear whose weights are on no grid,
     since it was not pruned, is moved itself.
     """
@@ -91,6 +92,11 @@ class Codes(Weights):
                 self._names.append(name)
                 offset_OI = self._spread_out(code_OI) * _spread(step_OG, grid.GROUP_SIZE)
                 self.moved[name] = weight_OI.detach() + offset_OI
+
+        # A format that searches for scales would not find those that pruning chose.
+        self._is_searched = not pins_largest(grid)
+        if self._is_searched:
+            self.take_steps()
 
     def gather(self) -> None:
         for name in self._names:
@@ -119,8 +125,9 @@ class Codes(Weights):
             self._round()
 
     def hold(self) -> None:
-        self._round()
-        self.take_steps()
+        if not self._is_searched:
+            self._round()
+            self.take_steps()
 
     @property
     def on_grid(self) -> Mapping[str, torch.Tensor]:

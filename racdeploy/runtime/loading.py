@@ -132,12 +132,22 @@ def check_what_runs(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -
 
     A large file that has passed is not read again until it changes.
     """
+    check_beside(folder, manifest, artifact)
+    if artifact.packing == "plain":
+        artifact.check_once(folder)
+
+
+def check_beside(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+    """Compare what is used beside a plain artifact, whose bytes are for a verification to judge.
+
+    A packed artifact is compared, too: what is wrong in it could not be unpacked.
+    """
     manifest.check_tokenizer(folder)
     refuse_unlisted(folder, manifest)
 
     if artifact.path.endswith(racgguf.SUFFIX):
         _check_container(folder, artifact)
-    else:
+    elif artifact.packing != "plain":
         artifact.check_once(folder)
 
 

@@ -42,11 +42,13 @@ def read_bytes(file: Path, most_bytes: int = MOST_BYTES) -> bytes:
         ArtifactError: it holds more than ``most_bytes``, or is no regular file.
         OSError: it is not there, or cannot be opened.
     """
-    check_size(file, most_bytes)
     with open_regular(file) as stream:
-        content = stream.read(most_bytes + 1)
-    if len(content) > most_bytes:  # it grew
-        raise _refuse_size(file, len(content), most_bytes)
+        size_bytes = os.fstat(stream.fileno()).st_size
+        # A buffer is made for all that is asked for; one byte more shows that the file grows.
+        content = stream.read(min(size_bytes, most_bytes) + 1)
+
+    if max(size_bytes, len(content)) > most_bytes:
+        raise _refuse_size(file, max(size_bytes, len(content)), most_bytes)
 
     return content
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.errors import EnvironmentFailure, ModelError, UsageError
+from racdeploy.errors import ArtifactError, EnvironmentFailure, ModelError, UsageError
 from racdeploy.export.gguf import body, export
 from racdeploy.export.gguf.body import order_rotary
 from racdeploy.models.checkpoint import Checkpoint
@@ -541,7 +541,7 @@ def test_what_llama_would_ignore_is_refused(
         ),
         (
             {"added_tokens": [{"id": 485, "content": "<|im_end|>"}]},
-            "loads as 480|cannot be loaded|damaged",
+            "loads as 480|cannot be loaded|damaged|is not a tokenizer",
         ),
         ({"added_tokens": [{"content": "<|im_end|>"}]}, "damaged"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "Unigram"),
@@ -556,7 +556,7 @@ def test_lying_tokenizers_are_refused(
 ) -> None:
     """A tokenizer that llama.cpp would read differently, or abort on, is an error."""
     edit_json(checkpoint.folder / "tokenizer.json", **changes)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises((ArtifactError, ModelError), match=message):
         export(checkpoint, tmp_path / "m.gguf", quant="f16")
 
 

@@ -40,6 +40,7 @@ RULE = re.compile(
     r"-(?:(?P<Version>v\d+(?:\.\d+)*))(?:-(?P<Encoding>(?!LoRA|vocab)[\w_]+))?(?:-(?P<Type>LoRA|vocab))?"
     r"(?:-(?P<Shard>\d{5}-of-\d{5}))?\.gguf$"
 )
+ZEROS = "0" * 64
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
         quant="q8_0",
         packing="plain",
         size_bytes=1,
-        sha256="0",
+        sha256=ZEROS,
         backend="llamacpp",
         files=files,
     )
@@ -181,7 +182,7 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
         artifacts=(entry,),
         tokenizer=TokenizerEntry(
             files={},
-            template_sha256="0",
+            template_sha256=ZEROS,
             open_tag=None,
             close_tag=None,
             eos_ids=(SPECIAL_TOKENS["<|im_end|>"],),
@@ -209,7 +210,7 @@ def test_the_modelfile_gives_a_thought_room(checkpoint: Checkpoint) -> None:
         repetition_penalty=1.05,
         do_sample=True,
     )
-    manifest = _manifest("m.gguf", {"m.gguf": "0"})
+    manifest = _manifest("m.gguf", {"m.gguf": ZEROS})
     written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)[
         "Modelfile"
     ]
@@ -235,7 +236,7 @@ def test_a_template_without_a_counterpart_is_said_so(checkpoint: Checkpoint) -> 
     """A Modelfile without a template would make Ollama ask the bare question, without a word."""
     loop = "{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}"
     (checkpoint.folder / "chat_template.jinja").write_text(loop, encoding="utf-8")
-    manifest = _manifest("m.gguf", {"m.gguf": "0"})
+    manifest = _manifest("m.gguf", {"m.gguf": ZEROS})
     written = gguf_format.companions(manifest, Checkpoint(checkpoint.folder), checkpoint.folder)[
         "Modelfile"
     ]
@@ -249,13 +250,15 @@ def test_a_template_without_a_counterpart_is_said_so(checkpoint: Checkpoint) -> 
 def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
     """The Modelfile and the card say what to do; an importance matrix is no part."""
     name = "m-00001-of-00002.gguf"
-    manifest = _manifest(name, {name: "0", "m-00002-of-00002.gguf": "0", "m.imatrix.gguf": "0"})
+    manifest = _manifest(
+        name, {name: ZEROS, "m-00002-of-00002.gguf": ZEROS, "m.imatrix.gguf": ZEROS}
+    )
     assert "--merge" in gguf_format.companions(manifest, checkpoint, checkpoint.folder)["Modelfile"]
     assert any(
         "several files" in line
         for line in gguf_format.usage(manifest.artifacts[0], manifest.generation)
     )
-    single = _manifest("m.gguf", {"m.gguf": "0", "m.imatrix.gguf": "0"})
+    single = _manifest("m.gguf", {"m.gguf": ZEROS, "m.imatrix.gguf": ZEROS})
     assert (
         "--merge" not in gguf_format.companions(single, checkpoint, checkpoint.folder)["Modelfile"]
     )
@@ -267,7 +270,7 @@ def test_several_files_are_explained(checkpoint: Checkpoint) -> None:
 
 def test_the_card_has_the_flags_of_thinking_under_control() -> None:
     """As a shell takes them; without control there is no such line."""
-    manifest = _manifest("m.gguf", {"m.gguf": "0"})
+    manifest = _manifest("m.gguf", {"m.gguf": ZEROS})
     (entry,) = manifest.artifacts
     assert "flags" not in "".join(gguf_format.usage(entry, manifest.generation))
 

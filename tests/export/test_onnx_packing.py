@@ -169,7 +169,7 @@ def test_the_card_says_what_other_programs_need() -> None:
             "format": "onnx",
             "quant": "f16",
             "size_bytes": 1,
-            "sha256": "",
+            "sha256": "0" * 64,
             "backend": "onnxruntime",
         }
         generation = GenerationSettings(

@@ -97,8 +97,7 @@ def test_chosen_codes_are_learned_as_codes(tmp_path: Path, way: str, quant: str)
 
     grid = as_grid(quant)
     sizes = {"hidden_size": 256, "intermediate_size": 256} if grid.BLOCK == 256 else {}
-    rate = 2e-3 if way == "blocks" else 2e-4
-    course = make_course(tmp_path, quant=quant, settings={"rate": rate}, **sizes)
+    course = make_course(tmp_path, quant=quant, settings={"rate": 2e-4}, **sizes)
     first, *later = recover.load(way).recover(course)
     found = [look.kl_nats for look in later if look.kl_nats is not None]
     assert first.kl_nats is not None

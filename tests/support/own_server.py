@@ -28,9 +28,13 @@ class OwnServer:
     lines: tuple[str, str]
 
     def engine_pid(self) -> int:
-        """Return the only child of the process (Linux)."""
-        (child,) = children(self.process.pid)
-        return child
+        """Return the child that runs the engine; another one reads texts (Linux)."""
+        (engine,) = (
+            child
+            for child in children(self.process.pid)
+            if b"racdeploy.decoding.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+        )
+        return engine
 
     def stop(self, number: signal.Signals) -> int:
         """Send a signal; return the exit code."""

@@ -91,7 +91,7 @@ def test_each_server_is_told_in_its_own_words(
             "vLLM must see this folder",
         ),
         ("vllm", Reply({"results": []}), "names no worker that did", "version"),
-        ("vllm", Reply(b""), "0 bytes that are not JSON", "the server's log"),
+        ("vllm", Reply(b""), "0 bytes, the answer is not valid JSON", "the server's log"),
     ],
 )
 def test_a_refusal_is_an_error(
