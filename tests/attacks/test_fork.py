@@ -237,7 +237,7 @@ def test_a_long_prompt_to_a_stopped_child_ends_with_an_error(bundle: Path) -> No
     with open_engine(bundle / "model.gguf", settings) as engine:
         os.kill(engine.pid, signal.SIGSTOP)
         with pytest.raises(EngineError, match="did not react"):
-            engine.generate([[480] * 30_000], LONG)
+            engine.generate([[480] * 30_000] * 20, LONG)
 
 
 @pytest.mark.usefixtures("short_bound")
