@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.reading.tokenizer import Tokenizer
+from racdeploy.reading.tokenizer import MOST_BYTES, Tokenizer
 from racdeploy.storage.reading import check_size, read_json, read_text
 
 TOKENIZER_FILES = (
@@ -17,8 +17,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
     "vocabulary_ids.json",
 )  # fmt: skip
-MOST_TOKENIZER_BYTES = 64_000_000
-"""The tokenizer of 262,144 tokens takes 35 MB."""
 MOST_TEMPLATE_BYTES = 256_000
 
 
@@ -41,7 +39,7 @@ class TokenizerFiles:
     @cached_property
     def parsed(self) -> dict[str, Any]:
         """``tokenizer.json``."""
-        return read_json(self.file, MOST_TOKENIZER_BYTES)
+        return read_json(self.file, MOST_BYTES)
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name
@@ -58,7 +56,7 @@ class TokenizerFiles:
                 " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
 
-        check_size(file, MOST_TOKENIZER_BYTES)
+        check_size(file, MOST_BYTES)
         return file
 
     @cached_property
