@@ -113,17 +113,24 @@ def export(options: ExportOptions) -> None:
     from racdeploy import export as exports
     from racdeploy.models.checkpoint import Checkpoint
     from racdeploy.models.sources import resolve
+    from racdeploy.pipeline.lost_zeros import check_folder
     from racdeploy.pipeline.naming import place_export
     from racdeploy.recipe import Recipe
 
-    asked = {"quant": options.quant, "packing": options.packing}
+    asked = {
+        "quant": options.quant,
+        "packing": options.packing,
+        "allow_losing_zeros": options.allow_losing_zeros,
+    }
     values = {"model": options.model, "target": options.target, "export": asked}
     settings = Recipe.combine(None, values).export
     resolved = resolve(options.model)
+    checkpoint = Checkpoint(resolved.folder)
+    check_folder(checkpoint, settings)
 
     file = options.out_file or place_export(resolved.name, settings)
     replaced = [console.say_replaced(file)] if file.exists() else []
-    result = exports.write(Checkpoint(resolved.folder), file, settings)
+    result = exports.write(checkpoint, file, settings)
 
     files = dict(result.files)
     details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": files}

@@ -243,6 +243,12 @@ class ExportOptions:
     target: TargetOpt = None
     quant: QuantOpt = None
     packing: PackingOpt = None
+    allow_losing_zeros: bool = _option(
+        False,
+        "--allow-losing-zeros",
+        metavar="",
+        help="Export although --quant does not keep the zeros of the model.",
+    )
     out_file: Path | None = _option(
         None, "--out", "-o", help="File to write; default: MODEL-QUANT here."
     )

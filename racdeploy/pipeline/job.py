@@ -211,12 +211,7 @@ class Job:
 
     def quant_of(self, weight: str) -> str:
         """Return the number format of a prunable weight, given its name in the checkpoint."""
-        checkpoint = self.checkpoint
-        family = checkpoint.family
-
-        block, linear = family.split_block(weight)
-        stored = f"blk.{block}.{family.block_tensors[linear]}"
-        return self.quant_rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant
+        return choose_quant(self.checkpoint, weight, self.quant_rules)
 
     @property
     def joint_quant(self) -> str:
@@ -240,6 +235,14 @@ class Job:
                 )
 
         return named[0]
+
+
+def choose_quant(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> str:
+    """Return the number format that a prunable weight of a checkpoint gets in a file."""
+    family = checkpoint.family
+    block, linear = family.split_block(weight)
+    stored = f"blk.{block}.{family.block_tensors[linear]}"
+    return rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant
 
 
 def fit_context(job: Job) -> Job:

@@ -10,10 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from racdeploy import packing, plugins, quant
 from racdeploy.errors import UsageError
-from racdeploy.pipeline.job import Job
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job, choose_quant
+from racdeploy.quant import presets
+from racdeploy.recipe import Export
 from racdeploy.targets import Target
+
+_STRAY = 0.02
+"""Share of zeros that a model may have which nobody pruned."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,37 @@ def check_zeros(job: Job) -> None:
     )
 
 
+def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
+    """Refuse to export a model that has zeros in a number format that loses them."""
+    if settings.allow_losing_zeros:
+        return
+
+    rules = presets.read(settings.quant, settings.tensors)
+    zeros = weights = 0
+
+    for name in checkpoint.linear_weights:
+        quant_name = choose_quant(checkpoint, name, rules)
+        if _loses(checkpoint, name, quant_name):
+            weight_OI = checkpoint.read(name)
+            zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
+            weights += weight_OI.size
+
+    if zeros > _STRAY * weights:
+        raise UsageError(
+            f"quant {settings.quant} does not keep zeros: of the linears that it stores, "
+            f"{zeros / weights:.1%} of the weights are zero and would be stored as numbers near it",
+            remedy="choose q8_0, q4_0 or another format that keeps them; or export all the same "
+            "with --allow-losing-zeros",
+        )
+
+
 def _loses_zeros(job: Job, weight: str) -> bool:
-    form = quant.load(job.quant_of(weight))
-    row_length = job.checkpoint.entries[weight].shape[-1]
+    return _loses(job.checkpoint, weight, job.quant_of(weight))
+
+
+def _loses(checkpoint: Checkpoint, weight: str, quant_name: str) -> bool:
+    form = quant.load(quant_name)
+    row_length = checkpoint.entries[weight].shape[-1]
 
     # Rows that do not divide into quant blocks get another format, which keeps zeros.
     is_stored = not quant.fits(form, row_length)

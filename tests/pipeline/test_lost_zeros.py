@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
+from racdeploy.pipeline.lost_zeros import check_folder, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Export, Recipe
 from racdeploy.report.model import CheckResult, Report
 from racdeploy.report.summary import explanation
 from racdeploy.verify.checks import sparsity
 from racdeploy.verify.evidence import Arm, Evidence
 from racdeploy.verify.gate import read_gate
 from tests.support.sample_report import build_report
+from tests.support.tiny_models import make_checkpoint
 
 LEFT = "The file holds 7.8% zeros of the 50.0% that were pruned: q4_k does not keep them."
 
@@ -69,6 +73,31 @@ def test_nothing_is_refused_where_nothing_is_lost(job: Job) -> None:
     """Formats that keep zeros, and models that are cut and have none, need no leave."""
     assert find_lost_zeros(job) is None
     check_zeros(job)
+
+
+def _export_settings(**settings: Any) -> Export:
+    return Recipe.combine(None, {"model": "tiny-reasoner", "export": settings}).export
+
+
+def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> None:
+    """No recipe says that it was pruned: its weights do. A dense model needs no leave."""
+    dense = Checkpoint(make_checkpoint(tmp_path / "dense", "llama", hidden_size=256))
+    sparse = tmp_path / "sparse"
+    shutil.copytree(dense.folder, sparse)
+
+    weights = load_file(sparse / "model.safetensors")
+    for name in dense.linear_weights:
+        weights[name][:, ::2] = 0
+    save_file(weights, sparse / "model.safetensors")
+
+    losing = _export_settings(quant="q4_k")
+    check_folder(dense, losing)
+    check_folder(Checkpoint(sparse), _export_settings(quant="q8_0"))
+    check_folder(Checkpoint(sparse), _export_settings(quant="q4_k", allow_losing_zeros=True))
+
+    with pytest.raises(UsageError, match=r"50\.0% of the weights are zero") as caught:
+        check_folder(Checkpoint(sparse), losing)
+    assert "--allow-losing-zeros" in caught.value.remedy
 
 
 def test_the_plan_says_what_an_allowed_build_loses() -> None:
