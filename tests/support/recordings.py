@@ -5,11 +5,13 @@
 Types the lines of each session, or of those that are named, into shells that find ``bundle`` and
 ``examples`` in their folder, and writes docs/pictures/NAME.svg. A session with several shells is
 drawn one below the other. The Hub is a stand-in, which goes by the Hub's name in the pictures.
-Ports 8000 and 8080 have to be free.
+Ports 8000 and 8080 have to be free. ``harness`` runs lm-eval: RACDEPLOY_HARNESS_PYTHON names the
+Python of an environment that has it, and the bundle's work folder has to be the default one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -89,6 +91,34 @@ _QUESTION = (
     "Ann has 45 apples. Ann buys 38 more. Ann gives away 26. Ann finds 12 more. "
     "How many apples does Ann have now?"
 )
+_TASK = """\
+task: apples
+dataset_path: json
+dataset_kwargs: {data_files: {test: apples/questions.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["Question:"]}
+filter_list:
+  - name: last-number
+    filter:
+      - {function: regex, regex_pattern: "(-?[0-9]+)", group_select: -1}
+      - {function: take_first}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+def _ask_for_apples() -> str:
+    """Return 12 questions with their answers, a JSON object a line."""
+    lines = []
+    for first in range(40, 52):
+        question = _QUESTION.replace("45", str(first))
+        lines.append(json.dumps({"question": question, "answer": str(first + 38 - 26 + 12)}))
+    return "\n".join(lines)
+
+
 _ANSWERED, _READY = " tokens/s\r\n", "> "
 
 SESSIONS = {
@@ -130,6 +160,18 @@ SESSIONS = {
         ),
         {"many.py": _MANY},
     ),
+    "harness": Session(
+        (
+            (
+                Step("ls apples"),
+                Step(
+                    "racdeploy verify bundle --harness lm-eval --harness-tasks apples "
+                    "--harness-include apples --harness-python harness-venv/bin/python"
+                ),
+            ),
+        ),
+        {"apples/apples.yaml": _TASK, "apples/questions.jsonl": _ask_for_apples()},
+    ),
 }
 
 
@@ -150,7 +192,11 @@ def record(session: Session, bundle: Path) -> list[Text]:
         hub = stack.enter_context(hub_server())
         (folder / "bundle").symlink_to(bundle.resolve())
         (folder / "examples").symlink_to(ROOT / "examples")
+        if harness := os.environ.get("RACDEPLOY_HARNESS_PYTHON"):
+            (folder / "harness-venv").symlink_to(Path(harness).parents[1])
+
         for name, text in session.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
 
         shells = [stack.enter_context(_open_shell(folder, hub)) for _ in session.shells]
