@@ -139,7 +139,7 @@ class Build:
 
         model = read_pruned(self.job.checkpoint, folder)
         self.plan_recovery()
-        return self.recover_stage.run(model, f"{folder.name}-recovered", self.traces)
+        return self._recover(model, f"{folder.name}-recovered")
 
     def plan_recovery(self) -> dict[str, Any]:
         """Return what recovery takes, or raise what would stop it; nothing where it is off."""
@@ -152,12 +152,24 @@ class Build:
         return self.recover_stage.plan(longest + settings.traces.max_new_tokens)
 
     def _prune_and_recover(self) -> PrunedModel:
-        model = self.prune_stage.run(self.traces)
         if not self.job.recipe.recover.tokens:
-            return model
+            return self.prune_stage.run(self.traces)
 
+        # Codes are chosen last: recovery would move the weights away from those chosen here.
+        settings = self.prune_stage.settings.model_copy(update={"joint": False})
+        uncoded = replace(self.prune_stage, quant="", settings=settings)
+        model = uncoded.run(self.traces)
         name = name_model(self.job.at_sparsity(model.sparsity))
-        return self.recover_stage.run(model, name, self.traces)
+        recovered = self._recover(model, name)
+
+        if recovered.before_recovery is None and self.job.recipe.prune.joint:
+            return self.prune_stage.run(self.traces)
+        return recovered
+
+    def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
+        """Let a pruned model learn, and choose the codes that are asked for once it has."""
+        choose_codes = self.prune_stage.choose_codes if self.job.recipe.prune.joint else None
+        return self.recover_stage.run(model, name, self.traces, choose_codes)
 
     def export(
         self,

@@ -75,6 +75,31 @@ class PruneStage:
         assert model, "a schedule has a step"
         return model
 
+    def choose_codes(self, model: Path, traces: Sequence[Trace], name: str) -> Path:
+        """Choose the codes of ``quant`` for a sparse model whose values are done, or find them.
+
+        Its zeros stay, and rounding is compensated for its own outputs. Returns the folder.
+        """
+        sparse = Checkpoint(model)
+        unlimited = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
+        settings = self.settings.model_copy(update=unlimited)
+        inputs = self.describe_code() | {
+            "sparse": sparse.sha256,
+            "traces": [trace.ids for trace in traces],
+            "calibration": self.calibration.model_dump(),
+            "prune": settings.model_dump(),
+            "quant": self.quant,
+        }
+        inputs["traces"] = canonical_hash(inputs["traces"])
+
+        stage = self.place.open("codes", inputs)
+        folder = stage.folder / name
+        if not stage.finished:
+            from racdeploy.prune.calibrate import OWN_ZEROS
+
+            stage.finish(self._walk(folder, settings, traces, OWN_ZEROS, sparse))
+        return folder
+
     def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces, and counts of both and of what was left out."""
         selection = select(traces, self.calibration)
@@ -133,7 +158,7 @@ class PruneStage:
         folder = stage.folder / self.name_model(sparsity)
         if not stage.finished:
             within = before.folder.parent if before else None
-            stage.finish(self._walk(folder, settings, traces, within))
+            stage.finish(self._walk(folder, settings, traces, within, self.dense))
 
         summary = stage.summary
         notes = (note_held_out(summary["selection"]), cost_note(stage.folder))
@@ -158,19 +183,27 @@ class PruneStage:
         return self.structure.model_copy(update={"keep": keep, "vocabulary_text": ()})
 
     def _walk(
-        self, folder: Path, settings: Pruning, traces: Sequence[Trace], within: Path | None
+        self,
+        folder: Path,
+        settings: Pruning,
+        traces: Sequence[Trace],
+        within: Path | None,
+        model: Checkpoint,
     ) -> dict[str, Any]:
-        self.place.report("prune", 0, self.dense.block_count)
+        """Prune a model, the dense one or one that is sparse already, into a folder."""
+        self.place.report("prune", 0, model.block_count)
 
         from racdeploy.prune.assemble import assemble
         from racdeploy.prune.cost import measured_cost, peak_bytes
         from racdeploy.prune.outline import list_rows, read_outline
 
         calibration, held_out, counts = self.select(traces)
+        cuts = self._cuts if model is self.dense else Structure()
         given = {
+            "model": model.folder.resolve(),
             "calibration": calibration,
             "held_out": held_out,
-            "structure": self._cuts,
+            "structure": cuts,
             "settings": settings,
             "weights": self.calibration.weights,
             "quant": self.quant,
@@ -179,7 +212,7 @@ class PruneStage:
 
         token_counts = (count_tokens(calibration), count_tokens(held_out))
         expected_bytes = peak_bytes(
-            self.dense, settings, *token_counts, self.quant, cuts=bool(self._cuts.keep)
+            model, settings, *token_counts, self.quant, cuts=bool(cuts.keep)
         )
 
         place, blocks_folder = self.place, folder.parent
@@ -190,11 +223,11 @@ class PruneStage:
         with place.processes.job("prune", self.describe_code(), given), measured as progress:
             linears, blocks = self._prune_blocks(blocks_folder, given, progress)
 
-        shape = read_outline(blocks_folder).shape(self.dense, self._cuts)
-        assemble(self.dense, blocks_folder, folder, shape)
+        shape = read_outline(blocks_folder).shape(model, cuts)
+        assemble(model, blocks_folder, folder, shape)
 
         return {
-            "structure": [row.model_dump() for row in list_rows(self.dense, shape)],
+            "structure": [row.model_dump() for row in list_rows(model, shape)],
             "linears": [row.model_dump() for row in linears],
             "blocks": [row.model_dump() for row in blocks],
             "selection": counts,
@@ -206,12 +239,12 @@ class PruneStage:
         from racdeploy.prune.calibrate import prune_blocks
 
         return prune_blocks(
-            self.dense,
+            Checkpoint(given["model"]),
             folder=folder,
             threads=self.place.threads,
             progress=progress,
             processes=self.place.processes,
-            **given,
+            **{name: value for name, value in given.items() if name != "model"},
         )
 
     def _draw_prompts(

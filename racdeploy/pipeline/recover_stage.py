@@ -1,8 +1,8 @@
 """The recover stage: a pruned model learns from the dense one; torch is imported when needed.
 
 First on the dense model's traces, way after way; then on its own answers, which the dense model
-grades token by token. After each phase the model answers the calibration prompts, and what made it
-worse is undone.
+grades token by token; scales last, once codes are chosen. After each phase the model answers the
+calibration prompts, and what made it worse is undone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class CollectTraces(Protocol):
         """Return folder and traces; None is the dense model, 0 asks all."""
 
 
+ChooseCodes = Callable[[Path, Sequence[Trace], str], Path]
+"""Puts a sparse model on the grid of a number format: its folder, the dense traces, a name."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of the recovery: which way, on whose answers, and how many tokens."""
@@ -67,6 +71,8 @@ class _State:
     probe: Probe
     answers: Sequence[Trace]
     tokens: int = 0  # learned since the start, undone or not
+    is_exhausted: bool = False  # own answers taught it nothing
+    is_coded: bool = False
     rows: tuple[RecoveryRow, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -97,7 +103,7 @@ class _Questions:
 
 @dataclass(frozen=True)
 class RecoverStage:
-    """A pruned model on its way back to its answers, in codes of ``quant`` where joint."""
+    """A pruned model on its way back to its answers; ``quant``: whose codes it gets, or empty."""
 
     place: Workplace
     dense: Checkpoint
@@ -106,12 +112,19 @@ class RecoverStage:
     calibration: Calibration
     quant: str
 
-    def run(self, model: PrunedModel, name: str, collect: CollectTraces) -> PrunedModel:
+    def run(
+        self,
+        model: PrunedModel,
+        name: str,
+        collect: CollectTraces,
+        choose_codes: ChooseCodes | None = None,
+    ) -> PrunedModel:
         """Teach the pruned model, or find it taught; without a gain it is returned as it was.
 
         Args:
             name: of the recovered model's folder.
             collect: lets a model answer the calibration prompts.
+            choose_codes: puts what was gained on the grid of ``quant``; None leaves it off any.
         """
         _, dense = collect(None)
         # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
@@ -137,15 +150,23 @@ class RecoverStage:
         start = questions.ask(model.folder, before=0)
         state = start
 
+        def settle(state: _State) -> _State:
+            # A model without a gain gets no codes here: pruning chooses better ones itself.
+            if choose_codes is None or state.folder == model.folder or state.is_coded:
+                return state
+            return self._on_grid(state, choose_codes(state.folder, dense, name))
+
         for place, phase in enumerate(phases):
-            taken = self._take(phase, state, learns, partial(questions.ask, before=place + 1))
-            if phase.own and taken.folder == state.folder:
-                state = taken
-                break  # the next round would be this one again
+            if phase.way == "scales":
+                state = settle(state)
+            if phase.own and state.is_exhausted:
+                continue  # the last round would be done again
 
-            state = taken
+            before = state.folder
+            state = self._take(phase, state, learns, partial(questions.ask, before=place + 1))
+            state = replace(state, is_exhausted=phase.own and state.folder == before)
 
-        return self._conclude(model, start.probe, state)
+        return self._conclude(model, start.probe, settle(state))
 
     def plan(self, longest: int) -> dict[str, Any]:
         """Return what recovery takes; ``longest`` is a bound of a trace's tokens.
@@ -195,6 +216,11 @@ class RecoverStage:
 
         note = f"recovery, {phase.name} was undone: {reason}"
         return replace(state, tokens=found.tokens, rows=rows, notes=(*found.notes, note))
+
+    def _on_grid(self, state: _State, folder: Path) -> _State:
+        """Return the state once its codes were chosen."""
+        note = f"codes of {self.quant} were chosen after recovery"
+        return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
     def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
         """Return the model with all that is known of how it came about."""
@@ -367,7 +393,7 @@ class _Teaching:
             "held_out": [trace.ids for trace in self.held_out],
             "text": [trace.ids for trace in (*self.text, *self.text_held_out)],
             "recover": settings.model_dump(exclude=_SHARED_OUT),
-            "quant": self.stage.quant,
+            "quant": self._quant_of(phase),
         }
 
         stage = self.stage.place.open("recover", _shorten(inputs))
@@ -393,6 +419,10 @@ class _Teaching:
 
         return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
 
+    def _quant_of(self, phase: Phase) -> str:
+        """Return the format that a phase must keep to: weights learn before codes are chosen."""
+        return self.stage.quant if phase.way == "scales" else ""
+
     def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> dict[str, Any]:
         """Return what makes up a course, as it is sent to other processes."""
         stage, model = self.stage, self.model
@@ -408,7 +438,7 @@ class _Teaching:
             "text": list(self.text),
             "text_held_out": list(self.text_held_out),
             "settings": self.settings,
-            "quant": stage.quant,
+            "quant": self._quant_of(phase),
         }
 
 
@@ -426,25 +456,28 @@ def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:
     """Return the phases in order, with the tokens of each; those with none are left out.
 
     The dense model's traces come first: without them the model's own answers are too far off to be
-    graded.
+    graded. Scales come last, when everything else has found its place.
     """
     own_tokens = round(settings.on_policy * settings.tokens)
     dense_tokens = settings.tokens - own_tokens
 
     # Scales are few numbers: a tenth is enough for them, where anything else learns too.
     shares = {way: 1.0 if way != "scales" or len(ways) == 1 else 0.1 for way in ways}
-    phases = []
+    dense: list[Phase] = []
+    last: list[Phase] = []
 
     for way in ways:
         tokens = round(dense_tokens * shares[way] / sum(shares.values()))
+        phases = last if way == "scales" and len(ways) > 1 else dense
         phases.append(Phase(way, way, False, tokens))
 
+    own = []
     teacher = next((way for way in ways if way != "scales"), ways[0])
     for number in range(settings.rounds):
         name = f"own answers {number + 1}"
-        phases.append(Phase(name, teacher, True, own_tokens // settings.rounds))
+        own.append(Phase(name, teacher, True, own_tokens // settings.rounds))
 
-    return [phase for phase in phases if phase.tokens]
+    return [phase for phase in (*dense, *own, *last) if phase.tokens]
 
 
 def _require_model(processes: Processes, folder: Path, sha256: str) -> None:

@@ -35,7 +35,7 @@ from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.outline import Outline, whole
-from racdeploy.prune.patterns import Pattern, Within, make_pattern
+from racdeploy.prune.patterns import AsBefore, Pattern, Within, make_pattern
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
 from racdeploy.prune.refit import prune_and_refit
@@ -53,6 +53,10 @@ from racdeploy.traces.trace import STREAMS, Trace
 WHOLE = Structure()
 
 
+OWN_ZEROS = Path()
+"""In place of an earlier walk: a checkpoint keeps its own zeros and gets no others."""
+
+
 def prune_blocks(
     checkpoint: Checkpoint,
     calibration: Sequence[Trace],  # these decide the pruning
@@ -61,7 +65,7 @@ def prune_blocks(
     folder: Path,  # finished blocks in it are reused
     weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
     quant: str = "",  # format whose codes are chosen while pruning; empty leaves that to the export
-    within: Path | None = None,  # an earlier walk, whose cuts and zeros stay; weights start dense
+    within: Path | None = None,  # an earlier walk, whose cuts and zeros stay, or OWN_ZEROS
     threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
     progress: Progress | None = None,
     processes: Processes = ALONE,  # each calls this with the same arguments and its own folder
@@ -92,7 +96,8 @@ def prune_blocks(
     session = Session(blocks, own, fitted, weights_R, settings, folder, processes, progress)
 
     with torch.inference_mode():
-        outline = decide_outline(session, structure, within)
+        earlier = None if within == OWN_ZEROS else within
+        outline = decide_outline(session, structure, earlier)
         sizes = _count_weights(session, outline.shape(checkpoint, structure))
         plan = _Plan(
             tasks=tasks,
@@ -101,9 +106,10 @@ def prune_blocks(
             cuts=list_cuts(checkpoint, outline, structure),
             by_magnitude=structure.criterion == "magnitude",
             quant=quant,
+            keeps_own_zeros=within == OWN_ZEROS,
         )
 
-        with closing(_Walk(session, plan, within)) as walk:
+        with closing(_Walk(session, plan, earlier)) as walk:
             return walk.run()
 
 
@@ -136,6 +142,7 @@ class _Plan:
     cuts: Sequence[Cut]
     by_magnitude: bool  # whether cuts ask no statistics
     quant: str
+    keeps_own_zeros: bool  # and gets no others
 
 
 class _Walk:
@@ -431,6 +438,9 @@ class _Walk:
 
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
         """Return the zeros that a linear shall have: at least those of the earlier walk."""
+        if self.plan.keeps_own_zeros:
+            return AsBefore(weight_OI != 0)
+
         name = f"{self.blocks.prefix(pair.index)}.{linear}"
         self.settings.check_width(name, weight_OI.shape[1])
         pattern = make_pattern(self.shares[name], self.settings.kept_of)

@@ -94,7 +94,23 @@ class Within:
         return self.pattern.group(column_block)
 
 
-Pattern = Unstructured | NOfM | Within
+@dataclass(frozen=True)
+class AsBefore:
+    """The zeros that a linear has, and no others."""
+
+    kept_OI: torch.Tensor
+
+    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
+        return self.kept_OI[:, column : column + score_OC.shape[1]]
+
+    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
+        return self.kept_OI
+
+    def group(self, column_block: int) -> int:
+        return column_block
+
+
+Pattern = Unstructured | NOfM | Within | AsBefore
 
 
 def make_pattern(sparsity: float, kept_of: tuple[int, int] | None) -> Unstructured | NOfM:

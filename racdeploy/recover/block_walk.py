@@ -14,7 +14,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from racdeploy.recover.course import Course, Lesson
 from racdeploy.recover.divergence import Head, measure_kl
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
-from racdeploy.recover.variables import HELD_FROM, Weights
 from racdeploy.recover.watch import Watch
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.heap import keep_heap
@@ -38,14 +37,13 @@ from racdeploy.traces.trace import STREAMS
 BATCH_TOKENS = 1024
 """Most tokens that go through a block together; a longer trace is alone."""
 LOOKS = 4
-Arrange = Callable[[Mapping[str, torch.Tensor]], Weights]
 
 
 class BlockWalk:
     """The dense and the sparse model, side by side, on their way through the blocks."""
 
-    def __init__(self, course: Course, arrange: Arrange) -> None:
-        self.course, self.arrange = course, arrange
+    def __init__(self, course: Course) -> None:
+        self.course = course
         settings, processes = course.settings, course.processes
 
         traces = (*course.taught, *course.held_out, *course.text)
@@ -157,38 +155,34 @@ class BlockWalk:
         for weight in weights.values():
             weight.requires_grad_(True)
 
-        variables = self.arrange(weights)
-        optimizer = MaskedAdam(variables.moved, self.course.masked)
+        optimizer = MaskedAdam(weights, self.course.masked)
         every = max(1, len(self.steps) // LOOKS)
         before = best = self._error(block)
 
         for number, step in enumerate(self.steps):
-            if number == math.floor(HELD_FROM * len(self.steps)):
-                variables.hold()
-            if not self._learn(block, step, variables):
+            if not self._learn(block, step, weights):
                 break
 
-            norm = gradient_norm(variables.moved)
+            norm = gradient_norm(weights)
             rate = rate_at(self.course.rate(depth=1), (number + 0.5) / len(self.steps))
             optimizer.step(rate, norm)
-            variables.settle()
 
             done = number + 1
             self._report(place + done / len(self.steps))
 
             if done % every == 0 or done == len(self.steps):
-                variables.show()
                 error = self._error(block)
                 if error < best:
                     best = error
-                    self.course.keep(variables.weights, whole=True)
-                variables.settle()
+                    self.course.keep(weights, whole=True)
 
         for weight in weights.values():
             weight.requires_grad_(False)
         return before, best
 
-    def _learn(self, block: nn.Module, step: Sequence[int], variables: Weights) -> bool:
+    def _learn(
+        self, block: nn.Module, step: Sequence[int], weights: Mapping[str, torch.Tensor]
+    ) -> bool:
         """Add up the gradients of a step; return whether they are numbers."""
         counts = [float(_real(self.batches[index]).sum()) for index in step]
         total = 0.0
@@ -203,22 +197,20 @@ class BlockWalk:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
 
-        variables.gather()
-        self._add_up(variables)
+        self._add_up(weights)
         return all(map(math.isfinite, self.course.processes.all(total)))
 
-    def _add_up(self, variables: Weights) -> None:
+    def _add_up(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Sum each gradient that any process has; an expert that no token chose has none."""
         processes = self.course.processes
         if processes.count == 1:
             return
 
         reached: set[str] = set()
-        moved = variables.moved
-        for names in processes.all([name for name in moved if moved[name].grad is not None]):
+        for names in processes.all([name for name in weights if weights[name].grad is not None]):
             reached.update(names)
 
-        for name, value in moved.items():
+        for name, value in weights.items():
             if name not in reached:
                 continue
             if value.grad is None:

@@ -22,13 +22,8 @@ _SPARE = 0.9  # share of the free memory that a way may take
 _PREFERRED = ("all", "blocks")
 
 
-def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> int:
-    """Return the peak where the whole model is in memory.
-
-    Args:
-        trained: names of the weights that get gradients.
-        behind: bytes of a weight that lie behind it, see :class:`~.variables.Codes`.
-    """
+def whole_model_bytes(course: Course, trained: Sequence[str]) -> int:
+    """Return the peak where the whole model is in memory; ``trained`` weights get gradients."""
     sparse = course.sparse
 
     every = learning = 0
@@ -39,7 +34,7 @@ def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> in
             learning += size
 
     taken = WEIGHT_BYTES * every
-    taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES + behind)
+    taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES)
 
     processes = course.processes.count
     if processes > 1:
@@ -61,9 +56,9 @@ def whole_model_bytes(course: Course, trained: Sequence[str], behind: int) -> in
     return resident_bytes() + round(_HOLES * taken)
 
 
-def one_block_bytes(course: Course, behind: int) -> int:
+def one_block_bytes(course: Course) -> int:
     """Return the peak where one block is in memory; at the end, the output projection is."""
-    of_weight = WEIGHT_BYTES + _GRADIENT_BYTES + _MOMENT_BYTES + behind
+    of_weight = WEIGHT_BYTES + _GRADIENT_BYTES + _MOMENT_BYTES
     tokens = _batch_tokens(course, block_walk.BATCH_TOKENS)
 
     learning = of_weight * max(_block_sizes(course.sparse))

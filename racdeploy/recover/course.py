@@ -25,7 +25,7 @@ from racdeploy.traces.trace import Trace
 STATE_FILE = "state.safetensors"
 """Where a training is saved, in the folder of its phase."""
 BEST_FILE = "best.safetensors"
-"""Where what the optimizer moves lies as it was in the best state, off any grid."""
+"""Where what the optimizer moves lies as it was in the best state."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from racdeploy.recover.lessons import STORED_BYTES, Lessons, choose_taught, dens
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors, read_values, write_tensors
 from racdeploy.recover.student import Student
-from racdeploy.recover.variables import HELD_FROM, Weights
+from racdeploy.recover.variables import Weights
 from racdeploy.recover.watch import Watch
 from racdeploy.storage.heap import keep_heap
 
@@ -81,7 +81,6 @@ class _Progress:
     tokens: int = 0
     pace: float = 1.0  # times the learning rate
     best: float = math.inf  # divergence of the best look
-    is_best_held: bool = False  # whether that look was on the grid for good
     since_best: int = 0
     losses: list[float] = field(default_factory=list)  # since the last look
     looks: list[Lesson] = field(default_factory=list)
@@ -113,7 +112,6 @@ class _Training:
         self.average = Average(variables, settings.average)
 
         self.steps = lessons["taught"].plan(course.tokens, settings.step_tokens, settings.seed)
-        self._held_from = math.floor(HELD_FROM * len(self.steps))
         self.file = course.folder / STATE_FILE
         self.best_file = course.folder / BEST_FILE
         self.done = _Progress()
@@ -131,8 +129,6 @@ class _Training:
             if self.done.ended:
                 break
 
-            if step == self._held_from:
-                self.variables.hold()
             self._learn(self.steps[step])
             self.done.step = step + 1
             self.course.report(self.done.tokens)
@@ -205,16 +201,13 @@ class _Training:
     def _look(self) -> None:
         """Measure, keep the state if it is the best so far, and save."""
         with self.average.shown() as weights:
-            self.variables.show()
             divergence = self._judge(weights)
-        self.variables.settle()
 
         done = self.done
         if done.ended:
             return
 
         if divergence == done.best:
-            done.is_best_held = bool(self.variables.on_grid)
             write_tensors(self.best_file, self._state(), processes=self.course.processes)
         elif divergence > _FAR * done.best or done.since_best % _LINGER == 0:
             self._go_back()
@@ -228,15 +221,7 @@ class _Training:
         the steps that went too far, which makes the next ones short.
         """
         self.done.pace /= 2
-        was_held = self.done.is_best_held
-        is_held = bool(self.variables.on_grid)
-        fill_tensors(self.best_file, self._state(was_held), self.course.processes)
-
-        if was_held:
-            self.variables.take_steps()
-        elif is_held:
-            self.variables.hold()
-
+        fill_tensors(self.best_file, self._state(), self.course.processes)
         self.variables.settle()
         self.average.restart()
 
@@ -291,11 +276,9 @@ class _Training:
 
         return sum(processes.all(total)) / sum(processes.all(weight))
 
-    def _state(self, held: bool = True) -> dict[str, torch.Tensor]:
-        """Return what decides the weights; where they were not held, the moved values alone."""
-        state = {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
-        on_grid = self.variables.on_grid if held else {}
-        return state | {f"grid.{name}": weight for name, weight in on_grid.items()}
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Return what decides the weights."""
+        return {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what must be on disk to go on as if nothing had happened."""
@@ -316,10 +299,5 @@ class _Training:
         self.optimizer.steps = values.pop("optimizer_steps")
         self.done = _Progress.read(values)
 
-        is_held = self.done.step > self._held_from
-        if is_held:
-            self.variables.hold()
         fill_tensors(self.file, self._tensors(), processes)
-        if self.variables.on_grid:
-            self.variables.take_steps()
         self.variables.settle()

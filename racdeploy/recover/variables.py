@@ -1,10 +1,8 @@
 """What the optimizer moves: weights, or what lies behind weights on the grid of a number format.
 
-Where codes were chosen while pruning, the model learns as it will be stored. Weights are whole
-codes times the step of their group, in every forward pass. Behind them, ``Codes`` has weights off
-the grid, which get the gradients as if there were no rounding (straight-through, Bengio et al.,
-arXiv 1308.3432); ``Scales`` keeps the codes and moves the scales, of which half precision has the
-values.
+``Scales`` keeps the codes that were chosen and moves the scales: in every forward pass weights are
+whole codes times the step of their group, and scales have values of half precision, which get the
+gradients as if there were no rounding (straight-through, Bengio et al., arXiv 1308.3432).
 
 Where processes have rows of the weights, each has the same rows of what lies behind them: quant
 blocks lie along inputs.
@@ -12,7 +10,6 @@ blocks lie along inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -20,13 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.quant import Grid, pins_largest
-
-HELD_FROM = 0.75
-"""Share of the steps after which codes are learned as they are stored."""
-
-_GOLDEN, _OTHER = 0.6180339887498949, 0.7548776662466927  # no two columns or codes fall together
-_WITHIN = 0.98  # of a step: what is not learned is rounded to what it was
+from racdeploy.quant import Grid
 
 _FACTORS = (0.5, 2.0)
 """Of a scale: it keeps its sign, and half precision does not run out."""
@@ -43,121 +34,6 @@ class Weights:
 
     def settle(self) -> None:
         """Set the weights to what the moved values mean."""
-
-    def show(self) -> None:
-        """Set the weights to what a file would hold, for a look; :meth:`settle` goes on."""
-
-    def hold(self) -> None:
-        """Learn as the weights will be stored from now on, in steps that fit them as they are."""
-
-    @property
-    def on_grid(self) -> Mapping[str, torch.Tensor]:
-        """Weights whose steps are no function of what is moved: a saved state needs them too."""
-        return {}
-
-    def take_steps(self) -> None:
-        """Take the steps from weights that were read from a saved state, and hold them."""
-
-
-class Codes(Weights):
-    """Linears on a grid, their codes free to change; other weights are moved themselves.
-
-    First the weights learn off the grid, and only a look rounds them, as the format does: they
-    outgrow the steps that fitted them as they were pruned, and rounding every step makes noise.
-    Once held, from the start where the format searches for scales, they learn as they are stored:
-    the steps stay, and so does a code of the largest
-    magnitude where the format finds a group's scale by it. A linear whose weights are on no grid,
-    since it was not pruned, is moved itself.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        linears: Mapping[str, torch.Tensor],
-        grid: Grid,
-        processes: Processes = ALONE,
-    ) -> None:
-        super().__init__(weights)
-        self._grid = grid
-        self._largest = max(map(abs, grid.CODES)) if pins_largest(grid) else math.inf
-
-        self._names: list[str] = []  # of the linears on the grid
-        self._steps: dict[str, torch.Tensor] = {}  # by name, once held
-        self._pinned: dict[str, torch.Tensor] = {}
-        self.moved = dict(weights)
-
-        for name, weight_OI in linears.items():
-            step_OG, code_OI, exact = read_grid(weight_OI, grid)
-            if all(processes.all(exact)):
-                self._names.append(name)
-                offset_OI = self._spread_out(code_OI) * _spread(step_OG, grid.GROUP_SIZE)
-                self.moved[name] = weight_OI.detach() + offset_OI
-
-        # A format that searches for scales would not find those that pruning chose.
-        self._is_searched = not pins_largest(grid)
-        if self._is_searched:
-            self.take_steps()
-
-    def gather(self) -> None:
-        for name in self._names:
-            weight_OI = self.weights[name]
-            self.moved[name].grad, weight_OI.grad = weight_OI.grad, None
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        for name in self._names:
-            weight_OI, moved_OI = self.weights[name], self.moved[name]
-            if name not in self._steps:
-                weight_OI.copy_(moved_OI)
-                continue
-
-            step_OG = self._steps[name]
-            code_OI = codes_of(moved_OI, step_OG, self._grid.GROUP_SIZE)
-            code_OI.clamp_(*self._grid.CODES)
-
-            stored_OI = code_OI * _spread(step_OG, self._grid.GROUP_SIZE)
-            stored_OI = torch.where(self._pinned[name], weight_OI, stored_OI)
-            weight_OI.copy_(stored_OI)
-
-    @torch.no_grad()
-    def show(self) -> None:
-        if not self._steps:
-            self._round()
-
-    def hold(self) -> None:
-        if not self._is_searched:
-            self._round()
-            self.take_steps()
-
-    @property
-    def on_grid(self) -> Mapping[str, torch.Tensor]:
-        return {name: self.weights[name] for name in self._steps}
-
-    @torch.no_grad()
-    def take_steps(self) -> None:
-        for name in self._names:
-            step_OG, code_OI, exact = read_grid(self.weights[name], self._grid)
-            assert exact, "what a format stores, it finds again"
-            self._steps[name] = step_OG
-            self._pinned[name] = code_OI.abs() == self._largest
-
-    def _spread_out(self, code_OI: torch.Tensor) -> torch.Tensor:
-        """Return for each code an offset within half a step, spread evenly over a row's inputs.
-
-        From the middle of its step every weight would have half a step to go before anything
-        changed, and rounding would take back all that was learned. So a change of a tenth of a step
-        changes a tenth of the codes. (It is dither, by multiples of the golden ratio.)
-        """
-        place_I = torch.arange(code_OI.shape[1], device=code_OI.device, dtype=torch.float64)
-        turn_OI = place_I * _GOLDEN + code_OI.double() * _OTHER
-        offset_OI = turn_OI - turn_OI.floor() - 0.5
-        stays_OI = (code_OI == 0) | (code_OI.abs() == self._largest)
-        return offset_OI.mul_(_WITHIN).masked_fill_(stays_OI, 0).float()
-
-    @torch.no_grad()
-    def _round(self) -> None:
-        for name in self._names:
-            self.weights[name].copy_(_store(self.moved[name], self._grid))
 
 
 class Scales(Weights):
@@ -237,17 +113,6 @@ def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
 def read_scales(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return the scale of every quant block of weights that lie on a grid."""
     return _read(weight_OI, grid, grid.scales, grid.BLOCK)
-
-
-def _store(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return the weights as a file would hold them."""
-    O, I = weight_OI.shape
-    if not O:
-        return weight_OI
-
-    values_OI = weight_OI.detach().cpu().numpy().astype(np.float32)
-    stored_OI = grid.dequantize(grid.quantize(values_OI), I).copy()
-    return torch.from_numpy(stored_OI).to(weight_OI.device)
 
 
 def _read(

@@ -6,8 +6,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from racdeploy import quant
+from racdeploy.models.checkpoint import Checkpoint
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import make_checkpoint
 
@@ -101,6 +104,30 @@ def test_a_pruned_folder_is_recovered(model: Path, options: list[object], tmp_pa
 
     exported = racdeploy("export", values["folder"], "--out", tmp_path / "recovered.gguf")
     assert exported.code == 0, exported.err
+
+
+def test_codes_are_chosen_for_what_was_recovered(
+    model: Path, options: list[object], tmp_path: Path
+) -> None:
+    """The folder holds weights of the grid, which any export keeps, and the zeros of before."""
+    pruned = racdeploy("prune", model, *options, "--sparsity", 0.6)
+    sparse = Checkpoint(Path(pruned.out.splitlines()[0]))
+
+    coded = ["--set", "prune.joint=true", "--set", 'export.quant="q4_0"']
+    asked = ["recover", model, sparse.folder, *options, *coded, "--recover-tokens", 20_000]
+    found = racdeploy(*asked, "--json")
+    assert found.code == 0, found.err
+    values = json.loads(found.out)
+    assert "codes of q4_0 were chosen after recovery" in values["notes"]
+
+    recovered = Checkpoint(Path(values["folder"]))
+    grid = quant.as_grid("q4_0")
+
+    for name in recovered.linear_weights:
+        weight_OI = recovered.read(name)
+        stored_OI = grid.dequantize(grid.quantize(weight_OI), weight_OI.shape[1])
+        assert np.array_equal(stored_OI, weight_OI), name
+        assert not weight_OI[sparse.read(name) == 0].any(), name
 
 
 def test_what_cannot_be_recovered_is_refused_before_any_work(

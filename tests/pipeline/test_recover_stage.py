@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -105,6 +106,48 @@ def test_scales_take_a_tenth_and_teach_no_answers() -> None:
 
     own = list_phases(Recovery(tokens=1100, on_policy=1.0, rounds=1), ("all", "scales"))
     assert own == [Phase("own answers 1", "all", True, 1100)]
+
+
+def test_scales_come_last() -> None:
+    """After own answers too, for those move the weights; alone they come first."""
+    phases = list_phases(Recovery(tokens=2200, on_policy=0.5, rounds=1), ("all", "scales"))
+    assert [phase.name for phase in phases] == ["all", "own answers 1", "scales"]
+    alone = list_phases(Recovery(tokens=2200, on_policy=0.5, rounds=1), ("scales",))
+    assert [phase.name for phase in alone] == ["scales", "own answers 1"]
+
+
+@pytest.mark.parametrize(("ways", "moved"), [(("all",), False), (("all", "scales"), True)])
+def test_codes_are_chosen_once_the_weights_are_done(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path, ways: tuple[str, ...], moved: bool
+) -> None:
+    """Of what own answers left, on the dense traces; scales learn on them."""
+    chosen: list[tuple[Path, Sequence[Trace], str]] = []
+
+    def choose_codes(folder: Path, traces: Sequence[Trace], name: str) -> Path:
+        chosen.append((folder, traces, name))
+        return Path(shutil.copytree(folder, tmp_path / "coded"))
+
+    settings = stage.settings.model_copy(update={"ways": ways, "on_policy": 0.0})
+    coding = replace(stage, settings=settings, quant="q4_0")
+    asked = Asked(tmp_path, [0.5, 0.8, 0.9])
+    found = coding.run(model, "tiny-recovered", asked, choose_codes)
+
+    assert chosen == [(asked.models[1], DENSE, "tiny-recovered")]
+    assert (found.folder == tmp_path / "coded") is not moved
+    assert "codes of q4_0 were chosen after recovery" in found.notes
+    assert found.before_recovery == model.folder
+
+
+def test_a_model_without_a_gain_gets_no_codes(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Pruning it again for the number format is better: only that knows the dense model."""
+
+    def choose_codes(folder: Path, traces: Sequence[Trace], name: str) -> Path:
+        raise AssertionError(folder)
+
+    found = stage.run(model, "tiny", Asked(tmp_path, [0.9, 0.5, 0.5, 0.5]), choose_codes)
+    assert found.folder == model.folder
 
 
 @pytest.mark.parametrize(("own_share", "answered"), [(0.0, [10, 10]), (0.25, [10, 15])])

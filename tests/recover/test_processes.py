@@ -31,13 +31,13 @@ from racdeploy.recipe import Calibration, Recovery
 from racdeploy.recover import lessons, training
 from racdeploy.recover.course import STATE_FILE, Course, Lesson
 from racdeploy.recover.lessons import split_evenly
-from racdeploy.recover.variables import Codes, Scales
+from racdeploy.recover.variables import Scales
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.commands import environment
 from tests.support.tiny_course import make_course, read_weights
 from tests.support.tiny_models import make_checkpoint
 
-FORMATS = {"all": "", "all codes": "q8_0", "scales codes": "q4_0", "blocks": ""}
+FORMATS = {"all": "", "scales codes": "q4_0", "blocks": ""}
 """Each way, and the number format whose codes were chosen while pruning."""
 
 TOKENS = 800
@@ -334,18 +334,14 @@ def test_rows_are_on_a_grid_where_all_rows_are() -> None:
     """Zeros alone are on any grid: what one process has of a linear does not decide."""
     grid = as_grid("q8_0")
     weight_OI = torch.zeros(2, 64)
-    assert Codes({"w": weight_OI}, {"w": weight_OI}, grid).moved["w"] is not weight_OI
-
-    codes = Codes({"w": weight_OI}, {"w": weight_OI}, grid, _Differing())
-    assert codes.moved["w"] is weight_OI
+    assert Scales({}, {"w": weight_OI}, grid).moved
     assert Scales({}, {"w": weight_OI}, grid, _Differing()).moved == {}
 
 
-@pytest.mark.parametrize("arrange", [Codes, Scales])
-def test_a_process_may_have_no_rows(arrange: type[Codes | Scales]) -> None:
+def test_a_process_may_have_no_rows() -> None:
     """Where there are more processes than a linear can be cut for."""
     weight_OI = torch.zeros(0, 64)
-    variables = arrange({}, {"w": weight_OI}, as_grid("q4_0"))
+    variables = Scales({}, {"w": weight_OI}, as_grid("q4_0"))
     weight_OI.grad = torch.zeros(0, 64)
     variables.weights["w"] = weight_OI
     variables.gather()

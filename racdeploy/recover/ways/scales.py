@@ -20,7 +20,7 @@ def peak_bytes(course: Course) -> int:
     """Return what :func:`recover` takes at most in memory."""
     linears = course.masked if course.quant else []
     vectors = list_trained(course.sparse, vectors_only=True)
-    return cost.whole_model_bytes(course, [*vectors, *linears], 0)
+    return cost.whole_model_bytes(course, [*vectors, *linears])
 
 
 def recover(course: Course) -> list[Lesson]:
