@@ -68,7 +68,7 @@ class ChildEngine(Engine):
         check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
         request = {
             "prompts": [[int(token) for token in ids] for ids in prompts],
-            "sampling": asdict(sampling),
+            "sampling": _describe(sampling),
             "stream": on_tokens is not None,
         }
 
@@ -131,6 +131,12 @@ class ChildEngine(Engine):
             *_, (header, _) = filter(None, exchange)
         self.stats = header["stats"]
         return header
+
+
+def _describe(sampling: Sampling) -> dict[str, Any]:
+    """Return what the worker rebuilds; a deep copy would take longer than a token."""
+    budget = vars(sampling.budget) if sampling.budget else None
+    return {**vars(sampling), "budget": budget}
 
 
 def _check_settings(settings: EngineSettings) -> None:

@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from functools import partial
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from racdeploy.decoding.batching import Batcher, Decoder, Job, News
 from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.decoding.sequence import Sequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
-from racdeploy.reading.limits import limit_memory, limit_processor
+from racdeploy.reading.limits import StepLimit, limit_memory
 from racdeploy.storage.messages import Header, read_message, write_message
 
 if sys.platform != "win32":
@@ -152,7 +151,7 @@ class _Worker:
         if settings.memory_limit_bytes:
             limit_memory(settings.memory_limit_bytes)
 
-        self._allow_step = partial(limit_processor, request["step_seconds"])
+        self._allow_step = StepLimit(request["step_seconds"]).renew
         self._allow_step()
         self._model = module.load(request, settings)
         self._batcher = Batcher(self._model.decoders(), self._allow_step)

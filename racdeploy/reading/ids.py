@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 _TYPE = "I"
+ID_BYTES = array(_TYPE).itemsize
 
 
 def pack(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
@@ -20,12 +21,17 @@ def pack(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
 
 def unpack(lengths: Iterable[int], payload: bytes) -> list[list[int]]:
     """Return the sequences again."""
-    ids = array(_TYPE)
-    ids.frombytes(payload)
-
+    ids = unpack_all(payload)
     sequences = []
     start = 0
     for length in lengths:
-        sequences.append(ids[start : start + length].tolist())
+        sequences.append(ids[start : start + length])
         start += length
     return sequences
+
+
+def unpack_all(payload: bytes) -> list[int]:
+    """Return all ids as one sequence."""
+    ids = array(_TYPE)
+    ids.frombytes(payload)
+    return ids.tolist()

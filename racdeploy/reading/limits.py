@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+import time
 
 if sys.platform != "win32":
     import resource
 
+_RENEWED_S = 1.0
 _STATUS = "/proc/self/status"
 
 
@@ -45,20 +46,28 @@ def limit_memory(more_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-@contextlib.contextmanager
-def processor_time(seconds: float) -> Iterator[None]:
-    """End this process where the body takes more, also in code that no exception reaches."""
-    limit_processor(seconds)
-    try:
-        yield
-    finally:
-        limit_processor(0)
-
-
 def limit_processor(seconds: float) -> None:
     """End this process by SIGPROF after so much more processor time; 0 lifts the limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+class StepLimit:
+    """Ends this process where a step takes more processor time, up to a second for each thread.
+
+    Setting the timer costs more than a short step: within a second, it is left as it is.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._renewed_at = float("-inf")
+
+    def renew(self) -> None:
+        """Begin a step."""
+        now = time.monotonic()
+        if now - self._renewed_at > _RENEWED_S:
+            limit_processor(self._seconds)
+            self._renewed_at = now
 
 
 def _private_bytes() -> int | None:

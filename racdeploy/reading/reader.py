@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import shlex
 import subprocess
 import threading
@@ -15,8 +14,9 @@ from typing import Any, BinaryIO
 
 from racdeploy import errors
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError
+from racdeploy.reading.pipe import AnswerPipe
 from racdeploy.storage.child import clean_environment, command, describe_exit, start_module
-from racdeploy.storage.messages import Header, read_message, write_message
+from racdeploy.storage.messages import Header, write_message
 
 MEMORY_BYTES = 128 * 2**20
 SECONDS = 1.0
@@ -177,15 +177,13 @@ class _Process:
         assert stdin is not None
         assert stdout is not None
         self._stdin: BinaryIO = stdin  # type: ignore[assignment]
+        self._answers = AnswerPipe(stdout, _LARGEST_ANSWER)  # type: ignore[arg-type]
 
         self.pid = self._popen.pid
         self.is_ready = True
         self._has_started = False
         self._unsettled = list(kept)
-        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=_listen, args=(stdout, self._answers), daemon=True)
         self._feeder = threading.Thread(target=_feed, args=(self._stdin, kept), daemon=True)
-        self._listener.start()
         self._feeder.start()
 
     def settle(self) -> None:
@@ -214,14 +212,13 @@ class _Process:
         self._feeder.join()
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
-        if self._listener is not threading.current_thread():  # which may collect garbage
-            self._listener.join()
+        self._answers.close()
 
     def _await_start(self) -> None:
         self.is_ready = False
         try:
-            started = self._answers.get(timeout=_START_SECONDS)
-        except queue.Empty:
+            started = self._answers.receive(_START_SECONDS)
+        except TimeoutError:
             started = None
 
         if started is None:
@@ -237,8 +234,8 @@ class _Process:
         wall_seconds += _WALL_FACTOR * request.seconds
 
         try:
-            answer = self._answers.get(timeout=wall_seconds)
-        except queue.Empty:
+            answer = self._answers.receive(wall_seconds)
+        except TimeoutError:
             raise request.failure(f"it gave no answer within {wall_seconds:.0f} s") from None
 
         if answer is None:
@@ -265,14 +262,6 @@ def _rebuild(header: Header) -> RacdeployError:
     error: RacdeployError = kind.__new__(kind)
     RacdeployError.__init__(error, header["message"], remedy=header["remedy"])
     return error
-
-
-def _listen(stream: BinaryIO, answers: queue.SimpleQueue[Answer | None]) -> None:
-    """Move answers from the pipe to the queue; None marks the end."""
-    with stream:
-        while (answer := read_message(stream, _LARGEST_ANSWER)) is not None:
-            answers.put(answer)
-    answers.put(None)
 
 
 def _feed(stream: BinaryIO, requests: Sequence[Request]) -> None:

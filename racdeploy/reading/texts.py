@@ -11,7 +11,8 @@ from jinja2 import Template
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.reading import sandbox
-from racdeploy.reading.ids import pack, unpack
+from racdeploy.reading.ids import ID_BYTES, pack, unpack
+from racdeploy.reading.limits import limit_processor
 from racdeploy.storage.messages import Header
 
 MOST_IDS = 4_000_000  # of one call; no model has such a context
@@ -38,16 +39,34 @@ class _Texts:
         return {}, b""
 
     def render(self, header: Header, payload: bytes) -> Answer:
+        return {"text": self._render(header)}, b""
+
+    def encode_rendered(self, header: Header, payload: bytes) -> Answer:
+        """Render, put ``lead`` in front where it is not there, and encode what marks divide."""
+        text = self._render(header)
+        if not text.startswith(header["lead"]):
+            text = header["lead"] + text
+
+        # What is rendered is no longer than what it is rendered from, or is encoded quickly.
+        expected = min(len(text), header["expected_characters"])
+        limit_processor(header["base_s"] + header["encoding_s"] * expected)
+        mark = header["mark"]
+        return self._encode(text.split(mark) if mark else [text])
+
+    def encode(self, header: Header, payload: bytes) -> Answer:
+        return self._encode(header["texts"])
+
+    def _render(self, header: Header) -> str:
         template = self._templates[header["template"]]
         text = sandbox.render(template, json.loads(header["variables"]))
         text.encode()  # a lone surrogate is no text
-        return {"text": text}, b""
+        return text
 
-    def encode(self, header: Header, payload: bytes) -> Answer:
+    def _encode(self, texts: list[str]) -> Answer:
         sequences = []
         count = 0
 
-        for text in header["texts"]:
+        for text in texts:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
             sequences.append(ids)
             count += len(ids)
@@ -67,6 +86,15 @@ class _Texts:
             _check_size(length, sandbox.LARGEST_TEXT, "characters")
 
         return {"texts": texts}, b""
+
+    def name_bytes(self, header: Header, payload: bytes) -> Answer:
+        """Return the bytes of ids where a text is the bytes of its tokens in a row, else none."""
+        if not _joins_bytes(self._tokenizer):
+            return {"lengths": None}, b""
+
+        (ids,) = unpack([len(payload) // ID_BYTES], payload)
+        found = [_to_bytes(self._tokenizer.id_to_token(token) or "") for token in ids]
+        return {"lengths": list(map(len, found))}, b"".join(found)
 
     def vocabulary(self, header: Header, payload: bytes) -> Answer:
         added = header["with_added_tokens"]
@@ -97,6 +125,34 @@ class _Texts:
     def name_tokens(self, header: Header, payload: bytes) -> Answer:
         """Return the tokens of ids as the vocabulary writes them, None where there is none."""
         return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
+
+
+def _joins_bytes(tokenizer: Tokenizer) -> bool:
+    """Return whether its decoder is ByteLevel's."""
+    decoder = tokenizer.decoder
+    return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+
+def _name_bytes() -> dict[str, int]:
+    """Return the byte that each character of a byte-level token stands for.
+
+    Source: tokenizers 0.22 ``pre_tokenizers/byte_level.rs`` (bytes_char), after GPT-2.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    named = {chr(byte): byte for byte in plain}
+    return named | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _name_bytes()
+
+
+def _to_bytes(token: str) -> bytes:
+    """Return a token as ByteLevel's decoder does: one with any other character is its text."""
+    try:
+        return bytes([_BYTES[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 def _check_size(size: int, most: int, unit: str) -> None:

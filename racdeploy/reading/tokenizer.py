@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.reading.ids import pack, unpack
 from racdeploy.reading.reader import MEMORY_BYTES, SECONDS, Reader, Request
 from racdeploy.storage.reading import read_bytes
@@ -18,8 +18,9 @@ MOST_BYTES = 64_000_000
 # Beyond what every call has. A tokenizer takes 10 bytes for each of its file.
 _MEMORY_PER_BYTE = 24
 _READING_S_PER_BYTE = 2e-6
-_ENCODING_S_PER_CHARACTER = 2e-5
+ENCODING_S_PER_CHARACTER = 2e-5
 _DECODING_S_PER_ID = 2e-5
+_LONGEST_TEXT = 16_000_000  # bytes, as the process has it in characters
 _DAMAGED = "copy the file again from its source"
 
 
@@ -46,13 +47,16 @@ class Tokenizer:
         self.reader.keep("tokenizer", request)
         self._what = f"the tokenizer {file} failed"
 
+        # Bytes of the tokens that were decoded so far; None where bytes do not make the text.
+        self._bytes: dict[int, bytes] | None = {}
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text as it is: special tokens written in it count, none are added."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
-        seconds = _ENCODING_S_PER_CHARACTER * sum(map(len, texts))
+        seconds = ENCODING_S_PER_CHARACTER * sum(map(len, texts))
         header, payload = self._ask("encode", seconds, texts=texts)
         return unpack(header["lengths"], payload)
 
@@ -62,11 +66,44 @@ class Tokenizer:
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each sequence of ids."""
-        try:
-            lengths, payload = pack(sequences)
-        except (OverflowError, TypeError) as error:
-            raise UsageError(f"a token id is no number from 0 to 2**32 - 1: {error}") from error
+        known = self._learn_bytes(sequences)
+        if known is None:
+            return self._decode(sequences)
 
+        texts = []
+        for ids in sequences:
+            pieces = [known[token] for token in ids]
+            size = sum(map(len, pieces))
+            if size > _LONGEST_TEXT:
+                raise ArtifactError(f"{self._what}: more than {_LONGEST_TEXT} bytes of text")
+            texts.append(b"".join(pieces).decode("utf-8", "replace"))
+        return texts
+
+    def _learn_bytes(self, sequences: Sequence[Sequence[int]]) -> dict[int, bytes] | None:
+        """Return the bytes of all these tokens, after asking for new ones."""
+        known = self._bytes
+        if known is None:
+            return None
+
+        new = [token for ids in sequences for token in ids if token not in known]
+        if not new:
+            return known
+
+        new = sorted(set(new))
+        _, payload = _pack([new])
+        header, found = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), payload)
+        if header["lengths"] is None:
+            self._bytes = None
+            return None
+
+        start = 0
+        for token, length in zip(new, header["lengths"], strict=True):
+            known[token] = found[start : start + length]
+            start += length
+        return known
+
+    def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        lengths, payload = _pack(sequences)
         seconds = _DECODING_S_PER_ID * sum(lengths)
         header, _ = self._ask("decode", seconds, payload, lengths=lengths)
         return list(header["texts"])
@@ -120,3 +157,10 @@ class Tokenizer:
     ) -> tuple[dict[str, Any], bytes]:
         seconds = SECONDS + more_seconds
         return self.reader.ask(Request(op, values, payload, self._what, _DAMAGED, seconds))
+
+
+def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:
+    try:
+        return pack(sequences)
+    except (OverflowError, TypeError) as error:
+        raise UsageError(f"a token id is no number from 0 to 2**32 - 1: {error}") from error

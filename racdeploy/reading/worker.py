@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from racdeploy.errors import RacdeployError
-from racdeploy.reading.limits import confine, processor_time
+from racdeploy.reading.limits import confine, limit_processor
 from racdeploy.storage.messages import Header, read_message, write_message
 
 Answer = tuple[Header, bytes]
@@ -42,8 +42,8 @@ def main() -> None:
 
 def _carry_out(operations: Operations, header: Header, payload: bytes) -> Answer:
     try:
-        with processor_time(header["seconds"]):
-            return operations[header["op"]](header, payload)
+        limit_processor(header["seconds"])
+        return operations[header["op"]](header, payload)
     except RacdeployError as error:
         name = type(error).__name__
         return {"raised": name, "message": error.message, "remedy": error.remedy}, b""
@@ -52,6 +52,8 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Answer
     except BaseException as error:  # noqa: BLE001 - a native library's panic is none of Exception
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return {"failed": reason[:_LONGEST_REASON]}, b""
+    finally:
+        limit_processor(0)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,16 @@ from typing import Any
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles
+from racdeploy.reading.ids import unpack_all
 from racdeploy.reading.reader import SECONDS, Reader, Request
-from racdeploy.reading.tokenizer import Tokenizer
+from racdeploy.reading.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
 
 Message = Mapping[str, Any]
 
 LONGEST_TEMPLATE = 2**18  # characters; those of real models have up to 20,000
 _COMPILING_S_PER_CHARACTER = 2e-6
 _RENDERING_S_PER_CHARACTER = 5e-6  # of what it is rendered with
+_FAILED = "the chat template failed"
 _MARKS = tuple(map(chr, range(0xE000, 0xF8FF)))  # of private use
 _numbers = itertools.count()
 
@@ -47,7 +49,7 @@ class ChatTemplate:
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self.tokens = {name: text for name, text in named.items() if text is not None}
 
-        self._reader = reader or Reader("racdeploy.reading.texts")
+        self.reader = reader or Reader("racdeploy.reading.texts")
         self._name = f"template {next(_numbers)}"
         if len(source) > LONGEST_TEMPLATE:
             raise ArtifactError(
@@ -56,9 +58,15 @@ class ChatTemplate:
             )
 
         seconds = _COMPILING_S_PER_CHARACTER * len(source)
-        compiling = self._request("compile_template", seconds, source=source)
-        self._reader.keep(self._name, compiling)
-        weakref.finalize(self, self._reader.forget, self._name)
+        compiling = self._make_request("compile_template", seconds, source=source)
+        self.reader.keep(self._name, compiling)
+        weakref.finalize(self, self.reader.forget, self._name)
+
+    def computed_by(self, reader: Reader) -> ChatTemplate:
+        """Return the same template, computed by the process of a tokenizer."""
+        if reader is self.reader:
+            return self
+        return ChatTemplate(self.source, **self.tokens, reader=reader)
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
@@ -69,26 +77,65 @@ class ChatTemplate:
             ArtifactError: the template failed, or took too much.
             UsageError: a message or variable is no JSON.
         """
+        variables_json = self._write(messages, add_generation_prompt, variables)
+        header, _ = self.reader.ask(self._request("render", variables_json))
+        return str(header["text"])
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        lead: str = "",
+        mark: str = "",
+        **variables: Any,
+    ) -> list[int]:
+        """Return the ids of the prompt text by the tokenizer of the same process.
+
+        Args:
+            lead: put in front of a text that does not begin with it.
+            mark: left out of the text, which is encoded in pieces between marks.
+        """
+        variables_json = self._write(messages, add_generation_prompt, variables)
+        request = self._request(
+            "encode_rendered",
+            variables_json,
+            what=f"{_FAILED}, or the tokenizer",
+            lead=lead,
+            mark=mark,
+            base_s=SECONDS,
+            encoding_s=ENCODING_S_PER_CHARACTER,
+            expected_characters=len(variables_json) + len(self.source),
+        )
+        _, payload = self.reader.ask(request)
+        return unpack_all(payload)
+
+    def _write(
+        self, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
+        """Return as JSON what the template is rendered with."""
         given = {"tools": None, "documents": None, **self.tokens, **variables}
         given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
 
         try:
-            text = json.dumps(given, default=_plain)
+            return _write_json(given)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"messages and template variables must be JSON: {error}",
                 remedy="give texts, numbers, lists and dicts",
             ) from error
 
-        seconds = _RENDERING_S_PER_CHARACTER * len(text)
-        header, _ = self._reader.ask(self._request("render", seconds, variables=text))
-        return str(header["text"])
+    def _request(self, op: str, variables_json: str, what: str = _FAILED, **values: Any) -> Request:
+        seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
+        return self._make_request(op, seconds, what, variables=variables_json, **values)
 
-    def _request(self, op: str, more_seconds: float, **values: str) -> Request:
+    def _make_request(
+        self, op: str, more_seconds: float, what: str = _FAILED, **values: Any
+    ) -> Request:
         return Request(
             op,
             {"template": self._name, **values},
-            what="the chat template failed",
+            what=what,
             remedy="compare the messages with the model card; if they are right, correct the "
             "template",
             seconds=SECONDS + more_seconds,
@@ -106,7 +153,7 @@ class PromptEncoder:
         self, tokenizer: Tokenizer, template: ChatTemplate, *, add_bos: bool = False
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = template.computed_by(tokenizer.reader)
         self.bos_token = template.tokens.get("bos_token", "")
         self.lead = self.bos_token if add_bos else ""
 
@@ -156,13 +203,12 @@ class PromptEncoder:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         typed = [str(message.get("content")) for message in messages if not _is_said(message)]
         forged = [token for token in self.tokenizer.controls if any(token in t for t in typed)]
-        if not forged:
-            return self.encode_text(self.render(messages, **variables))
 
-        mark = next(each for each in _MARKS if not any(each in text for text in typed))
-        marked = [_mark(message, forged, mark) for message in messages]
-        pieces = self.render(marked, **variables).split(mark)
-        return [token for ids in self.tokenizer.encode_batch(pieces) for token in ids]
+        mark = ""
+        if forged:
+            mark = next(each for each in _MARKS if not any(each in text for text in typed))
+            messages = [_mark(message, forged, mark) for message in messages]
+        return self.template.encode(messages, lead=self.lead, mark=mark, **variables)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text as it is: special tokens written in it count, none are added."""
@@ -204,3 +250,6 @@ def _plain(value: object) -> object:
     if isinstance(value, Sequence):
         return list(value)
     raise TypeError(f"{type(value).__name__} is none")
+
+
+_write_json = json.JSONEncoder(default=_plain).encode

@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 _LENGTHS = struct.Struct("<IQ")
 _PIECE_BYTES = 1 << 20
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, Any]
 
 
-def encode_message(header: Mapping[str, Any]) -> bytes:
+class Source(Protocol):
+    """What frames are read from."""
+
+    def read(self, count: int, /) -> bytes:
+        """Return at most so many bytes, nothing at the end."""
+
+
+def encode_message(header: Header) -> bytes:
     """Return a frame without a payload."""
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _encode(header).encode()
     return _LENGTHS.pack(len(text), 0) + text
 
 
-def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes = b"") -> None:
+def write_message(stream: IO[bytes], header: Header, payload: bytes = b"") -> None:
     """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    stream.write(_LENGTHS.pack(len(text), len(payload)))
-    stream.write(text)
+    text = _encode(header).encode()
+    stream.write(_LENGTHS.pack(len(text), len(payload)) + text)
     stream.write(payload)
     stream.flush()
 
 
-def read_message(stream: IO[bytes], most_bytes: int = 0) -> tuple[Header, bytes] | None:
+def read_message(stream: Source, most_bytes: int = 0) -> tuple[Header, bytes] | None:
     """Read one frame, or return None where the pipe has ended, also in mid-frame.
 
     With ``most_bytes``, a longer frame is an end, too: nothing of it is read.
@@ -53,7 +59,7 @@ def read_message(stream: IO[bytes], most_bytes: int = 0) -> tuple[Header, bytes]
     return json.loads(text), payload
 
 
-def _read(stream: IO[bytes], count: int) -> bytes:
+def _read(stream: Source, count: int) -> bytes:
     """Read so many bytes, fewer where the pipe ends; a stream without a buffer gives pieces."""
     pieces = []
     while count and (piece := stream.read(min(count, _PIECE_BYTES))):
