@@ -25,6 +25,27 @@ def make_private(folder: Path) -> None:
             place.mkdir(0o700, exist_ok=True)
 
 
+def shut_off(folder: Path) -> bool:
+    """Keep everybody else out of a folder of this user; return whether others could write there.
+
+    Raises:
+        PermissionError: it belongs to another user.
+        NotADirectoryError: it is a link, or no folder.
+    """
+    if sys.platform == "win32":
+        return False
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        state = os.fstat(descriptor)
+        if state.st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to another user, of number {state.st_uid}")
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    return bool(state.st_mode & _OTHERS_WRITE)
+
+
 def explain_foreign(folder: Path) -> str:
     """Return why another user may have put something into a folder, or an empty string.
 

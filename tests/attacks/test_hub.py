@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import Hub, Repository, hub_server, point_at
 
+pulling = importlib.import_module("racdeploy.bundles.hub.pull")  # a function has its name
 NAME = "evil/model"
 OWN = "racdeploy/thinker-1B-rac-v1.0-Q8_0"
 MANIFEST = f"{OWN}/racdeploy.json"
@@ -189,3 +192,51 @@ def test_texts_of_the_hub_cannot_move_the_cursor(hub: Hub) -> None:
         pull(NAME, Path("out"))
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("planted", ["a link", "a link inside", "a folder for all"])
+def test_what_is_planted_where_files_arrive_is_not_used(
+    hub: Hub, tmp_path: Path, planted: str
+) -> None:
+    """Its name can be foreseen: nothing is written through a link, and nothing of it is taken."""
+    _serve(hub, tmp_path, {})
+    victim, partial = tmp_path / "victim", Path(".out.pull")
+    victim.mkdir()
+    if planted == "a link":
+        partial.symlink_to(victim)
+    else:
+        partial.mkdir()
+    if planted == "a link inside":
+        (partial / "racdeploy").symlink_to(victim)
+    if planted == "a folder for all":
+        partial.chmod(0o777)
+        (partial / "planted").write_text("")
+
+    pull(NAME, Path("out"))
+    assert list(victim.iterdir()) == []
+    assert not os.path.lexists(partial)
+    assert not (Path("out") / "planted").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone gives away")
+def test_a_folder_of_another_user_is_refused(hub: Hub, tmp_path: Path) -> None:
+    _serve(hub, tmp_path, {})
+    Path(".out.pull").mkdir()
+    os.chown(".out.pull", 12345, -1)
+    with pytest.raises(UsageError, match=r"\.out\.pull belongs to another user, of number 12345"):
+        pull(NAME, Path("out"))
+    assert list(Path(".out.pull").iterdir()) == []
+
+
+def test_what_arrives_is_for_this_user_alone(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an older version has left a folder that others may read."""
+    _serve(hub, tmp_path, {})
+    Path(".out.pull").mkdir(0o755)
+    modes = []
+    monkeypatch.setattr(
+        pulling, "_check", lambda *_: modes.append(Path(".out.pull").stat().st_mode & 0o777)
+    )
+    pull(NAME, Path("out"))
+    assert modes == [0o700]

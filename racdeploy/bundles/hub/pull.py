@@ -16,6 +16,7 @@ from racdeploy.bundles.hub.remote import Remote
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.storage.files import atomic_folder, file_sha256, make_parent, require_space
+from racdeploy.storage.ownership import shut_off
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,26 @@ def _choose(remote: Remote, quant: str) -> str:
 
 
 def _open_partial(out: Path) -> Path:
-    """Return the folder in which files arrive; one with links in it is somebody else's."""
+    """Return the folder in which files arrive, where those of an interrupted pull may lie.
+
+    Anybody can foresee its name, so it counts only if nobody else could have put something there.
+    """
     partial = out.resolve().with_name(f".{out.name}.pull")
     if partial.is_symlink() or partial.is_file():
         partial.unlink()
-    elif any(path.is_symlink() for path in partial.rglob("*")):
-        shutil.rmtree(partial)
+    partial.mkdir(0o700, exist_ok=True)
 
-    partial.mkdir(exist_ok=True)
+    try:
+        is_doubtful = shut_off(partial)
+    except PermissionError as error:
+        raise UsageError(
+            f"files would arrive in a folder that is not yours: {error}",
+            remedy="name another place with --out",
+        ) from error
+
+    if is_doubtful or any(path.is_symlink() for path in partial.rglob("*")):
+        shutil.rmtree(partial)
+        partial.mkdir(0o700)
     return partial
 
 
