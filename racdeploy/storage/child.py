@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -16,7 +17,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,19 @@ import racdeploy
 P = TypeVar("P")
 _SAID_CHARACTERS = 1500  # of what a child wrote last, in a message
 _ENVIRONMENT = resources.files("racdeploy.storage") / "environment.toml"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child for a stranger's file may take in all; it also gets :func:`clean_environment`.
+
+    Args:
+        memory_bytes: private memory, Python and its libraries included.
+        processor_s: of all its threads together.
+    """
+
+    memory_bytes: int
+    processor_s: int
 
 
 @dataclass(frozen=True)
@@ -55,15 +68,26 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return :func:`environment` without what a child for a stranger's file has no use for."""
-    named = tomllib.loads(_ENVIRONMENT.read_text(encoding="utf-8"))
+    names, beginnings, secret = _read_passed()
     kept = {}
 
     for name, value in environment().items():
-        is_passed = any(fnmatchcase(name.upper(), passed) for passed in named["passed"])
-        if is_passed and not name.upper().endswith(tuple(named["secret"])):
+        known = name.upper()
+        is_passed = known in names or known.startswith(beginnings)
+        if is_passed and not known.endswith(secret):
             kept[name] = value
 
     return {**kept, **(variables or {})}
+
+
+@functools.cache
+def _read_passed() -> tuple[frozenset[str], tuple[str, ...], tuple[str, ...]]:
+    """Return names that are passed, beginnings of others, and ends of those that never are."""
+    named = tomllib.loads(_ENVIRONMENT.read_text(encoding="utf-8"))
+    passed: list[str] = named["passed"]
+    names = frozenset(name for name in passed if not name.endswith("*"))
+    beginnings = tuple(name[:-1] for name in passed if name.endswith("*"))
+    return names, beginnings, tuple(named["secret"])
 
 
 class _Starter:
@@ -120,12 +144,20 @@ def run_module(
     *arguments: object,
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
 ) -> Outcome:
     """Run a module in its own process, to its end or for ``timeout_s``; then it is killed."""
+    make = environment
+    if limits is not None:
+        make = clean_environment
+        bounds = limits.memory_bytes, limits.processor_s
+        arguments = (*bounds, module, *arguments)
+        module = "racdeploy.storage.limited"
+
     try:
         done = subprocess.run(
             command(module, *arguments),
-            env=environment(variables),
+            env=make(variables),
             capture_output=True,
             text=True,
             encoding="utf-8",

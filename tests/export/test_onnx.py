@@ -355,9 +355,9 @@ def test_a_dead_child_is_reported_with_its_last_words(
         ("failing", "ended with exit code 1: no such layer"),
     ):
         with pytest.raises(EngineError, match=f"the builder {message}"):
-            onnx_exporters.run_module(module, [], "the builder")
+            onnx_exporters.run_module(module, [], "the builder", tmp_path)
     genai = onnx_exporters.load("genai")
-    monkeypatch.setattr(genai, "run_module", lambda module, arguments, what: None)
+    monkeypatch.setattr(genai, "run_module", lambda module, arguments, what, model: None)
     with pytest.raises(EngineError, match="without an error and without a graph"):
         genai.build(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from racdeploy.storage.child import Outcome, run_module
+from racdeploy.storage.child import Limits, Outcome, run_module
 
 
 @pytest.mark.parametrize(
@@ -36,4 +37,28 @@ def test_a_child_gives_a_value_or_the_reason_why_not(
     monkeypatch.chdir(tmp_path / "elsewhere")
     timeout_s = 2.0 if "sleep" in code else 60.0
     found = run_module("child_of_a_test", timeout_s=timeout_s, variables={"WORD": "given"})
+    assert found == outcome
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds memory")
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("import sys, numpy; print(int(sys.argv[1:] == ['a', '-b']))", Outcome(1)),
+        ("import os; print(int('OPENAI_API_KEY' in os.environ))", Outcome(0)),
+        ("import os; print('\"' + os.environ['HF_HUB_OFFLINE'] + '\"')", Outcome("1")),
+        ("bytes(600 * 2**20)", Outcome(None, "ended with exit code 1: MemoryError")),
+        ("while True: pass", Outcome(None, "died with SIGXCPU: it wrote nothing")),
+    ],
+)
+def test_a_child_for_a_strangers_file_has_limits_and_no_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, outcome: Outcome
+) -> None:
+    """Memory and processor time, and what is named for it of the environment."""
+    (tmp_path / "child_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    limits = Limits(memory_bytes=500 * 2**20, processor_s=2)
+    named = {"HF_HUB_OFFLINE": "1"}
+    found = run_module("child_of_a_test", "a", "-b", variables=named, limits=limits)
     assert found == outcome

@@ -81,7 +81,8 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]
         file = exporter.build(prepared, Path(scratch) / "graph")
         graph = adopt(file, checkpoint, exporter, name)
         arguments = [str(checkpoint.folder.resolve()), str(file)]
-        found = run_module("racdeploy.export.onnx.parity", arguments, "the comparison with torch")
+        what = "the comparison with torch"
+        found = run_module("racdeploy.export.onnx.parity", arguments, what, checkpoint.folder)
 
     if not isinstance(found, dict):
         raise EngineError("the comparison with torch ended without a result")

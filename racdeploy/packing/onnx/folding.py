@@ -23,6 +23,9 @@ from racdeploy.packing.onnx.file import load_graph, read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX
 from racdeploy.storage import child
 
+_BASE_BYTES = 2 * 2**30
+_COPIES = 160  # 28 bytes while a weight is unfolded, of which the file may have a quarter
+_BASE_SECONDS = 3600  # of processor time
 _BITS = f"{PACKING_PREFIX}bits"
 _FLAT = f"{PACKING_PREFIX}flat"
 _AXIS = f"{PACKING_PREFIX}axis"
@@ -93,12 +96,18 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
 
 def _run_session(graph: Path, optimized: Path) -> None:
     """Save the graph as a session optimizes it, in a child: it takes a whole model's memory."""
-    outcome = child.run_module(__name__, graph, optimized)
+    outcome = child.run_module(__name__, graph, optimized, limits=_limits_for(graph))
     if outcome.failure:
         raise EngineError(
             f"loading the packed graph {outcome.failure}",
             remedy="free memory, or use packing 'bitmask_sidecar'",
         )
+
+
+def _limits_for(graph: Path) -> child.Limits:
+    """Return what no healthy graph comes near: a packed one is unfolded to 8 times its size."""
+    size_bytes = sum(file.stat().st_size for file in graph.parent.iterdir() if file.is_file())
+    return child.Limits(_BASE_BYTES + _COPIES * size_bytes, _BASE_SECONDS + size_bytes // 10**5)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage import child
 
-__all__ = ["Exporter", "load", "prepare", "run_module"]
+__all__ = ["Exporter", "limits_for", "load", "prepare", "run_module"]
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -24,6 +24,10 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+_BASE_BYTES = 8 * 2**30  # torch, its threads and onnx
+_COPIES = 24  # weights of 2 bytes each, in float32
+_BASE_SECONDS = 3600  # of processor time
+_SECONDS_PER_BYTE = 4e-6
 _DROPPED = {"rope_parameters", "quantization_config", "transformers_version"}
 
 
@@ -94,14 +98,23 @@ def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def run_module(module: str, arguments: Sequence[str], what: str) -> Any:
+def run_module(module: str, arguments: Sequence[str], what: str, model: Path) -> Any:
     """Run a module in its own process; return the JSON value of its last line, if it is one.
 
-    An EngineError says that it failed or died, with the last line that it wrote.
+    An EngineError says that it failed or died, with the last line that it wrote. ``model`` is the
+    folder that it reads, by whose size its limits grow.
     """
-    outcome = child.run_module(module, *arguments, variables=_QUIET)
+    outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits_for(model))
     if outcome.failure:
         raise EngineError(
             f"{what} {outcome.failure}", remedy="free memory, or update it; try the other exporter"
         )
     return outcome.value
+
+
+def limits_for(model: Path) -> child.Limits:
+    """Return what no healthy export comes near: it takes up to 7 float32 copies of the weights."""
+    size_bytes = sum(file.stat().st_size for file in model.iterdir() if file.is_file())
+    return child.Limits(
+        _BASE_BYTES + _COPIES * size_bytes, _BASE_SECONDS + int(_SECONDS_PER_BYTE * size_bytes)
+    )

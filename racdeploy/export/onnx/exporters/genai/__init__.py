@@ -73,7 +73,8 @@ def _run_builder(prepared: Path, out: Path) -> Path:
     options["-c"] = out / "cache"
     arguments = [str(word) for option in options.items() for word in option]
     arguments += ["--extra_options", *_OPTIONS]
-    run_module("onnxruntime_genai.models.builder", arguments, "onnxruntime-genai's model builder")
+    what = "onnxruntime-genai's model builder"
+    run_module("onnxruntime_genai.models.builder", arguments, what, prepared)
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError(

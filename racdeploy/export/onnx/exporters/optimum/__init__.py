@@ -31,7 +31,8 @@ def build(prepared: Path, out: Path) -> Path:
     require("optimum")
     require("accelerate")  # without it, tied weights are stored twice
     folders = [str(prepared), str(out)]
-    run_module("racdeploy.export.onnx.exporters.optimum.child", folders, "optimum's export")
+    child = "racdeploy.export.onnx.exporters.optimum.child"
+    run_module(child, folders, "optimum's export", prepared)
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError("optimum's export ended without an error and without a graph")
