@@ -11,6 +11,7 @@ import sys
 from racdeploy import accel
 from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
 from racdeploy.models.sources import EMBEDDED, resolve
+from racdeploy.storage import landlock
 from racdeploy.storage.caches import default_work
 from racdeploy.storage.cores import available_cores, multiplies_bfloat16
 from racdeploy.storage.memory import free_bytes
@@ -28,6 +29,7 @@ def examine() -> list[dict[str, str]]:
         _examine_work(),
         _examine_cores(),
         _examine_memory(),
+        _examine_limits(),
         _examine_gpu(),
         _examine_compiler(),
         _examine_llama(),
@@ -68,6 +70,19 @@ def _examine_memory() -> dict[str, str]:
     free = free_bytes()
     known = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
     return _finding("memory", True, known)
+
+
+def _examine_limits() -> dict[str, str]:
+    """Say what keeps processes that open a stranger's files from the rest of the machine."""
+    version = landlock.version()
+    if version:
+        detail = f"Landlock, version {version}: engines and readers start and write nothing"
+        return _finding("limits", True, detail + _beyond(version))
+    return _unused("limits", "the system has no Landlock; those of memory and time hold")
+
+
+def _beyond(version: int) -> str:
+    return " and open no TCP" if version >= landlock.TCP_VERSION else ""
 
 
 def _examine_gpu() -> dict[str, str]:

@@ -178,7 +178,7 @@ def _is_intact(file: Path, stream: IO[bytes], pieces: list[str]) -> bool:
         return enough and all(map(is_right, range(len(pieces))))
 
     key = hashlib.sha256("".join(pieces).encode()).hexdigest()
-    if not check_once(file, key, are_all_right):
+    if not check_once(file, key, are_all_right, records=cache_folder() / "checked"):
         return False
 
     some = random.sample(range(len(pieces)), min(_PIECES_A_LOAD, len(pieces)))

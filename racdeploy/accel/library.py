@@ -119,7 +119,7 @@ class Library:
 
 def cache_folder() -> Path:
     """Return where libraries are kept: ``RACDEPLOY_ACCEL``, or a part of the user's cache."""
-    return caches.cache_folder("accel", "RACDEPLOY_ACCEL")
+    return caches.accel_folder()
 
 
 @functools.cache

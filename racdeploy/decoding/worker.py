@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.decoding import allowance
 from racdeploy.decoding.batching import Batcher, Decoder, Job, News
 from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.decoding.sequence import Sequence
@@ -293,6 +294,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
 
     threading.excepthook = _die
+    allowance.restrict()  # before there are other threads
     inbox = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDONLY)

@@ -11,6 +11,9 @@ import signal
 import sys
 import time
 
+from racdeploy.storage import landlock
+from racdeploy.storage.landlock import ALL, WRITE, Access
+
 if sys.platform != "win32":
     import resource
 
@@ -19,14 +22,15 @@ _STATUS = "/proc/self/status"
 
 
 def confine(memory_bytes: int, opens_files: bool) -> None:
-    """Take so much more memory than now at most, and write no file.
+    """Take so much more memory than now at most, write no file, and start no program.
 
     Where operations open no files either, nothing is opened any more: no file, socket or pipe.
     """
     if sys.platform == "win32":
         return
 
-    limit_memory(memory_bytes)
+    limit_memory(memory_bytes)  # which reads a file
+    landlock.restrict(WRITE | Access.EXECUTE if opens_files else ALL, {})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 

@@ -43,15 +43,18 @@ def file_state(file: Path) -> State:
     return [str(file.resolve()), found.st_size, *times, found.st_ino, sample.hexdigest()[:32]]
 
 
-def check_once(file: Path, key: str, check: Callable[[], bool]) -> bool:
+def check_once(
+    file: Path, key: str, check: Callable[[], bool], records: Path | None = None
+) -> bool:
     """Return whether a file passes a check, which is left out where it passed it as it is now.
 
     Args:
         key: what else decides the outcome, as the hash that is expected.
+        records: the folder of what is remembered; by default a part of the user's cache.
     """
     for _ in range(_TRIES):
         state = file_state(file)
-        record = _locate(file)
+        record = _locate(file, records or cache_folder("checked"))
         if _read(record) == [key, state]:
             return True
         if not check():
@@ -68,9 +71,9 @@ def has_sha256(file: Path, sha256: str) -> bool:
     return check_once(file, sha256, lambda: file_sha256(file) == sha256)
 
 
-def _locate(file: Path) -> Path:
+def _locate(file: Path, records: Path) -> Path:
     digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
-    return cache_folder("checked") / f"{digest[:32]}.json"
+    return records / f"{digest[:32]}.json"
 
 
 def _read(record: Path) -> object:

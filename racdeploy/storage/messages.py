@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 _LENGTHS = struct.Struct("<IQ")
@@ -23,13 +24,13 @@ class Source(Protocol):
         """Return at most so many bytes, nothing at the end."""
 
 
-def encode_message(header: Header) -> bytes:
+def encode_message(header: Mapping[str, Any]) -> bytes:
     """Return a frame without a payload."""
     text = _encode(header).encode()
     return _LENGTHS.pack(len(text), 0) + text
 
 
-def write_message(stream: IO[bytes], header: Header, payload: bytes = b"") -> None:
+def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes = b"") -> None:
     """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
     text = _encode(header).encode()
     stream.write(_LENGTHS.pack(len(text), len(payload)) + text)

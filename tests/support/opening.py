@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,27 @@ def _write(header: dict[str, Any], payload: bytes) -> Answer:
     return {}, b""
 
 
-OPERATIONS = {"file": _file, "socket": _socket, "pipe": _pipe, "write": _write}
+def _program(header: dict[str, Any], payload: bytes) -> Answer:
+    subprocess.run(["true"], check=True)
+    return {}, b""
+
+
+def _connect(header: dict[str, Any], payload: bytes) -> Answer:
+    socket.create_connection(("127.0.0.1", 9), 5.0)
+    return {}, b""
+
+
+def _remove(header: dict[str, Any], payload: bytes) -> Answer:
+    Path(header["path"]).unlink()
+    return {}, b""
+
+
+OPERATIONS = {
+    "file": _file,
+    "socket": _socket,
+    "pipe": _pipe,
+    "write": _write,
+    "program": _program,
+    "connect": _connect,
+    "remove": _remove,
+}

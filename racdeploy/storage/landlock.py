@@ -1,0 +1,152 @@
+"""Landlock: what a thread, and all that it starts later, may never do again (Linux 5.13 and later).
+
+Nothing is executed, and files are written in named places alone; further versions of the interface
+add TCP (4), and signals to processes outside (6). It asks for no privilege. Where the system has
+less, less holds. Datagrams (UDP) are beyond it.
+Source: linux/landlock.h and Documentation/userspace-api/landlock.rst of Linux 6.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Mapping
+from enum import IntFlag
+from pathlib import Path
+
+# The same numbers on every architecture.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_ASK_VERSION = 1
+_PATH_BENEATH = 1
+_NO_NEW_PRIVILEGES = 38  # of prctl
+
+TCP_VERSION = 4
+_SCOPE_VERSION = 6
+_TCP = 0b11  # to bind, to connect
+_SCOPES = 0b11  # abstract Unix sockets, signals
+
+
+class Access(IntFlag):
+    """Rights to files and folders."""
+
+    EXECUTE = 1 << 0
+    WRITE_FILE = 1 << 1
+    READ_FILE = 1 << 2
+    READ_FOLDER = 1 << 3
+    REMOVE_FOLDER = 1 << 4
+    REMOVE_FILE = 1 << 5
+    MAKE_DEVICE = 1 << 6
+    MAKE_FOLDER = 1 << 7
+    MAKE_FILE = 1 << 8
+    MAKE_SOCKET = 1 << 9
+    MAKE_PIPE = 1 << 10
+    MAKE_DISK = 1 << 11
+    MAKE_LINK = 1 << 12
+    MOVE = 1 << 13  # version 2
+    TRUNCATE = 1 << 14  # version 3
+
+
+READ = Access.READ_FILE | Access.READ_FOLDER
+CHANGE_FILE = Access.WRITE_FILE | Access.TRUNCATE
+WRITE = ~(READ | Access.EXECUTE)
+ALL = ~Access(0)
+_SINCE = {Access.MOVE: 2, Access.TRUNCATE: 3}
+
+
+class _Ruleset(ctypes.Structure):
+    _fields_ = (
+        ("files", ctypes.c_uint64),
+        ("network", ctypes.c_uint64),
+        ("scopes", ctypes.c_uint64),
+    )
+
+
+class _Beneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("allowed", ctypes.c_uint64), ("descriptor", ctypes.c_int32))
+
+
+@functools.cache
+def version() -> int:
+    """Return the version of the interface, 0 where the system has none or does not allow it."""
+    if sys.platform != "linux":
+        return 0
+    with contextlib.suppress(OSError):
+        return _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
+    return 0
+
+
+def restrict(denied: Access, allowed: Mapping[Path, Access]) -> bool:
+    """Deny this thread, and what it starts, rights to files, and the network and signals outside.
+
+    Args:
+        denied: everywhere but in ``allowed``: rights to these files, or below these folders; those
+            that do not exist are left out.
+
+    Returns:
+        Whether that holds now; without Landlock, nothing does.
+    """
+    if not version():
+        return False
+    try:
+        _restrict(denied, allowed)
+    except OSError:  # too many layers of it, or a file system that has none
+        return False
+    return True
+
+
+def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
+    known = _known(denied)
+    network = _TCP if version() >= TCP_VERSION else 0
+    scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
+    ruleset = _Ruleset(known, network, scopes)
+    rules = _call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
+
+    try:
+        for place, rights in allowed.items():
+            with contextlib.suppress(FileNotFoundError):
+                _allow(rules, place, known & rights)
+        _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+        _call(_RESTRICT_SELF, rules, 0)
+    finally:
+        os.close(rules)
+
+
+def _known(rights: Access) -> Access:
+    """Return the rights that this version has."""
+    for right, since in _SINCE.items():
+        if version() < since:
+            rights &= ~right
+    return rights
+
+
+def _allow(rules: int, place: Path, rights: Access) -> None:
+    if not place.is_dir():
+        rights &= CHANGE_FILE | Access.READ_FILE | Access.EXECUTE
+
+    descriptor = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    try:
+        beneath = _Beneath(rights, descriptor)
+        _call(_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(beneath), 0)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call(number: int, *arguments: object) -> int:
+    wide = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    return _check(_library().syscall(ctypes.c_long(number), *wide))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
