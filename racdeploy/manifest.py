@@ -18,6 +18,9 @@ MOST_MANIFEST_BYTES = 4_000_000
 MOST_TOKENS = 1 << 22
 """Longest sequence that anybody may ask for: above any model's of today."""
 
+CONFIGURATIONS = ("genai_config.json", "config.json")
+"""Files that say what a graph leaves open: beside it, or in the folder above."""
+
 _MOST_BYTES = 1 << 50  # of an artifact
 Name = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A path within a bundle."""
@@ -61,7 +64,8 @@ class ArtifactEntry(_Entry):
     ``files`` are the hashes of all its files by their path in the bundle; an old manifest has none,
     and means the main file. ``size_bytes`` is of those that every engine opens: not of the second
     graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one is
-    made from, empty where nothing is packed.
+    made from, empty where nothing is packed. ``companions`` are the hashes of configurations beside
+    it, which are compared where one is used; bundles that were made before have none.
     """
 
     path: Name
@@ -73,6 +77,7 @@ class ArtifactEntry(_Entry):
     backend: str
     unpacked_sha256: Sha256 | Literal[""] = ""
     files: Files = Field(default_factory=dict)
+    companions: Files = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fill_files(self) -> Self:
@@ -83,6 +88,19 @@ class ArtifactEntry(_Entry):
     def check(self, bundle: Path) -> None:
         """Raise ArtifactError for the first file of the artifact that differs from its hash."""
         _check_hashes(bundle, self.files)
+
+    def check_companion(self, bundle: Path, file: Path) -> None:
+        """Raise ArtifactError for a configuration that was used and is not as it is listed."""
+        if not self.companions:
+            return
+
+        name = file.resolve().relative_to(bundle.resolve()).as_posix()
+        if name not in self.companions:
+            raise ArtifactError(
+                f"{file} was used, and the manifest does not list it",
+                remedy="remove it, or copy the bundle again",
+            )
+        _check_hashes(bundle, {name: self.companions[name]})
 
     def check_once(self, bundle: Path) -> None:
         """Do the same, and leave out what has passed and is as it was then."""
@@ -194,7 +212,7 @@ class Manifest(_Entry):
             ) from error
 
         for entry in manifest.artifacts:
-            for name in (entry.path, *entry.files):
+            for name in (entry.path, *entry.files, *entry.companions):
                 _check_inside(bundle, name)
             if entry.files.get(entry.path) != entry.sha256:
                 raise ArtifactError(

@@ -16,7 +16,7 @@ from racdeploy import __version__, export
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
-from racdeploy.manifest import TokenizerEntry
+from racdeploy.manifest import CONFIGURATIONS, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
@@ -129,6 +129,8 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             _copy_files(contents.job.model.folder, scratch / DENSE_FOLDER, _READ_FILES)
 
         manifest = _manifest(scratch, contents)
+        companions = _describe_to_programs(manifest, checkpoint, scratch)
+        manifest = manifest.model_copy(update={"artifacts": _list_companions(manifest, companions)})
         records = [record.model_dump_json() + "\n" for record in contents.records]
         texts = {
             manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
@@ -141,15 +143,37 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
         if contents.report.recovery:
             texts["recover.csv"] = as_csv(contents.report.recovery)
 
-        for entry in manifest.artifacts:
-            form = export.load(entry.format)
-            texts |= form.companions(manifest, checkpoint, scratch)
-
+        texts |= companions
         for name, text in texts.items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_text(text, encoding="utf-8")
 
     return manifest
+
+
+def _describe_to_programs(
+    manifest: manifests.Manifest, checkpoint: Checkpoint, folder: Path
+) -> dict[str, str]:
+    """Return the texts of further files that programs want, by their paths in the bundle."""
+    texts: dict[str, str] = {}
+    for entry in manifest.artifacts:
+        texts |= export.load(entry.format).companions(manifest, checkpoint, folder)
+    return texts
+
+
+def _list_companions(
+    manifest: manifests.Manifest, texts: Mapping[str, str]
+) -> tuple[manifests.ArtifactEntry, ...]:
+    """Return the artifacts with the hashes of configurations that an engine of ours may read."""
+    hashes = {
+        name: hashlib.sha256(text.encode()).hexdigest()
+        for name, text in texts.items()
+        if Path(name).name in CONFIGURATIONS
+    }
+    return tuple(
+        entry.model_copy(update={"companions": hashes if entry.format == "onnx" else {}})
+        for entry in manifest.artifacts
+    )
 
 
 def _copy_files(source: Path, out: Path, names: Sequence[str]) -> None:

@@ -62,13 +62,26 @@ def load(
     )
     model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
 
-    if states != _read_states(folder, artifact):
+    try:
+        _check_what_ran(folder, artifact, model, states)
+    except BaseException:
         model.close()
+        raise
+    return model
+
+
+def _check_what_ran(
+    folder: Path, artifact: ArtifactEntry, model: Model, states: list[State]
+) -> None:
+    """Refuse what was replaced while it was loaded, or was used and is not as it is listed."""
+    if states != _read_states(folder, artifact):
         raise ArtifactError(
             f"{folder / artifact.path} changed while it was loaded",
             remedy="wait until it is copied, then load it again",
         )
-    return model
+
+    if configuration := model.engine.about.get("configuration"):
+        artifact.check_companion(folder, Path(configuration))
 
 
 def load_dense(

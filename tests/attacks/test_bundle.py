@@ -20,6 +20,8 @@ from racdeploy.storage import checked
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
 
+pytestmark = pytest.mark.answers("M5")
+
 LONG_AGO_NS = 1_600_000_000_000_000_000
 
 
@@ -145,6 +147,7 @@ def _unlist(bundle: Path, name: str) -> None:
     (bundle / "racdeploy.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
+@pytest.mark.takes(12, "a graph may be exported first, once in a session")
 @pytest.mark.parametrize("name", ["onnx/model.accel.onnx", "onnx/model.onnx_packed"])
 def test_a_second_graph_or_sidecar_that_is_not_listed_is_refused(tmp_path: Path, name: str) -> None:
     """They are found by their names."""
@@ -152,6 +155,29 @@ def test_a_second_graph_or_sidecar_that_is_not_listed_is_refused(tmp_path: Path,
     _check(bundle)
     (bundle / name).write_bytes(b"")
     with pytest.raises(ArtifactError, match="the manifest does not list it"):
+        racdeploy.load(bundle)
+
+
+@pytest.mark.takes(12, "four loads, and a graph may be exported first, once in a session")
+def test_a_configuration_that_is_used_is_the_one_that_is_listed(tmp_path: Path) -> None:
+    """The graph leaves its head size open. Older bundles list none, and take no more from it."""
+    bundle = make_onnx_bundle(tmp_path)
+    racdeploy.load(bundle).close()
+
+    manifest = json.loads((bundle / "racdeploy.json").read_text(encoding="utf-8"))
+    companions = {"config.json": file_sha256(bundle / "config.json")}
+    manifest["artifacts"][0]["companions"] = companions
+    (bundle / "racdeploy.json").write_text(json.dumps(manifest), encoding="utf-8")
+    racdeploy.load(bundle).close()
+
+    shutil.copy(bundle / "config.json", bundle / "onnx/config.json")
+    with pytest.raises(ArtifactError, match=r"onnx/config.json was used, and the manifest does"):
+        racdeploy.load(bundle)
+    (bundle / "onnx/config.json").unlink()
+
+    with (bundle / "config.json").open("a") as stream:
+        stream.write("\n")
+    with pytest.raises(ArtifactError, match=r"config.json differs from its manifest"):
         racdeploy.load(bundle)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from racdeploy.errors import EngineError
+from racdeploy.manifest import CONFIGURATIONS
 from racdeploy.packing.raconnx import load_sidecar
 from racdeploy.storage.reading import read_json
 
@@ -93,11 +94,13 @@ class DecoderGraph:
     ``shares_buffer`` says that past and present may be one buffer of the largest length
     (GroupQueryAttention); other graphs append to the past, so that the present is a longer tensor.
     ``last_only`` says that the graph gives the logits of the last token alone. ``folder`` is where
-    a configuration has the head size that a graph may leave open.
+    a configuration has the head size that a graph may leave open, ``configuration`` the one that
+    was read, if any.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, folder: Path) -> None:
         self.session = session
+        self.configuration: Path | None = None
         self._inputs = {node.name: node for node in session.get_inputs()}
         self._outputs = {node.name: node for node in session.get_outputs()}
 
@@ -177,7 +180,7 @@ class DecoderGraph:
 
         _, heads, _, size = node.shape
         if not isinstance(size, int):
-            size = _read_head_size(folder, name)
+            size, self.configuration = _read_head_size(folder, name)
 
         return CacheTensor(name, present, heads, size, dtype)
 
@@ -234,9 +237,9 @@ def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
     return _DTYPES[node.type]
 
 
-def _read_head_size(folder: Path, name: str) -> int:
-    """Read it from a configuration in the folder of the graph, or in the one above."""
-    for place, file in product((folder, folder.parent), ("genai_config.json", "config.json")):
+def _read_head_size(folder: Path, name: str) -> tuple[int, Path]:
+    """Read it from a configuration in the folder of the graph, or in the one above; return both."""
+    for place, file in product((folder, folder.parent), CONFIGURATIONS):
         if not (place / file).is_file():
             continue
 
@@ -246,7 +249,7 @@ def _read_head_size(folder: Path, name: str) -> int:
         if not size:
             size = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
         if isinstance(size, int) and size > 0:
-            return size
+            return size, place / file
 
     raise EngineError(
         f"the graph leaves the last dimension of {name} open, "

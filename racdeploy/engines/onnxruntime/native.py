@@ -34,6 +34,8 @@ class OnnxModel(LoadedModel):
         graph = DecoderGraph(open_session(chosen.path, options), path.parent)
 
         self.about = {"kernels": str(chosen), "sparse_weights": chosen.packed()}
+        if graph.configuration is not None:
+            self.about["configuration"] = str(graph.configuration)
         self.context_tokens = settings.context_tokens
         self.vocabulary = graph.vocabulary
         self.slots = settings.parallel
