@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook,
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from racdeploy.errors import EnvironmentFailure, RacdeployError, exit_code_of
+from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, exit_code_of
 from racdeploy.storage.unprintable import escape_unprintable, visible
 
 if TYPE_CHECKING:
@@ -33,11 +34,22 @@ R = TypeVar("R")
 INTERRUPTED = 130
 _TRACEBACK = "RACDEPLOY_TRACEBACK"
 _SAID = 200
+_COMMAND = re.compile(r"^(\s*)::", re.MULTILINE)
 _WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def _quieten(text: str) -> str:
+    """Return a text without commands to the workflow whose log it is printed to, where it is one.
+
+    Source: ``ActionCommand.cs`` of actions/runner: ``::`` begins a line, ``##[`` is anywhere.
+    """
+    if os.environ.get("GITHUB_ACTIONS") != "true":
+        return text
+    return _COMMAND.sub(r"\1: :", text).replace("##[", "# #[")
 
 
 class _Visible:
@@ -51,7 +63,7 @@ class _Visible:
             if segment.control:
                 yield segment
             else:
-                yield Segment(visible(segment.text), segment.style)
+                yield Segment(_quieten(visible(segment.text)), segment.style)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self._shown)
@@ -223,6 +235,8 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
         details = {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
         print_json(details | {"kind": type(error).__name__})
     else:
+        if isinstance(error, ArtifactError):  # its values are a file's, and are no lines of ours
+            error.message = " ".join(error.message.split())
         err.print("error:", style="bold red", end=" ")
         err.print(str(error), soft_wrap=True, markup=False)
     raise typer.Exit(error.exit_code) from error

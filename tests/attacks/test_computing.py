@@ -6,7 +6,6 @@ each case how it ended and what it took.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +140,17 @@ def check(found: Outcome, healthy: Outcome, codes: tuple[int, ...]) -> None:
         assert 20 < len(found.message.splitlines()[0]) < 3000
 
 
-@cache
+@pytest.fixture(scope="module")
 def templates() -> dict[str, Outcome]:
     sources = {"healthy": "{{ messages[0].content }}", **TEMPLATES}
     outcomes = attack(("template", [source]) for source in sources.values())
     return dict(zip(sources, outcomes, strict=True))
 
 
+@pytest.mark.answers("M1")
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template(name: str) -> None:
-    check(templates()[name], templates()["healthy"], (2,))
+def test_a_template(templates: dict[str, Outcome], name: str) -> None:
+    check(templates[name], templates["healthy"], (2,))
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +166,24 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return dict(zip(folders, outcomes, strict=True))
 
 
+@pytest.mark.answers("M2")
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer(tokenizers: dict[str, Outcome], name: str) -> None:
     check(tokenizers[name], tokenizers["healthy"], (2,))
 
 
-@cache
+@pytest.fixture(scope="module")
 def scores() -> dict[str, Outcome]:
     cases = {"healthy": ("auto", "4", "4"), **SCORERS, **QUADRATIC}
     outcomes = attack(("scorer", list(case)) for case in cases.values())
     return dict(zip(cases, outcomes, strict=True))
 
 
+@pytest.mark.answers("M4")
 @pytest.mark.parametrize("name", [*SCORERS, *QUADRATIC])
-def test_a_scorer(name: str) -> None:
+def test_a_scorer(scores: dict[str, Outcome], name: str) -> None:
     """An expression is refused; of a long text, a verdict will do."""
-    check(scores()[name], scores()["healthy"], (2,) if name in SCORERS else (0, 2))
+    check(scores[name], scores["healthy"], (2,) if name in SCORERS else (0, 2))
 
 
 @pytest.mark.parametrize("name", LICENSES)

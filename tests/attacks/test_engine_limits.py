@@ -18,6 +18,8 @@ from racdeploy.errors import EngineError
 from racdeploy.reading.reader import Reader, Request
 from tests.support.tiny_onnx import tiny_onnx
 
+pytestmark = pytest.mark.answers("L7")
+
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
 SECRETS = {
     "OPENAI_API_KEY": "sk-1",

@@ -21,7 +21,10 @@ from racdeploy.errors import EngineError
 from racdeploy.storage.child import environment
 from tests.support.tiny_artifacts import make_bundle
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+pytestmark = [
+    pytest.mark.answers("H2", "L3"),
+    pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork"),
+]
 in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 LONG = Sampling(max_new_tokens=200, stop_ids=())
 SETTINGS = EngineSettings(context_tokens=256, parallel=1, threads=1)
@@ -90,6 +93,7 @@ def _run(code: str, *arguments: object, **variables: str) -> subprocess.Popen[st
     )
 
 
+@pytest.mark.takes(4, "three models in three processes")
 def test_a_fork_is_refused_and_loads_its_own(bundle: Path) -> None:
     """As workers of a server that loaded the model first, while the parent's own thread asks."""
     with _run(ASKED_BY_A_FORK, bundle) as parent:

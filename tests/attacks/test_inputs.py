@@ -28,6 +28,8 @@ from racdeploy.storage.toml import validate
 from tests.support.fake_bundle import make_fake_bundle
 from tests.support.tiny_models import make_checkpoint
 
+pytestmark = pytest.mark.answers("M3", "L1")
+
 MOST_SECONDS, MOST_BYTES = 2.0, 300e6
 Edit = Callable[[dict[str, Any]], object]
 NUL, SURROGATE = "a\0b", "a\ud800b"
@@ -293,6 +295,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.answers("L9")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_of_any_header(tmp_path: Path, name: str) -> None:
     """As the reference library refuses them."""

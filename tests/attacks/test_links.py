@@ -18,7 +18,10 @@ from racdeploy.storage.files import atomic_folder, write_atomic
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 SECRET = b"ssh-ed25519 AAAA of the user"
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+pytestmark = [
+    pytest.mark.answers("H1"),
+    pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there"),
+]
 
 
 def _unpack(plain: Path, out: Path) -> None:

@@ -69,6 +69,7 @@ def test_what_is_no_graph_is_refused(model: Path, content: bytes) -> None:
         opened(model)
 
 
+@pytest.mark.takes(8, "a dozen of damaged graphs, each in an engine")
 def test_damaged_graphs_are_errors_and_never_a_traceback(model: Path) -> None:
     """Flipped bytes and cut files: loaded and run, or refused in one sentence."""
     random, whole = Random(0), model.read_bytes()

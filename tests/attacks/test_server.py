@@ -21,6 +21,8 @@ from racdeploy.errors import EngineError, UsageError
 from tests.attacks.test_inputs import bounded
 from tests.support.completion_server import Reply, models, serving
 
+pytestmark = pytest.mark.answers("M11")
+
 TIMEOUT_S = 0.5
 SETTINGS = EngineSettings(context_tokens=256, parallel=4)
 SAMPLING = Sampling(max_new_tokens=8, stop_ids=(2,))
@@ -116,6 +118,7 @@ def test_an_answer_that_is_no_clean_json(body: bytes, monkeypatch: pytest.Monkey
         Client(url, "", 5.0).ask("models")
 
 
+@pytest.mark.answers("M10")
 def test_a_recipe_file_sends_no_secret_without_the_users_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ def _can_be_apart() -> bool:
     return subprocess.run([*APART, "true"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.answers("H3")
 @pytest.mark.parametrize("apart", [False, True], ids=["said to be 1", "in its own namespace"])
 def test_processes_of_one_number_unpack_at_once_and_get_the_right_bytes(
     tmp_path: Path, apart: bool
@@ -95,6 +96,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.answers("L5")
 def test_folders_written_to_one_place_at_once_are_whole(tmp_path: Path) -> None:
     """Neither writer fails, the last one's is there, and nothing beside it; an older one goes."""
     out = tmp_path / "bundle"

@@ -14,9 +14,10 @@ import pytest
 
 from tests.support.commands import command, environment
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="kernels are for Linux"
-)
+pytestmark = [
+    pytest.mark.answers("L4"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are for Linux"),
+]
 # It says its version at once, and compiles until it is ended.
 COMPILER = """#!/bin/sh
 case "$1" in --version) echo slow 1.0; exit;; esac

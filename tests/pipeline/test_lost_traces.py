@@ -58,6 +58,7 @@ def _build(model: Path, work: Path) -> Build:
     return Build(Job(Recipe.combine(None, {"model": str(model), "traces": TRACES})), work, 1)
 
 
+@pytest.mark.answers("M12")
 def test_a_collection_ends_however_often_it_is_killed(
     model: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
