@@ -107,7 +107,7 @@ def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
 
     try:
         for place, rights in allowed.items():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 _allow(rules, place, known & rights)
         _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
         _call(_RESTRICT_SELF, rules, 0)

@@ -147,7 +147,7 @@ def _unlist(bundle: Path, name: str) -> None:
     (bundle / "racdeploy.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-@pytest.mark.takes(12, "a graph may be exported first, once in a session")
+@pytest.mark.usefixtures("exported")
 @pytest.mark.parametrize("name", ["onnx/model.accel.onnx", "onnx/model.onnx_packed"])
 def test_a_second_graph_or_sidecar_that_is_not_listed_is_refused(tmp_path: Path, name: str) -> None:
     """They are found by their names."""
@@ -158,7 +158,8 @@ def test_a_second_graph_or_sidecar_that_is_not_listed_is_refused(tmp_path: Path,
         racdeploy.load(bundle)
 
 
-@pytest.mark.takes(12, "four loads, and a graph may be exported first, once in a session")
+@pytest.mark.usefixtures("exported")
+@pytest.mark.takes(4, "four loads")
 def test_a_configuration_that_is_used_is_the_one_that_is_listed(tmp_path: Path) -> None:
     """The graph leaves its head size open. Older bundles list none, and take no more from it."""
     bundle = make_onnx_bundle(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,7 @@ from racdeploy.errors import EngineError
 from racdeploy.reading.reader import Reader, Request
 from tests.support.tiny_onnx import tiny_onnx
 
-pytestmark = pytest.mark.answers("L7")
+pytestmark = [pytest.mark.answers("L7"), pytest.mark.usefixtures("exported")]
 
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
 SECRETS = {
@@ -133,7 +134,10 @@ def test_no_child_knows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def check_environment(process: int) -> None:
-    lines = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    place = Path(f"/proc/{process}/environ")
+    while not (content := place.read_bytes()):  # it is just being started
+        time.sleep(0.01)
+    lines = content.split(b"\0")
     names = {line.partition(b"=")[0].decode() for line in lines}
     assert not names & SECRETS.keys()
     assert {"PATH", "PYTHONPATH", "RACDEPLOY_ACCEL", "OMP_NUM_THREADS"} <= names

@@ -22,6 +22,8 @@ from tests.support.tiny_artifacts import make_onnx_bundle
 from tests.support.tiny_models import edit_json
 from tests.support.tiny_onnx import tiny_onnx
 
+pytestmark = pytest.mark.usefixtures("exported")
+
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
 
 
