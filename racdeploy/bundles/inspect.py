@@ -95,6 +95,8 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }
+    if checkpoint.notes:
+        summary["note"] = "; ".join(checkpoint.notes)
 
     return _add_totals(summary, tensors)
 

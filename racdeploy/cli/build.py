@@ -135,7 +135,7 @@ def export(options: ExportOptions) -> None:
     files = dict(result.files)
     details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": files}
     console.print_result(details, [result.path], options.json_output)
-    console.print_notes([*replaced, *result.notes])
+    console.print_notes([*replaced, *checkpoint.notes, *result.notes])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.models import mistaken, settings, widths
 from racdeploy.models.families import Family, find_family
+from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
 from racdeploy.storage.files import file_sha256
@@ -51,8 +52,11 @@ class Checkpoint:
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the folder by its state_dict name; checked against the file sizes."""
         index = self.folder / "model.safetensors.index.json"
+        whole = self.folder / "model.safetensors"
         if not index.is_file():
-            return read_tensor_entries(self.folder / "model.safetensors")
+            if not whole.is_file():
+                raise refuse_weights(self.folder)
+            return read_tensor_entries(whole)
 
         weight_map = read_json(index, once=True).get("weight_map")
         if not weight_map or not isinstance(weight_map, dict):
@@ -63,6 +67,11 @@ class Checkpoint:
         for name in sorted({str(name) for name in weight_map.values()}):
             if Path(name).name != name:
                 raise ModelError(f"{index} names a file outside the folder: {name!r}")
+            if not name.endswith(".safetensors"):
+                raise ModelError(
+                    f"{index} names {name!r}, and weights are read from safetensors alone",
+                    remedy="copy or download the model again",
+                )
             entries.update(read_tensor_entries(self.folder / name))
 
         if missing := sorted(set(weight_map) - set(entries)):
@@ -265,6 +274,22 @@ class Checkpoint:
             )
 
         return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the folder: code in it that is not run."""
+        told = []
+        if code := name_code(self.config):
+            told.append(
+                f"config.json names code of the model's own ({code}), which is not run: it is read "
+                f"as transformers' {self.family.architecture}, and its author's may differ"
+            )
+        if code := name_code(self.tokenizer.config):
+            told.append(
+                f"tokenizer_config.json names code of the model's own ({code}), which is not run: "
+                "tokenizer.json decides"
+            )
+        return tuple(told)
 
     @property
     def license(self) -> str:

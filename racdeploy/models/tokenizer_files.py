@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.models.foreign_code import name_code
 from racdeploy.reading.tokenizer import MOST_BYTES, Tokenizer
 from racdeploy.storage.reading import check_size, read_json, read_text
 
@@ -50,8 +51,10 @@ class TokenizerFiles:
         """Path of ``tokenizer.json``; a ModelError says that there is none."""
         file = self.folder / "tokenizer.json"
         if not file.is_file():
+            code = name_code(self.config)
+            own = f", and code of its own, {code}, is not run" if code else ""
             raise ModelError(
-                f"{self.folder} has no tokenizer.json",
+                f"{self.folder} has no tokenizer.json{own}",
                 remedy="save the fast tokenizer:"
                 " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )

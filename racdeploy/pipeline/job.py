@@ -127,7 +127,7 @@ class Job:
                 f"the chat template does not write {names[0]}, though {names[0]} and {names[1]} "
                 "are tokens: if the model does not think by itself, its thinking will be empty"
             )
-        return (*self.notes, *self.tasks.notes, *told)
+        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *told)
 
     @cached_property
     def tasks(self) -> TaskSet:

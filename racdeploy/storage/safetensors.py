@@ -41,9 +41,7 @@ class TensorEntry:
 def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     """Parse one safetensors header and check every range against the file."""
     if not file.is_file():
-        raise ModelError(
-            f"{file} is missing", remedy="racdeploy reads safetensors; convert .bin files first"
-        )
+        raise ModelError(f"{file} is missing", remedy="copy or download it again")
 
     size_bytes = file.stat().st_size
     damaged = ModelError(

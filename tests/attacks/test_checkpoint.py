@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from racdeploy.errors import ArtifactError, ModelError, RacdeployError
 from racdeploy.models.checkpoint import Checkpoint
+from tests.support.commands import racdeploy
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 
@@ -37,6 +38,8 @@ def _rewrite_header(file: Path, change: Callable[[dict], None]) -> None:
 
 
 NORM = "model.norm.weight"
+# Whoever loads it runs os.system.
+_PICKLE = b"cposix\nsystem\n(S'touch ran'\ntR."
 ATTACKS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda f: f.write_bytes(f.read_bytes()[:-100]),
     "empty": lambda f: f.write_bytes(b""),
@@ -117,3 +120,102 @@ def test_a_tie_that_the_file_contradicts_is_refused(tmp_path: Path) -> None:
     edit_json(folder / "config.json", tie_word_embeddings=True)
     with pytest.raises(ModelError, match="ties the embeddings but lm_head.weight differs"):
         _ = Checkpoint(folder).tied
+
+
+_CODE = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "me/code--modeling_own.Own"}
+_FILES = "configuration_own.py, me/code--modeling_own.py"
+
+
+def test_code_of_an_unknown_architecture_is_refused_by_name(folder: Path) -> None:
+    """The message names its files; they are not even there."""
+    edit_json(folder / "config.json", model_type="own", auto_map=_CODE)
+    with pytest.raises(ModelError, match=rf"'own' .*from code of its own, {_FILES}, .*not run"):
+        Checkpoint(folder)
+
+
+def test_code_beside_a_known_architecture_is_ignored_and_said(folder: Path) -> None:
+    """Published models have both; ours is the class that transformers has, and a note says so."""
+    trap = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+    (folder / "configuration_own.py").write_text(trap)
+    (folder / "tokenization_own.py").write_text(trap)
+    before = Checkpoint(folder)
+    assert before.notes == ()
+
+    edit_json(folder / "config.json", auto_map=_CODE)
+    edit_json(
+        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]}
+    )
+    model, tokenizer = Checkpoint(folder).notes
+    assert f"({_FILES}), which is not run" in model
+    assert "(tokenization_own.py), which is not run" in tokenizer
+
+    done = racdeploy("export", folder, "--quant", "f32", "--out", folder / "out.gguf")
+    assert done.code == 0, done.err
+    shown = " ".join(done.err.split())
+    assert model in shown
+    assert tokenizer in shown
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_that_is_code_alone_is_refused_by_name(folder: Path) -> None:
+    """Without tokenizer.json its author's code would have to run."""
+    edit_json(
+        folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", None]}
+    )
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer.json, and code .* tokenization_own.py"):
+        _ = Checkpoint(folder).tokenizer.file
+
+
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        True,
+        "x",
+        5,
+        ["a.B", 3, None],
+        {"AutoModel": {"a": "b"}},
+        {"A": [[["a.B"]]]},
+        {"A": "x" * 999},
+    ],
+    ids=repr,
+)
+def test_an_odd_auto_map_is_no_crash(folder: Path, mapped: object) -> None:
+    """Whatever it holds, it is short and ignored beside a known architecture."""
+    edit_json(folder / "config.json", auto_map=mapped)
+    (note,) = Checkpoint(folder).notes
+    assert len(note) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "weights.PTH", "last.ckpt", "all.pkl"]
+)
+def test_weights_in_a_pickle_are_refused_by_name(folder: Path, name: str) -> None:
+    """The file is named and not opened, and the next step is a command."""
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(_PICKLE)
+    with pytest.raises(ModelError, match=rf"its weights are in {name}, a pickle") as refused:
+        _ = Checkpoint(folder).entries
+
+    assert str(refused.value.remedy).count("save_pretrained('converted')") == 1
+    assert not (folder / "ran").exists()
+
+
+def test_a_pickle_in_the_place_of_safetensors_is_not_loaded(folder: Path) -> None:
+    """Neither under the name of the one file nor as a shard that an index names."""
+    (folder / "model.safetensors").write_bytes(_PICKLE)
+    with pytest.raises(ModelError, match="not a safetensors file"):
+        _ = Checkpoint(folder).entries
+
+    (folder / "pytorch_model.bin").write_bytes(_PICKLE)
+    index = {"weight_map": {NORM: "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names 'pytorch_model.bin', and weights are read from"):
+        _ = Checkpoint(folder).entries
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(folder: Path) -> None:
+    """As training_args.bin, which many folders have."""
+    (folder / "training_args.bin").write_bytes(_PICKLE)
+    assert Checkpoint(folder).notes == ()
+    assert NORM in Checkpoint(folder).entries

@@ -46,7 +46,11 @@ MODELS: dict[str, tuple[Change, str]] = {
         "no chat template",
     ),
     "truncated weights": (_truncate, "truncated"),
-    "missing weights": (lambda f: (f / "model.safetensors").unlink(), "is missing"),
+    "missing weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "weights in a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "its weights are in pytorch_model.bin, a pickle",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from racdeploy import plugins
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
+from racdeploy.models.foreign_code import name_code
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     supported = plugins.names("families")
     if model_type not in supported:
         classes = ", ".join(config.get("architectures") or [])
+        code = name_code(config)
+        own = f" from code of its own, {code}, which is not run" if code else ""
         raise ModelError(
-            f"unsupported architecture {model_type!r} ({classes})",
+            f"unsupported architecture {model_type!r} ({classes}){own}",
             remedy=f"supported model types: {', '.join(supported)}",
         )
 

@@ -1,0 +1,62 @@
+"""What a model folder brings that would run as code: named, and never run.
+
+``auto_map`` in a config names Python files for transformers to import where somebody trusts them.
+Weights in torch's older form are a pickle, which calls what it names when it is read.
+Source: transformers' "Custom models"; the warning in Python's documentation of pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import ModelError
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_LONGEST_NAME = 60
+_MOST_NAMES = 3
+_CONVERT = (
+    "convert it, in a container unless you trust its author: "
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('%s', "
+    "torch_dtype='auto').save_pretrained('converted')\", copy the tokenizer's files there too, "
+    "and give converted"
+)
+
+
+def name_code(config: Mapping[str, Any]) -> str:
+    """Return the Python files that a config's ``auto_map`` names, or an empty string."""
+    mapped = config.get("auto_map")
+    if not mapped:
+        return ""
+
+    names = list(dict.fromkeys(name[:_LONGEST_NAME] for name in _list_files(mapped)))
+    more = ["…"] if len(names) > _MOST_NAMES else []
+    return ", ".join(names[:_MOST_NAMES] + more) or "auto_map"
+
+
+def _list_files(mapped: object) -> Iterator[str]:
+    """Yield ``FILE.py`` of every ``FILE.Class``; a tokenizer has a list of two, None among them."""
+    values = mapped.values() if isinstance(mapped, dict) else [mapped]
+    for value in values:
+        for name in value if isinstance(value, list) else [value]:
+            if isinstance(name, str):
+                yield f"{name.rpartition('.')[0] or name}.py"
+
+
+def refuse_weights(folder: Path) -> ModelError:
+    """Return the error for a folder without safetensors: what its weights are in, what to do."""
+    missing = f"{folder} has no model.safetensors"
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
+    if not pickles:
+        return ModelError(
+            missing,
+            remedy="copy or download it again; weights are got and read as safetensors alone",
+        )
+
+    more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+    return ModelError(
+        f"{missing}: its weights are in {pickles[0][:_LONGEST_NAME]}{more}, a pickle, "
+        "which can run code when it is read and is not opened",
+        remedy=_CONVERT % folder,
+    )
