@@ -1,8 +1,9 @@
 """Write report.md as a comment on the pull request, or replace the one of the last run.
 
-The comment is known by a hidden line that names the bundle, so two bundles have two comments. A
-token that may not write, as that of a fork has, is a warning: the verdict does not hang on a
-comment.
+The comment is known by its author, whom the token belongs to, and by a hidden line that names the
+bundle, so two bundles have two comments. Anybody can write that line: a comment of somebody else's
+would be theirs to change after the report is in it. A token that may not write, as that of a fork
+has, is a warning: the verdict does not hang on a comment.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> None:
     root = f"{os.environ['GITHUB_API_URL']}/repos/{os.environ['GITHUB_REPOSITORY']}/issues"
     marker = f"<!-- racdeploy: {os.environ['RACDEPLOY_BUNDLE'].replace('--', '- -')} -->"
     try:
-        found = _find(f"{root}/{number}/comments", marker)
+        found = _find(f"{root}/{number}/comments", marker, _ask_who_writes())
         if found is None:
             _ask("POST", f"{root}/{number}/comments", {"body": _body(marker)})
         else:
@@ -40,7 +41,7 @@ def main() -> None:
             if error.code in (401, 403, 404)
             else said
         )
-    except OSError as error:
+    except (OSError, LookupError) as error:
         _warn(str(error))
 
 
@@ -64,13 +65,23 @@ def _body(marker: str) -> str:
     return f"{marker}\n{report}{end}"
 
 
-def _find(url: str, marker: str) -> int | None:
-    """Return the comment that begins with the marker."""
+def _ask_who_writes() -> str:
+    """Return the name that the token writes under; REST's /user refuses the token of a workflow."""
+    answer = _ask("POST", os.environ["GITHUB_GRAPHQL_URL"], {"query": "{ viewer { login } }"})
+    login = ((answer.get("data") or {}).get("viewer") or {}).get("login")
+    if not isinstance(login, str) or not login:
+        raise LookupError("GitHub does not say who writes with this token")
+    return login
+
+
+def _find(url: str, marker: str, author: str) -> int | None:
+    """Return the author's comment that begins with the marker."""
     page = 1
     while True:
         comments = _ask("GET", f"{url}?per_page={_PAGE}&page={page}")
         for comment in comments:
-            if str(comment["body"]).startswith(marker):
+            is_own = (comment.get("user") or {}).get("login") == author  # of a ghost there is none
+            if is_own and str(comment["body"]).startswith(marker):
                 return int(comment["id"])
         if len(comments) < _PAGE:
             return None

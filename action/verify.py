@@ -27,6 +27,7 @@ def main() -> None:
     reports.mkdir(parents=True, exist_ok=True)
     report = reports / "report.json"
     report.unlink(missing_ok=True)  # one of an earlier run must not speak for a run that breaks off
+    _warn_of_token(Path.cwd() / ".git")
     with _no_commands():
         done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
         sys.stderr.write(done.stderr)
@@ -53,6 +54,21 @@ def _command(reports: Path) -> list[str]:
         if value := os.environ.get(f"RACDEPLOY_{name.upper().replace('-', '_')}", ""):
             command += [f"--{name}", value]
     return [*command, "--", os.environ["RACDEPLOY_BUNDLE"]]
+
+
+def _warn_of_token(folder: Path) -> None:
+    """Warn where actions/checkout left its token beside native code that reads a stranger's file.
+
+    Source: actions/checkout, persist-credentials; from version 6 on the token is in another file.
+    """
+    config = folder / "config"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    if "extraheader" in text.lower() or "git-credentials-" in text:
+        print(
+            "::warning::.git/config leads to this job's token, which an engine could read: give "
+            "actions/checkout `persist-credentials: false`",
+            flush=True,
+        )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from racdeploy.report import markdown
-from tests.support.action_runner import ACTION, Run, run_action, write_program
+from tests.support.action_runner import ACTION, ROOT, Run, run_action, write_program
 from tests.support.sample_report import build_records, build_report
 
 PULL_REQUEST = {"pull_request": {"number": 12}}
@@ -48,6 +49,8 @@ class Comments:
 
     def __init__(self) -> None:
         self.bodies: dict[int, str] = {n: f"comment {n}" for n in range(1, 131)}  # more than a page
+        self.authors: dict[int, str | None] = dict.fromkeys(self.bodies, "somebody")
+        self.viewer: str | None = "github-actions[bot]"
         self.asked: list[tuple[str, str, str]] = []
         self.status = 0
 
@@ -56,14 +59,22 @@ class Comments:
         self.asked.append((method, path, token))
         if self.status:
             return self.status, {"message": "Resource not accessible by integration"}
+        if path == "/graphql":
+            viewer = {"login": self.viewer} if self.viewer else None
+            return 200, {"data": {"viewer": viewer}}
         if method == "GET":
             page = int(re.findall(r"&page=(\d+)", path)[0])
-            return 200, [{"id": n, "body": text} for n, text in self.bodies.items()][
-                100 * (page - 1) : 100 * page
-            ]
+            listed = [self._describe(n) for n in self.bodies]
+            return 200, listed[100 * (page - 1) : 100 * page]
         number = int(path.rpartition("/")[2]) if method == "PATCH" else max(self.bodies) + 1
         self.bodies[number] = body["body"]
+        self.authors.setdefault(number, self.viewer)
         return 201, {"id": number}
+
+    def _describe(self, number: int) -> dict[str, Any]:
+        author = self.authors[number]
+        user = {"login": author} if author else None
+        return {"id": number, "body": self.bodies[number], "user": user}
 
 
 @pytest.fixture
@@ -169,6 +180,49 @@ def test_without_a_verdict_the_job_fails_whatever_was_asked(
     assert run.summary.count("```") == 2
 
 
+@pytest.mark.parametrize("bundle", ["--help", "--version"])
+def test_an_option_in_place_of_a_bundle_fails(job: Any, tmp_path: Path, bundle: str) -> None:
+    """It is the name of a folder, which is not there: the real command line ends with 2."""
+    real = f"import sys\nsys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
+    write_program(tmp_path / "bin", "racdeploy", f"{real}from racdeploy.cli import main\nmain()\n")
+    run = job(0, bundle=bundle, exit_zero="true", comment="false")
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (2, "error", "2")
+    assert f"there is no folder {bundle}" in run.summary
+
+
+@pytest.mark.parametrize("report", ["", "print('usage: racdeploy')"])
+def test_a_command_that_ends_well_and_decides_nothing_fails(
+    job: Any, tmp_path: Path, report: str
+) -> None:
+    """As one that shows its help; reporting only does not turn that into a success."""
+    write_program(tmp_path / "bin", "racdeploy", report)
+    run = job(0, exit_zero="true")
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (4, "error", "4")
+
+
+@pytest.mark.parametrize(
+    ("config", "is_told"),
+    [
+        ('[http "https://github.com/"]\n\textraheader = AUTHORIZATION: basic eA==', True),
+        ('[includeIf "gitdir:x"]\n\tpath = /tmp/git-credentials-1.config', True),
+        ("[core]\n\tbare = false", False),
+        ("", False),
+    ],
+)
+def test_a_token_beside_the_engine_is_a_warning(
+    job: Any, tmp_path: Path, config: str, is_told: bool
+) -> None:
+    """Where actions/checkout left it, by either of its ways, and nowhere else."""
+    git = tmp_path / "workspace" / ".git"
+    git.mkdir()
+    if config:
+        (git / "config").write_text(config)
+    run = job(0)
+    assert run.code == 0
+    assert ("persist-credentials: false" in run.log) == is_told
+    assert "eA==" not in run.log
+
+
 @pytest.mark.parametrize("code", [1, 3])
 def test_a_verdict_can_be_reported_only(job: Any, code: int) -> None:
     """exit-zero turns a verdict into a notice."""
@@ -186,6 +240,30 @@ def test_the_comment_is_replaced_and_belongs_to_its_bundle(job: Any, comments: C
     assert "### pass" in comments.bodies[131]
     assert comments.bodies[132].startswith("<!-- racdeploy: other -->")
     assert {token for *_, token in comments.asked} == {"Bearer the-token"}
+
+
+@pytest.mark.parametrize("author", ["somebody", "github-actions", None])
+def test_a_comment_of_somebody_else_is_left_alone(
+    job: Any, comments: Comments, author: str | None
+) -> None:
+    """Whoever wrote the marker first could change the report afterwards."""
+    theirs = "<!-- racdeploy: bundle -->\nmine"
+    comments.bodies[7], comments.authors[7] = theirs, author
+    for code in (1, 0):
+        job(code)
+
+    assert comments.bodies[7] == theirs
+    assert comments.bodies[131].startswith("<!-- racdeploy: bundle -->\n### pass")
+    assert set(comments.bodies) == {*range(1, 132)}
+
+
+def test_no_comment_is_written_where_its_author_is_not_known(job: Any, comments: Comments) -> None:
+    """The verdict counts, and the log says why there is no comment."""
+    comments.viewer = None
+    run = job(0)
+    assert run.code == 0
+    assert "::warning::the report is not on the pull request: GitHub does not say who" in run.log
+    assert set(comments.bodies) == {*range(1, 131)}
 
 
 def test_the_comment_shows_the_prompts_that_were_lost(job: Any, comments: Comments) -> None:

@@ -78,6 +78,7 @@ def run_action(
     environment = os.environ | {
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "GITHUB_API_URL": api,
+        "GITHUB_GRAPHQL_URL": f"{api}/graphql",
         "GITHUB_SERVER_URL": "https://github.com",
         "GITHUB_REPOSITORY": "somebody/app",
         "GITHUB_RUN_ID": "77",
