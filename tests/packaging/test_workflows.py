@@ -14,6 +14,17 @@ from tests.support.wheel import ROOT, run
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 EXAMPLES = sorted((ROOT / "examples" / "ci").glob("*.yml"))
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_USES = re.compile(
+    r"^\s*(?:- )?uses: +(?P<action>[^@\s]+)@(?P<at>\S+)(?: +# (?P<version>\S+))?", re.M
+)
+MOVABLE = {
+    # Its commits after v1.8 could not be compared with their tags when the others were pinned.
+    ("pypa/gh-action-pypi-publish", "release/v1"),
+    # This repository, which has no release yet; the guides say to name a commit.
+    ("racdeploy/racdeploy", "main"),
+}
+"""Actions that are taken at a branch, each with its reason."""
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -26,6 +37,7 @@ def _read(file: Path) -> dict[str, Any]:
     [
         ("vendor.github-workflows", [*WORKFLOWS, *EXAMPLES]),
         ("vendor.github-actions", [ROOT / "action.yml"]),
+        ("vendor.dependabot", [ROOT / ".github" / "dependabot.yml"]),
         ("vendor.citation-file-format", [ROOT / "CITATION.cff"]),
     ],
 )
@@ -38,14 +50,52 @@ def test_files_for_others_keep_their_schemas(schema: str, files: list[Path]) -> 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
 def test_a_workflow_may_only_read_unless_a_job_says_more(file: Path) -> None:
-    """Every job has an end, and what others wrote is taken at a version."""
+    """Every job has an end, and no step leaves its token in the folder where others' code runs."""
     workflow = _read(file)
     assert workflow["permissions"] == {"contents": "read"}
 
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 90
-        used = [step["uses"] for step in job["steps"] if "uses" in step]
-        assert [name for name in used if not re.search(r"@(v\d+|release/v\d+)$", name)] == []
+
+
+@pytest.mark.parametrize(
+    "file", [*WORKFLOWS, *EXAMPLES, ROOT / "action.yml", *GUIDES], ids=lambda file: file.name
+)
+def test_actions_of_others_are_taken_at_a_commit(file: Path) -> None:
+    """A tag can be moved to other code, a commit cannot; beside it is the version, for people."""
+    text = file.read_text(encoding="utf-8")
+    found = list(_USES.finditer(text))
+    assert len(found) == len(re.findall(r"^\s*(?:- )?uses:", text, re.M))
+
+    for use in found:
+        if (use["action"], use["at"]) not in MOVABLE:
+            assert re.fullmatch(r"[0-9a-f]{40}", use["at"]), use[0]
+            assert re.match(r"v\d+\.\d+\.\d+", use["version"] or ""), use[0]
+
+
+def test_what_may_move_is_still_used() -> None:
+    """An exception that nobody needs is taken back."""
+    files = [*WORKFLOWS, *EXAMPLES, ROOT / "action.yml", *GUIDES]
+    uses = [use for file in files for use in _USES.finditer(file.read_text(encoding="utf-8"))]
+    assert {(use["action"], use["at"]) for use in uses} >= MOVABLE
+
+
+def test_a_commit_has_one_version_everywhere() -> None:
+    """What Dependabot moves in one file, it moves in all."""
+    versions: dict[str, set[str]] = {}
+    for file in [*WORKFLOWS, *EXAMPLES, ROOT / "action.yml"]:
+        for use in _USES.finditer(file.read_text(encoding="utf-8")):
+            versions.setdefault(use["action"], set()).add(f"{use['at']} {use['version']}")
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("file", [*WORKFLOWS, *EXAMPLES], ids=lambda file: file.name)
+def test_no_checkout_leaves_its_token(file: Path) -> None:
+    """It would lie in .git, beside native code that reads what a pull request brings."""
+    for job in _read(file)["jobs"].values():
+        for step in job["steps"]:
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step.get("with", {}).get("persist-credentials") is False, step
 
 
 def test_a_release_is_published_without_a_token() -> None:
