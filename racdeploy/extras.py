@@ -36,6 +36,8 @@ OPTIONAL = (
     Package("pyarrow", "pyarrow", "tasks", "questions in parquet files"),
     Package("lm_eval", "lm-eval", "ifeval", "scoring IFEval"),
     Package("langdetect", "langdetect", "ifeval", "scoring IFEval"),
+    Package("model_signing", "model-signing", "sign", "signing a bundle, checking a signature"),
+    Package("OpenSSL", "pyOpenSSL", "sign", "signing a bundle, checking a signature"),
     Package("accelerate", "accelerate", "onnx", "ONNX export of tied weights"),
 )
 PACKAGES = {package.module: package for package in OPTIONAL}

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, chat, hub, report, run, serve, tools, verify
+from racdeploy.cli import build, cache, chat, hub, report, run, serve, sign, tools, verify
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
     "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),
     "pull": (hub.pull, "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle"),
+    "sign": (sign.sign, "racdeploy sign bundle --key key.pem"),
     "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
     "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
     "targets": (tools.targets, "racdeploy targets"),

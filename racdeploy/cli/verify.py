@@ -8,11 +8,12 @@ from typing import Literal
 
 import typer
 
-from racdeploy.cli.console import err, finish, print_plan, reported
+from racdeploy.cli.console import err, finish, print_notes, print_plan, reported
 from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt
 from racdeploy.errors import UsageError
 
 _SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, too"
+_SIGNATURE = "A signature first"
 Questions = Literal["chat", "completions"]  # bundles.served.ServerApi, whose import takes longer
 
 
@@ -71,6 +72,23 @@ def verify(
         help="Python that has it; default: ours, or that of its command.",
         rich_help_panel=_HARNESS,
     ),
+    signature: Path | None = typer.Option(
+        None,
+        help="Signature over the bundle; default: model.sig in it.",
+        rich_help_panel=_SIGNATURE,
+    ),
+    public_key: Path | None = typer.Option(
+        None, help="PEM file of the key that it must be of.", rich_help_panel=_SIGNATURE
+    ),
+    identity: str = typer.Option(
+        "",
+        metavar="WHO",
+        help="Or who must have signed at sigstore: a workflow, or an address.",
+        rich_help_panel=_SIGNATURE,
+    ),
+    issuer: str = typer.Option(
+        "", metavar="URL", help="Provider of that identity.", rich_help_panel=_SIGNATURE
+    ),
     show_plan: bool = typer.Option(
         False, "--plan", metavar="", help="Print what the run can show, and do nothing."
     ),
@@ -101,6 +119,7 @@ def verify(
         "--harness": (harness, (harness_tasks, harness_limit, harness_include, harness_python)),
     }
     _refuse_mixed(belongs)
+    _check_signature(bundle, signature, public_key, identity, issuer)
 
     with show_progress(err) as progress:
         judged = Bundle(bundle, gate, tier)
@@ -131,6 +150,26 @@ def verify(
     if reports:
         write_reports(reports, report, records, str(bundle))
     finish(report, json_output, (), again.gate, exit_zero)
+
+
+def _check_signature(
+    bundle: Path, signature: Path | None, public_key: Path | None, identity: str, issuer: str
+) -> None:
+    """Check the signature that is asked for, before anything of the bundle is read."""
+    if not (signature or public_key or identity or issuer):
+        return
+
+    if bool(public_key) == bool(identity) or bool(identity) != bool(issuer):
+        raise UsageError(
+            "a signature is compared with one key, or with one identity and its issuer",
+            remedy="give --public-key FILE, or --identity WHO --issuer URL; see docs/signatures.md",
+        )
+
+    from racdeploy.bundles.signature import SIGNATURE_NAME, Signatory, check_signature
+
+    signatory = Signatory(public_key, identity, issuer)
+    check_signature(bundle, signature or bundle / SIGNATURE_NAME, signatory)
+    print_notes([f"every file of {bundle} is as {signatory} signed it"])
 
 
 def _refuse_mixed(belongs: Mapping[str, tuple[str, Sequence[object]]]) -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from racdeploy.manifest import Manifest
 from tests.support.commands import Outcome, command, environment, racdeploy
+from tests.support.fake_bundle import read_files
 from tests.support.tiny_models import edit_json
 
 GATE = """\
@@ -53,6 +56,34 @@ def test_two_runs_give_one_verdict_and_leave_nothing(
     assert first["checks"] == second["checks"]
     assert not any("earlier run" in note for note in second["notes"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signed_bundle_is_as_signed_after_it_was_verified_and_run(
+    built: Path, gate: Path, tmp_path: Path
+) -> None:
+    """Neither writes into it; one byte more, and nothing of it is run."""
+    bundle = shutil.copytree(built, tmp_path / "bundle")
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    kind = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, *kind))
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
+
+    assert racdeploy("sign", bundle, "--key", private).code == 0
+    before = read_files(bundle)
+    asked = ("--tier", "smoke", "--gate", gate, "--public-key", public)
+    verified = _verify(bundle, tmp_path / "work", *asked, "--reports", tmp_path / "reports")
+    assert verified.code == 0, verified.err
+    assert f"is as {public} signed it" in " ".join(verified.err.split())
+    assert racdeploy("run", bundle, "What is 2 + 2?").code == 0
+    assert read_files(bundle) == before
+
+    with (bundle / "README.md").open("a") as card:
+        card.write(" ")
+    refused = _verify(bundle, tmp_path / "work", *asked, "--exit-zero")
+    assert refused.code == 2
+    assert "changed: README.md" in refused.out
 
 
 def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Path) -> None:

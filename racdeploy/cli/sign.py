@@ -1,0 +1,46 @@
+"""The command that signs a finished bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from racdeploy.cli.console import err, out, print_json, reported
+from racdeploy.cli.options import JsonOpt
+from racdeploy.errors import UsageError
+
+
+@reported
+def sign(
+    bundle: Path = typer.Argument(help="Bundle folder."),
+    key: Path | None = typer.Option(None, help="PEM file of the private key to sign with."),
+    keyless: bool = typer.Option(
+        False,
+        "--keyless",
+        metavar="",
+        help="Sign as this workflow, or as who logs in, at sigstore.",
+    ),
+    signature: Path | None = typer.Option(
+        None, help="File to write; default: model.sig in the bundle."
+    ),
+    json_output: JsonOpt = False,
+) -> None:
+    """Sign every file of a bundle, so that a changed or added one is found."""
+    from racdeploy.bundles.signature import sign as write_signature
+
+    if keyless == (key is not None):
+        raise UsageError(
+            "a bundle is signed with a key or by sigstore",
+            remedy="give --key FILE, or --keyless; docs/signatures.md has both",
+        )
+
+    place = write_signature(bundle, signature, key)
+    if json_output:
+        print_json({"path": str(place)})
+        return
+
+    out.print(place, markup=False, soft_wrap=True)
+    whose = "--public-key KEY.pub" if key else "--identity WHO --issuer URL"
+    named = f" --signature {place}" if signature else ""
+    err.print(f"next: racdeploy verify {bundle}{named} {whose}", markup=False, soft_wrap=True)
