@@ -3,10 +3,13 @@
 # make lint   set up .venv, then ruff and mypy
 # make docs   set up .venv, then write the documents as a site into site/
 # make check  lint, then the tests
+# test, lint and docs install what requirements/locked.txt holds, hash by hash, where its archives fit the machine;
+# `make LOCK= test` installs by the ranges of pyproject.toml, as a user's pip does
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/tiny-reasoner-bundle
+LOCK   ?= requirements/locked.txt
 
 .PHONY: demo test test-slow lint docs check clean
 
@@ -38,7 +41,7 @@ $(VENV)/.python:
 	@echo "== creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "racdeploy needs Python 3.11 or newer: make PYTHON=python3.12 demo")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--require-hashes --requirement requirements/pip.txt,--upgrade pip)
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.python pyproject.toml
@@ -46,7 +49,15 @@ $(VENV)/.base: $(VENV)/.python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base
-	@echo "== installing the test tools"
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@
+# torch alone has no hash in the lock, so that each machine takes its own build: it comes last, by its range.
+$(VENV)/.dev: $(VENV)/.python pyproject.toml $(LOCK)
+	@echo "== installing racdeploy, all its extras and the test tools (llama-cpp-python compiles for minutes the first time)"
+	@set -e; \
+	if [ -n "$(LOCK)" ] && $(BIN)/python tests/support/lock.py fits; then \
+	    $(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $(LOCK); \
+	    $(BIN)/python tests/support/lock.py versions > $(VENV)/locked-versions.txt; \
+	    $(BIN)/python -m pip install --quiet --constraint $(VENV)/locked-versions.txt --no-build-isolation --editable '.[dev]'; \
+	else \
+	    $(BIN)/python -m pip install --quiet --editable '.[dev]'; \
+	fi
+	@touch $(VENV)/.base $@
