@@ -7,7 +7,7 @@ from racdeploy.recover.training import distil
 
 def peak_bytes(course: Course) -> int:
     """Return what :func:`recover` takes at most in memory."""
-    return cost.whole_model_bytes(course, _choose(course), 0)
+    return cost.whole_model_bytes(course, _choose(course))
 
 
 def recover(course: Course) -> list[Lesson]:
