@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -206,7 +207,8 @@ class Manifest(_Entry):
             manifest = cls.model_validate(read_json(file, MOST_MANIFEST_BYTES, once=True))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            # Keys are the stranger's, too.
+            where = " ".join(".".join(map(str, first["loc"])).split())[:200]
             raise ArtifactError(
                 f"{file}: {where}: {first['msg']}", remedy="build the bundle again"
             ) from error
@@ -285,7 +287,7 @@ def _check_inside(bundle: Path, name: str) -> None:
     path = (bundle / name).resolve()
     if not path.is_relative_to(bundle.resolve()):
         raise ArtifactError(f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where the name is too long
         raise ArtifactError(
             f"{path} is listed in the manifest and missing", remedy="copy the bundle again"
         )

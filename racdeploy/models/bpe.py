@@ -147,9 +147,11 @@ class BytePairs:
 
 def refusal(tokenizer: Mapping[str, Any]) -> str:
     """Return why the vocabulary of a parsed tokenizer.json cannot be cut, or an empty string."""
-    model = tokenizer["model"]
+    model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE":
         return f"its tokenizer is {model['type']}, and only byte-level BPE can be cut"
+    if not model.get("vocab") or not model.get("merges"):
+        return "its tokenizer has no vocabulary, or no merges"
 
     # SentencePiece's form of BPE falls back to bytes, or has no bytes at all.
     names = set(_find_types(tokenizer.get("pre_tokenizer")))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.models import tokenizer_form
 from racdeploy.models.foreign_code import name_code
 from racdeploy.reading.tokenizer import MOST_BYTES, Tokenizer
 from racdeploy.storage.reading import check_size, read_json, read_text
@@ -39,8 +40,10 @@ class TokenizerFiles:
 
     @cached_property
     def parsed(self) -> dict[str, Any]:
-        """``tokenizer.json``."""
-        return read_json(self.file, MOST_BYTES)
+        """``tokenizer.json``, its parts of the kinds that :mod:`tokenizer_form` lists."""
+        found = read_json(self.file, MOST_BYTES)
+        tokenizer_form.check(found, str(self.file))
+        return found
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.folder / name

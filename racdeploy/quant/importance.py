@@ -162,7 +162,8 @@ def _read_imatrix(file: Path) -> _Read:
 
         if E == 1 and (count := float(count_E1[0, 0])):
             tokens[name] = _read_count(file, name, count)
-            means[name] = (sum_EI / count_E1)[0]
+            with np.errstate(over="ignore", invalid="ignore"):  # refused with all that is infinite
+                means[name] = (sum_EI / count_E1)[0]
 
     return means, tokens
 

@@ -191,7 +191,11 @@ class _Process:
         if not self._has_started:
             self._await_start()
         while self._unsettled:
-            self._receive(self._unsettled[0], _WALL_SECONDS)
+            try:
+                self._receive(self._unsettled[0], _WALL_SECONDS)
+            except RacdeployError:
+                self.is_ready = False  # its answer is used up: the next process gives it again
+                raise
             del self._unsettled[0]
         self._feeder.join()
 

@@ -60,11 +60,13 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise damaged
 
-    header.pop("__metadata__", None)
+    if not _is_metadata(header.pop("__metadata__", None)):
+        raise damaged
+
     entries = {
         name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
     }
-    _refuse_overlaps(file, entries)
+    _check_places(file, entries, 8 + length, size_bytes)
     return entries
 
 
@@ -137,16 +139,24 @@ def _read_rows(entry: TensorEntry, rows: Rows) -> Iterator[bytes]:
         yield stored[rows[start : start + together]].tobytes()
 
 
-def _refuse_overlaps(file: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse bytes that are of two tensors, as the reference library does."""
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start < end:
-            raise ModelError(
-                f"{file} is damaged: the tensor {name!r} overlaps another one",
-                remedy="copy or download it again",
-            )
+def _check_places(
+    file: Path, entries: Mapping[str, TensorEntry], origin: int, size_bytes: int
+) -> None:
+    """Refuse bytes of two tensors or of none, as the reference library does."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    fault = ""
+    end = origin
+
+    for name, entry in ordered:
+        if entry.start != end and not fault:
+            touches = "overlaps another one" if entry.start < end else "lies behind a gap"
+            fault = f"the tensor {name!r} {touches}"
         end = entry.stop
+
+    if not fault and end != size_bytes:
+        fault = f"{size_bytes - end} bytes belong to no tensor"
+    if fault:
+        raise ModelError(f"{file} is damaged: {fault}", remedy="copy or download it again")
 
 
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
@@ -164,7 +174,7 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
 
     if tag not in DTYPES:
         raise ModelError(
-            f"{file}: tensor {name!r} has dtype {tag}, supported are {', '.join(DTYPES)}",
+            f"{file}: tensor {name!r} has dtype {tag[:20]!r}, supported are {', '.join(DTYPES)}",
             remedy="start from the unquantized checkpoint",
         )
 
@@ -180,6 +190,12 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         )
 
     return TensorEntry(file, start, stop, tag, tuple(shape))
+
+
+def _is_metadata(value: object) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return all(isinstance(text, str) for text in value.values())
 
 
 def _is_integers(value: object) -> TypeGuard[list[int]]:

@@ -14,6 +14,8 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
+_SHOWN = 80  # characters of a key or a value
+_MOST_PROBLEMS = 8
 _PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
@@ -67,7 +69,10 @@ def validate(model: type[M], values: Mapping[str, Any], where: str, made_by: str
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(model, dict(detail)) for detail in error.errors()]
+        details = error.errors()
+        problems = [_explain(model, dict(detail)) for detail in details[:_MOST_PROBLEMS]]
+        if len(details) > _MOST_PROBLEMS:
+            problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
         explained = f"; {made_by} writes every key with what it takes" if made_by else ""
         raise UsageError(
             f"{where}: {'; '.join(problems)}", remedy=f"correct the value and run again{explained}"
@@ -75,7 +80,8 @@ def validate(model: type[M], values: Mapping[str, Any], where: str, made_by: str
 
 
 def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"]]
+    # Keys are of who wrote the file, which may be a stranger.
+    location = [" ".join(str(part).split())[:_SHOWN] for part in detail["loc"]]
     name = ".".join(location)
 
     if detail["type"] == "extra_forbidden":
@@ -85,7 +91,7 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
 
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
-    shown = f" (got {given!r})" if isinstance(given, int | float | str) else ""
+    shown = f" (got {repr(given)[:_SHOWN]})" if isinstance(given, int | float | str) else ""
 
     return f"{name or 'value'}: {message}{shown}{_suggest_share(detail)}"
 

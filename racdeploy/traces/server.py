@@ -29,6 +29,7 @@ from racdeploy.traces.collect import Answering, Asked
 from racdeploy.traces.counter import Counter
 
 _RECORD = "server.json"
+_SHOWN = 600  # characters of what a server says, and of what it should
 _LOOKING_S = 20.0  # a plan waits no longer for an answer
 _JOURNAL = "completions.jsonl"
 _QUESTION = "What is 12 times 34?"
@@ -168,7 +169,8 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
         if not agrees:
             raise UsageError(
                 "the server's tokenizer is not the model's: "
-                f"{text!r} is {expected} here and {actual} there",
+                f"{repr(text)[:_SHOWN]} is {repr(expected)[:_SHOWN]} here and "
+                f"{repr(actual)[:_SHOWN]} there",
                 remedy="serve the very model that is pruned, or name its folder",
             )
 
@@ -178,7 +180,8 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
     if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):
         raise UsageError(
             "the server's chat template is not the model's: "
-            f"{_QUESTION!r} is {prompt!r} here and {rendered!r} there",
+            f"{_QUESTION!r} is {repr(prompt)[:_SHOWN]} here and "
+            f"{repr(rendered)[:_SHOWN]} there",
             remedy="start the server with the model's tokenizer files and no other chat template",
         )
 

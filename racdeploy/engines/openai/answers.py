@@ -147,7 +147,7 @@ def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
     choice: dict[str, Any] = choices[0]
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise EngineError(f"the server ended a completion with {reason!r}", remedy=ODD)
+        raise EngineError(f"the server ended a completion with {str(reason)[:60]!r}", remedy=ODD)
 
     return choice
 

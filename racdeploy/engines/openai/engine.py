@@ -264,7 +264,7 @@ class OpenAIEngine(Engine):
         names = ", ".join(str(card["id"]) for card in cards) or "none"
         raise UsageError(
             f"{self._client.url} has {problem}",
-            remedy=f"set traces.server_model to one of: {names}",
+            remedy=f"set traces.server_model to one of: {self._client.quote(names)}",
         )
 
     def _find_tokenizer(self) -> str | None:

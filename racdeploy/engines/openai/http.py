@@ -12,6 +12,7 @@ import json
 import os
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy.errors import ArtifactError, EngineError, UsageError
@@ -140,7 +141,11 @@ class Client:
             raise EngineError(f"{self.url} answers with {error}", remedy=ODD) from error
 
         self._reached = True
-        return answer
+        if not self._key:
+            return answer
+
+        # What a server repeats of the request would be shown, or logged, with whatever quotes it.
+        return replace(answer, body=answer.body.replace(self._key.encode(), b"***"))
 
     def _object(self, answer: Answer, path: str, may_be_empty: bool) -> dict[str, Any]:
         if answer.status in _RETRIED:

@@ -14,6 +14,7 @@ from racdeploy.export import MeasuredTensor
 from racdeploy.packing.onnx.file import array_bytes, load_graph, read_array
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
+    UNFIT,
     GraphTensor,
     StoredArrays,
     join_arrays,
@@ -47,7 +48,7 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
 
     try:
         packed_OP = join_arrays(tensor, arrays)
-    except (KeyError, ValueError) as error:
+    except UNFIT as error:
         raise ArtifactError(
             f"{path}: the arrays of {tensor.name!r} are missing or of other shapes: {error}"
         ) from error

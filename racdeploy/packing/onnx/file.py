@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,9 @@ from racdeploy.packing.onnx.packer import data_name
 INLINE_BYTES = 500_000_000
 _ALIGNMENT = 4096
 _LEAST_EXTERNAL_BYTES = 1024
+_MOST_VALUES = 1 << 40
+_MOST_IN_BYTE = 8
+_MOST_AXES = 16
 
 
 def load_graph(file: Path) -> onnx.ModelProto:
@@ -38,14 +42,40 @@ def load_graph(file: Path) -> onnx.ModelProto:
     if not model.HasField("graph") or not model.opset_import:
         raise ArtifactError(f"{file} holds no ONNX graph", remedy="copy or export it again")
 
+    if not all(isinstance(text, str) for text in _list_texts(model)):
+        raise ArtifactError(
+            f"{file} has names that are not UTF-8", remedy="copy or export it again"
+        )
+
     return model
+
+
+def _list_texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Yield the texts of a graph that are read here; protobuf gives bytes for one that is none."""
+    entries = [model.metadata_props, *(each.external_data for each in model.graph.initializer)]
+    for entry in chain.from_iterable(entries):
+        yield entry.key
+        yield entry.value
+
+    for named in (*model.graph.initializer, *model.graph.input, *model.graph.output):
+        yield named.name
+
+    for opset in model.opset_import:
+        yield opset.domain
+
+    for node in model.graph.node:
+        yield node.name
+        yield from node.input
+        yield from node.output
 
 
 def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     """Return the values of an initializer; those in another file are mapped, not read.
 
-    An ArtifactError says that the file is missing, too short or outside the folder.
+    An ArtifactError says that the file is missing, too short or outside the folder, or that there
+    can be no such values.
     """
+    _check_form(tensor)
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         try:
             return np.asarray(numpy_helper.to_array(tensor))
@@ -61,17 +91,36 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     return np.memmap(file, dtype=dtype, mode="r", offset=start, shape=dims)
 
 
+def _check_form(tensor: onnx.TensorProto) -> None:
+    """Refuse a type that numpy has none for, and dimensions that the file cannot hold."""
+    known = tensor.data_type in onnx.helper.get_all_tensor_dtypes()
+    count = math.prod(tensor.dims)
+    most = _MOST_VALUES
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        most = _MOST_IN_BYTE * tensor.ByteSize()
+
+    is_array = all(extent >= 0 for extent in tensor.dims) and len(tensor.dims) <= _MOST_AXES
+    is_held = count <= most and sum(tensor.dims) <= _MOST_VALUES
+    if not (known and is_array and is_held):
+        raise ArtifactError(
+            f"{tensor.name!r} has type {tensor.data_type} and shape {list(tensor.dims)[:8]}, "
+            f"which no {tensor.ByteSize():,} bytes hold",
+            remedy="copy or export it again",
+        )
+
+
 def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Path, int]:
     """Return the file that has so many bytes of an initializer, and where they begin in it."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
-    file = (folder / location).resolve()
-    if not location or not file.is_relative_to(folder.resolve()):
+    file = (folder / location.replace("\0", "")).resolve()
+    if not location or "\0" in location or not file.is_relative_to(folder.resolve()):
         raise ArtifactError(
-            f"the values of {tensor.name!r} lie outside the folder of the model, in {location!r}"
+            f"the values of {tensor.name!r} lie outside the folder of the model, in "
+            f"{location[:200]!r}"
         )
 
-    if not file.is_file():
+    if not os.path.isfile(file):  # also where the name is too long
         message = f"{file} is missing; it holds {tensor.name!r}"
         raise ArtifactError(message, remedy="copy the whole folder")
 
@@ -92,7 +141,7 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
 
 
 def array_bytes(tensor: onnx.TensorProto) -> int:
-    """Return how many bytes an initializer's values take."""
+    """Return how many bytes the values take of an initializer that can be read."""
     return int(math.prod(tensor.dims)) * _dtype(tensor).itemsize
 
 

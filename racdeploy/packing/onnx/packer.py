@@ -73,7 +73,8 @@ class Packer:
     ) -> tuple[Arrays, int]:
         """Return the arrays of a tensor as :meth:`store` got them, and the bytes that they take.
 
-        Damage is an ArtifactError, a missing array a KeyError, those that do not fit a ValueError.
+        Damage is an ArtifactError; arrays that are missing or do not fit are one of
+        :data:`racdeploy.packing.onnx.tensors.UNFIT`.
         """
         from racdeploy.packing.onnx.file import read_array
 

@@ -7,6 +7,8 @@ axes. The array that zeros are counted in, and that a packing packs, has the ten
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,13 @@ from racdeploy.errors import ArtifactError
 from racdeploy.packing.onnx.file import read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, Packer
 from racdeploy.quant.matmulnbits import BLOCK, Blocks
+from racdeploy.storage.reading import parse_json
 
 TENSORS_KEY = "racdeploy.tensors"
+_KINDS = {"name": str, "shape": list, "quant": str, "looked_up": bool, "packing": str}
+_MOST_WEIGHTS = 1 << 40  # of a tensor
+UNFIT = (KeyError, ValueError, TypeError, IndexError)
+"""What comes of arrays that are missing, or have another type or other axes than they should."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +53,34 @@ class GraphTensor:
         return len(self.shape) == 2 and not self.looked_up and not self.is_blocks
 
 
-def read_tensors(properties: dict[str, str], path: Path) -> list[GraphTensor]:
+def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]:
     """Return what a graph says of its tensors; nothing where racdeploy did not write it."""
-    try:
-        return [_read_tensor(**values) for values in json.loads(properties.get(TENSORS_KEY, "[]"))]
-    except (json.JSONDecodeError, RecursionError, TypeError, ValueError) as error:
-        message = f"{path}: its list of tensors is damaged: {error}"
-        raise ArtifactError(message, remedy="export it again") from error
+    listed = parse_json(properties.get(TENSORS_KEY, "[]"), f"{path}: its list of tensors")
+    entries = listed if isinstance(listed, list) else [listed]
+    tensors = [_read_tensor(entry) for entry in entries]
+
+    for entry, tensor in zip(entries, tensors, strict=True):
+        if tensor is None:
+            message = f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}"
+            raise ArtifactError(message, remedy="export it again")
+
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def _read_tensor(
-    name: str, shape: list[int], quant: str, looked_up: bool, packing: str = "plain"
-) -> GraphTensor:
+def _read_tensor(entry: object) -> GraphTensor | None:
+    """Return a tensor of the list; None where the entry does not describe one."""
+    values: dict[str, Any] = {"packing": "plain", **entry} if isinstance(entry, dict) else {}
+    if {key: type(value) for key, value in values.items()} != _KINDS:
+        return None
+
+    shape, quant = values["shape"], values["quant"]
     known = quant in plugins.names("quant") and "onnx" in quants.load(quant).FORMATS
-    known = known and packing in packings.names("onnx")
-    if not known or len(shape) not in (1, 2) or any(extent < 1 for extent in shape):
-        raise ValueError(f"{name!r} is of quant {quant!r} and shape {shape}")
-    return GraphTensor(name, tuple(shape), quant, looked_up, packing)
+    known = known and values["packing"] in packings.names("onnx")
+
+    are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
+    if not known or not are_extents or len(shape) not in (1, 2) or math.prod(shape) > _MOST_WEIGHTS:
+        return None
+    return GraphTensor(**{**values, "shape": tuple(shape)})
 
 
 def list_tensors(tensors: list[GraphTensor]) -> str:
@@ -102,7 +120,7 @@ def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
 def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
     """Return the packed rows of arrays: the way back of :func:`split_arrays`.
 
-    A missing array is a KeyError, arrays that do not fit each other are a ValueError.
+    Arrays that are missing or do not fit each other are one of :data:`UNFIT`.
     """
     main = arrays[tensor.name]
     if not tensor.is_blocks:
@@ -111,6 +129,9 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
 
     # The file has scales in float32, which the operator takes; the rows in half precision.
     scale_OG = arrays[f"{tensor.name}.scales"]
+    O, I = tensor.shape
+    if main.dtype != np.uint8 or I % BLOCK or scale_OG.shape != (O, I // BLOCK):
+        raise ValueError(f"codes of {main.dtype} and {scale_OG.shape} scales are no blocks")
 
     with np.errstate(over="ignore"):
         half_OG = scale_OG.astype("<f2")
@@ -147,7 +168,7 @@ class StoredArrays:
 
         try:
             return packer.read(tensor, stored)
-        except (KeyError, ValueError) as error:
+        except UNFIT as error:
             raise ArtifactError(
                 f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
                 remedy="copy or export it again",

@@ -115,6 +115,9 @@ class GraphPacker(Packer):
 
         code = codes.BY_DTYPE[values.dtype.str]
         weights = math.prod(tensor.shape)
+        if values.ndim != 1 or mask.size != -(-weights // 8):
+            raise ValueError(f"a mask of {mask.size} bytes where there are {weights} weights")
+
         flat = np.full(weights, code.zero, dtype=code.dtype).view(values.dtype)
         keep = np.unpackbits(mask.reshape(-1), count=weights, bitorder="little")
         flat[keep.view(np.bool_)] = values[1:]
