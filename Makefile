@@ -1,6 +1,7 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
 # make test   set up .venv, then run the tests
 # make lint   set up .venv, then ruff and mypy
+# make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
 # make docs   set up .venv, then write the documents as a site into site/
 # make check  lint, then the tests
 # test, lint and docs install what requirements/locked.txt holds, hash by hash, where its archives fit the machine;
@@ -8,10 +9,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
 
-.PHONY: demo test test-slow lint docs check clean
+.PHONY: demo test test-slow fuzz lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -23,6 +25,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check racdeploy tests examples benchmarks action docs
