@@ -149,7 +149,7 @@ def refusal(tokenizer: Mapping[str, Any]) -> str:
     """Return why the vocabulary of a parsed tokenizer.json cannot be cut, or an empty string."""
     model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE":
-        return f"its tokenizer is {model['type']}, and only byte-level BPE can be cut"
+        return f"its tokenizer is {model['type'][:40]!r}, and only byte-level BPE can be cut"
     if not model.get("vocab") or not model.get("merges"):
         return "its tokenizer has no vocabulary, or no merges"
 
@@ -176,5 +176,6 @@ def _find_types(step: object) -> Iterator[str]:
     """Yield the types of a pre-tokenizer's steps."""
     if isinstance(step, dict):
         yield str(step.get("type"))
-        for part in step.get("pretokenizers") or []:
+        parts = step.get("pretokenizers")
+        for part in parts if isinstance(parts, list) else []:
             yield from _find_types(part)

@@ -54,7 +54,8 @@ class Request:
         write_message(stream, header, self.payload)
 
     def failure(self, reason: str) -> ArtifactError:
-        return ArtifactError(f"{self.what}: {reason}", remedy=self.remedy)
+        line = " ".join(reason.split())  # a template says what it likes
+        return ArtifactError(f"{self.what}: {line}", remedy=self.remedy)
 
 
 class Reader:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from racdeploy.errors import ArtifactError, RacdeployError
 
@@ -61,7 +61,7 @@ def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
 def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file; anything else is an ArtifactError.
 
-    ``once`` refuses a key that stands twice: which of them counts, programs disagree about.
+    ``once`` refuses a key that stands twice, and NaN and Infinity: programs disagree about them.
     """
     value = parse_json(read_text(file, most_bytes), str(file), once=once)
     if not isinstance(value, dict):
@@ -114,7 +114,11 @@ def parse_json(text: str, where: str, *, once: bool = False) -> Any:
         )
 
     try:
-        value = json.loads(text, object_pairs_hook=_refuse_twice if once else None)
+        value = json.loads(
+            text,
+            object_pairs_hook=_refuse_twice if once else None,
+            parse_constant=_refuse_constant if once else None,
+        )
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -152,6 +156,10 @@ def _refuse_size(file: Path, size_bytes: int, most_bytes: int) -> ArtifactError:
     return ArtifactError(
         f"{file} has {size_bytes:,} bytes, and at most {most_bytes:,} are read", remedy=_COPY
     )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from tests.fuzz import corpus, harness, oracle
+from tests.fuzz import harness, kept, oracle
 from tests.fuzz.run import run
 
 _WORK = Path("build/fuzz").resolve()
@@ -32,9 +32,9 @@ def main() -> int:
             print(f"{name}: {said}", flush=True)
             found += failed
         elif arguments.keep:
-            print(f"{name}: {corpus.keep(chosen, work)}", flush=True)
+            print(f"{name}: {kept.keep(chosen, work)}", flush=True)
         elif arguments.lines:
-            shares = corpus.measure(chosen).items()
+            shares = kept.measure(chosen).items()
             print(f"{name}: {', '.join(f'{module} {share:.0%}' for module, share in shares)}")
         else:
             tally = run(chosen, work, arguments.seconds)
@@ -47,7 +47,7 @@ def main() -> int:
 def _replay(chosen: harness.Harness) -> tuple[str, int]:
     """Return what the replay of a harness came to, and 1 where an input broke a promise."""
     try:
-        return f"{corpus.replay(chosen)} inputs replayed", 0
+        return f"{kept.replay(chosen)} inputs replayed", 0
     except BaseException as error:  # noqa: BLE001 - whatever leaves is what is looked for
         said = " ".join("".join(traceback.format_exception(error)).split())
         return f"failed: {said[-3000:]}", 1

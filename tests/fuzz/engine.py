@@ -55,10 +55,12 @@ def main() -> None:
 def _describe(error: BaseException) -> str:
     """Return the kind of an exception and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    frame = frames[-1]
+    if error.__context__ is not None:  # an error of ours whose words are wrong
+        frames += traceback.extract_tb(error.__context__.__traceback__)
     own = [each for each in frames if "/racdeploy/" in each.filename]
-    place = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
-    return f"{type(error).__name__} {frame.filename}:{frame.lineno} {place}"
+
+    places = [f"{each.filename}:{each.lineno}" for each in (*frames[-2:], *own[-1:])]
+    return " ".join([type(error).__name__, *places])
 
 
 def _keep(folder: Path, data: bytes, error: BaseException) -> None:

@@ -6,11 +6,12 @@ Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from racdeploy.errors import ModelError
 
+_SHOWN = 500  # characters of steps, in a message
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _MARKS_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -57,7 +58,7 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     name = TABLE.get((steps, ignore_merges))
     if name is None:
         raise ModelError(
-            f"no llama.cpp pre-tokenizer is known for {' + '.join(steps) or 'none'} with"
+            f"no llama.cpp pre-tokenizer is known for {show(steps) or 'none'} with"
             f" ignore_merges {ignore_merges}",
             remedy="look it up in llama.cpp's src/llama-vocab.cpp and set export.pre_tokenizer in"
             " the recipe",
@@ -79,7 +80,7 @@ def note_normalizer(tokenizer: Mapping[str, Any]) -> str:
         )
 
     raise ModelError(
-        f"the tokenizer's normalizer {' + '.join(map(str, kinds))} has no counterpart in llama.cpp",
+        f"the tokenizer's normalizer {show(kinds)} has no counterpart in llama.cpp",
         remedy="only byte-level BPE tokenizers without a normalizer or with NFC can be exported"
         " to GGUF",
     )
@@ -100,6 +101,11 @@ def _name_steps(pre_tokenizer: object) -> Iterator[str]:
                 yield "bytes with regex" if step.get("use_regex", True) else "bytes"
             case _:
                 yield str(step)
+
+
+def show(steps: Iterable[object]) -> str:
+    """Return steps, which are as their author wrote them, in one line."""
+    return " + ".join(" ".join(str(step).split()) for step in steps)[:_SHOWN]
 
 
 def flatten(step: object, key: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import MissingExtraError, ModelError
-from racdeploy.export.gguf.pretokenizers import flatten
+from racdeploy.export.gguf.pretokenizers import flatten, show
 
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -50,11 +50,11 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
             return first
 
     steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
-    schemes = [step["prepend_scheme"] for step in pre_tokenizer if step.get("type") == "Metaspace"]
-    how = f" with prepend_scheme {schemes[0]!r}" if schemes else ""
+    spaced = [step for step in pre_tokenizer if step.get("type") == "Metaspace"]
+    how = f" with prepend_scheme {str(spaced[0].get('prepend_scheme'))!r:.40}" if spaced else ""
     raise ModelError(
         f"llama.cpp has no counterpart for the tokenizer's"
-        f" {' + '.join(steps) or 'lack of a normalizer'}{how}",
+        f" {show(steps) or 'lack of a normalizer'}{how}",
         remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put"
         " in front, work",
     )

@@ -83,8 +83,8 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     maps_bytes = "'ByteLevel'" in str(tokenizer.get("pre_tokenizer"))
     if not is_sentencepiece(tokenizer) and (kind != "BPE" or not maps_bytes):
         raise ModelError(
-            f"a tokenizer of type {kind} without byte-level pre-tokenization or byte fallback has"
-            " no GGUF form yet",
+            f"a tokenizer of type {str(kind)[:40]!r} without byte-level pre-tokenization or byte"
+            " fallback has no GGUF form yet",
             remedy="byte-level BPE works (Qwen, Llama 3, SmolLM, Granite), and SentencePiece BPE"
             " (Mistral 7B, Gemma)",
         )

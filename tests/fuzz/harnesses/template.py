@@ -18,7 +18,7 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.reading.reader import Reader
 from racdeploy.runtime.template import ChatTemplate
 from tests.fuzz.in_process import InProcess, reaches_limits
-from tests.fuzz.oracle import apart, expect, forgive, place
+from tests.fuzz.oracle import apart, check_words, expect, forgive, place
 
 READERS = ("racdeploy.reading.sandbox", "racdeploy.reading.texts", "racdeploy.export.gguf.ollama")
 DICTIONARY = (
@@ -69,7 +69,7 @@ def _render(source: str, reader: Reader) -> list[str | RacdeployError]:
         try:
             found.append(template.render(messages, **variables))
         except RacdeployError as error:
-            error.message.encode()
+            check_words(error)
             expect(isinstance(error, ArtifactError), f"{error!r} is no fault of a file")
             found.append(error)
     return found

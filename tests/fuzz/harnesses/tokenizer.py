@@ -118,7 +118,9 @@ def _use(folder: Path) -> str:
         ids = encoder.encode("a <|end|> b")
         text = encoder.decode([*encoder.encode_text(_TEXT), *range(40)])
         words = find_hesitation(encoder, ["wait"])
-        return repr((ids, text, encoder.tokenizer.controls, find_tags(encoder), words))
+        tags = find_tags(encoder)
+        found = tags and (tags.open_ids, tags.close_ids, sorted(tags.space_ids))
+        return repr((ids, text, encoder.tokenizer.controls, found, words))
     finally:
         encoder.tokenizer.reader.close()
 
