@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS = 80
 _PROMPT = "$ "
+_PATIENCE_S = 600.0  # two models asked by a harness, on a machine under load
 _SHELL = ("bash", "--noprofile", "--norc", "--noediting")
 
 
@@ -46,13 +47,15 @@ class Session:
     """Steps of one shell after the other; all but the last one still run what they started.
 
     Args:
-        files: what lies in the folder beside the bundle, by name.
+        files: what lies in the folder beside the bundle, by name; HERE in them is that folder.
         shown: how many lines of the beginning and of the end are drawn; 0 draws all.
+        table: title of a table between them that is drawn, too.
     """
 
     shells: tuple[tuple[Step, ...], ...]
     files: Mapping[str, str] = field(default_factory=dict)
     shown: tuple[int, int] = (0, 0)
+    table: str = ""
 
 
 _CLIENT = """\
@@ -94,7 +97,7 @@ _QUESTION = (
 _TASK = """\
 task: apples
 dataset_path: json
-dataset_kwargs: {data_files: {test: apples/questions.jsonl}}
+dataset_kwargs: {data_files: {test: HERE/apples/questions.jsonl}}
 test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
@@ -111,9 +114,9 @@ metric_list:
 
 
 def _ask_for_apples() -> str:
-    """Return 12 questions with their answers, a JSON object a line."""
+    """Return 60 questions with their answers, a JSON object a line."""
     lines = []
-    for first in range(40, 52):
+    for first in range(40, 100):
         question = _QUESTION.replace("45", str(first))
         lines.append(json.dumps({"question": question, "answer": str(first + 38 - 26 + 12)}))
     return "\n".join(lines)
@@ -171,6 +174,8 @@ SESSIONS = {
             ),
         ),
         {"apples/apples.yaml": _TASK, "apples/questions.jsonl": _ask_for_apples()},
+        shown=(12, 5),
+        table="Evaluation harness",
     ),
 }
 
@@ -197,7 +202,7 @@ def record(session: Session, bundle: Path) -> list[Text]:
 
         for name, text in session.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text.replace("HERE", str(folder)), encoding="utf-8")
 
         shells = [stack.enter_context(_open_shell(folder, hub)) for _ in session.shells]
         for shell, steps in zip(shells, session.shells, strict=True):
@@ -209,8 +214,22 @@ def record(session: Session, bundle: Path) -> list[Text]:
         for shell in shells:
             lines += [*([Text()] if lines else []), *_read(shell, hub)]
 
+    return _leave_out(lines, session) if any(session.shown) else lines
+
+
+def _leave_out(lines: list[Text], session: Session) -> list[Text]:
     first, last = session.shown
-    return [*lines[:first], Text("⋮"), *lines[-last:]] if first else lines
+    parts = [lines[:first], lines[-last:]]
+
+    if session.table:
+        start = next(place for place, line in enumerate(lines) if session.table in line.plain)
+        size = next(size for size, line in enumerate(lines[start:]) if line.plain.startswith("└"))
+        parts.insert(1, lines[start : start + size + 1])
+
+    drawn = list(parts[0])
+    for part in parts[1:]:
+        drawn += [Text("⋮"), *part]
+    return drawn
 
 
 def _open_shell(folder: Path, hub: Hub) -> Terminal:
@@ -233,7 +252,7 @@ def _open_shell(folder: Path, hub: Hub) -> Terminal:
 def _type(shell: Terminal, steps: Sequence[Step]) -> None:
     for step in steps:
         shell.type(f"{step.typed}\r")
-        shell.wait_for(step.then)
+        shell.wait_for(step.then, _PATIENCE_S)
 
 
 def _read(shell: Terminal, hub: Hub) -> list[Text]:

@@ -77,9 +77,9 @@ class Terminal:
         time.sleep(0.5)
         self.type(key)
 
-    def wait_for(self, text: str) -> str:
+    def wait_for(self, text: str, patience_s: float = _PATIENCE_S) -> str:
         """Return what is shown up to a text, and forget it; fail if it does not come."""
-        self._wait_until(lambda: text in self._plain(), repr(text))
+        self._wait_until(lambda: text in self._plain(), repr(text), patience_s)
         before, _, self.shown = self._plain().partition(text)
         return before + text
 
@@ -95,8 +95,10 @@ class Terminal:
             assert time.monotonic() < deadline, f"it does not end: …{self.shown[-500:]!r}"
         return self._process.wait(patience_s)
 
-    def _wait_until(self, has_come: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+    def _wait_until(
+        self, has_come: Callable[[], bool], what: str, patience_s: float = _PATIENCE_S
+    ) -> None:
+        deadline = time.monotonic() + patience_s
         while not has_come():
             assert time.monotonic() < deadline, f"no {what} in: …{self.shown[-500:]!r}"
             assert self._read(), f"the program ended without {what}: …{self.shown[-500:]!r}"
