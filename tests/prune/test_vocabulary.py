@@ -373,9 +373,11 @@ def test_other_tokenizers_are_refused() -> None:
     assert "WordPiece" in refusal({"model": {"type": "WordPiece"}})
     assert "Unigram" in refusal({"model": {"type": "Unigram"}})
     bytes_first = {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}
-    given = {"type": "BPE", "end_of_word_suffix": "</w>"}
+    plain = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    given = plain | {"end_of_word_suffix": "</w>"}
     assert "end_of_word_suffix" in refusal({"model": given, "pre_tokenizer": bytes_first})
-    assert refusal({"model": {"type": "BPE"}, "pre_tokenizer": bytes_first}) == ""
+    assert "no merges" in refusal({"model": {"type": "BPE"}, "pre_tokenizer": bytes_first})
+    assert refusal({"model": plain, "pre_tokenizer": bytes_first}) == ""
 
 
 @pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
