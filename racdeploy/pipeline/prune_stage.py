@@ -85,12 +85,12 @@ class PruneStage:
         settings = self.settings.model_copy(update=unlimited)
         inputs = self.describe_code() | {
             "sparse": sparse.sha256,
-            "traces": [trace.ids for trace in traces],
+            "traces": canonical_hash([trace.ids for trace in traces]),
+            "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
             "quant": self.quant,
         }
-        inputs["traces"] = canonical_hash(inputs["traces"])
 
         stage = self.place.open("codes", inputs)
         folder = stage.folder / name
@@ -200,7 +200,7 @@ class PruneStage:
         calibration, held_out, counts = self.select(traces)
         cuts = self._cuts if model is self.dense else Structure()
         given = {
-            "model": model.folder.resolve(),
+            "checkpoint": model.folder.resolve(),
             "calibration": calibration,
             "held_out": held_out,
             "structure": cuts,
@@ -239,12 +239,11 @@ class PruneStage:
         from racdeploy.prune.calibrate import prune_blocks
 
         return prune_blocks(
-            Checkpoint(given["model"]),
             folder=folder,
             threads=self.place.threads,
             progress=progress,
             processes=self.place.processes,
-            **{name: value for name, value in given.items() if name != "model"},
+            **{**given, "checkpoint": Checkpoint(given["checkpoint"])},
         )
 
     def _draw_prompts(
