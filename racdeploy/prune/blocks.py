@@ -10,7 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.torch_model import embedding_scale, fill_parameter, skeleton
+from racdeploy.engines.transformers.torch_model import (
+    embed_positions,
+    embedding_scale,
+    fill_parameter,
+    skeleton,
+)
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 from racdeploy.prune.batches import Batch
@@ -99,9 +104,7 @@ class Blocks:
         position_1T = self.place(torch.arange(length))[None]
         given: dict[str, Any] = {"position_ids": position_1T}
         given["attention_mask"] = self._mask(block, length)
-
-        for argument, name in self.checkpoint.family.rotary.items():
-            given[argument] = self._model.get_submodule(name)(hidden_BTD, position_1T)
+        given |= embed_positions(self._model, block, hidden_BTD, position_1T)
 
         bfloat16 = self._compute == "bfloat16"
         compute = torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
@@ -111,13 +114,11 @@ class Blocks:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def _mask(self, block: nn.Module, length: int) -> torch.Tensor | None:
+    def _mask(self, block: Any, length: int) -> torch.Tensor | None:
         """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
         config: Any = self._model.config
         window = getattr(config, "sliding_window", None)
-        # Where blocks have no own kind of attention, transformers gives every one the window.
-        slides = getattr(block, "attention_type", "sliding_attention") == "sliding_attention"
-        if not slides or not window or length <= window:
+        if block.attention_type != "sliding_attention" or not window or length <= window:
             return None
 
         position_T = self.place(torch.arange(length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,12 +37,12 @@ def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:
 
 
 def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -> None:
-    """No linear of a block slips past the table, and none is invented."""
-    from torch import nn
-
+    """No matrix of a block slips past the table, and none is invented."""
     block = skeleton(checkpoint).get_submodule(f"{checkpoint.family.blocks}.0")
     found = {
-        _general(name) for name, module in block.named_modules() if isinstance(module, nn.Linear)
+        _general(name).removesuffix(".weight")
+        for name, parameter in block.named_parameters()
+        if parameter.ndim == 2
     }
     family = checkpoint.family
     assert found == {*family.linears, *family.kept, *family.routed}
@@ -80,20 +81,31 @@ def test_defaults_are_those_of_transformers(checkpoint: Checkpoint) -> None:
     """A key that config.json leaves out means what transformers takes for it."""
     from transformers import AutoConfig
 
-    usual = AutoConfig.for_model(checkpoint.config["model_type"])
+    config = AutoConfig.for_model(checkpoint.config["model_type"])
+    usual = _flatten(config)
     defaults = checkpoint.family.defaults
-    assert {key: getattr(usual, key) for key in defaults} == defaults
+    assert {key: usual[key] for key in defaults} == defaults
     without = {
         "rope_theta": 10_000.0,
         "tie_word_embeddings": False,
         "use_sliding_window": True,
-        "head_dim": usual.hidden_size // usual.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
         "sliding_window": None,
     }
-    silent = {key: getattr(usual, key, None) for key in without if key not in defaults}
+    silent = {key: usual.get(key) for key in without if key not in defaults}
     assert {
         key: value for key, value in silent.items() if value is not None and value != without[key]
     } == {}
+
+
+def _flatten(config: Any) -> dict[str, Any]:
+    """Return a config's settings with the thetas beside the others, as transformers 4 has them."""
+    settings: dict[str, Any] = config.to_dict()
+    rope = settings.get("rope_parameters") or {}
+    if "sliding_attention" in rope:
+        settings["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    return settings | {key: rope[key] for key in ("rope_theta",) if key in rope}
 
 
 def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:

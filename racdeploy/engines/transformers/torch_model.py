@@ -8,21 +8,25 @@ width, which transformers' configurations cannot say, each is fitted before it i
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from racdeploy.engines.transformers.experts import part_experts
 from racdeploy.errors import ModelError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 from racdeploy.storage.reading import refusing
 
+_DECODER = "model"
 _COMPARE = "compare the file with the one that the model's authors publish"
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -39,14 +43,17 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             _config(checkpoint), attn_implementation="sdpa", dtype=torch.float32
         )
 
+        part_experts(model)
+
+    _tag_blocks(model, checkpoint)
     if not checkpoint.is_uniform:
         for block in range(checkpoint.block_count):
             _fit_block(model, checkpoint, block)
 
     # Buffers are computed and not in the file: they need values even while weights have none.
-    for name in checkpoint.family.rotary.values():
-        rotary: Any = model.get_submodule(name)
-        model.set_submodule(name, type(rotary)(config=rotary.config))
+    for name, module in _rotary(model).items():
+        rotary: Any = module
+        model.set_submodule(f"{_DECODER}.{name}", type(rotary)(config=rotary.config))
 
     embedding = model.get_submodule("model.embed_tokens")
     if "embed_scale" in dict(embedding.named_buffers()):
@@ -57,6 +64,37 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     model_type = checkpoint.config["model_type"]
     assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
+
+
+def _rotary(model: nn.Module) -> dict[str, nn.Module]:
+    decoder = model.get_submodule(_DECODER)
+    return {name: each for name, each in decoder.named_children() if name.startswith("rotary_emb")}
+
+
+def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Tell each block its kind, as the config lists them; without a list each has a window."""
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * checkpoint.block_count
+    for index, kind in enumerate(kinds):
+        block: Any = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
+        block.attention_type = kind
+
+
+def embed_positions(
+    model: nn.Module, block: Any, hidden_BTD: torch.Tensor, position_1T: torch.Tensor
+) -> dict[str, Any]:
+    """Return the arguments of a block that rotate its queries and keys."""
+    modules = _rotary(model)
+    if len(modules) > 1:  # Gemma 3 in transformers 4, whose blocks choose
+        return {
+            "position_embeddings_global": modules["rotary_emb"](hidden_BTD, position_1T),
+            "position_embeddings_local": modules["rotary_emb_local"](hidden_BTD, position_1T),
+        }
+
+    (rotary,) = modules.values()
+    has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters  # in transformers 5
+    kind = (block.attention_type,) if has_kinds else ()
+    return {"position_embeddings": rotary(hidden_BTD, position_1T, *kind)}
 
 
 def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
@@ -186,7 +224,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     try:
         return AutoConfig.for_model(**values)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"transformers refuses {folder}/config.json: {error}",
             remedy="if heads were cut, prune the dense model again with all of them",

@@ -37,7 +37,6 @@ class Family:
         integers, numbers: GGUF key without the architecture → the setting that it holds, where the
             model has one.
         rope_types: kinds of rope scaling that llama.cpp knows.
-        rotary: argument of a block's forward pass → module that makes the rotary embedding.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
         logit_divisor: what logits are divided by: a setting, or empty.
         logit_cap: key of the size that logits are squeezed into, where ``config.json`` has one.
@@ -66,9 +65,6 @@ class Family:
     integers: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
-    rotary: Mapping[str, str] = field(
-        default_factory=lambda: {"position_embeddings": "model.rotary_emb"}
-    )
     embedding_scale: str = ""
     logit_divisor: str = ""
     logit_cap: str = ""

@@ -40,10 +40,6 @@ FAMILY = Family(
         "final_logit_softcapping": "final_logit_softcapping",
     },
     rope_types=("default", "linear"),
-    rotary={
-        "position_embeddings_global": "model.rotary_emb",
-        "position_embeddings_local": "model.rotary_emb_local",
-    },
     embedding_scale="root_of_hidden_size",
     logit_cap="final_logit_softcapping",
     window_period=6,
