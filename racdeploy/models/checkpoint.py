@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models import mistaken, settings, widths
-from racdeploy.models.families import Family, find_family
+from racdeploy.models.families import Family, InputGroups, find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
@@ -134,8 +134,16 @@ class Checkpoint:
         return [
             f"{blocks}.{block}.{linear}.weight"
             for block in range(self.block_count)
-            for linear in self.family.linears
+            for linear in self.linears(block)
         ]
+
+    def input_groups(self, block: int) -> InputGroups:
+        """Return the prunable linears of a block by the input they share, in forward order."""
+        return self.family.groups_of(self.layer_types[block])
+
+    def linears(self, block: int) -> tuple[str, ...]:
+        """Return the prunable linears of a block, without ``.weight``, in forward order."""
+        return tuple(linear for group in self.input_groups(block) for linear in group)
 
     def unit(self, letter: str) -> int:
         """Return what one of a setting of :data:`widths.SETTINGS` adds to the size of a letter."""
@@ -183,9 +191,9 @@ class Checkpoint:
             return max(listed, round(original * factor))
         return listed
 
-    @property
+    @cached_property
     def layer_types(self) -> tuple[str, ...]:
-        """Kind of attention of each block: ``full_attention`` or ``sliding_attention``."""
+        """Kind of each block: ``full_attention``, ``sliding_attention``, or what a family has."""
         listed = self.config.get("layer_types")
         if isinstance(listed, list):
             return tuple(map(str, listed))
@@ -212,7 +220,7 @@ class Checkpoint:
         Empty for families whose blocks are all of one kind.
         """
         kinds: dict[str, list[Any]] = {}
-        if self.family.window_period:
+        if self.family.window_period or self.family.only:
             kinds["layer_types"] = list(self.layer_types)
         if self.family.no_rope_period:
             kinds["no_rope_layers"] = list(map(int, self.rotary_blocks))

@@ -201,8 +201,7 @@ class Job:
     @property
     def _ends(self) -> list[str]:
         """Weights whose rows are as long as the feed-forward part is wide."""
-        family = self.checkpoint.family
-        ends = (f".{find_end(family, 'F')}.weight",)
+        ends = (f".{find_end(self.checkpoint, 'F')}.weight",)
         return [name for name in self.prunable_weights if name.endswith(ends)]
 
     @cached_property

@@ -18,6 +18,7 @@ from racdeploy.engines.transformers.torch_model import (
 )
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
+from racdeploy.models.families import InputGroups, ends_part
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
@@ -43,13 +44,22 @@ class Blocks:
         D = self.checkpoint.entries[_EMBEDDING].shape[1]
         return [(*batch.ids_BT.shape, D) for batch in batches]
 
-    def widths(self) -> list[int]:
-        """Return the number of inputs of each group of linears, in the block where it is most."""
-        blocks = range(self.checkpoint.block_count)
-        widths = []
-        for first, *_ in self.checkpoint.family.input_groups:
-            names = (f"{self.prefix(block)}.{first}.weight" for block in blocks)
-            widths.append(max(self.checkpoint.entries[name].shape[1] for name in names))
+    def groups(self, block: Any) -> InputGroups:
+        """Return the prunable linears of a block by the input they share."""
+        return self.checkpoint.family.groups_of(block.attention_type)
+
+    def end_widths(self) -> dict[int, int]:
+        """Return the inputs of each group that ends a part, in the block where it has most."""
+        widths = dict[int, int]()
+
+        for index in range(self.checkpoint.block_count):
+            groups = self.checkpoint.input_groups(index)
+            for group, (first, *_) in enumerate(groups):
+                name = f"{self.prefix(index)}.{first}.weight"
+                if ends_part(groups, group):
+                    _, I = self.checkpoint.entries[name].shape
+                    widths[group] = max(I, widths.get(group, 0))
+
         return widths
 
     def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
@@ -131,7 +141,7 @@ class Blocks:
         """While the body runs, a part whose last input is known computes its last linear alone."""
         changed = []  # parts with another ``forward``: with hooks, their own would run anyway
         for group, input_BTI in known.items():
-            (name,) = self.checkpoint.family.input_groups[group]
+            (name,) = self.groups(block)[group]
             part_name = name.rpartition(".")[0]
             part = block.get_submodule(part_name)
             changed.append(part)

@@ -121,7 +121,7 @@ def _count_weights(session: Session, shape: Shape) -> dict[str, int]:
 
     for place, index in enumerate(shape.blocks):
         lengths = shape.sizes(checkpoint, place)
-        for linear in checkpoint.family.linears:
+        for linear in checkpoint.linears(index):
             name = f"{blocks.prefix(index)}.{linear}"
             if any(re.search(pattern, name) for pattern in session.settings.dense):
                 continue
@@ -237,7 +237,7 @@ class _Walk:
         pruned: dict[str, PrunedLinear] = {}
         dense_prefix = self.blocks.prefix(pair.index)
 
-        for group, linears in enumerate(self.checkpoint.family.input_groups):
+        for group, linears in enumerate(self.checkpoint.input_groups(pair.index)):
             for cut in self.plan.cuts:
                 if cut.before == group and not cut.leaves_whole(pair.place):
                     self._cut(pair, cut)
@@ -388,7 +388,7 @@ class _Walk:
     ) -> InputStatistic:
         """Return the statistic of a group's input, over this process's calibration batches."""
         match = full if self.settings.match_dense else ()
-        linears = self.checkpoint.family.input_groups[group]
+        linears = self.checkpoint.input_groups(pair.index)[group]
         narrowed = [linear for linear in linears if linear in pair.narrowed and match]
         dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
 
@@ -483,7 +483,7 @@ class _Walk:
 
         rows = []
 
-        for linear in self.checkpoint.family.linears:
+        for linear in self.checkpoint.linears(pair.index):
             name = f"{prefix}.{linear}"
             if linear not in pruned:
                 rows.append(LinearRow(name=name, sparsity_asked=0.0, sparsity_reached=0.0))

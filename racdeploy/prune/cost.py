@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,16 @@ def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -
 
 
 def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:
-    """Return the shapes (O, I) of a block's linears, by the input they share."""
-    prefix = f"{checkpoint.family.blocks}.0"
-    return [
-        [checkpoint.entries[f"{prefix}.{linear}.weight"].shape for linear in group]
-        for group in checkpoint.family.input_groups
-    ]
+    """Return the shapes (O, I) of the largest block's linears, by the input they share."""
+    blocks = []
+
+    for block in range(checkpoint.block_count):
+        prefix = f"{checkpoint.family.blocks}.{block}"
+        groups = checkpoint.input_groups(block)
+        names = [[f"{prefix}.{linear}.weight" for linear in group] for group in groups]
+        blocks.append([[checkpoint.entries[name].shape for name in group] for group in names])
+
+    return max(blocks, key=lambda groups: sum(map(math.prod, chain.from_iterable(groups))))
 
 
 class TimeLeft:

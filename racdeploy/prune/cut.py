@@ -14,7 +14,7 @@ from torch import nn
 
 from racdeploy.engines.transformers.torch_model import fit_attention
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import Family
+from racdeploy.models.families import Family, ends_part
 from racdeploy.models.widths import find_kept
 from racdeploy.prune.blocks import put
 from racdeploy.prune.layout import Layout, find_end
@@ -59,16 +59,15 @@ class BlockPair:
 
 def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) -> list[Cut]:
     """Return the cuts of an outline in forward order."""
-    family = checkpoint.family
-    groups = family.input_groups
+    groups = checkpoint.input_groups(0)  # what is cut lies at one place in all blocks
 
     cuts = []
 
     for part, counts in outline.units.items():
         layouts = outline.layouts(checkpoint, part, structure)
-        linear = find_end(family, layouts[0].letter)
+        linear = find_end(checkpoint, layouts[0].letter)
         group = groups.index((linear,))
-        ends = [other for other in range(group) if family.ends_part(other)]
+        ends = [other for other in range(group) if ends_part(groups, other)]
         before = ends[-1] + 1 if ends else 0
         cuts.append(Cut(part, linear, group, before, layouts, counts))
 

@@ -98,11 +98,11 @@ def _survey(
     structure: Structure,
 ) -> dict[str, list[dict[int, float]]]:
     """Return for each part the errors at the end of each block, by the units that stay in it."""
-    family = session.blocks.checkpoint.family
+    checkpoint = session.blocks.checkpoint
     places: dict[str, tuple[str, int]] = {}
 
     for part, own in layouts.items():
-        linear = find_end(family, own[0].letter)
+        linear = find_end(checkpoint, own[0].letter)
         for place, block in enumerate(blocks):
             prefix = session.blocks.prefix(block)
             places[f"{prefix}.{linear}"] = part, place

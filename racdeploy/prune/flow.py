@@ -31,11 +31,9 @@ class Flow:
         kept_bytes: int = KEPT_BYTES,  # inputs on disk; later batches compute theirs each time
     ) -> None:
         self._blocks = blocks
-        self._family = blocks.checkpoint.family
         self.hidden = Activations(blocks.shapes(batches), folder / f"hidden-{name}.bin")
 
-        ends_part = self._family.ends_part
-        widths = {group: I for group, I in enumerate(blocks.widths()) if ends_part(group)}
+        widths = blocks.end_widths()
         kept = _choose_kept(batches, sum(widths.values()), kept_bytes)
 
         self._inputs: dict[int, Activations] = {}
@@ -51,7 +49,7 @@ class Flow:
         self, block: nn.Module, group: int, index: int, *, final: bool = True
     ) -> torch.Tensor:
         """Return what reaches a group of linears; ``final``: nothing before it changes any more."""
-        linear = self._family.input_groups[group][0]
+        linear = self._blocks.groups(block)[group][0]
         known = {place: x for place, x in self._inputs_of(index).items() if place < group}
         found_BTI = self._blocks.input(block, linear, self.hidden[index], known)
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import Family
 from racdeploy.models.widths import Kept, axes
 from racdeploy.recipe import Structure
 
@@ -57,11 +56,13 @@ class Layout:
         return kept
 
 
-def find_end(family: Family, letter: str) -> str:
-    """Return the linear that alone has a size as its input, or an empty string."""
-    for linears in family.input_groups:
+def find_end(checkpoint: Checkpoint, letter: str) -> str:
+    """Return the linear that alone has a size as its input, in every block, or an empty string."""
+    family = checkpoint.family
+    for linears in checkpoint.input_groups(0):
         if len(linears) == 1 and axes(family, f"{linears[0]}.weight")[1] == letter:
-            return linears[0]
+            everywhere = all(family.has(kind, linears[0]) for kind in checkpoint.layer_types)
+            return linears[0] if everywhere else ""
     return ""
 
 
@@ -79,9 +80,9 @@ def check_share(
     uniform = structure.uniform or first.alike
     architecture = checkpoint.family.architecture
 
-    if not find_end(checkpoint.family, first.letter):
+    if not find_end(checkpoint, first.letter):
         raise UsageError(
-            f"{part} of {architecture} cannot be cut: no linear of a block collects them",
+            f"{part} of {architecture} cannot be cut: no linear of every block collects them",
             remedy=f"leave out --keep {part}",
         )
 

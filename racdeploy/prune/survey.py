@@ -69,7 +69,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
 
             effects = _Effects(session, block, probe_BTD, probe)
 
-            for linear, weight_OI, hessian in _observe_block(session, flow, block, own):
+            for linear, weight_OI, hessian in _observe_block(session, flow, index, own):
                 effect = partial(effects.measure, linear)
                 found[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
 
@@ -88,18 +88,19 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
 
 
 def _observe_block(
-    session: Session, flow: Flow, block: nn.Module, wanted: Sequence[str]
+    session: Session, flow: Flow, index: int, wanted: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
     """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
     processes = session.processes
-    widths = session.blocks.widths()
+    block = session.blocks.empty(index)
 
-    for group, linears in enumerate(session.blocks.checkpoint.family.input_groups):
+    for group, linears in enumerate(session.blocks.checkpoint.input_groups(index)):
         names = [linear for linear in linears if linear in wanted]
         if not names:
             continue
 
-        statistic = InputStatistic(widths[group], session.weights_R)
+        width = block.get_parameter(f"{linears[0]}.weight").shape[1]
+        statistic = InputStatistic(width, session.weights_R)
 
         for place, batch in enumerate(session.fitted):
             statistic.add(flow.input(block, group, place), None, batch.stream_BT)

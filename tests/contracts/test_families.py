@@ -38,13 +38,13 @@ def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:
 
 def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -> None:
     """No matrix of a block slips past the table, and none is invented."""
-    block = skeleton(checkpoint).get_submodule(f"{checkpoint.family.blocks}.0")
+    family = checkpoint.family
     found = {
         _general(name).removesuffix(".weight")
-        for name, parameter in block.named_parameters()
+        for name, parameter in skeleton(checkpoint).get_submodule(family.blocks).named_parameters()
         if parameter.ndim == 2
     }
-    family = checkpoint.family
+    found = {name.partition(".")[2] for name in found}
     assert found == {*family.linears, *family.kept, *family.routed}
 
 
@@ -55,12 +55,20 @@ def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
     end.
     """
     family = checkpoint.family
-    parts = {linear.partition(".")[0] for linear in family.linears}
-    ends = [linears for group, linears in enumerate(family.input_groups) if family.ends_part(group)]
-    assert len(parts) == len(ends)
-    for (linear,) in ends:
-        outputs, _ = checkpoint.entries[f"{family.blocks}.0.{linear}.weight"].shape
-        assert checkpoint.integer("hidden_size") == outputs, linear
+    places = set()
+    for block in range(checkpoint.block_count):
+        groups = checkpoint.input_groups(block)
+        parts = {linear.partition(".")[0] for linear in checkpoint.linears(block)}
+        numbered = enumerate(groups)
+        ends = {n: each for n, each in numbered if families.ends_part(groups, n)}
+        assert len(parts) == len(ends)
+        places.add(tuple(ends))
+
+        for (linear,) in ends.values():
+            outputs, _ = checkpoint.entries[f"{family.blocks}.{block}.{linear}.weight"].shape
+            assert checkpoint.integer("hidden_size") == outputs, linear
+
+    assert len(places) == 1, "what is kept of a batch between passes is found by its place"
 
 
 def test_a_part_may_have_any_number_of_groups() -> None:
@@ -72,8 +80,7 @@ def test_a_part_may_have_any_number_of_groups() -> None:
         ("mlp.up_proj",),
         ("mlp.down_proj",),
     )
-    family = families.Family("FiveForCausalLM", "five", input_groups=groups)
-    ends = [family.ends_part(group) for group in range(5)]
+    ends = [families.ends_part(groups, group) for group in range(5)]
     assert ends == [False, False, True, False, True]
 
 
@@ -133,12 +140,11 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
 
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     """One statistic serves a group, so its linears take the same input."""
-    for group in checkpoint.family.input_groups:
-        widths = {
-            checkpoint.entries[f"{checkpoint.family.blocks}.0.{name}.weight"].shape[1]
-            for name in group
-        }
-        assert len(widths) == 1, group
+    for block in range(checkpoint.block_count):
+        prefix = f"{checkpoint.family.blocks}.{block}"
+        for group in checkpoint.input_groups(block):
+            widths = {checkpoint.entries[f"{prefix}.{name}.weight"].shape[1] for name in group}
+            assert len(widths) == 1, group
 
 
 def test_what_cannot_be_pruned_is_named(checkpoint: Checkpoint) -> None:

@@ -65,7 +65,7 @@ def test_its_units_are_all_that_a_linear_collects(
     """Each index belongs to one unit; counts fall from all of them by whole steps."""
     for block in range(checkpoint.block_count):
         layout = width.layout(checkpoint, block, Structure())
-        assert find_end(checkpoint.family, layout.letter)
+        assert find_end(checkpoint, layout.letter)
         kept = layout.indices(range(layout.units))
         for letter, index in kept.items():
             assert np.array_equal(index, np.arange(checkpoint.sizes(block)[letter]))

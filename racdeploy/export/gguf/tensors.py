@@ -127,8 +127,10 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
 
     names = {name: [source] for source, name in outside.items()}
 
-    for block in range(checkpoint.block_count):
+    for block, kind in enumerate(checkpoint.layer_types):
         for source, name in family.block_tensors.items():
+            if not family.has(kind, source):
+                continue
             stored = names.setdefault(f"blk.{block}.{name}", [])
             stored.append(f"{family.blocks}.{block}.{source}")
 

@@ -16,6 +16,8 @@ from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
 from racdeploy.models.foreign_code import name_code
 
+InputGroups = tuple[tuple[str, ...], ...]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,6 +28,8 @@ class Family:
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
         input_groups: prunable linears of one block by the input they share; one statistic each.
+        only: kind of block, as ``layer_types`` lists it → how names inside it begin that only such
+            blocks have; where all blocks are alike, nothing.
         kept: linears that are never pruned, as the router of experts.
         routed: linears that see only some tokens; a recipe must say that they stay dense.
         transforms: parameter name, as above → what is done to its values.
@@ -54,7 +58,8 @@ class Family:
     block_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.BLOCK_TENSORS)
     model_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.MODEL_TENSORS)
     blocks: str = "model.layers"
-    input_groups: tuple[tuple[str, ...], ...] = decoder.INPUT_GROUPS
+    input_groups: InputGroups = decoder.INPUT_GROUPS
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     routed: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)
@@ -76,8 +81,17 @@ class Family:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Prunable linears of one block, without ``.weight``, in forward order."""
+        """Prunable linears of blocks of every kind, without ``.weight``, in forward order."""
         return tuple(linear for group in self.input_groups for linear in group)
+
+    def has(self, kind: str, inside: str) -> bool:
+        """Return whether blocks of a kind have what is called so inside a block."""
+        owners = [each for each, begins in self.only.items() if inside.startswith(begins)]
+        return not owners or kind in owners
+
+    def groups_of(self, kind: str) -> InputGroups:
+        """Return the input groups of blocks of a kind."""
+        return tuple(group for group in self.input_groups if self.has(kind, group[0]))
 
     def as_per_block(self) -> Family:
         """Return the family as the architecture for widths that differ has it."""
@@ -97,11 +111,12 @@ class Family:
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else (None, name)
 
-    def ends_part(self, group: int) -> bool:
-        """Return whether a group of linears ends attention or the feed-forward part."""
-        group_and_next = self.input_groups[group : group + 2]
-        parts = [linears[0].partition(".")[0] for linears in group_and_next]
-        return len(set(parts)) == len(parts)
+
+def ends_part(groups: InputGroups, group: int) -> bool:
+    """Return whether a group of a block's linears ends attention or the feed-forward part."""
+    group_and_next = groups[group : group + 2]
+    parts = [linears[0].partition(".")[0] for linears in group_and_next]
+    return len(set(parts)) == len(parts)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
