@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import mistaken, settings, widths
+from racdeploy.models import mistaken, settings, text_part, widths
 from racdeploy.models.families import Family, InputGroups, find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
@@ -26,6 +26,8 @@ from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, to
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor, read_tensor_entries
+
+_ATTENDING = ("full_attention", "sliding_attention")
 
 
 class Checkpoint:
@@ -43,14 +45,25 @@ class Checkpoint:
         self.folder = folder
 
         written = read_json(folder / "config.json")
+        self.is_part = text_part.is_inside(written)
+        if self.is_part:
+            written = text_part.take_config(written)
         settings.check(written, f"{folder}/config.json")
+        self.written: Mapping[str, Any] = written
         self.family: Family = find_family(written)
-        self.config: dict[str, Any] = _complete(written, self.family.defaults)
+        self.config: dict[str, Any] = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor of the folder by its state_dict name; checked against the file sizes."""
+        """Every tensor of the model by its state_dict name; checked against the file sizes."""
+        if self.is_part:
+            return text_part.take_entries(self._stored)
+        return text_part.drop_further(self._stored)
+
+    @cached_property
+    def _stored(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of the folder."""
         index = self.folder / "model.safetensors.index.json"
         whole = self.folder / "model.safetensors"
         if not index.is_file():
@@ -155,10 +168,14 @@ class Checkpoint:
             "D": self.integer("hidden_size"),
             "V": self.integer("vocab_size"),
             "K": self.head_size,
+            "1": 1,
         }
 
         for letter, setting in widths.SETTINGS.items():
             sizes[letter] = self.per_block(setting)[block] * self.unit(letter)
+
+        for letter, setting in self.family.sizes.items():
+            sizes[letter] = self.integer(setting)
 
         if self.family.routed:
             sizes["E"] = self.integer("num_experts")
@@ -201,6 +218,11 @@ class Checkpoint:
         period = self.config.get("sliding_window_pattern") or self.family.window_period
         is_sliding = [period and block % period for block in range(1, self.block_count + 1)]
         return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Whether each block has attention, and so keys and values that an engine keeps."""
+        return tuple(kind in _ATTENDING for kind in self.layer_types)
 
     @property
     def rotary_blocks(self) -> tuple[bool, ...]:
@@ -287,6 +309,11 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the folder: code in it that is not run."""
         told = []
+        if left_out := len(self._stored) - len(self.entries):
+            told.append(
+                f"{left_out} tensors are left out: the text model does not compute with what sees,"
+                " hears, or predicts further tokens"
+            )
         if code := name_code(self.config):
             told.append(
                 f"config.json names code of the model's own ({code}), which is not run: it is read "
@@ -328,9 +355,9 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def _complete(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """Return the config with transformers' defaults, and in transformers 4's form."""
-    config = {**defaults, **config}
+    config = family.complete(config)
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:  # transformers 5, where there are two kinds of attention
         local = parameters.get("sliding_attention", {})
@@ -348,10 +375,18 @@ def _attention_scalar(checkpoint: Checkpoint) -> float:
     return checkpoint.head_size
 
 
+def _width_of(checkpoint: Checkpoint, kind: str) -> int:
+    heads = checkpoint.integer(f"linear_num_{kind}_heads")
+    return heads * checkpoint.integer(f"linear_{kind}_head_dim")
+
+
 SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
     "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
     "window_or_0": lambda c: c.config.get("sliding_window") or 0,
     "attention_scalar": _attention_scalar,
+    "theta": lambda c: c.rope["rope_theta"],
+    "linear_key_width": lambda c: _width_of(c, "key"),
+    "linear_value_width": lambda c: _width_of(c, "value"),
 }
 """Values that families name beside the keys of ``config.json``: computed from several."""

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Transform = Literal["rotary", "plus_one", "stack"]
+Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns", "decay"]
 """What the exporter can do to a tensor; one implementation each, in ``export/gguf/body.py``.
 
 - ``rotary``: reorder each head's rows from half-split rotary pairs to llama.cpp's interleaved ones.
 - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
 - ``stack``: lay the matrices of all experts, whose names differ in ``*``, into one tensor.
+- ``value_rows``, ``value_columns``: reorder the value heads of linear attention, which have fewer
+  key heads, along one axis.
+- ``decay``: the rate that a logarithm of it means, as a negative number, heads in that order.
 """
 
 INPUT_GROUPS = (

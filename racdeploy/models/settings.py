@@ -33,6 +33,12 @@ _COUNTS: Mapping[str, int] = {
     "num_local_experts": _WIDTH,
     "num_experts_per_tok": _WIDTH,
     "moe_intermediate_size": _WIDTH * 16,
+    "linear_num_key_heads": _WIDTH,
+    "linear_num_value_heads": _WIDTH,
+    "linear_key_head_dim": _WIDTH,
+    "linear_value_head_dim": _WIDTH,
+    "linear_conv_kernel_dim": _WIDTH,
+    "full_attention_interval": _BLOCKS,
     "decoder_sparse_step": _BLOCKS,
 }
 _COUNTS_OR_NONE: Mapping[str, int] = {
@@ -40,19 +46,27 @@ _COUNTS_OR_NONE: Mapping[str, int] = {
     "sliding_window_pattern": _BLOCKS,
     "no_rope_layer_interval": _BLOCKS,
     "max_window_layers": _BLOCKS,
+    "block_ff_dim": _WIDTH * 16,
+    "block_multiple_of": _WIDTH,
+    "conv_L_cache": _WIDTH,
 }
 _NUMBERS = (
     *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor"),
     *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
     *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
     *("attention_dropout", "initializer_range", "router_aux_loss_coef"),
+    *("norm_eps", "block_ffn_dim_multiplier"),
 )
 _SWITCHES = (
     *("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache"),
     *("norm_topk_prob", "use_bidirectional_attention", "output_router_logits"),
+    *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
 )
 _TEXTS = ("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype")
-_LISTS = ("layer_types", "no_rope_layers", "architectures", "mlp_only_layers")
+_LISTS = (
+    *("layer_types", "no_rope_layers", "architectures", "mlp_only_layers"),
+    *("full_attn_idxs",),
+)
 _TABLES = ("rope_scaling", "rope_parameters")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

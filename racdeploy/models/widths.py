@@ -36,6 +36,7 @@ def axes(family: Family, name: str) -> tuple[str, ...]:
     """
     names = family.block_tensors if name in family.block_tensors else family.model_tensors
     in_file, _, kind = names[name].rpartition(".")
+    in_file = in_file or kind  # some names have no end
     letters = family.shapes.get(in_file, ("D",))
     return letters[:1] if kind == "bias" else letters
 

@@ -14,7 +14,6 @@ from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder
-from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 
@@ -62,8 +61,9 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
 
-        if shape and shape != Shape.of(checkpoint):
-            _write_config(checkpoint, shape, scratch / "config.json")
+        is_cut = shape is not None and shape != Shape.of(checkpoint)
+        if is_cut or checkpoint.is_part:
+            _write_config(checkpoint, shape or Shape.of(checkpoint), scratch / "config.json")
 
     return out
 
@@ -86,7 +86,9 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
 
 
 def _write_config(checkpoint: Checkpoint, shape: Shape, file: Path) -> None:
-    config = read_json(checkpoint.folder / "config.json")
+    config = dict(checkpoint.written)
+    if checkpoint.family.only:
+        config = checkpoint.family.complete(config)
     if len(shape.blocks) < checkpoint.block_count:
         config |= checkpoint.block_kinds
     changed = widths.write(config, shape.blocks, shape.widths)

@@ -22,7 +22,7 @@ from racdeploy.models.families import InputGroups, ends_part
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
 
-_ATTENTION, _EMBEDDING, _NORM = "self_attn", "model.embed_tokens.weight", "model.norm"
+_ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 
 
 class Blocks:
@@ -91,8 +91,9 @@ class Blocks:
 
     def last_norm(self) -> nn.Module:
         """Return the norm after the last block, with its weights on the device."""
-        norm = self._model.get_submodule(_NORM)
-        fill_parameter(self._model, f"{_NORM}.weight", self.checkpoint)
+        name = self.checkpoint.family.last_norm
+        norm = self._model.get_submodule(name)
+        fill_parameter(self._model, f"{name}.weight", self.checkpoint)
         put(norm, "weight", self.place(norm.get_parameter("weight").data))
         return norm
 

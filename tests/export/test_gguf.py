@@ -23,7 +23,7 @@ from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError, EnvironmentFailure, ModelError, UsageError
 from racdeploy.export.gguf import body, export
-from racdeploy.export.gguf.body import order_rotary
+from racdeploy.export.gguf.reordering import order_rotary
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
@@ -86,6 +86,18 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "gemma3 pieces": {"family": "gemma3_text", "pre_tokenizer": "gemma"},
+    "lfm2": {"family": "lfm2"},
+    "lfm2 untied": {"family": "lfm2", "tied": False},
+    "qwen35": {"family": "qwen3_5_text"},
+    "olmo3": {"family": "olmo3"},
+    "olmo3 untied": {"family": "olmo3", "tied": False},
+    "ministral3": {"family": "ministral3"},
+    "ministral3 untied": {"family": "ministral3", "tied": False},
+    "qwen35 as many keys untied": {
+        "family": "qwen3_5_text",
+        "tied": False,
+        "linear_num_key_heads": 4,
+    },
     "qwen3 experts": {"family": "qwen3_moe"},
     "qwen3 experts untied": {"family": "qwen3_moe", "tied": False, "num_experts_per_tok": 3},
     "mistral": {"family": "mistral"},
@@ -108,6 +120,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 untied": {"family": "qwen3", "tied": False},
     "qwen3 float32": {"family": "qwen3", "dtype": "float32"},
 }
+CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 
 

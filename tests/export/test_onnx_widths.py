@@ -37,7 +37,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_artifacts import write_bundle
 from tests.support.tiny_models import (
-    PRUNABLE_FAMILIES,
+    CUT_FAMILIES,
     edit_json,
     make_checkpoint,
 )
@@ -126,7 +126,7 @@ def relative(expected: np.ndarray, found: np.ndarray) -> float:
     return float(np.abs(expected - found).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
+@pytest.mark.parametrize("family", CUT_FAMILIES)
 def test_the_padded_twin_computes_what_the_model_computes(tmp_path: Path, family: str) -> None:
     """Under torch, to rounding: zeros change only how sums are split up.
 
@@ -318,7 +318,7 @@ def test_other_programs_are_given_the_cut_model(
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [SAME, CUT], ids=["uniform", "per block"])
 @pytest.mark.parametrize("exporter", ["genai", "optimum"])
-@pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
+@pytest.mark.parametrize("family", CUT_FAMILIES)
 def test_every_family_passes_parity_or_says_why(
     tmp_path: Path, family: str, exporter: str, cut: tuple[tuple[int, int], ...]
 ) -> None:

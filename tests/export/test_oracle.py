@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.llama_converter import Job, convert
-from tests.support.tiny_models import LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
+from tests.support.tiny_models import FAMILIES, LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
 
 PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 QUANTS = ("f32", "f16", "bf16", "q8_0")
@@ -94,6 +94,23 @@ CASES: dict[str, dict[str, Any]] = {
         "sharded": True,
         "transformers5": True,
     },
+    "lfm2": {"family": "lfm2"},
+    "lfm2 untied sharded": {
+        "family": "lfm2",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+    },
+    "qwen35": {"family": "qwen3_5_text"},
+    "olmo3 untied": {"family": "olmo3", "tied": False},
+    "ministral3": {"family": "ministral3"},
+    "ministral3 untied": {"family": "ministral3", "tied": False},
+    "qwen35 as many keys untied sharded": {
+        "family": "qwen3_5_text",
+        "tied": False,
+        "sharded": True,
+        "linear_num_key_heads": 4,
+    },
     "smollm3": {"family": "smollm3"},
     "smollm3 untied sharded": {
         "family": "smollm3",
@@ -105,6 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 untied sharded": {"family": "qwen3", "tied": False, "sharded": True},
     "qwen3 transformers 5": {"family": "qwen3", "transformers5": True, "rope_theta": 50_000.0},
 }
+CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from racdeploy.engines.transformers import torch_model
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
-from racdeploy.export.gguf import body
+from racdeploy.export.gguf import reordering
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import gates
 from racdeploy.pipeline.gates import Findings, check_artifact
@@ -64,8 +64,8 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     """Rows in a wrong order change logits from the second position: the first is not rotated."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    order = body.order_rotary
-    monkeypatch.setattr(body, "order_rotary", lambda rows, heads: sorted(order(rows, heads)))
+    order = reordering.order_rotary
+    monkeypatch.setattr(reordering, "order_rotary", lambda rows, heads: sorted(order(rows, heads)))
     with pytest.raises(GateError, match="first at position 1: logits differ by"):
         _check(checkpoint, artifact, settings)
 

@@ -74,7 +74,7 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     linears = [
         f"model.layers.{i}.{n}"
         for i in range(checkpoint.block_count)
-        for n in checkpoint.family.linears
+        for n in checkpoint.linears(i)
     ]
     for name in linears:
         inputs = seen.setdefault(f"{name}.weight", [])

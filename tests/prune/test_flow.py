@@ -48,7 +48,7 @@ def test_passes_that_start_later_give_the_same(
             found.hidden[index] = hidden_BTD
         for number in range(blocks.checkpoint.block_count):
             block = blocks.load(number)
-            for group, linears in enumerate(blocks.checkpoint.family.input_groups):
+            for group, linears in enumerate(blocks.groups(block)):
                 for index, hidden_BTD in enumerate(expected):
                     wanted_BTI = blocks.input(block, linears[0], hidden_BTD)
                     assert torch.equal(wanted_BTI, found.input(block, group, index))

@@ -15,11 +15,20 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from racdeploy import plugins
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# Queries grow every 16 positions.
+MINISTRAL = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -33,10 +42,15 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
 }
-FAMILIES = plugins.names("families")
+# transformers 4 has fewer than we have.
+FAMILIES = tuple(name for name in plugins.names("families") if name in CONFIG_MAPPING)
 PRUNABLE_FAMILIES = tuple(
     name for name in FAMILIES if not plugins.load("families", name).FAMILY.routed
 )
+CUT_FAMILIES = tuple(
+    name for name in PRUNABLE_FAMILIES if not plugins.load("families", name).FAMILY.only
+)
+"""Those whose blocks are alike, so that each of their parts can be cut."""
 TRAINED_TOKENS = 480
 SPECIAL_TOKENS = {
     text: TRAINED_TOKENS + i
@@ -68,6 +82,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
         "rope_theta": 50_000.0,
     },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_ff_dim": 144,  # two thirds of it
+        "block_multiple_of": 16,
+    },
     "phi3": {"partial_rotary_factor": 0.75},
     "qwen3_moe": {
         "num_experts": 4,
@@ -78,6 +98,23 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen3": {"head_dim": 32},
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "rope_parameters": dict.fromkeys(  # transformers 5 takes rope_theta for one kind alone
+            ("full_attention", "sliding_attention"),
+            {"rope_type": "default", "rope_theta": 10_000.0},
+        ),
+    },
+    "ministral3": {"rope_scaling": MINISTRAL},
+    "qwen3_5_text": {
+        "num_hidden_layers": 4,  # the fourth has attention
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "smollm3": {"num_hidden_layers": 4},  # the fourth has no rotary embedding
 }
 _QWEN2_REGEX = (

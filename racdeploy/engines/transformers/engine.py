@@ -1,15 +1,17 @@
 """A Hugging Face folder as an engine, in float32.
 
 Prompts are left-padded and decoded in batches of ``parallel``; sequences that have ended leave the
-batch.
+batch. A state cannot be padded: models that have one decode a sequence at a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,9 @@ class TransformersEngine(Engine):
         self._checkpoint = Checkpoint(folder)
         self._vocabulary = self._checkpoint.integer("vocab_size")
         self._model = load_model(self._checkpoint)
+        takes = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
+        self._has_state = bool(self._checkpoint.family.only)
 
     @torch.inference_mode()
     def generate(
@@ -59,7 +64,7 @@ class TransformersEngine(Engine):
             if on_tokens and sequence.forced_first:
                 on_tokens(sequence.index, sequence.forced_first)
 
-        parallel = self._settings.parallel
+        parallel = 1 if self._has_state else self._settings.parallel
         for start in range(0, len(sequences), parallel):
             group = sequences[start : start + parallel]
             running = [s for s in group if s.finish_reason is None]
@@ -88,7 +93,8 @@ class TransformersEngine(Engine):
         cancelled: Cancel | None,
     ) -> None:
         """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
-        cache = DynamicCache()
+        # A model with a state makes the cache that it needs, another in each transformers.
+        cache = None if self._has_state else DynamicCache()
         mask_BX = torch.zeros((len(sequences), 0), dtype=torch.long)  # X: all tokens so far
 
         while sequences:
@@ -101,7 +107,7 @@ class TransformersEngine(Engine):
             ids_BT, mask_BT = _left_pad([sequence.unfed for sequence in sequences])
             mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
             position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
-            logits_BV = self._feed(ids_BT, mask_BX, position_BX, cache)
+            logits_BV, cache = self._feed(ids_BT, mask_BX, position_BX, cache)
 
             for sequence, logits_V in zip(sequences, logits_BV, strict=True):
                 sequence.unfed = []
@@ -110,22 +116,27 @@ class TransformersEngine(Engine):
                     on_tokens(sequence.index, new_ids)
 
             running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
-            if len(running) < len(sequences):
+            if running and len(running) < len(sequences):
                 rows = torch.tensor(running, dtype=torch.long)
                 cache.batch_select_indices(rows)
                 mask_BX = mask_BX[rows]
-                sequences = [sequences[row] for row in running]
+            sequences = [sequences[row] for row in running]
 
     def _feed(
         self,
         ids_BT: torch.Tensor,
         mask_BX: torch.Tensor,
         position_BX: torch.Tensor,
-        cache: DynamicCache,
-    ) -> NDArray[np.float32]:
-        """Feed T new tokens of each sequence, piece by piece, and return logits_BV of the last."""
+        cache: Any,
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Feed T new tokens of each sequence, piece by piece.
+
+        Returns logits_BV of the last, and the cache.
+        """
         rows, width = ids_BT.shape
         piece = max(1, _FED_TOKENS // rows)
+        if self._has_state:  # transformers 4 moves a state on by a prompt, or by one token
+            piece = width if cache is None else 1
         end = mask_BX.shape[1] - width
 
         for ids_BP in torch.split(ids_BT, piece, dim=1):
@@ -134,13 +145,15 @@ class TransformersEngine(Engine):
                 input_ids=ids_BP,
                 attention_mask=mask_BX[:, :end],
                 position_ids=position_BX[:, start:end],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_name: cache},
             )
 
+            cache = output[self._cache_name]
+
         logits_BV: NDArray[np.float32] = output.logits[:, -1].numpy()
-        return logits_BV
+        return logits_BV, cache
 
 
 def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from racdeploy.models.coverage import check_tensors
 from racdeploy.storage.reading import refusing
 
 _DECODER = "model"
+_ROTARY = ("rotary_emb", "pos_emb")  # LFM2 in transformers 4 uses the second
 _COMPARE = "compare the file with the one that the model's authors publish"
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -51,9 +52,8 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             _fit_block(model, checkpoint, block)
 
     # Buffers are computed and not in the file: they need values even while weights have none.
-    for name, module in _rotary(model).items():
-        rotary: Any = module
-        model.set_submodule(f"{_DECODER}.{name}", type(rotary)(config=rotary.config))
+    for name, rotary in _rotary(model).items():
+        model.set_submodule(f"{_DECODER}.{name}", _renew(rotary))
 
     embedding = model.get_submodule("model.embed_tokens")
     if "embed_scale" in dict(embedding.named_buffers()):
@@ -67,8 +67,18 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:
-    decoder = model.get_submodule(_DECODER)
-    return {name: each for name, each in decoder.named_children() if name.startswith("rotary_emb")}
+    """Return the modules that turn positions into rotations, by their names in the decoder."""
+    named = model.get_submodule(_DECODER).named_modules()
+    found = {name: each for name, each in named if name.startswith(_ROTARY)}
+    return {name: each for name, each in found.items() if not isinstance(each, nn.ModuleDict)}
+
+
+def _renew(rotary: Any) -> nn.Module:
+    """Return a rotary embedding with values in its buffers."""
+    takes_kind = "rope_type" in inspect.signature(type(rotary)).parameters
+    kind = {"rope_type": rotary.rope_type} if takes_kind else {}
+    result: nn.Module = type(rotary)(config=rotary.config, **kind)
+    return result
 
 
 def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -85,13 +95,14 @@ def embed_positions(
 ) -> dict[str, Any]:
     """Return the arguments of a block that rotate its queries and keys."""
     modules = _rotary(model)
-    if len(modules) > 1:  # Gemma 3 in transformers 4, whose blocks choose
+    if "rotary_emb_local" in modules:  # Gemma 3 in transformers 4, whose blocks choose
         return {
             "position_embeddings_global": modules["rotary_emb"](hidden_BTD, position_1T),
             "position_embeddings_local": modules["rotary_emb_local"](hidden_BTD, position_1T),
         }
 
-    (rotary,) = modules.values()
+    own = modules.get(f"rotary_embs.{block.attention_type}")  # OLMo 3 in transformers 4
+    rotary = own or modules.get("pos_emb") or modules["rotary_emb"]
     has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters  # in transformers 5
     kind = (block.attention_type,) if has_kinds else ()
     return {"position_embeddings": rotary(hidden_BTD, position_1T, *kind)}
@@ -108,7 +119,7 @@ def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
         empty = torch.empty(widths.shape(family, name, sizes), device="meta")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(empty))
 
-    for linear in family.linears:
+    for linear in checkpoint.linears(block):
         matrix: Any = module.get_submodule(linear)
         matrix.out_features, matrix.in_features = matrix.weight.shape
 
@@ -118,7 +129,9 @@ def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
 def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
     """Tell the attention of a block how many heads its linears make, by a family's letters."""
     # Some compute it once, some ask their config as they run.
-    attention: Any = block.get_submodule("self_attn")
+    attention: Any = getattr(block, "self_attn", None)
+    if attention is None:
+        return
     attention.num_key_value_groups = sizes["Q"] // sizes["KV"]
     attention.config = copy.copy(attention.config)
     attention.config.num_attention_heads = sizes["Q"] // sizes["K"]
@@ -221,6 +234,11 @@ def _config(checkpoint: Checkpoint) -> Any:
 
     values["rope_theta"] = rope["rope_theta"]
     values["rope_scaling"] = None if rope_type == "default" else scaling
+    if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
+        local = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
+        sliding = {"rope_type": "default", "rope_theta": local}
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding}
+
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     try:
         return AutoConfig.for_model(**values)

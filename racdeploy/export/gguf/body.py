@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.export import ExportedTensor, Progress
+from racdeploy.export.gguf.reordering import order_columns, order_rows
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint, widen
 from racdeploy.quant.importance import Importance
@@ -64,7 +65,11 @@ class Body:
         """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
         known = self.importance
-        known_I = known.of(tensor.name, tensor.source, tensor.shape[-1]) if known else None
+        columns = tensor.shape[-1]
+        known_I = known.of(tensor.name, tensor.source, columns) if known else None
+        order_I = order_columns(tensor.transform, self.checkpoint, columns)
+        if known_I is not None and order_I is not None:
+            known_I = known_I[order_I]
 
         def code(weight_OI: NDArray[np.float32]) -> Coded:
             packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
@@ -107,28 +112,25 @@ def _iterate_slabs(
 
     step = max(1, slab_weights // row_length)
 
+    order_I = order_columns(tensor.transform, checkpoint, row_length)
+
     for raw in tensor.read(checkpoint):
         raw_OI, order_O = raw.reshape(-1, row_length), None
-        if tensor.transform == "rotary":
-            order_O = order_rotary(len(raw), len(raw) // checkpoint.head_size)
-            if raw.ndim == 1:  # a bias is one row
+        if tensor.transform:
+            order_O = order_rows(tensor.transform, checkpoint, len(raw))
+            if raw.ndim == 1 and order_O is not None:  # a bias is one row
                 raw_OI, order_O = raw_OI[:, order_O], None
 
         for start in range(0, len(raw_OI), step):
             rows = slice(start, start + step)
             weight_OI = widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            if order_I is not None:
+                weight_OI = weight_OI[:, order_I]
             if tensor.transform == "plus_one":
                 weight_OI = weight_OI + np.float32(1)
+            if tensor.transform == "decay":
+                weight_OI = -np.exp(weight_OI)
             yield weight_OI
-
-
-def order_rotary(rows: int, heads: int) -> NDArray[np.intp]:
-    """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones.
-
-    Source: llama.cpp ``conversion/llama.py``, ``LlamaModel.permute``.
-    """
-    order_H2X = np.arange(rows).reshape(heads, 2, rows // heads // 2)
-    return order_H2X.swapaxes(1, 2).reshape(-1)
 
 
 def _map_ahead(

@@ -32,7 +32,7 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
     writer.add_embedding_length(checkpoint.integer("hidden_size"))
     writer.add_feed_forward_length(_each_or_all(checkpoint, "intermediate_size"))
     writer.add_head_count(_each_or_all(checkpoint, "num_attention_heads"))
-    writer.add_head_count_kv(_each_or_all(checkpoint, "num_key_value_heads"))
+    _write_key_value_heads(writer, checkpoint)
 
     writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
     if checkpoint.config.get("head_dim") is not None:
@@ -42,6 +42,7 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
     writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
     _write_rope_scaling(writer, checkpoint)
     _write_windows(writer, checkpoint)
+    _write_recurrent(writer, checkpoint)
 
     for key, setting in family.integers.items():
         if checkpoint.setting(setting) is not None:
@@ -51,6 +52,16 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
         if checkpoint.setting(setting) is not None:
             number = _number(checkpoint, checkpoint.config, setting)
             writer.add_float32(f"{family.gguf_arch}.{key}", number)
+
+
+def _write_key_value_heads(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    heads = checkpoint.per_block("num_key_value_heads")
+    if checkpoint.family.unattended != "no_heads":
+        writer.add_head_count_kv(_each_or_all(checkpoint, "num_key_value_heads"))
+        return
+
+    pairs = zip(heads, checkpoint.attends, strict=True)
+    writer.add_head_count_kv([count if attends else 0 for count, attends in pairs])
 
 
 def _each_or_all(checkpoint: Checkpoint, setting: str) -> int | list[int]:
@@ -132,7 +143,7 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
 
 
 def _check_windows(checkpoint: Checkpoint) -> None:
-    if checkpoint.family.window_period:
+    if checkpoint.family.window_period or checkpoint.family.only:
         return
 
     if other := set(checkpoint.layer_types) - {"full_attention"}:
@@ -153,9 +164,24 @@ def _check_windows(checkpoint: Checkpoint) -> None:
 def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     """Write which blocks have a sliding window, where llama.cpp would take others."""
     period = checkpoint.family.window_period
+    if not period:
+        return
+
     sliding = [kind == "sliding_attention" for kind in checkpoint.layer_types]
-    if period and sliding != [(block + 1) % period > 0 for block in range(checkpoint.block_count)]:
+    usual = [(block + 1) % period > 0 for block in range(checkpoint.block_count)]
+    if sliding != usual or checkpoint.family.lists_windows:
         writer.add_array(f"{checkpoint.family.gguf_arch}.attention.sliding_window_pattern", sliding)
+
+
+def _write_recurrent(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    family = checkpoint.family
+    if family.unattended == "listed":
+        recurrent = [not attends for attends in checkpoint.attends]
+        writer.add_array(f"{family.gguf_arch}.attention.recurrent_layers", recurrent)
+
+    if family.rope_sections:
+        listed = checkpoint.rope.get("mrope_section", family.rope_sections)
+        writer.add_rope_dimension_sections([*listed, 0, 0, 0, 0][:4])
 
 
 def _check_no_rope(checkpoint: Checkpoint) -> None:
@@ -201,6 +227,9 @@ def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
     # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
     default = _magnitude(factor, 1.0)
+    if log_multiplier := checkpoint.config.get("yarn_magnitude"):
+        default /= _magnitude(factor, log_multiplier)
+
     whole = _attention_factor(checkpoint, factor)
     if whole != default:
         writer.add_rope_scaling_attn_factors(whole / default)

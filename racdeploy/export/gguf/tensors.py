@@ -23,6 +23,12 @@ from racdeploy.models.families import Family
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.report.model import VECTORS_IN_F32
 
+# As llama.cpp's converter stores them, whatever the format of the file.
+_IN_F32 = {
+    ".ffn_gate_inp.weight": "the router of experts is stored in f32",
+    "conv.weight": "convolutions are stored in f32",
+    "conv1d.weight": "convolutions are stored in f32",
+}
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 
@@ -100,6 +106,8 @@ def _plan_tensor(
     shape = checkpoint.entries[parts[0]].shape
     if transform == "stack":
         shape = (len(parts), *shape)
+    elif len(shape) == 3 and shape[1] == 1:  # a convolution whose filters see one channel
+        shape = (shape[0], shape[2])
     elif len(parts) > 1:
         rows = sum(checkpoint.entries[part].shape[0] for part in parts)
         shape = (rows, *shape[1:])
@@ -122,10 +130,11 @@ def _plan_tensor(
 def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]]:
     """Return name in the file → names in the checkpoint, of all that the architecture may hold."""
     outside = dict(family.model_tensors)
-    if checkpoint.tied:
-        outside.pop("lm_head.weight", None)
+    output = outside.pop("lm_head.weight", "") if checkpoint.tied else ""
 
     names = {name: [source] for source, name in outside.items()}
+    if output and family.needs_output:
+        names[output] = ["model.embed_tokens.weight"]
 
     for block, kind in enumerate(checkpoint.layer_types):
         for source, name in family.block_tensors.items():
@@ -195,9 +204,9 @@ def _choose(
     checkpoint: Checkpoint,
     usual_names: tuple[str, ...],
 ) -> Choice:
-    is_router = name.endswith(".ffn_gate_inp.weight")
-    if len(shape) == 1 or is_router:
-        why = "the router of experts is stored in f32" if is_router else VECTORS_IN_F32
+    wide = [why for end, why in _IN_F32.items() if name.endswith(end)]
+    if len(shape) == 1 or wide:
+        why = wide[0] if wide else VECTORS_IN_F32
         return Choice(mix.quant, "f32", "" if mix.quant == "f32" else why)
 
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied, usual_names)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
-from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import write_header
 
 Own = tuple[NDArray[np.int64] | None, ...]
@@ -54,7 +53,7 @@ def pad(checkpoint: Checkpoint, folder: Path) -> Path:
         if file.name not in written:
             (folder / file.name).symlink_to(file.resolve())
 
-    config = read_json(checkpoint.folder / "config.json")
+    config = dict(checkpoint.written)
     del config[widths.KEY]
     config["head_dim"] = checkpoint.head_size
     for setting in SETTINGS.values():

@@ -6,9 +6,9 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
@@ -30,21 +30,32 @@ class Family:
         input_groups: prunable linears of one block by the input they share; one statistic each.
         only: kind of block, as ``layer_types`` lists it → how names inside it begin that only such
             blocks have; where all blocks are alike, nothing.
+        unattended: how llama.cpp is told which blocks have no attention: they have no key and value
+            heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
         routed: linears that see only some tokens; a recipe must say that they stay dense.
         transforms: parameter name, as above → what is done to its values.
         shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
+        sizes: further letters of shapes → the setting that they stand for.
         biases: GGUF names of the linears of which llama.cpp loads a bias.
+        last_norm: module of the norm after the last block.
+        read: takes a ``config.json`` with the defaults in place; returns what it says in a way of
+            its own, as usual settings, and None for keys that are replaced by them.
         defaults: keys that ``config.json`` may leave out → what transformers takes then.
         fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other
             is refused. ``=name`` is the value of another setting.
         integers, numbers: GGUF key without the architecture → the setting that it holds, where the
             model has one.
         rope_types: kinds of rope scaling that llama.cpp knows.
+        rope_sections: how many rotary pairs turn by time, height and width of a picture, where a
+            config does not say; in a text all are equal. Empty: llama.cpp knows none.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
         logit_divisor: what logits are divided by: a setting, or empty.
         logit_cap: key of the size that logits are squeezed into, where ``config.json`` has one.
         window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
+        lists_windows: whether the file lists which blocks have one, even where llama.cpp takes
+            these.
+        needs_output: whether llama.cpp wants an output projection even where it is the embedding.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
         square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
         per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
@@ -60,20 +71,27 @@ class Family:
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
     routed: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
+    last_norm: str = "model.norm"
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: decoder.FIXED)
     integers: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    rope_sections: tuple[int, ...] = ()
     embedding_scale: str = ""
     logit_divisor: str = ""
     logit_cap: str = ""
     window_period: int = 0
+    lists_windows: bool = False
+    needs_output: bool = False
     no_rope_period: int = 0
     square_queries: bool = False
     per_block: Architecture | None = None
@@ -105,6 +123,13 @@ class Family:
             biases=other.biases,
             integers=other.integers,
         )
+
+    def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a ``config.json`` with the defaults and with usual settings."""
+        whole = {**self.defaults, **config}
+        found = self.read(whole)
+        replaced = {key for key, value in found.items() if value is None}
+        return {key: value for key, value in (whole | found).items() if key not in replaced}
 
     def split_block(self, name: str) -> tuple[int | None, str]:
         """Return the number of a tensor's block, or None, and its name inside the block."""

@@ -1,0 +1,103 @@
+"""LFM2 and LFM2.5: short convolutions in most blocks, attention in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    blocks = range(config.get("num_hidden_layers", 32))
+    listed = config.get("full_attn_idxs")
+    attending = blocks if listed is None else listed
+    kinds = ["full_attention" if block in attending else "conv" for block in blocks]
+
+    return {
+        "rms_norm_eps": config.get("norm_eps", 1e-5),
+        "intermediate_size": _width(config),
+        "block_ff_dim": None,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": config.get("layer_types") or kinds,
+        "tie_word_embeddings": config.get("tie_embedding", config["tie_word_embeddings"]),
+    }
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """Return the feed-forward width, as transformers' ``Lfm2MLP`` finds it."""
+    width: int = config.get("block_ff_dim") or config.get("intermediate_size", 12_288)
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return width
+
+    width = int(2 * width / 3)
+    factor = config.get("block_ffn_dim_multiplier", 1.0)
+    if factor is None:
+        return width
+
+    multiple: int = config.get("block_multiple_of", 256)
+    return -(-int(factor * width) // multiple) * multiple
+
+
+_ATTENTION = {
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.out_proj.weight": "attn_output.weight",
+    "self_attn.q_layernorm.weight": "attn_q_norm.weight",
+    "self_attn.k_layernorm.weight": "attn_k_norm.weight",
+}
+_CONVOLUTION = {
+    "conv.in_proj.weight": "shortconv.in_proj.weight",
+    "conv.conv.weight": "shortconv.conv.weight",
+    "conv.out_proj.weight": "shortconv.out_proj.weight",
+}
+FAMILY = Family(
+    architecture="Lfm2ForCausalLM",
+    gguf_arch="lfm2",
+    block_tensors={
+        **_ATTENTION,
+        **_CONVOLUTION,
+        "feed_forward.w1.weight": "ffn_gate.weight",
+        "feed_forward.w3.weight": "ffn_up.weight",
+        "feed_forward.w2.weight": "ffn_down.weight",
+        "operator_norm.weight": "attn_norm.weight",
+        "ffn_norm.weight": "ffn_norm.weight",
+    },
+    model_tensors={
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.embedding_norm.weight": "token_embd_norm.weight",  # llama.cpp's name for the last
+        "lm_head.weight": "output.weight",
+    },
+    last_norm="model.embedding_norm",
+    input_groups=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("conv.in_proj",),
+        ("conv.out_proj",),
+        ("feed_forward.w1", "feed_forward.w3"),
+        ("feed_forward.w2",),
+    ),
+    only={"full_attention": ("self_attn.",), "conv": ("conv.",)},
+    unattended="no_heads",
+    shapes={
+        **decoder.SHAPES,
+        "shortconv.in_proj": ("D+D+D", "D"),
+        "shortconv.conv": ("D", "1", "L"),
+        "shortconv.out_proj": ("D", "D"),
+    },
+    sizes={"L": "conv_L_cache"},
+    biases=(),
+    read=_read,
+    defaults={
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 128_000,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+        "conv_L_cache": 3,
+    },
+    fixed={**decoder.FIXED, "conv_bias": (False,)},
+    integers={"vocab_size": "vocab_size", "shortconv.l_cache": "conv_L_cache"},
+    square_queries=True,
+)

@@ -1,0 +1,38 @@
+"""Ministral 3 and what else has its text model: Llama whose queries grow with their position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {
+        "attention_temperature": rope.get("llama_4_scaling_beta"),
+        "yarn_magnitude": rope.get("mscale_all_dim"),
+    }
+
+
+FAMILY = Family(
+    architecture="Ministral3ForCausalLM",
+    gguf_arch="mistral3",
+    transforms=decoder.ROTARY,
+    biases=(),
+    read=_read,
+    defaults={
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262_144,
+        "rms_norm_eps": 1e-5,
+    },
+    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    numbers={
+        "rope.scaling.yarn_log_multiplier": "yarn_magnitude",
+        "attention.temperature_scale": "attention_temperature",
+    },
+    rope_types=("yarn",),
+)

@@ -1,0 +1,28 @@
+"""OLMo 3, Instruct and Think: norms after attention and feed-forward, and of all heads as one.
+
+Blocks with a sliding window rotate without the scaling that the others have.
+"""
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+_LINEARS = {key: name for key, name in decoder.BLOCK_TENSORS.items() if key not in decoder.NORMS}
+FAMILY = Family(
+    architecture="Olmo3ForCausalLM",
+    gguf_arch="olmo2",
+    block_tensors={
+        **_LINEARS,
+        **decoder.HEAD_NORMS,
+        "post_attention_layernorm.weight": "post_attention_norm.weight",
+        "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    },
+    shapes={**decoder.SHAPES, "attn_q_norm": ("Q",), "attn_k_norm": ("KV",)},
+    biases=(),
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+    fixed={**decoder.FIXED, "rope_local_base_freq": ("=theta",)},
+    integers={"attention.sliding_window": "sliding_window"},
+    window_period=4,
+    lists_windows=True,
+    needs_output=True,
+    square_queries=True,
+)

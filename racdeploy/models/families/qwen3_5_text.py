@@ -1,0 +1,112 @@
+"""Qwen3.5 dense models: three blocks of gated delta nets to one of gated attention.
+
+An extra head that predicts further tokens is left out; it changes no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    interval = config["full_attention_interval"]
+    blocks = range(1, config.get("num_hidden_layers", 32) + 1)
+    counted = ["linear_attention" if block % interval else "full_attention" for block in blocks]
+    return {"layer_types": config.get("layer_types") or counted}
+
+
+_NORMS = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    **decoder.HEAD_NORMS,
+}
+_DELTA_NET = {
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+}
+FAMILY = Family(
+    architecture="Qwen3_5ForCausalLM",
+    gguf_arch="qwen35",
+    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_DELTA_NET},
+    input_groups=(
+        *decoder.INPUT_GROUPS[:2],
+        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        ("linear_attn.out_proj",),
+        *decoder.INPUT_GROUPS[2:],
+    ),
+    kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    only={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
+    unattended="listed",
+    transforms={
+        **dict.fromkeys(_NORMS, "plus_one"),
+        "model.norm.weight": "plus_one",
+        "linear_attn.in_proj_qkv.weight": "value_rows",
+        "linear_attn.in_proj_z.weight": "value_rows",
+        "linear_attn.in_proj_b.weight": "value_rows",
+        "linear_attn.in_proj_a.weight": "value_rows",
+        "linear_attn.conv1d.weight": "value_rows",
+        "linear_attn.dt_bias": "value_rows",
+        "linear_attn.A_log": "decay",
+        "linear_attn.out_proj.weight": "value_columns",
+    },
+    # S: a head of linear attention; SH: how many of values; SK, SV: all of keys, of values.
+    shapes={
+        **decoder.SHAPES,
+        "attn_q": ("Q+Q", "D"),
+        "attn_qkv": ("SK+SK+SV", "D"),
+        "attn_gate": ("SV", "D"),
+        "ssm_beta": ("SH", "D"),
+        "ssm_alpha": ("SH", "D"),
+        "ssm_conv1d": ("SK+SK+SV", "1", "C"),
+        "ssm_dt": ("SH",),
+        "ssm_a": ("SH",),
+        "ssm_norm": ("S",),
+        "ssm_out": ("D", "SV"),
+    },
+    sizes={
+        "S": "linear_value_head_dim",
+        "SH": "linear_num_value_heads",
+        "SK": "linear_key_width",
+        "SV": "linear_value_width",
+        "C": "linear_conv_kernel_dim",
+    },
+    biases=(),
+    read=_read,
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
+    fixed={
+        **{key: values for key, values in decoder.FIXED.items() if key != "partial_rotary_factor"},
+        "linear_value_head_dim": ("=linear_key_head_dim",),
+    },
+    integers={
+        "ssm.conv_kernel": "linear_conv_kernel_dim",
+        "ssm.state_size": "linear_key_head_dim",
+        "ssm.group_count": "linear_num_key_heads",
+        "ssm.time_step_rank": "linear_num_value_heads",
+        "ssm.inner_size": "linear_value_width",
+        "full_attention_interval": "full_attention_interval",
+        "rope.dimension_count": "rotary_width",
+    },
+    rope_types=("default",),
+    rope_sections=(11, 11, 10, 0),
+)
