@@ -101,10 +101,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "olmo3": {
         "num_hidden_layers": 4,
         "sliding_window": 16,
-        "rope_parameters": dict.fromkeys(  # transformers 5 takes rope_theta for one kind alone
-            ("full_attention", "sliding_attention"),
-            {"rope_type": "default", "rope_theta": 10_000.0},
-        ),
+        "rope_parameters": {  # transformers 5 takes rope_theta for one kind alone
+            kind: {"rope_type": "default", "rope_theta": 10_000.0}
+            for kind in ("full_attention", "sliding_attention")
+        },
     },
     "ministral3": {"rope_scaling": MINISTRAL},
     "qwen3_5_text": {
