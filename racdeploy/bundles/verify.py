@@ -19,7 +19,7 @@ from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
-from racdeploy.models.families import find_family
+from racdeploy.models.family_lookup import find_family
 from racdeploy.report.model import HarnessRun, Record, Report, TensorRow
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.storage.addresses import release_of

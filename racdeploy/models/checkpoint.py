@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models import mistaken, settings, text_part, widths
-from racdeploy.models.families import Family, InputGroups, find_family
+from racdeploy.models.families import Family, InputGroups
+from racdeploy.models.family_lookup import find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text

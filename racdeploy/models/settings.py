@@ -151,3 +151,5 @@ _FAULTS: Mapping[str, Fault] = {
     **dict.fromkeys(_TABLES, _table),
     **dict.fromkeys(_TOKEN_IDS, _token_ids),
 }
+CHECKED = frozenset(_FAULTS)
+"""The settings that anybody reads."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -98,14 +99,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen3": {"head_dim": 32},
-    "olmo3": {
-        "num_hidden_layers": 4,
-        "sliding_window": 16,
-        "rope_parameters": {  # transformers 5 takes rope_theta for one kind alone
-            kind: {"rope_type": "default", "rope_theta": 10_000.0}
-            for kind in ("full_attention", "sliding_attention")
-        },
-    },
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 16},
     "ministral3": {"rope_scaling": MINISTRAL},
     "qwen3_5_text": {
         "num_hidden_layers": 4,  # the fourth has attention
@@ -242,7 +236,13 @@ def _model(
     }
     if attention_bias:
         settings["attention_bias"] = True
-    filled = AutoConfig.for_model(family, **(settings | _SETTINGS.get(family, {}) | config))
+    given = settings | _SETTINGS.get(family, {}) | config
+    if family == "olmo3" and transformers.__version__ >= "5":  # takes rope_theta for one kind alone
+        plain = {"rope_type": "default", "rope_theta": given["rope_theta"]}
+        full = plain | (given.pop("rope_scaling", None) or {})
+        given["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
+
+    filled = AutoConfig.for_model(family, **given)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(filled)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -258,6 +258,9 @@ def _rewrite_config(file: Path) -> None:
     there are two.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
+    if "rope_parameters" in config:  # by transformers 5 itself
+        return
+
     scaling = config.pop("rope_scaling", None) or {}
     kind = scaling.pop("type", scaling.get("rope_type", "default"))
     rope = {**scaling, "rope_theta": config.pop("rope_theta"), "rope_type": kind}

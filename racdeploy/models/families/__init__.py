@@ -10,11 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from racdeploy import plugins
-from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
-from racdeploy.models.foreign_code import name_code
 
 InputGroups = tuple[tuple[str, ...], ...]
 
@@ -58,6 +55,7 @@ class Family:
         needs_output: whether llama.cpp wants an output projection even where it is the embedding.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
         square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
+        since: the first release of transformers that has it.
         per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
         table_modules: modules of a block whose values ggml looks up in a half-precision table.
 
@@ -94,6 +92,7 @@ class Family:
     needs_output: bool = False
     no_rope_period: int = 0
     square_queries: bool = False
+    since: str = "4.51"
     per_block: Architecture | None = None
     table_modules: tuple[str, ...] = ()
 
@@ -142,20 +141,3 @@ def ends_part(groups: InputGroups, group: int) -> bool:
     group_and_next = groups[group : group + 2]
     parts = [linears[0].partition(".")[0] for linears in group_and_next]
     return len(set(parts)) == len(parts)
-
-
-def find_family(config: Mapping[str, Any]) -> Family:
-    """Return the family of a parsed ``config.json``; a ModelError says that none supports it."""
-    model_type = config.get("model_type")
-    supported = plugins.names("families")
-    if model_type not in supported:
-        classes = ", ".join(config.get("architectures") or [])
-        code = name_code(config)
-        own = f" from code of its own, {code}, which is not run" if code else ""
-        raise ModelError(
-            f"unsupported architecture {model_type!r} ({classes}){own}",
-            remedy=f"supported model types: {', '.join(supported)}",
-        )
-
-    family: Family = plugins.load("families", model_type).FAMILY
-    return family

@@ -100,4 +100,5 @@ FAMILY = Family(
     fixed={**decoder.FIXED, "conv_bias": (False,)},
     integers={"vocab_size": "vocab_size", "shortconv.l_cache": "conv_L_cache"},
     square_queries=True,
+    since="4.54",
 )

@@ -27,6 +27,7 @@ FAMILY = Family(
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 262_144,
+        "rope_theta": 1_000_000.0,
         "rms_norm_eps": 1e-5,
     },
     integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
@@ -35,4 +36,5 @@ FAMILY = Family(
         "attention.temperature_scale": "attention_temperature",
     },
     rope_types=("yarn",),
+    since="5.0",
 )

@@ -25,4 +25,5 @@ FAMILY = Family(
     lists_windows=True,
     needs_output=True,
     square_queries=True,
+    since="4.57",
 )

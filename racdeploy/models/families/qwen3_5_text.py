@@ -13,10 +13,13 @@ from racdeploy.models.families import Family
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    interval = config["full_attention_interval"]
+    interval = config.get("full_attention_interval") or 4
     blocks = range(1, config.get("num_hidden_layers", 32) + 1)
     counted = ["linear_attention" if block % interval else "full_attention" for block in blocks]
-    return {"layer_types": config.get("layer_types") or counted}
+    return {
+        "layer_types": config.get("layer_types") or counted,
+        "full_attention_interval": interval,
+    }
 
 
 _NORMS = {
@@ -87,7 +90,6 @@ FAMILY = Family(
         "num_key_value_heads": 4,
         "head_dim": 256,
         "partial_rotary_factor": 0.25,
-        "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
@@ -109,4 +111,5 @@ FAMILY = Family(
     },
     rope_types=("default",),
     rope_sections=(11, 11, 10, 0),
+    since="5.2",
 )

@@ -1,7 +1,18 @@
 """Qwen3 mixtures of experts: one GGUF tensor a block; dense, for want of routed statistics."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes the second
+    return {"num_experts": config.get("num_experts") or config.get("num_local_experts")}
+
 
 _EXPERTS = {
     f"mlp.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight"
@@ -27,6 +38,7 @@ FAMILY = Family(
         "ffn_up_exps": ("EF", "D"),
         "ffn_down_exps": ("D", "EF"),
     },
+    read=_read,
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
     fixed={
         **decoder.FIXED,

@@ -17,4 +17,5 @@ FAMILY = Family(
     },
     integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
     no_rope_period=4,
+    since="4.53",
 )

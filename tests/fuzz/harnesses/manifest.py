@@ -14,7 +14,7 @@ from pathlib import Path
 from racdeploy.bundles.hub.card import write_card
 from racdeploy.errors import RacdeployError
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.models.families import find_family
+from racdeploy.models.family_lookup import find_family
 from racdeploy.recipe import Recipe
 from racdeploy.runtime.loading import _choose_context, check_what_runs
 from racdeploy.storage.toml import validate
