@@ -48,6 +48,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
     "targets": (tools.targets, "racdeploy targets"),
     "plugins": (tools.list_plugins, "racdeploy plugins"),
+    "families": (tools.families, "racdeploy families"),
     "init": (tools.init, "racdeploy init recipe.toml"),
     "doctor": (tools.doctor, "racdeploy doctor"),
 }

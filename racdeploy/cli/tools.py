@@ -143,6 +143,28 @@ def targets(json_output: JsonOpt = False) -> None:
 
 
 @reported
+def families(json_output: JsonOpt = False) -> None:
+    """List the model families: what of each is pruned, stays dense and can be cut."""
+    from racdeploy.support import describe_families
+
+    found = describe_families()
+    if json_output:
+        print_json({"families": found})
+        return
+
+    for row in found:
+        out.print(f"{row['family']:<16}{row['models']}", soft_wrap=True, markup=False)
+        details = [
+            f"transformers {row['transformers']}",
+            f"llama.cpp {row['gguf']}",
+            f"cuts {', '.join(row['cuts'])}",
+        ]
+        if row["stays_dense"]:
+            details.append(f"dense: {', '.join(row['stays_dense'])}")
+        out.print(f"{'':<16}{'; '.join(details)}", style="dim", soft_wrap=True, markup=False)
+
+
+@reported
 def list_plugins(json_output: JsonOpt = False) -> None:
     """List every plugin by kind."""
     found = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}

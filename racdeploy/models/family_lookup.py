@@ -12,7 +12,7 @@ from racdeploy.models import settings
 from racdeploy.models.families import Family
 from racdeploy.models.foreign_code import name_code
 
-_GUIDE = "CONTRIBUTING.md#a-model-family"
+_GUIDE = "CONTRIBUTING.md#the-others"
 _SHOWN = 6
 # Of nearly every model, and known by each family, or no matter for what it computes.
 _SHARED = frozenset(

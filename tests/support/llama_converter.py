@@ -121,8 +121,10 @@ def _main(jobs: list[dict[str, str]]) -> None:
             (lambda self, tokenizer, named=named: named) if named else by_hash
         )
         (architecture,) = ModelBase.load_hparams(folder, False)["architectures"]
+        kind = get_model_class(architecture)
+        kind.no_mtp = True  # a head for further tokens is left out of our files too
         with torch.inference_mode():
-            get_model_class(architecture)(folder, types[job["quant"]], Path(job["out"])).write()
+            kind(folder, types[job["quant"]], Path(job["out"])).write()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ real ones are. Nothing is downloaded; the same arguments give the same bytes.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import cache
@@ -100,7 +101,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 16},
     "qwen3": {"head_dim": 32},
     "olmo3": {"num_hidden_layers": 4, "sliding_window": 16},
-    "ministral3": {"rope_scaling": MINISTRAL},
+    "ministral3": {"rope_scaling": MINISTRAL, "head_dim": 16},
     "qwen3_5_text": {
         "num_hidden_layers": 4,  # the fourth has attention
         "head_dim": 32,
@@ -236,7 +237,8 @@ def _model(
     }
     if attention_bias:
         settings["attention_bias"] = True
-    given = settings | _SETTINGS.get(family, {}) | config
+    # transformers 5 writes into the tables that it gets.
+    given = copy.deepcopy(settings | _SETTINGS.get(family, {}) | config)
     if family == "olmo3" and transformers.__version__ >= "5":  # takes rope_theta for one kind alone
         plain = {"rope_type": "default", "rope_theta": given["rope_theta"]}
         full = plain | (given.pop("rope_scaling", None) or {})

@@ -252,7 +252,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
         local = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
         sliding = {"rope_type": "default", "rope_theta": local}
-        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding}
+        values["rope_parameters"] = {"full_attention": {**rope}, "sliding_attention": sliding}
 
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     try:

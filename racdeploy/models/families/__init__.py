@@ -13,6 +13,11 @@ from typing import Any, Literal
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
 
+
+def _read_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 InputGroups = tuple[tuple[str, ...], ...]
 
 
@@ -77,7 +82,7 @@ class Family:
     sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     last_norm: str = "model.norm"
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _read_nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: decoder.FIXED)
     integers: Mapping[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ FAMILY = Family(
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
     fixed={**decoder.FIXED, "rope_local_base_freq": ("=theta",)},
     integers={"attention.sliding_window": "sliding_window"},
+    numbers={"rope.freq_base_swa": "rope_local_base_freq"},
     window_period=4,
     lists_windows=True,
     needs_output=True,

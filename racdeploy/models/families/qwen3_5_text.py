@@ -1,4 +1,4 @@
-"""Qwen3.5 dense models: three blocks of gated delta nets to one of gated attention.
+"""Qwen3.5: three blocks of gated delta nets to one of gated attention.
 
 An extra head that predicts further tokens is left out; it changes no answer.
 """
@@ -109,7 +109,7 @@ FAMILY = Family(
         "full_attention_interval": "full_attention_interval",
         "rope.dimension_count": "rotary_width",
     },
-    rope_types=("default",),
+    rope_types=("default", "yarn"),
     rope_sections=(11, 11, 10, 0),
     since="5.2",
 )

@@ -1,0 +1,49 @@
+"""What racdeploy can do with each model family, as the family files say it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from racdeploy import plugins
+from racdeploy.models.families import Family
+
+_ATTENTION = "full_attention"
+
+
+def describe_families() -> list[dict[str, Any]]:
+    """Return a row for each family, in order of name, as plain values."""
+    return [_describe(name) for name in plugins.names("families")]
+
+
+def _describe(name: str) -> dict[str, Any]:
+    module = plugins.load("families", name)
+    family: Family = module.FAMILY
+
+    return {
+        "family": name,
+        "models": (inspect.getdoc(module) or "").partition(":")[0],
+        "architecture": family.architecture,
+        "transformers": family.since,
+        "gguf": family.gguf_arch,
+        "blocks": _list_kinds(family),
+        "prunes": list(family.linears),
+        "stays_dense": sorted({*family.kept, *family.routed}),
+        "cuts": _list_cuts(family),
+    }
+
+
+def _list_kinds(family: Family) -> list[str]:
+    if family.only:
+        return list(family.only)
+    return [_ATTENTION, "sliding_attention"] if family.window_period else [_ATTENTION]
+
+
+def _list_cuts(family: Family) -> list[str]:
+    """Return the parts that can be cut so that llama.cpp runs what is left."""
+    cuts = [] if family.routed else ["ffn"]
+    if not family.only and (family.per_block or not family.square_queries):
+        cuts += ["groups", "heads"]
+    if not family.window_period and not family.no_rope_period:
+        cuts.append("blocks")
+    return [*cuts, "vocabulary"]

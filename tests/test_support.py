@@ -1,0 +1,46 @@
+"""What is said of each family is what the code does with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from racdeploy import plugins
+from racdeploy.errors import UsageError
+from racdeploy.export.gguf.architecture import refusal
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.recipe import Structure
+from racdeploy.support import describe_families
+from tests.support.commands import racdeploy
+from tests.support.tiny_models import FAMILIES, make_checkpoint
+
+ROWS = {row["family"]: row for row in describe_families()}
+SHARES = {"ffn": 2 / 3, "heads": 0.5, "groups": 0.5, "blocks": 2 / 3}
+
+
+def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
+    structure = Structure(keep={part: SHARES[part]}, uniform=True)
+    try:
+        plugins.load("structures", part).check(checkpoint, structure)
+    except UsageError:
+        return False
+    return not refusal(checkpoint, [part], uniform=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
+    family: str, tmp_path: Path
+) -> None:
+    """By the structure's own check, and by what llama.cpp can run."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family))
+    found = {part for part in SHARES if _can_cut(checkpoint, part)}
+    assert found == set(ROWS[family]["cuts"]) - {"vocabulary"}
+
+
+def test_the_command_prints_every_family() -> None:
+    """As a line for people, and as JSON for programs."""
+    listed = racdeploy("families").out
+    assert all(name in listed for name in plugins.names("families"))
+    assert json.loads(racdeploy("families", "--json").out) == {"families": list(ROWS.values())}
