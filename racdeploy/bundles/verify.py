@@ -31,7 +31,7 @@ from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, StopIds, len
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens, read_stop_ids
 from racdeploy.verify.plan import expect_as_before, plan
-from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verify.probe_strings import gate_strings
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class ArtifactAnswerer:
         encoder = self.respondent.encoder
 
         with self._open(main, self.bundle.folder / main.path) as engine:
-            probes = probe_tokens(engine, encoder, probe_strings())
+            accepted = own.recipe.export.accept_token_differences
+            probes = probe_tokens(engine, encoder, gate_strings(accepted))
 
         also = []
         for entry in others:
@@ -137,6 +138,7 @@ class ArtifactAnswerer:
             tensors=measured.tensors,
             prunable=measured.prunable,
             probes=probes,
+            token_differences=accepted,
             prompts=probe_prompts(encoder, measured.metadata, asked_ids),
             stop_ids=measured.stop_ids,
             packing=main.packing,

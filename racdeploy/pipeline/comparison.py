@@ -138,6 +138,7 @@ class Evaluation:
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(r.name for r in model.linears if r.sparsity_asked == 0),
             probes=found.probes,
+            token_differences=recipe.export.accept_token_differences,
             logits=logits,
             also=self._answer_also(model, also),
             prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
