@@ -206,6 +206,7 @@ def _without_a_byte(tokenizer: dict[str, Any]) -> None:
         (_renamed, r"tokenizer\.model has the piece"),
         (_without_a_byte, "no token '<0xFF>'"),
         (lambda t: t["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda t: t["model"].update(type="Unigram"), "writes one unknown token"),
         (lambda t: t.update(normalizer={"type": "NFKC"}), "NFKC"),
         (
             lambda t: t.update(
