@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from racdeploy.cli.app import app
 from racdeploy.errors import GateError, ModelError
 from racdeploy.export import ExportResult, write
 from racdeploy.models.checkpoint import Checkpoint
@@ -169,6 +171,18 @@ def test_equal_ids_are_no_difference(contents: bundling.Contents, tmp_path: Path
     assert describe_token_differences(contents.report) == ""
     manifest = bundling.write(tmp_path / "bundle", contents)
     assert manifest.tokenizer.differences is None
+
+
+def test_export_takes_the_share_on_the_command_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without it, one line and exit code 2; with it, the file, and the count beside it."""
+    asked = ["export", str(checkpoint.folder), "--out", str(tmp_path / "m.gguf")]
+    refused = CliRunner().invoke(app, asked)
+    assert (refused.exit_code, (tmp_path / "m.gguf").exists()) == (2, False)
+
+    accepted = CliRunner().invoke(app, [*asked, "--accept-token-differences", "0.005"])
+    assert accepted.exit_code == 0
+    assert "1 of 200 strings differ" in " ".join(accepted.output.split())
+    assert (tmp_path / "m.gguf").is_file()
 
 
 @pytest.mark.parametrize("share", [-0.001, 0.051, float("nan")])
