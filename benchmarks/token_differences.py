@@ -10,7 +10,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import (  # type: ignore[import-untyped]
+    Regex,
+    Tokenizer,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 
 from racdeploy.engines.llamacpp import open_vocabulary
 from racdeploy.export.gguf import write_approximated
