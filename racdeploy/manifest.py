@@ -110,14 +110,27 @@ class ArtifactEntry(_Entry):
                 raise _differs(bundle / name, expected)
 
 
+class TokenDifferences(_Entry):
+    """How many hard strings an artifact's engine tokenizes differently from tokenizer.json."""
+
+    strings: int = Field(ge=1)
+    different: int = Field(ge=1)
+    accepted: float = Field(ge=0, le=1)
+    example: str = Field(max_length=1024)
+
+
 class TokenizerEntry(_Entry):
-    """Tokenizer files with their hashes, thinking tags and end-of-sequence ids."""
+    """Tokenizer files with their hashes, thinking tags and end-of-sequence ids.
+
+    ``differences`` are those that the recipe accepts; None where every string has equal ids.
+    """
 
     files: Files
     template_sha256: str
     open_tag: str | None
     close_tag: str | None
     eos_ids: tuple[int, ...] = Field(max_length=1024)
+    differences: TokenDifferences | None = None
 
     @property
     def place(self) -> PurePosixPath:

@@ -34,6 +34,8 @@ _MOST_PROMPTS = 1_000_000
 _MOST_SAMPLES = 256
 _MOST_TOGETHER = 1024
 _MOST_SECONDS = 1e6
+MOST_DIFFERENCES = 0.05
+"""Largest share of strings that may be tokenized differently: beyond it, a rule is another one."""
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
@@ -321,13 +323,15 @@ class Recovery(_Part):
 class Export(_Part):
     """The exported file; of ``tensors`` the first pattern that matches overrides the preset.
 
-    ``allow_losing_zeros`` lets a build go on whose number format does not keep what it prunes.
+    ``allow_losing_zeros`` lets a build go on whose number format does not keep what it prunes,
+    ``accept_token_differences`` one whose engine tokenizes that share of hard strings differently.
     """
 
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
     pre_tokenizer: str | None = None
+    accept_token_differences: float = Field(0.0, ge=0, le=MOST_DIFFERENCES, allow_inf_nan=False)
     exporter: str = "auto"
     tensors: dict[str, str] = Field(default_factory=dict)
     importance: str = ""

@@ -24,7 +24,7 @@ from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Respondent, identity
 from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
 from racdeploy.verify.measure import probe_tokens
-from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verify.probe_strings import gate_strings
 
 ServerApi = Literal["chat", "completions"]
 
@@ -85,6 +85,7 @@ class ServerAnswerer:
             pruned=Arm("pruned", answers.records),
             backend="openai",
             probes=probes,
+            token_differences=self._accepted,
             unseen=unseen,
         )
 
@@ -104,6 +105,11 @@ class ServerAnswerer:
     def _respondent(self) -> Respondent:
         """Who asks; what is done about the thinking is the server's to do."""
         return self.local.bundle.free_respondent(self.local.progress)
+
+    @property
+    def _accepted(self) -> float:
+        """Share of the strings that the bundle's recipe lets differ."""
+        return self.local.bundle.own.recipe.export.accept_token_differences
 
     @cached_property
     def _stage(self) -> Stage:
@@ -145,7 +151,7 @@ class ServerAnswerer:
         """Compare tokenizers if there is an endpoint; llama_cpp.server puts a BOS before a text."""
         encoder = self.local.respondent.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
-        probes = probe_tokens(engine, encoder, probe_strings())
+        probes = probe_tokens(engine, encoder, gate_strings(self._accepted))
         if not probes or not lead:
             return probes
 

@@ -27,11 +27,18 @@ from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Respondent, identity
 from racdeploy.verify.baseline import Baseline, differences, find_dense_arm
 from racdeploy.verify.conclude import conclude
-from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact, StopIds, length_budget
+from racdeploy.verify.evidence import (
+    Arm,
+    Evidence,
+    OtherArtifact,
+    StopIds,
+    TokenProbe,
+    length_budget,
+)
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens, read_stop_ids
 from racdeploy.verify.plan import expect_as_before, plan
-from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verify.probe_strings import gate_strings
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,8 @@ class ArtifactAnswerer:
         pruned, measured, earlier = self._run(main, "pruned")
         ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
         encoder = self.respondent.encoder
-
-        with self._open(main, self.bundle.folder / main.path) as engine:
-            probes = probe_tokens(engine, encoder, probe_strings())
+        accepted = own.recipe.export.accept_token_differences
+        probes = self._probe_tokens(main, accepted)
 
         also = []
         for entry in others:
@@ -137,6 +143,7 @@ class ArtifactAnswerer:
             tensors=measured.tensors,
             prunable=measured.prunable,
             probes=probes,
+            token_differences=accepted,
             prompts=probe_prompts(encoder, measured.metadata, asked_ids),
             stop_ids=measured.stop_ids,
             packing=main.packing,
@@ -170,6 +177,11 @@ class ArtifactAnswerer:
     def forget(self) -> None:
         for folder in self._used:
             shutil.rmtree(folder)
+
+    def _probe_tokens(self, entry: ArtifactEntry, accepted: float) -> tuple[TokenProbe, ...] | None:
+        """Compare the tokenizers on strings, of which a share may differ."""
+        with self._open(entry, self.bundle.folder / entry.path) as engine:
+            return probe_tokens(engine, self.respondent.encoder, gate_strings(accepted))
 
     def _run(self, entry: ArtifactEntry, name: str) -> tuple[Arm, _Measured, int]:
         """Answer with an artifact, look into its file, and count what was answered before."""

@@ -115,18 +115,21 @@ def export(options: ExportOptions) -> None:
     from racdeploy.models.sources import resolve
     from racdeploy.pipeline.lost_zeros import check_folder
     from racdeploy.pipeline.naming import place_export
+    from racdeploy.pipeline.token_differences import check_tokens
     from racdeploy.recipe import Recipe
 
     asked = {
         "quant": options.quant,
         "packing": options.packing,
         "allow_losing_zeros": options.allow_losing_zeros,
+        "accept_token_differences": options.accept_token_differences,
     }
     values = {"model": options.model, "target": options.target, "export": asked}
     settings = Recipe.combine(None, values).export
     resolved = resolve(options.model)
     checkpoint = Checkpoint(resolved.folder)
     check_folder(checkpoint, settings)
+    tokens = check_tokens(checkpoint, settings)
 
     file = options.out_file or place_export(resolved.name, settings)
     replaced = [console.say_replaced(file)] if file.exists() else []
@@ -135,7 +138,8 @@ def export(options: ExportOptions) -> None:
     files = dict(result.files)
     details = {"path": str(result.path), "size_bytes": result.size_bytes, "files": files}
     console.print_result(details, [result.path], options.json_output)
-    console.print_notes([*replaced, *checkpoint.notes, *result.notes])
+    counted = [tokens] if tokens else []
+    console.print_notes([*replaced, *checkpoint.notes, *counted, *result.notes])
 
 
 @contextmanager

@@ -30,6 +30,10 @@ QuantOpt = Annotated[
 PackingOpt = Annotated[
     str | None, typer.Option(help="How zeros are left out; default: plain, none are.")
 ]
+AcceptOpt = Annotated[
+    float | None,
+    typer.Option(help="Share of hard strings that llama.cpp may tokenize differently; default: 0."),
+]
 GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see docs/gate.md.")]
 TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
@@ -198,6 +202,7 @@ class BuildOptions(PruneOptions):
         metavar="",
         help="Build although --quant does not keep the zeros that are pruned.",
     )
+    accept_token_differences: AcceptOpt = None
     prompts: int | None = _option(
         None, min=1, help="Evaluation prompts, over those of --tier; default: 200."
     )
@@ -229,6 +234,7 @@ class BuildOptions(PruneOptions):
                 "quant": self.quant,
                 "packing": self.packing,
                 "allow_losing_zeros": self.allow_losing_zeros or None,
+                "accept_token_differences": self.accept_token_differences,
             },
             "verify": {"count": self.prompts, "controls": controls},
             "gate": read_toml(self.gate, "racdeploy init --gate") if self.gate else None,
@@ -249,6 +255,7 @@ class ExportOptions:
         metavar="",
         help="Export although --quant does not keep the zeros of the model.",
     )
+    accept_token_differences: AcceptOpt = None
     out_file: Path | None = _option(
         None, "--out", "-o", help="File to write; default: MODEL-QUANT here."
     )

@@ -117,6 +117,8 @@ def _describe_cut(plan: Plan) -> list[str]:
         lines.append(f"chooses zeros in {plan['linears_pruned']} linears{beside}")
     if "zeros_lost" in plan:
         lines.append(f"loses zeros: {plan['zeros_lost']}")
+    if "token_differences" in plan:
+        lines.append(f"accepts other tokens: {plan['token_differences']}")
     if "note" in plan:
         lines.append(plan["note"])
 

@@ -164,6 +164,16 @@ class Format(Protocol):
         """
         ...
 
+    def write_approximated(
+        self, checkpoint: Checkpoint, out: Path, pre_tokenizer: str | None
+    ) -> str:
+        """Write a file with the tokenizer alone if the engine may tokenize differently.
+
+        Return its name for what comes nearest; empty, and no file, where it is known to be equal.
+        Asked only of a format that has a ``TOKENIZER_PREFIX``.
+        """
+        ...
+
     def measure(self, path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]: ...
 
     def is_linear(self, family: Family, name: str) -> bool: ...

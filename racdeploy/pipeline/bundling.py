@@ -27,6 +27,7 @@ from racdeploy.report import html, markdown
 from racdeploy.report.model import Record, Report
 from racdeploy.report.recovery import as_csv, describe_recovery
 from racdeploy.report.structure import describe_kept
+from racdeploy.report.tokens import describe_token_differences
 from racdeploy.report.zeros import describe_lost_zeros
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
@@ -228,7 +229,9 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             "structure": _structure(contents),
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
-        tokenizer=_describe_tokenizer(folder, "", contents.model.checkpoint),
+        tokenizer=_describe_tokenizer(folder, "", contents.model.checkpoint).model_copy(
+            update={"differences": _count_differences(report)}
+        ),
         dense_tokenizer=dense,
         generation=manifests.GenerationSettings(
             temperature=float(generation.get("temperature", recipe.traces.temperature)),
@@ -242,6 +245,16 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
         ),
         verdict=report.verdict,
         headline=_headline(report),
+    )
+
+
+def _count_differences(report: Report) -> manifests.TokenDifferences | None:
+    """Return what the check of the tokens found to differ; None where nothing does."""
+    figures = next((check.figures for check in report.checks if check.name == "tokens"), {})
+    if not figures.get("different"):
+        return None
+    return manifests.TokenDifferences.model_validate(
+        {key: figures[key] for key in manifests.TokenDifferences.model_fields}
     )
 
 
@@ -353,6 +366,7 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         kept=describe_kept(contents.report.kept, contents.report.structure),
         learned=describe_recovery(contents.report.recovery),
         lost=describe_lost_zeros(contents.report),
+        tokens=markdown.escape(describe_token_differences(contents.report)),
         entries=entries,
         usage=chain.from_iterable(usages),
     )

@@ -29,7 +29,7 @@ from racdeploy.verify.answers import Answers, IdPair, Respondent
 from racdeploy.verify.checks import memory, speed
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.controls import control_notes
-from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact
+from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact, StopIds
 
 _NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
@@ -46,6 +46,13 @@ class Rival:
     quant: str
     exported: ExportResult
     folder: Path
+
+
+def _read_stop_ids(
+    form: exports.Format, metadata: Mapping[str, Any], checkpoint: Checkpoint
+) -> StopIds | None:
+    """Return the end-of-sequence ids of a checkpoint, and that of the file."""
+    return measure.read_stop_ids(form.TOKENIZER_PREFIX, metadata, checkpoint.eos_ids)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,6 @@ class Evaluation:
         metadata, _ = form.measure(pruned.path)
         prunable = set(model.checkpoint.linear_weights)
         encoder = PromptEncoder.from_folder(model.folder)
-        eos_ids = model.checkpoint.eos_ids
         logits = self._compare_logits(model, pruned, traces)
 
         evidence = Evidence(
@@ -138,10 +144,11 @@ class Evaluation:
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
             dense_linears=frozenset(r.name for r in model.linears if r.sparsity_asked == 0),
             probes=found.probes,
+            token_differences=recipe.export.accept_token_differences,
             logits=logits,
             also=self._answer_also(model, also),
             prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
-            stop_ids=measure.read_stop_ids(form.TOKENIZER_PREFIX, metadata, eos_ids),
+            stop_ids=_read_stop_ids(form, metadata, model.checkpoint),
             packing=recipe.export.packing,
         )
 

@@ -15,6 +15,9 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Export
 from racdeploy.storage.files import file_sha256
 
+# What decides whether a file is written, and not what is in it; the importance is hashed.
+_LEAVES = {"importance", "allow_losing_zeros", "accept_token_differences"}
+
 
 def export_model(
     place: Workplace,
@@ -42,7 +45,7 @@ def export_model(
     sha256 = file_sha256(matrix) if matrix.is_file() else settings.importance
     inputs = address(__name__) | {
         "model": checkpoint.sha256,
-        "export": settings.model_dump(exclude={"importance", "allow_losing_zeros"}),
+        "export": settings.model_dump(exclude=_LEAVES),
         "importance": sha256,
         "name": name,
         "metadata": metadata,

@@ -17,6 +17,7 @@ from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
 from racdeploy.pipeline.naming import count_parameters, name_artifact
 from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
 from racdeploy.pipeline.thinking import read_control
+from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.targets import Target
 from racdeploy.verify.controls import SAME_SIZE
 from racdeploy.verify.plan import Expectation, plan
@@ -46,6 +47,8 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         export.check(each.recipe.export)
         check_zeros(each)
         check_format(each)
+        if tokens := check_tokens(each.checkpoint, each.recipe.export):
+            planned["token_differences"] = tokens
         _check_memory(each, planned)
 
     return plans[0]

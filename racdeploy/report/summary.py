@@ -6,6 +6,7 @@ from racdeploy.report.model import Comparison, Report
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import describe_kept
 from racdeploy.report.tables import plain, say
+from racdeploy.report.tokens import describe_token_differences
 from racdeploy.report.zeros import describe_lost_zeros
 
 _EVEN = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
@@ -42,7 +43,8 @@ def findings(report: Report) -> str:
     if report.comparison:
         sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
 
-    sentences += [_count_unclosed(report), _explain_widened(report), describe_lost_zeros(report)]
+    sentences += [_count_unclosed(report), _explain_widened(report)]
+    sentences += [describe_lost_zeros(report), describe_token_differences(report)]
     return plain(" ".join(filter(None, sentences)))
 
 

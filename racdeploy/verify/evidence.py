@@ -101,6 +101,10 @@ class TokenProbe:
     expected: tuple[int, ...]
     actual: tuple[int, ...]
 
+    @property
+    def differs(self) -> bool:
+        return self.expected != self.actual
+
 
 @dataclass(frozen=True)
 class PromptProbe:
@@ -162,6 +166,7 @@ class Evidence:
         sparsity_asked: of the prunable weights, in the last step that was kept.
         prunable: names of the artifact's prunable tensors.
         probes: None where the engine has no tokenizer of its own.
+        token_differences: share of the probes that may differ, 0 to 1.
         rivals: dense models in other quants; no check looks at them.
         stop_ids: None where the artifact holds no tokenizer.
         sparsity_recipe: what the recipe asked for; None unless a step of its schedule was undone.
@@ -180,6 +185,7 @@ class Evidence:
     prunable: frozenset[str] = frozenset()
     dense_linears: frozenset[str] = frozenset()
     probes: tuple[TokenProbe, ...] | None = ()
+    token_differences: float = 0.0
     logits: LogitComparison | None = None
     backend: str = ""
     also: tuple[OtherArtifact, ...] = ()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf
@@ -14,12 +15,18 @@ from tokenizers import Tokenizer
 
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
-from racdeploy.export.gguf.sentencepiece import score_by_rank
+from racdeploy.export.gguf.sentencepiece import BYTES, check_merges, score_by_rank
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.verify.mixed_text import mixed_lines
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.llama_child import ask_llama
-from tests.support.mixed_text import mixed_lines
-from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, make_checkpoint
+from tests.support.tiny_models import (
+    SPECIAL_TOKENS,
+    TRAINED_TOKENS,
+    edit_json,
+    make_checkpoint,
+)
+from tests.support.tiny_pieces import pieces_json, train_pieces
 
 FORMS = [(form, model) for form in ("mistral", "gemma") for model in (True, False)]
 TEXTS = (*probe_strings(), *mixed_lines(10_000))
@@ -69,6 +76,92 @@ def test_every_text_gets_the_same_ids(
     assert differences[form, model] == []
 
 
+def _never(**changes: Any) -> dict[str, Any]:
+    """Return a Metaspace that puts no space first."""
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    return {"normalizer": None, "pre_tokenizer": step | changes}
+
+
+def _write_gemma(folder: Path, texts: tuple[str, ...], change: Any) -> Path:
+    """Give a checkpoint a tokenizer like Gemma's, trained on texts and then changed."""
+    make_checkpoint(folder, "llama", pre_tokenizer="gemma")
+    file = folder / "tokenizer.json"
+    special = [
+        token
+        for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        if token["content"] in SPECIAL_TOKENS
+    ]
+    own = ("<b>",)
+    written = pieces_json(train_pieces(texts, TRAINED_TOKENS, own), own, space_first=False)
+    written["added_tokens"] += special
+    change(written)
+    file.write_text(json.dumps(written), encoding="utf-8")
+    return folder
+
+
+def _shuffle(tokenizer: dict[str, Any]) -> None:
+    Random(0).shuffle(tokenizer["model"]["merges"])
+
+
+_RAW = tuple(text.replace("\n", " ") for text in probe_strings() if text.isascii()) * 3
+_SPACED = tuple(" ".join(text.split()) for text in _RAW)
+
+
+@pytest.mark.parametrize(
+    ("texts", "change", "form"),
+    [
+        (_RAW, _shuffle, "gemma4"),
+        (_RAW, lambda t: t.update(_never()), "llama"),
+        (_SPACED, lambda t: t.update(_never(split=True)), "llama"),
+    ],
+    ids=["merges in any order", "Metaspace", "Metaspace that splits"],
+)
+def test_forms_without_a_space_first_are_equal(
+    tmp_path: Path, texts: tuple[str, ...], change: Any, form: str
+) -> None:
+    """Merges that scores cannot say are written as Gemma 4's; a Metaspace replaces spaces alone."""
+    folder = _write_gemma(tmp_path / "model", texts, change)
+    file = export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0").path
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.model"].contents() == form
+
+    asked = [*TEXTS[:2000], "\n\n\n", "a\n\n\n\nb", "\n" * 40, " a", "a  b   c", " <b> x"]
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(
+        asked, add_special_tokens=False
+    )
+    found = ask_llama([file], [1, 2], asked)[0].tokens
+    assert [t for t, a, b in zip(asked, encoded, found, strict=True) if a.ids != b] == []
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        ("a\n", "splits a text within the token"),
+        ("a b", "splits a text within the token"),
+        ("\n\n", "never make it"),
+    ],
+)
+def test_merges_that_llama_would_not_follow_are_refused(piece: str, message: str) -> None:
+    """It splits between lines, and looks a run of line ends up before it joins."""
+    vocab = {text: i for i, text in enumerate([*sorted(BYTES), "a", "\n"])}
+    tokenizer = {"model": {"vocab": vocab}}
+    check_merges(tokenizer, set(), lambda text: [vocab[text]])
+
+    vocab[piece] = len(vocab)
+    with pytest.raises(ModelError, match=message):
+        check_merges(tokenizer, set(), lambda text: [vocab["\n"]] * len(text))
+    check_merges(tokenizer, {piece}, lambda text: [vocab["\n"]])
+
+
+def test_a_metaspace_that_splits_inside_a_piece_is_refused(tmp_path: Path) -> None:
+    """llama.cpp would join over the space."""
+    spaces = tuple("x  " * 9 for _ in range(20))
+    folder = _write_gemma(
+        tmp_path / "model", (*_RAW, *spaces), lambda t: t.update(_never(split=True))
+    )
+    with pytest.raises(ModelError, match="Metaspace with prepend_scheme 'never'"):
+        export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0")
+
+
 def test_types_and_special_ids_are_written(folder: Path, tmp_path: Path) -> None:
     """Bytes, control tokens and the user's own have their types; the space in front is a
     setting.
@@ -113,6 +206,7 @@ def _without_a_byte(tokenizer: dict[str, Any]) -> None:
         (_renamed, r"tokenizer\.model has the piece"),
         (_without_a_byte, "no token '<0xFF>'"),
         (lambda t: t["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda t: t["model"].update(type="Unigram"), "writes one unknown token"),
         (lambda t: t.update(normalizer={"type": "NFKC"}), "NFKC"),
         (
             lambda t: t.update(

@@ -52,7 +52,7 @@ def test_the_first_string_that_differs_is_named(checkpoint: Checkpoint, tmp_path
     settings = Export(quant="q8_0", pre_tokenizer="gpt-2")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
     with pytest.raises(
-        GateError, match=r"tokenizes '.+' differently from the checkpoint"
+        GateError, match=r"from the checkpoint: \d+ of 380 strings differ; the first is '.+'"
     ) as caught:
         _check(checkpoint, artifact, settings)
     assert caught.value.exit_code == 1

@@ -14,7 +14,7 @@ from racdeploy.models.renumbering import read_old_ids
 from racdeploy.pipeline.segmentation import compare_segmentation
 from racdeploy.prune.structures import vocabulary
 from racdeploy.runtime.template import PromptEncoder
-from tests.support.mixed_text import mixed_lines
+from racdeploy.verify.mixed_text import mixed_lines
 from tests.support.tiny_models import make_checkpoint
 
 KEPT = "Ann has 12 apples and buys 30 more."

@@ -27,10 +27,10 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.storage import safetensors
 from racdeploy.storage.texts import read_texts
+from racdeploy.verify.mixed_text import mixed_lines
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.cut_models import cut_checkpoint
 from tests.support.llama_child import ask_llama
-from tests.support.mixed_text import mixed_lines
 from tests.support.tiny_models import SPECIAL_TOKENS, TRAINED_TOKENS, edit_json, make_checkpoint
 
 TOKENS = 3000

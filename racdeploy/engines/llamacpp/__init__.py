@@ -16,20 +16,32 @@ from racdeploy.packing import racgguf
 from racdeploy.plugins import require
 
 ACCEL = True
+_NO_CONTEXT = 16  # tokens: none is made
 _LOG = logging.getLogger("racdeploy.accel")
 
 
 class LlamaCppEngine(ChildEngine):
-    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory."""
+    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory.
 
-    def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool = True) -> None:
+    With ``vocabulary_only``, it tokenizes and does nothing else, and the file needs no tensors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: EngineSettings,
+        *,
+        use_mmap: bool = True,
+        vocabulary_only: bool = False,
+    ) -> None:
         require("llama_cpp")
         if not path.is_file():
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
 
         native = "racdeploy.engines.llamacpp.native"
-        super().__init__(native, "llama.cpp", path, settings, use_mmap=use_mmap)
-        if settings.accel != "off":
+        options = {"use_mmap": use_mmap, "vocabulary_only": vocabulary_only}
+        super().__init__(native, "llama.cpp", path, settings, **options)
+        if settings.accel != "off" and not vocabulary_only:
             _LOG.info(self.about["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
@@ -47,3 +59,8 @@ def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
     """Load a GGUF file, or what a container holds, unpacked in the user's cache."""
     is_packed = path.suffix == racgguf.SUFFIX
     return LlamaCppEngine(racgguf.unpacked(path) if is_packed else path, settings)
+
+
+def open_vocabulary(path: Path) -> LlamaCppEngine:
+    """Load the tokenizer of a GGUF file, which may hold nothing else."""
+    return LlamaCppEngine(path, EngineSettings(_NO_CONTEXT, 1, 1), vocabulary_only=True)

@@ -37,9 +37,12 @@ _LOG_ERROR = 4
 _LOG_CONTINUED = 5
 
 
-def load(request: Header, settings: EngineSettings) -> NativeModel:
-    """Load the GGUF file of a request."""
-    return NativeModel(Path(request["path"]), settings, use_mmap=request["use_mmap"])
+def load(request: Header, settings: EngineSettings) -> NativeModel | _Vocabulary:
+    """Load the GGUF file of a request, or its vocabulary alone."""
+    path = Path(request["path"])
+    if request["vocabulary_only"]:
+        return _Vocabulary(path)
+    return NativeModel(path, settings, use_mmap=request["use_mmap"])
 
 
 class _Log:
@@ -131,23 +134,55 @@ class NativeModel:
         return np.stack([context.logits_V(row) for row in range(len(rows))])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text; special tokens written in it are parsed, none are added."""
-        data = text.encode("utf-8")
-        room = len(data) + 1
-        add_special, parse_special = False, True
+        return _tokenize(self._vocab, text, self._log)
 
-        for _ in range(2):
-            tokens = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(
-                self._vocab, data, len(data), tokens, room, add_special, parse_special
+
+class _Vocabulary:
+    """The tokenizer of a file, which may hold nothing else: no weight is read."""
+
+    about: Mapping[str, Any] = {}
+    context_tokens = 0
+
+    def __init__(self, path: Path) -> None:
+        self._log = _Log()
+        llama_cpp.llama_backend_init()
+        params = _fill(llama_cpp.llama_model_default_params(), vocab_only=True)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise EngineError(
+                f"llama.cpp cannot load the vocabulary of {path}: {self._log.tail()}",
+                remedy="name another pre-tokenizer: export.pre_tokenizer in the recipe",
             )
-            if count >= 0:
-                return list(tokens[:count])
-            room = -count  # more tokens than bytes: the vocabulary expands the text
 
-        raise EngineError(
-            f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+
+    def decoders(self) -> list[_Context]:
+        return []
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        raise EngineError("only the vocabulary of this file was loaded")
+
+    def tokenize(self, text: str) -> list[int]:
+        return _tokenize(self._vocab, text, self._log)
+
+
+def _tokenize(vocab: Any, text: str, log: _Log) -> list[int]:
+    """Return the ids of a text; special tokens written in it are parsed, none are added."""
+    data = text.encode("utf-8")
+    room = len(data) + 1
+    add_special, parse_special = False, True
+
+    for _ in range(2):
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(
+            vocab, data, len(data), tokens, room, add_special, parse_special
         )
+        if count >= 0:
+            return list(tokens[:count])
+        room = -count  # more tokens than bytes: the vocabulary expands the text
+
+    raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes: {log.tail()}")
 
 
 class _Context:

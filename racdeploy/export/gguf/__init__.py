@@ -14,6 +14,7 @@ from racdeploy.export.gguf.architecture import refusal as refusal
 from racdeploy.export.gguf.measurement import measure as measure
 from racdeploy.export.gguf.programs import companions as companions
 from racdeploy.export.gguf.programs import usage as usage
+from racdeploy.export.gguf.vocabulary import write_approximated as write_approximated
 from racdeploy.export.gguf.writer import export as export
 from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
@@ -23,7 +24,7 @@ BACKEND = "llamacpp"
 NEEDS = {"llama_cpp": "llamacpp"}
 LIBRARY = "gguf"
 COMPARES_F32 = False
-OPTIONS = ("importance", "pre_tokenizer", "split_bytes", "tensors")
+OPTIONS = ("accept_token_differences", "importance", "pre_tokenizer", "split_bytes", "tensors")
 TOKENIZER_PREFIX = "tokenizer.ggml."
 WEIGHT_SUFFIXES = ()
 

@@ -1,20 +1,24 @@
 """Read a tokenizer.json in SentencePiece's form: pieces with scores in place of merges.
 
 llama.cpp joins by the highest score, BPE by the earliest merge. They agree if every cut of a piece
-into pieces is a merge, and all merges of one piece come before or after all of another.
-Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm) and ``conversion/base.py``.
+into pieces is a merge, and all merges of one piece come before or after all of another. Where they
+do not, merges are written as they are, in the form of Gemma 4: llama.cpp then joins by merges, in
+lines and runs of line ends, each alone.
+Source: llama.cpp ``src/llama-vocab.cpp`` (llm_tokenizer_spm, GEMMA4) and ``conversion/base.py``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import MissingExtraError, ModelError
 from racdeploy.export.gguf.pretokenizers import flatten, show
 
+Encode = Callable[[str], list[int]]
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10_000.0
@@ -48,6 +52,8 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
     for normalizers, pre_tokenizers, first in _FORMS:
         if (normalizer, pre_tokenizer) == (normalizers, pre_tokenizers):
             return first
+    if not normalizer and _only_replaces_spaces(pre_tokenizer, tokenizer):
+        return False
 
     steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
     spaced = [step for step in pre_tokenizer if step.get("type") == "Metaspace"]
@@ -58,6 +64,38 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
         remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put"
         " in front, work",
     )
+
+
+def _only_replaces_spaces(
+    pre_tokenizer: list[dict[str, Any]], tokenizer: Mapping[str, Any]
+) -> bool:
+    """Return whether a Metaspace puts no space first, and its splits change nothing."""
+    match pre_tokenizer:
+        case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", **rest}]:
+            crossing = (piece for piece in tokenizer["model"]["vocab"] if SPACE in piece[1:])
+            return not rest.get("split", True) or not any(crossing)
+    return False
+
+
+def check_merges(tokenizer: Mapping[str, Any], added: AbstractSet[str], encode: Encode) -> None:
+    """Refuse what llama.cpp would join differently by merges in the form of Gemma 4.
+
+    Args:
+        added: texts of added tokens, which are found before anything is joined.
+        encode: ids of a text, by the tokenizers library.
+    """
+    vocab = tokenizer["model"]["vocab"]
+    _check_bytes(vocab)
+
+    for piece in vocab.keys() - added:
+        if " " in piece or ("\n" in piece and {*piece} != {"\n"}):
+            raise ModelError(f"llama.cpp splits a text within the token {piece!r}")
+
+        # llama.cpp looks a run of line ends up as a whole before it joins.
+        if "\n" in piece and encode(piece) != [vocab[piece]]:
+            raise ModelError(
+                f"llama.cpp takes {piece!r} for one token, and the tokenizer's merges never make it"
+            )
 
 
 def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> None:
@@ -81,19 +119,22 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
 
 
 def read_scores(
-    tokenizer: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], model: Path
-) -> dict[str, float]:
-    """Return the scores, of ``tokenizer.model`` or the merges' order; refuse if joins differ."""
-    vocab = tokenizer["model"]["vocab"]
+    tokenizer: Mapping[str, Any],
+    added: Mapping[int, Mapping[str, Any]],
+    model: Path,
+    *,
+    has_other_form: bool = False,
+) -> dict[str, float] | None:
+    """Return the scores, of ``tokenizer.model`` or the merges' order; refuse if joins differ.
 
+    With another form at hand, None is returned where joins differ.
+    """
+    vocab = tokenizer["model"]["vocab"]
     merges = [split_merge(merge) for merge in tokenizer["model"]["merges"]]
-    if missing := sorted(BYTES - vocab.keys()):
-        raise ModelError(
-            f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
-        )
+    _check_bytes(vocab)
 
     texts = {str(token["content"]) for token in added.values()}
-    _check_cuts(vocab, set(merges), texts)
+    _check_characters(vocab, texts)
 
     made = [left + right for left, right in merges]
     if model.is_file():
@@ -101,8 +142,20 @@ def read_scores(
     else:
         scores = dict.fromkeys(vocab, 0.0) | score_by_rank(made)
 
-    _check_order([(piece, scores[piece]) for piece in made], texts)
+    wrong = _find_wrong_join(vocab, set(merges), texts)
+    wrong = wrong or _find_wrong_order([(piece, scores[piece]) for piece in made], texts)
+    if wrong and has_other_form:
+        return None
+    if wrong:
+        raise wrong
     return scores
+
+
+def _check_bytes(vocab: Mapping[str, int]) -> None:
+    if missing := sorted(BYTES - vocab.keys()):
+        raise ModelError(
+            f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
+        )
 
 
 def split_merge(merge: object) -> tuple[str, str]:
@@ -116,19 +169,27 @@ def split_merge(merge: object) -> tuple[str, str]:
     raise ModelError(f"tokenizer.json is damaged: {merge!r} is not a merge")
 
 
-def _check_cuts(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str]) -> None:
-    """Refuse pieces that llama.cpp would join from parts that are no merge, or could not make."""
+def _find_wrong_join(
+    vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str]
+) -> ModelError | None:
+    """Return what is wrong with the first piece that llama.cpp would join from other parts."""
     for piece in vocab.keys() - BYTES - added:
         for place in range(1, len(piece)):
             left, right = piece[:place], piece[place:]
             if left in vocab and right in vocab and (left, right) not in merges:
-                raise ModelError(
+                return ModelError(
                     f"llama.cpp would join {left!r} and {right!r} to {piece!r}, and the tokenizer"
                     " has no such merge",
-                    remedy="its merges were not made from a SentencePiece model, so it has no GGUF"
-                    " form yet",
+                    remedy="its merges were not made from a SentencePiece model, and with a space"
+                    " put first it has no GGUF form yet",
                 )
 
+    return None
+
+
+def _check_characters(vocab: Mapping[str, int], added: set[str]) -> None:
+    """Refuse pieces that llama.cpp could not make."""
+    for piece in vocab.keys() - BYTES - added:
         strange = [character for character in piece if character not in vocab]
         if len(piece) > 1 and strange:
             raise ModelError(
@@ -160,17 +221,19 @@ def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     return scores
 
 
-def _check_order(made: Sequence[tuple[str, float]], added: set[str]) -> None:
-    """Refuse scores that rise along the merges; added tokens are found before any join."""
+def _find_wrong_order(made: Sequence[tuple[str, float]], added: set[str]) -> ModelError | None:
+    """Return where scores rise along the merges; added tokens are found before any join."""
     joined = [(piece, score) for piece, score in made if piece not in added]
     for (early, score), (late, next_score) in itertools.pairwise(joined):
         if next_score > score:
-            raise ModelError(
+            return ModelError(
                 f"the tokenizer merges to {early!r} before {late!r}, and its scores say the"
                 " reverse",
                 remedy="tokenizer.model and tokenizer.json belong to different models, or the"
                 " merges were edited",
             )
+
+    return None
 
 
 def _read_stored_scores(

@@ -80,6 +80,13 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
         raise ModelError("tokenizer.json is damaged: it has no model")
 
     kind = model.get("type", "BPE")
+    if kind == "Unigram" and model.get("byte_fallback"):
+        raise ModelError(
+            "llama.cpp's Unigram writes one unknown token for characters outside the vocabulary,"
+            " where this tokenizer writes their bytes",
+            remedy="export to ONNX, whose programs read tokenizer.json: --target onnx",
+        )
+
     maps_bytes = "'ByteLevel'" in str(tokenizer.get("pre_tokenizer"))
     if not is_sentencepiece(tokenizer) and (kind != "BPE" or not maps_bytes):
         raise ModelError(

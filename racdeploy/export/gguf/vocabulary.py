@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import sentencepiece as pieces
-from racdeploy.export.gguf.pretokenizers import find_pre_tokenizer, note_normalizer
+from racdeploy.export.gguf.pretokenizers import (
+    find_approximation,
+    find_pre_tokenizer,
+    note_normalizer,
+)
 from racdeploy.export.gguf.tokens import SpecialTokens, Tokens, read_special_tokens
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.tokenizer_files import read_tokenizer
+
+GEMMA4 = "gemma4"
+"""llama.cpp's name for BPE by merges whose spaces are replaced and whose bytes are not mapped."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class Vocabulary:
     """What ``tokenizer.ggml.*`` holds, of ``gpt2``, byte-level BPE, or ``llama``, SentencePiece.
 
     Byte-level BPE has merges, ``left right``, best first, and byte-mapped texts; SentencePiece has
-    scores, and puts a space first or not. Texts are as many as the embedding has rows.
+    scores, and puts a space first or not; ``gemma4`` has merges of SentencePiece's texts. Texts are
+    as many as the embedding has rows.
     """
 
     model: str
@@ -72,8 +82,15 @@ class Vocabulary:
             )
 
 
-def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> Vocabulary:
-    """Read the tokenizer of a checkpoint; a pre-tokenizer overrides what tokenizer.json says."""
+def read_vocabulary(
+    checkpoint: Checkpoint, pre_tokenizer: str | None = None, *, approximate: bool = False
+) -> Vocabulary:
+    """Read the tokenizer of a checkpoint.
+
+    Args:
+        pre_tokenizer: llama.cpp's name, over what tokenizer.json says.
+        approximate: whether the nearest will do where llama.cpp has no equal.
+    """
     tokens = Tokens.read(checkpoint)
     tokens.check_ids(checkpoint)
     special = read_special_tokens(checkpoint, tokens)
@@ -88,9 +105,34 @@ def read_vocabulary(checkpoint: Checkpoint, pre_tokenizer: str | None = None) ->
         types=tuple(map(tokens.type_of, range(size))),
         special=special,
         notes=(*([note] if note else []), *_notes(tokens, special)),
-        pre_tokenizer=pre_tokenizer or find_pre_tokenizer(tokens.tokenizer),
+        pre_tokenizer=pre_tokenizer
+        or find_pre_tokenizer(tokens.tokenizer, approximate=approximate),
         merges=tuple(_merges(tokens.tokenizer["model"]["merges"])),
     )
+
+
+def write_approximated(checkpoint: Checkpoint, out: Path, pre_tokenizer: str | None = None) -> str:
+    """Write a file with no more than the vocabulary, if llama.cpp may tokenize it differently.
+
+    Returns:
+        llama.cpp's name for the pre-tokenizer; empty where it is known to be equal, and no file is
+        written.
+    """
+    tokenizer = checkpoint.tokenizer.parsed
+    if pre_tokenizer is None and find_approximation(tokenizer) is None:
+        return ""
+
+    vocabulary = read_vocabulary(checkpoint, pre_tokenizer, approximate=True)
+    writer = GGUFWriter(out, "llama")
+    try:
+        vocabulary.write(writer, "")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+    return vocabulary.pre_tokenizer
 
 
 def adds_bos(checkpoint: Checkpoint) -> bool:
@@ -104,7 +146,9 @@ def _read_sentencepiece(
     space_first = pieces.puts_space_first(tokens.tokenizer)
     pieces.check_added(tokens.added, space_first)
     model_file = checkpoint.folder / "tokenizer.model"
-    scores = pieces.read_scores(tokens.tokenizer, tokens.added, model_file)
+    scores = pieces.read_scores(
+        tokens.tokenizer, tokens.added, model_file, has_other_form=not space_first
+    )
 
     size = checkpoint.integer("vocab_size")
     types = tuple(_piece_type(tokens, i) for i in range(size))
@@ -116,15 +160,29 @@ def _read_sentencepiece(
         if types[i] == TokenType.USER_DEFINED:
             texts[i] = texts[i].replace(pieces.SPACE, " ")
 
-    return Vocabulary(
+    vocabulary = Vocabulary(
         model="llama",
         texts=_fill_gaps(texts, size),
         types=types,
         special=special,
         notes=tuple(_notes(tokens, special)),
-        scores=tuple(_score(tokens, scores, i) for i in range(size)),
-        space_first=space_first,
     )
+    if scores is None:
+        return _with_merges(vocabulary, checkpoint, tokens)
+
+    in_order = tuple(_score(tokens, scores, i) for i in range(size))
+    return replace(vocabulary, scores=in_order, space_first=space_first)
+
+
+def _with_merges(vocabulary: Vocabulary, checkpoint: Checkpoint, tokens: Tokens) -> Vocabulary:
+    """Return pieces with their merges, in the form of Gemma 4."""
+    added = {str(token["content"]) for token in tokens.added.values()}
+    pieces.check_merges(tokens.tokenizer, added, read_tokenizer(checkpoint.tokenizer.file).encode)
+
+    merges = (pieces.split_merge(merge) for merge in tokens.tokenizer["model"]["merges"])
+    joined = tuple(" ".join(merge) for merge in merges)
+    texts = _fill_gaps(tokens.texts, len(vocabulary.texts))  # as they are joined, also those added
+    return replace(vocabulary, model=GEMMA4, texts=texts, pre_tokenizer=GEMMA4, merges=joined)
 
 
 def _piece_type(tokens: Tokens, i: int) -> TokenType:

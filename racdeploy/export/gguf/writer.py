@@ -60,6 +60,7 @@ def export(
     packing: str = "plain",
     metadata: Metadata | None = None,
     pre_tokenizer: str | None = None,
+    accept_token_differences: float = 0.0,
     tensors: Mapping[str, str] | None = None,
     importance: str = "",
     split_bytes: int = 0,
@@ -74,6 +75,8 @@ def export(
         packing: ``plain`` is what llama.cpp reads; any other is a container, unpacked first.
         metadata: further keys, ``racdeploy.*`` or ``general.*``.
         pre_tokenizer: llama.cpp's name, where it cannot be derived from tokenizer.json.
+        accept_token_differences: share of hard strings that may differ, which the caller counts;
+            above 0 the nearest pre-tokenizer will do where llama.cpp has no equal.
         tensors: regular expression, of names in the file → number format.
         importance: file of an importance matrix; empty takes that of pruning, ``none`` none.
         split_bytes: most bytes of tensors in one file of several; 0, and packed: never split.
@@ -85,7 +88,9 @@ def export(
     known = importances.find(checkpoint.folder, importance)
     most_bytes = 0 if out.suffix == racgguf.SUFFIX else split_bytes
 
-    plan = _make_plan(checkpoint, out, mix, known, pre_tokenizer, metadata or {}, most_bytes)
+    approximate = accept_token_differences > 0
+    vocabulary = read_vocabulary(checkpoint, pre_tokenizer, approximate=approximate)
+    plan = _make_plan(checkpoint, out, mix, known, vocabulary, metadata or {}, most_bytes)
     require_space(out.parent, plan.total_bytes, "choose another place with --out")
 
     with disk_errors(out), partial_folder(out) as scratch:
@@ -116,7 +121,7 @@ def _make_plan(
     out: Path,
     mix: presets.Mix,
     importance: Importance | None,
-    pre_tokenizer: str | None,
+    vocabulary: Vocabulary,
     metadata: Metadata,
     most_bytes: int,
 ) -> _Plan:
@@ -126,8 +131,6 @@ def _make_plan(
     if len(divided) > 1:
         names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))
         parts = dict(zip(map(out.with_name, names), divided, strict=True))
-
-    vocabulary = read_vocabulary(checkpoint, pre_tokenizer)
 
     general = list_general_values(checkpoint, mix, metadata)
     vocabulary.check_name(general["general.name"])

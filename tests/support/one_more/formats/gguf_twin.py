@@ -19,6 +19,7 @@ from racdeploy.export.gguf import (
     refusal,
     unpack,
     usage,
+    write_approximated,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "refusal",
     "unpack",
     "usage",
+    "write_approximated",
 ]
 
 

@@ -1,6 +1,4 @@
-"""Lines of mixed text for token parity: scripts, digits, emoji, LaTeX, code, white space and tags;
-always the same.
-"""
+"""Lines of mixed text, always the same: scripts, digits, emoji, LaTeX, code, white space, tags."""
 
 from __future__ import annotations
 
@@ -113,9 +111,11 @@ def mixed_lines(count: int) -> tuple[str, ...]:
     """Return that many different lines, in NFC: llama.cpp does not normalize."""
     random = Random("mixed text")
     lines: dict[str, None] = {}
+
     while len(lines) < count:
         text = "".join(_piece(random) for _ in range(random.randint(1, 24)))
         lines[unicodedata.normalize("NFC", text)] = None
+
     return tuple(lines)
 
 
