@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -180,6 +181,21 @@ DIFFERENCES = {
 }
 
 
+Tensor = tuple[str, tuple[int, ...], bytes]
+
+
+def _are_equal(name: str, ours: Tensor | None, theirs: Tensor | None) -> bool:
+    """Return whether two tensors are the same, bit by bit.
+
+    The rates of a recurrent state are exponentials: torch rounds some the other way than numpy.
+    """
+    if ours is None or theirs is None or not name.endswith(".ssm_a"):
+        return ours == theirs
+
+    rates, other = (np.frombuffer(each[2], np.int32).astype(np.int64) for each in (ours, theirs))
+    return ours[:2] == theirs[:2] and bool(np.abs(rates - other).max() <= 1)
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a GGUF file holds: metadata by key, and of each tensor its type, shape and bytes."""
@@ -207,7 +223,7 @@ class Contents:
         found = [
             name
             for name in sorted(self.tensors.keys() | theirs.tensors.keys())
-            if self.tensors.get(name) != theirs.tensors.get(name)
+            if not _are_equal(name, self.tensors.get(name), theirs.tensors.get(name))
         ]
         for key in sorted(self.fields.keys() | theirs.fields.keys()):
             ours, other = self.fields.get(key), theirs.fields.get(key)
