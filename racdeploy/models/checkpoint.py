@@ -226,6 +226,11 @@ class Checkpoint:
         return tuple(kind in _ATTENDING for kind in self.layer_types)
 
     @property
+    def has_state(self) -> bool:
+        """Whether some blocks carry a state from token to token, in place of keys and values."""
+        return not all(self.attends)
+
+    @property
     def rotary_blocks(self) -> tuple[bool, ...]:
         """Whether each block has a rotary embedding."""
         listed = self.config.get("no_rope_layers")  # 1 where it has one, for all its name

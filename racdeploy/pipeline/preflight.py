@@ -93,7 +93,7 @@ def plan_build(job: Job) -> dict[str, Any]:
 
     # Keys and values of a token, in half precision.
     kept = expected.kept
-    blocks = kept.blocks if kept else checkpoint.block_count
+    blocks = kept.blocks if kept else sum(checkpoint.attends)
     heads = kept.key_value_heads if kept else checkpoint.key_value_heads
     token_bytes = 2 * 2 * blocks * heads * checkpoint.head_size
 

@@ -44,11 +44,12 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     """
     entries = checkpoint.entries
     width = checkpoint.integer("hidden_size")
+    sequences = 1 if checkpoint.has_state else sequences  # as the engine decodes them
     inner = max(inputs for shapes in _group_shapes(checkpoint) for _, inputs in shapes)
 
     weights = sum(math.prod(entry.shape) for entry in entries.values())
     per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
-    cache = per_token * (checkpoint.block_count + 1) * sequences * longest
+    cache = per_token * (sum(checkpoint.attends) + 1) * sequences * longest
 
     # A prompt token: six values of hidden width, four of feed-forward width; the last logits twice.
     passing = sequences * prompt * (6 * width + 4 * inner)

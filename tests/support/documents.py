@@ -2,7 +2,7 @@
 
 The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
 units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
-plugins`` lists; the others quote a file. tests/test_docs.py compares.
+plugins`` lists, ``families`` a table of them with what tests compare; the others quote a file. tests/test_docs.py compares.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from racdeploy import plugins
+from racdeploy.support import describe_families
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "racdeploy"
-FILES = tuple(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"))
+_WRITTEN = ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "docs/families.md")
+FILES = tuple(ROOT / name for name in _WRITTEN)
 PLUGIN_FOLDERS = {package.replace(".", "/") for package in plugins.KINDS.values()}
 COLUMNS = 118
 SUMMARY_COLUMN = 25
@@ -49,6 +51,34 @@ def draw_tree() -> str:
         elif (file / "__init__.py").is_file():
             lines += _draw_package(file, depth=1)
     return _fence("\n".join(lines))
+
+
+def tabulate_families() -> str:
+    """Return a row for each family: what ``racdeploy families`` knows, and what tests compare."""
+    compared = {
+        "logits": _list_cases("tests/export/test_gguf.py"),
+        "file": _list_cases("tests/export/test_oracle.py"),
+    }
+    lines = [
+        "| family | models | transformers | llama.cpp | ONNX | cuts | stays dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    for row in describe_families():
+        equal = [what for what, families in compared.items() if row["family"] in families]
+        gguf = f"`{row['gguf']}`: {', '.join(equal) or 'not compared'}"
+        dense = ", ".join(f"`{name}`" for name in row["stays_dense"])
+        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf)
+        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]), dense)
+        lines.append(f"| {' | '.join((*cells, *rest))} |")
+
+    return "\n".join(lines)
+
+
+def _list_cases(path: str) -> set[str]:
+    """Return the families that a table of cases names."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return set(re.findall(r'"family": "(\w+)"', text.partition("\nCASES")[2].partition("\n}\n")[0]))
 
 
 def quote(path: str) -> str:
@@ -88,6 +118,7 @@ def _describe(name: str, file: Path, depth: int) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "families": tabulate_families,
     "plugins": list_plugins,
     "q4_k": partial(quote, "racdeploy/quant/formats/q4_k.py"),
     "remainder": partial(quote, "tests/support/one_more/tasks/remainder.py"),

@@ -46,7 +46,7 @@ class TransformersEngine(Engine):
         self._model = load_model(self._checkpoint)
         takes = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
-        self._has_state = bool(self._checkpoint.family.only)
+        self._has_state = self._checkpoint.has_state
 
     @torch.inference_mode()
     def generate(
