@@ -1,5 +1,6 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
 # make test   set up .venv, then run the tests
+# make test-transformers5   set up .venv-transformers5, without optimum, then run what transformers 5 may change
 # make lint   set up .venv, then ruff and mypy
 # make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
 # make docs   set up .venv, then write the documents as a site into site/
@@ -12,8 +13,10 @@ BIN    := $(VENV)/bin
 SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
+VENV5  := .venv-transformers5
+TESTS5 ?= $(addprefix tests/,contracts engines end_to_end export prune recover)
 
-.PHONY: demo test test-slow fuzz lint docs check clean
+.PHONY: demo test test-slow test-transformers5 fuzz lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -25,6 +28,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+test-transformers5: $(VENV5)/.test
+	$(VENV5)/bin/python -m pip check
+	$(VENV5)/bin/python -m pytest -n logical --dist loadfile $(TESTS5)
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
@@ -41,7 +48,7 @@ docs: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) $(VENV5) build dist site
 
 $(VENV)/.python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -67,3 +74,10 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml $(LOCK)
 	    $(BIN)/python -m pip install --quiet --editable '.[dev]'; \
 	fi
 	@touch $(VENV)/.base $@
+
+$(VENV5)/.test: pyproject.toml
+	@echo "== installing racdeploy with the newest transformers and the test tools into $(VENV5)"
+	$(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV5)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@

@@ -125,11 +125,12 @@ class Format(Protocol):
     ``BACKEND`` is the engine that reads it, ``NEEDS`` the packages that both take, with their
     extras, ``LIBRARY`` what the Hub calls it, ``COMPARES_F32`` whether its export compares its
     float32 form with torch, ``OPTIONS`` the keys of the recipe's ``[export]`` beside quant and
-    packing that its ``export`` takes. ``artifact_path`` is the main file's place in a bundle.
-    ``measure`` returns scalar metadata and one row per tensor; ``is_linear`` says whether a row is
-    a prunable linear. ``unpack`` writes what a packed artifact stands for, beside it unless told
-    otherwise. ``companions`` are the texts of further files that programs want in the bundle, by
-    their path, and ``usage`` the lines of the model card that say how to run it.
+    packing that its ``export`` takes; ``check_options`` refuses what cannot be done with them here,
+    before any work. ``artifact_path`` is the main file's place in a bundle. ``measure`` returns
+    scalar metadata and one row per tensor; ``is_linear`` says whether a row is a prunable linear.
+    ``unpack`` writes what a packed artifact stands for, beside it unless told otherwise.
+    ``companions`` are the texts of further files that programs want in the bundle, by their path,
+    and ``usage`` the lines of the model card that say how to run it.
     """
 
     BACKEND: str
@@ -143,6 +144,8 @@ class Format(Protocol):
     """What the names of weight files beside the main one add to its name."""
 
     def artifact_path(self, name: str, quant: str, packing: str) -> PurePosixPath: ...
+
+    def check_options(self, **options: Any) -> None: ...
 
     def export(
         self,
@@ -211,10 +214,16 @@ def weight_bytes(path: Path) -> int:
 
 
 def check(settings: recipe.Export) -> None:
-    """Refuse a quant, packing or option that the format cannot write with a UsageError."""
+    """Refuse a quant, packing or option that the format cannot write.
+
+    Raises:
+        UsageError: it never can.
+        EnvironmentFailure: what an option asks for cannot run here.
+    """
     packings.check(settings.format, settings.quant, settings.packing)
+    chosen = load(settings.format)
     general = {"format", "quant", "packing", "allow_losing_zeros"}
-    taken = general | {*load(settings.format).OPTIONS}
+    taken = general | {*chosen.OPTIONS}
     for name in sorted(settings.model_fields_set - taken):
         if getattr(settings, name) != type(settings).model_fields[name].get_default(
             call_default_factory=True
@@ -222,6 +231,12 @@ def check(settings: recipe.Export) -> None:
             raise UsageError(
                 f"format {settings.format!r} has no use for export.{name}", remedy="remove it"
             )
+
+    chosen.check_options(**_options(settings))
+
+
+def _options(settings: recipe.Export) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in load(settings.format).OPTIONS}
 
 
 def check_metadata(metadata: Mapping[str, Any], reserved: Collection[str]) -> None:
@@ -268,5 +283,5 @@ def write(
         packing=settings.packing,
         metadata=metadata,
         progress=progress,
-        **{name: getattr(settings, name) for name in chosen.OPTIONS},
+        **_options(settings),
     )

@@ -12,10 +12,12 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -53,9 +55,15 @@ class Outcome:
     failure: str = ""
 
 
-def command(module: str, *arguments: object) -> list[str]:
-    """Return the command line that runs a module, tied to this process."""
-    tied = [sys.executable, "-P", "-m", "racdeploy.storage.lifeline", str(os.getpid())]
+def command(module: str, *arguments: object, python: Path | None = None) -> list[str]:
+    """Return the command line that runs a module, tied to this process; see :func:`run_module`."""
+    tied = [
+        str(python or sys.executable),
+        "-P",
+        "-m",
+        "racdeploy.storage.lifeline",
+        str(os.getpid()),
+    ]
     return [*tied, module, *map(str, arguments)]
 
 
@@ -145,8 +153,37 @@ def run_module(
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    python: Path | None = None,
 ) -> Outcome:
-    """Run a module in its own process, to its end or for ``timeout_s``; then it is killed."""
+    """Run a module in its own process, to its end or for ``timeout_s``; then it is killed.
+
+    Args:
+        python: that of another environment, which imports racdeploy from here and nothing else.
+    """
+    if python is not None:
+        with _only_racdeploy() as path:
+            other = {**(variables or {}), "PYTHONPATH": str(path)}
+            return _run(module, arguments, timeout_s, other, limits, python)
+    return _run(module, arguments, timeout_s, variables, limits, None)
+
+
+@contextmanager
+def _only_racdeploy() -> Iterator[Path]:
+    """Yield a folder from which racdeploy is imported, and nothing that is installed beside it."""
+    with tempfile.TemporaryDirectory(prefix="racdeploy-package-") as folder:
+        package = Path(racdeploy.__file__).parent
+        (Path(folder) / package.name).symlink_to(package)
+        yield Path(folder)
+
+
+def _run(
+    module: str,
+    arguments: tuple[object, ...],
+    timeout_s: float | None,
+    variables: Mapping[str, str] | None,
+    limits: Limits | None,
+    python: Path | None,
+) -> Outcome:
     make = environment
     if limits is not None:
         make = clean_environment
@@ -156,7 +193,7 @@ def run_module(
 
     try:
         done = subprocess.run(
-            command(module, *arguments),
+            command(module, *arguments, python=python),
             env=make(variables),
             capture_output=True,
             text=True,

@@ -27,6 +27,7 @@ from tests.support.commands import racdeploy as command
 from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_artifacts import write_bundle
 from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_onnx import needs_optimum
 
 pytestmark = pytest.mark.slow
 QUESTION = "What is 12 times 34?"
@@ -170,6 +171,7 @@ def test_onnxruntime_genai_generates_the_same_tokens(
     assert run(sys.executable, "-c", GENAI, bundle, json.dumps(prompt), NEW_TOKENS) == expected[:-1]
 
 
+@needs_optimum
 def test_optimum_generates_the_same_tokens(
     bundle: Path, prompt_and_ids: tuple[list[int], list[int]]
 ) -> None:

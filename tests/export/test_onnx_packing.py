@@ -32,7 +32,7 @@ from racdeploy.packing import raconnx
 from racdeploy.packing.onnx.folding import prove_folding
 from racdeploy.packing.packers import bitmask_graph
 from racdeploy.storage.files import file_sha256
-from tests.support.tiny_onnx import tiny_onnx
+from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
 QUANTS = ("f32", "f16", "matmulnbits_8")
 PACKINGS = ("bitmask_graph", "bitmask_sidecar")
@@ -54,11 +54,10 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every export here takes optimum's graph of the tiny model, whose weights it replaces."""
+    """Every export here takes one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
-    graph = adopt(
-        tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
-    )
+    file = tiny_onnx() / APPENDING / "model.onnx"
+    graph = adopt(file, dense, onnx_exporters.load(APPENDING), APPENDING)
     monkeypatch.setattr(
         onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )

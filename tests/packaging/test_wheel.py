@@ -119,7 +119,7 @@ def test_a_base_install_looks_into_files(installed: Racdeploy) -> None:
         ("export tiny-reasoner --out model.gguf", "model.gguf"),
         ("inspect model.gguf", "zeros_of_all_weights"),
         ("targets", "raspberry-pi-5"),
-        ("plugins", "onnx_exporters: genai, optimum"),
+        ("plugins", "onnx_exporters: genai, optimum, torch"),
         ("doctor", 'pip install "racdeploy[prune]"'),
         ("cache ls", "name"),
     ]:

@@ -13,7 +13,7 @@ from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
-from tests.support.tiny_onnx import tiny_onnx
+from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
 
 def sparse_checkpoint(folder: Path, sparsity: float = 0.5) -> Checkpoint:
@@ -28,11 +28,10 @@ def sparse_checkpoint(folder: Path, sparsity: float = 0.5) -> Checkpoint:
 
 
 def use_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every export take optimum's graph of the tiny model, whose weights it replaces."""
+    """Let every export take one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
-    graph = adopt(
-        tiny_onnx() / "optimum" / "model.onnx", dense, onnx_exporters.load("optimum"), "optimum"
-    )
+    file = tiny_onnx() / APPENDING / "model.onnx"
+    graph = adopt(file, dense, onnx_exporters.load(APPENDING), APPENDING)
     monkeypatch.setattr(
         onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )

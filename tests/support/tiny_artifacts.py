@@ -17,7 +17,7 @@ from racdeploy.storage.files import file_sha256
 from tests.support.completion_server import answering, models, serving
 from tests.support.real_server import write_model
 from tests.support.tiny_models import SPECIAL_TOKENS, make_checkpoint
-from tests.support.tiny_onnx import tiny_onnx
+from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
 CONTEXT_TOKENS = 256
 EOS_ID = SPECIAL_TOKENS["<|im_end|>"]
@@ -49,7 +49,7 @@ def serve_gguf(folder: Path) -> Iterator[str]:
 ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
     "llamacpp": lambda folder: nullcontext(make_gguf(folder)),
     "onnxruntime:genai": lambda folder: nullcontext(tiny_onnx() / "genai" / "model.onnx"),
-    "onnxruntime:optimum": lambda folder: nullcontext(tiny_onnx() / "optimum" / "model.onnx"),
+    "onnxruntime:appending": lambda folder: nullcontext(tiny_onnx() / APPENDING / "model.onnx"),
     "openai": serve_gguf,
     "transformers": lambda folder: nullcontext(make_checkpoint(folder / "checkpoint", "qwen3")),
 }

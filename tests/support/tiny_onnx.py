@@ -1,8 +1,8 @@
-"""Decoder graphs of the two exporters that the world uses, straight from them.
+"""Decoder graphs of two kinds, straight from the exporters that write them.
 
 ``genai`` is onnxruntime-genai's model builder: GroupQueryAttention, past and present in one buffer,
-the head size left open in the graph. ``optimum`` is optimum-onnx: plain operators that append to
-the past. One child process makes both of them once for a whole test run.
+the head size left open in the graph. The other one appends to the past: optimum-onnx's, or torch's
+where transformers is too new for optimum. One child process makes both once for a whole test run.
 """
 
 from __future__ import annotations
@@ -16,29 +16,48 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import pytest
+
+from racdeploy.extras import is_installed
 from tests.support.tiny_models import make_checkpoint
 
-EXPORTERS = ("genai", "optimum")
-_SCRIPT = """
-import runpy, sys
+HAS_OPTIMUM = is_installed("optimum")
+needs_optimum = pytest.mark.skipif(
+    not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: racdeploy[dev] has it"
+)
+APPENDING = "optimum" if HAS_OPTIMUM else "torch"
+"""The exporter whose graph appends."""
+EXPORTERS = ("genai", APPENDING)
+_SCRIPTS = {
+    "optimum": """
 from optimum.exporters.onnx import main_export
-source, folder = sys.argv[1:]
 task = "text-generation-with-past"
 main_export(source, folder + "/optimum", task=task, dtype="fp32", do_validation=False)
+""",
+    "torch": """
+sys.argv = ["child", source, folder + "/torch"]
+runpy.run_module("racdeploy.export.onnx.exporters.torch.child", run_name="__main__")
+""",
+    "genai": """
 sys.argv = ["builder", "-i", source, "-o", folder + "/genai", "-p", "fp32", "-e", "cpu"]
 sys.argv += ["-c", folder + "/cache"]
 runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-"""
+""",
+}
 
 
 @cache
 def tiny_onnx() -> Path:
-    """Return a folder with ``checkpoint``, and ``model.onnx`` in ``genai`` and ``optimum``."""
+    """Return a folder with ``checkpoint``, and ``model.onnx`` in a folder of each exporter."""
     folder = Path(tempfile.mkdtemp(prefix="racdeploy-onnx-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     checkpoint = make_checkpoint(folder / "checkpoint", "qwen3")
+
+    # The builder comes last: it puts a folder of its own in front of all imports.
+    steps = [_SCRIPTS[name] for name in reversed(EXPORTERS)]
+    script = "\n".join(["import runpy, sys", "source, folder = sys.argv[1:]", *steps])
     child = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(checkpoint), str(folder)],
+        [sys.executable, "-c", script, str(checkpoint), str(folder)],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},

@@ -42,6 +42,10 @@ def is_linear(family: Family, name: str) -> bool:
     return name.split(".", 2)[-1] in linears
 
 
+def check_options(**options: object) -> None:
+    """Take any: what they ask for needs no other program."""
+
+
 def unpack(packed: Path, out: Path | None = None) -> Path:
     """Write the GGUF file that a container stands for, byte for byte; beside it by default."""
     container = racgguf.Container.open(packed)

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from racdeploy import packing as packings
+from racdeploy.export.onnx.choice import check_exporter
 from racdeploy.export.onnx.layouts import companions, name_graph
 from racdeploy.export.onnx.measurement import measure
 from racdeploy.export.onnx.writer import export, unpack
@@ -23,6 +24,7 @@ from racdeploy.models.families import Family
 
 __all__ = [
     "artifact_path",
+    "check_options",
     "companions",
     "export",
     "is_linear",
@@ -35,13 +37,7 @@ __all__ = [
 BACKEND = "onnxruntime"
 LIBRARY = "onnx"
 COMPARES_F32 = True
-NEEDS = {
-    "onnx": "onnx",
-    "onnxruntime": "ort",
-    "onnxruntime_genai": "onnx",
-    "optimum": "onnx",
-    "accelerate": "onnx",
-}
+NEEDS = {"onnx": "onnx", "onnxruntime": "ort"}
 OPTIONS = ("exporter",)
 TOKENIZER_PREFIX = ""
 WEIGHT_SUFFIXES = ("_data", "_packed")
@@ -56,6 +52,11 @@ def is_linear(family: Family, name: str) -> bool:
     """Return whether a tensor of the file is a prunable linear."""
     ends = tuple(f".{linear}.weight" for linear in family.linears)
     return name.startswith(f"{family.blocks}.") and name.endswith(ends)
+
+
+def check_options(*, exporter: str) -> None:
+    """Refuse an exporter that cannot run here; see :func:`choice.check_exporter`."""
+    check_exporter(exporter)
 
 
 def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from racdeploy import plugins
-from racdeploy.errors import EngineError, ModelError, UnknownPluginError
+from racdeploy.errors import EngineError, EnvironmentFailure, ModelError, UnknownPluginError
 from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.export.onnx.graph import Graph, adopt
@@ -26,7 +26,13 @@ class Chosen:
 
 
 def check_exporter(name: str) -> None:
-    """Refuse a name that is neither ``auto`` nor an exporter with an UnknownPluginError."""
+    """Refuse an exporter that cannot run here, before any work.
+
+    Raises:
+        UnknownPluginError: the name is neither ``auto`` nor an exporter's.
+        EnvironmentFailure: it is not installed, or not in versions that go together; for ``auto``,
+            none of them is.
+    """
     known = ("auto", *plugins.names("onnx_exporters"))
     if name not in known:
         raise UnknownPluginError(
@@ -34,20 +40,32 @@ def check_exporter(name: str) -> None:
             remedy=f"known: {', '.join(known)}",
         )
 
+    failures = []
+    names = _rank_exporters() if name == "auto" else [name]
+    for each in names:
+        try:
+            onnx_exporters.load(each).check_environment()
+        except EnvironmentFailure as failure:
+            failures.append(failure)
+        else:
+            return
+
+    raise failures[0]
+
 
 def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
     """Export in float32 and prove the graph; ``auto`` takes the fastest exporter that passes.
 
     Raises:
         ModelError: none of them can; each with its reason.
-        MissingExtraError: one of them is not installed.
+        EnvironmentFailure: see :func:`check_exporter`.
     """
     check_exporter(exporter)
     names = _rank_exporters() if exporter == "auto" else [exporter]
 
     reasons = []
     for name in names:
-        if refusal := onnx_exporters.load(name).refusal(checkpoint):
+        if refusal := _refuse(checkpoint, name):
             reasons.append(f"{name}: {refusal}")
             continue
 
@@ -71,6 +89,19 @@ def _rank_exporters() -> list[str]:
     """Return every exporter by its preference, those with the same one by name."""
     names = plugins.names("onnx_exporters")
     return sorted(names, key=lambda name: (onnx_exporters.load(name).PREFERENCE, name))
+
+
+def _refuse(checkpoint: Checkpoint, name: str) -> str:
+    """Return why an exporter is not asked, in one line with the remedy, or an empty string."""
+    exporter = onnx_exporters.load(name)
+    if refusal := exporter.refusal(checkpoint):
+        return refusal
+
+    try:
+        exporter.check_environment()
+    except EnvironmentFailure as failure:
+        return f"{failure.message} ({failure.remedy})"
+    return ""
 
 
 def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]]:

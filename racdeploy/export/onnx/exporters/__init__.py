@@ -35,14 +35,17 @@ class Exporter(Protocol):
     """An exporter, as a module.
 
     ``PREFERENCE`` is its place in ``auto``, 1 first: the faster its graph, the smaller.
-    ``refusal`` returns why it cannot export a checkpoint, or an empty string. ``build`` writes the
-    graph of a folder that :func:`prepare` made and returns its path; blocks may differ in width,
-    as :mod:`racdeploy.models.widths` says. ``source_of`` gives the
-    checkpoint's name of an initializer, from its own name and those of the nodes that take it, or
-    an empty string for what the exporter computed.
+    ``check_environment`` raises an EnvironmentFailure, with its remedy, where what it runs is not
+    installed, or not in versions that go together. ``refusal`` returns why it cannot export a
+    checkpoint, or an empty string. ``build`` writes the graph of a folder that :func:`prepare`
+    made and returns its path; blocks may differ in width, as :mod:`racdeploy.models.widths` says.
+    ``source_of`` gives the checkpoint's name of an initializer, from its own name and those of the
+    nodes that take it, or an empty string for what the exporter computed.
     """
 
     PREFERENCE: int
+
+    def check_environment(self) -> None: ...
 
     def refusal(self, checkpoint: Checkpoint) -> str: ...
 
@@ -57,10 +60,10 @@ def load(name: str) -> Exporter:
 
 
 def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Make a folder that transformers 4 reads as the checkpoint is meant; return it.
+    """Make a folder that transformers 4 and 5 read as the checkpoint is meant; return it.
 
-    transformers 4.57 ignores the rope settings that transformers 5 writes, and would load another
-    model. Weights are linked.
+    Each ignores rope settings of the other's, and would load another model: it has both. Weights
+    are linked.
     """
     folder.mkdir(parents=True)
     config = json.dumps(_translate_config(checkpoint))
@@ -83,6 +86,12 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
 
 def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
     rope = checkpoint.rope
+    parameters: dict[str, Any] = rope
+    if checkpoint.family.window_period:  # transformers 5 has settings for each kind of block
+        local_base = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
+        local = {"rope_type": "default", "rope_theta": local_base}
+        parameters = {"full_attention": rope, "sliding_attention": local}
+
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_plain = rope["rope_type"] == "default"
 
@@ -93,21 +102,26 @@ def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "use_cache": True,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if is_plain else scaling,
+        "rope_parameters": parameters,
         "architectures": [checkpoint.family.architecture],
         "tie_word_embeddings": checkpoint.tied,
     }
 
 
-def run_module(module: str, arguments: Sequence[str], what: str, model: Path) -> Any:
+def run_module(
+    module: str, arguments: Sequence[str], what: str, model: Path, python: Path | None = None
+) -> Any:
     """Run a module in its own process; return the JSON value of its last line, if it is one.
 
     An EngineError says that it failed or died, with the last line that it wrote. ``model`` is the
-    folder that it reads, by whose size its limits grow.
+    folder that it reads, by whose size its limits grow; ``python`` that of another environment.
     """
-    outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits_for(model))
+    outcome = child.run_module(
+        module, *arguments, variables=_QUIET, limits=limits_for(model), python=python
+    )
     if outcome.failure:
         raise EngineError(
-            f"{what} {outcome.failure}", remedy="free memory, or update it; try the other exporter"
+            f"{what} {outcome.failure}", remedy="free memory, or update it; try another exporter"
         )
     return outcome.value
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from racdeploy.export.onnx.exporters import genai
-from racdeploy.export.onnx.exporters.genai import build, source_of
+from racdeploy.export.onnx.exporters.genai import build, check_environment, source_of
 from racdeploy.models.checkpoint import Checkpoint
 
-__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 0
 

@@ -1,9 +1,10 @@
 """The model builder of onnxruntime-genai: one GroupQueryAttention node a block, the fastest graph.
 
-Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, version 0.15.2. The
-builder ignores options it does not know and may exit 0 with a wrong graph, so it is given fixed
-options and its result is compared elsewhere. It knows one width for all blocks: where they differ,
-it gets the zero-padded twin of the model, and the padding is cut out of its graph.
+Source: ``onnxruntime_genai/models/builder.py`` and ``builders/base.py``, versions 0.15.2 and
+0.18.0; from 0.16 on they need transformers 5. The builder ignores options it does not know and may
+exit 0 with a wrong graph, so it is given fixed options and its result is compared elsewhere. It
+knows one width for all blocks: where they differ, it gets the zero-padded twin of the model, and
+the padding is cut out of its graph.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError
+from racdeploy.errors import EngineError, EnvironmentFailure
 from racdeploy.export.onnx.exporters import run_module
 from racdeploy.export.onnx.exporters.genai.narrowing import narrow
 from racdeploy.export.onnx.padding import pad, refuse_widths
+from racdeploy.extras import installed_release, installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
 
-__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 1
 # Architectures whose builder classes compute what transformers computes, with weights as the
@@ -28,7 +30,9 @@ PREFERENCE = 1
 _ARCHITECTURES = frozenset(
     f"{name}ForCausalLM" for name in ("Granite", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 )
-_OPTIONS = ("disable_qkv_fusion=true", "hf_token=false", "hf_remote=false")
+# The first is fuse_qkv=false in the words of 0.15; each version ignores the other's.
+_OPTIONS = ("disable_qkv_fusion=true", "fuse_qkv=false", "hf_token=false", "hf_remote=false")
+_NEEDS_TRANSFORMERS_5 = (0, 16)
 _COMPUTED = frozenset({"cos_cache", "sin_cache"})
 _RULES = (
     (re.compile(r"\.attn\."), ".self_attn."),
@@ -37,6 +41,20 @@ _RULES = (
     (re.compile(r"\.Add\.bias$"), ".bias"),
     (re.compile(r"^model\.layers\.\d+\.final_norm_layernorm\.weight$"), "model.norm.weight"),
 )
+
+
+def check_environment() -> None:
+    """Raise EnvironmentFailure where the builder and transformers do not go together."""
+    require("onnxruntime_genai")
+    require("transformers")
+    is_new = installed_release("onnxruntime-genai") >= _NEEDS_TRANSFORMERS_5
+    if is_new and installed_release("transformers") < (5,):
+        builder, models = map(installed_version, ("onnxruntime-genai", "transformers"))
+        raise EnvironmentFailure(
+            f"the model builder of onnxruntime-genai {builder} needs transformers 5, and {models} "
+            "is installed",
+            remedy='pip install "onnxruntime-genai<0.16", or "transformers>=5"',
+        )
 
 
 def refusal(checkpoint: Checkpoint) -> str:
@@ -54,7 +72,7 @@ def refusal(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32 for CPU; a failure, or no graph, is an EngineError."""
-    require("onnxruntime_genai")
+    check_environment()
     checkpoint = Checkpoint(prepared)
     if checkpoint.is_uniform:
         return _run_builder(prepared, out)

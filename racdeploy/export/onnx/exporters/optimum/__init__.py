@@ -1,7 +1,8 @@
 """optimum's ONNX export: a trace of transformers' own model, for nearly every architecture.
 
 Source: ``optimum/exporters/onnx`` of optimum-onnx 0.1.0. Its own validation only warns; its linears
-are transposed and renamed, so they are known by the node that takes them.
+are transposed and renamed, so they are known by the node that takes them. It needs transformers
+4.57; where that is not what is installed, it runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -10,15 +11,35 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError
+from racdeploy.errors import EngineError, EnvironmentFailure
 from racdeploy.export.onnx.exporters import run_module
+from racdeploy.extras import installed_release, installed_version, is_installed
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
+from racdeploy.storage import environments
 
-__all__ = ["PREFERENCE", "build", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 2
+_TOO_NEW = (4, 58)  # of transformers
+_PACKAGES = ("optimum", "accelerate")  # without the second, tied weights are stored twice
 _RENAMED = re.compile(r"^onnx::MatMul_\d+$")
+
+
+def check_environment() -> None:
+    """Raise EnvironmentFailure where optimum is neither beside transformers nor on its own."""
+    if _is_beside() or environments.find("optimum"):
+        return
+
+    if installed_release("transformers") < _TOO_NEW:
+        for package in _PACKAGES:
+            require(package)
+
+    raise EnvironmentFailure(
+        f"optimum-onnx needs transformers below 4.58, and {installed_version('transformers')} is "
+        "installed",
+        remedy="run `racdeploy doctor --setup optimum`, once",
+    )
 
 
 def refusal(checkpoint: Checkpoint) -> str:
@@ -28,16 +49,22 @@ def refusal(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; a failure, or no graph, is an EngineError."""
-    require("optimum")
-    require("accelerate")  # without it, tied weights are stored twice
+    check_environment()
+    python = None if _is_beside() else environments.find("optimum")
     folders = [str(prepared), str(out)]
     child = "racdeploy.export.onnx.exporters.optimum.child"
-    run_module(child, folders, "optimum's export", prepared)
+    run_module(child, folders, "optimum's export", prepared, python)
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError("optimum's export ended without an error and without a graph")
 
     return graph
+
+
+def _is_beside() -> bool:
+    """Return whether optimum is installed with a transformers that it goes with."""
+    fits = installed_release("transformers") < _TOO_NEW
+    return fits and all(map(is_installed, _PACKAGES))
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:

@@ -1,0 +1,62 @@
+"""torch's own ONNX export of what neither of the others takes, the slowest to make.
+
+Source: ``torch.onnx.export(dynamo=True)`` of torch 2.13. Weights keep the names that they have in
+the module which the child exports, in which transformers' model is ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.errors import EngineError, EnvironmentFailure
+from racdeploy.export.onnx.exporters import run_module
+from racdeploy.extras import installed_release, installed_version
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.plugins import require
+
+__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
+
+PREFERENCE = 3
+WEIGHTS = (".weight", ".bias")
+_FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
+_ATTENTION = frozenset({"full_attention", "sliding_attention"})
+
+
+def check_environment() -> None:
+    """Raise EnvironmentFailure without what writes the graph."""
+    require("torch")
+    require("onnxscript")
+    if installed_release("torch") < _FIRST_WITH_ATTENTION:
+        raise EnvironmentFailure(
+            f"torch {installed_version('torch')} writes no ONNX graph with attention of opset 23",
+            remedy='pip install "torch>=2.9"',
+        )
+
+
+def refusal(checkpoint: Checkpoint) -> str:
+    """Return why no graph that appends keys and values can be traced, or an empty string."""
+    if checkpoint.family.routed:
+        return "torch.export does not follow the choice of experts"
+
+    kinds = checkpoint.config.get("layer_types") or ()
+    if others := sorted({*kinds} - _ATTENTION):
+        return f"blocks of kind {others[0]} keep more than keys and values"
+    return ""
+
+
+def build(prepared: Path, out: Path) -> Path:
+    """Write the graph in float32; a failure, or no graph, is an EngineError."""
+    check_environment()
+    folders = [str(prepared), str(out)]
+    run_module("racdeploy.export.onnx.exporters.torch.child", folders, "torch's export", prepared)
+    graph = out / "model.onnx"
+    if not graph.is_file():
+        raise EngineError("torch's export ended without an error and without a graph")
+
+    return graph
+
+
+def source_of(initializer: str, consumers: Sequence[str]) -> str:
+    """Return the checkpoint's name of an initializer; empty for what the trace computed."""
+    return initializer.removeprefix("model.") if initializer.endswith(WEIGHTS) else ""

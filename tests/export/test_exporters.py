@@ -1,0 +1,176 @@
+"""Exporters of ONNX graphs: which one can run here, and what each is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from racdeploy import extras
+from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
+from racdeploy.export import onnx as onnx_format
+from racdeploy.export.onnx import exporters as onnx_exporters
+from racdeploy.export.onnx.choice import check_exporter, choose
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.storage import environments
+from tests.support.tiny_models import make_checkpoint
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give packages other versions; an empty one is not installed. No environment is set up."""
+    versions: dict[str, str] = {"transformers": "4.57.6", "onnxruntime-genai": "0.15.2"}
+    monkeypatch.setattr(extras, "installed_version", lambda name: versions.get(name, "9.0"))
+    monkeypatch.setattr(environments, "find", lambda name: None)
+
+    for name in ("genai", "optimum"):
+        exporter = onnx_exporters.load(name)
+        monkeypatch.setattr(exporter, "installed_version", extras.installed_version)
+
+    optimum = onnx_exporters.load("optimum")
+    monkeypatch.setattr(optimum, "is_installed", lambda module: bool(versions.get(module, "1.0")))
+    monkeypatch.setattr("racdeploy.plugins.is_installed", optimum.is_installed)
+    return versions.update
+
+
+@pytest.mark.parametrize(
+    ("builder", "models", "fits"),
+    [
+        ("0.15.2", "4.57.6", True),
+        ("0.15.2", "5.24.0", True),
+        ("0.16.0", "4.57.6", False),
+        ("0.18.0", "4.57.6", False),
+        ("0.18.0", "5.0.0", True),
+    ],
+)
+def test_the_builder_is_asked_where_it_goes_with_transformers(
+    install: Any, builder: str, models: str, fits: bool
+) -> None:
+    """From 0.16 on it imports classes of transformers 5; both versions and a remedy are named."""
+    install({"onnxruntime-genai": builder, "transformers": models})
+    if fits:
+        check_exporter("genai")
+        return
+
+    with pytest.raises(EnvironmentFailure) as caught:
+        check_exporter("genai")
+    assert caught.value.message == (
+        f"the model builder of onnxruntime-genai {builder} needs transformers 5, and {models} is "
+        "installed"
+    )
+    assert 'pip install "onnxruntime-genai<0.16"' in caught.value.remedy
+
+
+def test_optimum_runs_beside_transformers_4_or_on_its_own(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is missing, one line says how to get it: from the extra, or set up by doctor."""
+    check_exporter("optimum")
+
+    install({"accelerate": ""})
+    with pytest.raises(MissingExtraError) as missing:
+        check_exporter("optimum")
+    assert missing.value.remedy == 'pip install "racdeploy[optimum]"'
+
+    install({"accelerate": "1.15", "transformers": "5.24.0"})
+    with pytest.raises(EnvironmentFailure) as caught:
+        check_exporter("optimum")
+    assert "needs transformers below 4.58, and 5.24.0 is installed" in caught.value.message
+    assert "racdeploy doctor --setup optimum" in caught.value.remedy
+
+    monkeypatch.setattr(environments, "find", lambda name: Path("python"))
+    check_exporter("optimum")
+
+
+def test_optimum_on_its_own_gets_the_python_of_its_environment(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside transformers 4 it runs in this one."""
+    asked = []
+    optimum = onnx_exporters.load("optimum")
+
+    def run(module: str, arguments: list[str], what: str, model: Path, python: Any) -> None:
+        asked.append(python)
+        (tmp_path / "model.onnx").touch()
+
+    monkeypatch.setattr(optimum, "run_module", run)
+    monkeypatch.setattr(environments, "find", lambda name: Path("python"))
+    optimum.build(tmp_path, tmp_path)
+    install({"transformers": "5.24.0"})
+    optimum.build(tmp_path, tmp_path)
+    assert asked == [None, Path("python")]
+
+
+def test_auto_passes_over_what_cannot_run_here_and_says_how_to_get_it(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work it is enough that one of them can run."""
+    install({"onnxruntime-genai": "0.18.0", "transformers": "4.57.6", "optimum": ""})
+    torch = onnx_exporters.load("torch")
+    monkeypatch.setattr(torch, "refusal", lambda checkpoint: "it is not asked")
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
+
+    check_exporter("auto")
+    with pytest.raises(ModelError) as caught:
+        choose(checkpoint, "auto")
+    for part in ("genai: the model builder", '"onnxruntime-genai<0.16"', "racdeploy[optimum]"):
+        assert part in caught.value.message
+
+    install({"onnxscript": ""})
+    with pytest.raises(EnvironmentFailure, match="the model builder"):
+        check_exporter("auto")
+
+
+def test_the_format_refuses_an_exporter_before_any_work(install: Any) -> None:
+    """A build takes hours until it exports."""
+    install({"onnxruntime-genai": "0.18.0"})
+    with pytest.raises(EnvironmentFailure, match="needs transformers 5"):
+        onnx_format.check_options(exporter="genai")
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen3", {"rope_theta": 5000.0}),
+        ("qwen3", {"rope_theta": 5000.0, "transformers5": True}),
+        ("qwen2", {"rope_scaling": YARN}),
+        ("gemma3_text", {}),
+    ],
+    ids=["theta", "transformers 5", "yarn", "one for each kind"],
+)
+def test_a_prepared_folder_has_the_rope_of_both_transformers(
+    tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
+    """What this transformers reads from it is what the checkpoint says, whichever wrote that."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, **config))
+    prepared = onnx_exporters.prepare(checkpoint, tmp_path / "prepared")
+    written = json.loads((prepared / "config.json").read_text(encoding="utf-8"))
+    assert {"rope_theta", "rope_scaling", "rope_parameters"} <= written.keys()
+    assert Checkpoint(prepared).rope == checkpoint.rope
+
+    read = AutoConfig.from_pretrained(prepared)
+    if extras.installed_release("transformers") < (5,):
+        found = {"rope_theta": read.rope_theta, **(read.rope_scaling or {"rope_type": "default"})}
+        assert getattr(read, "rope_local_base_freq", None) == written.get("rope_local_base_freq")
+    else:
+        found = read.rope_parameters.get("full_attention", read.rope_parameters)
+        local = read.rope_parameters.get("sliding_attention", {}).get("rope_theta")
+        assert local == written.get("rope_local_base_freq")
+    assert found.items() >= checkpoint.rope.items()
+
+
+def test_torch_refuses_what_cannot_be_traced_or_appended(tmp_path: Path) -> None:
+    """Experts are chosen by the data; a recurrent block keeps a state."""
+    torch = onnx_exporters.load("torch")
+    routed = Checkpoint(make_checkpoint(tmp_path / "routed", "qwen3_moe"))
+    assert "choice of experts" in torch.refusal(routed)
+
+    plain = Checkpoint(make_checkpoint(tmp_path / "plain", "qwen3"))
+    assert torch.refusal(plain) == ""
+    plain.config["layer_types"] = ["full_attention", "linear_attention"]
+    assert "blocks of kind linear_attention" in torch.refusal(plain)
