@@ -30,6 +30,7 @@ def _describe(name: str) -> dict[str, Any]:
         "prunes": list(family.linears),
         "stays_dense": sorted({*family.kept, *family.routed}),
         "cuts": _list_cuts(family),
+        "onnx": _list_exporters(name),
     }
 
 
@@ -37,6 +38,11 @@ def _list_kinds(family: Family) -> list[str]:
     if family.only:
         return list(family.only)
     return [_ATTENTION, "sliding_attention"] if family.window_period else [_ATTENTION]
+
+
+def _list_exporters(family: str) -> list[str]:
+    exporters = plugins.names("onnx_exporters")
+    return [name for name in exporters if family in plugins.load("onnx_exporters", name).PROVEN]
 
 
 def _list_cuts(family: Family) -> list[str]:

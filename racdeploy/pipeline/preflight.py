@@ -58,6 +58,7 @@ def check_model(job: Job) -> None:
     """Look at what traces and pruning need: the model's parts, the pattern, and the problems."""
     _require(_NEEDS)
     checkpoint, settings = job.checkpoint, job.recipe.prune
+    checkpoint.family.check_transformers()
     _ = job.gate
 
     check_covered(checkpoint, settings.dense)

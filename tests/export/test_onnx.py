@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import (
@@ -531,6 +532,8 @@ def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, s
     }
     if exporter == "genai" and shape in UNKNOWN_TO_GENAI:
         refused["genai", shape] = f"genai: {checkpoint.family.architecture} is not among"
+    proven = plugins.load("onnx_exporters", exporter).PROVEN
+    assert shape in special or (shape in proven) == ((exporter, shape) not in refused)
     if reason := refused.get((exporter, shape)):
         with pytest.raises(ModelError, match=reason):
             choose(checkpoint, exporter)

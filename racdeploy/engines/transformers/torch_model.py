@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from racdeploy.engines.transformers.experts import part_experts
@@ -40,7 +39,7 @@ TORCH_DTYPES = {
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
-    _check_version(checkpoint)
+    checkpoint.family.check_transformers()
     with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             _config(checkpoint), attn_implementation="sdpa", dtype=torch.float32
@@ -66,19 +65,6 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     model_type = checkpoint.config["model_type"]
     assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
-
-
-def _check_version(checkpoint: Checkpoint) -> None:
-    """Refuse a model that the installed transformers is too old for."""
-    if checkpoint.config["model_type"] in CONFIG_MAPPING:
-        return
-
-    since = checkpoint.family.since
-    raise ModelError(
-        f"{checkpoint.family.architecture} is unknown to transformers {transformers.__version__}",
-        remedy=f'pip install "transformers>={since}"; exporters that need an older one keep it in'
-        " an environment of their own: racdeploy doctor",
-    )
 
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.extras import installed_release, installed_version
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
 
@@ -134,6 +136,16 @@ class Family:
         found = self.read(whole)
         replaced = {key for key, value in found.items() if value is None}
         return {key: value for key, value in (whole | found).items() if key not in replaced}
+
+    def check_transformers(self) -> None:
+        """Refuse a model that the installed transformers is too old for, without importing it."""
+        if installed_release("transformers") < tuple(map(int, self.since.split("."))):
+            raise EnvironmentFailure(
+                f"{self.architecture} needs transformers {self.since}, and"
+                f" {installed_version('transformers')} is installed",
+                remedy=f'pip install "transformers>={self.since}"; exporters that need an older one'
+                " keep it in an environment of their own: racdeploy doctor",
+            )
 
     def split_block(self, name: str) -> tuple[int | None, str]:
         """Return the number of a tensor's block, or None, and its name inside the block."""

@@ -35,6 +35,7 @@ class Exporter(Protocol):
     """An exporter, as a module.
 
     ``PREFERENCE`` is its place in ``auto``, 1 first: the faster its graph, the smaller.
+    ``PROVEN`` are the families of which graphs passed; others are tried.
     ``check_environment`` raises an EnvironmentFailure, with its remedy, where what it runs is not
     installed, or not in versions that go together. ``refusal`` returns why it cannot export a
     checkpoint, or an empty string. ``build`` writes the graph of a folder that :func:`prepare`
@@ -44,6 +45,7 @@ class Exporter(Protocol):
     """
 
     PREFERENCE: int
+    PROVEN: frozenset[str]
 
     def check_environment(self) -> None: ...
 

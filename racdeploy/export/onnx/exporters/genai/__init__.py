@@ -22,9 +22,10 @@ from racdeploy.extras import installed_release, installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
 
-__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 1
+PROVEN = frozenset({"granite", "llama", "mistral", "qwen2", "qwen3"})
 # Architectures whose builder classes compute what transformers computes, with weights as the
 # checkpoint has them.
 _ARCHITECTURES = frozenset(

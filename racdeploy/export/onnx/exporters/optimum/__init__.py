@@ -18,9 +18,12 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
 from racdeploy.storage import environments
 
-__all__ = ["PREFERENCE", "build", "check_environment", "refusal", "source_of"]
+__all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 2
+PROVEN = frozenset(
+    {"granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
+)
 _TOO_NEW = (4, 58)  # of transformers
 _PACKAGES = ("optimum", "accelerate")  # without the second, tied weights are stored twice
 _RENAMED = re.compile(r"^onnx::MatMul_\d+$")
