@@ -149,6 +149,7 @@ class Pruning(_Part):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
+    expert_tokens: int = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -28,7 +28,7 @@ def _describe(name: str) -> dict[str, Any]:
         "gguf": family.gguf_arch,
         "blocks": _list_kinds(family),
         "prunes": list(family.linears),
-        "stays_dense": sorted({*family.kept, *family.routed}),
+        "stays_dense": sorted(family.kept),
         "cuts": _list_cuts(family),
         "onnx": _list_exporters(name),
     }
@@ -47,7 +47,7 @@ def _list_exporters(family: str) -> list[str]:
 
 def _list_cuts(family: Family) -> list[str]:
     """Return the parts that can be cut so that llama.cpp runs what is left."""
-    cuts = [] if family.routed else ["ffn"]
+    cuts = ["experts"] if family.routed else ["ffn"]
     if not family.only and (family.per_block or not family.square_queries):
         cuts += ["groups", "heads"]
     if not family.window_period and not family.no_rope_period:

@@ -17,7 +17,7 @@ from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 ROWS = {row["family"]: row for row in describe_families()}
-SHARES = {"ffn": 2 / 3, "heads": 0.5, "groups": 0.5, "blocks": 2 / 3}
+SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "groups": 0.5, "blocks": 2 / 3}
 
 
 def _can_cut(checkpoint: Checkpoint, part: str) -> bool:

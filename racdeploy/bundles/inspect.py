@@ -28,6 +28,7 @@ _ENDS = {
     "feed_forward_channels": ("ffn_down.weight", "mlp.down_proj.weight"),
     "query_columns": ("attn_output.weight", "self_attn.o_proj.weight"),
 }
+_EXPERTS = "ffn_down_exps.weight"
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
@@ -92,6 +93,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "feed_forward_channels": _shorten(checkpoint.per_block("intermediate_size")),
         "query_heads": _shorten(checkpoint.per_block("num_attention_heads")),
         "key_value_heads": _shorten(checkpoint.per_block("num_key_value_heads")),
+        **({"experts": checkpoint.experts} if checkpoint.experts else {}),
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }
@@ -146,7 +148,8 @@ def _describe_widths(
             if block and len(tensor.shape) == 2 and tensor.name.endswith(ends):
                 found[what][int(block[1])] = tensor.shape[1]
 
-    widths = {}
+    stacks = [tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EXPERTS)]
+    widths = {"experts": _shorten(stacks)} if stacks else {}
     sizes = [size for key, size in metadata.items() if key.endswith(_HEAD_SIZE_KEY)]
 
     for what, by_block in found.items():

@@ -19,7 +19,7 @@ from racdeploy import plugins, recipe
 from racdeploy.errors import UsageError
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import Family
+from racdeploy.models.families import Family, generalize
 from racdeploy.storage.files import disk_errors
 
 Progress = Callable[[int, int], None]
@@ -101,7 +101,7 @@ class ExportResult:
 
 def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:
     """Return the fraction of zeros in an exported file, over the weights of some sources."""
-    wanted = set(sources)
+    wanted = set(map(generalize, sources))
     linears = [tensor for tensor in result.tensors if tensor.source in wanted]
     zeros = sum(tensor.zeros * math.prod(tensor.shape) for tensor in linears)
     return zeros / sum(math.prod(tensor.shape) for tensor in linears)

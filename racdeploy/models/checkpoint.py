@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models import mistaken, settings, text_part, widths
-from racdeploy.models.families import Family, InputGroups
+from racdeploy.models.families import Family, InputGroups, name_experts
 from racdeploy.models.family_lookup import find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
@@ -152,12 +152,24 @@ class Checkpoint:
         ]
 
     def input_groups(self, block: int) -> InputGroups:
-        """Return the prunable linears of a block by the input they share, in forward order."""
+        """Return the prunable linears of a block by the input they share, in forward order.
+
+        Those of experts are there once, with ``*`` for a number.
+        """
         return self.family.groups_of(self.layer_types[block])
 
     def linears(self, block: int) -> tuple[str, ...]:
         """Return the prunable linears of a block, without ``.weight``, in forward order."""
-        return tuple(linear for group in self.input_groups(block) for linear in group)
+        names: list[str] = []
+        for group in self.input_groups(block):
+            names += name_experts(group, self.experts)
+        return tuple(names)
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of a block that has some; 0 where the family knows none."""
+        setting = self.family.sizes.get("E")
+        return self.integer(setting) if setting else 0
 
     def unit(self, letter: str) -> int:
         """Return what one of a setting of :data:`widths.SETTINGS` adds to the size of a letter."""
@@ -177,10 +189,6 @@ class Checkpoint:
 
         for letter, setting in self.family.sizes.items():
             sizes[letter] = self.integer(setting)
-
-        if self.family.routed:
-            sizes["E"] = self.integer("num_experts")
-            sizes["EF"] = self.integer("moe_intermediate_size")
 
         return sizes
 

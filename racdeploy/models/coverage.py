@@ -1,52 +1,38 @@
-"""Which tensors of a model are pruned, stay dense by name, or are nobody's: none may slip past."""
+"""Which tensors belong to a model: none may slip past."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 
-from racdeploy.errors import ModelError, UsageError
+from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import expert_of, generalize
 
 IGNORED = ".rotary_emb.inv_freq"
 """End of the names of tensors that old checkpoints hold and nobody reads."""
 _SHOWN = 8
 
 
-def check_covered(checkpoint: Checkpoint, dense: Sequence[str]) -> None:
-    """Refuse unknown tensors, and matrices that stay dense without a regular expression for it."""
+def check_covered(checkpoint: Checkpoint) -> None:
+    """Refuse tensors that are no part of the architecture, those of surplus experts among them."""
     family = checkpoint.family
-    unknown, uncovered = list[str](), list[str]()
+    unknown = []
 
     for name in checkpoint.entries:
         index, inside = family.split_block(name)
-
-        kind = _star(inside)
+        kind = generalize(inside)
         tensors = family.model_tensors if index is None else family.block_tensors
+
         is_known = kind in tensors and (index or 0) < checkpoint.block_count
+        if kind != inside:
+            is_known = is_known and (expert_of(inside) or 0) < checkpoint.experts
         if not is_known and not name.endswith(IGNORED):
             unknown.append(name)
-            continue
-
-        linear = name.removesuffix(".weight")
-        stays_dense = any(re.search(pattern, linear) for pattern in dense)
-        if kind.removesuffix(".weight") in family.routed and not stays_dense:
-            uncovered.append(linear)
 
     if unknown:
         raise _refuse_unknown(checkpoint, unknown)
-
-    if uncovered:
-        kinds = [_star(family.split_block(name)[1]) for name in uncovered]
-
-        patterns = [*dense, *sorted({kind.partition(".*")[0] for kind in kinds})]
-        raise UsageError(
-            f"{len(uncovered)} matrices of {family.architecture} cannot be pruned:"
-            f" {list_names(uncovered)}",
-            remedy=f"say under [prune] that they stay as they are: dense = {json.dumps(patterns)}",
-        )
 
 
 def list_used_tensors(checkpoint: Checkpoint) -> frozenset[str]:

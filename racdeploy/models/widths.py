@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models.families import Family
+from racdeploy.models.families import Family, generalize
 
 KEY = "racdeploy_block_widths"
 """Key of ``config.json``: a setting of :data:`SETTINGS` → its value in each block.
@@ -34,8 +34,9 @@ def axes(family: Family, name: str) -> tuple[str, ...]:
 
     ``name`` is that inside its block, or of a tensor outside the blocks.
     """
-    names = family.block_tensors if name in family.block_tensors else family.model_tensors
-    in_file, _, kind = names[name].rpartition(".")
+    inside = generalize(name)
+    stored = family.block_tensors.get(inside) or family.model_tensors[name]
+    in_file, _, kind = stored.rpartition(".")
     in_file = in_file or kind  # some names have no end
     letters = family.shapes.get(in_file, ("D",))
     return letters[:1] if kind == "bias" else letters

@@ -12,6 +12,7 @@ from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.engines import open_engine
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
 from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
@@ -125,7 +126,7 @@ class Evaluation:
         arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
-        prunable = set(model.checkpoint.linear_weights)
+        prunable = set(map(generalize, model.checkpoint.linear_weights))
         encoder = PromptEncoder.from_folder(model.folder)
         logits = self._compare_logits(model, pruned, traces)
 

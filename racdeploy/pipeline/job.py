@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from racdeploy import export, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
@@ -240,7 +241,7 @@ def choose_quant(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> str
     """Return the number format that a prunable weight of a checkpoint gets in a file."""
     family = checkpoint.family
     block, linear = family.split_block(weight)
-    stored = f"blk.{block}.{family.block_tensors[linear]}"
+    stored = f"blk.{block}.{family.block_tensors[generalize(linear)]}"
     return rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant
 
 

@@ -61,7 +61,7 @@ def check_model(job: Job) -> None:
     checkpoint.family.check_transformers()
     _ = job.gate
 
-    check_covered(checkpoint, settings.dense)
+    check_covered(checkpoint)
     if job.vocabulary:
         job.vocabulary.choose()
     check_structure(job)

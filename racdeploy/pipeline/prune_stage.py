@@ -161,12 +161,17 @@ class PruneStage:
             stage.finish(self._walk(folder, settings, traces, within, self.dense))
 
         summary = stage.summary
-        notes = (note_held_out(summary["selection"]), cost_note(stage.folder))
+        linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
+        notes = (
+            note_held_out(summary["selection"]),
+            note_experts(linears),
+            cost_note(stage.folder),
+        )
 
         return PrunedModel(
             folder,
             sparsity,
-            tuple(LinearRow.model_validate(row) for row in summary["linears"]),
+            linears,
             tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
             summary["selection"],
             tuple(filter(None, notes)),
@@ -272,6 +277,29 @@ def _undo(model: PrunedModel | None, sparsity: float, reason: str) -> PrunedMode
 def count_tokens(traces: Sequence[Trace]) -> int:
     """Return the tokens of whole traces."""
     return sum(len(trace.ids) for trace in traces)
+
+
+def note_experts(linears: Sequence[LinearRow]) -> str:
+    """Return how many calibration tokens experts had, and which had too few; empty without any."""
+    routed = [row for row in linears if row.tokens is not None]
+    tokens = {row.name.rpartition(".")[0]: row.tokens or 0 for row in routed}
+    pooled = [row for row in routed if row.pooled]
+
+    if not tokens:
+        return ""
+
+    fewest = min(tokens, key=tokens.__getitem__)
+    median = sorted(tokens.values())[len(tokens) // 2]
+    note = (
+        f"{len(tokens):,} experts were pruned on {tokens[fewest]:,} calibration tokens ({fewest}) "
+        f"to {max(tokens.values()):,} each, {median:,} in the middle"
+    )
+    if pooled:
+        note += (
+            f"; these were too few for {len(pooled):,} of {len(routed):,} linears, which were "
+            "pruned on the tokens of all experts of their block (pooled in report.json)"
+        )
+    return note
 
 
 def note_held_out(selection: Mapping[str, Any]) -> str:

@@ -11,10 +11,11 @@ from racdeploy import export, plugins
 from racdeploy.errors import UsageError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
 from racdeploy.prune.assemble import Shape
-from racdeploy.prune.layout import keep_alike
+from racdeploy.prune.layout import IN_BLOCK, keep_alike
 from racdeploy.recipe import Structure
 from racdeploy.report.model import Kept, StructureRow
 from racdeploy.report.structure import describe_kept
@@ -71,6 +72,14 @@ def check_structure(job: Job) -> None:
     settings = job.structure
     for part in settings.parts:
         plugins.load("structures", part).check(job.checkpoint, settings)
+
+    allocation = job.recipe.prune.allocation
+    if "experts" in settings.parts and allocation != "uniform":
+        raise UsageError(
+            f"prune.allocation = {allocation!r} shares zeros out before it is known which experts"
+            " stay",
+            remedy='use allocation = "uniform", or leave out --keep experts',
+        )
 
 
 def check_format(job: Job) -> None:
@@ -146,7 +155,7 @@ def _expect_shape(checkpoint: Checkpoint, settings: Structure) -> Shape:
     units = {}
 
     for part in settings.parts:
-        if plugins.load("structures", part).STEP == "width":
+        if plugins.load("structures", part).STEP in IN_BLOCK:
             layouts = whole.layouts(checkpoint, part, settings)
             counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
             units[part] = tuple(counts)
@@ -164,9 +173,9 @@ def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str
 
         block, inside = family.split_block(name)
         if block is not None:
-            if block >= len(lengths):
+            if block >= len(lengths) or shape.removes(inside):
                 continue
-            if inside in family.block_tensors:
+            if generalize(inside) in family.block_tensors:
                 left = widths.shape(family, inside, lengths[block])
 
         elif left[0] == vocabulary:

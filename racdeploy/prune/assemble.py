@@ -10,11 +10,14 @@ from pathlib import Path
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import expert_of
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
+
+_EXPERT_COUNTS = {"num_experts", "num_local_experts"}
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,26 @@ class Shape:
 
     blocks: tuple[int, ...]  # their numbers in the dense model, rising
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # setting → of each of them
+    experts: int = 0  # of every block; 0 where the family knows none
 
     def sizes(self, checkpoint: Checkpoint, place: int) -> dict[str, int]:
         """Return what the letters of a family's shapes stand for in one of the blocks."""
         sizes = dict(checkpoint.sizes(self.blocks[place]))
         for letter, setting in SETTINGS.items():
             sizes[letter] = self.widths[setting][place] * checkpoint.unit(letter)
+        if self.experts:
+            sizes["E"] = self.experts
         return sizes
+
+    def removes(self, inside: str) -> bool:
+        """Return whether a name inside a block is that of an expert beyond those that stay."""
+        return bool(self.experts) and (expert_of(inside) or 0) >= self.experts
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Shape:
         """Return the shape that a model has, with every setting of :data:`widths.SETTINGS`."""
         known = {setting: checkpoint.per_block(setting) for setting in SETTINGS.values()}
-        return cls(tuple(range(checkpoint.block_count)), known)
+        return cls(tuple(range(checkpoint.block_count)), known, checkpoint.experts)
 
 
 def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | None = None) -> Path:
@@ -79,7 +89,7 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
         block, inside = family.split_block(name)
         if block is None:
             entries[name] = entry
-        elif block in numbers:
+        elif block in numbers and not shape.removes(inside):
             entries[f"{family.blocks}.{numbers[block]}.{inside}"] = entry
 
     return entries
@@ -92,6 +102,10 @@ def _write_config(checkpoint: Checkpoint, shape: Shape, file: Path) -> None:
     if len(shape.blocks) < checkpoint.block_count:
         config |= checkpoint.block_kinds
     changed = widths.write(config, shape.blocks, shape.widths)
+    if shape.experts != checkpoint.experts:
+        changed[checkpoint.family.sizes["E"]] = shape.experts
+        for key in _EXPERT_COUNTS & changed.keys():  # transformers 5 may write another one
+            changed[key] = shape.experts
     # Heads that are fewer no longer say how wide one is.
     changed["head_dim"] = checkpoint.head_size
     file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from racdeploy.models.coverage import check_tensors
 from racdeploy.models.families import InputGroups, ends_part
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.device import CPU
+from racdeploy.prune.routing import Routed
 
 _ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 
@@ -49,14 +50,18 @@ class Blocks:
         return self.checkpoint.family.groups_of(block.attention_type)
 
     def end_widths(self) -> dict[int, int]:
-        """Return the inputs of each group that ends a part, in the block where it has most."""
+        """Return the inputs of each group that ends a part, in the block where it has most.
+
+        Experts have no such group: each token has an input of its own for every expert it chose.
+        """
         widths = dict[int, int]()
 
         for index in range(self.checkpoint.block_count):
             groups = self.checkpoint.input_groups(index)
             for group, (first, *_) in enumerate(groups):
                 name = f"{self.prefix(index)}.{first}.weight"
-                if ends_part(groups, group):
+                is_routed = first in self.checkpoint.family.routed
+                if ends_part(groups, group) and not is_routed:
                     _, I = self.checkpoint.entries[name].shape
                     widths[group] = max(I, widths.get(group, 0))
 
@@ -117,13 +122,17 @@ class Blocks:
         given["attention_mask"] = self._mask(block, length)
         given |= embed_positions(self._model, block, hidden_BTD, position_1T)
 
-        bfloat16 = self._compute == "bfloat16"
-        compute = torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        with compute, self._shortcuts(block, known or {}):
+        with self.computing(), self._shortcuts(block, known or {}):
             output = block(hidden_BTD, **given)
 
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return what products are made under, so that they are those of a forward pass."""
+        if self._compute == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def _mask(self, block: Any, length: int) -> torch.Tensor | None:
         """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
@@ -164,13 +173,34 @@ class Blocks:
         known: Mapping[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Return what reaches one linear; nothing after it is computed."""
-        seen: list[torch.Tensor] = []
+        (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, known)
+        return input_BTI
+
+    def routed(
+        self,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        known: Mapping[int, torch.Tensor] | None = None,
+    ) -> Routed:
+        """Return what reaches the experts of a block; none of them is computed."""
+        experts = self.checkpoint.family.experts
+        return Routed(*self._arguments(block, experts, hidden_BTD, known))
+
+    def _arguments(
+        self,
+        block: nn.Module,
+        name: str,
+        hidden_BTD: torch.Tensor,
+        known: Mapping[int, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what a module inside a block is called with, and stop there."""
+        seen: list[tuple[torch.Tensor, ...]] = []
 
         def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen.append(inputs[0])
+            seen.append(inputs)
             raise _Reached
 
-        handle = block.get_submodule(linear).register_forward_pre_hook(stop)
+        handle = block.get_submodule(name).register_forward_pre_hook(stop)
 
         try:
             with suppress(_Reached):

@@ -23,28 +23,28 @@ from racdeploy.errors import UsageError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
+from racdeploy.models.families import expert_of, name_experts
 from racdeploy.prune.allocations import Shares
 from racdeploy.prune.assemble import Shape
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.block_files import BlockFiles
 from racdeploy.prune.blocks import Blocks, put
-from racdeploy.prune.cut import BlockPair, Cut, list_cuts, narrow
+from racdeploy.prune.cut import BlockPair, Cut, keep_experts, list_cuts, narrow
 from racdeploy.prune.decision import decide_outline
 from racdeploy.prune.device import choose_device
+from racdeploy.prune.experts import ExpertGroup, Piece, count_tokens, measure_experts
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.outline import Outline, whole
 from racdeploy.prune.patterns import AsBefore, Pattern, Within, make_pattern
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
-from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.removal import Removal
-from racdeploy.prune.rounding import round_to_grid
+from racdeploy.prune.routing import remember_routing
 from racdeploy.prune.session import Session
+from racdeploy.prune.solving import Solved, Solver
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import decide_shares
-from racdeploy.quant import as_grid
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.heap import keep_heap
@@ -80,7 +80,7 @@ def prune_blocks(
         reason = "no calibration traces are left after selection"
         raise UsageError(reason, remedy="collect more traces")
 
-    check_covered(checkpoint, settings.dense)
+    check_covered(checkpoint)
     keep_heap()
     torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
 
@@ -159,7 +159,7 @@ class _Walk:
         self.plan = plan
         self.shares = plan.shares
         self.quant = plan.quant
-        self.method = plugins.load("methods", session.settings.method)
+        self.solver = Solver(session.settings, plan.quant, plan.tasks)
         self.files = BlockFiles(session.folder, session.processes)
         self.earlier = BlockFiles(within, session.processes) if within else None
 
@@ -219,6 +219,9 @@ class _Walk:
 
     def _restore_block(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
         prefix = self.blocks.prefix(pair.place)
+        if chosen := self.files.kept(pair.place).get("experts"):
+            keep_experts(self.checkpoint.family, pair, chosen)
+
         for name, value in self.files.weights(pair.place):
             put(pair.sparse, name.removeprefix(f"{prefix}."), self.blocks.place(value))
 
@@ -235,16 +238,22 @@ class _Walk:
     def _prune_block(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
         """Cut and prune a block group by group, write it, and advance the hidden states."""
         pruned: dict[str, PrunedLinear] = {}
-        dense_prefix = self.blocks.prefix(pair.index)
+        routed = self.checkpoint.family.routed
 
         for group, linears in enumerate(self.checkpoint.input_groups(pair.index)):
             for cut in self.plan.cuts:
                 if cut.before == group and not cut.leaves_whole(pair.place):
                     self._cut(pair, cut)
 
-            wanted = [name for name in linears if f"{dense_prefix}.{name}" in self.shares]
+            is_routed = linears[0] in routed
+            if is_routed and self.plan.outline.experts(pair.place) < len(pair.experts):
+                self._cut_experts(pair)
+
+            names = name_experts(linears, len(pair.experts))
+            wanted = [name for name in names if self._name_in_dense(pair, name) in self.shares]
             if wanted:
-                pruned |= self._prune_group(pair, group, wanted)
+                prune = self._prune_experts if is_routed else self._prune_group
+                pruned |= prune(pair, group, wanted)
 
         self._write_weights(pair, pruned)
 
@@ -257,6 +266,20 @@ class _Walk:
         block_row = BlockRow(block=pair.place, drift=drift.total, **parts)
         self.files.write_rows(pair.place, linear_rows, block_row, pair.kept)
         return linear_rows, block_row
+
+    def _name_in_dense(self, pair: BlockPair, inside: str) -> str:
+        return f"{self.blocks.prefix(pair.index)}.{pair.name_in_dense(inside)}"
+
+    def _cut_experts(self, pair: BlockPair) -> None:
+        """Remove those that are missed least, or those that an earlier walk did not keep."""
+        if self.earlier:
+            chosen = self.earlier.kept(pair.place)["experts"]
+        else:
+            plugin = plugins.load("structures", "experts")
+            count, by_norm = self.plan.outline.units["experts"][pair.place], self.plan.by_magnitude
+            chosen = plugin.choose(self.session, self.sparse, pair.sparse, count, by_norm)
+
+        keep_experts(self.checkpoint.family, pair, chosen)
 
     def _write_weights(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
         prefix = self.blocks.prefix(pair.place)
@@ -279,7 +302,8 @@ class _Walk:
         named = {}
         for linear, row in pruned.items():
             mean_I = pair.narrowed.get(linear, row.importance_I)
-            named[f"{prefix}.{linear}.weight"] = replace(row, importance_I=mean_I)
+            name = f"{prefix}.{pair.name_in_dense(linear)}.weight"
+            named[name] = replace(row, importance_I=mean_I)
 
         self.files.write_importance(pair.place, named, "dense-importance")
 
@@ -304,7 +328,7 @@ class _Walk:
         pair.kept[cut.part] = self.processes.tell(units, owner)
         weight_OK = self.processes.spread(weight_OK, owner)
 
-        if f"{self.blocks.prefix(pair.index)}.{cut.linear}" not in self.shares:
+        if self._name_in_dense(pair, cut.linear) not in self.shares:
             dtype = self._stored_dtype(pair, f"{cut.linear}.weight")
             weight_OK = weight_OK.to(dtype).float()  # as it will be read back
 
@@ -335,13 +359,14 @@ class _Walk:
         """Return what a cut changed, as it is stored, by new names."""
         changed = {}
         for name, parameter in pair.sparse.named_parameters():
-            if parameter.shape != pair.dense.get_parameter(name).shape:
+            is_moved = "experts" in pair.kept and expert_of(name) is not None
+            if is_moved or parameter.shape != pair.dense.get_parameter(name).shape:
                 stored = parameter.data.to(self._stored_dtype(pair, name))
                 changed[f"{self.blocks.prefix(pair.place)}.{name}"] = stored
         return changed
 
     def _stored_dtype(self, pair: BlockPair, name: str) -> torch.dtype:
-        entry = self.checkpoint.entries[f"{self.blocks.prefix(pair.index)}.{name}"]
+        entry = self.checkpoint.entries[self._name_in_dense(pair, name)]
         return TORCH_DTYPES[entry.dtype]
 
     def _prune_group(
@@ -356,30 +381,80 @@ class _Walk:
 
         statistic = self._gather(pair, group, full)
         statistic.share(self.processes, owners)
-        importance_I, tokens = statistic.importance_I, round(statistic.weight)
-        solved = self._solve(own, full, patterns, statistic) if own else {}
+        solved = self.solver.solve(own, full, patterns, statistic) if own else {}
+
+        pruned = {}
+        for place, linear in enumerate(linears):
+            stored = self._stored_dtype(pair, f"{linear}.weight")
+            found = self.solver.describe(full[place], stored, statistic, solved.get(place))
+            pruned[linear] = self._spread(pair, linear, found, owners[place])
+        return pruned
+
+    def _spread(
+        self, pair: BlockPair, linear: str, found: PrunedLinear, owner: int
+    ) -> PrunedLinear:
+        """Put what one process solved into the sparse block of all."""
+        pruned = found.spread(self.processes, owner, target=self.settings.match_dense)
+        put(pair.sparse, f"{linear}.weight", pruned.stored_OI.float())
+        return pruned
+
+    def _prune_experts(
+        self, pair: BlockPair, group: int, linears: Sequence[str]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears of experts, as many as their sums leave memory for at a time."""
+        if not pair.tokens:
+            experts = len(pair.experts)
+            pair.tokens = count_tokens(self.session, self.sparse, pair.sparse, experts)
+
+        full = {name: pair.sparse.get_parameter(f"{name}.weight") for name in linears}
+        flows, match = (self.sparse, self.dense), self.settings.match_dense
+        members = ExpertGroup(self.session, pair, linears, flows, match=match)
+
+        pruned: dict[str, PrunedLinear] = {}
+        for pieces in members.split(members.pieces(), full):
+            statistics = members.gather(pieces, full)
+            pruned |= self._prune_pieces(pair, pieces, statistics, full)
+        return pruned
+
+    def _prune_pieces(
+        self,
+        pair: BlockPair,
+        pieces: Sequence[Piece],
+        statistics: Sequence[InputStatistic],
+        full: Mapping[str, torch.Tensor],
+    ) -> dict[str, PrunedLinear]:
+        """Prune what one pass has gathered the statistics of."""
+        works = [work for piece in pieces for work in piece.works]
+        costs = [sum(full[linear].numel() for linear in work) for work in works]
+        owners: dict[str, int] = {}
+        for work, owner in zip(works, self.processes.owners(costs), strict=True):
+            owners |= dict.fromkeys(work, owner)
+
+        # First all sums, then all solutions: no process waits for another's.
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            statistic.share(self.processes, [owners[linear] for linear in piece.linears])
+
+        solved: dict[str, Solved] = {}
+
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            weights = [full[linear] for linear in piece.linears]
+            patterns = [self._pattern(pair, linear, full[linear]) for linear in piece.linears]
+            mine = [owners[linear] == self.processes.rank for linear in piece.linears]
+            own = [place for place, is_own in enumerate(mine) if is_own]
+            if own:
+                for place, each in self.solver.solve(own, weights, patterns, statistic).items():
+                    solved[piece.linears[place]] = each
 
         pruned = {}
 
-        for place, linear in enumerate(linears):
-            stored = self._stored_dtype(pair, f"{linear}.weight")
-            if self.quant:  # codes times a scale need more digits than bfloat16 has
-                stored = torch.float32
-
-            # What another process solved is of the shape of these weights.
-            weight_OI, target_OI, damping = solved.get(place, (full[place], full[place], 0.0))
-            solution = PrunedLinear(
-                weight_OI.to(stored).contiguous(),
-                target_OI,
-                damping,
-                RelativeError(self.plan.tasks),
-                importance_I,
-                tokens,
-            )
-
-            match_dense = self.settings.match_dense
-            pruned[linear] = solution.spread(self.processes, owners[place], target=match_dense)
-            put(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            for linear in piece.linears:
+                stored = self._stored_dtype(pair, f"{linear}.weight")
+                solution = solved.pop(linear, None)
+                found = self.solver.describe(full[linear], stored, statistic, solution)
+                tokens = pair.tokens[expert_of(linear) or 0]
+                found = replace(found, routed=tokens, pooled=piece.pooled)
+                pruned[linear] = self._spread(pair, linear, found, owners[linear])
 
         return pruned
 
@@ -407,41 +482,12 @@ class _Walk:
 
         return statistic
 
-    def _solve(
-        self,
-        own: Sequence[int],
-        full: Sequence[torch.Tensor],
-        patterns: Sequence[Pattern],
-        statistic: InputStatistic,
-    ) -> dict[int, tuple[torch.Tensor, torch.Tensor, float]]:
-        """Return by place in the group: pruned weights, their target, and the damping."""
-        hessian = statistic.hessian(self.settings.damping)
-        targets = dict(enumerate(full))
-        if self.settings.match_dense:
-            targets = statistic.targets(own, hessian)
-
-        solved = {}
-        for place in own:
-            weight_OI = self._prune_linear(targets[place], hessian, patterns[place])
-            solved[place] = weight_OI, targets[place], hessian.damping
-
-        return solved
-
-    def _prune_linear(
-        self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
-    ) -> torch.Tensor:
-        live_OI = target_OI * ~hessian.dead_I
-        pruned = prune_and_refit(self.method, live_OI, hessian, pattern, self.settings)
-        if not self.quant:
-            return pruned.weight_OI
-        return round_to_grid(pruned, live_OI, hessian, as_grid(self.quant))
-
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
         """Return the zeros that a linear shall have: at least those of the earlier walk."""
         if self.plan.keeps_own_zeros:
             return AsBefore(weight_OI != 0)
 
-        name = f"{self.blocks.prefix(pair.index)}.{linear}"
+        name = self._name_in_dense(pair, linear)
         self.settings.check_width(name, weight_OI.shape[1])
         pattern = make_pattern(self.shares[name], self.settings.kept_of)
 
@@ -467,29 +513,54 @@ class _Walk:
                 with remember_outputs(pair.dense, narrowed) as outputs:
                     dense_BTD = self.dense.leave(pair.dense, index)
 
-            with measure_outputs(pair.sparse, measured, batch, outputs):
-                sparse_BTD = self.sparse.leave(pair.sparse, index)
+            sparse_BTD = self._leave(pair, index, measured, outputs)
             if batch.held_out and dense_BTD is not None:
                 drift.add(sparse_BTD, dense_BTD, batch)
 
         return drift
 
+    def _leave(
+        self,
+        pair: BlockPair,
+        index: int,
+        measured: Mapping[str, PrunedLinear],
+        dense: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Let a batch pass the sparse block, and measure what it shows of some linears."""
+        batch, experts = self.batches[index], self.checkpoint.family.experts
+        shared = {name: row for name, row in measured.items() if expert_of(name) is None}
+
+        if len(shared) == len(measured):
+            with measure_outputs(pair.sparse, shared, batch, dense):
+                return self.sparse.leave(pair.sparse, index)
+
+        with (
+            measure_outputs(pair.sparse, shared, batch, dense),
+            remember_routing(pair.sparse, experts) as seen,
+        ):
+            output_BTD = self.sparse.leave(pair.sparse, index)
+
+        (routed,) = seen
+        measure_experts(self.session, pair.sparse, measured, batch, routed)
+        return output_BTD
+
     def _needs_dense(self, batch: Batch) -> bool:
         return self.settings.match_dense or batch.held_out
 
     def _linear_rows(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
-        dense_prefix = self.blocks.prefix(pair.index)
         prefix = self.blocks.prefix(pair.place)
+        groups = self.checkpoint.input_groups(pair.index)
+        names = [name for group in groups for name in name_experts(group, len(pair.experts))]
 
         rows = []
 
-        for linear in self.checkpoint.linears(pair.index):
+        for linear in names:
             name = f"{prefix}.{linear}"
             if linear not in pruned:
                 rows.append(LinearRow(name=name, sparsity_asked=0.0, sparsity_reached=0.0))
                 continue
 
-            asked = self.shares[f"{dense_prefix}.{linear}"]
+            asked = self.shares[self._name_in_dense(pair, linear)]
             rows.append(pruned[linear].row(name, asked, self.quant))
 
         return rows

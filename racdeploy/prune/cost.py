@@ -11,14 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
 from racdeploy.decoding.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.bounds import TOKENS_PER_BATCH, WINDOW_BYTES
+from racdeploy.models.families import name_experts
+from racdeploy.prune.bounds import EXPERT_BYTES, TOKENS_PER_BATCH, WINDOW_BYTES
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.memory import resident_bytes
@@ -45,7 +46,7 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     entries = checkpoint.entries
     width = checkpoint.integer("hidden_size")
     sequences = 1 if checkpoint.has_state else sequences  # as the engine decodes them
-    inner = max(inputs for shapes in _group_shapes(checkpoint) for _, inputs in shapes)
+    inner = max(inputs for group in _list_groups(checkpoint) for _, inputs in group.shapes)
 
     weights = sum(math.prod(entry.shape) for entry in entries.values())
     per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
@@ -72,8 +73,8 @@ def peak_bytes(
     """
     process = _process_bytes(checkpoint, settings.device)
     width = checkpoint.integer("hidden_size")
-    groups = _group_shapes(checkpoint)
-    block = sum(O * I for shapes in groups for O, I in shapes)
+    groups = _list_groups(checkpoint)
+    block = sum(group.weights for group in groups)
     streams = 2 if settings.match_dense else 1  # of hidden states: sparse, and dense beside it
 
     tokens = calibration_tokens + held_out_tokens
@@ -81,7 +82,7 @@ def peak_bytes(
     window = sum(min(_FLOAT32 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
 
     # A token: six values of hidden width, two of feed-forward width, a linear's input per stream.
-    inner = max(I for shapes in groups for _, I in shapes)
+    inner = max(I for group in groups for _, I in group.shapes)
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
     passing = _FLOAT32 * batch_tokens * (6 * width + (2 + streams) * inner)
 
@@ -100,22 +101,23 @@ def peak_bytes(
 
     worst = before = 0  # before: weights of the block's groups that were pruned already
 
-    for shapes in groups:
+    for group in groups:
+        shapes = group.shapes
         I, rows = shapes[0][1], sum(O for O, _ in shapes)
         largest = max(O for O, _ in shapes)
-        drift = 0
-        if settings.match_dense:  # of the outputs where these are few, see InputStatistic
-            drift = rows if 2 * rows <= I else I
 
         # The dense block; of what is pruned, float32 to compute with, 16 bits to write, the target.
         kept = _FLOAT32 * block + before * (_FLOAT32 * streams + 2)
-        gather = round(_FLOAT64 * _TRIANGLE * I * I) + _FLOAT64 * drift * I + passing
+        others = group.other_sums_bytes(settings.match_dense)
+        gather = group.sums_bytes(settings.match_dense) + others + passing
         targets = rows if settings.match_dense else 0
         solve = _FLOAT32 * I * (matrices * I + targets + copies * largest)
+        if group.experts > 1:  # the others' sums, and what is solved already: weights and target
+            solve += others + _FLOAT32 * streams * group.weights
         effect = _FLOAT32 * _MATRICES * I * I + passing if surveys else 0
 
         worst = max(worst, kept + max(gather, solve, effect))
-        before += rows * I
+        before += group.weights
 
     return process + _STARTED_BYTES + round(_HOLES * (window + worst))
 
@@ -136,17 +138,47 @@ def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -
     return resident_bytes()
 
 
-def _group_shapes(checkpoint: Checkpoint) -> list[list[tuple[int, ...]]]:
-    """Return the shapes (O, I) of the largest block's linears, by the input they share."""
+@dataclass(frozen=True)
+class _Group:
+    """Linears that share an input: their shapes (O, I), and how many experts have such ones."""
+
+    shapes: list[tuple[int, ...]]
+    experts: int
+
+    @property
+    def weights(self) -> int:
+        """Weights of the group in a block."""
+        return self.experts * sum(map(math.prod, self.shapes))
+
+    def sums_bytes(self, match_dense: bool) -> int:
+        """Return what the sums over one input take, see InputStatistic."""
+        I, rows = self.shapes[0][1], sum(O for O, _ in self.shapes)
+        drift = 0
+        if match_dense:  # of the outputs where these are few
+            drift = rows if 2 * rows <= I else I
+        return round(_FLOAT64 * _TRIANGLE * I * I) + _FLOAT64 * drift * I
+
+    def other_sums_bytes(self, match_dense: bool) -> int:
+        """Return what those of further experts take that are gathered in the same pass."""
+        own = self.sums_bytes(match_dense)
+        return min(self.experts * own, max(own, EXPERT_BYTES)) - own
+
+
+def _list_groups(checkpoint: Checkpoint) -> list[_Group]:
+    """Return the groups of the largest block."""
+    family = checkpoint.family
     blocks = []
 
     for block in range(checkpoint.block_count):
-        prefix = f"{checkpoint.family.blocks}.{block}"
-        groups = checkpoint.input_groups(block)
-        names = [[f"{prefix}.{linear}.weight" for linear in group] for group in groups]
-        blocks.append([[checkpoint.entries[name].shape for name in group] for group in names])
+        groups = []
+        for linears in checkpoint.input_groups(block):
+            experts = checkpoint.experts if linears[0] in family.routed else 1
+            firsts = name_experts(linears, 1)
+            names = [f"{family.blocks}.{block}.{linear}.weight" for linear in firsts]
+            groups.append(_Group([checkpoint.entries[name].shape for name in names], experts))
+        blocks.append(groups)
 
-    return max(blocks, key=lambda groups: sum(map(math.prod, chain.from_iterable(groups))))
+    return max(blocks, key=lambda groups: sum(group.weights for group in groups))
 
 
 class TimeLeft:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from racdeploy import plugins
+from racdeploy.engines.transformers.experts import Experts
 from racdeploy.engines.transformers.torch_model import fit_attention
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import Family, ends_part
+from racdeploy.models.families import Family, ends_part, expert_of
 from racdeploy.models.widths import find_kept
 from racdeploy.prune.blocks import put
 from racdeploy.prune.layout import Layout, find_end
@@ -53,8 +57,21 @@ class BlockPair:
     sparse: nn.Module
     sizes: dict[str, int]  # of the sparse one, by the letters of a family's shapes
     kept: dict[str, list[int]] = field(default_factory=dict)  # part → units that stay
+    tokens: list[int] = field(default_factory=list)  # calibration tokens of each expert
     # Linear that lost inputs → mean squares of all that it had.
     narrowed: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[int]:
+        """Numbers in the dense block of the experts of the sparse one."""
+        return self.kept.get("experts", list(range(self.sizes.get("E", 0))))
+
+    def name_in_dense(self, inside: str) -> str:
+        """Return what a name inside the sparse block is in the dense one."""
+        expert = expert_of(inside)
+        if expert is None:
+            return inside
+        return inside.replace(f".{expert}.", f".{self.experts[expert]}.", 1)
 
 
 def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) -> list[Cut]:
@@ -64,6 +81,9 @@ def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) ->
     cuts = []
 
     for part, counts in outline.units.items():
+        if plugins.load("structures", part).STEP != "width":
+            continue
+
         layouts = outline.layouts(checkpoint, part, structure)
         linear = find_end(checkpoint, layouts[0].letter)
         group = groups.index((linear,))
@@ -94,3 +114,22 @@ def narrow(family: Family, pair: BlockPair, cut: Cut, weight_OK: torch.Tensor) -
     for letter, index in kept.items():
         pair.sizes[letter] = len(index)
     fit_attention(pair.sparse, pair.sizes)
+
+
+def keep_experts(family: Family, pair: BlockPair, chosen: Sequence[int]) -> None:
+    """Take experts from the sparse block, and their rows from the router, which stays as it is."""
+    experts: Any = pair.sparse.get_submodule(family.experts)
+    pair.sparse.set_submodule(family.experts, Experts([experts[number] for number in chosen]))
+
+    kept = {"E": np.array(chosen, dtype=np.int64)}
+    for name, parameter in list(pair.sparse.named_parameters()):
+        if expert_of(name) is not None:
+            continue
+
+        for axis, index in enumerate(find_kept(family, name, kept, pair.sizes)):
+            if index is not None:
+                rows = torch.from_numpy(index).to(parameter.device)
+                put(pair.sparse, name, parameter.data.index_select(axis, rows))
+
+    pair.kept["experts"] = list(chosen)
+    pair.sizes["E"] = len(chosen)

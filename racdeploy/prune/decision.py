@@ -19,7 +19,7 @@ import torch
 from racdeploy import plugins
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import Layout, find_end, keep_alike
+from racdeploy.prune.layout import IN_BLOCK, Layout, find_end, keep_alike
 from racdeploy.prune.outline import FILE, Outline, as_outline, read_outline, whole
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
@@ -58,7 +58,7 @@ def _decide(session: Session, structure: Structure) -> Outline:
 
     layouts = {}
     for part in structure.parts:
-        if plugins.load("structures", part).STEP == "width":
+        if plugins.load("structures", part).STEP in IN_BLOCK:
             layouts[part] = outline.layouts(checkpoint, part, structure)
 
     return Outline(outline.blocks, _share_out(session, outline.blocks, layouts, structure))

@@ -15,6 +15,7 @@ from torch import nn
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.routing import Routed
 
 KEPT_BYTES = 2 << 30
 
@@ -59,9 +60,17 @@ class Flow:
 
         return found_BTI
 
+    def routed(self, block: nn.Module, index: int) -> Routed:
+        """Return what reaches the experts of a block, whose attention does not change any more."""
+        return self._blocks.routed(block, self.hidden[index], self._inputs_of(index))
+
+    def output(self, block: nn.Module, index: int) -> torch.Tensor:
+        """Return what a block makes of a batch, which stays before it."""
+        return self._blocks.forward(block, self.hidden[index], self._inputs_of(index))
+
     def leave(self, block: nn.Module, index: int) -> torch.Tensor:
         """Return the block's output for a batch; it enters the next block."""
-        output_BTD = self._blocks.forward(block, self.hidden[index], self._inputs_of(index))
+        output_BTD = self.output(block, index)
         self.hidden[index] = output_BTD
         if index < len(self._known):
             self._known[index].clear()

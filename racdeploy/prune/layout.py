@@ -12,6 +12,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import Kept, axes
 from racdeploy.recipe import Structure
 
+IN_BLOCK = ("width", "experts")
+"""Steps of structures that are cut inside every block, and have a layout."""
 FAR = 0.04
 """A share that no number of units comes nearer to than this, or a quarter of it, is refused."""
 

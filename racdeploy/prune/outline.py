@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class Outline:
     blocks: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]]
 
+    def experts(self, place: int) -> float:
+        """Return how many experts a block keeps; infinitely many where they are not cut."""
+        return self.units["experts"][place] if "experts" in self.units else math.inf
+
     def layouts(self, checkpoint: Checkpoint, part: str, structure: Structure) -> list[Layout]:
         """Return how a part is laid out in each of the blocks that stay."""
         plugin = plugins.load("structures", part)
@@ -47,7 +52,7 @@ class Outline:
             unit = checkpoint.unit(letter)
             widths[setting] = tuple(own[letter] // unit for own in sizes)
 
-        return Shape(self.blocks, widths)
+        return Shape(self.blocks, widths, sizes[0].get("E", 0))
 
 
 def whole(checkpoint: Checkpoint) -> Outline:
@@ -78,6 +83,8 @@ def list_rows(checkpoint: Checkpoint, shape: Shape) -> tuple[StructureRow, ...]:
                 channels=own["intermediate_size"],
                 heads_dense=checkpoint.per_block("num_attention_heads")[index],
                 channels_dense=checkpoint.per_block("intermediate_size")[index],
+                experts=shape.experts,
+                experts_dense=checkpoint.experts,
             )
         )
 

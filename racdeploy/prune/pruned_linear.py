@@ -27,6 +27,8 @@ class PrunedLinear:
     error: RelativeError  # on held-out traces, against the target
     importance_I: torch.Tensor  # mean squared input
     tokens: int
+    routed: int | None = None  # calibration tokens of the expert that it belongs to
+    pooled: bool = False  # whether those of all experts decided
 
     def spread(self, processes: Processes, owner: int, *, target: bool) -> PrunedLinear:
         """Return the linear as its owner has it; the targets are all the same unless ``target``."""
@@ -50,6 +52,8 @@ class PrunedLinear:
             held_out_error=self.error.total,
             error_by_stream=self.error.by_stream,
             damping=self.damping,
+            tokens=self.routed,
+            pooled=self.pooled,
         )
 
 

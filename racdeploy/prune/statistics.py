@@ -140,6 +140,13 @@ class InputStatistic:
         return found
 
 
+def count_sums(width: int, outputs: int) -> int:
+    """Return about how many sums there are for an input, and so many outputs that are matched."""
+    squares = sum((stop - start) * (width - start) for start, stop in _slices(width))
+    drift_rows = outputs if 2 * outputs <= width else width
+    return squares + width * drift_rows
+
+
 def _slices(rows: int) -> Iterator[tuple[int, int]]:
     step = max(rows // SLICES, LEAST_SLICE)
     for start in range(0, rows, step):

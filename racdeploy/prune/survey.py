@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from racdeploy import plugins
+from racdeploy.models.families import name_experts
 from racdeploy.prune.allocations import Effect, Observation, Shares
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import put
+from racdeploy.prune.cut import BlockPair
+from racdeploy.prune.experts import ExpertGroup, count_tokens
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.session import Session
@@ -91,12 +94,22 @@ def _observe_block(
     session: Session, flow: Flow, index: int, wanted: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
     """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
-    processes = session.processes
     block = session.blocks.empty(index)
+    checkpoint = session.blocks.checkpoint
+    experts = checkpoint.experts
+    tokens: list[int] = []
 
-    for group, linears in enumerate(session.blocks.checkpoint.input_groups(index)):
-        names = [linear for linear in linears if linear in wanted]
+    for group, linears in enumerate(checkpoint.input_groups(index)):
+        names = [linear for linear in name_experts(linears, experts) if linear in wanted]
         if not names:
+            continue
+
+        if linears[0] in checkpoint.family.routed:
+            tokens = tokens or count_tokens(session, flow, block, experts)
+            sizes = dict(checkpoint.sizes(index))
+            pair = BlockPair(index, index, block, block, sizes, tokens=tokens)
+            members = ExpertGroup(session, pair, names, (flow, flow), match=False)
+            yield from _observe_experts(session, block, members)
             continue
 
         width = block.get_parameter(f"{linears[0]}.weight").shape[1]
@@ -105,17 +118,37 @@ def _observe_block(
         for place, batch in enumerate(session.fitted):
             statistic.add(flow.input(block, group, place), None, batch.stream_BT)
 
-        weights = [block.get_parameter(f"{name}.weight") for name in names]
-        owners = processes.owners([weight_OI.numel() for weight_OI in weights])
-        statistic.share(processes, owners)
-        if processes.rank not in owners:
-            continue
+        yield from _observe_owned(session, block, names, statistic)
 
-        hessian = statistic.hessian(session.settings.damping)
 
-        for name, weight_OI, owner in zip(names, weights, owners, strict=True):
-            if owner == processes.rank:
-                yield name, weight_OI * ~hessian.dead_I, hessian
+def _observe_experts(
+    session: Session, block: nn.Module, members: ExpertGroup
+) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+    pieces = members.pieces()
+    names = [linear for piece in pieces for linear in piece.linears]
+    full = {name: block.get_parameter(f"{name}.weight") for name in names}
+
+    for part in members.split(pieces, full):
+        statistics = members.gather(part, full)
+        for piece, statistic in zip(part, statistics, strict=True):
+            yield from _observe_owned(session, block, piece.linears, statistic)
+
+
+def _observe_owned(
+    session: Session, block: nn.Module, names: Sequence[str], statistic: InputStatistic
+) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+    processes = session.processes
+    weights = [block.get_parameter(f"{name}.weight") for name in names]
+    owners = processes.owners([weight_OI.numel() for weight_OI in weights])
+    statistic.share(processes, owners)
+    if processes.rank not in owners:
+        return
+
+    hessian = statistic.hessian(session.settings.damping)
+
+    for name, weight_OI, owner in zip(names, weights, owners, strict=True):
+        if owner == processes.rank:
+            yield name, weight_OI * ~hessian.dead_I, hessian
 
 
 class _Effects:

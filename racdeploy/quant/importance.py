@@ -8,7 +8,7 @@ Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +76,17 @@ class Importance:
         scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
         return np.maximum(scaled_I, np.float32(_FLOOR))
 
-    def write_imatrix(self, file: Path, names: Mapping[str, str]) -> None:
-        """Write llama.cpp's file; ``names`` are those of the exported file by the checkpoint's."""
-        sources = {names[source]: source for source in self.means if source in names}
-        most_tokens = max(self.tokens[source] for source in sources.values())
+    def write_imatrix(self, file: Path, names: Mapping[str, Sequence[str]]) -> None:
+        """Write llama.cpp's file; ``names``: of the exported file → one in the checkpoint, or one
+        for each expert.
+        """
+        sources = {}
+        for name, parts in names.items():
+            if not self.means.keys().isdisjoint(parts):
+                sources[name] = parts
+
+        known = [part for parts in sources.values() for part in parts if part in self.tokens]
+        most_tokens = max(self.tokens[part] for part in known)
 
         with disk_errors(file), partial_folder(file) as scratch:
             written = scratch / file.name
@@ -89,16 +96,25 @@ class Importance:
                 writer.add_uint32("imatrix.chunk_count", 1)
                 writer.add_uint32("imatrix.chunk_size", most_tokens)
 
-                for name, source in sorted(sources.items()):
-                    count_11 = np.full((1, 1), self.tokens[source], dtype=np.float32)
-                    writer.add_tensor(name + _SUMS, self.means[source][None] * count_11)
-                    writer.add_tensor(name + _COUNTS, count_11)
+                for name, parts in sorted(sources.items()):
+                    sum_EI, count_E1 = self._lay(parts)
+                    writer.add_tensor(name + _SUMS, sum_EI)
+                    writer.add_tensor(name + _COUNTS, count_E1)
 
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
 
             written.replace(file)
+
+    def _lay(self, parts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return sums and counts, a row for each part; one without tokens counts none."""
+        known = next(self.means[part] for part in parts if part in self.means)
+        rows = [self.means.get(part, np.zeros_like(known)) for part in parts]
+        counts = [[self.tokens.get(part, 0)] for part in parts]
+
+        count_E1 = np.array(counts, dtype=np.float32)
+        return np.stack(rows) * count_E1, count_E1
 
 
 def find(folder: Path, asked: str) -> Importance | None:

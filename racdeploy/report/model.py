@@ -148,6 +148,9 @@ class LinearRow(_Part):
         error_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
         damping: share of the mean diagonal that was added to the Hessian.
         reason: why the zeros are not as asked; empty where they are.
+        tokens: of the calibration that the router sent to the linear's expert; None where all see
+            it.
+        pooled: whether these were too few, so that the tokens of all experts of the block decided.
     """
 
     name: str
@@ -157,6 +160,8 @@ class LinearRow(_Part):
     error_by_stream: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
     reason: str = ""
+    tokens: int | None = Field(None, ge=0)
+    pooled: bool = False
 
 
 class BlockRow(_Part):
@@ -180,6 +185,7 @@ class StructureRow(_Part):
         block: its number in the pruned model.
         source_block: its number in the dense model.
         heads: query heads; ``channels`` are those of the feed-forward part.
+        experts: 0 where the block has none.
     """
 
     block: int = Field(ge=0)
@@ -189,6 +195,8 @@ class StructureRow(_Part):
     channels: int = Field(ge=1)
     heads_dense: int = Field(ge=1)
     channels_dense: int = Field(ge=1)
+    experts: int = Field(0, ge=0)
+    experts_dense: int = Field(0, ge=0)
 
 
 class Kept(_Part):

@@ -12,6 +12,7 @@ _Widths = Callable[[StructureRow], tuple[int, int]]
 _IN_BLOCKS: dict[str, _Widths] = {
     "feed-forward channels": lambda row: (row.channels_dense, row.channels),
     "query heads": lambda row: (row.heads_dense, row.heads),
+    "experts": lambda row: (row.experts_dense, row.experts),
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from racdeploy import packing as packings
 from racdeploy import plugins, quant
-from racdeploy.export import ExportResult
+from racdeploy.export import ExportedTensor, ExportResult
+from racdeploy.models.families import generalize
 from racdeploy.recipe import Export, Verification
 
 SAME_SIZE = "same-size"
@@ -31,7 +32,7 @@ def same_size_quants(
     sizes: list[float] = [pruned.size_bytes]
     packing = packings.load(settings.packing)
     if packing.BESIDE_PLAIN or not packing.REQUIRES_ZEROS:
-        left = [tensor for tensor in pruned.tensors if tensor.source in shapes]
+        left = _list_linears(pruned, shapes)
         mask_bytes = sum(math.prod(tensor.shape) for tensor in left) / 8  # where the zeros were
         zero_bytes = _linear_bytes(pruned, shapes) * sparsity
 
@@ -66,8 +67,12 @@ def control_notes(settings: Verification, rivals: int) -> list[str]:
 
 
 def _linear_bytes(exported: ExportResult, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    linears = [tensor for tensor in exported.tensors if tensor.source in shapes]
-    return sum(tensor.size_bytes for tensor in linears)
+    return sum(tensor.size_bytes for tensor in _list_linears(exported, shapes))
+
+
+def _list_linears(exported: ExportResult, names: Iterable[str]) -> list[ExportedTensor]:
+    sources = set(map(generalize, names))
+    return [tensor for tensor in exported.tensors if tensor.source in sources]
 
 
 def _bits_by_quant(settings: Export, row_lengths: set[int]) -> dict[str, float]:

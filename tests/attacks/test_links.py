@@ -46,7 +46,7 @@ def _write_folder(plain: Path, out: Path) -> None:
 
 def _write_imatrix(plain: Path, out: Path) -> None:
     importance = Importance(plain, {"w": np.ones(32, np.float32)}, {"w": 3})
-    importance.write_imatrix(out, {"w": "blk.0.weight"})
+    importance.write_imatrix(out, {"blk.0.weight": ("w",)})
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {

@@ -57,10 +57,12 @@ def test_a_graph_shows_columns_of_queries(tmp_path: Path) -> None:
 
 
 def test_files_of_other_things_have_no_widths(tmp_path: Path) -> None:
-    """Experts have a width each, which their tensors show."""
+    """Experts have a width each, which their tensors show; how many there are is said."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe"))
     file = write(checkpoint, tmp_path / "model.gguf", Export(quant="q8_0")).path
     assert inspect_widths(file) == {"query_heads": "4 × 2"}
+    assert inspect_path(file)["summary"]["experts"] == "4 × 2"
+    assert inspect_path(checkpoint.folder)["summary"]["experts"] == 4
 
 
 def test_weights_without_a_config_are_shown(tmp_path: Path) -> None:

@@ -29,11 +29,20 @@ SHARE = 0.5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Four blocks with four query heads in two groups."""
-    folder = tmp_path_factory.mktemp("structures") / "model"
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Four blocks with four query heads in two groups; and two blocks of four experts."""
+    folder = tmp_path_factory.mktemp("structures")
     sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
-    return Checkpoint(make_checkpoint(folder, "llama", dtype="float32", **sizes))
+    made = {
+        "": make_checkpoint(folder / "model", "llama", dtype="float32", **sizes),
+        "experts": make_checkpoint(folder / "experts", "qwen3_moe", dtype="float32"),
+    }
+    return {name: Checkpoint(model) for name, model in made.items()}
+
+
+@pytest.fixture
+def checkpoint(models: dict[str, Checkpoint]) -> Checkpoint:
+    return models[""]
 
 
 @pytest.fixture(params=WIDTHS)
@@ -45,13 +54,19 @@ def width(request: pytest.FixtureRequest) -> ModuleType:
 def test_it_says_when_it_is_cut(name: str) -> None:
     """One of the steps, with the members that belong to it."""
     plugin = plugins.load("structures", name)
-    members = {"width": ["layout"], "blocks": ["choose"], "folder": ["choose", "rewrite"]}
+    members = {
+        "width": ["layout"],
+        "experts": ["layout", "choose"],
+        "blocks": ["choose"],
+        "folder": ["choose", "rewrite"],
+    }
     assert all(hasattr(plugin, member) for member in members[plugin.STEP])
 
 
 @pytest.mark.parametrize("name", IN_WALK)
-def test_it_refuses_a_share_that_removes_nothing(checkpoint: Checkpoint, name: str) -> None:
+def test_it_refuses_a_share_that_removes_nothing(models: dict[str, Checkpoint], name: str) -> None:
     """Before any work, with what can be asked instead; a half is taken."""
+    checkpoint = models.get(name, models[""])
     plugin = plugins.load("structures", name)
     plugin.check(checkpoint, Structure(keep={name: SHARE}))
     with pytest.raises(UsageError, match=name) as caught:
@@ -77,8 +92,11 @@ def test_its_units_are_all_that_a_linear_collects(
 
 
 @pytest.mark.parametrize("name", IN_WALK)
-def test_what_it_leaves_is_a_model(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+def test_what_it_leaves_is_a_model(
+    models: dict[str, Checkpoint], tmp_path: Path, name: str
+) -> None:
     """It has about the share that was asked, and torch computes with it."""
+    checkpoint = models.get(name, models[""])
     structure = Structure(keep={name: SHARE})
     blocks = tmp_path / "blocks"
     blocks.mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,26 +157,28 @@ def test_tensors_that_the_architecture_lacks_are_named(
         assert not (tmp_path / "work").exists()
 
 
-def test_experts_are_named_with_what_to_write(tmp_path: Path) -> None:
-    """What the message says to write makes the recipe one that can be planned."""
+def test_experts_are_planned(tmp_path: Path) -> None:
+    """As linears like others, which a recipe may leave alone, and as what can be cut."""
     model = make_checkpoint(tmp_path / "model", "qwen3_moe")
-    options = ["build", model, "--recipe", tmp_path / "recipe.toml", "--dry-run"]
-    (tmp_path / "recipe.toml").write_text('[prune]\ndense = ["0.self_attn.q_proj"]\n')
-    code, output = _run(*options)
-    assert code == 2, output
-    assert "24 matrices of Qwen3MoeForCausalLM cannot be pruned" in output
-    written = re.search(r"dense = \[.*?\]", output.replace("\n", " "))
-    assert written, output
-    (tmp_path / "recipe.toml").write_text(f"[prune]\n{written[0]}\n")
-    code, output = _run(*options, "--sparsity", 0.5, "--json")
-    assert code == 0, output
-    assert json.loads(output[output.index("{") :])["linears_kept_dense"] == 1
+    found = []
+    for options in (
+        ["--sparsity", 0.5],
+        ["--set", 'prune.dense=["experts"]', "--sparsity", 0.5],
+        ["--keep", "experts=0.5", "--sparsity", 0.5],
+        [],
+    ):
+        code, output = _run("build", model, "--dry-run", "--json", *options)
+        assert code == 0, output
+        found.append(json.loads(output[output.index("{") :]))
 
-    code, output = _run(*options, "--json")
-    assert code == 0, output
-    plan = json.loads(output[output.index("{") :])
-    assert plan["linears_pruned"] == 0
-    assert plan["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
+    pruned = [(plan["linears_pruned"], plan["linears_kept_dense"]) for plan in found]
+    assert pruned == [(32, 0), (8, 24), (20, 0), (0, 32)]
+    whole, _, cut, proposed = found
+    assert cut["keeps"].endswith(" and 50.0% of the experts (2 of 4 in each block)")
+    gone = 2 * 2 * (3 * 32 * 64 + 64)  # in two blocks two experts, with their rows of the router
+    assert whole["parameters"] - cut["parameters_left"] == gone
+    assert cut["artifact_bytes"] < whole["artifact_bytes"]
+    assert proposed["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
 
 
 RECIPES: dict[str, tuple[str, str]] = {

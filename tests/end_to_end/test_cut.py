@@ -101,12 +101,40 @@ def test_a_cut_without_zeros_is_enough(tmp_path: Path) -> None:
     assert loaded.num_parameters() == _plan(model, tmp_path, "ffn=0.75")["parameters_left"]
 
 
+@pytest.mark.slow
+def test_experts_are_cut_pruned_and_built(tmp_path: Path) -> None:
+    """The plan says what is left; the report says on how many tokens each expert was pruned."""
+    model = make_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=8)
+    asked = ["--keep", "experts=0.75", "--sparsity", 0.5]
+    plan = _plan(model, tmp_path, "experts=0.75")
+    out = tmp_path / "bundle"
+    built = racdeploy("build", model, *_options(tmp_path), *asked, "--out", out, "--json")
+    assert built.code == 3, built.err  # random weights answer nothing
+    report = json.loads(built.out)
+    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
+    assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
+
+    assert report["kept"]["parameters"] == plan["parameters_left"]
+    assert {(row["experts"], row["experts_dense"]) for row in report["structure"]} == {(6, 8)}
+    rows = [row for row in report["linears"] if ".experts." in row["name"]]
+    assert len(rows) == 2 * 3 * 6
+    assert all(row["tokens"] is not None for row in rows)
+    assert "12 experts were pruned on " in " ".join(report["notes"])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "75.0% of the experts (6 of 8 in each block)" in card
+    (main,) = json.loads((out / "racdeploy.json").read_text(encoding="utf-8"))["artifacts"]
+    assert "-experts75-rac-50" in main["path"]
+    assert inspect_path(out / main["path"])["summary"]["experts"] == "6 × 2"
+
+
 BAD: dict[str, tuple[str, list[str], str]] = {
     "a share that no width comes near": ("llama", ["ffn=0.6"], "only multiples of 32 can stay"),
     "a share that removes nothing": ("llama", ["ffn=0.99"], "removes nothing"),
     "heads that break the groups": ("llama", ["heads=0.7"], "only multiples of 2 can stay"),
     "all blocks": ("llama", ["blocks=0.1"], "blocks = 0.1 keeps 0 of 4"),
     "a part that the family has not": ("qwen3_moe", ["ffn=0.5"], "cannot be cut"),
+    "experts where there are none": ("llama", ["experts=0.5"], "has no experts to cut"),
+    "fewer experts than a token has": ("qwen3_moe", ["experts=0.25"], "sends each token to 2"),
     "no door for widths of their own": ("phi3", ["ffn=0.5"], "structure.uniform=true"),
     "no door for fewer heads": ("granite", ["heads=0.5"], "structure.uniform=true"),
     "too few tokens": ("llama", ["vocabulary=20"], "is the least"),
@@ -120,8 +148,6 @@ def test_a_cut_that_cannot_be_is_refused_before_any_work(tmp_path: Path, case: s
     family, keep, reason = BAD[case]
     model = make_checkpoint(tmp_path / "model", family, **SIZES)
     asked = [part for each in keep for part in ("--keep", each)]
-    if family == "qwen3_moe":
-        asked += ["--set", 'prune.dense=["experts"]']
     if case == "a share that no width comes near":
         asked += ["--set", "structure.uniform=true"]
     outcome = racdeploy("build", model, *_options(tmp_path), *asked, "--out", tmp_path / "bundle")

@@ -26,7 +26,7 @@ from racdeploy.prune.session import Session
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
-from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
@@ -111,7 +111,7 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
     assert shares["sparse"] > min(zeros, 0.98) - 0.01
 
 
-@pytest.mark.parametrize("family", PRUNABLE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_effect_is_that_in_the_whole_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +134,7 @@ def test_an_effect_is_that_in_the_whole_model(
     names = {
         f"model.layers.{n}.{linear}"
         for n in range(checkpoint.block_count)
-        for linear in checkpoint.family.linears
+        for linear in checkpoint.linears(n)
     }
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def test_an_effect_is_that_in_the_whole_model(
         model = load_model(checkpoint)
         for number in range(checkpoint.block_count):
             dense = _outputs(model, number, probed)
-            for linear in set(checkpoint.family.linears) - {"self_attn.o_proj"}:
+            for linear in set(checkpoint.linears(number)) - {"self_attn.o_proj"}:
                 weight_OI = model.get_parameter(f"model.layers.{number}.{linear}.weight").data
                 weight_OI /= 2
                 lost = weight = 0.0

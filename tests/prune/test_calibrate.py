@@ -22,11 +22,11 @@ from racdeploy.prune.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.storage.files import file_sha256
-from tests.support.tiny_models import PRUNABLE_FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 
-@pytest.fixture(params=PRUNABLE_FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
     return Checkpoint(make_checkpoint(tmp_path / "model", request.param, dtype="float32"))
 
@@ -39,10 +39,9 @@ def test_hessians_equal_those_of_a_whole_forward_pass(
     """
     seen: list[torch.Tensor] = []
     model = load_model(checkpoint)
-    last = model.get_submodule(
-        f"model.layers.{checkpoint.block_count - 1}.{checkpoint.family.linears[-1]}"
-    )
-    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    (*_, name) = checkpoint.linear_weights
+    last = model.get_submodule(name.removesuffix(".weight"))
+    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
     with torch.inference_mode():
         for trace in TRACES:
             model(input_ids=torch.tensor([trace.ids]))
@@ -58,9 +57,12 @@ def test_hessians_equal_those_of_a_whole_forward_pass(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InputStatistic, "hessian", remember)
-        settings = Pruning(sparsity=0.0, match_dense=False, refit_steps=0, damping=1e-9)
+        settings = Pruning(
+            sparsity=0.0, match_dense=False, refit_steps=0, damping=1e-9, expert_tokens=1
+        )
         prune_blocks(checkpoint, TRACES, [], settings, _empty(tmp_path / "blocks"))
-    assert sum(len(trace.ids) for trace in TRACES) == len(input_NI)
+    tokens = sum(len(trace.ids) for trace in TRACES)
+    assert len(input_NI) < tokens if checkpoint.experts else len(input_NI) == tokens
     expected_II = input_NI.T @ input_NI / len(input_NI)
     torch.testing.assert_close(captured[-1], expected_II, rtol=1e-4, atol=1e-5)
 
@@ -79,12 +81,12 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     for name in linears:
         inputs = seen.setdefault(f"{name}.weight", [])
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, given, inputs=inputs: inputs.append(given[0][0])
+            lambda _, given, inputs=inputs: inputs.append(given[0].flatten(0, -2))
         )
     with torch.inference_mode():
         for trace in TRACES:
             model(input_ids=torch.tensor([trace.ids]))
-    settings = Pruning(sparsity=0.0, match_dense=False, refit_steps=0)
+    settings = Pruning(sparsity=0.0, match_dense=False, refit_steps=0, expert_tokens=1)
     folder = _empty(tmp_path / "blocks")
     prune_blocks(checkpoint, TRACES, [], settings, folder)
     found = load_file(assemble(checkpoint, folder, tmp_path / "sparse") / IMPORTANCE_FILE)
@@ -95,7 +97,9 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
         torch.testing.assert_close(
             found[name], torch.cat(inputs).square().mean(0), rtol=1e-4, atol=1e-6
         )
-        assert int(found[f"{name}.tokens"]) == sum(len(trace.ids) for trace in TRACES)
+        assert int(found[f"{name}.tokens"]) == sum(map(len, inputs))
+        if ".experts." not in name:
+            assert sum(map(len, inputs)) == sum(len(trace.ids) for trace in TRACES)
 
 
 def test_chosen_codes_leave_no_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -338,12 +342,11 @@ def _merged(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
-    """A mixture of experts is refused until its experts are named; then attention is pruned."""
+    """And attention is pruned all the same."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe", dtype="float32"))
-    with pytest.raises(UsageError, match=r"mlp\.experts\.\*"):
-        prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"))
-    rows, _ = prune_blocks(
-        checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), tmp_path / "blocks"
-    )
-    assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert all(row.sparsity_reached == 0.5 for row in rows)
+    folder = _empty(tmp_path / "blocks")
+    rows, _ = prune_blocks(checkpoint, TRACES[1:], TRACES[:1], Pruning(dense=("experts",)), folder)
+    reached = {row.name: row.sparsity_reached for row in rows}
+    for name, sparsity in reached.items():
+        assert sparsity == (0.0 if ".experts." in name else 0.5)
+    assert len(reached) == 2 * (4 + 3 * checkpoint.experts)

@@ -49,6 +49,8 @@ def test_passes_that_start_later_give_the_same(
         for number in range(blocks.checkpoint.block_count):
             block = blocks.load(number)
             for group, linears in enumerate(blocks.groups(block)):
+                if "*" in linears[0]:  # experts have no input of their own to start from
+                    break
                 for index, hidden_BTD in enumerate(expected):
                     wanted_BTI = blocks.input(block, linears[0], hidden_BTD)
                     assert torch.equal(wanted_BTI, found.input(block, group, index))

@@ -11,6 +11,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
@@ -31,11 +33,11 @@ def _prune(model: str, work: str) -> None:
     Build(Job(Recipe.combine(None, {"model": model, **OPTIONS})), Path(work), threads=1).prune()
 
 
-def _prune_and_die(model: str, recipe: str, work: str) -> None:
-    """Prune until the first block is written."""
+def _prune_and_die(model: str, recipe: str, work: str, blocks: int = 1) -> None:
+    """Prune until so many blocks are written."""
 
     def progress(label: str, done: int, total: int, tokens: int = 0) -> None:
-        if label == "prune" and done:
+        if label == "prune" and done == blocks:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Build(Job(Recipe.combine(Path(recipe), {"model": model})), Path(work), 1, progress).prune()
@@ -84,6 +86,32 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> 
         assert process.exitcode == 0
         assert expected == _contents(work)
     assert _contents(tmp_path / "first") == expected
+
+
+@pytest.mark.slow
+def test_experts_survive_a_kill_after_each_block(tmp_path: Path) -> None:
+    """Which of them stayed, their tokens and their weights are those of an undisturbed run."""
+    sizes = {"num_hidden_layers": 3, "num_experts": 8}
+    model = make_checkpoint(tmp_path / "model", "qwen3_moe", **sizes)
+    recipe = tmp_path / "recipe.toml"
+    traces = "[traces]\ncount = 12\nmax_new_tokens = 24\n[calibration]\nkeep_truncated = true\n"
+    cut = "[structure]\nkeep = {experts = 0.75}\n[prune]\nsparsity = 0.5\nexpert_tokens = 40\n"
+    recipe.write_text(traces + cut)
+
+    context = multiprocessing.get_context("forkserver")
+    for blocks in (1, 2):
+        arguments = (str(model), str(recipe), str(tmp_path / "killed"), blocks)
+        process = context.Process(target=_prune_and_die, args=arguments)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+    for work in ("killed", "whole"):
+        job = Job(Recipe.combine(recipe, {"model": str(model)}))
+        Build(job, tmp_path / work, threads=1).prune()
+    found = _contents(tmp_path / "killed")
+    assert found == _contents(tmp_path / "whole")
+    assert any(name.endswith("model.safetensors") for name in found)
 
 
 def test_a_killed_run_whose_recipe_changed_begins_anew_and_says_so(tmp_path: Path) -> None:

@@ -39,13 +39,14 @@ SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "error"\n'
 SCHEDULE = "prune.schedule = [0.3, 0.5]\nprune.probe_length = 9.0\n"
 CUT = SCHEDULE + "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\n"
+EXPERTS = "prune.sparsity = 0.5\nprune.expert_tokens = 60\nstructure.keep = {experts = 0.75}\n"
 JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up_proj"]\n'
 
 
 def _model(folder: Path, settings: str, blocks: int = 2) -> Path:
-    make_checkpoint(
-        folder / "model", "qwen3", num_hidden_layers=blocks, hidden_size=64, intermediate_size=192
-    )
+    sizes = {"num_hidden_layers": blocks, "hidden_size": 64, "intermediate_size": 192}
+    family = "qwen3_moe" if settings == EXPERTS else "qwen3"
+    make_checkpoint(folder / "model", family, **sizes)
     (folder / "recipe.toml").write_text(settings + RECIPE)
     return folder / "model"
 
@@ -144,9 +145,9 @@ def test_two_processes_leave_the_bytes_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [PLAIN, SCHEDULE, JOINT, CUT])
+@pytest.mark.parametrize("settings", [PLAIN, SCHEDULE, JOINT, CUT, EXPERTS])
 def test_three_processes_leave_the_bytes_of_one(tmp_path: Path, settings: str) -> None:
-    """Again with a schedule, with chosen codes, and with one linear left dense."""
+    """Again with a schedule, with chosen codes, with one linear left dense, and with experts."""
     _model(tmp_path, settings)
     processes = _start(tmp_path, "three", 3)
     expected = _alone(tmp_path)

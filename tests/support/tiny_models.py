@@ -46,13 +46,9 @@ LONGROPE = {
 }
 # transformers 4 has fewer than we have.
 FAMILIES = tuple(name for name in plugins.names("families") if name in CONFIG_MAPPING)
-PRUNABLE_FAMILIES = tuple(
-    name for name in FAMILIES if not plugins.load("families", name).FAMILY.routed
-)
-CUT_FAMILIES = tuple(
-    name for name in PRUNABLE_FAMILIES if not plugins.load("families", name).FAMILY.only
-)
-"""Those whose blocks are alike, so that each of their parts can be cut."""
+_FOUND = {name: plugins.load("families", name).FAMILY for name in FAMILIES}
+CUT_FAMILIES = tuple(name for name, family in _FOUND.items() if not (family.only or family.routed))
+"""Those whose blocks are alike, so that heads and channels of each can be cut."""
 TRAINED_TOKENS = 480
 SPECIAL_TOKENS = {
     text: TRAINED_TOKENS + i

@@ -28,6 +28,7 @@ from racdeploy.storage.cores import available_cores
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MOST_WORKERS = 8  # beyond, the disk is the slower part
+Slab = tuple[int, NDArray[np.float32]]
 Coded = tuple[NDArray[np.uint8], int]
 
 
@@ -64,14 +65,14 @@ class Body:
     def _code(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
         """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
-        known = self.importance
-        columns = tensor.shape[-1]
-        known_I = known.of(tensor.name, tensor.source, columns) if known else None
-        order_I = order_columns(tensor.transform, self.checkpoint, columns)
-        if known_I is not None and order_I is not None:
-            known_I = known_I[order_I]
+        known = tensor.importances(self.importance) if self.importance else [None]
+        order_I = order_columns(tensor.transform, self.checkpoint, tensor.shape[-1])
+        if order_I is not None:
+            known = [None if known_I is None else known_I[order_I] for known_I in known]
 
-        def code(weight_OI: NDArray[np.float32]) -> Coded:
+        def code(slab: Slab) -> Coded:
+            part, weight_OI = slab
+            known_I = known[part] if len(known) > 1 else known[0]
             packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
 
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
@@ -106,15 +107,18 @@ def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTenso
 
 def _iterate_slabs(
     checkpoint: Checkpoint, tensor: PlannedTensor, slab_weights: int
-) -> Iterator[NDArray[np.float32]]:
-    """Yield a tensor's values in llama.cpp's order, in slabs of rows of about so many weights."""
+) -> Iterator[Slab]:
+    """Yield a tensor's values in llama.cpp's order, in slabs of rows of about so many weights.
+
+    Each comes with the place of the array that it is of.
+    """
     row_length = tensor.shape[-1]
 
     step = max(1, slab_weights // row_length)
 
     order_I = order_columns(tensor.transform, checkpoint, row_length)
 
-    for raw in tensor.read(checkpoint):
+    for part, raw in enumerate(tensor.read(checkpoint)):
         raw_OI, order_O = raw.reshape(-1, row_length), None
         if tensor.transform:
             order_O = order_rows(tensor.transform, checkpoint, len(raw))
@@ -130,13 +134,13 @@ def _iterate_slabs(
                 weight_OI = weight_OI + np.float32(1)
             if tensor.transform == "decay":
                 weight_OI = -np.exp(weight_OI)
-            yield weight_OI
+            yield part, weight_OI
 
 
 def _map_ahead(
     pool: ThreadPoolExecutor,
-    code: Callable[[NDArray[np.float32]], Coded],
-    slabs: Iterator[NDArray[np.float32]],
+    code: Callable[[Slab], Coded],
+    slabs: Iterator[Slab],
 ) -> Iterator[Coded]:
     """Yield ``code`` of each slab in order; in memory is one slab for each worker, and one more."""
     pending: deque[Future[Coded]] = deque()

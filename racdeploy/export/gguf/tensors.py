@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,8 @@ from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
-from racdeploy.models.families import Family
+from racdeploy.models.families import EVERY_EXPERT, Family, name_experts
+from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.report.model import VECTORS_IN_F32
 
@@ -61,6 +61,13 @@ class PlannedTensor:
         if self.computed is not None:
             yield self.computed
         yield from map(checkpoint.read_raw, self.parts)
+
+    def importances(self, known: Importance) -> list[NDArray[np.float32] | None]:
+        """Return what is known of the inputs of each array that :meth:`read` yields."""
+        columns = self.shape[-1]
+        if self.transform != "stack":
+            return [known.of(self.name, self.source, columns)] * max(1, len(self.parts))
+        return [known.of("", part, columns) for part in self.parts]
 
     @property
     def size_bytes(self) -> int:
@@ -147,10 +154,9 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
 
 
 def _list_parts(checkpoint: Checkpoint, sources: list[str]) -> tuple[str, ...]:
-    if "*" not in sources[0]:
+    if EVERY_EXPERT not in sources[0]:
         return tuple(sources)
-    experts = range(checkpoint.integer("num_experts"))
-    return tuple(sources[0].replace("*", str(expert)) for expert in experts)
+    return name_experts(sources, checkpoint.experts)
 
 
 def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:
@@ -174,8 +180,7 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
     block, inside = family.split_block(source)
     sizes = checkpoint.sizes(block or 0)
 
-    kind = re.sub(r"\.\d+\.", ".*.", inside)  # ``*``: one of the experts
-    expected = list(widths.shape(family, kind, sizes))
+    expected = list(widths.shape(family, inside, sizes))
 
     shape = list(checkpoint.entries[source].shape)
     if shape != expected:

@@ -146,7 +146,10 @@ def _make_plan(
 def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
     """Return how many matrices have scales that an importance chose, or refuse another model's."""
     coded = [tensor for tensor in plan if quants.load(tensor.quant_real).BLOCK > 1]
-    weighed = [t for t in coded if known.of(t.name, t.source, t.shape[-1]) is not None]
+    weighed = []
+    for tensor in coded:
+        if any(row_I is not None for row_I in tensor.importances(known)):
+            weighed.append(tensor)
     if coded and not weighed:
         raise UsageError(
             f"{known.file} names no tensor of this model", remedy="leave export.importance out"
@@ -226,5 +229,8 @@ def _add_importance(
 ) -> ExportResult:
     """Leave the importance beside the model, for those who quantize it again."""
     matrix = out.with_name(out.stem + importances.SUFFIX)
-    known.write_imatrix(matrix, {tensor.source: tensor.name for tensor in plan.tensors})
+    names = {}
+    for tensor in plan.tensors:
+        names[tensor.name] = tensor.parts if tensor.transform == "stack" else (tensor.source,)
+    known.write_imatrix(matrix, names)
     return replace(result, files={**result.files, matrix.name: file_sha256(matrix)})

@@ -6,7 +6,7 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ def _read_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 InputGroups = tuple[tuple[str, ...], ...]
+EVERY_EXPERT = "*"
+_OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Family:
         architecture: the class name in ``config.json``, as ``Qwen3ForCausalLM``.
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
-        input_groups: prunable linears of one block by the input they share; one statistic each.
+        input_groups: prunable linears of one block by the input they share; one statistic each, or
+            with ``*`` one for each expert.
         only: kind of block, as ``layer_types`` lists it → how names inside it begin that only such
             blocks have; where all blocks are alike, nothing.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
-        routed: linears that see only some tokens; a recipe must say that they stay dense.
         transforms: parameter name, as above → what is done to its values.
         shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
         sizes: further letters of shapes → the setting that they stand for.
@@ -78,7 +80,6 @@ class Family:
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
-    routed: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
     sizes: Mapping[str, str] = field(default_factory=dict)
@@ -107,6 +108,16 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         """Prunable linears of blocks of every kind, without ``.weight``, in forward order."""
         return tuple(linear for group in self.input_groups for linear in group)
+
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """Those of the linears that see only the tokens that a router sends them."""
+        return tuple(linear for linear in self.linears if EVERY_EXPERT in linear)
+
+    @property
+    def experts(self) -> str:
+        """The module of a block that holds its experts by number; empty where it has none."""
+        return self.routed[0].partition(f".{EVERY_EXPERT}")[0] if self.routed else ""
 
     def has(self, kind: str, inside: str) -> bool:
         """Return whether blocks of a kind have what is called so inside a block."""
@@ -151,6 +162,26 @@ class Family:
         """Return the number of a tensor's block, or None, and its name inside the block."""
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d+)\.(.+)", name)
         return (int(match[1]), match[2]) if match else (None, name)
+
+
+def generalize(name: str) -> str:
+    """Return the name of a tensor or linear with ``*`` for the number of an expert."""
+    return _OF_EXPERT.sub(f".experts.{EVERY_EXPERT}.", name)
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a tensor or linear belongs to, if to one."""
+    found = _OF_EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def name_experts(linears: Sequence[str], experts: int) -> tuple[str, ...]:
+    """Return the linears of a group by name: those with ``*`` once for each expert, in order."""
+    if not linears or EVERY_EXPERT not in linears[0]:
+        return tuple(linears)
+
+    numbers = [str(expert) for expert in range(experts)]
+    return tuple(name.replace(EVERY_EXPERT, number) for number in numbers for name in linears)
 
 
 def ends_part(groups: InputGroups, group: int) -> bool:

@@ -1,4 +1,4 @@
-"""Qwen3 mixtures of experts: one GGUF tensor a block; dense, for want of routed statistics."""
+"""Qwen3 mixtures of experts: all experts of a block are one GGUF tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _EXPERTS = {
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     gguf_arch="qwen3moe",
-    input_groups=decoder.INPUT_GROUPS[:2],
+    input_groups=(
+        *decoder.INPUT_GROUPS[:2],
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        ("mlp.experts.*.down_proj",),
+    ),
     block_tensors={
         **{k: v for k, v in decoder.BLOCK_TENSORS.items() if not k.startswith("mlp.")},
         **decoder.HEAD_NORMS,
@@ -29,7 +33,6 @@ FAMILY = Family(
         **_EXPERTS,
     },
     kept=("mlp.gate",),
-    routed=tuple(name.removesuffix(".weight") for name in _EXPERTS),
     transforms=dict.fromkeys(_EXPERTS, "stack"),
     shapes={
         **decoder.SHAPES,
@@ -38,6 +41,7 @@ FAMILY = Family(
         "ffn_up_exps": ("EF", "D"),
         "ffn_down_exps": ("D", "EF"),
     },
+    sizes={"E": "num_experts", "EF": "moe_intermediate_size"},
     read=_read,
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
     fixed={

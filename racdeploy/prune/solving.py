@@ -1,0 +1,77 @@
+"""Choose the zeros of linears on one statistic: by the recipe's method, in the recipe's pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from racdeploy import plugins
+from racdeploy.prune.held_out import RelativeError
+from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.patterns import Pattern
+from racdeploy.prune.pruned_linear import PrunedLinear
+from racdeploy.prune.refit import prune_and_refit
+from racdeploy.prune.rounding import round_to_grid
+from racdeploy.prune.statistics import InputStatistic
+from racdeploy.quant import as_grid
+from racdeploy.recipe import Pruning
+
+Solved = tuple[torch.Tensor, torch.Tensor, float]
+"""Pruned weights, their target, and the damping."""
+
+
+class Solver:
+    """What a recipe says of how linears are pruned; ``quant`` where codes are chosen, too."""
+
+    def __init__(self, settings: Pruning, quant: str, tasks: Sequence[str]) -> None:
+        self._settings, self._quant, self._tasks = settings, quant, tasks
+        self._method = plugins.load("methods", settings.method)
+
+    def solve(
+        self,
+        own: Sequence[int],
+        full: Sequence[torch.Tensor],
+        patterns: Sequence[Pattern],
+        statistic: InputStatistic,
+    ) -> dict[int, Solved]:
+        """Return the linears at the places ``own`` of those that the statistic is of."""
+        hessian = statistic.hessian(self._settings.damping)
+        targets = dict(enumerate(full))
+        if self._settings.match_dense:
+            targets = statistic.targets(own, hessian)
+
+        solved = {}
+        for place in own:
+            weight_OI = self._prune(targets[place], hessian, patterns[place])
+            solved[place] = weight_OI, targets[place], hessian.damping
+
+        return solved
+
+    def describe(
+        self,
+        full_OI: torch.Tensor,
+        stored: torch.dtype,
+        statistic: InputStatistic,
+        solved: Solved | None,
+    ) -> PrunedLinear:
+        """Return a linear as its owner solved it; elsewhere one of its shape."""
+        if self._quant:  # codes times a scale need more digits than bfloat16 has
+            stored = torch.float32
+
+        weight_OI, target_OI, damping = solved or (full_OI, full_OI, 0.0)
+        return PrunedLinear(
+            weight_OI.to(stored).contiguous(),
+            target_OI,
+            damping,
+            RelativeError(self._tasks),
+            statistic.importance_I,
+            round(statistic.weight),
+        )
+
+    def _prune(self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern) -> torch.Tensor:
+        live_OI = target_OI * ~hessian.dead_I
+        pruned = prune_and_refit(self._method, live_OI, hessian, pattern, self._settings)
+        if not self._quant:
+            return pruned.weight_OI
+        return round_to_grid(pruned, live_OI, hessian, as_grid(self._quant))
