@@ -222,6 +222,12 @@ class Checkpoint:
         """Kind of each block: ``full_attention``, ``sliding_attention``, or what a family has."""
         listed = self.config.get("layer_types")
         if isinstance(listed, list):
+            if len(listed) != self.block_count:
+                raise ModelError(
+                    f"{self.folder}/config.json: layer_types lists {len(listed)} blocks of"
+                    f" {self.block_count}",
+                    remedy="compare the file with the one that the model's authors publish",
+                )
             return tuple(map(str, listed))
 
         period = self.config.get("sliding_window_pattern") or self.family.window_period

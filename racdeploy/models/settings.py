@@ -40,15 +40,15 @@ _COUNTS: Mapping[str, int] = {
     "linear_conv_kernel_dim": _WIDTH,
     "full_attention_interval": _BLOCKS,
     "decoder_sparse_step": _BLOCKS,
+    "block_ff_dim": _WIDTH * 16,
+    "block_multiple_of": _WIDTH,
+    "conv_L_cache": _WIDTH,
 }
 _COUNTS_OR_NONE: Mapping[str, int] = {
     "sliding_window": _POSITIONS,
     "sliding_window_pattern": _BLOCKS,
     "no_rope_layer_interval": _BLOCKS,
     "max_window_layers": _BLOCKS,
-    "block_ff_dim": _WIDTH * 16,
-    "block_multiple_of": _WIDTH,
-    "conv_L_cache": _WIDTH,
 }
 _NUMBERS = (
     *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor"),

@@ -18,6 +18,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 
+_SECTIONS = 4  # time, height, width, and one more
 _FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 
 
@@ -180,8 +181,14 @@ def _write_recurrent(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_array(f"{family.gguf_arch}.attention.recurrent_layers", recurrent)
 
     if family.rope_sections:
-        listed = checkpoint.rope.get("mrope_section", family.rope_sections)
-        writer.add_rope_dimension_sections([*listed, 0, 0, 0, 0][:4])
+        listed = checkpoint.rope.get("mrope_section") or family.rope_sections
+        are_counts = isinstance(listed, list | tuple) and all(type(each) is int for each in listed)
+        if not are_counts or len(listed) > _SECTIONS:
+            raise ModelError(
+                f"{checkpoint.folder}/config.json: mrope_section is {listed!r}, not counts of up to"
+                f" {_SECTIONS} parts"
+            )
+        writer.add_rope_dimension_sections([*listed, *[0] * (_SECTIONS - len(listed))])
 
 
 def _check_no_rope(checkpoint: Checkpoint) -> None:
@@ -227,8 +234,8 @@ def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
     # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
     default = _magnitude(factor, 1.0)
-    if log_multiplier := checkpoint.config.get("yarn_magnitude"):
-        default /= _magnitude(factor, log_multiplier)
+    if checkpoint.config.get("yarn_magnitude"):
+        default /= _magnitude(factor, _number(checkpoint, checkpoint.config, "yarn_magnitude"))
 
     whole = _attention_factor(checkpoint, factor)
     if whole != default:
