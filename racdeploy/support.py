@@ -35,9 +35,9 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _list_kinds(family: Family) -> list[str]:
-    if family.only:
-        return list(family.only)
-    return [_ATTENTION, "sliding_attention"] if family.window_period else [_ATTENTION]
+    if family.window_period:
+        return [_ATTENTION, "sliding_attention"]
+    return list(family.only) or [_ATTENTION]
 
 
 def _list_exporters(family: str) -> list[str]:
@@ -47,6 +47,9 @@ def _list_exporters(family: str) -> list[str]:
 
 def _list_cuts(family: Family) -> list[str]:
     """Return the parts that can be cut so that llama.cpp runs what is left."""
+    if family.uncut:
+        return []
+
     cuts = ["experts"] if family.routed else ["ffn"]
     if not family.only and (family.per_block or not family.square_queries):
         cuts += ["groups", "heads"]

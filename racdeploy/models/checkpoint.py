@@ -58,9 +58,14 @@ class Checkpoint:
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the model by its state_dict name; checked against the file sizes."""
-        if self.is_part:
-            return text_part.take_entries(self._stored)
-        return text_part.drop_further(self._stored)
+        take = text_part.take_entries if self.is_part else text_part.drop_further
+        return {name: entry for name, entry in take(self._stored).items() if self._uses(name)}
+
+    def _uses(self, name: str) -> bool:
+        """Return whether a tensor is none that makes keys and values which nobody takes."""
+        block, inside = self.family.split_block(name)
+        is_sharing = block is not None and self.key_sources[block : block + 1] not in ((), (block,))
+        return not is_sharing or self.family.has(self.kinds(block or 0), inside)
 
     @cached_property
     def _stored(self) -> Mapping[str, TensorEntry]:
@@ -97,11 +102,13 @@ class Checkpoint:
         """Return one tensor as float32, copied from the file."""
         return widen(self.read_raw(name))
 
-    def read_rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def read_rows(
+        self, name: str, rows: NDArray[np.int64], columns: slice = slice(None)
+    ) -> NDArray[np.float32]:
         """Return some rows of a tensor as float32; the others are never in memory."""
         entry = self.entries[name]
         stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
-        return widen(stored[rows])
+        return widen(stored[rows, columns])
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
@@ -130,16 +137,27 @@ class Checkpoint:
 
     def per_block(self, setting: str) -> tuple[int, ...]:
         """Return a setting of :data:`widths.SETTINGS` for each block."""
-        if setting in self._block_widths:
-            return self._block_widths[setting]
+        for widths_of_blocks in (self._block_widths, self._own_widths):
+            if setting in widths_of_blocks:
+                return widths_of_blocks[setting]
 
         same = self.key_value_heads if setting == "num_key_value_heads" else self.integer(setting)
         return (same,) * self.block_count
 
+    @cached_property
+    def _own_widths(self) -> Mapping[str, tuple[int, ...]]:
+        widths_of_blocks = self.family.by_block(self.config)
+        return {setting: tuple(values) for setting, values in widths_of_blocks.items()}
+
     @property
     def is_uniform(self) -> bool:
-        """Whether all blocks are of the same widths."""
+        """Whether all blocks are of the widths that the family gives them."""
         return not self._block_widths
+
+    @cached_property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Width of one attention head in each block."""
+        return self._own_widths.get("head_dim", (self.head_size,) * self.block_count)
 
     @cached_property
     def linear_weights(self) -> list[str]:
@@ -156,7 +174,7 @@ class Checkpoint:
 
         Those of experts are there once, with ``*`` for a number.
         """
-        return self.family.groups_of(self.layer_types[block])
+        return self.family.groups_of(self.kinds(block))
 
     def linears(self, block: int) -> tuple[str, ...]:
         """Return the prunable linears of a block, without ``.weight``, in forward order."""
@@ -171,21 +189,21 @@ class Checkpoint:
         setting = self.family.sizes.get("E")
         return self.integer(setting) if setting else 0
 
-    def unit(self, letter: str) -> int:
+    def unit(self, letter: str, block: int) -> int:
         """Return what one of a setting of :data:`widths.SETTINGS` adds to the size of a letter."""
-        return 1 if letter == "F" else self.head_size
+        return 1 if letter == "F" else self.head_sizes[block]
 
     def sizes(self, block: int) -> Mapping[str, int]:
         """Return what the letters of a family's shapes stand for in a block."""
         sizes = {
             "D": self.integer("hidden_size"),
             "V": self.integer("vocab_size"),
-            "K": self.head_size,
+            "K": self.head_sizes[block],
             "1": 1,
         }
 
         for letter, setting in widths.SETTINGS.items():
-            sizes[letter] = self.per_block(setting)[block] * self.unit(letter)
+            sizes[letter] = self.per_block(setting)[block] * self.unit(letter, block)
 
         for letter, setting in self.family.sizes.items():
             sizes[letter] = self.integer(setting)
@@ -233,6 +251,29 @@ class Checkpoint:
         period = self.config.get("sliding_window_pattern") or self.family.window_period
         is_sliding = [period and block % period for block in range(1, self.block_count + 1)]
         return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
+
+    def kinds(self, block: int) -> tuple[str, ...]:
+        """Return what a block is: its kind as listed, and whether it makes keys of its own."""
+        makes_keys = self.key_sources[block] == block
+        return (self.layer_types[block], *(["own_keys"] if makes_keys else []))
+
+    @cached_property
+    def key_sources(self) -> tuple[int, ...]:
+        """Of each block, the number of that whose keys and values it takes: its own, or earlier."""
+        kinds = self.layer_types
+        first = self.block_count - int(self.config.get("num_kv_shared_layers") or 0)
+
+        sources = list(range(self.block_count))
+        for block in sources[first:]:
+            alike = [earlier for earlier in range(first) if kinds[earlier] == kinds[block]]
+            if not alike:
+                raise ModelError(
+                    f"{self.folder}/config.json: no block before the {self.block_count - first}"
+                    f" that share keys and values makes any for {kinds[block]}"
+                )
+            sources[block] = alike[-1]
+
+        return tuple(sources)
 
     @property
     def attends(self) -> tuple[bool, ...]:
@@ -332,7 +373,7 @@ class Checkpoint:
         if left_out := len(self._stored) - len(self.entries):
             told.append(
                 f"{left_out} tensors are left out: the text model does not compute with what sees,"
-                " hears, or predicts further tokens"
+                " hears, predicts further tokens, or makes keys that nobody takes"
             )
         if code := name_code(self.config):
             told.append(
@@ -408,5 +449,7 @@ SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "theta": lambda c: c.rope["rope_theta"],
     "linear_key_width": lambda c: _width_of(c, "key"),
     "linear_value_width": lambda c: _width_of(c, "value"),
+    "logit_cap_or_0": lambda c: c.config.get("final_logit_softcapping") or 0.0,
+    "own_inputs_width": lambda c: c.block_count * c.integer("hidden_size_per_layer_input"),
 }
 """Values that families name beside the keys of ``config.json``: computed from several."""

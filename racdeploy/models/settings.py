@@ -43,12 +43,17 @@ _COUNTS: Mapping[str, int] = {
     "block_ff_dim": _WIDTH * 16,
     "block_multiple_of": _WIDTH,
     "conv_L_cache": _WIDTH,
+    "vocab_size_per_layer_input": _TOKENS,
 }
 _COUNTS_OR_NONE: Mapping[str, int] = {
     "sliding_window": _POSITIONS,
     "sliding_window_pattern": _BLOCKS,
     "no_rope_layer_interval": _BLOCKS,
     "max_window_layers": _BLOCKS,
+    "hidden_size_per_layer_input": _WIDTH,
+    "num_kv_shared_layers": _BLOCKS,
+    "global_head_dim": _WIDTH,
+    "num_global_key_value_heads": _WIDTH,
 }
 _NUMBERS = (
     *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor"),
@@ -59,7 +64,8 @@ _NUMBERS = (
 )
 _SWITCHES = (
     *("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache"),
-    *("norm_topk_prob", "use_bidirectional_attention", "output_router_logits"),
+    *("norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block"),
+    *("use_double_wide_mlp",),
     *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
 )
 _TEXTS = ("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype")
@@ -102,6 +108,10 @@ def _switch(value: object) -> str:
     return "" if isinstance(value, bool) else "true or false"
 
 
+def _switch_or_text(value: object) -> str:
+    return _switch(value) and _text(value) and "true, false or a short text"
+
+
 def _text(value: object) -> str:
     return "" if isinstance(value, str) and len(value) <= 200 else "a short text"
 
@@ -113,6 +123,19 @@ def _list(value: object) -> str:
 def _table(value: object) -> str:
     is_one = isinstance(value, dict) and all(map(_is_plain, value.values()))
     return "" if is_one else "a table of numbers, texts and lists of them"
+
+
+def _by_block(value: object) -> str:
+    fault = "a table of blocks, each a table of counts"
+    if not isinstance(value, dict) or len(value) > _BLOCKS:
+        return fault
+
+    find = _count(1, _WIDTH * 16)
+    for block, settings in value.items():
+        is_number = str(block).isdecimal() and len(str(block)) < 6
+        if not is_number or not isinstance(settings, dict) or any(map(find, settings.values())):
+            return fault
+    return ""
 
 
 def _token_ids(value: object) -> str:
@@ -150,6 +173,8 @@ _FAULTS: Mapping[str, Fault] = {
     **dict.fromkeys(_LISTS, _list),
     **dict.fromkeys(_TABLES, _table),
     **dict.fromkeys(_TOKEN_IDS, _token_ids),
+    "use_bidirectional_attention": _switch_or_text,
+    "per_layer_config": _by_block,
 }
 CHECKED = frozenset(_FAULTS)
 """The settings that anybody reads."""

@@ -32,7 +32,8 @@ class Shape:
         """Return what the letters of a family's shapes stand for in one of the blocks."""
         sizes = dict(checkpoint.sizes(self.blocks[place]))
         for letter, setting in SETTINGS.items():
-            sizes[letter] = self.widths[setting][place] * checkpoint.unit(letter)
+            unit = checkpoint.unit(letter, self.blocks[place])
+            sizes[letter] = self.widths[setting][place] * unit
         if self.experts:
             sizes["E"] = self.experts
         return sizes
@@ -73,7 +74,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
 
         is_cut = shape is not None and shape != Shape.of(checkpoint)
         if is_cut or checkpoint.is_part:
-            _write_config(checkpoint, shape or Shape.of(checkpoint), scratch / "config.json")
+            _write_config(checkpoint, shape if is_cut else None, scratch / "config.json")
 
     return out
 
@@ -95,20 +96,23 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
     return entries
 
 
-def _write_config(checkpoint: Checkpoint, shape: Shape, file: Path) -> None:
+def _write_config(checkpoint: Checkpoint, shape: Shape | None, file: Path) -> None:
     config = dict(checkpoint.written)
     if checkpoint.family.only:
         config = checkpoint.family.complete(config)
-    if len(shape.blocks) < checkpoint.block_count:
-        config |= checkpoint.block_kinds
-    changed = widths.write(config, shape.blocks, shape.widths)
-    if shape.experts != checkpoint.experts:
-        changed[checkpoint.family.sizes["E"]] = shape.experts
-        for key in _EXPERT_COUNTS & changed.keys():  # transformers 5 may write another one
-            changed[key] = shape.experts
+
+    if shape:
+        if len(shape.blocks) < checkpoint.block_count:
+            config |= checkpoint.block_kinds
+        config = widths.write(config, shape.blocks, shape.widths)
+        if shape.experts != checkpoint.experts:
+            config[checkpoint.family.sizes["E"]] = shape.experts
+            for key in _EXPERT_COUNTS & config.keys():  # transformers 5 may write another one
+                config[key] = shape.experts
+
     # Heads that are fewer no longer say how wide one is.
-    changed["head_dim"] = checkpoint.head_size
-    file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    config["head_dim"] = checkpoint.head_size
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:

@@ -20,7 +20,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 from racdeploy.models.families import InputGroups, ends_part
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.beside import Beside
 from racdeploy.prune.device import CPU
+from racdeploy.prune.own_inputs import OwnInputs
 from racdeploy.prune.routing import Routed
 
 _ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
@@ -40,6 +42,8 @@ class Blocks:
         self._model = skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
+        self._own_inputs = OwnInputs(checkpoint) if OwnInputs.exist(checkpoint) else None
+
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
         """Return (B, T, D) of each batch."""
         D = self.checkpoint.entries[_EMBEDDING].shape[1]
@@ -47,7 +51,7 @@ class Blocks:
 
     def groups(self, block: Any) -> InputGroups:
         """Return the prunable linears of a block by the input they share."""
-        return self.checkpoint.family.groups_of(block.attention_type)
+        return self.checkpoint.family.groups_of(block.kinds)
 
     def end_widths(self) -> dict[int, int]:
         """Return the inputs of each group that ends a part, in the block where it has most.
@@ -110,10 +114,14 @@ class Blocks:
         block: nn.Module,
         hidden_BTD: torch.Tensor,
         known: Mapping[int, torch.Tensor] | None = None,
+        beside: Beside | None = None,
+        *,
+        to_end: bool = True,
     ) -> torch.Tensor:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
         ``known``: group → input of its one linear, found earlier; its part computes only that.
+        ``beside``: of the batch, where a family needs it; ``to_end`` is False where a hook stops.
         """
         hidden_BTD = self.place(hidden_BTD)
         length = hidden_BTD.shape[1]
@@ -121,6 +129,8 @@ class Blocks:
         given: dict[str, Any] = {"position_ids": position_1T}
         given["attention_mask"] = self._mask(block, length)
         given |= embed_positions(self._model, block, hidden_BTD, position_1T)
+        if self._own_inputs:
+            given |= self._give_beside(self._own_inputs, block, beside, to_end=to_end)
 
         with self.computing(), self._shortcuts(block, known or {}):
             output = block(hidden_BTD, **given)
@@ -133,6 +143,15 @@ class Blocks:
         if self._compute == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+    def _give_beside(
+        self, own_inputs: OwnInputs, block: Any, beside: Beside | None, *, to_end: bool
+    ) -> dict[str, Any]:
+        assert beside, "blocks of this family take more of a batch than its hidden states"
+        given: dict[str, Any] = {"shared_kv_states": beside.keys}
+        if to_end:  # which is where it comes in
+            given["per_layer_input"] = own_inputs.of(block.number, beside.ids_BT, self.device)
+        return given
 
     def _mask(self, block: Any, length: int) -> torch.Tensor | None:
         """Return which positions see which, (1, 1, T, T); None is sdpa's own causal mask."""
@@ -171,9 +190,10 @@ class Blocks:
         linear: str,
         hidden_BTD: torch.Tensor,
         known: Mapping[int, torch.Tensor] | None = None,
+        beside: Beside | None = None,
     ) -> torch.Tensor:
         """Return what reaches one linear; nothing after it is computed."""
-        (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, known)
+        (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, known, beside)
         return input_BTI
 
     def routed(
@@ -181,10 +201,11 @@ class Blocks:
         block: nn.Module,
         hidden_BTD: torch.Tensor,
         known: Mapping[int, torch.Tensor] | None = None,
+        beside: Beside | None = None,
     ) -> Routed:
         """Return what reaches the experts of a block; none of them is computed."""
         experts = self.checkpoint.family.experts
-        return Routed(*self._arguments(block, experts, hidden_BTD, known))
+        return Routed(*self._arguments(block, experts, hidden_BTD, known, beside))
 
     def _arguments(
         self,
@@ -192,6 +213,7 @@ class Blocks:
         name: str,
         hidden_BTD: torch.Tensor,
         known: Mapping[int, torch.Tensor] | None,
+        beside: Beside | None,
     ) -> tuple[torch.Tensor, ...]:
         """Return what a module inside a block is called with, and stop there."""
         seen: list[tuple[torch.Tensor, ...]] = []
@@ -204,7 +226,7 @@ class Blocks:
 
         try:
             with suppress(_Reached):
-                self.forward(block, hidden_BTD, known)
+                self.forward(block, hidden_BTD, known, beside, to_end=False)
         finally:
             handle.remove()
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.beside import Besides
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.routing import Routed
 
@@ -33,6 +34,7 @@ class Flow:
     ) -> None:
         self._blocks = blocks
         self.hidden = Activations(blocks.shapes(batches), folder / f"hidden-{name}.bin")
+        self._besides = Besides(blocks.checkpoint, blocks.device, batches, folder, name)
 
         widths = blocks.end_widths()
         kept = _choose_kept(batches, sum(widths.values()), kept_bytes)
@@ -52,7 +54,8 @@ class Flow:
         """Return what reaches a group of linears; ``final``: nothing before it changes any more."""
         linear = self._blocks.groups(block)[group][0]
         known = {place: x for place, x in self._inputs_of(index).items() if place < group}
-        found_BTI = self._blocks.input(block, linear, self.hidden[index], known)
+        beside = self._besides[index]
+        found_BTI = self._blocks.input(block, linear, self.hidden[index], known, beside)
 
         if final and group in self._inputs and index < len(self._known):
             self._inputs[group][index] = found_BTI.float()
@@ -62,11 +65,13 @@ class Flow:
 
     def routed(self, block: nn.Module, index: int) -> Routed:
         """Return what reaches the experts of a block, whose attention does not change any more."""
-        return self._blocks.routed(block, self.hidden[index], self._inputs_of(index))
+        known, beside = self._inputs_of(index), self._besides[index]
+        return self._blocks.routed(block, self.hidden[index], known, beside)
 
     def output(self, block: nn.Module, index: int) -> torch.Tensor:
         """Return what a block makes of a batch, which stays before it."""
-        return self._blocks.forward(block, self.hidden[index], self._inputs_of(index))
+        known, beside = self._inputs_of(index), self._besides[index]
+        return self._blocks.forward(block, self.hidden[index], known, beside)
 
     def leave(self, block: nn.Module, index: int) -> torch.Tensor:
         """Return the block's output for a batch; it enters the next block."""
@@ -78,6 +83,7 @@ class Flow:
 
     def close(self) -> None:
         """Give memory and disk back."""
+        self._besides.close()
         for activations in (self.hidden, *self._inputs.values()):
             activations.close()
 

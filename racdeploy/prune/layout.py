@@ -63,9 +63,22 @@ def find_end(checkpoint: Checkpoint, letter: str) -> str:
     family = checkpoint.family
     for linears in checkpoint.input_groups(0):
         if len(linears) == 1 and axes(family, f"{linears[0]}.weight")[1] == letter:
-            everywhere = all(family.has(kind, linears[0]) for kind in checkpoint.layer_types)
+            everywhere = all(
+                family.has(checkpoint.kinds(block), linears[0])
+                for block in range(checkpoint.block_count)
+            )
             return linears[0] if everywhere else ""
     return ""
+
+
+def refuse_uncut(part: str, checkpoint: Checkpoint) -> None:
+    """Refuse to leave out anything of a family that has to stay whole."""
+    family = checkpoint.family
+    if family.uncut:
+        raise UsageError(
+            f"{part} of {family.architecture} cannot be cut: {family.uncut}",
+            remedy=f"leave out --keep {part}",
+        )
 
 
 def check_share(
@@ -75,6 +88,7 @@ def check_share(
     structure: Structure,
 ) -> None:
     """Refuse a share that the units of a part cannot come near to, or that removes nothing."""
+    refuse_uncut(part, checkpoint)
     blocks = range(checkpoint.block_count)
     layouts = [layout(checkpoint, block, structure) for block in blocks]
     share = structure.share(part)

@@ -49,8 +49,10 @@ class Outline:
 
         widths = {}
         for letter, setting in SETTINGS.items():
-            unit = checkpoint.unit(letter)
-            widths[setting] = tuple(own[letter] // unit for own in sizes)
+            counts = []
+            for block, own in zip(self.blocks, sizes, strict=True):
+                counts.append(own[letter] // checkpoint.unit(letter, block))
+            widths[setting] = tuple(counts)
 
         return Shape(self.blocks, widths, sizes[0].get("E", 0))
 

@@ -14,6 +14,7 @@ from racdeploy import plugins
 from racdeploy.models.families import name_experts
 from racdeploy.prune.allocations import Effect, Observation, Shares
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import put
 from racdeploy.prune.cut import BlockPair
 from racdeploy.prune.experts import ExpertGroup, count_tokens
@@ -58,6 +59,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
     totals = [float(_weigh_tokens(batch, session).sum()) for batch in session.everyones]
     probe = session.everyones[totals.index(max(totals))]  # counts most; each process has the same
     (probe_BTD,) = blocks.embed([probe])
+    beside = Beside(probe.ids_BT)
 
     found: dict[str, Observation] = {}
 
@@ -70,7 +72,7 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
             prefix = f"{blocks.prefix(index)}."
             own = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
 
-            effects = _Effects(session, block, probe_BTD, probe)
+            effects = _Effects(session, block, probe_BTD, probe, beside)
 
             for linear, weight_OI, hessian in _observe_block(session, flow, index, own):
                 effect = partial(effects.measure, linear)
@@ -155,10 +157,16 @@ class _Effects:
     """What a change of one linear does to the output of its block."""
 
     def __init__(
-        self, session: Session, block: nn.Module, hidden_BTD: torch.Tensor, batch: Batch
+        self,
+        session: Session,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        batch: Batch,
+        beside: Beside,
     ) -> None:
         self._blocks, self._block, self._hidden_BTD = session.blocks, block, hidden_BTD
-        self.output_BTD = self._blocks.forward(block, hidden_BTD)
+        self.output_BTD = self._blocks.forward(block, hidden_BTD, beside=beside)
+        self._beside = beside.apart()
         self._real_BT = self._blocks.place(batch.stream_BT != PAD)
         self._weight_N = _weigh_tokens(batch, session)
 
@@ -167,7 +175,7 @@ class _Effects:
         parameter = f"{linear}.weight"
         dense_OI = self._block.get_parameter(parameter).data
         put(self._block, parameter, weight_OI)
-        changed_BTD = self._blocks.forward(self._block, self._hidden_BTD)
+        changed_BTD = self._blocks.forward(self._block, self._hidden_BTD, beside=self._beside)
         put(self._block, parameter, dense_OI)
 
         output_ND = self.output_BTD[self._real_BT]

@@ -22,6 +22,7 @@ from torch import nn
 
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.beside import Beside, Besides
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.statistics import PAD
 from racdeploy.recover.course import Course, Lesson
@@ -76,7 +77,7 @@ class BlockWalk:
         chosen = {}
         for index in self._chosen(held_out):
             chosen[index] = self.batches[index]
-        return _Stream(blocks, chosen, self.course.folder / f"states-{name}.bin")
+        return _Stream(blocks, chosen, self.course.folder, name)
 
     def close(self) -> None:
         """Remove the hidden states."""
@@ -221,7 +222,8 @@ class BlockWalk:
         """Return each token's squared error, relative to the dense state."""
         entering_BTD = self.streams["sparse"].read(index)
         left_BTD = self.sparse.place(self.streams["dense"].read(index))
-        found_BTD = self.sparse.forward(block, entering_BTD).float()
+        beside = self.streams["sparse"].beside(index).apart()
+        found_BTD = self.sparse.forward(block, entering_BTD, beside=beside).float()
 
         missed_BT = (found_BTD - left_BTD).square().sum(2)
         return missed_BT / left_BTD.square().sum(2).clamp_min(1e-12)
@@ -312,24 +314,33 @@ class BlockWalk:
 class _Stream:
     """Hidden states of some batches on their way through one model."""
 
-    def __init__(self, blocks: Blocks, batches: Mapping[int, Batch], file: Path) -> None:
+    def __init__(
+        self, blocks: Blocks, batches: Mapping[int, Batch], folder: Path, name: str
+    ) -> None:
         self._blocks = blocks
         self.places = {index: place for place, index in enumerate(batches)}
         chosen = list(batches.values())
-        self._states = Activations(blocks.shapes(chosen), file)
+        self._states = Activations(blocks.shapes(chosen), folder / f"states-{name}.bin")
+        self._besides = Besides(blocks.checkpoint, blocks.device, chosen, folder, f"states-{name}")
         for place, hidden_BTD in enumerate(blocks.embed(chosen)):
             self._states[place] = hidden_BTD
 
     def read(self, index: int) -> torch.Tensor:
         return self._states[self.places[index]]
 
+    def beside(self, index: int) -> Beside:
+        return self._besides[self.places[index]]
+
     @torch.no_grad()
     def leave(self, block: nn.Module) -> None:
         for place in self.places.values():
-            self._states[place] = self._blocks.forward(block, self._states[place])
+            beside = self._besides[place]
+            output_BTD = self._blocks.forward(block, self._states[place], beside=beside)
+            self._states[place] = output_BTD
 
     def close(self) -> None:
         self._states.close()
+        self._besides.close()
 
 
 def _plan(batches: Sequence[Batch], tokens: int, step_tokens: int, seed: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ import torch
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.beside import Besides
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.recipe import StreamWeights
@@ -236,7 +237,7 @@ def dense_states(
 
     try:
         with torch.inference_mode():
-            _pass(blocks, own, passing)
+            _pass(blocks, own, passing, folder, name)
             norm = blocks.last_norm()
             passed = 0
 
@@ -258,8 +259,11 @@ def dense_states(
         states.close()
 
 
-def _pass(blocks: Blocks, batches: Sequence[Batch], passing: Activations) -> None:
+def _pass(
+    blocks: Blocks, batches: Sequence[Batch], passing: Activations, folder: Path, name: str
+) -> None:
     """Let batches pass all blocks, of which one is in memory at a time."""
+    besides = Besides(blocks.checkpoint, blocks.device, batches, folder, f"passing-{name}")
     for index, hidden_BTD in enumerate(blocks.embed(batches)):
         passing[index] = hidden_BTD
 
@@ -267,9 +271,11 @@ def _pass(blocks: Blocks, batches: Sequence[Batch], passing: Activations) -> Non
         module = blocks.load(block)
 
         for index in range(len(batches)):
-            passing[index] = blocks.forward(module, passing[index])
+            passing[index] = blocks.forward(module, passing[index], beside=besides[index])
 
         blocks.empty(block).to("meta")
+
+    besides.close()
 
 
 def _places(traces: Sequence[Trace], batches: Sequence[Batch]) -> list[list[int]]:

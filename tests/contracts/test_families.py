@@ -130,17 +130,18 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
 
     from racdeploy.engines.transformers.torch_model import load_model
     from racdeploy.prune.batches import Batch
+    from racdeploy.prune.beside import Beside
     from racdeploy.prune.blocks import Blocks
 
     ids_BT = torch.randint(0, 480, (2, 60), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(2, dtype=torch.long), False)
-    blocks = Blocks(checkpoint)
+    blocks, beside = Blocks(checkpoint), Beside(ids_BT)
     with torch.inference_mode():
         states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
         (hidden_BTD,) = blocks.embed([batch])
         for index in range(checkpoint.block_count):
             torch.testing.assert_close(hidden_BTD, states[index], rtol=1e-5, atol=1e-5)
-            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD)
+            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD, beside=beside)
 
 
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:

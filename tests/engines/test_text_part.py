@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.assemble import assemble
-from tests.support.tiny_models import edit_json, make_checkpoint
+from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
+_PARTS = [name for name in ("gemma3_text", "gemma4_text") if name in FAMILIES]
 _IDS_BT = torch.arange(40)[None]
 
 
@@ -41,25 +42,29 @@ def _compute(model: torch.nn.Module) -> torch.Tensor:
     return logits_BTV
 
 
+@pytest.mark.parametrize("family", _PARTS)
 @pytest.mark.parametrize("begins", ["model.language_model.", "language_model.model."])
-def test_the_text_part_computes_as_the_text_model(begins: str, tmp_path: Path) -> None:
+def test_the_text_part_computes_as_the_text_model(begins: str, family: str, tmp_path: Path) -> None:
     """Names and settings are those of the text model, and what is left out is said."""
-    text = make_checkpoint(tmp_path / "text", "gemma3_text", dtype="float32")
+    text = make_checkpoint(tmp_path / "text", family, dtype="float32")
     part = Checkpoint(_let_it_see(text, tmp_path / "seeing", begins))
 
     assert torch.equal(_compute(load_model(part)), _compute(load_model(Checkpoint(text))))
     assert part.notes[0].startswith("2 tensors are left out")
 
 
-def test_what_is_pruned_is_a_text_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", _PARTS)
+def test_what_is_pruned_is_a_text_model(family: str, tmp_path: Path) -> None:
     """Transformers opens the folder that pruning leaves, without knowing the larger model."""
-    text = make_checkpoint(tmp_path / "text", "gemma3_text", dtype="float32")
+    text = make_checkpoint(tmp_path / "text", family, dtype="float32")
     part = Checkpoint(_let_it_see(text, tmp_path / "seeing", "model.language_model."))
     (tmp_path / "blocks").mkdir()
 
     pruned = assemble(part, tmp_path / "blocks", tmp_path / "pruned")
     theirs = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32).eval()
-    torch.testing.assert_close(_compute(theirs), _compute(load_model(part)), rtol=1e-4, atol=1e-5)
+    wanted_BTV = _compute(load_model(part))
+    torch.testing.assert_close(_compute(theirs), wanted_BTV, rtol=1e-4, atol=1e-5)
+    assert torch.equal(_compute(load_model(Checkpoint(pruned))), wanted_BTV)
 
 
 def test_a_head_for_further_tokens_is_left_out(tmp_path: Path) -> None:

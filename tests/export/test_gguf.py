@@ -86,6 +86,15 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "gemma3 pieces": {"family": "gemma3_text", "pre_tokenizer": "gemma"},
+    "gemma4": {"family": "gemma4_text"},
+    "gemma4 pieces": {"family": "gemma4_text", "pre_tokenizer": "gemma4"},
+    "gemma4 pieces across lines": {"family": "gemma4_text", "pre_tokenizer": "gemma"},
+    "gemma4 untied, no keys shared": {
+        "family": "gemma4_text",
+        "tied": False,
+        "num_kv_shared_layers": 0,
+        "final_logit_softcapping": None,
+    },
     "lfm2": {"family": "lfm2"},
     "lfm2 untied": {"family": "lfm2", "tied": False},
     "qwen35": {"family": "qwen3_5_text"},
@@ -121,6 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 float32": {"family": "qwen3", "dtype": "float32"},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
+_TABLED = ("gemma3_text", "gemma4_text")
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 
 
@@ -179,7 +189,7 @@ def run_torch(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     for name, module in model.named_modules():
-        if gates and model.config.model_type == "gemma3_text" and name.endswith("act_fn"):
+        if gates and model.config.model_type in _TABLED and name.endswith("act_fn"):
             module.register_forward_hook(look_up)
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
@@ -213,7 +223,7 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("gemma3")])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("gemma")])
 def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], case: str) -> None:
     """Torch's own GELU is no nearer than 1e-4 at nine of ten positions.
 
@@ -229,7 +239,7 @@ def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], c
     assert np.quantile(error_T, 0.1) > 1e-4
     run_torch(found.folder, found.answer.gates, pairs)
     own, given = (np.concatenate([pair[side].reshape(-1) for pair in pairs]) for side in (0, 1))
-    assert np.abs(own - given).max() < 1e-5
+    assert np.abs(own - given).max() < 1e-5 * np.abs(own).max()
     assert 0 < np.mean(own.astype(np.float16) != given.astype(np.float16)) < 0.01
 
 
@@ -268,7 +278,8 @@ def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
     assert SPECIAL_TOKENS["</think>"] in ask_llama([file], IDS[:4])[0].ends
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of Gemma 4 there is no other form than that of transformers 5.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma4_text"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_transformers_5_checkpoints_give_the_identical_file(
     tmp_path: Path, family: str, scaled: bool

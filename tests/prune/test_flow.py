@@ -10,6 +10,7 @@ from torch import nn
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.flow import Flow
@@ -44,6 +45,7 @@ def test_passes_that_start_later_give_the_same(
     found = Flow(blocks, batches, tmp_path, "found", kept_bytes)
     with torch.inference_mode():
         expected = list(blocks.embed(batches))
+        besides = [Beside(batch.ids_BT) for batch in batches]
         for index, hidden_BTD in enumerate(expected):
             found.hidden[index] = hidden_BTD
         for number in range(blocks.checkpoint.block_count):
@@ -52,12 +54,13 @@ def test_passes_that_start_later_give_the_same(
                 if "*" in linears[0]:  # experts have no input of their own to start from
                     break
                 for index, hidden_BTD in enumerate(expected):
-                    wanted_BTI = blocks.input(block, linears[0], hidden_BTD)
+                    beside = besides[index]
+                    wanted_BTI = blocks.input(block, linears[0], hidden_BTD, beside=beside)
                     assert torch.equal(wanted_BTI, found.input(block, group, index))
                 for linear in linears:
                     block.get_parameter(f"{linear}.weight")[::2] = 0
             for index, hidden_BTD in enumerate(expected):
-                expected[index] = blocks.forward(block, hidden_BTD)
+                expected[index] = blocks.forward(block, hidden_BTD, beside=besides[index])
                 assert torch.equal(expected[index], found.leave(block, index))
             block.to("meta")
     found.close()

@@ -70,7 +70,7 @@ def tabulate_families() -> str:
         gguf = f"`{row['gguf']}`: {', '.join(equal) or 'not compared'}"
         dense = ", ".join(f"`{name}`" for name in row["stays_dense"])
         cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf)
-        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]), dense)
+        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]) or "none", dense)
         lines.append(f"| {' | '.join((*cells, *rest))} |")
 
     return "\n".join(lines)

@@ -108,8 +108,10 @@ def _answer(
 
 
 def _watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
-    """Return a callback that copies the input of every block's activation; the graph calls it
+    """Return a callback that copies the inputs of every block's activations; the graph calls it
     before and after.
+
+    A block with an input of its own has a second one, on what is computed right after ``pe_in``.
     """
     from llama_cpp._ggml import libggml_base_path
 
@@ -119,14 +121,23 @@ def _watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
     base.ggml_get_data_f32.restype = ctypes.POINTER(ctypes.c_float)
     base.ggml_get_data_f32.argtypes = [ctypes.c_void_p]
 
+    last = [""]
+    names = dict[int, str]()
+
     @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback
     def watch(tensor: int, ask: bool, _: Any) -> bool:
         name = base.ggml_get_name(tensor).decode()
-        if not name.startswith("ffn_gate-"):
-            return not ask
-        if not ask:
+        if ask:
+            follows, last[0] = last[0], name
+            if follows.startswith("pe_in-"):
+                names[tensor] = follows
+            elif name.startswith("ffn_gate-"):
+                names[tensor] = name
+            return tensor in names
+        if tensor in names:
             shape = (base.ggml_nelements(tensor),)
-            seen[name] = np.ctypeslib.as_array(base.ggml_get_data_f32(tensor), shape).copy()
+            values = np.ctypeslib.as_array(base.ggml_get_data_f32(tensor), shape).copy()
+            seen[names.pop(tensor)] = values
         return True
 
     return watch

@@ -63,8 +63,13 @@ _TOKENIZER_CLASSES = {
     **dict.fromkeys(("qwen2", "llama-bpe", "gpt-2", "smollm"), "Qwen2TokenizerFast"),
     "mistral": "LlamaTokenizerFast",
     "gemma": "GemmaTokenizerFast",
+    "gemma4": "PreTrainedTokenizerFast",
 }
-_OWN_PIECES = {"mistral": ("<b>", "<i>"), "gemma": ("<b>", "▁▁▁▁▁▁")}
+_OWN_PIECES = {
+    "mistral": ("<b>", "<i>"),
+    "gemma": ("<b>", "▁▁▁▁▁▁"),
+    "gemma4": ("<b>", "▁▁▁▁▁▁"),
+}
 # What makes a family itself, at values that show.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {
@@ -79,6 +84,22 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
         "rope_theta": 50_000.0,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 5,
+        "layer_types": [
+            *("sliding_attention", "sliding_attention", "full_attention"),
+            *("sliding_attention", "full_attention"),  # these take the keys of the two before
+        ],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "sliding_window": 16,
+        "head_dim": 16,
+        "per_layer_config": {block: {"head_dim": 32, "num_key_value_heads": 1} for block in (2, 4)},
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 512,
+        "rope_theta": None,  # there is one for each kind
+        "final_logit_softcapping": 30.0,
     },
     "lfm2": {
         "num_hidden_layers": 3,
@@ -148,8 +169,8 @@ def make_checkpoint(
         transformers5: config and tokenizer_config as transformers 5 writes them.
         dtype: of the stored weights.
         sharded: three files and an index.
-        pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral`` and ``gemma`` are
-            SentencePiece's.
+        pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral``, ``gemma`` and
+            ``gemma4`` are SentencePiece's.
         tokenizer_model: whether SentencePiece's own file lies beside.
         tokenizer_class: as tokenizer_config.json names it; the usual one of the form by default.
         seed: of the weights.
@@ -291,12 +312,15 @@ def _tokenizer_json(pre_tokenizer: str) -> str:
 
 def _written(pre_tokenizer: str) -> dict[str, Any]:
     """Return a trained tokenizer without the tokens of the chat template."""
-    if pre_tokenizer in ("mistral", "gemma"):
+    if pre_tokenizer in _OWN_PIECES:
         from tests.support.tiny_pieces import pieces_json, train_pieces
 
         own = _OWN_PIECES[pre_tokenizer]
+        texts: tuple[str, ...] = _CORPUS * 4
+        if pre_tokenizer == "gemma4":  # no piece goes on in the next line
+            texts = tuple(line for text in texts for line in text.splitlines())
         return pieces_json(
-            train_pieces(_CORPUS * 4, TRAINED_TOKENS, own),
+            train_pieces(texts, TRAINED_TOKENS, own),
             own,
             space_first=pre_tokenizer == "mistral",
         )

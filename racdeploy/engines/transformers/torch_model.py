@@ -46,6 +46,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         )
 
         part_experts(model)
+        _fix_buffers(model)
 
     _tag_blocks(model, checkpoint)
     if not checkpoint.is_uniform:
@@ -56,10 +57,12 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     for name, rotary in _rotary(model).items():
         model.set_submodule(f"{_DECODER}.{name}", _renew(rotary))
 
-    embedding = model.get_submodule("model.embed_tokens")
-    if "embed_scale" in dict(embedding.named_buffers()):
-        scale = torch.tensor(embedding_scale(checkpoint))
-        embedding.register_buffer("embed_scale", scale, persistent=False)
+    for module in list(model.modules()):
+        if "embed_scale" in dict(module.named_buffers(recurse=False)):
+            embedding: Any = module
+            usual = embedding_scale(checkpoint)
+            scale = torch.tensor(getattr(embedding, "scalar_embed_scale", usual))
+            embedding.register_buffer("embed_scale", scale, persistent=False)
 
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     model_type = checkpoint.config["model_type"]
@@ -82,6 +85,17 @@ def _renew(rotary: Any) -> nn.Module:
     return result
 
 
+def _fix_buffers(model: nn.Module) -> None:
+    """Make parameters of the buffers that are stored, so that one way fills all that is."""
+    stored = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        if name in stored:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            delattr(module, leaf)
+            module.register_parameter(leaf, nn.Parameter(buffer, requires_grad=False))
+
+
 def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Tell each block its kind, as the config lists them; without a list each has a window."""
     config: Any = model.config
@@ -89,6 +103,8 @@ def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
     for index, kind in enumerate(kinds):
         block: Any = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
         block.attention_type = kind
+        block.kinds = checkpoint.kinds(index)
+        block.number = index
 
 
 def embed_positions(
@@ -234,7 +250,8 @@ def _config(checkpoint: Checkpoint) -> Any:
         values.pop(key, None)
 
     values["rope_theta"] = rope["rope_theta"]
-    values["rope_scaling"] = None if rope_type == "default" else scaling
+    if rope_type != "proportional":  # which only transformers 5 has, and reads below
+        values["rope_scaling"] = None if rope_type == "default" else scaling
     if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
         local = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
         sliding = {"rope_type": "default", "rope_theta": local}

@@ -37,8 +37,9 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
 
     writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
     if checkpoint.config.get("head_dim") is not None:
-        writer.add_key_length(checkpoint.head_size)
-        writer.add_value_length(checkpoint.head_size)
+        head_size = checkpoint.config.get("global_head_dim") or checkpoint.head_size
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
 
     writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
     _write_rope_scaling(writer, checkpoint)
@@ -51,7 +52,7 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
 
     for key, setting in family.numbers.items():
         if checkpoint.setting(setting) is not None:
-            number = _number(checkpoint, checkpoint.config, setting)
+            number = _number(checkpoint, {setting: checkpoint.setting(setting)}, setting)
             writer.add_float32(f"{family.gguf_arch}.{key}", number)
 
 
@@ -82,6 +83,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
             raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
 
     _check_windows(checkpoint)
+    _check_shared_keys(checkpoint)
     _check_no_rope(checkpoint)
 
     kind, known = checkpoint.rope["rope_type"], checkpoint.family.rope_types
@@ -98,6 +100,9 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     rope = checkpoint.rope
     if rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(checkpoint)}
+
+    if rope["rope_type"] == "proportional":
+        return {"rope_freqs.weight": _proportional_factors(checkpoint)}
 
     if rope["rope_type"] != "longrope":
         return {}
@@ -143,6 +148,17 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     return factor_K.astype(np.float32)
 
 
+def _proportional_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
+    """Return divisors of the rotary frequencies of full attention, so large that most stand still.
+
+    Source: llama.cpp ``conversion/gemma.py`` (``Gemma4Model.generate_extra_tensors``).
+    """
+    head_size = checkpoint.integer("global_head_dim")
+    share = _number(checkpoint, checkpoint.config, "partial_rotary_factor")
+    turning = int(head_size * share / 2)
+    return np.where(np.arange(head_size // 2) < turning, 1, 1e30).astype(np.float32)
+
+
 def _check_windows(checkpoint: Checkpoint) -> None:
     if checkpoint.family.window_period or checkpoint.family.only:
         return
@@ -160,6 +176,22 @@ def _check_windows(checkpoint: Checkpoint) -> None:
             f" {checkpoint.family.gguf_arch} attends to all",
             remedy=f"set max_position_embeddings to {window}, up to where both compute the same",
         )
+
+
+def _check_shared_keys(checkpoint: Checkpoint) -> None:
+    """Refuse blocks that take keys of other blocks than llama.cpp gives them.
+
+    Source: llama.cpp ``src/llama-model.cpp`` (create_memory, ``reuse``).
+    """
+    own = [source for block, source in enumerate(checkpoint.key_sources) if block == source]
+    for block in range(len(own), checkpoint.block_count):
+        slides = checkpoint.layer_types[block] == "sliding_attention"
+        taken = len(own) - (2 if slides else 1)
+        if checkpoint.key_sources[block] != taken:
+            raise ModelError(
+                f"config.json: block {block} takes keys and values of block"
+                f" {checkpoint.key_sources[block]}; llama.cpp gives it those of block {taken}"
+            )
 
 
 def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:

@@ -77,6 +77,12 @@ def _only_replaces_spaces(
     return False
 
 
+def joins_lines(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether a merge joins the end of a line to something else."""
+    made = ("".join(split_merge(merge)) for merge in tokenizer["model"]["merges"])
+    return any("\n" in piece and piece.strip("\n") for piece in made)
+
+
 def check_merges(tokenizer: Mapping[str, Any], added: AbstractSet[str], encode: Encode) -> None:
     """Refuse what llama.cpp would join differently by merges in the form of Gemma 4.
 

@@ -143,9 +143,10 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     if output and family.needs_output:
         names[output] = ["model.embed_tokens.weight"]
 
-    for block, kind in enumerate(checkpoint.layer_types):
+    for block in range(checkpoint.block_count):
+        kinds = checkpoint.kinds(block)
         for source, name in family.block_tensors.items():
-            if not family.has(kind, source):
+            if not family.has(kinds, source):
                 continue
             stored = names.setdefault(f"blk.{block}.{name}", [])
             stored.append(f"{family.blocks}.{block}.{source}")

@@ -50,12 +50,13 @@ class Vocabulary:
     def write(self, writer: GGUFWriter, chat_template: str) -> None:
         """Add the tokenizer's keys to a header."""
         writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre_tokenizer)
+        if self.pre_tokenizer:
+            writer.add_tokenizer_pre(self.pre_tokenizer)
         writer.add_token_list(self.texts)
         writer.add_token_types(self.types)
-        if self.space_first is None:
+        if self.merges:
             writer.add_token_merges(self.merges)
-        else:
+        if self.space_first is not None:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.space_first)
 
@@ -137,7 +138,19 @@ def write_approximated(checkpoint: Checkpoint, out: Path, pre_tokenizer: str | N
 
 def adds_bos(checkpoint: Checkpoint) -> bool:
     """Return whether llama.cpp's tokenizer puts the bos token in front of a text by itself."""
-    return read_special_tokens(checkpoint, Tokens.read(checkpoint)).adds["bos"]
+    tokens = Tokens.read(checkpoint)
+    return _is_gemma4(checkpoint, tokens) or read_special_tokens(checkpoint, tokens).adds["bos"]
+
+
+def _is_gemma4(checkpoint: Checkpoint, tokens: Tokens) -> bool:
+    """Return whether a tokenizer is written as that of Gemma 4, like the model.
+
+    Its lines are joined each alone; where merges join several, scores have to decide.
+    """
+    tokenizer = tokens.tokenizer
+    if checkpoint.family.gguf_arch != GEMMA4 or not pieces.is_sentencepiece(tokenizer):
+        return False
+    return not pieces.puts_space_first(tokenizer) and not pieces.joins_lines(tokenizer)
 
 
 def _read_sentencepiece(
@@ -146,9 +159,12 @@ def _read_sentencepiece(
     space_first = pieces.puts_space_first(tokens.tokenizer)
     pieces.check_added(tokens.added, space_first)
     model_file = checkpoint.folder / "tokenizer.model"
-    scores = pieces.read_scores(
-        tokens.tokenizer, tokens.added, model_file, has_other_form=not space_first
-    )
+    is_gemma4 = _is_gemma4(checkpoint, tokens)
+    scores = None
+    if not is_gemma4:
+        scores = pieces.read_scores(
+            tokens.tokenizer, tokens.added, model_file, has_other_form=not space_first
+        )
 
     size = checkpoint.integer("vocab_size")
     types = tuple(_piece_type(tokens, i) for i in range(size))
@@ -168,7 +184,8 @@ def _read_sentencepiece(
         notes=tuple(_notes(tokens, special)),
     )
     if scores is None:
-        return _with_merges(vocabulary, checkpoint, tokens)
+        merging = _with_merges(vocabulary, checkpoint, tokens)
+        return _as_converted(merging) if is_gemma4 else merging
 
     in_order = tuple(_score(tokens, scores, i) for i in range(size))
     return replace(vocabulary, scores=in_order, space_first=space_first)
@@ -183,6 +200,20 @@ def _with_merges(vocabulary: Vocabulary, checkpoint: Checkpoint, tokens: Tokens)
     joined = tuple(" ".join(merge) for merge in merges)
     texts = _fill_gaps(tokens.texts, len(vocabulary.texts))  # as they are joined, also those added
     return replace(vocabulary, model=GEMMA4, texts=texts, pre_tokenizer=GEMMA4, merges=joined)
+
+
+def _as_converted(vocabulary: Vocabulary) -> Vocabulary:
+    """Return Gemma 4's tokenizer with the keys that llama.cpp's converter writes for it.
+
+    Source: llama.cpp ``conversion/gemma.py`` (``Gemma4Model.set_vocab``).
+    """
+    return replace(
+        vocabulary,
+        pre_tokenizer="",
+        scores=(pieces.ADDED_SCORE,) * len(vocabulary.texts),
+        space_first=False,
+        special=replace(vocabulary.special, adds={**vocabulary.special.adds, "bos": True}),
+    )
 
 
 def _piece_type(tokens: Tokens, i: int) -> TokenType:

@@ -6,7 +6,7 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,6 +25,11 @@ EVERY_EXPERT = "*"
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
+def _all_alike(_: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Return no settings; it has a name, so that a family can be sent to a process."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """What racdeploy must know about one ``model_type``.
@@ -35,8 +40,11 @@ class Family:
         model_tensors: parameter name outside the blocks → name in the GGUF file.
         input_groups: prunable linears of one block by the input they share; one statistic each, or
             with ``*`` one for each expert.
-        only: kind of block, as ``layer_types`` lists it → how names inside it begin that only such
+        only: kind of block, one of ``Checkpoint.kinds`` → how names inside it begin that only such
             blocks have; where all blocks are alike, nothing.
+        by_block: takes a complete ``config.json``; returns the settings of which blocks have values
+            of their own, by rules of the family: one for each block.
+        uncut: why nothing of a model can be left out as a whole; empty if something can.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
@@ -78,6 +86,8 @@ class Family:
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _all_alike
+    uncut: str = ""
     unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)
@@ -119,14 +129,19 @@ class Family:
         """The module of a block that holds its experts by number; empty where it has none."""
         return self.routed[0].partition(f".{EVERY_EXPERT}")[0] if self.routed else ""
 
-    def has(self, kind: str, inside: str) -> bool:
-        """Return whether blocks of a kind have what is called so inside a block."""
+    def has(self, kinds: Collection[str], inside: str) -> bool:
+        """Return whether blocks of these kinds have what is called so inside a block."""
         owners = [each for each, begins in self.only.items() if inside.startswith(begins)]
-        return not owners or kind in owners
+        return not owners or not set(owners).isdisjoint(kinds)
 
-    def groups_of(self, kind: str) -> InputGroups:
-        """Return the input groups of blocks of a kind."""
-        return tuple(group for group in self.input_groups if self.has(kind, group[0]))
+    def groups_of(self, kinds: Collection[str]) -> InputGroups:
+        """Return the input groups of blocks of these kinds, each of what they have of it."""
+        groups = []
+        for group in self.input_groups:
+            own = tuple(linear for linear in group if self.has(kinds, linear))
+            if own:
+                groups.append(own)
+        return tuple(groups)
 
     def as_per_block(self) -> Family:
         """Return the family as the architecture for widths that differ has it."""

@@ -14,6 +14,7 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
+from racdeploy.prune.layout import refuse_uncut
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD
 from racdeploy.recipe import Structure
@@ -24,6 +25,7 @@ PROBE_TOKENS = 2048
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
+    refuse_uncut("blocks", checkpoint)
     family = checkpoint.family
     if family.window_period or family.no_rope_period:
         raise UsageError(

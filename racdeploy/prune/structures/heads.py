@@ -15,7 +15,7 @@ STEP = "width"
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    K = checkpoint.head_size
+    K = checkpoint.head_sizes[block]
     heads = checkpoint.per_block("num_attention_heads")[block]
     groups = checkpoint.per_block("num_key_value_heads")[block]
 

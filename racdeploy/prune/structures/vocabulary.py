@@ -18,6 +18,7 @@ from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE, named_ids, renumber
 from racdeploy.models.tokenizer_files import read_tokenizer
+from racdeploy.prune.layout import refuse_uncut
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import write_entries
@@ -32,6 +33,7 @@ _MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
+    refuse_uncut("vocabulary", checkpoint)
     tokenizer = read_tokenizer(checkpoint.tokenizer.file)
     used: set[int] = set()
     for text in read_texts(structure.vocabulary_text, TEXTS):
