@@ -282,8 +282,14 @@ class Checkpoint:
 
     @property
     def has_state(self) -> bool:
-        """Whether some blocks carry a state from token to token, in place of keys and values."""
-        return not all(self.attends)
+        """Whether blocks of the family may carry a state from token to token, in place of keys."""
+        return bool(self.family.unattended)
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether any block has a rotary embedding."""
+        switch = self.family.rope_switch
+        return not switch or self.config.get(switch) == "rope"
 
     @property
     def rotary_blocks(self) -> tuple[bool, ...]:
@@ -441,6 +447,12 @@ def _width_of(checkpoint: Checkpoint, kind: str) -> int:
     return heads * checkpoint.integer(f"linear_{kind}_head_dim")
 
 
+def _convolved_width(checkpoint: Checkpoint) -> int:
+    groups = checkpoint.integer("mamba_n_groups")
+    width: int = checkpoint.setting("mamba_width")
+    return width + 2 * groups * checkpoint.integer("mamba_d_state")
+
+
 SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
     "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
@@ -451,5 +463,7 @@ SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "linear_value_width": lambda c: _width_of(c, "value"),
     "logit_cap_or_0": lambda c: c.config.get("final_logit_softcapping") or 0.0,
     "own_inputs_width": lambda c: c.block_count * c.integer("hidden_size_per_layer_input"),
+    "mamba_width": lambda c: c.integer("mamba_expand") * c.integer("hidden_size"),
+    "mamba_convolved_width": _convolved_width,
 }
 """Values that families name beside the keys of ``config.json``: computed from several."""

@@ -30,8 +30,13 @@ _COUNTS: Mapping[str, int] = {
     "max_position_embeddings": _POSITIONS,
     "original_max_position_embeddings": _POSITIONS,
     "num_experts": _WIDTH,
-    "num_local_experts": _WIDTH,
-    "num_experts_per_tok": _WIDTH,
+    "shared_intermediate_size": _WIDTH * 16,
+    "mamba_n_heads": _WIDTH,
+    "mamba_n_groups": _WIDTH,
+    "mamba_d_state": _WIDTH,
+    "mamba_d_conv": _WIDTH,
+    "mamba_expand": _WIDTH,
+    "mamba_chunk_size": _WIDTH,
     "moe_intermediate_size": _WIDTH * 16,
     "linear_num_key_heads": _WIDTH,
     "linear_num_value_heads": _WIDTH,
@@ -54,6 +59,8 @@ _COUNTS_OR_NONE: Mapping[str, int] = {
     "num_kv_shared_layers": _BLOCKS,
     "global_head_dim": _WIDTH,
     "num_global_key_value_heads": _WIDTH,
+    "num_local_experts": _WIDTH,
+    "num_experts_per_tok": _WIDTH,
 }
 _NUMBERS = (
     *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor"),
@@ -67,8 +74,12 @@ _SWITCHES = (
     *("norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block"),
     *("use_double_wide_mlp",),
     *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
+    *("mamba_conv_bias", "mamba_proj_bias"),
 )
-_TEXTS = ("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype")
+_TEXTS = (
+    *("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype"),
+    *("position_embedding_type",),
+)
 _LISTS = (
     *("layer_types", "no_rope_layers", "architectures", "mlp_only_layers"),
     *("full_attn_idxs",),

@@ -194,7 +194,8 @@ class Job:
         if structure.multiple or "ffn" not in structure.keep:
             return structure
 
-        formats = {job.quant_of(name) for job in (self, *self.siblings) for name in self._ends}
+        jobs = (self, *self.siblings)
+        formats = {each for job in jobs for name in self._ends for each in job.quants_of(name)}
         blocks = [quant.load(name).BLOCK for name in formats]
         multiple = max([structure.width_multiple, *blocks])
         return structure.model_copy(update={"multiple": multiple})
@@ -209,14 +210,17 @@ class Job:
     def quant_rules(self) -> presets.Mix:
         return presets.read(self.recipe.export.quant, self.recipe.export.tensors)
 
-    def quant_of(self, weight: str) -> str:
-        """Return the number format of a prunable weight, given its name in the checkpoint."""
-        return choose_quant(self.checkpoint, weight, self.quant_rules)
+    def quants_of(self, weight: str) -> tuple[str, ...]:
+        """Return the number formats of a prunable weight, given its name in the checkpoint.
+
+        There are several where the file has it in as many equal parts.
+        """
+        return choose_quants(self.checkpoint, weight, self.quant_rules)
 
     @property
     def joint_quant(self) -> str:
         """The format whose codes are chosen while pruning; UsageError if several or no grid."""
-        named = sorted({self.quant_of(name) for name in self.weights_to_prune})
+        named = sorted({each for name in self.weights_to_prune for each in self.quants_of(name)})
         if len(named) > 1:
             raise UsageError(
                 "prune.joint needs one number format for all linears, "
@@ -237,12 +241,13 @@ class Job:
         return named[0]
 
 
-def choose_quant(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> str:
-    """Return the number format that a prunable weight of a checkpoint gets in a file."""
+def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> tuple[str, ...]:
+    """Return the number formats that the parts of a prunable weight get in a file, mostly one."""
     family = checkpoint.family
     block, linear = family.split_block(weight)
-    stored = f"blk.{block}.{family.block_tensors[generalize(linear)]}"
-    return rules.choose(stored, checkpoint.block_count, checkpoint.tied).quant
+    stored = [f"blk.{block}.{name}" for name in family.list_stored(generalize(linear))]
+    blocks, tied = checkpoint.block_count, checkpoint.tied
+    return tuple(rules.choose(name, blocks, tied).quant for name in stored)
 
 
 def fit_context(job: Job) -> Job:

@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy import packing, plugins, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.job import Job, choose_quant
+from racdeploy.pipeline.job import Job, choose_quants
 from racdeploy.quant import presets
 from racdeploy.recipe import Export
 from racdeploy.targets import Target
@@ -62,7 +62,7 @@ def find_lost_zeros(job: Job) -> LostZeros | None:
     if not lost:
         return None
 
-    formats = sorted({job.quant_of(name) for name in lost})
+    formats = sorted({each for name in lost for each in job.quants_of(name)})
     share = _count_weights(job, lost) / _count_weights(job, pruned)
 
     return LostZeros(
@@ -98,8 +98,7 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
     zeros = weights = 0
 
     for name in checkpoint.linear_weights:
-        quant_name = choose_quant(checkpoint, name, rules)
-        if _loses(checkpoint, name, quant_name):
+        if _loses(checkpoint, name, choose_quants(checkpoint, name, rules)):
             weight_OI = checkpoint.read(name)
             zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
             weights += weight_OI.size
@@ -114,16 +113,16 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
 
 
 def _loses_zeros(job: Job, weight: str) -> bool:
-    return _loses(job.checkpoint, weight, job.quant_of(weight))
+    return _loses(job.checkpoint, weight, job.quants_of(weight))
 
 
-def _loses(checkpoint: Checkpoint, weight: str, quant_name: str) -> bool:
-    form = quant.load(quant_name)
+def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> bool:
+    """Return whether a weight, or one of its parts in the file, does not keep its zeros."""
     row_length = checkpoint.entries[weight].shape[-1]
 
     # Rows that do not divide into quant blocks get another format, which keeps zeros.
-    is_stored = not quant.fits(form, row_length)
-    return is_stored and not form.PRESERVES_ZERO
+    forms = [quant.load(name) for name in quant_names]
+    return any(not quant.fits(form, row_length) and not form.PRESERVES_ZERO for form in forms)
 
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:

@@ -135,7 +135,8 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
     for name in job.prunable_weights:
         if name in sizes:
-            bits += sizes[name] * quant.load(job.quant_of(name)).BITS
+            formats = job.quants_of(name)
+            bits += sizes[name] * sum(quant.load(each).BITS for each in formats) / len(formats)
             rest -= sizes[name]
 
     # What is no linear keeps at least 8 bits, whatever the quant.

@@ -110,6 +110,8 @@ def _write_config(checkpoint: Checkpoint, shape: Shape | None, file: Path) -> No
             for key in _EXPERT_COUNTS & config.keys():  # transformers 5 may write another one
                 config[key] = shape.experts
 
+    if checkpoint.family.only:
+        config |= checkpoint.family.write(config)
     # Heads that are fewer no longer say how wide one is.
     config["head_dim"] = checkpoint.head_size
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

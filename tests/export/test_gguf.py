@@ -95,6 +95,13 @@ CASES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "final_logit_softcapping": None,
     },
+    "granite 4": {"family": "granitemoehybrid"},
+    "granite 4 untied with rope": {
+        "family": "granitemoehybrid",
+        "tied": False,
+        "position_embedding_type": "rope",
+    },
+    "granite 4 attention": {"family": "granitemoehybrid", "layer_types": ["attention"] * 3},
     "lfm2": {"family": "lfm2"},
     "lfm2 untied": {"family": "lfm2", "tied": False},
     "qwen35": {"family": "qwen3_5_text"},

@@ -27,6 +27,7 @@ from tests.support.tiny_models import FAMILIES, LINEAR, LLAMA3, LONGROPE, YARN, 
 
 PIECES = {"pre_tokenizer": "mistral", "tokenizer_model": True}
 UNPADDED = {"pre_tokenizer": "gemma4", "vocab_size": 485, "vocab_size_per_layer_input": 485}
+ATTENDING = {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
 QUANTS = ("f32", "f16", "bf16", "q8_0")
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
@@ -105,6 +106,14 @@ CASES: dict[str, dict[str, Any]] = {
         "sharded": True,
         "transformers5": True,
     },
+    "granite 4": {"family": "granitemoehybrid"},
+    "granite 4 untied sharded": {
+        "family": "granitemoehybrid",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+    },
+    "granite 4 attention": {"family": "granitemoehybrid", **ATTENDING, "attention_bias": True},
     "lfm2": {"family": "lfm2"},
     "lfm2 untied sharded": {
         "family": "lfm2",

@@ -59,9 +59,9 @@ def pad_checkpoint(folder: Path, out: Path, cut: Cut) -> Path:
         tensors = {}
         for name in checkpoint.family.block_tensors:
             letters = widths.axes(checkpoint.family, name)
-            if len(letters) < 2 or letters[1] not in kept:
-                continue
             source = f"{checkpoint.family.blocks}.{block}.{name}"
+            if len(letters) < 2 or letters[1] not in kept or source not in checkpoint.entries:
+                continue
             value = checkpoint.read(source)
             gone = np.setdiff1d(np.arange(value.shape[1]), kept[letters[1]])
             value[:, gone] = 0

@@ -101,6 +101,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rope_theta": None,  # there is one for each kind
         "final_logit_softcapping": 30.0,
     },
+    "granitemoehybrid": {
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "nope",
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
     "lfm2": {
         "num_hidden_layers": 3,
         "layer_types": ["conv", "full_attention", "conv"],
@@ -266,7 +281,7 @@ def _model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (
-                name.endswith("bias") or "norm" in name
+                name.endswith(("bias", "mamba.D")) or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()

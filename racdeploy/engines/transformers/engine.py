@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from racdeploy.decoding.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
 from racdeploy.decoding.sequence import Sequence, check_ids, check_request
-from racdeploy.engines.transformers.torch_model import load_model, round_as_ggml
+from racdeploy.engines.transformers.torch_model import load_model, make_cache, round_as_ggml
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.heap import keep_heap
 
@@ -47,6 +47,7 @@ class TransformersEngine(Engine):
         takes = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
         self._has_state = self._checkpoint.has_state
+        self._places_itself = not self._has_state or "cache_position" not in takes
 
     @torch.inference_mode()
     def generate(
@@ -93,8 +94,7 @@ class TransformersEngine(Engine):
         cancelled: Cancel | None,
     ) -> None:
         """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
-        # A model with a state makes the cache that it needs, another in each transformers.
-        cache = None if self._has_state else DynamicCache()
+        cache = make_cache(self._model, self._checkpoint)
         mask_BX = torch.zeros((len(sequences), 0), dtype=torch.long)  # X: all tokens so far
 
         while sequences:
@@ -135,12 +135,13 @@ class TransformersEngine(Engine):
         """
         rows, width = ids_BT.shape
         piece = max(1, _FED_TOKENS // rows)
-        if self._has_state:  # transformers 4 moves a state on by a prompt, or by one token
-            piece = width if cache is None else 1
         end = mask_BX.shape[1] - width
+        if self._has_state:  # transformers 4 moves a state on by a prompt, or by one token
+            piece = 1 if end else width
 
         for ids_BP in torch.split(ids_BT, piece, dim=1):
             start, end = end, end + ids_BP.shape[1]
+            place = {} if self._places_itself else {"cache_position": torch.arange(start, end)}
             output = self._model(
                 input_ids=ids_BP,
                 attention_mask=mask_BX[:, :end],
@@ -148,6 +149,7 @@ class TransformersEngine(Engine):
                 use_cache=True,
                 logits_to_keep=1,
                 **{self._cache_name: cache},
+                **place,  # Granite 4 in transformers 4 takes an empty cache for one token
             )
 
             cache = output[self._cache_name]

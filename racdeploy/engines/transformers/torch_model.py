@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from racdeploy.engines.transformers.experts import part_experts
@@ -99,7 +100,11 @@ def _fix_buffers(model: nn.Module) -> None:
 def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Tell each block its kind, as the config lists them; without a list each has a window."""
     config: Any = model.config
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * checkpoint.block_count
+    listed: Any = getattr(config, "layer_types", None)
+    if checkpoint.family.only:  # whose names differ between releases
+        listed = checkpoint.layer_types
+
+    kinds = listed or ["sliding_attention"] * checkpoint.block_count
     for index, kind in enumerate(kinds):
         block: Any = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
         block.attention_type = kind
@@ -112,6 +117,9 @@ def embed_positions(
 ) -> dict[str, Any]:
     """Return the arguments of a block that rotate its queries and keys."""
     modules = _rotary(model)
+    if not modules:
+        return {"position_embeddings": None}
+
     if "rotary_emb_local" in modules:  # Gemma 3 in transformers 4, whose blocks choose
         return {
             "position_embeddings_global": modules["rotary_emb"](hidden_BTD, position_1T),
@@ -214,6 +222,17 @@ def _table_gelu(
     return torch.where(x >= 10, x, value)
 
 
+def make_cache(model: nn.Module, checkpoint: Checkpoint) -> Any:
+    """Return an empty cache of one or several sequences, or None where a model makes its own."""
+    if not checkpoint.has_state:
+        return DynamicCache()
+
+    # transformers 4 makes most caches of models with a state itself, but not this one.
+    name = "HybridMambaAttentionDynamicCache"
+    make = getattr(sys.modules[type(model).__module__], name, None)
+    return make(model.config, batch_size=1, dtype=torch.float32) if make else None
+
+
 def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     """Read one tensor in float32 and put it in place of the meta parameter of that name."""
     value = torch.from_numpy(checkpoint.read(name))
@@ -245,7 +264,7 @@ def _config(checkpoint: Checkpoint) -> Any:
         factors = {key: rope.get(key) for key in ("short_factor", "long_factor")}
         scaling = {"type": "longrope", **factors}
 
-    values = dict(checkpoint.config)
+    values = {**checkpoint.config, **checkpoint.family.write(checkpoint.config)}
     for key in ("rope_parameters", "quantization_config", "transformers_version"):
         values.pop(key, None)
 

@@ -38,7 +38,7 @@ def is_linear(family: Family, name: str) -> bool:
     """Return whether a tensor of the file is a prunable linear."""
     forms = (family, family.as_per_block()) if family.per_block else (family,)
     weights = [f"{linear}.weight" for linear in family.linears]
-    linears = {form.block_tensors[weight] for form in forms for weight in weights}
+    linears = {each for form in forms for name in weights for each in form.list_stored(name)}
     return name.split(".", 2)[-1] in linears
 
 

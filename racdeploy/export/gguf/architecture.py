@@ -7,6 +7,7 @@ Source: llama-model.cpp and ``src/models/`` of llama.cpp, and what llama-cpp-pyt
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from racdeploy.errors import ModelError
 from racdeploy.export import Deviation
@@ -20,7 +21,7 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
     family = checkpoint.family
     why_not = _refuse_usual(checkpoint)
     if not why_not:
-        return family
+        return _find_usual(checkpoint)
 
     if checkpoint.is_uniform and family.per_block is None:
         raise ModelError(
@@ -68,12 +69,19 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
 
 def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
     """Return that the file is not of the family's usual architecture, if so, and why."""
-    usual, chosen = checkpoint.family, find_architecture(checkpoint)
+    usual, chosen = _find_usual(checkpoint), find_architecture(checkpoint)
     if chosen == usual:
         return ()
 
     reason = f"{_refuse_usual(checkpoint)}; {chosen.gguf_arch} computes the same"
     return (Deviation("architecture", usual.gguf_arch, chosen.gguf_arch, reason),)
+
+
+def _find_usual(checkpoint: Checkpoint) -> Family:
+    family = checkpoint.family
+    if family.attending_arch and all(checkpoint.attends):
+        return replace(family, gguf_arch=family.attending_arch)
+    return family
 
 
 def _refuse_usual(checkpoint: Checkpoint) -> str:

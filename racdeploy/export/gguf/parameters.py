@@ -19,6 +19,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 
 _SECTIONS = 4  # time, height, width, and one more
+_ANY_LENGTH = 1 << 20
+"""Positions of a model that has no use for their numbers, as the converter writes them."""
 _FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 
 
@@ -28,7 +30,9 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
     ``family`` is the one that :func:`architecture.find_architecture` chose.
     """
     writer.add_block_count(checkpoint.block_count)
-    writer.add_context_length(checkpoint.integer("max_position_embeddings"))
+    writer.add_context_length(
+        checkpoint.integer("max_position_embeddings") if checkpoint.is_rotary else _ANY_LENGTH
+    )
 
     writer.add_embedding_length(checkpoint.integer("hidden_size"))
     writer.add_feed_forward_length(_each_or_all(checkpoint, "intermediate_size"))
@@ -43,6 +47,8 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
 
     writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
     _write_rope_scaling(writer, checkpoint)
+    if family.rope_switch:  # llama.cpp has no rotary embedding where it is false
+        writer.add_rope_scaling_finetuned(checkpoint.is_rotary)
     _write_windows(writer, checkpoint)
     _write_recurrent(writer, checkpoint)
 

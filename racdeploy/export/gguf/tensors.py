@@ -28,6 +28,9 @@ _IN_F32 = {
     ".ffn_gate_inp.weight": "the router of experts is stored in f32",
     "conv.weight": "convolutions are stored in f32",
     "conv1d.weight": "convolutions are stored in f32",
+    ".ssm_a": VECTORS_IN_F32,
+    ".ssm_d": VECTORS_IN_F32,
+    "_norm.weight": VECTORS_IN_F32,
 }
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
@@ -42,6 +45,7 @@ class PlannedTensor:
         shape: as in the checkpoint, experts first where there are any.
         parts: names in the checkpoint: one, one for each expert, or what is laid into one matrix.
         computed: the values of a tensor that the checkpoint does not hold.
+        piece: which of how many equal runs of rows of its one part the tensor is.
         usual_names: of parts that are tensors of their own in the family's usual architecture.
     """
 
@@ -53,6 +57,7 @@ class PlannedTensor:
     reason: str
     parts: tuple[str, ...] = ()
     transform: Transform | None = None
+    piece: tuple[int, int] = (0, 1)
     computed: NDArray[np.float32] | None = None
     usual_names: tuple[str, ...] = ()
 
@@ -60,7 +65,11 @@ class PlannedTensor:
         """Yield the arrays that the tensor is made of, one in memory at a time."""
         if self.computed is not None:
             yield self.computed
-        yield from map(checkpoint.read_raw, self.parts)
+
+        place, pieces = self.piece
+        for raw in map(checkpoint.read_raw, self.parts):
+            rows = len(raw) // pieces
+            yield raw[place * rows : (place + 1) * rows]
 
     def importances(self, known: Importance) -> list[NDArray[np.float32] | None]:
         """Return what is known of the inputs of each array that :meth:`read` yields."""
@@ -91,8 +100,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
 
     for name, (source, *_) in sources.items():
         if parts[name][0] in checkpoint.entries:  # biases may be missing
-            transform = family.transforms.get(family.split_block(source)[1])
-            plan.append(_plan_tensor(checkpoint, mix, source, name, parts[name], transform))
+            plan.append(_plan_tensor(checkpoint, mix, family, source, name, parts[name]))
 
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
     mix.check(name for tensor in matrices for name in (tensor.name, *tensor.usual_names))
@@ -102,22 +110,18 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
 def _plan_tensor(
     checkpoint: Checkpoint,
     mix: Mix,
+    family: Family,
     source: str,
     name: str,
     parts: tuple[str, ...],
-    transform: Transform | None,
 ) -> PlannedTensor:
     for part in parts:
         _check_shape(checkpoint, part)
 
-    shape = checkpoint.entries[parts[0]].shape
-    if transform == "stack":
-        shape = (len(parts), *shape)
-    elif len(shape) == 3 and shape[1] == 1:  # a convolution whose filters see one channel
-        shape = (shape[0], shape[2])
-    elif len(parts) > 1:
-        rows = sum(checkpoint.entries[part].shape[0] for part in parts)
-        shape = (rows, *shape[1:])
+    _, inside = family.split_block(source)
+    transform = family.transforms.get(inside)
+    piece = _find_piece(family, inside, name)
+    shape = _lay(checkpoint, family, name, parts, piece, transform)
 
     usual_names = _list_usual_names(checkpoint, name, parts)
     choice = _choose(name, shape, mix, checkpoint, usual_names)
@@ -130,8 +134,44 @@ def _plan_tensor(
         reason=choice.reason,
         parts=parts,
         transform=transform,
+        piece=piece,
         usual_names=usual_names,
     )
+
+
+def _find_piece(family: Family, inside: str, name: str) -> tuple[int, int]:
+    """Return which of how many equal runs of a parameter's rows a tensor of the file is."""
+    if inside not in family.block_tensors:
+        return (0, 1)
+    stored = family.list_stored(inside)
+    return (stored.index(name.split(".", 2)[2]), len(stored))
+
+
+def _lay(
+    checkpoint: Checkpoint,
+    family: Family,
+    name: str,
+    parts: tuple[str, ...],
+    piece: tuple[int, int],
+    transform: Transform | None,
+) -> tuple[int, ...]:
+    """Return the shape of a tensor in the file, rows first."""
+    block, _ = family.split_block(parts[0])
+    shape = checkpoint.entries[parts[0]].shape
+
+    if transform == "stack":
+        return (len(parts), *shape)
+
+    laid = family.laid.get(name.split(".", 2)[-1].removesuffix(".weight"))
+    if laid:
+        sizes = checkpoint.sizes(block or 0)
+        return tuple(sizes[letter] for letter in laid)
+
+    if len(shape) == 3 and shape[1] == 1:  # a convolution whose filters see one channel
+        return (shape[0], shape[2])
+
+    rows = sum(checkpoint.entries[part].shape[0] for part in parts)
+    return (rows // piece[1], *shape[1:])
 
 
 def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]]:
@@ -145,11 +185,12 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
 
     for block in range(checkpoint.block_count):
         kinds = checkpoint.kinds(block)
-        for source, name in family.block_tensors.items():
+        for source in family.block_tensors:
             if not family.has(kinds, source):
                 continue
-            stored = names.setdefault(f"blk.{block}.{name}", [])
-            stored.append(f"{family.blocks}.{block}.{source}")
+            for name in family.list_stored(source):
+                stored = names.setdefault(f"blk.{block}.{name}", [])
+                stored.append(f"{family.blocks}.{block}.{source}")
 
     return names
 

@@ -16,7 +16,7 @@ from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
 
 
-def _read_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -45,16 +45,20 @@ class Family:
         by_block: takes a complete ``config.json``; returns the settings of which blocks have values
             of their own, by rules of the family: one for each block.
         uncut: why nothing of a model can be left out as a whole; empty if something can.
+        parts: GGUF name of a matrix that lies in the file as several, each with as many of its rows
+            → their names.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
         transforms: parameter name, as above → what is done to its values.
         shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
+        laid: GGUF name → its sizes in the file, where they are others than in the checkpoint.
         sizes: further letters of shapes → the setting that they stand for.
         biases: GGUF names of the linears of which llama.cpp loads a bias.
         last_norm: module of the norm after the last block.
         read: takes a ``config.json`` with the defaults in place; returns what it says in a way of
             its own, as usual settings, and None for keys that are replaced by them.
+        write: takes a config with usual settings; returns the keys that transformers reads instead.
         defaults: keys that ``config.json`` may leave out → what transformers takes then.
         fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other
             is refused. ``=name`` is the value of another setting.
@@ -71,8 +75,11 @@ class Family:
             these.
         needs_output: whether llama.cpp wants an output projection even where it is the embedding.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
+        rope_switch: key of ``config.json`` that says "rope" where a model has a rotary embedding;
+            empty: it has one.
         square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
         since: the first release of transformers that has it.
+        attending_arch: llama.cpp's architecture where all blocks attend, if it is another.
         per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
         table_modules: modules of a block whose values ggml looks up in a half-precision table.
 
@@ -88,14 +95,17 @@ class Family:
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _all_alike
     uncut: str = ""
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
+    laid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     last_norm: str = "model.norm"
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _read_nothing
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
+    write: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: decoder.FIXED)
     integers: Mapping[str, str] = field(default_factory=dict)
@@ -109,8 +119,10 @@ class Family:
     lists_windows: bool = False
     needs_output: bool = False
     no_rope_period: int = 0
+    rope_switch: str = ""
     square_queries: bool = False
     since: str = "4.51"
+    attending_arch: str = ""
     per_block: Architecture | None = None
     table_modules: tuple[str, ...] = ()
 
@@ -142,6 +154,12 @@ class Family:
             if own:
                 groups.append(own)
         return tuple(groups)
+
+    def list_stored(self, inside: str) -> tuple[str, ...]:
+        """Return what a parameter of a block is called inside ``blk.N.``, part by part."""
+        name = self.block_tensors[inside]
+        linear, _, kind = name.rpartition(".")
+        return tuple(f"{part}.{kind}" for part in self.parts.get(linear, ())) or (name,)
 
     def as_per_block(self) -> Family:
         """Return the family as the architecture for widths that differ has it."""

@@ -1,0 +1,151 @@
+"""Granite 4: state spaces of Mamba 2 in most blocks, attention in the others; none with experts.
+
+Those that attend in all blocks are in this family too. The norm of a state space sees all channels
+at once; llama.cpp's has groups of them, which are the same where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from racdeploy.errors import ModelError
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+_STATE, _ATTENTION = "linear_attention", "full_attention"
+# transformers 4 knows only these names, and transformers 5 takes them too
+_NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
+
+# as transformers 5 writes it, and as others do
+_UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    if experts := config["num_local_experts"]:
+        raise ModelError(
+            f"this Granite 4 has {experts} experts in a block, which are not supported: they lie in"
+            " one tensor of three axes, and no linear of their own is there to prune",
+            remedy="take one without experts: Granite 4.0 (H) 350M, 1B, or Micro",
+        )
+
+    limit = config.get("time_step_limit")
+    listed = config.get("layer_types") or [_STATE] * config.get("num_hidden_layers", 32)
+    kinds = {old: new for new, old in _NAMES.items()}
+    return {
+        "layer_types": [kinds.get(kind, kind) for kind in listed],
+        "intermediate_size": config["shared_intermediate_size"],
+        "shared_intermediate_size": None,
+        "time_step_limit": None if limit in _UNLIMITED else limit,
+    }
+
+
+def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "layer_types": [_NAMES.get(kind, kind) for kind in config["layer_types"]],
+        "shared_intermediate_size": config["intermediate_size"],
+    }
+
+
+_FEED_FORWARD = {
+    "shared_mlp.input_linear.weight": "ffn_gate_up.weight",
+    "shared_mlp.output_linear.weight": "ffn_down.weight",
+}
+_STATE_SPACE = {
+    "mamba.in_proj.weight": "ssm_in.weight",
+    "mamba.conv1d.weight": "ssm_conv1d.weight",
+    "mamba.conv1d.bias": "ssm_conv1d.bias",
+    "mamba.dt_bias": "ssm_dt.bias",
+    "mamba.A_log": "ssm_a",
+    "mamba.D": "ssm_d",
+    "mamba.norm.weight": "ssm_norm.weight",
+    "mamba.out_proj.weight": "ssm_out.weight",
+}
+FAMILY = Family(
+    architecture="GraniteMoeHybridForCausalLM",
+    gguf_arch="granitehybrid",
+    attending_arch="granite",
+    block_tensors={
+        **{k: v for k, v in decoder.BLOCK_TENSORS.items() if not k.startswith("mlp.")},
+        **_FEED_FORWARD,
+        **_STATE_SPACE,
+    },
+    parts={"ffn_gate_up": ("ffn_gate", "ffn_up")},
+    input_groups=(
+        *decoder.INPUT_GROUPS[:2],
+        ("mamba.in_proj",),
+        ("mamba.out_proj",),
+        ("shared_mlp.input_linear",),
+        ("shared_mlp.output_linear",),
+    ),
+    only={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
+    unattended="no_heads",
+    transforms={**decoder.ROTARY, "mamba.A_log": "decay"},
+    # M: all channels of a state space; MH: its heads; MC: what the convolution sees; C: its length.
+    shapes={
+        **decoder.SHAPES,
+        "ffn_gate_up": ("F+F", "D"),
+        "ssm_in": ("M+MC+MH", "D"),
+        "ssm_conv1d": ("MC", "1", "C"),
+        "ssm_dt": ("MH",),
+        "ssm_a": ("MH",),
+        "ssm_d": ("MH",),
+        "ssm_norm": ("M",),
+        "ssm_out": ("D", "M"),
+    },
+    laid={"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1"), "ssm_norm": ("1", "M")},
+    sizes={
+        "M": "mamba_width",
+        "MC": "mamba_convolved_width",
+        "MH": "mamba_n_heads",
+        "C": "mamba_d_conv",
+    },
+    biases=("attn_q", "attn_k", "attn_v", "attn_output", "ssm_conv1d"),
+    read=_read,
+    write=_write,
+    defaults={
+        "attention_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "num_local_experts": 8,
+        "shared_intermediate_size": 1024,
+        "mamba_n_heads": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+    },
+    fixed={
+        **decoder.FIXED,
+        "mamba_n_groups": (1,),
+        "mamba_expand": (2,),
+        "mamba_conv_bias": (True,),
+        "mamba_proj_bias": (False,),
+        "time_step_limit": (),
+    },
+    integers={
+        "vocab_size": "vocab_size",
+        "rope.dimension_count": "rotary_width",
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_local_experts",  # a config may still say how many it once took
+        "expert_shared_feed_forward_length": "intermediate_size",
+        "ssm.conv_kernel": "mamba_d_conv",
+        "ssm.state_size": "mamba_d_state",
+        "ssm.group_count": "mamba_n_groups",
+        "ssm.inner_size": "mamba_width",
+        "ssm.time_step_rank": "mamba_n_heads",
+    },
+    numbers={
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+    embedding_scale="embedding_multiplier",
+    logit_divisor="logits_scaling",
+    rope_switch="position_embedding_type",
+    square_queries=True,
+    since="4.56",
+)
