@@ -13,6 +13,7 @@ from typing import Any
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.families.granite import FAMILY as GRANITE
 
 _STATE, _ATTENTION = "linear_attention", "full_attention"
 # transformers 4 knows only these names, and transformers 5 takes them too
@@ -137,12 +138,7 @@ FAMILY = Family(
         "ssm.inner_size": "mamba_width",
         "ssm.time_step_rank": "mamba_n_heads",
     },
-    numbers={
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    },
+    numbers=GRANITE.numbers,
     embedding_scale="embedding_multiplier",
     logit_divisor="logits_scaling",
     rope_switch="position_embedding_type",
