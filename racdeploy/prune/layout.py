@@ -102,6 +102,12 @@ def check_share(
             remedy=f"leave out --keep {part}",
         )
 
+    if (first.letter,) in checkpoint.family.shapes.values():
+        raise UsageError(
+            f"{part} of {architecture} cannot be cut: a norm of what is left would be another",
+            remedy=f"leave out --keep {part}",
+        )
+
     kept = sum(keep_alike(layouts, share, uniform=structure.uniform))
     units = sum(each.units for each in layouts)
     reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]

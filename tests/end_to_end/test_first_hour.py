@@ -88,7 +88,7 @@ def test_an_exported_file_is_not_replaced_in_silence(
     """Its name is in the help, and a second export says so; a folder is not taken for a file."""
     make_checkpoint(tmp_path / "model", "qwen2")
     _, described = _type("export -h", tmp_path, monkeypatch)
-    assert "default: MODEL-QUANT" in described
+    assert "MODEL-QUANT here" in described
 
     code, output = _type("export model", tmp_path, monkeypatch)
     assert code == 0, output

@@ -47,8 +47,12 @@ LONGROPE = {
 # transformers 4 has fewer than we have.
 FAMILIES = tuple(name for name in plugins.names("families") if name in CONFIG_MAPPING)
 _FOUND = {name: plugins.load("families", name).FAMILY for name in FAMILIES}
-CUT_FAMILIES = tuple(name for name, family in _FOUND.items() if not (family.only or family.routed))
-"""Those whose blocks are alike, so that heads and channels of each can be cut."""
+CUT_FAMILIES = tuple(
+    name
+    for name, family in _FOUND.items()
+    if not (family.only or family.routed or ("Q",) in family.shapes.values())
+)
+"""Those whose blocks are alike, and no norm sees all heads: heads and channels can be cut."""
 TRAINED_TOKENS = 480
 SPECIAL_TOKENS = {
     text: TRAINED_TOKENS + i
