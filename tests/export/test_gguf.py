@@ -550,9 +550,15 @@ def test_what_llama_would_ignore_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     """A setting that llama.cpp does not compute is an error instead of a different model."""
-    edit_json(checkpoint.folder / "config.json", **changes)
+    _change(checkpoint.folder, changes)
     with pytest.raises(ModelError, match=message):
         export(Checkpoint(checkpoint.folder), tmp_path / "m.gguf", quant="f16")
+
+
+def _change(folder: Path, changes: dict[str, Any]) -> None:
+    """Set keys of a config; rope settings in transformers 4's form, whichever wrote it."""
+    rope = {"rope_parameters": None, "rope_theta": 10_000.0} if "rope_scaling" in changes else {}
+    edit_json(folder / "config.json", **rope, **changes)
 
 
 @pytest.mark.parametrize(
@@ -617,7 +623,7 @@ def test_what_a_family_fixes_is_refused(
 ) -> None:
     """The refusals that a family file declares."""
     folder = make_checkpoint(tmp_path / "model", family)
-    edit_json(folder / "config.json", **changes)
+    _change(folder, changes)
     with pytest.raises(ModelError, match=message):
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
 

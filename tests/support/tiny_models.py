@@ -201,6 +201,8 @@ def make_checkpoint(
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size="100KB" if sharded else "5GB"
     )
+    if family == "granitemoehybrid":
+        _name_as_published(folder / "config.json")
     write_tokenizer(folder, pre_tokenizer, transformers5=transformers5)
     if tokenizer_class:
         edit_json(folder / "tokenizer_config.json", tokenizer_class=tokenizer_class)
@@ -289,6 +291,13 @@ def _model(
             ):  # transformers starts them at 0 and 1: nothing to see
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def _name_as_published(file: Path) -> None:
+    """Call Granite's blocks as transformers 4 and published files do, which the converter knows."""
+    names = {"linear_attention": "mamba", "full_attention": "attention"}
+    listed = json.loads(file.read_text(encoding="utf-8"))["layer_types"]
+    edit_json(file, layer_types=[names.get(kind, kind) for kind in listed])
 
 
 def _rewrite_config(file: Path) -> None:
