@@ -47,7 +47,7 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
     own = f" from code of its own, {code}, which is not run" if code else ""
 
     near = _find_nearest(config)
-    other = _list_unknown(config, plugins.load("families", near).FAMILY)
+    other = _list_unknown(config, plugins.load("families", near).FAMILY)[:_SHOWN]
     differs = f", which knows no {', '.join(other)}" if other else ", which knows all its settings"
 
     return ModelError(
@@ -64,20 +64,17 @@ def _find_nearest(config: Mapping[str, Any]) -> str:
     def distance(name: str) -> tuple[int, float]:
         family: Family = plugins.load("families", name).FAMILY
         alike = SequenceMatcher(None, name, model_type).ratio()
-        return len(_list_unknown(config, family, most=None)), -alike
+        return len(_list_unknown(config, family)), -alike
 
     return min(plugins.names("families"), key=distance)
 
 
-def _list_unknown(
-    config: Mapping[str, Any], family: Family, most: int | None = _SHOWN
-) -> list[str]:
+def _list_unknown(config: Mapping[str, Any], family: Family) -> list[str]:
     """Return keys of a config, with a value, that neither we nor a family know."""
     own = _list_own(family)
     others = {name for each in _families() for name in _list_own(each)} - own
     known = (settings.CHECKED - others) | own | _SHARED
-    unknown = (key for key, value in config.items() if value is not None and key not in known)
-    return sorted(unknown)[:most]
+    return sorted(key for key, value in config.items() if value is not None and key not in known)
 
 
 def _list_own(family: Family) -> set[str]:

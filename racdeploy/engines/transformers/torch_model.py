@@ -73,9 +73,12 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that turn positions into rotations, by their names in the decoder."""
-    named = model.get_submodule(_DECODER).named_modules()
-    found = {name: each for name, each in named if name.startswith(_ROTARY)}
-    return {name: each for name, each in found.items() if not isinstance(each, nn.ModuleDict)}
+    found: dict[str, nn.Module] = {}
+    for name, each in model.get_submodule(_DECODER).named_children():
+        if name.startswith(_ROTARY):
+            inner = {f"{name}.{kind}": module for kind, module in each.named_children()}
+            found |= inner or {name: each}
+    return found
 
 
 def _renew(rotary: Any) -> nn.Module:

@@ -17,17 +17,13 @@ from racdeploy.models.decoder import Architecture, Transform
 
 
 def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return no settings; it has a name, so that a family can be sent to a process."""
     return {}
 
 
 InputGroups = tuple[tuple[str, ...], ...]
 EVERY_EXPERT = "*"
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-
-def _all_alike(_: Mapping[str, Any]) -> dict[str, Sequence[int]]:
-    """Return no settings; it has a name, so that a family can be sent to a process."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Family:
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _all_alike
+    by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
     uncut: str = ""
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unattended: Literal["", "no_heads", "listed"] = ""

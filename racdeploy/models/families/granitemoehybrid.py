@@ -106,10 +106,7 @@ FAMILY = Family(
     read=_read,
     write=_write,
     defaults={
-        "attention_multiplier": 1.0,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
+        **GRANITE.defaults,
         "num_local_experts": 8,
         "shared_intermediate_size": 1024,
         "mamba_n_heads": 128,
