@@ -43,6 +43,7 @@ def build(options: BuildOptions) -> None:
         if options.dry_run:
             plan = check_build(builder.job, options.out_folder)
             plan |= builder.plan_traces() | builder.plan_pruning()
+            plan |= builder.plan_time(plan)
             console.print_plan(plan, options.json_output, str(options.out_folder or ""))
             return
         folder, report = builder.run(options.out_folder)
@@ -71,6 +72,7 @@ def prune(options: PruneOptions) -> None:
     with _open_checked("prune", options) as builder:
         if options.dry_run:
             plan = builder.plan_traces() | builder.plan_pruning()
+            plan |= builder.plan_time(plan)
             console.print_plan(plan, options.json_output)
             return
         pruned = builder.prune()

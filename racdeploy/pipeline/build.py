@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import BEFORE, Evaluation, Rival
 from racdeploy.pipeline.export_stage import export_model
+from racdeploy.pipeline.forecast import foresee
 from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
@@ -34,6 +35,8 @@ from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.report.model import Record, Report
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.storage.cores import available_cores
+from racdeploy.storage.speed import cores_to_use, measure_speed
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
 from racdeploy.traces.trace import Trace, TraceSet
@@ -272,9 +275,19 @@ class Build:
         return plan | {
             f"prune_tokens{bound}": tokens,
             f"prune_memory_bytes{bound}": memory,
-            "prune_time": "known after the first block; the time left is printed then",
             **self.plan_recovery(),
         }
+
+    def plan_time(self, plan: Mapping[str, Any]) -> dict[str, Any]:
+        """Return about how many seconds each stage takes at most, given the plan of all else."""
+        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+        traces = TraceSet(stage.folder).read() if stage.finished else []
+        cores = cores_to_use(self.threads)
+
+        works = foresee(self.job, plan, traces)
+        speed = measure_speed().of(cores, available_cores())
+        seconds = {stage: round(work.seconds(speed), 1) for stage, work in works.items()}
+        return {"seconds_at_most": seconds, "cores": cores} if seconds else {}
 
     def plan_traces(self) -> dict[str, Any]:
         """Return which model the trace server has, or raise why it can't answer; nothing else."""

@@ -116,6 +116,7 @@ def plan_build(job: Job) -> dict[str, Any]:
         "traces_from": recipe.traces.server or "transformers",
         "trace_prompts": trace_prompts,
         "trace_tokens_at_most": trace_prompts * recipe.traces.max_new_tokens,
+        "evaluation_models": models,
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
         "artifact_bytes": _expect_bytes(job, expected.sizes),

@@ -191,7 +191,6 @@ class RecoverStage:
             "recover_tokens": sum(phase.tokens for phase in phases),
             "recover_phases": ", ".join(f"{phase.name} {phase.tokens:,}" for phase in phases),
             "recover_memory_bytes_at_most": memory,
-            "recover_time": "known after the first look; the time left is printed then",
         }
 
     def _take(
