@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import mistaken, settings, text_part, widths
+from racdeploy.models import further, mistaken, settings, text_part, widths
 from racdeploy.models.families import Family, InputGroups, name_experts
 from racdeploy.models.family_lookup import find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
@@ -58,11 +58,32 @@ class Checkpoint:
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the model by its state_dict name; checked against the file sizes."""
-        take = text_part.take_entries if self.is_part else text_part.drop_further
-        return {name: entry for name, entry in take(self._stored).items() if self._uses(name)}
+        own = text_part.take_entries(self._stored) if self.is_part else self._stored
+        return {name: entry for name, entry in own.items() if self._uses(name)}
+
+    @cached_property
+    def further(self) -> Mapping[str, TensorEntry]:
+        """A head that predicts further tokens, where llama.cpp has it beside this model."""
+        head = further.take(self._stored)
+        block = max((block for block, attends in enumerate(self.attends) if attends), default=-1)
+        if not (head and self.family.further) or block < 0:
+            return {}
+
+        blocks = further.count_blocks([*head])
+        sizes = self.sizes(block)
+        shapes = further.expected_shapes(self.family, self.kinds(block), sizes, blocks)
+        return head if further.fits(head, shapes) else {}
+
+    @property
+    def whole(self) -> Mapping[str, TensorEntry]:
+        """Every tensor that a folder made of this one has."""
+        return {**self.entries, **self.further}
 
     def _uses(self, name: str) -> bool:
-        """Return whether a tensor is none that makes keys and values which nobody takes."""
+        """Return whether a tensor is of no other head, and makes no keys that nobody takes."""
+        if name.startswith(further.BEGINNINGS):
+            return False
+
         block, inside = self.family.split_block(name)
         is_sharing = block is not None and self.key_sources[block : block + 1] not in ((), (block,))
         return not is_sharing or self.family.has(self.kinds(block or 0), inside)
@@ -112,7 +133,7 @@ class Checkpoint:
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
-        return read_tensor(self.entries[name])
+        return read_tensor(self.entries.get(name) or self.further[name])
 
     @property
     def block_count(self) -> int:
@@ -376,7 +397,12 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the folder: code in it that is not run."""
         told = []
-        if left_out := len(self._stored) - len(self.entries):
+        if self.further:
+            told.append(
+                f"{len(self.further)} tensors of a head that predicts further tokens stay as they"
+                " are, for llama.cpp to draft with; where blocks become narrower, they go"
+            )
+        if left_out := len(self._stored) - len(self.whole):
             told.append(
                 f"{left_out} tensors are left out: the text model does not compute with what sees,"
                 " hears, predicts further tokens, or makes keys that nobody takes"

@@ -1,7 +1,7 @@
 """The text model inside one that also sees or hears: its settings, and its tensors by usual names.
 
-Such a folder says under ``text_config`` what the language model is. Towers for pictures and sound,
-and heads that predict further tokens, are left out, and that is said.
+Such a folder says under ``text_config`` what the language model is. Towers for pictures and sound
+are left out, and that is said.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ _BEGINNINGS = {
     "language_model.lm_head.": "lm_head.",
     "lm_head.": "lm_head.",
 }
-_FURTHER = ("mtp.", "model.mtp.")
 Entry = TypeVar("Entry")
 
 
@@ -54,7 +53,3 @@ def take_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
     return found
 
-
-def drop_further(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return the tensors without a head that predicts further tokens."""
-    return {name: entry for name, entry in entries.items() if not name.startswith(_FURTHER)}

@@ -44,10 +44,12 @@ def axes(family: Family, name: str) -> tuple[str, ...]:
 
 def shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return how large a tensor is, outputs first, where the letters have these sizes."""
-    lengths = []
-    for axis in axes(family, name):
-        lengths.append(sum(sizes[letter] for letter in axis.split("+")))
-    return tuple(lengths)
+    return lengths(axes(family, name), sizes)
+
+
+def lengths(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return how long axes are, given as letters or sums of them."""
+    return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in axes)
 
 
 def find_kept(

@@ -56,7 +56,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
     in ``blocks`` use the new numbers.
     """
     pruned = _read_entries(blocks, "block")
-    kept = _renumber(checkpoint, shape) if shape else checkpoint.entries
+    kept = _renumber(checkpoint, shape) if shape else checkpoint.whole
 
     entries = {}
     for name, entry in sorted(kept.items()):
@@ -86,7 +86,7 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
 
     entries = {}
 
-    for name, entry in checkpoint.entries.items():
+    for name, entry in checkpoint.whole.items():
         block, inside = family.split_block(name)
         if block is None:
             entries[name] = entry

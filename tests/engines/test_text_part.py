@@ -68,7 +68,7 @@ def test_what_is_pruned_is_a_text_model(family: str, tmp_path: Path) -> None:
 
 
 def test_a_head_for_further_tokens_is_left_out(tmp_path: Path) -> None:
-    """It changes no answer; a plain text model that has one is read without it."""
+    """Where llama.cpp has none; a plain text model that has one is read without it."""
     text = make_checkpoint(tmp_path / "text", "qwen3")
     tensors = load_file(text / "model.safetensors")
     save_file(tensors | {"mtp.fc.weight": torch.ones(4, 4)}, text / "model.safetensors")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
+from tests.support.further_head import add_further_head
 from tests.support.llama_converter import Job, convert
 from tests.support.tiny_models import FAMILIES, LINEAR, LLAMA3, LONGROPE, YARN, make_checkpoint
 
@@ -143,6 +144,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 transformers 5": {"family": "qwen3", "transformers5": True, "rope_theta": 50_000.0},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
+DRAFTING = {"qwen35 as many keys untied sharded"}
+"""Cases with a head that predicts further tokens."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +275,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for name, case in CASES.items():
         make_checkpoint(root / name, **case)
+        if name in DRAFTING:
+            add_further_head(root / name, like=3)
         jobs += [
-            Job(str(root / name), str(root / f"{name} {quant}.gguf"), quant, "qwen2")
+            Job(
+                str(root / name),
+                str(root / f"{name} {quant}.gguf"),
+                quant,
+                "qwen2",
+                further=name in DRAFTING,
+            )
             for quant in QUANTS
         ]
     convert(jobs)

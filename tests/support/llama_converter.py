@@ -38,12 +38,14 @@ class Job:
         quant: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         pre_tokenizer: the name that the converter's table of hashes would give; empty asks the
             table.
+        further: whether the model has a head that predicts further tokens.
     """
 
     folder: str
     out: str
     quant: str
     pre_tokenizer: str = ""
+    further: bool = False
 
 
 def convert(jobs: Sequence[Job]) -> None:
@@ -122,7 +124,7 @@ def _main(jobs: list[dict[str, str]]) -> None:
         )
         (architecture,) = ModelBase.load_hparams(folder, False)["architectures"]
         kind = get_model_class(architecture)
-        kind.no_mtp = True  # a head for further tokens is left out of our files too
+        kind.no_mtp = not job["further"]
         with torch.inference_mode():
             kind(folder, types[job["quant"]], Path(job["out"])).write()
 

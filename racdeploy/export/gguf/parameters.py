@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
+from racdeploy.models.further import count_blocks
 
 _SECTIONS = 4  # time, height, width, and one more
 _ANY_LENGTH = 1 << 20
@@ -29,7 +30,10 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
 
     ``family`` is the one that :func:`architecture.find_architecture` chose.
     """
-    writer.add_block_count(checkpoint.block_count)
+    drafting = count_blocks([*checkpoint.further])
+    writer.add_block_count(checkpoint.block_count + drafting)
+    if drafting:
+        writer.add_nextn_predict_layers(drafting)
     writer.add_context_length(
         checkpoint.integer("max_position_embeddings") if checkpoint.is_rotary else _ANY_LENGTH
     )
@@ -216,6 +220,7 @@ def _write_recurrent(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     if family.unattended == "listed":
         recurrent = [not attends for attends in checkpoint.attends]
+        recurrent += [False] * count_blocks([*checkpoint.further])
         writer.add_array(f"{family.gguf_arch}.attention.recurrent_layers", recurrent)
 
     if family.rope_sections:

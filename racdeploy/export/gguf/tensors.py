@@ -14,7 +14,7 @@ from racdeploy import quant as quants
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf.architecture import find_architecture
 from racdeploy.export.gguf.parameters import make_rope_factors
-from racdeploy.models import widths
+from racdeploy.models import further, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
@@ -102,6 +102,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
         if parts[name][0] in checkpoint.entries:  # biases may be missing
             plan.append(_plan_tensor(checkpoint, mix, family, source, name, parts[name]))
 
+    plan += _plan_further(checkpoint, mix, family)
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
     mix.check(name for tensor in matrices for name in (tensor.name, *tensor.usual_names))
     return plan
@@ -137,6 +138,32 @@ def _plan_tensor(
         piece=piece,
         usual_names=usual_names,
     )
+
+
+def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[PlannedTensor]:
+    """Plan a head that predicts further tokens: blocks behind those of the model."""
+    plan = []
+
+    for source, entry in checkpoint.further.items():
+        block, inside = further.split_block(source)
+        in_block = family.further[inside] if block is None else family.block_tensors[inside]
+        name = f"blk.{checkpoint.block_count + (block or 0)}.{in_block}"
+
+        choice = _choose(name, entry.shape, mix, checkpoint, ())
+        plan.append(
+            PlannedTensor(
+                name=name,
+                source=source,
+                shape=entry.shape,
+                quant_asked=choice.asked,
+                quant_real=choice.quant,
+                reason=choice.reason,
+                parts=(source,),
+                transform=family.transforms.get(source if block is None else inside),
+            )
+        )
+
+    return plan
 
 
 def _find_piece(family: Family, inside: str, name: str) -> tuple[int, int]:

@@ -60,6 +60,8 @@ class Family:
             is refused. ``=name`` is the value of another setting.
         integers, numbers: GGUF key without the architecture → the setting that it holds, where the
             model has one.
+        further: of a head that predicts further tokens, what is in none of its blocks → the same in
+            the first of the blocks that llama.cpp has of it; empty: llama.cpp has no such head.
         rope_types: kinds of rope scaling that llama.cpp knows.
         rope_sections: how many rotary pairs turn by time, height and width of a picture, where a
             config does not say; in a text all are equal. Empty: llama.cpp knows none.
@@ -100,6 +102,7 @@ class Family:
     sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     last_norm: str = "model.norm"
+    further: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
     write: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Qwen3.5: three blocks of gated delta nets to one of gated attention.
 
-An extra head that predicts further tokens is left out; it changes no answer.
+A head that predicts further tokens, a block of attention behind a projection, stays dense.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ _DELTA_NET = {
     "linear_attn.norm.weight": "ssm_norm.weight",
     "linear_attn.out_proj.weight": "ssm_out.weight",
 }
+_FURTHER = {
+    "fc.weight": "nextn.eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
+    "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
+    "norm.weight": "nextn.shared_head_norm.weight",
+}
 FAMILY = Family(
     architecture="Qwen3_5ForCausalLM",
     gguf_arch="qwen35",
@@ -54,6 +60,7 @@ FAMILY = Family(
     transforms={
         **dict.fromkeys(_NORMS, "plus_one"),
         "model.norm.weight": "plus_one",
+        **{f"mtp.{name}": "plus_one" for name in _FURTHER if "norm" in name},
         "linear_attn.in_proj_qkv.weight": "value_rows",
         "linear_attn.in_proj_z.weight": "value_rows",
         "linear_attn.in_proj_b.weight": "value_rows",
@@ -76,6 +83,7 @@ FAMILY = Family(
         "ssm_a": ("SH",),
         "ssm_norm": ("S",),
         "ssm_out": ("D", "SV"),
+        "nextn.eh_proj": ("D", "D+D"),
     },
     sizes={
         "S": "linear_value_head_dim",
@@ -111,5 +119,6 @@ FAMILY = Family(
     },
     rope_types=("default", "yarn"),
     rope_sections=(11, 11, 10, 0),
+    further=_FURTHER,
     since="5.2",
 )

@@ -107,7 +107,7 @@ def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Pa
     replaced.add("model.safetensors.index.json")
 
     with atomic_folder(out) as scratch:
-        write_entries(checkpoint.entries, scratch / "model.safetensors", cut)
+        write_entries(checkpoint.whole, scratch / "model.safetensors", cut)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         for file in sorted(checkpoint.folder.iterdir()):

@@ -1,0 +1,105 @@
+"""A head that predicts further tokens stays as it is, and llama.cpp's answers stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines import open_engine
+from racdeploy.export.gguf import export
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import check_covered
+from racdeploy.prune.assemble import Shape, assemble
+from tests.support.further_head import add_further_head
+from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
+
+pytestmark = pytest.mark.skipif(
+    "qwen3_5_text" not in FAMILIES, reason="needs Qwen3.5, of transformers 5.2"
+)
+IDS = list(range(5, 29))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3.5 with a head."""
+    root = tmp_path_factory.mktemp("further")
+    make_checkpoint(root / "model", "qwen3_5_text", dtype="float32")
+    return add_further_head(root / "model", like=3)
+
+
+def _logits(file: Path) -> NDArray[np.float32]:
+    settings = EngineSettings(context_tokens=64, parallel=1, threads=1, cache_dtype="f32")
+    with open_engine("llamacpp", file, settings) as engine:
+        return engine.logits(IDS)
+
+
+def test_it_is_written_behind_the_blocks_and_changes_no_logits(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Llama.cpp counts its block, and computes the model as if it were not there."""
+    with_head = Checkpoint(folder)
+    check_covered(with_head)
+    assert len(with_head.further) == 15
+    assert "stay as they are" in with_head.notes[0]
+
+    drafting = export(with_head, tmp_path / "drafting.gguf", quant="f32").path
+    reader = gguf.GGUFReader(drafting)
+    assert reader.fields["qwen35.block_count"].contents() == 5
+    assert reader.fields["qwen35.nextn_predict_layers"].contents() == 1
+    names = {tensor.name for tensor in reader.tensors}
+    assert {"blk.4.nextn.eh_proj.weight", "blk.4.attn_q.weight", "blk.4.ffn_up.weight"} <= names
+
+    plain = tmp_path / "plain"
+    make_checkpoint(plain, "qwen3_5_text", dtype="float32")
+    without = export(Checkpoint(plain), tmp_path / "plain.gguf", quant="f32").path
+    assert np.array_equal(_logits(drafting), _logits(without))
+
+
+def test_it_goes_into_a_pruned_folder_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """And behind fewer blocks, where some are cut."""
+    (tmp_path / "blocks").mkdir()
+    dense = Checkpoint(folder)
+    widths = Shape.of(dense).widths
+    fewer = {setting: values[1:] for setting, values in widths.items()}
+
+    for shape, last in ((None, "blk.4."), (Shape((1, 2, 3), fewer), "blk.3.")):
+        sparse = Checkpoint(assemble(dense, tmp_path / "blocks", tmp_path / last, shape))
+        assert sparse.further.keys() == dense.further.keys()
+        for name in dense.further:
+            assert np.array_equal(sparse.read(name), dense.read(name)), name
+
+        file = export(sparse, tmp_path / f"{last}gguf", quant="f32").path
+        drafting = [
+            tensor.name for tensor in gguf.GGUFReader(file).tensors if "nextn" in tensor.name
+        ]
+        assert drafting
+        assert all(name.startswith(last) for name in drafting)
+
+
+@pytest.mark.parametrize("damage", ["narrower", "incomplete", "unknown"])
+def test_one_that_does_not_fit_is_left_out(folder: Path, tmp_path: Path, damage: str) -> None:
+    """Llama.cpp takes one width for all blocks, and every tensor or none."""
+    tensors = load_file(folder / "model.safetensors")
+    if damage == "narrower":
+        name = "mtp.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-8].contiguous()
+    if damage == "incomplete":
+        del tensors["mtp.norm.weight"]
+    if damage == "unknown":
+        tensors["mtp.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    make_checkpoint(tmp_path / "model", "qwen3_5_text")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    edit_json(tmp_path / "model" / "config.json", mtp_num_hidden_layers=1)
+
+    checkpoint = Checkpoint(tmp_path / "model")
+    assert not checkpoint.further
+    assert "predicts further tokens" in checkpoint.notes[0]
+    file = export(checkpoint, tmp_path / "model.gguf", quant="f32").path
+    assert not any("nextn" in tensor.name for tensor in gguf.GGUFReader(file).tensors)
