@@ -52,4 +52,3 @@ def take_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
                 found[usual + name.removeprefix(begins)] = entry
 
     return found
-

@@ -1,7 +1,8 @@
 """Zeros that a number format would not keep: found before any work, and refused or told.
 
 A format declares whether zeros survive (``PRESERVES_ZERO``). Some of a format that does not are
-zero all the same, so what is left is counted in the finished file.
+zero all the same, so what is left is counted in the finished file. Codes that are chosen while
+pruning keep zeros in every format that they can be chosen for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy import packing, plugins, quant
 from racdeploy.errors import UsageError
@@ -100,7 +102,7 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
     for name in checkpoint.linear_weights:
         if _loses(checkpoint, name, choose_quants(checkpoint, name, rules)):
             weight_OI = checkpoint.read(name)
-            zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
+            zeros += _count_lost(weight_OI, choose_quants(checkpoint, name, rules))
             weights += weight_OI.size
 
     if zeros > _STRAY * weights:
@@ -113,6 +115,8 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
 
 
 def _loses_zeros(job: Job, weight: str) -> bool:
+    if job.recipe.prune.joint:  # for one format alone, or refused
+        return False
     return _loses(job.checkpoint, weight, job.quants_of(weight))
 
 
@@ -123,6 +127,17 @@ def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> b
     # Rows that do not divide into quant blocks get another format, which keeps zeros.
     forms = [quant.load(name) for name in quant_names]
     return any(not quant.fits(form, row_length) and not form.PRESERVES_ZERO for form in forms)
+
+
+def _count_lost(weight_OI: NDArray[np.float32], quant_names: Sequence[str]) -> int:
+    """Return how many zeros a format loses: all, but for those that lie on its grid."""
+    form = quant.load(quant_names[0])
+    is_zero_OI = weight_OI == 0
+    if len(quant_names) > 1 or not hasattr(form, "CODES"):
+        return int(is_zero_OI.sum())
+
+    stored_OI = form.dequantize(form.quantize(weight_OI), weight_OI.shape[1])
+    return int((is_zero_OI & (stored_OI != 0)).sum())
 
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:

@@ -9,14 +9,16 @@ Source: QuantEase (arXiv 2309.01885) on a mask, in GPTQ's order (arXiv 2210.1732
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
+from racdeploy.prune.minima import fit_lines, start_lines
 from racdeploy.prune.refit import descend
 from racdeploy.prune.scales import divisor, nearest_steps, start_steps
-from racdeploy.quant import Grid
+from racdeploy.quant import Grid, MinimumGrid, has_minima, signed_codes
 
 SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %
 SCALE_SWEEPS, CODE_SWEEPS = 4, 4
@@ -27,6 +29,11 @@ def round_to_grid(
     pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> torch.Tensor:
     """Return weights that ``quant`` stores exactly, zero off the mask; ``target_OI``: unpruned."""
+    if has_minima(quant) and pruned.keep_OI.all():
+        lines = _LineSearch(pruned, target_OI, hessian.matrix_II, cast(MinimumGrid, quant))
+        _descend(lines)
+        return lines.on_grid()
+
     code_OI, step_OG = find_codes(pruned, target_OI, hessian, quant)
     step_OI = step_OG.repeat_interleave(quant.GROUP_SIZE, dim=1)
     return code_OI.mul_(step_OI)
@@ -35,9 +42,17 @@ def round_to_grid(
 def find_codes(
     pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, whole numbers in float32, and step_OG, steps that the format has."""
+    """Return code_OI, whole numbers in float32, 0 for zero, and step_OG that the format has."""
     search = _Search(pruned, target_OI, hessian.matrix_II, quant)
-    I = target_OI.shape[1]
+    _descend(search)
+    step_OI = divisor(search.step_OG).repeat_interleave(quant.GROUP_SIZE, dim=1)
+    code_OI = (search.weight_OI / step_OI).round_()
+    return code_OI, search.step_OG
+
+
+def _descend(search: _Search) -> None:
+    """Go over the columns in slabs, then over codes and scales, then over codes alone."""
+    quant, I = search.quant, search.target_OI.shape[1]
     width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
 
     for start in range(0, I, width):
@@ -56,10 +71,6 @@ def find_codes(
         if not moved:
             break
 
-    step_OI = divisor(search.step_OG).repeat_interleave(quant.GROUP_SIZE, dim=1)
-    code_OI = (search.weight_OI / step_OI).round_()
-    return code_OI, search.step_OG
-
 
 class _Search:
     """Weights on their way to the grid, and the pull on each: minus half the slope of the error."""
@@ -68,15 +79,19 @@ class _Search:
         self, pruned: Pruned, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
     ) -> None:
         self.H_II, self.target_OI = H_II, target_OI
-        self.S, self.quant = quant.GROUP_SIZE, quant
+        self.S, self.quant, self.codes = quant.GROUP_SIZE, quant, signed_codes(quant)
         weight_OI = pruned.weight_OI * pruned.keep_OI
+        self._start(weight_OI, pruned.keep_OI)
+
+    def _start(self, weight_OI: torch.Tensor, keep_OI: torch.Tensor) -> None:
+        H_II, quant = self.H_II, self.quant
         self.step_OG, self.unit_OG, pinned_OI = start_steps(weight_OI, H_II.diagonal(), quant)
 
         has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
-        self.free_OI = pruned.keep_OI & has_scale_OI & (pinned_OI == 0)
+        self.free_OI = keep_OI & has_scale_OI & (pinned_OI == 0)
         pinned_OI *= self.step_OG.repeat_interleave(self.S, dim=1)
         self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
-        self.pull_OI = (target_OI - self.weight_OI) @ H_II
+        self.pull_OI = (self.target_OI - self.weight_OI) @ H_II
 
     def solve_from(self, start: int) -> None:
         """Move the free weights from ``start`` on, off the grid; the pull before it gets wrong."""
@@ -106,12 +121,9 @@ class _Search:
                 begin = index * self.S - first
                 group = slice(begin, begin + self.S)
                 H_SS = H_CC[group, group]
-                step_O, unit_O = self.step_OG[:, index], self.unit_OG[:, index]
 
                 weight_SO, pull_SO = weight_CO[group], pull_CO[group].clone()
-                self._move(weight_SO, pull_SO, free_CO[group], H_SS, divisor(step_O))
-                if scales:
-                    self._fit_steps(weight_SO, pull_SO, H_SS, step_O, unit_O)
+                self._visit_group(index, weight_SO, pull_SO, free_CO[group], H_SS, scales)
 
                 # The other columns of the chunk feel this group's moves at once …
                 change_SO = weight_SO - before_CO[group]
@@ -124,6 +136,21 @@ class _Search:
             moved |= bool(change_CO.any())
 
         return moved
+
+    def _visit_group(
+        self,
+        index: int,
+        weight_SO: torch.Tensor,
+        pull_SO: torch.Tensor,
+        free_SO: torch.Tensor,
+        H_SS: torch.Tensor,
+        scales: bool,
+    ) -> None:
+        """Move a group's weights in place, and with ``scales`` its steps."""
+        step_O = self.step_OG[:, index]
+        self._move(weight_SO, pull_SO, free_SO, H_SS, divisor(step_O))
+        if scales:
+            self._fit_steps(weight_SO, pull_SO, H_SS, step_O, self.unit_OG[:, index])
 
     def _move(
         self,
@@ -141,7 +168,7 @@ class _Search:
             move_O = pull_O / curve
             move_O += weight_O
             move_O.div_(step_O).round_()
-            move_O.clamp_(*self.quant.CODES).mul_(step_O)
+            move_O.clamp_(*self.codes).mul_(step_O)
             move_O -= weight_O
             move_O *= free_O
 
@@ -171,6 +198,47 @@ class _Search:
 
         step_O += torch.where(better_O, change_O, 0)
         torch.mul(code_SO, step_O, out=weight_SO)
+
+
+class _LineSearch(_Search):
+    """The same where each group has a minimum beside its step, and no weight must be zero."""
+
+    quant: MinimumGrid
+
+    def _start(self, weight_OI: torch.Tensor, keep_OI: torch.Tensor) -> None:
+        lines = start_lines(weight_OI, self.H_II.diagonal(), self.quant)
+        self.codes = self.quant.CODES
+        self.step_OG, self.minimum_OG, self.unit_OG = lines
+
+        self.free_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
+        self.weight_OI = weight_OI.mul_(self.free_OI)
+        self.pull_OI = (self.target_OI - self.weight_OI) @ self.H_II
+
+    def on_grid(self) -> torch.Tensor:
+        """Return the weights as the format has them, to the last bit."""
+        step_OI, minimum_OI = (
+            each_OG.repeat_interleave(self.S, dim=1) for each_OG in (self.step_OG, self.minimum_OG)
+        )
+        code_OI = ((self.weight_OI + minimum_OI) / divisor(step_OI)).round_()
+        return code_OI.mul_(step_OI).sub_(minimum_OI)
+
+    def _visit_group(
+        self,
+        index: int,
+        weight_SO: torch.Tensor,
+        pull_SO: torch.Tensor,
+        free_SO: torch.Tensor,
+        H_SS: torch.Tensor,
+        scales: bool,
+    ) -> None:
+        step_O, minimum_O = self.step_OG[:, index], self.minimum_OG[:, index]
+        weight_SO += minimum_O
+        self._move(weight_SO, pull_SO, free_SO, H_SS, divisor(step_O))
+        weight_SO -= minimum_O
+
+        if scales:
+            unit_O = self.unit_OG[:, index]
+            fit_lines(weight_SO, pull_SO, H_SS, step_O, minimum_O, unit_O, self.quant)
 
 
 def _transpose(values_OC: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from racdeploy.quant import Grid, pins_largest
+from racdeploy.quant import Grid, pins_largest, signed_codes
 
 # Steps to try, as shares of the one that gives the largest weight the largest code: smaller ones
 # clip it, larger ones move every code. Far larger ones are for a weight that may have another code.
@@ -72,12 +72,26 @@ class _Trial:
         """Return step_OG and unit_OG."""
         if self.quant.STEP_CODES == (1, 1):
             none_OG = torch.zeros_like(self.widest_OG)
-            return self._search(none_OG), none_OG
+            return self._search(none_OG, self.widest_OG)[0], none_OG
 
         # The largest of the best steps gives the scale, in which all steps are searched again.
-        free_OG = self._search(None)
+        free_OG, _ = self._search(None, self.widest_OG)
         unit_OG = self._share_largest(free_OG)
-        return self._search(unit_OG), unit_OG
+        if self.quant.STEP_CODES[0] < 0:
+            return self._search(unit_OG, self.widest_OG)[0], unit_OG
+
+        # Steps that have no sign of their own have the scale's: the better one for all groups.
+        size_OG, unit_OG = self.widest_OG.abs(), unit_OG.abs()
+        up_OG, lost_up_OG = self._search(unit_OG, size_OG)
+        down_OG, lost_down_OG = self._search(-unit_OG, -size_OG)
+        is_up_OG = self._sum_blocks(lost_up_OG) <= self._sum_blocks(lost_down_OG)
+        return torch.where(is_up_OG, up_OG, down_OG), torch.where(is_up_OG, unit_OG, -unit_OG)
+
+    def _sum_blocks(self, lost_OG: torch.Tensor) -> torch.Tensor:
+        """Return the sum over each block, for each of its groups."""
+        groups = self.quant.BLOCK // self.quant.GROUP_SIZE
+        lost_OXG = lost_OG.view(len(lost_OG), -1, groups)
+        return lost_OXG.sum(2, keepdim=True).expand_as(lost_OXG).reshape(lost_OG.shape)
 
     def _share_largest(self, step_OG: torch.Tensor) -> torch.Tensor:
         """Return scales with which each block's largest step has the largest step code."""
@@ -91,21 +105,26 @@ class _Trial:
         scale_OXG = scale_OX1.half().float().expand_as(step_OXG)
         return scale_OXG.reshape(step_OG.shape)
 
-    def _search(self, unit_OG: torch.Tensor | None) -> torch.Tensor:
-        """Return the best step of each group, of those that a unit, if one is given, allows."""
+    def _search(
+        self, unit_OG: torch.Tensor | None, widest_OG: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best step of each group, of those that a unit, if any, allows; and its error.
+
+        ``widest_OG`` are those that give the largest weight the largest code.
+        """
         spans = SPANS if pins_largest(self.quant) else SPANS + _FAR_SPANS
-        best_OG = self.widest_OG.clone()
+        best_OG = widest_OG.clone()
         least_OG = torch.full_like(best_OG, torch.inf)
 
         # The error of a step, weighed by the inputs, is compared with the least so far.
         for span in spans:
-            tried_OG = self.widest_OG * span
+            tried_OG = widest_OG * span
 
             if unit_OG is not None:
                 tried_OG = nearest_steps(tried_OG, unit_OG, self.quant)
 
             code_OGS = self.weight_OGS / divisor(tried_OG)[:, :, None]
-            code_OGS.round_().clamp_(*self.quant.CODES)
+            code_OGS.round_().clamp_(*signed_codes(self.quant))
 
             # What is pinned keeps its code, whatever the step.
             code_OGS = torch.where(self.pinned_OGS == 0, code_OGS, self.pinned_OGS)
@@ -118,7 +137,7 @@ class _Trial:
             least_OG = torch.where(better_OG, error_OG, least_OG)
             best_OG = torch.where(better_OG, tried_OG, best_OG)
 
-        return best_OG
+        return best_OG, least_OG
 
 
 def _pin_largest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,11 +152,12 @@ def _pin_largest(weight_OI: torch.Tensor, quant: Grid) -> tuple[torch.Tensor, to
     place_OG1 = weight_OGS.abs().argmax(2, keepdim=True)
     largest_OG1 = weight_OGS.gather(2, place_OG1)
 
-    largest_code = max(quant.CODES, key=abs)
+    codes = signed_codes(quant)
+    largest_code = max(codes, key=abs)
     widest_OG1 = largest_OG1 / largest_code
 
     # A symmetric format has positive steps.
-    if quant.CODES[0] == -quant.CODES[1]:
+    if codes[0] == -codes[1]:
         widest_OG1.abs_()
 
     pinned_OGS = torch.zeros_like(weight_OGS)

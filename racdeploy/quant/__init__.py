@@ -88,6 +88,30 @@ class Grid(Quant, Protocol):
     def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
 
+class MinimumGrid(Grid, Protocol):
+    """A grid whose groups have a minimum besides: a weight is step · code − minimum.
+
+    A minimum is a whole number, from ``MINIMA``, of ``MINIMUM_UNITS`` times the scale of the block.
+    With a minimum of ``ZERO_CODE`` steps that code is zero, so where zeros are kept, every group
+    has that minimum.
+    """
+
+    MINIMA: tuple[int, int]
+    MINIMUM_UNITS: int
+    ZERO_CODE: int
+
+
+def has_minima(grid: Grid) -> bool:
+    """Return whether a grid is a :class:`MinimumGrid`."""
+    return hasattr(grid, "MINIMA")
+
+
+def signed_codes(grid: Grid) -> tuple[int, int]:
+    """Return the lowest and the highest code where 0 is zero."""
+    zero = cast(MinimumGrid, grid).ZERO_CODE if has_minima(grid) else 0
+    return grid.CODES[0] - zero, grid.CODES[1] - zero
+
+
 def pins_largest(grid: Grid) -> bool:
     """Return whether a format finds weights again only by a largest code in every group.
 

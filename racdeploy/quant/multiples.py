@@ -51,7 +51,7 @@ class Finder:
         place_N = self._find_candidates(weight_NGS)
         weight_NGS = weight_NGS[place_N]
 
-        divisor_N = _find_divisor(weight_NGS)
+        divisor_N = find_divisor(weight_NGS)
         largest_N = np.abs(weight_NGS).max(axis=(1, 2))
         shares_N = self._most * divisor_N / largest_N
 
@@ -69,7 +69,7 @@ class Finder:
 
                 # It fits if half precision has it and every group has a step code for it.
                 reached_NG = self._reach(weight_NGS[open_N], tried_N)
-                fits_N = reached_NG.all(axis=1) & _is_half(tried_N)
+                fits_N = reached_NG.all(axis=1) & is_half(tried_N)
 
                 found_N = open_N[fits_N]
                 scale_N[found_N] = tried_N[fits_N]
@@ -117,7 +117,7 @@ class Finder:
 
     def _has_divisor(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
         largest_N = np.abs(weight_NGS).max(axis=(1, 2))
-        most_N = self._most * _find_divisor(weight_NGS)
+        most_N = self._most * find_divisor(weight_NGS)
         fits_N: NDArray[np.bool_] = largest_N <= most_N
         return fits_N
 
@@ -140,14 +140,15 @@ class Finder:
         return bits_NG
 
 
-def _find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:
+def find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return each block's greatest common divisor, if its weights are whole units."""
     units_NGS = np.rint(weight_NGS / _UNIT).astype(np.int64)
     divisor_N = np.gcd.reduce(units_NGS, axis=(1, 2))
     return np.asarray(divisor_N * _UNIT)
 
 
-def _is_half(value_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+def is_half(value_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which numbers half precision has."""
     with np.errstate(over="ignore"):
         half_N = value_N.astype(np.float16)
     return np.asarray(half_N == value_N)

@@ -132,6 +132,8 @@ def test_a_row_does_not_depend_on_the_others(problem: Problem) -> None:
 def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -> None:
     """They cost less than three quarters of what rounding the pruned weights costs; with fixed
     scales it is 77 %.
+
+    Q4_K's rounding has minima and keeps no zero: codes that keep them all cost 82 % of it.
     """
     quant = quants.as_grid(name)
     plain_OI = torch.from_numpy(
@@ -140,9 +142,53 @@ def test_they_are_better_than_rounding_afterwards(problem: Problem, name: str) -
         ).copy()
     )
     pruned = problem.error(problem.refitted_OI)
-    assert problem.error(problem.rounded(quant)) - pruned < 0.74 * (
+    share = 0.85 if name == "q4_k" else 0.74
+    assert problem.error(problem.rounded(quant)) - pruned < share * (
         problem.error(plain_OI) - pruned
     )
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_without_zeros_they_beat_an_importance(problem: Problem, name: str) -> None:
+    """A dense linear's codes cost 52 to 68 % of what the format's own search by the same Hessian's
+    diagonal costs, and are stored exactly.
+    """
+    quant = quants.as_grid(name)
+    target_OI, energy_I = problem.target_OI, problem.hessian.matrix_II.diagonal().numpy().copy()
+    dense = Pruned(target_OI.clone(), torch.ones_like(target_OI, dtype=torch.bool))
+    chosen_OI = round_to_grid(dense, target_OI, problem.hessian, quant)
+    restored_OI = quant.dequantize(quant.quantize(chosen_OI.numpy()), chosen_OI.shape[1])
+    assert np.array_equal(restored_OI, chosen_OI.numpy())
+
+    given = (energy_I,) if "gguf" in quant.FORMATS else ()
+    packed_OP = quant.quantize(target_OI.numpy(), *given)
+    plain_OI = torch.from_numpy(quant.dequantize(packed_OP, target_OI.shape[1]).copy())
+    assert problem.error(chosen_OI) < 0.72 * problem.error(plain_OI)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q4_k"])
+def test_no_code_beside_a_minimum_could_be_better(problem: Problem, name: str) -> None:
+    """At the end, moving any weight by one step never lowers the error by more than rounding."""
+    quant = quants.as_grid(name)
+    target_OI = problem.target_OI
+    dense = Pruned(target_OI.clone(), torch.ones_like(target_OI, dtype=torch.bool))
+    chosen_OI = round_to_grid(dense, target_OI, problem.hessian, quant)
+
+    size = quant.GROUP_SIZE
+    step_OG = torch.from_numpy(quant.steps(quant.quantize(chosen_OI.numpy())))
+    step_OI = step_OG.repeat_interleave(size, dim=1).double()
+    lowest_OI = chosen_OI.view(OUTPUTS, -1, size).amin(2).repeat_interleave(size, dim=1)
+    highest_OI = chosen_OI.view(OUTPUTS, -1, size).amax(2).repeat_interleave(size, dim=1)
+
+    H = problem.hessian.matrix_II.double()
+    gradient_OI = 2 * (chosen_OI - target_OI).double() @ H
+    for move in (1, -1):
+        change_OI = move * step_OI
+        # Between the group's own ends every code is there.
+        moved_OI = chosen_OI + change_OI
+        inside_OI = (moved_OI >= lowest_OI) & (moved_OI <= highest_OI) & (step_OI != 0)
+        gain_OI = gradient_OI * change_OI + change_OI.square() * H.diagonal()
+        assert float(gain_OI[inside_OI].min()) > -1e-5 * problem.error(chosen_OI)
 
 
 @pytest.mark.parametrize("name", ["q3_k"])
@@ -327,11 +373,12 @@ def test_a_gguf_file_holds_the_very_codes(
         walk.check(exported, stored)
 
 
-Q3_K_SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+K_SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
 
-def test_a_q3_k_file_holds_the_very_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["q3_k", "q2_k", "q4_k"])
+def test_a_file_of_blocks_of_256_holds_the_very_weights(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read with gguf-py, the codes and scales in the bytes of the file give the chosen codes times
     the chosen steps.
@@ -339,9 +386,9 @@ def test_a_q3_k_file_holds_the_very_weights(
     Of several steps for the same weights, as of either sign, the file has one: for 87 % of the
     groups the one that was chosen.
     """
-    walk = Walk(tmp_path, "qwen3", "q3_k", monkeypatch, **Q3_K_SIZES)
+    walk = Walk(tmp_path, "qwen3", name, monkeypatch, **K_SIZES)
     exported = gguf.export(
-        walk.pruned, tmp_path / "model.gguf", quant="q3_k", packing="plain", metadata={}
+        walk.pruned, tmp_path / "model.gguf", quant=name, packing="plain", metadata={}
     )
     sources = {tensor.name: tensor.source for tensor in exported.tensors}
     same = []
@@ -350,13 +397,13 @@ def test_a_q3_k_file_holds_the_very_weights(
         source = sources[tensor.name]
         if "_proj" not in source:
             continue
-        assert tensor.tensor_type.name == "Q3_K"
+        assert tensor.tensor_type.name == name.upper()
         code_OI, step_OG = walk.chosen[source]
-        chosen_OI = code_OI * step_OG.repeat(16, axis=1)
+        chosen_OI = code_OI * step_OG.repeat(quants.as_grid(name).GROUP_SIZE, axis=1)
         stored_OI = gguf_py.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(stored_OI, chosen_OI)
         assert np.array_equal(stored_OI == 0, walk.weights[source] == 0)
-        same.append(np.mean(quants.as_grid("q3_k").steps(tensor.data) == step_OG))
+        same.append(np.mean(quants.as_grid(name).steps(tensor.data) == step_OG))
     assert len(same) == len(walk.chosen)
     assert np.mean(same) > 0.8
 
@@ -392,7 +439,7 @@ def test_a_q3_k_model_is_nearer_to_the_dense_one(tmp_path: Path) -> None:
     """Its logits on traces that it was not pruned on differ from the dense ones by less than 85 %,
     squared, of what codes that ggml chooses afterwards leave; it is 75 %.
     """
-    dense = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", **Q3_K_SIZES))
+    dense = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", **K_SIZES))
     chosen = read_pruned(dense, tmp_path / "joint", "q3_k")
     pruned = read_pruned(dense, tmp_path / "plain", "")
     rounded = round_with_ggml(pruned, tmp_path / "plain/pruned")

@@ -33,7 +33,7 @@ _IN_F32 = {
     "_norm.weight": VECTORS_IN_F32,
 }
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
-_FALLBACKS = {"q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, multiples, numpy_ggml, read_ggml_type
+from racdeploy.quant.exact_blocks import ExactBlocks, join_pairs
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK = read_ggml_type("q3_k")
@@ -24,39 +25,11 @@ _LAYOUT = np.dtype(
     [("high", "u1", 32), ("low", "u1", 64), ("step_codes", "u1", 12), ("scale", "<f2")]
 )
 _SHIFTS = (0, 2, 4, 6)  # of two bits in a byte
-_FINDER = multiples.Finder(CODES, STEP_CODES)
-
-
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """Return packed rows: of blocks that the format can hold their very weights, else ggml's."""
-    O, I = weight_OI.shape
-    block_OX = np.zeros((O, I // BLOCK), _LAYOUT)  # X: blocks of a row
-    exact_OX = np.zeros(block_OX.shape, np.bool_)
-
-    # Blocks that the format can hold keep their weights.
-    weight_NGS = weight_OI.reshape(-1, BLOCK // GROUP_SIZE, GROUP_SIZE)
-    found = _FINDER.find(weight_NGS)
-    np.put(exact_OX, found.place_N, True)
-    block_OX[exact_OX] = _pack(found)
-
-    # ggml reads whole rows, for the importance belongs to the inputs.
-    rest_O = ~exact_OX.all(axis=1)
-
-    if rest_O.any():
-        rest_OP = ggml.quantize(GGML_TYPE, weight_OI[rest_O], importance_I)
-        rest_OX = rest_OP.view(_LAYOUT)
-
-        exact_OX, known_OX = exact_OX[rest_O], block_OX[rest_O]
-        block_OX[rest_O] = np.where(exact_OX, known_OX, rest_OX)
-
-    return block_OX.view(np.uint8)
 
 
 def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return step_OG, the scale of every group of 16."""
-    step_code_OXG = _unpack_step_codes(_view_blocks(packed_OP)["step_codes"])
+    step_code_OXG = _unpack_step_codes(_BLOCKS.view(packed_OP)["step_codes"])
     scale_OX1 = scales(packed_OP)[:, :, None]
     step_OXG = step_code_OXG * scale_OX1
     return step_OXG.reshape(len(packed_OP), -1)
@@ -64,12 +37,8 @@ def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the half-precision scale of every block."""
-    scale_OX: NDArray[np.float16] = _view_blocks(packed_OP)["scale"]
+    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
     return scale_OX.astype(np.float32)
-
-
-def _view_blocks(packed_OP: NDArray[np.uint8]) -> NDArray[np.void]:
-    return np.ascontiguousarray(packed_OP).view(_LAYOUT)
 
 
 def _pack(blocks: multiples.Blocks) -> NDArray[np.void]:
@@ -90,7 +59,7 @@ def _pack_codes(code_NGS: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray
     high_NP = np.packbits(high_N8X, axis=1, bitorder="little")[:, 0]
 
     low_N8X = code_N8X & np.uint8(3)
-    low_N2P = _join_pairs(low_N8X.reshape(-1, 2, 4, 32))
+    low_N2P = join_pairs(low_N8X.reshape(-1, 2, 4, 32))
     return high_NP, low_N2P.reshape(-1, 64)
 
 
@@ -98,7 +67,7 @@ def _pack_step_codes(step_code_NG: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return four low bits of groups 8 apart, two a byte; then two high bits of groups 4 apart."""
     low_N8 = numpy_ggml.pair_nibbles(step_code_NG & np.uint8(15))
     high_NG = step_code_NG >> np.uint8(4)
-    high_N4 = _join_pairs(high_NG.reshape(-1, 4, 4))
+    high_N4 = join_pairs(high_NG.reshape(-1, 4, 4))
     return np.concatenate([low_N8, high_N4], axis=1)
 
 
@@ -110,8 +79,11 @@ def _unpack_step_codes(packed_OXP: NDArray[np.uint8]) -> NDArray[np.float32]:
     return stored_OXG.astype(np.float32) + np.float32(STEP_CODES[0])
 
 
-def _join_pairs(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return bytes of four times two bits each, the first one lowest."""
-    shift_41 = np.array(_SHIFTS, np.uint8)[:, None]
-    joined_NX: NDArray[np.uint8] = np.bitwise_or.reduce(pair_N4X << shift_41, axis=-2)
-    return joined_NX
+_BLOCKS = ExactBlocks(
+    GGML_TYPE,
+    _LAYOUT,
+    (BLOCK // GROUP_SIZE, GROUP_SIZE),
+    multiples.Finder(CODES, STEP_CODES),
+    _pack,
+)
+quantize = _BLOCKS.quantize

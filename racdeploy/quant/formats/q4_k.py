@@ -1,9 +1,82 @@
-"""Q4_K: 256 unsigned 4-bit codes, a 6-bit scale and minimum for each 32; the minimum moves zero."""
+"""Q4_K: 256 unsigned 4-bit codes, a 6-bit scale and minimum for each 32, two half-precision scales.
 
-from racdeploy.quant import ggml, read_ggml_type
+The minimum moves zero: ggml's own choices lose zeros, those made while pruning keep them. A block
+of weights that the format can hold exactly is packed exactly.
+Source: ``block_q4_K`` in ggml-common.h, ``get_scale_min_k4`` in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.quant import ggml, numpy_ggml, read_ggml_type
+from racdeploy.quant.exact_blocks import ExactBlocks
+from racdeploy.quant.minima import LineFinder, Lines
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK = read_ggml_type("q4_k")
+CODES = (0, 15)
+GROUP_SIZE, STEP_CODES = 32, (0, 63)
+MINIMA, MINIMUM_UNITS, ZERO_CODE = (0, 63), 8, 8
 PRESERVES_ZERO = False
 
-quantize, dequantize = ggml.make_codec(GGML_TYPE)
+_, dequantize = ggml.make_codec(GGML_TYPE)
+
+_LAYOUT = np.dtype(
+    [("scale", "<f2"), ("minimum_scale", "<f2"), ("numbers", "u1", 12), ("codes", "u1", 128)]
+)
+
+
+def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return step_OG, the scale of every group of 32."""
+    number_OXP = _BLOCKS.view(packed_OP)["numbers"]
+    first_OX4, _, rest_OX4 = np.split(number_OXP, 3, axis=2)
+    later_OX4 = rest_OX4 & 15 | first_OX4 >> 6 << 4
+    step_code_OXG = np.concatenate([first_OX4 & 63, later_OX4], axis=2)
+    step_OXG = step_code_OXG * scales(packed_OP)[:, :, None]
+    return step_OXG.reshape(len(packed_OP), -1)
+
+
+def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the half-precision scale of every block."""
+    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
+    return scale_OX.astype(np.float32)
+
+
+def _pack(lines: Lines) -> NDArray[np.void]:
+    code_NGS = lines.code_NGS.astype(np.uint8)
+
+    block_N = np.empty(len(code_NGS), _LAYOUT)
+    block_N["scale"] = lines.scale_N
+    block_N["minimum_scale"] = lines.scale_N * np.float16(MINIMUM_UNITS)
+    block_N["numbers"] = _pack_numbers(
+        lines.step_code_NG.astype(np.uint8), lines.minimum_code_NG.astype(np.uint8)
+    )
+    pair_N4P = numpy_ggml.pair_nibbles(code_NGS.reshape(-1, 4, 64))  # of two groups a byte
+    block_N["codes"] = pair_N4P.reshape(-1, 128)
+    return block_N
+
+
+def _pack_numbers(step_NG: NDArray[np.uint8], minimum_NG: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the first four steps, then minima, with two high bits of the last four; their rest."""
+    first_s_N4, last_s_N4 = np.split(step_NG, 2, axis=1)
+    first_m_N4, last_m_N4 = np.split(minimum_NG, 2, axis=1)
+    return np.concatenate(
+        [
+            first_s_N4 | last_s_N4 >> 4 << 6,
+            first_m_N4 | last_m_N4 >> 4 << 6,
+            last_s_N4 & 15 | last_m_N4 << 4,
+        ],
+        axis=1,
+    )
+
+
+_BLOCKS = ExactBlocks(
+    GGML_TYPE,
+    _LAYOUT,
+    (BLOCK // GROUP_SIZE, GROUP_SIZE),
+    LineFinder(CODES[1], STEP_CODES[1], MINIMA[1], MINIMUM_UNITS, ZERO_CODE),
+    _pack,
+)
+quantize = _BLOCKS.quantize

@@ -1,4 +1,4 @@
-"""Q2_K: 2-bit codes, a scale and a minimum for each 16 weights: the minimum moves zero away."""
+"""IQ4_XS: 4-bit places in a table that has no zero, a scale for each 32 weights and each 256."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from racdeploy.quant import ggml
 
 FORMATS = ("gguf",)
-GGML_TYPE = 10
-BITS = 2.625
+GGML_TYPE = 23
+BITS = 4.25
 BLOCK = 256
 PRESERVES_ZERO = False
 

@@ -1,0 +1,75 @@
+"""Pack the blocks that a format holds exactly as they are; all others are ggml's.
+
+ggml itself may lose weights that lie on a format's grid, most of all where it knows an importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.quant import ggml
+from racdeploy.quant.multiples import Blocks
+
+AnyBlocks = TypeVar("AnyBlocks", bound=Blocks, covariant=True)
+
+
+class AnyFinder(Protocol[AnyBlocks]):
+    """Finds the blocks that a format holds exactly."""
+
+    def find(self, weight_NGS: NDArray[np.float32]) -> AnyBlocks: ...
+
+
+class ExactBlocks(Generic[AnyBlocks]):
+    """A format of ggml; ``pack`` makes blocks of its ``layout`` of what ``finder`` finds."""
+
+    def __init__(
+        self,
+        ggml_type: int,
+        layout: np.dtype[np.void],
+        group_shape: tuple[int, int],  # groups of a block, weights of a group
+        finder: AnyFinder[AnyBlocks],
+        pack: Callable[[AnyBlocks], NDArray[np.void]],
+    ) -> None:
+        self._type, self._layout, self._group_shape = ggml_type, layout, group_shape
+        self._finder, self._pack = finder, pack
+
+    def quantize(
+        self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
+        """Return packed rows: of blocks that the format can hold their very weights."""
+        O, I = weight_OI.shape
+        groups, size = self._group_shape
+        block_OX = np.zeros((O, I // (groups * size)), self._layout)  # X: blocks of a row
+        exact_OX = np.zeros(block_OX.shape, np.bool_)
+
+        # Blocks that the format can hold keep their weights.
+        found = self._finder.find(weight_OI.reshape(-1, groups, size))
+        np.put(exact_OX, found.place_N, True)
+        block_OX[exact_OX] = self._pack(found)
+
+        # ggml reads whole rows, for the importance belongs to the inputs.
+        rest_O = ~exact_OX.all(axis=1)
+
+        if rest_O.any():
+            rest_OP = ggml.quantize(self._type, weight_OI[rest_O], importance_I)
+            rest_OX = rest_OP.view(self._layout)
+
+            exact_OX, known_OX = exact_OX[rest_O], block_OX[rest_O]
+            block_OX[rest_O] = np.where(exact_OX, known_OX, rest_OX)
+
+        return block_OX.view(np.uint8)
+
+    def view(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.void]:
+        """Return packed rows as blocks of the layout."""
+        return np.ascontiguousarray(packed_OP).view(self._layout)
+
+
+def join_pairs(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return bytes of four times two bits each, the first one lowest."""
+    shift_41 = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    joined_NX: NDArray[np.uint8] = np.bitwise_or.reduce(pair_N4X << shift_41, axis=-2)
+    return joined_NX

@@ -1,0 +1,62 @@
+"""Q2_K: 256 unsigned 2-bit codes, a 4-bit scale and minimum for each 16, two half-precision scales.
+
+The minimum moves zero: ggml's own choices lose zeros, those made while pruning keep them. A block
+of weights that the format can hold exactly is packed exactly.
+Source: ``block_q2_K`` in ggml-common.h, ``dequantize_row_q2_K`` in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.quant import ggml, read_ggml_type
+from racdeploy.quant.exact_blocks import ExactBlocks, join_pairs
+from racdeploy.quant.minima import LineFinder, Lines
+
+FORMATS = ("gguf",)
+GGML_TYPE, BITS, BLOCK = read_ggml_type("q2_k")
+CODES = (0, 3)
+GROUP_SIZE, STEP_CODES = 16, (0, 15)
+MINIMA, MINIMUM_UNITS, ZERO_CODE = (0, 15), 2, 2
+PRESERVES_ZERO = False
+
+_, dequantize = ggml.make_codec(GGML_TYPE)
+
+_LAYOUT = np.dtype(
+    [("numbers", "u1", 16), ("codes", "u1", 64), ("scale", "<f2"), ("minimum_scale", "<f2")]
+)
+
+
+def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return step_OG, the scale of every group of 16."""
+    step_code_OXG = _BLOCKS.view(packed_OP)["numbers"] & 15
+    step_OXG = step_code_OXG * scales(packed_OP)[:, :, None]
+    return step_OXG.reshape(len(packed_OP), -1)
+
+
+def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the half-precision scale of every block."""
+    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
+    return scale_OX.astype(np.float32)
+
+
+def _pack(lines: Lines) -> NDArray[np.void]:
+    code_NGS = lines.code_NGS.astype(np.uint8)
+
+    block_N = np.empty(len(code_NGS), _LAYOUT)
+    block_N["scale"] = lines.scale_N
+    block_N["minimum_scale"] = lines.scale_N * np.float16(MINIMUM_UNITS)
+    block_N["numbers"] = lines.step_code_NG | lines.minimum_code_NG << 4
+    block_N["codes"] = join_pairs(code_NGS.reshape(-1, 2, 4, 32)).reshape(-1, 64)
+    return block_N
+
+
+_BLOCKS = ExactBlocks(
+    GGML_TYPE,
+    _LAYOUT,
+    (BLOCK // GROUP_SIZE, GROUP_SIZE),
+    LineFinder(CODES[1], STEP_CODES[1], MINIMA[1], MINIMUM_UNITS, ZERO_CODE),
+    _pack,
+)
+quantize = _BLOCKS.quantize

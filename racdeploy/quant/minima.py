@@ -1,0 +1,184 @@
+"""Find the blocks that a format with minima holds exactly, and what it stores of them.
+
+A weight is (step code · code − units · minimum code) · scale: the scale for minima is ``units``
+times that for steps, as pruning chooses them. So the scale is a common divisor of the block's
+weights, as in :mod:`racdeploy.quant.multiples`. The step code of a group divides the differences of
+its products, and the minimum code follows from the lowest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.quant.multiples import Blocks, find_divisor, is_half
+
+
+@dataclass(frozen=True)
+class Lines(Blocks):
+    """Blocks of a format with minima, which are whole numbers of so many scales."""
+
+    minimum_code_NG: NDArray[np.int64]
+
+
+class LineFinder:
+    """Highest codes of each kind; a minimum code counts ``units`` scales.
+
+    Where a group has several choices, that of a minimum of ``zero_code`` steps is taken, which has
+    a code for zero, then the largest step code.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        step_codes: int,
+        minimum_codes: int,
+        units: int,
+        zero_code: int,
+    ) -> None:
+        self._codes, self._step_codes = codes, step_codes
+        self._minimum_codes, self._units, self._zero = minimum_codes, units, zero_code
+        self._most = max(codes * step_codes, minimum_codes * units)
+        self._limit = self._most * float(np.finfo(np.float16).max)
+
+    def find(self, weight_NGS: NDArray[np.float32]) -> Lines:
+        """Return what is held exactly; blocks of zeros have no scale and are left out."""
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
+        place_N = np.flatnonzero((largest_N > 0) & (largest_N <= self._limit))
+
+        # One group excludes nearly all blocks that lie on no grid.
+        place_N = place_N[self._may_fit(weight_NGS[place_N, :1], largest_N[place_N])]
+        place_N = place_N[self._may_fit(weight_NGS[place_N], largest_N[place_N])]
+        weight_NGS, largest_N = weight_NGS[place_N], largest_N[place_N]
+
+        divisor_N = find_divisor(weight_NGS)
+        shares_N = self._most * divisor_N / largest_N
+        shape = weight_NGS.shape[:2]
+        scale_N = np.zeros_like(divisor_N)
+        step_code_NG, minimum_code_NG = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+
+        # The scale is a share of the greatest divisor, nearly always all of it.
+        for share in range(1, self._most + 1):
+            for signed in (share, -share):
+                open_N = np.flatnonzero((scale_N == 0) & (shares_N >= share))
+                if not open_N.size:
+                    break
+
+                tried_N = divisor_N[open_N] / signed
+                product_NGS = weight_NGS[open_N] / tried_N[:, None, None]
+                found = self._solve(np.rint(product_NGS).astype(np.int64))
+                fits_N = found.fits_NG.all(axis=1) & is_half(tried_N)
+                fits_N &= is_half(tried_N * self._units)
+
+                found_N = open_N[fits_N]
+                scale_N[found_N] = tried_N[fits_N]
+                step_code_NG[found_N] = found.step_code_NG[fits_N]
+                minimum_code_NG[found_N] = found.minimum_code_NG[fits_N]
+
+        found_N = np.flatnonzero(scale_N)
+        return self._describe(
+            place_N[found_N],
+            weight_NGS[found_N] / scale_N[found_N, None, None],
+            scale_N[found_N],
+            step_code_NG[found_N],
+            minimum_code_NG[found_N],
+        )
+
+    def _may_fit(
+        self, weight_NGS: NDArray[np.float32], largest_N: NDArray[np.float32]
+    ) -> NDArray[np.bool_]:
+        divisor_N = find_divisor(weight_NGS)
+        fits_N: NDArray[np.bool_] = (divisor_N == 0) | (largest_N <= self._most * divisor_N)
+        return fits_N
+
+    def _solve(self, product_NGS: NDArray[np.int64]) -> _Solved:
+        """Return a step code and a minimum code for every group that has some."""
+        lowest_NG, highest_NG = product_NGS.min(axis=2), product_NGS.max(axis=2)
+        reach_NG = highest_NG - lowest_NG
+        divisor_NG = np.gcd.reduce(product_NGS - lowest_NG[:, :, None], axis=2)
+        found = _Solved.nothing(lowest_NG.shape)
+
+        # Codes on both sides of zero: all products are multiples of the step.
+        around_NG = np.gcd(divisor_NG, lowest_NG)
+        for times in range(1, self._codes + 1):
+            step_NG = around_NG // times
+            whole_NG = step_NG * times == around_NG
+            minimum_NG = step_NG * self._zero
+            self._take(found, step_NG, minimum_NG, lowest_NG, highest_NG, whole_NG)
+
+        if found.fits_NG.all():
+            return found
+
+        for times in range(1, self._codes + 1):
+            step_NG = divisor_NG // times
+            whole_NG = (step_NG * times == divisor_NG) & (divisor_NG > 0)
+            for code in range(self._codes + 1):
+                inside_NG = whole_NG & (reach_NG <= step_NG * (self._codes - code))
+                minimum_NG = step_NG * code - lowest_NG
+                self._take(found, step_NG, minimum_NG, lowest_NG, highest_NG, inside_NG)
+
+        self._take_alike(found, lowest_NG, divisor_NG == 0)
+        return found
+
+    def _take_alike(
+        self, found: _Solved, product_NG: NDArray[np.int64], alike_NG: NDArray[np.bool_]
+    ) -> None:
+        """Try every step for groups whose weights are all the same number."""
+        if not (alike_NG & ~found.fits_NG).any():
+            return
+
+        for step in range(self._step_codes + 1):
+            step_NG = np.full_like(product_NG, step)
+            for code in range(self._codes + 1):
+                minimum_NG = step_NG * code - product_NG
+                self._take(found, step_NG, minimum_NG, product_NG, product_NG, alike_NG)
+
+    def _take(
+        self,
+        found: _Solved,
+        step_NG: NDArray[np.int64],
+        minimum_NG: NDArray[np.int64],
+        lowest_NG: NDArray[np.int64],
+        highest_NG: NDArray[np.int64],
+        tried_NG: NDArray[np.bool_],
+    ) -> None:
+        """Note what the format has, of those that are tried and have nothing yet."""
+        number_NG = minimum_NG // self._units
+        fits_NG = tried_NG & ~found.fits_NG & (step_NG >= 0) & (step_NG <= self._step_codes)
+        fits_NG &= (number_NG >= 0) & (number_NG <= self._minimum_codes)
+        fits_NG &= number_NG * self._units == minimum_NG
+        fits_NG &= lowest_NG + minimum_NG >= 0
+        fits_NG &= highest_NG + minimum_NG <= step_NG * self._codes
+
+        found.fits_NG[fits_NG] = True
+        found.step_code_NG[fits_NG] = step_NG[fits_NG]
+        found.minimum_code_NG[fits_NG] = number_NG[fits_NG]
+
+    def _describe(
+        self,
+        place_N: NDArray[np.intp],
+        product_NGS: NDArray[np.float64],
+        scale_N: NDArray[np.float64],
+        step_code_NG: NDArray[np.int64],
+        minimum_code_NG: NDArray[np.int64],
+    ) -> Lines:
+        over_NGS = np.rint(product_NGS).astype(np.int64)
+        over_NGS += (minimum_code_NG * self._units)[:, :, None]
+        code_NGS = over_NGS // np.where(step_code_NG == 0, 1, step_code_NG)[:, :, None]
+        half_N = scale_N.astype(np.float16)
+        return Lines(place_N, half_N, step_code_NG, code_NGS, minimum_code_NG)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """Which groups have a step code and a minimum code, and these."""
+
+    fits_NG: NDArray[np.bool_]
+    step_code_NG: NDArray[np.int64]
+    minimum_code_NG: NDArray[np.int64]
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...]) -> _Solved:
+        return cls(np.zeros(shape, np.bool_), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
