@@ -14,7 +14,7 @@ SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
 VENV5  := .venv-transformers5
-TESTS5 ?= $(addprefix tests/,contracts engines end_to_end export prune recover)
+TESTS5 ?= $(addprefix tests/,accel/test_ggml_families.py contracts engines end_to_end export prune recover)
 
 .PHONY: demo test test-slow test-transformers5 fuzz lint docs check clean
 

@@ -1,4 +1,8 @@
-"""What racdeploy can do with each model family, as the family files say it."""
+"""What racdeploy can do with each model family, as the family files say it.
+
+The kernels for llama.cpp take every linear that is a matrix of its own in the file; experts of a
+block lie in one tensor there.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ def _describe(name: str) -> dict[str, Any]:
         "blocks": _list_kinds(family),
         "prunes": list(family.linears),
         "stays_dense": sorted(family.kept),
+        "kernels": [linear for linear in family.linears if linear not in family.routed],
         "cuts": _list_cuts(family),
         "onnx": _list_exporters(name),
     }

@@ -32,7 +32,7 @@ from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.runtime import load
 from racdeploy.storage.gguf_header import Header
-from tests.support.accel_plugin import find_kernels, write_proof
+from tests.support.accel_plugin import build_plugin, find_kernels, write_proof
 from tests.support.tiny_artifacts import make_bundle
 from tests.support.tiny_models import make_checkpoint
 
@@ -59,9 +59,10 @@ STUB = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of this module's libraries; the plug-in is in it, not yet tried."""
+    plugin = build_plugin(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("plugin")))
-        yield find_kernels().library.build()
+        patch.setenv("RACDEPLOY_ACCEL", str(plugin.parent))
+        yield plugin
 
 
 @pytest.fixture

@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.accel_plugin import find_kernels, write_proof
+from tests.support.accel_plugin import build_plugin, write_proof
 from tests.support.commands import racdeploy
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the plug-in and a proof that uses it from 40 % zeros on."""
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RACDEPLOY_ACCEL", str(folder))
-        library = find_kernels().library.build()
+    library = build_plugin(tmp_path_factory)
     write_proof(library, {"q8_0": 0.4})
-    return folder
+    return library.parent
 
 
 def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+import pytest
 
 from racdeploy.accel import Proof, ggml_plugin
 from racdeploy.accel.proof import Kernels
@@ -23,6 +27,19 @@ def find_kernels() -> Kernels:
     kernels = ggml_plugin.find_kernels()
     assert not isinstance(kernels, str), kernels
     return kernels
+
+
+def build_plugin(factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the plug-in in a folder of its own; it is compiled once in a test run."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its folder inside that of the run
+        root = root.parent
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(root / "compiled"))
+        built = find_kernels().library.build()
+
+    return Path(shutil.copy(built, factory.mktemp("plugin")))
 
 
 def write_proof(library: Path, faster_from: dict[str, float]) -> None:

@@ -61,15 +61,16 @@ def tabulate_families() -> str:
         "file": _list_cases("tests/export/test_oracle.py"),
     }
     lines = [
-        "| family | models | transformers | llama.cpp | ONNX | cuts | stays dense |",
-        "|---|---|---|---|---|---|---|",
+        "| family | models | transformers | llama.cpp | kernels | ONNX | cuts | stays dense |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     for row in describe_families():
         equal = [what for what, families in compared.items() if row["family"] in families]
         gguf = f"`{row['gguf']}`: {', '.join(equal) or 'not compared'}"
         dense = ", ".join(f"`{name}`" for name in row["stays_dense"])
-        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf)
+        kernels = "all" if row["kernels"] == row["prunes"] else "all but experts"
+        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf, kernels)
         rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]) or "none", dense)
         lines.append(f"| {' | '.join((*cells, *rest))} |")
 
