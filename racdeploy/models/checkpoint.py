@@ -244,6 +244,16 @@ class Checkpoint:
         return value
 
     @property
+    def streams(self) -> int:
+        """How many hidden states a token has between blocks."""
+        return self.integer(self.family.streams) if self.family.streams else 1
+
+    @property
+    def state_width(self) -> int:
+        """Values of a token that pass from block to block."""
+        return self.streams * self.integer("hidden_size")
+
+    @property
     def positions(self) -> int:
         """Longest sequence that the model is made for, in tokens."""
         listed = self.integer("max_position_embeddings")
@@ -489,6 +499,9 @@ SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "linear_value_width": lambda c: _width_of(c, "value"),
     "logit_cap_or_0": lambda c: c.config.get("final_logit_softcapping") or 0.0,
     "own_inputs_width": lambda c: c.block_count * c.integer("hidden_size_per_layer_input"),
+    "altup_pairs": lambda c: c.integer("altup_num_inputs") ** 2,
+    "blocks_beyond_20": lambda c: max(0, c.block_count - 20),
+    "sparsity_of_gemma3n": lambda c: [0.95] * min(10, c.block_count) + [0.0] * (c.block_count - 10),
     "mamba_width": lambda c: c.integer("mamba_expand") * c.integer("hidden_size"),
     "mamba_convolved_width": _convolved_width,
 }

@@ -11,7 +11,8 @@ Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns"
 
 - ``rotary``: reorder each head's rows from half-split rotary pairs to llama.cpp's interleaved ones.
 - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
-- ``stack``: lay the matrices of all experts, whose names differ in ``*``, into one tensor.
+- ``stack``: lay matrices into one tensor of three axes: those of all experts, whose names differ
+  in ``*``, or those that have one name in the file.
 - ``value_rows``, ``value_columns``: reorder the value heads of linear attention, which have fewer
   key heads, along one axis.
 - ``decay``: the rate that a logarithm of it means, as a negative number, heads in that order.

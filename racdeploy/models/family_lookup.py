@@ -80,7 +80,8 @@ def _list_unknown(config: Mapping[str, Any], family: Family) -> list[str]:
 def _list_own(family: Family) -> set[str]:
     """Return the settings that a family file names."""
     named = (family.integers, family.numbers, family.sizes)
-    return {*family.defaults, *family.fixed, *(name for each in named for name in each.values())}
+    keys = {*family.defaults, *family.fixed, family.logit_cap}
+    return keys.union(*(each.values() for each in named))
 
 
 def _families() -> list[Family]:

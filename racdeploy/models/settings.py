@@ -49,6 +49,8 @@ _COUNTS: Mapping[str, int] = {
     "block_multiple_of": _WIDTH,
     "conv_L_cache": _WIDTH,
     "vocab_size_per_layer_input": _TOKENS,
+    "altup_num_inputs": _WIDTH,
+    "laurel_rank": _WIDTH,
 }
 _COUNTS_OR_NONE: Mapping[str, int] = {
     "sliding_window": _POSITIONS,
@@ -59,6 +61,7 @@ _COUNTS_OR_NONE: Mapping[str, int] = {
     "num_kv_shared_layers": _BLOCKS,
     "global_head_dim": _WIDTH,
     "num_global_key_value_heads": _WIDTH,
+    "altup_active_idx": _WIDTH,
     "num_local_experts": _WIDTH,
     "num_experts_per_tok": _WIDTH,
 }
@@ -67,12 +70,12 @@ _NUMBERS = (
     *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
     *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
     *("attention_dropout", "initializer_range", "router_aux_loss_coef"),
-    *("norm_eps", "block_ffn_dim_multiplier"),
+    *("norm_eps", "block_ffn_dim_multiplier", "altup_coef_clip"),
 )
 _SWITCHES = (
     *("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache"),
     *("norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block"),
-    *("use_double_wide_mlp",),
+    *("use_double_wide_mlp", "altup_correct_scale"),
     *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
     *("mamba_conv_bias", "mamba_proj_bias"),
 )
@@ -82,8 +85,10 @@ _TEXTS = (
 )
 _LISTS = (
     *("layer_types", "no_rope_layers", "architectures", "mlp_only_layers"),
-    *("full_attn_idxs",),
+    *("full_attn_idxs", "activation_sparsity_pattern"),
 )
+# Settings that a family may write once for each block.
+_REPEATED = {"gemma3n_text": ("intermediate_size",)}
 _TABLES = ("rope_scaling", "rope_parameters")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -92,9 +97,12 @@ Fault = Callable[[Any], str]
 
 def check(config: Mapping[str, Any], where: str) -> None:
     """Raise ModelError for the first setting of another kind, or out of its bounds."""
+    repeated = _REPEATED.get(str(config.get("model_type")), ())
     for key, find in _FAULTS.items():
         value = config.get(key)
-        fault = "" if value is None else find(value)
+        values = value if key in repeated and isinstance(value, list) else [value]
+        faults = [find(each) for each in values[:_MOST_LISTED] if each is not None]
+        fault = next(filter(None, faults), "")
         if fault:
             raise ModelError(
                 f"{where}: {key} is {str(value)[:80]!r}, not {fault}",

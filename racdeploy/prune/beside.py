@@ -17,8 +17,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
 
-Keys = MutableMapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Kind of attention → keys and values, (B, heads, T, K) each."""
+Keys = MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]
+"""Kind of attention, or number of the block that makes them → keys and values, (B, heads, T, K)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Besides:
     ) -> None:
         self._ids = [batch.ids_BT for batch in batches]
         self._device = device
-        self._stored: dict[str, Activations] = {}
+        # By kind, and by number: transformers 5.8 asks Gemma 3n's for the block that made them.
+        self._stored: dict[str | int, Activations] = {}
 
         for block, source in enumerate(checkpoint.key_sources):
             kind = checkpoint.layer_types[block]
@@ -64,7 +65,7 @@ class Besides:
                 shapes.append((2, B, heads, T, size))
 
             file = folder / f"keys-{name}-{kind}.bin"
-            self._stored[kind] = Activations(shapes, file, window_bytes=0)
+            self._stored[kind] = self._stored[source] = Activations(shapes, file, window_bytes=0)
 
     def __getitem__(self, index: int) -> Beside:
         return Beside(self._ids[index], _StoredKeys(self._stored, index, self._device))
@@ -75,24 +76,26 @@ class Besides:
             activations.close()
 
 
-class _StoredKeys(MutableMapping[str, tuple[torch.Tensor, torch.Tensor]]):
+class _StoredKeys(MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]):
     """Keys and values of one batch; those that no later block takes are not kept."""
 
-    def __init__(self, stored: Mapping[str, Activations], index: int, device: torch.device) -> None:
+    def __init__(
+        self, stored: Mapping[str | int, Activations], index: int, device: torch.device
+    ) -> None:
         self._stored, self._index, self._device = stored, index, device
 
-    def __getitem__(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, kind: str | int) -> tuple[torch.Tensor, torch.Tensor]:
         key_BHTK, value_BHTK = self._stored[kind][self._index].to(self._device)
         return key_BHTK, value_BHTK
 
-    def __setitem__(self, kind: str, made: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def __setitem__(self, kind: str | int, made: tuple[torch.Tensor, torch.Tensor]) -> None:
         if kind in self._stored:
             self._stored[kind][self._index] = torch.stack(made).float()
 
-    def __delitem__(self, kind: str) -> None:
+    def __delitem__(self, kind: str | int) -> None:
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | int]:
         return iter(self._stored)
 
     def __len__(self) -> int:

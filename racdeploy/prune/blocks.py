@@ -24,6 +24,7 @@ from racdeploy.prune.beside import Beside
 from racdeploy.prune.device import CPU
 from racdeploy.prune.own_inputs import OwnInputs
 from racdeploy.prune.routing import Routed
+from racdeploy.prune.streams import Streams
 
 _ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
 
@@ -43,10 +44,11 @@ class Blocks:
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
         self._own_inputs = OwnInputs(checkpoint) if OwnInputs.exist(checkpoint) else None
+        self._streams = Streams(checkpoint) if checkpoint.streams > 1 else None
 
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
-        """Return (B, T, D) of each batch."""
-        D = self.checkpoint.entries[_EMBEDDING].shape[1]
+        """Return (B, T, D) of each batch; D are those of all hidden states that a token has."""
+        D = self.checkpoint.state_width
         return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def groups(self, block: Any) -> InputGroups:
@@ -80,6 +82,8 @@ class Blocks:
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
         rows_ND = torch.from_numpy(self.checkpoint.read_rows(_EMBEDDING, used_N.numpy()))
         rows_ND *= embedding_scale(self.checkpoint)
+        if self._streams:
+            rows_ND = self._streams.begin(rows_ND)
 
         for batch in batches:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
@@ -99,12 +103,12 @@ class Blocks:
         return block
 
     def last_norm(self) -> nn.Module:
-        """Return the norm after the last block, with its weights on the device."""
+        """Return the norm after the last block, and what comes before it, on the device."""
         name = self.checkpoint.family.last_norm
         norm = self._model.get_submodule(name)
         fill_parameter(self._model, f"{name}.weight", self.checkpoint)
         put(norm, "weight", self.place(norm.get_parameter("weight").data))
-        return norm
+        return self._streams.end(norm) if self._streams else norm
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)  # here and nowhere else; what a block returns stays there
@@ -133,10 +137,10 @@ class Blocks:
             given |= self._give_beside(self._own_inputs, block, beside, to_end=to_end)
 
         with self.computing(), self._shortcuts(block, known or {}):
-            output = block(hidden_BTD, **given)
+            output = block(self._streams.part(hidden_BTD) if self._streams else hidden_BTD, **given)
 
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return self._streams.join(result) if self._streams else result
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return what products are made under, so that they are those of a forward pass."""

@@ -52,8 +52,9 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
     per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
     cache = per_token * (sum(checkpoint.attends) + 1) * sequences * longest
 
-    # A prompt token: six values of hidden width, four of feed-forward width; the last logits twice.
-    passing = sequences * prompt * (6 * width + 4 * inner)
+    # A prompt token: six values of hidden width, four of them of all that pass between blocks; four
+    # of feed-forward width; the last logits twice.
+    passing = sequences * prompt * (2 * width + 4 * checkpoint.state_width + 4 * inner)
     logits = 2 * sequences * checkpoint.integer("vocab_size")
     return _process_bytes() + _FLOAT32 * (weights + cache + passing + logits)
 
@@ -79,12 +80,13 @@ def peak_bytes(
 
     tokens = calibration_tokens + held_out_tokens
     dense_tokens = tokens if settings.match_dense else held_out_tokens
-    window = sum(min(_FLOAT32 * width * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
+    wide = checkpoint.state_width
+    window = sum(min(_FLOAT32 * wide * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
 
-    # A token: six values of hidden width, two of feed-forward width, a linear's input per stream.
+    # A token: as above, two values of feed-forward width, a linear's input per stream.
     inner = max(I for group in groups for _, I in group.shapes)
     batch_tokens = min(TOKENS_PER_BATCH, calibration_tokens)
-    passing = _FLOAT32 * batch_tokens * (6 * width + (2 + streams) * inner)
+    passing = _FLOAT32 * batch_tokens * (2 * width + 4 * wide + (2 + streams) * inner)
 
     method = plugins.constants("methods", settings.method)
     matrices = method.get("MATRICES", _MATRICES)

@@ -1,7 +1,8 @@
 """The input that each block of some families has of its own, made of a batch's token ids.
 
 Half is a second embedding of the tokens, half a projection of the first; of both tables only what
-one block takes is read. Source: transformers ``Gemma4TextModel.project_per_layer_inputs``.
+one block takes is read. Source: transformers ``Gemma4TextModel`` and ``Gemma3nTextModel``,
+``project_per_layer_inputs``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class OwnInputs:
         square_N1 = projected_NP.square().mean(-1, keepdim=True) + eps
         normed_NP = projected_NP * square_N1.pow(-0.5) * weight_P
 
+        known = rows < checkpoint.entries[_OWN_EMBEDDING].shape[0]
+        rows = np.where(known, rows, 0)  # transformers gives tokens without one that of the first
         looked_up_NP = torch.from_numpy(checkpoint.read_rows(_OWN_EMBEDDING, rows, own)).to(device)
         own_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
         own_BTP: torch.Tensor = own_NP[place_BT.to(device)]

@@ -48,7 +48,7 @@ def whole_model_bytes(course: Course, trained: Sequence[str]) -> int:
 
     # What enters each block is kept; one block at a time computes the rest again.
     tokens = _batch_tokens(course, lessons.BATCH_TOKENS)
-    entering = sparse.integer("hidden_size") * (sparse.block_count + 4)
+    entering = sparse.state_width * (sparse.block_count + 4)
     taken += WEIGHT_BYTES * tokens * entering
     taken += _block_activations(sparse, tokens)
     taken += 2 * WINDOW_BYTES
@@ -132,7 +132,7 @@ def _block_activations(checkpoint: Checkpoint, tokens: int) -> int:
     """Return what one block keeps for its backward pass, and the gradients on the way."""
     width = checkpoint.integer("hidden_size")
     inner = max(checkpoint.per_block("intermediate_size"))
-    return WEIGHT_BYTES * tokens * (12 * width + 6 * inner)
+    return WEIGHT_BYTES * tokens * (8 * width + 4 * checkpoint.state_width + 6 * inner)
 
 
 def _head_bytes(course: Course) -> int:

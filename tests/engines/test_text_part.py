@@ -15,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.assemble import assemble
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
-_PARTS = [name for name in ("gemma3_text", "gemma4_text") if name in FAMILIES]
+_PARTS = [name for name in ("gemma3_text", "gemma3n_text", "gemma4_text") if name in FAMILIES]
 _IDS_BT = torch.arange(40)[None]
 
 

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -33,6 +34,7 @@ from tests.support.tiny_models import (
     LINEAR,
     LLAMA3,
     LONGROPE,
+    SHARING,
     SPECIAL_TOKENS,
     YARN,
     edit_json,
@@ -86,6 +88,8 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "gemma3 pieces": {"family": "gemma3_text", "pre_tokenizer": "gemma"},
+    "gemma3n": {"family": "gemma3n_text"},
+    "gemma3n untied, keys shared": {"family": "gemma3n_text", "tied": False, **SHARING},
     "gemma4": {"family": "gemma4_text"},
     "gemma4 pieces": {"family": "gemma4_text", "pre_tokenizer": "gemma4"},
     "gemma4 pieces across lines": {"family": "gemma4_text", "pre_tokenizer": "gemma"},
@@ -137,7 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 float32": {"family": "qwen3", "dtype": "float32"},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
-_TABLED = ("gemma3_text", "gemma4_text")
+_TABLED = ("gemma3_text", "gemma3n_text", "gemma4_text")
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 
 
@@ -181,6 +185,7 @@ def run_torch(
     looks it up for them.
 
     The table takes numbers of half precision. ``pairs`` is told torch's own inputs and ggml's.
+    Gemma 3n drops activations by their spread, which llama.cpp divides by one less.
     """
     given = iter(gates)
 
@@ -198,6 +203,10 @@ def run_torch(
     for name, module in model.named_modules():
         if gates and model.config.model_type in _TABLED and name.endswith("act_fn"):
             module.register_forward_hook(look_up)
+        if gates and getattr(module, "activation_sparsity", 0):
+            F = module.intermediate_size
+            reach = NormalDist().inv_cdf(module.activation_sparsity) * np.sqrt(F / (F - 1))
+            module.activation_sparsity = NormalDist().cdf(float(reach))
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
 
@@ -230,13 +239,16 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("gemma")])
+_SHALLOW = [name for name, case in CASES.items() if case.get("num_hidden_layers", 0) < 20]
+
+
+@pytest.mark.parametrize("case", [case for case in _SHALLOW if case.startswith("gemma")])
 def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], case: str) -> None:
     """Torch's own GELU is no nearer than 1e-4 at nine of ten positions.
 
     With the table, what is left are a few inputs that the rounding error of a sum sends to the next
     number of half precision, 2^-11 away: they alone are why logits with a table of torch's own
-    inputs differ by more than 1e-4.
+    inputs differ by more than 1e-4. Over 20 blocks they become more than a few.
     """
     found, pairs = measured[case], list[tuple[np.ndarray, np.ndarray]]()
     error_T = (
@@ -285,8 +297,11 @@ def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
     assert SPECIAL_TOKENS["</think>"] in ask_llama([file], IDS[:4])[0].ends
 
 
-# Of Gemma 4 there is no other form than that of transformers 5.
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma4_text"])
+# Of these there is no other form than that of transformers 5.
+_NEWER = ("gemma3n_text", "gemma4_text")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in _NEWER])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_transformers_5_checkpoints_give_the_identical_file(
     tmp_path: Path, family: str, scaled: bool

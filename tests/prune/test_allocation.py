@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from racdeploy.prune.session import Session
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
+from tests.support.block_outputs import take_states
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -119,7 +121,8 @@ def test_an_effect_is_that_in_the_whole_model(
     transformers.
 
     The thinking counts twice, the prompt not at all; sequences are padded together. Of three
-    batches, the second counts most.
+    batches, the second counts most. What a norm follows changes next to nothing, as little as
+    rounding does.
     """
     monkeypatch.setattr(batches_module, "TOKENS_PER_BATCH", 110)
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
@@ -158,7 +161,7 @@ def test_an_effect_is_that_in_the_whole_model(
                 weight_OI *= 2
                 seen = found[f"model.layers.{number}.{linear}"]
                 assert seen["unchanged"] < 1e-11
-                assert seen["halved"] == pytest.approx(lost / weight, rel=1e-4)
+                assert seen["halved"] == pytest.approx(lost / weight, rel=1e-4, abs=1e-11)
                 assert lost > 0
     assert len(STREAMS) == len(weights_R)
 
@@ -167,10 +170,8 @@ def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> li
     """Return what a block makes of each trace, by itself."""
     seen: list[torch.Tensor] = []
 
-    def keep(
-        _: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor]
-    ) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output)[0])
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: Any) -> None:
+        seen.append(take_states(output)[0])
 
     handle = model.get_submodule(f"model.layers.{number}").register_forward_hook(keep)
     for trace in traces:

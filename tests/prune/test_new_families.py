@@ -11,6 +11,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,19 @@ from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.recipe import Pruning
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.files import file_sha256
+from tests.support.block_outputs import take_states
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import make_trace
 
-NEW = [name for name in ("qwen3_5_text", "gemma4_text") if name in FAMILIES]
+# Of Gemma 3n, keys are shared earlier than llama.cpp has it: fewer blocks are walked.
+SHARED = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0]}
+KINDS = [*["sliding_attention", "full_attention"] * 2, "full_attention"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "gemma4_text": {},
+    "gemma3n_text": {**SHARED, "layer_types": KINDS},
+}
+NEW = [name for name in CONFIGS if name in FAMILIES]
 FITTED = [make_trace(i, 5 + i, 20 + 2 * i, 4) for i in range(24)]
 HELD_OUT = [make_trace(100 + i, 6, 30, 4) for i in range(4)]
 pytestmark = pytest.mark.skipif(not NEW, reason="transformers 4 has none of these families")
@@ -45,7 +55,9 @@ class Walked:
 @pytest.fixture(scope="module", params=NEW)
 def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walked:
     root = tmp_path_factory.mktemp(request.param)
-    checkpoint = Checkpoint(make_checkpoint(root / "model", request.param, dtype="float32"))
+    config = CONFIGS[request.param]
+    folder = make_checkpoint(root / "model", request.param, dtype="float32", **config)
+    checkpoint = Checkpoint(folder)
     return Walked(checkpoint, root / "blocks", *_prune(checkpoint, root / "blocks"))
 
 
@@ -112,7 +124,7 @@ def test_the_pruned_model_is_as_far_from_the_dense_one_as_the_walk_says(
     for model in (load_model(pruned), load_model(checkpoint)):
         last = model.get_submodule(f"{checkpoint.family.blocks}.{checkpoint.block_count - 1}")
         seen: list[torch.Tensor] = []
-        last.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output[0]))
+        last.register_forward_hook(lambda _, __, out, seen=seen: seen.append(take_states(out)))
         with torch.inference_mode():
             for trace in HELD_OUT:
                 model(input_ids=torch.tensor([trace.ids]), use_cache=False)

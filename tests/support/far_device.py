@@ -79,10 +79,18 @@ def far_device() -> Iterator[None]:
         _lazy_init=lambda: None, get_amp_supported_dtype=lambda: [torch.bfloat16]
     )
     torch._register_device_module(FAR.type, module)
+    make = torch.tensor  # asks the device for memory before a mode sees it
+
+    def make_near(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    torch.tensor = make_near  # type: ignore[assignment]
     try:
         with _FarMode(), torch.inference_mode():
             yield
     finally:
+        torch.tensor = make
         delattr(torch, FAR.type)
         del sys.modules[f"torch.{FAR.type}"]
 
@@ -100,8 +108,8 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         raise RuntimeError(f"{func} got tensors on {FAR} and on the cpu")
     if func is _aten._fused_sdp_choice.default:
         return 0  # the math kernel
-    where = kwargs.get("device") or (FAR if far else None)
-    kwargs = dict(kwargs) | ({"device": torch.device("cpu")} if kwargs.get("device") == FAR else {})
+    asked = next((value for value in flat if isinstance(value, torch.device)), None)
+    where = asked or (FAR if far else None)
     found = func(*tree_map(_near, args), **tree_map(_near, kwargs))
     if where != FAR:
         return found
@@ -122,4 +130,6 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _near(value: Any) -> Any:
+    if isinstance(value, torch.device) and value == FAR:
+        return torch.device("cpu")
     return value.near if isinstance(value, _FarTensor) else value

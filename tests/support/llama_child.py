@@ -83,7 +83,10 @@ def _answer(
     settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     seen: dict[str, np.ndarray] = {}
-    settings.cb_eval = watch = _watcher(llama_cpp, seen)
+    arch = ctypes.create_string_buffer(64)
+    llama_cpp.llama_model_meta_val_str(model, b"general.architecture", arch, len(arch))
+    watcher = _gelu_watcher if arch.value == b"gemma3n" else _watcher
+    settings.cb_eval = watch = watcher(llama_cpp, seen)
     context = llama_cpp.llama_init_from_model(model, settings)
     seen.clear()  # of its warm-up
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
@@ -113,14 +116,7 @@ def _watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
 
     A block with an input of its own has a second one, on what is computed right after ``pe_in``.
     """
-    from llama_cpp._ggml import libggml_base_path
-
-    base = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", libggml_base_path)
-    base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    base.ggml_nelements.restype, base.ggml_nelements.argtypes = ctypes.c_int64, [ctypes.c_void_p]
-    base.ggml_get_data_f32.restype = ctypes.POINTER(ctypes.c_float)
-    base.ggml_get_data_f32.argtypes = [ctypes.c_void_p]
-
+    base = _load_ggml(llama_cpp)
     last = [""]
     names = dict[int, str]()
 
@@ -135,12 +131,46 @@ def _watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
                 names[tensor] = name
             return tensor in names
         if tensor in names:
-            shape = (base.ggml_nelements(tensor),)
-            values = np.ctypeslib.as_array(base.ggml_get_data_f32(tensor), shape).copy()
-            seen[names.pop(tensor)] = values
+            seen[names.pop(tensor)] = _copy_values(base, tensor)
         return True
 
     return watch
+
+
+def _gelu_watcher(llama_cpp: Any, seen: dict[str, np.ndarray]) -> Any:
+    """Return one for a graph that gives these inputs no names: it looks at every node.
+
+    A GELU comes right after what it takes.
+    """
+    base = _load_ggml(llama_cpp)
+    last = [np.zeros(0, np.float32)]
+
+    @llama_cpp.llama_cpp.ggml_backend_sched_eval_callback
+    def watch(tensor: int, ask: bool, _: Any) -> bool:
+        if not ask and base.ggml_op_desc(tensor) == b"GELU":
+            seen[f"gelu-{len(seen)}"] = last[0]
+        elif not ask and ctypes.c_int.from_address(tensor).value == 0:  # GGML_TYPE_F32
+            last[0] = _copy_values(base, tensor)
+        return True
+
+    return watch
+
+
+def _load_ggml(llama_cpp: Any) -> Any:
+    from llama_cpp._ggml import libggml_base_path
+
+    base = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", libggml_base_path)
+    base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_op_desc.restype, base.ggml_op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    base.ggml_nelements.restype, base.ggml_nelements.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+    base.ggml_get_data_f32.restype = ctypes.POINTER(ctypes.c_float)
+    base.ggml_get_data_f32.argtypes = [ctypes.c_void_p]
+    return base
+
+
+def _copy_values(base: Any, tensor: int) -> np.ndarray:
+    shape = (base.ggml_nelements(tensor),)
+    return np.ctypeslib.as_array(base.ggml_get_data_f32(tensor), shape).copy()
 
 
 def _tokenize(llama_cpp: Any, vocab: Any, text: str) -> list[int]:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from racdeploy import plugins
 
@@ -44,9 +45,25 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 13.0],
 }
+# Gemma 3n as llama.cpp has it: 20 blocks make keys, of which the first ten drop activations. Two
+# blocks take the keys of block 18, the last with a window, and of block 19.
+SHARING = {
+    "num_hidden_layers": 22,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+    "layer_types": [
+        *(["sliding_attention"] * 4 + ["full_attention"]) * 4,
+        *("sliding_attention", "full_attention"),
+    ],
+}
 # transformers 4 has fewer than we have.
-FAMILIES = tuple(name for name in plugins.names("families") if name in CONFIG_MAPPING)
-_FOUND = {name: plugins.load("families", name).FAMILY for name in FAMILIES}
+_FOUND = {
+    name: family
+    for name in plugins.names("families")
+    if Version(transformers.__version__)
+    >= Version((family := plugins.load("families", name).FAMILY).since)
+}
+FAMILIES = tuple(_FOUND)
 CUT_FAMILIES = tuple(
     name
     for name, family in _FOUND.items()
@@ -88,6 +105,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
         "rope_theta": 50_000.0,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 5,  # the fifth sees all tokens
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.95] * 5,
+        "sliding_window": 16,
+        "head_dim": 16,
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 256,  # this and other numbers llama.cpp has in its source
+        "rope_theta": 50_000.0,
+        "pad_token_id": None,  # its embedding would be zero, and llama.cpp divides by the size
     },
     "gemma4_text": {
         "num_hidden_layers": 5,
@@ -287,7 +315,7 @@ def _model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (
-                name.endswith(("bias", "mamba.D")) or "norm" in name
+                name.endswith(("bias", "mamba.D", "correct_output_scale")) or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -58,17 +60,30 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     for name, rotary in _rotary(model).items():
         model.set_submodule(f"{_DECODER}.{name}", _renew(rotary))
 
-    for module in list(model.modules()):
-        if "embed_scale" in dict(module.named_buffers(recurse=False)):
-            embedding: Any = module
-            usual = embedding_scale(checkpoint)
-            scale = torch.tensor(getattr(embedding, "scalar_embed_scale", usual))
-            embedding.register_buffer("embed_scale", scale, persistent=False)
+    _fill_scales(model, checkpoint)
 
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     model_type = checkpoint.config["model_type"]
     assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
+
+
+def _fill_scales(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the numbers that modules multiply by, and that no file holds, their values."""
+    D = checkpoint.integer("hidden_size")
+    scales = {
+        "router_input_scale": 1 / D,
+        "per_layer_projection_scale": D**-0.5,
+        "per_layer_input_scale": 2**-0.5,
+    }
+
+    for module in list(model.modules()):
+        own = getattr(module, "scalar_embed_scale", embedding_scale(checkpoint))
+        values = {**scales, "embed_scale": own}
+
+        for name, _ in list(module.named_buffers(recurse=False)):
+            if name in values:
+                module.register_buffer(name, torch.tensor(values[name]), persistent=False)
 
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:
@@ -202,6 +217,7 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     family = checkpoint.family
 
     hooks = []
+    dropping = _drop_as_llama(model)
     for block in range(checkpoint.integer("num_hidden_layers")):
         for name in family.table_modules:
             module = model.get_submodule(f"{family.blocks}.{block}.{name}")
@@ -212,6 +228,26 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for part, share in dropping.items():
+            part.activation_sparsity = share
+
+
+def _drop_as_llama(model: nn.Module) -> dict[Any, float]:
+    """Have Gemma 3n's first blocks drop as many activations as llama.cpp; return how many before.
+
+    The spread of F activations is a sum over F here, and over F - 1 there (``gaussian_topk`` in
+    llama.cpp's ``src/models/gemma3n.cpp``): the same place between them is another share.
+    """
+    before = {}
+    for each in model.modules():
+        part: Any = each
+        if getattr(part, "activation_sparsity", 0):
+            before[part] = part.activation_sparsity
+            F = part.intermediate_size
+            normal = NormalDist()
+            reach = normal.inv_cdf(part.activation_sparsity) * math.sqrt(F / (F - 1))
+            part.activation_sparsity = normal.cdf(reach)
+    return before
 
 
 def _table_gelu(

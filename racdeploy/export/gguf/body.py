@@ -117,9 +117,11 @@ def _iterate_slabs(
     step = max(1, slab_weights // row_length)
 
     order_I = order_columns(tensor.transform, checkpoint, row_length)
+    missing = math.prod(tensor.shape[:-1])
 
     for part, raw in enumerate(tensor.read(checkpoint)):
         raw_OI, order_O = raw.reshape(-1, row_length), None
+        missing -= len(raw_OI)
         if tensor.transform:
             order_O = order_rows(tensor.transform, checkpoint, len(raw))
             if raw.ndim == 1 and order_O is not None:  # a bias is one row
@@ -135,6 +137,9 @@ def _iterate_slabs(
             if tensor.transform == "decay":
                 weight_OI = -np.exp(weight_OI)
             yield part, weight_OI
+
+    for start in range(0, missing, step):
+        yield 0, np.zeros((min(step, missing - start), row_length), np.float32)
 
 
 def _map_ahead(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ _IN_F32 = {
     ".ffn_gate_inp.weight": "the router of experts is stored in f32",
     "conv.weight": "convolutions are stored in f32",
     "conv1d.weight": "convolutions are stored in f32",
+    ".altup_correct_coef.weight": "coefficients of hidden states are stored in f32",
+    ".altup_predict_coef.weight": "coefficients of hidden states are stored in f32",
     ".ssm_a": VECTORS_IN_F32,
     ".ssm_d": VECTORS_IN_F32,
     "_norm.weight": VECTORS_IN_F32,
@@ -102,6 +105,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
         if parts[name][0] in checkpoint.entries:  # biases may be missing
             plan.append(_plan_tensor(checkpoint, mix, family, source, name, parts[name]))
 
+    plan += _plan_unused_keys(checkpoint, mix, family)
     plan += _plan_further(checkpoint, mix, family)
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
     mix.check(name for tensor in matrices for name in (tensor.name, *tensor.usual_names))
@@ -166,6 +170,25 @@ def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[Plan
     return plan
 
 
+def _plan_unused_keys(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[PlannedTensor]:
+    """Plan zeros for the keys and values that llama.cpp wants and does not compute."""
+    plan = []
+    for block in range(checkpoint.block_count if family.needs_keys else 0):
+        kinds = checkpoint.kinds(block)
+        for inside, stored in family.block_tensors.items():
+            if family.has(kinds, inside) or not inside.endswith(".weight"):
+                continue
+
+            name = f"blk.{block}.{stored}"
+            shape = widths.shape(family, inside, checkpoint.sizes(block))
+            choice = _choose(name, shape, mix, checkpoint, ())
+            formats = choice.asked, choice.quant, choice.reason
+            zeros = np.broadcast_to(np.float32(0), shape)  # without memory
+            plan.append(PlannedTensor(name, "", shape, *formats, computed=zeros))
+
+    return plan
+
+
 def _find_piece(family: Family, inside: str, name: str) -> tuple[int, int]:
     """Return which of how many equal runs of a parameter's rows a tensor of the file is."""
     if inside not in family.block_tensors:
@@ -189,7 +212,7 @@ def _lay(
     if transform == "stack":
         return (len(parts), *shape)
 
-    laid = family.laid.get(name.split(".", 2)[-1].removesuffix(".weight"))
+    laid = family.laid.get(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight"))
     if laid:
         sizes = checkpoint.sizes(block or 0)
         return tuple(sizes[letter] for letter in laid)
@@ -206,7 +229,9 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     outside = dict(family.model_tensors)
     output = outside.pop("lm_head.weight", "") if checkpoint.tied else ""
 
-    names = {name: [source] for source, name in outside.items()}
+    names: dict[str, list[str]] = {}
+    for source, name in outside.items():
+        names.setdefault(name, []).append(source)
     if output and family.needs_output:
         names[output] = ["model.embed_tokens.weight"]
 

@@ -43,12 +43,17 @@ class Family:
         uncut: why nothing of a model can be left out as a whole; empty if something can.
         parts: GGUF name of a matrix that lies in the file as several, each with as many of its rows
             → their names.
+        needs_keys: whether llama.cpp wants tensors of keys and values in blocks, too, that take
+            those of others; it does not compute with them.
+        streams: how many hidden states a token has, of which blocks take and give all: a setting,
+            or empty where there is one.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
         transforms: parameter name, as above → what is done to its values.
         shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
-        laid: GGUF name → its sizes in the file, where they are others than in the checkpoint.
+        laid: GGUF name → its sizes in the file, where they are others than in the checkpoint; rows
+            that it does not have are zero.
         sizes: further letters of shapes → the setting that they stand for.
         biases: GGUF names of the linears of which llama.cpp loads a bias.
         last_norm: module of the norm after the last block.
@@ -76,7 +81,7 @@ class Family:
         rope_switch: key of ``config.json`` that says "rope" where a model has a rotary embedding;
             empty: it has one.
         square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
-        since: the first release of transformers that has it.
+        since: the first release of transformers that has it, and computes it without a cache.
         attending_arch: llama.cpp's architecture where all blocks attend, if it is another.
         per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
         table_modules: modules of a block whose values ggml looks up in a half-precision table.
@@ -94,6 +99,8 @@ class Family:
     by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
     uncut: str = ""
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_keys: bool = False
+    streams: str = ""
     unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
     transforms: Mapping[str, Transform] = field(default_factory=dict)

@@ -1,0 +1,181 @@
+"""Gemma 3n E2B and E4B, text: four hidden states of a token (AltUp), of which a block renews one.
+
+As in Gemma 4, each block has an input of its own, and the last take keys and values of others. Much
+of it llama.cpp has in its source: 20 blocks make keys, and 10 drop most of their activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from racdeploy.errors import ModelError
+from racdeploy.models import decoder
+from racdeploy.models.families import Family
+
+_PERIOD = 5
+_SPARSE, _SHARE = 10, 0.95  # blocks, and activations that each of them drops
+_NEEDED = ("num_hidden_layers", "vocab_size_per_layer_input", "final_logit_softcapping")
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    for key in _NEEDED:
+        if config[key] is None:
+            raise ModelError(f"config.json: {key} is null")
+
+    count = config["num_hidden_layers"]
+    blocks = range(1, 1 + count)
+    counted = ["sliding_attention" if block % _PERIOD else "full_attention" for block in blocks]
+    sparse = min(_SPARSE, count) if count > _SPARSE else 0
+
+    width = config.get("intermediate_size", 16_384)
+    if isinstance(width, list):  # one for each block
+        if len(width) != count or len(set(width)) > 1:
+            raise ModelError(
+                "config.json: intermediate_size differs between blocks, and llama.cpp takes one",
+                remedy="take E2B or E4B, whose blocks are alike",
+            )
+        width = width[0]
+
+    if config["vocab_size_per_layer_input"] > (config.get("vocab_size") or 262_400):
+        raise ModelError("config.json: vocab_size_per_layer_input is above vocab_size")
+
+    return {
+        "layer_types": config.get("layer_types") or counted,
+        "intermediate_size": width,
+        "activation_sparsity_pattern": config.get("activation_sparsity_pattern")
+        or [_SHARE] * sparse + [0.0] * (count - sparse),
+    }
+
+
+_NORMS = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    **decoder.HEAD_NORMS,
+}
+_OWN_INPUTS = {
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+}
+_BESIDE = {
+    "altup.correct_output_scale": "altup_correct_scale.weight",
+    "altup.correction_coefs.weight": "altup_correct_coef.weight",
+    "altup.prediction_coefs.weight": "altup_predict_coef.weight",
+    "altup.modality_router.weight": "altup_router.weight",
+    "altup.router_norm.weight": "altup_router_norm.weight",
+    "laurel.linear_left.weight": "laurel_l.weight",
+    "laurel.linear_right.weight": "laurel_r.weight",
+    "laurel.post_laurel_norm.weight": "laurel_post_norm.weight",
+}
+_STREAMS = {
+    f"model.{name}.{stream}.weight": f"{stored}.weight"
+    for name, stored in (
+        ("altup_projections", "altup_proj"),
+        ("altup_unembed_projections", "altup_unembd_proj"),
+    )
+    for stream in range(3)
+}
+FAMILY = Family(
+    architecture="Gemma3nForCausalLM",
+    gguf_arch="gemma3n",
+    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_OWN_INPUTS, **_BESIDE},
+    model_tensors={
+        **decoder.MODEL_TENSORS,
+        **_STREAMS,
+        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+    },
+    kept=(
+        *("per_layer_input_gate", "per_layer_projection"),
+        *("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
+        *("laurel.linear_left", "laurel.linear_right"),
+    ),
+    only={"own_keys": ("self_attn.k_", "self_attn.v_")},
+    needs_keys=True,
+    streams="altup_num_inputs",
+    uncut="blocks share keys and values, and every block has columns of the token embeddings",
+    transforms=dict.fromkeys(_STREAMS, "stack"),
+    # P: a block's own input; PP: those of all blocks; VP: tokens that have them; A: hidden states
+    # of a token; AA: their pairs; L: the narrow place of a learned residual.
+    shapes={
+        **decoder.SHAPES,
+        "inp_gate": ("P", "D"),
+        "proj": ("D", "P"),
+        "altup_correct_coef": ("A", "A"),
+        "altup_predict_coef": ("AA", "A"),
+        "altup_router": ("A", "D"),
+        "laurel_l": ("L", "D"),
+        "laurel_r": ("D", "L"),
+        "altup_proj": ("D", "D"),
+        "altup_unembd_proj": ("D", "D"),
+        "per_layer_token_embd": ("VP", "PP"),
+        "per_layer_model_proj": ("PP", "D"),
+        "per_layer_proj_norm": ("P",),
+    },
+    laid={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
+    sizes={
+        "P": "hidden_size_per_layer_input",
+        "PP": "own_inputs_width",
+        "VP": "vocab_size_per_layer_input",
+        "A": "altup_num_inputs",
+        "AA": "altup_pairs",
+        "L": "laurel_rank",
+    },
+    biases=(),
+    read=_read,
+    defaults={
+        "hidden_size": 2048,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 30.0,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 15,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_num_inputs": 4,
+        "laurel_rank": 64,
+    },
+    fixed={
+        "hidden_act": (),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "final_logit_softcapping": (30.0,),
+        "num_kv_shared_layers": ("=blocks_beyond_20",),
+        "activation_sparsity_pattern": ("=sparsity_of_gemma3n",),
+        "hidden_size_per_layer_input": (256,),
+        "altup_active_idx": (0,),
+        "altup_correct_scale": (True,),
+        "altup_num_inputs": (4,),
+        "laurel_rank": (64,),
+    },
+    integers={
+        "attention.sliding_window": "sliding_window",
+        "attention.shared_kv_layers": "num_kv_shared_layers",
+        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        "altup.active_idx": "altup_active_idx",
+        "altup.num_inputs": "altup_num_inputs",
+    },
+    numbers={
+        "rope.freq_base_swa": "rope_local_base_freq",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    rope_types=("default",),
+    embedding_scale="root_of_hidden_size",
+    logit_cap="final_logit_softcapping",
+    window_period=_PERIOD,
+    lists_windows=True,
+    table_modules=("mlp.act_fn", "act_fn"),
+    since="5.8",  # older ones share keys through a cache alone
+)
