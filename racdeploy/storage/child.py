@@ -207,7 +207,7 @@ def _run(
 
     if done.returncode:
         verb = "died" if done.returncode < 0 else "ended"
-        last = _last_line(done.stderr[-_SAID_CHARACTERS:]) or "it wrote nothing"
+        last = _last_line(_without_remedies(done.stderr)) or "it wrote nothing"
         return Outcome(None, f"{verb} with {describe_exit(done.returncode)}: {last}")
 
     try:
@@ -224,6 +224,12 @@ def describe_exit(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
+
+
+def _without_remedies(text: str) -> str:
+    """Return the end of what a child said, but for the lines below an error on what to do."""
+    lines = text[-_SAID_CHARACTERS:].splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith("→"))
 
 
 def _last_line(text: str) -> str:

@@ -22,6 +22,10 @@ from racdeploy.storage.child import Limits, Outcome, run_module
             "raise SystemExit('no such layer')",
             Outcome(None, "ended with exit code 1: no such layer"),
         ),
+        (
+            "from racdeploy.errors import ModelError; raise ModelError('no such', remedy='look')",
+            Outcome(None, "ended with exit code 1: racdeploy.errors.ModelError: no such"),
+        ),
         ("import os; os.abort()", Outcome(None, "died with SIGABRT: it wrote nothing")),
         ("import time; time.sleep(60)", Outcome(None, "did not end within 2 s")),
     ],

@@ -43,6 +43,10 @@ def refusal(checkpoint: Checkpoint) -> str:
     kinds = checkpoint.config.get("layer_types") or ()
     if others := sorted({*kinds} - _ATTENTION):
         return f"blocks of kind {others[0]} keep more than keys and values"
+    if [*checkpoint.key_sources] != [*range(checkpoint.block_count)]:
+        return "its last blocks keep nothing: they take the keys and values of earlier ones"
+    if len({*checkpoint.head_sizes}) > 1:
+        return "blocks differ in how wide their heads are"
     return ""
 
 
