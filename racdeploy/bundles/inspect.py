@@ -19,7 +19,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted
 from racdeploy.storage.files import file_sha256
-from racdeploy.storage.safetensors import TensorEntry, read_tensor, read_tensor_entries
+from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
 _HEAD_SIZE_KEY = ".attention.key_length"
@@ -78,10 +78,9 @@ def _inspect_weights(path: Path) -> dict[str, Any]:
 
 
 def _measure(name: str, entry: TensorEntry) -> export.MeasuredTensor:
-    weight = read_tensor(entry)
+    weight = entry.read()
     zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
-    size_bytes = entry.stop - entry.start
-    return export.MeasuredTensor(name, entry.shape, entry.dtype.lower(), zeros, size_bytes)
+    return export.MeasuredTensor(name, entry.shape, entry.dtype.lower(), zeros, entry.size_bytes)
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import further, mistaken, settings, text_part, widths
+from racdeploy.models import further, fused, mistaken, settings, text_part, widths
 from racdeploy.models.families import Family, InputGroups, name_experts
 from racdeploy.models.family_lookup import find_family
 from racdeploy.models.foreign_code import name_code, refuse_weights
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
 from racdeploy.storage.files import file_sha256
+from racdeploy.storage.mxfp4 import PackedEntry
 from racdeploy.storage.reading import read_json
-from racdeploy.storage.safetensors import DTYPES, TensorEntry, read_tensor, read_tensor_entries
+from racdeploy.storage.safetensors import DTYPES, PACKED, TensorEntry, read_tensor_entries
 
 _ATTENDING = ("full_attention", "sliding_attention")
 
@@ -57,7 +58,22 @@ class Checkpoint:
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor of the model by its state_dict name; checked against the file sizes."""
+        """Every tensor of the model by its state_dict name; checked against the file sizes.
+
+        What the file has of all experts in one tensor is here expert by expert.
+        """
+        entries = fused.take_apart(self._own, self.family.blocks, self.family.fused)
+        for name, entry in entries.items():
+            if entry.dtype == PACKED:
+                raise ModelError(
+                    f"{entry.file}: {name!r} holds packed numbers of a form that is not known",
+                    remedy="start from the unquantized checkpoint",
+                )
+        return entries
+
+    @cached_property
+    def _own(self) -> Mapping[str, TensorEntry]:
+        """Tensors of the folder that the model computes with, as they are stored."""
         own = text_part.take_entries(self._stored) if self.is_part else self._stored
         return {name: entry for name, entry in own.items() if self._uses(name)}
 
@@ -78,6 +94,11 @@ class Checkpoint:
     def whole(self) -> Mapping[str, TensorEntry]:
         """Every tensor that a folder made of this one has."""
         return {**self.entries, **self.further}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some of its weights are stored in fewer bits than they are read with."""
+        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
 
     def _uses(self, name: str) -> bool:
         """Return whether a tensor is of no other head, and makes no keys that nobody takes."""
@@ -133,7 +154,8 @@ class Checkpoint:
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
-        return read_tensor(self.entries.get(name) or self.further[name])
+        entry = self.entries.get(name) or self.further[name]
+        return entry.read()
 
     @property
     def block_count(self) -> int:
@@ -221,6 +243,7 @@ class Checkpoint:
             "V": self.integer("vocab_size"),
             "K": self.head_sizes[block],
             "1": 1,
+            "H": self.per_block("num_attention_heads")[block],
         }
 
         for letter, setting in widths.SETTINGS.items():
@@ -357,6 +380,16 @@ class Checkpoint:
         kind = "longrope" if kind == "su" else kind
         return scaling | {"rope_theta": float(theta), "rope_type": kind}
 
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rope settings as transformers 5 has them: by kind of block, where these differ."""
+        if not self.family.window_period or self.family.one_rope:
+            return self.rope
+
+        local = self.config.get("rope_local_base_freq") or self.rope["rope_theta"]
+        sliding = {"rope_type": "default", "rope_theta": local}
+        return {"full_attention": {**self.rope}, "sliding_attention": sliding}
+
     @cached_property
     def tied(self) -> bool:
         """Whether the output projection is the embedding, by what the file holds."""
@@ -412,7 +445,7 @@ class Checkpoint:
                 f"{len(self.further)} tensors of a head that predicts further tokens stay as they"
                 " are, for llama.cpp to draft with; where blocks become narrower, they go"
             )
-        if left_out := len(self._stored) - len(self.whole):
+        if left_out := len(self._stored) - len(self._own) - len(self.further):
             told.append(
                 f"{left_out} tensors are left out: the text model does not compute with what sees,"
                 " hears, predicts further tokens, or makes keys that nobody takes"

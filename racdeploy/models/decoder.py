@@ -55,9 +55,9 @@ MODEL_TENSORS = {
 }
 ALL_LINEARS = tuple(_LINEARS.values())
 
-# D hidden, F feed-forward, V vocabulary, K head size, Q all query heads, KV all key heads, E
-# experts, EF one expert's feed-forward; a sum where matrices are laid into one. What is not here is
-# a vector of D.
+# D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q all query heads' columns, KV
+# all key heads', E experts, EF one expert's feed-forward; a sum where matrices are laid into one.
+# What is not here is a vector of D.
 SHAPES = {
     "token_embd": ("V", "D"),
     "output": ("V", "D"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from racdeploy.models import widths
+from racdeploy.models import fused, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
@@ -34,6 +34,7 @@ class Shape:
         for letter, setting in SETTINGS.items():
             unit = checkpoint.unit(letter, self.blocks[place])
             sizes[letter] = self.widths[setting][place] * unit
+        sizes["H"] = self.widths["num_attention_heads"][place]
         if self.experts:
             sizes["E"] = self.experts
         return sizes
@@ -58,12 +59,12 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
     pruned = _read_entries(blocks, "block")
     kept = _renumber(checkpoint, shape) if shape else checkpoint.whole
 
-    entries = {}
-    for name, entry in sorted(kept.items()):
-        entries[name] = pruned.get(name, entry)
+    entries = {name: pruned.get(name, entry) for name, entry in kept.items()}
+    family = checkpoint.family
 
     with atomic_folder(out) as scratch:
-        write_entries(entries, scratch / "model.safetensors")
+        stored = fused.join(entries, family.blocks, family.fused)
+        write_entries(stored, scratch / "model.safetensors")
         for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
             if importance := _read_entries(blocks, kind.removesuffix(".safetensors")):
                 write_entries(importance, scratch / kind)
@@ -73,7 +74,7 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
                 shutil.copyfile(checkpoint.folder / name, scratch / name)
 
         is_cut = shape is not None and shape != Shape.of(checkpoint)
-        if is_cut or checkpoint.is_part:
+        if is_cut or checkpoint.is_part or checkpoint.is_packed:
             _write_config(checkpoint, shape if is_cut else None, scratch / "config.json")
 
     return out
@@ -98,6 +99,8 @@ def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:
 
 def _write_config(checkpoint: Checkpoint, shape: Shape | None, file: Path) -> None:
     config = dict(checkpoint.written)
+    if checkpoint.is_packed:  # what is written is not
+        config.pop("quantization_config", None)
     if checkpoint.family.only:
         config = checkpoint.family.complete(config)
 

@@ -28,7 +28,7 @@ from racdeploy.prune.batches import Batch
 from racdeploy.prune.bounds import EXPERT_BYTES
 from racdeploy.prune.cut import BlockPair
 from racdeploy.prune.flow import Flow
-from racdeploy.prune.pruned_linear import PrunedLinear
+from racdeploy.prune.pruned_linear import PrunedLinear, without_bias
 from racdeploy.prune.routing import Routed, take
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic, count_sums
@@ -203,7 +203,7 @@ def measure_experts(
 
             with session.blocks.computing():
                 input_MI = owner.inner(hidden_MD) if is_inner else hidden_MD
-                found_MO = module(input_MI)
+                found_MO = without_bias(module, module(input_MI))
 
             wanted_MO = input_MI.float() @ linear.target_OI.T
             linear.error.add(found_MO.float()[:, None], wanted_MO[:, None], tokens)

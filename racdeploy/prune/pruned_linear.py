@@ -63,7 +63,7 @@ def remember_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[st
     outputs: dict[str, torch.Tensor] = {}
 
     def remember(name: str, module: nn.Module, _: Any, output_BTO: torch.Tensor) -> None:
-        outputs[name] = _without_bias(module, output_BTO)
+        outputs[name] = without_bias(module, output_BTO)
 
     handles = []
     for name in names:
@@ -108,12 +108,13 @@ def _add_error(
     inputs: tuple[torch.Tensor, ...],
     output_BTO: torch.Tensor,
 ) -> None:
-    found_BTO = _without_bias(module, output_BTO)
+    found_BTO = without_bias(module, output_BTO)
     if wanted_BTO is None:
         wanted_BTO = inputs[0].float() @ linear.target_OI.T
     linear.error.add(found_BTO.float(), wanted_BTO.float(), batch)
 
 
-def _without_bias(module: nn.Module, output_BTO: torch.Tensor) -> torch.Tensor:
+def without_bias(module: nn.Module, output_BTO: torch.Tensor) -> torch.Tensor:
+    """Return the output of a linear as its matrix alone makes it."""
     bias = getattr(module, "bias", None)
     return output_BTO if bias is None else output_BTO - bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
@@ -192,7 +192,7 @@ def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[
                 names.append(name)
             continue
 
-        linear = re.sub(r"\.\d+\.", ".*.", inside.removesuffix(".weight"))
+        linear, _, _ = generalize(inside).rpartition(".")
         if linear not in family.kept:
             names.append(name)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.storage.reading import parse_json
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+PACKED = "U8"
+"""dtype tag of what holds numbers in a form of its own."""
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", PACKED: "u1"}
 """dtype tag → numpy's; bfloat16 is read as bit patterns."""
 _HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
 _MOST_AXES = 8
@@ -27,15 +29,66 @@ _COPY_BYTES = 1 << 24  # of a tensor in memory at a time
 Rows = NDArray[np.int64]
 
 
+class Source(Protocol):
+    """A tensor that can be written into a file."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype tag."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How long its axes are."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes in order, a piece in memory at a time."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: file, absolute byte range, dtype tag and shape."""
+    """Where one tensor lies: file, absolute byte range, dtype tag and shape.
+
+    ``strides`` are numpy's, in bytes, of a tensor that is a part of another one; empty where its
+    bytes are all that lie between ``start`` and ``stop``, in order.
+    """
 
     file: Path
     start: int
     stop: int
     dtype: str
     shape: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its own in the file."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    def read(self) -> NDArray[Any]:
+        """Return the tensor as stored; bfloat16 comes as uint16 bit patterns."""
+        dtype = np.dtype(DTYPES[self.dtype])
+        if self.strides and self.size_bytes:
+            stored = np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
+            return np.ndarray(self.shape, dtype, stored, strides=self.strides).copy()
+
+        count = self.size_bytes // dtype.itemsize
+        return np.fromfile(self.file, dtype, count, offset=self.start).reshape(self.shape)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes in order, a piece in memory at a time."""
+        if self.strides:
+            yield self.read().tobytes()
+            return
+
+        with self.file.open("rb") as source:
+            source.seek(self.start)
+            left = self.stop - self.start
+
+            while left:
+                piece = source.read(min(left, _COPY_BYTES))
+                assert piece, f"{self.file} shrank while it was read"
+                yield piece
+                left -= len(piece)
 
 
 def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
@@ -70,14 +123,6 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_tensor(entry: TensorEntry) -> NDArray[Any]:
-    """Return a tensor as stored; bfloat16 comes as uint16 bit patterns."""
-    dtype = np.dtype(DTYPES[entry.dtype])
-    count = (entry.stop - entry.start) // dtype.itemsize
-    flat = np.fromfile(entry.file, dtype, count, offset=entry.start)
-    return flat.reshape(entry.shape)
-
-
 def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -95,7 +140,7 @@ def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int,
 
 
 def write_entries(
-    entries: Mapping[str, TensorEntry], file: Path, rows: Mapping[str, Rows] | None = None
+    entries: Mapping[str, Source], file: Path, rows: Mapping[str, Rows] | None = None
 ) -> None:
     """Write a file of tensors that lie in others, a piece at a time.
 
@@ -113,24 +158,13 @@ def write_entries(
     with file.open("wb") as target:
         write_header(target, described)
         for name, entry in entries.items():
-            pieces = _read_rows(entry, rows[name]) if name in rows else _read_whole(entry)
+            pieces = _read_rows(entry, rows[name]) if name in rows else entry.pieces()
             for piece in pieces:
                 target.write(piece)
 
 
-def _read_whole(entry: TensorEntry) -> Iterator[bytes]:
-    with entry.file.open("rb") as source:
-        source.seek(entry.start)
-        left = entry.stop - entry.start
-
-        while left:
-            piece = source.read(min(left, _COPY_BYTES))
-            assert piece, f"{entry.file} shrank while it was read"
-            yield piece
-            left -= len(piece)
-
-
-def _read_rows(entry: TensorEntry, rows: Rows) -> Iterator[bytes]:
+def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:
+    assert isinstance(entry, TensorEntry), "rows stay of what lies in one piece"
     stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
     row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
     together = max(1, _COPY_BYTES // max(1, row_bytes))

@@ -8,29 +8,29 @@ pruned one by one, and what the router chose reaches all of them in one call, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Returns what of F values of the gate and F others goes on."""
 
 
 class Expert(nn.Module):
     """A feed-forward part with a gate: D hidden values of a token, F inside."""
 
-    def __init__(self, D: int, F: int, activation: Activation) -> None:
+    def __init__(self, D: int, F: int, gating: Gating, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(D, F, bias=False)
-        self.up_proj = nn.Linear(D, F, bias=False)
-        self.down_proj = nn.Linear(F, D, bias=False)
-        self._activation = activation
+        self.gate_proj = nn.Linear(D, F, bias=bias)
+        self.up_proj = nn.Linear(D, F, bias=bias)
+        self.down_proj = nn.Linear(F, D, bias=bias)
+        self._gating = gating
 
     def inner(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return what reaches ``down_proj``."""
-        gate_NF = self._activation(self.gate_proj(hidden_ND))
-        inner_NF: torch.Tensor = gate_NF * self.up_proj(hidden_ND)
-        return inner_NF
+        return self._gating(self.gate_proj(hidden_ND), self.up_proj(hidden_ND))
 
     def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.down_proj(self.inner(hidden_ND))
@@ -69,6 +69,38 @@ class Mixture(nn.Module):
         return output_ND.view(hidden_BTD.shape)
 
 
+class GptOssMixture(nn.Module):
+    """Stands for GPT-OSS's router and experts, which each release of transformers calls its way."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        fused = theirs.experts
+        E, F, D = fused.down_proj.shape
+        gating = partial(gate_clamped, alpha=fused.alpha, limit=fused.limit)
+
+        self.router = theirs.router
+        self.experts = Experts([Expert(D, F, gating, bias=True) for _ in range(E)])
+        self._K = theirs.router.top_k
+
+    def forward(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum over the chosen experts, and the shares of these."""
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        logits_NE = nn.functional.linear(hidden_ND, self.router.weight, self.router.bias)
+        chosen_NK, share_NK = route(logits_NE, self._K, normed=True)
+        share_NK = share_NK.to(logits_NE.dtype)
+        output_ND: torch.Tensor = self.experts(hidden_ND, chosen_NK, share_NK)
+        return output_ND.view(hidden_BTD.shape), share_NK
+
+
+def gate_clamped(
+    gate_NF: torch.Tensor, up_NF: torch.Tensor, *, alpha: float, limit: float
+) -> torch.Tensor:
+    """Return SwiGLU of values that are cut off, where what is gated is one more than it says."""
+    gate_NF = gate_NF.clamp(max=limit)
+    up_NF = up_NF.clamp(-limit, limit)
+    return (up_NF + 1) * gate_NF * torch.sigmoid(alpha * gate_NF)
+
+
 def route(logits_NE: torch.Tensor, K: int, *, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the K experts that each token chooses, and their shares.
 
@@ -86,7 +118,10 @@ def part_experts(model: nn.Module) -> None:
     """Replace every group of experts of a model on the meta device."""
     for name, module in list(model.named_modules()):
         listed = getattr(module, "experts", None)
-        if {"gate_up_proj", "down_proj"} <= dict(module.named_parameters(recurse=False)).keys():
+        own = dict(module.named_parameters(recurse=False)).keys()
+        if hasattr(listed, "gate_up_proj_bias"):
+            model.set_submodule(name, GptOssMixture(module))
+        elif {"gate_up_proj", "down_proj"} <= own and "gate_up_proj_bias" not in own:
             model.set_submodule(name, _part(module))
         elif isinstance(listed, nn.ModuleList):
             model.set_submodule(name, Mixture(module, _rebuild(listed)))
@@ -94,10 +129,17 @@ def part_experts(model: nn.Module) -> None:
 
 def _part(fused: Any) -> Experts:
     E, D, F = fused.down_proj.shape
-    return Experts([Expert(D, F, fused.act_fn) for _ in range(E)])
+    return Experts([Expert(D, F, _gate_by(fused.act_fn)) for _ in range(E)])
 
 
 def _rebuild(listed: nn.ModuleList) -> Experts:
     first: Any = listed[0]
     D, F = first.down_proj.weight.shape
-    return Experts([Expert(D, F, first.act_fn) for _ in listed])
+    return Experts([Expert(D, F, _gate_by(first.act_fn)) for _ in listed])
+
+
+def _gate_by(activation: Callable[[torch.Tensor], torch.Tensor]) -> Gating:
+    def gating(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+        return activation(gate_NF) * up_NF
+
+    return gating

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from racdeploy.engines.transformers import sinks
 from racdeploy.engines.transformers.experts import part_experts
 from racdeploy.errors import ModelError
 from racdeploy.models import widths
@@ -43,9 +44,10 @@ TORCH_DTYPES = {
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
     checkpoint.family.check_transformers()
+    attention = sinks.register() if checkpoint.family.has_sinks else "sdpa"
     with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            _config(checkpoint), attn_implementation="sdpa", dtype=torch.float32
+            _config(checkpoint), attn_implementation=attention, dtype=torch.float32
         )
 
         part_experts(model)
@@ -311,9 +313,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     if rope_type != "proportional":  # which only transformers 5 has, and reads below
         values["rope_scaling"] = None if rope_type == "default" else scaling
     if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
-        local = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
-        sliding = {"rope_type": "default", "rope_theta": local}
-        values["rope_parameters"] = {"full_attention": {**rope}, "sliding_attention": sliding}
+        values["rope_parameters"] = checkpoint.rope_parameters
 
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     try:

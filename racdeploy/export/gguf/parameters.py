@@ -275,6 +275,11 @@ def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         int(context or checkpoint.integer("max_position_embeddings"))
     )
 
+    if rope.get("beta_fast") is not None:
+        writer.add_rope_scaling_yarn_beta_fast(_number(checkpoint, rope, "beta_fast"))
+    if rope.get("beta_slow") is not None:
+        writer.add_rope_scaling_yarn_beta_slow(_number(checkpoint, rope, "beta_slow"))
+
     # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
     default = _magnitude(factor, 1.0)
     if checkpoint.config.get("yarn_magnitude"):

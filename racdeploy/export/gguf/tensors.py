@@ -19,7 +19,7 @@ from racdeploy.models import further, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
-from racdeploy.models.families import EVERY_EXPERT, Family, name_experts
+from racdeploy.models.families import EVERY_EXPERT, Family, generalize, name_experts
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.report.model import VECTORS_IN_F32
@@ -34,6 +34,7 @@ _IN_F32 = {
     ".ssm_a": VECTORS_IN_F32,
     ".ssm_d": VECTORS_IN_F32,
     "_norm.weight": VECTORS_IN_F32,
+    ".bias": VECTORS_IN_F32,
 }
 # Where rows do not divide into blocks of 256: what keeps zeros falls back to what keeps them.
 _FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
@@ -255,7 +256,9 @@ def _list_parts(checkpoint: Checkpoint, sources: list[str]) -> tuple[str, ...]:
 
 def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:
     """Refuse missing and unknown tensors; a linear has biases in all blocks or in none."""
-    biases = {name: family.split_block(name)[1] for name in names if name.endswith(".bias")}
+    biases = {
+        name: generalize(family.split_block(name)[1]) for name in names if name.endswith(".bias")
+    }
 
     biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
     optional = {name for name, inside in biases.items() if inside not in biased}

@@ -14,6 +14,7 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
+from racdeploy.models.fused import Fused
 
 
 def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class Family:
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         kept: linears that are never pruned, as the router of experts.
+        fused: name inside a block of a tensor on disk that holds something of every expert → what
+            of each, by names as above.
         transforms: parameter name, as above → what is done to its values.
         shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
         laid: GGUF name → its sizes in the file, where they are others than in the checkpoint; rows
@@ -74,6 +77,7 @@ class Family:
         logit_divisor: what logits are divided by: a setting, or empty.
         logit_cap: key of the size that logits are squeezed into, where ``config.json`` has one.
         window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
+        one_rope: whether blocks with a window are rotated as the others, scaling and all.
         lists_windows: whether the file lists which blocks have one, even where llama.cpp takes
             these.
         needs_output: whether llama.cpp wants an output projection even where it is the embedding.
@@ -103,6 +107,7 @@ class Family:
     streams: str = ""
     unattended: Literal["", "no_heads", "listed"] = ""
     kept: tuple[str, ...] = ()
+    fused: Mapping[str, Fused] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
     laid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -122,6 +127,7 @@ class Family:
     logit_divisor: str = ""
     logit_cap: str = ""
     window_period: int = 0
+    one_rope: bool = False
     lists_windows: bool = False
     needs_output: bool = False
     no_rope_period: int = 0
@@ -146,6 +152,11 @@ class Family:
     def experts(self) -> str:
         """The module of a block that holds its experts by number; empty where it has none."""
         return self.routed[0].partition(f".{EVERY_EXPERT}")[0] if self.routed else ""
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head of its attention has a sink."""
+        return "attn_sinks.weight" in self.block_tensors.values()
 
     def has(self, kinds: Collection[str], inside: str) -> bool:
         """Return whether blocks of these kinds have what is called so inside a block."""

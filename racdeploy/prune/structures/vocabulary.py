@@ -6,6 +6,7 @@ logits. Byte-level BPE alone; what a token needs to be found is in :mod:`racdepl
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import UsageError
+from racdeploy.models import fused
 from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE, named_ids, renumber
@@ -97,17 +99,24 @@ def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Pa
     """
     rows = checkpoint.integer("vocab_size")
     cut = {}
-    for name in checkpoint.family.model_tensors:
+    family = checkpoint.family
+    for name in family.model_tensors:
         entry = checkpoint.entries.get(name)
         if entry and entry.shape[0] == rows and len(entry.shape) > 1:
             cut[name] = old_ids
 
     texts = renumber(checkpoint.tokenizer, old_ids)
+    if checkpoint.is_packed:  # what is written is not
+        config = json.loads(texts["config.json"])
+        config.pop("quantization_config", None)
+        texts["config.json"] = json.dumps(config, indent=2) + "\n"
+
     replaced = {entry.file.name for entry in checkpoint.entries.values()} | texts.keys() | STALE
     replaced.add("model.safetensors.index.json")
 
     with atomic_folder(out) as scratch:
-        write_entries(checkpoint.whole, scratch / "model.safetensors", cut)
+        stored = fused.join(checkpoint.whole, family.blocks, family.fused)
+        write_entries(stored, scratch / "model.safetensors", cut)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         for file in sorted(checkpoint.folder.iterdir()):

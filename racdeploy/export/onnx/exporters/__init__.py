@@ -88,12 +88,6 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
 
 def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
     rope = checkpoint.rope
-    parameters: dict[str, Any] = rope
-    if checkpoint.family.window_period:  # transformers 5 has settings for each kind of block
-        local_base = checkpoint.config.get("rope_local_base_freq") or rope["rope_theta"]
-        local = {"rope_type": "default", "rope_theta": local_base}
-        parameters = {"full_attention": rope, "sliding_attention": local}
-
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_plain = rope["rope_type"] == "default"
 
@@ -104,7 +98,7 @@ def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "use_cache": True,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if is_plain else scaling,
-        "rope_parameters": parameters,
+        "rope_parameters": checkpoint.rope_parameters,
         "architectures": [checkpoint.family.architecture],
         "tie_word_embeddings": checkpoint.tied,
     }
