@@ -381,6 +381,12 @@ class Checkpoint:
         return scaling | {"rope_theta": float(theta), "rope_type": kind}
 
     @property
+    def rounds_ramp(self) -> bool:
+        """Whether llama.cpp rounds where YaRN's ramp begins and ends, and the model does not."""
+        is_exact = self.rope["rope_type"] == "yarn" and self.rope.get("truncate") is False
+        return self.family.rounds_ramp and is_exact
+
+    @property
     def rope_parameters(self) -> dict[str, Any]:
         """Rope settings as transformers 5 has them: by kind of block, where these differ."""
         if not self.family.window_period or self.family.one_rope:

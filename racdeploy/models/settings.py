@@ -71,6 +71,7 @@ _NUMBERS = (
     *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
     *("attention_dropout", "initializer_range", "router_aux_loss_coef"),
     *("norm_eps", "block_ffn_dim_multiplier", "altup_coef_clip"),
+    *("swiglu_alpha", "swiglu_limit"),
 )
 _SWITCHES = (
     *("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache"),

@@ -69,7 +69,7 @@ def check_artifact(
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
         as_engine_TV = expected_TV
-        if checkpoint.family.table_modules:
+        if checkpoint.family.table_modules or checkpoint.rounds_ramp:
             as_engine_TV = torch_engine.logits(ids, as_ggml=True)
 
     f32_note = _check_f32(job, checkpoint, exact, ids, as_engine_TV)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.errors import ModelError
 from racdeploy.storage.safetensors import TensorEntry
 
 BLOCK = 32
@@ -28,6 +30,7 @@ class PackedEntry(TensorEntry):
         parts: ``codes``, 16 bytes for each block of a row, and ``exponents``, one byte.
     """
 
+    GGML_NAME: ClassVar[str] = "mxfp4"
     parts: tuple[TensorEntry, ...] = ()
 
     @classmethod
@@ -42,16 +45,23 @@ class PackedEntry(TensorEntry):
         return sum(part.size_bytes for part in self.parts)
 
     def read(self) -> NDArray[np.uint16]:
-        code_OGP, exponent_OG = (part.read() for part in self.parts)
-        return decode(code_OGP, exponent_OG)
+        return decode(*self._read_parts())
 
     def pieces(self) -> Iterator[bytes]:
         yield self.read().tobytes()
 
     def read_as_ggml(self) -> NDArray[np.uint8]:
         """Return the same codes and exponents as packed rows of ggml's, packed_OP."""
+        return repack(*self._read_parts())
+
+    def _read_parts(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         code_OGP, exponent_OG = (part.read() for part in self.parts)
-        return repack(code_OGP, exponent_OG)
+        if (exponent_OG == _NOT_A_NUMBER).any():
+            raise ModelError(
+                f"{self.file}: some MXFP4 weights are no numbers",
+                remedy="copy or download the model again",
+            )
+        return code_OGP, exponent_OG
 
 
 def _tabulate() -> NDArray[np.uint16]:
@@ -61,8 +71,8 @@ def _tabulate() -> NDArray[np.uint16]:
 
     with np.errstate(over="ignore"):  # the largest are infinite in bfloat16, too
         value_YX = np.ldexp(code_X, exponent_Y1).astype(np.float32)
-    bits_YX = (value_YX.view(np.uint32) >> 16).astype(np.uint16)
-    return np.concatenate([bits_YX, np.full((1, len(code_X)), 0x7FC0, np.uint16)])
+    bits_YX: NDArray[np.uint32] = value_YX.view(np.uint32)
+    return (bits_YX >> 16).astype(np.uint16)
 
 
 _VALUES = _tabulate()

@@ -119,13 +119,26 @@ def test_mxfp4_is_written_as_bfloat16(
 
 
 def test_exponents_at_the_ends_are_what_the_format_says() -> None:
-    """2^-127 is exact, too; 255 means no number."""
-    codes = np.full((1, 3, 16), 0x71, np.uint8)  # half of one, and six
-    bits = mxfp4.decode(codes, np.array([[0, 127, 255]], np.uint8))
+    """2^-128 is exact, too."""
+    codes = np.full((1, 2, 16), 0x71, np.uint8)  # half of one, and six
+    bits = mxfp4.decode(codes, np.array([[0, 127]], np.uint8))
     values = (bits.astype(np.uint32) << 16).view(np.float32)[0]
     assert values[[0, 1]].tolist() == [2.0**-128, 6 * 2.0**-127]
     assert values[[32, 33]].tolist() == [0.5, 6.0]
-    assert np.isnan(values[64:]).all()
+
+
+def test_weights_that_are_no_numbers_are_refused(
+    packed: tuple[Path, torch.Tensor, torch.Tensor],
+) -> None:
+    """By an exponent of 255, which ggml would take for a number."""
+    file, codes, exponents = packed
+    exponents[1, 7, 0] = 255
+    write(file.parent, {"gate_up_blocks": codes, "gate_up_scales": exponents})
+    described = {"gate_up": Fused(PARTS, alternating=True)}
+    apart = fused.take_apart(read_tensor_entries(file), "b", described)
+    apart["b.0.experts.1.gate.weight"].read()
+    with pytest.raises(ModelError, match="no numbers"):
+        apart["b.0.experts.1.up.weight"].read()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ MINISTRAL = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5,
 }
+GPT_OSS = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -133,6 +134,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rope_theta": None,  # there is one for each kind
         "final_logit_softcapping": 30.0,
     },
+    "gpt_oss": {
+        "sliding_window": 16,  # in every other block
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_scaling": GPT_OSS,
+    },
     "granitemoehybrid": {
         "num_hidden_layers": 3,
         "layer_types": ["mamba", "attention", "mamba"],
@@ -200,6 +208,7 @@ def make_checkpoint(
     transformers5: bool = False,
     dtype: str = "bfloat16",
     sharded: bool = False,
+    mxfp4: bool = False,
     pre_tokenizer: str = "qwen2",
     tokenizer_model: bool = False,
     tokenizer_class: str = "",
@@ -216,6 +225,7 @@ def make_checkpoint(
         transformers5: config and tokenizer_config as transformers 5 writes them.
         dtype: of the stored weights.
         sharded: three files and an index.
+        mxfp4: experts in four bits, as GPT-OSS is published.
         pre_tokenizer: llama.cpp's name of the one the tokenizer gets; ``mistral``, ``gemma`` and
             ``gemma4`` are SentencePiece's.
         tokenizer_model: whether SentencePiece's own file lies beside.
@@ -231,6 +241,11 @@ def make_checkpoint(
     )
     if family == "granitemoehybrid":
         _name_as_published(folder / "config.json")
+    if mxfp4:
+        from tests.support.tiny_mxfp4 import pack_experts
+
+        pack_experts(folder)
+        edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
     write_tokenizer(folder, pre_tokenizer, transformers5=transformers5)
     if tokenizer_class:
         edit_json(folder / "tokenizer_config.json", tokenizer_class=tokenizer_class)
@@ -315,7 +330,8 @@ def _model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (
-                name.endswith(("bias", "mamba.D", "correct_output_scale")) or "norm" in name
+                name.endswith(("bias", "mamba.D", "sinks", "correct_output_scale"))
+                or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()

@@ -106,6 +106,18 @@ def _renew(rotary: Any) -> nn.Module:
     return result
 
 
+def _round_ramp(rotary: Any) -> nn.Module:
+    """Return a rotary embedding whose YaRN begins and ends at whole dimensions."""
+    config = copy.deepcopy(rotary.config)
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
+        settings = getattr(config, key, None)
+        if isinstance(settings, dict):
+            settings["truncate"] = True
+
+    result: nn.Module = type(rotary)(config=config)
+    return result
+
+
 def _fix_buffers(model: nn.Module) -> None:
     """Make parameters of the buffers that are stored, so that one way fills all that is."""
     stored = model.state_dict().keys()
@@ -210,13 +222,16 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
 @contextmanager
 def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Round what ggml looks up in a table as the table does.
+    """Round what ggml looks up in a table as the table does, and the ends of YaRN's ramp.
 
     Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
     rounded to half precision, itself rounded to half precision; from -10 down it is 0, and from 10
-    up the number itself.
+    up the number itself. ``ggml_rope_yarn_corr_dims`` in ggml.c: the ends are whole dimensions.
     """
     family = checkpoint.family
+    rotary = _rotary(model) if checkpoint.rounds_ramp else {}
+    for name, module in rotary.items():
+        model.set_submodule(f"{_DECODER}.{name}", _round_ramp(module))
 
     hooks = []
     dropping = _drop_as_llama(model)
@@ -232,6 +247,8 @@ def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
             hook.remove()
         for part, share in dropping.items():
             part.activation_sparsity = share
+        for name, module in rotary.items():
+            model.set_submodule(f"{_DECODER}.{name}", module)
 
 
 def _drop_as_llama(model: nn.Module) -> dict[Any, float]:

@@ -24,6 +24,7 @@ from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint, widen
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.cores import available_cores
+from racdeploy.storage.mxfp4 import PackedEntry
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
@@ -65,6 +66,10 @@ class Body:
     def _code(self, pool: ThreadPoolExecutor, tensor: PlannedTensor) -> Iterator[Coded]:
         """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
+        if packed := tensor.list_packed(self.checkpoint):
+            yield from _copy(packed, quant, tensor.shape[-1])
+            return
+
         known = tensor.importances(self.importance) if self.importance else [None]
         order_I = order_columns(tensor.transform, self.checkpoint, tensor.shape[-1])
         if order_I is not None:
@@ -81,12 +86,20 @@ class Body:
             )
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
-        return _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+        yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
 
     def _report(self, written_bytes: int) -> None:
         self._done_bytes += written_bytes
         if self.progress:
             self.progress(self._done_bytes, self.total_bytes)
+
+
+def _copy(packed: Iterable[PackedEntry], quant: quants.GgmlQuant, columns: int) -> Iterator[Coded]:
+    """Yield matrices whose codes the file takes as they are."""
+    for entry in packed:
+        packed_OP = entry.read_as_ggml()
+        stored_OI = quant.dequantize(packed_OP, columns)
+        yield packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
 
 def divide(plan: list[PlannedTensor], part_bytes: int) -> list[list[PlannedTensor]]:

@@ -261,7 +261,8 @@ def _write_rope_scaling(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     rope = checkpoint.rope
     for key, fixed in _FIXED_YARN.items():
-        if rope.get(key) not in (None, fixed):
+        is_known = key == "truncate" and checkpoint.rounds_ramp
+        if rope.get(key) not in (None, fixed) and not is_known:
             raise ModelError(
                 f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}"
             )

@@ -23,6 +23,7 @@ from racdeploy.models.families import EVERY_EXPERT, Family, generalize, name_exp
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.report.model import VECTORS_IN_F32
+from racdeploy.storage.mxfp4 import PackedEntry
 
 # As llama.cpp's converter stores them, whatever the format of the file.
 _IN_F32 = {
@@ -74,6 +75,15 @@ class PlannedTensor:
         for raw in map(checkpoint.read_raw, self.parts):
             rows = len(raw) // pieces
             yield raw[place * rows : (place + 1) * rows]
+
+    def list_packed(self, checkpoint: Checkpoint) -> list[PackedEntry]:
+        """Return the parts, if the checkpoint holds each in the very codes of the file."""
+        found = []
+        for name in self.parts:
+            entry = checkpoint.entries[name]
+            if isinstance(entry, PackedEntry) and self.quant_real == entry.GGML_NAME:
+                found.append(entry)
+        return found if len(found) == len(self.parts) else []
 
     def importances(self, known: Importance) -> list[NDArray[np.float32] | None]:
         """Return what is known of the inputs of each array that :meth:`read` yields."""

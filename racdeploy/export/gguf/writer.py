@@ -33,6 +33,11 @@ from racdeploy.quant.importance import Importance
 from racdeploy.storage.files import disk_errors, file_sha256, require_space
 from racdeploy.storage.partials import partial_folder
 
+_ROUNDED_RAMP = (
+    "llama.cpp lets YaRN's ramp begin and end at whole dimensions, for which this model does not "
+    "ask: rotations differ by a little, as in every GGUF file of this family"
+)
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -138,6 +143,8 @@ def _make_plan(
     notes = vocabulary.notes
     if importance:
         notes = (*notes, _describe_importance(importance, tensors))
+    if checkpoint.rounds_ramp:
+        notes = (*notes, _ROUNDED_RAMP)
 
     deviations = list_deviations(checkpoint)
     return _Plan(tensors, parts, vocabulary, general, importance, notes, deviations)

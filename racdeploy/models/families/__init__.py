@@ -71,6 +71,8 @@ class Family:
         further: of a head that predicts further tokens, what is in none of its blocks → the same in
             the first of the blocks that llama.cpp has of it; empty: llama.cpp has no such head.
         rope_types: kinds of rope scaling that llama.cpp knows.
+        rounds_ramp: whether llama.cpp is given the family although it rounds where YaRN's ramp
+            begins and ends, and the family does not.
         rope_sections: how many rotary pairs turn by time, height and width of a picture, where a
             config does not say; in a text all are equal. Empty: llama.cpp knows none.
         embedding_scale: what token embeddings are multiplied by: a setting, or empty.
@@ -122,6 +124,7 @@ class Family:
     integers: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    rounds_ramp: bool = False
     rope_sections: tuple[int, ...] = ()
     embedding_scale: str = ""
     logit_divisor: str = ""
