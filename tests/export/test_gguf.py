@@ -121,7 +121,12 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 experts": {"family": "qwen3_moe"},
     "qwen3 experts untied": {"family": "qwen3_moe", "tied": False, "num_experts_per_tok": 3},
     "gpt oss": {"family": "gpt_oss"},
-    "gpt oss untied": {"family": "gpt_oss", "tied": False, "num_experts_per_tok": 3},
+    "gpt oss untied loud": {  # beyond 7, where experts cut off
+        "family": "gpt_oss",
+        "tied": False,
+        "num_experts_per_tok": 3,
+        "initializer_range": 0.3,
+    },
     "mistral": {"family": "mistral"},
     "mistral untied window": {
         "family": "mistral",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,11 +34,18 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 KEPT = 6
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "mxfp4": True},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Two of eight experts removed, and half of the weights of all linears."""
     folder = tmp_path_factory.mktemp("experts")
-    dense = Checkpoint(make_checkpoint(folder / "dense", "qwen3_moe", num_experts=8))
+    family = request.param
+    dense = Checkpoint(make_checkpoint(folder / "dense", family, **MODELS[family]))
     structure = Structure(keep={"experts": KEPT / 8})
     blocks = folder / "blocks"
     blocks.mkdir()
@@ -63,8 +71,9 @@ def test_llama_cpp_computes_what_torch_does(cut: Checkpoint, tmp_path: Path) -> 
     assert find_error(cut, file) < 1e-4
 
     fields = gguf.GGUFReader(file).fields
-    assert int(fields["qwen3moe.expert_count"].contents()) == KEPT
-    assert int(fields["qwen3moe.expert_used_count"].contents()) == 2
+    arch = cut.family.gguf_arch
+    assert int(fields[f"{arch}.expert_count"].contents()) == KEPT
+    assert int(fields[f"{arch}.expert_used_count"].contents()) == 2
 
     reader = gguf.GGUFReader(file, "r+")
     (router,) = [t for t in reader.tensors if t.name == "blk.0.ffn_gate_inp.weight"]
@@ -74,11 +83,11 @@ def test_llama_cpp_computes_what_torch_does(cut: Checkpoint, tmp_path: Path) -> 
     assert find_error(cut, file) > 1e-2
 
 
-@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0", "mxfp4"])
 def test_zeros_of_every_expert_are_counted(cut: Checkpoint, tmp_path: Path, quant: str) -> None:
     """One tensor holds all experts of a block, and half of each is zero."""
     result = export(cut, tmp_path / "cut.gguf", quant=quant, importance="none")
-    stacks = {t.name: t for t in result.tensors if "_exps" in t.name}
+    stacks = {t.name: t for t in result.tensors if t.name.endswith("_exps.weight")}
     assert len(stacks) == 2 * 3
     for tensor in stacks.values():
         assert tensor.shape[0] == KEPT
@@ -103,7 +112,8 @@ def test_zeros_of_every_expert_are_counted(cut: Checkpoint, tmp_path: Path, quan
 def test_each_expert_has_an_importance_of_its_own(cut: Checkpoint, tmp_path: Path) -> None:
     """Scales follow it, llama.cpp's matrix has a row for each; its quantizer takes the file."""
     result = export(cut, tmp_path / "cut.gguf", quant="q4_0")
-    assert "scales of 14 of 15 quantized matrices" in " ".join(result.notes)
+    matrices = 15 + cut.family.needs_output
+    assert f"scales of 14 of {matrices} quantized matrices" in " ".join(result.notes)
 
     known = Importance.read(cut.folder / IMPORTANCE_FILE)
     form, found = quants.load("q4_0"), {t.name: t for t in gguf.GGUFReader(result.path).tensors}
@@ -132,5 +142,5 @@ def test_a_packed_file_unfolds_to_the_plain_one(cut: Checkpoint, tmp_path: Path)
     packed = export(cut, tmp_path / "cut.racgguf", quant="q8_0", packing="bitmask")
     unpacked = gguf_format.unpack(packed.path, tmp_path / "unpacked.gguf")
     assert file_sha256(unpacked) == plain.sha256
-    assert {t.packing for t in packed.tensors if "_exps" in t.name} == {"bitmask"}
+    assert {t.packing for t in packed.tensors if t.name.endswith("_exps.weight")} == {"bitmask"}
     assert packed.size_bytes < plain.size_bytes

@@ -18,7 +18,8 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     K = checkpoint.head_sizes[block]
     heads = checkpoint.per_block("num_attention_heads")[block]
     groups = checkpoint.per_block("num_key_value_heads")[block]
-    return Layout("Q", groups, {"Q": K * (heads // groups), "KV": K}, alike=True)
+    each = heads // groups
+    return Layout("Q", groups, {"Q": K * each, "KV": K, "H": each}, alike=True)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
