@@ -23,7 +23,9 @@ from tests.support.llama_quantize import quantize
 from tests.support.tiny_models import make_checkpoint
 
 NAMES = plugins.names("presets")
+OF_EXPERTS = "mxfp4_moe"
 SPARSE = tuple(name for name in NAMES if name.startswith("sparse_"))
+MIXED = tuple(name for name in NAMES if name not in (*SPARSE, OF_EXPERTS))
 ALIGNED = {
     "hidden_size": 256,
     "intermediate_size": 256,
@@ -49,7 +51,7 @@ def export_types(checkpoint: Checkpoint, out: Path, preset: str) -> dict[str, st
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Checkpoint, Path]]:
     """Return checkpoints and their F16 files: tied and untied, deep and shallow, one of narrow
-    rows, and one with q, k and v in a tensor.
+    rows, one with q, k and v in a tensor, and one of experts.
     """
     root = tmp_path_factory.mktemp("presets")
     cases = {
@@ -57,6 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Check
         "untied": ALIGNED | {"num_hidden_layers": 3, "tied": False},
         "narrow": {"num_hidden_layers": 9},
         "joined": ALIGNED | {"num_hidden_layers": 17, "family": "phi3"},
+        "experts": ALIGNED | {"family": "gpt_oss", "head_dim": 64},
     }
     made = {}
     for name, case in cases.items():
@@ -66,8 +69,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Check
     return made
 
 
-@pytest.mark.parametrize("model", ["deep", "untied", "narrow", "joined"])
-@pytest.mark.parametrize("preset", [name for name in NAMES if name not in SPARSE])
+@pytest.mark.parametrize(
+    ("preset", "model"),
+    [
+        *((preset, model) for preset in MIXED for model in ("deep", "untied", "narrow", "joined")),
+        (OF_EXPERTS, "untied"),
+        (OF_EXPERTS, "experts"),
+    ],
+)
 def test_a_preset_of_llama_cpp_gives_its_types(
     models: Mapping[str, tuple[Checkpoint, Path]], tmp_path: Path, preset: str, model: str
 ) -> None:
@@ -80,7 +89,8 @@ def test_a_preset_of_llama_cpp_gives_its_types(
     expected = read_types(quantize(source, tmp_path / "llama.gguf", preset.upper()))
     found = export_types(checkpoint, tmp_path / "ours.gguf", preset)
     assert found == {name: "q8_0" if kind == "q5_1" else kind for name, kind in expected.items()}
-    assert len(set(found.values())) > 2 or (preset, model) == ("q5_k_m", "narrow")
+    is_plain = (preset, model) in {("q5_k_m", "narrow"), (OF_EXPERTS, "untied")}
+    assert (len(set(found.values())) > 2) != is_plain
 
 
 def test_another_rule_would_be_noticed(

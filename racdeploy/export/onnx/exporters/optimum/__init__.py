@@ -46,7 +46,9 @@ def check_environment() -> None:
 
 
 def refusal(checkpoint: Checkpoint) -> str:
-    """Return an empty string: what optimum does not know, it refuses itself."""
+    """Return why the graph's weights could not be told apart; else optimum itself refuses."""
+    if checkpoint.family.fused:
+        return "its graph has all experts of a block in one tensor"
     return ""
 
 
