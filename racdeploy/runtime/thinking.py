@@ -29,18 +29,29 @@ TAGS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
+    # GPT-OSS: what is said in between, in further channels, counts as thinking.
+    (
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
 )
+_ANSWERS = {"<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
+"""Open tag → what an answer without a thought begins with, where that is no part of its text."""
 _SPACES = frozenset(" \n\r\t▁ĠĊčĉ")  # as sentencepiece and byte-level vocabularies write them
 _SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
 
 
 @dataclass(frozen=True)
 class ThinkingTags:
-    """Token ids of the tags round a thought, and of white space behind a tag in a prompt."""
+    """Token ids of the tags round a thought, and of white space behind a tag in a prompt.
+
+    ``answer_ids`` are those of a tag in front of an answer without a thought, where there is one.
+    """
 
     open_ids: tuple[int, ...]
     close_ids: tuple[int, ...]
     space_ids: frozenset[int] = frozenset()
+    answer_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,19 @@ class Scanner:
         elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
             self._begin("implied")
             self._close(0)
+        elif self._begins_answer() and len(self.ids) == len(self._tags.answer_ids):
+            self.start = len(self.ids)
 
     def count_held_back(self) -> int:
         """Return how many of the last tokens may be the beginning of a tag."""
         wanted = self._tags.close_ids if self.inside else self._tags.open_ids
-        return count_begun(self.ids, wanted, self.start)
+        begun = count_begun(self.ids, wanted, self.start)
+        return max(begun, len(self.ids)) if self._begins_answer() else begun
+
+    def _begins_answer(self) -> bool:
+        """Return whether all so far begins the tag of an answer without a thought, or is it."""
+        tag = self._tags.answer_ids[: len(self.ids)]
+        return not self.inside and self.start == 0 and list(tag) == self.ids != []
 
     def _begin(self, opening: Opening) -> None:
         if self.opening == "none":
@@ -210,7 +229,8 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
     A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with
     its neighbours hides it.
     """
-    open_ids, close_ids = map(tuple, encoder.tokenizer.encode_batch([open_tag, close_tag]))
+    texts = [open_tag, close_tag, _ANSWERS.get(open_tag, "")]
+    open_ids, close_ids, answer_ids = map(tuple, encoder.tokenizer.encode_batch(texts))
 
     if not open_ids or not close_ids or open_ids == close_ids:
         raise ArtifactError(
@@ -220,4 +240,4 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
         )
 
     space_ids = encoder.tokenizer.blank_ids(_SPACES, _SPACE_BYTES)
-    return ThinkingTags(open_ids, close_ids, frozenset(space_ids))
+    return ThinkingTags(open_ids, close_ids, frozenset(space_ids), answer_ids)

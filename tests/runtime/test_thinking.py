@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from racdeploy.errors import ArtifactError
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
+from racdeploy.runtime.text import TextReader
 from racdeploy.runtime.thinking import (
     Split,
     ThinkingTags,
@@ -219,6 +221,78 @@ def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path
     found = tags_of(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
     assert prompt_state(plain.encode("hello"), found) == "open"
+
+
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' ~ m.role ~ '<|message|>' ~ m.content ~ '<|end|>' }}"
+    "{% if m.thinking %}{{ '<|channel|>analysis<|message|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+
+
+@pytest.fixture
+def harmony(tokenizer_folder: Path) -> PromptEncoder:
+    """A tokenizer whose only control tokens are those of GPT-OSS."""
+    file = tokenizer_folder / "tokenizer.json"
+    (kind, *_) = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+    added = [kind | {"id": 490 + n, "content": text} for n, text in enumerate(MARKERS)]
+    edit_json(file, added_tokens=added)
+    return PromptEncoder(read_tokenizer(file), ChatTemplate(HARMONY))
+
+
+_ANALYSIS = "<|channel|>analysis<|message|>"
+_FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "thinking", "answer", "state"),
+    [
+        (f"{_ANALYSIS}6 times 7<|end|>{_FINAL}42<|return|>", "6 times 7", "42", "closed"),
+        ("<|channel|>final<|message|>42<|return|>", "", "42", "absent"),
+        (f"{_ANALYSIS}6 times 7<|end|>", "6 times 7<|end|>", "", "open"),
+        (
+            f"{_ANALYSIS}a<|end|><|start|>assistant{_ANALYSIS}b<|end|>{_FINAL}42<|return|>",
+            f"a<|end|><|start|>assistant{_ANALYSIS}b",
+            "42",
+            "closed",
+        ),
+        ("<|channel|>commentary<|message|>42", "", "<|channel|>commentary<|message|>42", "absent"),
+    ],
+    ids=["both channels", "no thought", "cut", "two thoughts", "another channel"],
+)
+def test_channels_of_gpt_oss_are_told_apart(
+    harmony: PromptEncoder, completion: str, thinking: str, answer: str, state: str
+) -> None:
+    """The tags are whole headers of channels; text as it comes has none of them."""
+    found = find_tags(harmony)
+    assert found is not None
+    prompt_ids, completion_ids = harmony.encode("6 times 7?"), harmony.encode_text(completion)
+    eos = harmony.encode_text("<|return|>")
+    parts = split(prompt_ids, completion_ids, found, eos_ids=eos)
+    assert harmony.decode(parts.thinking_ids) == thinking
+    assert harmony.decode(parts.answer_ids) == answer
+    assert parts.state == state
+
+    shown: list[tuple[str, str]] = []
+    reader = TextReader(harmony, prompt_ids, found, eos, lambda *piece: shown.append(piece))
+    for token in completion_ids:
+        reader.feed(0, [token])
+    reader.finish()
+    for kind, expected in (("thinking", thinking), ("answer", answer)):
+        assert "".join(text for text, own in shown if own == kind) == expected
+
+
+def test_an_answer_that_the_prompt_begins_has_no_thought(harmony: PromptEncoder) -> None:
+    """As where a template was told to leave the thinking out."""
+    found = find_tags(harmony)
+    assert found is not None
+    rendered = harmony.encode("6 times 7?")
+    assert prompt_state(rendered, found) == "none"
+    final = harmony.encode_text("<|channel|>final<|message|>")
+    assert prompt_state([*rendered, *final], found) == "closed"
+    analysis = harmony.encode_text(_ANALYSIS)
+    assert prompt_state([*rendered, *analysis], found) == "open"
 
 
 def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None:
