@@ -80,7 +80,7 @@ def _inspect_weights(path: Path) -> dict[str, Any]:
 def _measure(name: str, entry: TensorEntry) -> export.MeasuredTensor:
     weight = entry.read()
     zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
-    return export.MeasuredTensor(name, entry.shape, entry.dtype.lower(), zeros, entry.size_bytes)
+    return export.MeasuredTensor(name, entry.shape, entry.stored_as, zeros, entry.size_bytes)
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

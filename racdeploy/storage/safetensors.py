@@ -60,6 +60,11 @@ class TensorEntry:
     strides: tuple[int, ...] = ()
 
     @property
+    def stored_as(self) -> str:
+        """Name of the number format that it has in the file."""
+        return self.dtype.lower()
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of its own in the file."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize

@@ -15,7 +15,7 @@ _FUSED = ("gate_up_proj", "down_proj")
 
 def pack_experts(folder: Path) -> None:
     """Write codes and exponents in place of the fused matrices of a folder."""
-    places = {}
+    places: dict[str, str] = {}
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         for name in [name for name in tensors if name.endswith(_FUSED)]:

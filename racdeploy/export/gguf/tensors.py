@@ -81,7 +81,7 @@ class PlannedTensor:
         found = []
         for name in self.parts:
             entry = checkpoint.entries[name]
-            if isinstance(entry, PackedEntry) and self.quant_real == entry.GGML_NAME:
+            if isinstance(entry, PackedEntry) and entry.stored_as == self.quant_real:
                 found.append(entry)
         return found if len(found) == len(self.parts) else []
 

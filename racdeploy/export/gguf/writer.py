@@ -142,7 +142,8 @@ def _make_plan(
 
     notes = vocabulary.notes
     if importance:
-        notes = (*notes, _describe_importance(importance, tensors))
+        chosen = [tensor for tensor in tensors if not tensor.list_packed(checkpoint)]
+        notes = (*notes, _describe_importance(importance, chosen))
     if checkpoint.rounds_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
