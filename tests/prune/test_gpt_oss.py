@@ -166,7 +166,7 @@ def test_transformers_opens_what_is_left(
     stored = load_file(model.folder / "model.safetensors")
     names = {name.rpartition(".")[2] for name in stored if ".experts." in name}
     assert names == FUSED
-    assert stored["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 64, 2 * 96)
+    assert stored["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 64, 2 * 32)
     assert stored["model.layers.0.self_attn.sinks"].shape == (2,)
 
     theirs = AutoModelForCausalLM.from_pretrained(

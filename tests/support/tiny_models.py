@@ -136,6 +136,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {
         "sliding_window": 16,  # in every other block
+        "intermediate_size": 32,
         "head_dim": 16,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -333,7 +334,9 @@ def _model(
                 name.endswith(("bias", "mamba.D", "sinks", "correct_output_scale"))
                 or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
-                parameter += 0.1 * torch.randn_like(parameter)
+                # Where all values shift alike, a router would choose alike for all tokens.
+                is_shift = family == "gpt_oss" and name.endswith("bias")
+                parameter += (0.02 if is_shift else 0.1) * torch.randn_like(parameter)
     return model.eval()
 
 
