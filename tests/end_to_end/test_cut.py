@@ -10,7 +10,7 @@ import pytest
 
 from racdeploy.bundles.inspect import inspect_path
 from tests.support.commands import racdeploy
-from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_models import GPT_OSS, make_checkpoint
 
 SIZES = {"num_hidden_layers": 4, "intermediate_size": 128}
 RECIPE = """
@@ -102,10 +102,27 @@ def test_a_cut_without_zeros_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_experts_are_cut_pruned_and_built(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "quant", "config"),
+    [
+        ("qwen3_moe", "q8-0", {"num_experts": 8}),
+        (
+            "gpt_oss",
+            "mxfp4-moe",
+            {
+                "num_local_experts": 8,
+                "mxfp4": True,
+                "rope_scaling": GPT_OSS | {"truncate": False},
+            },
+        ),
+    ],
+)
+def test_experts_are_cut_pruned_and_built(
+    family: str, quant: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     """The plan says what is left; the report says on how many tokens each expert was pruned."""
-    model = make_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=8)
-    asked = ["--keep", "experts=0.75", "--sparsity", 0.5]
+    model = make_checkpoint(tmp_path / "model", family, **config)
+    asked = ["--keep", "experts=0.75", "--sparsity", 0.5, "--quant", quant]
     plan = _plan(model, tmp_path, "experts=0.75")
     out = tmp_path / "bundle"
     built = racdeploy("build", model, *_options(tmp_path), *asked, "--out", out, "--json")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "racdeploy_sinks"
-_MASK_VALUES = 1 << 25  # of all heads for some queries, in memory at a time
+_MASK_VALUES = 1 << 23  # of all heads for some queries, in memory at a time
 
 
 def register() -> str:
