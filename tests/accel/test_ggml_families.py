@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
+from racdeploy.prune.assemble import assemble
 from racdeploy.support import describe_families
 from tests.support.accel_plugin import build_plugin, write_proof
 from tests.support.tiny_models import FAMILIES, make_checkpoint
@@ -91,9 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
 def _write(root: Path, family: str) -> Ran:
     """Write a model in both number formats."""
     folder = make_checkpoint(root / family / "model", family, dtype="float32")
-    _spare_half(folder)
-
-    checkpoint = Checkpoint(folder)
+    checkpoint = _spare_half(Checkpoint(folder), root / family)
     sources: dict[str, str] = {}
     for quant in QUANTS:
         for tensor in gguf.export(checkpoint, root / f"{family}-{quant}.gguf", quant=quant).tensors:
@@ -102,18 +101,21 @@ def _write(root: Path, family: str) -> Ran:
     return Ran(root / family, sources)
 
 
-def _spare_half(folder: Path) -> None:
+def _spare_half(checkpoint: Checkpoint, root: Path) -> Checkpoint:
     """Set the smaller half of every linear to zero, in odd blocks of each four weights."""
-    checkpoint = Checkpoint(folder)
-    weights = load_file(folder / "model.safetensors")
+    weights = {}
     for block in range(checkpoint.block_count):
         for linear in checkpoint.linears(block):
-            weight_OI = weights[f"{checkpoint.family.blocks}.{block}.{linear}.weight"]
+            name = f"{checkpoint.family.blocks}.{block}.{linear}.weight"
+            weight_OI = weights[name] = checkpoint.read(name).copy()
             of = 4 if block % 2 else weight_OI.size
             group_XS = weight_OI.reshape(-1, of)
             smaller_XS = np.abs(group_XS).argpartition(of // 2, axis=1)[:, : of // 2]
             np.put_along_axis(group_XS, smaller_XS, 0, 1)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    (root / "blocks").mkdir()
+    save_file(weights, root / "blocks" / "block-00000.safetensors")
+    return Checkpoint(assemble(checkpoint, root / "blocks", root / "sparse"))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
