@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.quant import Grid, as_grid
+from racdeploy.quant import Grid, as_grid, has_minima, signed_codes
 from racdeploy.recover.variables import Scales, codes_of, read_steps
 
 GRIDS = [name for name in plugins.names("quant") if hasattr(plugins.load("quant", name), "CODES")]
@@ -25,7 +25,16 @@ def on_grid(grid: Grid) -> torch.Tensor:
     weight_OI = torch.randn(O, I, generator=generator)
     weight_OI *= torch.rand(O, I, generator=generator) < 0.5
     weight_OI[0, : grid.BLOCK] = 0
-    return stored(weight_OI, grid)
+    if not has_minima(grid):
+        return stored(weight_OI, grid)
+
+    # ggml's own choice of minima has no code for zero: draw steps and codes that do.
+    scale_OX = torch.rand(O, I // grid.BLOCK, generator=generator).half().float()
+    step_OG = scale_OX.repeat_interleave(grid.BLOCK // grid.GROUP_SIZE, dim=1)
+    step_OG = step_OG * torch.randint(1, 1 + grid.STEP_CODES[1], step_OG.shape, generator=generator)
+    step_OI = step_OG.repeat_interleave(grid.GROUP_SIZE, dim=1)
+    code_OI = (2 * weight_OI).round().clamp(*signed_codes(grid))
+    return code_OI * step_OI
 
 
 def stored(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
