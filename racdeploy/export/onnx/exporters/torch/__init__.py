@@ -18,7 +18,12 @@ from racdeploy.plugins import require
 __all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 3
-PROVEN = frozenset({"gemma3_text", "llama", "olmo3", "phi3", "qwen3"})
+PROVEN = frozenset(
+    {
+        *("gemma3_text", "granite", "llama", "ministral3", "mistral"),
+        *("olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+    }
+)
 WEIGHTS = (".weight", ".bias")
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
 _ATTENTION = frozenset({"full_attention", "sliding_attention"})
