@@ -11,6 +11,7 @@ from typing import Any
 
 from racdeploy import plugins
 from racdeploy.models.families import Family
+from racdeploy.models.widths import axes
 
 _ATTENTION = "full_attention"
 
@@ -50,12 +51,20 @@ def _list_exporters(family: str) -> list[str]:
     return [name for name in exporters if family in plugins.load("onnx_exporters", name).PROVEN]
 
 
+def _feeds_forward_everywhere(family: Family) -> bool:
+    """Return whether a linear collects feed-forward channels, in blocks of every kind."""
+    ends = [linear for linear in family.linears if axes(family, f"{linear}.weight") == ("D", "F")]
+    some = tuple(begins for kind in family.only.values() for begins in kind)
+    return any(not linear.startswith(some) for linear in ends)
+
+
 def _list_cuts(family: Family) -> list[str]:
     """Return the parts that can be cut so that llama.cpp runs what is left."""
     if family.uncut:
         return []
 
-    cuts = ["experts"] if family.routed else ["ffn"]
+    cuts = ["experts"] if family.routed else []
+    cuts += ["ffn"] if _feeds_forward_everywhere(family) else []
     if not family.only and (family.per_block or not family.square_queries):
         cuts += ["groups", "heads"]
     if not family.window_period and not family.no_rope_period:

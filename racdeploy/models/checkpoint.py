@@ -30,6 +30,7 @@ from racdeploy.storage.reading import read_json
 from racdeploy.storage.safetensors import DTYPES, PACKED, TensorEntry, read_tensor_entries
 
 _ATTENDING = ("full_attention", "sliding_attention")
+_RECURRENT = ("linear_attention", "conv")
 
 
 class Checkpoint:
@@ -74,7 +75,8 @@ class Checkpoint:
     @cached_property
     def _own(self) -> Mapping[str, TensorEntry]:
         """Tensors of the folder that the model computes with, as they are stored."""
-        own = text_part.take_entries(self._stored) if self.is_part else self._stored
+        usual = {self.family.rename(name): entry for name, entry in self._stored.items()}
+        own = text_part.take_entries(usual) if self.is_part else usual
         return {name: entry for name, entry in own.items() if self._uses(name)}
 
     @cached_property
@@ -335,6 +337,11 @@ class Checkpoint:
         return tuple(kind in _ATTENDING for kind in self.layer_types)
 
     @property
+    def recurs(self) -> tuple[bool, ...]:
+        """Whether each block carries a state from token to token; some do neither."""
+        return tuple(kind in _RECURRENT for kind in self.layer_types)
+
+    @property
     def has_state(self) -> bool:
         """Whether blocks of the family may carry a state from token to token, in place of keys."""
         return bool(self.family.unattended)
@@ -344,6 +351,12 @@ class Checkpoint:
         """Whether any block has a rotary embedding."""
         switch = self.family.rope_switch
         return not switch or self.config.get(switch) == "rope"
+
+    @property
+    def says_theta(self) -> bool:
+        """Whether the config has a base of rotary frequencies, used or not."""
+        places = (self.config, self.config.get("rope_parameters") or {})
+        return any(place.get("rope_theta") is not None for place in places)
 
     @property
     def rotary_blocks(self) -> tuple[bool, ...]:
@@ -375,7 +388,7 @@ class Checkpoint:
         # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
         parameters = dict(self.config.get("rope_parameters") or {})
         scaling = parameters or dict(self.config.get("rope_scaling") or {})
-        theta = parameters.get("rope_theta", self.config.get("rope_theta", 10_000.0))
+        theta = parameters.get("rope_theta", self.config.get("rope_theta")) or 10_000.0
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         kind = "longrope" if kind == "su" else kind
         return scaling | {"rope_theta": float(theta), "rope_type": kind}
@@ -412,7 +425,7 @@ class Checkpoint:
 
         if declared:
             head = self.read_raw("lm_head.weight")
-            if not np.array_equal(head, self.read_raw("model.embed_tokens.weight")):
+            if not np.array_equal(head, self.read_raw(self.family.embedding)):
                 raise ModelError(
                     f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
                     remedy="set tie_word_embeddings to false in config.json if the head is meant to"
@@ -522,6 +535,12 @@ def _width_of(checkpoint: Checkpoint, kind: str) -> int:
     return heads * checkpoint.integer(f"linear_{kind}_head_dim")
 
 
+def _state_space_width(checkpoint: Checkpoint) -> int:
+    if checkpoint.config.get("mamba_head_dim"):
+        return checkpoint.integer("mamba_n_heads") * checkpoint.integer("mamba_head_dim")
+    return checkpoint.integer("mamba_expand") * checkpoint.integer("hidden_size")
+
+
 def _convolved_width(checkpoint: Checkpoint) -> int:
     groups = checkpoint.integer("mamba_n_groups")
     width: int = checkpoint.setting("mamba_width")
@@ -541,7 +560,9 @@ SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
     "altup_pairs": lambda c: c.integer("altup_num_inputs") ** 2,
     "blocks_beyond_20": lambda c: max(0, c.block_count - 20),
     "sparsity_of_gemma3n": lambda c: [0.95] * min(10, c.block_count) + [0.0] * (c.block_count - 10),
-    "mamba_width": lambda c: c.integer("mamba_expand") * c.integer("hidden_size"),
+    "mamba_width": _state_space_width,
+    "hidden_per_head": lambda c: c.integer("hidden_size") // c.integer("num_attention_heads"),
+    "mamba_group_width": lambda c: c.setting("mamba_width") // c.integer("mamba_n_groups"),
     "mamba_convolved_width": _convolved_width,
 }
 """Values that families name beside the keys of ``config.json``: computed from several."""

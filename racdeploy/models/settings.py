@@ -32,6 +32,13 @@ _COUNTS: Mapping[str, int] = {
     "num_experts": _WIDTH,
     "shared_intermediate_size": _WIDTH * 16,
     "mamba_n_heads": _WIDTH,
+    "mamba_num_heads": _WIDTH,
+    "mamba_head_dim": _WIDTH,
+    "ssm_state_size": _WIDTH,
+    "n_groups": _WIDTH,
+    "conv_kernel": _WIDTH,
+    "chunk_size": _WIDTH,
+    "attention_head_dim": _WIDTH,
     "mamba_n_groups": _WIDTH,
     "mamba_d_state": _WIDTH,
     "mamba_d_conv": _WIDTH,
@@ -71,6 +78,7 @@ _NUMBERS = (
     *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
     *("attention_dropout", "initializer_range", "router_aux_loss_coef"),
     *("norm_eps", "block_ffn_dim_multiplier", "altup_coef_clip"),
+    "layer_norm_epsilon",
     *("swiglu_alpha", "swiglu_limit"),
 )
 _SWITCHES = (
@@ -78,15 +86,15 @@ _SWITCHES = (
     *("norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block"),
     *("use_double_wide_mlp", "altup_correct_scale"),
     *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
-    *("mamba_conv_bias", "mamba_proj_bias"),
+    *("mamba_conv_bias", "mamba_proj_bias", "use_bias", "use_conv_bias"),
 )
 _TEXTS = (
     *("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype"),
-    *("position_embedding_type",),
+    *("position_embedding_type", "mlp_hidden_act", "mamba_hidden_act", "hybrid_override_pattern"),
 )
 _LISTS = (
     *("layer_types", "no_rope_layers", "architectures", "mlp_only_layers"),
-    *("full_attn_idxs", "activation_sparsity_pattern"),
+    *("full_attn_idxs", "activation_sparsity_pattern", "layers_block_type"),
 )
 # Settings that a family may write once for each block.
 _REPEATED = {"gemma3n_text": ("intermediate_size",)}

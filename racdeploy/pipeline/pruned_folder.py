@@ -14,7 +14,6 @@ from racdeploy.storage.reading import read_json
 
 _OUTLINE = "structure.json"
 """Where pruning leaves which blocks stay, beside the folder of the model."""
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
@@ -70,8 +69,8 @@ def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
 
     # Pruning leaves the embedding alone, byte for byte.
     rows = np.linspace(0, own - 1, num=min(own, 64), dtype=np.int64)
-    theirs_ND = dense.read_rows(_EMBEDDING, rows)
-    own_ND = sparse.read_rows(_EMBEDDING, rows)
+    theirs_ND = dense.read_rows(dense.family.embedding, rows)
+    own_ND = sparse.read_rows(sparse.family.embedding, rows)
     if not np.array_equal(theirs_ND, own_ND):
         raise UsageError(
             f"{sparse.folder} embeds tokens otherwise than {dense.folder}: "

@@ -26,8 +26,6 @@ from racdeploy.prune.own_inputs import OwnInputs
 from racdeploy.prune.routing import Routed
 from racdeploy.prune.streams import Streams
 
-_ATTENTION, _EMBEDDING = "self_attn", "model.embed_tokens.weight"
-
 
 class Blocks:
     """A model on the meta device whose blocks are filled on demand; hidden states are float32."""
@@ -80,7 +78,8 @@ class Blocks:
 
         # Only the rows of tokens that occur are read: the whole table may be larger than a block.
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
-        rows_ND = torch.from_numpy(self.checkpoint.read_rows(_EMBEDDING, used_N.numpy()))
+        embedding = self.checkpoint.family.embedding
+        rows_ND = torch.from_numpy(self.checkpoint.read_rows(embedding, used_N.numpy()))
         rows_ND *= embedding_scale(self.checkpoint)
         if self._streams:
             rows_ND = self._streams.begin(rows_ND)
@@ -170,7 +169,7 @@ class Blocks:
         return seen_TT[None, None]
 
     @contextmanager
-    def _shortcuts(self, block: nn.Module, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    def _shortcuts(self, block: Any, known: Mapping[int, torch.Tensor]) -> Iterator[None]:
         """While the body runs, a part whose last input is known computes its last linear alone."""
         changed = []  # parts with another ``forward``: with hooks, their own would run anyway
         for group, input_BTI in known.items():
@@ -179,7 +178,8 @@ class Blocks:
             part = block.get_submodule(part_name)
             changed.append(part)
 
-            run_last = _run_attention if part_name == _ATTENTION else _run_last
+            attends = block.attends and part_name == self.checkpoint.family.attention
+            run_last = _run_attention if attends else _run_last
             part.forward = partial(run_last, block.get_submodule(name), self.place(input_BTI))
 
         try:

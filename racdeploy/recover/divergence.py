@@ -39,10 +39,10 @@ class Head:
     @classmethod
     def of(cls, checkpoint: Checkpoint, device: torch.device, *, short: bool = False) -> Head:
         """Read the projection of a model; with ``short``, slopes are of bfloat16 products."""
-        name = "model.embed_tokens.weight" if checkpoint.tied else "lm_head.weight"
+        family = checkpoint.family
+        name = family.embedding if checkpoint.tied else "lm_head.weight"
         weight_VD = _read_rows(checkpoint, name).to(device)
 
-        family = checkpoint.family
         divisor = checkpoint.setting(family.logit_divisor) if family.logit_divisor else 1.0
         cap = checkpoint.config.get(family.logit_cap) if family.logit_cap else None
 

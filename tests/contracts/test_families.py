@@ -161,7 +161,7 @@ def test_tensors_of_nobody_are_named(checkpoint: Checkpoint) -> None:
     check_covered(checkpoint)
     family, entries = checkpoint.family, dict(checkpoint.entries)
     surplus = f"{family.blocks}.0.mlp.experts.{checkpoint.experts}.up_proj.weight"
-    checkpoint.__dict__["entries"] = entries | {surplus: entries["model.embed_tokens.weight"]}
+    checkpoint.__dict__["entries"] = entries | {surplus: entries[family.embedding]}
     with pytest.raises(ModelError, match=re.escape(surplus)):
         check_covered(checkpoint)
 

@@ -13,6 +13,7 @@ from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers.engine import TransformersEngine
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import ModelError
+from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
@@ -22,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "granite 4": {"family": "granitemoehybrid"},
     "granite 4 attention": {"family": "granitemoehybrid", **ATTENDING},
     "lfm2": {"family": "lfm2"},
+    "nemotron h": {"family": "nemotron_h"},
     "qwen35": {"family": "qwen3_5_text"},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
@@ -72,6 +74,19 @@ def test_a_cut_granite_4_is_read_and_opened_by_transformers(tmp_path: Path) -> N
 
     theirs = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
     torch.testing.assert_close(_compute(load_model(checkpoint), IDS), _compute(theirs, IDS))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "missing"), [(["conv"] * 2, "attention"), (["full_attention"] * 2, "a state")]
+)
+def test_a_model_of_one_kind_of_block_alone_is_no_file(
+    tmp_path: Path, kinds: list[str], missing: str
+) -> None:
+    """llama.cpp ends the process where it has nothing to remember of one of the two."""
+    folder = make_checkpoint(tmp_path / "m", "lfm2", layer_types=kinds, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=f"no block has {missing}; llama.cpp opens a lfm2"):
+        export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 @pytest.mark.skipif("granitemoehybrid" not in FAMILIES, reason="transformers lacks the family")

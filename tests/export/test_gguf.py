@@ -29,6 +29,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.llama_child import LlamaAnswer, ask_llama
+from tests.support.nemotron import follow_config
 from tests.support.tiny_models import (
     FAMILIES,
     LINEAR,
@@ -109,6 +110,14 @@ CASES: dict[str, dict[str, Any]] = {
     "lfm2": {"family": "lfm2"},
     "lfm2 untied": {"family": "lfm2", "tied": False},
     "qwen35": {"family": "qwen3_5_text"},
+    "nemotron h": {"family": "nemotron_h"},
+    "nemotron h untied biased": {"family": "nemotron_h", "tied": False, "mlp_bias": True},
+    "nemotron h attending last": {
+        "family": "nemotron_h",
+        "hybrid_override_pattern": "-MM*",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
     "olmo3": {"family": "olmo3"},
     "olmo3 untied": {"family": "olmo3", "tied": False},
     "ministral3": {"family": "ministral3"},
@@ -207,6 +216,8 @@ def run_torch(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    if model.config.model_type == "nemotron_h":
+        follow_config(model)
     for name, module in model.named_modules():
         if gates and model.config.model_type in _TABLED and name.endswith("act_fn"):
             module.register_forward_hook(look_up)

@@ -34,6 +34,7 @@ KINDS = [*["sliding_attention", "full_attention"] * 2, "full_attention"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "gemma4_text": {},
+    "nemotron_h": {},
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
 NEW = [name for name in CONFIGS if name in FAMILIES]

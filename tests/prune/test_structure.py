@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from racdeploy import plugins
@@ -325,6 +325,22 @@ def test_what_cannot_be_kept_is_refused(
     part = [*keep][-1]
     with pytest.raises(UsageError, match=message):
         plugins.load("structures", part).check(dense, structure)
+
+
+def test_one_block_that_attends_and_one_with_a_state_stay(tmp_path: Path) -> None:
+    """Also where the removal of the only one that attends would change nothing."""
+    dense = _make(tmp_path, "lfm2", layer_types=["conv", "conv", "full_attention", "conv"])
+    tensors = load_file(dense.folder / "model.safetensors")
+    for name in ("self_attn.out_proj", "feed_forward.w2"):
+        tensors[f"model.layers.2.{name}.weight"].zero_()
+    save_file(tensors, dense.folder / "model.safetensors", metadata={"format": "pt"})
+
+    cut, *_ = _cut(dense, tmp_path, {"blocks": 0.5})
+    assert sorted(cut.layer_types) == ["conv", "full_attention"]
+
+    with pytest.raises(UsageError, match="keeps 1 of 4") as caught:
+        plugins.load("structures", "blocks").check(dense, Structure(keep={"blocks": 0.25}))
+    assert caught.value.remedy == "choose a share between 0.5 and 0.75"
 
 
 def test_blocks_of_a_model_that_numbers_them_are_refused(tmp_path: Path) -> None:

@@ -116,6 +116,9 @@ def _main(jobs: list[dict[str, str]]) -> None:
     # transformers 5 writes this class name for a tokenizer.json without a class of its own; 4.57
     # does not know it.
     transformers.TokenizersBackend = transformers.PreTrainedTokenizerFast
+    # 4.57 does not know this one, and then the converter reads config.json itself. What 5 adds to
+    # it, experts among them, makes another model of it.
+    transformers.CONFIG_MAPPING._mapping.pop("nemotron_h", None)
     by_hash = TextModel.get_vocab_base_pre
     for job in jobs:
         folder, named = Path(job["folder"]), job["pre_tokenizer"]

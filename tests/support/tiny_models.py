@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -163,6 +164,15 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "block_ff_dim": 144,  # two thirds of it
         "block_multiple_of": 16,
     },
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-*M-",
+        "head_dim": 24,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "chunk_size": 16,
+    },
     "phi3": {"partial_rotary_factor": 0.75},
     "qwen3_moe": {
         "num_experts": 4,
@@ -240,8 +250,8 @@ def make_checkpoint(
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size="100KB" if sharded else "5GB"
     )
-    if family == "granitemoehybrid":
-        _name_as_published(folder / "config.json")
+    if family in _PUBLISHED:
+        _PUBLISHED[family](folder)
     if mxfp4:
         from tests.support.tiny_mxfp4 import pack_experts
 
@@ -321,6 +331,8 @@ def _model(
         settings["attention_bias"] = True
     # transformers 5 writes into the tables that it gets.
     given = copy.deepcopy(settings | _SETTINGS.get(family, {}) | config)
+    if family == "nemotron_h":  # has no rotary embedding
+        given = {key: value for key, value in given.items() if not key.startswith("rope_")}
     if family == "olmo3" and transformers.__version__ >= "5":  # takes rope_theta for one kind alone
         plain = {"rope_type": "default", "rope_theta": given["rope_theta"]}
         full = plain | (given.pop("rope_scaling", None) or {})
@@ -340,11 +352,40 @@ def _model(
     return model.eval()
 
 
-def _name_as_published(file: Path) -> None:
+def _publish_granite(folder: Path) -> None:
     """Call Granite's blocks as transformers 4 and published files do, which the converter knows."""
     names = {"linear_attention": "mamba", "full_attention": "attention"}
+    file = folder / "config.json"
     listed = json.loads(file.read_text(encoding="utf-8"))["layer_types"]
     edit_json(file, layer_types=[names.get(kind, kind) for kind in listed])
+
+
+def _publish_nemotron(folder: Path) -> None:
+    """Write Nemotron's blocks as letters, nothing of experts, and one embedding where it is tied.
+
+    The converter knows a model with experts by any setting of theirs.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+    pattern = "".join(letters[kind] for kind in config["layers_block_type"])
+    begins = ("moe_", "mtp_", "n_group", "topk_", "norm_topk_", "routed_")
+    of_experts = [key for key in config if "expert" in key or key.startswith(begins)]
+    of_experts.remove("n_groups")  # of a state space
+    edit_json(
+        file,
+        **dict.fromkeys(["layers_block_type", *of_experts]),
+        hybrid_override_pattern=pattern,
+        num_hidden_layers=len(pattern),
+        rms_norm_eps=config["layer_norm_epsilon"],
+    )
+    if config["tie_word_embeddings"]:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+_PUBLISHED = {"granitemoehybrid": _publish_granite, "nemotron_h": _publish_nemotron}
 
 
 def _rewrite_config(file: Path) -> None:
@@ -357,7 +398,7 @@ def _rewrite_config(file: Path) -> None:
 
     scaling = config.pop("rope_scaling", None) or {}
     kind = scaling.pop("type", scaling.get("rope_type", "default"))
-    rope = {**scaling, "rope_theta": config.pop("rope_theta"), "rope_type": kind}
+    rope = {**scaling, "rope_theta": config.pop("rope_theta", None), "rope_type": kind}
     moved = ("partial_rotary_factor", "original_max_position_embeddings")
     rope |= {key: config[key] for key in moved if key in config}
     if "rope_local_base_freq" in config:

@@ -140,6 +140,7 @@ def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
     for index, kind in enumerate(kinds):
         block: Any = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
         block.attention_type = kind
+        block.attends = checkpoint.attends[index]
         block.kinds = checkpoint.kinds(index)
         block.number = index
 
@@ -214,8 +215,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
     if checkpoint.tied:
         head = model.get_submodule("lm_head")
-        embedding = model.get_submodule("model.embed_tokens")
-        head.register_parameter("weight", embedding.get_parameter("weight"))
+        head.register_parameter("weight", model.get_parameter(checkpoint.family.embedding))
 
     return model
 
@@ -331,6 +331,9 @@ def _config(checkpoint: Checkpoint) -> Any:
         values["rope_scaling"] = None if rope_type == "default" else scaling
     if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
         values["rope_parameters"] = checkpoint.rope_parameters
+
+    if not checkpoint.is_rotary:  # some configurations know no such settings
+        values = {key: value for key, value in values.items() if not key.startswith("rope_")}
 
     values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
     try:

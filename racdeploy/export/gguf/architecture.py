@@ -19,6 +19,7 @@ from racdeploy.models.families import Family
 def find_architecture(checkpoint: Checkpoint) -> Family:
     """Return the family as the file will have it; a ModelError where llama.cpp has none."""
     family = checkpoint.family
+    _check_memory(checkpoint)
     why_not = _refuse_usual(checkpoint)
     if not why_not:
         return _find_usual(checkpoint)
@@ -35,6 +36,22 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
         )
 
     return family.as_per_block()
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    """Refuse a model for which llama.cpp would keep no keys, or no states: it ends there."""
+    family = checkpoint.family
+    is_other = bool(family.attending_arch) and all(checkpoint.attends)
+    if not checkpoint.has_state or is_other:
+        return
+
+    for what, roles in (("attention", checkpoint.attends), ("a state", checkpoint.recurs)):
+        if not any(roles):
+            raise ModelError(
+                f"{checkpoint.folder}: no block has {what}; llama.cpp opens a {family.gguf_arch}"
+                " only with both, attention and a state",
+                remedy="prune the dense model again with more of its blocks",
+            )
 
 
 def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:

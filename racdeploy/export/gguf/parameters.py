@@ -7,7 +7,7 @@ and transformers ``modeling_rope_utils.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.further import count_blocks
+from racdeploy.models.widths import axes
 
 _SECTIONS = 4  # time, height, width, and one more
 _ANY_LENGTH = 1 << 20
@@ -39,7 +40,7 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
     )
 
     writer.add_embedding_length(checkpoint.integer("hidden_size"))
-    writer.add_feed_forward_length(_each_or_all(checkpoint, "intermediate_size"))
+    writer.add_feed_forward_length(_one_or_each(_list_feed_forward(checkpoint)))
     writer.add_head_count(_each_or_all(checkpoint, "num_attention_heads"))
     _write_key_value_heads(writer, checkpoint)
 
@@ -49,7 +50,8 @@ def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family)
         writer.add_key_length(head_size)
         writer.add_value_length(head_size)
 
-    writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
+    if checkpoint.is_rotary or checkpoint.says_theta:
+        writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
     _write_rope_scaling(writer, checkpoint)
     if family.rope_switch:  # llama.cpp has no rotary embedding where it is false
         writer.add_rope_scaling_finetuned(checkpoint.is_rotary)
@@ -78,8 +80,26 @@ def _write_key_value_heads(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 def _each_or_all(checkpoint: Checkpoint, setting: str) -> int | list[int]:
     """Return a width of every block, or the one that all have."""
-    values = list(checkpoint.per_block(setting))
-    return values if len(set(values)) > 1 else values[0]
+    return _one_or_each(checkpoint.per_block(setting))
+
+
+def _one_or_each(values: Sequence[int]) -> int | list[int]:
+    return list(values) if len(set(values)) > 1 else values[0]
+
+
+def _list_feed_forward(checkpoint: Checkpoint) -> Sequence[int]:
+    """Return the feed-forward width of each block; 0 where it has none and others of it may."""
+    family = checkpoint.family
+    ends = [name for name in family.block_tensors if axes(family, name) == ("D", "F")]
+    widths = checkpoint.per_block("intermediate_size")
+    if not ends:  # its experts have one
+        return widths
+
+    own = []
+    for block, width in enumerate(widths):
+        has_one = any(family.has(checkpoint.kinds(block), name) for name in ends)
+        own.append(width if has_one else 0)
+    return own
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:

@@ -244,7 +244,7 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     for source, name in outside.items():
         names.setdefault(name, []).append(source)
     if output and family.needs_output:
-        names[output] = ["model.embed_tokens.weight"]
+        names[output] = [family.embedding]
 
     for block in range(checkpoint.block_count):
         kinds = checkpoint.kinds(block)

@@ -24,6 +24,7 @@ def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
 
 InputGroups = tuple[tuple[str, ...], ...]
 EVERY_EXPERT = "*"
+_EMBEDDING = "token_embd.weight"
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -41,6 +42,7 @@ class Family:
             blocks have; where all blocks are alike, nothing.
         by_block: takes a complete ``config.json``; returns the settings of which blocks have values
             of their own, by rules of the family: one for each block.
+        published: how names in published files begin → as what transformers reads them.
         uncut: why nothing of a model can be left out as a whole; empty if something can.
         parts: GGUF name of a matrix that lies in the file as several, each with as many of its rows
             → their names.
@@ -50,6 +52,7 @@ class Family:
             or empty where there is one.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
+        attention: the module of a block with attention that has it.
         kept: linears that are never pruned, as the router of experts.
         fused: name inside a block of a tensor on disk that holds something of every expert → what
             of each, by names as above.
@@ -103,11 +106,13 @@ class Family:
     input_groups: InputGroups = decoder.INPUT_GROUPS
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
+    published: Mapping[str, str] = field(default_factory=dict)
     uncut: str = ""
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     needs_keys: bool = False
     streams: str = ""
     unattended: Literal["", "no_heads", "listed"] = ""
+    attention: str = "self_attn"
     kept: tuple[str, ...] = ()
     fused: Mapping[str, Fused] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
@@ -150,6 +155,12 @@ class Family:
     def routed(self) -> tuple[str, ...]:
         """Those of the linears that see only the tokens that a router sends them."""
         return tuple(linear for linear in self.linears if EVERY_EXPERT in linear)
+
+    @property
+    def embedding(self) -> str:
+        """The tensor that holds what enters the first block, a row for each token."""
+        (name,) = [name for name, in_file in self.model_tensors.items() if in_file == _EMBEDDING]
+        return name
 
     @property
     def experts(self) -> str:
@@ -200,6 +211,13 @@ class Family:
         found = self.read(whole)
         replaced = {key for key, value in found.items() if value is None}
         return {key: value for key, value in (whole | found).items() if key not in replaced}
+
+    def rename(self, published: str) -> str:
+        """Return what transformers calls a tensor of a published file."""
+        for begins, usual in self.published.items():
+            if published.startswith(begins):
+                return usual + published.removeprefix(begins)
+        return published
 
     def check_transformers(self) -> None:
         """Refuse a model that the installed transformers is too old for, without importing it."""

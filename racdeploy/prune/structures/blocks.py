@@ -35,25 +35,44 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
         )
 
     share, count = structure.share("blocks"), checkpoint.block_count
-    if share < 1 and round(share * count) in (0, count):
+    kept, least = round(share * count), max(1, len(_list_vital(checkpoint)))
+    if share < 1 and not least <= kept < count:
         raise UsageError(
-            f"blocks = {share:g} keeps {round(share * count)} of {count}",
-            remedy=f"choose a share between {1 / count:.3g} and {(count - 1) / count:.3g}",
+            f"blocks = {share:g} keeps {kept} of {count}",
+            remedy=f"choose a share between {least / count:.3g} and {(count - 1) / count:.3g}",
         )
 
 
 def choose(session: Session, count: int) -> list[int]:
     """Return the blocks that stay, so many, rising."""
     probe = _take_probe(session)
-    left = list(range(session.blocks.checkpoint.block_count))
+    checkpoint = session.blocks.checkpoint
+    left = list(range(checkpoint.block_count))
     dense_BTD = None
 
     while len(left) > count:
         changes, whole_BTD = _measure(session, probe, left, dense_BTD)
         dense_BTD = whole_BTD if dense_BTD is None else dense_BTD
-        left.remove(min(left, key=changes.__getitem__))
+        left.remove(min(_list_removable(checkpoint, left), key=changes.__getitem__))
 
     return left
+
+
+def _list_vital(checkpoint: Checkpoint) -> list[tuple[bool, ...]]:
+    """Return which blocks do what at least one has to do: attend, and carry a state, or neither.
+
+    llama.cpp keeps memory for both where a model may have both, and ends where one is empty.
+    """
+    roles = (checkpoint.attends, checkpoint.recurs)
+    return [role for role in roles if any(role)] if checkpoint.has_state else []
+
+
+def _list_removable(checkpoint: Checkpoint, left: list[int]) -> list[int]:
+    vital = set[int]()
+    for role in _list_vital(checkpoint):
+        own = [block for block in left if role[block]]
+        vital.update(own if len(own) == 1 else ())
+    return [block for block in left if block not in vital]
 
 
 def _take_probe(session: Session) -> Batch:
