@@ -159,7 +159,7 @@ class _Walk:
         self.plan = plan
         self.shares = plan.shares
         self.quant = plan.quant
-        self.solver = Solver(session.settings, plan.quant, plan.tasks)
+        self.solver = Solver(self.checkpoint, session.settings, plan.quant, plan.tasks)
         self.files = BlockFiles(session.folder, session.processes)
         self.earlier = BlockFiles(within, session.processes) if within else None
 
@@ -381,7 +381,7 @@ class _Walk:
 
         statistic = self._gather(pair, group, full)
         statistic.share(self.processes, owners)
-        solved = self.solver.solve(own, full, patterns, statistic) if own else {}
+        solved = self.solver.solve(own, linears, full, patterns, statistic) if own else {}
 
         pruned = {}
         for place, linear in enumerate(linears):
@@ -442,7 +442,8 @@ class _Walk:
             mine = [owners[linear] == self.processes.rank for linear in piece.linears]
             own = [place for place, is_own in enumerate(mine) if is_own]
             if own:
-                for place, each in self.solver.solve(own, weights, patterns, statistic).items():
+                given = piece.linears, weights, patterns, statistic
+                for place, each in self.solver.solve(own, *given).items():
                     solved[piece.linears[place]] = each
 
         pruned = {}

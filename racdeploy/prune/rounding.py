@@ -26,24 +26,49 @@ CHUNK_COLUMNS = 128  # visited on a transposed copy; the rest of the row is brou
 
 
 def round_to_grid(
-    pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
+    pruned: Pruned,
+    target_OI: torch.Tensor,
+    hessian: Hessian,
+    quant: Grid,
+    order_I: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return weights that ``quant`` stores exactly, zero off the mask; ``target_OI``: unpruned."""
+    """Return weights that ``quant`` stores exactly, zero off the mask.
+
+    Args:
+        pruned: weights and mask to begin with.
+        target_OI: the unpruned weights.
+        hessian: of their inputs.
+        quant: the format.
+        order_I: which column comes at each place of the file; None: all stay. Columns that are
+            neighbours there share a step.
+    """
+    H_II = hessian.matrix_II
+    if order_I is not None:
+        pruned = Pruned(pruned.weight_OI[:, order_I], pruned.keep_OI[:, order_I])
+        target_OI, H_II = target_OI[:, order_I], H_II[order_I][:, order_I]
+
+    chosen_OI = _choose(pruned, target_OI, H_II, quant)
+    return chosen_OI if order_I is None else chosen_OI[:, order_I.argsort()]
+
+
+def _choose(
+    pruned: Pruned, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
+) -> torch.Tensor:
     if has_minima(quant) and pruned.keep_OI.all():
-        lines = _LineSearch(pruned, target_OI, hessian.matrix_II, cast(MinimumGrid, quant))
+        lines = _LineSearch(pruned, target_OI, H_II, cast(MinimumGrid, quant))
         _descend(lines)
         return lines.on_grid()
 
-    code_OI, step_OG = find_codes(pruned, target_OI, hessian, quant)
+    code_OI, step_OG = find_codes(pruned, target_OI, H_II, quant)
     step_OI = step_OG.repeat_interleave(quant.GROUP_SIZE, dim=1)
     return code_OI.mul_(step_OI)
 
 
 def find_codes(
-    pruned: Pruned, target_OI: torch.Tensor, hessian: Hessian, quant: Grid
+    pruned: Pruned, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return code_OI, whole numbers in float32, 0 for zero, and step_OG that the format has."""
-    search = _Search(pruned, target_OI, hessian.matrix_II, quant)
+    search = _Search(pruned, target_OI, H_II, quant)
     _descend(search)
     step_OI = divisor(search.step_OG).repeat_interleave(quant.GROUP_SIZE, dim=1)
     code_OI = (search.weight_OI / step_OI).round_()

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from racdeploy import plugins
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
+from racdeploy.models.reordering import order_columns
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Pattern
@@ -24,13 +27,17 @@ Solved = tuple[torch.Tensor, torch.Tensor, float]
 class Solver:
     """What a recipe says of how linears are pruned; ``quant`` where codes are chosen, too."""
 
-    def __init__(self, settings: Pruning, quant: str, tasks: Sequence[str]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Pruning, quant: str, tasks: Sequence[str]
+    ) -> None:
+        self._checkpoint = checkpoint
         self._settings, self._quant, self._tasks = settings, quant, tasks
         self._method = plugins.load("methods", settings.method)
 
     def solve(
         self,
         own: Sequence[int],
+        linears: Sequence[str],
         full: Sequence[torch.Tensor],
         patterns: Sequence[Pattern],
         statistic: InputStatistic,
@@ -43,7 +50,8 @@ class Solver:
 
         solved = {}
         for place in own:
-            weight_OI = self._prune(targets[place], hessian, patterns[place])
+            given = targets[place], hessian, patterns[place]
+            weight_OI = self._prune(linears[place], *given)
             solved[place] = weight_OI, targets[place], hessian.damping
 
         return solved
@@ -69,9 +77,20 @@ class Solver:
             round(statistic.weight),
         )
 
-    def _prune(self, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern) -> torch.Tensor:
+    def _prune(
+        self, linear: str, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
+    ) -> torch.Tensor:
         live_OI = target_OI * ~hessian.dead_I
         pruned = prune_and_refit(self._method, live_OI, hessian, pattern, self._settings)
         if not self._quant:
             return pruned.weight_OI
-        return round_to_grid(pruned, live_OI, hessian, as_grid(self._quant))
+
+        quant = as_grid(self._quant)
+        order_I = self._order(linear, target_OI) if "gguf" in quant.FORMATS else None
+        return round_to_grid(pruned, live_OI, hessian, quant, order_I)
+
+    def _order(self, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:
+        """Return which column of a linear comes at each place of a GGUF file, if others do."""
+        transform = self._checkpoint.family.transforms.get(f"{generalize(linear)}.weight")
+        order_I = order_columns(transform, self._checkpoint, weight_OI.shape[1])
+        return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.export import ExportedTensor, Progress
-from racdeploy.export.gguf.reordering import order_columns, order_rows
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.reordering import order_columns, order_rows
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.mxfp4 import PackedEntry
