@@ -17,17 +17,25 @@ _ATTENTION = "full_attention"
 
 
 def describe_families() -> list[dict[str, Any]]:
-    """Return a row for each family, in order of name, as plain values."""
-    return [_describe(name) for name in plugins.names("families")]
+    """Return a row for each family, in order of name, as plain values.
+
+    A family of which some models have experts has a second row for these.
+    """
+    rows = []
+    for name in plugins.names("families"):
+        module = plugins.load("families", name)
+        models = (inspect.getdoc(module) or "").partition(":")[0]
+        rows.append(_describe(name, models, module.FAMILY))
+        if mixture := module.FAMILY.mixture:
+            rows.append(_describe(name, f"{models}, with experts", mixture))
+    return rows
 
 
-def _describe(name: str) -> dict[str, Any]:
-    module = plugins.load("families", name)
-    family: Family = module.FAMILY
-
+def _describe(name: str, models: str, family: Family) -> dict[str, Any]:
     return {
         "family": name,
-        "models": (inspect.getdoc(module) or "").partition(":")[0],
+        "models": models,
+        "experts": bool(family.routed),
         "architecture": family.architecture,
         "transformers": family.since,
         "gguf": family.gguf_arch,

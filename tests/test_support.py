@@ -14,9 +14,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Structure
 from racdeploy.support import describe_families
 from tests.support.commands import racdeploy
-from tests.support.tiny_models import FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 
-ROWS = {row["family"]: row for row in describe_families()}
+ROWS = {(row["family"], row["experts"]): row for row in describe_families()}
 SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "groups": 0.5, "blocks": 2 / 3}
 
 
@@ -29,14 +29,17 @@ def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
     return not refusal(checkpoint, [part], uniform=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoehybrid with experts"])
 def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
     family: str, tmp_path: Path
 ) -> None:
     """By the structure's own check, and by what llama.cpp can run."""
-    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family))
+    name, _, mixture = family.partition(" ")
+    more = GRANITE_EXPERTS if mixture else {}
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", name, **more))
     found = {part for part in SHARES if _can_cut(checkpoint, part)}
-    assert found == set(ROWS[family]["cuts"]) - {"vocabulary"}
+    row = ROWS[name, bool(checkpoint.family.routed)]
+    assert found == set(row["cuts"]) - {"vocabulary"}
 
 
 def test_the_command_prints_every_family() -> None:

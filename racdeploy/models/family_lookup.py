@@ -36,6 +36,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise _refuse(config)
 
     family: Family = plugins.load("families", model_type).FAMILY
+    mixture = family.mixture
+    if mixture and {**mixture.defaults, **config}.get(mixture.sizes["E"]):
+        return mixture
     return family
 
 

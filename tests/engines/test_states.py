@@ -16,12 +16,13 @@ from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
-from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
+from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, edit_json, make_checkpoint
 
 ATTENDING = {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
 CASES: dict[str, dict[str, Any]] = {
     "granite 4": {"family": "granitemoehybrid"},
     "granite 4 attention": {"family": "granitemoehybrid", **ATTENDING},
+    "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "lfm2": {"family": "lfm2"},
     "nemotron h": {"family": "nemotron_h"},
     "qwen35": {"family": "qwen3_5_text"},
@@ -90,11 +91,9 @@ def test_a_model_of_one_kind_of_block_alone_is_no_file(
 
 
 @pytest.mark.skipif("granitemoehybrid" not in FAMILIES, reason="transformers lacks the family")
-def test_a_granite_4_with_experts_is_refused(tmp_path: Path) -> None:
-    """By name, with those that can be taken; transformers means 8 where a config says nothing."""
+def test_a_granite_4_has_as_many_experts_as_transformers_means(tmp_path: Path) -> None:
+    """Where a config says nothing, 8."""
     folder = make_checkpoint(tmp_path / "model", "granitemoehybrid")
-    for given, experts in ((62, 62), (None, 8)):
+    for given, experts in ((62, 62), (None, 8), (0, 0)):
         edit_json(folder / "config.json", num_local_experts=given)
-        with pytest.raises(ModelError, match=f"this Granite 4 has {experts} experts") as caught:
-            Checkpoint(folder)
-        assert "350M" in caught.value.remedy
+        assert Checkpoint(folder).experts == experts

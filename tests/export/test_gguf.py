@@ -32,6 +32,7 @@ from tests.support.llama_child import LlamaAnswer, ask_llama
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import (
     FAMILIES,
+    GRANITE_EXPERTS,
     LINEAR,
     LLAMA3,
     LONGROPE,
@@ -107,6 +108,18 @@ CASES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "granite 4 attention": {"family": "granitemoehybrid", "layer_types": ["attention"] * 3},
+    "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
+    "granite 4 experts untied": {
+        "family": "granitemoehybrid",
+        "tied": False,
+        **GRANITE_EXPERTS | {"num_experts_per_tok": 3},
+    },
+    "granite 4 experts attention": {
+        "family": "granitemoehybrid",
+        "layer_types": ["attention"] * 3,
+        "position_embedding_type": "rope",
+        **GRANITE_EXPERTS,
+    },
     "lfm2": {"family": "lfm2"},
     "lfm2 untied": {"family": "lfm2", "tied": False},
     "qwen35": {"family": "qwen3_5_text"},

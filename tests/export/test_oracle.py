@@ -28,6 +28,7 @@ from tests.support.llama_converter import Job, convert
 from tests.support.tiny_models import (
     FAMILIES,
     GPT_OSS,
+    GRANITE_EXPERTS,
     LINEAR,
     LLAMA3,
     LONGROPE,
@@ -151,6 +152,19 @@ CASES: dict[str, dict[str, Any]] = {
         "transformers5": True,
     },
     "granite 4 attention": {"family": "granitemoehybrid", **ATTENDING, "attention_bias": True},
+    "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
+    "granite 4 experts untied sharded": {
+        "family": "granitemoehybrid",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+        **GRANITE_EXPERTS,
+    },
+    "granite 4 experts attention": {
+        "family": "granitemoehybrid",
+        **ATTENDING,
+        **GRANITE_EXPERTS,
+    },
     "lfm2": {"family": "lfm2"},
     "lfm2 untied sharded": {
         "family": "lfm2",

@@ -58,6 +58,7 @@ SHARING = {
         *("sliding_attention", "full_attention"),
     ],
 }
+GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
 # transformers 4 has fewer than we have.
 _FOUND = {
     name: family

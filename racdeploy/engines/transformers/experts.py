@@ -12,8 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
+_TELLS_LOGITS = transformers.__version__.startswith(
+    "4."
+)  # the router of Granite, beside the output
+Activation = Callable[[torch.Tensor], torch.Tensor]
 Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns what of F values of the gate and F others goes on."""
 
@@ -92,6 +97,38 @@ class GptOssMixture(nn.Module):
         return output_ND.view(hidden_BTD.shape), share_NK
 
 
+class GraniteRouter(nn.Module):
+    """The router of Granite under its published name."""
+
+    def __init__(self, D: int, E: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, E, bias=False)
+
+
+class GraniteMixture(nn.Module):
+    """Stands for the part of Granite's blocks that routes tokens to experts."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        fused = getattr(theirs, "output_linear", None)  # up to transformers 5.8
+        if fused is not None:
+            (E, D, F), activation = fused.weight.shape, theirs.activation
+        else:
+            (E, D, F), activation = theirs.experts.down_proj.shape, theirs.experts.act_fn
+
+        self.router = GraniteRouter(D, E)
+        self.experts = Experts([Expert(D, F, _gate_by(activation)) for _ in range(E)])
+        self._K = theirs.router.top_k
+
+    def forward(self, hidden_BTD: torch.Tensor) -> Any:
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        logits_NE = self.router.layer(hidden_ND)
+        chosen_NK, share_NK = route(logits_NE, self._K, normed=True)
+        output_ND: torch.Tensor = self.experts(hidden_ND, chosen_NK, share_NK.to(logits_NE.dtype))
+        output_BTD = output_ND.view(hidden_BTD.shape)
+        return (output_BTD, logits_NE) if _TELLS_LOGITS else output_BTD
+
+
 def gate_clamped(
     gate_NF: torch.Tensor, up_NF: torch.Tensor, *, alpha: float, limit: float
 ) -> torch.Tensor:
@@ -121,6 +158,8 @@ def part_experts(model: nn.Module) -> None:
         own = dict(module.named_parameters(recurse=False)).keys()
         if hasattr(listed, "gate_up_proj_bias"):
             model.set_submodule(name, GptOssMixture(module))
+        elif name.endswith(".block_sparse_moe"):
+            model.set_submodule(name, GraniteMixture(module))
         elif {"gate_up_proj", "down_proj"} <= own and "gate_up_proj_bias" not in own:
             model.set_submodule(name, _part(module))
         elif isinstance(listed, nn.ModuleList):
@@ -138,7 +177,7 @@ def _rebuild(listed: nn.ModuleList) -> Experts:
     return Experts([Expert(D, F, _gate_by(first.act_fn)) for _ in listed])
 
 
-def _gate_by(activation: Callable[[torch.Tensor], torch.Tensor]) -> Gating:
+def _gate_by(activation: Activation) -> Gating:
     def gating(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
         return activation(gate_NF) * up_NF
 

@@ -91,7 +91,7 @@ def _list_feed_forward(checkpoint: Checkpoint) -> Sequence[int]:
     """Return the feed-forward width of each block; 0 where it has none and others of it may."""
     family = checkpoint.family
     ends = [name for name in family.block_tensors if axes(family, name) == ("D", "F")]
-    widths = checkpoint.per_block("intermediate_size")
+    widths = checkpoint.per_block(family.feed_forward)
     if not ends:  # its experts have one
         return widths
 

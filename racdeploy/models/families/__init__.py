@@ -50,6 +50,8 @@ class Family:
             those of others; it does not compute with them.
         streams: how many hidden states a token has, of which blocks take and give all: a setting,
             or empty where there is one.
+        mixture: the family as models of it have it whose config counts experts.
+        feed_forward: what llama.cpp takes as the width of a feed-forward part: a setting.
         unattended: how llama.cpp is told which blocks have no attention: they have no key and value
             heads there, or are listed as recurrent.
         attention: the module of a block with attention that has it.
@@ -111,6 +113,8 @@ class Family:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     needs_keys: bool = False
     streams: str = ""
+    mixture: Family | None = None
+    feed_forward: str = "intermediate_size"
     unattended: Literal["", "no_heads", "listed"] = ""
     attention: str = "self_attn"
     kept: tuple[str, ...] = ()

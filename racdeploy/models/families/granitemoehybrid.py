@@ -1,6 +1,7 @@
-"""Granite 4: state spaces of Mamba 2 in most blocks, attention in the others; none with experts.
+"""Granite 4: state spaces of Mamba 2 in most blocks, attention in the others.
 
-Those that attend in all blocks are in this family too. The norm of a state space sees all channels
+Those that attend in all blocks are in this family too. Some have experts beside the feed-forward
+part that all tokens share. The norm of a state space sees all channels
 at once; llama.cpp's has groups of them, which are the same where there is one.
 """
 
@@ -8,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 from racdeploy.models.families.granite import FAMILY as GRANITE
+from racdeploy.models.fused import Fused
 
 _STATE, _ATTENTION = "linear_attention", "full_attention"
 # transformers 4 knows only these names, and transformers 5 takes them too
@@ -24,13 +26,6 @@ _UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    if experts := config["num_local_experts"]:
-        raise ModelError(
-            f"this Granite 4 has {experts} experts in a block, which are not supported: they lie in"
-            " one tensor of three axes, and no linear of their own is there to prune",
-            remedy="take one without experts: Granite 4.0 (H) 350M, 1B, or Micro",
-        )
-
     limit = config.get("time_step_limit")
     listed = config.get("layer_types") or [_STATE] * config.get("num_hidden_layers", 32)
     kinds = {old: new for new, old in _NAMES.items()}
@@ -49,6 +44,14 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _read_mixture(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _read(config) | {"moe_intermediate_size": config["intermediate_size"]}
+
+
+def _write_mixture(config: Mapping[str, Any]) -> dict[str, Any]:
+    return _write(config) | {"intermediate_size": config["moe_intermediate_size"]}
+
+
 _FEED_FORWARD = {
     "shared_mlp.input_linear.weight": "ffn_gate_up.weight",
     "shared_mlp.output_linear.weight": "ffn_down.weight",
@@ -63,7 +66,7 @@ _STATE_SPACE = {
     "mamba.norm.weight": "ssm_norm.weight",
     "mamba.out_proj.weight": "ssm_out.weight",
 }
-FAMILY = Family(
+_DENSE = Family(
     architecture="GraniteMoeHybridForCausalLM",
     gguf_arch="granitehybrid",
     attending_arch="granite",
@@ -108,6 +111,8 @@ FAMILY = Family(
     defaults={
         **GRANITE.defaults,
         "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 11_008,
         "shared_intermediate_size": 1024,
         "mamba_n_heads": 128,
         "mamba_n_groups": 1,
@@ -142,3 +147,48 @@ FAMILY = Family(
     square_queries=True,
     since="4.56",
 )
+
+_PARTS = ("gate", "up", "down")
+_EXPERTS = {
+    f"block_sparse_moe.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight" for part in _PARTS
+}
+_GATE_UP, _DOWN = tuple(_EXPERTS)[:2], tuple(_EXPERTS)[2:]
+_MIXTURE = replace(
+    _DENSE,
+    attending_arch="granitemoe",
+    block_tensors={
+        **_DENSE.block_tensors,
+        "block_sparse_moe.router.layer.weight": "ffn_gate_inp.weight",
+        "shared_mlp.input_linear.weight": "ffn_gate_up_shexp.weight",
+        "shared_mlp.output_linear.weight": "ffn_down_shexp.weight",
+        **_EXPERTS,
+    },
+    parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")},
+    input_groups=(
+        *_DENSE.input_groups[:4],
+        tuple(name.removesuffix(".weight") for name in _GATE_UP),
+        tuple(name.removesuffix(".weight") for name in _DOWN),
+        *_DENSE.input_groups[4:],
+    ),
+    kept=("block_sparse_moe.router.layer",),
+    fused={
+        "block_sparse_moe.input_linear.weight": Fused(_GATE_UP),
+        "block_sparse_moe.output_linear.weight": Fused(_DOWN),
+    },
+    transforms={**_DENSE.transforms, **dict.fromkeys(_EXPERTS, "stack")},
+    shapes={
+        **_DENSE.shapes,
+        "ffn_gate_inp": ("E", "D"),
+        "ffn_gate_exps": ("EF", "D"),
+        "ffn_up_exps": ("EF", "D"),
+        "ffn_down_exps": ("D", "EF"),
+        "ffn_gate_up_shexp": ("F+F", "D"),
+        "ffn_down_shexp": ("D", "F"),
+    },
+    sizes={**_DENSE.sizes, "E": "num_local_experts", "EF": "moe_intermediate_size"},
+    feed_forward="moe_intermediate_size",
+    read=_read_mixture,
+    write=_write_mixture,
+    integers={**_DENSE.integers, "expert_used_count": "num_experts_per_tok"},
+)
+FAMILY = replace(_DENSE, mixture=_MIXTURE)
