@@ -27,7 +27,13 @@ from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, to
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.mxfp4 import PackedEntry
 from racdeploy.storage.reading import read_json
-from racdeploy.storage.safetensors import DTYPES, PACKED, TensorEntry, read_tensor_entries
+from racdeploy.storage.safetensors import (
+    DTYPES,
+    PACKED,
+    TensorEntry,
+    read_tensor_entries,
+    widen,
+)
 
 _ATTENDING = ("full_attention", "sliding_attention")
 _RECURRENT = ("linear_attention", "conv")
@@ -501,13 +507,6 @@ class Checkpoint:
         for file in self.files():
             digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
         return digest.hexdigest()
-
-
-def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
-    """Return stored values as float32; not copied where they are that already."""
-    if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32, copy=False)
 
 
 def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:

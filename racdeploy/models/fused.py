@@ -13,9 +13,10 @@ import numpy as np
 
 from racdeploy.errors import ModelError
 from racdeploy.storage.mxfp4 import BLOCK, PackedEntry
-from racdeploy.storage.safetensors import DTYPES, PACKED, Source, TensorEntry
+from racdeploy.storage.safetensors import DTYPES, PACKED, Source, TensorEntry, widen
 
 _CODES, _EXPONENTS = "_blocks", "_scales"  # ends of the names of what is stored as MXFP4
+_WIDE = "F32"
 _DAMAGED = "the weights and the config belong to different models"
 
 
@@ -162,8 +163,9 @@ class Joined:
 
     @property
     def dtype(self) -> str:
-        """Return its dtype tag, which all of its parts have."""
-        return self.experts[0][0].dtype
+        """Return its dtype tag: that of all parts, or float32 where some have chosen codes."""
+        tags = {part.dtype for parts in self.experts for part in parts}
+        return tags.pop() if len(tags) == 1 else _WIDE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,9 +176,11 @@ class Joined:
 
     def pieces(self) -> Iterator[bytes]:
         """Yield its bytes, an expert at a time."""
+        dtype = self.dtype
         for parts in self.experts:
-            assert {part.dtype for part in parts} == {self.dtype}, "parts are of one dtype"
             values = [part.read() for part in parts]
+            if any(part.dtype != dtype for part in parts):
+                values = [widen(value) for value in values]
             joined = np.concatenate(values)
             if self.fused.alternating:
                 joined = np.stack(values, 1).reshape(joined.shape)

@@ -128,6 +128,13 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Return stored values as float32; not copied where they are that already."""
+    if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
 def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -184,3 +184,18 @@ def test_llama_cpp_and_transformers_compute_what_is_left(cut: Run, tmp_path: Pat
     file = export(model, tmp_path / "cut.gguf", quant="f32").path
     (answer,) = ask_llama([file], ids)
     assert np.abs(answer.logits_TV - own_TV.numpy()).max() < 1e-4 * own_TV.abs().max()
+
+
+def test_some_linears_of_experts_may_have_codes_and_others_none(tmp_path: Path) -> None:
+    """What lies in one tensor has one number format then: float32, which holds both."""
+    dense = Checkpoint(make_checkpoint(tmp_path / "dense", "granitemoehybrid", **GRANITE_EXPERTS))
+    blocks = tmp_path / "blocks"
+    blocks.mkdir()
+    settings = Pruning(sparsity=0.5, joint=True, dense=("experts.*up_proj",))
+    prune_blocks(dense, CALIBRATION[:4], [], settings, blocks, quant="q4_0")
+
+    pruned = Checkpoint(assemble(dense, blocks, tmp_path / "pruned"))
+    prefix = "model.layers.1.block_sparse_moe.experts.2"
+    own, found = (each.read(f"{prefix}.up_proj.weight") for each in (dense, pruned))
+    np.testing.assert_array_equal(found, own)
+    assert np.mean(pruned.read(f"{prefix}.gate_proj.weight") == 0) >= 0.5

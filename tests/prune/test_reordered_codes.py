@@ -17,7 +17,7 @@ from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.solving import Solver
 from racdeploy.recipe import Pruning
-from tests.support.tiny_models import FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 # Rows turn, rows are split or laid behind each other, columns go by value heads of 16.
@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen35": {"family": "qwen3_5_text"},
     "qwen35 of a head for each": {"family": "qwen3_5_text", "linear_num_key_heads": 4},
     "granite 4": {"family": "granitemoehybrid"},
+    "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "nemotron h": {"family": "nemotron_h", "head_dim": 32},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}

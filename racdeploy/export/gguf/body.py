@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from racdeploy import quant as quants
 from racdeploy.export import ExportedTensor, Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
-from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import order_columns, order_rows
 from racdeploy.quant.importance import Importance
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.mxfp4 import PackedEntry
+from racdeploy.storage.safetensors import widen
 
 _ALIGNMENT = 32
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from racdeploy.errors import EngineError
 from racdeploy.export.onnx.exporters import Exporter
 from racdeploy.export.onnx.layouts import fix_head_size
-from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
+from racdeploy.storage.safetensors import widen
 
 _SLAB_WEIGHTS = 4_194_304
 # An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a

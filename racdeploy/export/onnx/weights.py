@@ -16,11 +16,12 @@ from onnx import helper
 
 from racdeploy import quant as quants
 from racdeploy.export.onnx.graph import Graph
-from racdeploy.models.checkpoint import Checkpoint, widen
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, split_arrays
 from racdeploy.quant.matmulnbits import BLOCK
 from racdeploy.report.model import VECTORS_IN_F32
+from racdeploy.storage.safetensors import widen
 
 _FALLBACK = "f16"
 _WIDE = "matmulnbits_8"
