@@ -8,8 +8,7 @@ Source: safetensors format, https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.models import further, fused, mistaken, settings, text_part, widths
+from racdeploy.models.computed import SETTINGS
 from racdeploy.models.families import Family, InputGroups, name_experts
 from racdeploy.models.family_lookup import find_family
-from racdeploy.models.foreign_code import name_code, refuse_weights
+from racdeploy.models.foreign_code import name_code
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
+from racdeploy.models.weights import read_entries
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.mxfp4 import PackedEntry
 from racdeploy.storage.reading import read_json
@@ -31,7 +32,6 @@ from racdeploy.storage.safetensors import (
     DTYPES,
     PACKED,
     TensorEntry,
-    read_tensor_entries,
     widen,
 )
 
@@ -120,33 +120,7 @@ class Checkpoint:
     @cached_property
     def _stored(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the folder."""
-        index = self.folder / "model.safetensors.index.json"
-        whole = self.folder / "model.safetensors"
-        if not index.is_file():
-            if not whole.is_file():
-                raise refuse_weights(self.folder)
-            return read_tensor_entries(whole)
-
-        weight_map = read_json(index, once=True).get("weight_map")
-        if not weight_map or not isinstance(weight_map, dict):
-            raise ModelError(f"{index} has no weight_map", remedy="copy or download it again")
-
-        entries: dict[str, TensorEntry] = {}
-
-        for name in sorted({str(name) for name in weight_map.values()}):
-            if Path(name).name != name:
-                raise ModelError(f"{index} names a file outside the folder: {name!r}")
-            if not name.endswith(".safetensors"):
-                raise ModelError(
-                    f"{index} names {name!r}, and weights are read from safetensors alone",
-                    remedy="copy or download the model again",
-                )
-            entries.update(read_tensor_entries(self.folder / name))
-
-        if missing := sorted(set(weight_map) - set(entries)):
-            raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
-
-        return entries
+        return read_entries(self.folder)
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one tensor as float32, copied from the file."""
@@ -521,47 +495,3 @@ def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
     moved = ("partial_rotary_factor", "original_max_position_embeddings")
     return config | {key: parameters[key] for key in moved if key in parameters}
-
-
-def _attention_scalar(checkpoint: Checkpoint) -> float:
-    if checkpoint.block_count == 62:  # by which llama.cpp knows the 27B model
-        return checkpoint.integer("hidden_size") // checkpoint.integer("num_attention_heads")
-    return checkpoint.head_size
-
-
-def _width_of(checkpoint: Checkpoint, kind: str) -> int:
-    heads = checkpoint.integer(f"linear_num_{kind}_heads")
-    return heads * checkpoint.integer(f"linear_{kind}_head_dim")
-
-
-def _state_space_width(checkpoint: Checkpoint) -> int:
-    if checkpoint.config.get("mamba_head_dim"):
-        return checkpoint.integer("mamba_n_heads") * checkpoint.integer("mamba_head_dim")
-    return checkpoint.integer("mamba_expand") * checkpoint.integer("hidden_size")
-
-
-def _convolved_width(checkpoint: Checkpoint) -> int:
-    groups = checkpoint.integer("mamba_n_groups")
-    width: int = checkpoint.setting("mamba_width")
-    return width + 2 * groups * checkpoint.integer("mamba_d_state")
-
-
-SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
-    "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
-    "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
-    "window_or_0": lambda c: c.config.get("sliding_window") or 0,
-    "attention_scalar": _attention_scalar,
-    "theta": lambda c: c.rope["rope_theta"],
-    "linear_key_width": lambda c: _width_of(c, "key"),
-    "linear_value_width": lambda c: _width_of(c, "value"),
-    "logit_cap_or_0": lambda c: c.config.get("final_logit_softcapping") or 0.0,
-    "own_inputs_width": lambda c: c.block_count * c.integer("hidden_size_per_layer_input"),
-    "altup_pairs": lambda c: c.integer("altup_num_inputs") ** 2,
-    "blocks_beyond_20": lambda c: max(0, c.block_count - 20),
-    "sparsity_of_gemma3n": lambda c: [0.95] * min(10, c.block_count) + [0.0] * (c.block_count - 10),
-    "mamba_width": _state_space_width,
-    "hidden_per_head": lambda c: c.integer("hidden_size") // c.integer("num_attention_heads"),
-    "mamba_group_width": lambda c: c.setting("mamba_width") // c.integer("mamba_n_groups"),
-    "mamba_convolved_width": _convolved_width,
-}
-"""Values that families name beside the keys of ``config.json``: computed from several."""

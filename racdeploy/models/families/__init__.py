@@ -97,7 +97,7 @@ class Family:
         per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
         table_modules: modules of a block whose values ggml looks up in a half-precision table.
 
-    A setting is a key of ``config.json``, or one of ``checkpoint.SETTINGS``.
+    A setting is a key of ``config.json``, or one of ``computed.SETTINGS``.
     """
 
     architecture: str
