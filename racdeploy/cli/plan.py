@@ -210,7 +210,7 @@ def _describe_time(plan: Plan) -> str:
     """Return the time of all stages and of each that takes a share of it worth naming."""
     from racdeploy.cli.progress import write_duration
 
-    seconds = plan.get("seconds_at_most")
+    seconds = plan.get("seconds_expected")
     if not seconds:
         return "time: shown beside each bar, from the first answers or block on"
 
@@ -221,7 +221,8 @@ def _describe_time(plan: Plan) -> str:
         if each >= _WORTH_NAMING_OF_TIME * total
     ]
     cores = f"{plan['cores']} core{'s' if plan['cores'] > 1 else ''}"
-    return f"time: about {write_duration(total)} at most on {cores}: {', '.join(named)}"
+    answers = "" if plan["answers_known"] else ", with every answer at its longest"
+    return f"time: about {write_duration(total)} on {cores}{answers}: {', '.join(named)}"
 
 
 def _advise(plan: Plan) -> list[str]:

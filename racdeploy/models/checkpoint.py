@@ -69,7 +69,7 @@ class Checkpoint:
 
         What the file has of all experts in one tensor is here expert by expert.
         """
-        entries = fused.take_apart(self._own, self.family.blocks, self.family.fused)
+        entries = fused.take_apart(self._own, self.family.blocks, self.family.fused, self.experts)
         for name, entry in entries.items():
             if entry.dtype == PACKED:
                 raise ModelError(
@@ -131,6 +131,8 @@ class Checkpoint:
     ) -> NDArray[np.float32]:
         """Return some rows of a tensor as float32; the others are never in memory."""
         entry = self.entries[name]
+        assert type(entry) is TensorEntry, f"{name} is packed"
+        assert not entry.strides, f"{name} does not lie in one piece"
         stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
         return widen(stored[rows, columns])
 
@@ -469,7 +471,8 @@ class Checkpoint:
     def files(self) -> Iterator[Path]:
         """Yield the files that decide what the model does: config, weights, tokenizer, template."""
         yield self.folder / "config.json"
-        yield from sorted({entry.file for entry in self.entries.values()})
+        parts = [getattr(entry, "parts", (entry,)) for entry in self.whole.values()]
+        yield from sorted({part.file for each in parts for part in each})
         for name in TOKENIZER_FILES:
             if (self.folder / name).is_file():
                 yield self.folder / name

@@ -16,7 +16,7 @@ from racdeploy.storage.safetensors import TensorEntry
 
 PREFIX = "mtp."
 BEGINNINGS = ("model.mtp.", PREFIX)
-_BLOCK = re.compile(rf"{re.escape(PREFIX)}layers\.(\d+)\.(.+)")
+_BLOCK = re.compile(rf"{re.escape(PREFIX)}layers\.(\d{{1,6}})\.(.+)")
 Entry = TypeVar("Entry")
 
 

@@ -41,7 +41,7 @@ class Fused:
 
 
 def take_apart(
-    entries: Mapping[str, TensorEntry], blocks: str, fused: Mapping[str, Fused]
+    entries: Mapping[str, TensorEntry], blocks: str, fused: Mapping[str, Fused], experts: int
 ) -> dict[str, TensorEntry]:
     """Return tensors with those of each expert by names of their own.
 
@@ -49,6 +49,7 @@ def take_apart(
         entries: tensors by name, of a whole model.
         blocks: how names of blocks begin.
         fused: name inside a block → what the tensor holds.
+        experts: how many each tensor must have.
 
     Raises:
         ModelError: a tensor cannot be what it should.
@@ -62,16 +63,18 @@ def take_apart(
         base = inside.removesuffix(_CODES)
 
         if inside in fused:
-            parts = _take(name, entry, fused[inside])
+            parts = _take(name, entry, fused[inside], experts)
         elif base in fused and base != inside:
-            parts = _unpack(name, entry, entries, fused[base])
-        elif inside.removesuffix(_EXPONENTS) in fused:
+            parts = _unpack(name, entry, entries, fused[base], experts)
+        elif name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _CODES in entries:
             continue
         else:
-            found[name] = entry
-            continue
+            parts = {inside: entry}
 
-        found |= {f"{block}{part}": each for part, each in parts.items()}
+        for part, each in parts.items():
+            if f"{block}{part}" in found:
+                raise ModelError(f"{name}: {block}{part} is stored twice", remedy=_DAMAGED)
+            found[f"{block}{part}"] = each
 
     return found
 
@@ -84,17 +87,20 @@ def _split(name: str, blocks: str) -> tuple[str, str]:
     return f"{blocks}.{number}.", inside
 
 
-def _take(name: str, entry: TensorEntry, fused: Fused) -> dict[str, TensorEntry]:
+def _take(name: str, entry: TensorEntry, fused: Fused, experts: int) -> dict[str, TensorEntry]:
     """Return the parts of a tensor: (experts, outputs), with inputs in front or behind or none."""
-    outputs = 2 if fused.inputs_first and len(entry.shape) == 3 else 1
-    if len(entry.shape) not in (2, 3) or entry.shape[outputs] % len(fused.parts):
+    shape = entry.shape
+    outputs = 2 if fused.inputs_first and len(shape) == 3 else 1
+    is_whole = len(shape) in (2, 3) and shape[0] == experts and 0 not in shape
+    if not is_whole or shape[outputs] % len(fused.parts):
         raise ModelError(
-            f"{name} has the shape {list(entry.shape)}, which holds no experts", remedy=_DAMAGED
+            f"{name} has the shape {list(shape)}, which is not that of {experts} experts",
+            remedy=_DAMAGED,
         )
 
     parts = {}
     for place, part in enumerate(fused.parts):
-        for expert in range(entry.shape[0]):
+        for expert in range(experts):
             own = _find(entry, fused, expert, place, outputs)
             parts[fused.name(part, expert)] = own
     return parts
@@ -126,7 +132,11 @@ def _find(entry: TensorEntry, fused: Fused, expert: int, place: int, outputs: in
 
 
 def _unpack(
-    name: str, codes: TensorEntry, entries: Mapping[str, TensorEntry], fused: Fused
+    name: str,
+    codes: TensorEntry,
+    entries: Mapping[str, TensorEntry],
+    fused: Fused,
+    experts: int,
 ) -> dict[str, TensorEntry]:
     """Return the matrices of codes and exponents, which lie in two tensors."""
     other = name.removesuffix(_CODES) + _EXPONENTS
@@ -139,16 +149,17 @@ def _unpack(
     shape = codes.shape
     are_bytes = codes.dtype == exponents.dtype == PACKED
     is_whole = len(shape) == 4 and shape[-1] == BLOCK // 2 and shape[1] % len(fused.parts) == 0
+    is_whole = is_whole and shape[0] == experts and 0 not in shape
     if not (are_bytes and is_whole and shape[:-1] == exponents.shape):
         raise ModelError(
             f"{name} and {other} have the shapes {list(shape)} and {list(exponents.shape)}, which"
-            " are no MXFP4",
+            f" are no MXFP4 of {experts} experts",
             remedy="copy or download the model again",
         )
 
     parts: dict[str, TensorEntry] = {}
     for place, part in enumerate(fused.parts):
-        for expert in range(shape[0]):
+        for expert in range(experts):
             own = [_find(each, fused, expert, place, 1) for each in (codes, exponents)]
             parts[fused.name(part, expert)] = PackedEntry.of(*own)
     return parts

@@ -279,7 +279,7 @@ class Build:
         }
 
     def plan_time(self, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """Return about how many seconds each stage takes at most, given the plan of all else."""
+        """Return about how many seconds each stage takes, given the plan of all else."""
         stage = Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
         traces = TraceSet(stage.folder).read() if stage.finished else []
         cores = cores_to_use(self.threads)
@@ -287,7 +287,9 @@ class Build:
         works = foresee(self.job, plan, traces)
         speed = measure_speed().of(cores, available_cores())
         seconds = {stage: round(work.seconds(speed), 1) for stage, work in works.items()}
-        return {"seconds_at_most": seconds, "cores": cores} if seconds else {}
+        if not seconds:
+            return {}
+        return {"seconds_expected": seconds, "cores": cores, "answers_known": bool(traces)}
 
     def plan_traces(self) -> dict[str, Any]:
         """Return which model the trace server has, or raise why it can't answer; nothing else."""

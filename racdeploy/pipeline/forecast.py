@@ -27,6 +27,7 @@ _CACHE_PASSES = 3  # of torch over keys and values at each token: copied to be g
 _TRIANGLE = 1.12  # operations a pair of inputs and token; of the products only some are summed
 _FACTORS = 4.0  # operations a cube of inputs: factor, inverse, and the inverse's factor
 _WALKS = 3  # through a block: dense, sparse for the sums, and sparse again for the next block
+_CODE_SWEEPS = 9  # over all columns, while codes are chosen
 _LEARNING = 5  # passes forward: both models', one that is repeated, and two backward
 _LOOKING = 1.25  # looks may take a quarter of the learning
 _FASTER_IN_16_BITS = 3.0  # products of bfloat16, where the processor has them
@@ -105,8 +106,9 @@ def foresee(job: Job, plan: Mapping[str, Any], traces: Sequence[Trace]) -> dict[
         works["traces"] = answer_in_torch(checkpoint, asked)
 
     tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
-    steps = max(1, len(recipe.prune.schedule))
-    works["pruning"] = prune(checkpoint, recipe.prune, tokens) * steps
+    works["pruning"] = prune(checkpoint, recipe.prune, tokens)
+    if steps := len(recipe.prune.schedule):  # the model answers after each
+        works["pruning"] = (works["pruning"] + answer_in_torch(checkpoint, asked)) * steps
 
     if recipe.recover.tokens:
         phases = list_phases(recipe.recover, recipe.recover.ways or ("all",))
@@ -148,7 +150,8 @@ def prune(checkpoint: Checkpoint, settings: Pruning, tokens: int) -> Work:
     """Return the work of one walk over all blocks with so many tokens."""
     walked = _WALKS * 2.0 * tokens * _active_weights(checkpoint, head=False)
     streams = 2 if settings.match_dense else 1
-    summed = solved = 0.0
+    summed = solved = refitted = 0.0
+    sweeps = 1 + (_CODE_SWEEPS if settings.joint else 0)
 
     for block in range(checkpoint.block_count):
         for linears in checkpoint.input_groups(block):
@@ -159,9 +162,10 @@ def prune(checkpoint: Checkpoint, settings: Pruning, tokens: int) -> Work:
 
             seen = tokens * (_experts_per_token(checkpoint) if experts > 1 else 1)
             summed += streams * _TRIANGLE * seen * inputs**2
-            solved += experts * (_FACTORS * inputs**3 + 2 * rows * inputs**2)
+            solved += experts * (_FACTORS * inputs**3 + 2 * sweeps * rows * inputs**2)
+            refitted += experts * 2 * settings.refit_steps * rows * inputs**2
 
-    return Work((walked + summed) / _BY_TORCH + solved / _BY_SOLVING)
+    return Work((walked + summed + refitted) / _BY_TORCH + solved / _BY_SOLVING)
 
 
 def recover(checkpoint: Checkpoint, settings: Recovery) -> Work:

@@ -69,12 +69,13 @@ class BlockQuant(OnnxQuant, Protocol):
 
 
 class Grid(Quant, Protocol):
-    """A format whose weights are whole codes times the step of their group; zero has the code 0.
+    """A format whose weights are whole codes times the step of their group.
 
-    ``CODES`` are the lowest and the highest code, as a weight counts them and not as a file stores
-    them. ``GROUP_SIZE`` weights share a step: a whole number, from ``STEP_CODES``, times the scale
-    of the quant block, in half precision. ``steps`` returns step_OG, the step of every group, and
-    ``scales`` the scale of every block; of a format whose blocks are one group they are the same.
+    ``CODES`` are the lowest and the highest code. Zero has the code 0, but for a
+    :class:`MinimumGrid`; see :func:`signed_codes`. ``GROUP_SIZE`` weights share a step: a whole
+    number, from ``STEP_CODES``, times the scale of the quant block, in half precision. ``steps``
+    returns step_OG, the step of every group, and ``scales`` the scale of every block; of a format
+    whose blocks are one group they are the same.
 
     Weights on the grid are quantized to themselves; see also :func:`pins_largest`.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant.multiples import Blocks, find_divisor, is_half
+from racdeploy.quant.multiples import UNIT, Blocks, find_divisor, is_half
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class LineFinder:
         # One group excludes nearly all blocks that lie on no grid.
         place_N = place_N[self._may_fit(weight_NGS[place_N, :1], largest_N[place_N])]
         place_N = place_N[self._may_fit(weight_NGS[place_N], largest_N[place_N])]
+        place_N = place_N[self._reaches(weight_NGS[place_N])]
         weight_NGS, largest_N = weight_NGS[place_N], largest_N[place_N]
 
         divisor_N = find_divisor(weight_NGS)
@@ -68,8 +69,10 @@ class LineFinder:
 
                 tried_N = divisor_N[open_N] / signed
                 product_NGS = weight_NGS[open_N] / tried_N[:, None, None]
-                found = self._solve(np.rint(product_NGS).astype(np.int64))
+                whole_NGS = np.rint(product_NGS)
+                found = self._solve(whole_NGS.astype(np.int64))
                 fits_N = found.fits_NG.all(axis=1) & is_half(tried_N)
+                fits_N &= (whole_NGS == product_NGS).all(axis=(1, 2))
                 fits_N &= is_half(tried_N * self._units)
 
                 found_N = open_N[fits_N]
@@ -91,6 +94,15 @@ class LineFinder:
     ) -> NDArray[np.bool_]:
         divisor_N = find_divisor(weight_NGS)
         fits_N: NDArray[np.bool_] = (divisor_N == 0) | (largest_N <= self._most * divisor_N)
+        return fits_N
+
+    def _reaches(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Return of which blocks every group has few enough steps from end to end."""
+        units_NGS = np.rint(weight_NGS / UNIT).astype(np.int64)
+        lowest_NG = units_NGS.min(axis=2)
+        divisor_NG = np.gcd.reduce(units_NGS - lowest_NG[:, :, None], axis=2)
+        reach_NG = units_NGS.max(axis=2) - lowest_NG
+        fits_N: NDArray[np.bool_] = (reach_NG <= self._codes * divisor_NG).all(axis=1)
         return fits_N
 
     def _solve(self, product_NGS: NDArray[np.int64]) -> _Solved:

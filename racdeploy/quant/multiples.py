@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_UNIT = 2.0**-24  # all half-precision numbers are whole multiples of the smallest
+UNIT = 2.0**-24  # all half-precision numbers are whole multiples of the smallest
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Finder:
 
 def find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return each block's greatest common divisor, if its weights are whole units."""
-    units_NGS = np.rint(weight_NGS / _UNIT).astype(np.int64)
+    units_NGS = np.rint(weight_NGS / UNIT).astype(np.int64)
     divisor_N = np.gcd.reduce(units_NGS, axis=(1, 2))
-    return np.asarray(divisor_N * _UNIT)
+    return np.asarray(divisor_N * UNIT)
 
 
 def is_half(value_N: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -176,7 +176,8 @@ def write_entries(
 
 
 def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:
-    assert isinstance(entry, TensorEntry), "rows stay of what lies in one piece"
+    assert type(entry) is TensorEntry, "rows stay of what lies in one piece"
+    assert not entry.strides, "rows stay of what lies in one piece"
     stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
     row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
     together = max(1, _COPY_BYTES // max(1, row_bytes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -33,6 +35,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_further_head(root / "model", like=3)
 
 
+def _with_another_head(folder: Path, out: Path) -> Path:
+    """Write the model with another head, in a file of its own."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    head = {name: value + 1 for name, value in tensors.items() if name.startswith("mtp.")}
+    rest = {name: value for name, value in tensors.items() if name not in head}
+    (out / "model.safetensors").unlink()
+    files = {"model-00001.safetensors": rest, "model-00002.safetensors": head}
+    for name, part in files.items():
+        save_file(part, out / name, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    listed = {file.name for file in Checkpoint(out).files()}
+    assert files.keys() <= listed, "a stage that is done must know of the head"
+    return out
+
+
 def _logits(file: Path) -> NDArray[np.float32]:
     settings = EngineSettings(context_tokens=64, parallel=1, threads=1, cache_dtype="f32")
     with open_engine("llamacpp", file, settings) as engine:
@@ -47,6 +66,7 @@ def test_it_is_written_behind_the_blocks_and_changes_no_logits(
     check_covered(with_head)
     assert len(with_head.further) == 15
     assert "stay as they are" in with_head.notes[0]
+    assert with_head.sha256 != Checkpoint(_with_another_head(folder, tmp_path / "other")).sha256
 
     drafting = export(with_head, tmp_path / "drafting.gguf", quant="f32").path
     reader = gguf.GGUFReader(drafting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -44,7 +45,7 @@ def test_each_expert_is_read_by_itself_and_all_are_written_back(
     whole = torch.randn(shape).bfloat16()
     file = write(tmp_path, {"gate_up": whole})
 
-    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout})
+    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout}, E)
     assert set(apart) == {"norm"} | {
         f"b.0.{layout.name(part, expert)}" for part in PARTS for expert in range(E)
     }
@@ -82,7 +83,7 @@ def test_mxfp4_is_read_as_transformers_and_ggml_do(
 
     file, codes, exponents = packed
     layout = Fused(PARTS, alternating=True, inputs_first=True)
-    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout})
+    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout}, E)
     expected = convert_moe_packed_tensors(codes, exponents, dtype=torch.float32)  # inputs first
 
     for expert in range(E):
@@ -110,9 +111,9 @@ def test_mxfp4_is_written_as_bfloat16(
     file, _, _ = packed
     layout = Fused(PARTS, alternating=True, inputs_first=True)
     described = {"gate_up": layout}
-    apart = fused.take_apart(read_tensor_entries(file), "b", described)
+    apart = fused.take_apart(read_tensor_entries(file), "b", described, E)
     write_entries(fused.join(apart, "b", described), tmp_path / "again.safetensors")
-    again = fused.take_apart(read_tensor_entries(tmp_path / "again.safetensors"), "b", described)
+    again = fused.take_apart(read_tensor_entries(tmp_path / "again.safetensors"), "b", described, E)
     for name, entry in apart.items():
         np.testing.assert_array_equal(again[name].read(), entry.read())
     assert again["b.0.experts.0.up.weight"].dtype == "BF16"
@@ -135,7 +136,7 @@ def test_weights_that_are_no_numbers_are_refused(
     exponents[1, 7, 0] = 255
     write(file.parent, {"gate_up_blocks": codes, "gate_up_scales": exponents})
     described = {"gate_up": Fused(PARTS, alternating=True)}
-    apart = fused.take_apart(read_tensor_entries(file), "b", described)
+    apart = fused.take_apart(read_tensor_entries(file), "b", described, E)
     apart["b.0.experts.1.gate.weight"].read()
     with pytest.raises(ModelError, match="no numbers"):
         apart["b.0.experts.1.up.weight"].read()
@@ -144,8 +145,18 @@ def test_weights_that_are_no_numbers_are_refused(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"gate_up": torch.ones(4)}, "which holds no experts"),
-        ({"gate_up": torch.ones(2, 5, 4)}, "which holds no experts"),
+        ({"gate_up": torch.ones(4)}, "not that of 2 experts"),
+        ({"gate_up": torch.ones(2, 5, 4)}, "not that of 2 experts"),
+        ({"gate_up": torch.ones(3, 4, 4)}, "not that of 2 experts"),
+        ({"gate_up": torch.ones(2, 0, 4)}, "not that of 2 experts"),
+        (
+            {
+                "gate_up": torch.ones(2, 4, 32),
+                "gate_up_blocks": torch.ones(2, 4, 1, 16, dtype=torch.uint8),
+                "gate_up_scales": torch.ones(2, 4, 1, dtype=torch.uint8),
+            },
+            "is stored twice",
+        ),
         ({"gate_up_blocks": torch.ones(2, 4, 2, 16, dtype=torch.uint8)}, "no b.0.gate_up_scales"),
         (
             {
@@ -168,4 +179,21 @@ def test_what_cannot_be_taken_apart_is_refused(
 ) -> None:
     entries = read_tensor_entries(write(tmp_path, tensors))
     with pytest.raises(ModelError, match=message):
-        fused.take_apart(entries, "b", {"gate_up": Fused(PARTS)})
+        fused.take_apart(entries, "b", {"gate_up": Fused(PARTS)}, 2)
+
+
+def test_a_tensor_of_very_many_experts_costs_nothing(tmp_path: Path) -> None:
+    """Its shape is a stranger's: axes without a length take no bytes in a file."""
+    file = write(tmp_path, {"gate_up": torch.ones(2, 4, 4)})
+    entries = dict(read_tensor_entries(file))
+    name = "b.0.gate_up"
+    entries[name] = replace(entries[name], shape=(1 << 40, 0, 2))
+    with pytest.raises(ModelError, match="not that of 2 experts"):
+        fused.take_apart(entries, "b", {"gate_up": Fused(PARTS)}, 2)
+
+
+def test_exponents_alone_are_no_secret(tmp_path: Path) -> None:
+    """They stay among the tensors, and are refused there as unknown."""
+    file = write(tmp_path, {"gate_up_scales": torch.ones(2, 4, 1, dtype=torch.uint8)})
+    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": Fused(PARTS)}, 2)
+    assert "b.0.gate_up_scales" in apart

@@ -115,19 +115,20 @@ def test_a_plan_says_how_long_each_stage_takes(
     monkeypatch.setattr("racdeploy.pipeline.build.measure_speed", lambda: Speed(1e6, 1e5))
     before = build.plan_time(plan)
     stages = ["traces", "pruning", "recovery", "verification"]
-    assert list(before["seconds_at_most"]) == stages
+    assert list(before["seconds_expected"]) == stages
     assert before["cores"] == 1
     said = list_groups(plan | before)["takes"][-1]
     assert said.startswith("time: about ")
-    assert " at most on 1 core: " in said
+    assert " on 1 core, with every answer at its longest: " in said
 
     build.traces()
     after = build.plan_time(plan | build.plan_pruning())
-    assert list(after["seconds_at_most"]) == stages[1:]
+    assert list(after["seconds_expected"]) == stages[1:]
+    assert " on 1 core: " in list_groups(plan | after)["takes"][-1]
 
     server = {**options, "traces": {**options["traces"], "server": "http://127.0.0.1:9/v1"}}  # type: ignore[dict-item]
     asked = Build(Job(Recipe.combine(None, server)), tmp_path / "other", threads=1)
-    assert "traces" not in asked.plan_time(plan)["seconds_at_most"]
+    assert "traces" not in asked.plan_time(plan)["seconds_expected"]
 
     monkeypatch.setattr(forecast, "has_gpu_driver", lambda: True)
     assert build.plan_time(plan) == {}

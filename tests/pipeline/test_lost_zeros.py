@@ -79,6 +79,27 @@ def _export_settings(**settings: Any) -> Export:
     return Recipe.combine(None, {"model": "tiny-reasoner", "export": settings}).export
 
 
+@pytest.mark.parametrize("quant", ["q2_k", "q4_k"])
+def test_a_folder_on_the_grid_may_be_exported(tmp_path: Path, quant: str) -> None:
+    """Codes that were chosen while pruning keep its zeros; a format of another step does not."""
+    dense = Checkpoint(make_checkpoint(tmp_path / "dense", "llama", hidden_size=256))
+    sparse = tmp_path / "sparse"
+    shutil.copytree(dense.folder, sparse)
+
+    weights = load_file(sparse / "model.safetensors")
+    for name in dense.linear_weights:
+        weight_OI = weights[name].float()
+        weights[name] = (weight_OI.sign() * (weight_OI.abs() > weight_OI.abs().median())) / 64
+    save_file(weights, sparse / "model.safetensors")
+    check_folder(Checkpoint(sparse), _export_settings(quant=quant))
+
+    weights["model.layers.0.mlp.up_proj.weight"][:, 1] += 0.3
+    weights["model.layers.1.mlp.up_proj.weight"][:, 1] += 0.3
+    save_file(weights, sparse / "model.safetensors")
+    with pytest.raises(UsageError, match="does not keep zeros"):
+        check_folder(Checkpoint(sparse), _export_settings(quant=quant))
+
+
 def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> None:
     """No recipe says that it was pruned: its weights do. A dense model needs no leave."""
     dense = Checkpoint(make_checkpoint(tmp_path / "dense", "llama", hidden_size=256))

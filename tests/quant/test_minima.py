@@ -137,3 +137,28 @@ def test_every_group_of_a_small_grid_is_found() -> None:
     np.testing.assert_array_equal(back_N22 * found.scale_N[:, None, None], weight_N22)
     assert found.code_NGS.min() == 0
     assert found.code_NGS.max() == 3
+
+
+@FORMATS
+def test_finer_lattices_are_given_up_at_once(form: ModuleType) -> None:
+    """Whole numbers that need more codes than there are fit no scale; ggml's bytes come out."""
+    generator = np.random.default_rng(5)
+    numbers_OI = generator.integers(-100, 101, (O, I))
+    weight_OI = (numbers_OI * 2.0**-12).astype(np.float32)
+    finder = LineFinder(
+        form.CODES[1], form.STEP_CODES[1], form.MINIMA[1], form.MINIMUM_UNITS, form.ZERO_CODE
+    )
+    assert not finder._reaches(weight_OI.reshape(-1, 256 // form.GROUP_SIZE, form.GROUP_SIZE)).any()
+    expected_OP = ggml.quantize(form.GGML_TYPE, weight_OI, None)
+    np.testing.assert_array_equal(form.quantize(weight_OI), expected_OP)
+
+
+@FORMATS
+def test_weights_below_half_precision_are_not_taken_for_exact(form: ModuleType) -> None:
+    """A number that is no multiple of the smallest scale is left to ggml."""
+    weight_OI = draw_grid(form, None)
+    weight_OI[7, 5] = 1e-9
+    expected_OP = ggml.quantize(form.GGML_TYPE, weight_OI[7:8], None)
+    stored_OI = ggml.dequantize(form.GGML_TYPE, form.quantize(weight_OI[7:8]), I)
+    other_OI = ggml.dequantize(form.GGML_TYPE, expected_OP, I)
+    np.testing.assert_array_equal(stored_OI[:, :256], other_OI[:, :256])

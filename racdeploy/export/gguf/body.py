@@ -68,7 +68,7 @@ class Body:
         """Yield the packed rows of a tensor slab by slab, in order, and their count of zeros."""
         quant = quants.load_ggml(tensor.quant_real)
         if packed := tensor.list_packed(self.checkpoint):
-            yield from _copy(packed, quant, tensor.shape[-1])
+            yield from _copy(packed, quant, tensor)
             return
 
         known = tensor.importances(self.importance) if self.importance else [None]
@@ -95,11 +95,14 @@ class Body:
             self.progress(self._done_bytes, self.total_bytes)
 
 
-def _copy(packed: Iterable[PackedEntry], quant: quants.GgmlQuant, columns: int) -> Iterator[Coded]:
+def _copy(
+    packed: Iterable[PackedEntry], quant: quants.GgmlQuant, tensor: PlannedTensor
+) -> Iterator[Coded]:
     """Yield matrices whose codes the file takes as they are."""
     for entry in packed:
         packed_OP = entry.read_as_ggml()
-        stored_OI = quant.dequantize(packed_OP, columns)
+        stored_OI = quant.dequantize(packed_OP, tensor.shape[-1])
+        quants.check_finite(tensor.source, tensor.quant_real, stored_OI, stored_OI, wider="")
         yield packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
 

@@ -25,7 +25,7 @@ def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
 InputGroups = tuple[tuple[str, ...], ...]
 EVERY_EXPERT = "*"
 _EMBEDDING = "token_embd.weight"
-_OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_OF_EXPERT = re.compile(r"\.experts\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Family:
 
     def split_block(self, name: str) -> tuple[int | None, str]:
         """Return the number of a tensor's block, or None, and its name inside the block."""
-        match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d+)\.(.+)", name)
+        match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d{{1,6}})\.(.+)", name)
         return (int(match[1]), match[2]) if match else (None, name)
 
 

@@ -27,7 +27,7 @@ _UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     limit = config.get("time_step_limit")
-    listed = config.get("layer_types") or [_STATE] * config.get("num_hidden_layers", 32)
+    listed = config.get("layer_types") or [_STATE] * (config.get("num_hidden_layers") or 32)
     kinds = {old: new for new, old in _NAMES.items()}
     return {
         "layer_types": [kinds.get(kind, kind) for kind in listed],

@@ -61,7 +61,7 @@ def _list_kinds(config: Mapping[str, Any]) -> list[str]:
             " Nemotron 3 Nano 4B",
         )
 
-    if unknown := sorted(set(found) - _LETTERS.keys()):
+    if unknown := sorted(map(str, set(found) - _LETTERS.keys())):
         raise ModelError(
             f"config.json: hybrid_override_pattern or layers_block_type names {unknown[0]!r}; a"
             f" block is one of {', '.join(_LETTERS)}",
