@@ -98,7 +98,7 @@ class Checkpoint:
         shapes = further.expected_shapes(self.family, self.kinds(block), sizes, blocks)
         return head if further.fits(head, shapes) else {}
 
-    @property
+    @cached_property
     def whole(self) -> Mapping[str, TensorEntry]:
         """Every tensor that a folder made of this one has."""
         return {**self.entries, **self.further}

@@ -80,7 +80,7 @@ class PlannedTensor:
         """Return the parts, if the checkpoint holds each in the very codes of the file."""
         found = []
         for name in self.parts:
-            entry = checkpoint.entries[name]
+            entry = checkpoint.whole[name]
             if isinstance(entry, PackedEntry) and entry.stored_as == self.quant_real:
                 found.append(entry)
         return found if len(found) == len(self.parts) else []
