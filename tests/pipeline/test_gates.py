@@ -10,7 +10,7 @@ import pytest
 from racdeploy.engines.transformers import torch_model
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
-from racdeploy.export.gguf import reordering
+from racdeploy.models import reordering
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import gates
 from racdeploy.pipeline.gates import Findings, check_artifact
