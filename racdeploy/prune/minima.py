@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from racdeploy.prune.scales import divisor
+from racdeploy.prune.scales import CHUNK_WEIGHTS, divisor
 from racdeploy.quant import MinimumGrid
 
 # Steps to try, as shares of the one that lets the codes reach from a group's lowest weight to its
 # highest one.
 SPANS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
-_CHUNK_WEIGHTS = 1 << 18  # of a search at a time: a few arrays of 1 MB stay in a core's cache
 
 
 class Lines(NamedTuple):
@@ -37,7 +36,7 @@ def start_lines(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Minimu
 
     weight_OGS = weight_OI.view(O, groups, quant.GROUP_SIZE)
     energy_1GS = diagonal_I.view(1, groups, quant.GROUP_SIZE)
-    rows = max(_CHUNK_WEIGHTS // I, 1)
+    rows = max(CHUNK_WEIGHTS // I, 1)
 
     for start in range(0, O, rows):
         chunk = slice(start, start + rows)

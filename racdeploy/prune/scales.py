@@ -17,7 +17,7 @@ from racdeploy.quant import Grid, pins_largest, signed_codes
 # clip it, larger ones move every code. Far larger ones are for a weight that may have another code.
 SPANS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 _FAR_SPANS = (1.1, 1.15, 1.2, 1.25, 1.3)
-_CHUNK_WEIGHTS = 1 << 18  # of a search at a time: a few arrays of 1 MB stay in a core's cache
+CHUNK_WEIGHTS = 1 << 18  # of a search at a time: a few arrays of 1 MB stay in a core's cache
 
 
 def start_steps(
@@ -34,7 +34,7 @@ def start_steps(
     shape_OGS = (*widest_OG.shape, quant.GROUP_SIZE)
     weight_OGS, pinned_OGS = weight_OI.view(shape_OGS), pinned_OI.view(shape_OGS)
     energy_1GS = diagonal_I.view(1, -1, quant.GROUP_SIZE)
-    rows = max(_CHUNK_WEIGHTS // weight_OI.shape[1], 1)
+    rows = max(CHUNK_WEIGHTS // weight_OI.shape[1], 1)
 
     for start in range(0, len(weight_OI), rows):
         chunk = slice(start, start + rows)
