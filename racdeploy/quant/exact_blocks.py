@@ -67,6 +67,11 @@ class ExactBlocks(Generic[AnyBlocks]):
         """Return packed rows as blocks of the layout."""
         return np.ascontiguousarray(packed_OP).view(self._layout)
 
+    def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the half-precision scale of every block."""
+        scale_OX: NDArray[np.float16] = self.view(packed_OP)["scale"]
+        return scale_OX.astype(np.float32)
+
 
 def join_pairs(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return bytes of four times two bits each, the first one lowest."""

@@ -31,14 +31,8 @@ _LAYOUT = np.dtype(
 def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return step_OG, the scale of every group of 16."""
     step_code_OXG = _BLOCKS.view(packed_OP)["numbers"] & 15
-    step_OXG = step_code_OXG * scales(packed_OP)[:, :, None]
+    step_OXG = step_code_OXG * _BLOCKS.scales(packed_OP)[:, :, None]
     return step_OXG.reshape(len(packed_OP), -1)
-
-
-def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the half-precision scale of every block."""
-    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
-    return scale_OX.astype(np.float32)
 
 
 def _pack(lines: Lines) -> NDArray[np.void]:
@@ -60,3 +54,4 @@ _BLOCKS = ExactBlocks(
     _pack,
 )
 quantize = _BLOCKS.quantize
+scales = _BLOCKS.scales

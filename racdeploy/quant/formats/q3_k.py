@@ -30,15 +30,9 @@ _SHIFTS = (0, 2, 4, 6)  # of two bits in a byte
 def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return step_OG, the scale of every group of 16."""
     step_code_OXG = _unpack_step_codes(_BLOCKS.view(packed_OP)["step_codes"])
-    scale_OX1 = scales(packed_OP)[:, :, None]
+    scale_OX1 = _BLOCKS.scales(packed_OP)[:, :, None]
     step_OXG = step_code_OXG * scale_OX1
     return step_OXG.reshape(len(packed_OP), -1)
-
-
-def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the half-precision scale of every block."""
-    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
-    return scale_OX.astype(np.float32)
 
 
 def _pack(blocks: multiples.Blocks) -> NDArray[np.void]:
@@ -87,3 +81,4 @@ _BLOCKS = ExactBlocks(
     _pack,
 )
 quantize = _BLOCKS.quantize
+scales = _BLOCKS.scales

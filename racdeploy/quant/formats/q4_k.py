@@ -34,14 +34,8 @@ def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
     first_OX4, _, rest_OX4 = np.split(number_OXP, 3, axis=2)
     later_OX4 = rest_OX4 & 15 | first_OX4 >> 6 << 4
     step_code_OXG = np.concatenate([first_OX4 & 63, later_OX4], axis=2)
-    step_OXG = step_code_OXG * scales(packed_OP)[:, :, None]
+    step_OXG = step_code_OXG * _BLOCKS.scales(packed_OP)[:, :, None]
     return step_OXG.reshape(len(packed_OP), -1)
-
-
-def scales(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the half-precision scale of every block."""
-    scale_OX: NDArray[np.float16] = _BLOCKS.view(packed_OP)["scale"]
-    return scale_OX.astype(np.float32)
 
 
 def _pack(lines: Lines) -> NDArray[np.void]:
@@ -80,3 +74,4 @@ _BLOCKS = ExactBlocks(
     _pack,
 )
 quantize = _BLOCKS.quantize
+scales = _BLOCKS.scales
