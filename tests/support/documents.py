@@ -122,7 +122,7 @@ def _describe(name: str, file: Path, depth: int) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "families": tabulate_families,
     "plugins": list_plugins,
-    "q4_k": partial(quote, "racdeploy/quant/formats/q4_k.py"),
+    "q5_k": partial(quote, "racdeploy/quant/formats/q5_k.py"),
     "remainder": partial(quote, "tests/support/one_more/tasks/remainder.py"),
     "tree": draw_tree,
 }
