@@ -486,8 +486,6 @@ class _Walk:
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
         """Return the zeros that a linear shall have: at least those of the earlier walk."""
         if self.plan.keeps_own_zeros:
-            if not self.settings.sparsity:  # a zero of the dense model is none that was chosen
-                return AsBefore(torch.ones_like(weight_OI, dtype=torch.bool))
             return AsBefore(weight_OI != 0)
 
         name = self._name_in_dense(pair, linear)

@@ -51,8 +51,9 @@ class Student:
 
         # What enters the first block has no gradient of its own, so the checkpoints must not ask
         # for one: that is what "reentrant" would do.
-        kept = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+        usual = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", usual)  # transformers 5.24
+        enable({"use_reentrant": False})
         model.config.attention_dropout = 0.0
 
     def hidden(self, ids_BT: torch.Tensor, *, learns: bool) -> torch.Tensor:
