@@ -7,15 +7,16 @@ of one large product was measured with ``python -m benchmarks.forecast``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import EVERY_EXPERT, name_experts
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.recover_stage import PROBED, list_phases
+from racdeploy.prune.cost import Group, list_groups
 from racdeploy.recipe import Pruning, Recovery
 from racdeploy.storage.cores import multiplies_bfloat16
 from racdeploy.storage.speed import Speed, has_gpu_driver
@@ -153,17 +154,11 @@ def prune(checkpoint: Checkpoint, settings: Pruning, tokens: int) -> Work:
     summed = solved = refitted = 0.0
     sweeps = 1 + (_CODE_SWEEPS if settings.joint else 0)
 
-    for block in range(checkpoint.block_count):
-        for linears in checkpoint.input_groups(block):
-            experts = checkpoint.experts if EVERY_EXPERT in linears[0] else 1
-            names = [_weight(checkpoint, block, each) for each in name_experts(linears, 1)]
-            shapes = [checkpoint.entries[name].shape for name in names]
-            inputs, rows = shapes[0][1], sum(shape[0] for shape in shapes)
-
-            seen = tokens * (_experts_per_token(checkpoint) if experts > 1 else 1)
-            summed += streams * _TRIANGLE * seen * inputs**2
-            solved += experts * (_FACTORS * inputs**3 + 2 * sweeps * rows * inputs**2)
-            refitted += experts * 2 * settings.refit_steps * rows * inputs**2
+    for group in itertools.chain.from_iterable(list_groups(checkpoint)):
+        inputs, rows = group.shapes[0][1], sum(shape[0] for shape in group.shapes)
+        summed += streams * _TRIANGLE * tokens * _met_by_token(checkpoint, group) * inputs**2
+        solved += group.experts * (_FACTORS * inputs**3 + 2 * sweeps * rows * inputs**2)
+        refitted += group.experts * 2 * settings.refit_steps * rows * inputs**2
 
     return Work((walked + summed + refitted) / _BY_TORCH + solved / _BY_SOLVING)
 
@@ -215,20 +210,13 @@ def _cached_values(checkpoint: Checkpoint, asked: Asked) -> float:
 def _active_weights(checkpoint: Checkpoint, *, head: bool = True) -> float:
     """Return how many weights of linears one token meets; of experts, those it is sent to."""
     met = 0.0
-    for block in range(checkpoint.block_count):
-        for linears in checkpoint.input_groups(block):
-            share = _experts_per_token(checkpoint) if EVERY_EXPERT in linears[0] else 1
-            for linear in name_experts(linears, 1):
-                shape = checkpoint.entries[_weight(checkpoint, block, linear)].shape
-                met += share * math.prod(shape)
+    for group in itertools.chain.from_iterable(list_groups(checkpoint)):
+        met += _met_by_token(checkpoint, group) * sum(map(math.prod, group.shapes))
 
     projection = checkpoint.integer("vocab_size") * checkpoint.integer("hidden_size")
     return met + (projection if head else 0)
 
 
-def _experts_per_token(checkpoint: Checkpoint) -> int:
-    return checkpoint.integer("num_experts_per_tok")
-
-
-def _weight(checkpoint: Checkpoint, block: int, linear: str) -> str:
-    return f"{checkpoint.family.blocks}.{block}.{linear}.weight"
+def _met_by_token(checkpoint: Checkpoint, group: Group) -> int:
+    """Return how many of the experts that have a group one token meets; 1 where all are alike."""
+    return checkpoint.integer("num_experts_per_tok") if group.experts > 1 else 1

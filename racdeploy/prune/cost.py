@@ -141,7 +141,7 @@ def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Linears that share an input: their shapes (O, I), and how many experts have such ones."""
 
     shapes: list[tuple[int, ...]]
@@ -166,21 +166,26 @@ class _Group:
         return min(self.experts * own, max(own, EXPERT_BYTES)) - own
 
 
-def _list_groups(checkpoint: Checkpoint) -> list[_Group]:
+def _list_groups(checkpoint: Checkpoint) -> list[Group]:
     """Return the groups of the largest block."""
+    return max(list_groups(checkpoint), key=lambda groups: sum(group.weights for group in groups))
+
+
+def list_groups(checkpoint: Checkpoint) -> list[list[Group]]:
+    """Return the groups of linears of every block."""
     family = checkpoint.family
     blocks = []
 
     for block in range(checkpoint.block_count):
-        groups = []
+        groups: list[Group] = []
         for linears in checkpoint.input_groups(block):
             experts = checkpoint.experts if linears[0] in family.routed else 1
             firsts = name_experts(linears, 1)
             names = [f"{family.blocks}.{block}.{linear}.weight" for linear in firsts]
-            groups.append(_Group([checkpoint.entries[name].shape for name in names], experts))
+            groups.append(Group([checkpoint.entries[name].shape for name in names], experts))
         blocks.append(groups)
 
-    return max(blocks, key=lambda groups: sum(group.weights for group in groups))
+    return blocks
 
 
 class TimeLeft:
