@@ -3,13 +3,7 @@
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
-_NORMS = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
-    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-    **decoder.HEAD_NORMS,
-}
+_NORMS = {**decoder.SANDWICH_NORMS, **decoder.HEAD_NORMS}
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     gguf_arch="gemma3",

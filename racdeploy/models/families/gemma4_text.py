@@ -88,13 +88,7 @@ def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return widths
 
 
-_NORMS = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
-    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-    **decoder.HEAD_NORMS,
-}
+_NORMS = {**decoder.SANDWICH_NORMS, **decoder.HEAD_NORMS}
 _OWN_INPUTS = {
     "per_layer_input_gate.weight": "inp_gate.weight",
     "per_layer_projection.weight": "proj.weight",

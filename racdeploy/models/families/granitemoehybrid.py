@@ -7,12 +7,11 @@ at once; llama.cpp's has groups of them, which are the same where there is one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from racdeploy.models import decoder
+from racdeploy.models import decoder, mamba
 from racdeploy.models.families import Family
 from racdeploy.models.families.granite import FAMILY as GRANITE
 from racdeploy.models.fused import Fused
@@ -21,19 +20,15 @@ _STATE, _ATTENTION = "linear_attention", "full_attention"
 # transformers 4 knows only these names, and transformers 5 takes them too
 _NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
 
-# as transformers 5 writes it, and as others do
-_UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
-
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    limit = config.get("time_step_limit")
     listed = config.get("layer_types") or [_STATE] * (config.get("num_hidden_layers") or 32)
     kinds = {old: new for new, old in _NAMES.items()}
     return {
         "layer_types": [kinds.get(kind, kind) for kind in listed],
         "intermediate_size": config["shared_intermediate_size"],
         "shared_intermediate_size": None,
-        "time_step_limit": None if limit in _UNLIMITED else limit,
+        "time_step_limit": mamba.read_limit(config),
     }
 
 
@@ -56,16 +51,7 @@ _FEED_FORWARD = {
     "shared_mlp.input_linear.weight": "ffn_gate_up.weight",
     "shared_mlp.output_linear.weight": "ffn_down.weight",
 }
-_STATE_SPACE = {
-    "mamba.in_proj.weight": "ssm_in.weight",
-    "mamba.conv1d.weight": "ssm_conv1d.weight",
-    "mamba.conv1d.bias": "ssm_conv1d.bias",
-    "mamba.dt_bias": "ssm_dt.bias",
-    "mamba.A_log": "ssm_a",
-    "mamba.D": "ssm_d",
-    "mamba.norm.weight": "ssm_norm.weight",
-    "mamba.out_proj.weight": "ssm_out.weight",
-}
+_STATE_SPACE = mamba.name_tensors("mamba")
 _DENSE = Family(
     architecture="GraniteMoeHybridForCausalLM",
     gguf_arch="granitehybrid",
@@ -86,25 +72,13 @@ _DENSE = Family(
     only={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
     unattended="no_heads",
     transforms={**decoder.ROTARY, "mamba.A_log": "decay"},
-    # M: all channels of a state space; MH: its heads; MC: what the convolution sees; C: its length.
     shapes={
         **decoder.SHAPES,
         "ffn_gate_up": ("F+F", "D"),
-        "ssm_in": ("M+MC+MH", "D"),
-        "ssm_conv1d": ("MC", "1", "C"),
-        "ssm_dt": ("MH",),
-        "ssm_a": ("MH",),
-        "ssm_d": ("MH",),
-        "ssm_norm": ("M",),
-        "ssm_out": ("D", "M"),
+        **mamba.SHAPES,
     },
-    laid={"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1"), "ssm_norm": ("1", "M")},
-    sizes={
-        "M": "mamba_width",
-        "MC": "mamba_convolved_width",
-        "MH": "mamba_n_heads",
-        "C": "mamba_d_conv",
-    },
+    laid={**mamba.LAID, "ssm_norm": ("1", "M")},
+    sizes=mamba.SIZES,
     biases=("attn_q", "attn_k", "attn_v", "attn_output", "ssm_conv1d"),
     read=_read,
     write=_write,

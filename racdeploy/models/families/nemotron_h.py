@@ -9,24 +9,21 @@ own (its pull request 48989 tells both); llama.cpp and the authors' code have no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from racdeploy.errors import ModelError
-from racdeploy.models import decoder
+from racdeploy.models import decoder, mamba
 from racdeploy.models.families import Family
 
 _STATE, _ATTENTION, _FEED_FORWARD, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
 _LETTERS = {_STATE: "M", _ATTENTION: "*", _FEED_FORWARD: "-", _EXPERTS: "E"}
 _OLD_NAMES = {"mamba": _STATE, "attention": _ATTENTION}
-_UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
 _NO_LEAST_STEP = 1e-30  # transformers takes a logarithm of it
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = _list_kinds(config)
-    limit = config.get("time_step_limit")
     return {
         "layer_types": kinds,
         "layers_block_type": None,
@@ -40,7 +37,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         # the second name is the older one, which counts where both are there
         "mamba_n_groups": config.get("mamba_n_groups", config["n_groups"]),
         "mamba_d_conv": config.get("mamba_d_conv", config["conv_kernel"]),
-        "time_step_limit": None if limit in _UNLIMITED else limit,
+        "time_step_limit": mamba.read_limit(config),
     }
 
 
@@ -80,16 +77,7 @@ def _write(config: Mapping[str, Any]) -> dict[str, Any]:
 _ATTENTION_TENSORS = {f"mixer.{name}_proj.weight": f"attn_{name}.weight" for name in "qkv"} | {
     "mixer.o_proj.weight": "attn_output.weight"
 }
-_STATE_SPACE = {
-    "mixer.in_proj.weight": "ssm_in.weight",
-    "mixer.conv1d.weight": "ssm_conv1d.weight",
-    "mixer.conv1d.bias": "ssm_conv1d.bias",
-    "mixer.dt_bias": "ssm_dt.bias",
-    "mixer.A_log": "ssm_a",
-    "mixer.D": "ssm_d",
-    "mixer.norm.weight": "ssm_norm.weight",
-    "mixer.out_proj.weight": "ssm_out.weight",
-}
+_STATE_SPACE = mamba.name_tensors("mixer")
 _FEED_FORWARD_TENSORS = {
     f"mixer.{name}_proj.{part}": f"ffn_{name}.{part}"
     for name in ("up", "down")
@@ -131,27 +119,13 @@ FAMILY = Family(
         "mixer.k_proj.weight": "rotary",
         "mixer.A_log": "decay",
     },
-    # M: all channels of a state space; MG, G: those of a group, and how many there are; MH: heads;
-    # MC: what the convolution sees; C: its length.
+    # MG: channels of a group of a state space; G: how many groups there are.
     shapes={
         **decoder.SHAPES,
-        "ssm_in": ("M+MC+MH", "D"),
-        "ssm_conv1d": ("MC", "1", "C"),
-        "ssm_dt": ("MH",),
-        "ssm_a": ("MH",),
-        "ssm_d": ("MH",),
-        "ssm_norm": ("M",),
-        "ssm_out": ("D", "M"),
+        **mamba.SHAPES,
     },
-    laid={"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1"), "ssm_norm": ("G", "MG")},
-    sizes={
-        "M": "mamba_width",
-        "MG": "mamba_group_width",
-        "G": "mamba_n_groups",
-        "MC": "mamba_convolved_width",
-        "MH": "mamba_n_heads",
-        "C": "mamba_d_conv",
-    },
+    laid={**mamba.LAID, "ssm_norm": ("G", "MG")},
+    sizes={**mamba.SIZES, "MG": "mamba_group_width", "G": "mamba_n_groups"},
     biases=("ffn_up", "ffn_down", "ssm_conv1d"),
     last_norm="model.norm_f",
     read=_read,
