@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant.multiples import UNIT, Blocks, find_divisor, is_half
+from racdeploy.quant.multiples import UNIT, Blocks, Candidates, find_divisor, is_half
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lines(Blocks):
     minimum_code_NG: NDArray[np.int64]
 
 
-class LineFinder:
+class LineFinder(Candidates):
     """Highest codes of each kind; a minimum code counts ``units`` scales.
 
     Where a group has several choices, that of a minimum of ``zero_code`` steps is taken, which has
@@ -38,23 +38,18 @@ class LineFinder:
         units: int,
         zero_code: int,
     ) -> None:
+        super().__init__(max(codes * step_codes, minimum_codes * units))
         self._codes, self._step_codes = codes, step_codes
         self._minimum_codes, self._units, self._zero = minimum_codes, units, zero_code
-        self._most = max(codes * step_codes, minimum_codes * units)
-        self._limit = self._most * float(np.finfo(np.float16).max)
 
     def find(self, weight_NGS: NDArray[np.float32]) -> Lines:
         """Return what is held exactly; blocks of zeros have no scale and are left out."""
-        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
-        place_N = np.flatnonzero((largest_N > 0) & (largest_N <= self._limit))
-
-        # One group excludes nearly all blocks that lie on no grid.
-        place_N = place_N[self._may_fit(weight_NGS[place_N, :1], largest_N[place_N])]
-        place_N = place_N[self._may_fit(weight_NGS[place_N], largest_N[place_N])]
+        place_N = self._find_candidates(weight_NGS)
         place_N = place_N[self._reaches(weight_NGS[place_N])]
-        weight_NGS, largest_N = weight_NGS[place_N], largest_N[place_N]
+        weight_NGS = weight_NGS[place_N]
 
         divisor_N = find_divisor(weight_NGS)
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
         shares_N = self._most * divisor_N / largest_N
         shape = weight_NGS.shape[:2]
         scale_N = np.zeros_like(divisor_N)
@@ -88,13 +83,6 @@ class LineFinder:
             step_code_NG[found_N],
             minimum_code_NG[found_N],
         )
-
-    def _may_fit(
-        self, weight_NGS: NDArray[np.float32], largest_N: NDArray[np.float32]
-    ) -> NDArray[np.bool_]:
-        divisor_N = find_divisor(weight_NGS)
-        fits_N: NDArray[np.bool_] = (divisor_N == 0) | (largest_N <= self._most * divisor_N)
-        return fits_N
 
     def _reaches(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return of which blocks every group has few enough steps from end to end."""

@@ -26,12 +26,45 @@ class Blocks:
     code_NGS: NDArray[np.int64]
 
 
-class Finder:
+class Candidates:
+    """Finds the blocks whose weights may be whole numbers, of ``most`` at most, of one scale."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = most * float(np.finfo(np.float16).max)
+
+    def _find_candidates(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.intp]:
+        """Return the blocks whose largest weight is few enough times a common divisor."""
+        N, G, S = weight_NGS.shape
+
+        # The largest weight must be in reach of the largest scale.
+        size_NX = np.abs(weight_NGS).reshape(N, G * S)  # X: weights of a block
+        most_N = size_NX.argmax(axis=1)
+
+        largest_N = size_NX[np.arange(N), most_N]
+        possible_N = (largest_N > 0) & (largest_N <= self._limit)
+        place_N = np.flatnonzero(possible_N)
+
+        # The group of the largest weight alone excludes nearly all other blocks.
+        group_N = most_N[place_N] // S
+        near_N1S = weight_NGS[place_N, group_N, None]
+        place_N = place_N[self._has_divisor(near_N1S)]
+
+        whole_NGS = weight_NGS[place_N]
+        return place_N[self._has_divisor(whole_NGS)]
+
+    def _has_divisor(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
+        most_N = self._most * find_divisor(weight_NGS)
+        fits_N: NDArray[np.bool_] = largest_N <= most_N
+        return fits_N
+
+
+class Finder(Candidates):
     """Codes and step codes, each from the lowest to the highest, and what their products are."""
 
     def __init__(self, codes: tuple[int, int], step_codes: tuple[int, int]) -> None:
-        self._most = max(map(abs, codes)) * max(map(abs, step_codes))
-        self._limit = self._most * float(np.finfo(np.float16).max)
+        super().__init__(max(map(abs, codes)) * max(map(abs, step_codes)))
 
         lowest, highest = step_codes
         ordered = sorted(range(lowest, highest + 1), key=abs)
@@ -94,32 +127,6 @@ class Finder:
         code_NGS = weight_NGS / divisor_NG[:, :, None]
         half_N = scale_N.astype(np.float16)
         return Blocks(place_N, half_N, step_code_NG, code_NGS.astype(np.int64))
-
-    def _find_candidates(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.intp]:
-        """Return the blocks whose largest weight is few enough times a common divisor."""
-        N, G, S = weight_NGS.shape
-
-        # The largest weight must be in reach of the largest scale.
-        size_NX = np.abs(weight_NGS).reshape(N, G * S)  # X: weights of a block
-        most_N = size_NX.argmax(axis=1)
-
-        largest_N = size_NX[np.arange(N), most_N]
-        possible_N = (largest_N > 0) & (largest_N <= self._limit)
-        place_N = np.flatnonzero(possible_N)
-
-        # The group of the largest weight alone excludes nearly all other blocks.
-        group_N = most_N[place_N] // S
-        near_N1S = weight_NGS[place_N, group_N, None]
-        place_N = place_N[self._has_divisor(near_N1S)]
-
-        whole_NGS = weight_NGS[place_N]
-        return place_N[self._has_divisor(whole_NGS)]
-
-    def _has_divisor(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
-        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
-        most_N = self._most * find_divisor(weight_NGS)
-        fits_N: NDArray[np.bool_] = largest_N <= most_N
-        return fits_N
 
     def _reach(
         self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]
