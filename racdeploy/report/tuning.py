@@ -1,0 +1,131 @@
+"""What a search for the best model of a device found, as data: ``tune.json``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
+Reached = Literal["counted", "surveyed", "compared", "raced", "verified"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Wishes(_Part):
+    """What was asked for; None is no limit.
+
+    Args:
+        max_bytes: of the artifact.
+        max_memory_bytes: of the process that answers, at its peak.
+        min_accuracy_ratio: of the dense model's accuracy, in its widest format.
+        budget_s: how long the search may take.
+    """
+
+    objective: Objective
+    max_bytes: int | None = Field(None, ge=1)
+    max_memory_bytes: int | None = Field(None, ge=1)
+    min_tokens_per_s: float | None = Field(None, gt=0)
+    min_accuracy_ratio: float | None = Field(None, gt=0, le=1)
+    budget_s: float = Field(gt=0)
+
+
+class DeviceRow(_Part):
+    """The device that speed and memory are foretold for.
+
+    Args:
+        measured: whether its profile was measured; else ``source`` says whose figures it has.
+    """
+
+    name: str
+    measured: bool
+    source: str = ""
+    cores: int = Field(ge=1)
+
+
+class Interval(_Part):
+    """An estimate and the ends of its interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+class Candidate(_Part):
+    """One model that the search looked at, and how far it came.
+
+    Args:
+        name: short, unique.
+        dense: whether nothing is pruned: a plain model in a smaller number format.
+        settings: keys of the recipe that make it, as ``racdeploy build --set`` takes them.
+        reached: the last stage that it was in.
+        why: why it went no further; empty for the winner, and where it reached the end.
+        size_bytes: of the artifact; ``size_measured`` says whether it is there, else it is foretold.
+        memory_bytes, tokens_per_s: foretold for the device.
+        measured_memory_bytes, measured_tokens_per_s: on this machine, where it answered alone.
+        error: foretold share of the blocks' outputs that changes, summed over the linears.
+        kl_nats, top1: from the dense model on held-out traces, a token.
+        prompts, correct: of the race, or of the verification.
+        accuracy: with its 95 % interval.
+        thinking_tokens_mean: per prompt.
+        seconds_per_correct: seconds of decoding on the device for each answer that is right.
+        keeps_limits: whether it keeps every wish but that on accuracy.
+        on_front: whether none of those that answered is better in all of size, speed and accuracy.
+    """
+
+    name: str
+    dense: bool
+    settings: dict[str, Any] = Field(default_factory=dict)
+    reached: Reached
+    why: str = ""
+    size_bytes: int = Field(ge=0)
+    size_measured: bool = False
+    memory_bytes: int | None = Field(None, ge=0)
+    tokens_per_s: float | None = Field(None, ge=0)
+    measured_memory_bytes: int | None = Field(None, ge=0)
+    measured_tokens_per_s: float | None = Field(None, ge=0)
+    error: float | None = Field(None, ge=0)
+    kl_nats: float | None = None
+    top1: float | None = Field(None, ge=0, le=1)
+    prompts: int = Field(0, ge=0)
+    correct: int = Field(0, ge=0)
+    accuracy: Interval | None = None
+    thinking_tokens_mean: float | None = Field(None, ge=0)
+    seconds_per_correct: Interval | None = None
+    keeps_limits: bool
+    on_front: bool = False
+
+
+class Tuning(_Part):
+    """A whole search.
+
+    Args:
+        winner, rival: names of candidates: what was built, and the best dense model beside it; no
+            rival where the winner is dense itself.
+        verdict: one sentence on who wins and by how much.
+        gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
+        seconds: how long each stage took.
+        tokens_asked: of the race; ``tokens_saved`` are those that stopping early did not ask for.
+        bundle: the winner's folder.
+    """
+
+    schema_version: Literal[1] = 1
+    racdeploy: str
+    created: AwareDatetime
+    model: str
+    target: str
+    tasks: tuple[str, ...] = ()
+    wishes: Wishes
+    device: DeviceRow
+    candidates: tuple[Candidate, ...]
+    winner: str
+    rival: str = ""
+    verdict: str
+    gain: Interval | None = None
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
+    tokens_asked: int = Field(0, ge=0)
+    tokens_saved: int = Field(0, ge=0)
+    bundle: str = ""
