@@ -62,7 +62,7 @@ class Candidate(_Part):
         settings: keys of the recipe that make it, as ``racdeploy build --set`` takes them.
         reached: the last stage that it was in.
         why: why it went no further; empty for the winner, and where it reached the end.
-        size_bytes: of the artifact; ``size_measured`` says whether it is there, else it is foretold.
+        size_bytes: of the artifact, foretold unless ``size_measured``.
         memory_bytes, tokens_per_s: foretold for the device.
         measured_memory_bytes, measured_tokens_per_s: on this machine, where it answered alone.
         error: foretold share of the blocks' outputs that changes, summed over the linears.
@@ -102,8 +102,8 @@ class Tuning(_Part):
     """A whole search.
 
     Args:
-        winner, rival: names of candidates: what was built, and the best dense model beside it; no
-            rival where the winner is dense itself.
+        winner, rival: names of candidates: what was built, and what stood beside it: the best dense
+            model, or the best pruned one where a dense one wins.
         verdict: one sentence on who wins and by how much.
         gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
         seconds: how long each stage took.
