@@ -1,0 +1,119 @@
+"""A race between candidates: who wins, what stopping early saves, and how often it errs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from racdeploy.report.tuning import Objective
+from racdeploy.tune.race import Aim, Marks, Race, Runner, list_rounds
+from racdeploy.verify.stats.sequential import is_above_zero, wealth
+
+PROMPTS = 400
+REFERENCE = "dense q8_0"
+
+
+class Front:
+    """Made-up candidates whose accuracies and lengths are known, and their answers by seed.
+
+    A prompt has a difficulty that all share, as with real models; who is weaker thinks longer.
+    """
+
+    def __init__(self, seed: int, accuracies: Sequence[float]) -> None:
+        random = np.random.default_rng(seed)
+        difficulty_N = random.normal(size=PROMPTS)
+        self.runners = []
+        self.marks: dict[str, Marks] = {}
+
+        for place, accuracy in enumerate((0.97, *accuracies)):
+            name = REFERENCE if place == 0 else f"candidate {place}"
+            luck_N = 0.8 * difficulty_N + 0.6 * random.normal(size=PROMPTS)
+            right_N = luck_N < np.quantile(random.normal(size=20_000), accuracy)
+            tokens_N = random.integers(100, 200, PROMPTS) + np.where(right_N, 0, 150)
+            self.marks[name] = Marks(right_N, tokens_N, tokens_N - 20)
+            if place:
+                size = round(1e6 * (1 + accuracy))
+                runner = Runner(name, size, 1e-3 * (2 + accuracy), 1.01 - accuracy)
+                self.runners.append(runner)
+
+    def ask(self, name: str, prompts: int) -> Marks:
+        marks = self.marks[name]
+        return Marks(
+            *(values_N[:prompts] for values_N in (marks.right_N, marks.tokens_N, marks.thinking_N))
+        )
+
+
+ACCURACIES = (0.96, 0.93, 0.88, 0.84, 0.8, 0.74, 0.7, 0.6, 0.5, 0.4, 0.25, 0.05)
+
+
+def _race(front: Front, objective: Objective, ratio: float, error: float = 0.05) -> Race:
+    return Race(front.runners, Aim(objective, REFERENCE, ratio), front.ask, PROMPTS, error)
+
+
+def _run_to_the_end(race: Race) -> list[str]:
+    """Return the order where everybody answers every prompt."""
+    whole = replace(race, marks={}, stopped={})
+    for name in (*(runner.name for runner in race.runners), REFERENCE):
+        whole.marks[name] = race.ask(name, PROMPTS)
+    return whole._rank()
+
+
+@pytest.mark.parametrize(
+    ("objective", "ratio"),
+    [("accuracy", 0.0), ("seconds-per-correct-answer", 0.0), ("size", 0.9), ("speed", 0.9)],
+)
+def test_stopping_early_changes_no_winner_and_saves_most_tokens(
+    objective: Objective, ratio: float
+) -> None:
+    """In 20 seeds of a made-up front, and 60 % of the tokens are not asked for."""
+    shares = []
+
+    for seed in range(20):
+        race = _race(Front(seed, ACCURACIES), objective, ratio)
+        order = race.run()
+
+        assert order[0] == _run_to_the_end(race)[0], seed
+        shares.append(race.tokens_saved / (race.tokens_asked + race.tokens_saved))
+
+    assert np.mean(shares) >= 0.6
+
+
+def test_a_winner_that_is_stopped_is_noticed() -> None:
+    """With tests that err in half of all cases, a race and its whole run part ways."""
+    fronts = [Front(seed, ACCURACIES) for seed in range(20)]
+    races = [_race(front, "accuracy", 0.0, error=6.0) for front in fronts]
+    assert any(race.run()[0] != _run_to_the_end(race)[0] for race in races)
+
+
+def test_no_candidate_keeps_an_accuracy_that_none_has() -> None:
+    """All are stopped, and each says why."""
+    race = _race(Front(0, (0.5, 0.4)), "size", 0.95)
+    assert race.run() == []
+    assert set(race.stopped.values()) == {f"surely below 95% of {REFERENCE}'s accuracy"}
+
+
+def test_wealth_errs_as_rarely_as_is_said() -> None:
+    """On fair coins, looked at after each of 200 flips, in at most 5 % of 1,000 runs."""
+    flips = np.random.default_rng(1).choice([-1.0, 1.0], (1000, 200))
+    won = sum(is_above_zero(flip_N, 0.05) for flip_N in flips)
+    assert 5 <= won <= 50
+
+
+def test_wealth_is_that_of_bets_that_are_made_by_hand() -> None:
+    """Three wins and a loss, each share of the wealth on its own."""
+    shares = np.linspace(0.05, 0.95, 19)
+    after = [np.mean((1 + shares) ** wins) for wins in (1, 2, 3)]
+    assert wealth([1, 1, 1, -1]) == pytest.approx(max(after))
+    assert wealth([-1, -1]) == 1.0
+
+    with pytest.raises(ValueError, match="below -1"):
+        wealth([-1.5])
+
+
+def test_rounds_grow_to_all_prompts() -> None:
+    """And a few prompts are one round."""
+    assert list_rounds(100) == [16, 24, 36, 54, 81, 100]
+    assert list_rounds(7) == [7]
